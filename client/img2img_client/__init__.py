@@ -1,0 +1,1 @@
+"""Client of the img2img service."""

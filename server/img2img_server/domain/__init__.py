@@ -1,0 +1,1 @@
+"""What the service is about: jobs, their parameters, events and states. Standard library only."""

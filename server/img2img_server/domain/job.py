@@ -1,0 +1,200 @@
+"""A job and its life: one transition table, one `advance`. Terminal states are final."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from img2img_server.domain.events import (
+    Cancelled,
+    Event,
+    Failed,
+    Queued,
+    SampleFinished,
+    SampleStored,
+    Started,
+    Succeeded,
+)
+from img2img_server.domain.params import JobParams
+
+FIRST_JOB_ID = 10_000_001
+LAST_JOB_ID = 2**31 - 1
+
+
+class State(StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+
+
+class Determinism(StrEnum):
+    """How a picture compares with the one the same request gives again."""
+
+    UNKNOWN = "unknown"
+    EXACT = "exact"
+    BOUNDED = "bounded"
+
+
+class IllegalTransitionError(Exception):
+    """An event that its job's state does not allow. A late writer has lost the job."""
+
+    def __init__(self, job: Job, event: Event) -> None:
+        super().__init__(f"job {job.id} is {job.state}: {type(event).__name__} is not allowed")
+        self.job = job
+        self.event = event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleResult:
+    """One picture of a job. `url`, `sha256` (of the file) and `size_bytes` are set once stored."""
+
+    index: int
+    seed: int
+    url: str = ""
+    sha256: str = ""
+    size_bytes: int = 0
+    nsfw: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds by stage; stages of several samples are added up. See Timings in job.proto."""
+
+    queue: float = 0.0
+    fetch: float = 0.0
+    prepare: float = 0.0
+    encode: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+    safety: float = 0.0
+    image_encode: float = 0.0
+    upload: float = 0.0
+    engine: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+    batch_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailure:
+    """Why a job failed; clients branch on `reason`."""
+
+    reason: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The record of one request. Times are Unix seconds; 0.0 means not yet."""
+
+    id: int
+    tenant: str
+    params: JobParams
+    file_prefix: str
+    future_urls: tuple[str, ...]
+    create_time: float
+    original_prompt: str = ""
+    state: State = State.QUEUED
+    samples: tuple[SampleResult, ...] = ()
+    failure: JobFailure | None = None
+    timings: Timings = field(default_factory=Timings)
+    start_time: float = 0.0
+    end_time: float = 0.0
+    worker: str = ""
+    device: str = ""
+    determinism: Determinism = Determinism.UNKNOWN
+    attempt: int = 0
+    warning: str = ""
+    webhook_status: str = ""
+    cancel_requested: bool = False
+    # Place in the work queue, to withdraw the job or tell its position; 0: not queued yet.
+    queue_sequence: int = 0
+
+    @property
+    def name(self) -> str:
+        """Resource name, "jobs/{id}"."""
+        return f"jobs/{self.id}"
+
+    def file_key(self, index: int) -> str:
+        """Key of one sample's file in the bucket, for example "generations/{uuid}-0.png"."""
+        folder = "temp" if self.params.temp else "generations"
+        suffix = "base64" if self.params.base64 else "png"
+        return f"{folder}/{self.file_prefix}-{index}.{suffix}"
+
+
+TRANSITIONS: dict[tuple[State, type], State] = {
+    (State.QUEUED, Started): State.RUNNING,
+    (State.QUEUED, Failed): State.FAILED,
+    (State.QUEUED, Cancelled): State.CANCELLED,
+    (State.RUNNING, Started): State.RUNNING,  # taken over after its worker was lost
+    (State.RUNNING, Queued): State.QUEUED,  # handed back by a worker that stops
+    (State.RUNNING, SampleFinished): State.RUNNING,
+    (State.RUNNING, SampleStored): State.RUNNING,
+    (State.RUNNING, Succeeded): State.SUCCEEDED,
+    (State.RUNNING, Failed): State.FAILED,
+    (State.RUNNING, Cancelled): State.CANCELLED,
+}
+
+
+def advance(job: Job, event: Event, now: float) -> Job:
+    """Returns the job after the event.
+
+    Args:
+        now: Unix seconds.
+
+    Raises:
+        IllegalTransitionError: the job's state does not allow the event.
+    """
+    state = TRANSITIONS.get((job.state, type(event)))
+    if state is None:
+        raise IllegalTransitionError(job, event)
+    job = replace(job, state=state)
+    if state.is_terminal:
+        job = replace(job, end_time=now, timings=_ended(job, now))
+    match event:
+        case Started():
+            queued = now - job.create_time if not job.start_time else job.timings.queue
+            return replace(
+                job,
+                start_time=now,
+                worker=event.worker,
+                attempt=event.attempt,
+                samples=_fresh_samples(job.params),
+                timings=replace(job.timings, queue=max(0.0, queued)),
+            )
+        case SampleFinished():
+            return _with_sample(job, event.sample, seed=event.seed, nsfw=event.nsfw)
+        case SampleStored():
+            return _with_sample(
+                job, event.sample, url=event.url, sha256=event.sha256, size_bytes=event.size_bytes
+            )
+        case Failed():
+            failure = JobFailure(
+                reason=event.reason, message=event.message, retryable=event.retryable
+            )
+            return replace(job, failure=failure)
+        case _:
+            return job
+
+
+def _ended(job: Job, now: float) -> Timings:
+    return replace(job.timings, total=max(0.0, now - job.create_time))
+
+
+def _fresh_samples(params: JobParams) -> tuple[SampleResult, ...]:
+    return tuple(SampleResult(index=i, seed=params.sample_seed(i)) for i in range(params.samples))
+
+
+def _with_sample(job: Job, index: int, **changes: object) -> Job:
+    samples = list(job.samples)
+    samples[index] = replace(samples[index], **changes)  # type: ignore[arg-type]
+    return replace(job, samples=tuple(samples))

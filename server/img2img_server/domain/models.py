@@ -1,0 +1,33 @@
+"""What a worker tells about the model it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model as callers see it: its name, its choices and its own defaults."""
+
+    name: str
+    family: str
+    schedulers: tuple[str, ...]  # the default one first
+    default_num_inference_steps: int
+    default_guidance_scale: float
+    default_strength: float = 0.7
+    native_size: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A live worker, announced again and again; it is gone when the announcement expires.
+
+    `capacity_rows`: samples it denoises at once. `job_seconds`: recent mean time of one sample at
+    512x512, the base of estimates; 0.0 when nothing ran yet.
+    """
+
+    name: str
+    model: ModelInfo
+    device: str
+    capacity_rows: int
+    job_seconds: float = 0.0

@@ -1,0 +1,168 @@
+"""What a caller may ask for: the parameters of a job, their limits and their validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from urllib.parse import urlsplit
+
+SEED_MAX = 2**32 - 1
+TRACK_ID_MAX_CHARACTERS = 191
+URL_MAX_CHARACTERS = 4096
+
+
+class ImageFormat(StrEnum):
+    """Format of the inline pictures; the stored file is always PNG."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{self.value}"
+
+
+class Lane(StrEnum):
+    """Queue lane: realtime is served before batch."""
+
+    REALTIME = "realtime"
+    BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Every bound a request is held against; GetCapabilities tells these very numbers."""
+
+    max_prompt_characters: int = 2000
+    min_side_pixels: int = 256
+    max_side_pixels: int = 1024
+    side_multiple: int = 8
+    max_samples: int = 4
+    max_num_inference_steps: int = 100
+    max_guidance_scale: float = 30.0
+    max_preview_interval_steps: int = 100
+    max_image_bytes: int = 20_971_520
+    max_image_pixels: int = 50_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobParams:
+    """One request as understood. None means: the model's own default, settled by the worker.
+
+    `init_image_url` is empty for inline pictures; the picture itself travels beside the parameters.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    init_image_url: str = ""
+    width: int = 512
+    height: int = 512
+    samples: int = 1
+    strength: float = 0.7
+    seed: int = 0
+    safety_checker: bool = True
+    enhance_prompt: bool = False
+    base64: bool = False
+    temp: bool = False
+    webhook: str = ""
+    track_id: str = ""
+    model: str = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str = ""
+    output_format: ImageFormat = ImageFormat.JPEG
+    preview_interval_steps: int = 0
+    lane: Lane = Lane.REALTIME
+
+    def sample_seed(self, index: int) -> int:
+        """Seed of one sample: (seed + index) mod 2^32."""
+        return (self.seed + index) % (SEED_MAX + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken rule: the field as named in JobSpec and a sentence that names it."""
+
+    field: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationContext:
+    """What validation needs to know beside the limits."""
+
+    limits: Limits = field(default_factory=Limits)
+    schedulers: tuple[str, ...] = ()
+
+
+def validate(params: JobParams, context: ValidationContext) -> list[Violation]:
+    """Returns every violated rule, in the order of JobSpec's fields; empty when all is well."""
+    return list(_violations(params, context))
+
+
+def _violations(params: JobParams, context: ValidationContext) -> Iterator[Violation]:
+    limits = context.limits
+    if not params.prompt:
+        yield Violation("prompt", "prompt is required")
+    for name in ("prompt", "negative_prompt"):
+        if len(getattr(params, name)) > limits.max_prompt_characters:
+            most = limits.max_prompt_characters
+            yield Violation(name, f"{name} must not be longer than {most} characters")
+    for name in ("width", "height"):
+        yield from _side(name, getattr(params, name), limits)
+    if not 1 <= params.samples <= limits.max_samples:
+        yield Violation("samples", f"samples must be between 1 and {limits.max_samples}")
+    if not 0.0 <= params.strength <= 1.0:  # also refuses NaN
+        yield Violation("strength", "strength must be between 0 and 1")
+    if not 0 <= params.seed <= SEED_MAX:
+        yield Violation("seed", f"seed must be between 0 and {SEED_MAX}")
+    if params.webhook and not is_http_url(params.webhook):
+        yield Violation("webhook", "webhook must be a valid URL")
+    if len(params.track_id) > TRACK_ID_MAX_CHARACTERS:
+        most = TRACK_ID_MAX_CHARACTERS
+        yield Violation("track_id", f"track_id must not be longer than {most} characters")
+    steps, most_steps = params.num_inference_steps, limits.max_num_inference_steps
+    if steps is not None and not 1 <= steps <= most_steps:
+        text = f"num_inference_steps must be between 1 and {most_steps}"
+        yield Violation("num_inference_steps", text)
+    scale = params.guidance_scale
+    if scale is not None and not 0.0 <= scale <= limits.max_guidance_scale:
+        text = f"guidance_scale must be between 0 and {limits.max_guidance_scale:g}"
+        yield Violation("guidance_scale", text)
+    if params.scheduler and context.schedulers and params.scheduler not in context.schedulers:
+        known = ", ".join(context.schedulers)
+        yield Violation("scheduler", f"scheduler must be one of {known}")
+    if not 0 <= params.preview_interval_steps <= limits.max_preview_interval_steps:
+        most = limits.max_preview_interval_steps
+        text = f"preview_interval_steps must be between 0 and {most}"
+        yield Violation("preview_interval_steps", text)
+
+
+def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:
+    low, high = limits.min_side_pixels, limits.max_side_pixels
+    if not low <= value <= high:
+        yield Violation(name, f"{name} must be between {low} and {high}")
+    elif value % limits.side_multiple:
+        yield Violation(name, f"{name} must be divisible by {limits.side_multiple}")
+
+
+def is_http_url(text: str) -> bool:
+    """Whether text is an absolute http or https address with a host."""
+    if len(text) > URL_MAX_CHARACTERS or any(ord(char) <= 32 for char in text):
+        return False
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises ValueError when it is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
+def denoising_steps(strength: float, num_inference_steps: int) -> int:
+    """Steps that really run: min(int(steps * strength), steps), as diffusers counts them."""
+    assert 0.0 <= strength <= 1.0
+    assert math.isfinite(strength)
+    return min(int(num_inference_steps * strength), num_inference_steps)

@@ -1,0 +1,293 @@
+"""Every error that a caller can get. A class fixes status code, reason and whether a retry helps.
+
+ServiceError
+├── InvalidRequestError        INVALID_ARGUMENT     INVALID_REQUEST      lists all fields
+├── UnauthenticatedError       UNAUTHENTICATED      INVALID_API_KEY
+├── PermissionDeniedError      PERMISSION_DENIED    PERMISSION_DENIED
+├── JobNotFoundError           NOT_FOUND            JOB_NOT_FOUND
+├── ModelNotFoundError         NOT_FOUND            MODEL_NOT_FOUND
+├── RequestIdReusedError       ALREADY_EXISTS       REQUEST_ID_REUSED
+├── JobEndedError              FAILED_PRECONDITION  JOB_ENDED
+├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry
+├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
+├── TooManyWatchersError       RESOURCE_EXHAUSTED   TOO_MANY_WATCHERS    retry
+├── UnavailableError           UNAVAILABLE          UNAVAILABLE          retry
+└── InternalError              INTERNAL             INTERNAL             logged with its id
+JobFailedError: failing in the run; becomes Job.error, not a status
+├── OutOfMemoryError           OUT_OF_MEMORY
+├── InitImageError             INIT_IMAGE_INVALID
+├── SafetyCheckError           SAFETY_CHECK_UNAVAILABLE
+├── StorageError               STORAGE_UNAVAILABLE  retry
+├── AttemptsExhaustedError     ATTEMPTS_EXHAUSTED
+└── EngineError                ENGINE_FAILED
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import ClassVar
+
+from img2img_server.domain.params import Violation
+
+DOMAIN = "img2img.v1"
+
+
+class Code(Enum):
+    """google.rpc.Code numbers of the statuses we use."""
+
+    INVALID_ARGUMENT = 3
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+class ServiceError(Exception):
+    """Root of what an RPC can fail with."""
+
+    code: ClassVar[Code] = Code.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+    retry_seconds: float | None = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Every value that the message names (AIP-193)."""
+        return {}
+
+
+class InvalidRequestError(ServiceError):
+    """The request breaks rules; `violations` lists all of them."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, violations: list[Violation]) -> None:
+        super().__init__("; ".join(violation.description for violation in violations))
+        self.violations = violations
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"fields": ",".join(dict.fromkeys(violation.field for violation in self.violations))}
+
+
+class UnauthenticatedError(ServiceError):
+    """No API key, or one that is not known."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "INVALID_API_KEY"
+
+    def __init__(self) -> None:
+        super().__init__("Invalid API key")
+
+
+class PermissionDeniedError(ServiceError):
+    """The key may not do this."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, permission: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.permission = permission
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"permission": self.permission}
+
+
+class JobNotFoundError(ServiceError):
+    """No such job of this tenant, or it has expired."""
+
+    code = Code.NOT_FOUND
+    reason = "JOB_NOT_FOUND"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} does not exist or has expired")
+        self.name = name
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"name": self.name}
+
+
+class ModelNotFoundError(ServiceError):
+    """The model was never announced by a worker."""
+
+    code = Code.NOT_FOUND
+    reason = "MODEL_NOT_FOUND"
+
+    def __init__(self, model: str, known: tuple[str, ...]) -> None:
+        names = ", ".join(known) or "none yet"
+        super().__init__(f"model {model!r} is not served here; known models: {names}")
+        self.model = model
+        self.known = known
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"model": self.model, "known": ",".join(self.known)}
+
+
+class RequestIdReusedError(ServiceError):
+    """The request_id was used for a request with another content."""
+
+    code = Code.ALREADY_EXISTS
+    reason = "REQUEST_ID_REUSED"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id {request_id} was used for a different request")
+        self.request_id = request_id
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"request_id": self.request_id}
+
+
+class JobEndedError(ServiceError):
+    """The job has already succeeded or failed."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "JOB_ENDED"
+
+    def __init__(self, name: str, state: str) -> None:
+        super().__init__(f"{name} has already {state}")
+        self.name = name
+        self.state = state
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"name": self.name, "state": self.state}
+
+
+class DeadlineTooShortError(ServiceError):
+    """The estimate says that the job cannot finish within the caller's deadline."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "DEADLINE_TOO_SHORT"
+
+    def __init__(self, remaining_seconds: float, needed_seconds: float) -> None:
+        super().__init__(
+            f"the deadline leaves {remaining_seconds:.1f} s, the job needs about "
+            f"{needed_seconds:.1f} s"
+        )
+        self.remaining_seconds = remaining_seconds
+        self.needed_seconds = needed_seconds
+        self.retry_seconds = max(1.0, needed_seconds - remaining_seconds)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {
+            "remaining_seconds": f"{self.remaining_seconds:.1f}",
+            "needed_seconds": f"{self.needed_seconds:.1f}",
+        }
+
+
+class QueueFullError(ServiceError):
+    """The tenant has as many unfinished jobs as it may have."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+
+    def __init__(self, limit: int, retry_seconds: float = 30.0) -> None:
+        super().__init__(f"Rate limit exceeded. Maximum {limit} queued requests allowed.")
+        self.limit = limit
+        self.retry_seconds = retry_seconds
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"limit": str(self.limit)}
+
+
+class TooManyWatchersError(ServiceError):
+    """This server has as many open streams as it may have."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_WATCHERS"
+    retry_seconds = 5.0
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"this server watches {limit} jobs already")
+        self.limit = limit
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"limit": str(self.limit)}
+
+
+class UnavailableError(ServiceError):
+    """The service, its queue or its store is down or stopping."""
+
+    code = Code.UNAVAILABLE
+    reason = "UNAVAILABLE"
+    retry_seconds = 1.0
+
+    def __init__(self, sentence: str = "Service temporarily unavailable.") -> None:
+        super().__init__(sentence)
+
+
+class InternalError(ServiceError):
+    """A fault of ours; the log has it under `error_id`."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"internal error {error_id}")
+        self.error_id = error_id
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"error_id": self.error_id}
+
+
+class JobFailedError(Exception):
+    """Root of what ends a running job. The sentence names no path, host or stack."""
+
+    reason: ClassVar[str] = "ENGINE_FAILED"
+    retryable: ClassVar[bool] = False
+
+
+class OutOfMemoryError(JobFailedError):
+    """One sample alone does not fit the device."""
+
+    reason = "OUT_OF_MEMORY"
+
+    def __init__(self, width: int, height: int, needed_bytes: int | None = None) -> None:
+        need = f" (needs about {needed_bytes / 2**20:.0f} MiB)" if needed_bytes else ""
+        super().__init__(f"out of memory at {width}x{height}{need}")
+        self.width = width
+        self.height = height
+        self.needed_bytes = needed_bytes
+
+
+class InitImageError(JobFailedError):
+    """The init image could not be prepared."""
+
+    reason = "INIT_IMAGE_INVALID"
+
+
+class SafetyCheckError(JobFailedError):
+    """A safety check was asked for and cannot run; it is never skipped silently."""
+
+    reason = "SAFETY_CHECK_UNAVAILABLE"
+
+
+class StorageError(JobFailedError):
+    """The object store refused the result, also after retries."""
+
+    reason = "STORAGE_UNAVAILABLE"
+    retryable = True
+
+
+class AttemptsExhaustedError(JobFailedError):
+    """Every worker that took the job was lost."""
+
+    reason = "ATTEMPTS_EXHAUSTED"
+
+    def __init__(self, attempts: int) -> None:
+        super().__init__(f"given up after {attempts} attempts")
+        self.attempts = attempts
+
+
+class EngineError(JobFailedError):
+    """The engine failed on this job; the log has the cause."""

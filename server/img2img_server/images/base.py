@@ -1,0 +1,27 @@
+"""What is known about an init image, and how it can be wrong. See prepare.py and fetch.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class InvalidImageError(Exception):
+    """The init image breaks a rule; the sentence is the one the HTTP contract gives."""
+
+
+class FetchError(InvalidImageError):
+    """The init image could not be fetched from its address."""
+
+    def __init__(self) -> None:
+        super().__init__("Unable to fetch image from provided URL")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedImage:
+    """An encoded init image that was proven to decode within the limits.
+
+    `prepared`: it was re-encoded at the requested size and needs decoding only.
+    """
+
+    data: bytes
+    prepared: bool

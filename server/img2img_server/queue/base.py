@@ -1,0 +1,145 @@
+"""The seams to the bus: the work queue, the event log and the control channel."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from img2img_server.domain.events import Envelope, Event
+from img2img_server.domain.params import JobParams, Lane
+
+
+class OwnershipLostError(Exception):
+    """Another writer has appended to the job's log: this one no longer owns the job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedJob:
+    """What a worker needs to begin, as it travels through the work queue.
+
+    `init_image`: an encoded PNG, JPEG or WebP that was proven to decode within the limits.
+    `init_image_prepared`: it already has the requested size and needs decoding only.
+    """
+
+    job_id: int
+    tenant: str
+    params: JobParams
+    init_image: bytes
+    init_image_prepared: bool = False
+
+
+class Delivery(Protocol):
+    """One taken message. Exactly one of ack, nak or term ends it; until then keep it alive."""
+
+    @property
+    def job(self) -> QueuedJob: ...
+
+    @property
+    def attempt(self) -> int:
+        """Times the message was delivered, from 1."""
+        ...
+
+    async def ack(self) -> None:
+        """Done, result stored: removes it."""
+        ...
+
+    async def nak(self) -> None:
+        """Hands it back for another worker at once."""
+        ...
+
+    async def term(self, reason: str) -> None:
+        """Removes it to the dead letters: it can never work."""
+        ...
+
+    async def in_progress(self) -> None:
+        """Resets the redelivery clock. To be called every third of ack_wait."""
+        ...
+
+
+class JobQueue(Protocol):
+    """Durable work queue by model, lane and tenant; bounded by tenant."""
+
+    @property
+    def ack_wait_seconds(self) -> float: ...
+
+    async def put(self, job: QueuedJob) -> int:
+        """Queues the job, returns its place: a growing number above 0.
+
+        Raises:
+            QueueFullError: the tenant has its limit of unfinished jobs.
+            UnavailableError: the bus is down.
+        """
+        ...
+
+    async def remove(self, sequence: int) -> bool:
+        """Withdraws a job that nobody has finished; False when it is gone already."""
+        ...
+
+    async def position(self, model: str, lane: Lane, sequence: int) -> int:
+        """Jobs of that lane not yet taken that lie before `sequence`; -1 when unknown."""
+        ...
+
+    async def depth(self, model: str, lane: Lane) -> int:
+        """Jobs of that lane that no worker has taken."""
+        ...
+
+    async def pull(
+        self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
+    ) -> list[Delivery]:
+        """Takes up to `most` jobs, earlier lanes first; empty when none came in time."""
+        ...
+
+
+class EventWriter(Protocol):
+    """Appends to one job's log, in order. One at a time owns a log; a second one takes it over."""
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last event, 0 for an empty log."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether the log already has its terminal event."""
+        ...
+
+    async def append(self, event: Event) -> Envelope:
+        """Numbers and stores the event.
+
+        Raises:
+            OwnershipLostError: another writer has taken over.
+        """
+        ...
+
+
+class EventLog(Protocol):
+    """Numbered, replayable events of every job."""
+
+    async def open(self, job_id: int, *, fresh: bool = False) -> EventWriter:
+        """Takes over the log of a job; `fresh` says that it is known to be empty."""
+        ...
+
+    def watch(
+        self, job_id: int, after_sequence: int = 0
+    ) -> AbstractAsyncContextManager[AsyncIterator[Envelope]]:
+        """Replays events above `after_sequence`, then follows live; never ends by itself.
+
+        Once the context is entered no event that is written later is missed.
+        """
+        ...
+
+
+class Control(Protocol):
+    """Commands that reach every worker at once; not stored."""
+
+    async def cancel(self, job_id: int) -> None:
+        """Asks the worker that runs the job to stop it at its next step."""
+        ...
+
+    def on_cancel(
+        self, handler: Callable[[int], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Calls `handler` with the id of every job that shall be cancelled."""
+        ...

@@ -1,0 +1,145 @@
+"""Every setting of the service. Nothing else reads the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "IMG2IMG_"
+
+
+class SettingsError(Exception):
+    """The environment is wrong; the sentence lists every mistake."""
+
+
+class Settings(BaseSettings):
+    """Settings from the environment, prefix IMG2IMG_. Durations in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    # Addresses.
+    grpc_host: str = Field("127.0.0.1", description="Address the api listens on.")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="Port of the api; 0: any free one.")
+    http_host: str = Field("127.0.0.1", description="Address the gateway listens on.")
+    http_port: int = Field(8080, ge=0, le=65535, description="Port of the gateway.")
+    metrics_host: str = Field("127.0.0.1", description="Address of metrics and probes.")
+    metrics_port: int = Field(
+        9090, ge=0, le=65535, description="Port of /metrics, /livez and /readyz of every role."
+    )
+    api_address: str = Field("127.0.0.1:50051", description="Where the gateway finds the api.")
+    public_base_url: str = Field(
+        "",
+        description="Base of the links in answers. Empty: scheme and host of the HTTP request; "
+        "over gRPC http:// and the gateway's own address.",
+    )
+    tls_cert_file: Path | None = Field(None, description="PEM certificate of the gRPC server.")
+    tls_key_file: Path | None = Field(None, description="PEM key of the gRPC server.")
+
+    # Engines beside us.
+    nats_url: str = Field("nats://127.0.0.1:4222", description="NATS servers, comma separated.")
+    nats_creds_file: Path | None = Field(None, description="NATS credentials file.")
+    nats_replicas: int = Field(1, ge=1, le=5, description="Replicas of streams and buckets.")
+    s3_endpoint_url: str = Field("http://127.0.0.1:8333", description="S3 endpoint.")
+    s3_region: str = Field("us-east-1", description="S3 region.")
+    s3_bucket: str = Field("img2img", description="Bucket of the service; created when missing.")
+    s3_access_key: SecretStr = Field(SecretStr(""), description="S3 access key.")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="S3 secret key.")
+
+    # Keys.
+    api_keys_file: Path | None = Field(
+        None, description="TOML file of hashed API keys; see `img2img-server keys`."
+    )
+    dev_key: bool = Field(
+        False, description="Accept the API key `dev-key`; loopback only. `local` turns it on."
+    )
+
+    # The model.
+    model: str = Field(
+        "", description="Diffusers directory or hub id. Empty: the model inside the package."
+    )
+    default_model: str = Field("atelier", description="Model of requests that name none.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
+    max_batch_rows: int = Field(8, ge=1, le=256, description="Most samples denoised at once.")
+    torch_threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice.")
+    safety_threshold: float = Field(
+        0.8, ge=0.0, le=1.0, description="Score from which a picture is blanked."
+    )
+
+    # Limits.
+    queue_limit: int = Field(
+        15, ge=1, description="Most unfinished jobs of a tenant, by model and lane."
+    )
+    max_message_bytes: int = Field(
+        34 * 2**20, ge=2**20, description="Largest gRPC message, in and out."
+    )
+    max_image_bytes: int = Field(20_971_520, ge=1, description="Largest init image.")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="Largest init image in pixels.")
+    max_watchers: int = Field(1000, ge=1, description="Most open event streams of one api.")
+    max_attempts: int = Field(5, ge=1, description="Times a job is tried before it fails.")
+    outbound_allow: str = Field(
+        "",
+        description="Hosts and networks that caller-supplied addresses may name although they are "
+        "not public, comma separated: `files.internal, 10.2.0.0/16`.",
+    )
+    outbound_timeout_seconds: float = Field(10.0, gt=0, description="Longest init image download.")
+
+    # Times.
+    wait_seconds: float = Field(30.0, ge=0, description="How long a POST waits for its job.")
+    ack_wait_seconds: float = Field(
+        15.0, ge=0.5, description="Silence after which a worker's job goes to another one."
+    )
+    drain_seconds: float = Field(
+        25.0, ge=0, description="How long running work may take when a role stops."
+    )
+    retention_hours: int = Field(24, ge=1, description="How long ended jobs and files are kept.")
+    events_retention_seconds: float = Field(
+        3600.0, ge=60, description="How long events can be replayed."
+    )
+    events_max_bytes: int = Field(2**30, ge=2**20, description="Most bytes of replayable events.")
+
+    # The contract.
+    legacy: bool = Field(False, description="Answer in the older form of the HTTP contract.")
+    base64_inline: bool = Field(False, description="Put base64 strings into `output`.")
+    cors_origins: str = Field("*", description="Origins that browsers may call from.")
+    webhook_secret: SecretStr = Field(SecretStr(""), description="Signs webhooks: whsec_…")
+
+    # The process.
+    state_dir: Path = Field(Path(".img2img"), description="State folder of `local`.")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Log level.")
+    log_format: str = Field("auto", pattern="^(auto|json|console)$", description="Log format.")
+    worker_name: str = Field("", description="Name of the worker. Empty: host name and process.")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ValueError("tls_cert_file and tls_key_file must be given together")
+        return self
+
+    @classmethod
+    def load(cls, **overrides: object) -> Settings:
+        """Reads the environment; overrides win.
+
+        Raises:
+            SettingsError: a value is wrong or an IMG2IMG_ name is unknown; lists all of them.
+        """
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        mistakes = [
+            f"{name}: there is no such setting"
+            for name in sorted(os.environ)
+            if name.upper().startswith(PREFIX) and name.upper() not in known
+        ]
+        try:
+            settings = cls(**overrides)  # type: ignore[arg-type]
+        except ValidationError as error:
+            for fault in error.errors(include_input=False, include_url=False):
+                field = "_".join(str(part) for part in fault["loc"])
+                name = PREFIX + field.upper() if field else "settings"
+                mistakes.append(f"{name}: {fault['msg']}")
+        if mistakes:
+            raise SettingsError("wrong settings:\n  " + "\n  ".join(mistakes))
+        return settings

@@ -1,0 +1,117 @@
+"""The seams to what is kept: job records, worker announcements and files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from img2img_server.domain.job import Job
+from img2img_server.domain.models import ModelInfo, WorkerInfo
+
+
+class ConflictError(Exception):
+    """The record was changed since it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A record and the revision to compare and swap with."""
+
+    job: Job
+    revision: int
+
+
+class JobStore(Protocol):
+    """Job records by tenant and id, expiring some time after their last change."""
+
+    async def next_id(self) -> int:
+        """Draws a job id: growing, never used twice. Raises UnavailableError."""
+        ...
+
+    async def create(self, job: Job) -> int:
+        """Stores a new record, returns its revision. Raises ConflictError, UnavailableError."""
+        ...
+
+    async def get(self, tenant: str, job_id: int) -> Stored | None:
+        """The record, or None when there is none (any more)."""
+        ...
+
+    async def update(self, job: Job, revision: int) -> int:
+        """Replaces the record read at `revision`. Raises ConflictError, UnavailableError."""
+        ...
+
+    async def delete(self, tenant: str, job_id: int) -> None:
+        """Removes a record; for jobs that never reached the queue."""
+        ...
+
+    async def list_ids(self, tenant: str) -> list[int]:
+        """Ids of the tenant's records, newest first."""
+        ...
+
+    async def claim_request(
+        self, tenant: str, request_id: str, fingerprint: str, job_id: int
+    ) -> tuple[str, int]:
+        """Binds an idempotency key to a job, or tells to which it is bound.
+
+        Returns:
+            The fingerprint and job id now stored: the ones given when the claim is won.
+        """
+        ...
+
+
+class WorkerRegistry(Protocol):
+    """Announcements of workers and of the models they serve or served."""
+
+    async def announce(self, worker: WorkerInfo) -> None:
+        """Says that the worker lives; forgotten `ttl_seconds` after the last time."""
+        ...
+
+    async def withdraw(self, name: str) -> None:
+        """Says that the worker stops."""
+        ...
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Live workers, by name."""
+        ...
+
+    async def models(self) -> list[ModelInfo]:
+        """Every model ever announced, also while none serves it, by name."""
+        ...
+
+    async def model(self, name: str) -> ModelInfo | None:
+        """One model, or None when no worker ever announced it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobInfo:
+    """A stored file."""
+
+    key: str
+    size_bytes: int
+    media_type: str
+
+
+class BlobStore(Protocol):
+    """Files by key, such as "generations/{uuid}-0.png", in the service's own bucket."""
+
+    async def prepare(self) -> None:
+        """Creates the bucket and its lifecycle rules when they are missing. Raises StorageError."""
+        ...
+
+    async def put(self, key: str, data: bytes, media_type: str) -> None:
+        """Stores a file in one step: never visible half written. Raises StorageError."""
+        ...
+
+    async def stat(self, key: str) -> BlobInfo | None:
+        """The file's facts, or None. Raises StorageError."""
+        ...
+
+    def read(self, key: str) -> AsyncIterator[bytes]:
+        """The file in chunks. Raises KeyError when there is none, StorageError."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Removes a file; fine when there is none. Raises StorageError."""
+        ...
