@@ -1,0 +1,265 @@
+"""Queue, events and control inside one process: for tests, the same rules as JetStream."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
+from img2img_server.domain.params import Lane
+from img2img_server.errors import QueueFullError
+from img2img_server.queue.base import Delivery, OwnershipLostError, QueuedJob
+
+
+class _Bell:
+    """Wakes everybody who waits when something changed."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def ring(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
+
+    def next_ring(self) -> asyncio.Event:
+        """To be taken before looking at what may change, and waited for after."""
+        return self._event
+
+
+@dataclass(slots=True, eq=False)
+class _Message:
+    sequence: int
+    job: QueuedJob
+    deliveries: int = 0
+    redelivery: asyncio.TimerHandle | None = None  # set while somebody has it
+
+    @property
+    def taken(self) -> bool:
+        return self.redelivery is not None
+
+    def is_for(self, model: str, lane: Lane) -> bool:
+        return self.job.params.model == model and self.job.params.lane == lane
+
+    def release(self) -> None:
+        if self.redelivery is not None:
+            self.redelivery.cancel()
+            self.redelivery = None
+
+
+class MemoryJobQueue:
+    """A JobQueue of one process. `dead`: what was given to term, with its reason."""
+
+    def __init__(self, *, limit: int = 15, ack_wait_seconds: float = 15.0) -> None:
+        self._limit = limit
+        self._ack_wait_seconds = ack_wait_seconds
+        self._messages: dict[int, _Message] = {}
+        self._sequences = itertools.count(1)
+        self._delivered: dict[tuple[str, Lane], int] = {}
+        self._bell = _Bell()
+        self.dead: list[tuple[QueuedJob, str]] = []
+
+    @property
+    def ack_wait_seconds(self) -> float:
+        return self._ack_wait_seconds
+
+    async def put(self, job: QueuedJob) -> int:
+        mine = [
+            message
+            for message in self._messages.values()
+            if message.job.tenant == job.tenant
+            and message.is_for(job.params.model, job.params.lane)
+        ]
+        if len(mine) >= self._limit:
+            raise QueueFullError(self._limit)
+        sequence = next(self._sequences)
+        self._messages[sequence] = _Message(sequence, job)
+        self._bell.ring()
+        return sequence
+
+    async def remove(self, sequence: int) -> bool:
+        return self._pop(sequence) is not None
+
+    async def position(self, model: str, lane: Lane, sequence: int) -> int:
+        taken = self._delivered.get((model, lane), 0)
+        return sum(taken < message.sequence < sequence for message in self._waiting(model, lane))
+
+    async def depth(self, model: str, lane: Lane) -> int:
+        return len(self._waiting(model, lane))
+
+    async def pull(
+        self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
+    ) -> list[Delivery]:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                while True:
+                    changed = self._bell.next_ring()
+                    waiting = [m for lane in lanes for m in self._waiting(model, lane)]
+                    if waiting:
+                        return [self._deliver(message) for message in waiting[:most]]
+                    await changed.wait()
+        return []
+
+    def _waiting(self, model: str, lane: Lane) -> list[_Message]:
+        return [m for m in self._messages.values() if not m.taken and m.is_for(model, lane)]
+
+    def _deliver(self, message: _Message) -> Delivery:
+        message.deliveries += 1
+        lane = (message.job.params.model, message.job.params.lane)
+        self._delivered[lane] = max(self._delivered.get(lane, 0), message.sequence)
+        self.restart_clock(message)
+        return _MemoryDelivery(self, message, message.deliveries)
+
+    def restart_clock(self, message: _Message) -> None:
+        """Gives the message back when ack_wait passes from now on."""
+        message.release()
+        loop = asyncio.get_running_loop()
+        message.redelivery = loop.call_later(self._ack_wait_seconds, self.give_back, message)
+
+    def give_back(self, message: _Message) -> None:
+        """Makes a taken message available again."""
+        message.release()
+        self._bell.ring()
+
+    def finish(self, message: _Message, reason: str | None = None) -> None:
+        """Removes the message; with a reason it goes to the dead letters."""
+        if self._pop(message.sequence) is not None and reason is not None:
+            self.dead.append((message.job, reason))
+
+    def _pop(self, sequence: int) -> _Message | None:
+        message = self._messages.pop(sequence, None)
+        if message is not None:
+            message.release()
+        return message
+
+
+class _MemoryDelivery:
+    def __init__(self, queue: MemoryJobQueue, message: _Message, attempt: int) -> None:
+        self._queue = queue
+        self._message = message
+        self._attempt = attempt
+
+    @property
+    def job(self) -> QueuedJob:
+        return self._message.job
+
+    @property
+    def attempt(self) -> int:
+        return self._attempt
+
+    @property
+    def _current(self) -> bool:
+        return self._message.taken and self._message.deliveries == self._attempt
+
+    async def ack(self) -> None:
+        self._queue.finish(self._message)
+
+    async def nak(self) -> None:
+        if self._current:
+            self._queue.give_back(self._message)
+
+    async def term(self, reason: str) -> None:
+        self._queue.finish(self._message, reason)
+
+    async def in_progress(self) -> None:
+        if self._current:
+            self._queue.restart_clock(self._message)
+
+
+@dataclass(slots=True, eq=False)
+class _Log:
+    entries: list[Envelope] = field(default_factory=list)
+    # Counts what was not a preview; a writer that does not know the last count was overtaken.
+    revision: int = 0
+    bell: _Bell = field(default_factory=_Bell)
+
+
+class MemoryEventLog:
+    """An EventLog of one process; it keeps everything but replaced previews."""
+
+    def __init__(self) -> None:
+        self._logs: dict[int, _Log] = {}
+
+    def _log(self, job_id: int) -> _Log:
+        return self._logs.setdefault(job_id, _Log())
+
+    async def open(self, job_id: int, *, fresh: bool = False) -> _MemoryEventWriter:
+        return _MemoryEventWriter(job_id, self._log(job_id), fresh)
+
+    @asynccontextmanager
+    async def watch(
+        self, job_id: int, after_sequence: int = 0
+    ) -> AsyncIterator[AsyncIterator[Envelope]]:
+        yield self._follow(self._log(job_id), after_sequence)
+
+    async def _follow(self, log: _Log, last: int) -> AsyncIterator[Envelope]:
+        while True:
+            changed = log.bell.next_ring()
+            found = next((entry for entry in log.entries if entry.sequence > last), None)
+            if found is None:
+                await changed.wait()
+                continue
+            last = found.sequence
+            yield found
+
+
+class _MemoryEventWriter:
+    def __init__(self, job_id: int, log: _Log, fresh: bool) -> None:
+        self._job_id = job_id
+        self._log = log
+        self._revision = 0 if fresh else log.revision
+        known = [] if fresh else log.entries
+        self._sequence = known[-1].sequence if known else 0
+        self._ended = any(entry.is_terminal for entry in known)
+
+    @property
+    def sequence(self) -> int:
+        return self._sequence
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    async def append(self, event: Event) -> Envelope:
+        log = self._log
+        if log.revision != self._revision:
+            raise OwnershipLostError(f"job {self._job_id}: another writer has the log")
+        self._sequence += 1
+        entry = Envelope(
+            sequence=self._sequence, time=time.time(), job_id=self._job_id, event=event
+        )
+        if isinstance(event, Preview):
+            log.entries = [e for e in log.entries if not _same_preview(e.event, event)]
+        else:
+            log.revision += 1
+            self._revision += 1
+        log.entries.append(entry)
+        self._ended = self._ended or isinstance(event, TERMINAL)
+        log.bell.ring()
+        return entry
+
+
+def _same_preview(old: Event, new: Preview) -> bool:
+    return isinstance(old, Preview) and old.sample == new.sample
+
+
+class MemoryControl:
+    """A Control of one process."""
+
+    def __init__(self) -> None:
+        self._handlers: list[Callable[[int], Awaitable[None]]] = []
+
+    async def cancel(self, job_id: int) -> None:
+        for handler in list(self._handlers):
+            await handler(job_id)
+
+    @asynccontextmanager
+    async def on_cancel(self, handler: Callable[[int], Awaitable[None]]) -> AsyncIterator[None]:
+        self._handlers.append(handler)
+        try:
+            yield
+        finally:
+            self._handlers.remove(handler)
