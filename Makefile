@@ -1,0 +1,75 @@
+# One word per task. Everything that is installed stays in .venv/, node_modules/ and .img2img/.
+# Nothing here needs root, Docker or a GPU. See CONTRIBUTING.md.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first Python from 3.11 on that can make virtual environments.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+WITH_NPM := $(shell command -v npm 2>/dev/null)
+
+.PHONY: help setup gen check fix test gold demo serve bench
+
+help: ## Show these words
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.local ## Turn examples/ into a new picture with the whole service, then stop
+	@$(BIN)/python examples/demo.py
+
+serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
+	@exec $(BIN)/img2img-server local
+
+setup: .venv/.dev $(if $(WITH_NPM),node_modules/.installed) ## Install everything for development
+
+test: setup ## Run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## Lint, types, imports, stubs and pages; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/generate_settings.py --check
+	$(if $(WITH_NPM),node_modules/.bin/buf lint proto,@echo "skipped: buf lint (no npm here)")
+
+fix: setup ## Let the tools correct what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gen: setup ## Write the stubs in proto/gen and docs/settings.md
+	$(BIN)/python proto/generate.py
+	$(BIN)/python docs/generate_settings.py
+
+gold: setup ## Rewrite the golden files; look at the difference before you commit it
+	GOLD=1 $(BIN)/python -m pytest tests/golden $(ARGS)
+
+bench: setup ## Measure the service's own overhead on this machine
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+# Stamps: nothing is installed again until what it depends on has changed.
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "img2img needs Python 3.11 or newer with venv" \
+		"(Debian: apt-get install python3 python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.local: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing the service into .venv (the first time takes some minutes)"
+	$(PIP) install -c constraints.txt -e '.[local]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing the service and the tools into .venv (the first time takes some minutes)"
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch .venv/.local $@
+
+node_modules/.installed: package.json package-lock.json
+	npm ci --silent
+	@touch $@
