@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]  # height x width x 3, RGB
+
 
 class InvalidImageError(Exception):
     """The init image breaks a rule; the sentence is the one the HTTP contract gives."""
