@@ -1,0 +1,281 @@
+"""The only place that knows both protobuf and the domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from img2img.v1 import event_pb2, job_pb2, service_pb2
+from img2img_server.domain import events
+from img2img_server.domain.job import Determinism, Job, SampleResult, State, Timings
+from img2img_server.domain.models import ModelInfo, WorkerInfo
+from img2img_server.domain.params import ImageFormat, JobParams, Lane, Violation, is_http_url
+
+FORMATS = {
+    job_pb2.IMAGE_FORMAT_UNSPECIFIED: ImageFormat.JPEG,
+    job_pb2.IMAGE_FORMAT_PNG: ImageFormat.PNG,
+    job_pb2.IMAGE_FORMAT_JPEG: ImageFormat.JPEG,
+    job_pb2.IMAGE_FORMAT_WEBP: ImageFormat.WEBP,
+}
+LANES = {
+    job_pb2.LANE_UNSPECIFIED: Lane.REALTIME,
+    job_pb2.LANE_REALTIME: Lane.REALTIME,
+    job_pb2.LANE_BATCH: Lane.BATCH,
+}
+# Reversed, so that an unspecified value never comes back.
+_FORMATS_OUT = {value: number for number, value in FORMATS.items() if number}
+_LANES_OUT = {value: number for number, value in LANES.items() if number}
+STATES = {
+    State.QUEUED: job_pb2.Job.STATE_QUEUED,
+    State.RUNNING: job_pb2.Job.STATE_RUNNING,
+    State.SUCCEEDED: job_pb2.Job.STATE_SUCCEEDED,
+    State.FAILED: job_pb2.Job.STATE_FAILED,
+    State.CANCELLED: job_pb2.Job.STATE_CANCELLED,
+}
+_DETERMINISM = {
+    Determinism.UNKNOWN: job_pb2.DETERMINISM_CLASS_UNSPECIFIED,
+    Determinism.EXACT: job_pb2.DETERMINISM_CLASS_EXACT,
+    Determinism.BOUNDED: job_pb2.DETERMINISM_CLASS_BOUNDED,
+}
+_STAGES = {
+    events.Stage.TEXT_ENCODED: event_pb2.StageFinished.STAGE_TEXT_ENCODED,
+    events.Stage.IMAGE_ENCODED: event_pb2.StageFinished.STAGE_IMAGE_ENCODED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A JobSpec as understood: parameters, the inline picture if any, what was wrong already."""
+
+    params: JobParams
+    init_image: bytes
+    violations: list[Violation]
+
+
+def request(spec: job_pb2.JobSpec, *, default_model: str, random_seed: int) -> Request:
+    """Reads a JobSpec. What the domain's types cannot hold is reported as violations."""
+    violations = []
+    source = spec.init_image.WhichOneof("source")
+    if source is None or not getattr(spec.init_image, source):
+        violations.append(Violation("init_image", "init_image is required"))
+    elif source == "url" and not is_http_url(spec.init_image.url):
+        text = "Unable to fetch image from provided URL"
+        violations.append(Violation("init_image", text))
+    for name, table in (("output_format", FORMATS), ("lane", LANES)):
+        if getattr(spec, name) not in table:
+            violations.append(Violation(name, f"{name} {getattr(spec, name)} is not known"))
+    params = JobParams(
+        prompt=spec.prompt,
+        negative_prompt=spec.negative_prompt,
+        init_image_url=spec.init_image.url,
+        width=spec.width if spec.HasField("width") else 512,
+        height=spec.height if spec.HasField("height") else 512,
+        samples=spec.samples if spec.HasField("samples") else 1,
+        strength=spec.strength if spec.HasField("strength") else 0.7,
+        seed=spec.seed if spec.HasField("seed") else random_seed,
+        safety_checker=spec.safety_checker if spec.HasField("safety_checker") else True,
+        enhance_prompt=spec.enhance_prompt,
+        base64=spec.base64,
+        temp=spec.temp,
+        webhook=spec.webhook,
+        track_id=spec.track_id,
+        model=spec.model or default_model,
+        num_inference_steps=(
+            spec.num_inference_steps if spec.HasField("num_inference_steps") else None
+        ),
+        guidance_scale=spec.guidance_scale if spec.HasField("guidance_scale") else None,
+        scheduler=spec.scheduler,
+        output_format=FORMATS.get(spec.output_format, ImageFormat.JPEG),
+        preview_interval_steps=spec.preview_interval_steps,
+        lane=LANES.get(spec.lane, Lane.REALTIME),
+        annotations=tuple(sorted(spec.annotations.items())),
+    )
+    return Request(params, spec.init_image.data, violations)
+
+
+def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> job_pb2.Job:
+    """A record as callers see it."""
+    message = job_pb2.Job(
+        name=job.name,
+        id=job.id,
+        state=STATES[job.state],
+        spec=_spec(job.params),
+        samples=[_sample(sample) for sample in job.samples],
+        future_urls=job.future_urls,
+        create_time=timestamp(job.create_time),
+        worker=job.worker,
+        device=job.device,
+        determinism=_DETERMINISM[job.determinism],
+        attempt=job.attempt,
+        file_prefix=job.file_prefix,
+        warning=job.warning,
+        original_prompt=job.original_prompt,
+        webhook_status=job.webhook_status,
+    )
+    if job.failure:
+        message.error.reason = job.failure.reason
+        message.error.message = job.failure.message
+        message.error.retryable = job.failure.retryable
+    if job.start_time:
+        message.start_time.CopyFrom(timestamp(job.start_time))
+    if job.state.is_terminal:
+        message.timings.CopyFrom(_timings(job.timings))
+        message.end_time.CopyFrom(timestamp(job.end_time))
+        message.expire_time.CopyFrom(timestamp(job.end_time + retention_hours * 3600))
+    elif eta_seconds is not None:
+        message.eta.CopyFrom(duration(eta_seconds))
+    return message
+
+
+def event(envelope: events.Envelope, job: job_pb2.Job | None = None) -> event_pb2.JobEvent:
+    """One entry of a log; a terminal one carries the whole job."""
+    message = event_pb2.JobEvent(
+        sequence=envelope.sequence,
+        event_time=timestamp(envelope.time),
+        job=f"jobs/{envelope.job_id}",
+    )
+    match envelope.event:
+        case events.Queued() as it:
+            message.queued.position = it.position
+            message.queued.requeue_reason = it.requeue_reason
+            if it.eta_seconds is not None:
+                message.queued.eta.CopyFrom(duration(it.eta_seconds))
+        case events.Started() as it:
+            message.started.worker = it.worker
+            message.started.model = it.model
+            message.started.attempt = it.attempt
+        case events.StageFinished() as it:
+            message.stage.stage = _STAGES[it.stage]
+        case events.StepFinished() as it:
+            message.step.sample, message.step.step = it.sample, it.step
+            message.step.total, message.step.sigma = it.total, it.sigma
+        case events.Preview() as it:
+            message.preview.sample, message.preview.step = it.sample, it.step
+            message.preview.image.CopyFrom(_image(it.image))
+        case events.SampleFinished() as it:
+            finished = message.sample_finished
+            finished.sample, finished.seed, finished.nsfw = it.sample, it.seed, it.nsfw
+            finished.image.CopyFrom(_image(it.image))
+        case events.SampleStored() as it:
+            stored = message.sample_stored
+            stored.sample, stored.url = it.sample, it.url
+            stored.sha256, stored.size_bytes = it.sha256, it.size_bytes
+        case events.Succeeded():
+            message.succeeded.job.CopyFrom(job or job_pb2.Job())
+        case events.Failed():
+            message.failed.job.CopyFrom(job or job_pb2.Job())
+        case events.Cancelled():
+            message.cancelled.job.CopyFrom(job or job_pb2.Job())
+    return message
+
+
+def snapshot(job: job_pb2.Job, *, sequence: int, time: float) -> event_pb2.JobEvent:
+    """The first message of every stream."""
+    return event_pb2.JobEvent(
+        sequence=sequence,
+        event_time=timestamp(time),
+        job=job.name,
+        snapshot=event_pb2.JobSnapshot(job=job),
+    )
+
+
+def model(info: ModelInfo, workers: list[WorkerInfo]) -> service_pb2.Model:
+    """A model and the workers that serve it now."""
+    serving = [worker for worker in workers if worker.model.name == info.name]
+    return service_pb2.Model(
+        name=info.name,
+        family=info.family,
+        schedulers=info.schedulers,
+        default_num_inference_steps=info.default_num_inference_steps,
+        default_guidance_scale=info.default_guidance_scale,
+        default_strength=info.default_strength,
+        native_size=info.native_size,
+        workers=len(serving),
+        device=serving[0].device if serving else "",
+    )
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Unix seconds as a Timestamp, to the microsecond."""
+    whole = int(seconds)
+    return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e6) * 1000)
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds, at least 0, as a Duration, to the microsecond."""
+    whole = int(max(0.0, seconds))
+    return Duration(seconds=whole, nanos=int((max(0.0, seconds) - whole) * 1e6) * 1000)
+
+
+def _spec(params: JobParams) -> job_pb2.JobSpec:
+    spec = job_pb2.JobSpec(
+        prompt=params.prompt,
+        negative_prompt=params.negative_prompt,
+        width=params.width,
+        height=params.height,
+        samples=params.samples,
+        strength=params.strength,
+        seed=params.seed,
+        safety_checker=params.safety_checker,
+        enhance_prompt=params.enhance_prompt,
+        base64=params.base64,
+        temp=params.temp,
+        webhook=params.webhook,
+        track_id=params.track_id,
+        model=params.model,
+        scheduler=params.scheduler,
+        output_format=_FORMATS_OUT[params.output_format],
+        preview_interval_steps=params.preview_interval_steps,
+        lane=_LANES_OUT[params.lane],
+        num_inference_steps=params.num_inference_steps,
+        guidance_scale=params.guidance_scale,
+        annotations=dict(params.annotations),
+    )
+    if params.init_image_url:
+        spec.init_image.url = params.init_image_url
+    return spec
+
+
+def _sample(sample: SampleResult) -> job_pb2.Sample:
+    return job_pb2.Sample(
+        index=sample.index,
+        seed=sample.seed,
+        url=sample.url,
+        sha256=sample.sha256,
+        size_bytes=sample.size_bytes,
+        nsfw=sample.nsfw,
+    )
+
+
+def _image(image: events.EncodedImage) -> job_pb2.Image:
+    return job_pb2.Image(
+        data=image.data,
+        media_type=image.media_type,
+        size_bytes=len(image.data),
+        sha256=image.sha256,
+        width=image.width,
+        height=image.height,
+    )
+
+
+def _timings(timings: Timings) -> job_pb2.Timings:
+    names = [
+        "queue",
+        "fetch",
+        "prepare",
+        "encode",
+        "denoise",
+        "decode",
+        "safety",
+        "image_encode",
+        "upload",
+        "engine",
+        "total",
+    ]
+    return job_pb2.Timings(
+        steps=timings.steps,
+        batch_share=timings.batch_share,
+        **{name: duration(getattr(timings, name)) for name in names},
+    )

@@ -1,0 +1,44 @@
+"""How long a job will take: its own work and what lies before it, shared by the live workers."""
+
+from __future__ import annotations
+
+from img2img_server.domain.job import Job, State
+from img2img_server.domain.params import JobParams
+from img2img_server.queue.base import JobQueue
+from img2img_server.store.base import WorkerRegistry
+
+_BASE_PIXELS = 512 * 512
+
+
+class Estimator:
+    """Estimates from the workers' announced time of one sample at 512x512."""
+
+    def __init__(self, queue: JobQueue, workers: WorkerRegistry) -> None:
+        self._queue = queue
+        self._workers = workers
+
+    async def new_job(self, params: JobParams) -> float | None:
+        """Seconds until a job that comes now would end; None when nothing is known."""
+        before = await self._queue.depth(params.model, params.lane)
+        return await self._seconds(params, before)
+
+    async def job(self, job: Job) -> tuple[int, float | None]:
+        """Jobs before it (-1: unknown, 0 when running) and seconds until it ends, if known."""
+        if job.state is State.RUNNING:
+            return 0, await self._seconds(job.params, 0)
+        if job.state is not State.QUEUED or not job.queue_sequence:
+            return -1, None
+        before = await self._queue.position(job.params.model, job.params.lane, job.queue_sequence)
+        return before, await self._seconds(job.params, max(0, before))
+
+    async def _seconds(self, params: JobParams, before: int) -> float | None:
+        serving = [
+            worker
+            for worker in await self._workers.workers()
+            if worker.model.name == params.model and worker.job_seconds > 0
+        ]
+        if not serving:
+            return None
+        mean = sum(worker.job_seconds for worker in serving) / len(serving)
+        own = mean * params.samples * params.width * params.height / _BASE_PIXELS
+        return own + mean * before / len(serving)

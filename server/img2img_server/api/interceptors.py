@@ -1,0 +1,170 @@
+"""What every RPC passes through: the key, errors made into statuses, metrics and a log line."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from img2img_server import errors
+from img2img_server.api.convert import duration
+from img2img_server.api.keys import KeyRing, Principal
+from img2img_server.telemetry import RPC_SECONDS, RPCS
+
+SERVICE = "/img2img.v1.Img2ImgService/"
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any]
+_principal: ContextVar[Principal] = ContextVar("principal")
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+log = structlog.get_logger()
+
+
+def current_principal() -> Principal:
+    """Who calls; set for every method of our service."""
+    return _principal.get()
+
+
+def status_of(error: errors.ServiceError) -> status_pb2.Status:
+    """The status with its details: ErrorInfo always, BadRequest or RetryInfo where they apply."""
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(
+            reason=error.reason, domain=errors.DOMAIN, metadata=error.metadata
+        )
+    ]
+    if isinstance(error, errors.InvalidRequestError):
+        fields = [
+            error_details_pb2.BadRequest.FieldViolation(
+                field=violation.field, description=violation.description
+            )
+            for violation in error.violations
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=fields))
+    if error.retry_seconds is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_seconds)))
+    status = status_pb2.Status(code=error.code.value, message=str(error))
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def abort(context: Context, error: errors.ServiceError) -> NoReturn:
+    """Ends the RPC with the error's status."""
+    status = rpc_status.to_status(status_of(error))
+    context.set_trailing_metadata(status.trailing_metadata)
+    await context.abort(_CODES[error.code.value], str(error))
+    raise AssertionError  # abort raises
+
+
+class ServiceInterceptor(grpc.aio.ServerInterceptor):
+    """Authenticates, maps errors, counts. Other services (health, reflection) pass untouched."""
+
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+        ],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(details)
+        if not details.method.startswith(SERVICE) or handler is None:
+            return handler
+        method = details.method.removeprefix(SERVICE)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(method, handler.unary_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method, handler.unary_unary),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _authenticate(self, context: Context) -> None:
+        principal = self._keys.authenticate(bearer_key(context))
+        if principal is None:
+            raise errors.UnauthenticatedError
+        _principal.set(principal)
+
+    def _unary(self, method: str, inner: Any) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            with _Measured(method) as measured:
+                try:
+                    self._authenticate(context)
+                    return await inner(request, context)
+                except (grpc.aio.AbortError, asyncio.CancelledError):
+                    raise
+                except Exception as error:
+                    await abort(context, measured.failed(error))
+
+        return call
+
+    def _streaming(self, method: str, inner: Any) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            with _Measured(method) as measured:
+                try:
+                    self._authenticate(context)
+                    async for message in inner(request, context):
+                        yield message
+                except (grpc.aio.AbortError, asyncio.CancelledError):
+                    raise
+                except Exception as error:
+                    await abort(context, measured.failed(error))
+
+        return call
+
+
+def bearer_key(context: Context) -> str:
+    """The key of "authorization: Bearer KEY"; empty when there is none."""
+    for name, value in context.invocation_metadata() or ():
+        if name == "authorization" and isinstance(value, str):
+            scheme, _, key = value.partition(" ")
+            if scheme.lower() == "bearer":
+                return key.strip()
+    return ""
+
+
+class _Measured:
+    """Times one RPC and says how it ended, in metrics and in one line of the log."""
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        self._code = "OK"
+
+    def failed(self, error: Exception) -> errors.ServiceError:
+        """The error to answer with; the unexpected becomes INTERNAL with a logged id."""
+        if not isinstance(error, errors.ServiceError):
+            error_id = secrets.token_hex(8)
+            log.error("rpc broke", method=self._method, error_id=error_id, exc_info=error)
+            error = errors.InternalError(error_id)
+        self._code = error.code.name
+        return error
+
+    def __enter__(self) -> _Measured:
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit):
+            self._code = "CANCELLED"
+        seconds = time.monotonic() - self._start
+        RPCS.labels(self._method, self._code).inc()
+        RPC_SECONDS.labels(self._method).observe(seconds)
+        log.info("rpc", method=self._method, code=self._code, seconds=round(seconds, 4))

@@ -1,0 +1,134 @@
+"""API keys: hashed at rest, each with its tenant and permissions.
+
+    [[keys]]
+    sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    tenant = "shop"
+    permissions = ["manage", "unsafe"]
+
+`manage`: the management calls. `unsafe`: may turn the safety checker off. Keys are random and
+long (make one with `img2img-server keys`), so a plain SHA-256 needs no salt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from img2img_server.settings import SettingsError
+
+PERMISSIONS = frozenset({"manage", "unsafe"})
+DEV_KEY = "dev-key"
+_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Whoever holds a key."""
+
+    tenant: str
+    permissions: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    digest: bytes
+    principal: Principal
+
+
+class KeyRing:
+    """The keys of a file, read again when the file changes, and the development key."""
+
+    def __init__(self, file: Path | None, *, dev_key: bool) -> None:
+        """Raises SettingsError when the file cannot be used."""
+        self._file = file
+        self._fixed = [_Entry(_digest(DEV_KEY), Principal("dev", PERMISSIONS))] if dev_key else []
+        self._stamp: tuple[int, int] | None = None
+        self._entries: list[_Entry] = []
+        if file is not None:
+            self._stamp, self._entries = _stamp(file), _read(file)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._fixed and not self._entries
+
+    def authenticate(self, key: str) -> Principal | None:
+        """The holder of the key, or None. Takes the same time for every wrong key."""
+        self._refresh()
+        digest = _digest(key)
+        found = None
+        for entry in (*self._fixed, *self._entries):
+            if hmac.compare_digest(entry.digest, digest):
+                found = entry.principal
+        return found
+
+    def _refresh(self) -> None:
+        if self._file is None:
+            return
+        try:
+            stamp = _stamp(self._file)
+            if stamp != self._stamp:
+                self._entries = _read(self._file)
+                self._stamp = stamp
+                log.info("API keys read again", keys=len(self._entries))
+        except SettingsError as error:  # keep the keys that worked
+            log.error("API keys not read again", error=str(error))
+
+
+def new_key(tenant: str, permissions: list[str]) -> tuple[str, str]:
+    """Makes a key. Returns it and its entry for the file; only the entry is to be kept."""
+    key = "i2i_" + secrets.token_urlsafe(32)
+    listed = ", ".join(f'"{permission}"' for permission in permissions)
+    entry = (
+        f'[[keys]]\nsha256 = "{_digest(key).hex()}"\ntenant = "{tenant}"\npermissions = [{listed}]'
+    )
+    return key, entry
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise SettingsError(f"API keys file {file}: {error.strerror}") from error
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _read(file: Path) -> list[_Entry]:
+    try:
+        table = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"API keys file {file}: {error}") from error
+    mistakes: list[str] = []
+    entries = [
+        _entry(item, f"keys[{number}]", mistakes)
+        for number, item in enumerate(table.get("keys", []))
+    ]
+    if mistakes:
+        raise SettingsError(f"API keys file {file}:\n  " + "\n  ".join(mistakes))
+    return entries
+
+
+def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
+    digest, tenant = str(item.get("sha256", "")), str(item.get("tenant", ""))
+    permissions = frozenset(item.get("permissions", []))
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        mistakes.append(f"{where}.sha256 must be 64 hexadecimal digits")
+        digest = ""
+    if not _TENANT.fullmatch(tenant):
+        mistakes.append(f"{where}.tenant must be 1 to 63 of a-z, 0-9 and -")
+    if unknown := permissions - PERMISSIONS:
+        mistakes.append(f"{where}.permissions: {', '.join(sorted(unknown))} is not known")
+    return _Entry(bytes.fromhex(digest), Principal(tenant, permissions))

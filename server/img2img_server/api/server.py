@@ -1,0 +1,181 @@
+"""The api role: builds its parts, serves, stops."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from img2img.v1 import service_pb2, service_pb2_grpc
+from img2img_server import errors
+from img2img_server.api.cancel import Canceller
+from img2img_server.api.estimate import Estimator
+from img2img_server.api.intake import Fetch, Intake
+from img2img_server.api.interceptors import ServiceInterceptor
+from img2img_server.api.keys import KeyRing
+from img2img_server.api.service import Img2ImgServicer
+from img2img_server.api.watch import Watcher
+from img2img_server.bus import Bus, connect_bus
+from img2img_server.images.fetch import Fetcher
+from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.settings import Settings, SettingsError
+from img2img_server.telemetry import probe_server
+
+SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["Img2ImgService"].full_name
+_HEALTH_SECONDS = 2.0
+
+log = structlog.get_logger()
+
+
+async def serve_api(
+    settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
+) -> None:
+    """Serves until `stop` is set. `started` is called with the address, "host:port"."""
+    keys = load_keys(settings)
+    async with (
+        connect_bus(settings) as bus,
+        Fetcher(
+            OutboundPolicy.parse(settings.outbound_allow),
+            timeout_seconds=settings.outbound_timeout_seconds,
+            max_bytes=settings.max_image_bytes,
+        ) as fetcher,
+    ):
+        await serve(settings, bus, fetcher.fetch, keys, stop, started)
+
+
+async def serve(
+    settings: Settings,
+    bus: Bus,
+    fetch: Fetch,
+    keys: KeyRing,
+    stop: asyncio.Event,
+    started: Callable[[str], None] | None = None,
+) -> None:
+    """Serves on parts that exist already; the order of stopping stands at the end."""
+    estimator = Estimator(bus.queue, bus.workers)
+    servicer = Img2ImgServicer(
+        settings,
+        bus.jobs,
+        bus.workers,
+        Intake(settings, bus.jobs, bus.queue, bus.events, bus.workers, fetch),
+        Watcher(
+            bus.jobs,
+            bus.events,
+            estimator,
+            stop,
+            most=settings.max_watchers,
+            retention_hours=settings.retention_hours,
+        ),
+        Canceller(bus.jobs, bus.queue, bus.events, bus.control),
+        link_base=settings.public_base_url or f"http://{settings.http_host}:{settings.http_port}",
+        stop=stop,
+    )
+    server = grpc.aio.server(
+        interceptors=[ServiceInterceptor(keys)], options=server_options(settings)
+    )
+    service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    port = _listen(server, settings)
+    await server.start()
+    async with (
+        _health(health_servicer, bus, stop) as is_ready,
+        probe_server(settings, is_ready) as probes,
+    ):
+        address = f"{settings.grpc_host}:{port}"
+        log.info("api serves", address=address, probes=probes)
+        if started:
+            started(address)
+        await stop.wait()
+        # Not serving -> streams end with a hint to resume -> calls under way finish -> closed.
+        await health_servicer.enter_graceful_shutdown()
+        await server.stop(settings.drain_seconds)
+    log.info("api stopped")
+
+
+def load_keys(settings: Settings) -> KeyRing:
+    """The keys, refused when they would leave the service open. Raises SettingsError."""
+    keys = KeyRing(settings.api_keys_file, dev_key=settings.dev_key and not settings.api_keys_file)
+    if keys.is_empty:
+        raise SettingsError(
+            "no API keys: set IMG2IMG_API_KEYS_FILE (make keys with `img2img-server keys`)"
+        )
+    if settings.dev_key and not settings.api_keys_file and not is_loopback(settings.grpc_host):
+        raise SettingsError(
+            f"refusing to listen on {settings.grpc_host} with the well-known development key: "
+            "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
+        )
+    return keys
+
+
+def is_loopback(host: str) -> bool:
+    """Whether host names this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """Message limits and keepalive: dead callers are noticed within about a minute."""
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _listen(server: grpc.aio.Server, settings: Settings) -> int:
+    address = f"{settings.grpc_host}:{settings.grpc_port}"
+    try:
+        if settings.tls_cert_file and settings.tls_key_file:
+            pair = (settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())
+            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        return server.add_insecure_port(address)
+    except (RuntimeError, OSError) as error:
+        raise SettingsError(f"cannot listen on {address}: is the port taken?") from error
+
+
+@asynccontextmanager
+async def _health(
+    servicer: health.aio.HealthServicer, bus: Bus, stop: asyncio.Event
+) -> AsyncIterator[Callable[[], bool]]:
+    """Keeps the health service true: serving while the bus answers."""
+    serving = False
+
+    async def update() -> None:
+        nonlocal serving
+        try:
+            await bus.workers.models()
+            serving = True
+        except errors.UnavailableError:
+            serving = False
+        state = health_pb2.HealthCheckResponse.SERVING
+        if not serving:
+            state = health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await servicer.set(name, state)
+
+    async def repeat() -> None:
+        while True:
+            await update()
+            await asyncio.sleep(_HEALTH_SECONDS)
+
+    await update()
+    task = asyncio.create_task(repeat())
+    try:
+        yield lambda: serving and not stop.is_set()
+    finally:
+        task.cancel()

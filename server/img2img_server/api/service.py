@@ -1,0 +1,192 @@
+"""The gRPC service: every method in a few lines, the work is in intake, watch and cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import structlog
+
+from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
+from img2img_server import __version__, errors
+from img2img_server.api import convert
+from img2img_server.api.cancel import Canceller
+from img2img_server.api.intake import Caller, Intake
+from img2img_server.api.interceptors import current_principal
+from img2img_server.api.watch import Watcher
+from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
+from img2img_server.domain.params import Violation, is_http_url
+from img2img_server.settings import Settings
+from img2img_server.store.base import JobStore, WorkerRegistry
+
+Context = grpc.aio.ServicerContext[Any, Any]
+LINK_BASE = "img2img-link-base"
+_PAGE_DEFAULT, _PAGE_MOST = 20, 100
+
+log = structlog.get_logger()
+
+
+class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
+    """Implements img2img.v1.Img2ImgService; see service.proto for the promises."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        jobs: JobStore,
+        workers: WorkerRegistry,
+        intake: Intake,
+        watcher: Watcher,
+        canceller: Canceller,
+        *,
+        link_base: str,
+        stop: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._workers = workers
+        self._intake = intake
+        self._watcher = watcher
+        self._canceller = canceller
+        self._link_base = link_base
+        self._stop = stop
+
+    async def Generate(  # noqa: N802
+        self, request: service_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[service_pb2.GenerateResponse]:
+        caller = self._caller(context)
+        stored = await self._intake.create(request.spec, request.request_id, caller)
+        tenant, job_id = stored.job.tenant, stored.job.id
+        ended = False
+        try:
+            async for event in self._watcher.stream(tenant, job_id, 0):
+                ended = event.WhichOneof("event") in ("succeeded", "failed", "cancelled")
+                yield service_pb2.GenerateResponse(event=event)
+        finally:
+            # A stopping server is not a caller who hung up.
+            if not (ended or request.detach or self._stop.is_set()):
+                await asyncio.shield(self._abandon(tenant, job_id))
+
+    async def CreateJob(  # noqa: N802
+        self, request: service_pb2.CreateJobRequest, context: Context
+    ) -> service_pb2.CreateJobResponse:
+        caller = self._caller(context, with_deadline=False)
+        stored = await self._intake.create(request.spec, request.request_id, caller)
+        return service_pb2.CreateJobResponse(job=await self._watcher.message(stored.job))
+
+    async def GetJob(  # noqa: N802
+        self, request: service_pb2.GetJobRequest, context: Context
+    ) -> service_pb2.GetJobResponse:
+        stored = await self._jobs.get(current_principal().tenant, _job_id(request.name))
+        if stored is None:
+            raise errors.JobNotFoundError(request.name)
+        return service_pb2.GetJobResponse(job=await self._watcher.message(stored.job))
+
+    async def ListJobs(  # noqa: N802
+        self, request: service_pb2.ListJobsRequest, context: Context
+    ) -> service_pb2.ListJobsResponse:
+        tenant = current_principal().tenant
+        size, before = _page(request)
+        wanted = set(request.states)
+        found: list[job_pb2.Job] = []
+        for job_id in await self._jobs.list_ids(tenant):
+            if job_id >= before:
+                continue
+            stored = await self._jobs.get(tenant, job_id)
+            if stored is None or (wanted and convert.STATES[stored.job.state] not in wanted):
+                continue
+            if len(found) == size:  # there is at least one more
+                token = _token(found[-1].id)
+                return service_pb2.ListJobsResponse(jobs=found, next_page_token=token)
+            found.append(await self._watcher.message(stored.job))
+        return service_pb2.ListJobsResponse(jobs=found)
+
+    async def WatchJob(  # noqa: N802
+        self, request: service_pb2.WatchJobRequest, context: Context
+    ) -> AsyncIterator[service_pb2.WatchJobResponse]:
+        if request.after_sequence < 0:
+            text = "after_sequence must not be negative"
+            raise errors.InvalidRequestError([Violation("after_sequence", text)])
+        tenant, job_id = current_principal().tenant, _job_id(request.name)
+        async for event in self._watcher.stream(tenant, job_id, request.after_sequence):
+            yield service_pb2.WatchJobResponse(event=event)
+
+    async def CancelJob(  # noqa: N802
+        self, request: service_pb2.CancelJobRequest, context: Context
+    ) -> service_pb2.CancelJobResponse:
+        job = await self._canceller.cancel(current_principal().tenant, _job_id(request.name))
+        return service_pb2.CancelJobResponse(job=await self._watcher.message(job))
+
+    async def GetCapabilities(  # noqa: N802
+        self, request: service_pb2.GetCapabilitiesRequest, context: Context
+    ) -> service_pb2.GetCapabilitiesResponse:
+        workers = await self._workers.workers()
+        default = self._settings.default_model
+        models = sorted(await self._workers.models(), key=lambda m: (m.name != default, m.name))
+        limits, settings = self._intake.limits, self._settings
+        return service_pb2.GetCapabilitiesResponse(
+            server_version=__version__,
+            models=[convert.model(info, workers) for info in models],
+            limits=service_pb2.Limits(
+                max_prompt_characters=limits.max_prompt_characters,
+                min_side_pixels=limits.min_side_pixels,
+                max_side_pixels=limits.max_side_pixels,
+                side_multiple=limits.side_multiple,
+                max_samples=limits.max_samples,
+                max_num_inference_steps=limits.max_num_inference_steps,
+                max_guidance_scale=limits.max_guidance_scale,
+                max_image_bytes=limits.max_image_bytes,
+                max_image_pixels=limits.max_image_pixels,
+                max_message_bytes=settings.max_message_bytes,
+                max_queued_jobs=settings.queue_limit,
+                retention=convert.duration(settings.retention_hours * 3600),
+            ),
+        )
+
+    async def _abandon(self, tenant: str, job_id: int) -> None:
+        with suppress(errors.ServiceError):
+            await self._canceller.cancel(tenant, job_id)
+            log.info("caller hung up, job cancelled", job=job_id)
+
+    def _caller(self, context: Context, *, with_deadline: bool = True) -> Caller:
+        base = next((str(v) for k, v in context.invocation_metadata() or () if k == LINK_BASE), "")
+        return Caller(
+            current_principal(),
+            base if is_http_url(base) else self._link_base,
+            context.time_remaining() if with_deadline else None,
+        )
+
+
+def _job_id(name: str) -> int:
+    """Reads "jobs/{id}". Raises JobNotFoundError: a name of another form names no job."""
+    prefix, _, number = name.partition("/")
+    if prefix == "jobs" and number.isascii() and number.isdigit() and len(number) < 12:
+        job_id = int(number)
+        if FIRST_JOB_ID <= job_id <= LAST_JOB_ID:
+            return job_id
+    raise errors.JobNotFoundError(name[:64])
+
+
+def _page(request: service_pb2.ListJobsRequest) -> tuple[int, int]:
+    """Page size, and the id that the page lies below."""
+    violations = []
+    if not 0 <= request.page_size <= _PAGE_MOST:
+        text = f"page_size must be between 1 and {_PAGE_MOST}"
+        violations.append(Violation("page_size", text))
+    before = LAST_JOB_ID + 1
+    if request.page_token:
+        try:
+            before = int(base64.urlsafe_b64decode(request.page_token).decode("ascii"))
+        except (binascii.Error, ValueError):
+            violations.append(Violation("page_token", "page_token is not one of ours"))
+    if violations:
+        raise errors.InvalidRequestError(violations)
+    return request.page_size or _PAGE_DEFAULT, before
+
+
+def _token(job_id: int) -> str:
+    return base64.urlsafe_b64encode(str(job_id).encode()).decode()

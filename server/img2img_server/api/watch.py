@@ -1,0 +1,135 @@
+"""A job's stream: a snapshot, its log from where the caller left off, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+from img2img.v1 import event_pb2, job_pb2
+from img2img_server import errors
+from img2img_server.api import convert
+from img2img_server.api.estimate import Estimator
+from img2img_server.domain.events import Cancelled, Envelope, Event, Failed, Succeeded
+from img2img_server.domain.job import Job, State
+from img2img_server.queue.base import EventLog
+from img2img_server.store.base import JobStore
+from img2img_server.telemetry import WATCHERS
+
+T = TypeVar("T")
+
+STOPPING = "This server is stopping; watch again with the last sequence seen."
+
+
+class Watcher:
+    """Streams logs to callers; knows how many and when to let go."""
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        events: EventLog,
+        estimator: Estimator,
+        stop: asyncio.Event,
+        *,
+        most: int,
+        retention_hours: int,
+    ) -> None:
+        self._jobs = jobs
+        self._events = events
+        self._estimator = estimator
+        self._stop = stop
+        self._most = most
+        self._open = 0
+        self._retention_hours = retention_hours
+
+    async def stream(
+        self, tenant: str, job_id: int, after_sequence: int
+    ) -> AsyncIterator[event_pb2.JobEvent]:
+        """Yields the job's events until its terminal one.
+
+        Raises:
+            JobNotFoundError, TooManyWatchersError; UnavailableError when the server stops.
+        """
+        if self._open >= self._most:
+            raise errors.TooManyWatchersError(self._most)
+        self._open += 1
+        WATCHERS.inc()
+        try:
+            # The log is opened before the record is read: nothing can fall between the two.
+            async with self._events.watch(job_id, after_sequence) as log:
+                job = await self._get(tenant, job_id)
+                yield await self._snapshot(job, after_sequence)
+                last = await self._log_end(job) if job.state.is_terminal else None
+                if last is None or last > after_sequence:
+                    async for envelope in self._until_stop(log):
+                        yield await self._message(tenant, envelope)
+                        if envelope.is_terminal:
+                            return
+                        after_sequence = envelope.sequence
+                        if last is not None and after_sequence >= last:
+                            break
+                if last is None:
+                    raise errors.UnavailableError(STOPPING)  # the log closed under us
+                # The log has expired, or its writer died before the last word: the record knows.
+                yield await self._message(tenant, _ending(job, after_sequence + 1))
+        finally:
+            self._open -= 1
+            WATCHERS.dec()
+
+    async def message(self, job: Job) -> job_pb2.Job:
+        """A record as callers see it, with its estimate."""
+        eta = None
+        if not job.state.is_terminal:
+            _, eta = await self._estimator.job(job)
+        return convert.job(job, retention_hours=self._retention_hours, eta_seconds=eta)
+
+    async def _get(self, tenant: str, job_id: int) -> Job:
+        stored = await self._jobs.get(tenant, job_id)
+        if stored is None:
+            raise errors.JobNotFoundError(f"jobs/{job_id}")
+        return stored.job
+
+    async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
+        return convert.snapshot(await self.message(job), sequence=sequence, time=time.time())
+
+    async def _log_end(self, job: Job) -> int:
+        return (await self._events.open(job.id)).sequence
+
+    async def _message(self, tenant: str, envelope: Envelope) -> event_pb2.JobEvent:
+        if not envelope.is_terminal:
+            return convert.event(envelope)
+        job = await self._get(tenant, envelope.job_id)
+        return convert.event(envelope, await self.message(job))
+
+    async def _until_stop(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            while True:
+                following = asyncio.ensure_future(anext(items))
+                try:
+                    await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                    if not following.done():
+                        raise errors.UnavailableError(STOPPING)
+                    item = following.result()
+                except StopAsyncIteration:
+                    return
+                finally:
+                    following.cancel()
+                yield item
+        finally:
+            stopping.cancel()
+
+
+def _ending(job: Job, sequence: int) -> Envelope:
+    event: Event
+    if job.state is State.SUCCEEDED:
+        event = Succeeded()
+    elif job.state is State.CANCELLED:
+        event = Cancelled()
+    else:
+        failure = job.failure
+        event = Failed(
+            reason=failure.reason if failure else "", message=failure.message if failure else ""
+        )
+    return Envelope(sequence=sequence, time=job.end_time, job_id=job.id, event=event)

@@ -1,0 +1,57 @@
+"""How a role starts and stops: SIGTERM and SIGINT ask it to, a second signal ends it at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+log = structlog.get_logger()
+
+# A role runs until the event is set, then drains and returns.
+Role = Callable[[asyncio.Event], Awaitable[None]]
+
+
+def run_role(role: Role) -> int:
+    """Runs a role to its end and returns the exit code: 0 after a clean stop.
+
+    Errors propagate; `__main__` is the only place that turns them into an exit code.
+    """
+    asyncio.run(_run(role))
+    return 0
+
+
+async def _run(role: Role) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            log.warning("second signal, exiting now", signal=number.name)
+            os._exit(128 + number)
+        log.info("stopping", signal=number.name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        await role(stop)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def first_of(*waits: Awaitable[object]) -> None:
+    """Returns when the first of the waits has ended, and cancels the others. Raises its error."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,95 @@
+"""Logs, metrics and probes of a role."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+
+from img2img_server.settings import Settings
+
+_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+RPCS = Counter("img2img_rpcs_total", "Finished RPCs.", ["method", "code"])
+RPC_SECONDS = Histogram("img2img_rpc_seconds", "Time of RPCs.", ["method"], buckets=_SECONDS)
+WATCHERS = Gauge("img2img_watchers", "Open event streams.")
+JOBS_CREATED = Counter("img2img_jobs_created_total", "Jobs accepted.", ["model", "lane"])
+JOBS_ENDED = Counter("img2img_jobs_ended_total", "Jobs ended by this worker.", ["model", "state"])
+JOBS_RUNNING = Gauge("img2img_jobs_running", "Jobs this worker has taken and not ended.")
+STAGE_SECONDS = Histogram(
+    "img2img_stage_seconds", "Time of a job by stage.", ["stage"], buckets=_SECONDS
+)
+STEPS = Counter("img2img_steps_total", "Denoising steps run.")
+REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
+
+
+def configure_logging(settings: Settings, role: str) -> None:
+    """Structured logs on stderr: JSON, or coloured lines on a terminal."""
+    as_json = settings.log_format == "json" or (
+        settings.log_format == "auto" and not sys.stderr.isatty()
+    )
+    renderer: structlog.types.Processor = (
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    )
+    shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[settings.log_level.upper()]
+        ),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.root.handlers = [handler]
+    # Libraries speak at warning and above: some log whole requests at info.
+    logging.root.setLevel(logging.WARNING)
+    logging.getLogger("img2img_server").setLevel(logging.DEBUG)
+    structlog.contextvars.bind_contextvars(role=role)
+
+
+@asynccontextmanager
+async def probe_server(settings: Settings, ready: Callable[[], bool]) -> AsyncIterator[str]:
+    """Serves /metrics, /livez (the event loop turns) and /readyz (may get traffic).
+
+    Yields:
+        The address it listens on, "host:port".
+    """
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def livez(_: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        return web.Response(text="ready\n") if ready() else web.Response(status=503, text="busy\n")
+
+    app = web.Application()
+    app.add_routes(
+        [web.get("/metrics", metrics), web.get("/livez", livez), web.get("/readyz", readyz)]
+    )
+    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.metrics_host, settings.metrics_port).start()
+        host, port = runner.addresses[0][:2]
+        yield f"{host}:{port}"
+    finally:
+        await runner.cleanup()
