@@ -1,0 +1,216 @@
+"""An engine in memory, for tests of what surrounds it: no torch, no model, the same behaviour."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from img2img_server.domain.events import Stage
+from img2img_server.domain.job import Determinism
+from img2img_server.domain.models import ModelInfo
+from img2img_server.domain.params import denoising_steps
+from img2img_server.engine.base import (
+    EngineEvent,
+    EngineJob,
+    EngineTimings,
+    JobDone,
+    JobError,
+    JobStopped,
+    Pixels,
+    PreviewReady,
+    SampleReady,
+    Sink,
+    StageDone,
+    StepDone,
+)
+from img2img_server.errors import EngineError
+
+_log = logging.getLogger(__name__)
+
+FAKE_MODEL = ModelInfo(
+    name="fake",
+    family="fake",
+    schedulers=("ddim", "euler"),
+    default_num_inference_steps=4,
+    default_guidance_scale=1.0,
+)
+FAIL_PROMPT = "fail:"  # a prompt that begins so fails with the rest of it as its sentence
+
+
+@dataclass
+class _Run:
+    job: EngineJob
+    sink: Sink
+    total: int
+    began: float = 0.0
+    step: int = 0
+    cancelled: bool = field(default=False)
+
+
+class FakeEngine:
+    """Runs every submitted job at once, one step of each in turn.
+
+    Its pictures depend on everything that a real one's depend on, and on nothing else. A prompt
+    that begins with "fail:" fails with EngineError after its first stage.
+
+    Args:
+        model: what it says it serves.
+        step_seconds: how long a step takes.
+        hold_after: every job waits after this many steps until `release` is called.
+        capacity_rows: what it says it can denoise at once; it takes more all the same.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo = FAKE_MODEL,
+        *,
+        step_seconds: float = 0.0,
+        hold_after: int | None = None,
+        capacity_rows: int = 8,
+    ) -> None:
+        self._model = model
+        self._step_seconds = step_seconds
+        self._hold_after = hold_after
+        self._capacity_rows = capacity_rows
+        self._changed = threading.Condition()
+        self._waiting: deque[_Run] = deque()
+        self._running: list[_Run] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="fake-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model
+
+    @property
+    def device(self) -> str:
+        return "fake"
+
+    @property
+    def determinism(self) -> Determinism:
+        return Determinism.EXACT
+
+    @property
+    def capacity_rows(self) -> int:
+        return self._capacity_rows
+
+    def submit(self, job: EngineJob, sink: Sink) -> None:
+        with self._changed:
+            if self._stopping:
+                raise EngineError("the engine is stopped")
+            total = denoising_steps(job.strength, job.num_inference_steps)
+            self._waiting.append(_Run(job, sink, total))
+            self._changed.notify_all()
+
+    def cancel(self, job_id: int) -> None:
+        with self._changed:
+            for run in (*self._waiting, *self._running):
+                run.cancelled |= run.job.job_id == job_id
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def release(self) -> None:
+        """Lets held jobs go on, and holds none any more."""
+        with self._changed:
+            self._hold_after = None
+            self._changed.notify_all()
+
+    def _loop(self) -> None:
+        while runs := self._next_runs():
+            for run in runs:
+                if self._advance(run):
+                    self._running.remove(run)
+        for run in (*self._running, *self._waiting):
+            _emit(run, JobStopped())
+
+    def _next_runs(self) -> list[_Run]:
+        """Waits for the length of a step, then for a job that can go on; empty: stop."""
+        with self._changed:
+            if any(run.step for run in self._running):
+                self._changed.wait_for(self._is_interrupted, timeout=self._step_seconds)
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._movable())
+            while self._waiting:
+                self._running.append(self._waiting.popleft())
+            return [] if self._stopping else self._movable()
+
+    def _is_interrupted(self) -> bool:
+        return self._stopping or any(run.cancelled for run in self._running)
+
+    def _movable(self) -> list[_Run]:
+        hold = self._hold_after
+        return [run for run in self._running if hold is None or run.step < hold or run.cancelled]
+
+    def _advance(self, run: _Run) -> bool:
+        """One step of every sample; True when the job has ended."""
+        job = run.job
+        if run.cancelled:
+            return _emit(run, JobStopped())
+        if not run.began:
+            run.began = time.monotonic()
+            _emit(run, StageDone(Stage.TEXT_ENCODED))
+            if job.prompt.startswith(FAIL_PROMPT):
+                return _emit(run, JobError(EngineError(job.prompt.removeprefix(FAIL_PROMPT))))
+            _emit(run, StageDone(Stage.IMAGE_ENCODED))
+        if run.step < run.total:
+            run.step += 1
+            self._step(run)
+        if run.step < run.total:
+            return False
+        for sample in range(len(job.seeds)):
+            _emit(run, SampleReady(sample, picture(job, sample)))
+        took = time.monotonic() - run.began
+        steps = run.total * len(job.seeds)
+        timings = EngineTimings(denoise=took, engine=took, steps=steps, batch_share=1.0)
+        return _emit(run, JobDone(timings))
+
+    def _step(self, run: _Run) -> None:
+        job, step = run.job, run.step
+        for sample in range(len(job.seeds)):
+            _emit(run, StepDone(sample, step, run.total, float(run.total - step)))
+            every = job.preview_interval_steps
+            if every and step % every == 0 and step < run.total:
+                stride = -(-max(job.height, job.width) // 256)
+                preview = np.ascontiguousarray(job.init_image[::stride, ::stride])
+                _emit(run, PreviewReady(sample, step, preview))
+
+
+def picture(job: EngineJob, sample: int) -> Pixels:
+    """The fake's picture of one sample: the init image mixed with noise, by strength."""
+    total = denoising_steps(job.strength, job.num_inference_steps)
+    if total == 0:
+        return job.init_image.copy()
+    recipe = (
+        job.prompt,
+        job.negative_prompt,
+        job.seeds[sample],
+        job.num_inference_steps,
+        job.guidance_scale,
+        job.scheduler,
+    )
+    digest = hashlib.sha256(repr(recipe).encode()).digest()
+    noise = np.random.default_rng(list(digest)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    rows = np.arange(job.height) * 16 // job.height
+    columns = np.arange(job.width) * 16 // job.width
+    share = total / job.num_inference_steps
+    mixed = job.init_image * (1 - share) + noise[rows][:, columns] * share
+    return np.asarray(mixed.round(), dtype=np.uint8)
+
+
+def _emit(run: _Run, event: EngineEvent) -> bool:
+    try:
+        run.sink(event)
+    except Exception:
+        _log.exception("the sink of job %d failed", run.job.job_id)
+    return isinstance(event, JobDone | JobStopped | JobError)

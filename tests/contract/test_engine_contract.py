@@ -1,0 +1,215 @@
+"""What every engine promises to the worker. Runs against each implementation."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from img2img_server.domain.events import Stage
+from img2img_server.domain.params import Lane
+from img2img_server.engine.base import (
+    Engine,
+    EngineEvent,
+    EngineJob,
+    JobDone,
+    JobError,
+    JobStopped,
+    PreviewReady,
+    SampleReady,
+    StageDone,
+    StepDone,
+)
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.errors import EngineError
+
+SECONDS = 60.0
+OpenEngine = Callable[[], AbstractContextManager[Engine]]
+
+
+class Inbox:
+    """A sink that can be waited on."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
+
+    def __call__(self, event: EngineEvent) -> None:
+        self._events.put(event)
+
+    def next(self) -> EngineEvent:
+        return self._events.get(timeout=SECONDS)
+
+    def until(self, *kinds: type) -> list[EngineEvent]:
+        """Events up to and with the first of one of the kinds."""
+        events: list[EngineEvent] = []
+        while not events or not isinstance(events[-1], kinds):
+            events.append(self.next())
+        return events
+
+    def all(self) -> list[EngineEvent]:
+        return self.until(JobDone, JobStopped, JobError)
+
+    def is_empty(self) -> bool:
+        return self._events.empty()
+
+
+def job(**changes: Any) -> EngineJob:
+    ramp = np.linspace(0, 255, 64 * 72 * 3).reshape(64, 72, 3).astype(np.uint8)
+    base = EngineJob(
+        job_id=1,
+        tenant="t",
+        lane=Lane.REALTIME,
+        prompt="a boat",
+        negative_prompt="",
+        init_image=ramp,
+        strength=0.7,
+        seeds=(5,),
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        scheduler="ddim",
+    )
+    return replace(base, **changes)
+
+
+@contextmanager
+def fake() -> Iterator[Engine]:
+    engine = FakeEngine(step_seconds=0.002)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(params=["fake"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    open_engine: OpenEngine = {"fake": fake}[request.param]
+    with open_engine() as opened:
+        yield opened
+
+
+def run(engine: Engine, wanted: EngineJob) -> list[EngineEvent]:
+    inbox = Inbox()
+    engine.submit(wanted, inbox)
+    return inbox.all()
+
+
+def pictures(events: list[EngineEvent]) -> dict[int, np.ndarray]:
+    return {event.sample: event.pixels for event in events if isinstance(event, SampleReady)}
+
+
+def test_a_job_reports_its_stages_its_steps_its_picture_and_its_end_in_this_order(
+    engine: Engine,
+) -> None:
+    events = run(engine, job())
+
+    kinds = [type(event) for event in events]
+    assert kinds == [StageDone, StageDone, StepDone, StepDone, SampleReady, JobDone]
+    assert events[:2] == [StageDone(Stage.TEXT_ENCODED), StageDone(Stage.IMAGE_ENCODED)]
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [(step.sample, step.step, step.total) for step in steps] == [(0, 1, 2), (0, 2, 2)]
+    assert steps[0].sigma > steps[1].sigma == 0.0
+
+
+def test_the_picture_has_the_size_of_the_init_image(engine: Engine) -> None:
+    (pixels,) = pictures(run(engine, job())).values()
+
+    assert (pixels.shape, pixels.dtype) == ((64, 72, 3), np.uint8)
+
+
+def test_timings_count_the_steps_of_all_samples_and_lie_within_the_whole(engine: Engine) -> None:
+    done = run(engine, job(seeds=(1, 2, 3), strength=1.0))[-1]
+
+    assert isinstance(done, JobDone)
+    timings = done.timings
+    assert timings.steps == 12
+    assert 0.0 < timings.batch_share <= 1.0
+    assert 0.0 < timings.encode + timings.denoise + timings.decode <= timings.engine * 1.001
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_seed_another_one(engine: Engine) -> None:
+    first = pictures(run(engine, job(seeds=(5, 6))))
+    again = pictures(run(engine, job(job_id=2, seeds=(6,))))
+
+    difference = np.abs(first[1].astype(int) - again[0].astype(int))
+    assert difference.max() <= 2
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_strength_zero_gives_the_init_image_without_a_step(engine: Engine) -> None:
+    wanted = job(strength=0.0)
+    events = run(engine, wanted)
+
+    assert [type(event) for event in events] == [StageDone, StageDone, SampleReady, JobDone]
+    assert np.array_equal(pictures(events)[0], wanted.init_image)
+
+
+def test_previews_come_at_the_asked_interval_and_are_small(engine: Engine) -> None:
+    events = run(engine, job(num_inference_steps=6, strength=1.0, preview_interval_steps=2))
+
+    previews = [event for event in events if isinstance(event, PreviewReady)]
+    assert [preview.step for preview in previews] == [2, 4]
+    assert all(max(preview.pixels.shape) <= 256 for preview in previews)
+    assert all(preview.pixels.shape[2] == 3 for preview in previews)
+
+
+def test_a_cancelled_job_ends_stopped_and_says_nothing_after_it(engine: Engine) -> None:
+    inbox = Inbox()
+
+    def sink(event: EngineEvent) -> None:
+        inbox(event)
+        if isinstance(event, StepDone):
+            engine.cancel(1)
+
+    engine.submit(job(num_inference_steps=40, strength=1.0), sink)
+
+    kinds = [type(event) for event in inbox.all()]
+    assert kinds == [StageDone, StageDone, StepDone, JobStopped]
+    assert [type(event) for event in run(engine, job(job_id=2))][-1] is JobDone
+    assert inbox.is_empty()
+
+
+def test_cancelling_an_unknown_job_does_nothing(engine: Engine) -> None:
+    engine.cancel(99)
+
+    assert isinstance(run(engine, job())[-1], JobDone)
+
+
+def test_jobs_submitted_together_all_end(engine: Engine) -> None:
+    inboxes = [Inbox() for _ in range(12)]
+    for index, inbox in enumerate(inboxes):
+        engine.submit(job(job_id=index, seeds=(index, index + 1)), inbox)
+
+    assert [type(inbox.all()[-1]) for inbox in inboxes] == [JobDone] * 12
+
+
+def test_a_sink_that_raises_harms_nobody(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(event: EngineEvent) -> None:
+        raise ValueError(event)
+
+    engine.submit(job(), broken)
+
+    assert isinstance(run(engine, job(job_id=2))[-1], JobDone)
+    assert "the sink of job 1 failed" in caplog.text
+
+
+def test_a_stopped_engine_ends_its_jobs_and_refuses_new_ones(engine: Engine) -> None:
+    inbox = Inbox()
+    engine.submit(job(num_inference_steps=1000, strength=1.0), inbox)
+    inbox.until(StepDone)
+    engine.stop()
+
+    assert isinstance(inbox.all()[-1], JobStopped)
+    with pytest.raises(EngineError):
+        engine.submit(job(job_id=2), inbox)
+
+
+def test_it_says_what_it_is(engine: Engine) -> None:
+    assert engine.model.name
+    assert engine.model.schedulers
+    assert engine.device
+    assert engine.capacity_rows >= 1

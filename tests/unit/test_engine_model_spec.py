@@ -1,0 +1,110 @@
+"""Reading a model directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from img2img_server.domain.models import ModelInfo
+from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec
+
+
+def write_model(folder: Path, toml: str = "", **files: dict[str, object]) -> Path:
+    files = {"model_index": {"_class_name": "StableDiffusionPipeline"}, **files}
+    for name, content in files.items():
+        path = folder / (name.replace("__", "/") + ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+    if toml:
+        (folder / "img2img.toml").write_text(toml, encoding="utf-8")
+    return folder
+
+
+def test_a_plain_diffusers_directory_is_described_by_its_own_files(tmp_path: Path) -> None:
+    folder = write_model(
+        tmp_path / "turbo",
+        model_index={"_class_name": "StableDiffusionXLPipeline"},
+        scheduler__scheduler_config={"_class_name": "EulerAncestralDiscreteScheduler"},
+        unet__config={"sample_size": 128},
+    )
+
+    assert read_model_spec(str(folder)) == ModelSpec(
+        source=str(folder),
+        name="turbo",
+        family="sdxl",
+        scheduler="euler_a",
+        num_inference_steps=20,
+        guidance_scale=7.5,
+        strength=0.7,
+        max_num_inference_steps=100,
+        native_size=1024,
+        multiple=8,
+    )
+
+
+def test_a_scheduler_we_do_not_offer_becomes_ddim(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, scheduler__scheduler_config={"_class_name": "PNDMScheduler"})
+
+    assert read_model_spec(str(folder)).scheduler == "ddim"
+
+
+def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
+    toml = """
+        name = "atelier"
+        family = "sd-turbo"
+        [defaults]
+        scheduler = "lcm"
+        num_inference_steps = 4
+        guidance_scale = 1.5
+        strength = 0.55
+        [limits]
+        max_num_inference_steps = 50
+        [sizes]
+        native = 384
+        multiple = 16
+    """
+    folder = write_model(tmp_path, toml)
+    spec = read_model_spec(str(folder))
+
+    assert spec.info == ModelInfo(
+        name="atelier",
+        family="sd-turbo",
+        schedulers=("lcm", "ddim", "euler", "euler_a", "dpmpp_2m"),
+        default_num_inference_steps=4,
+        default_guidance_scale=1.5,
+        default_strength=0.55,
+        native_size=384,
+    )
+    assert (spec.max_num_inference_steps, spec.multiple) == (50, 16)
+
+
+def test_a_hub_id_is_passed_on(tmp_path: Path) -> None:
+    spec = read_model_spec("stabilityai/sd-turbo")
+
+    assert (spec.source, spec.name) == ("stabilityai/sd-turbo", "sd-turbo")
+
+
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("name = ", "is no TOML"),
+        ("colour = 1", "colour: Extra inputs are not permitted"),
+        ("[defaults]\nstrength = 2", "defaults.strength: Input should be less than or equal to 1"),
+        ("[defaults]\nscheduler = 'heun'", "scheduler 'heun' of .* is not one of ddim, euler,"),
+    ],
+)
+def test_a_wrong_toml_is_refused_with_its_fault(tmp_path: Path, toml: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        read_model_spec(str(write_model(tmp_path, toml)))
+
+
+def test_a_folder_without_model_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="it has no model_index.json"):
+        read_model_spec(str(tmp_path))
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no model at"):
+        read_model_spec(str(tmp_path / "missing"))
