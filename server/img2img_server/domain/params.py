@@ -46,6 +46,9 @@ class Limits:
     max_preview_interval_steps: int = 100
     max_image_bytes: int = 20_971_520
     max_image_pixels: int = 50_000_000
+    max_annotations: int = 16
+    max_annotation_name_characters: int = 63
+    max_annotation_characters: int = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,7 @@ class JobParams:
     output_format: ImageFormat = ImageFormat.JPEG
     preview_interval_steps: int = 0
     lane: Lane = Lane.REALTIME
+    annotations: tuple[tuple[str, str], ...] = ()  # the caller's own notes: name, value
 
     def sample_seed(self, index: int) -> int:
         """Seed of one sample: (seed + index) mod 2^32."""
@@ -139,6 +143,7 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         most = limits.max_preview_interval_steps
         text = f"preview_interval_steps must be between 0 and {most}"
         yield Violation("preview_interval_steps", text)
+    yield from _annotations(params, limits)
 
 
 def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:
@@ -147,6 +152,20 @@ def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:
         yield Violation(name, f"{name} must be between {low} and {high}")
     elif value % limits.side_multiple:
         yield Violation(name, f"{name} must be divisible by {limits.side_multiple}")
+
+
+def _annotations(params: JobParams, limits: Limits) -> Iterator[Violation]:
+    if len(params.annotations) > limits.max_annotations:
+        yield Violation(
+            "annotations", f"annotations must not have more than {limits.max_annotations} entries"
+        )
+    longest_name, longest = limits.max_annotation_name_characters, limits.max_annotation_characters
+    if not all(1 <= len(name) <= longest_name for name, _ in params.annotations):
+        text = f"annotations must have names of 1 to {longest_name} characters"
+        yield Violation("annotations", text)
+    if any(len(value) > longest for _, value in params.annotations):
+        text = f"annotations must not have values longer than {longest} characters"
+        yield Violation("annotations", text)
 
 
 def is_http_url(text: str) -> bool:

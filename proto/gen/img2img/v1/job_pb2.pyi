@@ -137,6 +137,26 @@ class JobSpec(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AnnotationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROMPT_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     INIT_IMAGE_FIELD_NUMBER: _builtins.int
@@ -158,6 +178,7 @@ class JobSpec(_message.Message):
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
     PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the picture shall show. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
@@ -206,6 +227,12 @@ class JobSpec(_message.Message):
     def init_image(self) -> Global___InitImage:
         """The picture to start from. Required. Its bytes are never returned."""
 
+    @_builtins.property
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The caller's own notes, returned unchanged: at most 16 entries, names of 1 to 63 characters,
+        values of at most 2000. Names that begin with "http." are the REST gateway's. Default none.
+        """
+
     def __init__(
         self,
         *,
@@ -230,10 +257,11 @@ class JobSpec(_message.Message):
         output_format: Global___ImageFormat.ValueType = ...,
         preview_interval_steps: _builtins.int = ...,
         lane: Global___Lane.ValueType = ...,
+        annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "temp", b"temp", "track_id", b"track_id", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "temp", b"temp", "track_id", b"track_id", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
