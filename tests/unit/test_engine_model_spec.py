@@ -101,7 +101,7 @@ def test_a_wrong_toml_is_refused_with_its_fault(tmp_path: Path, toml: str, sente
 
 
 def test_a_folder_without_model_index_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="it has no model_index.json"):
+    with pytest.raises(ModelError, match=r"it has no model_index\.json"):
         read_model_spec(str(tmp_path))
 
 

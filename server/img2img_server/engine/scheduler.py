@@ -1,0 +1,187 @@
+"""Which samples take the next denoising step together. Pure: no torch, no clock, no threads.
+
+A sample is a row. Rows join and leave at every step. Each batch holds rows of one size only, and
+is put together anew for each step, in this order:
+
+1. rows that have waited for longer than `max_wait_seconds`, longest wait first;
+2. the realtime lane before the batch lane;
+3. the tenant that has had the least work (pixels x forwards) before the others;
+4. the older row before the younger one.
+
+The first row in this order fixes the size; the others of that size fill the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from img2img_server.domain.params import Lane
+
+Key = tuple[int, int]  # job id, sample
+
+_LANE_ORDER = {Lane.REALTIME: 0, Lane.BATCH: 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One sample to denoise.
+
+    `slots`: forwards each of its steps costs; 2 with guidance, since the unguided prediction is a
+    forward of its own. `steps`: how many it still needs, at least 1.
+    """
+
+    job_id: int
+    sample: int
+    tenant: str
+    lane: Lane
+    height: int
+    width: int
+    slots: int
+    steps: int
+    enqueue_time: float
+
+    @property
+    def key(self) -> Key:
+        return self.job_id, self.sample
+
+    @property
+    def work(self) -> int:
+        """Pixels x forwards of one step."""
+        return self.height * self.width * self.slots
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one size that take their next step together.
+
+    `padded_slots`: the batch size of the ladder that holds it, for devices that run fixed shapes.
+    """
+
+    rows: tuple[Row, ...]
+    padded_slots: int
+
+    @property
+    def slots(self) -> int:
+        return sum(row.slots for row in self.rows)
+
+
+@dataclass(slots=True)
+class _Entry:
+    row: Row
+    steps_left: int
+    waiting_since: float
+    in_flight: bool = False
+
+
+def ladder(capacity: int) -> tuple[int, ...]:
+    """Batch sizes to compile or capture: powers of two below the capacity, and the capacity."""
+    sizes = [1]
+    while sizes[-1] * 2 < capacity:
+        sizes.append(sizes[-1] * 2)
+    return (*sizes, capacity) if capacity > 1 else (1,)
+
+
+class Scheduler:
+    """Picks the rows of every step.
+
+    Args:
+        capacity: most slots of a batch. A row that is larger than it runs alone.
+        max_wait_seconds: a row that has waited for so long since its last step goes before every
+            row that has not. Then no more than the rows before it in that line run first.
+    """
+
+    def __init__(self, capacity: int, max_wait_seconds: float = 10.0) -> None:
+        assert capacity >= 1
+        self._capacity = capacity
+        self._ladder = ladder(capacity)
+        self._max_wait_seconds = max_wait_seconds
+        self._entries: dict[Key, _Entry] = {}
+        self._work_of_tenant: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, row: Row, now: float) -> None:
+        """Takes a row in. Its key must be new."""
+        assert row.key not in self._entries
+        assert row.steps >= 1
+        self._welcome(row.tenant)
+        self._entries[row.key] = _Entry(row, row.steps, now)
+
+    def cancel(self, job_id: int) -> tuple[Key, ...]:
+        """Removes all rows of a job, also those in flight; returns their keys."""
+        gone = tuple(key for key in self._entries if key[0] == job_id)
+        for key in gone:
+            self._remove(key)
+        return gone
+
+    def next_batch(self, now: float) -> Batch | None:
+        """The rows that step next; None when no row can. Each stays in flight until `complete`."""
+        line = sorted(
+            (entry for entry in self._entries.values() if not entry.in_flight),
+            key=lambda entry: self._order(entry, now),
+        )
+        if not line:
+            return None
+        first = line[0].row
+        chosen: list[_Entry] = []
+        slots = 0
+        for entry in line:
+            row = entry.row
+            fits = not chosen or slots + row.slots <= self._capacity
+            if fits and (row.height, row.width) == (first.height, first.width):
+                chosen.append(entry)
+                slots += row.slots
+        for entry in chosen:
+            entry.in_flight = True
+        padded = next((size for size in self._ladder if size >= slots), slots)
+        return Batch(tuple(entry.row for entry in chosen), padded)
+
+    def complete(self, keys: Iterable[Key], now: float) -> tuple[Key, ...]:
+        """Counts a step of each row; returns those that are finished, and removes them.
+
+        Keys of rows that were cancelled in the meantime are ignored.
+        """
+        finished = []
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None:
+                continue
+            assert entry.in_flight
+            entry.in_flight = False
+            entry.steps_left -= 1
+            entry.waiting_since = now
+            self._work_of_tenant[entry.row.tenant] += entry.row.work
+            if not entry.steps_left:
+                finished.append(key)
+                self._remove(key)
+        return tuple(finished)
+
+    def _order(self, entry: _Entry, now: float) -> tuple[float, ...]:
+        row = entry.row
+        if now - entry.waiting_since > self._max_wait_seconds:
+            return (0, entry.waiting_since, row.job_id, row.sample)
+        lane, work = _LANE_ORDER[row.lane], self._work_of_tenant[row.tenant]
+        return (1, lane, work, row.enqueue_time, row.job_id, row.sample)
+
+    def _welcome(self, tenant: str) -> None:
+        """A tenant that comes back starts level with the others: idle time earns no credit."""
+        present = self._present()
+        if tenant not in present:
+            least = min((self._work_of_tenant[other] for other in present), default=0.0)
+            self._work_of_tenant[tenant] = max(self._work_of_tenant.get(tenant, 0.0), least)
+
+    def _remove(self, key: Key) -> None:
+        del self._entries[key]
+        # A tenant that left is remembered only while it would come back with a debt.
+        present = self._present()
+        least = min((self._work_of_tenant[tenant] for tenant in present), default=float("inf"))
+        self._work_of_tenant = {
+            tenant: work
+            for tenant, work in self._work_of_tenant.items()
+            if tenant in present or work > least
+        }
+
+    def _present(self) -> set[str]:
+        return {entry.row.tenant for entry in self._entries.values()}

@@ -1,0 +1,153 @@
+"""The batching scheduler against a plain model of what it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from img2img_server.domain.params import Lane
+from img2img_server.engine.scheduler import Batch, Key, Row, Scheduler, ladder
+
+MAX_WAIT_SECONDS = 5.0
+
+
+@dataclass
+class Expected:
+    """What the test knows of a row. `ahead`: rows before it in the line of the overdue."""
+
+    row: Row
+    steps_left: int
+    waiting_since: float
+    ahead: int | None = None
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Adds, cancels, runs and completes at random; never loses, repeats or starves a row."""
+
+    batches: Bundle[Batch] = Bundle("batches")
+
+    @initialize(capacity=st.integers(1, 9))
+    def start(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.scheduler = Scheduler(capacity, MAX_WAIT_SECONDS)
+        self.expected: dict[Key, Expected] = {}
+        self.in_flight: set[Key] = set()
+        self.now = 0.0
+        self.next_job = 1
+
+    @rule(
+        samples=st.integers(1, 4),
+        tenant=st.sampled_from("abc"),
+        lane=st.sampled_from(Lane),
+        side=st.sampled_from([256, 512]),
+        slots=st.integers(1, 2),
+        steps=st.integers(1, 5),
+    )
+    def add(self, samples: int, tenant: str, lane: Lane, side: int, slots: int, steps: int) -> None:
+        for sample in range(samples):
+            row = Row(
+                job_id=self.next_job,
+                sample=sample,
+                tenant=tenant,
+                lane=lane,
+                height=side,
+                width=side,
+                slots=slots,
+                steps=steps,
+                enqueue_time=self.now,
+            )
+            self.scheduler.add(row, self.now)
+            self.expected[row.key] = Expected(row, steps, self.now)
+        self.next_job += 1
+
+    @rule(seconds=st.floats(0.1, 4.0))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        job_id = data.draw(st.sampled_from(sorted({key[0] for key in self.expected})))
+        theirs = {key for key in self.expected if key[0] == job_id}
+        assert set(self.scheduler.cancel(job_id)) == theirs
+        for key in theirs:
+            del self.expected[key]
+            self.in_flight.discard(key)
+
+    @rule(target=batches)
+    def run(self) -> object:
+        free = self.expected.keys() - self.in_flight
+        self._note_overdue(free)
+        batch = self.scheduler.next_batch(self.now)
+        assert (batch is None) == (not free)
+        if batch is None:
+            return multiple()
+        keys = [row.key for row in batch.rows]
+        assert len(set(keys)) == len(keys), "no row twice in a batch"
+        assert set(keys) <= free, "no row runs twice at once, and none that was cancelled"
+        assert batch.slots <= self.capacity or len(keys) == 1
+        assert len({(row.height, row.width) for row in batch.rows}) == 1
+        assert batch.padded_slots >= batch.slots
+        assert batch.padded_slots in (*ladder(self.capacity), batch.slots)
+        self._check_overdue(free - set(keys))
+        self.in_flight |= set(keys)
+        return batch
+
+    @rule(batch=consumes(batches))
+    def complete(self, batch: Batch) -> None:
+        finished = set()
+        for row in batch.rows:
+            if row.key in self.in_flight:
+                expected = self.expected[row.key]
+                expected.steps_left -= 1
+                expected.waiting_since, expected.ahead = self.now, None
+                if not expected.steps_left:
+                    finished.add(row.key)
+        self.in_flight -= {row.key for row in batch.rows}
+        told = self.scheduler.complete([row.key for row in batch.rows], self.now)
+        assert set(told) == finished
+        for key in finished:
+            del self.expected[key]
+
+    @invariant()
+    def holds_every_row(self) -> None:
+        assert len(self.scheduler) == len(self.expected)
+
+    def _note_overdue(self, free: set[Key]) -> None:
+        line = sorted(
+            (key for key in free if self._is_overdue(key)),
+            key=lambda key: (self.expected[key].waiting_since, key),
+        )
+        for place, key in enumerate(line):
+            expected = self.expected[key]
+            if expected.ahead is None:
+                expected.ahead = place
+
+    def _check_overdue(self, left: set[Key]) -> None:
+        """Every batch serves at least the head of the line, so a place in it only gets better."""
+        for key in left:
+            expected = self.expected[key]
+            if expected.ahead is not None:
+                expected.ahead -= 1
+                assert expected.ahead >= 0, "starved beyond the bound"
+
+    def _is_overdue(self, key: Key) -> bool:
+        return self.now - self.expected[key].waiting_since > MAX_WAIT_SECONDS
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None
+)
+TestScheduler = SchedulerMachine.TestCase

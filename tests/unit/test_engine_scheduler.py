@@ -1,0 +1,157 @@
+"""The order in which the batching scheduler serves rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from img2img_server.domain.params import Lane
+from img2img_server.engine.scheduler import Row, Scheduler, ladder
+
+ROW = Row(
+    job_id=1,
+    sample=0,
+    tenant="a",
+    lane=Lane.REALTIME,
+    height=512,
+    width=512,
+    slots=1,
+    steps=3,
+    enqueue_time=0.0,
+)
+
+
+def row(job_id: int, **changes: Any) -> Row:
+    return replace(ROW, job_id=job_id, **changes)
+
+
+def step(scheduler: Scheduler, now: float = 0.0) -> list[int]:
+    """Runs one batch; the job ids of its rows."""
+    batch = scheduler.next_batch(now)
+    assert batch is not None
+    scheduler.complete([member.key for member in batch.rows], now)
+    return [member.job_id for member in batch.rows]
+
+
+def test_rows_of_different_step_counts_share_a_batch_and_leave_one_by_one() -> None:
+    scheduler = Scheduler(capacity=8)
+    for job_id, steps in ((1, 1), (2, 3), (3, 2)):
+        scheduler.add(row(job_id, steps=steps), now=0.0)
+
+    assert [step(scheduler) for _ in range(3)] == [[1, 2, 3], [2, 3], [2]]
+    assert scheduler.next_batch(0.0) is None
+
+
+def test_a_row_joins_at_the_next_step() -> None:
+    scheduler = Scheduler(capacity=8)
+    scheduler.add(row(1), now=0.0)
+    first = step(scheduler)
+    scheduler.add(row(2), now=1.0)
+
+    assert (first, step(scheduler)) == ([1], [1, 2])
+
+
+def test_guided_rows_take_two_slots() -> None:
+    scheduler = Scheduler(capacity=4)
+    for job_id in (1, 2, 3):
+        scheduler.add(row(job_id, slots=2), now=0.0)
+    scheduler.add(row(4, enqueue_time=1.0), now=0.0)
+
+    assert step(scheduler) == [1, 2]
+
+
+def test_a_small_younger_row_fills_what_a_larger_one_leaves() -> None:
+    scheduler = Scheduler(capacity=3)
+    scheduler.add(row(1, slots=2), now=0.0)
+    scheduler.add(row(2, slots=2, enqueue_time=1.0), now=0.0)
+    scheduler.add(row(3, slots=1, enqueue_time=2.0), now=0.0)
+
+    assert step(scheduler) == [1, 3]
+
+
+def test_a_row_larger_than_the_capacity_runs_alone() -> None:
+    scheduler = Scheduler(capacity=1)
+    scheduler.add(row(1, slots=2), now=0.0)
+    scheduler.add(row(2, enqueue_time=1.0), now=0.0)
+
+    assert step(scheduler) == [1]
+
+
+def test_sizes_do_not_mix_and_the_older_one_goes_first() -> None:
+    scheduler = Scheduler(capacity=8)
+    scheduler.add(row(1, height=256, enqueue_time=1.0), now=0.0)
+    scheduler.add(row(2, enqueue_time=0.0, steps=1), now=0.0)
+    scheduler.add(row(3, enqueue_time=2.0, steps=1), now=0.0)
+
+    assert [step(scheduler), step(scheduler)] == [[2, 3], [1]]
+
+
+def test_realtime_goes_before_batch_until_batch_has_waited_too_long() -> None:
+    scheduler = Scheduler(capacity=1, max_wait_seconds=5.0)
+    scheduler.add(row(1, lane=Lane.BATCH, steps=9), now=0.0)
+    scheduler.add(row(2, enqueue_time=1.0, steps=9), now=0.0)
+
+    assert [step(scheduler, now) for now in (1.0, 5.0, 5.1, 6.0)] == [[2], [2], [1], [2]]
+
+
+def test_tenants_share_by_work_and_not_by_rows() -> None:
+    scheduler = Scheduler(capacity=1)
+    for job_id in (1, 2, 3, 4):
+        scheduler.add(row(job_id, tenant="many", steps=50), now=0.0)
+    scheduler.add(row(9, tenant="one", steps=50, slots=2), now=0.0)
+
+    served = [step(scheduler)[0] for _ in range(30)]
+    assert served.count(9) == 10, "its steps cost twice as much"
+
+
+def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
+    scheduler = Scheduler(capacity=1)
+    scheduler.add(row(1, tenant="a", steps=100), now=0.0)
+    for _ in range(50):
+        step(scheduler)
+    scheduler.add(row(2, tenant="b", steps=100), now=0.0)
+
+    served = [step(scheduler)[0] for _ in range(20)]
+    assert served.count(2) == 10
+
+
+def test_a_tenant_cannot_shed_its_debt_by_leaving() -> None:
+    scheduler = Scheduler(capacity=2)
+    scheduler.add(row(1, tenant="a", height=2048), now=0.0)
+    scheduler.add(row(2, tenant="b", steps=9, enqueue_time=1.0), now=0.0)
+    first = step(scheduler)
+    scheduler.cancel(1)
+    scheduler.add(row(3, tenant="a", height=2048), now=0.0)
+
+    assert (first, [step(scheduler)[0] for _ in range(5)]) == ([1], [2, 2, 2, 2, 3])
+
+
+def test_cancelling_a_job_in_flight_removes_its_rows() -> None:
+    scheduler = Scheduler(capacity=8)
+    scheduler.add(row(1), now=0.0)
+    scheduler.add(row(1, sample=1), now=0.0)
+    batch = scheduler.next_batch(0.0)
+
+    assert batch is not None
+    assert scheduler.cancel(1) == ((1, 0), (1, 1))
+    assert scheduler.complete([member.key for member in batch.rows], 0.0) == ()
+    assert len(scheduler) == 0
+
+
+@pytest.mark.parametrize(
+    ("capacity", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
+)
+def test_the_ladder_ends_with_the_capacity(capacity: int, sizes: tuple[int, ...]) -> None:
+    assert ladder(capacity) == sizes
+
+
+def test_a_batch_is_padded_to_the_ladder() -> None:
+    scheduler = Scheduler(capacity=8)
+    for job_id in range(5):
+        scheduler.add(row(job_id), now=0.0)
+    batch = scheduler.next_batch(0.0)
+
+    assert batch is not None
+    assert (batch.slots, batch.padded_slots) == (5, 8)
