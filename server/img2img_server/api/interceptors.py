@@ -74,7 +74,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, keys: KeyRing) -> None:
         self._keys = keys
 
-    async def intercept_service(
+    async def intercept_service(  # type: ignore[override]  # the stub is generic by method
         self,
         continuation: Callable[
             [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]

@@ -113,6 +113,8 @@ class Job:
     device: str = ""
     determinism: Determinism = Determinism.UNKNOWN
     attempt: int = 0
+    # Attempts that a stopping worker gave back; they do not count against the bound.
+    handed_back: int = 0
     warning: str = ""
     webhook_status: str = ""
     cancel_requested: bool = False
@@ -171,6 +173,8 @@ def advance(job: Job, event: Event, now: float) -> Job:
                 samples=_fresh_samples(job.params),
                 timings=replace(job.timings, queue=max(0.0, queued)),
             )
+        case Queued():
+            return replace(job, handed_back=job.handed_back + 1, queue_sequence=0)
         case SampleFinished():
             return _with_sample(job, event.sample, seed=event.seed, nsfw=event.nsfw)
         case SampleStored():

@@ -1,0 +1,85 @@
+"""The command `img2img-server`: runs one role. The only place that exits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import click
+
+from img2img_server import __version__
+from img2img_server.lifecycle import Role, run_role
+from img2img_server.settings import Settings, SettingsError
+from img2img_server.telemetry import configure_logging
+
+
+def _run(name: str, role: Callable[[Settings], Role], **overrides: object) -> None:
+    try:
+        settings = Settings.load(**overrides)
+        configure_logging(settings, name)
+        code = run_role(role(settings))
+    except SettingsError as error:
+        click.echo(f"img2img-server {name}: {error}", err=True)
+        code = 2
+    sys.exit(code)
+
+
+@click.group()
+@click.version_option(__version__, prog_name="img2img-server")
+def main() -> None:
+    """Image-to-image diffusion as a service. Every setting is an IMG2IMG_ variable."""
+
+
+@main.command()
+def api() -> None:
+    """The gRPC server: takes jobs in, streams their events."""
+    from img2img_server.api.server import serve_api
+
+    _run("api", lambda settings: partial(serve_api, settings))
+
+
+@main.command()
+def gateway() -> None:
+    """The REST gateway in front of the api."""
+    from img2img_server.gateway.server import serve_gateway
+
+    _run("gateway", lambda settings: partial(serve_gateway, settings))
+
+
+@main.command()
+def worker() -> None:
+    """One device: takes jobs from the queue and runs them."""
+    from img2img_server.worker.server import serve_worker
+
+    _run("worker", lambda settings: partial(serve_worker, settings))
+
+
+@main.command()
+def local() -> None:
+    """All roles on this machine, with their own NATS and S3 server."""
+    from img2img_server.local import serve_local
+
+    _run("local", lambda settings: partial(serve_local, settings))
+
+
+@main.command()
+@click.option("--tenant", required=True, help="Whose key it is: 1 to 63 of a-z, 0-9 and -.")
+@click.option(
+    "--permission",
+    "permissions",
+    multiple=True,
+    type=click.Choice(["manage", "unsafe"]),
+    help="What it may do beside making pictures; may be repeated.",
+)
+def keys(tenant: str, permissions: tuple[str, ...]) -> None:
+    """Make an API key: the key on stderr, its entry for the keys file on stdout."""
+    from img2img_server.api.keys import new_key
+
+    key, entry = new_key(tenant, list(permissions))
+    click.echo(f"key (shown only once): {key}", err=True)
+    click.echo(entry)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The worker role: loads the model while it connects, works, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+
+import structlog
+
+from img2img_server.bus import Bus, connect_bus
+from img2img_server.engine.base import Engine
+from img2img_server.engine.load import load_engine
+from img2img_server.safety.base import SafetyChecker
+from img2img_server.safety.nsfw import NsfwChecker
+from img2img_server.settings import Settings
+from img2img_server.store.base import BlobStore
+from img2img_server.store.blobs_s3 import S3BlobStore
+from img2img_server.telemetry import probe_server
+from img2img_server.worker.parts import Parts
+from img2img_server.worker.worker import Worker
+
+log = structlog.get_logger()
+
+
+async def serve_worker(
+    settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
+) -> None:
+    """Works until `stop` is set. `started` is called with the worker's name once it is warm."""
+    ready = False
+    async with probe_server(settings, lambda: ready and not stop.is_set()) as probes:
+        async with connect_bus(settings) as bus:
+            blobs = S3BlobStore(settings)
+            safety = NsfwChecker()
+            engine, _, _ = await asyncio.gather(
+                asyncio.to_thread(load_engine, settings), blobs.prepare(), safety.warm_up()
+            )
+            try:
+                name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+                log.info("worker is warm", worker=name, device=engine.device, probes=probes)
+                ready = True
+                if started:
+                    started(name)
+                await work(settings, name, bus, blobs, engine, safety, stop)
+            finally:
+                await asyncio.to_thread(engine.stop)
+    log.info("worker stopped")
+
+
+async def work(
+    settings: Settings,
+    name: str,
+    bus: Bus,
+    blobs: BlobStore,
+    engine: Engine,
+    safety: SafetyChecker,
+    stop: asyncio.Event,
+) -> None:
+    """Works on parts that exist already, until `stop` is set."""
+    parts = Parts(
+        name=name,
+        engine=engine,
+        queue=bus.queue,
+        events=bus.events,
+        jobs=bus.jobs,
+        blobs=blobs,
+        safety=safety,
+        safety_threshold=settings.safety_threshold,
+        max_attempts=settings.max_attempts,
+    )
+    worker = Worker(parts, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
+    await worker.run(stop)

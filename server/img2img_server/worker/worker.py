@@ -1,0 +1,112 @@
+"""Pulls jobs to the engine's free capacity, runs them, and lets go of them when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import structlog
+
+from img2img_server import errors
+from img2img_server.domain.models import WorkerInfo
+from img2img_server.domain.params import Lane
+from img2img_server.queue.base import Control, Delivery
+from img2img_server.store.base import WorkerRegistry
+from img2img_server.telemetry import JOBS_RUNNING
+from img2img_server.worker.parts import Parts
+from img2img_server.worker.run import JobRun
+
+ANNOUNCE_SECONDS = 5.0
+_PULL_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
+_LANES = (Lane.REALTIME, Lane.BATCH)
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """One engine's share of the queue. Jobs in flight are bounded by the engine's capacity."""
+
+    def __init__(
+        self, parts: Parts, control: Control, registry: WorkerRegistry, *, drain_seconds: float
+    ) -> None:
+        self._parts = parts
+        self._control = control
+        self._registry = registry
+        self._drain_seconds = drain_seconds
+        self._runs: dict[int, JobRun] = {}
+        self._changed = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Works until `stop` is set, then finishes or hands back what it has."""
+        async with self._control.on_cancel(self._on_cancel), asyncio.TaskGroup() as tasks:
+            announcing = tasks.create_task(self._announce())
+            pulling = tasks.create_task(self._pull(tasks))
+            await stop.wait()
+            # Not announced -> not pulling -> runs finish in time or are handed back.
+            announcing.cancel()
+            pulling.cancel()
+            with suppress(errors.UnavailableError):
+                await self._registry.withdraw(self._parts.name)
+            await self._drain()
+
+    async def _pull(self, tasks: asyncio.TaskGroup) -> None:
+        parts = self._parts
+        while True:
+            free = parts.engine.capacity_rows - sum(run.samples for run in self._runs.values())
+            if free <= 0:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            try:
+                taken = await parts.queue.pull(parts.engine.model.name, _LANES, 1, _PULL_SECONDS)
+            except errors.UnavailableError as error:
+                log.warning("cannot pull, trying again", why=str(error))
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            for delivery in taken:
+                tasks.create_task(self._run(delivery))
+
+    async def _run(self, delivery: Delivery) -> None:
+        job_id = delivery.job.job_id
+        if earlier := self._runs.get(job_id):
+            earlier.adopt(delivery)
+            return
+        run = self._runs[job_id] = JobRun(self._parts, delivery)
+        JOBS_RUNNING.set(len(self._runs))
+        try:
+            with structlog.contextvars.bound_contextvars(job=job_id):
+                await run.run()
+        finally:
+            del self._runs[job_id]
+            JOBS_RUNNING.set(len(self._runs))
+            self._changed.set()
+
+    async def _drain(self) -> None:
+        if self._runs:
+            log.info("draining", jobs=len(self._runs), seconds=self._drain_seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_seconds):
+                while self._runs:
+                    self._changed.clear()
+                    await self._changed.wait()
+        for run in list(self._runs.values()):
+            run.hand_back()
+
+    async def _on_cancel(self, job_id: int) -> None:
+        if run := self._runs.get(job_id):
+            run.cancel()
+
+    async def _announce(self) -> None:
+        parts = self._parts
+        while True:
+            info = WorkerInfo(
+                name=parts.name,
+                model=parts.engine.model,
+                device=parts.engine.device,
+                capacity_rows=parts.engine.capacity_rows,
+                job_seconds=parts.pace.job_seconds,
+            )
+            with suppress(errors.UnavailableError):
+                await self._registry.announce(info)
+            await asyncio.sleep(ANNOUNCE_SECONDS)
