@@ -97,7 +97,7 @@ class JobRun:
         self._parts.engine.cancel(self.job_id)
 
     def adopt(self, delivery: Delivery) -> None:
-        """Goes on under a newer delivery of the same job: the clock of the older one has run out."""
+        """Goes on under a newer delivery of the same job: the older one's clock has run out."""
         self._delivery = delivery
 
     async def run(self) -> None:

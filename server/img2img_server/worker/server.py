@@ -29,22 +29,24 @@ async def serve_worker(
 ) -> None:
     """Works until `stop` is set. `started` is called with the worker's name once it is warm."""
     ready = False
-    async with probe_server(settings, lambda: ready and not stop.is_set()) as probes:
-        async with connect_bus(settings) as bus:
-            blobs = S3BlobStore(settings)
-            safety = NsfwChecker()
-            engine, _, _ = await asyncio.gather(
-                asyncio.to_thread(load_engine, settings), blobs.prepare(), safety.warm_up()
-            )
-            try:
-                name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
-                log.info("worker is warm", worker=name, device=engine.device, probes=probes)
-                ready = True
-                if started:
-                    started(name)
-                await work(settings, name, bus, blobs, engine, safety, stop)
-            finally:
-                await asyncio.to_thread(engine.stop)
+    async with (
+        probe_server(settings, lambda: ready and not stop.is_set()) as probes,
+        connect_bus(settings) as bus,
+    ):
+        blobs = S3BlobStore(settings)
+        safety = NsfwChecker()
+        engine, _, _ = await asyncio.gather(
+            asyncio.to_thread(load_engine, settings), blobs.prepare(), safety.warm_up()
+        )
+        try:
+            name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+            log.info("worker is warm", worker=name, device=engine.device, probes=probes)
+            ready = True
+            if started:
+                started(name)
+            await work(settings, name, bus, blobs, engine, safety, stop)
+        finally:
+            await asyncio.to_thread(engine.stop)
     log.info("worker stopped")
 
 

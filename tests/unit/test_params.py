@@ -1,0 +1,94 @@
+"""Validation lists every violation in the order of the fields."""
+
+import dataclasses
+import math
+
+import pytest
+
+from img2img_server.domain.params import (
+    JobParams,
+    ValidationContext,
+    Violation,
+    denoising_steps,
+    is_http_url,
+    validate,
+)
+
+GOOD = JobParams(prompt="a cat")
+CONTEXT = ValidationContext(schedulers=("ddim", "euler"))
+
+
+def test_a_good_request_has_no_violation() -> None:
+    assert validate(GOOD, CONTEXT) == []
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    for changes in (
+        {"prompt": "é" * 2000, "width": 256, "height": 1024, "samples": 4, "strength": 0.0},
+        {"strength": 1.0, "seed": 2**32 - 1, "num_inference_steps": 100, "guidance_scale": 30.0},
+        {"track_id": "x" * 191, "webhook": "https://example.org/hook", "scheduler": "euler"},
+    ):
+        assert validate(dataclasses.replace(GOOD, **changes), CONTEXT) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"prompt": ""}, "prompt is required"),
+        ({"prompt": "x" * 2001}, "prompt must not be longer than 2000 characters"),
+        (
+            {"negative_prompt": "x" * 2001},
+            "negative_prompt must not be longer than 2000 characters",
+        ),
+        ({"width": 255}, "width must be between 256 and 1024"),
+        ({"width": 513}, "width must be divisible by 8"),
+        ({"height": 1032}, "height must be between 256 and 1024"),
+        ({"samples": 0}, "samples must be between 1 and 4"),
+        ({"samples": 9}, "samples must be between 1 and 4"),
+        ({"strength": 1.5}, "strength must be between 0 and 1"),
+        ({"strength": math.nan}, "strength must be between 0 and 1"),
+        ({"seed": -1}, "seed must be between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed must be between 0 and 4294967295"),
+        ({"webhook": "ftp://example.org"}, "webhook must be a valid URL"),
+        ({"track_id": "x" * 192}, "track_id must not be longer than 191 characters"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 100"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be between 0 and 30"),
+        ({"scheduler": "nope"}, "scheduler must be one of ddim, euler"),
+        ({"preview_interval_steps": -1}, "preview_interval_steps must be between 0 and 100"),
+    ],
+)
+def test_each_broken_rule_is_named(changes: dict[str, object], sentence: str) -> None:
+    (field,) = changes
+    found = validate(dataclasses.replace(GOOD, **changes), CONTEXT)
+    assert found == [Violation(field, sentence)]
+
+
+def test_all_violations_are_listed_at_once() -> None:
+    bad = dataclasses.replace(GOOD, prompt="", width=513, height=1, samples=9, strength=2.0)
+    fields = [violation.field for violation in validate(bad, CONTEXT)]
+    assert fields == ["prompt", "width", "height", "samples", "strength"]
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("https://example.org/a.png", True),
+        ("http://127.0.0.1:8000/x", True),
+        ("https://", False),
+        ("ftp://example.org", False),
+        ("https://example.org:99999/", False),
+        ("https://exa mple.org/", False),
+        ("https://example.org/" + "x" * 5000, False),
+        ("//example.org", False),
+    ],
+)
+def test_http_addresses_are_told_apart(text: str, good: bool) -> None:
+    assert is_http_url(text) is good
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "run"),
+    [(0.0, 20, 0), (0.7, 6, 4), (0.3, 10, 3), (1.0, 7, 7), (0.1, 5, 0)],
+)
+def test_strength_decides_how_many_steps_run(strength: float, steps: int, run: int) -> None:
+    assert denoising_steps(strength, steps) == run
