@@ -10,6 +10,7 @@ from PIL import Image
 from img2img_server.domain.events import EncodedImage
 from img2img_server.domain.params import ImageFormat
 from img2img_server.images.base import Pixels
+from img2img_server.images.png import write_png
 
 PREVIEW_SIDE_PIXELS = 256
 
@@ -20,14 +21,14 @@ def encode_image(pixels: Pixels, format: ImageFormat) -> bytes:  # noqa: A002 - 
     Args:
         pixels: height x width x 3, RGB.
     """
-    image = Image.fromarray(pixels)
     match format:
         case ImageFormat.PNG:
-            return _saved(image, "PNG", compress_level=1)
+            return write_png(pixels)
         case ImageFormat.JPEG:
-            return _saved(image, "JPEG", quality=95, subsampling="4:4:4")
+            return _saved(Image.fromarray(pixels), "JPEG", quality=95, subsampling="4:4:4")
         case ImageFormat.WEBP:
-            return _saved(image, "WEBP", quality=90, method=2)
+            # Method 0 takes a third of the default's time for a file 8 % larger.
+            return _saved(Image.fromarray(pixels), "WEBP", quality=90, method=0)
 
 
 def encoded(pixels: Pixels, format: ImageFormat) -> EncodedImage:  # noqa: A002
