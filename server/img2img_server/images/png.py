@@ -57,7 +57,7 @@ def _filtered(pixels: Pixels) -> Pixels:
         above = padded[start:end, 3:]
         left = padded[start + 1 : end + 1, :-3]
         # floor((a + b) / 2) without a ninth bit
-        mean: Pixels = above ^ left
+        mean = np.bitwise_xor(above, left)
         mean >>= 1
         mean += above & left
         np.subtract(padded[start + 1 : end + 1, 3:], mean, out=rows[start:end, 1:])
