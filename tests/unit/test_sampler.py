@@ -1,0 +1,143 @@
+"""Our linear update against the schedulers of diffusers, step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from img2img_server.engine.diffusers_schedules import Schedules, make_scheduler
+from img2img_server.engine.model_spec import SCHEDULERS
+from img2img_server.engine.sampler import (
+    Schedule,
+    advance,
+    coefficient_table,
+    draw_noise,
+    scale_input,
+)
+
+SD: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+ZERO_SNR_V = {
+    **SD,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+}
+TRAINED_BETAS = {
+    **SD,
+    "beta_schedule": "linear",
+    "trained_betas": torch.linspace(0.0001, 0.02, 1000).tolist(),
+    "timestep_spacing": "linspace",
+}
+CONFIGS = {"sd": SD, "zero-snr-v": ZERO_SNR_V, "trained-betas": TRAINED_BETAS}
+RUNS = [(1, 1.0), (4, 0.3), (5, 0.5), (7, 0.95), (13, 1.0), (20, 0.6), (30, 0.75)]
+SHAPE = (1, 4, 6, 5)
+
+
+def model(latents: Tensor, timestep: float) -> Tensor:
+    """Stands for a network: neither linear nor blind to the timestep."""
+    return torch.tanh(latents.flip(3) * 0.8 + timestep / 1000) * 1.5
+
+
+def stock(name: str, config: dict[str, Any], steps: int, strength: float, seed: int) -> Tensor:
+    """The loop of StableDiffusionImg2ImgPipeline around the stock scheduler."""
+    scheduler = make_scheduler(name, config)
+    scheduler.set_timesteps(steps)
+    start = max(steps - min(int(steps * strength), steps), 0)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(SHAPE, generator=generator)
+    noise = torch.randn(SHAPE, generator=generator)
+    timesteps = scheduler.timesteps[start:]
+    latents = scheduler.add_noise(image, noise, timesteps[:1])
+    for timestep in timesteps:
+        seen = scheduler.scale_model_input(latents, timestep)
+        output = model(seen, float(timestep))
+        latents = scheduler.step(output, timestep, latents, generator=generator, return_dict=False)[
+            0
+        ]
+    return latents
+
+
+def ours(runs: list[tuple[Schedule, int]]) -> list[Tensor]:
+    """Runs all schedules in one batch; rows leave as they finish."""
+    device = torch.device("cpu")
+    generators = [torch.Generator().manual_seed(seed) for _, seed in runs]
+    images = [draw_noise(generator, SHAPE) for generator in generators]
+    noises = [draw_noise(generator, SHAPE) for generator in generators]
+    latents = [
+        schedule.init_signal * image + schedule.init_noise * noise
+        for (schedule, _), image, noise in zip(runs, images, noises, strict=True)
+    ]
+    clean = [torch.zeros(SHAPE) for _ in runs]
+    tables = [coefficient_table(schedule, device) for schedule, _ in runs]
+    for index in range(max(len(schedule.steps) for schedule, _ in runs)):
+        rows = [row for row, (schedule, _) in enumerate(runs) if index < len(schedule.steps)]
+        steps = [runs[row][0].steps[index] for row in rows]
+        coefficients = torch.stack([tables[row][index] for row in rows])
+        x = torch.cat([latents[row] for row in rows])
+        seen = scale_input(x, coefficients)
+        output = torch.cat([model(seen[i : i + 1], step.timestep) for i, step in enumerate(steps)])
+        noise = torch.cat(
+            [
+                draw_noise(generators[row], SHAPE) if step.draws_noise else torch.zeros(SHAPE)
+                for row, step in zip(rows, steps, strict=True)
+            ]
+        )
+        previous = torch.cat([clean[row] for row in rows])
+        x, predicted = advance(x, output, previous, noise, coefficients)
+        for i, row in enumerate(rows):
+            latents[row], clean[row] = x[i : i + 1], predicted[i : i + 1]
+    return latents
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_all_samplers_in_one_batch_follow_their_stock_scheduler(config: str) -> None:
+    schedules = Schedules(CONFIGS[config])
+    cases = [(name, *run) for name in SCHEDULERS for run in RUNS]
+    batch = [(schedules.get(*case), seed) for seed, case in enumerate(cases)]
+
+    for seed, (case, result) in enumerate(zip(cases, ours(batch), strict=True)):
+        expected = stock(case[0], CONFIGS[config], case[1], case[2], seed)
+        # Latents of a clean picture have a spread of about 1; 0.004 is half a grey level of 255.
+        torch.testing.assert_close(result, expected, atol=0.004, rtol=0.001, msg=str(case))
+
+
+def test_noise_falls_to_nothing_in_the_last_step() -> None:
+    schedules = Schedules(SD)
+    for name in SCHEDULERS:
+        sigmas = [step.sigma_after for step in schedules.get(name, 10, 0.8).steps]
+        assert len(sigmas) == 8
+        assert sigmas == sorted(sigmas, reverse=True)
+        assert sigmas[-1] == 0.0
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.0), (4, 0.2)])
+def test_a_strength_below_one_step_leaves_the_image_as_it_is(steps: int, strength: float) -> None:
+    schedule = Schedules(SD).get("ddim", steps, strength)
+
+    assert schedule == Schedule(init_signal=1.0, init_noise=0.0, steps=())
+
+
+def test_more_steps_than_a_scheduler_can_run_are_refused_in_its_own_words() -> None:
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        Schedules(SD).get("lcm", 60, 1.0)
+
+
+def test_a_schedule_is_derived_once() -> None:
+    schedules = Schedules(SD)
+
+    # Both strengths run the last 3 of 10 steps.
+    assert schedules.get("euler", 10, 0.3) is schedules.get("euler", 10, 0.35)
