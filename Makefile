@@ -48,7 +48,7 @@ gen: setup ## Write the stubs in proto/gen and docs/settings.md
 	$(BIN)/python docs/generate_settings.py
 
 gold: setup ## Rewrite the golden files; look at the difference before you commit it
-	GOLD=1 $(BIN)/python -m pytest tests/golden $(ARGS)
+	GOLD=1 $(BIN)/python -m pytest -k golden $(ARGS)
 
 bench: setup ## Measure the service's own overhead on this machine
 	$(BIN)/python benchmarks/overhead.py $(ARGS)

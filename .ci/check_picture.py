@@ -1,6 +1,6 @@
 """Fails unless FILE is a PNG of WIDTH x HEIGHT that shows something.
 
-    python .ci/check_picture.py FILE WIDTH HEIGHT
+python .ci/check_picture.py FILE WIDTH HEIGHT
 """
 
 import sys

@@ -1,0 +1,46 @@
+"""Reads the fenced blocks of our Markdown pages, so that what they show can be run as a test."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# ```python
+# text
+# ```
+FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block: its language ("" when none is given) and the text between the fences."""
+
+    language: str
+    text: str
+
+
+def pages() -> list[Path]:
+    """Every Markdown page of the repository that people read."""
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    """The page's blocks of one language, in order."""
+    text = page.read_text(encoding="utf-8")
+    found = [Block(match["language"], match["text"]) for match in FENCE.finditer(text)]
+    return [block for block in found if block.language == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command of the page's `sh` blocks as its words, continuation lines joined.
+
+    Comments and empty lines are left out; pipes and redirections stay as words.
+    """
+    lines: list[str] = []
+    for block in blocks(page, "sh"):
+        lines += block.text.replace("\\\n", " ").splitlines()
+    words = (shlex.split(line, comments=True) for line in lines)
+    return [command for command in words if command]

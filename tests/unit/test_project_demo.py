@@ -1,0 +1,122 @@
+"""The script behind `make demo`: what it says when something goes wrong, and that it cleans up.
+
+Small shell scripts stand in for the two commands; the real ones run in CI's `make demo`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.readme import ROOT
+
+SERVER = """\
+#!/bin/sh
+trap 'echo stopping; echo yes > "$DEMO/stopped"; kill $!; exit 0' TERM
+echo "starting"
+echo "ready: gRPC 127.0.0.1:50051"
+sleep 60 & wait
+"""
+CLIENT = """\
+#!/bin/sh
+echo "$@" > "$DEMO/client"
+"""
+
+
+@dataclass
+class Stage:
+    """A copy of the script in a folder with commands of our own."""
+
+    root: Path
+
+    def command(self, name: str, script: str) -> None:
+        path = self.root / "bin" / name
+        path.write_text(textwrap.dedent(script))
+        path.chmod(0o755)
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.root / "bin/python", self.root / "examples/demo.py"],
+            env={**os.environ, "DEMO": str(self.root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self) -> tuple[int, str, str]:
+        with self.start() as process:
+            out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    (tmp_path / "examples/demo.py").write_bytes((ROOT / "examples/demo.py").read_bytes())
+    stage = Stage(tmp_path)
+    stage.command("img2img-server", SERVER)
+    stage.command("img2img", CLIENT)
+    return stage
+
+
+def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> None:
+    code, out, err = stage.run()
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "The service is stopped. `make serve` keeps it running."
+    asked = (stage.root / "client").read_text().split()
+    assert asked[0] == "generate"
+    assert asked[-2:] == ["--output", "demo/output.png"]
+    assert (stage.root / "stopped").exists()
+    log = (stage.root / "demo/server.log").read_text().splitlines()
+    assert log == ["starting", "ready: gRPC 127.0.0.1:50051", "stopping"]
+
+
+def test_the_demo_shows_why_the_server_did_not_start(stage: Stage) -> None:
+    stage.command("img2img-server", "#!/bin/sh\necho 'port 50051 is in use' >&2\nexit 3\n")
+    code, _, err = stage.run()
+    assert code == 1
+    assert err.splitlines() == [
+        "demo: the server ended: status 3. The end of demo/server.log:",
+        "    port 50051 is in use",
+    ]
+    assert not (stage.root / "client").exists()
+
+
+def test_the_demo_tells_the_status_of_a_client_that_failed(stage: Stage) -> None:
+    stage.command("img2img", "#!/bin/sh\necho 'no such file' >&2\nexit 4\n")
+    code, _, err = stage.run()
+    assert code == 1
+    assert err.splitlines() == [
+        "no such file",
+        "demo: img2img ended with status 4. The end of demo/server.log:",
+        "    starting",
+        "    ready: gRPC 127.0.0.1:50051",
+    ]
+    assert (stage.root / "stopped").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_stops_the_server(stage: Stage, number: signal.Signals) -> None:
+    stage.command("img2img", "#!/bin/sh\nexec sleep 60\n")
+    with stage.start() as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        assert lines[1].startswith("Ready after")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "demo: stopped\n")
+    assert (stage.root / "stopped").exists()
+
+
+def test_the_photo_of_the_demo_is_shipped_with_its_licence() -> None:
+    assert (ROOT / "examples/cat.jpg").exists()
+    assert "cat.jpg" in (ROOT / "examples/LICENSES.md").read_text(encoding="utf-8")
