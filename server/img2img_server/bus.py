@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from img2img_server.queue.base import Control, EventLog, JobQueue
+from img2img_server.queue.jetstream_control import NatsControl
+from img2img_server.queue.jetstream_events import JetStreamEventLog
+from img2img_server.queue.jetstream_jobs import JetStreamJobQueue
 from img2img_server.queue.memory import MemoryControl, MemoryEventLog, MemoryJobQueue
+from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, WorkerRegistry
+from img2img_server.store.jobs_kv import KvJobStore
 from img2img_server.store.memory import MemoryJobStore, MemoryWorkerRegistry
+from img2img_server.store.workers_kv import KvWorkerRegistry
+from img2img_server.wire.connection import connect
+from img2img_server.wire.topology import HOUR, Bounds, prepare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +29,41 @@ class Bus:
     control: Control
     jobs: JobStore
     workers: WorkerRegistry
+
+
+@asynccontextmanager
+async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIterator[Bus]:
+    """The bus of settings.nats_url, its streams and buckets made when missing. It reconnects by
+    itself; while it is away its methods raise UnavailableError.
+
+    Args:
+        name: tells connections apart in the server's monitoring.
+
+    Raises:
+        UnavailableError: no connection within ten seconds.
+    """
+    servers = [url.strip() for url in settings.nats_url.split(",") if url.strip()]
+    async with connect(servers, creds_file=settings.nats_creds_file, name=name) as link:
+        await prepare(link, _bounds(settings))
+        yield Bus(
+            queue=JetStreamJobQueue(
+                link, limit=settings.queue_limit, ack_wait_seconds=settings.ack_wait_seconds
+            ),
+            events=JetStreamEventLog(link),
+            control=NatsControl(link),
+            jobs=KvJobStore(link),
+            workers=KvWorkerRegistry(link),
+        )
+
+
+def _bounds(settings: Settings) -> Bounds:
+    return Bounds(
+        queue_limit=settings.queue_limit,
+        retention_seconds=settings.retention_hours * HOUR,
+        events_retention_seconds=settings.events_retention_seconds,
+        events_max_bytes=settings.events_max_bytes,
+        replicas=settings.nats_replicas,
+    )
 
 
 def memory_bus(*, queue_limit: int = 15, ack_wait_seconds: float = 15.0) -> Bus:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
 from img2img_server.domain.params import Lane
@@ -193,17 +194,26 @@ class MemoryEventLog:
     async def watch(
         self, job_id: int, after_sequence: int = 0
     ) -> AsyncIterator[AsyncIterator[Envelope]]:
-        yield self._follow(self._log(job_id), after_sequence)
+        yield _Envelopes(self._log(job_id), after_sequence)
 
-    async def _follow(self, log: _Log, last: int) -> AsyncIterator[Envelope]:
+
+class _Envelopes:
+    # A class, not a generator: one that is cancelled while it waits can be asked again.
+    def __init__(self, log: _Log, last_sequence: int) -> None:
+        self._log = log
+        self._last_sequence = last_sequence
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Envelope:
         while True:
-            changed = log.bell.next_ring()
-            found = next((entry for entry in log.entries if entry.sequence > last), None)
-            if found is None:
-                await changed.wait()
-                continue
-            last = found.sequence
-            yield found
+            changed = self._log.bell.next_ring()
+            for entry in self._log.entries:
+                if entry.sequence > self._last_sequence:
+                    self._last_sequence = entry.sequence
+                    return entry
+            await changed.wait()
 
 
 class _MemoryEventWriter:

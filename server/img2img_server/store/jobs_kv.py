@@ -1,0 +1,63 @@
+"""Job records and idempotency keys in key-value buckets."""
+
+from __future__ import annotations
+
+import hashlib
+
+from img2img_server.domain.job import FIRST_JOB_ID, Job
+from img2img_server.store.base import ConflictError, Stored
+from img2img_server.wire import codec, names
+from img2img_server.wire.bucket import Bucket
+from img2img_server.wire.connection import Link, WrongLastSequenceError
+
+
+class KvJobStore:
+    """A JobStore on JetStream. Every method raises UnavailableError when the bus is down.
+
+    Records lie under `<tenant>.<id>` and expire an hour after their files do (topology.py);
+    idempotency keys under `<tenant>.<SHA-256 of the request id>` for 24 hours.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._records = Bucket(link, names.RECORDS_BUCKET)
+        self._requests = Bucket(link, names.REQUESTS_BUCKET)
+
+    async def next_id(self) -> int:
+        # The stream counts every message it ever had, also through restarts: no number comes twice.
+        drawn = await self._link.publish(names.IDS_SUBJECT, b"")
+        return FIRST_JOB_ID - 1 + drawn.seq
+
+    async def create(self, job: Job) -> int:
+        return await self._swap(job, 0)
+
+    async def get(self, tenant: str, job_id: int) -> Stored | None:
+        entry = await self._records.get(_key(tenant, job_id))
+        return Stored(codec.decode(entry.value, Job), entry.revision) if entry else None
+
+    async def update(self, job: Job, revision: int) -> int:
+        return await self._swap(job, revision)
+
+    async def _swap(self, job: Job, revision: int) -> int:
+        try:
+            return await self._records.swap(_key(job.tenant, job.id), codec.encode(job), revision)
+        except WrongLastSequenceError as error:
+            raise ConflictError(f"{job.name} is not at revision {revision}") from error
+
+    async def delete(self, tenant: str, job_id: int) -> None:
+        await self._records.remove(_key(tenant, job_id))
+
+    async def list_ids(self, tenant: str) -> list[int]:
+        keys = await self._records.keys(f"{names.token(tenant)}.*")
+        return sorted((int(key.rpartition(".")[2]) for key in keys), reverse=True)
+
+    async def claim_request(
+        self, tenant: str, request_id: str, fingerprint: str, job_id: int
+    ) -> tuple[str, int]:
+        key = f"{names.token(tenant)}.{hashlib.sha256(request_id.encode()).hexdigest()}"
+        entry = await self._requests.claim(key, codec.encode((fingerprint, job_id)))
+        return codec.decode(entry.value, tuple[str, int])
+
+
+def _key(tenant: str, job_id: int) -> str:
+    return f"{names.token(tenant)}.{job_id}"

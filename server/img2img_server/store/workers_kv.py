@@ -1,0 +1,51 @@
+"""Announcements of workers and models in key-value buckets."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from img2img_server.domain.models import ModelInfo, WorkerInfo
+from img2img_server.wire import codec, names
+from img2img_server.wire.bucket import Bucket
+from img2img_server.wire.connection import Link
+
+T = TypeVar("T")
+
+
+class KvWorkerRegistry:
+    """A WorkerRegistry on JetStream. Every method raises UnavailableError when the bus is down.
+
+    A worker is forgotten 20 s after its last announcement (topology.py), a model never.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._workers = Bucket(link, names.WORKERS_BUCKET)
+        self._models = Bucket(link, names.MODELS_BUCKET)
+        self._told: dict[str, ModelInfo] = {}
+
+    async def announce(self, worker: WorkerInfo) -> None:
+        model = worker.model
+        if self._told.get(model.name) != model:
+            await self._models.put(names.token(model.name), codec.encode(model))
+            self._told[model.name] = model
+        await self._workers.put(names.token(worker.name), codec.encode(worker))
+
+    async def withdraw(self, name: str) -> None:
+        await self._workers.remove(names.token(name))
+
+    async def workers(self) -> list[WorkerInfo]:
+        return sorted(await _all(self._workers, WorkerInfo), key=lambda worker: worker.name)
+
+    async def models(self) -> list[ModelInfo]:
+        return sorted(await _all(self._models, ModelInfo), key=lambda model: model.name)
+
+    async def model(self, name: str) -> ModelInfo | None:
+        entry = await self._models.get(names.token(name))
+        return codec.decode(entry.value, ModelInfo) if entry else None
+
+
+async def _all(bucket: Bucket, kind: type[T]) -> list[T]:
+    entries = await asyncio.gather(*(bucket.get(key) for key in await bucket.keys()))
+    # A key may expire between the two reads.
+    return [codec.decode(entry.value, kind) for entry in entries if entry is not None]

@@ -1,0 +1,76 @@
+"""A key-value bucket: the layout the NATS clients use, with exactly the operations we need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from img2img_server.wire import names
+from img2img_server.wire.connection import Link, WrongLastSequenceError, unavailable
+
+_MARKER = "KV-Operation"  # header of what other clients leave where they deleted a key
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A value and the revision to compare and swap with."""
+
+    value: bytes
+    revision: int
+
+
+class Bucket:
+    """Values by key. Every method raises UnavailableError when the bus is down."""
+
+    def __init__(self, link: Link, name: str) -> None:
+        self._link = link
+        self._name = name
+        self._stream = names.bucket_stream(name)
+
+    async def get(self, key: str) -> Entry | None:
+        """What was written last, or None."""
+        msg = await self._link.last(self._stream, names.key_subject(self._name, key))
+        if msg is None or _MARKER in (msg.headers or {}):
+            return None
+        return Entry(msg.data or b"", msg.seq or 0)
+
+    async def put(self, key: str, value: bytes) -> int:
+        """Writes in any case; returns the revision."""
+        return (await self._link.publish(names.key_subject(self._name, key), value)).seq
+
+    async def swap(self, key: str, value: bytes, revision: int) -> int:
+        """Writes when the key is still at `revision` (0: does not exist); returns the new one.
+
+        Raises:
+            WrongLastSequenceError: it is not.
+        """
+        subject = names.key_subject(self._name, key)
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        return (await self._link.publish(subject, value, headers)).seq
+
+    async def claim(self, key: str, value: bytes) -> Entry:
+        """Writes when there is nothing; returns what is there then."""
+        while True:
+            try:
+                return Entry(value, await self.swap(key, value, 0))
+            except WrongLastSequenceError:
+                entry = await self.get(key)
+                if entry is not None:
+                    return entry
+                # It expired in between: claim again.
+
+    async def remove(self, key: str) -> None:
+        """Removes the key without a trace; fine when there is none."""
+        await self._link.ready()
+        with unavailable():
+            await self._link.js.purge_stream(
+                self._stream, subject=names.key_subject(self._name, key)
+            )
+
+    async def keys(self, pattern: str = ">") -> list[str]:
+        """Keys that match the pattern, in no order."""
+        await self._link.ready()
+        subject = names.key_subject(self._name, pattern)
+        with unavailable():
+            info = await self._link.js.stream_info(self._stream, subjects_filter=subject)
+        start = len(names.key_subject(self._name, ""))
+        return [found[start:] for found in info.state.subjects or {}]

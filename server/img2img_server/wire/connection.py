@@ -1,0 +1,258 @@
+"""One connection to NATS: it comes back by itself, and while it is away callers hear so quickly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import PubAck, RawStreamMsg
+
+from img2img_server.errors import UnavailableError
+
+REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
+RECONNECT_SECONDS: Final = 0.2  # between two tries to come back
+CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection
+PENDING_BYTES: Final = 16 * 2**20  # what may wait to be sent
+
+# Error codes of the server, and the one text that tells two meanings of a code apart.
+_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
+_STORE_FAILED: Final = 10077
+_SUBJECT_FULL: Final = "maximum messages per subject exceeded"
+_NO_MESSAGE: Final = (10037, 10043, 10057)
+_DOWN: Final = (
+    nats.errors.ConnectionClosedError,
+    nats.errors.ConnectionDrainingError,
+    nats.errors.ConnectionReconnectingError,
+    nats.errors.NoRespondersError,
+    nats.errors.NoServersError,
+    nats.errors.OutboundBufferLimitError,
+    nats.errors.StaleConnectionError,
+    nats.js.errors.NoStreamResponseError,
+    nats.js.errors.ServerError,
+    nats.js.errors.ServiceUnavailableError,
+    TimeoutError,
+    OSError,
+)
+
+log = logging.getLogger(__name__)
+
+
+class WrongLastSequenceError(Exception):
+    """The subject was written by somebody else since it was read."""
+
+
+class SubjectFullError(Exception):
+    """The subject has as many messages as its stream allows."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: look again
+    """The connection was lost and is back: what was asked before will not be answered."""
+
+
+class Inbox:
+    """A private subject and what arrived there, in order; see `Link.inbox`."""
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self._arrived: asyncio.Queue[Msg | None] = asyncio.Queue()
+
+    async def arrive(self, msg: Msg | None) -> None:
+        """Adds a message; None tells that the connection was away."""
+        self._arrived.put_nowait(msg)
+
+    async def get(self) -> Msg:
+        """The next message. Raises Interrupted."""
+        msg = await self._arrived.get()
+        if msg is None:
+            raise Interrupted
+        return msg
+
+    def rest(self) -> list[Msg]:
+        """Takes all that has arrived by now."""
+        taken = []
+        while not self._arrived.empty():
+            msg = self._arrived.get_nowait()
+            if msg is not None:
+                taken.append(msg)
+        return taken
+
+
+class Link:
+    """A connection that stands, or will again. Made by `connect`."""
+
+    def __init__(self) -> None:
+        self.nc = Client()
+        self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
+        self._up = asyncio.Event()
+        self._inboxes: set[Inbox] = set()
+
+    async def open(self, servers: Sequence[str], creds_file: Path | None, name: str) -> None:
+        """Connects for the first time. Raises UnavailableError."""
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self.nc.connect(
+                    list(servers),
+                    name=name,
+                    user_credentials=str(creds_file) if creds_file else None,
+                    error_cb=_on_error,
+                    disconnected_cb=self._on_disconnect,
+                    reconnected_cb=self._on_reconnect,
+                    connect_timeout=2,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=RECONNECT_SECONDS,  # type: ignore[arg-type]
+                    ping_interval=5,
+                    pending_size=PENDING_BYTES,
+                    drain_timeout=3,
+                )
+        except (*_DOWN, nats.errors.Error) as error:
+            raise UnavailableError(f"no connection to the bus at {', '.join(servers)}") from error
+        self._up.set()
+
+    async def close(self) -> None:
+        """Sends what waits to be sent and ends the connection."""
+        with suppress(*_DOWN):
+            await self.nc.drain()
+        await self.nc.close()
+
+    async def _on_disconnect(self) -> None:
+        if self._up.is_set() and not self.nc.is_closed:
+            log.warning("lost the connection to the bus")
+        self._up.clear()
+
+    async def _on_reconnect(self) -> None:
+        log.warning("the connection to the bus is back")
+        self._up.set()
+        for inbox in self._inboxes:
+            await inbox.arrive(None)
+
+    async def ready(self) -> None:
+        """Waits until the connection stands. Raises UnavailableError when it does not in time.
+
+        Nothing is sent while it is away: what a caller was told had failed must not happen later.
+        """
+        if self.nc.is_connected:
+            return
+        if not self.nc.is_closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REQUEST_SECONDS / 2):
+                    await self._up.wait()
+                    return
+        raise UnavailableError
+
+    async def publish(
+        self, subject: str, data: bytes, headers: dict[str, str] | None = None
+    ) -> PubAck:
+        """Stores a message in its stream.
+
+        Raises:
+            UnavailableError: no answer; the message may be stored or not.
+            WrongLastSequenceError: the headers expect another last sequence.
+            SubjectFullError: the subject has its most messages.
+        """
+        await self.ready()
+        with unavailable():
+            try:
+                return await self.js.publish(subject, data, headers=headers)
+            except nats.js.errors.APIError as error:
+                if error.err_code in _WRONG_LAST_SEQUENCE:
+                    raise WrongLastSequenceError(subject) from error
+                if error.err_code == _STORE_FAILED and error.description == _SUBJECT_FULL:
+                    raise SubjectFullError(subject) from error
+                raise
+
+    async def request(self, subject: str, data: bytes = b"") -> Msg:
+        """Sends a request and returns the answer. Raises UnavailableError."""
+        await self.ready()
+        with unavailable():
+            return await self.nc.request(subject, data, timeout=REQUEST_SECONDS)
+
+    async def send(self, subject: str, data: bytes, reply: str = "") -> None:
+        """Publishes without waiting for an answer. Raises UnavailableError."""
+        await self.ready()
+        with unavailable():
+            await self.nc.publish(subject, data, reply=reply)
+
+    async def last(self, stream: str, subject: str) -> RawStreamMsg | None:
+        """The last message of a subject (wildcards allowed), read from the stream's leader."""
+        await self.ready()
+        try:
+            with unavailable():
+                return await self.js.get_last_msg(stream, subject)
+        except nats.js.errors.NotFoundError:
+            return None
+
+    async def delete(self, stream: str, sequence: int) -> bool:
+        """Deletes one message; False when there is none. Raises UnavailableError."""
+        await self.ready()
+        with unavailable():
+            try:
+                return await self.js.delete_msg(stream, sequence)
+            except nats.js.errors.APIError as error:
+                if error.err_code in _NO_MESSAGE:
+                    return False
+                raise
+
+    @asynccontextmanager
+    async def inbox(self) -> AsyncIterator[Inbox]:
+        """A private subject; when the context ends it has everything that was sent to it."""
+        await self.ready()
+        inbox = Inbox(self.nc.new_inbox())
+        with unavailable():
+            subscription = await self.nc.subscribe(inbox.subject, cb=inbox.arrive)
+        self._inboxes.add(inbox)
+        try:
+            yield inbox
+        finally:
+            self._inboxes.discard(inbox)
+            with suppress(*_DOWN, nats.errors.Error):
+                if self.nc.is_connected:
+                    async with asyncio.timeout(REQUEST_SECONDS / 2):
+                        await subscription.drain()  # type: ignore[no-untyped-call]
+                else:
+                    await subscription.unsubscribe()
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """Turns what is raised when the bus is down or silent into UnavailableError."""
+    try:
+        yield
+    except _DOWN as error:
+        raise UnavailableError from error
+
+
+def status_of(msg: Msg) -> str:
+    """Three digits when the message is a word of the server's own, empty for a stored message."""
+    return (msg.headers or {}).get("Status", "")
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """A request to the server as JSON."""
+    return json.dumps(value).encode()
+
+
+async def _on_error(error: Exception) -> None:
+    log.debug("bus: %r", error)
+
+
+@asynccontextmanager
+async def connect(
+    servers: Sequence[str], *, creds_file: Path | None = None, name: str = "img2img"
+) -> AsyncIterator[Link]:
+    """A connection to NATS. Raises UnavailableError when none can be made in ten seconds."""
+    link = Link()
+    await link.open(servers, creds_file, name)
+    try:
+        yield link
+    finally:
+        await link.close()

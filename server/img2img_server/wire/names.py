@@ -1,0 +1,79 @@
+"""Names on the bus: streams, buckets, subjects.
+
+img2img.jobs.<model>.<lane>.<tenant>     the work queue
+img2img.dead.<model>.<lane>.<tenant>     what can never work
+img2img.events.<job id>.log              a job's numbered events
+img2img.events.<job id>.preview.<sample> its newest preview
+img2img.ids                              one empty message a job id
+img2img.control.cancel                   not stored
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Final
+
+from img2img_server.domain.params import Lane
+
+JOBS: Final = "JOBS"
+DEAD: Final = "DEAD"
+EVENTS: Final = "EVENTS"
+IDS: Final = "IDS"
+
+RECORDS_BUCKET: Final = "img2img-jobs"
+REQUESTS_BUCKET: Final = "img2img-requests"
+WORKERS_BUCKET: Final = "img2img-workers"
+MODELS_BUCKET: Final = "img2img-models"
+
+IDS_SUBJECT: Final = "img2img.ids"
+CANCEL_SUBJECT: Final = "img2img.control.cancel"
+
+_PLAIN: Final = frozenset((string.ascii_letters + string.digits + "_-").encode())
+
+
+def token(text: str) -> str:
+    """`text` as one token of a subject or key: other bytes than [A-Za-z0-9_-] become =XX.
+
+    No two texts share a token; the empty text is "=".
+    """
+    return "".join(chr(b) if b in _PLAIN else f"={b:02X}" for b in text.encode()) or "="
+
+
+def jobs_subject(model: str, lane: Lane, tenant: str) -> str:
+    return f"img2img.jobs.{token(model)}.{lane.value}.{token(tenant)}"
+
+
+def lane_filter(model: str, lane: Lane) -> str:
+    """All jobs of one model and lane."""
+    return f"img2img.jobs.{token(model)}.{lane.value}.*"
+
+
+def lane_consumer(model: str, lane: Lane) -> str:
+    """Name of the consumer that all workers of a model share for a lane."""
+    return f"worker-{token(model)}-{lane.value}"
+
+
+def dead_subject(jobs_subject: str) -> str:
+    return jobs_subject.replace("img2img.jobs.", "img2img.dead.", 1)
+
+
+def log_subject(job_id: int) -> str:
+    return f"img2img.events.{job_id}.log"
+
+
+def preview_subject(job_id: int, sample: int) -> str:
+    return f"img2img.events.{job_id}.preview.{sample}"
+
+
+def events_filter(job_id: int) -> str:
+    """All events of one job."""
+    return f"img2img.events.{job_id}.>"
+
+
+def bucket_stream(bucket: str) -> str:
+    """Stream behind a key-value bucket."""
+    return f"KV_{bucket}"
+
+
+def key_subject(bucket: str, key: str) -> str:
+    return f"$KV.{bucket}.{key}"
