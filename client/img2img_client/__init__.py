@@ -1,1 +1,123 @@
-"""Client of the img2img service."""
+"""Client of the img2img service: blocking (`Client`) and asyncio (`AsyncClient`).
+
+from pathlib import Path
+from img2img_client import Client
+
+with Client("127.0.0.1:50051", api_key="dev-key") as client:
+    result = client.generate(
+        prompt="a watercolour of a cat", init_image=Path("photo.jpg"), strength=0.7
+    )
+    result.pictures[0].save("out.png")
+"""
+
+from img2img_client.aio import AsyncClient
+from img2img_client.client import Client
+from img2img_client.errors import (
+    DeadlineExceededError,
+    DeadlineTooShortError,
+    Img2ImgError,
+    InternalError,
+    InvalidRequestError,
+    JobCancelledError,
+    JobEndedError,
+    JobEndError,
+    JobFailedError,
+    NotFoundError,
+    PermissionDeniedError,
+    QueueFullError,
+    RequestIdReusedError,
+    RpcError,
+    UnauthenticatedError,
+    UnavailableError,
+    Violation,
+)
+from img2img_client.events import (
+    Cancelled,
+    Event,
+    Failed,
+    Preview,
+    Queued,
+    SampleFinished,
+    SampleStored,
+    Snapshot,
+    Stage,
+    StageFinished,
+    Started,
+    StepFinished,
+    Succeeded,
+)
+from img2img_client.request import ImageSource, Options
+from img2img_client.resources import (
+    Capabilities,
+    DeterminismClass,
+    Image,
+    ImageFormat,
+    Job,
+    JobError,
+    Lane,
+    Limits,
+    Model,
+    Picture,
+    Sample,
+    Spec,
+    State,
+    Timings,
+)
+from img2img_client.result import Result
+from img2img_client.resume import Retry
+from img2img_client.stream import AsyncJobStream, JobStream
+
+__all__ = [
+    "AsyncClient",
+    "AsyncJobStream",
+    "Cancelled",
+    "Capabilities",
+    "Client",
+    "DeadlineExceededError",
+    "DeadlineTooShortError",
+    "DeterminismClass",
+    "Event",
+    "Failed",
+    "Image",
+    "ImageFormat",
+    "ImageSource",
+    "Img2ImgError",
+    "InternalError",
+    "InvalidRequestError",
+    "Job",
+    "JobCancelledError",
+    "JobEndError",
+    "JobEndedError",
+    "JobError",
+    "JobFailedError",
+    "JobStream",
+    "Lane",
+    "Limits",
+    "Model",
+    "NotFoundError",
+    "Options",
+    "PermissionDeniedError",
+    "Picture",
+    "Preview",
+    "QueueFullError",
+    "Queued",
+    "RequestIdReusedError",
+    "Result",
+    "Retry",
+    "RpcError",
+    "Sample",
+    "SampleFinished",
+    "SampleStored",
+    "Snapshot",
+    "Spec",
+    "Stage",
+    "StageFinished",
+    "Started",
+    "State",
+    "StepFinished",
+    "Succeeded",
+    "Timings",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "Violation",
+]

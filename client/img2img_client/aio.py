@@ -1,0 +1,187 @@
+"""The asyncio client. Every method takes, returns and raises what its namesake in Client does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+
+import grpc
+
+from img2img.v1 import service_pb2, service_pb2_grpc
+from img2img_client import convert, errors, request
+from img2img_client.channel import DEFAULT_SERVER, Endpoint
+from img2img_client.request import ImageSource, Options
+from img2img_client.resources import Capabilities, Job, State
+from img2img_client.result import Result
+from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, may_repeat
+from img2img_client.stream import CANCEL_SECONDS, AsyncJobStream, deadline
+
+if TYPE_CHECKING:
+    from img2img.v1.service_pb2_grpc import Img2ImgServiceAsyncStub
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Makes pictures through the img2img service, on asyncio. Belongs to one event loop.
+
+        async with AsyncClient("127.0.0.1:50051", api_key="dev-key") as client:
+            result = await client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
+            result.pictures[0].save("out.png")
+
+    Arguments as in Client.
+    """
+
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        api_key: str | None = None,
+        tls: bool = False,
+        root_certificates: bytes | None = None,
+        retry: Retry | None = None,
+        call_seconds: float = 60.0,
+    ) -> None:
+        self.endpoint = Endpoint(server, api_key, tls, root_certificates)
+        self._retry = retry or Retry()
+        self._call_seconds = call_seconds
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        # Made at the first call: a channel binds to the loop that runs when it is made, and a
+        # client may be built before there is one.
+        target, options = self.endpoint.target, self.endpoint.options
+        credentials = self.endpoint.credentials
+        if credentials:
+            return grpc.aio.secure_channel(target, credentials, options)
+        return grpc.aio.insecure_channel(target, options)
+
+    @cached_property
+    def _stub(self) -> Img2ImgServiceAsyncStub:
+        return service_pb2_grpc.Img2ImgServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; open streams end."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: str,
+        init_image: ImageSource,
+        *,
+        detach: bool = False,
+        request_id: str | None = None,
+        timeout_seconds: float | None = None,
+        **options: Unpack[Options],
+    ) -> Result:
+        """As Client.generate."""
+        async with self.stream(
+            prompt,
+            init_image,
+            detach=detach,
+            request_id=request_id,
+            timeout_seconds=timeout_seconds,
+            **options,
+        ) as stream:
+            return await stream.result()
+
+    def stream(
+        self,
+        prompt: str,
+        init_image: ImageSource,
+        *,
+        detach: bool = False,
+        request_id: str | None = None,
+        timeout_seconds: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncJobStream:
+        """As Client.stream; cancelling the task that reads it leaves it."""
+        first = request.generate_request(
+            prompt, init_image, options, request_id=request_id, detach=detach
+        )
+        return self._stream(first, timeout_seconds)
+
+    def watch(
+        self, job: Job | str | int, *, after_sequence: int = 0, timeout_seconds: float | None = None
+    ) -> AsyncJobStream:
+        """As Client.watch."""
+        first = request.watch_request(job, after_sequence)
+        return self._stream(first, timeout_seconds)
+
+    async def create(
+        self,
+        prompt: str,
+        init_image: ImageSource,
+        *,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> Job:
+        """As Client.create."""
+        wish = request.create_request(prompt, init_image, options, request_id=request_id)
+        return convert.job_from((await self._call(self._stub.CreateJob, wish)).job)
+
+    async def get(self, job: Job | str | int) -> Job:
+        """As Client.get."""
+        wish = service_pb2.GetJobRequest(name=request.job_name(job))
+        return convert.job_from((await self._call(self._stub.GetJob, wish)).job)
+
+    async def list(self, *states: State | str, page_size: int = 100) -> AsyncIterator[Job]:
+        """As Client.list."""
+        wish = request.list_request(states, page_size)
+        while True:
+            page = await self._call(self._stub.ListJobs, wish)
+            for job in page.jobs:
+                yield convert.job_from(job)
+            if not page.next_page_token:
+                return
+            wish.page_token = page.next_page_token
+
+    async def cancel(self, job: Job | str | int) -> Job:
+        """As Client.cancel."""
+        wish = service_pb2.CancelJobRequest(name=request.job_name(job))
+        return convert.job_from((await self._call(self._stub.CancelJob, wish)).job)
+
+    async def capabilities(self) -> Capabilities:
+        """As Client.capabilities."""
+        wish = service_pb2.GetCapabilitiesRequest()
+        return convert.read(Capabilities, await self._call(self._stub.GetCapabilities, wish))
+
+    def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
+        follow = Follow(first, self._retry, deadline(timeout_seconds))
+        return AsyncJobStream(follow, self.endpoint.target, self._open, self._cancel_abandoned)
+
+    async def _call(self, method: Callable[..., Awaitable[T]], wish: object) -> T:
+        backoff = Backoff(self._retry)
+        while True:
+            try:
+                return await method(
+                    wish, timeout=self._call_seconds, metadata=self.endpoint.metadata
+                )
+            except grpc.RpcError as broken:
+                error = errors.from_rpc(broken, self.endpoint.target)
+                if not may_repeat(error):
+                    raise error from broken
+                await asyncio.sleep(backoff.pause(error, time.monotonic()))
+
+    def _open(self, wish: FirstRequest, timeout_seconds: float | None) -> Any:
+        generate = isinstance(wish, service_pb2.GenerateRequest)
+        method: Any = self._stub.Generate if generate else self._stub.WatchJob
+        return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+
+    async def _cancel_abandoned(self, job_name: str) -> None:
+        wish = service_pb2.CancelJobRequest(name=job_name)
+        try:
+            await self._stub.CancelJob(
+                wish, timeout=CANCEL_SECONDS, metadata=self.endpoint.metadata
+            )
+        except (grpc.RpcError, grpc.aio.UsageError):
+            return  # ended meanwhile, or out of reach (UsageError: the channel is closed)

@@ -1,0 +1,200 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from img2img.v1 import service_pb2, service_pb2_grpc
+from img2img_client import convert, errors, request
+from img2img_client.channel import DEFAULT_SERVER, Endpoint
+from img2img_client.request import ImageSource, Options
+from img2img_client.resources import Capabilities, Job, State
+from img2img_client.result import Result
+from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, may_repeat
+from img2img_client.stream import CANCEL_SECONDS, JobStream, deadline
+
+T = TypeVar("T")
+
+
+class Client:
+    """Makes pictures through the img2img service. Safe to share between threads.
+
+        with Client("127.0.0.1:50051", api_key="dev-key") as client:
+            result = client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
+            result.pictures[0].save("out.png")
+
+    Every method raises the errors of `img2img_client.errors`. What a lost connection or a stopping
+    server interrupts is tried again as `retry` says, without making anything twice.
+
+    Args:
+        server: "host:port"; see Endpoint.
+        api_key: key of the tenant.
+        tls: encrypt, and check the server against the system's certificate authorities.
+        root_certificates: PEM of the authorities to trust instead; turns TLS on.
+        retry: how long to try again.
+        call_seconds: longest single call, streams excepted.
+    """
+
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        api_key: str | None = None,
+        tls: bool = False,
+        root_certificates: bytes | None = None,
+        retry: Retry | None = None,
+        call_seconds: float = 60.0,
+    ) -> None:
+        self.endpoint = Endpoint(server, api_key, tls, root_certificates)
+        self._retry = retry or Retry()
+        self._call_seconds = call_seconds
+        target, options = self.endpoint.target, self.endpoint.options
+        credentials = self.endpoint.credentials
+        self._channel = (
+            grpc.secure_channel(target, credentials, options)
+            if credentials
+            else grpc.insecure_channel(target, options)
+        )
+        self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; open streams end."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str,
+        init_image: ImageSource,
+        *,
+        detach: bool = False,
+        request_id: str | None = None,
+        timeout_seconds: float | None = None,
+        **options: Unpack[Options],
+    ) -> Result:
+        """Makes pictures and waits until they are stored. Arguments as in `stream`.
+
+        Raises:
+            JobFailedError, JobCancelledError: the job ended without pictures.
+        """
+        with self.stream(
+            prompt,
+            init_image,
+            detach=detach,
+            request_id=request_id,
+            timeout_seconds=timeout_seconds,
+            **options,
+        ) as stream:
+            return stream.result()
+
+    def stream(
+        self,
+        prompt: str,
+        init_image: ImageSource,
+        *,
+        detach: bool = False,
+        request_id: str | None = None,
+        timeout_seconds: float | None = None,
+        **options: Unpack[Options],
+    ) -> JobStream:
+        """Makes pictures and tells about it, event by event, until the job has ended.
+
+        Leaving the stream early (close, the end of its `with`, an exception, Ctrl-C) cancels the
+        job unless `detach`. So does the service when it loses the connection to a caller that did
+        not detach; a restart of the service itself does not, and is bridged.
+
+        Args:
+            prompt: what the picture shall show.
+            init_image: a file, its bytes, or an http(s) address.
+            detach: let the job go on without us.
+            request_id: a UUID of yours: the same one gives the same job within 24 hours.
+            timeout_seconds: until the job's end; one that cannot finish in time is refused.
+            options: see Options.
+        """
+        first = request.generate_request(
+            prompt, init_image, options, request_id=request_id, detach=detach
+        )
+        return self._stream(first, timeout_seconds)
+
+    def watch(
+        self, job: Job | str | int, *, after_sequence: int = 0, timeout_seconds: float | None = None
+    ) -> JobStream:
+        """Follows a job: a snapshot, then all events after `after_sequence`, until it has ended.
+
+        Leaving early does not touch the job.
+        """
+        first = request.watch_request(job, after_sequence)
+        return self._stream(first, timeout_seconds)
+
+    def create(
+        self,
+        prompt: str,
+        init_image: ImageSource,
+        *,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> Job:
+        """Queues a job and returns at once; follow it with `watch` or `get`."""
+        wish = request.create_request(prompt, init_image, options, request_id=request_id)
+        return convert.job_from(self._call(self._stub.CreateJob, wish).job)
+
+    def get(self, job: Job | str | int) -> Job:
+        """The job as it is now."""
+        wish = service_pb2.GetJobRequest(name=request.job_name(job))
+        return convert.job_from(self._call(self._stub.GetJob, wish).job)
+
+    def list(self, *states: State | str, page_size: int = 100) -> Iterator[Job]:
+        """Jobs that have not expired, newest first; with `states`, only those in one of them."""
+        wish = request.list_request(states, page_size)
+        while True:
+            page = self._call(self._stub.ListJobs, wish)
+            yield from map(convert.job_from, page.jobs)
+            if not page.next_page_token:
+                return
+            wish.page_token = page.next_page_token
+
+    def cancel(self, job: Job | str | int) -> Job:
+        """Cancels a job: at once when it waits, at its next step when it runs."""
+        wish = service_pb2.CancelJobRequest(name=request.job_name(job))
+        return convert.job_from(self._call(self._stub.CancelJob, wish).job)
+
+    def capabilities(self) -> Capabilities:
+        """The models being served and the limits in force."""
+        wish = service_pb2.GetCapabilitiesRequest()
+        return convert.read(Capabilities, self._call(self._stub.GetCapabilities, wish))
+
+    def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> JobStream:
+        follow = Follow(first, self._retry, deadline(timeout_seconds))
+        return JobStream(follow, self.endpoint.target, self._open, self._cancel_abandoned)
+
+    def _call(self, method: Callable[..., T], wish: object) -> T:
+        backoff = Backoff(self._retry)
+        while True:
+            try:
+                return method(wish, timeout=self._call_seconds, metadata=self.endpoint.metadata)
+            except grpc.RpcError as broken:
+                error = errors.from_rpc(broken, self.endpoint.target)
+                if not may_repeat(error):
+                    raise error from broken
+                time.sleep(backoff.pause(error, time.monotonic()))
+
+    def _open(self, wish: FirstRequest, timeout_seconds: float | None) -> Any:
+        generate = isinstance(wish, service_pb2.GenerateRequest)
+        method: Any = self._stub.Generate if generate else self._stub.WatchJob
+        return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+
+    def _cancel_abandoned(self, job_name: str) -> None:
+        wish = service_pb2.CancelJobRequest(name=job_name)
+        try:
+            self._stub.CancelJob(wish, timeout=CANCEL_SECONDS, metadata=self.endpoint.metadata)
+        except (grpc.RpcError, ValueError):
+            return  # ended meanwhile, or out of reach (ValueError: the channel is closed)

@@ -1,0 +1,158 @@
+"""A job's events, each exactly once, also when the connection breaks in between.
+
+`Follow` makes every decision; the two classes here only do the I/O, one blocking, one on asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from typing import Any, Self
+
+import grpc
+
+from img2img_client import errors
+from img2img_client.events import Event
+from img2img_client.result import Result
+from img2img_client.resume import FirstRequest, Follow
+
+CANCEL_SECONDS = 5.0  # how long leaving a stream may take to cancel its job
+
+# Begins a call: its request and its timeout in seconds.
+Open = Callable[[FirstRequest, float | None], Any]
+
+
+def deadline(timeout_seconds: float | None) -> float:
+    """The moment on the monotonic clock when the timeout has passed; infinity without one."""
+    return math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+
+
+class _Stream:
+    """What both streams know about their job."""
+
+    def __init__(self, follow: Follow, server: str, open_call: Open) -> None:
+        self._follow = follow
+        self._server = server
+        self._open_call = open_call
+
+    @property
+    def job_name(self) -> str:
+        """ "jobs/{id}"; empty until the first event came."""
+        return self._follow.job_name
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last event; `watch` goes on after it."""
+        return self._follow.sequence
+
+    def _open(self) -> Any:
+        left = max(0.0, self._follow.deadline - time.monotonic())
+        return self._open_call(self._follow.next_request(), None if math.isinf(left) else left)
+
+    def _broke(self, broken: grpc.RpcError) -> float:
+        return self._follow.broke(errors.from_rpc(broken, self._server), time.monotonic())
+
+
+class JobStream(_Stream):
+    """Iterate over it, best inside `with`; `result()` reads what is left and joins the pictures."""
+
+    def __init__(
+        self, follow: Follow, server: str, open_call: Open, cancel: Callable[[str], None]
+    ) -> None:
+        super().__init__(follow, server, open_call)
+        self._cancel = cancel
+        self._events = self._run()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._events
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the stream; cancels the job if it is ours, not detached and not ended."""
+        self._events.close()
+
+    def result(self) -> Result:
+        """Waits for the job's end and returns its pictures.
+
+        Raises:
+            JobFailedError, JobCancelledError: the job ended without pictures.
+        """
+        for _ in self._events:
+            pass
+        return self._follow.result()
+
+    def _run(self) -> Generator[Event, None, None]:
+        follow = self._follow
+        try:
+            while not follow.finished:
+                call = self._open()
+                try:
+                    for message in call:
+                        if (event := follow.take(message.event)) is not None:
+                            yield event
+                    pause = follow.ended(time.monotonic())
+                except grpc.RpcError as broken:
+                    pause = self._broke(broken)
+                finally:
+                    call.cancel()
+                time.sleep(pause)
+        finally:
+            if follow.abandoned:
+                self._cancel(follow.job_name)
+
+
+class AsyncJobStream(_Stream):
+    """Iterate over it, best inside `async with`; `result()` reads what is left and joins the
+    pictures. Cancelling the task that reads leaves the stream."""
+
+    def __init__(
+        self, follow: Follow, server: str, open_call: Open, cancel: Callable[[str], Awaitable[None]]
+    ) -> None:
+        super().__init__(follow, server, open_call)
+        self._cancel = cancel
+        self._events = self._run()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._events
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """As JobStream.close."""
+        await self._events.aclose()
+
+    async def result(self) -> Result:
+        """As JobStream.result."""
+        async for _ in self._events:
+            pass
+        return self._follow.result()
+
+    async def _run(self) -> AsyncGenerator[Event, None]:
+        follow = self._follow
+        try:
+            while not follow.finished:
+                call = self._open()
+                try:
+                    async for message in call:
+                        if (event := follow.take(message.event)) is not None:
+                            yield event
+                    pause = follow.ended(time.monotonic())
+                except grpc.RpcError as broken:
+                    pause = self._broke(broken)
+                finally:
+                    call.cancel()
+                await asyncio.sleep(pause)
+        finally:
+            if follow.abandoned:
+                await self._cancel(follow.job_name)
