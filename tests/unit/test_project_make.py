@@ -1,0 +1,49 @@
+"""The make words: what each of them would run on a machine where nothing is installed."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from tests.readme import ROOT
+
+
+def planned(word: str) -> str:
+    """What `make WORD` would run if everything were out of date; runs nothing."""
+    command = ["make", "--dry-run", "--always-make", "--no-print-directory", word]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("word", ["demo", "serve"])
+def test_trying_the_service_installs_no_development_tools(word: str) -> None:
+    plan = planned(word)
+    assert "-m venv .venv" in plan
+    assert "-e '.[local]'" in plan
+    assert "[dev]" not in plan
+    assert "npm" not in plan
+
+
+@pytest.mark.parametrize("word", ["test", "check", "fix", "gen", "gold", "bench"])
+def test_every_development_word_sets_everything_up_first(word: str) -> None:
+    plan = planned(word).splitlines()
+    installs = next(number for number, line in enumerate(plan) if "-e '.[dev]'" in line)
+    works = [number for number, line in enumerate(plan) if line.startswith((".venv/bin/", "GOLD="))]
+    assert [line for line in plan if "-m pip" in line and "-c constraints.txt" not in line] == []
+    assert min(number for number in works if "-m pip" not in plan[number]) > installs
+
+
+def test_check_changes_nothing() -> None:
+    plan = planned("check")
+    assert "--fix" not in plan
+    for writer in ("ruff format", "proto/generate.py", "docs/generate_settings.py"):
+        lines = [line for line in plan.splitlines() if writer in line]
+        assert len(lines) == 1
+        assert "--check" in lines[0]
+
+
+def test_nothing_is_installed_outside_the_folder() -> None:
+    plan = "\n".join(planned(word) for word in ("demo", "test", "check"))
+    assert "sudo" not in plan
+    assert "--user" not in plan
+    assert "--global" not in plan
