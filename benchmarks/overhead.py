@@ -1,8 +1,8 @@
-"""The service's own overhead: end-to-end time of a 512x512 single-sample request minus the engine's.
+"""The service's own overhead: a 512x512 single-sample request, end to end, minus the engine's time.
 
-Starts `img2img-server local` with a state folder of its own, sends requests one after the other over
-gRPC, and measures from the call to the picture in the caller's hands (the link follows later). The
-engine's own time and the stages come from the job's timings; what no stage claims is transport:
+Starts `img2img-server local` with a state folder of its own, sends requests one after the other
+over gRPC, and measures from the call to the picture in the caller's hands (the link follows later).
+The engine's own time and the stages come from the job's timings; what no stage claims is transport:
 gRPC, JetStream, event log. Run by `make bench`.
 
     python -m benchmarks.overhead [--requests 40] [--output benchmarks/results/overhead.json]

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import structlog
@@ -22,8 +22,8 @@ from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.telemetry import RPC_SECONDS, RPCS
 
 SERVICE = "/img2img.v1.Img2ImgService/"
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _principal: ContextVar[Principal] = ContextVar("principal")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 

@@ -7,7 +7,7 @@ import base64
 import binascii
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -24,7 +24,7 @@ from img2img_server.domain.params import Violation, is_http_url
 from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, WorkerRegistry
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 LINK_BASE = "img2img-link-base"
 _PAGE_DEFAULT, _PAGE_MOST = 20, 100
 

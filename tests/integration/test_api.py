@@ -1,0 +1,434 @@
+"""The gRPC service as callers see it: real gRPC, a worker with the fake engine."""
+
+import asyncio
+import dataclasses
+import uuid
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from img2img_server.safety.memory import FixedSafetyChecker
+
+from img2img.v1 import job_pb2, service_pb2
+from img2img_server.bus import memory_bus
+from img2img_server.domain.params import Limits
+from img2img_server.engine.fake import FakeEngine
+from tests.stack import (
+    DEV,
+    WAIT_SECONDS,
+    kinds,
+    refusal,
+    running_api,
+    running_stack,
+    running_worker,
+    settings,
+    spec,
+    two_tenants,
+)
+
+
+async def read_until(call: Any, kind: str, into: list[Any] | None = None) -> list[Any]:
+    """Reads a stream up to the first event of that kind."""
+    messages = [] if into is None else into
+    async for message in call:
+        messages.append(message)
+        if message.event.WhichOneof("event") == kind:
+            return messages
+    raise AssertionError(f"no {kind} in {kinds(messages)}")
+
+
+async def test_generate_streams_from_the_snapshot_to_the_stored_link() -> None:
+    async with running_stack() as stack:
+        messages = [m async for m in stack.api.generate(spec(strength=0.5))]
+        blobs = stack.worker.blobs
+        assert kinds(messages) == [
+            "snapshot",
+            "queued",
+            "started",
+            "stage",
+            "stage",
+            "step",
+            "step",
+            "sample_finished",
+            "sample_stored",
+            "succeeded",
+        ]
+        numbers = [m.event.sequence for m in messages]
+        assert numbers == list(range(10))
+        job = messages[-1].event.succeeded.job
+        assert job.state == job_pb2.Job.STATE_SUCCEEDED
+        assert job.samples[0].url == job.future_urls[0] == messages[-2].event.sample_stored.url
+        assert job.timings.steps == 2
+        key = job.samples[0].url.split("/", 3)[3]
+        info = await blobs.stat(key)
+        assert info is not None
+        assert (info.media_type, info.size_bytes) == ("image/png", job.samples[0].size_bytes)
+
+
+async def test_the_picture_travels_before_it_is_stored_in_the_asked_format() -> None:
+    async with running_stack() as stack:
+        for number, media_type in (
+            (job_pb2.IMAGE_FORMAT_UNSPECIFIED, "image/jpeg"),
+            (job_pb2.IMAGE_FORMAT_PNG, "image/png"),
+            (job_pb2.IMAGE_FORMAT_WEBP, "image/webp"),
+        ):
+            call = stack.api.generate(spec(output_format=number))
+            messages = [m async for m in call]
+            image = messages[-3].event.sample_finished.image
+            assert (image.media_type, image.width, image.height) == (media_type, 256, 256)
+            assert image.size_bytes == len(image.data) > 100
+
+
+async def test_the_same_seed_gives_the_same_picture_and_samples_count_up() -> None:
+    async with running_stack() as stack:
+
+        async def pictures(**changes: object) -> dict[int, str]:
+            call = stack.api.generate(spec(output_format=job_pb2.IMAGE_FORMAT_PNG, **changes))
+            return {
+                m.event.sample_finished.seed: m.event.sample_finished.image.sha256
+                async for m in call
+                if m.event.HasField("sample_finished")
+            }
+
+        first = await pictures(seed=7, samples=2)
+        assert sorted(first) == [7, 8]
+        assert first[7] != first[8]
+        assert await pictures(seed=8) == {8: first[8]}
+        wrapped = await pictures(seed=2**32 - 1, samples=2)
+        assert sorted(wrapped) == [0, 2**32 - 1]
+
+
+async def test_an_absent_seed_is_drawn_once_and_told() -> None:
+    async with running_stack() as stack:
+        request = spec()
+        request.ClearField("seed")
+        jobs = [await stack.api.create(request) for _ in range(2)]
+        assert jobs[0].spec.seed != jobs[1].spec.seed
+        ended = await read_until(stack.api.watch(jobs[0].name), "succeeded")
+        assert ended[-1].event.succeeded.job.samples[0].seed == jobs[0].spec.seed
+
+
+async def test_defaults_are_filled_in_and_the_image_is_not_returned() -> None:
+    async with running_stack() as stack:
+        request = job_pb2.JobSpec(prompt="a cat", init_image=spec().init_image, seed=3)
+        job = await stack.api.create(request)
+        assert (job.spec.width, job.spec.height, job.spec.samples) == (512, 512, 1)
+        assert (job.spec.strength, job.spec.safety_checker) == (0.7, True)
+        assert (job.spec.model, job.spec.scheduler) == ("fake", "ddim")
+        assert (job.spec.num_inference_steps, job.spec.guidance_scale) == (4, 1.0)
+        assert not job.spec.HasField("init_image")
+        assert job.id >= 10_000_001
+
+
+async def test_a_watch_resumes_without_gap_or_duplicate() -> None:
+    async with running_stack(FakeEngine(hold_after=2)) as stack:
+        job = await stack.api.create(spec(strength=1.0))
+        first = await read_until(stack.api.watch(job.name), "step")
+        seen = first[-1].event.sequence
+        stack.worker.engine.release()
+        rest = [m async for m in stack.api.watch(job.name, after=seen)]
+        assert kinds(rest)[0] == "snapshot"
+        assert rest[0].event.sequence == seen
+        numbers = [m.event.sequence for m in [*first[1:], *rest[1:]]]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert kinds(rest)[-1] == "succeeded"
+
+
+async def test_a_watch_of_an_ended_job_replays_it_and_ends() -> None:
+    async with running_stack() as stack:
+        live = [m async for m in stack.api.generate(spec())]
+        replay = [m async for m in stack.api.watch(live[0].event.job)]
+        assert replay[0].event.snapshot.job.state == job_pb2.Job.STATE_SUCCEEDED
+        assert [m.event for m in replay[1:]] == [m.event for m in live[1:]]
+
+
+async def test_previews_come_when_asked_for() -> None:
+    async with running_stack() as stack:
+        messages = [
+            m async for m in stack.api.generate(spec(strength=1.0, preview_interval_steps=2))
+        ]
+        previews = [m.event.preview for m in messages if m.event.HasField("preview")]
+        assert [preview.step for preview in previews] == [2]
+        assert max(previews[0].image.width, previews[0].image.height) <= 256
+
+
+async def test_two_callers_at_once_see_only_their_own_jobs() -> None:
+    async with running_stack() as stack:
+
+        async def one(seed: int) -> set[str]:
+            return {m.event.job async for m in stack.api.generate(spec(seed=seed))}
+
+        names = await asyncio.gather(*(one(seed) for seed in range(6)))
+        assert all(len(found) == 1 for found in names)
+        assert len(set.union(*names)) == 6
+
+
+async def test_a_queued_job_is_cancelled_at_once_and_leaves_the_queue() -> None:
+    bus = memory_bus()
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus) as api:
+        job = await api.create(spec())
+        cancelled = await api.cancel(job.name)
+        assert cancelled.state == job_pb2.Job.STATE_CANCELLED
+        messages = [m async for m in api.watch(job.name)]
+        assert kinds(messages) == ["snapshot", "queued", "cancelled"]
+        assert (await api.cancel(job.name)).state == job_pb2.Job.STATE_CANCELLED
+    async with running_worker(bus, name="w2") as worker:
+        assert await bus.queue.depth("fake", "realtime") == 0
+
+
+async def test_a_running_job_is_cancelled_at_its_next_step() -> None:
+    async with running_stack(FakeEngine(hold_after=1)) as stack:
+        call = stack.api.generate(spec(strength=1.0))
+        messages = await read_until(call, "step")
+        asked = await stack.api.cancel(messages[0].event.job)
+        assert asked.state in (job_pb2.Job.STATE_RUNNING, job_pb2.Job.STATE_CANCELLED)
+        assert kinds([m async for m in call]) == ["cancelled"]
+        job = await stack.api.get(messages[0].event.job)
+        assert job.state == job_pb2.Job.STATE_CANCELLED
+
+
+async def test_an_ended_job_cannot_be_cancelled() -> None:
+    async with running_stack() as stack:
+        messages = [m async for m in stack.api.generate(spec())]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.cancel(messages[0].event.job)
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "JOB_ENDED")
+
+
+@pytest.mark.parametrize(
+    ("detach", "state"),
+    [(False, job_pb2.Job.STATE_CANCELLED), (True, job_pb2.Job.STATE_SUCCEEDED)],
+)
+async def test_hanging_up_cancels_unless_detached(detach: bool, state: int) -> None:
+    async with running_stack(FakeEngine(hold_after=1)) as stack:
+        call = stack.api.generate(spec(strength=1.0), detach=detach)
+        name = (await read_until(call, "step"))[0].event.job
+        call.cancel()
+        if detach:
+            stack.worker.engine.release()
+        ended = [m async for m in stack.api.watch(name)]
+        assert (await stack.api.get(name)).state == state
+        assert kinds(ended)[-1] == ("succeeded" if detach else "cancelled")
+
+
+async def test_a_stopping_api_lets_watchers_resume_on_another_one() -> None:
+    bus = memory_bus()
+    engine = FakeEngine(hold_after=2)
+    async with running_worker(bus, engine):
+        async with running_api(bus) as old:
+            call = old.generate(spec(strength=1.0))
+            first = await read_until(call, "step")
+            old.stop.set()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_until(call, "succeeded", into=first)
+            found = refusal(caught.value)
+            assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+            assert found.retry_seconds
+        async with running_api(bus) as new:
+            engine.release()
+            last = first[-1].event.sequence
+            rest = [m async for m in new.watch(first[0].event.job, after=last)]
+        numbers = [m.event.sequence for m in [*first[1:], *rest[1:]]]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert kinds(rest)[-1] == "succeeded"
+
+
+async def test_a_draining_worker_hands_its_job_back_and_another_makes_the_same_picture() -> None:
+    bus = memory_bus()
+    request = spec(strength=1.0, output_format=job_pb2.IMAGE_FORMAT_PNG)
+    async with running_api(bus) as api:
+        async with running_worker(bus) as worker:
+            undisturbed = [m async for m in api.generate(request)]
+            await worker.drained()
+        held = FakeEngine(hold_after=2)
+        async with running_worker(bus, held, config=settings(drain_seconds=0.0)) as worker:
+            call = api.generate(request)
+            messages = await read_until(call, "step")
+            await worker.drained()
+        async with running_worker(bus, name="w2"):
+            messages += [m async for m in call]
+        again = next(m.event.queued for m in messages[3:] if m.event.HasField("queued"))
+        assert again.requeue_reason == "worker stopped"
+        assert kinds(messages)[-1] == "succeeded"
+        job = messages[-1].event.succeeded.job
+        assert (job.worker, job.attempt) == ("w2", 2)
+        assert job.samples[0].sha256 == undisturbed[-1].event.succeeded.job.samples[0].sha256
+
+
+async def test_a_failing_job_ends_its_stream_and_its_neighbour_goes_on() -> None:
+    async with running_stack() as stack:
+        bad, good = await asyncio.gather(
+            read_until(stack.api.generate(spec(prompt="fail:it is broken")), "failed"),
+            read_until(stack.api.generate(spec()), "succeeded"),
+        )
+        error = bad[-1].event.failed.job.error
+        assert (error.reason, error.message) == ("ENGINE_FAILED", "it is broken")
+        assert kinds(good)[-1] == "succeeded"
+
+
+async def test_a_flagged_picture_becomes_black_with_its_flag_set() -> None:
+    async with running_stack(safety=FixedSafetyChecker(0.9)) as stack:
+        messages = [m async for m in stack.api.generate(spec())]
+        assert messages[-3].event.sample_finished.nsfw
+        assert messages[-1].event.succeeded.job.samples[0].nsfw
+        unchecked = [m async for m in stack.api.generate(spec(safety_checker=False))]
+        assert not unchecked[-1].event.succeeded.job.samples[0].nsfw
+
+
+async def test_a_request_id_makes_one_job_however_often_it_is_sent() -> None:
+    async with running_stack() as stack:
+        request_id = str(uuid.uuid4())
+        jobs = [await stack.api.create(spec(), request_id=request_id) for _ in range(3)]
+        assert len({job.id for job in jobs}) == 1
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.create(spec(prompt="another"), request_id=request_id)
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.create(spec(), request_id="not a uuid")
+        assert refusal(caught.value).violations == {"request_id": "request_id must be a UUID"}
+
+
+async def test_a_full_queue_refuses_at_once_with_a_retry_hint() -> None:
+    bus = memory_bus(queue_limit=2)
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus, settings(queue_limit=2)) as api:
+        for _ in range(2):
+            await api.create(spec())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.create(spec())
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert found.retry_seconds == 30.0
+        assert caught.value.details() == ("Rate limit exceeded. Maximum 2 queued requests allowed.")
+        listed = await api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
+        assert len(listed.jobs) == 2  # the refused one left nothing
+
+
+async def test_jobs_are_listed_newest_first_in_pages_by_state() -> None:
+    async with running_stack() as stack:
+        names = []
+        for _ in range(5):
+            messages = await read_until(stack.api.generate(spec()), "succeeded")
+            names.append(messages[0].event.job)
+        found, token = [], ""
+        while True:
+            request = service_pb2.ListJobsRequest(page_size=2, page_token=token)
+            page = await stack.api.stub.ListJobs(request, metadata=DEV)
+            found.append([job.name for job in page.jobs])
+            token = page.next_page_token
+            if not token:
+                break
+        newest = names[::-1]
+        assert found == [newest[:2], newest[2:4], newest[4:]]
+        request = service_pb2.ListJobsRequest(states=[job_pb2.Job.STATE_FAILED])
+        assert not (await stack.api.stub.ListJobs(request, metadata=DEV)).jobs
+        bad = service_pb2.ListJobsRequest(page_size=101, page_token="?")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.stub.ListJobs(bad, metadata=DEV)
+        assert set(refusal(caught.value).violations) == {"page_size", "page_token"}
+
+
+async def test_capabilities_tell_the_validators_own_limits() -> None:
+    async with running_stack() as stack:
+        request = service_pb2.GetCapabilitiesRequest()
+        told = await stack.api.stub.GetCapabilities(request, metadata=DEV)
+        limits = Limits()
+        assert told.limits.max_side_pixels == limits.max_side_pixels
+        assert told.limits.max_prompt_characters == limits.max_prompt_characters
+        assert told.limits.max_image_bytes == limits.max_image_bytes
+        assert told.limits.max_queued_jobs == settings().queue_limit
+        assert [(m.name, m.workers, m.device) for m in told.models] == [("fake", 1, "fake")]
+
+
+async def test_a_job_belongs_to_its_tenant(tmp_path: Path) -> None:
+    ring, key_a, key_b = two_tenants(tmp_path)
+    bus = memory_bus()
+    async with running_worker(bus), running_api(bus, keys=ring) as api:
+
+        def meta(key: str) -> tuple[tuple[str, str], ...]:
+            return (("authorization", f"Bearer {key}"),)
+
+        create = service_pb2.CreateJobRequest(spec=spec())
+        job = (await api.stub.CreateJob(create, metadata=meta(key_a))).job
+        get = service_pb2.GetJobRequest(name=job.name)
+        assert (await api.stub.GetJob(get, metadata=meta(key_a))).job.id == job.id
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.stub.GetJob(get, metadata=meta(key_b))
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND")
+        unsafe = service_pb2.CreateJobRequest(spec=spec(safety_checker=False))
+        await api.stub.CreateJob(unsafe, metadata=meta(key_a))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.stub.CreateJob(unsafe, metadata=meta(key_b))
+        assert refusal(caught.value).reason == "PERMISSION_DENIED"
+
+
+@pytest.mark.parametrize(
+    "metadata", [(), (("authorization", "Bearer wrong"),), (("authorization", "Basic dev-key"),)]
+)
+async def test_without_a_good_key_nothing_is_told(metadata: tuple[tuple[str, str], ...]) -> None:
+    async with running_stack() as stack:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.stub.GetJob(
+                service_pb2.GetJobRequest(name="jobs/10000001"), metadata=metadata
+            )
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.UNAUTHENTICATED, "INVALID_API_KEY")
+        call = stack.api.stub.Generate(service_pb2.GenerateRequest(spec=spec()), metadata=metadata)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert refusal(caught.value).reason == "INVALID_API_KEY"
+
+
+@pytest.mark.parametrize(
+    "name", ["jobs/1", "jobs/x", "jobs/", "", "10000001", "jobs/99999999999999"]
+)
+async def test_a_strange_name_names_no_job(name: str) -> None:
+    async with running_stack() as stack:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.get(name)
+        assert refusal(caught.value).reason == "JOB_NOT_FOUND"
+
+
+async def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    async with running_stack() as stack:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.create(spec(model="nope"))
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
+        assert "known models: fake" in str(caught.value.details())
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    async with running_stack() as stack:
+        worker = (await stack.bus.workers.workers())[0]
+        await stack.bus.workers.announce(dataclasses.replace(worker, job_seconds=0.5))
+        request = service_pb2.GenerateRequest(spec=spec(width=1024, height=1024, samples=4))
+        call = stack.api.stub.Generate(request, metadata=DEV, timeout=2.0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        found = refusal(caught.value)
+        assert found.reason == "DEADLINE_TOO_SHORT"
+        assert found.retry_seconds is not None
+        assert found.retry_seconds >= 1.0
+
+
+async def test_health_and_reflection_answer_without_a_key() -> None:
+    async with running_stack() as stack:
+        health = health_pb2_grpc.HealthStub(stack.api.channel)
+        request = health_pb2.HealthCheckRequest(service="img2img.v1.Img2ImgService")
+        answer = await health.Check(request, timeout=WAIT_SECONDS)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(stack.api.channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = reflection.ServerReflectionInfo(iter([ask]), timeout=WAIT_SECONDS)
+        services = [s.name async for m in call for s in m.list_services_response.service]
+        assert "img2img.v1.Img2ImgService" in services

@@ -1,0 +1,106 @@
+"""Bad input over gRPC: a typed error that names every violated field, and nobody else notices."""
+
+import io
+import zlib
+from typing import Any
+
+import grpc
+import pytest
+from PIL import Image
+
+from img2img.v1 import job_pb2, service_pb2
+from img2img_server.images.base import FetchError
+from tests.stack import DEV, kinds, photo, refusal, running_stack, spec
+
+NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
+
+
+def picture_of_60_megapixels() -> bytes:
+    """A PNG whose header says 10000 x 6000; tiny as a file."""
+    header = io.BytesIO()
+    Image.new("L", (1, 1)).save(header, "PNG")
+    data = bytearray(header.getvalue())
+    data[16:24] = (10_000).to_bytes(4, "big") + (6_000).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+def inline(data: bytes) -> dict[str, Any]:
+    return {"init_image": job_pb2.InitImage(data=data)}
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "missing prompt": ({"prompt": ""}, {"prompt": "prompt is required"}),
+    "strength 1.5": ({"strength": 1.5}, {"strength": "strength must be between 0 and 1"}),
+    "width 513": ({"width": 513}, {"width": "width must be divisible by 8"}),
+    "samples 9": ({"samples": 9}, {"samples": "samples must be between 1 and 4"}),
+    "no image": ({"init_image": None}, {"init_image": "init_image is required"}),
+    "not an image": (inline(b"just some text"), {"init_image": NOT_AN_IMAGE}),
+    "404 URL": (
+        {"init_image": job_pb2.InitImage(url="http://127.0.0.1:9/none.png")},
+        {"init_image": "Unable to fetch image from provided URL"},
+    ),
+    "no URL": (
+        {"init_image": job_pb2.InitImage(url="file:///etc/passwd")},
+        {"init_image": "Unable to fetch image from provided URL"},
+    ),
+    "60 megapixels": (
+        inline(picture_of_60_megapixels()),
+        {"init_image": "init_image must not have more than 50 megapixels"},
+    ),
+    "30 MB body": (
+        inline(photo() + bytes(30_000_000)),
+        {"init_image": "init_image must not be larger than 20 MB"},
+    ),
+    "truncated JPEG": (inline(photo(640, 480)[:-2000]), {"init_image": NOT_AN_IMAGE}),
+    "everything at once": (
+        {"prompt": "", "width": 513, "height": 10, "samples": 9, "strength": -1, **inline(b"x")},
+        {
+            "prompt": "prompt is required",
+            "width": "width must be divisible by 8",
+            "height": "height must be between 256 and 1024",
+            "samples": "samples must be between 1 and 4",
+            "strength": "strength must be between 0 and 1",
+            "init_image": NOT_AN_IMAGE,
+        },
+    ),
+    "unknown enum values": (
+        {"output_format": 77, "lane": 9},
+        {"output_format": "output_format 77 is not known", "lane": "lane 9 is not known"},
+    ),
+}
+
+
+async def no_such_page(_: str) -> bytes:
+    raise FetchError
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "-"))
+async def test_bad_input_names_every_violated_field_and_later_requests_work(case: str) -> None:
+    changes, violations = CASES[case]
+    async with running_stack(fetch=no_such_page) as stack:
+        for call in (
+            lambda api: api.create(spec(**changes)),
+            lambda api: api.generate(spec(**changes)).read(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(stack.api)
+            found = refusal(caught.value)
+            assert (found.code, found.reason) == (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "INVALID_REQUEST",
+            )
+            assert found.violations == violations
+            assert all(sentence in str(caught.value.details()) for sentence in violations.values())
+        good = [m async for m in stack.api.generate(spec())]
+        assert kinds(good)[-1] == "succeeded"
+        listed = await stack.api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
+        assert len(listed.jobs) == 1  # refused requests leave no job
+
+
+async def test_a_message_over_the_limit_is_refused_and_the_connection_lives() -> None:
+    async with running_stack() as stack:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.create(spec(**inline(bytes(35 * 2**20))))
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert kinds([m async for m in stack.api.generate(spec())])[-1] == "succeeded"

@@ -1,0 +1,242 @@
+"""The service in one process: a real gRPC api, a worker with the fake engine, a bus in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from img2img_server.safety.base import SafetyChecker
+from img2img_server.safety.memory import FixedSafetyChecker
+from PIL import Image
+
+from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
+from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.api.server import serve
+from img2img_server.bus import Bus, memory_bus
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.images.base import FetchError
+from img2img_server.settings import Settings
+from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.worker.server import work
+
+Fetch = Callable[[str], Awaitable[bytes]]
+WAIT_SECONDS = 20.0
+DEV = (("authorization", "Bearer dev-key"),)
+
+
+def settings(**changes: Any) -> Settings:
+    """Settings of a test: free ports, the development key, the fake model."""
+    base: dict[str, Any] = {
+        "grpc_port": 0,
+        "metrics_port": 0,
+        "dev_key": True,
+        "default_model": FAKE_MODEL.name,
+        "drain_seconds": 2.0,
+        "log_level": "error",
+    }
+    return Settings(**(base | changes))
+
+
+def photo(width: int = 64, height: int = 64, *, form: str = "JPEG", seed: int = 0) -> bytes:
+    """A small picture with something in it, as a file."""
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    return buffer.getvalue()
+
+
+def spec(**changes: Any) -> job_pb2.JobSpec:
+    """A small good request; changes replace its fields."""
+    fields: dict[str, Any] = {
+        "prompt": "a harbour at dusk",
+        "init_image": job_pb2.InitImage(data=photo()),
+        "width": 256,
+        "height": 256,
+        "seed": 1,
+    }
+    return job_pb2.JobSpec(**(fields | changes))
+
+
+async def no_fetch(_: str) -> bytes:
+    """A fetch to nowhere."""
+    raise FetchError
+
+
+@dataclass
+class Api:
+    """A running api and how to call it."""
+
+    address: str
+    channel: grpc.aio.Channel
+    stop: asyncio.Event
+
+    @property
+    def stub(self) -> service_pb2_grpc.Img2ImgServiceStub:
+        return service_pb2_grpc.Img2ImgServiceStub(self.channel)
+
+    def generate(self, job_spec: job_pb2.JobSpec, **fields: Any) -> Any:
+        request = service_pb2.GenerateRequest(spec=job_spec, **fields)
+        return self.stub.Generate(request, metadata=DEV, timeout=WAIT_SECONDS)
+
+    async def create(self, job_spec: job_pb2.JobSpec, **fields: Any) -> job_pb2.Job:
+        request = service_pb2.CreateJobRequest(spec=job_spec, **fields)
+        return (await self.stub.CreateJob(request, metadata=DEV, timeout=WAIT_SECONDS)).job
+
+    async def get(self, name: str) -> job_pb2.Job:
+        request = service_pb2.GetJobRequest(name=name)
+        return (await self.stub.GetJob(request, metadata=DEV, timeout=WAIT_SECONDS)).job
+
+    async def cancel(self, name: str) -> job_pb2.Job:
+        request = service_pb2.CancelJobRequest(name=name)
+        return (await self.stub.CancelJob(request, metadata=DEV, timeout=WAIT_SECONDS)).job
+
+    def watch(self, name: str, after: int = 0) -> Any:
+        request = service_pb2.WatchJobRequest(name=name, after_sequence=after)
+        return self.stub.WatchJob(request, metadata=DEV, timeout=WAIT_SECONDS)
+
+
+@asynccontextmanager
+async def running_api(
+    bus: Bus,
+    config: Settings | None = None,
+    *,
+    fetch: Fetch = no_fetch,
+    keys: KeyRing | None = None,
+) -> AsyncIterator[Api]:
+    """A real gRPC server on a free port in front of the bus."""
+    config = config or settings()
+    stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+    ring = keys or KeyRing(None, dev_key=True)
+    serving = asyncio.create_task(serve(config, bus, fetch, ring, stop, address.set_result))
+    await asyncio.wait({serving, address}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()
+    options = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    try:
+        async with grpc.aio.insecure_channel(address.result(), options=options) as channel:
+            yield Api(address.result(), channel, stop)
+    finally:
+        stop.set()
+        await serving
+
+
+@dataclass
+class RunningWorker:
+    """A worker with its engine; `stop` drains it."""
+
+    engine: FakeEngine
+    blobs: MemoryBlobStore
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    async def drained(self) -> None:
+        self.stop.set()
+        await self.task
+
+
+@asynccontextmanager
+async def running_worker(
+    bus: Bus,
+    engine: FakeEngine | None = None,
+    *,
+    name: str = "w1",
+    blobs: MemoryBlobStore | None = None,
+    safety: SafetyChecker | None = None,
+    config: Settings | None = None,
+) -> AsyncIterator[RunningWorker]:
+    """A worker on the bus, announced and pulling."""
+    engine = engine or FakeEngine()
+    blobs = blobs or MemoryBlobStore()
+    stop = asyncio.Event()
+    await blobs.prepare()
+    checker = safety or FixedSafetyChecker(0.0)
+    task = asyncio.create_task(work(config or settings(), name, bus, blobs, engine, checker, stop))
+    try:
+        while all(worker.name != name for worker in await bus.workers.workers()):
+            if task.done():
+                task.result()
+            await asyncio.sleep(0.001)
+        yield RunningWorker(engine, blobs, stop, task)
+    finally:
+        engine.release()
+        stop.set()
+        await task
+        await asyncio.to_thread(engine.stop)
+
+
+@dataclass
+class Stack:
+    """Everything at once."""
+
+    bus: Bus
+    api: Api
+    worker: RunningWorker
+
+
+@asynccontextmanager
+async def running_stack(
+    engine: FakeEngine | None = None, *, fetch: Fetch = no_fetch, **worker: Any
+) -> AsyncIterator[Stack]:
+    """A bus, a worker and an api."""
+    bus = memory_bus()
+    async with (
+        running_worker(bus, engine, **worker) as running,
+        running_api(bus, fetch=fetch) as api,
+    ):
+        yield Stack(bus, api, running)
+
+
+def two_tenants(folder: Path) -> tuple[KeyRing, str, str]:
+    """A key ring of the tenants "a" (may turn off safety) and "b" (may not), and their keys."""
+    key_a, entry_a = new_key("a", ["unsafe"])
+    key_b, entry_b = new_key("b", [])
+    file = folder / "keys.toml"
+    file.write_text(f"{entry_a}\n{entry_b}\n")
+    return KeyRing(file, dev_key=False), key_a, key_b
+
+
+@dataclass
+class Refusal:
+    """An RPC's error with its details."""
+
+    code: grpc.StatusCode
+    reason: str
+    violations: dict[str, str] = field(default_factory=dict)
+    retry_seconds: float | None = None
+
+
+def refusal(error: grpc.aio.AioRpcError) -> Refusal:
+    """Unpacks the details of a status."""
+    found = Refusal(error.code(), "")
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    for packed in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        bad = error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
+        if packed.Unpack(info):
+            assert info.domain == "img2img.v1"
+            found.reason = info.reason
+        elif packed.Unpack(bad):
+            found.violations = {v.field: v.description for v in bad.field_violations}
+        elif packed.Unpack(retry):
+            found.retry_seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    return found
+
+
+def kinds(messages: list[Any]) -> list[str]:
+    """The kinds of the events of a stream."""
+    return [str(message.event.WhichOneof("event")) for message in messages]
