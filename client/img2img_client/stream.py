@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
@@ -15,8 +16,11 @@ import grpc
 
 from img2img_client import errors
 from img2img_client.events import Event
+from img2img_client.resources import Job
 from img2img_client.result import Result
 from img2img_client.resume import FirstRequest, Follow
+
+log = logging.getLogger("img2img_client")
 
 CANCEL_SECONDS = 5.0  # how long leaving a stream may take to cancel its job
 
@@ -47,12 +51,21 @@ class _Stream:
         """Number of the last event; `watch` goes on after it."""
         return self._follow.sequence
 
+    @property
+    def job(self) -> Job | None:
+        """The newest record that came by: of the snapshot, then of the end."""
+        return self._follow.job
+
     def _open(self) -> Any:
         left = max(0.0, self._follow.deadline - time.monotonic())
         return self._open_call(self._follow.next_request(), None if math.isinf(left) else left)
 
     def _broke(self, broken: grpc.RpcError) -> float:
-        return self._follow.broke(errors.from_rpc(broken, self._server), time.monotonic())
+        error = errors.from_rpc(broken, self._server)
+        pause = self._follow.broke(error, time.monotonic())
+        if not self._follow.finished:
+            log.info("connection lost, trying again: %s", error)
+        return pause
 
 
 class JobStream(_Stream):

@@ -1,0 +1,177 @@
+"""What the commands show to a person, on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from img2img_client.resources import Capabilities, Job, Limits, State, Timings
+
+STAGES = (
+    ("queue", "waiting for a worker"),
+    ("fetch", "downloading the init image, before acceptance"),
+    ("prepare", "preparing the init image"),
+    ("encode", "prompt and init image to latents"),
+    ("denoise", "denoising steps"),
+    ("decode", "latents to pixels"),
+    ("safety", "safety check"),
+    ("image_encode", "encoding the inline pictures"),
+    ("upload", "encoding and storing the files"),
+    ("total", "from acceptance to the end"),
+)
+PROMPT_CHARACTERS = 40
+COLOURS = {State.SUCCEEDED: "green", State.FAILED: "red", State.CANCELLED: "yellow"}
+
+
+def show_ended(job: Job, files: Mapping[int, Path], previews: Mapping[int, Path]) -> None:
+    """Paths, links and seeds of an ended job, and where its time went."""
+    for sample in job.samples:
+        path = files.get(sample.index)
+        size = f"{job.spec.width}x{job.spec.height}"
+        blank = ", blanked by the safety checker" if sample.nsfw else ""
+        click.echo(f"{path or f'sample {sample.index}'}  {size}, seed {sample.seed}{blank}")
+        if sample.index in previews:
+            click.echo(f"  preview {previews[sample.index]}")
+        if sample.url:
+            click.echo(f"  {sample.url}")
+    if job.warning:
+        click.echo(f"Warning: {job.warning}")
+    if job.state is not State.SUCCEEDED:
+        reason = f" ({job.error.reason}): {job.error.message}" if job.error else ""
+        click.echo(f"Error: {job.name} {job.state}{reason}", err=True)
+    if job.timings is not None and job.state is State.SUCCEEDED:
+        click.echo(f"\n{job.name} with {job.spec.model} on {job.device}, worker {job.worker}")
+        _print(timings_table(job.timings))
+
+
+def timings_table(timings: Timings) -> Table:
+    """One row a stage that took time: milliseconds and the share of the total."""
+    table = _table("stage", "ms", "share", "")
+    for column in (1, 2):
+        table.columns[column].justify = "right"
+    for stage, meaning in STAGES:
+        seconds: float = getattr(timings, f"{stage}_seconds")
+        if not seconds:
+            continue
+        share = seconds / timings.total_seconds if timings.total_seconds else 0.0
+        text = f"{meaning}, {timings.steps} in all" if stage == "denoise" else meaning
+        inside = "" if stage == "fetch" else f"{share:.0%}"  # fetch comes before the total begins
+        table.add_row(stage.replace("_", " "), f"{seconds * 1000:.0f}", inside, text)
+    return table
+
+
+def show_job(job: Job) -> None:
+    """One job in detail."""
+    table = Table.grid(padding=(0, 2))
+    colour = COLOURS.get(job.state, "cyan")
+    rows = {
+        "job": job.name,
+        "state": f"[{colour}]{job.state}[/]",
+        "prompt": job.spec.prompt,
+        "model": job.spec.model,
+        "size": f"{job.spec.width}x{job.spec.height}, {job.spec.samples} sample(s)",
+        "strength": f"{job.spec.strength:g}",
+        "seed": str(job.spec.seed),
+        "created": _time(job.create_time),
+        "started": _time(job.start_time),
+        "ended": _time(job.end_time),
+        "expires": _time(job.expire_time),
+        "expected": "" if job.eta_seconds is None else f"in about {job.eta_seconds:.0f} s",
+        "worker": " on ".join(part for part in (job.worker, job.device) if part),
+        "track id": job.spec.track_id,
+        "webhook": job.webhook_status,
+        "error": f"{job.error.reason}: {job.error.message}" if job.error else "",
+        "warning": job.warning,
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(f"[dim]{name}[/]", text if name == "state" else _literal(text))
+    _print(table)
+    for url in [sample.url for sample in job.samples if sample.url]:
+        click.echo(url)
+    if job.timings is not None and job.state.is_terminal:
+        _print(timings_table(job.timings))
+
+
+def show_jobs(jobs: Iterable[Job]) -> None:
+    """One line a job."""
+    table = _table("job", "state", "created", "model", "size", "prompt")
+    for job in jobs:
+        prompt = job.spec.prompt
+        short = (
+            prompt if len(prompt) <= PROMPT_CHARACTERS else prompt[: PROMPT_CHARACTERS - 1] + "…"
+        )
+        size = f"{job.spec.width}x{job.spec.height}"
+        size += f" x{job.spec.samples}" if job.spec.samples > 1 else ""
+        state = f"[{COLOURS.get(job.state, 'cyan')}]{job.state}[/]"
+        created = _time(job.create_time)
+        table.add_row(str(job.id), state, created, job.spec.model, size, _literal(short))
+    if table.row_count:
+        _print(table)
+    else:
+        click.echo("no jobs")
+
+
+def show_capabilities(found: Capabilities) -> None:
+    """Models and limits."""
+    click.echo(f"server {found.server_version}")
+    table = _table(
+        "model", "family", "workers", "device", "size", "steps", "guidance", "schedulers"
+    )
+    for model in found.models:
+        table.add_row(
+            model.name,
+            model.family,
+            str(model.workers),
+            model.device,
+            str(model.native_size),
+            str(model.default_num_inference_steps),
+            f"{model.default_guidance_scale:g}",
+            ", ".join(model.schedulers),
+        )
+    _print(table)
+    _print(_limits_table(found.limits))
+
+
+def _limits_table(limits: Limits) -> Table:
+    table = _table("limit", "")
+    low, high = limits.min_side_pixels, limits.max_side_pixels
+    retention = limits.retention_seconds
+    rows = {
+        "prompt": f"{limits.max_prompt_characters} characters",
+        "width, height": f"{low} to {high} pixels, multiples of {limits.side_multiple}",
+        "samples": f"{limits.max_samples}",
+        "steps": f"{limits.max_num_inference_steps}",
+        "guidance": f"{limits.max_guidance_scale:g}",
+        "init image": f"{limits.max_image_bytes / 2**20:.0f} MiB, "
+        f"{limits.max_image_pixels / 1e6:.0f} megapixels",
+        "message": f"{limits.max_message_bytes / 2**20:.0f} MiB",
+        "unfinished jobs": f"{limits.max_queued_jobs}",
+        "ended jobs are kept": "" if retention is None else f"{retention / 3600:g} hours",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+
+
+def _time(moment: datetime | None) -> str:
+    return "" if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _literal(text: str) -> str:
+    """Text that rich must not read as markup."""
+    return escape(text)
+
+
+def _print(table: Table) -> None:
+    Console(highlight=False).print(table)
