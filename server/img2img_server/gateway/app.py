@@ -1,0 +1,137 @@
+"""The gateway as an ASGI application: the routes of section 2 of the contract, and ours."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from img2img_server import __version__
+from img2img_server.gateway.dialects import Dialect, Legacy, Today
+from img2img_server.gateway.docs import add_docs
+from img2img_server.gateway.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
+from img2img_server.gateway.events import EventStreams
+from img2img_server.gateway.files import Files
+from img2img_server.gateway.front import Cors, Recorded, TidyPath
+from img2img_server.gateway.openapi import document
+from img2img_server.gateway.refusals import Case, RefusedError
+from img2img_server.gateway.upstream import Upstream
+from img2img_server.settings import Settings
+from img2img_server.store.base import BlobStore
+
+
+def create_app(
+    settings: Settings,
+    channel: grpc.aio.Channel,
+    blobs: BlobStore,
+    stop: asyncio.Event | None = None,
+) -> FastAPI:
+    """The gateway in front of the api behind `channel` and the files in `blobs`.
+
+    Args:
+        stop: once set, /readyz says so, waiting POSTs answer `processing`, event streams end.
+    """
+    stop = stop or asyncio.Event()
+    dialect: Dialect = Legacy() if settings.legacy else Today()
+    upstream, files = Upstream(channel), Files(blobs)
+    app = FastAPI(
+        title="img2img",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.openapi = lambda: document(settings)  # type: ignore[method-assign]
+    # The last one added is the first one passed.
+    app.add_middleware(Recorded, dialect=dialect)
+    app.add_middleware(Cors, origins=settings.cors_origins)
+    app.add_middleware(TidyPath)
+    _add_refusals(app, dialect)
+    _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
+    _add_files(app, files)
+    _add_events(app, EventStreams(upstream, stop))
+    _add_probes(app, upstream, files, stop)
+    add_docs(app)
+    return app
+
+
+def _add_refusals(app: FastAPI, dialect: Dialect) -> None:
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, why: Exception) -> JSONResponse:
+        assert isinstance(why, RefusedError)
+        return respond(dialect.refused(why))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, why: Exception) -> JSONResponse:
+        assert isinstance(why, HTTPException)
+        if why.status_code != Case.WRONG_METHOD.status:
+            return respond(dialect.refused(RefusedError(Case.NO_ROUTE)))
+        allowed = {"Allow": f"{(why.headers or {}).get('Allow', 'GET')}, OPTIONS"}
+        return respond(dialect.refused(RefusedError(Case.WRONG_METHOD, headers=allowed)))
+
+
+def _add_contract(app: FastAPI, endpoints: Endpoints) -> None:
+    @app.post(f"{ENTERPRISE}/img2img")
+    async def create_enterprise(request: Request) -> Response:
+        return await endpoints.create(request, ENTERPRISE)
+
+    @app.post(f"{V6}/img2img")
+    async def create_v6(request: Request) -> Response:
+        return await endpoints.create(request, V6)
+
+    @app.api_route(f"{ENTERPRISE}/fetch/{{job_id}}", methods=["GET", "POST"])
+    async def fetch_enterprise(request: Request, job_id: str) -> Response:
+        return await endpoints.fetch(request, ENTERPRISE, job_id)
+
+    @app.api_route(f"{V6}/fetch/{{job_id}}", methods=["GET", "POST"])
+    async def fetch_v6(request: Request, job_id: str) -> Response:
+        return await endpoints.fetch(request, V6, job_id)
+
+    @app.api_route(f"{V6_IMAGES}/fetch/{{job_id}}", methods=["GET", "POST"])
+    async def fetch_v6_images(request: Request, job_id: str) -> Response:
+        return await endpoints.fetch(request, V6_IMAGES, job_id)
+
+    @app.post("/api/v1/enterprise/fetch")
+    async def fetch_enterprise_by_body(request: Request) -> Response:
+        return await endpoints.fetch_by_body(request, ENTERPRISE)
+
+    @app.post(f"{V6_IMAGES}/fetch")
+    async def fetch_v6_by_body(request: Request) -> Response:
+        return await endpoints.fetch_by_body(request, V6_IMAGES)
+
+
+def _add_files(app: FastAPI, files: Files) -> None:
+    # The rest of the path may hold anything: below these folders every miss is plain text.
+    @app.api_route("/generations/{name:path}", methods=["GET", "HEAD"])
+    async def generation(request: Request, name: str) -> Response:
+        return await files.serve(request, "generations", name)
+
+    @app.api_route("/temp/{name:path}", methods=["GET", "HEAD"])
+    async def temporary(request: Request, name: str) -> Response:
+        return await files.serve(request, "temp", name)
+
+
+def _add_events(app: FastAPI, streams: EventStreams) -> None:
+    @app.get("/v1/jobs/{job_id}/events")
+    async def events(request: Request, job_id: str) -> Response:
+        return await streams.serve(request, job_id)
+
+
+def _add_probes(app: FastAPI, upstream: Upstream, files: Files, stop: asyncio.Event) -> None:
+    @app.get("/healthz")
+    async def alive() -> Response:
+        return JSONResponse({"status": "alive"})
+
+    @app.get("/readyz")
+    async def ready() -> Response:
+        api, bucket = await asyncio.gather(upstream.trouble(), files.trouble())
+        troubles = {"api": api, "bucket": bucket, "gateway": "stopping" if stop.is_set() else ""}
+        troubles = {name: trouble for name, trouble in troubles.items() if trouble}
+        if troubles:
+            body = {"status": "not ready", **troubles}
+            return JSONResponse(body, 503, {"Cache-Control": "no-store"})
+        return JSONResponse({"status": "ready"})

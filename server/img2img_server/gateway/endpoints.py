@@ -1,0 +1,170 @@
+"""The img2img and fetch calls of the contract: ask the api, put its answer into our words."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from img2img.v1 import event_pb2, job_pb2
+from img2img_server.domain.params import Violation
+from img2img_server.errors import StorageError
+from img2img_server.gateway import answers, contract
+from img2img_server.gateway.dialects import Answer, Dialect
+from img2img_server.gateway.files import Files
+from img2img_server.gateway.incoming import find_key, link_base, read_json
+from img2img_server.gateway.refusals import Case, RefusedError
+from img2img_server.gateway.request import NOTE_LINK_BASE, job_spec
+from img2img_server.gateway.upstream import Upstream
+from img2img_server.settings import Settings
+
+ENTERPRISE = "/api/v1/enterprise/realtime"
+V6 = "/api/v6/realtime"
+V6_IMAGES = "/api/v6/images"
+_ID = re.compile(r"[0-9]{1,12}", re.ASCII)
+_SALT = secrets.token_bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One authenticated question: the body, the key to ask with, where links point to."""
+
+    body: Mapping[str, Any]
+    key: str
+    base: str
+    family: str  # where fetch_result points to, below base
+
+
+class Endpoints:
+    """Answers img2img and fetch. One for the life of the gateway."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        upstream: Upstream,
+        files: Files,
+        dialect: Dialect,
+        stop: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._files = files
+        self._dialect = dialect
+        self._stop = stop
+
+    async def create(self, request: Request, family: str) -> JSONResponse:
+        """POST img2img: makes a job, waits for it when the caller wants the result."""
+        call = await self._call(request, family)
+        reading = contract.read(call.body)
+        if reading.violations:
+            await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
+            raise RefusedError(Case.FIELDS, violations=reading.violations)
+        try:
+            job = await self._upstream.create(
+                call.key, job_spec(reading.values, call.base), call.base
+            )
+        except RefusedError as refused:
+            refused.violations = contract.in_table_order(refused.violations)
+            raise
+        at_once = reading.values.get("instant_response") or job.spec.webhook
+        if self._settings.wait_seconds > 0 and not at_once:
+            job = await self._wait(call.key, job)
+        return await self._answer(job, call, fetched=False)
+
+    async def fetch(self, request: Request, family: str, job_id: str) -> JSONResponse:
+        """State of a job, its id in the path."""
+        return await self._fetch(await self._call(request, family), job_id)
+
+    async def fetch_by_body(self, request: Request, family: str) -> JSONResponse:
+        """State of a job, its id in the body field request_id."""
+        call = await self._call(request, family)
+        job_id = call.body.get("request_id")
+        if job_id is None or job_id == "":
+            await self._upstream.check_key(call.key)
+            missing = Violation("request_id", "request_id is required")
+            raise RefusedError(Case.FIELDS, violations=[missing])
+        return await self._fetch(call, str(job_id) if type(job_id) in (int, str) else "")
+
+    async def _call(self, request: Request, family: str) -> Call:
+        body = await read_json(request) if request.method == "POST" else {}
+        key = find_key(request, body)
+        request.state.caller = hashlib.blake2s(key.encode(errors="replace"), key=_SALT).hexdigest()[
+            :8
+        ]
+        return Call(body, key, link_base(request, self._settings.public_base_url), family)
+
+    async def _fetch(self, call: Call, job_id: str) -> JSONResponse:
+        if not _ID.fullmatch(job_id):
+            await self._upstream.check_key(call.key)
+            raise RefusedError(Case.UNKNOWN_JOB)
+        job = await self._upstream.get(call.key, int(job_id))
+        return await self._answer(job, call, fetched=True)
+
+    async def _wait(self, key: str, job: job_pb2.Job) -> job_pb2.Job:
+        """The job when it ended in time, else as it is now. Does not care who still listens."""
+        watch = asyncio.ensure_future(self._ended(key, job.id))
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait(
+                {watch, stopping},
+                timeout=self._settings.wait_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if watch.done():
+                return watch.result()
+            return await self._upstream.get(key, job.id)
+        except RefusedError:  # the job exists: whatever is wrong now, the caller can fetch it later
+            return job
+        finally:
+            watch.cancel()
+            stopping.cancel()
+
+    async def _ended(self, key: str, job_id: int) -> job_pb2.Job:
+        async with aclosing(self._upstream.watch(key, job_id)) as events:
+            async for event in events:
+                job = _final(event)
+                if job is not None:
+                    return job
+        return await self._upstream.get(key, job_id)
+
+    async def _answer(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
+        if job.state in (job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED):
+            return respond(self._dialect.failed(job))
+        if job.state == job_pb2.Job.STATE_SUCCEEDED:
+            try:
+                output = await self._output(job)
+                return respond(self._dialect.success(job, output, fetched=fetched))
+            except StorageError:
+                if fetched:
+                    raise RefusedError(Case.UNAVAILABLE) from None
+                # The POST made a job: it must not be lost. A fetch will have it later.
+        base = job.spec.annotations.get(NOTE_LINK_BASE, call.base)
+        fetch_result = f"{base}{call.family}/fetch/{job.id}"
+        return respond(self._dialect.processing(job, fetch_result, fetched=fetched))
+
+    async def _output(self, job: job_pb2.Job) -> list[str]:
+        links = answers.links(job)
+        if self._settings.base64_inline and job.spec.base64:
+            return await self._files.inline(links)
+        return links
+
+
+def respond(answer: Answer) -> JSONResponse:
+    """The answer on its way out."""
+    return JSONResponse(answer.body, answer.status, answer.headers)
+
+
+def _final(event: event_pb2.JobEvent) -> job_pb2.Job | None:
+    kind = event.WhichOneof("event")
+    if kind in ("succeeded", "failed", "cancelled"):
+        job: job_pb2.Job = getattr(event, kind).job
+        return job
+    return None

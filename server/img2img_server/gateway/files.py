@@ -1,0 +1,94 @@
+"""The files behind the links: /generations/ and /temp/, streamed from the bucket (section 7)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+
+from img2img_server.errors import StorageError
+from img2img_server.gateway.refusals import RETRY_SECONDS, Case
+from img2img_server.store.base import BlobStore
+
+_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]{1,2}\.(png|base64)", re.ASCII)
+_MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}
+_NO_STORE = {"Cache-Control": "no-store"}
+# A file never changes, but it goes a day after its job.
+_HEADERS = {
+    "Cache-Control": "public, max-age=3600, immutable",
+    "X-Content-Type-Options": "nosniff",
+}
+log = structlog.get_logger()
+
+
+class Files:
+    """Serves what the workers stored in the service's own bucket."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+
+    async def serve(self, request: Request, folder: str, name: str) -> Response:
+        """GET and HEAD of one file. A file that is not there (yet) is an uncached 404, never HTML.
+
+        Only names of our own making are looked up.
+        """
+        if not _NAME.fullmatch(name):
+            return _missing()
+        key = f"{folder}/{name}"
+        try:
+            info = await self._blobs.stat(key)
+            if info is None:
+                return _missing()
+            media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
+            headers = {**_HEADERS, "Content-Length": str(info.size_bytes)}
+            if request.method == "HEAD":
+                return Response(headers=headers, media_type=media_type)
+            chunks = self._blobs.read(key)
+            first = await anext(chunks, b"")  # errors come before the first byte of the answer
+            return StreamingResponse(_chain(first, chunks), headers=headers, media_type=media_type)
+        except KeyError:
+            return _missing()
+        except StorageError as error:
+            log.warning("file not served", key=key, error=str(error))
+            headers = {**_NO_STORE, "Retry-After": str(RETRY_SECONDS)}
+            return PlainTextResponse(Case.UNAVAILABLE.message, 503, headers)
+
+    async def inline(self, links: list[str]) -> list[str]:
+        """The base64 texts behind links; a link stays where the file is not ours.
+
+        Raises:
+            StorageError: the bucket cannot be read.
+        """
+        return [await self._text(link) for link in links]
+
+    async def _text(self, link: str) -> str:
+        folder, _, name = link.rpartition("/")
+        folder = folder.rpartition("/")[2]
+        if folder not in ("generations", "temp") or not _NAME.fullmatch(name):
+            return link
+        try:
+            chunks = [chunk async for chunk in self._blobs.read(f"{folder}/{name}")]
+        except KeyError:
+            return link
+        return b"".join(chunks).decode("ascii")
+
+    async def trouble(self) -> str:
+        """Why the bucket cannot be read, or nothing."""
+        try:
+            await self._blobs.stat("readyz")
+        except StorageError as error:
+            return str(error)
+        return ""
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _missing() -> Response:
+    return PlainTextResponse("Not found\n", 404, _NO_STORE)

@@ -1,0 +1,140 @@
+"""What every HTTP request passes on its way in: path, CORS, log line and metrics."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+import structlog
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from img2img_server.gateway.dialects import Dialect
+from img2img_server.gateway.refusals import Case, RefusedError
+
+METHODS = "GET, POST, OPTIONS"
+HEADERS = "Content-Type, Authorization, key, X-API-Key, X-Requested-With"
+EXPOSED = "Retry-After"
+
+REQUESTS = Counter("img2img_http_requests_total", "Answered requests.", ["route", "method", "code"])
+SECONDS = Histogram(
+    "img2img_http_request_seconds",
+    "Time until the answer was sent completely.",
+    ["route"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+_KNOWN_METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
+log = structlog.get_logger()
+
+
+class TidyPath:
+    """Doubled slashes and one at the end are tolerated, in place: a redirect would turn a POST
+    into a GET."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = re.sub("/{2,}", "/", scope["path"])
+            scope = {**scope, "path": path.removesuffix("/") or "/"}
+        await self._app(scope, receive, send)
+
+
+class Cors:
+    """Section 14: browsers call the API directly. OPTIONS needs no key."""
+
+    def __init__(self, app: ASGIApp, origins: str) -> None:
+        self._app = app
+        self._origins = [origin.strip() for origin in origins.split(",") if origin.strip()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        cors = self._headers(Headers(scope=scope).get("origin", ""))
+
+        async def send_with_cors(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in cors.items():
+                    headers[name] = value
+            await send(message)
+
+        if scope["method"] != "OPTIONS":
+            await self._app(scope, receive, send_with_cors)
+            return
+        preflight = {
+            "Access-Control-Allow-Methods": METHODS,
+            "Access-Control-Allow-Headers": HEADERS,
+        }
+        start = {"type": "http.response.start", "status": 204, "headers": []}
+        for name, value in preflight.items():
+            MutableHeaders(scope=start)[name] = value
+        await send_with_cors(start)
+        await send({"type": "http.response.body", "body": b""})
+
+    def _headers(self, origin: str) -> dict[str, str]:
+        exposed = {"Access-Control-Expose-Headers": EXPOSED}
+        if "*" in self._origins:
+            return {"Access-Control-Allow-Origin": "*", **exposed}
+        if origin in self._origins:
+            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **exposed}
+        return {"Vary": "Origin"}
+
+
+class Recorded:
+    """One log line and one count a request; a fault of ours becomes an answer.
+
+    The line has the route's template, never the path, the query or a header: keys end up there.
+    """
+
+    def __init__(self, app: ASGIApp, dialect: Dialect) -> None:
+        self._app = app
+        self._dialect = dialect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        code = 0
+        started = time.monotonic()
+
+        async def send_noting_code(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting_code)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            log.error("http request broke", error_id=secrets.token_hex(8), exc_info=error)
+            if code:  # too late to answer: the connection is closed
+                raise
+            answer = self._dialect.refused(RefusedError(Case.FAULT))
+            response = JSONResponse(answer.body, answer.status, answer.headers)
+            await response(scope, receive, send_noting_code)
+        finally:
+            self._record(scope, code, time.monotonic() - started)
+
+    def _record(self, scope: Scope, code: int, seconds: float) -> None:
+        path = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _KNOWN_METHODS else "other"
+        REQUESTS.labels(path, method, code).inc()
+        SECONDS.labels(path).observe(seconds)
+        caller = scope.get("state", {}).get("caller", "")
+        log.info(
+            "http request",
+            route=path,
+            method=method,
+            code=code or "gone",
+            seconds=round(seconds, 4),
+            **({"caller": caller} if caller else {}),
+        )

@@ -1,0 +1,89 @@
+"""What a request says: its body, the key and the address it was sent to (section 3)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+
+from img2img_server.gateway.refusals import Case, RefusedError
+
+MAX_BODY_BYTES = 32 * 2**20
+# A body that is too long is read on for this much, so that ordinary clients, which read the answer
+# only after they have sent everything, get it instead of a reset connection.
+_DISCARD_BYTES = 32 * 2**20
+_BODY_SECONDS = 120.0
+_HOST = re.compile(r"[A-Za-z0-9._\-\[\]:]{1,255}")
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object, whatever Content-Type says; an empty body is {}.
+
+    Raises:
+        RefusedError: TOO_LARGE, SLOW_BODY or INVALID_JSON.
+        ClientDisconnect: nobody is left to answer.
+    """
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            raw = await _read(request)
+    except TimeoutError:
+        raise RefusedError(Case.SLOW_BODY, headers={"Connection": "close"}) from None
+    if not raw.strip():
+        return {}
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise RefusedError(Case.INVALID_JSON) from None
+    if not isinstance(body, dict):
+        raise RefusedError(Case.INVALID_JSON)
+    return body
+
+
+async def _read(request: Request) -> bytes:
+    announced = request.headers.get("content-length", "")
+    too_large = announced.isdecimal() and int(announced) > MAX_BODY_BYTES
+    if too_large and "expect" in request.headers:  # the client waits for our word
+        raise RefusedError(Case.TOO_LARGE)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES + _DISCARD_BYTES:
+            break
+        too_large = too_large or size > MAX_BODY_BYTES
+        if too_large:
+            chunks.clear()
+        else:
+            chunks.append(chunk)
+    if too_large:
+        raise RefusedError(Case.TOO_LARGE)
+    return b"".join(chunks)
+
+
+def find_key(request: Request, body: Mapping[str, Any]) -> str:
+    """The first key that is not empty: body, bearer token, header key, header X-API-Key.
+
+    Empty when there is none. A key of the body that is no string is a wrong key, not an absent one.
+    """
+    in_body = body.get("key")
+    if in_body is not None and in_body != "":
+        return in_body if isinstance(in_body, str) else ""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return request.headers.get("key") or request.headers.get("x-api-key") or ""
+
+
+def link_base(request: Request, public_base_url: str) -> str:
+    """The setting, else scheme and host of the request; without a slash at the end."""
+    if public_base_url:
+        return public_base_url.rstrip("/")
+    host = request.headers.get("host", "")
+    if not _HOST.fullmatch(host):
+        name, port = request.scope.get("server") or ("localhost", None)
+        host = f"{name}:{port}" if port else name
+    return f"{request.url.scheme}://{host}"

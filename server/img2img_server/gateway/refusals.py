@@ -1,0 +1,116 @@
+"""Why a request is refused: the cases of section 6.4 of the HTTP contract, and how the api's
+statuses become them. Branches on ErrorInfo's reason, never on text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from img2img_server.domain.params import Violation
+
+RETRY_SECONDS = 30  # without an estimate
+
+Detail = TypeVar("Detail", bound=Message)
+
+
+class Case(Enum):
+    """HTTP code and default message of every refusal."""
+
+    INVALID_JSON = 400, "Invalid JSON body"
+    FIELDS = 400, ""  # the sentence of the first field
+    BAD_KEY = 401, "Invalid API key"
+    FORBIDDEN = 403, "This key may not manage the server"
+    UNKNOWN_JOB = 404, "Request not found"
+    NO_ROUTE = 404, "Not found"
+    WRONG_METHOD = 405, "Method not allowed"
+    SLOW_BODY = 408, "Request body took too long"
+    TOO_LARGE = 413, "Request body too large"
+    RATE_LIMIT = 429, "Rate limit exceeded"
+    FAULT = 500, "Internal server error. Please try again."
+    UNAVAILABLE = 503, "Service temporarily unavailable. Please try again later."
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        self.message = message
+
+
+class RefusedError(Exception):
+    """The request is refused. `message` replaces the case's own; `retry_seconds` are whole.
+
+    `violations` come with FIELDS only, in the order in which they are to be told.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        message: str = "",
+        *,
+        violations: list[Violation] | None = None,
+        retry_seconds: int = RETRY_SECONDS,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.case = case
+        self.violations = violations or []
+        self.message = message or (
+            self.violations[0].description if self.violations else case.message
+        )
+        self.retry_seconds = retry_seconds
+        self.headers = dict(headers or {})
+        super().__init__(self.message)
+
+
+def refusal(error: grpc.aio.AioRpcError) -> RefusedError:
+    """What a failed call of the api means to the HTTP caller."""
+    status = rpc_status.from_call(error) or status_pb2.Status()
+    reason = _detail(status, error_details_pb2.ErrorInfo()).reason
+    retry = _retry_seconds(_detail(status, error_details_pb2.RetryInfo()))
+    text = error.details() or ""
+    match error.code(), reason:
+        case grpc.StatusCode.INVALID_ARGUMENT, _ if violations := _violations(status):
+            return RefusedError(Case.FIELDS, violations=violations)
+        case grpc.StatusCode.UNAUTHENTICATED, _:
+            return RefusedError(Case.BAD_KEY)
+        case grpc.StatusCode.PERMISSION_DENIED, _:
+            return RefusedError(Case.FORBIDDEN, text)
+        case grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND":
+            return RefusedError(Case.UNKNOWN_JOB)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED, "":  # gRPC's own: the message is too large
+            return RefusedError(Case.TOO_LARGE)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS":
+            return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED, _:
+            return RefusedError(Case.RATE_LIMIT, text, retry_seconds=retry)
+        # MODEL_NOT_FOUND: the callers of this contract name no model, so none is served yet.
+        case (grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED, _) | (
+            grpc.StatusCode.NOT_FOUND,
+            "MODEL_NOT_FOUND",
+        ):
+            return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)
+        case _:
+            return RefusedError(Case.FAULT)
+
+
+def _detail(status: status_pb2.Status, empty: Detail) -> Detail:
+    for packed in status.details:
+        if packed.Unpack(empty):
+            break
+    return empty
+
+
+def _violations(status: status_pb2.Status) -> list[Violation]:
+    request = _detail(status, error_details_pb2.BadRequest())
+    return [Violation(item.field, item.description) for item in request.field_violations]
+
+
+def _retry_seconds(info: error_details_pb2.RetryInfo) -> int:
+    if not info.HasField("retry_delay"):
+        return RETRY_SECONDS
+    nanoseconds: int = info.retry_delay.ToNanoseconds()
+    return max(1, math.ceil(nanoseconds / 1e9))

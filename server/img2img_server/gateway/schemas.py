@@ -1,0 +1,163 @@
+"""JSON Schemas of the contract, for the OpenAPI document. The request's comes from FIELDS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from img2img_server.gateway.contract import FIELDS, Field
+
+Schema = dict[str, Any]
+
+_YES_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
+_INTEGER: Schema = {"type": "integer"}
+_NUMBER: Schema = {"type": "number"}
+_STRING: Schema = {"type": "string"}
+_TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
+_STRINGS: Schema = {"type": "array", "items": _STRING}
+
+META = {
+    "base64": _YES_NO,
+    "enhance_prompt": _YES_NO,
+    "enhance_style": _TEXT_OR_NULL,
+    "file_prefix": {"type": "string", "format": "uuid"},
+    "guidance_scale": _NUMBER,
+    "height": _INTEGER,
+    "id": _STRING,
+    "init_image": _STRING,
+    "instant_response": _YES_NO,
+    "n_samples": _INTEGER,
+    "negative_prompt": _STRING,
+    "opacity": _NUMBER,
+    "outdir": _STRING,
+    "padding_down": _NUMBER,
+    "padding_right": _NUMBER,
+    "pag_scale": _NUMBER,
+    "prompt": _STRING,
+    "rescale": _YES_NO,
+    "safety_checker": _YES_NO,
+    "safety_checker_type": _STRING,
+    "scale_down": _NUMBER,
+    "seed": _INTEGER,
+    "strength": _NUMBER,
+    "temp": _YES_NO,
+    "track_id": {"type": ["string", "integer", "null"]},
+    "watermark": _YES_NO,
+    "webhook": _TEXT_OR_NULL,
+    "width": _INTEGER,
+}
+_ID: Schema = {"type": "integer", "minimum": 10_000_001, "maximum": 2**31 - 1}
+
+
+def _object(properties: dict[str, Schema], optional: tuple[str, ...] = ()) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+    }
+
+
+def _status(word: str) -> Schema:
+    return {"type": "string", "const": word}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def request_schema() -> Schema:
+    """The body of img2img. Every spelling that is read is listed, null for what is optional."""
+    properties = {
+        "key": {"type": "string", "description": "API key; may come in a header instead."}
+    }
+    return {
+        "type": "object",
+        "properties": properties | {entry.name: _field(entry) for entry in FIELDS},
+        "required": [entry.name for entry in FIELDS if entry.required],
+    }
+
+
+def _field(entry: Field) -> Schema:
+    if entry.hint:  # whatever is sent is accepted
+        return {"description": entry.docs, "default": entry.default}
+    spellings = [
+        {**schema, **{k: v for k, v in entry.schema.items() if _applies(k, schema)}}
+        for schema in entry.kind.schemas
+    ]
+    if entry.required:
+        return {"description": entry.docs, **spellings[0], "minLength": 1}
+    nothing = [{"type": "null"}, {"type": "string", "const": ""}]
+    return {"description": entry.docs, "anyOf": spellings + nothing, "default": entry.default}
+
+
+def _applies(keyword: str, schema: Schema) -> bool:
+    return (keyword == "maxLength") == (schema["type"] == "string") and "enum" not in schema
+
+
+FETCH = {"type": "object", "properties": {"key": _STRING}}
+FETCH_BY_BODY = {
+    "type": "object",
+    "properties": {
+        "key": _STRING,
+        "request_id": {"anyOf": [_INTEGER, {"type": "string", "pattern": "^[0-9]+$"}]},
+    },
+    "required": ["request_id"],
+}
+SCHEMAS: dict[str, Schema] = {
+    "Img2ImgRequest": request_schema(),
+    "FetchRequest": FETCH,
+    "FetchByIdRequest": FETCH_BY_BODY,
+    "Meta": _object(META),
+    "Success": _object(
+        {
+            "status": _status("success"),
+            "generationTime": {**_NUMBER, "description": "Seconds of computing."},
+            "id": _ID,
+            "output": {**_STRINGS, "description": "One link a sample, in order."},
+            "proxy_links": _STRINGS,
+            "nsfw_content_detected": {"type": "boolean"},
+            "webhook_status": _STRING,
+            "warning": _STRING,
+            "meta": _ref("Meta"),
+        }
+    ),
+    "Processing": _object(
+        {
+            "status": _status("processing"),
+            "tip": _STRING,
+            "eta": {**_NUMBER, "minimum": 0, "description": "Seconds."},
+            "message": _STRING,
+            "fetch_result": {"type": "string", "format": "uri"},
+            "id": _ID,
+            "output": {"type": "array", "maxItems": 0},
+            "future_links": _STRINGS,
+            "webhook_status": _STRING,
+            "meta": _ref("Meta"),
+        }
+    ),
+    "Failed": _object(
+        {
+            "status": _status("failed"),
+            "id": _ID,
+            "message": _STRING,
+            "output": {"type": "array", "maxItems": 0},
+        }
+    ),
+    "Error": _object(
+        {
+            "status": _status("error"),
+            "message": _STRING,
+            "errors": {"type": "object", "additionalProperties": _STRINGS},
+            "retry_after": {"type": "integer", "minimum": 1},
+        },
+        optional=("errors", "retry_after"),
+    ),
+    "Legacy": {
+        "type": "object",
+        "properties": {
+            "status": {"type": "string", "enum": ["success", "processing", "failed", "error"]}
+        },
+        "required": ["status"],
+    },
+}
+JOB: Schema = {"oneOf": [_ref("Success"), _ref("Processing"), _ref("Failed")]}
+ERROR, LEGACY = _ref("Error"), _ref("Legacy")

@@ -1,0 +1,86 @@
+"""The gateway role: builds its parts, serves, stops."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import structlog
+import uvicorn
+
+from img2img_server.gateway.app import create_app
+from img2img_server.gateway.upstream import connect
+from img2img_server.settings import Settings
+from img2img_server.store.base import BlobStore
+from img2img_server.store.blobs_s3 import S3BlobStore
+from img2img_server.telemetry import probe_server
+
+_KEEP_ALIVE_SECONDS = 75  # longer than the idle time of usual load balancers
+log = structlog.get_logger()
+
+
+async def serve_gateway(
+    settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
+) -> None:
+    """Serves until `stop` is set. `started` is called with the address, "host:port"."""
+    await serve(settings, S3BlobStore(settings), stop, started)
+
+
+async def serve(
+    settings: Settings,
+    blobs: BlobStore,
+    stop: asyncio.Event,
+    started: Callable[[str], None] | None = None,
+) -> None:
+    """Serves on a store that exists already; the order of stopping stands at the end."""
+    listener = _listen(settings)
+    address = f"{settings.http_host}:{listener.getsockname()[1]}"
+    async with (
+        connect(settings) as channel,
+        probe_server(settings, lambda: not stop.is_set()) as probes,
+    ):
+        server = _Server(_config(create_app(settings, channel, blobs, stop), settings))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        log.info("gateway serves", address=address, probes=probes)
+        if started:
+            started(address)
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        # `stop` has ended waits and event streams -> no new connections -> the rest finishes.
+        stopping.cancel()
+        server.should_exit = True
+        await serving
+    log.info("gateway stopped")
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the role's own lifecycle."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Raises OSError when the address is taken."""
+    family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
+    listener = socket.create_server(
+        (settings.http_host, settings.http_port), family=family, backlog=2048
+    )
+    listener.setblocking(False)
+    return listener
+
+
+def _config(app: object, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        forwarded_allow_ips="127.0.0.1",
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )

@@ -1,0 +1,130 @@
+"""The api as the gateway calls it: an ordinary gRPC client that turns statuses into refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from img2img.v1 import event_pb2, job_pb2, service_pb2, service_pb2_grpc
+from img2img_server.gateway.refusals import Case, RefusedError, refusal
+from img2img_server.settings import Settings
+
+SERVICE = "img2img.v1.Img2ImgService"
+LINK_BASE = "img2img-link-base"  # metadata: where the links of a new job shall point to
+_KEY_MOST_CHARACTERS = 1024  # longer ones would break the limit on metadata
+_CREATE_SECONDS = 60.0  # downloads the init image
+_READ_SECONDS = 10.0
+_READY_SECONDS = 2.0
+# Calls that change nothing are repeated while an api goes and another one comes.
+_RETRIED = ("GetCapabilities", "GetJob")
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE, "method": method} for method in _RETRIED],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+}
+
+
+def connect(settings: Settings) -> grpc.aio.Channel:
+    """A channel to the api role; it connects when it is used and again after a loss."""
+    return grpc.aio.insecure_channel(
+        settings.api_address,
+        options=[
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ],
+    )
+
+
+class Upstream:
+    """Calls the api with the caller's own key. Every method raises RefusedError."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = service_pb2_grpc.Img2ImgServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
+
+    async def check_key(self, key: str) -> None:
+        """Returns when the key is good; for answers that need nothing else from the api."""
+        with _refusing():
+            await self._stub.GetCapabilities(
+                service_pb2.GetCapabilitiesRequest(),
+                metadata=_metadata(key),
+                timeout=_READ_SECONDS,
+            )
+
+    async def create(self, key: str, spec: job_pb2.JobSpec, link_base: str) -> job_pb2.Job:
+        """Makes a job."""
+        with _refusing():
+            answer = await self._stub.CreateJob(
+                service_pb2.CreateJobRequest(spec=spec),
+                metadata=(*_metadata(key), (LINK_BASE, link_base)),
+                timeout=_CREATE_SECONDS,
+            )
+        return answer.job
+
+    async def get(self, key: str, job_id: int) -> job_pb2.Job:
+        """The record of a job."""
+        with _refusing():
+            answer = await self._stub.GetJob(
+                service_pb2.GetJobRequest(name=f"jobs/{job_id}"),
+                metadata=_metadata(key),
+                timeout=_READ_SECONDS,
+            )
+        return answer.job
+
+    async def watch(
+        self, key: str, job_id: int, after_sequence: int = 0
+    ) -> AsyncGenerator[event_pb2.JobEvent, None]:
+        """Events until the terminal one. Leaving the loop ends the call, not the job."""
+        with _refusing():
+            call = self._stub.WatchJob(
+                service_pb2.WatchJobRequest(name=f"jobs/{job_id}", after_sequence=after_sequence),
+                metadata=_metadata(key),
+            )
+            try:
+                async for answer in call:
+                    yield answer.event
+            finally:
+                call.cancel()
+
+    async def trouble(self) -> str:
+        """Why the api may not serve, or nothing."""
+        try:
+            answer = await self._health.Check(
+                health_pb2.HealthCheckRequest(service=SERVICE), timeout=_READY_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            return str(error.code().name)
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            return ""
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+def _metadata(key: str) -> tuple[tuple[str, str], ...]:
+    """What cannot travel as metadata cannot be a key either."""
+    if not key or len(key) > _KEY_MOST_CHARACTERS or not all("!" <= char <= "~" for char in key):
+        raise RefusedError(Case.BAD_KEY)
+    return (("authorization", f"Bearer {key}"),)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise refusal(error) from error
