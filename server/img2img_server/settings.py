@@ -10,6 +10,8 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "IMG2IMG_"
+# Of the command `img2img`: somebody may have both in one shell.
+CLIENT_NAMES = frozenset({"IMG2IMG_SERVER", "IMG2IMG_API_KEY"})
 
 
 class SettingsError(Exception):
@@ -127,7 +129,7 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: a value is wrong or an IMG2IMG_ name is unknown; lists all of them.
         """
-        known = {PREFIX + name.upper() for name in cls.model_fields}
+        known = CLIENT_NAMES | {PREFIX + name.upper() for name in cls.model_fields}
         mistakes = [
             f"{name}: there is no such setting"
             for name in sorted(os.environ)

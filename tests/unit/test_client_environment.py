@@ -1,0 +1,11 @@
+"""The client's variables and the server's settings may stand in one environment."""
+
+import pytest
+
+from img2img_server.settings import Settings
+
+
+def test_the_server_starts_where_the_client_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMG2IMG_SERVER", "127.0.0.1:50051")
+    monkeypatch.setenv("IMG2IMG_API_KEY", "dev-key")
+    assert Settings.load().grpc_port == 50051
