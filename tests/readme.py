@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +33,10 @@ def blocks(page: Path, language: str) -> list[Block]:
     return [block for block in found if block.language == language]
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Every command of the page's `sh` blocks as its words, continuation lines joined.
-
-    Comments and empty lines are left out; pipes and redirections stay as words.
-    """
-    lines: list[str] = []
+def make_words(page: Path) -> set[str]:
+    """The words of every `make WORD` that the page shows, in its text or in an `sh` block."""
+    words = set(re.findall(r"`make ([a-z]+)", page.read_text(encoding="utf-8")))
     for block in blocks(page, "sh"):
-        lines += block.text.replace("\\\n", " ").splitlines()
-    words = (shlex.split(line, comments=True) for line in lines)
-    return [command for command in words if command]
+        for line in re.findall(r"^(?:.* )?make ((?:[a-z]+ ?)+)", block.text, re.MULTILINE):
+            words |= set(line.split())
+    return words

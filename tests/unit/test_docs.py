@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from img2img_server.settings import PREFIX, Settings
-from tests.readme import ROOT, blocks, commands, pages
+from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
+from tests.readme import ROOT, blocks, make_words, pages
 
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 # serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
@@ -28,7 +28,7 @@ def script(path: str) -> ModuleType:
     return module
 
 
-def make_words() -> set[str]:
+def makefile_words() -> set[str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     return {match["word"] for match in WORD.finditer(makefile)}
 
@@ -45,22 +45,27 @@ def test_every_link_of_a_page_leads_to_a_file(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_make_word_of_a_page_is_one_of_the_makefile(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    used = set(re.findall(r"`make ([a-z]+)", text))
-    used |= {words[1] for words in commands(ROOT / page) if words[0] == "make"}
-    assert used - make_words() == set()
+    assert make_words(ROOT / page) - makefile_words() == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_of_a_page_exists(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     used = set(re.findall(rf"\b{PREFIX}[A-Z0-9_]+\b", text))
-    assert used - {PREFIX + name.upper() for name in Settings.model_fields} == set()
+    known = CLIENT_NAMES | {PREFIX + name.upper() for name in Settings.model_fields}
+    assert used - known == set()
+
+
+def test_every_metric_of_the_operations_page_exists_and_none_is_missing() -> None:
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    sources = sorted((ROOT / "server/img2img_server").rglob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    made = re.findall(r"\b(?:Counter|Gauge|Histogram)\(\s*\"(img2img_\w+)\"", code)
+    assert sorted(re.findall(r"`(img2img_\w+)`", page.split("Worth an alarm")[0])) == sorted(made)
 
 
 def test_the_contributing_page_explains_every_make_word() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert make_words() - set(re.findall(r"`make ([a-z]+)`", text)) - {"help"} == set()
+    assert makefile_words() - make_words(ROOT / "CONTRIBUTING.md") == {"help"}
 
 
 def test_the_settings_page_is_the_one_generated_from_the_settings() -> None:
