@@ -14,7 +14,7 @@ from enum import Enum
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A scan costs a walk over all blocks even when it holds a few bytes, so their number bounds the
 # time of a progressive JPEG. Encoders write about ten.
-MAX_JPEG_SCANS = 100
+MAX_JPEG_SCANS = 64
 
 
 class HeaderError(Exception):

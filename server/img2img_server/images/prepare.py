@@ -6,6 +6,8 @@ resizes and encodes.
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 
 import numpy as np
@@ -19,11 +21,15 @@ from img2img_server.domain.params import ImageFormat, Limits
 from img2img_server.images.base import CheckedImage, InvalidImageError, Pixels
 from img2img_server.images.encode import encode_image
 from img2img_server.images.header import Container, Header, HeaderError, read_header
+from img2img_server.images.png_rows import prove_rows
 
 # Up to here the caller's own bytes travel through the queue. Beyond, they cost the queue or the
 # worker (a small file may hold many pixels) more than encoding them once more.
 OWN_MAX_BYTES = 512 * 2**10
 OWN_MAX_PIXELS = 2**22
+# Beyond this, one picture at a time: decoding takes up to 16 bytes a pixel (WebP; others 4 to 9).
+LARGE_PIXELS = 2**24
+ONE_LARGE = threading.Lock()
 # A JPEG may be decoded at a half, quarter or eighth when that leaves this many times the pixels
 # asked for along each side: Lanczos then cannot be told from one on the full picture.
 DECODE_GAP = 3.0
@@ -60,6 +66,11 @@ def check_image(data: bytes, *, width: int, height: int, limits: Limits) -> Chec
     if header.pixels > limits.max_image_pixels:
         most = limits.max_image_pixels / 1_000_000
         raise InvalidImageError(f"init_image must not have more than {most:g} megapixels")
+    if header.container is Container.PNG:
+        try:
+            prove_rows(header)
+        except HeaderError as error:
+            raise _invalid() from error
     if len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS:
         # The smallest scale skips the inverse transform, not the reading of every coefficient.
         _decode(header, smallest=(1, 1))
@@ -110,13 +121,18 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
     box = _centred_box((header.width, header.height), width / height)
     gap = DECODE_GAP * width / (box[2] - box[0])
     smallest = (int(header.width * gap) + 1, int(header.height * gap) + 1)
-    image = _decode(header, smallest)
-    if image.size != (header.width, header.height):
-        box = _scaled(box, round(header.width / image.width), image.size)
-    image = _on_white(image).resize((width, height), Image.Resampling.LANCZOS, box)
+    with _turn(header):
+        image = _decode(header, smallest)
+        if image.size != (header.width, header.height):
+            box = _scaled(box, round(header.width / image.width), image.size)
+        image = _opaque(image).resize((width, height), Image.Resampling.LANCZOS, box)
     if header.orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[header.orientation])
-    return np.asarray(image)
+    return np.array(image.convert("RGB"))
+
+
+def _turn(header: Header) -> AbstractContextManager[object]:
+    return ONE_LARGE if header.pixels > LARGE_PIXELS else nullcontext()
 
 
 def _centred_box(size: tuple[int, int], aspect: float) -> Box:
@@ -137,34 +153,36 @@ def _decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
     """Decodes the first frame; a JPEG perhaps smaller, but not below smallest."""
     try:
         image = PLUGINS[header.container](BytesIO(header.data))
-        if image.size != (header.width, header.height):
-            raise _invalid()
-        image.draft(None, smallest)
-        image.load()
+        agrees = image.size == (header.width, header.height)
+        if agrees:
+            image.draft(None, smallest)
+            image.load()
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a dozen types on damaged files
         raise _invalid() from error
+    if not agrees:
+        raise _invalid()
     return image
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB with transparent parts on white."""
+def _opaque(image: Image.Image) -> Image.Image:
+    """Converts to 8-bit RGB or grey with transparent parts on white."""
     if image.mode == "I;16":
-        return _grey16_on_white(image)
+        return _grey8(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
+        white.paste(layer, mask=layer)
         return white
-    return image.convert("RGB") if image.mode != "RGB" else image
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
-def _grey16_on_white(image: Image.Image) -> Image.Image:
-    """Pillow would clip 16-bit grey to 8 bits; a tRNS chunk names one transparent value."""
+def _grey8(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow would clip; a tRNS chunk may name one value as transparent."""
     values = np.asarray(image)
     grey = (values >> 8).astype(np.uint8)
     transparent = image.info.get("transparency")
     if transparent is not None:
         grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+    return Image.fromarray(grey)

@@ -1,0 +1,162 @@
+"""Makes the pictures that tests need: ordinary ones and every kind of trouble."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CAT = EXAMPLES / "cat.jpg"
+COFFEE = EXAMPLES / "coffee.jpg"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+Pixels = npt.NDArray[np.uint8]
+
+
+def photo(width: int = 512, height: int = 512, path: Path = COFFEE) -> Pixels:
+    """A real photo, cut to the aspect ratio and resized: height x width x 3."""
+    with Image.open(path) as image:
+        cut = min(image.width / width, image.height / height)
+        left, upper = (image.width - cut * width) / 2, (image.height - cut * height) / 2
+        box = (left, upper, left + cut * width, upper + cut * height)
+        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))
+
+
+def quadrants(width: int = 64, height: int = 32) -> Pixels:
+    """Red, green, blue and grey quarters, in reading order: tells every rotation apart."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = (255, 0, 0)
+    pixels[: height // 2, width // 2 :] = (0, 255, 0)
+    pixels[height // 2 :, : width // 2] = (0, 0, 255)
+    pixels[height // 2 :, width // 2 :] = (128, 128, 128)
+    return pixels
+
+
+def saved(image: Image.Image | Pixels, container: str, **options: object) -> bytes:
+    """The file that Pillow writes; container: PNG, JPEG, WEBP, GIF, ..."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    with BytesIO() as file:
+        image.save(file, container, **options)
+        return file.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    """What Pillow makes of a file."""
+    return Image.open(BytesIO(data))
+
+
+def jpeg(pixels: Pixels | None = None, quality: int = 95) -> bytes:
+    """A 4:4:4 JPEG, of the photo unless pixels are given."""
+    return saved(photo() if pixels is None else pixels, "JPEG", quality=quality, subsampling=0)
+
+
+def rotated_jpeg(pixels: Pixels, orientation: int) -> bytes:
+    """A JPEG that shows pixels only after its EXIF orientation (1 to 8) is applied."""
+    undo = {
+        1: lambda p: p,
+        2: np.fliplr,
+        3: lambda p: np.rot90(p, 2),
+        4: np.flipud,
+        5: lambda p: p.swapaxes(0, 1),
+        6: lambda p: np.rot90(p, 1),
+        7: lambda p: np.rot90(p, 2).swapaxes(0, 1),
+        8: lambda p: np.rot90(p, -1),
+    }
+    stored = np.ascontiguousarray(undo[orientation](pixels))
+    return saved(stored, "JPEG", quality=95, subsampling=0, exif=exif(orientation))
+
+
+def exif(orientation: int) -> bytes:
+    """An EXIF block with the orientation alone."""
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
+def cmyk_jpeg(pixels: Pixels) -> bytes:
+    """A CMYK JPEG as Photoshop writes it, with inverted inks."""
+    return saved(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=95, subsampling=0)
+
+
+def animated_webp(first: Pixels, second: Pixels) -> bytes:
+    """Two lossless frames."""
+    more = [Image.fromarray(second)]
+    return saved(first, "WEBP", save_all=True, append_images=more, duration=100, lossless=True)
+
+
+def png(
+    width: int,
+    height: int,
+    rows: bytes,
+    *,
+    depth: int = 8,
+    colour: int = 2,
+    interlace: int = 0,
+    more: tuple[tuple[bytes, bytes], ...] = (),
+) -> bytes:
+    """A PNG of unfiltered rows (each with its leading 0) and more chunks before the pixels."""
+    header = struct.pack(">II5B", width, height, depth, colour, 0, 0, interlace)
+    chunks = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")]
+    return PNG_SIGNATURE + b"".join(png_chunk(kind, content) for kind, content in chunks)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Length, type, content, checksum."""
+    checksum = zlib.crc32(content, zlib.crc32(kind))
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def flat_png(width: int, height: int) -> bytes:
+    """A grey picture of 1 bit a pixel: 60 megapixels are a file of 8 kB."""
+    return png(width, height, bytes(height * (1 + (width + 7) // 8)), depth=1, colour=0)
+
+
+def huge_png() -> bytes:
+    """60 megapixels in a few kilobytes: over the pixel limit, under every byte limit."""
+    return flat_png(10_000, 6_000)
+
+
+def interlaced_png(width: int, height: int, missing_bytes: int = 0) -> bytes:
+    """8-bit grey 200 in the seven passes of Adam7."""
+    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+    rows = b""
+    for left, upper, across, down in (*starts, (0, 1, 1, 2)):
+        columns = len(range(left, width, across))
+        rows += (b"\0" + b"\xc8" * columns) * len(range(upper, height, down)) if columns else b""
+    rows = rows[: len(rows) - missing_bytes]
+    return png(width, height, rows, colour=0, interlace=1)
+
+
+def lying_png(width: int, height: int) -> bytes:
+    """Says width x height and holds one row."""
+    return png(width, height, bytes(1 + 3 * width))
+
+
+def text_bomb() -> bytes:
+    """260 kB that unpack to 256 MB."""
+    return zlib.compress(bytes(2**28), 1)
+
+
+def bomb_png() -> bytes:
+    """A small picture with a text chunk that is a bomb."""
+    return png(8, 8, bytes(8 * 25), more=((b"zTXt", b"Comment\0\0" + text_bomb()),))
+
+
+def many_scans_jpeg(scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    data = saved(photo(64, 64), "JPEG", progressive=True)
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[start:end] * scans + data[end:]
+
+
+def padded_png(size_bytes: int) -> bytes:
+    """A valid 8x8 picture of exactly size_bytes, most of it a chunk that nobody reads."""
+    plain = png(8, 8, bytes(8 * 25))
+    padding = bytes(size_bytes - len(plain) - 12)
+    return png(8, 8, bytes(8 * 25), more=((b"juNk", padding),))

@@ -1,0 +1,383 @@
+"""Init images: what is accepted, what is refused and which pixels come out."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import pictures
+import pytest
+from PIL import Image
+
+from img2img_server.domain.params import Limits
+from img2img_server.images.base import CheckedImage, InvalidImageError
+from img2img_server.images.header import MAX_JPEG_SCANS
+from img2img_server.images.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_image, prepare_image
+
+LIMITS = Limits()
+NOT_VALID = "init_image is not a valid PNG, JPG or WebP image"
+TOO_LARGE = "init_image must not be larger than 20 MB"
+TOO_MANY_PIXELS = "init_image must not have more than 50 megapixels"
+
+
+def check(data: bytes, width: int = 512, height: int = 512) -> CheckedImage:
+    return check_image(data, width=width, height=height, limits=LIMITS)
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(InvalidImageError) as caught:
+        check(data)
+    return str(caught.value)
+
+
+def prepare(data: bytes, width: int, height: int) -> npt.NDArray[np.uint8]:
+    pixels = prepare_image(data, width=width, height=height)
+    assert pixels.shape == (height, width, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+    return pixels
+
+
+def differ(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> int:
+    """Largest difference of a channel."""
+    assert one.shape == other.shape
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+@pytest.mark.parametrize("container", ["PNG", "JPEG", "WEBP"])
+def test_a_small_picture_is_handed_on_as_it_came(container: str) -> None:
+    data = pictures.saved(pictures.photo(), container)
+
+    assert check(data) == CheckedImage(data=data, prepared=False)
+
+
+def test_a_picture_over_512_kib_is_prepared_and_encoded_once_more() -> None:
+    data = pictures.saved(pictures.photo(1024, 768), "PNG")
+    assert len(data) > OWN_MAX_BYTES
+
+    checked = check(data, 512, 256)
+
+    assert checked.prepared
+    with pictures.opened(checked.data) as image:
+        assert (image.format, image.size) == ("JPEG", (512, 256))
+        assert image.layer[0][1:3] == image.layer[1][1:3]  # 4:4:4
+    again = prepare_image(checked.data, width=512, height=256, prepared=True)
+    assert np.mean(np.abs(again.astype(int) - prepare(data, 512, 256))) < 2
+
+
+def test_a_small_file_of_many_pixels_is_prepared_so_that_no_worker_unpacks_it() -> None:
+    data = pictures.flat_png(5000, 4000)
+    assert len(data) < OWN_MAX_BYTES
+    assert OWN_MAX_PIXELS < 5000 * 4000
+
+    checked = check(data)
+
+    assert checked.prepared
+    assert not prepare_image(checked.data, width=512, height=512, prepared=True).any()
+
+
+def test_a_prepared_picture_of_another_size_is_refused() -> None:
+    with pytest.raises(InvalidImageError, match="is not a valid"):
+        prepare_image(pictures.jpeg(), width=512, height=504, prepared=True)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"\xff\xd8\xff\xd9",
+        b"RIFF\x04\0\0\0WEBP",
+        b"hello",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.7",
+        pictures.saved(pictures.quadrants(), "GIF"),
+        pictures.saved(pictures.quadrants(), "BMP"),
+        pictures.saved(pictures.quadrants(), "TIFF"),
+        pictures.saved(pictures.quadrants(), "PPM"),
+        pictures.lying_png(64, 64),
+        pictures.png(0, 8, b""),
+        pictures.png(8, 0, b""),
+        pictures.png(8, 8, bytes(200), depth=3),
+        pictures.png(8, 8, bytes(200), colour=5),
+        pictures.png(8, 8, bytes(200)).replace(b"IDAT", b"IDAX"),
+    ],
+)
+def test_what_is_no_picture_of_an_accepted_format_is_refused(data: bytes) -> None:
+    assert refusal(data) == NOT_VALID
+
+
+@pytest.mark.parametrize("container", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_picture_cut_anywhere_is_refused(container: str, progressive: bool) -> None:
+    data = pictures.saved(pictures.photo(96, 64), container, progressive=progressive)
+    for end in [*range(0, len(data) - 16, len(data) // 60), len(data) - 16]:
+        assert refusal(data[:end]) == NOT_VALID
+
+
+def test_an_interlaced_picture_is_accepted_whole_and_refused_with_rows_missing() -> None:
+    for width, height in [(1, 1), (3, 5), (8, 8), (61, 37)]:
+        whole = pictures.interlaced_png(width, height)
+        assert check(whole).prepared is False
+        assert (prepare(whole, width, height) == 200).all()
+        assert refusal(pictures.interlaced_png(width, height, missing_bytes=1)) == NOT_VALID
+
+
+@pytest.mark.parametrize("container", ["PNG", "JPEG", "WEBP"])
+def test_damaged_bytes_never_raise_anything_else(container: str) -> None:
+    data = bytearray(pictures.saved(pictures.photo(64, 64), container))
+    random = np.random.default_rng(7)
+    refused = 0
+    for _ in range(300):
+        damaged = data.copy()
+        for place in random.integers(0, len(data), 3):
+            damaged[place] = random.integers(0, 256)
+        try:
+            check(bytes(damaged))
+            prepare_image(bytes(damaged), width=64, height=64)
+        except InvalidImageError:
+            refused += 1
+    assert refused > 10
+
+
+def test_a_file_over_20_mb_is_refused_before_it_is_read() -> None:
+    assert refusal(bytes(LIMITS.max_image_bytes + 1)) == TOO_LARGE
+    assert check(pictures.padded_png(LIMITS.max_image_bytes)).prepared
+
+
+def test_over_50_megapixels_is_refused() -> None:
+    assert refusal(pictures.huge_png()) == TOO_MANY_PIXELS
+
+
+def test_the_pixel_limit_holds_for_headers_whose_pixels_are_missing() -> None:
+    jpeg_header = pictures.jpeg(pictures.photo(64, 64))
+    place = jpeg_header.index(b"\xff\xc0") + 5
+    webp = pictures.saved(pictures.photo(64, 64), "WEBP", exif=pictures.exif(1))
+    size = webp.index(b"VP8X") + 12
+
+    tall = jpeg_header[:place] + struct.pack(">HH", 60_000, 60_000) + jpeg_header[place + 4 :]
+    wide = webp[:size] + b"\xfe\x3f\0\xfe\x3f\0" + webp[size + 6 :]
+
+    assert refusal(tall) == TOO_MANY_PIXELS
+    assert refusal(wide) == TOO_MANY_PIXELS
+
+
+def test_the_sentences_name_the_limits_that_are_set() -> None:
+    small = Limits(max_image_bytes=2**20, max_image_pixels=1_500_000)
+
+    with pytest.raises(InvalidImageError, match="larger than 1 MB"):
+        check_image(bytes(2**20 + 1), width=512, height=512, limits=small)
+    with pytest.raises(InvalidImageError, match=r"more than 1\.5 megapixels"):
+        check_image(pictures.flat_png(1500, 1001), width=512, height=512, limits=small)
+
+
+def test_a_60_megapixel_picture_and_a_text_bomb_cost_no_memory() -> None:
+    script = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import pictures
+from img2img_server.domain.params import Limits
+from img2img_server.images.base import InvalidImageError
+from img2img_server.images.prepare import check_image
+huge, bomb = pictures.huge_png(), pictures.png(8, 8, bytes(200), more=((b"zTXt", b"c\\0\\0" + sys.stdin.buffer.read()),))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    check_image(huge, width=512, height=512, limits=Limits())
+except InvalidImageError:
+    check_image(bomb, width=512, height=512, limits=Limits())
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""  # noqa: E501
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(pictures.EXAMPLES.parent / "tests")],
+        input=pictures.text_bomb(),
+        capture_output=True,
+        check=True,
+    )
+    assert int(ran.stdout) < 10  # MiB
+
+
+def test_a_jpeg_of_countless_scans_is_refused() -> None:
+    assert check(pictures.many_scans_jpeg(MAX_JPEG_SCANS - 20)).prepared is False
+    assert refusal(pictures.many_scans_jpeg(MAX_JPEG_SCANS)) == NOT_VALID
+
+
+def test_pictures_after_the_first_one_in_a_jpeg_do_not_count() -> None:
+    data = pictures.jpeg() + pictures.many_scans_jpeg(MAX_JPEG_SCANS)
+
+    assert check(data) == CheckedImage(data=data, prepared=False)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(64, 32), (32, 64)])
+def test_exif_rotation_is_applied(orientation: int, size: tuple[int, int]) -> None:
+    upright = pictures.photo(*size)
+    data = pictures.rotated_jpeg(upright, orientation)
+
+    assert differ(prepare(data, *size), upright) < 30
+    assert differ(prepare(data, *size), prepare(pictures.jpeg(upright), *size)) < 12
+
+
+@pytest.mark.parametrize("container", ["PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied_to_png_and_webp(container: str, orientation: int) -> None:
+    with pictures.opened(pictures.rotated_jpeg(pictures.quadrants(), orientation)) as stored:
+        exif = pictures.exif(orientation)
+        data = pictures.saved(stored, container, lossless=True, exif=exif)
+
+    assert differ(prepare(data, 64, 32), pictures.quadrants()) < 12
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"",
+        b"II",
+        b"II*\0\xff\xff\xff\xff",
+        b"MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03",
+        b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0",
+        b"II*\0\x08\0\0\0\x01\0\x12\x01\x04\0\x01\0\0\0\x06\0\0\0",
+        b"nonsense",
+    ],
+)
+def test_a_damaged_exif_block_is_ignored(block: bytes) -> None:
+    photo = pictures.photo(64, 64)
+    data = pictures.saved(photo, "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0" + block)
+
+    assert differ(prepare(data, 64, 64), prepare(pictures.jpeg(photo), 64, 64)) == 0
+
+
+def test_the_first_frame_counts() -> None:
+    first, second = pictures.photo(64, 64), pictures.photo(64, 64, pictures.CAT)
+    more = {"save_all": True, "append_images": [Image.fromarray(second)]}
+
+    assert differ(prepare(pictures.animated_webp(first, second), 64, 64), first) == 0
+    assert differ(prepare(pictures.saved(first, "PNG", **more), 64, 64), first) == 0
+
+
+def test_transparency_becomes_white() -> None:
+    layer = np.zeros((64, 64, 4), np.uint8)
+    layer[:, 32:] = (10, 20, 30, 255)
+    layer[32:, :32] = (200, 0, 0, 128)
+    expected = np.full((64, 64, 3), 255, np.uint8)
+    expected[:, 32:] = (10, 20, 30)
+    expected[32:, :32] = (227, 127, 127)
+
+    for data in (
+        pictures.saved(layer, "PNG"),
+        pictures.saved(layer, "WEBP", lossless=True, exact=True),
+    ):
+        assert differ(prepare(data, 64, 64), expected) <= 1
+
+
+def test_grey_with_transparency_becomes_white() -> None:
+    layer = np.zeros((8, 8, 2), np.uint8)
+    layer[:4] = (77, 255)
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    expected[:4] = 77
+
+    assert differ(prepare(pictures.saved(layer, "PNG"), 8, 8), expected) == 0
+
+
+def test_transparent_palette_colours_and_colour_keys_become_white() -> None:
+    palette = (b"PLTE", bytes([0, 0, 0, 9, 99, 199]))
+    keyed = ((b"tRNS", b"\0\0\0\0\0\0"),)
+    rows = bytes([0, *[0] * 4, *[1] * 4]) * 8
+    colours = bytes([0, *[0] * 12, *[9, 99, 199] * 4]) * 8
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    expected[:, 4:] = (9, 99, 199)
+
+    for data in (
+        pictures.png(8, 8, rows, colour=3, more=(palette, (b"tRNS", b"\0"))),
+        pictures.png(8, 8, colours, colour=2, more=keyed),
+    ):
+        assert differ(prepare(data, 8, 8), expected) == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_few_colours_are_unpacked(depth: int) -> None:
+    row = b"\0" + (b"\x0f" if depth < 8 else bytes([0, 0, 0, 0, 1, 1, 1, 1]))
+    grey = {1: [0] * 4 + [255] * 4, 2: [0, 0, 255, 255], 4: [0, 255], 8: [0] * 4 + [1] * 4}[depth]
+    data = pictures.png(len(grey), 1, row, depth=depth, colour=0)
+
+    assert prepare(data, len(grey), 1)[0].tolist() == [[value] * 3 for value in grey]
+
+
+@pytest.mark.parametrize(
+    ("colour", "pixel", "expected"),
+    [
+        (0, [0x1234], [0x12] * 3),
+        (0, [0xFFFF], [0xFF] * 3),
+        (2, [0x1234, 0x5678, 0x9ABC], [0x12, 0x56, 0x9A]),
+        (4, [0x4000, 0xFFFF], [0x40] * 3),
+        (6, [0x1234, 0x5678, 0x9ABC, 0xFFFF], [0x12, 0x56, 0x9A]),
+    ],
+)
+def test_16_bits_keep_their_upper_8(colour: int, pixel: list[int], expected: list[int]) -> None:
+    row = b"\0" + b"".join(value.to_bytes(2, "big") for value in pixel) * 8
+    data = pictures.png(8, 8, row * 8, depth=16, colour=colour)
+
+    assert (prepare(data, 8, 8) == expected).all()
+
+
+def test_transparent_16_bit_grey_becomes_white() -> None:
+    row = b"\0" + b"\x12\x34" * 4 + b"\x12\x35" * 4
+    data = pictures.png(8, 8, row * 8, depth=16, colour=0, more=((b"tRNS", b"\x12\x34"),))
+
+    assert prepare(data, 8, 8)[0].tolist() == [[255] * 3] * 4 + [[0x12] * 3] * 4
+
+
+def test_a_grey_jpeg_becomes_rgb() -> None:
+    grey = Image.fromarray(pictures.photo(64, 64)).convert("L")
+    pixels = prepare(pictures.saved(grey, "JPEG", quality=95), 64, 64)
+
+    assert differ(pixels, np.asarray(grey.convert("RGB"))) < 12
+
+
+def test_a_cmyk_jpeg_keeps_its_colours() -> None:
+    pixels = prepare(pictures.cmyk_jpeg(pictures.quadrants()), 64, 32)
+
+    assert differ(pixels, pictures.quadrants()) < 12
+
+
+def test_the_largest_centred_box_is_cut() -> None:
+    stripes = np.zeros((100, 300, 3), np.uint8)
+    stripes[:, 100:200] = 255
+
+    assert (prepare(pictures.saved(stripes, "PNG"), 96, 96)[:, 8:-8] == 255).all()
+    across = np.ascontiguousarray(stripes.swapaxes(0, 1))
+    assert (prepare(pictures.saved(across, "PNG"), 96, 96)[8:-8] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(256, 1024), (1024, 256), (264, 256), (512, 512), (1016, 1024)])
+@pytest.mark.parametrize("source", [(1, 1), (1, 300), (300, 1), (17, 13), (451, 300), (999, 1001)])
+def test_every_shape_gives_exactly_the_size(size: tuple[int, int], source: tuple[int, int]) -> None:
+    grey = np.full((source[1], source[0], 3), 123, np.uint8)
+
+    assert (prepare(pictures.saved(grey, "PNG"), *size) == 123).all()
+
+
+def test_a_picture_of_the_right_size_is_not_touched() -> None:
+    assert differ(prepare(pictures.saved(pictures.photo(), "PNG"), 512, 512), pictures.photo()) == 0
+
+
+def test_a_large_jpeg_decoded_smaller_looks_the_same() -> None:
+    large = np.tile(pictures.photo(1000, 1000), (4, 4, 1))
+    prepared = prepare(pictures.saved(large, "JPEG", quality=92, subsampling=0), 512, 512)
+    fully = prepare(pictures.saved(large, "PNG", compress_level=0), 512, 512)
+
+    error = np.mean((prepared.astype(float) - fully) ** 2)
+    assert 10 * np.log10(255**2 / error) > 42  # dB, what JPEG itself costs included
+
+
+def test_the_same_bytes_give_the_same_pixels_in_every_thread() -> None:
+    data = pictures.saved(pictures.photo(1200, 900), "JPEG")
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: prepare(data, 512, 512).tobytes(), range(12)))
+
+    assert len(set(results)) == 1
