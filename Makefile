@@ -71,5 +71,5 @@ bench: setup ## Measure the service's own overhead on this machine
 	@touch .venv/.local $@
 
 node_modules/.installed: package.json package-lock.json
-	npm ci --silent
+	npm ci --loglevel=error
 	@touch $@
