@@ -51,7 +51,7 @@ gold: setup ## Rewrite the golden files; look at the difference before you commi
 	GOLD=1 $(BIN)/python -m pytest -k golden $(ARGS)
 
 bench: setup ## Measure the service's own overhead on this machine
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 # Stamps: nothing is installed again until what it depends on has changed.
 
