@@ -17,16 +17,16 @@ import os
 import signal
 import sys
 import time
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections import deque
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 FOLDER = ROOT / "demo"
 LOG = FOLDER / "server.log"
-READY = "ready"  # the server's line that says it may be used contains this word
+READY = b"ready"  # the server says on standard output that it may be used; logs go elsewhere
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 TAIL_LINES = 15
@@ -38,7 +38,7 @@ class DemoError(Exception):
 
 @contextlib.asynccontextmanager
 async def running(
-    *command: str, stop: signal.Signals, output: int | None
+    *command: str, stop: signal.Signals, stdout: int | None = None, stderr: IO[bytes] | None = None
 ) -> AsyncIterator[Process]:
     """One of our commands; when the block is left early it is asked to stop, then waited for.
 
@@ -50,8 +50,8 @@ async def running(
         *command[1:],
         cwd=ROOT,
         stdin=DEVNULL,
-        stdout=output,
-        stderr=STDOUT if output else None,
+        stdout=stdout,
+        stderr=stderr,
         start_new_session=True,
     )
     try:
@@ -67,34 +67,30 @@ async def running(
             await process.wait()
 
 
-class ServerOutput:
-    """What the server prints, on its way to the log."""
+async def until_ready(server: Process, log: IO[bytes]) -> None:
+    """Returns when the server may be used.
 
-    def __init__(self, server: Process) -> None:
-        self._server = server
-        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._ready = asyncio.Event()
-
-    async def copy(self) -> None:
-        """Writes the log until the output ends."""
-        assert self._server.stdout is not None
-        with LOG.open("wb") as log:
-            async for line in self._server.stdout:
+    Raises:
+        DemoError: it ended, or it took longer than START_SECONDS.
+    """
+    assert server.stdout is not None
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            async for line in server.stdout:
                 log.write(line)
-                log.flush()
-                text = line.decode(errors="replace").rstrip()
-                self._tail.append(text)
-                if READY in text:
-                    self._ready.set()
+                if READY in line:
+                    return
+    except TimeoutError:
+        raise DemoError(f"the server was not ready in {START_SECONDS:.0f} s.") from None
+    raise DemoError(f"the server ended with status {await server.wait()}.")
 
-    async def wait_ready(self) -> None:
-        """Returns when the server may be used. Raises TimeoutError after START_SECONDS."""
-        await asyncio.wait_for(self._ready.wait(), START_SECONDS)
 
-    def end(self) -> str:
-        """Where the log is, and its last lines."""
-        tail = "\n".join(f"    {line}" for line in self._tail)
-        return f"The end of {LOG.relative_to(ROOT)}:\n{tail}"
+async def until_ended(server: Process, log: IO[bytes]) -> None:
+    """Logs what the server still prints. Raises DemoError when it has ended."""
+    assert server.stdout is not None
+    async for line in server.stdout:
+        log.write(line)
+    raise DemoError(f"the server ended with status {await server.wait()}.")
 
 
 async def generate() -> int:
@@ -103,39 +99,35 @@ async def generate() -> int:
     command = ["img2img", "generate", "--server", address, "--api-key", "dev-key"]
     command += ["--prompt", "an oil painting of a cat", "--init-image", "examples/cat.jpg"]
     command += ["--strength", "0.7", "--seed", "1", "--output", "demo/output.png"]
-    async with running(*command, stop=signal.SIGINT, output=None) as client:
+    async with running(*command, stop=signal.SIGINT) as client:
         return await client.wait()
 
 
-async def use(output: ServerOutput) -> None:
-    """Waits for the server and makes the picture. Raises DemoError."""
-    started = time.monotonic()
-    try:
-        await output.wait_ready()
-    except TimeoutError:
-        raise DemoError(f"not ready in {START_SECONDS:.0f} s. {output.end()}") from None
-    print(f"Ready after {time.monotonic() - started:.1f} s.", flush=True)
-    if status := await generate():
-        raise DemoError(f"img2img ended with status {status}. {output.end()}")
-
-
-async def demo() -> None:
-    """The whole demo. Raises DemoError."""
+async def demo(log: IO[bytes]) -> None:
+    """Starts, makes the picture, stops. Raises DemoError."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
+    started = time.monotonic()
     command = ("img2img-server", "local")
-    async with running(*command, stop=signal.SIGTERM, output=PIPE) as server:
-        output = ServerOutput(server)
-        copying = asyncio.create_task(output.copy())
-        using = asyncio.create_task(use(output))
+    async with running(*command, stop=signal.SIGTERM, stdout=PIPE, stderr=log) as server:
+        await until_ready(server, log)
+        print(f"Ready after {time.monotonic() - started:.1f} s.", flush=True)
+        making = asyncio.create_task(generate())
+        watching = asyncio.create_task(until_ended(server, log))
         try:
-            await asyncio.wait([copying, using], return_when=asyncio.FIRST_COMPLETED)
-            if not using.done():
-                raise DemoError(f"the server ended: status {await server.wait()}. {output.end()}")
-            using.result()
+            await asyncio.wait([making, watching], return_when=asyncio.FIRST_COMPLETED)
+            status = making.result() if making.done() else watching.result()
         finally:
-            using.cancel()
-            await asyncio.wait([using])
-    await asyncio.wait([copying], timeout=STOP_SECONDS)
+            making.cancel()
+            watching.cancel()
+            await asyncio.wait([making, watching])
+        if status:
+            raise DemoError(f"img2img ended with status {status}.")
+
+
+def log_end() -> str:
+    """Where the log is, and its last lines."""
+    lines = LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+    return "\n".join([f"The end of {LOG.relative_to(ROOT)}:", *(f"    {line}" for line in lines)])
 
 
 def _cancel(task: asyncio.Task[None] | None) -> None:
@@ -149,9 +141,10 @@ def main() -> int:
     (FOLDER / "output.png").unlink(missing_ok=True)
     print("Starting the service: NATS, an S3 server, worker, api and gateway ...", flush=True)
     try:
-        asyncio.run(demo())
+        with LOG.open("wb", buffering=0) as log:
+            asyncio.run(demo(log))
     except DemoError as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"demo: {error} {log_end()}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("demo: stopped", file=sys.stderr)

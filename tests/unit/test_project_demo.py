@@ -19,7 +19,8 @@ from tests.readme import ROOT
 
 SERVER = """\
 #!/bin/sh
-trap 'echo stopping; echo yes > "$DEMO/stopped"; kill $!; exit 0' TERM
+trap 'echo stopping >&2; echo yes > "$DEMO/stopped"; kill $!; exit 0' TERM
+echo "not ready yet" >&2
 echo "starting"
 echo "ready: gRPC 127.0.0.1:50051"
 sleep 60 & wait
@@ -77,7 +78,7 @@ def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> Non
     assert asked[-2:] == ["--output", "demo/output.png"]
     assert (stage.root / "stopped").exists()
     log = (stage.root / "demo/server.log").read_text().splitlines()
-    assert log == ["starting", "ready: gRPC 127.0.0.1:50051", "stopping"]
+    assert log == ["not ready yet", "starting", "ready: gRPC 127.0.0.1:50051", "stopping"]
 
 
 def test_the_demo_shows_why_the_server_did_not_start(stage: Stage) -> None:
@@ -85,10 +86,20 @@ def test_the_demo_shows_why_the_server_did_not_start(stage: Stage) -> None:
     code, _, err = stage.run()
     assert code == 1
     assert err.splitlines() == [
-        "demo: the server ended: status 3. The end of demo/server.log:",
+        "demo: the server ended with status 3. The end of demo/server.log:",
         "    port 50051 is in use",
     ]
     assert not (stage.root / "client").exists()
+
+
+def test_the_demo_says_when_the_server_dies_while_it_works(stage: Stage) -> None:
+    stage.command("img2img-server", "#!/bin/sh\necho ready\nsleep 0.2\nexit 9\n")
+    stage.command("img2img", "#!/bin/sh\nexec sleep 60\n")
+    code, _, err = stage.run()
+    assert code == 1
+    assert err.splitlines()[0] == (
+        "demo: the server ended with status 9. The end of demo/server.log:"
+    )
 
 
 def test_the_demo_tells_the_status_of_a_client_that_failed(stage: Stage) -> None:
@@ -98,8 +109,10 @@ def test_the_demo_tells_the_status_of_a_client_that_failed(stage: Stage) -> None
     assert err.splitlines() == [
         "no such file",
         "demo: img2img ended with status 4. The end of demo/server.log:",
+        "    not ready yet",
         "    starting",
         "    ready: gRPC 127.0.0.1:50051",
+        "    stopping",
     ]
     assert (stage.root / "stopped").exists()
 
