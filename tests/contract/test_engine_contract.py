@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from img2img_server.domain.events import Stage
 from img2img_server.domain.params import Lane
@@ -25,11 +26,13 @@ from img2img_server.engine.base import (
     StageDone,
     StepDone,
 )
-from img2img_server.engine.fake import FakeEngine
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.errors import EngineError
+from tests.tiny_models import write_sd
 
-SECONDS = 60.0
-OpenEngine = Callable[[], AbstractContextManager[Engine]]
+SECONDS = 30.0
 
 
 class Inbox:
@@ -85,10 +88,24 @@ def fake() -> Iterator[Engine]:
         engine.stop()
 
 
-@pytest.fixture(params=["fake"])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    open_engine: OpenEngine = {"fake": fake}[request.param]
-    with open_engine() as opened:
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> DiffusersDenoiser:
+    folder = write_sd(tmp_path_factory.mktemp("sd"))
+    return DiffusersDenoiser.load(str(folder), torch.device("cpu"), torch.float32)
+
+
+@contextmanager
+def real(denoiser: DiffusersDenoiser) -> Iterator[Engine]:
+    engine = DiffusionEngine(denoiser, FAKE_MODEL, capacity_rows=8)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(params=["fake", "real"])
+def engine(request: pytest.FixtureRequest, denoiser: DiffusersDenoiser) -> Iterator[Engine]:
+    with fake() if request.param == "fake" else real(denoiser) as opened:
         yield opened
 
 
@@ -140,11 +157,11 @@ def test_the_same_seed_gives_the_same_picture_and_another_seed_another_one(engin
     assert not np.array_equal(first[0], first[1])
 
 
-def test_strength_zero_gives_the_init_image_without_a_step(engine: Engine) -> None:
+def test_strength_zero_gives_the_init_image_without_a_stage_or_a_step(engine: Engine) -> None:
     wanted = job(strength=0.0)
     events = run(engine, wanted)
 
-    assert [type(event) for event in events] == [StageDone, StageDone, SampleReady, JobDone]
+    assert [type(event) for event in events] == [SampleReady, JobDone]
     assert np.array_equal(pictures(events)[0], wanted.init_image)
 
 
@@ -199,7 +216,7 @@ def test_a_sink_that_raises_harms_nobody(engine: Engine, caplog: pytest.LogCaptu
 
 def test_a_stopped_engine_ends_its_jobs_and_refuses_new_ones(engine: Engine) -> None:
     inbox = Inbox()
-    engine.submit(job(num_inference_steps=1000, strength=1.0), inbox)
+    engine.submit(job(num_inference_steps=900, strength=1.0), inbox)
     inbox.until(StepDone)
     engine.stop()
 

@@ -131,9 +131,15 @@ def test_a_strength_below_one_step_leaves_the_image_as_it_is(steps: int, strengt
     assert schedule == Schedule(init_signal=1.0, init_noise=0.0, steps=())
 
 
-def test_more_steps_than_a_scheduler_can_run_are_refused_in_its_own_words() -> None:
-    with pytest.raises(ValueError, match="num_inference_steps"):
-        Schedules(SD).get("lcm", 60, 1.0)
+@pytest.mark.parametrize(("name", "steps"), [("lcm", 60), ("ddim", 1000)])
+def test_more_steps_than_a_scheduler_can_run_are_refused(name: str, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"scheduler {name} cannot run {steps} steps"):
+        Schedules(SD).get(name, steps, 1.0)
+
+
+def test_an_unknown_scheduler_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no scheduler heun"):
+        Schedules(SD).get("heun", 4, 1.0)
 
 
 def test_a_schedule_is_derived_once() -> None:

@@ -22,7 +22,8 @@ class EngineJob:
     """One job as the engine takes it: everything settled, the init image prepared.
 
     `init_image`: exactly height x width x 3. `seeds`: one a sample. `guidance_scale` at most 1
-    turns guidance off. `enqueue_time`: monotonic seconds, orders waiting jobs.
+    turns guidance off. `enqueue_time`: monotonic seconds, orders waiting jobs;
+    0.0 means when it is submitted.
     """
 
     job_id: int
@@ -37,6 +38,7 @@ class EngineJob:
     guidance_scale: float
     scheduler: str
     preview_interval_steps: int = 0
+    enqueue_time: float = 0.0
 
     @property
     def height(self) -> int:

@@ -62,11 +62,17 @@ class Schedules:
         """The schedule of one request, with as many steps as diffusers would run.
 
         Raises:
-            ValueError: the scheduler cannot run so many steps; the sentence is diffusers' own.
-            KeyError: no such scheduler.
+            ValueError: there is no such scheduler, or it cannot run so many steps.
         """
+        if name not in _CLASSES:
+            raise ValueError(f"there is no scheduler {name}")
         run = denoising_steps(strength, num_inference_steps)
-        return self._derive(name, num_inference_steps, num_inference_steps - run)
+        try:
+            return self._derive(name, num_inference_steps, num_inference_steps - run)
+        except (ValueError, IndexError) as error:  # diffusers raises either
+            raise ValueError(
+                f"scheduler {name} cannot run {num_inference_steps} steps of this model"
+            ) from error
 
     def _derive_uncached(self, name: str, num_inference_steps: int, start: int) -> Schedule:
         scheduler = make_scheduler(name, self._config)

@@ -159,10 +159,12 @@ class FakeEngine:
             return _emit(run, JobStopped())
         if not run.began:
             run.began = time.monotonic()
-            _emit(run, StageDone(Stage.TEXT_ENCODED))
+            if run.total:
+                _emit(run, StageDone(Stage.TEXT_ENCODED))
             if job.prompt.startswith(FAIL_PROMPT):
                 return _emit(run, JobError(EngineError(job.prompt.removeprefix(FAIL_PROMPT))))
-            _emit(run, StageDone(Stage.IMAGE_ENCODED))
+            if run.total:
+                _emit(run, StageDone(Stage.IMAGE_ENCODED))
         if run.step < run.total:
             run.step += 1
             self._step(run)

@@ -50,8 +50,11 @@ class Schedule:
 
 
 # Columns of a table of coefficients.
-_INPUT_SCALE, _SAMPLE, _OUTPUT, _PREVIOUS, _NOISE, _CLEAN_SAMPLE, _CLEAN_OUTPUT = range(7)
+_TIMESTEP, _INPUT_SCALE, _SAMPLE, _OUTPUT, _PREVIOUS, _NOISE, _CLEAN_SAMPLE, _CLEAN_OUTPUT = range(
+    8
+)
 _COLUMNS = (
+    "timestep",
     "input_scale",
     "sample",
     "output",
@@ -63,9 +66,14 @@ _COLUMNS = (
 
 
 def coefficient_table(schedule: Schedule, device: torch.device) -> Tensor:
-    """The coefficients of all steps: float32, steps x 7. Made once, so that steps copy nothing."""
+    """The coefficients of all steps: float32, steps x 8. Made once, so that steps copy nothing."""
     rows = [[getattr(step, name) for name in _COLUMNS] for step in schedule.steps]
     return torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, len(_COLUMNS))
+
+
+def timesteps(coefficients: Tensor) -> Tensor:
+    """What the model is told: one timestep a row."""
+    return coefficients[:, _TIMESTEP]
 
 
 def scale_input(latents: Tensor, coefficients: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""The seam between the step loop and a model: encode, denoise, decode. Tensors, but no diffusers.
+
+Latents are float32, n x channels x height/8 x width/8, on the model's device, scaled as the
+sampler expects them. Every method takes a batch of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from img2img_server.engine.base import Pixels
+from img2img_server.engine.sampler import Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextInput:
+    """What one job says to the model."""
+
+    prompt: str
+    negative_prompt: str
+    guidance_scale: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextEmbedding:
+    """An encoded prompt. `tokens`: length x width; `pooled`: width, of models that have one."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Conditioning:
+    """What steers the rows of one job, on the device.
+
+    `negative` is None for rows without guidance. `guidance_scale`: a tensor of one number.
+    `guidance_embedding`: of models that take the scale as an input. `time_ids`: SDXL's sizes.
+    """
+
+    prompt: TextEmbedding
+    negative: TextEmbedding | None
+    guidance_scale: Tensor
+    guidance_embedding: Tensor | None = None
+    time_ids: Tensor | None = None
+    negative_time_ids: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageLatents:
+    """An encoded init image, channels x height/8 x width/8.
+
+    `deviation`: the autoencoder's own spread, to be sampled once a row; None: it has none.
+    """
+
+    mean: Tensor
+    deviation: Tensor | None = None
+
+
+class Denoiser(Protocol):
+    """A model on a device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def device_name(self) -> str:
+        """For people: "cpu" or "NVIDIA H100 80GB HBM3"."""
+        ...
+
+    def slots(self, guidance_scale: float) -> int:
+        """Forwards a step costs: 2 with guidance, 1 without."""
+        ...
+
+    def schedule(self, name: str, num_inference_steps: int, strength: float) -> Schedule:
+        """The sampler's numbers. Raises ValueError when it cannot run so many steps."""
+        ...
+
+    def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
+        """Encodes prompts; those seen lately come from a cache."""
+        ...
+
+    def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
+        """Encodes init images of one size."""
+        ...
+
+    def denoise(
+        self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
+    ) -> Tensor:
+        """The model's output for every row, guidance applied."""
+        ...
+
+    def decode(self, latents: Tensor) -> list[Pixels]:
+        """The pictures. Raises EngineError when one is not made of finite numbers."""
+        ...
+
+    def preview(self, latents: Tensor) -> list[Pixels]:
+        """Rough pictures, at most 256 pixels on their longer side, at next to no cost."""
+        ...

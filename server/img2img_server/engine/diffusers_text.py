@@ -1,0 +1,126 @@
+"""Prompts to conditionings, by the text encoders of a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from img2img_server.engine.denoiser import Conditioning, TextEmbedding, TextInput
+
+_CACHE_PROMPTS = 128
+
+
+class _Prompt(NamedTuple):
+    text: str
+    is_negative: bool
+
+
+class TextEncoder:
+    """Encodes what it has not seen lately, all in one batch.
+
+    Args:
+        pipeline: of the Stable Diffusion family, or of SDXL with its two encoders and size inputs.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._unet = pipeline.unet
+        self._is_xl = getattr(pipeline, "text_encoder_2", None) is not None
+        self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
+
+    def encode(self, texts: Sequence[TextInput], slots: Sequence[int]) -> list[Conditioning]:
+        """One conditioning a text; those with two slots get their negative prompt too."""
+        prompts = [_Prompt(text.prompt, False) for text in texts]
+        negatives = [
+            _Prompt(text.negative_prompt, True) if slot == 2 else None
+            for text, slot in zip(texts, slots, strict=True)
+        ]
+        known = self._look_up([*prompts, *(prompt for prompt in negatives if prompt)])
+        return [
+            self._condition(text, known[prompt], known[negative] if negative else None)
+            for text, prompt, negative in zip(texts, prompts, negatives, strict=True)
+        ]
+
+    def added_conditions(self, conditionings: Sequence[Conditioning]) -> dict[str, Tensor] | None:
+        """SDXL's further inputs, for all rows and then for the guided ones again."""
+        if not self._is_xl:
+            return None
+        guided = [row for row in conditionings if row.negative is not None]
+        pooled = [row.prompt.pooled for row in conditionings]
+        pooled += [row.negative.pooled for row in guided if row.negative is not None]
+        ids = [row.time_ids for row in conditionings] + [row.negative_time_ids for row in guided]
+        return {
+            "text_embeds": torch.stack([tensor for tensor in pooled if tensor is not None]),
+            "time_ids": torch.cat([tensor for tensor in ids if tensor is not None]),
+        }
+
+    def _look_up(self, prompts: Sequence[_Prompt]) -> dict[_Prompt, TextEmbedding]:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        found = dict(zip(missing, self._encode(missing), strict=True)) if missing else {}
+        for prompt in prompts:
+            if prompt not in found:
+                found[prompt] = self._cache[prompt]
+            self._cache[prompt] = found[prompt]
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > _CACHE_PROMPTS:
+            self._cache.popitem(last=False)
+        return found
+
+    def _encode(self, prompts: Sequence[_Prompt]) -> list[TextEmbedding]:
+        device = self._unet.device
+        encoded = self._pipeline.encode_prompt(
+            [prompt.text for prompt in prompts],
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        if not self._is_xl:
+            return [TextEmbedding(tokens.clone()) for tokens in encoded[0].to(self._unet.dtype)]
+        tokens, pooled = encoded[0].to(self._unet.dtype), encoded[2].to(self._unet.dtype)
+        zeros_for_empty = self._pipeline.config.force_zeros_for_empty_prompt
+        found = []
+        for i, prompt in enumerate(prompts):
+            # SDXL was trained with zeros, not with the encoding of "", where nothing is said.
+            keep = 0.0 if zeros_for_empty and prompt.is_negative and not prompt.text else 1.0
+            found.append(TextEmbedding(tokens[i] * keep, pooled[i] * keep))
+        return found
+
+    def _condition(
+        self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
+    ) -> Conditioning:
+        scale = torch.tensor(text.guidance_scale, device=self._unet.device)
+        ids, negative_ids = self._time_ids(text) if self._is_xl else (None, None)
+        return Conditioning(
+            prompt=prompt,
+            negative=negative,
+            guidance_scale=scale,
+            guidance_embedding=self._guidance_embedding(text.guidance_scale),
+            time_ids=ids,
+            negative_time_ids=negative_ids,
+        )
+
+    def _guidance_embedding(self, guidance_scale: float) -> Tensor | None:
+        width = self._unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        embedding: Tensor = self._pipeline.get_guidance_scale_embedding(
+            torch.tensor([guidance_scale - 1]), embedding_dim=width
+        )
+        return embedding.to(self._unet.device)
+
+    def _time_ids(self, text: TextInput) -> tuple[Tensor, Tensor]:
+        """The defaults of diffusers: original size = target size, no crop, its two scores."""
+        size = (text.height, text.width)
+        if self._pipeline.config.requires_aesthetics_score:
+            values, negative = [*size, 0, 0, 6.0], [*size, 0, 0, 2.5]
+        else:
+            values = negative = [*size, 0, 0, *size]
+        dtype, device = self._unet.dtype, self._unet.device
+        return (
+            torch.tensor([values], dtype=dtype, device=device),
+            torch.tensor([negative], dtype=dtype, device=device),
+        )

@@ -1,0 +1,257 @@
+"""The step loop: one thread owns the device, and all jobs take their steps together.
+
+    take commands -> pick a batch -> encode what is new -> one forward -> decode what is done
+
+Rows join and leave at every step. What a row's neighbours are changes no more than the last bits
+of its arithmetic. An error stays with the row that causes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from img2img_server.domain.events import Stage
+from img2img_server.domain.job import Determinism
+from img2img_server.domain.models import ModelInfo
+from img2img_server.engine.base import (
+    EngineJob,
+    JobDone,
+    JobError,
+    JobStopped,
+    PreviewReady,
+    SampleReady,
+    Sink,
+    StageDone,
+    StepDone,
+)
+from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.isolation import is_out_of_memory, needed_bytes
+from img2img_server.engine.runs import Run, Sample, emit
+from img2img_server.engine.scheduler import Batch, Scheduler
+from img2img_server.engine.stages import Stages
+from img2img_server.errors import EngineError, OutOfMemoryError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Submit:
+    job: EngineJob
+    sink: Sink
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    job_id: int
+
+
+class _Stop:
+    pass
+
+
+class DiffusionEngine:
+    """Engine of base.py on a Denoiser. Its thread starts at once.
+
+    Args:
+        model: what it tells about itself.
+        capacity_rows: most forwards of a batch; a guided sample takes two of them.
+    """
+
+    def __init__(self, denoiser: Denoiser, model: ModelInfo, capacity_rows: int) -> None:
+        self._denoiser = denoiser
+        self._model = model
+        self._capacity_rows = capacity_rows
+        self._stages = Stages(denoiser)
+        self._scheduler = Scheduler(capacity_rows)
+        self._runs: dict[int, Run] = {}
+        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model
+
+    @property
+    def device(self) -> str:
+        return self._denoiser.device_name
+
+    @property
+    def determinism(self) -> Determinism:
+        # Alone in its batch a row's arithmetic is always the same; among others it may round
+        # differently in the last bits.
+        return Determinism.EXACT if self._capacity_rows == 1 else Determinism.BOUNDED
+
+    @property
+    def capacity_rows(self) -> int:
+        return self._capacity_rows
+
+    def submit(self, job: EngineJob, sink: Sink) -> None:
+        with self._lock:
+            if self._stopping:
+                raise EngineError("the engine is stopped")
+            self._commands.put(_Submit(job, sink))
+
+    def cancel(self, job_id: int) -> None:
+        self._commands.put(_Cancel(job_id))
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+            self._commands.put(_Stop())
+        self._thread.join()
+
+    def _loop(self) -> None:
+        with torch.inference_mode():
+            while self._take_commands():
+                batch = self._scheduler.next_batch(time.monotonic())
+                if batch is not None:
+                    self._run_batch(batch)
+        for run in self._runs.values():
+            run.emit(JobStopped())
+        self._runs.clear()
+
+    def _take_commands(self) -> bool:
+        """Takes what has come in; waits when there is nothing to run. Returns whether to go on."""
+        while True:
+            try:
+                command = self._commands.get(block=not len(self._scheduler))
+            except queue.Empty:
+                return True
+            match command:
+                case _Submit():
+                    self._begin(command.job, command.sink)
+                case _Cancel():
+                    self._end(command.job_id, JobStopped())
+                case _Stop():
+                    return False
+
+    def _begin(self, job: EngineJob, sink: Sink) -> None:
+        denoiser = self._denoiser
+        try:
+            if job.job_id in self._runs:
+                raise EngineError("the job runs here already")
+            slots = denoiser.slots(job.guidance_scale)
+            schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
+            run = Run.begin(job, sink, schedule, slots, denoiser.device)
+        except Exception as error:
+            _log.exception("job %d cannot begin", job.job_id)
+            emit(sink, job, JobError(_told(error, job)))
+            return
+        if not schedule.steps:
+            for index in range(len(job.seeds)):
+                run.emit(SampleReady(index, job.init_image.copy()))
+            run.emit(JobDone(run.timings(time.monotonic())))
+            return
+        self._runs[job.job_id] = run
+        now = time.monotonic()
+        for row in run.rows(now):
+            self._scheduler.add(row, now)
+
+    def _end(self, job_id: int, event: JobDone | JobStopped | JobError) -> None:
+        run = self._runs.pop(job_id, None)
+        if run is not None:
+            self._scheduler.cancel(job_id)
+            run.emit(event)
+
+    def _fail(self, run: Run, error: Exception) -> None:
+        if run.job.job_id in self._runs:
+            _log.error("job %d failed", run.job.job_id, exc_info=error)
+            self._end(run.job.job_id, JobError(_told(error, run.job)))
+
+    def _run_batch(self, batch: Batch) -> None:
+        runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
+        self._encode([run for run in runs.values() if not run.is_prepared])
+        samples = [
+            self._runs[row.job_id].samples[row.sample]
+            for row in batch.rows
+            if row.job_id in self._runs
+        ]
+        self._step(samples)
+        finished = set(self._scheduler.complete([r.key for r in batch.rows], time.monotonic()))
+        self._report_steps([sample for sample in samples if self._is_alive(sample)])
+        self._decode([sample for sample in samples if sample.key in finished])
+
+    def _is_alive(self, sample: Sample) -> bool:
+        return sample.run.job.job_id in self._runs
+
+    def _encode(self, runs: Sequence[Run]) -> None:
+        if not runs:
+            return
+        began = time.monotonic()
+        failed = self._stages.encode(runs)
+        for run in runs:
+            run.started, run.encode = began, time.monotonic() - began
+            if run.is_prepared:
+                run.emit(StageDone(Stage.TEXT_ENCODED))
+                run.emit(StageDone(Stage.IMAGE_ENCODED))
+        for run, error in failed:
+            self._fail(run, error)
+
+    def _step(self, samples: Sequence[Sample]) -> None:
+        if not samples:
+            return
+        began = time.monotonic()
+        failed = self._stages.step(samples)
+        took = time.monotonic() - began
+        slots = sum(sample.run.slots for sample in samples)
+        for run in _runs_of(samples):
+            own = sum(run.slots for sample in samples if sample.run is run)
+            run.note_step(took, own / slots)
+        for sample, error in failed:
+            self._fail(sample.run, error)
+
+    def _report_steps(self, samples: Sequence[Sample]) -> None:
+        wanted = []
+        for sample in samples:
+            run, step, total = sample.run, sample.steps_done, len(sample.run.schedule.steps)
+            sigma = run.schedule.steps[step - 1].sigma_after
+            run.emit(StepDone(sample.index, step, total, sigma))
+            every = run.job.preview_interval_steps
+            if every and step % every == 0 and step < total:
+                wanted.append(sample)
+        previews, failed = self._stages.preview(wanted)
+        for sample, pixels in previews:
+            sample.run.emit(PreviewReady(sample.index, sample.steps_done, pixels))
+        for sample, error in failed:
+            # A job can do without its previews.
+            _log.warning("a preview of job %d failed", sample.run.job.job_id, exc_info=error)
+
+    def _decode(self, samples: Sequence[Sample]) -> None:
+        if not samples:
+            return
+        began = time.monotonic()
+        pictures, failed = self._stages.decode(samples)
+        for run in _runs_of(samples):
+            run.decode += time.monotonic() - began
+        for sample, error in failed:
+            self._fail(sample.run, error)
+        for sample, pixels in pictures:
+            run = sample.run
+            if self._is_alive(sample):
+                run.emit(SampleReady(sample.index, pixels))
+                run.unfinished -= 1
+                if not run.unfinished:
+                    self._end(run.job.job_id, JobDone(run.timings(time.monotonic())))
+
+
+def _runs_of(samples: Sequence[Sample]) -> list[Run]:
+    return list({sample.run.job.job_id: sample.run for sample in samples}.values())
+
+
+def _told(error: Exception, job: EngineJob) -> Exception:
+    """The error as the job's caller gets it."""
+    if is_out_of_memory(error):
+        return OutOfMemoryError(job.width, job.height, needed_bytes(error))
+    if isinstance(error, ValueError):  # a scheduler that cannot do what was asked
+        return EngineError(str(error))
+    return error

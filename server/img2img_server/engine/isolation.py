@@ -1,0 +1,65 @@
+"""Keeps the failure of one row from its neighbours: split, try again, name the culprits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def isolate(
+    items: Sequence[T], work: Callable[[Sequence[T]], None], before_retry: Callable[[], None]
+) -> list[tuple[T, Exception]]:
+    """Does the work on all items at once; where that fails, on halves, down to single items.
+
+    Args:
+        work: must change nothing when it raises.
+        before_retry: frees what the failed attempt may hold.
+
+    Returns:
+        The items that fail alone, each with its error. For all others the work is done.
+    """
+    if not items:
+        return []
+    try:
+        work(items)
+    except Exception as error:  # whatever it is, the neighbours go on
+        if len(items) == 1:
+            return [(items[0], error)]
+    else:
+        return []
+    # Out of the handler: its traceback would keep the tensors of the failed attempt alive.
+    before_retry()
+    middle = len(items) // 2
+    return [
+        *isolate(items[:middle], work, before_retry),
+        *isolate(items[middle:], work, before_retry),
+    ]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device or the host had too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU allocator has no exception class of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def needed_bytes(error: Exception) -> int | None:
+    """How much memory was asked for, where the sentence tells.
+
+    >>> needed_bytes(RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …"))
+    2684354560
+    >>> needed_bytes(RuntimeError("… you tried to allocate 1024 bytes. Error code 12"))
+    1024
+    """
+    found = re.search(r"allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error))
+    if not found:
+        return None
+    return int(float(found[1]) * _UNITS.get(found[2], 1))

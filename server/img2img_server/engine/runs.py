@@ -1,0 +1,161 @@
+"""What the engine keeps of a running job: its rows' tensors, its times, its events."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from img2img_server.engine.base import EngineEvent, EngineJob, EngineTimings, Sink
+from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextInput
+from img2img_server.engine.sampler import Schedule, Step, coefficient_table, draw_noise
+from img2img_server.engine.scheduler import Key, Row
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One row on the device: latents and last predicted clean latents, 1 x c x h x w, float32.
+
+    `noise`: drawn for the coming step; kept until the step succeeded, so that a second try of it
+    gets the same numbers.
+    """
+
+    run: Run
+    index: int
+    generator: torch.Generator
+    latents: Tensor
+    clean: Tensor
+    steps_done: int = 0
+    noise: Tensor | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.run.job.job_id, self.index
+
+    @property
+    def next_step(self) -> Step:
+        return self.run.schedule.steps[self.steps_done]
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Line of the coming step."""
+        return self.run.table[self.steps_done]
+
+    def draw(self) -> None:
+        """Draws the noise of the coming step, once."""
+        if self.next_step.draws_noise and self.noise is None:
+            noise = draw_noise(self.generator, self.latents.shape)
+            self.noise = noise.to(self.latents.device, non_blocking=True)
+
+    def advance(self, latents: Tensor, clean: Tensor) -> None:
+        """Takes the result of the coming step."""
+        self.latents, self.clean, self.noise = latents, clean, None
+        self.steps_done += 1
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One job in the engine."""
+
+    job: EngineJob
+    sink: Sink
+    schedule: Schedule
+    slots: int
+    table: Tensor
+    conditioning: Conditioning | None = None
+    samples: list[Sample] = field(default_factory=list)
+    unfinished: int = 0
+    started: float = 0.0
+    encode: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+    shares: float = 0.0
+    batches: int = 0
+
+    @classmethod
+    def begin(
+        cls, job: EngineJob, sink: Sink, schedule: Schedule, slots: int, device: torch.device
+    ) -> Run:
+        table = coefficient_table(schedule, device)
+        return cls(job, sink, schedule, slots, table, unfinished=len(job.seeds))
+
+    @property
+    def text(self) -> TextInput:
+        job = self.job
+        return TextInput(
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            guidance_scale=job.guidance_scale,
+            height=job.height,
+            width=job.width,
+        )
+
+    @property
+    def is_prepared(self) -> bool:
+        return bool(self.samples)
+
+    def rows(self, now: float) -> list[Row]:
+        """What the scheduler is told."""
+        job = self.job
+        return [
+            Row(
+                job_id=job.job_id,
+                sample=sample,
+                tenant=job.tenant,
+                lane=job.lane,
+                height=job.height,
+                width=job.width,
+                slots=self.slots,
+                steps=len(self.schedule.steps),
+                enqueue_time=job.enqueue_time or now,
+            )
+            for sample in range(len(job.seeds))
+        ]
+
+    def prepare(self, conditioning: Conditioning, image: ImageLatents) -> None:
+        """Makes the samples, drawing in the order of diffusers: the autoencoder's, then ours."""
+        schedule, device = self.schedule, image.mean.device
+        samples = []
+        for index, seed in enumerate(self.job.seeds):
+            generator = torch.Generator().manual_seed(seed)
+            latents = image.mean[None]
+            if image.deviation is not None:
+                drawn = draw_noise(generator, latents.shape).to(device, non_blocking=True)
+                latents = latents + image.deviation * drawn
+            noise = draw_noise(generator, latents.shape).to(device, non_blocking=True)
+            latents = schedule.init_signal * latents + schedule.init_noise * noise
+            sample = Sample(self, index, generator, latents, torch.zeros_like(latents))
+            samples.append(sample)
+        self.conditioning, self.samples = conditioning, samples
+
+    def note_step(self, seconds: float, share: float) -> None:
+        """Counts a batch that some of its samples were in."""
+        self.denoise += seconds
+        self.shares += share
+        self.batches += 1
+
+    def timings(self, now: float) -> EngineTimings:
+        """Of a job that ends now."""
+        return EngineTimings(
+            encode=self.encode,
+            denoise=self.denoise,
+            decode=self.decode,
+            engine=now - self.started if self.started else 0.0,
+            steps=sum(sample.steps_done for sample in self.samples),
+            batch_share=self.shares / self.batches if self.batches else 0.0,
+        )
+
+    def emit(self, event: EngineEvent) -> None:
+        emit(self.sink, self.job, event)
+
+
+def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
+    """Hands an event out. A sink that raises harms nobody but itself."""
+    try:
+        sink(event)
+    except Exception:
+        _log.exception("the sink of job %d failed", job.job_id)

@@ -1,0 +1,86 @@
+"""The work of the device thread, done for many rows at once; a failure stays with its row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from img2img_server.engine.base import Pixels
+from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.isolation import isolate
+from img2img_server.engine.runs import Run, Sample
+from img2img_server.engine.sampler import advance, scale_input, timesteps
+
+
+class Stages:
+    """Encode, step, preview, decode. Takes runs and samples of one size.
+
+    Every method returns what failed, with its error; for the rest the work is done.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+
+    def encode(self, runs: Sequence[Run]) -> list[tuple[Run, Exception]]:
+        """Encodes prompts and init images, and makes the samples."""
+
+        def work(some: Sequence[Run]) -> None:
+            conditionings = self._denoiser.encode_texts([run.text for run in some])
+            images = self._denoiser.encode_images([run.job.init_image for run in some])
+            for run, conditioning, image in zip(some, conditionings, images, strict=True):
+                run.prepare(conditioning, image)
+
+        return isolate(runs, work, self._free_memory)
+
+    def step(self, samples: Sequence[Sample]) -> list[tuple[Sample, Exception]]:
+        """Takes one step of every sample."""
+        return isolate(samples, self._step, self._free_memory)
+
+    def preview(
+        self, samples: Sequence[Sample]
+    ) -> tuple[list[tuple[Sample, Pixels]], list[tuple[Sample, Exception]]]:
+        """Rough pictures of what each sample is becoming."""
+        found: list[tuple[Sample, Pixels]] = []
+
+        def work(some: Sequence[Sample]) -> None:
+            pictures = self._denoiser.preview(torch.cat([sample.clean for sample in some]))
+            found.extend(zip(some, pictures, strict=True))
+
+        failed = isolate(samples, work, self._free_memory)
+        return found, failed
+
+    def decode(
+        self, samples: Sequence[Sample]
+    ) -> tuple[list[tuple[Sample, Pixels]], list[tuple[Sample, Exception]]]:
+        """The pictures."""
+        found: list[tuple[Sample, Pixels]] = []
+
+        def work(some: Sequence[Sample]) -> None:
+            pictures = self._denoiser.decode(torch.cat([sample.latents for sample in some]))
+            found.extend(zip(some, pictures, strict=True))
+
+        failed = isolate(samples, work, self._free_memory)
+        return found, failed
+
+    def _step(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            sample.draw()
+        conditionings = [s.run.conditioning for s in samples if s.run.conditioning is not None]
+        coefficients = torch.stack([sample.coefficients for sample in samples])
+        latents = torch.cat([sample.latents for sample in samples])
+        output = self._denoiser.denoise(
+            scale_input(latents, coefficients), timesteps(coefficients), conditionings
+        )
+        clean = torch.cat([sample.clean for sample in samples])
+        noise = None
+        if any(sample.noise is not None for sample in samples):
+            zeros = torch.zeros_like(samples[0].latents)
+            noise = torch.cat([zeros if s.noise is None else s.noise for s in samples])
+        latents, clean = advance(latents, output, clean, noise, coefficients)
+        for index, sample in enumerate(samples):
+            sample.advance(latents[index : index + 1], clean[index : index + 1])
+
+    def _free_memory(self) -> None:
+        if self._denoiser.device.type == "cuda":
+            torch.cuda.empty_cache()

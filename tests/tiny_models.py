@@ -1,0 +1,187 @@
+"""Small Stable Diffusion models with random weights, in the directories that real ones come in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+EPSILON: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+}
+ZERO_SNR_V: dict[str, Any] = {
+    **EPSILON,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
+WIDTH, LENGTH = 16, 16
+
+
+def write_sd(folder: Path, *, tiny_vae: bool = False, scheduler: dict[str, Any] = EPSILON) -> Path:
+    """A model of the SD 1.x kind; returns its folder."""
+    torch.manual_seed(1)
+    tokenizer = _tokenizer(folder / "words")
+    pipeline = StableDiffusionPipeline(
+        vae=_autoencoder(tiny_vae),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        unet=_lively(UNet2DConditionModel(**_unet(cross_attention_dim=WIDTH))),
+        scheduler=DDIMScheduler(**scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _save(pipeline, folder)
+
+
+def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON) -> Path:
+    """A model of the SDXL kind, with two text encoders and size inputs; returns its folder."""
+    torch.manual_seed(2)
+    tokenizer = _tokenizer(folder / "words")
+    time_width = 8
+    unet = UNet2DConditionModel(
+        **_unet(cross_attention_dim=2 * WIDTH),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=time_width,
+        projection_class_embeddings_input_dim=WIDTH + 6 * time_width,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=_autoencoder(tiny=False),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=_lively(unet),
+        scheduler=DDIMScheduler(**scheduler),
+        force_zeros_for_empty_prompt=True,
+    )
+    return _save(pipeline, folder)
+
+
+def _save(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _unet(**changes: Any) -> dict[str, Any]:
+    return {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+        **changes,
+    }
+
+
+def _autoencoder(tiny: bool) -> Any:
+    if tiny:
+        return _vivid(
+            AutoencoderTiny(
+                encoder_block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                num_encoder_blocks=(1, 1, 1, 1),
+                num_decoder_blocks=(1, 1, 1, 1),
+            )
+        )
+    blocks = 4
+    return _vivid(
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(8,) * blocks,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=64,
+        )
+    )
+
+
+@torch.no_grad()
+def _lively(unet: Any) -> Any:
+    """Makes the text matter: random weights hardly listen to it."""
+    for name, parameter in unet.named_parameters():
+        if "attn2.to_v" in name or "attn2.to_out" in name:
+            parameter *= 6
+    return unet.eval()
+
+
+@torch.no_grad()
+def _vivid(autoencoder: Any) -> Any:
+    """Makes pictures of contrast: random weights give an even grey, which would prove nothing."""
+    noise = torch.randn(1, 4, 8, 8)
+    image = autoencoder.decode(noise / autoencoder.config.scaling_factor).sample
+    last = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    last.weight *= 0.5 / image.std()
+    return autoencoder.eval()
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """One that knows single letters only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer.model_max_length = LENGTH
+    return tokenizer
