@@ -1,0 +1,317 @@
+"""A service that follows a script: one job whose log is fixed, streams that break where told.
+
+It runs on gRPC's threads, so that both clients, and commands in other processes, can be tested
+against it from one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from img2img.v1 import event_pb2, job_pb2, service_pb2, service_pb2_grpc
+
+NAME = "jobs/10000001"
+TERMINAL = ("succeeded", "failed", "cancelled")
+PNG = b"\x89PNG picture of sample %d"
+State = job_pb2.Job.State
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A status with the details that the service gives; without a reason, as a transport does."""
+
+    code: grpc.StatusCode
+    message: str = ""
+    reason: str = ""
+    details: tuple[Message, ...] = ()
+
+    def abort(self, context: grpc.ServicerContext[Any, Any]) -> NoReturn:
+        """Ends the call with it."""
+        if not self.reason:
+            context.abort(self.code, self.message)
+        info = error_details_pb2.ErrorInfo(
+            reason=self.reason, domain="img2img.v1", metadata={"made": "up"}
+        )
+        packed = []
+        for detail in (info, *self.details):
+            packed.append(AnyMessage())
+            packed[-1].Pack(detail)
+        status = status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
+        context.abort_with_status(rpc_status.to_status(status))
+
+
+STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "This server is stopping.", "UNAVAILABLE")
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """Ends a stream after so many of its messages; without a refusal it ends with OK."""
+
+    after: int
+    refusal: Refusal | None = STOPPING
+
+
+def image(sample: int = 0, media_type: str = "image/png") -> job_pb2.Image:
+    """A picture's bytes with the facts about them."""
+    data = PNG % sample
+    return job_pb2.Image(
+        data=data,
+        media_type=media_type,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        width=512,
+        height=512,
+    )
+
+
+def job(state: State.ValueType, samples: int = 1, media_type: str = "image/png") -> job_pb2.Job:
+    """The record in some state, the way the service fills it."""
+    formats = {"image/png": 1, "image/jpeg": 2, "image/webp": 3}
+    made = job_pb2.Job(
+        name=NAME,
+        id=10000001,
+        state=state,
+        spec=job_pb2.JobSpec(
+            prompt="an oil painting [of] a cat",
+            width=512,
+            height=512,
+            samples=samples,
+            strength=0.5,
+            seed=7,
+            model="atelier",
+            num_inference_steps=4,
+            output_format=formats[media_type],  # type: ignore[arg-type]
+        ),
+        file_prefix="5e0c8a0e",
+    )
+    made.create_time.FromSeconds(1_770_000_000)
+    if state in (State.STATE_SUCCEEDED, State.STATE_FAILED):
+        made.start_time.FromSeconds(1_770_000_001)
+        made.end_time.FromSeconds(1_770_000_004)
+        made.worker, made.device, made.attempt = "worker-1", "cpu", 1
+        made.timings.queue.FromMilliseconds(12)
+        made.timings.denoise.FromMilliseconds(2500)
+        made.timings.total.FromMilliseconds(3000)
+        made.timings.steps = 2 * samples
+    if state == State.STATE_FAILED:
+        made.error.reason, made.error.message = "OUT_OF_MEMORY", "out of memory at 512x512"
+    if state == State.STATE_SUCCEEDED:
+        made.determinism = job_pb2.DETERMINISM_CLASS_EXACT
+        made.samples.extend(
+            job_pb2.Sample(
+                index=index,
+                seed=7 + index,
+                url=f"http://127.0.0.1:8080/generations/5e0c8a0e-{index}.png",
+                sha256="ab" * 32,
+                size_bytes=1000,
+            )
+            for index in range(samples)
+        )
+    return made
+
+
+def events(samples: int = 1, media_type: str = "image/png") -> list[event_pb2.JobEvent]:
+    """The log of a job that succeeds, numbered from 1; number 5 is a preview that is gone."""
+    log = [
+        event_pb2.JobEvent(queued=event_pb2.JobQueued(position=2, eta=Duration(seconds=5))),
+        event_pb2.JobEvent(
+            started=event_pb2.JobStarted(worker="worker-1", model="atelier", attempt=1)
+        ),
+        event_pb2.JobEvent(stage=event_pb2.StageFinished(stage=1)),  # type: ignore[arg-type]
+        event_pb2.JobEvent(stage=event_pb2.StageFinished(stage=2)),  # type: ignore[arg-type]
+    ]
+    for step in (1, 2):
+        log += [
+            event_pb2.JobEvent(
+                step=event_pb2.StepFinished(sample=index, step=step, total=2, sigma=2.0 - step)
+            )
+            for index in range(samples)
+        ]
+        preview = event_pb2.Preview(sample=0, step=step, image=image(0, "image/jpeg"))
+        log.append(event_pb2.JobEvent(preview=preview))
+    for index in range(samples):
+        finished = event_pb2.SampleFinished(
+            sample=index, seed=7 + index, image=image(index, media_type)
+        )
+        log.append(event_pb2.JobEvent(sample_finished=finished))
+    done = job(State.STATE_SUCCEEDED, samples, media_type)
+    for index, sample in enumerate(done.samples):
+        stored = event_pb2.SampleStored(sample=index, url=sample.url, sha256=sample.sha256)
+        log.append(event_pb2.JobEvent(sample_stored=stored))
+    log.append(event_pb2.JobEvent(succeeded=event_pb2.JobSucceeded(job=done)))
+    for number, event in enumerate(log, 1):
+        event.sequence, event.job = number + (number > 4), NAME
+    return log
+
+
+def ending(**kind: Any) -> event_pb2.JobEvent:
+    """A terminal event at the end of a short log, for example ending(failed=...)."""
+    return event_pb2.JobEvent(sequence=2, job=NAME, **kind)
+
+
+@dataclass
+class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
+    """Answers as scripted and keeps every request."""
+
+    log: list[event_pb2.JobEvent] = field(default_factory=events)
+    pages: dict[str, service_pb2.ListJobsResponse] = field(default_factory=dict)
+    breaks: deque[Break] = field(default_factory=deque)  # one for each stream, in turn
+    refusals: deque[Refusal] = field(default_factory=deque)  # one for each other call, in turn
+    pause_after: int | None = None  # events of the log, then the job stays as it is
+    requests: list[Message] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    request_ids: set[str] = field(default_factory=set)  # each one is a job
+    paused: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)  # a caller ended its stream
+
+    def Generate(  # noqa: N802
+        self, request: service_pb2.GenerateRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> Iterator[service_pb2.GenerateResponse]:
+        self._note(request, context)
+        self.request_ids.add(request.request_id)
+        for event in self._stream(0, context):
+            yield service_pb2.GenerateResponse(event=event)
+
+    def WatchJob(  # noqa: N802
+        self, request: service_pb2.WatchJobRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> Iterator[service_pb2.WatchJobResponse]:
+        self._note(request, context)
+        for event in self._stream(request.after_sequence, context):
+            yield service_pb2.WatchJobResponse(event=event)
+
+    def CreateJob(  # noqa: N802
+        self, request: service_pb2.CreateJobRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.CreateJobResponse:
+        self._answer(request, context)
+        self.request_ids.add(request.request_id)
+        return service_pb2.CreateJobResponse(job=self._job())
+
+    def GetJob(  # noqa: N802
+        self, request: service_pb2.GetJobRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.GetJobResponse:
+        self._answer(request, context)
+        return service_pb2.GetJobResponse(job=self._job())
+
+    def ListJobs(  # noqa: N802
+        self, request: service_pb2.ListJobsRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.ListJobsResponse:
+        self._answer(request, context)
+        return self.pages[request.page_token]
+
+    def CancelJob(  # noqa: N802
+        self, request: service_pb2.CancelJobRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.CancelJobResponse:
+        self._answer(request, context)
+        self.cancelled.set()
+        return service_pb2.CancelJobResponse(job=self._job())
+
+    def GetCapabilities(  # noqa: N802
+        self, request: service_pb2.GetCapabilitiesRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.GetCapabilitiesResponse:
+        self._answer(request, context)
+        model = service_pb2.Model(
+            name="atelier",
+            family="sd",
+            schedulers=["ddim", "euler"],
+            default_num_inference_steps=20,
+            default_guidance_scale=3.5,
+            default_strength=0.7,
+            workers=1,
+            device="cpu",
+            native_size=512,
+        )
+        limits = service_pb2.Limits(
+            max_prompt_characters=2000,
+            min_side_pixels=256,
+            max_side_pixels=1024,
+            side_multiple=8,
+            max_samples=4,
+            max_num_inference_steps=100,
+            max_guidance_scale=30,
+            max_image_bytes=20_971_520,
+            max_image_pixels=50_000_000,
+            max_message_bytes=34 * 2**20,
+            max_queued_jobs=15,
+            retention=Duration(seconds=86_400),
+        )
+        return service_pb2.GetCapabilitiesResponse(
+            server_version="0.1.0", models=[model], limits=limits
+        )
+
+    def _stream(
+        self, after_sequence: int, context: grpc.ServicerContext[Any, Any]
+    ) -> Iterator[event_pb2.JobEvent]:
+        self.left.clear()
+        context.add_callback(self.left.set)
+        scripted = self.breaks.popleft() if self.breaks else None
+        snapshot = event_pb2.JobSnapshot(job=self._job())
+        head = event_pb2.JobEvent(sequence=after_sequence, job=NAME, snapshot=snapshot)
+        tail = (event for event in self._follow() if event.sequence > after_sequence)
+        for count, event in enumerate(itertools.chain([head], tail)):
+            if scripted and count == scripted.after:
+                break
+            yield event
+        if scripted and scripted.refusal:
+            scripted.refusal.abort(context)
+
+    def _follow(self) -> Iterator[event_pb2.JobEvent]:
+        yield from self.log[: self.pause_after]
+        if self.pause_after is not None:
+            self.paused.set()
+            self.left.wait()  # until the caller leaves or the server stops
+
+    def _job(self) -> job_pb2.Job:
+        ended = self.log[-1]
+        made = job(State.STATE_CANCELLED if self.cancelled.is_set() else State.STATE_QUEUED)
+        made.spec.CopyFrom(getattr(ended, str(ended.WhichOneof("event"))).job.spec)
+        return made
+
+    def _note(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
+        self.requests.append(request)
+        given = dict(context.invocation_metadata())
+        self.keys.append(str(given.get("authorization", "")))
+
+    def _answer(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
+        self._note(request, context)
+        if self.refusals:
+            self.refusals.popleft().abort(context)
+
+
+@contextmanager
+def serving(
+    service: FakeService, port: int = 0, credentials: grpc.ServerCredentials | None = None
+) -> Iterator[int]:
+    """Serves on a loopback port and yields it; leaving breaks every call at once."""
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
+    service_pb2_grpc.add_Img2ImgServiceServicer_to_server(service, server)
+    address = f"127.0.0.1:{port}"
+    if credentials:
+        bound = server.add_secure_port(address, credentials)
+    else:
+        bound = server.add_insecure_port(address)
+    server.start()
+    try:
+        yield bound
+    finally:
+        server.stop(grace=0).wait()
+
+
+def last(requests: Sequence[Message], kind: type[Message]) -> Any:
+    """The last request of a kind."""
+    return [request for request in requests if isinstance(request, kind)][-1]

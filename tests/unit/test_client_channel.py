@@ -1,0 +1,62 @@
+"""Where the client connects to, and that being a client costs little."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import grpc
+import pytest
+import trustme
+
+from img2img_client import Client
+from img2img_client.channel import Endpoint
+from tests.fake_service import FakeService, serving
+
+
+@pytest.mark.parametrize(
+    ("server", "target", "is_loopback"),
+    [
+        ("127.0.0.1:50051", "127.0.0.1:50051", True),
+        ("localhost", "localhost:50051", True),
+        ("[::1]", "[::1]:50051", True),
+        ("::1", "[::1]:50051", True),
+        ("img2img.example.com:443", "img2img.example.com:443", False),
+        ("10.0.0.7", "10.0.0.7:50051", False),
+        ("dns:///img2img.prod:50051", "dns:///img2img.prod:50051", False),
+        ("unix:/run/img2img.sock", "unix:/run/img2img.sock", True),
+    ],
+)
+def test_a_server_is_named_by_host_and_port(server: str, target: str, is_loopback: bool) -> None:
+    endpoint = Endpoint(server)
+    assert (endpoint.target, endpoint.is_loopback) == (target, is_loopback)
+
+
+def test_a_web_address_is_no_server() -> None:
+    with pytest.raises(ValueError, match="server is host:port without http://"):
+        Client("http://127.0.0.1:8080")
+
+
+def test_the_channel_is_encrypted_when_asked() -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    pair = (issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes())
+    service = FakeService()
+    with (
+        serving(service, credentials=grpc.ssl_server_credentials([pair])) as port,
+        Client(
+            f"localhost:{port}", api_key="k", root_certificates=authority.cert_pem.bytes()
+        ) as client,
+    ):
+        assert client.capabilities().server_version == "0.1.0"
+    assert service.keys == ["Bearer k"]
+
+
+@pytest.mark.parametrize("module", ["img2img_client", "img2img_client.cli"])
+def test_importing_the_client_brings_nothing_heavy(module: str) -> None:
+    heavy = ["img2img_server", "torch", "numpy", "PIL", "pydantic", "nats", "fastapi", "rich"]
+    script = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n"

@@ -1,0 +1,134 @@
+"""What to call next after a stream broke: the decisions alone, without any connection."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from img2img.v1 import service_pb2
+from img2img_client.errors import QueueFullError, UnavailableError
+from img2img_client.resume import Backoff, Follow, Retry
+from tests.fake_service import NAME, events
+
+LOG = events(samples=2)
+LOST = UnavailableError("lost", code="UNAVAILABLE")
+RETRY = Retry(
+    connect_seconds=1.0, resume_seconds=10.0, first_delay_seconds=0.5, longest_delay_seconds=4.0
+)
+PATIENT = Retry(connect_seconds=1e6)
+
+
+class Longest(random.Random):
+    """Draws the upper end, so that pauses can be told."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+def snapshot(sequence: int) -> service_pb2.event_pb2.JobEvent:  # type: ignore[name-defined]
+    message = type(LOG[0])(sequence=sequence, job=NAME)
+    message.snapshot.job.name = NAME
+    return message
+
+
+@given(data=st.data())
+def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.DataObject) -> None:
+    follow = Follow(service_pb2.GenerateRequest(request_id="7f1c"), PATIENT, draw=random.Random(0))
+    seen, now, generated = [], 0.0, 0
+    for _ in range(20):
+        request = follow.next_request()
+        if isinstance(request, service_pb2.GenerateRequest):
+            generated += 1
+            assert request.request_id == "7f1c"
+            after = 0
+        else:
+            # A server may send again what was seen: at most that is asked of the client.
+            after = data.draw(st.integers(0, request.after_sequence), label="replayed after")
+        messages = [snapshot(after), *(event for event in LOG if event.sequence > after)]
+        upto = data.draw(st.integers(0, len(messages)), label="messages before the break")
+        seen += [event for message in messages[:upto] if (event := follow.take(message))]
+        if follow.finished:
+            break
+        now += follow.broke(LOST, now) + 0.01
+    else:
+        return  # broke twenty times: nothing to say about the whole
+    assert [event.sequence for event in seen] == [0, *(event.sequence for event in LOG)]
+    assert follow.job is not None
+    assert [picture.seed for picture in follow.result().pictures] == [7, 8]
+
+
+def test_pauses_grow_to_a_bound_and_start_anew_after_news() -> None:
+    backoff = Backoff(RETRY, draw=Longest())
+    backoff.heard(news=True)
+    assert [backoff.pause(LOST, 0.0) for _ in range(5)] == [0.5, 1.0, 2.0, 4.0, 4.0]
+    backoff.heard(news=False)
+    assert backoff.pause(LOST, 0.0) == 4.0  # contact alone does not make the next try sooner
+    backoff.heard(news=True)
+    assert backoff.pause(LOST, 0.0) == 0.5
+
+
+def test_a_first_call_is_given_up_sooner_than_a_job_that_has_begun() -> None:
+    first = Backoff(RETRY, draw=Longest())
+    assert first.pause(LOST, 100.0) == 0.5
+    with pytest.raises(UnavailableError, match="lost"):
+        first.pause(LOST, 100.6)
+    begun = Backoff(RETRY, draw=Longest())
+    begun.heard(news=True)
+    assert begun.pause(LOST, 100.0) == 0.5
+    assert begun.pause(LOST, 105.0) == 1.0
+    with pytest.raises(UnavailableError, match="lost"):
+        begun.pause(LOST, 109.0)
+
+
+def test_a_pause_that_the_service_asks_for_is_the_least() -> None:
+    backoff = Backoff(RETRY, draw=Longest())
+    backoff.heard(news=True)
+    assert backoff.pause(QueueFullError("full", retry_seconds=3.0), 0.0) == 3.0
+
+
+def test_no_pause_goes_beyond_the_deadline() -> None:
+    backoff = Backoff(RETRY, deadline=0.4, draw=Longest())
+    with pytest.raises(UnavailableError):
+        backoff.pause(LOST, 0.0)
+
+
+@given(st.integers(0, 30))
+def test_pauses_are_drawn_between_nothing_and_the_bound(seed: int) -> None:
+    backoff = Backoff(RETRY, draw=random.Random(seed))
+    backoff.heard(news=True)
+    pauses = [backoff.pause(LOST, 0.0) for _ in range(4)]
+    bounds = [0.5, 1.0, 2.0, 4.0]
+    assert all(0.0 <= pause <= bound for pause, bound in zip(pauses, bounds, strict=True))
+
+
+def test_a_stream_that_ends_with_an_ended_job_is_finished_without_its_events() -> None:
+    follow = Follow(service_pb2.WatchJobRequest(name=NAME), RETRY)
+    message = snapshot(0)
+    message.snapshot.job.CopyFrom(LOG[-1].succeeded.job)
+    follow.take(message)
+    assert follow.ended(0.0) == 0.0
+    assert follow.finished
+    assert follow.result().job.id == 10000001
+
+
+def test_a_new_kind_of_event_is_skipped_and_counted() -> None:
+    follow = Follow(service_pb2.WatchJobRequest(name=NAME), RETRY)
+    assert follow.take(type(LOG[0])(sequence=3, job=NAME)) is None
+    assert follow.next_request() == service_pb2.WatchJobRequest(name=NAME, after_sequence=3)
+
+
+def test_only_a_generate_that_is_not_detached_leaves_a_job_to_cancel() -> None:
+    for first, expected in [
+        (service_pb2.GenerateRequest(), True),
+        (service_pb2.GenerateRequest(detach=True), False),
+        (service_pb2.WatchJobRequest(name=NAME), False),
+    ]:
+        follow = Follow(first, RETRY)
+        assert not follow.abandoned or isinstance(first, service_pb2.WatchJobRequest)
+        follow.take(snapshot(0))
+        assert follow.abandoned is expected
+        follow.take(LOG[-1])
+        assert not follow.abandoned

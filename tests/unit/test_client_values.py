@@ -1,0 +1,183 @@
+"""The client's values: read from protobuf without loss, requests built from what users have."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from img2img.v1 import event_pb2, job_pb2, service_pb2
+from img2img_client import convert, events, request, resources
+from img2img_client.errors import InvalidRequestError, Violation
+from img2img_client.request import Options, job_spec
+from tests.fake_service import NAME, State, job
+
+PAIRS = [
+    (resources.Job, job_pb2.Job),
+    (resources.Spec, job_pb2.JobSpec),
+    (resources.Sample, job_pb2.Sample),
+    (resources.Image, job_pb2.Image),
+    (resources.Timings, job_pb2.Timings),
+    (resources.JobError, job_pb2.JobError),
+    (resources.Model, service_pb2.Model),
+    (resources.Limits, service_pb2.Limits),
+    (resources.Capabilities, service_pb2.GetCapabilitiesResponse),
+]
+
+
+@pytest.mark.parametrize(("cls", "message"), PAIRS, ids=lambda cls: cls.__name__)
+def test_a_value_has_every_field_of_its_message(cls: type, message: type) -> None:
+    ours = {field.name.removesuffix("_seconds") for field in fields(cls)}
+    theirs = set(message.DESCRIPTOR.fields_by_name)  # type: ignore[attr-defined]
+    renamed = {"init_image_url": "init_image"}
+    assert {renamed.get(name, name) for name in ours} == theirs
+
+
+def test_there_is_a_class_with_every_field_for_each_kind_of_event() -> None:
+    oneof = event_pb2.JobEvent.DESCRIPTOR.oneofs_by_name["event"]
+    assert set(convert.KINDS) == {field.name for field in oneof.fields}
+    envelope = {field.name for field in fields(events.Event)}
+    for field in oneof.fields:
+        ours = {one.name.removesuffix("_seconds") for one in fields(convert.KINDS[field.name])}
+        assert ours - envelope == set(field.message_type.fields_by_name)
+
+
+def test_every_field_of_a_spec_is_an_option() -> None:
+    named = set(get_type_hints(Options)) | {"prompt", "init_image"}
+    assert named == set(job_pb2.JobSpec.DESCRIPTOR.fields_by_name)
+
+
+@pytest.mark.parametrize(
+    ("cls", "enum"),
+    [
+        (resources.State, job_pb2.Job.State),
+        (resources.ImageFormat, job_pb2.ImageFormat),
+        (resources.Lane, job_pb2.Lane),
+        (resources.DeterminismClass, job_pb2.DeterminismClass),
+        (events.Stage, event_pb2.StageFinished.Stage),
+    ],
+)
+def test_an_enum_has_every_value_of_the_protocol(
+    cls: type[resources.State], enum: type[job_pb2.Job.State]
+) -> None:
+    prefix = convert.enum_prefix(enum.DESCRIPTOR)
+    assert [prefix + one.name for one in cls] == list(enum.keys())
+
+
+def test_a_job_is_read_whole() -> None:
+    message = job(State.STATE_FAILED)
+    message.spec.annotations["shelf"] = "3"
+    message.spec.init_image.url = "https://example.com/cat.jpg"
+    message.eta.FromMilliseconds(1500)
+    found = convert.job_from(message)
+    timings = dict.fromkeys((one.name for one in fields(resources.Timings)), 0.0)
+    timings |= {"queue_seconds": 0.012, "denoise_seconds": 2.5, "total_seconds": 3.0}
+    spec = {
+        **dict.fromkeys(("negative_prompt", "webhook", "track_id", "scheduler"), ""),
+        **dict.fromkeys(("safety_checker", "enhance_prompt", "base64", "temp"), False),
+    }
+    assert found == resources.Job(
+        name=NAME,
+        id=10000001,
+        state=resources.State.FAILED,
+        spec=resources.Spec(
+            prompt="an oil painting [of] a cat",
+            init_image_url="https://example.com/cat.jpg",
+            width=512,
+            height=512,
+            samples=1,
+            strength=0.5,
+            seed=7,
+            model="atelier",
+            num_inference_steps=4,
+            guidance_scale=None,
+            output_format=resources.ImageFormat.PNG,
+            preview_interval_steps=0,
+            lane=resources.Lane.UNSPECIFIED,
+            annotations={"shelf": "3"},
+            **spec,  # type: ignore[arg-type]
+        ),
+        samples=(),
+        future_urls=(),
+        error=resources.JobError(
+            reason="OUT_OF_MEMORY", message="out of memory at 512x512", retryable=False
+        ),
+        timings=resources.Timings(**timings | {"steps": 2}),  # type: ignore[arg-type]
+        create_time=datetime(2026, 2, 2, 2, 40, tzinfo=UTC),
+        start_time=datetime(2026, 2, 2, 2, 40, 1, tzinfo=UTC),
+        end_time=datetime(2026, 2, 2, 2, 40, 4, tzinfo=UTC),
+        expire_time=None,
+        worker="worker-1",
+        device="cpu",
+        determinism=resources.DeterminismClass.UNSPECIFIED,
+        attempt=1,
+        file_prefix="5e0c8a0e",
+        warning="",
+        eta_seconds=1.5,
+        original_prompt="",
+        webhook_status="",
+    )
+
+
+def test_a_state_of_a_newer_service_is_unspecified() -> None:
+    assert convert.job_from(job_pb2.Job(state=99)).state is resources.State.UNSPECIFIED  # type: ignore[arg-type]
+
+
+def test_a_file_may_be_given_as_path_text_or_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(b"photo")
+    for source in (file, str(file), b"photo"):
+        assert job_spec("p", source, {}).init_image.data == b"photo"
+
+
+def test_a_missing_file_is_the_usual_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        job_spec("p", tmp_path / "none.jpg", {})
+
+
+def test_what_does_not_fit_the_protocol_is_listed_before_any_call() -> None:
+    options: Options = {"width": 2**40, "output_format": "gif", "strength": "much"}  # type: ignore[typeddict-item]
+    with pytest.raises(InvalidRequestError) as caught:
+        job_spec("p", bytes(34 * 2**20), options)
+    assert caught.value.violations == (
+        Violation("output_format", "output_format cannot be 'gif'"),
+        Violation("width", "width cannot be 1099511627776"),
+        Violation("strength", "strength cannot be 'much'"),
+        Violation("init_image", "init_image of 34 MiB is too large"),
+    )
+
+
+def test_an_option_that_does_not_exist_is_a_mistake_of_the_program() -> None:
+    with pytest.raises(TypeError, match="there is no option strenght"):
+        job_spec("p", b"photo", {"strenght": 0.5})  # type: ignore[typeddict-unknown-key]
+
+
+def test_every_generate_gets_its_own_request_id() -> None:
+    first, second = (
+        request.generate_request("p", b"photo", {}, request_id=None, detach=False) for _ in "ab"
+    )
+    assert len(first.request_id) == 36
+    assert first.request_id != second.request_id
+
+
+IMAGE = resources.Image(
+    data=b"\xff\xd8", media_type="image/jpeg", size_bytes=2, sha256="", width=8, height=8
+)
+
+
+def test_a_picture_is_saved_where_its_suffix_fits(tmp_path: Path) -> None:
+    for name in ("out.jpg", "out.JPEG", "out"):
+        assert IMAGE.save(tmp_path / name).read_bytes() == b"\xff\xd8"
+    with pytest.raises(
+        ValueError, match=r"out\.png would hold image/jpeg; ask for output_format='png'"
+    ):
+        IMAGE.save(tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_picture_without_bytes_points_to_its_link(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="download its link"):
+        replace(IMAGE, data=b"").save(tmp_path / "out.jpg")
