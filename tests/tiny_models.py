@@ -38,7 +38,6 @@ ZERO_SNR_V: dict[str, Any] = {
     "timestep_spacing": "trailing",
     "rescale_betas_zero_snr": True,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
 }
 WIDTH, LENGTH = 16, 16
 

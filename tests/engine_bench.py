@@ -1,0 +1,143 @@
+"""What the engine's tests share: jobs, a sink that can be waited on, the stock pipeline."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoPipelineForImage2Image
+from PIL import Image
+
+from img2img_server.domain.params import Lane
+from img2img_server.engine.base import (
+    Engine,
+    EngineEvent,
+    EngineJob,
+    JobDone,
+    JobError,
+    JobStopped,
+    Pixels,
+    SampleReady,
+)
+from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers_schedules import make_scheduler
+from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.fake import FAKE_MODEL
+
+SECONDS = 30.0
+# The bound of the oracle and of neighbours: largest difference of a pixel, of 255.
+BOUND = 2
+
+
+class Inbox:
+    """A sink that can be waited on."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
+
+    def __call__(self, event: EngineEvent) -> None:
+        self._events.put(event)
+
+    def until(self, *kinds: type) -> list[EngineEvent]:
+        """Events up to and with the first of one of the kinds."""
+        events: list[EngineEvent] = []
+        while not events or not isinstance(events[-1], kinds):
+            events.append(self._events.get(timeout=SECONDS))
+        return events
+
+    def all(self) -> list[EngineEvent]:
+        """Events up to and with the last one of the job."""
+        return self.until(JobDone, JobStopped, JobError)
+
+    def is_empty(self) -> bool:
+        return self._events.empty()
+
+
+def blocks(height: int, width: int, seed: int = 0) -> Pixels:
+    """A picture of coloured 8 x 8 blocks."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return colours.repeat(8, axis=0).repeat(8, axis=1)
+
+
+def job(**changes: Any) -> EngineJob:
+    base = EngineJob(
+        job_id=1,
+        tenant="t",
+        lane=Lane.REALTIME,
+        prompt="a boat",
+        negative_prompt="",
+        init_image=blocks(64, 72),
+        strength=0.7,
+        seeds=(5,),
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        scheduler="ddim",
+    )
+    return replace(base, **changes)
+
+
+def load(folder: Path) -> DiffusersDenoiser:
+    return DiffusersDenoiser.load(str(folder), torch.device("cpu"), torch.float32)
+
+
+@contextmanager
+def running(denoiser: Denoiser, capacity_rows: int = 8) -> Iterator[Engine]:
+    engine = DiffusionEngine(denoiser, FAKE_MODEL, capacity_rows)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def run(engine: Engine, wanted: EngineJob) -> list[EngineEvent]:
+    """Runs one job to its end."""
+    inbox = Inbox()
+    engine.submit(wanted, inbox)
+    return inbox.all()
+
+
+def pictures(events: list[EngineEvent]) -> list[Pixels]:
+    """The pictures of a job that ended well, by sample."""
+    assert isinstance(events[-1], JobDone), events[-1]
+    found = {event.sample: event.pixels for event in events if isinstance(event, SampleReady)}
+    return [found[sample] for sample in sorted(found)]
+
+
+class Stock:
+    """The pipeline of diffusers as anyone would call it, one sample at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._pipeline = AutoPipelineForImage2Image.from_pretrained(folder, safety_checker=None)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._config = dict(self._pipeline.scheduler.config)
+
+    def pictures(self, wanted: EngineJob) -> list[Pixels]:
+        self._pipeline.scheduler = make_scheduler(wanted.scheduler, self._config)
+        return [self._picture(wanted, seed) for seed in wanted.seeds]
+
+    def _picture(self, wanted: EngineJob, seed: int) -> Pixels:
+        images = self._pipeline(
+            prompt=wanted.prompt,
+            negative_prompt=wanted.negative_prompt or None,
+            image=Image.fromarray(wanted.init_image),
+            strength=wanted.strength,
+            num_inference_steps=wanted.num_inference_steps,
+            guidance_scale=wanted.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pil",
+        ).images
+        return np.asarray(images[0])
+
+
+def difference(one: Pixels, other: Pixels) -> int:
+    """Largest difference of any pixel."""
+    assert one.shape == other.shape
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
