@@ -40,6 +40,7 @@ class _Stream:
         self._follow = follow
         self._server = server
         self._open_call = open_call
+        self._is_lost = False
 
     @property
     def job_name(self) -> str:
@@ -60,10 +61,17 @@ class _Stream:
         left = max(0.0, self._follow.deadline - time.monotonic())
         return self._open_call(self._follow.next_request(), None if math.isinf(left) else left)
 
+    def _take(self, message: Any) -> Event | None:
+        if self._is_lost:
+            self._is_lost = False
+            log.info("connected again")
+        return self._follow.take(message.event)
+
     def _broke(self, broken: grpc.RpcError) -> float:
         error = errors.from_rpc(broken, self._server)
         pause = self._follow.broke(error, time.monotonic())
         if not self._follow.finished:
+            self._is_lost = True
             log.info("connection lost, trying again: %s", error)
         return pause
 
@@ -108,7 +116,7 @@ class JobStream(_Stream):
                 call = self._open()
                 try:
                     for message in call:
-                        if (event := follow.take(message.event)) is not None:
+                        if (event := self._take(message)) is not None:
                             yield event
                     pause = follow.ended(time.monotonic())
                 except grpc.RpcError as broken:
@@ -158,7 +166,7 @@ class AsyncJobStream(_Stream):
                 call = self._open()
                 try:
                     async for message in call:
-                        if (event := follow.take(message.event)) is not None:
+                        if (event := self._take(message)) is not None:
                             yield event
                     pause = follow.ended(time.monotonic())
                 except grpc.RpcError as broken:

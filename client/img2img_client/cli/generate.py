@@ -29,8 +29,8 @@ from img2img_client.resources import Job
     "--output",
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="Where the picture goes: .png, .jpg or .webp. Several become PATH-0, PATH-1, ... "
-    "Default: the job's number.png.",
+    help="Where the picture goes: .png, .jpg or .webp. Several: out-0.png, out-1.png ... "
+    "Default: JOB.png.",
 )
 @click.option("--negative-prompt", help="What it shall not show; needs --guidance above 1.")
 @click.option(
@@ -55,7 +55,9 @@ from img2img_client.resources import Job
 @click.option("--request-id", metavar="UUID", help="The same id gives the same job again.")
 @click.option("--batch", is_flag=True, help="Let realtime jobs go first.")
 @click.option("--detach", is_flag=True, help="Queue the job, print its name and return.")
-@click.option("--timeout", "timeout_seconds", metavar="SECONDS", type=float, help="Give up then.")
+@click.option(
+    "--timeout", "timeout_seconds", metavar="SECONDS", type=float, help="Give up after that."
+)
 @command
 def generate(
     session: Session,

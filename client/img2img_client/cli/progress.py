@@ -16,6 +16,8 @@ from rich.text import Text
 from img2img_client import events
 from img2img_client.resources import State
 
+log = logging.getLogger("img2img_client")
+
 ENDS = {
     events.Succeeded: ("✓", "green", "done"),
     events.Failed: ("✗", "red", "failed"),
@@ -75,13 +77,14 @@ class LiveDisplay:
         self._trouble = _Trouble(self)
 
     def __enter__(self) -> Self:
-        logging.getLogger("img2img_client").addHandler(self._trouble)
+        log.addHandler(self._trouble)
+        log.setLevel(logging.INFO)
         self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
-        logging.getLogger("img2img_client").removeHandler(self._trouble)
+        log.removeHandler(self._trouble)
 
     def __rich__(self) -> Group:
         """Called by Live at every refresh."""
@@ -145,7 +148,7 @@ class LiveDisplay:
 
 
 class _Trouble(logging.Handler):
-    """Shows what the client logs: a lost connection and when it is tried again."""
+    """Shows what the client logs: that the connection is lost, that it is there again."""
 
     def __init__(self, display: LiveDisplay) -> None:
         super().__init__(logging.INFO)

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from img2img_client.resources import Capabilities, Job, Limits, State, Timings
 
@@ -25,7 +26,7 @@ STAGES = (
     ("upload", "encoding and storing the files"),
     ("total", "from acceptance to the end"),
 )
-PROMPT_CHARACTERS = 40
+PIPE_COLUMNS = 200  # where no terminal says how wide it is
 COLOURS = {State.SUCCEEDED: "green", State.FAILED: "red", State.CANCELLED: "yellow"}
 
 
@@ -75,7 +76,8 @@ def show_job(job: Job) -> None:
         "state": f"[{colour}]{job.state}[/]",
         "prompt": job.spec.prompt,
         "model": job.spec.model,
-        "size": f"{job.spec.width}x{job.spec.height}, {job.spec.samples} sample(s)",
+        "size": f"{job.spec.width}x{job.spec.height}, "
+        + ("1 sample" if job.spec.samples == 1 else f"{job.spec.samples} samples"),
         "strength": f"{job.spec.strength:g}",
         "seed": str(job.spec.seed),
         "created": _time(job.create_time),
@@ -102,16 +104,15 @@ def show_job(job: Job) -> None:
 def show_jobs(jobs: Iterable[Job]) -> None:
     """One line a job."""
     table = _table("job", "state", "created", "model", "size", "prompt")
+    for column in table.columns[:-1]:
+        column.no_wrap = True  # only the prompt gives way
     for job in jobs:
-        prompt = job.spec.prompt
-        short = (
-            prompt if len(prompt) <= PROMPT_CHARACTERS else prompt[: PROMPT_CHARACTERS - 1] + "…"
-        )
         size = f"{job.spec.width}x{job.spec.height}"
         size += f" x{job.spec.samples}" if job.spec.samples > 1 else ""
         state = f"[{COLOURS.get(job.state, 'cyan')}]{job.state}[/]"
         created = _time(job.create_time)
-        table.add_row(str(job.id), state, created, job.spec.model, size, _literal(short))
+        prompt = Text(job.spec.prompt, no_wrap=True, overflow="ellipsis")
+        table.add_row(str(job.id), state, created, job.spec.model, size, prompt)
     if table.row_count:
         _print(table)
     else:
@@ -136,6 +137,7 @@ def show_capabilities(found: Capabilities) -> None:
             ", ".join(model.schedulers),
         )
     _print(table)
+    click.echo()
     _print(_limits_table(found.limits))
 
 
@@ -174,4 +176,7 @@ def _literal(text: str) -> str:
 
 
 def _print(table: Table) -> None:
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_COLUMNS)
+    console.print(table)

@@ -1,0 +1,324 @@
+"""The command img2img against a scripted service: what it sends, saves, prints and returns."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from click.testing import CliRunner, Result
+from google.rpc import error_details_pb2
+
+from img2img.v1 import event_pb2, job_pb2, service_pb2
+from img2img_client.cli import main
+from tests.fake_service import (
+    NAME,
+    Break,
+    FakeService,
+    Refusal,
+    State,
+    ending,
+    events,
+    job,
+    last,
+    serving,
+)
+from tests.golden_file import assert_golden
+
+WISH = ("generate", "--prompt", "p", "--init-image", "photo.jpg")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_a_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "photo.jpg").write_bytes(b"photo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TZ", "UTC")
+    for name in ("IMG2IMG_SERVER", "IMG2IMG_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def run(service: FakeService, *words: str) -> Result:
+    with serving(service) as port:
+        return CliRunner().invoke(main, [*words, "--server", f"127.0.0.1:{port}"])
+
+
+def refuse(*words: str) -> Result:
+    """Runs a command that must not get as far as a call."""
+    service = FakeService()
+    result = run(service, *words)
+    assert service.requests == []
+    return result
+
+
+def test_generate_as_json_is_one_object_as_in_the_golden_file() -> None:
+    result = run(FakeService(log=events(samples=2)), *WISH, "--output", "new/out.png", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert_golden("cli/generate.json", result.stdout)
+    for picture in json.loads(result.stdout)["pictures"]:
+        data = Path(picture["path"]).read_bytes()
+        assert data == b"\x89PNG picture of sample %d" % picture["index"]
+
+
+def test_generate_tells_a_person_what_is_in_the_golden_file() -> None:
+    result = run(FakeService(), *WISH, "--output", "out.png")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert_golden("cli/generate.txt", result.stdout)
+    assert Path("out.png").read_bytes() == b"\x89PNG picture of sample 0"
+
+
+def test_every_option_reaches_the_request() -> None:
+    service = FakeService()
+    words = "--strength 0.5 --seed 7 --samples 2 --width 640 --height 384 --steps 30 --guidance 4.5"
+    words += " --negative-prompt dog --scheduler euler --model atelier --preview-every 5 --batch"
+    words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
+    words += " --track-id t1 --request-id 7f1c"
+    assert run(service, *WISH, *words.split()).exit_code == 0
+    assert service.requests == [
+        service_pb2.GenerateRequest(
+            request_id="7f1c",
+            spec=job_pb2.JobSpec(
+                prompt="p",
+                negative_prompt="dog",
+                init_image=job_pb2.InitImage(data=b"photo"),
+                width=640,
+                height=384,
+                samples=2,
+                strength=0.5,
+                seed=7,
+                safety_checker=False,
+                enhance_prompt=True,
+                base64=True,
+                temp=True,
+                webhook="https://example.com/w",
+                track_id="t1",
+                model="atelier",
+                num_inference_steps=30,
+                guidance_scale=4.5,
+                scheduler="euler",
+                output_format=job_pb2.IMAGE_FORMAT_PNG,
+                preview_interval_steps=5,
+                lane=job_pb2.LANE_BATCH,
+            ),
+        )
+    ]
+
+
+def test_without_options_the_service_decides() -> None:
+    service = FakeService()
+    assert run(service, *WISH).exit_code == 0
+    assert last(service.requests, service_pb2.GenerateRequest).spec == job_pb2.JobSpec(
+        prompt="p",
+        init_image=job_pb2.InitImage(data=b"photo"),
+        output_format=job_pb2.IMAGE_FORMAT_PNG,
+    )
+    assert Path("10000001.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "media_type", "wire"),
+    [("o.jpg", "image/jpeg", 2), ("o.JPEG", "image/jpeg", 2), ("o.webp", "image/webp", 3)],
+)
+def test_the_suffix_picks_the_format(name: str, media_type: str, wire: int) -> None:
+    service = FakeService(log=events(media_type=media_type))
+    assert run(service, *WISH, "--output", name).exit_code == 0
+    assert last(service.requests, service_pb2.GenerateRequest).spec.output_format == wire
+    assert Path(name).exists()
+
+
+def test_several_samples_are_numbered_and_the_last_preview_is_kept() -> None:
+    result = run(FakeService(log=events(samples=2)), *WISH, "--output", "out.png")
+    assert result.exit_code == 0
+    made = sorted(path.name for path in Path().iterdir())
+    assert made == ["out-0-preview.jpg", "out-0.png", "out-1.png", "photo.jpg"]
+
+
+def test_an_address_is_left_to_the_service() -> None:
+    service = FakeService()
+    run(service, "generate", "--prompt", "p", "--init-image", "https://example.com/cat.jpg")
+    sent = last(service.requests, service_pb2.GenerateRequest).spec.init_image
+    assert sent == job_pb2.InitImage(url="https://example.com/cat.jpg")
+
+
+def test_the_local_service_is_asked_with_the_development_key() -> None:
+    service = FakeService()
+    run(service, "capabilities")
+    run(service, "capabilities", "--api-key", "mine")
+    assert service.keys == ["Bearer dev-key", "Bearer mine"]
+
+
+def test_server_and_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService()
+    with serving(service) as port:
+        monkeypatch.setenv("IMG2IMG_SERVER", f"127.0.0.1:{port}")
+        monkeypatch.setenv("IMG2IMG_API_KEY", "from-env")
+        assert CliRunner().invoke(main, ["capabilities"]).exit_code == 0
+    assert service.keys == ["Bearer from-env"]
+
+
+def test_a_service_elsewhere_needs_a_key() -> None:
+    result = CliRunner().invoke(main, ["capabilities", "--server", "img2img.example.com:443"])
+    assert result.exit_code == 2
+    assert "img2img.example.com:443 needs an API key" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((*WISH, "--output", "out.gif"), "out.gif must end in one of .png, .jpg, .jpeg, .webp"),
+        ((*WISH, "--output", "photo.jpg/out.png"), "cannot make the folder photo.jpg"),
+        (("generate", "--prompt", "p", "--init-image", "none.jpg"), "cannot read none.jpg"),
+        ((*WISH, "--detach", "--timeout", "5"), "--timeout has no meaning with --detach"),
+        (("generate", "--prompt", "p"), "Missing option '--init-image'"),
+        (("get", "cat"), "'cat' names no job; a job is jobs/10000001 or 10000001"),
+        ((*WISH, "--samples", "two"), "'two' is not a valid integer"),
+        ((*WISH, "--width", "99999999999"), "width cannot be 99999999999"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_work_is_refused_before_any_call(words: tuple[str, ...], sentence: str) -> None:
+    result = refuse(*words)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.fixture
+def invalid() -> Iterator[FakeService]:
+    violation = error_details_pb2.BadRequest.FieldViolation
+    bad = error_details_pb2.BadRequest(
+        field_violations=[
+            violation(field="strength", description="strength must be between 0 and 1"),
+            violation(field="width", description="width must be divisible by 8"),
+        ]
+    )
+    wrong = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "bad", "INVALID_REQUEST", (bad,))
+    return FakeService(breaks=deque([Break(0, wrong)]))  # type: ignore[return-value]
+
+
+def test_an_invalid_request_is_one_sentence_a_violation(invalid: FakeService) -> None:
+    result = run(invalid, *WISH, "--strength", "1.5", "--width", "513")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "Error: strength must be between 0 and 1\nError: width must be divisible by 8\n"
+    )
+
+
+def test_an_invalid_request_as_json_is_in_the_golden_file(invalid: FakeService) -> None:
+    result = run(invalid, *WISH, "--strength", "1.5", "--width", "513", "--json")
+    assert result.exit_code == 2
+    assert_golden("cli/invalid.json", result.stdout)
+
+
+def test_a_refused_call_is_a_sentence_and_status_1() -> None:
+    refusal = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
+    result = run(FakeService(refusals=deque([refusal])), "get", "10000001")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "Error: Invalid API key\n")
+
+
+def test_a_failed_job_is_status_1_and_its_reason() -> None:
+    failed = ending(failed=event_pb2.JobFailed(job=job(State.STATE_FAILED)))
+    result = run(FakeService(log=[failed]), *WISH)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Error: {NAME} failed (OUT_OF_MEMORY): out of memory at 512x512\n"
+
+
+def test_a_failed_job_as_json_is_in_the_golden_file() -> None:
+    failed = ending(failed=event_pb2.JobFailed(job=job(State.STATE_FAILED)))
+    result = run(FakeService(log=[failed]), *WISH, "--json")
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert_golden("cli/failed.json", result.stdout)
+
+
+def test_a_job_that_is_lost_from_sight_can_be_followed_again() -> None:
+    refusal = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
+    result = run(FakeService(breaks=deque([Break(4, refusal)])), *WISH)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"{NAME} may still be running; follow it: img2img watch 10000001 --after 3",
+        "Error: Invalid API key",
+    ]
+
+
+def test_a_service_that_is_not_there_is_named_with_a_hint() -> None:
+    with serving(FakeService()) as port:
+        pass  # a port where nobody listens any more
+    result = CliRunner().invoke(main, ["capabilities", "--server", f"127.0.0.1:{port}"])
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith(f"Error: cannot reach the service at 127.0.0.1:{port}: ")
+    assert lines[1:] == ["Is it running? `img2img-server local` starts it on this machine."]
+
+
+def test_a_detached_job_is_queued_and_named() -> None:
+    service = FakeService()
+    result = run(service, *WISH, "--detach", "--output", "out.jpg")
+    assert (result.exit_code, result.stderr) == (0, "")
+    follow = "img2img watch 10000001 --output out.jpg"
+    assert result.stdout == f"{NAME} is queued; follow it: {follow}\n"
+    sent = last(service.requests, service_pb2.CreateJobRequest)
+    assert sent.spec.output_format == job_pb2.IMAGE_FORMAT_JPEG
+    result = run(FakeService(), *WISH, "--detach", "--json")
+    assert json.loads(result.stdout) == {"job": NAME, "state": "queued"}
+
+
+def test_watch_saves_what_it_is_told_to_save() -> None:
+    service = FakeService()
+    result = run(service, "watch", "10000001", "--after", "1", "--output", "out.png", "--json")
+    assert result.exit_code == 0
+    assert service.requests == [service_pb2.WatchJobRequest(name=NAME, after_sequence=1)]
+    assert json.loads(result.stdout)["pictures"][0]["path"] == "out.png"
+    assert Path("out.png").exists()
+
+
+def test_watch_refuses_a_suffix_that_the_job_does_not_make() -> None:
+    result = run(FakeService(), "watch", NAME, "--output", "out.jpg")
+    assert result.exit_code == 2
+    assert f"{NAME} makes png pictures: give --output a .png file" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["get", NAME], ["cancel", NAME], ["capabilities"]])
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_a_command_prints_what_is_in_the_golden_file(words: list[str], form: str) -> None:
+    extra = ["--json"] if form == "json" else []
+    result = run(FakeService(), *words, *extra)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert_golden(f"cli/{words[0]}.{form}", result.stdout)
+
+
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_a_list_prints_what_is_in_the_golden_file(form: str) -> None:
+    jobs = [job(State.STATE_SUCCEEDED, samples=2), job(State.STATE_FAILED)]
+    jobs[1].spec.prompt = "a very long prompt " * 5
+    service = FakeService(pages={"": service_pb2.ListJobsResponse(jobs=jobs, next_page_token="n")})
+    extra = ["--json"] if form == "json" else []
+    result = run(
+        service, "list", "--state", "succeeded", "--state", "failed", "--limit", "2", *extra
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert_golden(f"cli/list.{form}", result.stdout)
+    states = [State.STATE_SUCCEEDED, State.STATE_FAILED]
+    assert service.requests == [service_pb2.ListJobsRequest(page_size=2, states=states)]
+
+
+def test_an_empty_list_says_so() -> None:
+    service = FakeService(pages={"": service_pb2.ListJobsResponse()})
+    assert run(service, "list").stdout == "no jobs\n"
+
+
+def test_the_help_of_every_command_is_in_the_golden_file() -> None:
+    texts = [
+        CliRunner().invoke(main, [*name, "--help"], prog_name="img2img", terminal_width=100).stdout
+        for name in ([], *([name] for name in main.commands))
+    ]
+    assert_golden("cli/help.txt", "\n".join(texts))

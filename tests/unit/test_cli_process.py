@@ -1,0 +1,150 @@
+"""The command img2img as a process: real signals, a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import grpc
+import pytest
+
+from img2img.v1 import service_pb2
+from tests.fake_service import NAME, Break, FakeService, Refusal, events, serving
+
+COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+WAIT_SECONDS = 20.0
+
+
+def start(port: int, *words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *words, "--server", f"127.0.0.1:{port}"],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", "TERM": "xterm-256color"},
+    )
+
+
+@pytest.fixture
+def wish(tmp_path: Path) -> list[str]:
+    (tmp_path / "photo.jpg").write_bytes(b"photo")
+    output = str(tmp_path / "out.png")
+    init_image = str(tmp_path / "photo.jpg")
+    return ["generate", "--prompt", "p", "--init-image", init_image, "--output", output]
+
+
+def wait_for_preview(wish: list[str]) -> None:
+    """Returns when the command has taken in the first six events: the sixth has a preview."""
+    preview = Path(wish[-1]).with_name("out-preview.jpg")
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not preview.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_ctrl_c_cancels_the_job_and_ends_with_130(wish: list[str], extra: list[str]) -> None:
+    service = FakeService(pause_after=6)
+    with serving(service) as port:
+        process = start(port, *wish, *extra)
+        wait_for_preview(wish)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 130
+    assert service.requests[1:] == [
+        service_pb2.CancelJobRequest(name=NAME),
+        service_pb2.GetJobRequest(name=NAME),
+    ]
+    assert stderr == f"{NAME} is cancelled\n"
+    if extra:
+        assert json.loads(stdout) == {"job": NAME, "state": "cancelled"}
+    else:
+        assert stdout == ""
+
+
+def test_ctrl_c_leaves_a_watched_job_alone(wish: list[str]) -> None:
+    service = FakeService(pause_after=6)
+    with serving(service) as port:
+        process = start(port, "watch", NAME, *wish[-2:])
+        wait_for_preview(wish)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, stderr) == (130, f"{NAME} goes on\n")
+    assert service.requests == [service_pb2.WatchJobRequest(name=NAME)]
+
+
+def test_a_terminal_shows_the_queue_the_steps_and_the_end(wish: list[str]) -> None:
+    lost = Break(9, Refusal(grpc.StatusCode.UNAVAILABLE))
+    service = FakeService(log=events(samples=2), breaks=deque([lost]))
+    ours, theirs = pty.openpty()
+    with serving(service) as port:
+        process = start(port, *wish, "--json", stderr=theirs)
+        os.close(theirs)
+        shown = read_terminal(ours)
+        stdout, _ = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 0
+    assert json.loads(stdout)["state"] == "succeeded"
+    *_, head, first, second = [line.strip() for line in shown.splitlines() if line.strip()]
+    assert re.fullmatch(rf"✓ {NAME} done \d+\.\d s", head)
+    assert re.fullmatch(r"sample 0 ━+ 2/2 stored", first)
+    assert re.fullmatch(r"sample 1 ━+ 2/2 stored", second)
+
+
+def test_a_terminal_tells_that_the_connection_is_lost_and_there_again(wish: list[str]) -> None:
+    first, second = FakeService(pause_after=4), FakeService(pause_after=4)
+    ours, theirs = pty.openpty()
+    with serving(first) as port:
+        process = start(port, *wish, stderr=theirs)
+        os.close(theirs)
+        read_until(ours, "denoising")
+    read_until(ours, f"connection lost, trying again: cannot reach the service at 127.0.0.1:{port}")
+    with serving(second, port):
+        read_until(ours, "connected again")
+        process.send_signal(signal.SIGINT)
+        read_terminal(ours)
+        process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 130
+    assert second.requests[0] == service_pb2.WatchJobRequest(name=NAME, after_sequence=4)
+
+
+def read_until(descriptor: int, text: str) -> None:
+    """Returns when the terminal has shown the text."""
+    shown, deadline = b"", time.monotonic() + WAIT_SECONDS
+    while text not in CONTROL.sub("", shown.decode(errors="ignore")):
+        assert time.monotonic() < deadline, shown
+        readable, _, _ = select.select([descriptor], [], [], 1.0)
+        if readable:
+            shown += os.read(descriptor, 65536)
+
+
+def read_terminal(descriptor: int) -> str:
+    """Everything until the other side closes, without the control sequences."""
+    parts = []
+    while True:
+        try:
+            part = os.read(descriptor, 65536)
+        except OSError:  # EIO: nobody holds the other side any more
+            part = b""
+        if not part:
+            break
+        parts.append(part)
+    os.close(descriptor)
+    return CONTROL.sub("", b"".join(parts).decode())
+
+
+def test_nothing_but_the_object_is_printed_when_nobody_looks(wish: list[str]) -> None:
+    with serving(FakeService()) as port:
+        process = start(port, *wish, "--json")
+        stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, stderr) == (0, "")
+    assert json.loads(stdout)["job"] == NAME
