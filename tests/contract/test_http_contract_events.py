@@ -1,0 +1,127 @@
+"""A job's events over HTTP: what EventSource and other readers of event streams get."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.http_stack import Gateway, gateway_before, running_gateway
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+KEY = {"Authorization": "Bearer dev-key"}
+KINDS = [
+    "snapshot",
+    "queued",
+    "started",
+    "stage",
+    "stage",
+    "step",
+    "step",
+    "sample_finished",
+    "sample_stored",
+    "succeeded",
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway() -> AsyncIterator[Gateway]:
+    async with running_gateway() as running:
+        yield running
+
+
+async def finished(gateway: Gateway) -> int:
+    """A job of ten events that has ended."""
+    answer = await gateway.create(strength=0.5)
+    job_id: int = answer.json()["id"]
+    return job_id
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """The events of a stream: {"event": "step", "id": "6", "data": {…}}."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = [line.partition(": ")[::2] for line in block.split("\n") if line]
+        if lines and lines[0][0]:
+            entry: dict[str, Any] = dict(lines)
+            found.append(entry | {"data": json.loads(entry["data"])})
+    return found
+
+
+async def test_every_event_comes_once_in_order_until_the_end(gateway: Gateway) -> None:
+    job_id = await finished(gateway)
+    answer = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers=KEY)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
+    events = parse(answer.text)
+    assert [event["event"] for event in events] == KINDS
+    assert [event["id"] for event in events] == [str(number) for number in range(10)]
+    assert [event["data"]["sequence"] for event in events] == [str(n) for n in range(10)]
+    step = events[6]["data"]
+    assert (step["job"], step["step"]) == (
+        f"jobs/{job_id}",
+        {"sample": 0, "step": 2, "total": 2, "sigma": 0.0},
+    )
+    job = events[-1]["data"]["succeeded"]["job"]
+    assert (job["state"], job["samples"][0]["nsfw"]) == ("STATE_SUCCEEDED", False)
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"), [("?after_sequence=6", {}), ("", {"Last-Event-ID": "6"})]
+)
+async def test_a_reader_resumes_where_it_left_off(
+    query: str, headers: dict[str, str], gateway: Gateway
+) -> None:
+    job_id = await finished(gateway)
+    answer = await gateway.http.get(f"/v1/jobs/{job_id}/events{query}", headers=KEY | headers)
+    events = parse(answer.text)
+    assert [event["event"] for event in events] == ["snapshot", *KINDS[7:]]
+    assert [event["id"] for event in events] == ["6", "7", "8", "9"]
+
+
+async def test_an_event_source_that_has_seen_the_end_is_told_to_stop(gateway: Gateway) -> None:
+    path = f"/v1/jobs/{await finished(gateway)}/events"
+    seen = await gateway.http.get(path, headers=KEY | {"Last-Event-ID": "9"})
+    assert (seen.status_code, seen.content) == (204, b"")
+    missed = await gateway.http.get(path, headers=KEY | {"Last-Event-ID": "8"})
+    assert [event["id"] for event in parse(missed.text)] == ["8", "9"]
+
+
+@pytest.mark.parametrize("place", ["Authorization", "key", "X-API-Key"])
+async def test_the_key_comes_in_a_header(place: str, gateway: Gateway) -> None:
+    path = f"/v1/jobs/{await finished(gateway)}/events"
+    for key, code in (("dev-key", 200), ("wrong", 401)):
+        value = f"Bearer {key}" if place == "Authorization" else key
+        answer = await gateway.http.get(path, headers={place: value})
+        assert answer.status_code == code
+    assert (await gateway.http.get(f"{path}?key=dev-key")).status_code == 401
+
+
+@pytest.mark.parametrize("job_id", ["10000999", "abc", "-1", "99999999999999"])
+async def test_an_unknown_job_is_404_before_the_stream_begins(
+    job_id: str, gateway: Gateway
+) -> None:
+    answer = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers=KEY)
+    told = {"status": "error", "message": "Request not found"}
+    assert (answer.status_code, answer.json()) == (404, told)
+    answer = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers={"key": "wrong"})
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("number", ["-1", "abc", "1.5", "9" * 30, "9223372036854775808"])
+async def test_a_sequence_that_is_none_is_told(number: str, gateway: Gateway) -> None:
+    path = f"/v1/jobs/{await finished(gateway)}/events"
+    for query, headers in ((f"?after_sequence={number}", {}), ("", {"Last-Event-ID": number})):
+        answer = await gateway.http.get(path + query, headers=KEY | headers)
+        assert answer.status_code == 400
+        assert list(answer.json()["errors"]) == ["after_sequence"]
+
+
+async def test_an_api_that_is_away_is_503_before_the_stream_begins(gateway: Gateway) -> None:
+    async with gateway_before(gateway.stack, address="127.0.0.1:1") as away:
+        answer = await away.http.get("/v1/jobs/10000001/events", headers=KEY)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1

@@ -1,0 +1,247 @@
+"""Sections 7 and 14 of the HTTP contract: files, CORS, logs; and our probes and docs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from structlog.testing import capture_logs
+
+from img2img_server.errors import StorageError
+from img2img_server.gateway.app import create_app
+from img2img_server.gateway.contract import FIELDS
+from img2img_server.gateway.upstream import connect
+from img2img_server.store.memory import MemoryBlobStore
+from tests.http_stack import ENTERPRISE, Gateway, body, gateway_before, running_gateway
+from tests.stack import settings
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+PREFIX = "3f8a1c52-6d0e-4b7a-9c41-5e2d7f90ab16"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway() -> AsyncIterator[Gateway]:
+    async with running_gateway() as running:
+        yield running
+
+
+# Files.
+
+
+async def test_a_picture_is_served_by_get_and_head(gateway: Gateway) -> None:
+    made = (await gateway.create()).json()
+    link = made["output"][0]
+    got = await gateway.http.get(link)
+    job = await gateway.stack.api.get(f"jobs/{made['id']}")
+    assert hashlib.sha256(got.content).hexdigest() == job.samples[0].sha256
+    assert got.headers["content-type"] == "image/png"
+    assert int(got.headers["content-length"]) == len(got.content) == job.samples[0].size_bytes
+    head = await gateway.http.head(link)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-type", "content-length", "cache-control", "access-control-allow-origin"):
+        assert head.headers[name] == got.headers[name]
+
+
+@pytest.mark.parametrize("folder", ["generations", "temp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{PREFIX}-0.png",
+        f"{PREFIX}-0.base64",
+        f"{PREFIX}-0.html",
+        f"{PREFIX.upper()}-0.png",
+        "x",
+        "..%2f..%2fetc%2fpasswd",
+        f"%2e%2e/generations/{PREFIX}-0.png",
+        f"a/{PREFIX}-0.png",
+        f"{PREFIX}-0.png%00",
+        f"{PREFIX}-0.png%0a",
+    ],
+)
+async def test_what_is_not_there_is_an_uncached_plain_404(
+    folder: str, name: str, gateway: Gateway
+) -> None:
+    for method in ("GET", "HEAD"):
+        answer = await gateway.http.request(method, f"/{folder}/{name}")
+        assert answer.status_code == 404
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert answer.headers["access-control-allow-origin"] == "*"
+
+
+async def test_a_link_to_one_folder_does_not_reach_the_other(gateway: Gateway) -> None:
+    link = (await gateway.create(temp=True)).json()["output"][0]
+    assert (await gateway.http.get(link.replace("/temp/", "/generations/"))).status_code == 404
+
+
+class AwayBlobs(MemoryBlobStore):
+    """A bucket that cannot be read."""
+
+    async def stat(self, key: str) -> Any:
+        raise StorageError("connection refused")
+
+
+class VanishingBlobs(MemoryBlobStore):
+    """A bucket whose lifecycle rule comes between stat and read."""
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        raise KeyError(key)
+        yield b""
+
+
+async def test_a_bucket_that_is_away_is_a_plain_503(gateway: Gateway) -> None:
+    async with gateway_before(gateway.stack, blobs=AwayBlobs()) as away:
+        answer = await away.http.get(f"/generations/{PREFIX}-0.png")
+        assert (answer.status_code, answer.headers["cache-control"]) == (503, "no-store")
+        assert answer.headers["content-type"].startswith("text/plain")
+
+
+async def test_a_file_that_goes_while_it_is_asked_for_is_a_404(gateway: Gateway) -> None:
+    blobs = VanishingBlobs()
+    await blobs.prepare()
+    await blobs.put(f"generations/{PREFIX}-0.png", b"x", "image/png")
+    async with gateway_before(gateway.stack, blobs=blobs) as vanishing:
+        answer = await vanishing.http.get(f"/generations/{PREFIX}-0.png")
+        assert answer.status_code == 404
+
+
+async def test_inline_base64_that_cannot_be_read_is_503_on_fetch_and_never_loses_the_job(
+    gateway: Gateway,
+) -> None:
+    class Unreadable(MemoryBlobStore):
+        async def read(self, key: str) -> AsyncIterator[bytes]:
+            raise StorageError("connection refused")
+            yield b""
+
+    blobs = Unreadable()
+    async with gateway_before(gateway.stack, blobs=blobs, base64_inline=True) as away:
+        made = (await away.create(base64=True)).json()
+        assert made["status"] == "processing"
+        assert (await away.fetch(made["id"])).status_code == 503
+    async with gateway_before(gateway.stack, base64_inline=True) as back:
+        assert (await back.fetch(made["id"])).json()["output"][0].startswith("iVBOR")
+
+
+# CORS.
+
+
+@pytest.mark.parametrize("path", [f"{ENTERPRISE}/img2img", "/generations/x.png", "/nowhere"])
+async def test_options_needs_no_key_and_answers_204(path: str, gateway: Gateway) -> None:
+    answer = await gateway.http.options(path, headers={"Origin": "https://app.example"})
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert {
+        name: value for name, value in answer.headers.items() if name.startswith("access-control")
+    } == {
+        "access-control-allow-origin": "*",
+        "access-control-allow-methods": "GET, POST, OPTIONS",
+        "access-control-allow-headers": (
+            "Content-Type, Authorization, key, X-API-Key, X-Requested-With"
+        ),
+        "access-control-expose-headers": "Retry-After",
+    }
+
+
+async def test_answers_and_errors_may_be_read_by_browsers(gateway: Gateway) -> None:
+    for answer in (await gateway.create(), await gateway.create(key="x"), await gateway.fetch(1)):
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.headers["access-control-expose-headers"] == "Retry-After"
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+async def test_only_listed_origins_may_read_when_there_is_a_list(gateway: Gateway) -> None:
+    listed = "https://a.example, https://b.example"
+    async with gateway_before(gateway.stack, cors_origins=listed) as strict:
+        for origin, allowed in (
+            ("https://b.example", "https://b.example"),
+            ("https://c.example", None),
+        ):
+            answer = await strict.http.post("/nowhere", headers={"Origin": origin})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            assert answer.headers["vary"] == "Origin"
+
+
+# Logs.
+
+
+async def test_logs_hold_no_key_no_prompt_no_picture_and_no_query(gateway: Gateway) -> None:
+    secrets = {
+        "key": "secret-key-1",
+        "prompt": "secret-prompt-2",
+        "init_image": "https://user-3:pass-3@files.example.org/a.png?signature-4",
+    }
+    headers = {"Authorization": "Bearer secret-5", "X-API-Key": "secret-6"}
+    with capture_logs() as logs:
+        for sent in (body(**secrets), body(**(secrets | {"key": "dev-key"})), {"key": []}):
+            await gateway.http.post(f"{ENTERPRISE}/img2img?q=secret-7", json=sent, headers=headers)
+        await gateway.http.get("/secret-8?secret-9", headers=headers)
+    lines = [line for line in logs if line["event"] == "http request"]
+    assert [line["route"] for line in lines] == [f"{ENTERPRISE}/img2img"] * 3 + ["unmatched"]
+    shown = repr(logs)
+    for hidden in ("secret", "dev-key", "pass-3", "user-3", "signature", "Bearer", "prompt"):
+        assert hidden not in shown
+    callers = [line["caller"] for line in lines[:3]]
+    assert all(len(caller) == 8 for caller in callers)
+    assert len(set(callers)) == 3
+
+
+# Probes and docs.
+
+
+async def test_ready_needs_the_api_and_the_bucket(gateway: Gateway) -> None:
+    assert (await gateway.http.get("/healthz")).json() == {"status": "alive"}
+    ready = await gateway.http.get("/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
+    changes: dict[str, Any] = {"blobs": AwayBlobs(), "address": "127.0.0.1:1"}
+    async with gateway_before(gateway.stack, **changes) as away:
+        away.stop.set()
+        answer = await away.http.get("/readyz")
+        assert (answer.status_code, answer.json()) == (
+            503,
+            {
+                "status": "not ready",
+                "api": "UNAVAILABLE",
+                "bucket": "connection refused",
+                "gateway": "stopping",
+            },
+        )
+        assert (await away.http.get("/healthz")).status_code == 200
+
+
+async def test_the_docs_page_needs_nothing_from_elsewhere(gateway: Gateway) -> None:
+    page = await gateway.http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "//" not in page.text
+    for path in ("assets/swagger-ui-bundle.js", "assets/swagger-ui.css", "start.js"):
+        assert f"/docs/{path}" in page.text
+        assert (await gateway.http.get(f"/docs/{path}")).status_code == 200
+    assert (await gateway.http.get("/docs/assets/nothing.js")).status_code == 404
+
+
+async def test_openapi_has_every_route_and_every_field(gateway: Gateway) -> None:
+    told = (await gateway.http.get("/openapi.json")).json()
+    config = settings(api_address=gateway.stack.api.address)
+    async with connect(config) as channel:
+        app = create_app(config, channel, MemoryBlobStore())
+    hidden = {"/docs", "/docs/start.js", "/openapi.json", "/docs/assets"}
+    routes = {
+        (route.path.replace(":path}", "}"), method)
+        for route in app.routes
+        if route.path not in hidden
+        for method in route.methods
+    }
+    documented = {
+        (path, method.upper()) for path, methods in told["paths"].items() for method in methods
+    }
+    assert documented == routes
+    fields = told["components"]["schemas"]["Img2ImgRequest"]["properties"]
+    assert list(fields) == ["key", *(entry.name for entry in FIELDS)]
+    assert fields["width"]["anyOf"][0] == {
+        "type": "integer",
+        "minimum": 256,
+        "maximum": 1024,
+        "multipleOf": 8,
+    }

@@ -1,0 +1,121 @@
+"""The REST gateway in front of the service in one process, and how to call it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from img2img_server.gateway.app import create_app
+from img2img_server.gateway.upstream import connect
+from img2img_server.images.base import FetchError
+from img2img_server.store.base import BlobStore
+from tests.stack import Stack, photo, running_stack, settings
+
+BASE = "http://img.example.com"
+ENTERPRISE = "/api/v1/enterprise/realtime"
+V6 = "/api/v6/realtime"
+PHOTO_URL = "https://files.example.org/harbour.png"
+META_KEYS = [
+    "base64",
+    "enhance_prompt",
+    "enhance_style",
+    "file_prefix",
+    "guidance_scale",
+    "height",
+    "id",
+    "init_image",
+    "instant_response",
+    "n_samples",
+    "negative_prompt",
+    "opacity",
+    "outdir",
+    "padding_down",
+    "padding_right",
+    "pag_scale",
+    "prompt",
+    "rescale",
+    "safety_checker",
+    "safety_checker_type",
+    "scale_down",
+    "seed",
+    "strength",
+    "temp",
+    "track_id",
+    "watermark",
+    "webhook",
+    "width",
+]
+
+
+async def fetch_photo(url: str) -> bytes:
+    """Downloads the one photo that there is."""
+    if url != PHOTO_URL:
+        raise FetchError
+    return photo(96, 64)
+
+
+def photo_base64() -> str:
+    """A small photo as callers inline it."""
+    return base64.b64encode(photo()).decode()
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A small good request; changes replace its fields, `...` removes one."""
+    fields = {
+        "key": "dev-key",
+        "prompt": "a harbour at dusk",
+        "init_image": PHOTO_URL,
+        "width": 256,
+        "height": 256,
+        "seed": 1,
+        **changes,
+    }
+    return {name: value for name, value in fields.items() if value is not ...}
+
+
+@dataclass
+class Gateway:
+    """A gateway and the parts behind it."""
+
+    http: httpx.AsyncClient
+    stack: Stack
+    stop: asyncio.Event
+
+    async def create(self, path: str = f"{ENTERPRISE}/img2img", **changes: Any) -> httpx.Response:
+        return await self.http.post(path, json=body(**changes))
+
+    async def fetch(self, job_id: Any, family: str = ENTERPRISE, **fields: Any) -> httpx.Response:
+        sent = {"key": "dev-key", **fields}
+        return await self.http.post(f"{family}/fetch/{job_id}", json=sent)
+
+
+@asynccontextmanager
+async def gateway_before(
+    stack: Stack, *, blobs: BlobStore | None = None, address: str = "", **changes: Any
+) -> AsyncIterator[Gateway]:
+    """A gateway on a running stack; changes are settings."""
+    config = settings(api_address=address or stack.api.address, **changes)
+    stop = asyncio.Event()
+    async with connect(config) as channel:
+        app = create_app(config, channel, blobs or stack.worker.blobs, stop)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=BASE) as http:
+            yield Gateway(http, stack, stop)
+
+
+@asynccontextmanager
+async def running_gateway(
+    stack: dict[str, Any] | None = None, **changes: Any
+) -> AsyncIterator[Gateway]:
+    """A gateway with everything behind it; `stack` is for running_stack, changes are settings."""
+    async with (
+        running_stack(fetch=fetch_photo, **(stack or {})) as running,
+        gateway_before(running, **changes) as gateway,
+    ):
+        yield gateway

@@ -1,0 +1,257 @@
+"""The gateway's table of fields: coercions, messages, and the JobSpec made of them."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+
+from img2img.v1 import job_pb2
+from img2img_server.domain.params import JobParams, Violation
+from img2img_server.gateway import contract, kinds
+from img2img_server.gateway.dialects import legacy_sentence
+from img2img_server.gateway.request import init_image, job_spec
+
+GOOD = {"prompt": "a harbour", "init_image": "https://files.example.org/a.png"}
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (512, 512),
+        (512.0, 512),
+        (" 512 ", 512),
+        ("512", 512),
+        ("512.0", 512),
+        ("-1", -1),
+        ("+8", 8),
+        (0, 0),
+        ("0", 0),
+    ],
+)
+def test_an_integer_may_be_a_whole_number_or_a_decimal_string(value: Any, expected: int) -> None:
+    assert kinds.read_integer(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, False, 512.5, NAN, INFINITY, "512.5", "abc", " ", "1e3", "0x10", "1_0", "٣", [], {}],
+)
+def test_what_is_no_integer_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="not an integer"):
+        kinds.read_integer(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.7, 0.7), (1, 1.0), ("0.7", 0.7), (" 1 ", 1.0), ("5e-1", 0.5), (".5", 0.5), ("0", 0.0)],
+)
+def test_a_number_may_be_a_decimal_string(value: Any, expected: float) -> None:
+    assert kinds.read_number(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value", [True, NAN, INFINITY, "NaN", "inf", "1e999", 10**400, "half", "1,5", "", [], {}]
+)
+def test_what_is_no_finite_number_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="not a number"):
+        kinds.read_number(value)
+
+
+@pytest.mark.parametrize("value", [True, 1, "true", "TRUE", "yes", "Yes", "1"])
+def test_these_are_true(value: Any) -> None:
+    assert kinds.read_boolean(value) is True
+
+
+@pytest.mark.parametrize("value", [False, 0, "false", "False", "no", "NO", "0"])
+def test_these_are_false(value: Any) -> None:
+    assert kinds.read_boolean(value) is False
+
+
+@pytest.mark.parametrize("value", [2, -1, 1.0, "on", "off", "", [], {}, NAN])
+def test_what_is_no_boolean_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="not a boolean"):
+        kinds.read_boolean(value)
+
+
+@pytest.mark.parametrize("value", [1, 1.5, True, [], {}, "\ud800"])
+def test_a_string_must_be_a_json_string_of_unicode_text(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"not a string|surrogates"):
+        kinds.read_string(value)
+
+
+def test_a_body_without_options_reads_to_its_two_required_fields() -> None:
+    assert contract.read(GOOD) == contract.Reading(dict(GOOD), [])
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_null_and_the_empty_string_equal_an_absent_optional_field(nothing: Any) -> None:
+    optional = [entry.name for entry in contract.FIELDS if not entry.required]
+    assert len(optional) == len(contract.FIELDS) - 2
+    assert contract.read(GOOD | dict.fromkeys(optional, nothing)) == contract.read(GOOD)
+
+
+def test_unknown_fields_are_ignored() -> None:
+    extra = {"model_id": "x", "scheduler": "DDIM", "watermark": "no", "scale_down": [1]}
+    assert contract.read(GOOD | extra) == contract.read(GOOD)
+
+
+def test_every_violation_is_told_in_table_order() -> None:
+    body = {
+        "track_id": "x" * 192,
+        "seed": 2**32,
+        "height": 257,
+        "width": "wide",
+        "negative_prompt": "n" * 2001,
+        "temp": "perhaps",
+    }
+    assert contract.read(body).violations == [
+        Violation("prompt", "prompt is required"),
+        Violation("negative_prompt", "negative_prompt must not be longer than 2000 characters"),
+        Violation("init_image", "init_image is required"),
+        Violation("width", "width must be an integer"),
+        Violation("height", "height must be divisible by 8"),
+        Violation("seed", "seed must be between 0 and 4294967295"),
+        Violation("temp", "temp must be true or false"),
+        Violation("track_id", "track_id must not be longer than 191 characters"),
+    ]
+
+
+@pytest.mark.parametrize("seed", [-1, "-1", -1.0])
+def test_seed_minus_one_means_random(seed: Any) -> None:
+    assert contract.read(GOOD | {"seed": seed}) == contract.read(GOOD)
+
+
+def test_seed_zero_is_a_seed() -> None:
+    spec = job_spec(contract.read(GOOD | {"seed": "0"}).values, "http://a")
+    assert (spec.HasField("seed"), spec.seed) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"guidance_scale": 99}, {"guidance_scale": 30.0}),
+        ({"guidance_scale": -3}, {"guidance_scale": 0}),
+        ({"guidance_scale": "7.5"}, {"guidance_scale": 7.5}),
+        ({"guidance_scale": "strong"}, {}),
+        ({"num_inference_steps": 0}, {"num_inference_steps": 1}),
+        ({"num_inference_steps": "500"}, {"num_inference_steps": 100}),
+        ({"num_inference_steps": 20.5}, {}),
+        ({"enhance_style": 5}, {}),
+    ],
+)
+def test_hints_are_clamped_or_ignored_and_never_an_error(
+    sent: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    assert contract.read(GOOD | sent) == contract.Reading(GOOD | kept, [])
+
+
+def test_length_is_counted_in_code_points() -> None:
+    assert contract.read(GOOD | {"prompt": "🎨" * 2000}).violations == []
+    assert len(contract.read(GOOD | {"prompt": "🎨" * 2001}).violations) == 1
+
+
+def test_a_full_body_becomes_this_job_spec() -> None:
+    body = {
+        "prompt": "a harbour",
+        "negative_prompt": "blurry",
+        "init_image": "https://files.example.org/a.png",
+        "width": "768",
+        "height": 640.0,
+        "samples": "2",
+        "strength": "0.55",
+        "seed": 7,
+        "safety_checker": "no",
+        "base64": 1,
+        "instant_response": "yes",
+        "enhance_prompt": True,
+        "temp": "TRUE",
+        "webhook": "https://hooks.example.org/a",
+        "track_id": 12,
+        "guidance_scale": 7,
+        "num_inference_steps": 20,
+        "enhance_style": "anime",
+    }
+    expected = job_pb2.JobSpec(
+        prompt="a harbour",
+        negative_prompt="blurry",
+        init_image=job_pb2.InitImage(url="https://files.example.org/a.png"),
+        width=768,
+        height=640,
+        samples=2,
+        strength=0.55,
+        seed=7,
+        safety_checker=False,
+        base64=True,
+        enhance_prompt=True,
+        temp=True,
+        webhook="https://hooks.example.org/a",
+        track_id="12",
+        guidance_scale=7,
+        num_inference_steps=20,
+        annotations={
+            "http.link_base": "https://img.example.com",
+            "http.instant_response": "yes",
+            "http.enhance_style": "anime",
+            "http.track_id_type": "integer",
+        },
+    )
+    assert job_spec(contract.read(body).values, "https://img.example.com") == expected
+
+
+def test_the_table_has_every_field_of_the_spec_that_http_callers_may_set() -> None:
+    ours = {"model", "scheduler", "output_format", "preview_interval_steps", "lane", "annotations"}
+    in_spec = {entry.name for entry in contract.FIELDS if entry.in_spec}
+    assert in_spec == set(job_pb2.JobSpec.DESCRIPTOR.fields_by_name) - ours
+
+
+def test_the_documented_defaults_are_those_of_the_domain() -> None:
+    defaults = JobParams(prompt="")
+    random_or_none = {"seed": None, "webhook": None, "track_id": None}
+    for entry in contract.FIELDS:
+        if entry.in_spec and not entry.required:
+            expected = random_or_none.get(entry.name, getattr(defaults, entry.name))
+            assert (entry.name, entry.default) == (entry.name, expected)
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        base64.b64encode(PNG).decode(),
+        base64.b64encode(PNG).decode().rstrip("="),
+        base64.urlsafe_b64encode(PNG).decode(),
+        base64.encodebytes(PNG).decode(),
+        "  " + base64.b64encode(PNG).decode() + "\n",
+        "data:image/png;base64," + base64.b64encode(PNG).decode(),
+        "data:text/html;charset=x;base64," + base64.b64encode(PNG).decode(),
+        "DATA:;base64," + base64.b64encode(PNG).decode().rstrip("="),
+    ],
+)
+def test_an_inline_picture_may_come_in_these_forms(text: str) -> None:
+    assert init_image(text) == job_pb2.InitImage(data=PNG)
+
+
+@pytest.mark.parametrize("url", ["http://a.example/x", "https://a.example/x", "HTTPS://a.example"])
+def test_an_address_begins_with_http_or_https(url: str) -> None:
+    assert init_image(f" {url} ") == job_pb2.InitImage(url=url)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["not base64!", "data:image/png,abc", "ftp://a.example/x", "AAAAA", "data:;base64,", "é"],
+)
+def test_what_is_not_base64_is_left_to_the_api_to_refuse_as_no_picture(text: str) -> None:
+    assert init_image(text) == job_pb2.InitImage(data=b"\x00")
+
+
+def test_legacy_sentences_follow_the_pattern_of_the_old_validator() -> None:
+    assert legacy_sentence("prompt", "prompt is required") == "The prompt field is required."
+    sentence = "width must be between 256 and 1024"
+    assert legacy_sentence("width", sentence) == "The width must be between 256 and 1024."
+    sentence = "Unable to fetch image from provided URL"
+    assert legacy_sentence("init_image", sentence) == "Unable to fetch image from provided URL."
