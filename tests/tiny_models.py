@@ -42,7 +42,13 @@ ZERO_SNR_V: dict[str, Any] = {
 WIDTH, LENGTH = 16, 16
 
 
-def write_sd(folder: Path, *, tiny_vae: bool = False, scheduler: dict[str, Any] = EPSILON) -> Path:
+def write_sd(
+    folder: Path,
+    *,
+    tiny_vae: bool = False,
+    scheduler: dict[str, Any] = EPSILON,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A model of the SD 1.x kind; returns its folder."""
     torch.manual_seed(1)
     tokenizer = _tokenizer(folder / "words")
@@ -56,7 +62,7 @@ def write_sd(folder: Path, *, tiny_vae: bool = False, scheduler: dict[str, Any] 
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _save(pipeline, folder)
+    return _save(pipeline.to(dtype), folder)
 
 
 def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON) -> Path:

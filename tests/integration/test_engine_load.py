@@ -1,0 +1,91 @@
+"""From settings to a warm engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from img2img_server.engine.load import choose_device, choose_dtype, load_engine
+from img2img_server.engine.model_spec import ModelError
+from img2img_server.settings import Settings
+from tests.engine_bench import job, pictures, run
+from tests.tiny_models import write_sd
+
+TOML = """
+name = "pebble"
+[defaults]
+scheduler = "euler"
+num_inference_steps = 3
+guidance_scale = 2.0
+"""
+
+
+def test_an_engine_comes_up_warm_with_the_models_own_defaults(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "model", tiny_vae=True)
+    (folder / "img2img.toml").write_text(TOML, encoding="utf-8")
+    engine = load_engine(Settings(model=str(folder), max_batch_rows=3))
+    try:
+        assert (engine.model.name, engine.model.schedulers[0]) == ("pebble", "euler")
+        assert (engine.device, engine.capacity_rows) == ("cpu", 3)
+        assert [picture.shape for picture in pictures(run(engine, job()))] == [(64, 72, 3)]
+    finally:
+        engine.stop()
+
+
+def test_a_model_kept_in_half_precision_is_widened_on_a_cpu(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "model", tiny_vae=True, dtype=torch.float16)
+    engine = load_engine(Settings(model=str(folder)))
+    try:
+        assert len(pictures(run(engine, job()))) == 1
+    finally:
+        engine.stop()
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"it has no model_index\.json"):
+        load_engine(Settings(model=str(tmp_path)))
+
+
+def test_a_broken_model_is_refused(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "model", tiny_vae=True)
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.unlink()
+
+    with pytest.raises(ModelError, match="cannot load"):
+        load_engine(Settings(model=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["cuda", "gpu", "cuda:9"])
+def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="device"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.bfloat16),
+        ("float16", "cuda", torch.float16),
+    ],
+)
+def test_the_dtype_fits_the_device(name: str, device: str, dtype: torch.dtype) -> None:
+    assert choose_dtype(name, torch.device(device)) == dtype
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ModelError, match="'int4' is no dtype"):
+        choose_dtype("int4", torch.device("cpu"))
+
+
+def test_what_the_front_roles_import_leaves_torch_out() -> None:
+    modules = "base, fake, model_spec, scheduler"
+    code = f"import sys; from img2img_server.engine import {modules}; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+    assert answer.stdout.strip() == b"False"

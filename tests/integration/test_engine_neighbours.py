@@ -1,0 +1,308 @@
+"""Neighbours: they change no picture, and their errors stay their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from img2img_server.domain.events import Stage
+from img2img_server.domain.params import Lane
+from img2img_server.engine.base import (
+    Engine,
+    EngineEvent,
+    EngineJob,
+    JobDone,
+    JobError,
+    Pixels,
+    PreviewReady,
+    StageDone,
+    StepDone,
+)
+from img2img_server.engine.denoiser import Conditioning, TextInput
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.model_spec import SCHEDULERS
+from img2img_server.errors import EngineError, OutOfMemoryError
+from tests.engine_bench import (
+    BOUND,
+    Inbox,
+    blocks,
+    difference,
+    job,
+    pictures,
+    run,
+    running,
+)
+from tests.tiny_models import write_sd
+
+POISON = "poison"
+
+
+class Faulty(DiffusersDenoiser):
+    """The real denoiser with errors where a test wants them; it notes the size of every batch."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self.heal()
+
+    def heal(self) -> None:
+        self.slots_seen: list[int] = []
+        self.most_slots = self.most_pictures = 100
+        self.fails: dict[str, Exception] = {}
+        self.poison: Conditioning | None = None
+
+    def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
+        bad = [text.prompt == POISON for text in texts]
+        self._maybe_fail("encode", any(bad))
+        found = super().encode_texts(texts)
+        for conditioning, is_bad in zip(found, bad, strict=True):
+            if is_bad:
+                self.poison = conditioning
+        return found
+
+    def denoise(
+        self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
+    ) -> Tensor:
+        slots = sum(1 if row.negative is None else 2 for row in conditionings)
+        if slots > self.most_slots:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
+        self._maybe_fail("denoise", any(row is self.poison for row in conditionings))
+        self.slots_seen.append(slots)
+        return super().denoise(latents, timesteps, conditionings)
+
+    def decode(self, latents: Tensor) -> list[Pixels]:
+        self._maybe_fail("decode", True)
+        if len(latents) > self.most_pictures:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().decode(latents)
+
+    def preview(self, latents: Tensor) -> list[Pixels]:
+        self._maybe_fail("preview", True)
+        return super().preview(latents)
+
+    def _maybe_fail(self, where: str, is_bad: bool) -> None:
+        if is_bad and where in self.fails:
+            raise self.fails[where]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    folder: Path = write_sd(tmp_path_factory.mktemp("sd"))
+    return Faulty.load(str(folder), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def denoiser(loaded: Faulty) -> Faulty:
+    loaded.heal()
+    return loaded
+
+
+def strangers(first_id: int = 100) -> list[EngineJob]:
+    """Jobs of every kind: each sampler, guided and not, short and long, another size too."""
+    found = [
+        job(
+            job_id=first_id + index,
+            tenant=f"tenant {index % 3}",
+            lane=Lane.BATCH if index % 2 else Lane.REALTIME,
+            prompt=f"stranger {index}",
+            scheduler=scheduler,
+            seeds=(index,),
+            guidance_scale=6.0 if index % 2 else 1.0,
+            strength=1.0 - index / 10,
+            num_inference_steps=5 + 3 * index,
+            init_image=blocks(64, 72, seed=index),
+        )
+        for index, scheduler in enumerate(SCHEDULERS)
+    ]
+    return [*found, job(job_id=first_id + 9, init_image=blocks(72, 64))]
+
+
+WANTED = [
+    job(scheduler="euler_a", guidance_scale=5.0, num_inference_steps=9, seeds=(7, 8)),
+    job(scheduler="dpmpp_2m", strength=1.0, num_inference_steps=8),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(loaded: Faulty) -> list[list[Pixels]]:
+    loaded.heal()
+    with running(loaded) as engine:
+        return [pictures(run(engine, wanted)) for wanted in WANTED]
+
+
+def worst(found: Sequence[Pixels], expected: Sequence[Pixels]) -> int:
+    return max(difference(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def submit_all(engine: Engine, jobs: Sequence[EngineJob]) -> list[Inbox]:
+    inboxes = [Inbox() for _ in jobs]
+    for each, inbox in zip(jobs, inboxes, strict=True):
+        engine.submit(each, inbox)
+    return inboxes
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_a_picture_is_the_same_alone_and_among_strangers(
+    denoiser: Faulty, alone: list[list[Pixels]], case: int
+) -> None:
+    with running(denoiser) as engine:
+        *others, inbox = submit_all(engine, [*strangers(), WANTED[case]])
+        found = pictures(inbox.all())
+        assert all(isinstance(other.all()[-1], JobDone) for other in others)
+
+    assert worst(found, alone[case]) <= BOUND
+    assert max(denoiser.slots_seen) == 8, "they did share full batches"
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_a_picture_is_the_same_when_it_joins_midway(
+    denoiser: Faulty, alone: list[list[Pixels]], case: int
+) -> None:
+    inbox = Inbox()
+    with running(denoiser) as engine:
+
+        def join(event: EngineEvent) -> None:
+            if isinstance(event, StepDone) and event.step == 2:
+                engine.submit(WANTED[case], inbox)
+
+        engine.submit(strangers()[0], Inbox())
+        engine.submit(job(job_id=50, strength=1.0, num_inference_steps=4), join)
+        found = pictures(inbox.all())
+
+    assert worst(found, alone[case]) <= BOUND
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_a_picture_is_the_same_after_an_out_of_memory_split(
+    denoiser: Faulty, alone: list[list[Pixels]], case: int
+) -> None:
+    denoiser.most_slots = 3
+    with running(denoiser) as engine:
+        *others, inbox = submit_all(engine, [*strangers(), WANTED[case]])
+        found = pictures(inbox.all())
+        assert all(isinstance(other.all()[-1], JobDone) for other in others)
+
+    assert worst(found, alone[case]) <= BOUND
+
+
+def test_batches_stay_within_the_capacity(denoiser: Faulty) -> None:
+    with running(denoiser, capacity_rows=5) as engine:
+        for inbox in submit_all(engine, strangers()):
+            inbox.all()
+
+    assert max(denoiser.slots_seen) <= 5
+
+
+def run_poisoned(denoiser: Faulty) -> tuple[Exception, list[list[Pixels]]]:
+    """The error of a poisoned job, and the pictures of its neighbours."""
+    with running(denoiser) as engine:
+        jobs = [WANTED[0], job(job_id=66, prompt=POISON), job(job_id=2)]
+        inboxes = submit_all(engine, jobs)
+        end = inboxes[1].all()[-1]
+        assert isinstance(end, JobError)
+        return end.error, [pictures(inboxes[0].all()), pictures(inboxes[2].all())]
+
+
+@pytest.mark.parametrize("where", ["encode", "denoise"])
+def test_an_error_stays_with_the_row_that_causes_it(
+    denoiser: Faulty, alone: list[list[Pixels]], where: str
+) -> None:
+    cause = RuntimeError("boom")
+    denoiser.fails[where] = cause
+    error, others = run_poisoned(denoiser)
+
+    assert error is cause
+    assert worst(others[0], alone[0]) <= BOUND
+
+
+def test_out_of_memory_fails_the_culprit_with_its_need(
+    denoiser: Faulty, alone: list[list[Pixels]]
+) -> None:
+    denoiser.fails["denoise"] = torch.OutOfMemoryError("Tried to allocate 1.50 GiB. GPU 0 has")
+    error, others = run_poisoned(denoiser)
+
+    assert isinstance(error, OutOfMemoryError)
+    assert (error.width, error.height, error.needed_bytes) == (72, 64, 3 * 2**29)
+    assert worst(others[0], alone[0]) <= BOUND
+
+
+def test_a_decode_that_fails_ends_the_job_and_not_the_engine(denoiser: Faulty) -> None:
+    denoiser.fails["decode"] = RuntimeError("boom")
+    with running(denoiser) as engine:
+        first = run(engine, job())[-1]
+        denoiser.heal()
+        second = run(engine, job(job_id=2))[-1]
+
+    assert (type(first), type(second)) == (JobError, JobDone)
+
+
+def test_a_failed_preview_costs_the_preview_only(denoiser: Faulty) -> None:
+    denoiser.fails["preview"] = RuntimeError("boom")
+    with running(denoiser) as engine:
+        events = run(engine, job(preview_interval_steps=1, strength=1.0))
+
+    assert isinstance(events[-1], JobDone)
+    assert not [event for event in events if isinstance(event, PreviewReady)]
+
+
+def test_a_picture_of_no_finite_numbers_is_an_error(denoiser: Faulty) -> None:
+    with running(denoiser) as engine:
+        events = run(engine, job(guidance_scale=float("inf")))
+
+    assert isinstance(events[-1], JobError)
+    assert str(events[-1].error) == "the model's picture is not made of finite numbers"
+
+
+def test_a_scheduler_that_cannot_run_the_steps_fails_the_job(denoiser: Faulty) -> None:
+    with running(denoiser) as engine:
+        events = run(engine, job(scheduler="lcm", num_inference_steps=60))
+
+    assert [type(event) for event in events] == [JobError]
+    error = events[0].error
+    assert isinstance(error, EngineError)
+    assert str(error) == "scheduler lcm cannot run 60 steps of this model"
+
+
+def test_a_second_job_with_the_id_of_a_running_one_is_refused(denoiser: Faulty) -> None:
+    first, second = Inbox(), Inbox()
+    with running(denoiser) as engine:
+
+        def sink(event: EngineEvent) -> None:
+            first(event)
+            if event == StageDone(Stage.IMAGE_ENCODED):
+                engine.submit(job(), second)
+
+        engine.submit(job(), sink)
+        assert isinstance(first.all()[-1], JobDone)
+        assert [type(event) for event in second.all()] == [JobError]
+
+
+def test_a_prompt_is_encoded_once(denoiser: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    pipeline = denoiser._text._pipeline
+    encode: Callable[..., Any] = pipeline.encode_prompt
+
+    def spy(prompts: list[str], **options: Any) -> Any:
+        seen.append(prompts)
+        return encode(prompts, **options)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    with running(denoiser) as engine:
+        for guidance_scale in (1.0, 3.0, 4.0):
+            run(engine, job(prompt="only once", guidance_scale=guidance_scale))
+
+    assert [prompt for prompts in seen for prompt in prompts].count("only once") == 1
+
+
+def test_pictures_that_do_not_fit_together_are_decoded_one_by_one(
+    denoiser: Faulty, alone: list[list[Pixels]]
+) -> None:
+    denoiser.most_pictures = 1
+    with running(denoiser) as engine:
+        found = pictures(run(engine, WANTED[0]))
+
+    assert worst(found, alone[0]) <= BOUND
