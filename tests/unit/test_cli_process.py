@@ -96,8 +96,8 @@ def test_a_terminal_shows_the_queue_the_steps_and_the_end(wish: list[str]) -> No
     assert json.loads(stdout)["state"] == "succeeded"
     *_, head, first, second = [line.strip() for line in shown.splitlines() if line.strip()]
     assert re.fullmatch(rf"✓ {NAME} done \d+\.\d s", head)
-    assert re.fullmatch(r"sample 0 ━+ 2/2 stored", first)
-    assert re.fullmatch(r"sample 1 ━+ 2/2 stored", second)
+    assert re.fullmatch(r"sample 0 ━+ 2/2 seed 7, stored", first)
+    assert re.fullmatch(r"sample 1 ━+ 2/2 seed 8, stored", second)
 
 
 def test_a_terminal_tells_that_the_connection_is_lost_and_there_again(wish: list[str]) -> None:

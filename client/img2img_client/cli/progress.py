@@ -83,6 +83,7 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end = self._end or ("-", "dim")  # left before the job's end
         self._live.stop()
         log.removeHandler(self._trouble)
 
@@ -117,6 +118,9 @@ class LiveDisplay:
                 self._reset_bars()
             case events.StageFinished():
                 self.note(STAGES.get(event.stage, self._status))
+                if event.stage is events.Stage.IMAGE_ENCODED:
+                    for sample in sorted(self._unfinished):
+                        self._task(sample)
             case events.StepFinished():
                 self.note("denoising")
                 task = self._task(event.sample)
@@ -127,7 +131,9 @@ class LiveDisplay:
                 if not self._unfinished:
                     self.note("storing")
             case events.SampleStored():
-                self._bars.update(self._task(event.sample), note="stored")
+                task = self._task(event.sample)
+                note = self._bars.tasks[task].fields["note"]
+                self._bars.update(task, note=f"{note}, stored".lstrip(", "))
             case events.Succeeded() | events.Failed() | events.Cancelled():
                 symbol, colour, self._status = ENDS[type(event)]
                 self._end = (symbol, colour)

@@ -1,0 +1,53 @@
+"""What docs/client.md shows works."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import img2img_client
+from img2img_client import errors
+from img2img_client.cli import main
+from tests.fake_service import FakeService, events, serving
+from tests.readme import ROOT, blocks
+
+PAGE = ROOT / "docs/client.md"
+LINES = "".join(block.text for block in blocks(PAGE, "sh")).replace("\\\n", "").splitlines()
+COMMANDS = [shlex.split(line)[1:] for line in LINES]
+SNIPPETS = [block.text for block in blocks(PAGE, "python")]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_of_the_page_is_understood(words: list[str]) -> None:
+    command = main.commands[words[0]]
+    with command.make_context(words[0], words[1:]) as context:
+        assert isinstance(context, click.Context)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_every_python_block_of_the_page_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"photo")
+    monkeypatch.chdir(tmp_path)
+    service = FakeService(log=events(samples=2))
+    with serving(service) as port:
+        text = SNIPPETS[number].replace("127.0.0.1:50051", f"127.0.0.1:{port}")
+        exec(compile(text, f"{PAGE.name} block {number}", "exec"), {"__name__": "__main__"})
+    assert len(service.request_ids) == text.count("seed=n") + 1
+
+
+def test_every_error_stands_in_the_table_and_is_exported() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    concrete = [
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type)
+        and issubclass(value, errors.Img2ImgError)
+        and name not in ("Img2ImgError", "RpcError", "JobEndError")
+    ]
+    assert [name for name in concrete if f"`{name}`" not in text] == []
+    assert set(concrete) <= set(img2img_client.__all__)
