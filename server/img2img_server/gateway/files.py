@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 
@@ -15,6 +16,7 @@ from img2img_server.store.base import BlobStore
 
 _NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]{1,2}\.(png|base64)", re.ASCII)
 _MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}
+_READY_SECONDS = 2.0
 _NO_STORE = {"Cache-Control": "no-store"}
 # A file never changes, but it goes a day after its job.
 _HEADERS = {
@@ -78,7 +80,10 @@ class Files:
     async def trouble(self) -> str:
         """Why the bucket cannot be read, or nothing."""
         try:
-            await self._blobs.stat("readyz")
+            async with asyncio.timeout(_READY_SECONDS):
+                await self._blobs.stat("readyz")
+        except TimeoutError:
+            return "no answer in time"
         except StorageError as error:
             return str(error)
         return ""

@@ -14,7 +14,7 @@ from img2img_server.gateway.app import create_app
 from img2img_server.gateway.upstream import connect
 from img2img_server.settings import Settings
 from img2img_server.store.base import BlobStore
-from img2img_server.store.blobs_s3 import S3BlobStore
+from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.telemetry import probe_server
 
 _KEEP_ALIVE_SECONDS = 75  # longer than the idle time of usual load balancers
@@ -25,7 +25,8 @@ async def serve_gateway(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
     """Serves until `stop` is set. `started` is called with the address, "host:port"."""
-    await serve(settings, S3BlobStore(settings), stop, started)
+    async with connect_blobs(settings) as blobs:
+        await serve(settings, blobs, stop, started)
 
 
 async def serve(

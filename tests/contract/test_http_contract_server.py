@@ -1,0 +1,188 @@
+"""The gateway as a process serves it: a real HTTP server, real clients, a real stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.gateway import events as event_streams
+from img2img_server.gateway.server import serve
+from tests.http_stack import ENTERPRISE, body, fetch_photo
+from tests.stack import Stack, running_stack, settings
+
+KEY = {"Authorization": "Bearer dev-key"}
+SECONDS = 20.0
+
+
+@dataclass
+class Served:
+    """A gateway behind a port."""
+
+    address: str
+    http: httpx.AsyncClient
+    stack: Stack
+    engine: FakeEngine
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[Served]:
+    """A gateway on a free port; jobs stop after their first step until the engine is released."""
+    engine = FakeEngine(hold_after=1)
+    async with running_stack(engine, fetch=fetch_photo) as stack:
+        stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+        config = settings(api_address=stack.api.address, http_port=0, drain_seconds=5)
+        task = asyncio.create_task(serve(config, stack.worker.blobs, stop, address.set_result))
+        try:
+            await asyncio.wait({task, address}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            base = f"http://{address.result()}"
+            async with httpx.AsyncClient(base_url=base, timeout=SECONDS) as http:
+                yield Served(address.result(), http, stack, engine, stop, task)
+        finally:
+            stop.set()
+            await task
+
+
+async def lines_until(lines: AsyncIterator[str], wanted: str) -> list[str]:
+    """Reads a stream up to a line."""
+    found: list[str] = []
+    async for line in lines:
+        found.append(line)
+        if line == wanted:
+            return found
+    raise AssertionError(f"no {wanted!r} in {found}")
+
+
+async def accepted(stack: Stack, job_id: int) -> None:
+    """Returns once the job has its first event."""
+    async with stack.bus.events.watch(job_id) as log:
+        await anext(log)
+
+
+async def test_links_point_to_the_port_that_was_called() -> None:
+    async with served() as gateway:
+        gateway.engine.release()
+        made = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=body())).json()
+        assert made["output"][0].startswith(f"http://{gateway.address}/generations/")
+        picture = await gateway.http.get(made["output"][0])
+        assert picture.content.startswith(b"\x89PNG")
+        assert (await gateway.http.get("/readyz")).json() == {"status": "ready"}
+
+
+async def test_events_arrive_while_the_job_runs() -> None:
+    async with served() as gateway:
+        sent = body(instant_response=True)
+        job_id = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)).json()["id"]
+        async with gateway.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=KEY) as stream:
+            lines = aiter(stream.aiter_lines())
+            await asyncio.wait_for(lines_until(lines, "event: step"), SECONDS)
+            gateway.engine.release()
+            await asyncio.wait_for(lines_until(lines, "event: succeeded"), SECONDS)
+
+
+async def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_streams, "PING_SECONDS", 0.02)
+    async with served() as gateway:
+        sent = body(instant_response=True)
+        job_id = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)).json()["id"]
+        async with gateway.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=KEY) as stream:
+            await asyncio.wait_for(lines_until(aiter(stream.aiter_lines()), ": ping"), SECONDS)
+
+
+async def test_a_client_that_hangs_up_does_not_cancel_its_job() -> None:
+    async with served() as gateway:
+        host, port = gateway.address.split(":")
+        sent = json.dumps(body()).encode()
+        _, writer = await asyncio.open_connection(host, int(port))
+        head = (
+            f"POST {ENTERPRISE}/img2img HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
+        )
+        writer.write(head.encode() + sent)
+        await writer.drain()
+        await asyncio.wait_for(accepted(gateway.stack, 10_000_001), SECONDS)
+        writer.close()
+        await writer.wait_closed()
+        gateway.engine.release()
+        watched = [message async for message in gateway.stack.api.watch("jobs/10000001")]
+        assert watched[-1].event.WhichOneof("event") == "succeeded"
+
+
+async def test_a_stop_answers_waiting_posts_ends_streams_and_returns() -> None:
+    async with served() as gateway:
+        sent = body(instant_response=True)
+        job_id = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)).json()["id"]
+        async with gateway.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=KEY) as stream:
+            lines = aiter(stream.aiter_lines())
+            await asyncio.wait_for(lines_until(lines, "event: step"), SECONDS)
+            waiting = asyncio.create_task(
+                gateway.http.post(f"{ENTERPRISE}/img2img", json=body(seed=2))
+            )
+            await asyncio.wait_for(accepted(gateway.stack, 10_000_002), SECONDS)
+            gateway.stop.set()
+            assert (await waiting).json()["status"] == "processing"
+            assert "event: succeeded" not in [line async for line in lines]
+        async with asyncio.timeout(SECONDS):
+            await gateway.task
+
+
+async def test_a_body_that_is_too_long_is_answered_and_not_cut_off() -> None:
+    async with served() as gateway:
+        answer = await gateway.http.post(f"{ENTERPRISE}/img2img", content=b" " * (40 * 2**20))
+        assert (answer.status_code, answer.json()["message"]) == (413, "Request body too large")
+        assert (await gateway.http.get("/healthz")).status_code == 200
+
+
+async def test_a_client_that_asks_first_is_told_before_it_sends_too_much() -> None:
+    async with served() as gateway:
+        host, port = gateway.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            f"POST {ENTERPRISE}/img2img HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+            f"Content-Length: {10**10}\r\n\r\n".encode()
+        )
+        status = await asyncio.wait_for(reader.readline(), SECONDS)
+        assert status.startswith(b"HTTP/1.1 413")
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_taken_port_is_an_error_of_the_start() -> None:
+    async with served() as gateway:
+        port = int(gateway.address.split(":")[1])
+        config = settings(api_address=gateway.stack.api.address, http_port=port)
+        with pytest.raises(OSError, match="in use"):
+            await serve(config, gateway.stack.worker.blobs, asyncio.Event())
+
+
+def test_the_gateway_needs_no_numerics_and_little_memory() -> None:
+    script = """
+import asyncio, sys, psutil
+from img2img_server.gateway.server import serve, serve_gateway
+from img2img_server.settings import Settings
+from img2img_server.store.memory import MemoryBlobStore
+
+async def main():
+    stop = asyncio.Event()
+    settings = Settings(http_port=0, metrics_port=0)
+    await serve(settings, MemoryBlobStore(), stop, lambda _: stop.set())
+
+asyncio.run(main())
+heavy = {"torch", "diffusers", "transformers", "numpy", "PIL"} & set(sys.modules)
+print(sorted(heavy), psutil.Process().memory_info().rss // 2**20)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy, megabytes = run.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert heavy == "[]"
+    assert int(megabytes) <= 150
