@@ -174,7 +174,8 @@ async def running_worker(
     finally:
         engine.release()
         stop.set()
-        await task
+        if not task.cancelled():  # a test may have killed it
+            await task
         await asyncio.to_thread(engine.stop)
 
 

@@ -79,9 +79,7 @@ class Intake:
         self._workers = workers
         self._fetch = fetch
         self._estimator = Estimator(queue, workers)
-        self.limits = Limits(
-            max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
-        )
+        self.limits = image_limits(settings)
 
     async def create(self, spec: job_pb2.JobSpec, request_id: str, caller: Caller) -> Stored:
         """Creates the job, or returns the one that the request_id already made.
@@ -229,6 +227,13 @@ class Intake:
         base = (self._settings.public_base_url or caller.link_base).rstrip("/")
         urls = tuple(f"{base}/{job.file_key(index)}" for index in range(params.samples))
         return replace(job, future_urls=urls)
+
+
+def image_limits(settings: Settings) -> Limits:
+    """The limits of the contract, with those of pictures as set."""
+    return Limits(
+        max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
+    )
 
 
 def _fingerprint(spec: job_pb2.JobSpec) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import grpc
 import structlog
@@ -16,13 +17,13 @@ from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.estimate import Estimator
-from img2img_server.api.intake import Fetch, Intake
+from img2img_server.api.intake import Fetch, Intake, image_limits
 from img2img_server.api.interceptors import ServiceInterceptor
 from img2img_server.api.keys import KeyRing
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.watch import Watcher
 from img2img_server.bus import Bus, connect_bus
-from img2img_server.images.fetch import Fetcher
+from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.telemetry import probe_server
@@ -38,15 +39,14 @@ async def serve_api(
 ) -> None:
     """Serves until `stop` is set. `started` is called with the address, "host:port"."""
     keys = load_keys(settings)
-    async with (
-        connect_bus(settings) as bus,
-        Fetcher(
-            OutboundPolicy.parse(settings.outbound_allow),
-            timeout_seconds=settings.outbound_timeout_seconds,
-            max_bytes=settings.max_image_bytes,
-        ) as fetcher,
-    ):
-        await serve(settings, bus, fetcher.fetch, keys, stop, started)
+    fetch = partial(
+        fetch_image,
+        policy=OutboundPolicy.parse(settings.outbound_allow),
+        limits=image_limits(settings),
+        timeout_seconds=settings.outbound_timeout_seconds,
+    )
+    async with connect_bus(settings) as bus:
+        await serve(settings, bus, fetch, keys, stop, started)
 
 
 async def serve(

@@ -11,10 +11,10 @@ import structlog
 
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.engine.base import Engine
-from img2img_server.engine.load import load_engine
+from img2img_server.engine.model_spec import ModelError
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.nsfw import NsfwChecker
-from img2img_server.settings import Settings
+from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobStore
 from img2img_server.store.blobs_s3 import S3BlobStore
 from img2img_server.telemetry import probe_server
@@ -28,6 +28,8 @@ async def serve_worker(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
     """Works until `stop` is set. `started` is called with the worker's name once it is warm."""
+    from img2img_server.engine.load import load_engine  # imports torch: seconds
+
     ready = False
     async with (
         probe_server(settings, lambda: ready and not stop.is_set()) as probes,
@@ -35,9 +37,12 @@ async def serve_worker(
     ):
         blobs = S3BlobStore(settings)
         safety = NsfwChecker()
-        engine, _, _ = await asyncio.gather(
-            asyncio.to_thread(load_engine, settings), blobs.prepare(), safety.warm_up()
-        )
+        try:
+            engine, _, _ = await asyncio.gather(
+                asyncio.to_thread(load_engine, settings), blobs.prepare(), safety.warm_up()
+            )
+        except ModelError as error:
+            raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
         try:
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
             log.info("worker is warm", worker=name, device=engine.device, probes=probes)

@@ -65,20 +65,25 @@ class Worker:
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             for delivery in taken:
-                tasks.create_task(self._run(delivery))
+                if run := self._take(delivery):
+                    tasks.create_task(self._run(run))
 
-    async def _run(self, delivery: Delivery) -> None:
+    def _take(self, delivery: Delivery) -> JobRun | None:
+        """Counts the job in at once; None when it is here already and goes on."""
         job_id = delivery.job.job_id
         if earlier := self._runs.get(job_id):
             earlier.adopt(delivery)
-            return
+            return None
         run = self._runs[job_id] = JobRun(self._parts, delivery)
         JOBS_RUNNING.set(len(self._runs))
+        return run
+
+    async def _run(self, run: JobRun) -> None:
         try:
-            with structlog.contextvars.bound_contextvars(job=job_id):
+            with structlog.contextvars.bound_contextvars(job=run.job_id):
                 await run.run()
         finally:
-            del self._runs[job_id]
+            del self._runs[run.job_id]
             JOBS_RUNNING.set(len(self._runs))
             self._changed.set()
 

@@ -1,0 +1,289 @@
+"""What a worker does when things go wrong around it: nothing is lost, nothing is done twice."""
+
+import asyncio
+import base64
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from img2img.v1 import job_pb2
+from img2img_server.bus import Bus, memory_bus
+from img2img_server.domain.events import Started, Succeeded
+from img2img_server.domain.job import advance
+from img2img_server.domain.params import Lane
+from img2img_server.engine.base import JobError
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.errors import SafetyCheckError, StorageError
+from img2img_server.queue.base import Delivery
+from img2img_server.store.memory import MemoryBlobStore
+from tests.stack import kinds, running_api, running_worker, settings, spec
+
+PNG = job_pb2.IMAGE_FORMAT_PNG
+
+
+async def until(call: Any, kind: str) -> list[Any]:
+    """Reads a stream up to the first event of that kind."""
+    messages = []
+    async for message in call:
+        messages.append(message)
+        if message.event.WhichOneof("event") == kind:
+            return messages
+    raise AssertionError(f"no {kind} in {kinds(messages)}")
+
+
+async def test_a_killed_workers_job_is_finished_by_another_with_the_same_picture() -> None:
+    bus = memory_bus(ack_wait_seconds=0.3)
+    request = spec(strength=1.0, output_format=PNG)
+    async with running_api(bus) as api:
+        async with running_worker(bus, name="calm"):
+            undisturbed = await until(api.generate(request), "succeeded")
+        async with running_worker(bus, FakeEngine(hold_after=2), name="doomed") as doomed:
+            call = api.generate(request)
+            messages = await until(call, "step")
+            doomed.task.cancel()  # no ack, no nak, no farewell
+            await asyncio.gather(doomed.task, return_exceptions=True)
+            async with running_worker(bus, name="heir"):
+                messages += [m async for m in call]
+    starts = [m.event.started for m in messages if m.event.HasField("started")]
+    assert [(it.worker, it.attempt) for it in starts] == [("doomed", 1), ("heir", 2)]
+    numbers = [m.event.sequence for m in messages]
+    assert numbers == list(range(len(numbers)))
+    job = messages[-1].event.succeeded.job
+    assert job.samples[0].sha256 == undisturbed[-1].event.succeeded.job.samples[0].sha256
+
+
+class SilentDelivery:
+    """A delivery whose signs of life do not arrive."""
+
+    def __init__(self, inner: Delivery) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def in_progress(self) -> None: ...
+
+
+class SilentQueue:
+    """The queue as a worker sees it whose signs of life do not arrive."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def pull(self, *arguments: Any) -> list[Any]:
+        return [SilentDelivery(delivery) for delivery in await self._inner.pull(*arguments)]
+
+
+async def test_a_worker_that_came_back_from_the_dead_cannot_write_any_more() -> None:
+    bus = memory_bus(ack_wait_seconds=0.3)
+    silent = dataclasses.replace(bus, queue=SilentQueue(bus.queue))
+    frozen = FakeEngine(hold_after=1, capacity_rows=1)
+    async with running_api(bus) as api, running_worker(silent, frozen, name="frozen") as first:
+        call = api.generate(spec(strength=1.0))
+        messages = await until(call, "step")
+        async with running_worker(bus, name="heir"):
+            messages += [m async for m in call]
+        frozen.release()  # it goes on as if nothing had happened
+        await first.drained()
+        job_id = int(messages[0].event.job.split("/")[1])
+        last = (await bus.events.open(job_id)).sequence
+    assert kinds(messages).count("succeeded") == 1
+    assert messages[-1].event.sequence == last  # nothing was written after the end
+    assert messages[-1].event.succeeded.job.worker == "heir"
+
+
+async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_letters() -> None:
+    bus = memory_bus(ack_wait_seconds=0.1)
+    async with running_worker(bus):
+        pass
+    async with running_api(bus) as api:
+        job = await api.create(spec())
+        for _ in range(2):
+            delivery = await take(bus)
+            assert delivery is not None  # and the taker dies at once
+            await asyncio.sleep(0.15)  # the bus notices after its ack_wait
+        async with running_worker(bus, config=settings(max_attempts=2)):
+            messages = [m async for m in api.watch(job.name)]
+    error = messages[-1].event.failed.job.error
+    assert (error.reason, error.message) == ("ATTEMPTS_EXHAUSTED", "given up after 2 attempts")
+    assert [(job.job_id, reason) for job, reason in bus.queue.dead] == [  # type: ignore[attr-defined]
+        (job.id, "ATTEMPTS_EXHAUSTED")
+    ]
+
+
+async def eventually(reached: Callable[[], Awaitable[bool]]) -> None:
+    """Returns when it is true; for what nobody announces."""
+    async with asyncio.timeout(10):
+        while not await reached():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def take(bus: Bus) -> Delivery | None:
+    """Takes one message as a worker would."""
+    found = await bus.queue.pull("fake", [Lane.REALTIME], 1, 1.0)
+    return found[0] if found else None
+
+
+async def test_a_writer_that_died_before_its_last_word_gets_it_said_by_the_next_worker() -> None:
+    bus = memory_bus(ack_wait_seconds=0.1)
+    async with running_worker(bus):
+        pass
+    async with running_api(bus) as api:
+        job = await api.create(spec())
+        assert await take(bus) is not None
+        stored = await bus.jobs.get("dev", job.id)
+        assert stored is not None
+        started = Started(worker="doomed", model="fake", attempt=1)
+        record = advance(advance(stored.job, started, time.time()), Succeeded(), time.time())
+        await bus.jobs.update(record, stored.revision)  # and then it died
+        async with running_worker(bus) as worker:
+
+            async def ended() -> bool:
+                return (await bus.events.open(job.id)).ended
+
+            await eventually(ended)
+            await worker.drained()
+        messages = [m async for m in api.watch(job.name)]
+        assert kinds(messages) == ["snapshot", "queued", "succeeded"]
+        await asyncio.sleep(0.15)  # had it not been acked, it would come back now
+        assert await bus.queue.depth("fake", Lane.REALTIME) == 0
+
+
+async def test_a_cancel_request_outlives_the_worker_that_should_have_heard_it() -> None:
+    bus = memory_bus(ack_wait_seconds=0.2)
+    async with running_api(bus) as api:
+        async with running_worker(bus, FakeEngine(hold_after=1)) as doomed:
+            call = api.generate(spec(strength=1.0))
+            messages = await until(call, "step")
+            doomed.task.cancel()
+            await asyncio.gather(doomed.task, return_exceptions=True)
+        await api.cancel(messages[0].event.job)
+        async with running_worker(bus, name="heir"):
+            messages += [m async for m in call]
+    assert kinds(messages)[-1] == "cancelled"
+    assert kinds(messages).count("started") == 1
+
+
+class BrokenBlobStore(MemoryBlobStore):
+    """A store that takes nothing."""
+
+    async def put(self, key: str, data: bytes, media_type: str) -> None:
+        raise StorageError("the object store does not answer")
+
+
+async def test_a_store_that_takes_nothing_fails_the_job_and_says_that_a_retry_may_help() -> None:
+    bus = memory_bus()
+    async with running_worker(bus, blobs=BrokenBlobStore()), running_api(bus) as api:
+        messages = [m async for m in api.generate(spec(samples=2))]
+        error = messages[-1].event.failed.job.error
+        assert (error.reason, error.retryable) == ("STORAGE_UNAVAILABLE", True)
+
+
+class BrokenSafetyChecker:
+    """A checker that cannot run."""
+
+    async def warm_up(self) -> None: ...
+
+    def check(self, pixels: object) -> float:
+        raise SafetyCheckError("the safety model does not load")
+
+
+async def test_a_safety_check_that_cannot_run_fails_the_job_instead_of_being_skipped() -> None:
+    bus = memory_bus()
+    async with running_worker(bus, safety=BrokenSafetyChecker()), running_api(bus) as api:
+        messages = [m async for m in api.generate(spec())]
+        assert messages[-1].event.failed.job.error.reason == "SAFETY_CHECK_UNAVAILABLE"
+        assert "sample_finished" not in kinds(messages)
+        good = [m async for m in api.generate(spec(safety_checker=False))]
+        assert kinds(good)[-1] == "succeeded"
+
+
+class SurprisingEngine(FakeEngine):
+    """An engine that fails with something nobody thought of."""
+
+    def submit(self, job: Any, sink: Any) -> None:
+        sink(JobError(ZeroDivisionError("in /secret/path.py")))
+
+
+async def test_an_unforeseen_error_fails_the_job_without_telling_where() -> None:
+    bus = memory_bus()
+    async with running_worker(bus, SurprisingEngine()), running_api(bus) as api:
+        messages = [m async for m in api.generate(spec())]
+        error = messages[-1].event.failed.job.error
+        assert (error.reason, error.message) == (
+            "ENGINE_FAILED",
+            "the job broke inside the service",
+        )
+
+
+async def test_a_job_whose_record_has_expired_goes_to_the_dead_letters() -> None:
+    bus = memory_bus()
+    async with running_worker(bus):
+        pass
+    async with running_api(bus) as api:
+        job = await api.create(spec())
+        await bus.jobs.delete("dev", job.id)
+        async with running_worker(bus) as worker:
+
+            async def buried() -> bool:
+                return bool(bus.queue.dead)  # type: ignore[attr-defined]
+
+            await eventually(buried)
+            await worker.drained()
+        assert [reason for _, reason in bus.queue.dead] == [  # type: ignore[attr-defined]
+            "its record has expired"
+        ]
+
+
+async def test_realtime_jobs_are_taken_before_batch_jobs() -> None:
+    bus = memory_bus()
+    engine = FakeEngine(hold_after=1, capacity_rows=1)
+    async with running_worker(bus, engine), running_api(bus) as api:
+        await api.create(spec(strength=1.0))  # keeps the worker busy
+        batch = await api.create(spec(lane=job_pb2.LANE_BATCH))
+        realtime = await api.create(spec())
+        engine.release()
+        ends = [
+            (await until(api.watch(job.name), "succeeded"))[-1].event.succeeded.job
+            for job in (batch, realtime)
+        ]
+        starts = [job.start_time.ToNanoseconds() for job in ends]
+        assert starts[1] < starts[0]
+
+
+async def test_a_worker_takes_no_more_than_it_can_run() -> None:
+    bus = memory_bus()
+    async with (
+        running_worker(bus, FakeEngine(hold_after=1, capacity_rows=2)) as worker,
+        running_api(bus) as api,
+    ):
+        jobs = [await api.create(spec(strength=1.0)) for _ in range(4)]
+        for job in jobs[:2]:
+            await until(api.watch(job.name), "step")
+        assert await bus.queue.depth("fake", Lane.REALTIME) == 2
+        waiting = await api.get(jobs[3].name)
+        assert waiting.state == job_pb2.Job.STATE_QUEUED
+        worker.engine.release()
+        for job in jobs:
+            await until(api.watch(job.name), "succeeded")
+
+
+@pytest.mark.parametrize(("temp", "folder"), [(False, "generations"), (True, "temp")])
+async def test_base64_files_are_stored_as_text_under_their_own_name(
+    temp: bool, folder: str
+) -> None:
+    bus, blobs = memory_bus(), MemoryBlobStore()
+    async with running_worker(bus, blobs=blobs), running_api(bus) as api:
+        messages = [m async for m in api.generate(spec(base64=True, temp=temp))]
+        url = messages[-1].event.succeeded.job.samples[0].url
+        key = url.split("/", 3)[3]
+        assert key.startswith(f"{folder}/")
+        assert key.endswith("-0.base64")
+        text = b"".join([chunk async for chunk in blobs.read(key)])
+        assert base64.b64decode(text, validate=True).startswith(b"\x89PNG")
