@@ -33,6 +33,10 @@ class Settings(BaseSettings):
         9090, ge=0, le=65535, description="Port of /metrics, /livez and /readyz of every role."
     )
     api_address: str = Field("127.0.0.1:50051", description="Where the gateway finds the api.")
+    api_ca_file: Path | None = Field(
+        None,
+        description="PEM certificates the gateway trusts when the api has TLS. Empty: no TLS.",
+    )
     public_base_url: str = Field(
         "",
         description="Base of the links in answers. Empty: scheme and host of the HTTP request; "

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
-import secrets
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ ENTERPRISE = "/api/v1/enterprise/realtime"
 V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
 _ID = re.compile(r"[0-9]{1,12}", re.ASCII)
-_SALT = secrets.token_bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +93,6 @@ class Endpoints:
     async def _call(self, request: Request, family: str) -> Call:
         body = await read_json(request) if request.method == "POST" else {}
         key = find_key(request, body)
-        request.state.caller = hashlib.blake2s(key.encode(errors="replace"), key=_SALT).hexdigest()[
-            :8
-        ]
         return Call(body, key, link_base(request, self._settings.public_base_url), family)
 
     async def _fetch(self, call: Call, job_id: str) -> JSONResponse:

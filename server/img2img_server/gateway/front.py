@@ -28,6 +28,7 @@ SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 _KNOWN_METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
+_PROBES = ("/healthz", "/readyz")  # asked every few seconds
 log = structlog.get_logger()
 
 
@@ -130,7 +131,8 @@ class Recorded:
         REQUESTS.labels(path, method, code).inc()
         SECONDS.labels(path).observe(seconds)
         caller = scope.get("state", {}).get("caller", "")
-        log.info(
+        write = log.debug if path in _PROBES else log.info
+        write(
             "http request",
             route=path,
             method=method,

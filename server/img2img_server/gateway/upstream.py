@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from img2img.v1 import event_pb2, job_pb2, service_pb2, service_pb2_grpc
 from img2img_server.gateway.refusals import Case, RefusedError, refusal
-from img2img_server.settings import Settings
+from img2img_server.settings import Settings, SettingsError
 
 SERVICE = "img2img.v1.Img2ImgService"
 LINK_BASE = "img2img-link-base"  # metadata: where the links of a new job shall point to
@@ -39,16 +39,25 @@ _SERVICE_CONFIG = {
 
 
 def connect(settings: Settings) -> grpc.aio.Channel:
-    """A channel to the api role; it connects when it is used and again after a loss."""
-    return grpc.aio.insecure_channel(
-        settings.api_address,
-        options=[
-            ("grpc.max_send_message_length", settings.max_message_bytes),
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ],
-    )
+    """A channel to the api role; it connects when it is used and again after a loss.
+
+    Raises:
+        SettingsError: api_ca_file cannot be read.
+    """
+    options = [
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    ]
+    if settings.api_ca_file is None:
+        return grpc.aio.insecure_channel(settings.api_address, options=options)
+    try:
+        trusted = settings.api_ca_file.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"api_ca_file {settings.api_ca_file}: {error.strerror}") from error
+    credentials = grpc.ssl_channel_credentials(root_certificates=trusted)
+    return grpc.aio.secure_channel(settings.api_address, credentials, options=options)
 
 
 class Upstream:
