@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -26,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 FOLDER = ROOT / "demo"
 LOG = FOLDER / "server.log"
-READY = b"ready"  # the server says on standard output that it may be used; logs go elsewhere
+# What the server says on standard output once it may be used (its logs go elsewhere):
+# img2img is ready: gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8080 (docs at ...), API key dev-key
+READY = re.compile(rb"ready: gRPC (?P<address>[^\s,]+)")
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 TAIL_LINES = 15
@@ -67,8 +70,8 @@ async def running(
             await process.wait()
 
 
-async def until_ready(server: Process, log: IO[bytes]) -> None:
-    """Returns when the server may be used.
+async def until_ready(server: Process, log: IO[bytes]) -> str:
+    """Returns the server's address when it may be used.
 
     Raises:
         DemoError: it ended, or it took longer than START_SECONDS.
@@ -78,8 +81,8 @@ async def until_ready(server: Process, log: IO[bytes]) -> None:
         async with asyncio.timeout(START_SECONDS):
             async for line in server.stdout:
                 log.write(line)
-                if READY in line:
-                    return
+                if ready := READY.search(line):
+                    return ready["address"].decode()
     except TimeoutError:
         raise DemoError(f"the server was not ready in {START_SECONDS:.0f} s.") from None
     raise DemoError(f"the server ended with status {await server.wait()}.")
@@ -93,9 +96,8 @@ async def until_ended(server: Process, log: IO[bytes]) -> None:
     raise DemoError(f"the server ended with status {await server.wait()}.")
 
 
-async def generate() -> int:
+async def generate(address: str) -> int:
     """Runs the client on this terminal, returns its exit status."""
-    address = f"127.0.0.1:{os.environ.get('IMG2IMG_GRPC_PORT', '50051')}"
     command = ["img2img", "generate", "--server", address, "--api-key", "dev-key"]
     command += ["--prompt", "an oil painting of a cat", "--init-image", "examples/cat.jpg"]
     command += ["--strength", "0.7", "--seed", "1", "--output", "demo/output.png"]
@@ -109,9 +111,9 @@ async def demo(log: IO[bytes]) -> None:
     started = time.monotonic()
     command = ("img2img-server", "local")
     async with running(*command, stop=signal.SIGTERM, stdout=PIPE, stderr=log) as server:
-        await until_ready(server, log)
+        address = await until_ready(server, log)
         print(f"Ready after {time.monotonic() - started:.1f} s.", flush=True)
-        making = asyncio.create_task(generate())
+        making = asyncio.create_task(generate(address))
         watching = asyncio.create_task(until_ended(server, log))
         try:
             await asyncio.wait([making, watching], return_when=asyncio.FIRST_COMPLETED)

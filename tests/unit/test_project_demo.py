@@ -22,7 +22,7 @@ SERVER = """\
 trap 'echo stopping >&2; echo yes > "$DEMO/stopped"; kill $!; exit 0' TERM
 echo "not ready yet" >&2
 echo "starting"
-echo "ready: gRPC 127.0.0.1:50051"
+echo "img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080"
 sleep 60 & wait
 """
 CLIENT = """\
@@ -74,11 +74,16 @@ def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> Non
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "The service is stopped. `make serve` keeps it running."
     asked = (stage.root / "client").read_text().split()
-    assert asked[0] == "generate"
+    assert asked[:3] == ["generate", "--server", "127.0.0.1:4321"]
     assert asked[-2:] == ["--output", "demo/output.png"]
     assert (stage.root / "stopped").exists()
     log = (stage.root / "demo/server.log").read_text().splitlines()
-    assert log == ["not ready yet", "starting", "ready: gRPC 127.0.0.1:50051", "stopping"]
+    assert log == [
+        "not ready yet",
+        "starting",
+        "img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080",
+        "stopping",
+    ]
 
 
 def test_the_demo_shows_why_the_server_did_not_start(stage: Stage) -> None:
@@ -93,7 +98,9 @@ def test_the_demo_shows_why_the_server_did_not_start(stage: Stage) -> None:
 
 
 def test_the_demo_says_when_the_server_dies_while_it_works(stage: Stage) -> None:
-    stage.command("img2img-server", "#!/bin/sh\necho ready\nsleep 0.2\nexit 9\n")
+    stage.command(
+        "img2img-server", "#!/bin/sh\necho 'ready: gRPC a:1, HTTP b'\nsleep 0.2\nexit 9\n"
+    )
     stage.command("img2img", "#!/bin/sh\nexec sleep 60\n")
     code, _, err = stage.run()
     assert code == 1
@@ -111,7 +118,7 @@ def test_the_demo_tells_the_status_of_a_client_that_failed(stage: Stage) -> None
         "demo: img2img ended with status 4. The end of demo/server.log:",
         "    not ready yet",
         "    starting",
-        "    ready: gRPC 127.0.0.1:50051",
+        "    img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080",
         "    stopping",
     ]
     assert (stage.root / "stopped").exists()
