@@ -155,7 +155,7 @@ def test_a_picture_is_the_same_alone_and_among_strangers(
         assert all(isinstance(other.all()[-1], JobDone) for other in others)
 
     assert worst(found, alone[case]) <= BOUND
-    assert max(denoiser.slots_seen) == 8, "they did share full batches"
+    assert max(denoiser.slots_seen) >= 6, "they did share batches"
 
 
 @pytest.mark.parametrize("case", [0, 1])

@@ -121,6 +121,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for key in finished:
             del self.expected[key]
 
+    @rule(batch=consumes(batches))
+    def put_back(self, batch: Batch) -> None:
+        keys = [row.key for row in batch.rows]
+        self.scheduler.put_back(key for key in keys if key in self.in_flight)
+        self.in_flight -= set(keys)
+
     @invariant()
     def holds_every_row(self) -> None:
         assert len(self.scheduler) == len(self.expected)

@@ -78,6 +78,10 @@ class Denoiser(Protocol):
         """Forwards a step costs: 2 with guidance, 1 without."""
         ...
 
+    def pictures_at_once(self, height: int, width: int) -> int:
+        """How many pictures of a size to encode or decode together, at least 1."""
+        ...
+
     def schedule(self, name: str, num_inference_steps: int, strength: float) -> Schedule:
         """The sampler's numbers. Raises ValueError when it cannot run so many steps."""
         ...

@@ -21,8 +21,8 @@ from img2img_server.engine.model_spec import ModelError
 from img2img_server.engine.sampler import Schedule
 from img2img_server.errors import EngineError
 
-# Images that pass the autoencoder at once: its full-resolution layers need far more memory than
-# the UNet, and gain nothing from larger batches.
+# What passes the autoencoder at once on a GPU: its full-resolution layers need far more memory
+# than the UNet. A CPU gains nothing from company there, and the first picture would wait.
 _MAX_AUTOENCODER_PIXELS = 4 * 1024 * 1024
 
 
@@ -66,6 +66,9 @@ class DiffusersDenoiser:
         if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
             raise ModelError(f"{source} is not of the Stable Diffusion or SDXL family")
         pipeline.to(device)
+        for part in (pipeline.unet, pipeline.vae):
+            # Measured on a CPU: decoding takes 0.6 of the time; GPUs with tensor cores gain too.
+            part.to(memory_format=torch.channels_last)
         if dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # it overflows in half precision
         return cls(pipeline)
@@ -83,6 +86,11 @@ class DiffusersDenoiser:
     def slots(self, guidance_scale: float) -> int:
         return 2 if guidance_scale > 1 and not self._is_guidance_embedded else 1
 
+    def pictures_at_once(self, height: int, width: int) -> int:
+        if self.device.type == "cpu":
+            return 1
+        return max(1, _MAX_AUTOENCODER_PIXELS // (height * width))
+
     def schedule(self, name: str, num_inference_steps: int, strength: float) -> Schedule:
         return self._schedules.get(name, num_inference_steps, strength)
 
@@ -90,15 +98,12 @@ class DiffusersDenoiser:
         return self._text.encode(texts, [self.slots(text.guidance_scale) for text in texts])
 
     def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
-        found: list[ImageLatents] = []
-        for chunk in _chunks(images, images[0].shape[0] * images[0].shape[1]):
-            pixels = torch.from_numpy(np.stack(chunk)).to(self.device)
-            mean, deviation = self._encode(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1)
-            found += [
-                ImageLatents(mean[i], deviation[i] if deviation is not None else None)
-                for i in range(len(chunk))
-            ]
-        return found
+        pixels = torch.from_numpy(np.stack(images)).to(self.device)
+        mean, deviation = self._encode(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1)
+        return [
+            ImageLatents(mean[i], deviation[i] if deviation is not None else None)
+            for i in range(len(images))
+        ]
 
     def denoise(
         self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
@@ -123,15 +128,12 @@ class DiffusersDenoiser:
         return torch.cat(results)
 
     def decode(self, latents: Tensor) -> list[Pixels]:
-        pictures: list[Pixels] = []
-        for chunk in _chunks(torch.split(latents, 1), latents.shape[2] * latents.shape[3] * 64):
-            scaled = torch.cat(list(chunk)) / self._scale + self._shift
-            images = self._vae.decode(scaled.to(self._vae.dtype), return_dict=False)[0].float()
-            if not bool(torch.isfinite(images).all()):
-                raise EngineError("the model's picture is not made of finite numbers")
-            pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-            pictures += list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-        return pictures
+        scaled = (latents / self._scale + self._shift).to(self._vae.dtype)
+        images = self._vae.decode(scaled, return_dict=False)[0].float()
+        if not bool(torch.isfinite(images).all()):
+            raise EngineError("the model's picture is not made of finite numbers")
+        pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
     def preview(self, latents: Tensor) -> list[Pixels]:
         return list(preview.project(latents, self._projection).cpu().numpy())
@@ -161,8 +163,3 @@ def _latent_scaling(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.zeros((), device=device), scale
     shift = torch.tensor(mean, device=device).reshape(1, -1, 1, 1)
     return shift, scale / torch.tensor(deviation, device=device).reshape(1, -1, 1, 1)
-
-
-def _chunks(items: Sequence[Any], pixels: int) -> list[Sequence[Any]]:
-    size = max(1, _MAX_AUTOENCODER_PIXELS // pixels)
-    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -170,16 +170,21 @@ class DiffusionEngine:
 
     def _run_batch(self, batch: Batch) -> None:
         runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
-        self._encode([run for run in runs.values() if not run.is_prepared])
-        samples = [
-            self._runs[row.job_id].samples[row.sample]
-            for row in batch.rows
-            if row.job_id in self._runs
-        ]
+        new = [run for run in runs.values() if not run.is_prepared]
+        first = batch.rows[0]
+        most = self._denoiser.pictures_at_once(first.height, first.width)
+        # Those that run already do not wait until all new ones are encoded.
+        self._encode(new[:most])
+        late = {run.job.job_id for run in new[most:]}
+        self._scheduler.put_back([row.key for row in batch.rows if row.job_id in late])
+        rows = [row for row in batch.rows if row.job_id in self._runs.keys() - late]
+        samples = [self._runs[row.job_id].samples[row.sample] for row in rows]
         self._step(samples)
-        finished = set(self._scheduler.complete([r.key for r in batch.rows], time.monotonic()))
+        finished = set(self._scheduler.complete([row.key for row in rows], time.monotonic()))
         self._report_steps([sample for sample in samples if self._is_alive(sample)])
-        self._decode([sample for sample in samples if sample.key in finished])
+        done = [sample for sample in samples if sample.key in finished]
+        for start in range(0, len(done), most):
+            self._decode(done[start : start + most])
 
     def _is_alive(self, sample: Sample) -> bool:
         return sample.run.job.job_id in self._runs

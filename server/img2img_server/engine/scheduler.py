@@ -138,6 +138,13 @@ class Scheduler:
         padded = next((size for size in self._ladder if size >= slots), slots)
         return Batch(tuple(entry.row for entry in chosen), padded)
 
+    def put_back(self, keys: Iterable[Key]) -> None:
+        """Takes rows of a batch that did not run after all; they wait as long as they have."""
+        for key in keys:
+            if entry := self._entries.get(key):
+                assert entry.in_flight
+                entry.in_flight = False
+
     def complete(self, keys: Iterable[Key], now: float) -> tuple[Key, ...]:
         """Counts a step of each row; returns those that are finished, and removes them.
 
