@@ -59,6 +59,7 @@ async def test_a_picture_is_served_by_get_and_head(gateway: Gateway) -> None:
         f"a/{PREFIX}-0.png",
         f"{PREFIX}-0.png%00",
         f"{PREFIX}-0.png%0a",
+        "a%0ab",
     ],
 )
 async def test_what_is_not_there_is_an_uncached_plain_404(
@@ -70,6 +71,11 @@ async def test_what_is_not_there_is_an_uncached_plain_404(
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["content-type"].startswith("text/plain")
         assert answer.headers["access-control-allow-origin"] == "*"
+
+
+async def test_a_line_feed_at_the_end_is_not_overlooked(gateway: Gateway) -> None:
+    link = (await gateway.create()).json()["output"][0]
+    assert (await gateway.http.get(f"{link}%0a")).status_code == 404
 
 
 async def test_a_link_to_one_folder_does_not_reach_the_other(gateway: Gateway) -> None:

@@ -15,7 +15,7 @@ from img2img_server.gateway.dialects import Dialect, Legacy, Today
 from img2img_server.gateway.docs import add_docs
 from img2img_server.gateway.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
 from img2img_server.gateway.events import EventStreams
-from img2img_server.gateway.files import Files
+from img2img_server.gateway.files import Files, is_file_path, missing
 from img2img_server.gateway.front import Cors, Recorded, TidyPath
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.refusals import Case, RefusedError
@@ -66,9 +66,11 @@ def _add_refusals(app: FastAPI, dialect: Dialect) -> None:
         return respond(dialect.refused(why))
 
     @app.exception_handler(HTTPException)
-    async def no_route(_: Request, why: Exception) -> JSONResponse:
+    async def no_route(request: Request, why: Exception) -> Response:
         assert isinstance(why, HTTPException)
         if why.status_code != Case.WRONG_METHOD.status:
+            if is_file_path(request.scope["path"]):  # a line feed in it: the route does not match
+                return missing()
             return respond(dialect.refused(RefusedError(Case.NO_ROUTE)))
         allowed = {"Allow": f"{(why.headers or {}).get('Allow', 'GET')}, OPTIONS"}
         return respond(dialect.refused(RefusedError(Case.WRONG_METHOD, headers=allowed)))
@@ -107,12 +109,9 @@ def _add_contract(app: FastAPI, endpoints: Endpoints) -> None:
 def _add_files(app: FastAPI, files: Files) -> None:
     # The rest of the path may hold anything: below these folders every miss is plain text.
     @app.api_route("/generations/{name:path}", methods=["GET", "HEAD"])
-    async def generation(request: Request, name: str) -> Response:
-        return await files.serve(request, "generations", name)
-
     @app.api_route("/temp/{name:path}", methods=["GET", "HEAD"])
-    async def temporary(request: Request, name: str) -> Response:
-        return await files.serve(request, "temp", name)
+    async def file(request: Request) -> Response:
+        return await files.serve(request)
 
 
 def _add_events(app: FastAPI, streams: EventStreams) -> None:

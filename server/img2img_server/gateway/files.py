@@ -14,7 +14,9 @@ from img2img_server.errors import StorageError
 from img2img_server.gateway.refusals import RETRY_SECONDS, Case
 from img2img_server.store.base import BlobStore
 
-_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]{1,2}\.(png|base64)", re.ASCII)
+_FOLDERS = ("generations/", "temp/")
+_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_KEY = re.compile(rf"(generations|temp)/{_UUID}-[0-9]{{1,2}}\.(png|base64)", re.ASCII)
 _MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}
 _READY_SECONDS = 2.0
 _NO_STORE = {"Cache-Control": "no-store"}
@@ -32,19 +34,19 @@ class Files:
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
 
-    async def serve(self, request: Request, folder: str, name: str) -> Response:
+    async def serve(self, request: Request) -> Response:
         """GET and HEAD of one file. A file that is not there (yet) is an uncached 404, never HTML.
 
         Only names of our own making are looked up.
         """
-        if not _NAME.fullmatch(name):
-            return _missing()
-        key = f"{folder}/{name}"
+        key = request.scope["path"].removeprefix("/")
+        if not _KEY.fullmatch(key):
+            return missing()
         try:
             info = await self._blobs.stat(key)
             if info is None:
-                return _missing()
-            media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
+                return missing()
+            media_type = _MEDIA_TYPES[key.rpartition(".")[2]]
             headers = {**_HEADERS, "Content-Length": str(info.size_bytes)}
             if request.method == "HEAD":
                 return Response(headers=headers, media_type=media_type)
@@ -52,7 +54,7 @@ class Files:
             first = await anext(chunks, b"")  # errors come before the first byte of the answer
             return StreamingResponse(_chain(first, chunks), headers=headers, media_type=media_type)
         except KeyError:
-            return _missing()
+            return missing()
         except StorageError as error:
             log.warning("file not served", key=key, error=str(error))
             headers = {**_NO_STORE, "Retry-After": str(RETRY_SECONDS)}
@@ -67,12 +69,11 @@ class Files:
         return [await self._text(link) for link in links]
 
     async def _text(self, link: str) -> str:
-        folder, _, name = link.rpartition("/")
-        folder = folder.rpartition("/")[2]
-        if folder not in ("generations", "temp") or not _NAME.fullmatch(name):
+        key = "/".join(link.rsplit("/", 2)[1:])
+        if not _KEY.fullmatch(key):
             return link
         try:
-            chunks = [chunk async for chunk in self._blobs.read(f"{folder}/{name}")]
+            chunks = [chunk async for chunk in self._blobs.read(key)]
         except KeyError:
             return link
         return b"".join(chunks).decode("ascii")
@@ -95,5 +96,11 @@ async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
         yield chunk
 
 
-def _missing() -> Response:
+def is_file_path(path: str) -> bool:
+    """Whether a path lies where files are."""
+    return path.removeprefix("/").startswith(_FOLDERS)
+
+
+def missing() -> Response:
+    """What a file link answers before the file is there and after it has gone."""
     return PlainTextResponse("Not found\n", 404, _NO_STORE)
