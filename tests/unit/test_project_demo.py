@@ -17,12 +17,13 @@ import pytest
 
 from tests.readme import ROOT
 
+READY = "img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080"
 SERVER = """\
 #!/bin/sh
 trap 'echo stopping >&2; echo yes > "$DEMO/stopped"; kill $!; exit 0' TERM
 echo "not ready yet" >&2
 echo "starting"
-echo "img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080"
+echo READY
 sleep 60 & wait
 """
 CLIENT = """\
@@ -81,7 +82,7 @@ def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> Non
     assert log == [
         "not ready yet",
         "starting",
-        "img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080",
+        READY,
         "stopping",
     ]
 
@@ -98,9 +99,7 @@ def test_the_demo_shows_why_the_server_did_not_start(stage: Stage) -> None:
 
 
 def test_the_demo_says_when_the_server_dies_while_it_works(stage: Stage) -> None:
-    stage.command(
-        "img2img-server", "#!/bin/sh\necho 'ready: gRPC a:1, HTTP b'\nsleep 0.2\nexit 9\n"
-    )
+    stage.command("img2img-server", f"#!/bin/sh\necho '{READY}'\nsleep 0.2\nexit 9\n")
     stage.command("img2img", "#!/bin/sh\nexec sleep 60\n")
     code, _, err = stage.run()
     assert code == 1
@@ -118,7 +117,7 @@ def test_the_demo_tells_the_status_of_a_client_that_failed(stage: Stage) -> None
         "demo: img2img ended with status 4. The end of demo/server.log:",
         "    not ready yet",
         "    starting",
-        "    img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080",
+        f"    {READY}",
         "    stopping",
     ]
     assert (stage.root / "stopped").exists()
