@@ -18,12 +18,12 @@ import pytest
 from tests.readme import ROOT
 
 READY = "img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8080"
-SERVER = """\
+SERVER = f"""\
 #!/bin/sh
 trap 'echo stopping >&2; echo yes > "$DEMO/stopped"; kill $!; exit 0' TERM
 echo "not ready yet" >&2
 echo "starting"
-echo READY
+echo "{READY}"
 sleep 60 & wait
 """
 CLIENT = """\
