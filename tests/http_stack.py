@@ -11,11 +11,13 @@ from typing import Any
 
 import httpx
 
+from img2img_server.engine.fake import FakeEngine
 from img2img_server.gateway.app import create_app
+from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import connect
 from img2img_server.images.base import FetchError
 from img2img_server.store.base import BlobStore
-from tests.stack import Stack, photo, running_stack, settings
+from tests.stack import WAIT_SECONDS, Stack, photo, running_stack, settings
 
 BASE = "http://img.example.com"
 ENTERPRISE = "/api/v1/enterprise/realtime"
@@ -119,3 +121,35 @@ async def running_gateway(
         gateway_before(running, **changes) as gateway,
     ):
         yield gateway
+
+
+@dataclass
+class ServedGateway:
+    """A gateway behind a port."""
+
+    address: str
+    http: httpx.AsyncClient
+    stack: Stack
+    engine: FakeEngine
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def served_gateway() -> AsyncIterator[ServedGateway]:
+    """A gateway on a free port; jobs stop after their first step until the engine is released."""
+    engine = FakeEngine(hold_after=1)
+    async with running_stack(engine, fetch=fetch_photo) as stack:
+        stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+        config = settings(api_address=stack.api.address, http_port=0, drain_seconds=5)
+        task = asyncio.create_task(serve(config, stack.worker.blobs, stop, address.set_result))
+        try:
+            await asyncio.wait({task, address}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            base = f"http://{address.result()}"
+            async with httpx.AsyncClient(base_url=base, timeout=WAIT_SECONDS) as http:
+                yield ServedGateway(address.result(), http, stack, engine, stop, task)
+        finally:
+            stop.set()
+            await task

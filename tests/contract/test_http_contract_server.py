@@ -7,52 +7,21 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
-import httpx
 import pytest
+import trustme
 
-from img2img_server.engine.fake import FakeEngine
+from img2img_server.bus import memory_bus
 from img2img_server.gateway import events as event_streams
 from img2img_server.gateway.server import serve
-from tests.http_stack import ENTERPRISE, body, fetch_photo
-from tests.stack import Stack, running_stack, settings
+from img2img_server.gateway.upstream import Upstream, connect
+from img2img_server.settings import SettingsError
+from tests.http_stack import ENTERPRISE, body, served_gateway
+from tests.stack import Stack, running_api, settings
 
 KEY = {"Authorization": "Bearer dev-key"}
 SECONDS = 20.0
-
-
-@dataclass
-class Served:
-    """A gateway behind a port."""
-
-    address: str
-    http: httpx.AsyncClient
-    stack: Stack
-    engine: FakeEngine
-    stop: asyncio.Event
-    task: asyncio.Task[None]
-
-
-@asynccontextmanager
-async def served() -> AsyncIterator[Served]:
-    """A gateway on a free port; jobs stop after their first step until the engine is released."""
-    engine = FakeEngine(hold_after=1)
-    async with running_stack(engine, fetch=fetch_photo) as stack:
-        stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
-        config = settings(api_address=stack.api.address, http_port=0, drain_seconds=5)
-        task = asyncio.create_task(serve(config, stack.worker.blobs, stop, address.set_result))
-        try:
-            await asyncio.wait({task, address}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-            base = f"http://{address.result()}"
-            async with httpx.AsyncClient(base_url=base, timeout=SECONDS) as http:
-                yield Served(address.result(), http, stack, engine, stop, task)
-        finally:
-            stop.set()
-            await task
 
 
 async def lines_until(lines: AsyncIterator[str], wanted: str) -> list[str]:
@@ -72,7 +41,7 @@ async def accepted(stack: Stack, job_id: int) -> None:
 
 
 async def test_links_point_to_the_port_that_was_called() -> None:
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         gateway.engine.release()
         made = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=body())).json()
         assert made["output"][0].startswith(f"http://{gateway.address}/generations/")
@@ -82,7 +51,7 @@ async def test_links_point_to_the_port_that_was_called() -> None:
 
 
 async def test_events_arrive_while_the_job_runs() -> None:
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         sent = body(instant_response=True)
         job_id = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)).json()["id"]
         async with gateway.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=KEY) as stream:
@@ -94,7 +63,7 @@ async def test_events_arrive_while_the_job_runs() -> None:
 
 async def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_streams, "PING_SECONDS", 0.02)
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         sent = body(instant_response=True)
         job_id = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)).json()["id"]
         async with gateway.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=KEY) as stream:
@@ -102,7 +71,7 @@ async def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_a_client_that_hangs_up_does_not_cancel_its_job() -> None:
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         host, port = gateway.address.split(":")
         sent = json.dumps(body()).encode()
         _, writer = await asyncio.open_connection(host, int(port))
@@ -120,7 +89,7 @@ async def test_a_client_that_hangs_up_does_not_cancel_its_job() -> None:
 
 
 async def test_a_stop_answers_waiting_posts_ends_streams_and_returns() -> None:
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         sent = body(instant_response=True)
         job_id = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)).json()["id"]
         async with gateway.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=KEY) as stream:
@@ -138,14 +107,14 @@ async def test_a_stop_answers_waiting_posts_ends_streams_and_returns() -> None:
 
 
 async def test_a_body_that_is_too_long_is_answered_and_not_cut_off() -> None:
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         answer = await gateway.http.post(f"{ENTERPRISE}/img2img", content=b" " * (40 * 2**20))
         assert (answer.status_code, answer.json()["message"]) == (413, "Request body too large")
         assert (await gateway.http.get("/healthz")).status_code == 200
 
 
 async def test_a_client_that_asks_first_is_told_before_it_sends_too_much() -> None:
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         host, port = gateway.address.split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(
@@ -158,8 +127,28 @@ async def test_a_client_that_asks_first_is_told_before_it_sends_too_much() -> No
         await writer.wait_closed()
 
 
+async def test_the_gateway_talks_tls_to_an_api_that_has_it(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    roots, chain, private = (tmp_path / name for name in ("roots.pem", "chain.pem", "key.pem"))
+    authority.cert_pem.write_to_path(str(roots))
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    certificate.private_key_pem.write_to_path(str(private))
+    config = settings(tls_cert_file=chain, tls_key_file=private)
+    async with running_api(memory_bus(), config) as api:
+        for trusted, trouble in ((roots, ""), (None, "UNAVAILABLE")):
+            trusting = settings(api_address=api.address, api_ca_file=trusted)
+            async with connect(trusting) as channel:
+                assert await Upstream(channel).trouble() == trouble
+
+
+async def test_a_file_of_certificates_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"api_ca_file .*nothing\.pem: No such file"):
+        connect(settings(api_ca_file=tmp_path / "nothing.pem"))
+
+
 async def test_a_taken_port_is_an_error_of_the_start() -> None:
-    async with served() as gateway:
+    async with served_gateway() as gateway:
         port = int(gateway.address.split(":")[1])
         config = settings(api_address=gateway.stack.api.address, http_port=port)
         with pytest.raises(OSError, match="in use"):

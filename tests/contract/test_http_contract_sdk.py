@@ -1,0 +1,103 @@
+"""Section 15 of the HTTP contract: the official Python SDK, unmodified, and a served gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.http_stack import PHOTO_URL, ServedGateway, served_gateway
+
+# The SDK is written for an older pydantic, which says so at every turn.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from modelslab_py.core.apis.realtime import Realtime
+    from modelslab_py.core.client import Client
+    from modelslab_py.schemas.realtime import RealtimeImage2ImageSchema, RealtimeText2ImageSchema
+
+pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method:DeprecationWarning")
+
+
+def realtime(gateway: ServedGateway, *, key: str = "dev-key", enterprise: bool = True) -> Realtime:
+    """The SDK's client, set up as the contract shows, but quicker to give up."""
+    client = Client(api_key=key, fetch_retry=3, fetch_timeout=0)
+    client.base_url = f"http://{gateway.address}/api/"
+    return Realtime(client, enterprise=enterprise)
+
+
+def request(**options: Any) -> RealtimeImage2ImageSchema:
+    return RealtimeImage2ImageSchema(
+        **{"prompt": "a harbour at dusk", "init_image": PHOTO_URL, **options}
+    )
+
+
+async def call(method: Callable[..., Any], *given: Any) -> dict[str, Any]:
+    """The SDK blocks, the gateway lives in this loop: the SDK goes to a thread."""
+    answer: dict[str, Any] = await asyncio.to_thread(method, *given)
+    return answer
+
+
+@pytest.mark.parametrize("enterprise", [True, False], ids=["enterprise", "v6"])
+async def test_image_to_image_waits_for_the_picture(enterprise: bool) -> None:
+    async with served_gateway() as gateway:
+        gateway.engine.release()
+        api = realtime(gateway, enterprise=enterprise)
+        done = await call(api.image_to_image, request(width=256, height=256, samples=2, seed=7))
+        assert (done["status"], len(done["output"]), done["meta"]["seed"]) == ("success", 2, 7)
+
+
+@pytest.mark.parametrize("enterprise", [True, False], ids=["enterprise", "v6"])
+async def test_instant_response_is_fetched_later(enterprise: bool) -> None:
+    async with served_gateway() as gateway:
+        api = realtime(gateway, enterprise=enterprise)
+        job = await call(api.image_to_image, request(instant_response=True))
+        family = "v1/enterprise" if enterprise else "v6"
+        base = f"http://{gateway.address}/api/{family}/realtime"
+        assert (job["status"], job["fetch_result"]) == ("processing", f"{base}/fetch/{job['id']}")
+        assert (await call(api.fetch, str(job["id"])))["status"] == "processing"
+        gateway.engine.release()
+        async for _ in gateway.stack.api.watch(f"jobs/{job['id']}"):
+            pass
+        done = await call(api.fetch, str(job["id"]))
+        assert (done["status"], done["output"]) == ("success", job["future_links"])
+
+
+async def test_the_asynchronous_client_works_too() -> None:
+    async with served_gateway() as gateway:
+        gateway.engine.release()
+        api = realtime(gateway)
+        async with api.client as client:
+            client.fetch_timeout = 20
+            done = await api.async_image_to_image(request())
+            again = await api.async_fetch(str(done["id"]))
+        assert (done["status"], again) == ("success", done)
+
+
+async def test_a_failed_job_is_told() -> None:
+    async with served_gateway() as gateway:
+        api = realtime(gateway)
+        job = await call(api.image_to_image, request(prompt="fail:out of memory"))
+        assert (job["status"], job["message"]) == ("failed", "Processing failed: out of memory")
+        assert await call(api.fetch, str(job["id"])) == job
+
+
+async def test_what_is_refused_raises_with_the_body() -> None:
+    async with served_gateway() as gateway:
+        for api, sent, code, message in (
+            (realtime(gateway, key="wrong"), request(), 401, "Invalid API key"),
+            (realtime(gateway), request(width=257), 400, "width must be divisible by 8"),
+        ):
+            with pytest.raises(Exception, match=f"status code {code}") as caught:
+                await call(api.image_to_image, sent)
+            body = json.loads(str(caught.value).partition(": ")[2])
+            assert body["message"] == message
+
+
+async def test_what_this_service_does_not_do_is_404() -> None:
+    async with served_gateway() as gateway:
+        with pytest.raises(Exception, match="status code 404"):
+            await call(realtime(gateway).text_to_image, RealtimeText2ImageSchema(prompt="x"))
