@@ -84,6 +84,7 @@ class LiveDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._end = self._end or ("-", "dim")  # left before the job's end
+        self._live.transient = not self._job_name  # refused: nothing worth keeping
         self._live.stop()
         log.removeHandler(self._trouble)
 
@@ -95,7 +96,7 @@ class LiveDisplay:
         line.add_row(
             head,
             Text(self._job_name, style="bold"),
-            Text(self._status),
+            Text(self._status, no_wrap=True, overflow="ellipsis"),
             Text(f"{seconds:.1f} s", style="dim"),
         )
         return Group(line, self._bars) if self._tasks else Group(line)
