@@ -7,11 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from img2img_server.domain.params import Limits
+
 Pixels = npt.NDArray[np.uint8]  # height x width x 3, RGB
 
 
 class InvalidImageError(Exception):
     """The init image breaks a rule; the sentence is the one the HTTP contract gives."""
+
+
+def too_large(limits: Limits) -> InvalidImageError:
+    """The error of a picture over the byte limit."""
+    most = limits.max_image_bytes / 2**20
+    return InvalidImageError(f"init_image must not be larger than {most:g} MB")
 
 
 class FetchError(InvalidImageError):

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from img2img_server.domain.params import ImageFormat, Limits
-from img2img_server.images.base import CheckedImage, InvalidImageError, Pixels
+from img2img_server.images.base import CheckedImage, InvalidImageError, Pixels, too_large
 from img2img_server.images.encode import encode_image
 from img2img_server.images.header import Container, Header, HeaderError, read_header
 from img2img_server.images.png_rows import prove_rows
@@ -96,12 +96,6 @@ def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = Fals
     if prepared and (header.width, header.height) != (width, height):
         raise _invalid()
     return _prepare(header, width, height)
-
-
-def too_large(limits: Limits) -> InvalidImageError:
-    """The error of a picture over the byte limit."""
-    most = limits.max_image_bytes / 2**20
-    return InvalidImageError(f"init_image must not be larger than {most:g} MB")
 
 
 def _invalid() -> InvalidImageError:

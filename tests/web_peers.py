@@ -1,0 +1,115 @@
+"""The other side of outbound connections: names, servers, and listeners that must stay silent."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pictures
+from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from img2img_server.domain.params import Limits
+from img2img_server.images.fetch import fetch_image
+from img2img_server.images.outbound import OutboundPolicy
+
+PICTURE = pictures.jpeg()
+# Names under which a test's own server is a host like any other: listed, whatever it has.
+CDN = OutboundPolicy(hosts=frozenset({"files.test", "cdn.test"}))
+
+
+class Names(AbstractResolver):
+    """Answers from a table, one answer a question and the last one for ever; counts questions."""
+
+    def __init__(self, *default: str, **answers: list[list[str]]) -> None:
+        self._default = list(default)
+        self._answers = {name.replace("_", "."): list(lists) for name, lists in answers.items()}
+        self.asked: list[str] = []
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        self.asked.append(host)
+        answers = self._answers.get(host, [self._default])
+        addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        if not addresses:
+            raise OSError("no such name")
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in addresses
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+class Listener:
+    """Counts who connects to any address of this machine."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.port = 0
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\nsecret")
+        with suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def listening(host: str | None = None, port: int = 0) -> AsyncIterator[Listener]:
+    """A listener on one address, or on all of them, IPv6 too where there is IPv6."""
+    listener = Listener()
+    server = await asyncio.start_server(listener.accept, host or "0.0.0.0", port)
+    listener.port = server.sockets[0].getsockname()[1]
+    servers = [server]
+    if host is None:
+        with suppress(OSError):
+            servers.append(await asyncio.start_server(listener.accept, "::", listener.port))
+    try:
+        yield listener
+    finally:
+        for each in servers:
+            each.close()
+            await each.wait_closed()
+
+
+@asynccontextmanager
+async def serving(*routes: web.RouteDef) -> AsyncIterator[int]:
+    """An HTTP server on 127.0.0.1; gives its port."""
+    app = web.Application()
+    app.add_routes(routes)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def picture(request: web.Request) -> web.Response:
+    return web.Response(body=PICTURE, content_type="image/jpeg")
+
+
+def redirect(location: str, status: int = 302) -> Callable[[web.Request], web.Response]:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"Location": location})
+
+    return answer
+
+
+async def fetch(url: str, policy: OutboundPolicy, names: AbstractResolver, **more: object) -> bytes:
+    return await fetch_image(url, policy=policy, resolver=names, limits=Limits(), **more)
