@@ -1,0 +1,141 @@
+"""The engine against the stock pipeline of diffusers under the same mixed load.
+
+Compared on one model and device: (a) the stock pipeline, one request at a time; (b) the stock
+pipeline in batches of what may share a call; (d) this engine. Load 1.0 is what (a) can just serve;
+`burst` has all requests arrive at once.
+
+    python -m benchmarks.engine [--model DIR] [--requests 30] [--loads 0.5 0.9] [--sides 256 320]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine_load import requests, summary
+from benchmarks.engine_servers import EngineServer, StockServer
+from img2img_server.engine.load import choose_device, choose_dtype
+from img2img_server.engine.model_spec import read_model_spec
+
+COLUMNS = {
+    "throughput": "pictures/s",
+    "median": "median s",
+    "p95": "p95 s",
+    "p99": "p99 s",
+    "short_median": "short: median s",
+    "short_p95": "short: p95 s",
+    "first_look_median": "first look s",
+    "busy_share": "busy",
+}
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole report."""
+    spec = read_model_spec(arguments.model)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype, device)
+    ours = EngineServer(spec, device, dtype, arguments.rows)
+    servers: dict[str, StockServer | EngineServer] = {
+        "(a) stock, one at a time": StockServer(spec.source, device, dtype, 1),
+        "(b) stock, static batches": StockServer(spec.source, device, dtype, arguments.rows),
+        "(d) this engine": ours,
+    }
+    for server in servers.values():
+        server.serve(requests(4, None, arguments.sides, seed=99))  # warm up
+    service_seconds = _service_seconds(servers["(a) stock, one at a time"], arguments)
+    loads: dict[str, float | None] = {
+        **{f"load {load:g}": load / service_seconds for load in arguments.loads},
+        "burst": None,
+    }
+    results: dict[str, dict[str, Any]] = {}
+    for name, rate in loads.items():
+        load = requests(arguments.requests, rate, arguments.sides)
+        results[name] = {}
+        for label, server in servers.items():
+            outcomes, busy = server.serve(load)
+            results[name][label] = summary(outcomes, busy)
+            print(name, label, results[name][label], flush=True)
+    ours.stop()
+    return {
+        "what": "mixed load: strength 0.3 to 0.9, 4 to 30 steps, half of it guided",
+        "model": spec.name,
+        "requests": arguments.requests,
+        "sides": arguments.sides,
+        "rows": arguments.rows,
+        "service_seconds": round(service_seconds, 3),
+        "hardware": _hardware(device, dtype),
+        "results": results,
+    }
+
+
+def _service_seconds(server: StockServer | EngineServer, arguments: argparse.Namespace) -> float:
+    """What (a) needs for a request on average, nothing waiting."""
+    began = time.perf_counter()
+    count = max(10, arguments.requests // 2)
+    server.serve(requests(count, None, arguments.sides))
+    return (time.perf_counter() - began) / count
+
+
+def _hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+    return {
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "torch threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as tables for people."""
+    lines = [f"Model {report['model']}, {report['requests']} requests, {report['what']}; "]
+    lines[0] += f"sides {report['sides']}, at most {report['rows']} rows. "
+    lines[0] += ", ".join(f"{key}: {value}" for key, value in report["hardware"].items())
+    for load, systems in report["results"].items():
+        lines += ["", f"**{load}**", "", "| | " + " | ".join(COLUMNS.values()) + " |"]
+        lines.append("|---|" + "---|" * len(COLUMNS))
+        for label, values in systems.items():
+            lines.append(f"| {label} | " + " | ".join(str(values[key]) for key in COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs, prints the tables, writes JSON and Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--requests", type=int, default=30)
+    parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.9])
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 320])
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    report = measure(arguments)
+    print(markdown(report))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
