@@ -15,18 +15,8 @@ from google.rpc import error_details_pb2
 
 from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_client.cli import main
-from tests.fake_service import (
-    NAME,
-    Break,
-    FakeService,
-    Refusal,
-    State,
-    ending,
-    events,
-    job,
-    last,
-    serving,
-)
+from tests.fake_job import NAME, State, ending, events, job
+from tests.fake_service import Break, FakeService, Refusal, last, serving
 from tests.golden_file import assert_golden
 
 WISH = ("generate", "--prompt", "p", "--init-image", "photo.jpg")

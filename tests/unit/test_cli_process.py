@@ -18,7 +18,8 @@ import grpc
 import pytest
 
 from img2img.v1 import service_pb2
-from tests.fake_service import NAME, Break, FakeService, Refusal, events, serving
+from tests.fake_job import NAME, events
+from tests.fake_service import Break, FakeService, Refusal, serving
 
 COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")

@@ -18,19 +18,8 @@ from google.rpc import error_details_pb2
 import img2img_client as api
 from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_client import AsyncClient, Client, Retry
-from tests.fake_service import (
-    NAME,
-    STOPPING,
-    Break,
-    FakeService,
-    Refusal,
-    State,
-    ending,
-    events,
-    job,
-    last,
-    serving,
-)
+from tests.fake_job import NAME, State, ending, events, job
+from tests.fake_service import STOPPING, Break, FakeService, Refusal, last, serving
 
 RETRY = Retry(first_delay_seconds=0.001, longest_delay_seconds=0.01, connect_seconds=2.0)
 Run = Callable[[FakeService, Callable[[Any], Any]], Any]

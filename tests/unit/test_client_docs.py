@@ -11,7 +11,8 @@ import pytest
 import img2img_client
 from img2img_client import errors
 from img2img_client.cli import main
-from tests.fake_service import FakeService, events, serving
+from tests.fake_job import events
+from tests.fake_service import FakeService, serving
 from tests.readme import ROOT, blocks
 
 PAGE = ROOT / "docs/client.md"

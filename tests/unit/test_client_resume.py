@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from img2img.v1 import service_pb2
 from img2img_client.errors import QueueFullError, UnavailableError
 from img2img_client.resume import Backoff, Follow, Retry
-from tests.fake_service import NAME, events
+from tests.fake_job import NAME, events
 
 LOG = events(samples=2)
 LOST = UnavailableError("lost", code="UNAVAILABLE")

@@ -13,7 +13,7 @@ from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_client import convert, events, request, resources
 from img2img_client.errors import InvalidRequestError, Violation
 from img2img_client.request import Options, job_spec
-from tests.fake_service import NAME, State, job
+from tests.fake_job import NAME, State, job
 
 PAIRS = [
     (resources.Job, job_pb2.Job),
