@@ -1,0 +1,1 @@
+"""Is a finished picture safe for work?"""
