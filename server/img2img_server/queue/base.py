@@ -67,6 +67,8 @@ class JobQueue(Protocol):
     async def put(self, job: QueuedJob) -> int:
         """Queues the job, returns its place: a growing number above 0.
 
+        A job id is queued once: putting it again within 20 s returns the place it got.
+
         Raises:
             QueueFullError: the tenant has its limit of unfinished jobs.
             UnavailableError: the bus is down.
@@ -78,7 +80,10 @@ class JobQueue(Protocol):
         ...
 
     async def position(self, model: str, lane: Lane, sequence: int) -> int:
-        """Jobs of that lane not yet taken that lie before `sequence`; -1 when unknown."""
+        """Jobs of that lane not yet taken that lie before `sequence`; -1 when unknown.
+
+        An upper bound where several lanes and models share the queue.
+        """
         ...
 
     async def depth(self, model: str, lane: Lane) -> int:

@@ -58,6 +58,7 @@ class MemoryJobQueue:
         self._limit = limit
         self._ack_wait_seconds = ack_wait_seconds
         self._messages: dict[int, _Message] = {}
+        self._known: dict[int, int] = {}  # sequence by job id: a job put twice is queued once
         self._sequences = itertools.count(1)
         self._delivered: dict[tuple[str, Lane], int] = {}
         self._bell = _Bell()
@@ -68,6 +69,8 @@ class MemoryJobQueue:
         return self._ack_wait_seconds
 
     async def put(self, job: QueuedJob) -> int:
+        if job.job_id in self._known:
+            return self._known[job.job_id]
         mine = [
             message
             for message in self._messages.values()
@@ -76,7 +79,7 @@ class MemoryJobQueue:
         ]
         if len(mine) >= self._limit:
             raise QueueFullError(self._limit)
-        sequence = next(self._sequences)
+        sequence = self._known[job.job_id] = next(self._sequences)
         self._messages[sequence] = _Message(sequence, job)
         self._bell.ring()
         return sequence

@@ -1,0 +1,167 @@
+"""Files by key, in memory and in a real bucket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import pytest
+from minio import Minio
+from minio.commonconfig import ENABLED, Filter
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+
+from img2img_server.errors import StorageError
+from img2img_server.settings import Settings
+from img2img_server.store.base import BlobInfo, BlobStore
+from img2img_server.store.blobs_s3 import connect_blobs
+
+KEY = "generations/5f0c2a6e-0.png"
+
+
+async def content(blobs: BlobStore, key: str) -> bytes:
+    return b"".join([chunk async for chunk in blobs.read(key)])
+
+
+@pytest.mark.parametrize("size", [0, 1, 64 * 1024, 1_000_003])
+async def test_a_file_comes_back_as_it_was_put(blobs: BlobStore, size: int) -> None:
+    data = os.urandom(size)
+    await blobs.put(KEY, data, "image/png")
+    assert await blobs.stat(KEY) == BlobInfo(key=KEY, size_bytes=size, media_type="image/png")
+    assert await content(blobs, KEY) == data
+
+
+async def test_a_large_file_comes_in_chunks(blobs: BlobStore) -> None:
+    await blobs.put(KEY, bytes(200_000), "image/png")
+    sizes = [len(chunk) async for chunk in blobs.read(KEY)]
+    assert sum(sizes) == 200_000
+    assert max(sizes) <= 64 * 1024
+
+
+async def test_a_file_that_was_never_put_is_not_there(blobs: BlobStore) -> None:
+    assert await blobs.stat(KEY) is None
+    with pytest.raises(KeyError):
+        await content(blobs, KEY)
+
+
+async def test_a_file_put_again_is_replaced(blobs: BlobStore) -> None:
+    await blobs.put(KEY, b"first, and longer", "image/png")
+    await blobs.put(KEY, b"second", "text/plain")
+    assert await blobs.stat(KEY) == BlobInfo(key=KEY, size_bytes=6, media_type="text/plain")
+    assert await content(blobs, KEY) == b"second"
+
+
+async def test_a_file_is_seen_whole_or_not_at_all(blobs: BlobStore) -> None:
+    data = os.urandom(2_000_000)
+    putting = asyncio.create_task(blobs.put(KEY, data, "image/png"))
+    seen = set()
+    while not putting.done():
+        info = await blobs.stat(KEY)
+        seen.add(info.size_bytes if info else None)
+        await asyncio.sleep(0)  # in memory nothing else gives the put its turn
+    await putting
+    assert seen <= {None, len(data)}
+    assert await content(blobs, KEY) == data
+
+
+async def test_a_deleted_file_is_gone(blobs: BlobStore) -> None:
+    await blobs.put(KEY, b"x", "image/png")
+    await blobs.delete(KEY)
+    await blobs.delete(KEY)
+    assert await blobs.stat(KEY) is None
+
+
+async def test_without_a_bucket_nothing_is_stored(unprepared_blobs: BlobStore) -> None:
+    assert await unprepared_blobs.stat(KEY) is None
+    with pytest.raises(StorageError):
+        await unprepared_blobs.put(KEY, b"x", "image/png")
+
+
+async def test_preparing_again_changes_nothing(blobs: BlobStore) -> None:
+    await blobs.put(KEY, b"x", "image/png")
+    await blobs.prepare()
+    assert await content(blobs, KEY) == b"x"
+
+
+def minio(settings: Settings) -> Minio:
+    return Minio(
+        settings.s3_endpoint_url.removeprefix("http://"),
+        access_key=settings.s3_access_key.get_secret_value(),
+        secret_key=settings.s3_secret_key.get_secret_value(),
+        secure=False,
+    )
+
+
+def rules(client: Minio, bucket: str) -> list[tuple[str | None, str | None, int | None]]:
+    config = client.get_bucket_lifecycle(bucket)
+    assert config is not None
+    return sorted(
+        (
+            rule.rule_id,
+            rule.rule_filter.prefix if rule.rule_filter else None,
+            rule.expiration.days if rule.expiration else None,
+        )
+        for rule in config.rules
+    )
+
+
+async def test_the_bucket_expires_our_files_and_keeps_the_rules_of_others(
+    engine_settings: Callable[..., Settings],
+) -> None:
+
+    settings = engine_settings(retention_hours=25)
+    client = minio(settings)
+    foreign = Rule(ENABLED, Filter(prefix="logs/"), "operator", expiration=Expiration(days=90))
+    client.make_bucket(settings.s3_bucket)
+    client.set_bucket_lifecycle(settings.s3_bucket, LifecycleConfig([foreign]))
+    async with connect_blobs(settings) as store:
+        await store.prepare()
+        await store.prepare()
+    assert rules(client, settings.s3_bucket) == [
+        ("img2img-generations", "generations/", 2),
+        ("img2img-temp", "temp/", 2),
+        ("operator", "logs/", 90),
+    ]
+
+
+async def test_the_file_says_how_it_may_be_cached(
+    engine_settings: Callable[..., Settings],
+) -> None:
+    settings = engine_settings()
+    async with connect_blobs(settings) as store:
+        await store.prepare()
+        await store.put(KEY, b"x", "image/png")
+    headers = minio(settings).stat_object(settings.s3_bucket, KEY).metadata
+    assert headers is not None
+    assert headers["Cache-Control"] == "private, max-age=86400, immutable"
+
+
+async def test_a_store_that_is_down_is_tried_three_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+
+    async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        writer.close()
+
+    monkeypatch.setattr("img2img_server.store.blobs_s3.FIRST_PAUSE_SECONDS", 0.01)
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        settings = Settings(
+            s3_endpoint_url=f"http://{host}:{port}", s3_access_key="a", s3_secret_key="b" * 8
+        )
+        async with connect_blobs(settings) as store:
+            with pytest.raises(StorageError, match="cannot be reached"):
+                await store.put(KEY, b"x", "image/png")
+    assert calls == 3
+
+
+async def test_wrong_credentials_are_refused_at_once(
+    engine_settings: Callable[..., Settings],
+) -> None:
+    settings = engine_settings(s3_secret_key="wrong-wrong-wrong")
+    async with connect_blobs(settings) as store:
+        with pytest.raises(StorageError, match="SignatureDoesNotMatch"):
+            await store.put(KEY, b"x", "image/png")

@@ -1,0 +1,188 @@
+"""Job records, idempotency keys, workers and models, in memory and on JetStream."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from fixtures_engines import OpenBus
+
+from img2img_server.bus import Bus
+from img2img_server.domain.job import (
+    FIRST_JOB_ID,
+    Determinism,
+    Job,
+    JobFailure,
+    SampleResult,
+    State,
+    Timings,
+)
+from img2img_server.domain.models import ModelInfo, WorkerInfo
+from img2img_server.domain.params import ImageFormat, JobParams, Lane
+from img2img_server.store.base import ConflictError, Stored
+
+TENANT = "acme"
+
+
+def a_job(job_id: int = FIRST_JOB_ID, tenant: str = TENANT) -> Job:
+    return Job(
+        id=job_id,
+        tenant=tenant,
+        params=JobParams(prompt="ein Leuchtturm bei Nacht, 灯台", seed=7),
+        file_prefix="5f0c",
+        future_urls=("https://pictures.example/5f0c-0.png",),
+        create_time=1_700_000_000.25,
+    )
+
+
+def a_full_job() -> Job:
+    return replace(
+        a_job(),
+        params=JobParams(
+            prompt="p",
+            num_inference_steps=4,
+            guidance_scale=1.5,
+            output_format=ImageFormat.WEBP,
+            lane=Lane.BATCH,
+        ),
+        state=State.FAILED,
+        samples=(SampleResult(index=0, seed=7, url="u", sha256="00", size_bytes=3, nsfw=True),),
+        failure=JobFailure(reason="OUT_OF_MEMORY", message="too large", retryable=True),
+        timings=Timings(queue=0.5, steps=3),
+        determinism=Determinism.EXACT,
+        cancel_requested=True,
+        queue_sequence=12,
+    )
+
+
+def a_worker(name: str, model: str = "atelier") -> WorkerInfo:
+    info = ModelInfo(
+        name=model,
+        family="sd15",
+        schedulers=("euler", "ddim"),
+        default_num_inference_steps=20,
+        default_guidance_scale=7.5,
+    )
+    return WorkerInfo(name=name, model=info, device="cpu", capacity_rows=4, job_seconds=1.5)
+
+
+async def test_ids_grow_and_are_never_drawn_twice(open_bus: OpenBus) -> None:
+    async with open_bus() as bus:
+        first = [await bus.jobs.next_id() for _ in range(3)]
+    async with open_bus() as bus:
+        at_once = await asyncio.gather(*(bus.jobs.next_id() for _ in range(5)))
+    assert first + sorted(at_once) == list(range(FIRST_JOB_ID, FIRST_JOB_ID + 8))
+
+
+async def test_a_record_comes_back_as_it_was_stored(bus: Bus) -> None:
+    revision = await bus.jobs.create(a_full_job())
+    assert await bus.jobs.get(TENANT, FIRST_JOB_ID) == Stored(a_full_job(), revision)
+
+
+async def test_there_is_no_record_of_another_tenant_or_id(bus: Bus) -> None:
+    await bus.jobs.create(a_job())
+    assert await bus.jobs.get("other", FIRST_JOB_ID) is None
+    assert await bus.jobs.get(TENANT, FIRST_JOB_ID + 1) is None
+
+
+async def test_a_record_is_created_once(bus: Bus) -> None:
+    await bus.jobs.create(a_job())
+    with pytest.raises(ConflictError):
+        await bus.jobs.create(a_full_job())
+    stored = await bus.jobs.get(TENANT, FIRST_JOB_ID)
+    assert stored is not None
+    assert stored.job == a_job()
+
+
+async def test_an_update_replaces_the_revision_it_read(bus: Bus) -> None:
+    first = await bus.jobs.create(a_job())
+    second = await bus.jobs.update(a_full_job(), first)
+    assert second > first
+    assert await bus.jobs.get(TENANT, FIRST_JOB_ID) == Stored(a_full_job(), second)
+
+
+async def test_an_update_of_an_older_revision_is_refused(bus: Bus) -> None:
+    first = await bus.jobs.create(a_job())
+    second = await bus.jobs.update(replace(a_job(), attempt=1), first)
+    with pytest.raises(ConflictError):
+        await bus.jobs.update(a_full_job(), first)
+    stored = Stored(replace(a_job(), attempt=1), second)
+    assert await bus.jobs.get(TENANT, FIRST_JOB_ID) == stored
+
+
+async def test_one_of_many_updates_at_once_wins(open_bus: OpenBus) -> None:
+    async with open_bus() as one, open_bus() as two:
+        revision = await one.jobs.create(a_job())
+        updates = [
+            bus.jobs.update(replace(a_job(), attempt=attempt), revision)
+            for attempt, bus in enumerate((one, two, one, two), start=1)
+        ]
+        results = await asyncio.gather(*updates, return_exceptions=True)
+    assert [isinstance(result, ConflictError) for result in results].count(True) == 3
+
+
+async def test_a_deleted_record_is_gone_and_may_be_created_anew(bus: Bus) -> None:
+    revision = await bus.jobs.create(a_job())
+    await bus.jobs.delete(TENANT, FIRST_JOB_ID)
+    await bus.jobs.delete(TENANT, FIRST_JOB_ID)
+    assert await bus.jobs.get(TENANT, FIRST_JOB_ID) is None
+    assert await bus.jobs.list_ids(TENANT) == []
+    with pytest.raises(ConflictError):
+        await bus.jobs.update(a_job(), revision)
+    await bus.jobs.create(a_job())
+
+
+async def test_a_list_has_the_tenants_own_ids_newest_first(bus: Bus) -> None:
+    for job_id in (99, 10_000_002, 10_000_010, 10_000_001):
+        await bus.jobs.create(a_job(job_id))
+    await bus.jobs.create(a_job(10_000_003, tenant="acme.labs"))
+    await bus.jobs.create(a_job(10_000_004, tenant="*"))
+    assert await bus.jobs.list_ids(TENANT) == [10_000_010, 10_000_002, 10_000_001, 99]
+    assert await bus.jobs.list_ids("*") == [10_000_004]
+    assert await bus.jobs.list_ids("nobody") == []
+
+
+async def test_a_request_id_belongs_to_its_first_job(open_bus: OpenBus) -> None:
+    async with open_bus() as one, open_bus() as two:
+        first = await one.jobs.claim_request(TENANT, "order 7/é", "fingerprint-a", 1)
+        again = await two.jobs.claim_request(TENANT, "order 7/é", "fingerprint-b", 2)
+        others = [
+            await two.jobs.claim_request("other", "order 7/é", "fingerprint-b", 2),
+            await two.jobs.claim_request(TENANT, "order 8", "fingerprint-b", 2),
+        ]
+    assert [first, again] == [("fingerprint-a", 1)] * 2
+    assert others == [("fingerprint-b", 2)] * 2
+
+
+async def test_of_many_claims_at_once_all_learn_the_winner(bus: Bus) -> None:
+    claims = [bus.jobs.claim_request(TENANT, "r", f"print-{n}", n) for n in range(1, 9)]
+    answers = set(await asyncio.gather(*claims))
+    assert len(answers) == 1
+
+
+async def test_workers_are_listed_by_name_with_their_last_announcement(bus: Bus) -> None:
+    for name in ("gpu-b", "gpu a/1"):
+        await bus.workers.announce(a_worker(name))
+    newest = replace(a_worker("gpu-b"), job_seconds=0.25)
+    await bus.workers.announce(newest)
+    assert await bus.workers.workers() == [a_worker("gpu a/1"), newest]
+
+
+async def test_models_stay_known_when_their_workers_have_left(bus: Bus) -> None:
+    await bus.workers.announce(a_worker("one", model="b.model"))
+    await bus.workers.announce(a_worker("two", model="a model"))
+    for name in ("one", "two", "never there"):
+        await bus.workers.withdraw(name)
+    known = [a_worker("", model=name).model for name in ("a model", "b.model")]
+    assert await bus.workers.workers() == []
+    assert await bus.workers.models() == known
+    assert await bus.workers.model("b.model") == known[1]
+    assert await bus.workers.model("b") is None
+
+
+async def test_a_model_is_known_as_it_was_announced_last(bus: Bus) -> None:
+    await bus.workers.announce(a_worker("one"))
+    changed = replace(a_worker("").model, default_num_inference_steps=4)
+    await bus.workers.announce(replace(a_worker("one"), model=changed))
+    assert await bus.workers.models() == [changed]

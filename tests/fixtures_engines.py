@@ -1,0 +1,110 @@
+"""Real engines for tests, and what is held against the same contract in memory and for real."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from img2img_server.bus import Bus, connect_bus, memory_bus
+from img2img_server.engines import LocalEngines
+from img2img_server.settings import Settings
+from img2img_server.store.base import BlobStore
+from img2img_server.store.blobs_s3 import connect_blobs
+from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.wire.connection import connect
+
+QUEUE_LIMIT = 3
+ACK_WAIT_SECONDS = 0.5
+
+# Opens one more connection to the bus of the test, as another process would.
+OpenBus = Callable[[], AbstractAsyncContextManager[Bus]]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalEngines]:
+    """One nats-server and one S3 server for the whole test run."""
+    async with LocalEngines(tmp_path_factory.mktemp("state")) as running:
+        yield running
+
+
+@pytest.fixture
+async def engine_settings(engines: LocalEngines) -> Callable[..., Settings]:
+    """Makes settings for the engines of the test run: the bus empty, the bucket a new one."""
+    async with connect([engines.nats_url]) as link:
+        for stream in await link.js.streams_info():
+            await link.js.delete_stream(stream.config.name)
+    base = {
+        "nats_url": engines.nats_url,
+        "s3_endpoint_url": engines.s3_endpoint_url,
+        "s3_access_key": engines.s3_access_key,
+        "s3_secret_key": engines.s3_secret_key,
+        "s3_bucket": f"test-{uuid.uuid4()}",
+    }
+
+    def make(**changes: Any) -> Settings:
+        return Settings(**(base | changes))
+
+    return make
+
+
+@pytest.fixture(params=["memory", "jetstream"])
+def open_bus(request: pytest.FixtureRequest) -> OpenBus:
+    """Connections to an empty bus with a queue limit of 3 and an ack_wait of half a second."""
+    if request.param == "memory":
+        shared = memory_bus(queue_limit=QUEUE_LIMIT, ack_wait_seconds=ACK_WAIT_SECONDS)
+
+        @asynccontextmanager
+        async def in_memory() -> AsyncIterator[Bus]:
+            yield shared
+
+        return in_memory
+    settings = request.getfixturevalue("engine_settings")(
+        queue_limit=QUEUE_LIMIT, ack_wait_seconds=ACK_WAIT_SECONDS
+    )
+    return lambda: connect_bus(settings)
+
+
+@pytest.fixture
+async def bus(open_bus: OpenBus) -> AsyncIterator[Bus]:
+    """One connection to an empty bus."""
+    async with open_bus() as connected:
+        yield connected
+
+
+@pytest.fixture(params=["memory", "s3"])
+def open_blobs(
+    request: pytest.FixtureRequest,
+) -> Callable[[], AbstractAsyncContextManager[BlobStore]]:
+    """Connects to a store whose bucket does not exist yet."""
+    if request.param == "memory":
+        return lambda: nullcontext(MemoryBlobStore())
+    settings = request.getfixturevalue("engine_settings")()
+    return lambda: connect_blobs(settings)
+
+
+@pytest.fixture
+async def unprepared_blobs(
+    open_blobs: Callable[[], AbstractAsyncContextManager[BlobStore]],
+) -> AsyncIterator[BlobStore]:
+    """A store whose bucket does not exist yet."""
+    async with open_blobs() as store:
+        yield store
+
+
+@pytest.fixture
+async def blobs(unprepared_blobs: BlobStore) -> BlobStore:
+    """An empty store, ready for files."""
+    await unprepared_blobs.prepare()
+    return unprepared_blobs
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    """A state folder of this test's own, for engines that it starts and kills."""
+    return tmp_path / "state"
