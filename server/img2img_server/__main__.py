@@ -9,6 +9,7 @@ from functools import partial
 import click
 
 from img2img_server import __version__
+from img2img_server.errors import JobFailedError, ServiceError
 from img2img_server.lifecycle import Role, run_role
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.telemetry import configure_logging
@@ -22,6 +23,9 @@ def _run(name: str, role: Callable[[Settings], Role], **overrides: object) -> No
     except SettingsError as error:
         click.echo(f"img2img-server {name}: {error}", err=True)
         code = 2
+    except (ServiceError, JobFailedError, OSError) as error:
+        click.echo(f"img2img-server {name} cannot start or go on: {error}", err=True)
+        code = 1
     sys.exit(code)
 
 

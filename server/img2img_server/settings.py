@@ -67,7 +67,11 @@ class Settings(BaseSettings):
     model: str = Field(
         "", description="Diffusers directory or hub id. Empty: the model inside the package."
     )
-    default_model: str = Field("atelier", description="Model of requests that name none.")
+    default_model: str = Field(
+        "",
+        description="Model of requests that name none. Empty: the one that workers announced, "
+        "the first by name of several.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
     max_batch_rows: int = Field(8, ge=1, le=256, description="Most samples denoised at once.")

@@ -60,7 +60,7 @@ def configure_logging(settings: Settings, role: str) -> None:
     logging.root.handlers = [handler]
     # Libraries speak at warning and above: some log whole requests at info.
     logging.root.setLevel(logging.WARNING)
-    logging.getLogger("img2img_server").setLevel(logging.DEBUG)
+    logging.getLogger("img2img_server").setLevel(settings.log_level.upper())
     structlog.contextvars.bind_contextvars(role=role)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ import pytest
 
 from img2img.v1 import job_pb2
 from img2img_server.engine.fake import FakeEngine
-from img2img_server.safety.memory import FixedSafetyChecker
+from img2img_server.safety.memory import FixedScore
 from tests.golden_file import assert_golden
 from tests.http_stack import (
     BASE,
@@ -27,6 +28,7 @@ from tests.http_stack import (
 )
 
 V6_IMAGES = "/api/v6/images"
+SOON_SECONDS = 10  # well below wait_seconds
 UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
@@ -102,7 +104,7 @@ async def test_a_post_waits_for_its_job_and_answers_with_links_that_work() -> No
 @pytest.mark.parametrize("at_once", [{"instant_response": 1}, {"webhook": "https://a.example/h"}])
 async def test_instant_response_and_webhook_answer_at_once(at_once: dict[str, Any]) -> None:
     async with held_gateway() as (gateway, _):
-        told = (await gateway.create(**at_once)).json()
+        told = (await asyncio.wait_for(gateway.create(**at_once), SOON_SECONDS)).json()
         assert (told["status"], told["output"], told["meta"]["webhook"]) == (
             "processing",
             [],
@@ -132,7 +134,8 @@ async def test_wait_seconds_zero_never_waits() -> None:
 async def test_a_stopping_gateway_lets_waiting_posts_go() -> None:
     async with held_gateway() as (gateway, _):
         gateway.stop.set()
-        assert (await gateway.create()).json()["status"] == "processing"
+        answer = await asyncio.wait_for(gateway.create(), SOON_SECONDS)
+        assert answer.json()["status"] == "processing"
 
 
 @pytest.mark.parametrize("family", [ENTERPRISE, V6])
@@ -258,7 +261,7 @@ async def test_temp_files_lie_under_temp() -> None:
 
 
 async def test_flagged_samples_set_the_flag_and_the_job_succeeds() -> None:
-    async with running_gateway({"safety": FixedSafetyChecker(1.0)}) as gateway:
+    async with running_gateway({"safety": FixedScore(1.0)}) as gateway:
         told = (await gateway.create()).json()
         assert (told["status"], told["nsfw_content_detected"]) == ("success", True)
         told = (await gateway.create(safety_checker=False)).json()

@@ -105,7 +105,7 @@ class Intake:
     async def _accept(self, spec: job_pb2.JobSpec, caller: Caller) -> _Accepted:
         request = convert.request(
             spec,
-            default_model=self._settings.default_model,
+            default_model=self._settings.default_model or await self._announced_model(),
             random_seed=secrets.randbelow(SEED_MAX + 1),
         )
         params = request.params
@@ -144,6 +144,10 @@ class Intake:
             scheduler=params.scheduler or model.schedulers[0],
         )
         return _Accepted(params, image, time.monotonic() - started, eta)
+
+    async def _announced_model(self) -> str:
+        models = await self._workers.models()
+        return models[0].name if models else ""
 
     async def _download(
         self, params: JobParams, violations: list[Violation]

@@ -87,11 +87,25 @@ class Inbox:
         return taken
 
 
+class _Client(Client):
+    """nats-py's client, with a read loop that survives callers who stop waiting.
+
+    A cancelled or timed out flush leaves its cancelled future among the pongs to come; nats-py
+    2.16 sets its result all the same, the loop dies of InvalidStateError, and with it everything
+    that arrives until the next ping is missed.
+    """
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+
 class Link:
     """A connection that stands, or will again. Made by `connect`."""
 
     def __init__(self) -> None:
-        self.nc = Client()
+        self.nc: Client = _Client()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
         self._inboxes: set[Inbox] = set()

@@ -16,7 +16,7 @@ from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobStore
-from img2img_server.store.blobs_s3 import S3BlobStore
+from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.telemetry import probe_server
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
@@ -34,8 +34,8 @@ async def serve_worker(
     async with (
         probe_server(settings, lambda: ready and not stop.is_set()) as probes,
         connect_bus(settings) as bus,
+        connect_blobs(settings) as blobs,
     ):
-        blobs = S3BlobStore(settings)
         safety = NsfwChecker()
         try:
             engine, _, _ = await asyncio.gather(

@@ -1,0 +1,179 @@
+"""All roles on this machine: the real engines and the real roles as supervised child processes.
+
+The same code path as on a cluster; only the addresses are chosen here. Everything that is kept lies
+under the state folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import aiohttp
+import structlog
+
+from img2img_server.api.server import is_loopback, load_keys
+from img2img_server.engine.model_spec import ModelError, read_model_spec
+from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
+from img2img_server.engines.child import Child
+from img2img_server.errors import UnavailableError
+from img2img_server.lifecycle import first_of
+from img2img_server.settings import PREFIX, Settings, SettingsError
+
+ROLES = ("worker", "api", "gateway")
+_LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
+_START_SECONDS = 600.0  # a large model on a slow disk
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+
+log = structlog.get_logger()
+
+
+async def serve_local(
+    settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
+) -> None:
+    """Serves until `stop` is set or a child dies. `started` is called with the gRPC address.
+
+    Raises:
+        SettingsError: it would listen beyond loopback without configured keys, or a port is taken.
+        UnavailableError: an engine does not start, or a child died; with its last words.
+    """
+    settings = local_settings(settings)
+    try:
+        async with LocalEngines(settings.state_dir) as engines, AsyncExitStack() as stack:
+            roles = [_role(name, settings, engines) for name in ROLES]
+            for role in roles:  # the last one is stopped first: gateway, api, worker
+                stack.push_async_callback(role.stop)
+            await first_of(_start(roles), _engine_died(engines), stop.wait())
+            if not stop.is_set():
+                _announce(settings)
+                if started:
+                    started(f"{settings.grpc_host}:{settings.grpc_port}")
+                deaths = [_died(role) for role in roles]
+                await first_of(stop.wait(), _engine_died(engines), *deaths)
+            log.info("stopping the roles, then the engines")
+    except EnginesError as error:
+        raise UnavailableError(str(error)) from error
+
+
+def local_settings(settings: Settings) -> Settings:
+    """The settings of the roles: ports chosen, the development key on unless keys are configured.
+
+    Raises:
+        SettingsError: it would listen beyond loopback without keys, a port is taken, or the model
+            cannot be used.
+    """
+    changes: dict[str, object] = {"dev_key": settings.api_keys_file is None}
+    for host, port in (("grpc_host", "grpc_port"), ("http_host", "http_port")):
+        changes[port] = _port(getattr(settings, host), getattr(settings, port), port)
+    if not settings.outbound_allow:
+        changes["outbound_allow"] = _LOOPBACK_ALLOWED
+    if not settings.default_model:
+        try:
+            changes["default_model"] = read_model_spec(settings.model).name
+        except ModelError as error:
+            raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
+    settings = settings.model_copy(update=changes)
+    load_keys(settings)
+    if settings.dev_key and not is_loopback(settings.http_host):
+        raise SettingsError(
+            f"refusing to listen on {settings.http_host} with the well-known development key: "
+            "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
+        )
+    return settings
+
+
+def _role(name: str, settings: Settings, engines: LocalEngines) -> Child:
+    number = ROLES.index(name)
+    base = settings.metrics_port
+    metrics_port = _port(settings.metrics_host, base + number if base else 0, "metrics_port")
+    probe_url = f"http://{settings.metrics_host}:{metrics_port}/readyz"
+    return Child(
+        name,
+        [sys.executable, "-m", "img2img_server", name],
+        folder=Path.cwd(),
+        log=None,
+        probe=lambda: _probe(probe_url),
+        env=_environment(settings, engines, metrics_port),
+        stop_seconds=settings.drain_seconds + 10.0,
+    )
+
+
+def _environment(settings: Settings, engines: LocalEngines, metrics_port: int) -> dict[str, str]:
+    """Ours, with what was chosen here. Credentials travel by environment, not by command line."""
+    chosen = {
+        "GRPC_PORT": settings.grpc_port,
+        "HTTP_PORT": settings.http_port,
+        "METRICS_PORT": metrics_port,
+        "API_ADDRESS": f"{_reachable(settings.grpc_host)}:{settings.grpc_port}",
+        "DEFAULT_MODEL": settings.default_model,
+        "DEV_KEY": settings.dev_key,
+        "OUTBOUND_ALLOW": settings.outbound_allow,
+        "NATS_URL": engines.nats_url,
+        "S3_ENDPOINT_URL": engines.s3_endpoint_url,
+        "S3_ACCESS_KEY": engines.s3_access_key,
+        "S3_SECRET_KEY": engines.s3_secret_key,
+    }
+    return {**os.environ, **{PREFIX + name: str(value) for name, value in chosen.items()}}
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host  # noqa: S104
+
+
+def _port(host: str, port: int, setting: str) -> int:
+    """The port when it is free, any free one for 0. Raises SettingsError."""
+    name = PREFIX + setting.upper()
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        hint = "is another one running? " if port else ""
+        raise SettingsError(
+            f"cannot listen on {host}:{port} ({error.strerror}); {hint}set {name}"
+        ) from error
+
+
+async def _start(roles: list[Child]) -> None:
+    """Starts all at once. Raises UnavailableError when one ends instead of getting ready."""
+    reason = ""
+    try:
+        async with asyncio.timeout(_START_SECONDS), asyncio.TaskGroup() as starts:
+            for role in roles:
+                starts.create_task(role.start())
+    except* EngineDiedError as deaths:
+        reason = str(deaths.exceptions[0])
+    except* TimeoutError:
+        reason = f"the roles were not ready in {_START_SECONDS:.0f} s"
+    if reason:  # what is raised inside except* leaves as a group
+        raise UnavailableError(reason)
+
+
+async def _died(child: Child) -> None:
+    raise UnavailableError(str(await child.ended()))
+
+
+async def _engine_died(engines: LocalEngines) -> None:
+    """Waits for the death of an engine. Raises UnavailableError with its last words."""
+    raise UnavailableError(str(await engines.died()))
+
+
+async def _probe(url: str) -> None:
+    """Returns when the role is ready, raises before."""
+    async with aiohttp.ClientSession(timeout=_PROBE_TIMEOUT) as session, session.get(url) as answer:
+        answer.raise_for_status()
+
+
+def _announce(settings: Settings) -> None:
+    key = "dev-key" if settings.dev_key else "see IMG2IMG_API_KEYS_FILE"
+    http = f"http://{_reachable(settings.http_host)}:{settings.http_port}"
+    print(
+        f"img2img is ready: gRPC {_reachable(settings.grpc_host)}:{settings.grpc_port}, "
+        f"HTTP {http} (docs at {http}/docs), API key {key}",
+        flush=True,
+    )

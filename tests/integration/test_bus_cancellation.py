@@ -1,0 +1,32 @@
+"""Callers who stop waiting in the middle do not hurt the connection that everybody shares."""
+
+import asyncio
+from pathlib import Path
+
+from img2img_server.bus import connect_bus
+from img2img_server.domain.events import Queued
+from img2img_server.engines import LocalEngines
+from tests.stack import settings
+
+
+async def test_cancelled_watches_leave_the_connection_alive(tmp_path: Path) -> None:
+    async with LocalEngines(tmp_path) as engines:
+        async with connect_bus(settings(nats_url=engines.nats_url)) as bus:
+            writer = await bus.events.open(1, fresh=True)
+            await writer.append(Queued())
+
+            async def watch() -> None:
+                async with bus.events.watch(1) as log:
+                    async for _ in log:
+                        pass
+
+            for turn in range(60):
+                task = asyncio.create_task(watch())
+                for _ in range(turn):  # every moment of entering, reading and leaving
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                async with asyncio.timeout(1.0):
+                    assert await bus.jobs.get("dev", 10_000_001) is None

@@ -1,0 +1,84 @@
+"""Processes that die, stop and come back: no job is lost, no event is missed or doubled."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from img2img_client import AsyncClient
+from img2img_client.events import Event, Started, StepFinished
+from tests.processes import Role
+from tests.real_stack import LONG, PHOTO, RealStack, stack, worker
+from tests.tiny_models import ZERO_SNR_V, write_sd
+
+__all__ = ["stack", "worker"]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def started_by(events: list[Event]) -> list[str]:
+    return [event.worker for event in events if isinstance(event, Started)]
+
+
+async def test_a_killed_workers_job_is_finished_by_another_which_then_drains(
+    stack: RealStack, tmp_path: Path
+) -> None:
+    model = str(write_sd(tmp_path / "twin", tiny_vae=True, scheduler=ZERO_SNR_V))
+    request: dict[str, Any] = {**LONG, "model": "twin"}
+    async with (
+        stack.client() as client,
+        stack.worker("castor", IMG2IMG_MODEL=model) as castor,
+        stack.worker("pollux", IMG2IMG_MODEL=model) as pollux,
+    ):
+        workers = {"castor": castor, "pollux": pollux}
+        calm = await client.generate("a cat", PHOTO, **request)
+        events: list[Event] = []
+        async with client.stream("a cat", PHOTO, **request) as stream:
+            async for event in stream:
+                events.append(event)
+                if isinstance(event, StepFinished) and len(started_by(events)) == event.step == 1:
+                    await workers[started_by(events)[0]].kill()
+            result = await stream.result()
+        dead, heir = started_by(events)
+        assert dead != heir
+        assert [event.sequence for event in events] == list(range(len(events)))
+        assert (result.job.worker, result.job.attempt) == (heir, 2)
+        assert result.pictures[0].sha256 == calm.pictures[0].sha256
+        exit_code, last = await drained(client, workers[heir], request)
+    assert exit_code == 0
+    assert last.job.state == "succeeded"
+    assert (last.job.worker, last.job.attempt) == (heir, 1)
+    assert last.pictures[0].sha256 == calm.pictures[0].sha256
+
+
+async def drained(client: AsyncClient, role: Role, request: dict[str, Any]) -> tuple[int, Any]:
+    """Sends SIGTERM while a job runs; returns the exit code and the job's result."""
+    stopping = None
+    async with client.stream("a cat", PHOTO, **request) as stream:
+        async for event in stream:
+            if isinstance(event, StepFinished) and stopping is None:
+                stopping = asyncio.create_task(role.stop())
+        result = await stream.result()
+    assert stopping is not None
+    return await stopping, result
+
+
+async def test_an_api_is_restarted_while_a_client_watches_without_gap_or_duplicate(
+    stack: RealStack, worker: Role
+) -> None:
+    async with stack.client() as client:
+        events: list[Event] = []
+        restarted = 0
+        async with client.stream("a cat", PHOTO, **LONG) as stream:
+            async for event in stream:
+                events.append(event)
+                if isinstance(event, StepFinished) and event.step == 2:
+                    assert await stack.api.stop() == 0
+                    await stack.api.start()
+                    restarted += 1
+            result = await stream.result()
+    assert restarted == 1
+    assert [event.sequence for event in events] == list(range(len(events)))
+    steps = [event.step for event in events if isinstance(event, StepFinished)]
+    assert steps == list(range(1, 41))
+    assert (result.job.state, result.job.attempt) == ("succeeded", 1)

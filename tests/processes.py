@@ -1,0 +1,73 @@
+"""Roles as real processes: started from their command, killed by real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import aiohttp
+
+from benchmarks.local_stack import free_port
+
+START_SECONDS = 120.0
+STOP_SECONDS = 30.0
+
+
+class Role:
+    """`img2img-server NAME` with an environment; ready when its probe says so."""
+
+    def __init__(self, name: str, environment: dict[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self._metrics_port = free_port()
+        clean = {key: value for key, value in os.environ.items() if "IMG2IMG" not in key}
+        chosen = {"IMG2IMG_METRICS_PORT": str(self._metrics_port)}
+        self._environment = {**clean, **environment, **chosen}
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    async def start(self) -> None:
+        """Returns when it is ready. Raises AssertionError with its log when it is not."""
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "img2img_server",
+                self.name,
+                env=self._environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        url = f"http://127.0.0.1:{self._metrics_port}/readyz"
+        async with asyncio.timeout(START_SECONDS), aiohttp.ClientSession() as session:
+            while True:
+                assert self._process.returncode is None, self.log.read_text()
+                with suppress(aiohttp.ClientError):
+                    async with session.get(url) as answer:
+                        if answer.status == 200:
+                            return
+                await asyncio.sleep(0.02)
+
+    async def kill(self) -> None:
+        """SIGKILL: no farewell."""
+        assert self._process is not None
+        self._process.kill()
+        await self._process.wait()
+
+    async def stop(self) -> int:
+        """SIGTERM; returns the exit code. Fine when it has ended."""
+        if self._process is None:
+            return 0
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(STOP_SECONDS):
+            return await self._process.wait()
