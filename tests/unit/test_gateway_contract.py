@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from img2img_server.gateway import contract, kinds
 from img2img_server.gateway.dialects import legacy_sentence
 from img2img_server.gateway.request import init_image, job_spec
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"prompt": "a harbour", "init_image": "https://files.example.org/a.png"}
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -214,6 +217,38 @@ def test_the_documented_defaults_are_those_of_the_domain() -> None:
         if entry.in_spec and not entry.required:
             expected = random_or_none.get(entry.name, getattr(defaults, entry.name))
             assert (entry.name, entry.default) == (entry.name, expected)
+
+
+def proto_comments() -> dict[str, str]:
+    """What job.proto says about each field of JobSpec, on one line."""
+    text = (ROOT / "proto/img2img/v1/job.proto").read_text(encoding="utf-8")
+    message = re.search(r"^message JobSpec \{(.*?)^\}", text, re.M | re.S)
+    assert message
+    found = re.findall(r"((?:  //.*\n)+)  [^\n]*?(\w+) = \d+;", message[1])
+    return {name: re.sub(r"\s*\n?  // ?", " ", comment) for comment, name in found}
+
+
+SHARED = [entry for entry in contract.FIELDS if entry.in_spec and entry.name != "init_image"]
+
+
+@pytest.mark.parametrize("entry", SHARED, ids=lambda entry: entry.name)
+def test_the_table_and_the_comments_of_the_proto_say_the_same(entry: contract.Field) -> None:
+    said = proto_comments()[entry.name].lower()
+    schema = entry.schema
+    if "maximum" in schema and entry.name != "strength":
+        low = 0 if entry.name == "seed" else schema["minimum"]  # -1 is HTTP's word for random
+        decimal = ".0" if entry.kind is kinds.NUMBER else ""
+        assert f"{low}{decimal} to {schema['maximum']}" in said
+    if "multipleOf" in schema:
+        assert f"a multiple of {schema['multipleOf']}" in said
+    if "maxLength" in schema:
+        assert f"{schema['maxLength']} characters" in said
+    if entry.required:
+        assert "required" in said
+    elif isinstance(entry.default, bool | int | float):
+        assert f"default {str(entry.default).lower()}" in said
+    else:
+        assert re.search(r"default:? (empty|none|the model's own)|absent: drawn at random", said)
 
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))

@@ -17,6 +17,12 @@ from img2img_server.domain.params import Violation
 
 RETRY_SECONDS = 30  # without an estimate
 
+# The api is down, stopping or stuck; CANCELLED is how a stopping one ends what lasts too long.
+_AWAY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
 Detail = TypeVar("Detail", bound=Message)
 
 
@@ -88,10 +94,9 @@ def refusal(error: grpc.aio.AioRpcError) -> RefusedError:
         case grpc.StatusCode.RESOURCE_EXHAUSTED, _:
             return RefusedError(Case.RATE_LIMIT, text, retry_seconds=retry)
         # MODEL_NOT_FOUND: the callers of this contract name no model, so none is served yet.
-        case (grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED, _) | (
-            grpc.StatusCode.NOT_FOUND,
-            "MODEL_NOT_FOUND",
-        ):
+        case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
+            return RefusedError(Case.UNAVAILABLE)
+        case code, _ if code in _AWAY:
             return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)
         case _:
             return RefusedError(Case.FAULT)

@@ -1,0 +1,127 @@
+"""What the api's statuses mean to HTTP callers, and the words of answers that are hard to reach."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from grpc.aio import AioRpcError, Metadata
+
+from img2img.v1 import job_pb2
+from img2img_server import errors
+from img2img_server.api.interceptors import status_of
+from img2img_server.domain.params import Violation
+from img2img_server.gateway import answers
+from img2img_server.gateway.refusals import Case, refusal
+
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def failed(error: errors.ServiceError) -> AioRpcError:
+    """The api's error as a gRPC client gets it."""
+    details = status_of(error)
+    trailing = Metadata(("grpc-status-details-bin", details.SerializeToString()))
+    return AioRpcError(CODES[details.code], Metadata(), trailing, details.message)
+
+
+@pytest.mark.parametrize(
+    ("error", "case", "message", "retry_seconds"),
+    [
+        (errors.UnauthenticatedError(), Case.BAD_KEY, "Invalid API key", 30),
+        (
+            errors.PermissionDeniedError("manage", "This key may not manage the server"),
+            Case.FORBIDDEN,
+            "This key may not manage the server",
+            30,
+        ),
+        (errors.JobNotFoundError("jobs/1"), Case.UNKNOWN_JOB, "Request not found", 30),
+        (errors.ModelNotFoundError("m", ()), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 30),
+        (
+            errors.QueueFullError(15, 4.2),
+            Case.RATE_LIMIT,
+            "Rate limit exceeded. Maximum 15 queued requests allowed.",
+            5,
+        ),
+        (errors.QueueFullError(15, 0.0), Case.RATE_LIMIT, str(errors.QueueFullError(15)), 1),
+        (errors.TooManyWatchersError(9), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 5),
+        (errors.UnavailableError(), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 1),
+        (errors.InternalError("x"), Case.FAULT, Case.FAULT.message, 30),
+        (errors.RequestIdReusedError("x"), Case.FAULT, Case.FAULT.message, 30),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_error_of_the_api_is_a_refusal(
+    error: errors.ServiceError, case: Case, message: str, retry_seconds: int
+) -> None:
+    told = refusal(failed(error))
+    assert (told.case, told.message, told.retry_seconds) == (case, message, retry_seconds)
+
+
+def test_every_error_of_the_tree_is_in_the_table_above() -> None:
+    met = {
+        "InvalidRequestError",
+        "JobEndedError",  # of CancelJob, which the gateway does not call
+        "DeadlineTooShortError",  # of Generate, which the gateway does not call
+        "UnauthenticatedError",
+        "PermissionDeniedError",
+        "JobNotFoundError",
+        "ModelNotFoundError",
+        "RequestIdReusedError",
+        "QueueFullError",
+        "TooManyWatchersError",
+        "UnavailableError",
+        "InternalError",
+    }
+    assert {kind.__name__ for kind in errors.ServiceError.__subclasses__()} == met
+
+
+def test_violations_keep_their_sentences() -> None:
+    broken = [Violation("init_image", "one"), Violation("width", "two")]
+    told = refusal(failed(errors.InvalidRequestError(broken)))
+    assert (told.case, told.message, told.violations) == (Case.FIELDS, "one", broken)
+
+
+@pytest.mark.parametrize(
+    ("code", "case"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, Case.UNAVAILABLE),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, Case.UNAVAILABLE),
+        (grpc.StatusCode.CANCELLED, Case.UNAVAILABLE),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, Case.TOO_LARGE),
+        (grpc.StatusCode.INVALID_ARGUMENT, Case.FAULT),
+        (grpc.StatusCode.UNKNOWN, Case.FAULT),
+    ],
+)
+def test_statuses_of_grpc_itself_have_no_details(code: grpc.StatusCode, case: Case) -> None:
+    told = refusal(AioRpcError(code, Metadata(), Metadata(), "from gRPC"))
+    assert (told.case, told.message) == (case, case.message)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (job_pb2.Job(state=job_pb2.Job.STATE_CANCELLED), "Cancelled"),
+        (job_pb2.Job(error=job_pb2.JobError(reason="QUEUE_CLEARED", message="x")), "Queue cleared"),
+        (
+            job_pb2.Job(error=job_pb2.JobError(reason="OUT_OF_MEMORY", message="out of memory")),
+            "Processing failed: out of memory",
+        ),
+    ],
+)
+def test_a_failure_says_why(job: job_pb2.Job, message: str) -> None:
+    assert answers.failure(job) == message
+
+
+def test_an_unknown_estimate_is_a_number_all_the_same() -> None:
+    assert answers.processing(job_pb2.Job(), "", "")["eta"] == 1.0
+
+
+def test_links_come_in_sample_order() -> None:
+    samples = [job_pb2.Sample(index=index, url=f"link {index}") for index in (2, 0, 1)]
+    assert answers.links(job_pb2.Job(samples=samples)) == ["link 0", "link 1", "link 2"]
+
+
+def test_a_job_made_over_grpc_has_all_28_keys_of_meta_too() -> None:
+    spec = job_pb2.JobSpec(prompt="x", track_id="a", init_image=job_pb2.InitImage(data=b"x"))
+    meta = answers.meta(job_pb2.Job(id=10_000_001, spec=spec))
+    assert len(meta) == 28
+    assert (meta["init_image"], meta["track_id"], meta["instant_response"]) == ("base64", "a", "no")
