@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from img2img.v1 import service_pb2
@@ -34,6 +34,7 @@ def snapshot(sequence: int) -> service_pb2.event_pb2.JobEvent:  # type: ignore[n
     return message
 
 
+@settings(deadline=None)  # a busy machine is not a failure
 @given(data=st.data())
 def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.DataObject) -> None:
     follow = Follow(service_pb2.GenerateRequest(request_id="7f1c"), PATIENT, draw=random.Random(0))
@@ -95,6 +96,7 @@ def test_no_pause_goes_beyond_the_deadline() -> None:
         backoff.pause(LOST, 0.0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30))
 def test_pauses_are_drawn_between_nothing_and_the_bound(seed: int) -> None:
     backoff = Backoff(RETRY, draw=random.Random(seed))

@@ -1,0 +1,235 @@
+"""Streams of both clients: broken, resumed, left, against a scripted service."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from typing import Any
+
+import grpc
+import pytest
+
+import img2img_client as api
+from img2img.v1 import job_pb2, service_pb2
+from img2img_client import AsyncClient, Client
+from tests.client_runs import BOTH, RETRY, Run, run_blocking
+from tests.fake_job import NAME
+from tests.fake_service import Break, FakeService, Refusal, last, serving
+
+
+@pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.param  # type: ignore[no-any-return]
+
+
+def kinds(found: list[api.Event]) -> list[tuple[str, int]]:
+    return [(type(event).__name__, event.sequence) for event in found]
+
+
+WHOLE = [
+    ("Snapshot", 0),
+    ("Queued", 1),
+    ("Started", 2),
+    ("StageFinished", 3),
+    ("StageFinished", 4),
+    ("StepFinished", 6),
+    ("Preview", 7),
+    ("StepFinished", 8),
+    ("Preview", 9),
+    ("SampleFinished", 10),
+    ("SampleStored", 11),
+    ("Succeeded", 12),
+]
+
+
+def test_a_stream_gives_every_event_once_and_sends_what_was_asked_for(run: Run) -> None:
+    service = FakeService()
+    found = run(
+        service,
+        lambda client: client.stream(
+            "an oil painting",
+            b"photo",
+            strength=0.5,
+            seed=7,
+            safety_checker=False,
+            output_format="jpg",
+            lane="batch",
+            model=None,
+            annotations={"shelf": "3"},
+            request_id="7f1c",
+        ),
+    )
+    assert kinds(found) == WHOLE
+    assert service.requests == [
+        service_pb2.GenerateRequest(
+            spec=job_pb2.JobSpec(
+                prompt="an oil painting",
+                init_image=job_pb2.InitImage(data=b"photo"),
+                strength=0.5,
+                seed=7,
+                safety_checker=False,
+                output_format=job_pb2.IMAGE_FORMAT_JPEG,
+                lane=job_pb2.LANE_BATCH,
+                annotations={"shelf": "3"},
+            ),
+            request_id="7f1c",
+        )
+    ]
+    assert service.keys == ["Bearer k"]
+
+
+@pytest.mark.parametrize("after", range(len(WHOLE) + 1))
+def test_a_stream_that_breaks_anywhere_is_resumed_without_gap_or_duplicate(
+    run: Run, after: int
+) -> None:
+    service = FakeService(breaks=deque([Break(after, Refusal(grpc.StatusCode.UNAVAILABLE))]))
+    found = run(service, lambda client: client.stream("p", b"photo"))
+    assert kinds(found) == WHOLE
+    assert len(service.request_ids) == 1
+    if 0 < after < len(WHOLE):
+        seen = WHOLE[after - 1][1]
+        again = service_pb2.WatchJobRequest(name=NAME, after_sequence=seen)
+        assert service.requests[1:] == [again]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        None,  # the stream just ends
+        Refusal(grpc.StatusCode.CANCELLED),
+        Refusal(grpc.StatusCode.UNKNOWN, "Stream removed"),
+        Refusal(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
+        Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", "TOO_MANY_WATCHERS"),
+        Refusal(grpc.StatusCode.UNAVAILABLE, "stopping", "UNAVAILABLE"),
+    ],
+    ids=str,
+)
+def test_whatever_drops_a_watched_stream_it_is_resumed_again_and_again(
+    run: Run, refusal: Refusal | None
+) -> None:
+    service = FakeService(breaks=deque([Break(3, refusal), Break(0, refusal), Break(2, refusal)]))
+    found = run(service, lambda client: client.watch(10000001, after_sequence=1))
+    assert kinds(found) == [("Snapshot", 1), *WHOLE[2:]]
+    asked = [request.after_sequence for request in service.requests]  # type: ignore[attr-defined]
+    assert asked == [1, 3, 3, 4]
+
+
+def test_a_server_that_dies_and_comes_back_is_found_again(run: Run) -> None:
+    """A real lost connection: the first server ends with all its sockets."""
+    first, second = FakeService(pause_after=3), FakeService()
+    stop, port = threading.Event(), 0
+    started = threading.Event()
+
+    def first_life() -> None:
+        nonlocal port
+        with serving(first) as port:
+            started.set()
+            first.paused.wait()
+        with serving(second, port):
+            started.set()
+            stop.wait()
+
+    life = threading.Thread(target=first_life)
+    life.start()
+    started.wait()
+    try:
+        if run is run_blocking:
+            with Client(f"127.0.0.1:{port}", retry=RETRY) as client:
+                found = list(client.stream("p", b"photo"))
+        else:
+            found = asyncio.run(_read_async(port))
+    finally:
+        stop.set()
+        life.join()
+    assert kinds(found) == WHOLE
+    assert second.requests == [service_pb2.WatchJobRequest(name=NAME, after_sequence=3)]
+
+
+async def _read_async(port: int) -> list[api.Event]:
+    async with AsyncClient(f"127.0.0.1:{port}", retry=RETRY) as client:
+        return [event async for event in client.stream("p", b"photo")]
+
+
+def test_a_refusal_after_the_first_event_is_not_tried_again(run: Run) -> None:
+    gone = Refusal(grpc.StatusCode.NOT_FOUND, f"{NAME} has expired", "JOB_NOT_FOUND")
+    service = FakeService(
+        breaks=deque([Break(2, Refusal(grpc.StatusCode.UNAVAILABLE)), Break(0, gone)])
+    )
+    with pytest.raises(api.NotFoundError, match="has expired") as caught:
+        run(service, lambda client: client.watch(NAME))
+    assert (caught.value.reason, caught.value.metadata) == ("JOB_NOT_FOUND", {"made": "up"})
+
+
+def leave_early(client: Any, **options: Any) -> Any:
+    """Reads two events of a stream and leaves it."""
+    if isinstance(client, Client):
+        with client.stream("p", b"photo", **options) as stream:
+            iterator = iter(stream)
+            next(iterator), next(iterator)
+        return None
+
+    async def leave() -> None:
+        async with client.stream("p", b"photo", **options) as stream:
+            iterator = aiter(stream)
+            await anext(iterator), await anext(iterator)
+
+    return leave()
+
+
+def test_leaving_a_stream_early_cancels_its_job(run: Run) -> None:
+    service = FakeService(pause_after=3)
+    run(service, leave_early)
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def test_leaving_a_detached_stream_leaves_its_job_alone(run: Run) -> None:
+    service = FakeService(pause_after=3)
+    run(service, lambda client: leave_early(client, detach=True))
+    assert [type(request) for request in service.requests] == [service_pb2.GenerateRequest]
+    assert last(service.requests, service_pb2.GenerateRequest).detach
+
+
+def test_a_timeout_ends_the_stream_and_cancels_its_job(run: Run) -> None:
+    service = FakeService(pause_after=3)
+    with pytest.raises(api.DeadlineExceededError, match="did not finish within the given time"):
+        run(service, lambda client: client.generate("p", b"photo", timeout_seconds=0.3))
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+async def test_cancelling_the_task_that_reads_cancels_the_job() -> None:
+    service, seen = FakeService(pause_after=3), asyncio.Event()
+
+    async def read(client: AsyncClient) -> None:
+        async with client.stream("p", b"photo") as stream:
+            async for event in stream:
+                if event.sequence == 3:
+                    seen.set()
+
+    with serving(service) as port:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            reading = asyncio.create_task(read(client))
+            await seen.wait()
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def test_a_closed_stream_has_no_result(run: Run) -> None:
+    service = FakeService(pause_after=3)
+
+    def use(client: Any) -> Any:
+        stream = client.watch(NAME)
+        if isinstance(client, Client):
+            stream.close()
+            return stream.result()
+
+        async def close_then_ask() -> Any:
+            await stream.aclose()
+            return await stream.result()
+
+        return close_then_ask()
+
+    with pytest.raises(RuntimeError, match="closed before the job had ended"):
+        run(service, use)
