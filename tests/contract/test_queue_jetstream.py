@@ -1,0 +1,286 @@
+"""What only a real bus can do: be down, come back, lose messages, hold what cannot be read."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from img2img_server.bus import Bus, connect_bus
+from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
+from img2img_server.domain.params import JobParams, Lane
+from img2img_server.engines.child import Child
+from img2img_server.engines.local import choose_ports
+from img2img_server.engines.nats import nats_server
+from img2img_server.errors import QueueFullError, UnavailableError
+from img2img_server.queue import follow
+from img2img_server.queue.base import QueuedJob
+from img2img_server.settings import Settings
+from img2img_server.wire import connection, names
+from img2img_server.wire.connection import Link, connect
+
+MODEL = "atelier"
+JOB = 10_000_001
+LONG = 10.0
+
+
+class Nats:
+    """A nats-server of one test, always at the same address with the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = choose_ports(folder / "ports.json", ["nats"], {})["nats"]
+        self.settings = Settings(nats_url=f"nats://127.0.0.1:{self._port}", queue_limit=3)
+        self._server: Child | None = None
+
+    async def start(self) -> None:
+        self._server = nats_server(self._folder, self._port)
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop()
+
+
+@pytest.fixture
+async def nats(tmp_path: Path) -> AsyncIterator[Nats]:
+    server = Nats(tmp_path)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@asynccontextmanager
+async def raw(settings: Settings) -> AsyncIterator[Link]:
+    """The bus as somebody else sees it."""
+    async with connect([settings.nats_url]) as link:
+        yield link
+
+
+def a_job(job_id: int = JOB) -> QueuedJob:
+    params = JobParams(prompt="p", model=MODEL)
+    return QueuedJob(job_id=job_id, tenant="acme", params=params, init_image=b"picture")
+
+
+def step(number: int) -> StepFinished:
+    return StepFinished(sample=0, step=number, total=9, sigma=1.0)
+
+
+async def test_without_a_server_nothing_connects(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.3)
+    with pytest.raises(UnavailableError, match="no connection"):
+        async with connect_bus(Nats(tmp_path).settings):
+            pass
+
+
+async def test_while_the_server_is_away_callers_hear_so_and_later_all_works(
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 1.0)
+    async with connect_bus(nats.settings) as bus:
+        writer = await bus.events.open(JOB, fresh=True)
+        drawn = await bus.jobs.next_id()
+        await nats.stop()
+        began = time.monotonic()
+        calls = await asyncio.gather(
+            bus.queue.put(a_job()),
+            bus.queue.pull(MODEL, [Lane.REALTIME], 1, 30.0),
+            bus.queue.depth(MODEL, Lane.REALTIME),
+            bus.queue.remove(1),
+            writer.append(Queued()),
+            bus.jobs.next_id(),
+            bus.jobs.get("acme", JOB),
+            bus.jobs.list_ids("acme"),
+            bus.workers.workers(),
+            bus.control.cancel(JOB),
+            return_exceptions=True,
+        )
+        assert [type(call) for call in calls] == [UnavailableError] * len(calls)
+        assert time.monotonic() - began < LONG
+        await nats.start()
+        await later(lambda: bus.queue.put(a_job()))
+        (delivery,) = await bus.queue.pull(MODEL, [Lane.REALTIME], 5, LONG)
+        assert delivery.job == a_job()  # once: what had failed was not sent after all
+        assert (await writer.append(Queued())).sequence == 1
+        assert await bus.jobs.next_id() == drawn + 1
+
+
+async def later(call: Callable[[], object]) -> None:
+    """Calls until the bus is there again."""
+    async with asyncio.timeout(LONG):
+        while True:
+            try:
+                return await call()  # type: ignore[misc]
+            except UnavailableError:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_watch_goes_on_through_a_restart_without_gap_or_duplicate(nats: Nats) -> None:
+    async with (
+        connect_bus(nats.settings) as worker,
+        connect_bus(nats.settings) as api,
+        api.events.watch(JOB) as events,
+    ):
+        writer = await worker.events.open(JOB, fresh=True)
+        await writer.append(step(1))
+        assert (await anext(events)).event == step(1)
+        await nats.stop()
+        await nats.start()
+        for number in (2, 3):
+            await writer.append(step(number))
+        async with asyncio.timeout(LONG):
+            assert [(await anext(events)).event for _ in range(2)] == [step(2), step(3)]
+
+
+async def test_a_pull_is_released_when_the_connection_comes_back(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus, asyncio.TaskGroup() as tasks:
+        pulling = tasks.create_task(bus.queue.pull(MODEL, [Lane.REALTIME], 1, 60.0))
+        assert await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05) == []
+        await nats.stop()
+        await nats.start()
+        async with asyncio.timeout(LONG):
+            assert await pulling == []
+
+
+async def test_a_watch_whose_consumer_is_gone_reads_on_with_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    monkeypatch.setattr(follow, "HEARTBEAT_SECONDS", 0.1)
+    async with (
+        raw(nats.settings) as link,
+        connect_bus(nats.settings) as bus,
+        bus.events.watch(JOB) as events,
+    ):
+        writer = await bus.events.open(JOB, fresh=True)
+        await writer.append(step(1))
+        assert (await anext(events)).event == step(1)
+        (consumer,) = await link.js.consumers_info(names.EVENTS)
+        await link.js.delete_consumer(names.EVENTS, consumer.name)
+        await writer.append(step(2))
+        async with asyncio.timeout(LONG):
+            assert (await anext(events)).event == step(2)
+
+
+async def test_a_watch_that_has_ended_leaves_no_consumer(nats: Nats) -> None:
+    async with raw(nats.settings) as link, connect_bus(nats.settings) as bus:
+        async with bus.events.watch(JOB):
+            assert len(await link.js.consumers_info(names.EVENTS)) == 1
+        assert await link.js.consumers_info(names.EVENTS) == []
+
+
+async def test_events_of_a_later_version_are_skipped(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
+        writer = await bus.events.open(JOB, fresh=True)
+        await writer.append(Queued())
+        # {"sequence": 2, "time": 0.0, "job_id": 1, "type": "Paused", "event": {}}
+        stranger = (
+            b"\x85\xa8sequence\x02\xa4time\xcb" + bytes(8) + b"\xa6job_id\x01"
+            b"\xa4type\xa6Paused\xa5event\x80"
+        )
+        await link.publish(names.log_subject(JOB), stranger)
+        successor = await bus.events.open(JOB)
+        assert successor.sequence == 2
+        await successor.append(Succeeded())
+        async with bus.events.watch(JOB) as events:
+            assert [(await anext(events)).sequence for _ in range(2)] == [1, 3]
+
+
+async def test_a_dead_letter_keeps_the_job_and_says_why(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
+        await bus.queue.put(a_job())
+        stored = await link.last(names.JOBS, "img2img.jobs.>")
+        (delivery,) = await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)
+        await delivery.term("given up\nafter 5 attempts")
+        dead = await link.last(names.DEAD, "img2img.dead.>")
+        assert stored is not None
+        assert dead is not None
+        assert (dead.subject, dead.data) == ("img2img.dead.atelier.realtime.acme", stored.data)
+        assert dead.headers is not None
+        assert dead.headers["Img2img-Reason"] == "given up after 5 attempts"
+
+
+async def test_a_job_that_cannot_be_read_is_buried_and_the_others_go_on(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
+        await link.publish("img2img.jobs.atelier.realtime.acme", b"\xc1 no MessagePack")
+        await bus.queue.put(a_job())
+        deliveries = []
+        while not deliveries:
+            deliveries = await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)
+        assert deliveries[0].job == a_job()
+        dead = await link.last(names.DEAD, "img2img.dead.>")
+        assert dead is not None
+        assert dead.data == b"\xc1 no MessagePack"
+
+
+async def test_a_lost_consumer_is_made_anew(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
+        assert await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05) == []
+        await link.js.delete_consumer(names.JOBS, names.lane_consumer(MODEL, Lane.REALTIME))
+        with pytest.raises(UnavailableError):
+            await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05)
+        await bus.queue.put(a_job())
+        assert len(await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)) == 1
+
+
+async def test_a_changed_limit_holds_from_the_next_connection_on(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus:
+        await bus.queue.put(a_job(JOB))
+    async with connect_bus(nats.settings.model_copy(update={"queue_limit": 1})) as bus:
+        with pytest.raises(QueueFullError):
+            await bus.queue.put(a_job(JOB + 1))
+
+
+async def test_an_append_whose_answer_was_lost_is_stored_once(
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    async with connect_bus(nats.settings) as bus:
+        writer = await bus.events.open(JOB, fresh=True)
+        publish = Link.publish
+        lost = 0
+
+        async def lose_the_first_answer(*args: object, **kwargs: object) -> object:
+            nonlocal lost
+            answer = await publish(*args, **kwargs)  # type: ignore[arg-type]
+            lost += 1
+            if lost == 1:
+                raise UnavailableError
+            return answer
+
+        monkeypatch.setattr(Link, "publish", lose_the_first_answer)
+        await writer.append(Queued())
+        await writer.append(Started(worker="w", model=MODEL, attempt=1))
+        async with bus.events.watch(JOB) as events:
+            assert [(await anext(events)).sequence for _ in range(2)] == [1, 2]
+
+
+async def test_a_writer_whose_log_has_expired_goes_on(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
+        writer = await bus.events.open(JOB, fresh=True)
+        await writer.append(Queued())
+        await link.js.purge_stream(names.EVENTS)
+        assert (await writer.append(Succeeded())).sequence == 2
+
+
+async def ack_all(bus: Bus) -> list[int]:
+    taken = []
+    for delivery in await bus.queue.pull(MODEL, [Lane.REALTIME], 9, LONG):
+        await delivery.ack()
+        taken.append(delivery.job.job_id)
+    return taken
+
+
+async def test_queued_jobs_and_records_survive_a_restart(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus:
+        await bus.queue.put(a_job())
+        assert await bus.jobs.claim_request("acme", "r", "print", JOB) == ("print", JOB)
+    await nats.stop()
+    await nats.start()
+    async with connect_bus(nats.settings) as bus:
+        assert await ack_all(bus) == [JOB]
+        assert await bus.jobs.claim_request("acme", "r", "other", 2) == ("print", JOB)
