@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from img2img_server.engine.model_spec import SCHEDULERS, read_model_spec
 from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
 from tests.readme import ROOT, blocks, make_words, pages
 
@@ -84,3 +85,13 @@ def test_every_python_block_of_the_readme_compiles() -> None:
     assert snippets != []
     for number, block in enumerate(snippets):
         compile(block.text, f"README.md block {number}", "exec")
+
+
+def test_the_model_file_of_the_operations_page_is_a_valid_one(tmp_path: Path) -> None:
+    [block] = blocks(ROOT / "docs/operations.md", "toml")
+    (tmp_path / "img2img.toml").write_text(block.text, encoding="utf-8")
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    info = read_model_spec(str(tmp_path)).info
+    assert (info.name, info.default_num_inference_steps) == ("sd-turbo", 2)
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    assert [name for name in SCHEDULERS if f"`{name}`" not in page] == []
