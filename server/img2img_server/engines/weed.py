@@ -55,17 +55,26 @@ def weed(folder: Path, ports: Mapping[str, int]) -> Child:
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
         *(f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false"),
         *("-master.telemetry=false", f"-master.volumeSizeLimitMB={VOLUME_MB}"),
-        "-volume.preStopSeconds=0",
+        # With its old state a lone master calls itself leader too late, and a volume server that
+        # came first tries again only after 5 s. Everything in that state is found anew.
+        *("-master.resumeState=false", "-volume.preStopSeconds=0"),
     ]
+    connections = urllib3.PoolManager(retries=False, timeout=2.0)
     client = Minio(
         f"{HOST}:{ports['s3']}",
         access_key=access_key,
         secret_key=secret_key,
         secure=False,
-        http_client=urllib3.PoolManager(retries=False, timeout=2.0),
+        http_client=connections,
     )
+    status_url = f"http://{HOST}:{ports['master']}/dir/status"
+
+    def check() -> None:
+        client.list_buckets()  # signed: it is ours that answers
+        if not connections.request("GET", status_url).json()["Topology"]["DataCenters"]:
+            raise OSError("no volume server has joined yet: nothing can be read or written")
 
     async def probe() -> None:
-        await asyncio.to_thread(client.list_buckets)  # signed: it is ours that answers
+        await asyncio.to_thread(check)
 
     return Child("weed", command, folder=data, log=folder / "s3.log", probe=probe)
