@@ -136,6 +136,16 @@ _FILES = {
     f"/{folder}/{{name}}": {method: _file(method) for method in ("get", "head")}
     for folder in ("generations", "temp")
 }
+_EVENT: Schema = {
+    "description": "Each event.",
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "description": "Its kind, a field of JobEvent's oneof."},
+        "id": {"type": "string", "pattern": "^[0-9]+$", "description": "Its sequence."},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "id", "data"],
+}
 _EVENTS = {
     "/v1/jobs/{job_id}/events": {
         "get": {
@@ -162,7 +172,7 @@ _EVENTS = {
             "responses": {
                 "200": {
                     "description": "The events until the job has ended.",
-                    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                    "content": {"text/event-stream": {"schema": _EVENT}},
                 },
                 "204": {"description": "Nothing comes after Last-Event-ID."},
                 **{
