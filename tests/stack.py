@@ -23,7 +23,7 @@ from img2img_server.bus import Bus, memory_bus
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.images.base import FetchError
 from img2img_server.safety.base import SafetyChecker
-from img2img_server.safety.memory import FixedScore
+from img2img_server.safety.memory import FixedSafetyChecker
 from img2img_server.settings import Settings
 from img2img_server.store.memory import MemoryBlobStore
 from img2img_server.worker.server import work
@@ -163,7 +163,7 @@ async def running_worker(
     blobs = blobs or MemoryBlobStore()
     stop = asyncio.Event()
     await blobs.prepare()
-    checker = safety or FixedScore(0.0)
+    checker = safety or FixedSafetyChecker(0.0)
     task = asyncio.create_task(work(config or settings(), name, bus, blobs, engine, checker, stop))
     try:
         while all(worker.name != name for worker in await bus.workers.workers()):

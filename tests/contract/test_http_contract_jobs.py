@@ -14,7 +14,7 @@ import pytest
 
 from img2img.v1 import job_pb2
 from img2img_server.engine.fake import FakeEngine
-from img2img_server.safety.memory import FixedScore
+from img2img_server.safety.memory import FixedSafetyChecker
 from tests.golden_file import assert_golden
 from tests.http_stack import (
     BASE,
@@ -261,7 +261,7 @@ async def test_temp_files_lie_under_temp() -> None:
 
 
 async def test_flagged_samples_set_the_flag_and_the_job_succeeds() -> None:
-    async with running_gateway({"safety": FixedScore(1.0)}) as gateway:
+    async with running_gateway({"safety": FixedSafetyChecker(1.0)}) as gateway:
         told = (await gateway.create()).json()
         assert (told["status"], told["nsfw_content_detected"]) == ("success", True)
         told = (await gateway.create(safety_checker=False)).json()

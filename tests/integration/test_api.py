@@ -15,7 +15,7 @@ from img2img.v1 import job_pb2, service_pb2
 from img2img_server.bus import memory_bus
 from img2img_server.domain.params import Limits
 from img2img_server.engine.fake import FakeEngine
-from img2img_server.safety.memory import FixedScore
+from img2img_server.safety.memory import FixedSafetyChecker
 from tests.stack import (
     DEV,
     WAIT_SECONDS,
@@ -273,7 +273,7 @@ async def test_a_failing_job_ends_its_stream_and_its_neighbour_goes_on() -> None
 
 
 async def test_a_flagged_picture_becomes_black_with_its_flag_set() -> None:
-    async with running_stack(safety=FixedScore(0.9)) as stack:
+    async with running_stack(safety=FixedSafetyChecker(0.9)) as stack:
         messages = [m async for m in stack.api.generate(spec())]
         assert messages[-3].event.sample_finished.nsfw
         assert messages[-1].event.succeeded.job.samples[0].nsfw

@@ -10,7 +10,7 @@ from tests.stack import settings
 
 
 async def test_cancelled_watches_leave_the_connection_alive(tmp_path: Path) -> None:
-    async with LocalEngines(tmp_path) as engines:
+    async with LocalEngines(tmp_path) as engines:  # noqa: SIM117  the second needs the first
         async with connect_bus(settings(nats_url=engines.nats_url)) as bus:
             writer = await bus.events.open(1, fresh=True)
             await writer.append(Queued())

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import grpc
@@ -26,6 +27,7 @@ from img2img_server.bus import Bus, connect_bus
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.store.cached import CachedWorkerRegistry
 from img2img_server.telemetry import probe_server
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["Img2ImgService"].full_name
@@ -58,6 +60,7 @@ async def serve(
     started: Callable[[str], None] | None = None,
 ) -> None:
     """Serves on parts that exist already; the order of stopping stands at the end."""
+    bus = replace(bus, workers=CachedWorkerRegistry(bus.workers))
     estimator = Estimator(bus.queue, bus.workers)
     servicer = Img2ImgServicer(
         settings,

@@ -11,8 +11,8 @@ from img2img.v1 import event_pb2, job_pb2
 from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.estimate import Estimator
-from img2img_server.domain.events import Cancelled, Envelope, Event, Failed, Succeeded
-from img2img_server.domain.job import Job, State
+from img2img_server.domain.events import Envelope
+from img2img_server.domain.job import Job, terminal_event
 from img2img_server.queue.base import EventLog
 from img2img_server.store.base import JobStore
 from img2img_server.telemetry import WATCHERS
@@ -72,7 +72,13 @@ class Watcher:
                 if last is None:
                     raise errors.UnavailableError(STOPPING)  # the log closed under us
                 # The log has expired, or its writer died before the last word: the record knows.
-                yield await self._message(tenant, _ending(job, after_sequence + 1))
+                ending = Envelope(
+                    sequence=after_sequence + 1,
+                    time=job.end_time,
+                    job_id=job.id,
+                    event=terminal_event(job),
+                )
+                yield await self._message(tenant, ending)
         finally:
             self._open -= 1
             WATCHERS.dec()
@@ -119,17 +125,3 @@ class Watcher:
                 yield item
         finally:
             stopping.cancel()
-
-
-def _ending(job: Job, sequence: int) -> Envelope:
-    event: Event
-    if job.state is State.SUCCEEDED:
-        event = Succeeded()
-    elif job.state is State.CANCELLED:
-        event = Cancelled()
-    else:
-        failure = job.failure
-        event = Failed(
-            reason=failure.reason if failure else "", message=failure.message if failure else ""
-        )
-    return Envelope(sequence=sequence, time=job.end_time, job_id=job.id, event=event)

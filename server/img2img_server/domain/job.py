@@ -190,6 +190,17 @@ def advance(job: Job, event: Event, now: float) -> Job:
             return job
 
 
+def terminal_event(job: Job) -> Event:
+    """The terminal event that belongs to a job that has ended."""
+    if job.state is State.SUCCEEDED:
+        return Succeeded()
+    if job.state is State.CANCELLED:
+        return Cancelled()
+    assert job.failure is not None, "the job has not ended"
+    failure = job.failure
+    return Failed(reason=failure.reason, message=failure.message, retryable=failure.retryable)
+
+
 def _ended(job: Job, now: float) -> Timings:
     return replace(job.timings, total=max(0.0, now - job.create_time))
 

@@ -1,4 +1,4 @@
-"""One job on this worker, from the delivery to its ack."""
+"""One job on this worker: from its delivery through the engine to its end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ import structlog
 from img2img_server import errors
 from img2img_server.domain.events import (
     Cancelled,
-    Event,
-    Failed,
     Preview,
-    Queued,
     StageFinished,
-    Started,
     StepFinished,
     Succeeded,
 )
-from img2img_server.domain.job import IllegalTransitionError, Job, State, advance
+from img2img_server.domain.job import IllegalTransitionError, Job
 from img2img_server.engine.base import (
     EngineEvent,
     EngineJob,
@@ -29,20 +25,24 @@ from img2img_server.engine.base import (
     JobDone,
     JobError,
     JobStopped,
+    Pixels,
     PreviewReady,
     SampleReady,
     StageDone,
     StepDone,
 )
+from img2img_server.images.base import InvalidImageError
 from img2img_server.images.encode import preview_jpeg
 from img2img_server.images.prepare import prepare_image
-from img2img_server.queue.base import Delivery, EventWriter, OwnershipLostError
-from img2img_server.store.base import ConflictError
-from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS, STEPS
+from img2img_server.queue.base import Delivery, OwnershipLostError
+from img2img_server.telemetry import STEPS
+from img2img_server.worker.owned import OwnedJob
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.sample import finish_sample
 
 log = structlog.get_logger()
+
+_NOT_OURS = (OwnershipLostError, IllegalTransitionError)
 
 
 class _StoppedError(Exception):
@@ -60,23 +60,16 @@ class _Stopwatch:
 
 
 class JobRun:
-    """Takes one delivered job to its end. `cancel` and `hand_back` may be called meanwhile.
-
-    The record is compared-and-swapped at the start and at the end; the log is fenced. A run that
-    loses either has lost the job to another worker and leaves it alone.
-    """
+    """Takes one delivered job to its end. `cancel` and `hand_back` may be called meanwhile."""
 
     def __init__(self, parts: Parts, delivery: Delivery) -> None:
         self._parts = parts
         self._delivery = delivery
         self._watch = _Stopwatch()
-        self._emit_lock = asyncio.Lock()
         self._cancelled = False
         self._leaving = False
         self._submitted = False
-        self._job: Job
-        self._revision = 0
-        self._writer: EventWriter
+        self._owned: OwnedJob | None = None
 
     @property
     def job_id(self) -> int:
@@ -99,20 +92,27 @@ class JobRun:
     def adopt(self, delivery: Delivery) -> None:
         """Goes on under a newer delivery of the same job: the older one's clock has run out."""
         self._delivery = delivery
+        if self._owned:
+            self._owned.delivery = delivery
 
     async def run(self) -> None:
         """Returns when the job has ended or is no longer ours; never raises for the job's sake."""
         heartbeat = asyncio.create_task(self._heartbeat())
+        # Beside the records, not after them: it takes as long as they do.
+        prepared = asyncio.create_task(self._prepare())
         try:
-            if await self._begin():
-                await self._work()
-        except (OwnershipLostError, IllegalTransitionError) as error:
-            log.warning("job lost to another worker", job=self.job_id, why=str(error))
+            self._owned = await self._open()
+            if self._owned and await self._owned.take(cancelled=self._cancelled):
+                await self._work(self._owned, prepared)
+        except _NOT_OURS as error:
+            log.warning("job lost to another worker", why=str(error))
         except errors.UnavailableError as error:
             # Not acked: it comes again when the bus does.
-            log.warning("job let go, the bus is away", job=self.job_id, why=str(error))
+            log.warning("job let go, the bus is away", why=str(error))
         finally:
             heartbeat.cancel()
+            prepared.cancel()
+            await asyncio.gather(prepared, return_exceptions=True)
             if self._submitted:
                 self._parts.engine.cancel(self.job_id)
 
@@ -122,73 +122,52 @@ class JobRun:
             with suppress(errors.UnavailableError):
                 await self._delivery.in_progress()
 
-    async def _begin(self) -> bool:
-        """Takes the job over; False when there is nothing (more) to do."""
-        delivery, parts = self._delivery, self._parts
-        stored = await parts.jobs.get(delivery.job.tenant, self.job_id)
-        if stored is None:
-            await delivery.term("its record has expired")
-            return False
-        self._job, self._revision = stored.job, stored.revision
-        self._writer = await parts.events.open(self.job_id)
-        if self._job.state.is_terminal:
-            await self._last_word()
-            return False
-        if self._job.cancel_requested or self._cancelled:
-            await self._end(Cancelled())
-            return False
-        if delivery.attempt - self._job.handed_back > parts.max_attempts:
-            await self._fail(errors.AttemptsExhaustedError(parts.max_attempts), dead=True)
-            return False
-        if self._job.state is State.RUNNING:
-            REDELIVERIES.inc()
-        started = Started(
-            worker=parts.name, model=parts.engine.model.name, attempt=delivery.attempt
+    async def _open(self) -> OwnedJob | None:
+        stored, writer = await asyncio.gather(
+            self._parts.jobs.get(self._delivery.job.tenant, self.job_id),
+            self._parts.events.open(self.job_id),
         )
-        await self._swap(started)
-        await self._emit(started)
-        return True
+        if stored is None:
+            await self._delivery.term("its record has expired")
+            return None
+        return OwnedJob(self._parts, self._delivery, stored, writer)
 
-    async def _last_word(self) -> None:
-        """The record has ended: says so in the log if its writer died before it could."""
-        if not self._writer.ended:
-            await self._emit(terminal_event(self._job))
-        await self._delivery.ack()
-
-    async def _work(self) -> None:
+    async def _work(self, owned: OwnedJob, prepared: asyncio.Task[Pixels]) -> None:
         try:
-            timings = await self._follow(await self._submit())
+            timings = await self._follow(owned, self._submit(owned.job, await _sound(prepared)))
         except _StoppedError:
             if self._cancelled:
-                await self._end(Cancelled())
+                await owned.end(Cancelled())
             else:
-                await self._give_back()
-        except (OwnershipLostError, IllegalTransitionError, errors.UnavailableError):
+                await owned.hand_back()
+        except (*_NOT_OURS, errors.UnavailableError):
             raise
         except Exception as error:
-            await self._fail(error)
+            await owned.fail(error)
         else:
-            await self._succeed(timings)
+            await self._succeed(owned, timings)
 
-    async def _submit(self) -> asyncio.Queue[EngineEvent]:
-        params, start = self._job.params, time.monotonic()
-        queued = self._delivery.job
+    async def _prepare(self) -> Pixels:
+        queued, start = self._delivery.job, time.monotonic()
         pixels = await asyncio.to_thread(
             prepare_image,
             queued.init_image,
-            width=params.width,
-            height=params.height,
+            width=queued.params.width,
+            height=queued.params.height,
             prepared=queued.init_image_prepared,
         )
         self._watch.prepare = time.monotonic() - start
-        info = self._parts.engine.model
+        return pixels
+
+    def _submit(self, job: Job, pixels: Pixels) -> asyncio.Queue[EngineEvent]:
+        params, info = job.params, self._parts.engine.model
         guidance = params.guidance_scale
         inbox: asyncio.Queue[EngineEvent] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._parts.engine.submit(
             EngineJob(
-                job_id=self.job_id,
-                tenant=self._job.tenant,
+                job_id=job.id,
+                tenant=job.tenant,
                 lane=params.lane,
                 prompt=params.prompt,
                 negative_prompt=params.negative_prompt,
@@ -199,141 +178,83 @@ class JobRun:
                 guidance_scale=info.default_guidance_scale if guidance is None else guidance,
                 scheduler=params.scheduler or info.schedulers[0],
                 preview_interval_steps=params.preview_interval_steps,
+                enqueue_time=time.monotonic(),
             ),
             lambda event: _post(loop, inbox, event),
         )
         self._submitted = True
         if self._leaving:  # asked while the image was prepared
-            self._parts.engine.cancel(self.job_id)
+            self._parts.engine.cancel(job.id)
         return inbox
 
-    async def _follow(self, inbox: asyncio.Queue[EngineEvent]) -> EngineTimings:
+    async def _follow(self, owned: OwnedJob, inbox: asyncio.Queue[EngineEvent]) -> EngineTimings:
         """Turns engine events into job events; returns when every picture is stored."""
         try:
             async with asyncio.TaskGroup() as finishing:
                 while True:
-                    match await inbox.get():
-                        case StageDone() as it:
-                            await self._emit(StageFinished(stage=it.stage))
-                        case StepDone() as it:
-                            await self._emit(
-                                StepFinished(
-                                    sample=it.sample, step=it.step, total=it.total, sigma=it.sigma
-                                )
-                            )
-                        case PreviewReady() as it:
-                            image = await asyncio.to_thread(preview_jpeg, it.pixels)
-                            await self._emit(Preview(sample=it.sample, step=it.step, image=image))
-                        case SampleReady() as it:
-                            finishing.create_task(self._finish(it))
-                        case JobDone() as it:
-                            return it.timings
-                        case JobError() as it:
-                            raise it.error
+                    event = await inbox.get()
+                    match event:
+                        case SampleReady():
+                            finishing.create_task(self._finish(owned, event))
+                        case JobDone():
+                            return event.timings
+                        case JobError():
+                            raise event.error
                         case JobStopped():
                             raise _StoppedError
+                        case _:
+                            await owned.tell(await _told(event))
         except BaseExceptionGroup as group:
             raise _first(group) from group
 
-    async def _finish(self, ready: SampleReady) -> None:
-        async for event in finish_sample(self._parts, self._job, ready, self._watch):
-            await self._emit(event)
-            self._job = advance(self._job, event, time.time())
+    async def _finish(self, owned: OwnedJob, ready: SampleReady) -> None:
+        async for event in finish_sample(self._parts, owned.job, ready, self._watch):
+            await owned.note(event)
 
-    async def _emit(self, event: Event) -> None:
-        async with self._emit_lock:
-            await self._writer.append(event)
-
-    async def _succeed(self, timings: EngineTimings) -> None:
-        parts, watch = self._parts, self._watch
-        self._job = replace(
-            self._job,
-            device=parts.engine.device,
-            determinism=parts.engine.determinism,
-            timings=replace(
-                self._job.timings,
-                prepare=watch.prepare,
-                encode=timings.encode,
-                denoise=timings.denoise,
-                decode=timings.decode,
-                safety=watch.safety,
-                image_encode=watch.image_encode,
-                upload=watch.upload,
-                engine=timings.engine,
-                steps=timings.steps,
-                batch_share=timings.batch_share,
-            ),
+    async def _succeed(self, owned: OwnedJob, timings: EngineTimings) -> None:
+        engine, watch, job = self._parts.engine, self._watch, owned.job
+        stages = replace(
+            job.timings,
+            prepare=watch.prepare,
+            encode=timings.encode,
+            denoise=timings.denoise,
+            decode=timings.decode,
+            safety=watch.safety,
+            image_encode=watch.image_encode,
+            upload=watch.upload,
+            engine=timings.engine,
+            steps=timings.steps,
+            batch_share=timings.batch_share,
         )
-        parts.pace.observe(self._job.params, timings.engine)
+        owned.job = replace(
+            job, device=engine.device, determinism=engine.determinism, timings=stages
+        )
+        self._parts.pace.observe(job.params, timings.engine)
         STEPS.inc(timings.steps)
-        await self._end(Succeeded())
-
-    async def _fail(self, error: Exception, *, dead: bool = False) -> None:
-        if not isinstance(error, errors.JobFailedError):
-            log.error("job broke", job=self.job_id, exc_info=error)
-            error = errors.EngineError("the job broke inside the service")
-        failed = Failed(reason=error.reason, message=str(error), retryable=error.retryable)
-        await self._end(failed, dead_reason=error.reason if dead else None)
-
-    async def _end(self, event: Event, *, dead_reason: str | None = None) -> None:
-        """Record, then log, then ack: whoever crashes between leaves what the next one needs."""
-        await self._swap(event)
-        await self._emit(event)
-        if dead_reason:
-            await self._delivery.term(dead_reason)
-        else:
-            await self._delivery.ack()
-        job = self._job
-        JOBS_ENDED.labels(job.params.model, job.state).inc()
-        for stage in ("queue", "fetch", "prepare", "engine", "safety", "upload", "total"):
-            STAGE_SECONDS.labels(stage).observe(getattr(job.timings, stage))
-        log.info(
-            "job ended",
-            job=job.id,
-            state=job.state,
-            reason=job.failure.reason if job.failure else "",
-            seconds=round(job.timings.total, 3),
-            attempt=job.attempt,
-        )
-
-    async def _give_back(self) -> None:
-        event = Queued(requeue_reason="worker stopped")
-        await self._swap(event)
-        await self._emit(event)
-        await self._delivery.nak()
-        log.info("job handed back", job=self.job_id)
-
-    async def _swap(self, event: Event) -> None:
-        """Advances the record. A cancel request may have changed it meanwhile; nothing else may."""
-        while True:
-            job = advance(self._job, event, time.time())
-            try:
-                self._revision = await self._parts.jobs.update(job, self._revision)
-                self._job = job
-                return
-            except ConflictError:
-                stored = await self._parts.jobs.get(job.tenant, job.id)
-                if stored is None or stored.job.attempt != self._job.attempt:
-                    raise OwnershipLostError(f"the record of job {job.id} moved on") from None
-                if stored.job.state is not self._job.state:
-                    raise IllegalTransitionError(stored.job, event) from None
-                self._revision = stored.revision
-                self._job = replace(
-                    self._job,
-                    cancel_requested=stored.job.cancel_requested,
-                    queue_sequence=stored.job.queue_sequence,
-                )
+        await owned.end(Succeeded())
 
 
-def terminal_event(job: Job) -> Event:
-    """The terminal event that belongs to an ended record."""
-    if job.state is State.SUCCEEDED:
-        return Succeeded()
-    if job.state is State.CANCELLED:
-        return Cancelled()
-    assert job.failure is not None
-    failure = job.failure
-    return Failed(reason=failure.reason, message=failure.message, retryable=failure.retryable)
+async def _sound(prepared: asyncio.Task[Pixels]) -> Pixels:
+    try:
+        return await prepared
+    except InvalidImageError as error:
+        raise errors.InitImageError(str(error)) from error
+
+
+async def _told(
+    event: StageDone | StepDone | PreviewReady,
+) -> StageFinished | StepFinished | Preview:
+    """An engine event as callers see it."""
+    match event:
+        case StageDone():
+            return StageFinished(stage=event.stage)
+        case StepDone():
+            return StepFinished(
+                sample=event.sample, step=event.step, total=event.total, sigma=event.sigma
+            )
+        case PreviewReady():
+            image = await asyncio.to_thread(preview_jpeg, event.pixels)
+            return Preview(sample=event.sample, step=event.step, image=image)
 
 
 def _post(
