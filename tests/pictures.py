@@ -143,11 +143,6 @@ def text_bomb() -> bytes:
     return zlib.compress(bytes(2**28), 1)
 
 
-def bomb_png() -> bytes:
-    """A small picture with a text chunk that is a bomb."""
-    return png(8, 8, bytes(8 * 25), more=((b"zTXt", b"Comment\0\0" + text_bomb()),))
-
-
 def many_scans_jpeg(scans: int) -> bytes:
     """A progressive JPEG whose last scan comes again and again."""
     data = saved(photo(64, 64), "JPEG", progressive=True)

@@ -106,6 +106,7 @@ def test_a_prepared_picture_of_another_size_is_refused() -> None:
         pictures.png(8, 0, b""),
         pictures.png(8, 8, bytes(200), depth=3),
         pictures.png(8, 8, bytes(200), colour=5),
+        pictures.png(8, 8, bytes(72), colour=3),  # no palette
         pictures.png(8, 8, bytes(200)).replace(b"IDAT", b"IDAX"),
     ],
 )

@@ -119,7 +119,7 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
         image = _decode(header, smallest)
         if image.size != (header.width, header.height):
             box = _scaled(box, round(header.width / image.width), image.size)
-        image = _opaque(image).resize((width, height), Image.Resampling.LANCZOS, box)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box)
     if header.orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[header.orientation])
     return np.array(image.convert("RGB"))
@@ -144,20 +144,21 @@ def _scaled(box: Box, divisor: int, size: tuple[int, int]) -> Box:
 
 
 def _decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
-    """Decodes the first frame; a JPEG perhaps smaller, but not below smallest."""
+    """The first frame in opaque 8-bit RGB or grey; a JPEG perhaps smaller, not below smallest."""
     try:
         image = PLUGINS[header.container](BytesIO(header.data))
         agrees = image.size == (header.width, header.height)
         if agrees:
             image.draft(None, smallest)
             image.load()
+            opaque = _opaque(image)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a dozen types on damaged files
         raise _invalid() from error
     if not agrees:
         raise _invalid()
-    return image
+    return opaque
 
 
 def _opaque(image: Image.Image) -> Image.Image:
