@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from img2img_server.errors import StorageError
@@ -191,6 +192,20 @@ async def test_logs_hold_no_key_no_prompt_no_picture_and_no_query(gateway: Gatew
     callers = [line["caller"] for line in lines[:3]]
     assert all(len(caller) == 8 for caller in callers)
     assert len(set(callers)) == 3
+
+
+async def test_requests_are_counted_by_route_and_code(gateway: Gateway) -> None:
+    def counted(route: str, method: str, code: str) -> float:
+        labels = {"route": route, "method": method, "code": code}
+        return REGISTRY.get_sample_value("img2img_http_requests_total", labels) or 0.0
+
+    fetch = f"{ENTERPRISE}/fetch/{{job_id}}"
+    cases = ((fetch, "POST", "404"), ("unmatched", "other", "404"), (fetch, "PUT", "405"))
+    before = [counted(*case) for case in cases]
+    await gateway.fetch("secret")
+    await gateway.http.request("BREW", "/secret")
+    await gateway.http.put(f"{ENTERPRISE}/fetch/1")
+    assert [counted(*case) for case in cases] == [count + 1 for count in before]
 
 
 # Probes and docs.

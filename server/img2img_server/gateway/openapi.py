@@ -77,7 +77,11 @@ def _contract(legacy: bool) -> dict[str, Any]:
 def _operation(
     cases: tuple[Case, ...], legacy: bool, body: str = "", example: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    operation: dict[str, Any] = {"security": _KEYS, "responses": _responses(cases, legacy)}
+    operation: dict[str, Any] = {
+        "tags": ["img2img"],
+        "security": _KEYS,
+        "responses": _responses(cases, legacy),
+    }
     if body:
         content = {"schema": {"$ref": f"#/components/schemas/{body}"}, "example": example}
         operation["requestBody"] = {
@@ -119,6 +123,7 @@ def _file(method: str) -> Schema:
     text = {"schema": {"type": "string", "contentMediaType": "text/plain"}}
     content = {} if method == "head" else {"content": {"image/png": picture, "text/plain": text}}
     return {
+        "tags": ["files"],
         "summary": "A result: {file_prefix}-{index}.png, or its base64 text",
         "parameters": [
             {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -149,6 +154,7 @@ _EVENT: Schema = {
 _EVENTS = {
     "/v1/jobs/{job_id}/events": {
         "get": {
+            "tags": ["events"],
             "summary": "A job's events, live",
             "description": "Server-sent events: `data` is a JobEvent of img2img.v1 as ProtoJSON "
             "with the proto's field names, `event` its kind, `id` its sequence. The key must be in "
@@ -197,6 +203,7 @@ _STATUS: Schema = {
 _PROBES = {
     "/healthz": {
         "get": {
+            "tags": ["probes"],
             "summary": "The process lives",
             "security": [],
             "responses": {"200": _json("It does.", _STATUS)},
@@ -204,6 +211,7 @@ _PROBES = {
     },
     "/readyz": {
         "get": {
+            "tags": ["probes"],
             "summary": "The gateway may serve",
             "security": [],
             "responses": {
