@@ -140,6 +140,31 @@ def test_cancelling_a_job_in_flight_removes_its_rows() -> None:
     assert len(scheduler) == 0
 
 
+def test_a_short_job_need_not_wait_for_a_long_one() -> None:
+    scheduler = Scheduler(capacity=1)
+    scheduler.add(row(1, steps=20, enqueue_time=0.0), now=0.0)
+    scheduler.add(row(2, steps=2, enqueue_time=5.0), now=5.0)
+
+    assert [step(scheduler, now) for now in (5.1, 6.0, 6.1, 6.2)] == [[1], [2], [2], [1]]
+
+
+def test_among_equals_the_older_one_runs_to_its_end_first() -> None:
+    scheduler = Scheduler(capacity=1)
+    for job_id in (1, 2):
+        scheduler.add(row(job_id, enqueue_time=float(job_id)), now=2.0)
+
+    assert [step(scheduler, 3.0 + i)[0] for i in range(6)] == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_batch_holds_no_more_work_than_the_device_gains_from() -> None:
+    scheduler = Scheduler(capacity=8, max_work=512 * 512)
+    for job_id in (1, 2, 3, 4, 5):
+        scheduler.add(row(job_id, height=256, width=256, steps=1), now=0.0)
+    scheduler.add(row(6, steps=1, slots=2), now=0.0)
+
+    assert [step(scheduler) for _ in range(3)] == [[1, 2, 3, 4], [5], [6]]
+
+
 @pytest.mark.parametrize(
     ("capacity", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
 )

@@ -78,6 +78,11 @@ class Denoiser(Protocol):
         """Forwards a step costs: 2 with guidance, 1 without."""
         ...
 
+    @property
+    def max_work(self) -> int | None:
+        """Pixels x forwards beyond which a larger batch gains nothing; None: no such limit."""
+        ...
+
     def pictures_at_once(self, height: int, width: int) -> int:
         """How many pictures of a size to encode or decode together, at least 1."""
         ...

@@ -21,6 +21,10 @@ from img2img_server.engine.model_spec import ModelError
 from img2img_server.engine.sampler import Schedule
 from img2img_server.errors import EngineError
 
+# Measured per row on one core with the packaged model: at 256x256 a batch of 4 takes 0.73 of the
+# time of one alone, at 512x512 a batch of any size takes the same.
+_MAX_CPU_WORK = 512 * 512
+
 # What passes the autoencoder at once on a GPU: its full-resolution layers need far more memory
 # than the UNet. A CPU gains nothing from company there, and the first picture would wait.
 _MAX_AUTOENCODER_PIXELS = 4 * 1024 * 1024
@@ -85,6 +89,10 @@ class DiffusersDenoiser:
 
     def slots(self, guidance_scale: float) -> int:
         return 2 if guidance_scale > 1 and not self._is_guidance_embedded else 1
+
+    @property
+    def max_work(self) -> int | None:
+        return _MAX_CPU_WORK if self.device.type == "cpu" else None
 
     def pictures_at_once(self, height: int, width: int) -> int:
         if self.device.type == "cpu":

@@ -69,7 +69,7 @@ class DiffusionEngine:
         self._model = model
         self._capacity_rows = capacity_rows
         self._stages = Stages(denoiser)
-        self._scheduler = Scheduler(capacity_rows)
+        self._scheduler = Scheduler(capacity_rows, denoiser.max_work)
         self._runs: dict[int, Run] = {}
         self._commands: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._lock = threading.Lock()

@@ -6,14 +6,15 @@ is put together anew for each step, in this order:
 1. rows that have waited for longer than `max_wait_seconds`, longest wait first;
 2. the realtime lane before the batch lane;
 3. the tenant that has had the least work (pixels x forwards) before the others;
-4. the older row before the younger one.
+4. the row that has waited longest for its remaining work (highest response ratio next): among
+   equals the older one first, and a short job need not wait until a long one is done.
 
 The first row in this order fixes the size; the others of that size fill the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from img2img_server.domain.params import Lane
@@ -87,13 +88,18 @@ class Scheduler:
 
     Args:
         capacity: most slots of a batch. A row that is larger than it runs alone.
+        max_work: most pixels x forwards of a batch, where a device gains nothing from more; None:
+            no such limit. Beyond it company would only delay every row.
         max_wait_seconds: a row that has waited for so long since its last step goes before every
             row that has not. Then no more than the rows before it in that line run first.
     """
 
-    def __init__(self, capacity: int, max_wait_seconds: float = 10.0) -> None:
+    def __init__(
+        self, capacity: int, max_work: int | None = None, max_wait_seconds: float = 30.0
+    ) -> None:
         assert capacity >= 1
         self._capacity = capacity
+        self._max_work = max_work
         self._ladder = ladder(capacity)
         self._max_wait_seconds = max_wait_seconds
         self._entries: dict[Key, _Entry] = {}
@@ -124,15 +130,8 @@ class Scheduler:
         )
         if not line:
             return None
-        first = line[0].row
-        chosen: list[_Entry] = []
-        slots = 0
-        for entry in line:
-            row = entry.row
-            fits = not chosen or slots + row.slots <= self._capacity
-            if fits and (row.height, row.width) == (first.height, first.width):
-                chosen.append(entry)
-                slots += row.slots
+        chosen = self._choose(line)
+        slots = sum(entry.row.slots for entry in chosen)
         for entry in chosen:
             entry.in_flight = True
         padded = next((size for size in self._ladder if size >= slots), slots)
@@ -165,12 +164,29 @@ class Scheduler:
                 self._remove(key)
         return tuple(finished)
 
+    def _choose(self, line: Sequence[_Entry]) -> list[_Entry]:
+        """The head of the line, and what fits of its size."""
+        first = line[0].row
+        chosen, slots = [line[0]], first.slots
+        most = self._capacity
+        if self._max_work is not None:
+            most = min(most, self._max_work // (first.height * first.width))
+        for entry in line[1:]:
+            row = entry.row
+            same_size = (row.height, row.width) == (first.height, first.width)
+            if same_size and slots + row.slots <= most:
+                chosen.append(entry)
+                slots += row.slots
+        return chosen
+
     def _order(self, entry: _Entry, now: float) -> tuple[float, ...]:
         row = entry.row
         if now - entry.waiting_since > self._max_wait_seconds:
             return (0, entry.waiting_since, row.job_id, row.sample)
         lane, work = _LANE_ORDER[row.lane], self._work_of_tenant[row.tenant]
-        return (1, lane, work, row.enqueue_time, row.job_id, row.sample)
+        age = max(0.0, now - row.enqueue_time)
+        ratio = age / (entry.steps_left * row.work)
+        return (1, lane, work, -ratio, row.enqueue_time, row.job_id, row.sample)
 
     def _welcome(self, tenant: str) -> None:
         """A tenant that comes back starts level with the others: idle time earns no credit."""
