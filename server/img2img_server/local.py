@@ -67,24 +67,27 @@ def local_settings(settings: Settings) -> Settings:
         SettingsError: it would listen beyond loopback without keys, a port is taken, or the model
             cannot be used.
     """
-    changes: dict[str, object] = {"dev_key": settings.api_keys_file is None}
-    for host, port in (("grpc_host", "grpc_port"), ("http_host", "http_port")):
-        changes[port] = _port(getattr(settings, host), getattr(settings, port), port)
-    if not settings.outbound_allow:
-        changes["outbound_allow"] = _LOOPBACK_ALLOWED
-    if not settings.default_model:
-        try:
-            changes["default_model"] = read_model_spec(settings.model).name
-        except ModelError as error:
-            raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
-    settings = settings.model_copy(update=changes)
+    settings = settings.model_copy(update={"dev_key": settings.api_keys_file is None})
     load_keys(settings)
     if settings.dev_key and not is_loopback(settings.http_host):
         raise SettingsError(
             f"refusing to listen on {settings.http_host} with the well-known development key: "
             "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
         )
-    return settings
+    changes: dict[str, object] = {
+        "default_model": settings.default_model or _model_name(settings.model),
+        "outbound_allow": settings.outbound_allow or _LOOPBACK_ALLOWED,
+    }
+    for host, port in (("grpc_host", "grpc_port"), ("http_host", "http_port")):
+        changes[port] = _port(getattr(settings, host), getattr(settings, port), port)
+    return settings.model_copy(update=changes)
+
+
+def _model_name(model: str) -> str:
+    try:
+        return read_model_spec(model).name
+    except ModelError as error:
+        raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
 
 
 def _role(name: str, settings: Settings, engines: LocalEngines) -> Child:
