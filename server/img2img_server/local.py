@@ -74,13 +74,14 @@ def local_settings(settings: Settings) -> Settings:
             f"refusing to listen on {settings.http_host} with the well-known development key: "
             "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
         )
-    changes: dict[str, object] = {
-        "default_model": settings.default_model or _model_name(settings.model),
-        "outbound_allow": settings.outbound_allow or _LOOPBACK_ALLOWED,
-    }
-    for host, port in (("grpc_host", "grpc_port"), ("http_host", "http_port")):
-        changes[port] = _port(getattr(settings, host), getattr(settings, port), port)
-    return settings.model_copy(update=changes)
+    return settings.model_copy(
+        update={
+            "grpc_port": _port(settings.grpc_host, settings.grpc_port, "grpc_port"),
+            "http_port": _port(settings.http_host, settings.http_port, "http_port"),
+            "default_model": settings.default_model or _model_name(settings.model),
+            "outbound_allow": settings.outbound_allow or _LOOPBACK_ALLOWED,
+        }
+    )
 
 
 def _model_name(model: str) -> str:
