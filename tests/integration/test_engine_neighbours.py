@@ -51,6 +51,7 @@ class Faulty(DiffusersDenoiser):
 
     def heal(self) -> None:
         self.slots_seen: list[int] = []
+        self.refused: list[int] = []
         self.most_slots = self.most_pictures = 100
         self.fails: dict[str, Exception] = {}
         self.poison: Conditioning | None = None
@@ -69,6 +70,7 @@ class Faulty(DiffusersDenoiser):
     ) -> Tensor:
         slots = sum(1 if row.negative is None else 2 for row in conditionings)
         if slots > self.most_slots:
+            self.refused.append(slots)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
         self._maybe_fail("denoise", any(row is self.poison for row in conditionings))
         self.slots_seen.append(slots)
@@ -187,6 +189,16 @@ def test_a_picture_is_the_same_after_an_out_of_memory_split(
         assert all(isinstance(other.all()[-1], JobDone) for other in others)
 
     assert worst(found, alone[case]) <= BOUND
+
+
+def test_an_out_of_memory_makes_later_batches_smaller(denoiser: Faulty) -> None:
+    denoiser.most_slots = 3
+    jobs = [job(job_id=i, seeds=(1, 2, 3, 4), num_inference_steps=10) for i in (1, 2)]
+    with running(denoiser) as engine:
+        for inbox in submit_all(engine, jobs):
+            assert isinstance(inbox.all()[-1], JobDone)
+
+    assert denoiser.refused == [4], "tried once and never again"
 
 
 def test_batches_stay_within_the_capacity(denoiser: Faulty) -> None:

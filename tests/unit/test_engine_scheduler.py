@@ -172,6 +172,18 @@ def test_the_ladder_ends_with_the_capacity(capacity: int, sizes: tuple[int, ...]
     assert ladder(capacity) == sizes
 
 
+def test_a_learned_limit_holds_for_its_size_and_lets_a_single_row_run() -> None:
+    scheduler = Scheduler(capacity=8)
+    scheduler.limit(512, 512, 2)
+    scheduler.limit(512, 512, 3)
+    scheduler.limit(256, 256, 0)
+    for job_id in (1, 2, 3):
+        scheduler.add(row(job_id, steps=1), now=0.0)
+    scheduler.add(row(4, steps=1, height=256, width=256, enqueue_time=1.0), now=1.0)
+
+    assert [step(scheduler, 1.0) for _ in range(3)] == [[1, 2], [3], [4]]
+
+
 def test_a_batch_is_padded_to_the_ladder() -> None:
     scheduler = Scheduler(capacity=8)
     for job_id in range(5):

@@ -43,6 +43,7 @@ TRAINED_BETAS = {
 CONFIGS = {"sd": SD, "zero-snr-v": ZERO_SNR_V, "trained-betas": TRAINED_BETAS}
 RUNS = [(1, 1.0), (4, 0.3), (5, 0.5), (7, 0.95), (13, 1.0), (20, 0.6), (30, 0.75)]
 SHAPE = (1, 4, 6, 5)
+LIKE = torch.zeros(SHAPE)
 
 
 def model(latents: Tensor, timestep: float) -> Tensor:
@@ -75,8 +76,8 @@ def ours(runs: list[tuple[Schedule, int]]) -> list[Tensor]:
     """Runs all schedules in one batch; rows leave as they finish."""
     device = torch.device("cpu")
     generators = [torch.Generator().manual_seed(seed) for _, seed in runs]
-    images = [draw_noise(generator, SHAPE) for generator in generators]
-    noises = [draw_noise(generator, SHAPE) for generator in generators]
+    images = [draw_noise(generator, LIKE) for generator in generators]
+    noises = [draw_noise(generator, LIKE) for generator in generators]
     latents = [
         schedule.init_signal * image + schedule.init_noise * noise
         for (schedule, _), image, noise in zip(runs, images, noises, strict=True)
@@ -92,7 +93,7 @@ def ours(runs: list[tuple[Schedule, int]]) -> list[Tensor]:
         output = torch.cat([model(seen[i : i + 1], step.timestep) for i, step in enumerate(steps)])
         noise = torch.cat(
             [
-                draw_noise(generators[row], SHAPE) if step.draws_noise else torch.zeros(SHAPE)
+                draw_noise(generators[row], LIKE) if step.draws_noise else LIKE
                 for row, step in zip(rows, steps, strict=True)
             ]
         )

@@ -120,7 +120,7 @@ def _probe(scheduler: Any, timestep: Tensor, sigma_after: float) -> Step:
     clean = (memory[-1] if memory is not None else answer[1]).flatten()
     noise = 0.0
     if draws_noise:
-        drawn = draw_noise(torch.Generator().manual_seed(0), _SAMPLE.shape).flatten()
+        drawn = draw_noise(torch.Generator().manual_seed(0), _SAMPLE).flatten()
         noise = float(result[3] / drawn[3])
         result = result - noise * drawn
     return Step(

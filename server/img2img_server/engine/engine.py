@@ -68,7 +68,7 @@ class DiffusionEngine:
         self._denoiser = denoiser
         self._model = model
         self._capacity_rows = capacity_rows
-        self._stages = Stages(denoiser)
+        self._stages = Stages(denoiser, self._note_split)
         self._scheduler = Scheduler(capacity_rows, denoiser.max_work)
         self._runs: dict[int, Run] = {}
         self._commands: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
@@ -214,6 +214,13 @@ class DiffusionEngine:
             run.note_step(took, own / slots)
         for sample, error in failed:
             self._fail(sample.run, error)
+
+    def _note_split(self, samples: Sequence[Sample]) -> None:
+        """Learns from an out-of-memory: later batches of that size are smaller from the start."""
+        job = samples[0].run.job
+        slots = sum(sample.run.slots for sample in samples)
+        self._scheduler.limit(job.height, job.width, slots // 2)
+        _log.warning("%d forwards of %dx%d do not fit the device", slots, job.width, job.height)
 
     def _report_steps(self, samples: Sequence[Sample]) -> None:
         wanted = []

@@ -14,13 +14,16 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def isolate(
-    items: Sequence[T], work: Callable[[Sequence[T]], None], before_retry: Callable[[], None]
+    items: Sequence[T],
+    work: Callable[[Sequence[T]], None],
+    before_retry: Callable[[Sequence[T], bool], None],
 ) -> list[tuple[T, Exception]]:
     """Does the work on all items at once; where that fails, on halves, down to single items.
 
     Args:
         work: must change nothing when it raises.
-        before_retry: frees what the failed attempt may hold.
+        before_retry: told of items that failed together, and whether it was for want of memory;
+            frees what the failed attempt may hold.
 
     Returns:
         The items that fail alone, each with its error. For all others the work is done.
@@ -32,10 +35,11 @@ def isolate(
     except Exception as error:  # whatever it is, the neighbours go on
         if len(items) == 1:
             return [(items[0], error)]
+        lacked_memory = is_out_of_memory(error)
     else:
         return []
     # Out of the handler: its traceback would keep the tensors of the failed attempt alive.
-    before_retry()
+    before_retry(items, lacked_memory)
     middle = len(items) // 2
     return [
         *isolate(items[:middle], work, before_retry),

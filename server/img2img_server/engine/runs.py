@@ -48,8 +48,7 @@ class Sample:
     def draw(self) -> None:
         """Draws the noise of the coming step, once."""
         if self.next_step.draws_noise and self.noise is None:
-            noise = draw_noise(self.generator, self.latents.shape)
-            self.noise = noise.to(self.latents.device, non_blocking=True)
+            self.noise = draw_noise(self.generator, self.latents)
 
     def advance(self, latents: Tensor, clean: Tensor) -> None:
         """Takes the result of the coming step."""
@@ -118,15 +117,13 @@ class Run:
 
     def prepare(self, conditioning: Conditioning, image: ImageLatents) -> None:
         """Makes the samples, drawing in the order of diffusers: the autoencoder's, then ours."""
-        schedule, device = self.schedule, image.mean.device
-        samples = []
+        schedule, samples = self.schedule, []
         for index, seed in enumerate(self.job.seeds):
             generator = torch.Generator().manual_seed(seed)
             latents = image.mean[None]
             if image.deviation is not None:
-                drawn = draw_noise(generator, latents.shape).to(device, non_blocking=True)
-                latents = latents + image.deviation * drawn
-            noise = draw_noise(generator, latents.shape).to(device, non_blocking=True)
+                latents = latents + image.deviation * draw_noise(generator, latents)
+            noise = draw_noise(generator, latents)
             latents = schedule.init_signal * latents + schedule.init_noise * noise
             sample = Sample(self, index, generator, latents, torch.zeros_like(latents))
             samples.append(sample)

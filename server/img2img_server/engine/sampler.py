@@ -12,7 +12,6 @@ begins. So rows with different samplers take a step together, and neighbours can
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,12 +101,15 @@ def advance(
     return result, predicted
 
 
-def draw_noise(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise in float32, drawn on the CPU: a seed means the same everywhere.
+def draw_noise(generator: torch.Generator, like: Tensor) -> Tensor:
+    """Standard normal noise of a tensor's shape and device, float32.
 
-    Asks the generator for as many numbers, in the same order, as diffusers does.
+    Drawn on the CPU, so that a seed means the same everywhere, and in the order of diffusers.
     """
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+    noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    if like.device.type == "cuda":
+        return noise.pin_memory().to(like.device, non_blocking=True)
+    return noise
 
 
 def _column(coefficients: Tensor, index: int) -> Tensor:

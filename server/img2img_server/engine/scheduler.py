@@ -102,6 +102,7 @@ class Scheduler:
         self._max_work = max_work
         self._ladder = ladder(capacity)
         self._max_wait_seconds = max_wait_seconds
+        self._limits: dict[tuple[int, int], int] = {}
         self._entries: dict[Key, _Entry] = {}
         self._work_of_tenant: dict[str, float] = {}
 
@@ -121,6 +122,10 @@ class Scheduler:
         for key in gone:
             self._remove(key)
         return gone
+
+    def limit(self, height: int, width: int, slots: int) -> None:
+        """From now on no batch of this size takes more slots than so; a single row always runs."""
+        self._limits[height, width] = min(slots, self._limits.get((height, width), slots))
 
     def next_batch(self, now: float) -> Batch | None:
         """The rows that step next; None when no row can. Each stays in flight until `complete`."""
@@ -168,7 +173,7 @@ class Scheduler:
         """The head of the line, and what fits of its size."""
         first = line[0].row
         chosen, slots = [line[0]], first.slots
-        most = self._capacity
+        most = min(self._capacity, self._limits.get((first.height, first.width), self._capacity))
         if self._max_work is not None:
             most = min(most, self._max_work // (first.height * first.width))
         for entry in line[1:]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,10 +17,15 @@ class Stages:
     """Encode, step, preview, decode. Takes runs and samples of one size.
 
     Every method returns what failed, with its error; for the rest the work is done.
+
+    Args:
+        on_split: told of samples that do not fit the device together.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, on_split: Callable[[Sequence[Sample]], None]) -> None:
         self._denoiser = denoiser
+        self._on_split = on_split
+        self._step_before: torch.cuda.Event | None = None
 
     def encode(self, runs: Sequence[Run]) -> list[tuple[Run, Exception]]:
         """Encodes prompts and init images, and makes the samples."""
@@ -35,7 +40,15 @@ class Stages:
 
     def step(self, samples: Sequence[Sample]) -> list[tuple[Sample, Exception]]:
         """Takes one step of every sample."""
-        return isolate(samples, self._step, self._free_memory)
+
+        def before_retry(some: Sequence[Sample], lacked_memory: bool) -> None:
+            self._free_memory()
+            if lacked_memory:
+                self._on_split(some)
+
+        failed = isolate(samples, self._step, before_retry)
+        self._keep_pace()
+        return failed
 
     def preview(
         self, samples: Sequence[Sample]
@@ -81,6 +94,16 @@ class Stages:
         for index, sample in enumerate(samples):
             sample.advance(latents[index : index + 1], clean[index : index + 1])
 
-    def _free_memory(self) -> None:
+    def _keep_pace(self) -> None:
+        """Lets the host run one step ahead of a GPU and no more: times and cancels stay true."""
+        if self._denoiser.device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        if self._step_before is not None:
+            self._step_before.synchronize()
+        self._step_before = event
+
+    def _free_memory(self, *_: object) -> None:
         if self._denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
