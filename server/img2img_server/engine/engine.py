@@ -32,11 +32,11 @@ from img2img_server.engine.base import (
     StepDone,
 )
 from img2img_server.engine.denoiser import Denoiser
-from img2img_server.engine.isolation import is_out_of_memory, needed_bytes
-from img2img_server.engine.runs import Run, Sample, emit
+from img2img_server.engine.isolation import failure_of
+from img2img_server.engine.runs import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.stages import Stages
-from img2img_server.errors import EngineError, OutOfMemoryError
+from img2img_server.errors import EngineError
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class DiffusionEngine:
             run = Run.begin(job, sink, schedule, slots, denoiser.device)
         except Exception as error:
             _log.exception("job %d cannot begin", job.job_id)
-            emit(sink, job, JobError(_told(error, job)))
+            emit(sink, job, JobError(failure_of(error, job)))
             return
         if not schedule.steps:
             for index in range(len(job.seeds)):
@@ -166,7 +166,7 @@ class DiffusionEngine:
     def _fail(self, run: Run, error: Exception) -> None:
         if run.job.job_id in self._runs:
             _log.error("job %d failed", run.job.job_id, exc_info=error)
-            self._end(run.job.job_id, JobError(_told(error, run.job)))
+            self._end(run.job.job_id, JobError(failure_of(error, run.job)))
 
     def _run_batch(self, batch: Batch) -> None:
         runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
@@ -209,7 +209,7 @@ class DiffusionEngine:
         failed = self._stages.step(samples)
         took = time.monotonic() - began
         slots = sum(sample.run.slots for sample in samples)
-        for run in _runs_of(samples):
+        for run in runs_of(samples):
             own = sum(run.slots for sample in samples if sample.run is run)
             run.note_step(took, own / slots)
         for sample, error in failed:
@@ -243,7 +243,7 @@ class DiffusionEngine:
             return
         began = time.monotonic()
         pictures, failed = self._stages.decode(samples)
-        for run in _runs_of(samples):
+        for run in runs_of(samples):
             run.decode += time.monotonic() - began
         for sample, error in failed:
             self._fail(sample.run, error)
@@ -254,16 +254,3 @@ class DiffusionEngine:
                 run.unfinished -= 1
                 if not run.unfinished:
                     self._end(run.job.job_id, JobDone(run.timings(time.monotonic())))
-
-
-def _runs_of(samples: Sequence[Sample]) -> list[Run]:
-    return list({sample.run.job.job_id: sample.run for sample in samples}.values())
-
-
-def _told(error: Exception, job: EngineJob) -> Exception:
-    """The error as the job's caller gets it."""
-    if is_out_of_memory(error):
-        return OutOfMemoryError(job.width, job.height, needed_bytes(error))
-    if isinstance(error, ValueError):  # a scheduler that cannot do what was asked
-        return EngineError(str(error))
-    return error

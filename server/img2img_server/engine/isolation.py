@@ -8,6 +8,9 @@ from typing import TypeVar
 
 import torch
 
+from img2img_server.engine.base import EngineJob
+from img2img_server.errors import EngineError, OutOfMemoryError
+
 T = TypeVar("T")
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -67,3 +70,12 @@ def needed_bytes(error: Exception) -> int | None:
     if not found:
         return None
     return int(float(found[1]) * _UNITS.get(found[2], 1))
+
+
+def failure_of(error: Exception, job: EngineJob) -> Exception:
+    """What a job's caller is told of an error in the loop."""
+    if is_out_of_memory(error):
+        return OutOfMemoryError(job.width, job.height, needed_bytes(error))
+    if isinstance(error, ValueError):  # a scheduler that cannot do what was asked
+        return EngineError(str(error))
+    return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -156,3 +157,8 @@ def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
         sink(event)
     except Exception:
         _log.exception("the sink of job %d failed", job.job_id)
+
+
+def runs_of(samples: Sequence[Sample]) -> list[Run]:
+    """The jobs that some samples belong to, each once."""
+    return list({sample.run.job.job_id: sample.run for sample in samples}.values())
