@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine_load import requests, summary
-from benchmarks.engine_servers import EngineServer, StockServer
+from benchmarks.engine_servers import EngineServer, StockServer, load_pipeline
 from img2img_server.engine.load import choose_device, choose_dtype
 from img2img_server.engine.model_spec import read_model_spec
 
@@ -42,49 +43,49 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = read_model_spec(arguments.model)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
-    ours = EngineServer(spec, device, dtype, arguments.rows)
-    servers: dict[str, StockServer | EngineServer] = {
-        "(a) stock, one at a time": StockServer(spec.source, device, dtype, 1),
-        "(b) stock, static batches": StockServer(spec.source, device, dtype, arguments.rows),
-        "(d) this engine": ours,
-    }
-    for server in servers.values():
-        server.serve(requests(4, None, arguments.sides, seed=99))  # warm up
-    service_seconds = _service_seconds(servers["(a) stock, one at a time"], arguments)
-    loads: dict[str, float | None] = {
-        **{f"load {load:g}": load / service_seconds for load in arguments.loads},
-        "burst": None,
-    }
-    results: dict[str, dict[str, Any]] = {}
-    for name, rate in loads.items():
-        load = requests(arguments.requests, rate, arguments.sides)
-        results[name] = {}
-        for label, server in servers.items():
-            outcomes, busy = server.serve(load)
-            results[name][label] = summary(outcomes, busy)
-            print(name, label, results[name][label], flush=True)
-    ours.stop()
+    pipeline = load_pipeline(spec.source, device, dtype)
     return {
         "what": "mixed load: strength 0.3 to 0.9, 4 to 30 steps, half of it guided",
         "model": spec.name,
         "requests": arguments.requests,
         "sides": arguments.sides,
         "rows": arguments.rows,
-        "service_seconds": round(service_seconds, 3),
-        "hardware": _hardware(device, dtype),
-        "results": results,
+        "hardware": hardware(device, dtype),
+        "results": compare(
+            pipeline, arguments.requests, arguments.loads, arguments.sides, arguments.rows
+        ),
     }
 
 
-def _service_seconds(server: StockServer | EngineServer, arguments: argparse.Namespace) -> float:
-    """What (a) needs for a request on average, nothing waiting."""
+def compare(
+    pipeline: Any, count: int, loads: Sequence[float], sides: Sequence[int], rows: int
+) -> dict[str, dict[str, Any]]:
+    """Serves every load with every system; summaries by load and system."""
+    alone, ours = StockServer(pipeline, 1), EngineServer(pipeline, rows)
+    servers: dict[str, StockServer | EngineServer] = {
+        "(a) stock, one at a time": alone,
+        "(b) stock, static batches": StockServer(pipeline, rows),
+        "(d) this engine": ours,
+    }
+    for server in servers.values():
+        server.serve(requests(4, None, sides, seed=99))  # warm up
     began = time.perf_counter()
-    count = max(10, arguments.requests // 2)
-    server.serve(requests(count, None, arguments.sides))
-    return (time.perf_counter() - began) / count
+    alone.serve(requests(max(10, count // 2), None, sides))
+    service_seconds = (time.perf_counter() - began) / max(10, count // 2)
+    rates: dict[str, float | None] = {f"load {load:g}": load / service_seconds for load in loads}
+    results: dict[str, dict[str, Any]] = {}
+    for name, rate in {**rates, "burst": None}.items():
+        load = requests(count, rate, sides)
+        results[name] = {}
+        for label, server in servers.items():
+            outcomes, busy = server.serve(load)
+            results[name][label] = summary(outcomes, busy)
+            print(name, label, results[name][label], flush=True)
+    ours.stop()
+    return results
 
 
-def _hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
     return {
         "device": name,

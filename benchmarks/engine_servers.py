@@ -26,9 +26,17 @@ from img2img_server.engine.base import (
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers_schedules import make_scheduler
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.engine.fake import FAKE_MODEL
 
 _SCHEDULER = "euler"
+
+
+def load_pipeline(source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline that all systems run. Channels last for all: the comparison is of the loops."""
+    pipeline = AutoPipelineForImage2Image.from_pretrained(source, dtype=dtype, safety_checker=None)
+    for part in (pipeline.unet, pipeline.vae):
+        part.to(memory_format=torch.channels_last)
+    return pipeline.to(device)
 
 
 def photo(side: int) -> Pixels:
@@ -41,19 +49,15 @@ class StockServer:
     """The pipeline of diffusers behind a queue, first come first served.
 
     Args:
+        pipeline: an image-to-image pipeline of diffusers, on its device.
         most: requests it runs in one call. The pipeline takes together only what has the same
             size, step count, strength and guidance scale.
     """
 
-    def __init__(self, source: str, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        pipeline = AutoPipelineForImage2Image.from_pretrained(
-            source, dtype=dtype, safety_checker=None
-        )
+    def __init__(self, pipeline: Any, most: int) -> None:
         pipeline.scheduler = make_scheduler(_SCHEDULER, dict(pipeline.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
-        for part in (pipeline.unet, pipeline.vae):
-            part.to(memory_format=torch.channels_last)  # as ours: the comparison is of the loops
-        self._pipeline = pipeline.to(device)
+        self._pipeline = pipeline
         self._most = most
 
     def serve(self, load: Sequence[Request]) -> tuple[list[Outcome], float]:
@@ -95,11 +99,9 @@ class StockServer:
 class EngineServer:
     """Ours."""
 
-    def __init__(
-        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, capacity_rows: int
-    ) -> None:
-        self._denoiser = _Timed.load(spec.source, device, dtype)
-        self._engine = DiffusionEngine(self._denoiser, spec.info, capacity_rows)
+    def __init__(self, pipeline: Any, capacity_rows: int) -> None:
+        self._denoiser = TimedDenoiser(pipeline)
+        self._engine = DiffusionEngine(self._denoiser, FAKE_MODEL, capacity_rows)
 
     def serve(self, load: Sequence[Request]) -> tuple[list[Outcome], float]:
         """Runs a load in real time; the outcomes, and the seconds the model ran."""
@@ -137,7 +139,7 @@ class EngineServer:
         self._engine.stop()
 
 
-class _Timed(DiffusersDenoiser):
+class TimedDenoiser(DiffusersDenoiser):
     """Adds up the seconds the model runs. On a GPU a step's time shows in the next wait for it."""
 
     seconds = 0.0

@@ -1,0 +1,180 @@
+"""Pipelines with random weights and the shapes of real models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+LENGTH = 77
+_SD_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+_UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {**_SD_BLOCKS, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd-turbo": {
+        **_SD_BLOCKS,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl-turbo": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    # Not a real one: lets the benchmark itself be tried in seconds.
+    "toy": {
+        **_SD_BLOCKS,
+        "block_out_channels": (32, 32, 64, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+}
+# Width, layers, heads of the text encoders.
+_CLIP_L, _OPEN_CLIP_H, _OPEN_CLIP_G = (768, 12, 12), (1024, 23, 16), (1280, 32, 20)
+
+
+def build(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """An image-to-image pipeline on the device. `folder`: for the tokenizer's files."""
+    return ARCHITECTURES[name](name, folder, device, dtype)
+
+
+def _sd(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    width = _OPEN_CLIP_H if name == "sd-turbo" else _CLIP_L
+    with device:
+        parts = [_unet(name), _autoencoder(0.18215), CLIPTextModel(_text(width))]
+    unet, vae, text = (_placed(part, dtype) for part in parts)
+    return StableDiffusionImg2ImgPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=_tokenizer(folder),
+        unet=unet,
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    with device:
+        parts = [
+            _unet(name),
+            _autoencoder(0.13025),
+            CLIPTextModel(_text(_CLIP_L)),
+            CLIPTextModelWithProjection(_text(_OPEN_CLIP_G)),
+        ]
+    unet, vae, text, text_2 = (_placed(part, dtype) for part in parts)
+    tokenizer = _tokenizer(folder)
+    return StableDiffusionXLImg2ImgPipeline(
+        vae=vae,
+        text_encoder=text,
+        text_encoder_2=text_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=_scheduler(),
+        add_watermarker=False,
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[str, Path, torch.device, torch.dtype], Any]] = {
+    "sd15": _sd,
+    "sd-turbo": _sd,
+    "sdxl-turbo": _sdxl,
+    "toy": _sd,
+}
+
+
+def _placed(part: Any, dtype: torch.dtype) -> Any:
+    part = part.to(dtype).eval()
+    is_convolutional = isinstance(part, UNet2DConditionModel | AutoencoderKL)
+    return part.to(memory_format=torch.channels_last) if is_convolutional else part
+
+
+def _unet(name: str) -> UNet2DConditionModel:
+    return UNet2DConditionModel(**{"sample_size": 64, **_UNETS[name]})
+
+
+def _autoencoder(scaling_factor: float) -> AutoencoderKL:
+    blocks = 4
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+        scaling_factor=scaling_factor,
+        force_upcast=False,
+    )
+
+
+def _text(shape: tuple[int, int, int]) -> CLIPTextConfig:
+    width, layers, heads = shape
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=LENGTH,
+    )
+
+
+def _scheduler() -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """Of single letters: what a prompt says does not matter for speed."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    end = "<|endoftext|>"
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        bos_token="<|startoftext|>",
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
+    )
+    tokenizer.model_max_length = LENGTH
+    return tokenizer
