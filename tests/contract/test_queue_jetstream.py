@@ -284,3 +284,62 @@ async def test_queued_jobs_and_records_survive_a_restart(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus:
         assert await ack_all(bus) == [JOB]
         assert await bus.jobs.claim_request("acme", "r", "other", 2) == ("print", JOB)
+
+
+async def test_a_slow_reader_misses_nothing_of_what_did_not_fit(
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    monkeypatch.setattr(follow, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(follow, "MAX_WAITING_BYTES", 500)
+    async with connect_bus(nats.settings) as bus, bus.events.watch(JOB) as events:
+        writer = await bus.events.open(JOB, fresh=True)
+        for number in range(1, 31):
+            await writer.append(step(number))
+        async with asyncio.timeout(LONG):
+            assert [(await anext(events)).event for _ in range(30)] == [
+                step(number) for number in range(1, 31)
+            ]
+
+
+async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Nats) -> None:
+    # ack_wait is 15 s here: a job that was lost with its pull would not come back in time.
+    async with connect_bus(nats.settings) as api, connect_bus(nats.settings) as worker:
+        for turn in range(40):
+            job = a_job(JOB + turn)
+            pulling = asyncio.create_task(worker.queue.pull(MODEL, list(Lane), 4, LONG))
+            putting = asyncio.create_task(api.queue.put(job))
+            for _ in range(turn):
+                await asyncio.sleep(0)
+            pulling.cancel()
+            await putting
+            (got,) = await asyncio.gather(pulling, return_exceptions=True)
+            async with asyncio.timeout(LONG):
+                while not isinstance(got, list) or not got:
+                    got = await worker.queue.pull(MODEL, list(Lane), 4, 1.0)
+            assert [delivery.job for delivery in got] == [job]
+            await got[0].ack()
+
+
+async def test_a_connection_closes_although_the_server_is_away(nats: Nats) -> None:
+    async with asyncio.timeout(LONG):
+        async with connect_bus(nats.settings) as bus, bus.events.watch(JOB):
+            await nats.stop()
+
+
+async def test_everything_has_its_bounds(nats: Nats) -> None:
+    settings = nats.settings.model_copy(
+        update={"retention_hours": 2, "events_retention_seconds": 90.0, "events_max_bytes": 2**21}
+    )
+    async with connect_bus(settings), raw(settings) as link:
+        infos = await link.js.streams_info()
+    hour = 3600.0
+    assert {info.config.name: (info.config.max_age, info.config.max_bytes) for info in infos} == {
+        "JOBS": (2 * hour, -1),
+        "EVENTS": (90.0, 2**21),
+        "DEAD": (7 * 24 * hour, 2**28),
+        "IDS": (0.0, -1),
+        "KV_img2img-jobs": (3 * hour, -1),
+        "KV_img2img-requests": (24 * hour, -1),
+        "KV_img2img-workers": (20.0, -1),
+        "KV_img2img-models": (0.0, -1),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -13,10 +13,13 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from img2img_server.errors import UnavailableError
-from img2img_server.wire.connection import Inbox, Interrupted, Link, status_of, unavailable
+from img2img_server.wire.connection import Link, status_of
+from img2img_server.wire.faults import unavailable
+from img2img_server.wire.inbox import Inbox, Interrupted
 
 HEARTBEAT_SECONDS: Final = 5.0
 RETRY_SECONDS: Final = 1.0
+MAX_WAITING_BYTES: Final = 32 * 2**20  # what a slow reader may leave unread here
 _HEARTBEAT: Final = "100"
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,6 @@ class Follower:
         self._link = link
         self._stream = stream
         self._subject = subject
-        self._stack = AsyncExitStack()
         self._inbox: Inbox | None = None
         self._consumer = ""
         self._last_stream_sequence = 0
@@ -48,7 +50,7 @@ class Follower:
         try:
             await self._start()
         except BaseException:
-            await self._stack.aclose()
+            await self._stop()
             raise
         return self
 
@@ -76,7 +78,8 @@ class Follower:
                     return data
 
     async def _next(self) -> bytes | None:
-        assert self._inbox is not None, "to be used inside its context"
+        if self._inbox is None:  # a restart was cancelled half-way
+            raise Interrupted
         async with asyncio.timeout(2.5 * HEARTBEAT_SECONDS):
             msg = await self._inbox.get()
         if status_of(msg):
@@ -96,9 +99,9 @@ class Follower:
             raise _GapError
 
     async def _start(self) -> None:
-        inbox = await self._stack.enter_async_context(self._link.inbox())
+        self._inbox = await self._link.open_inbox(MAX_WAITING_BYTES)
         config = ConsumerConfig(
-            deliver_subject=inbox.subject,
+            deliver_subject=self._inbox.subject,
             filter_subject=self._subject,
             ack_policy=AckPolicy.NONE,
             max_deliver=1,
@@ -112,23 +115,24 @@ class Follower:
             config.opt_start_seq = self._last_stream_sequence + 1
         with unavailable():
             info = await self._link.js.add_consumer(self._stream, config)
-        self._consumer, self._inbox, self._delivered = info.name, inbox, 0
+        self._consumer, self._delivered = info.name, 0
 
     async def _stop(self) -> None:
-        # Without interest the server forgets the consumer by itself; telling it is only tidy.
-        if self._consumer and self._link.nc.is_connected:
-            api = f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._consumer}"
+        inbox, self._inbox = self._inbox, None
+        consumer, self._consumer = self._consumer, ""
+        if consumer and self._link.nc.is_connected:
+            # Without interest the server forgets the consumer by itself; telling it is only tidy.
+            api = f"$JS.API.CONSUMER.DELETE.{self._stream}.{consumer}"
             with suppress(UnavailableError):
                 await self._link.send(api, b"", reply=self._link.nc.new_inbox())
-        self._consumer = ""
-        await self._stack.aclose()
+        if inbox:
+            await inbox.close()
 
     async def _restart(self) -> None:
-        await self._stop()
         while True:
+            await self._stop()
             try:
                 return await self._start()
             except (UnavailableError, nats.js.errors.APIError) as error:
                 log.debug("cannot read %s yet: %r", self._subject, error)
-                await self._stack.aclose()
                 await asyncio.sleep(RETRY_SECONDS)

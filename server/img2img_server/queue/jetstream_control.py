@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -10,7 +11,10 @@ import nats.errors
 from nats.aio.msg import Msg
 
 from img2img_server.wire import names
-from img2img_server.wire.connection import Link, unavailable
+from img2img_server.wire.connection import Link
+from img2img_server.wire.faults import unavailable
+
+log = logging.getLogger(__name__)
 
 
 class NatsControl:
@@ -30,7 +34,10 @@ class NatsControl:
         """Raises UnavailableError on entering."""
 
         async def receive(msg: Msg) -> None:
-            await handler(int(msg.data))
+            try:
+                await handler(int(msg.data))
+            except Exception:  # the next command must still be heard
+                log.exception("cancel %r", msg.data)
 
         await self._link.ready()
         with unavailable():

@@ -13,7 +13,8 @@ from img2img_server.errors import UnavailableError
 from img2img_server.queue.base import OwnershipLostError
 from img2img_server.queue.follow import Follower
 from img2img_server.wire import codec, names
-from img2img_server.wire.connection import Link, WrongLastSequenceError
+from img2img_server.wire.connection import Link
+from img2img_server.wire.faults import WrongLastSequenceError
 
 APPEND_TRIES = 3
 

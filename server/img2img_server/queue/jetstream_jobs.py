@@ -17,14 +17,9 @@ from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError, UnavailableError
 from img2img_server.queue.base import Delivery, QueuedJob
 from img2img_server.wire import codec, names
-from img2img_server.wire.connection import (
-    Inbox,
-    Interrupted,
-    Link,
-    SubjectFullError,
-    status_of,
-    unavailable,
-)
+from img2img_server.wire.connection import Link, status_of
+from img2img_server.wire.faults import SubjectFullError, unavailable
+from img2img_server.wire.inbox import Inbox, Interrupted
 
 MAX_ACK_PENDING: Final = 10_000  # jobs of one model and lane that workers may hold together
 INFO_SECONDS: Final = 0.2  # how old the numbers behind position and depth may be
@@ -145,42 +140,49 @@ class JetStreamJobQueue:
         """
         for lane in lanes:
             await self._ensure_consumer(model, lane)
+        inbox = await self._link.open_inbox()
         taken: list[Msg] = []
+        keep = 0
         try:
-            async with self._link.inbox() as inbox:
-                with suppress(Interrupted):
-                    taken = await self._take(inbox, model, lanes, most, timeout_seconds)
-            taken += [msg for msg in inbox.rest() if not status_of(msg)]
-        except asyncio.CancelledError:
-            await self._hand_back([msg for msg in inbox.rest() if not status_of(msg)])
-            raise
-        await self._hand_back(taken[most:])
-        return await self._deliveries(taken[:most])
+            with suppress(Interrupted):
+                await self._take(inbox, taken, model, lanes, most, timeout_seconds)
+            keep = most
+        finally:
+            taken += [msg for msg in await inbox.close() if not status_of(msg)]
+            await self._hand_back(taken[keep:])
+        return await self._deliveries(taken[:keep])
 
     async def _take(
-        self, inbox: Inbox, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
-    ) -> list[Msg]:
+        self,
+        inbox: Inbox,
+        taken: list[Msg],
+        model: str,
+        lanes: Sequence[Lane],
+        most: int,
+        timeout_seconds: float,
+    ) -> None:
         for lane in lanes:
             await self._ask(inbox, model, lane, {"batch": most, "no_wait": True})
-            found = await self._collect(inbox, most, asked=1, seconds=ANSWER_SECONDS)
-            if found:
-                return found
+            await self._collect(inbox, taken, most, asked=1, seconds=ANSWER_SECONDS)
+            if taken:
+                return
         expires = max(1, int(timeout_seconds * 1e9))
         for lane in lanes:
             await self._ask(inbox, model, lane, {"batch": most, "expires": expires})
         seconds = timeout_seconds + ANSWER_SECONDS
-        return await self._collect(inbox, 1, asked=len(lanes), seconds=seconds)
+        await self._collect(inbox, taken, 1, asked=len(lanes), seconds=seconds)
 
     async def _ask(self, inbox: Inbox, model: str, lane: Lane, request: dict[str, int]) -> None:
         api = f"$JS.API.CONSUMER.MSG.NEXT.{names.JOBS}.{names.lane_consumer(model, lane)}"
         await self._link.send(api, json.dumps(request).encode(), reply=inbox.subject)
 
-    async def _collect(self, inbox: Inbox, most: int, *, asked: int, seconds: float) -> list[Msg]:
-        """Messages, until there are `most` or the server has ended each of the requests asked."""
-        found: list[Msg] = []
+    async def _collect(
+        self, inbox: Inbox, taken: list[Msg], most: int, *, asked: int, seconds: float
+    ) -> None:
+        """Takes messages until there are `most` or the server has ended all requests asked."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while len(found) < most and asked:
+                while len(taken) < most and asked:
                     msg = await inbox.get()
                     status = status_of(msg)
                     if status == _NO_RESPONDERS:
@@ -189,8 +191,7 @@ class JetStreamJobQueue:
                     if status:
                         asked -= 1
                     else:
-                        found.append(msg)
-        return found
+                        taken.append(msg)
 
     async def _deliveries(self, taken: list[Msg]) -> list[Delivery]:
         deliveries: list[Delivery] = []

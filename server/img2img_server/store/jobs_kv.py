@@ -8,7 +8,8 @@ from img2img_server.domain.job import FIRST_JOB_ID, Job
 from img2img_server.store.base import ConflictError, Stored
 from img2img_server.wire import codec, names
 from img2img_server.wire.bucket import Bucket
-from img2img_server.wire.connection import Link, WrongLastSequenceError
+from img2img_server.wire.connection import Link
+from img2img_server.wire.faults import WrongLastSequenceError
 
 
 class KvJobStore:

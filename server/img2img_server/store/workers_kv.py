@@ -22,13 +22,9 @@ class KvWorkerRegistry:
     def __init__(self, link: Link) -> None:
         self._workers = Bucket(link, names.WORKERS_BUCKET)
         self._models = Bucket(link, names.MODELS_BUCKET)
-        self._told: dict[str, ModelInfo] = {}
 
     async def announce(self, worker: WorkerInfo) -> None:
-        model = worker.model
-        if self._told.get(model.name) != model:
-            await self._models.put(names.token(model.name), codec.encode(model))
-            self._told[model.name] = model
+        await self._models.put(names.token(worker.model.name), codec.encode(worker.model))
         await self._workers.put(names.token(worker.name), codec.encode(worker))
 
     async def withdraw(self, name: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from img2img_server.wire import names
-from img2img_server.wire.connection import Link, WrongLastSequenceError, unavailable
+from img2img_server.wire.connection import Link
+from img2img_server.wire.faults import WrongLastSequenceError, unavailable
 
 _MARKER = "KV-Operation"  # header of what other clients leave where they deleted a key
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+from weakref import WeakSet
 
 import nats.errors
 import nats.js.errors
@@ -18,73 +18,16 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck, RawStreamMsg
 
 from img2img_server.errors import UnavailableError
+from img2img_server.wire import faults
+from img2img_server.wire.faults import unavailable
+from img2img_server.wire.inbox import Inbox
 
 REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
 RECONNECT_SECONDS: Final = 0.2  # between two tries to come back
 CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection
 PENDING_BYTES: Final = 16 * 2**20  # what may wait to be sent
 
-# Error codes of the server, and the one text that tells two meanings of a code apart.
-_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
-_STORE_FAILED: Final = 10077
-_SUBJECT_FULL: Final = "maximum messages per subject exceeded"
-_NO_MESSAGE: Final = (10037, 10043, 10057)
-_DOWN: Final = (
-    nats.errors.ConnectionClosedError,
-    nats.errors.ConnectionDrainingError,
-    nats.errors.ConnectionReconnectingError,
-    nats.errors.NoRespondersError,
-    nats.errors.NoServersError,
-    nats.errors.OutboundBufferLimitError,
-    nats.errors.StaleConnectionError,
-    nats.js.errors.NoStreamResponseError,
-    nats.js.errors.ServerError,
-    nats.js.errors.ServiceUnavailableError,
-    TimeoutError,
-    OSError,
-)
-
 log = logging.getLogger(__name__)
-
-
-class WrongLastSequenceError(Exception):
-    """The subject was written by somebody else since it was read."""
-
-
-class SubjectFullError(Exception):
-    """The subject has as many messages as its stream allows."""
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: look again
-    """The connection was lost and is back: what was asked before will not be answered."""
-
-
-class Inbox:
-    """A private subject and what arrived there, in order; see `Link.inbox`."""
-
-    def __init__(self, subject: str) -> None:
-        self.subject = subject
-        self._arrived: asyncio.Queue[Msg | None] = asyncio.Queue()
-
-    async def arrive(self, msg: Msg | None) -> None:
-        """Adds a message; None tells that the connection was away."""
-        self._arrived.put_nowait(msg)
-
-    async def get(self) -> Msg:
-        """The next message. Raises Interrupted."""
-        msg = await self._arrived.get()
-        if msg is None:
-            raise Interrupted
-        return msg
-
-    def rest(self) -> list[Msg]:
-        """Takes all that has arrived by now."""
-        taken = []
-        while not self._arrived.empty():
-            msg = self._arrived.get_nowait()
-            if msg is not None:
-                taken.append(msg)
-        return taken
 
 
 class _Client(Client):
@@ -108,7 +51,7 @@ class Link:
         self.nc: Client = _Client()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
-        self._inboxes: set[Inbox] = set()
+        self._inboxes: WeakSet[Inbox] = WeakSet()
 
     async def open(self, servers: Sequence[str], creds_file: Path | None, name: str) -> None:
         """Connects for the first time. Raises UnavailableError."""
@@ -128,13 +71,13 @@ class Link:
                     pending_size=PENDING_BYTES,
                     drain_timeout=3,
                 )
-        except (*_DOWN, nats.errors.Error) as error:
+        except (*faults.DOWN, nats.errors.Error) as error:
             raise UnavailableError(f"no connection to the bus at {', '.join(servers)}") from error
         self._up.set()
 
     async def close(self) -> None:
         """Sends what waits to be sent and ends the connection."""
-        with suppress(*_DOWN):
+        with suppress(*faults.DOWN):
             await self.nc.drain()
         await self.nc.close()
 
@@ -147,7 +90,7 @@ class Link:
         log.warning("the connection to the bus is back")
         self._up.set()
         for inbox in self._inboxes:
-            await inbox.arrive(None)
+            inbox.interrupt()
 
     async def ready(self) -> None:
         """Waits until the connection stands. Raises UnavailableError when it does not in time.
@@ -175,14 +118,7 @@ class Link:
         """
         await self.ready()
         with unavailable():
-            try:
-                return await self.js.publish(subject, data, headers=headers)
-            except nats.js.errors.APIError as error:
-                if error.err_code in _WRONG_LAST_SEQUENCE:
-                    raise WrongLastSequenceError(subject) from error
-                if error.err_code == _STORE_FAILED and error.description == _SUBJECT_FULL:
-                    raise SubjectFullError(subject) from error
-                raise
+            return await self.js.publish(subject, data, headers=headers)
 
     async def request(self, subject: str, data: bytes = b"") -> Msg:
         """Sends a request and returns the answer. Raises UnavailableError."""
@@ -212,47 +148,22 @@ class Link:
             try:
                 return await self.js.delete_msg(stream, sequence)
             except nats.js.errors.APIError as error:
-                if error.err_code in _NO_MESSAGE:
+                if error.err_code in faults.NO_MESSAGE:
                     return False
                 raise
 
-    @asynccontextmanager
-    async def inbox(self) -> AsyncIterator[Inbox]:
-        """A private subject; when the context ends it has everything that was sent to it."""
+    async def open_inbox(self, max_bytes: int | None = None) -> Inbox:
+        """A private subject that is listened to, until it is closed. Raises UnavailableError."""
         await self.ready()
-        inbox = Inbox(self.nc.new_inbox())
-        with unavailable():
-            subscription = await self.nc.subscribe(inbox.subject, cb=inbox.arrive)
+        inbox = Inbox(self.nc, max_bytes)
+        await inbox.open()
         self._inboxes.add(inbox)
-        try:
-            yield inbox
-        finally:
-            self._inboxes.discard(inbox)
-            with suppress(*_DOWN, nats.errors.Error):
-                if self.nc.is_connected:
-                    async with asyncio.timeout(REQUEST_SECONDS / 2):
-                        await subscription.drain()  # type: ignore[no-untyped-call]
-                else:
-                    await subscription.unsubscribe()
-
-
-@contextmanager
-def unavailable() -> Iterator[None]:
-    """Turns what is raised when the bus is down or silent into UnavailableError."""
-    try:
-        yield
-    except _DOWN as error:
-        raise UnavailableError from error
+        return inbox
 
 
 def status_of(msg: Msg) -> str:
     """Three digits when the message is a word of the server's own, empty for a stored message."""
     return (msg.headers or {}).get("Status", "")
-
-
-def to_json(value: dict[str, Any]) -> bytes:
-    """A request to the server as JSON."""
-    return json.dumps(value).encode()
 
 
 async def _on_error(error: Exception) -> None:

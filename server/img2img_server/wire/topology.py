@@ -10,7 +10,8 @@ from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from img2img_server.wire import names
-from img2img_server.wire.connection import Link, unavailable
+from img2img_server.wire.connection import Link
+from img2img_server.wire.faults import unavailable
 
 _EXISTS_DIFFERENTLY: Final = 10058
 HOUR: Final = 3600.0
@@ -19,7 +20,7 @@ RECORD_MARGIN_SECONDS: Final = HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
 DEAD_SECONDS: Final = 7 * 24 * HOUR
-DEAD_MAX_BYTES: Final = 2**30
+DEAD_MAX_BYTES: Final = 2**28
 # Within this time a repeated publish with the same Nats-Msg-Id is stored once.
 REPEAT_SECONDS: Final = 20.0
 
