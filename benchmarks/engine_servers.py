@@ -26,7 +26,7 @@ from img2img_server.engine.base import (
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers_schedules import make_scheduler
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.fake import FAKE_MODEL
+from img2img_server.engine.model_spec import ModelSpec
 
 _SCHEDULER = "euler"
 
@@ -101,7 +101,9 @@ class EngineServer:
 
     def __init__(self, pipeline: Any, capacity_rows: int) -> None:
         self._denoiser = TimedDenoiser(pipeline)
-        self._engine = DiffusionEngine(self._denoiser, FAKE_MODEL, capacity_rows)
+        self._engine = DiffusionEngine(
+            self._denoiser, ModelSpec(source="", name="bench"), capacity_rows
+        )
 
     def serve(self, load: Sequence[Request]) -> tuple[list[Outcome], float]:
         """Runs a load in real time; the outcomes, and the seconds the model ran."""

@@ -29,7 +29,7 @@ from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers_schedules import make_scheduler
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.fake import FAKE_MODEL
+from img2img_server.engine.model_spec import ModelSpec
 
 SECONDS = 30.0
 # The bound of the oracle and of neighbours: largest difference of a pixel, of 255.
@@ -89,8 +89,10 @@ def load(folder: Path) -> DiffusersDenoiser:
 
 
 @contextmanager
-def running(denoiser: Denoiser, capacity_rows: int = 8) -> Iterator[Engine]:
-    engine = DiffusionEngine(denoiser, FAKE_MODEL, capacity_rows)
+def running(denoiser: Denoiser, capacity_rows: int = 8, **limits: int) -> Iterator[Engine]:
+    """An engine on the denoiser; `limits`: of its ModelSpec."""
+    spec = ModelSpec(source="", name="tiny", **{"max_num_inference_steps": 1000, **limits})
+    engine = DiffusionEngine(denoiser, spec, capacity_rows)
     try:
         yield engine
     finally:

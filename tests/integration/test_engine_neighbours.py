@@ -279,6 +279,23 @@ def test_a_scheduler_that_cannot_run_the_steps_fails_the_job(denoiser: Faulty) -
     assert str(error) == "scheduler lcm cannot run 60 steps of this model"
 
 
+@pytest.mark.parametrize(
+    ("limits", "sentence"),
+    [
+        ({"max_num_inference_steps": 3}, "tiny runs at most 3 steps"),
+        ({"multiple": 16}, "tiny needs sides divisible by 16"),
+    ],
+)
+def test_the_models_own_limits_hold(
+    denoiser: Faulty, limits: dict[str, int], sentence: str
+) -> None:
+    with running(denoiser, **limits) as engine:
+        (end,) = run(engine, job())
+
+    assert isinstance(end, JobError)
+    assert str(end.error) == sentence
+
+
 def test_a_second_job_with_the_id_of_a_running_one_is_refused(denoiser: Faulty) -> None:
     first, second = Inbox(), Inbox()
     with running(denoiser) as engine:

@@ -33,6 +33,7 @@ from img2img_server.engine.base import (
 )
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.isolation import failure_of
+from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.runs import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.stages import Stages
@@ -60,13 +61,13 @@ class DiffusionEngine:
     """Engine of base.py on a Denoiser. Its thread starts at once.
 
     Args:
-        model: what it tells about itself.
+        spec: the model's name, defaults and limits.
         capacity_rows: most forwards of a batch; a guided sample takes two of them.
     """
 
-    def __init__(self, denoiser: Denoiser, model: ModelInfo, capacity_rows: int) -> None:
+    def __init__(self, denoiser: Denoiser, spec: ModelSpec, capacity_rows: int) -> None:
         self._denoiser = denoiser
-        self._model = model
+        self._spec = spec
         self._capacity_rows = capacity_rows
         self._stages = Stages(denoiser, self._note_split)
         self._scheduler = Scheduler(capacity_rows, denoiser.max_work)
@@ -79,7 +80,7 @@ class DiffusionEngine:
 
     @property
     def model(self) -> ModelInfo:
-        return self._model
+        return self._spec.info
 
     @property
     def device(self) -> str:
@@ -140,6 +141,8 @@ class DiffusionEngine:
         try:
             if job.job_id in self._runs:
                 raise EngineError("the job runs here already")
+            if sentence := self._spec.refusal(job.height, job.width, job.num_inference_steps):
+                raise EngineError(sentence)
             slots = denoiser.slots(job.guidance_scale)
             schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
             run = Run.begin(job, sink, schedule, slots, denoiser.device)

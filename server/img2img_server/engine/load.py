@@ -44,7 +44,7 @@ def load_engine(settings: Settings) -> DiffusionEngine:
     dtype = choose_dtype(settings.dtype, device)
     _log.info("loading model %s on %s as %s", spec.name, device, dtype)
     denoiser = DiffusersDenoiser.load(spec.source, device, dtype)
-    engine = DiffusionEngine(denoiser, spec.info, settings.max_batch_rows)
+    engine = DiffusionEngine(denoiser, spec, settings.max_batch_rows)
     try:
         warm_up(engine, spec)
     except BaseException:

@@ -87,14 +87,14 @@ class ModelSpec:
 
     source: str
     name: str
-    family: str
-    scheduler: str
-    num_inference_steps: int
-    guidance_scale: float
-    strength: float
-    max_num_inference_steps: int
-    native_size: int
-    multiple: int
+    family: str = "sd"
+    scheduler: str = "ddim"
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    strength: float = 0.7
+    max_num_inference_steps: int = 100
+    native_size: int = 512
+    multiple: int = 8
 
     @property
     def info(self) -> ModelInfo:
@@ -109,6 +109,17 @@ class ModelSpec:
             default_strength=self.strength,
             native_size=self.native_size,
         )
+
+    def refusal(self, height: int, width: int, num_inference_steps: int) -> str:
+        """Why the model cannot do this, a sentence; empty when it can.
+
+        Callers' validation knows the service's limits and not each model's own.
+        """
+        if num_inference_steps > self.max_num_inference_steps:
+            return f"{self.name} runs at most {self.max_num_inference_steps} steps"
+        if height % self.multiple or width % self.multiple:
+            return f"{self.name} needs sides divisible by {self.multiple}"
+        return ""
 
 
 def packaged_model() -> Path:
