@@ -155,6 +155,17 @@ async def test_a_request_id_belongs_to_its_first_job(open_bus: OpenBus) -> None:
     assert others == [("fingerprint-b", 2)] * 2
 
 
+async def test_a_request_id_can_be_looked_up_and_freed(bus: Bus) -> None:
+    assert await bus.jobs.find_request(TENANT, "r") is None
+    await bus.jobs.claim_request(TENANT, "r", "fingerprint", 1)
+    assert await bus.jobs.find_request(TENANT, "r") == ("fingerprint", 1)
+    assert await bus.jobs.find_request("other", "r") is None
+    await bus.jobs.release_request("other", "r")
+    await bus.jobs.release_request(TENANT, "r")
+    assert await bus.jobs.find_request(TENANT, "r") is None
+    assert await bus.jobs.claim_request(TENANT, "r", "another", 2) == ("another", 2)
+
+
 async def test_of_many_claims_at_once_all_learn_the_winner(bus: Bus) -> None:
     claims = [bus.jobs.claim_request(TENANT, "r", f"print-{n}", n) for n in range(1, 9)]
     answers = set(await asyncio.gather(*claims))

@@ -20,6 +20,7 @@ from tests.stack import (
     DEV,
     WAIT_SECONDS,
     kinds,
+    photo,
     refusal,
     running_api,
     running_stack,
@@ -310,6 +311,59 @@ async def test_a_full_queue_refuses_at_once_with_a_retry_hint() -> None:
         assert caught.value.details() == ("Rate limit exceeded. Maximum 2 queued requests allowed.")
         listed = await api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
         assert len(listed.jobs) == 2  # the refused one left nothing
+
+
+async def test_a_full_queue_refuses_before_the_picture_is_fetched_or_decoded() -> None:
+    fetched = []
+
+    async def fetch(url: str) -> bytes:
+        fetched.append(url)
+        return photo()
+
+    bus = memory_bus(queue_limit=1)
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus, settings(queue_limit=1), fetch=fetch) as api:
+        url = job_pb2.InitImage(url="https://files.example.org/harbour.png")
+        await api.create(spec(init_image=url))
+        broken = job_pb2.InitImage(data=b"no picture")
+        for image in (url, broken):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.create(spec(init_image=image))
+            assert refusal(caught.value).reason == "QUEUE_FULL"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.create(spec(width=5, init_image=broken))
+        assert set(refusal(caught.value).violations) == {"width", "init_image"}  # fields come first
+    assert len(fetched) == 1
+
+
+async def test_a_repeated_request_finds_its_job_in_a_full_queue() -> None:
+    bus = memory_bus(queue_limit=1)
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus, settings(queue_limit=1)) as api:
+        one, other = str(uuid.uuid4()), str(uuid.uuid4())
+        first = await api.create(spec(), request_id=one)
+        assert (await api.create(spec(), request_id=one)).id == first.id
+        for _ in range(2):  # refused, not remembered
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.create(spec(), request_id=other)
+            assert refusal(caught.value).reason == "QUEUE_FULL"
+        await api.cancel(first.name)
+        assert (await api.create(spec(), request_id=other)).id != first.id
+
+
+async def test_a_request_id_is_free_again_when_the_queue_refused_its_job() -> None:
+    bus = memory_bus(queue_limit=1)  # less than the api believes: only the queue itself refuses
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus, settings(queue_limit=2)) as api:
+        first, request_id = await api.create(spec()), str(uuid.uuid4())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.create(spec(), request_id=request_id)
+        assert refusal(caught.value).reason == "QUEUE_FULL"
+        await api.cancel(first.name)
+        await api.create(spec(), request_id=request_id)
 
 
 async def test_jobs_are_listed_newest_first_in_pages_by_state() -> None:

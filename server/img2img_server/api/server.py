@@ -16,9 +16,10 @@ from grpc_reflection.v1alpha import reflection
 
 from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_server import errors
+from img2img_server.api.admission import Fetch, image_limits
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.estimate import Estimator
-from img2img_server.api.intake import Fetch, Intake, image_limits
+from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import ServiceInterceptor
 from img2img_server.api.keys import KeyRing
 from img2img_server.api.service import Img2ImgServicer

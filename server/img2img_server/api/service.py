@@ -15,8 +15,9 @@ import structlog
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 from img2img_server import __version__, errors
 from img2img_server.api import convert
+from img2img_server.api.admission import Caller
 from img2img_server.api.cancel import Canceller
-from img2img_server.api.intake import Caller, Intake
+from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import current_principal
 from img2img_server.api.watch import Watcher
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID

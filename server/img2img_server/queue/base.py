@@ -90,6 +90,13 @@ class JobQueue(Protocol):
         """Jobs of that lane that no worker has taken."""
         ...
 
+    async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
+        """Jobs of that lane and tenant that count against the limit, those being run included.
+
+        To refuse before work is done for a job; only `put` is sure.
+        """
+        ...
+
     async def pull(
         self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
     ) -> list[Delivery]:

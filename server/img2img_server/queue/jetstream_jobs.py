@@ -108,9 +108,16 @@ class JetStreamJobQueue:
         if info is not None:
             return info.num_pending or 0
         # No worker has ever asked for it: everything waits.
+        return await self._messages(names.lane_filter(model, lane))
+
+    async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
+        return await self._messages(names.jobs_subject(model, lane, tenant))
+
+    async def _messages(self, subject: str) -> int:
+        """Messages in the stream under a subject, wildcards allowed."""
         await self._link.ready()
         with unavailable():
-            stream = await self._link.js.stream_info(names.JOBS, names.lane_filter(model, lane))
+            stream = await self._link.js.stream_info(names.JOBS, subject)
         return sum((stream.state.subjects or {}).values())
 
     async def _info(self, model: str, lane: Lane) -> ConsumerInfo | None:

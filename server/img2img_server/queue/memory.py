@@ -54,13 +54,8 @@ class MemoryJobQueue:
     async def put(self, job: QueuedJob) -> int:
         if job.job_id in self._known:
             return self._known[job.job_id]
-        mine = [
-            message
-            for message in self._messages.values()
-            if message.job.tenant == job.tenant
-            and message.is_for(job.params.model, job.params.lane)
-        ]
-        if len(mine) >= self._limit:
+        mine = await self.unfinished(job.params.model, job.params.lane, job.tenant)
+        if mine >= self._limit:
             raise QueueFullError(self._limit)
         sequence = self._known[job.job_id] = next(self._sequences)
         self._messages[sequence] = _Message(sequence, job)
@@ -76,6 +71,12 @@ class MemoryJobQueue:
 
     async def depth(self, model: str, lane: Lane) -> int:
         return len(self._waiting(model, lane))
+
+    async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
+        return sum(
+            message.job.tenant == tenant and message.is_for(model, lane)
+            for message in self._messages.values()
+        )
 
     async def pull(
         self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float

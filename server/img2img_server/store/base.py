@@ -49,6 +49,10 @@ class JobStore(Protocol):
         """Ids of the tenant's records, newest first."""
         ...
 
+    async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:
+        """Fingerprint and job id that an idempotency key is bound to; None when it is free."""
+        ...
+
     async def claim_request(
         self, tenant: str, request_id: str, fingerprint: str, job_id: int
     ) -> tuple[str, int]:
@@ -57,6 +61,10 @@ class JobStore(Protocol):
         Returns:
             The fingerprint and job id now stored: the ones given when the claim is won.
         """
+        ...
+
+    async def release_request(self, tenant: str, request_id: str) -> None:
+        """Frees an idempotency key; for jobs that never reached the queue."""
         ...
 
 

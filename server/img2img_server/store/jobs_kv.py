@@ -52,13 +52,24 @@ class KvJobStore:
         keys = await self._records.keys(f"{names.token(tenant)}.*")
         return sorted((int(key.rpartition(".")[2]) for key in keys), reverse=True)
 
+    async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:
+        entry = await self._requests.get(_request_key(tenant, request_id))
+        return codec.decode(entry.value, tuple[str, int]) if entry else None
+
     async def claim_request(
         self, tenant: str, request_id: str, fingerprint: str, job_id: int
     ) -> tuple[str, int]:
-        key = f"{names.token(tenant)}.{hashlib.sha256(request_id.encode()).hexdigest()}"
+        key = _request_key(tenant, request_id)
         entry = await self._requests.claim(key, codec.encode((fingerprint, job_id)))
         return codec.decode(entry.value, tuple[str, int])
+
+    async def release_request(self, tenant: str, request_id: str) -> None:
+        await self._requests.remove(_request_key(tenant, request_id))
 
 
 def _key(tenant: str, job_id: int) -> str:
     return f"{names.token(tenant)}.{job_id}"
+
+
+def _request_key(tenant: str, request_id: str) -> str:
+    return f"{names.token(tenant)}.{hashlib.sha256(request_id.encode()).hexdigest()}"

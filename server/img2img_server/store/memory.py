@@ -51,10 +51,16 @@ class MemoryJobStore:
     async def list_ids(self, tenant: str) -> list[int]:
         return sorted((job_id for owner, job_id in self._records if owner == tenant), reverse=True)
 
+    async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:
+        return self._requests.get((tenant, request_id))
+
     async def claim_request(
         self, tenant: str, request_id: str, fingerprint: str, job_id: int
     ) -> tuple[str, int]:
         return self._requests.setdefault((tenant, request_id), (fingerprint, job_id))
+
+    async def release_request(self, tenant: str, request_id: str) -> None:
+        self._requests.pop((tenant, request_id), None)
 
 
 class MemoryWorkerRegistry:

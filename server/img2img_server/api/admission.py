@@ -1,0 +1,157 @@
+"""Whether a request may become a job: fields, rights, room in the queue, the picture, the time."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from img2img.v1 import job_pb2
+from img2img_server import errors
+from img2img_server.api import convert
+from img2img_server.api.estimate import Estimator
+from img2img_server.api.keys import Principal
+from img2img_server.domain.params import (
+    SEED_MAX,
+    JobParams,
+    Limits,
+    ValidationContext,
+    Violation,
+    validate,
+)
+from img2img_server.images.base import CheckedImage, InvalidImageError
+from img2img_server.images.prepare import check_image
+from img2img_server.queue.base import JobQueue
+from img2img_server.settings import Settings
+from img2img_server.store.base import WorkerRegistry
+
+# Downloads an init image. Raises InvalidImageError.
+Fetch = Callable[[str], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, where links shall point to and how long the answer is of use."""
+
+    principal: Principal
+    link_base: str
+    remaining_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that may become a job: as understood, with its picture and what is known."""
+
+    params: JobParams
+    image: CheckedImage
+    fetch_seconds: float
+    eta_seconds: float | None
+
+
+class Admission:
+    """Admits requests. One for the life of the api."""
+
+    def __init__(
+        self, settings: Settings, queue: JobQueue, workers: WorkerRegistry, fetch: Fetch
+    ) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._workers = workers
+        self._fetch = fetch
+        self._estimator = Estimator(queue, workers)
+        self.limits = image_limits(settings)
+
+    async def admit(self, spec: job_pb2.JobSpec, caller: Caller) -> Admitted:
+        """Checks in the order of the contract, the cheap before the dear.
+
+        Raises:
+            InvalidRequestError, PermissionDeniedError, ModelNotFoundError, QueueFullError,
+            DeadlineTooShortError, UnavailableError.
+        """
+        request = convert.request(
+            spec,
+            default_model=self._settings.default_model or await self._announced_model(),
+            random_seed=secrets.randbelow(SEED_MAX + 1),
+        )
+        params = request.params
+        model = await self._workers.model(params.model)
+        schedulers = model.schedulers if model else ()
+        violations = request.violations + validate(
+            params, ValidationContext(self.limits, schedulers)
+        )
+        if violations:
+            if request.init_image:  # so that the caller hears of everything
+                await self._check(request.init_image, params, violations)
+            raise errors.InvalidRequestError(violations)
+        if not params.safety_checker and "unsafe" not in caller.principal.permissions:
+            sentence = "This key may not turn the safety checker off"
+            raise errors.PermissionDeniedError("unsafe", sentence)
+        if model is None:
+            known = tuple(info.name for info in await self._workers.models())
+            raise errors.ModelNotFoundError(params.model, known)
+        await self._check_room(params, caller)
+        started = time.monotonic()
+        image = await self._image(request)
+        eta = await self._estimator.new_job(params)
+        remaining = caller.remaining_seconds
+        if remaining is not None and eta is not None and eta > remaining:
+            raise errors.DeadlineTooShortError(remaining, eta)
+        params = replace(
+            params,
+            num_inference_steps=params.num_inference_steps or model.default_num_inference_steps,
+            guidance_scale=(
+                model.default_guidance_scale
+                if params.guidance_scale is None
+                else params.guidance_scale
+            ),
+            scheduler=params.scheduler or model.schedulers[0],
+        )
+        return Admitted(params, image, time.monotonic() - started, eta)
+
+    async def _announced_model(self) -> str:
+        models = await self._workers.models()
+        return models[0].name if models else ""
+
+    async def _check_room(self, params: JobParams, caller: Caller) -> None:
+        """A full queue is told before the picture is downloaded and decoded."""
+        limit, tenant = self._settings.queue_limit, caller.principal.tenant
+        if await self._queue.unfinished(params.model, params.lane, tenant) >= limit:
+            raise errors.QueueFullError(limit)
+
+    async def _image(self, request: convert.Request) -> CheckedImage:
+        violations: list[Violation] = []
+        data = request.init_image or await self._download(request.params, violations)
+        image = await self._check(data, request.params, violations) if data else None
+        if image is None:
+            raise errors.InvalidRequestError(violations)
+        return image
+
+    async def _download(self, params: JobParams, violations: list[Violation]) -> bytes:
+        try:
+            return await self._fetch(params.init_image_url)
+        except InvalidImageError as error:
+            violations.append(Violation("init_image", str(error)))
+            return b""
+
+    async def _check(
+        self, data: bytes, params: JobParams, violations: list[Violation]
+    ) -> CheckedImage | None:
+        """The image when it is good; otherwise None and one more violation."""
+        bad_size = any(violation.field in ("width", "height") for violation in violations)
+        width, height = (512, 512) if bad_size else (params.width, params.height)
+        try:
+            return await asyncio.to_thread(
+                check_image, data, width=width, height=height, limits=self.limits
+            )
+        except InvalidImageError as error:
+            violations.append(Violation("init_image", str(error)))
+            return None
+
+
+def image_limits(settings: Settings) -> Limits:
+    """The limits of the contract, with those of pictures as set."""
+    return Limits(
+        max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
+    )
