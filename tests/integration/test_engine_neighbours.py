@@ -252,6 +252,22 @@ def test_a_decode_that_fails_ends_the_job_and_not_the_engine(denoiser: Faulty) -
     assert (type(first), type(second)) == (JobError, JobDone)
 
 
+def test_a_fault_outside_every_stage_ends_the_batch_and_not_the_engine(
+    denoiser: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise LookupError("nobody thought of this")
+
+    with running(denoiser) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(denoiser, "pictures_at_once", broken)
+            (end,) = run(engine, job())
+        assert isinstance(run(engine, job())[-1], JobDone)
+
+    assert isinstance(end, JobError)
+    assert isinstance(end.error, LookupError)
+
+
 def test_a_failed_preview_costs_the_preview_only(denoiser: Faulty) -> None:
     denoiser.fails["preview"] = RuntimeError("boom")
     with running(denoiser) as engine:

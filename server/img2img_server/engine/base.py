@@ -22,7 +22,8 @@ class EngineJob:
     """One job as the engine takes it: everything settled, the init image prepared.
 
     `init_image`: exactly height x width x 3. `seeds`: one a sample. `guidance_scale` at most 1
-    turns guidance off. `enqueue_time`: monotonic seconds, orders waiting jobs;
+    turns guidance off. A `strength` of less than one step gives the init image back, where stock
+    diffusers raises. `enqueue_time`: monotonic seconds, orders waiting jobs;
     0.0 means when it is submitted.
     """
 

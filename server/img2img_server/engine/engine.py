@@ -88,9 +88,8 @@ class DiffusionEngine:
 
     @property
     def determinism(self) -> Determinism:
-        # Alone in its batch a row's arithmetic is always the same; among others it may round
-        # differently in the last bits.
-        return Determinism.EXACT if self._capacity_rows == 1 else Determinism.BOUNDED
+        # What a row shares its batches with decides how the last bits of its arithmetic round.
+        return Determinism.BOUNDED
 
     @property
     def capacity_rows(self) -> int:
@@ -116,7 +115,7 @@ class DiffusionEngine:
             while self._take_commands():
                 batch = self._scheduler.next_batch(time.monotonic())
                 if batch is not None:
-                    self._run_batch(batch)
+                    self._run_safely(batch)
         for run in self._runs.values():
             run.emit(JobStopped())
         self._runs.clear()
@@ -170,6 +169,15 @@ class DiffusionEngine:
         if run.job.job_id in self._runs:
             _log.error("job %d failed", run.job.job_id, exc_info=error)
             self._end(run.job.job_id, JobError(failure_of(error, run.job)))
+
+    def _run_safely(self, batch: Batch) -> None:
+        """Runs a batch. The thread outlives also what nobody has thought of."""
+        try:
+            self._run_batch(batch)
+        except Exception as error:
+            for row in batch.rows:
+                if run := self._runs.get(row.job_id):
+                    self._fail(run, error)
 
     def _run_batch(self, batch: Batch) -> None:
         runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
