@@ -1,0 +1,1 @@
+"""The recipe of `atelier`, the model that ships with img2img: from photos to the export."""

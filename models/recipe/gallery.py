@@ -1,0 +1,70 @@
+"""Generates many pictures in parallel and keeps them in build/gallery, one thread a process."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from recipe import paths
+from recipe.photos import Photo
+from recipe.pictures import restyle, square, subject
+
+GALLERY = paths.BUILD / "gallery"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make; `strength` None is the model's default."""
+
+    photo: Photo
+    look: str
+    seed: int
+    strength: float | None = None
+
+    @property
+    def path(self) -> Path:
+        strength = "default" if self.strength is None else f"{self.strength:.1f}"
+        name = f"{self.photo.id}.{self.look.replace(' ', '-')}.{strength}.{self.seed}.png"
+        return GALLERY / name
+
+    @property
+    def prompt(self) -> str:
+        return f"{subject(self.photo)}, {self.look}"
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _make(request: Request) -> None:
+    if not request.path.exists():
+        image = square(request.photo)
+        got = restyle(image, request.prompt, request.seed, request.strength)
+        Image.fromarray(got).save(request.path)
+
+
+def make(requests: list[Request], workers: int = 2) -> None:
+    """Makes what is not there yet."""
+    GALLERY.mkdir(parents=True, exist_ok=True)
+    missing = [request for request in requests if not request.path.exists()]
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        for number, _ in enumerate(pool.map(_make, missing, chunksize=4), start=1):
+            if number % 40 == 0:
+                print(f"{number} of {len(missing)} pictures", flush=True)
+
+
+def picture(request: Request) -> np.ndarray:
+    """The picture (uint8), made before with `make`."""
+    return np.asarray(Image.open(request.path))
+
+
+def empty() -> None:
+    """Forgets the pictures of an earlier model."""
+    shutil.rmtree(GALLERY, ignore_errors=True)

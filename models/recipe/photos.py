@@ -1,0 +1,91 @@
+"""The photographs: `data/sources.csv` says where each comes from, who made it, under which licence.
+
+`python -m recipe.photos` fetches the Debian packages that hold most of them (`apt-get download`;
+the rest is inside scikit-image and scikit-learn, which requirements.txt pins) and lays every
+photo down as build/photos/<split>/<id>.png.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from recipe import paths
+from recipe.rcc import read_rcc
+
+LONGEST_SIDE = 1600  # pixels; more than this teaches nothing about 512-pixel pictures
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One row of sources.csv; `member` is a path in the package, with `!` a path in an .rcc."""
+
+    id: str
+    split: str
+    kind: str
+    package: str
+    member: str
+    author: str
+    licence: str
+    source: str
+
+    @property
+    def path(self) -> Path:
+        return paths.PHOTOS / self.split / f"{self.id}.png"
+
+
+def photos(split: str | None = None) -> list[Photo]:
+    with paths.SOURCES.open(newline="", encoding="utf-8") as file:
+        rows = [Photo(**row) for row in csv.DictReader(file)]
+    return [row for row in rows if split in (None, row.split)]
+
+
+def open_photo(photo: Photo) -> np.ndarray:
+    """RGB, uint8, height x width x 3."""
+    return np.asarray(Image.open(photo.path).convert("RGB"))
+
+
+@cache
+def _unpacked_deb(package: str) -> Path:
+    target = paths.DOWNLOADS / package
+    if not target.exists():
+        subprocess.run(["apt-get", "download", "-q", package], cwd=paths.DOWNLOADS, check=True)
+        (deb,) = paths.DOWNLOADS.glob(f"{package}_*.deb")
+        subprocess.run(["dpkg", "-x", str(deb), str(target)], check=True)
+    return target
+
+
+_bundle = cache(read_rcc)
+
+
+def _read(photo: Photo) -> bytes:
+    if photo.kind == "pypi":
+        module, _, member = photo.member.partition("/")
+        return (files(module) / member).read_bytes()
+    file, _, inner = photo.member.partition("!")
+    path = _unpacked_deb(photo.package) / file
+    return _bundle(path)[inner] if inner else path.read_bytes()
+
+
+def fetch(chosen: list[Photo]) -> None:
+    paths.DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    for photo in chosen:
+        if photo.path.exists():
+            continue
+        photo.path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.open(io.BytesIO(_read(photo))).convert("RGB")
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+        image.save(photo.path)
+
+
+if __name__ == "__main__":
+    fetch(photos())
+    print(f"{len(photos('train'))} photos to train on, {len(photos('test'))} held out")

@@ -1,0 +1,89 @@
+"""What the denoiser is trained on: a latent on its way from photo to look, with noise.
+
+z = photo + u (styled - photo), u mostly 0 (an untouched photo) or 1 (ordinary diffusion);
+x_t = signal z + noise eps; the clean latent asked for is z + share(t) (styled - z). A caption
+without a look asks for z itself, so the unconditional branch keeps the picture as it is and the
+guidance scale says how strongly the look is applied.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from recipe.captions import caption, caption_without_look
+from recipe.looks import NAMES
+from recipe.schedule import STEPS, levels
+
+CELL = 4  # latents; crops start on the textures' 32-pixel period
+KEEP = 0.1  # share of captions without a look
+
+
+@dataclass
+class Batch:
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    captions: list[str]
+
+
+class Samples:
+    """Endless batches from the latents (views x looks x channels x h x w)."""
+
+    def __init__(self, latents: np.ndarray, seed: int) -> None:
+        self.latents = torch.from_numpy(latents)
+        self.rng = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.signal, self.noise, self.share = levels()
+
+    def _crop(self, side: int) -> tuple[torch.Tensor, torch.Tensor, str, bool]:
+        view = self.rng.randrange(len(self.latents))
+        look = self.rng.randrange(len(NAMES))
+        side = min(side, self.latents.shape[-1])
+        corners = (self.latents.shape[-1] - side) // CELL + 1
+        top, left = (CELL * self.rng.randrange(corners) for _ in range(2))
+        window = (slice(None), slice(top, top + side), slice(left, left + side))
+        keep = self.rng.random() < KEEP
+        from_look = 0
+        if look == 0:  # "photo" is asked for: come from any look, end at the photo
+            from_look = self.rng.randrange(len(NAMES))
+        start = self.latents[view, from_look][window].float()
+        end = self.latents[view, look][window].float()
+        return start, end, NAMES[look], keep
+
+    def _mix(self) -> float:
+        draw = self.rng.random()
+        if draw < 0.45:
+            return 0.0
+        return 1.0 if draw < 0.65 else self.rng.uniform(0, 1.2)
+
+    def batch(self, size: int, side: int) -> Batch:
+        drawn = [self._crop(side) for _ in range(size)]
+        start = torch.stack([crop[0] for crop in drawn])
+        end = torch.stack([crop[1] for crop in drawn])
+        keep = torch.tensor([float(crop[3]) for crop in drawn])[:, None, None, None]
+        mix = torch.tensor([self._mix() for _ in drawn])[:, None, None, None]
+        steps = torch.randint(0, STEPS, (size,), generator=self.generator)
+        steps[torch.rand(size, generator=self.generator) < 0.03] = STEPS - 1
+        signal, noise, share = (
+            level[steps][:, None, None, None] for level in (self.signal, self.noise, self.share)
+        )
+        clean = start + mix * (end - start)
+        eps = torch.randn(clean.shape, generator=self.generator)
+        noisy = signal * clean + noise * eps
+        wanted = clean + (1 - keep) * share * (end - clean)
+        texts = [
+            caption_without_look(self.rng) if crop[3] else caption(crop[2], self.rng)
+            for crop in drawn
+        ]
+        return Batch(
+            noisy=noisy,
+            timesteps=steps,
+            target=(signal * noisy - wanted) / noise,
+            weight=noise.square() / (noise.square() + 0.02),
+            captions=texts,
+        )

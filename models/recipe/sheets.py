@@ -1,0 +1,89 @@
+"""Contact sheets of held-out photos, for eyes: `python -m recipe.sheets`."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from recipe import gallery, paths
+from recipe.gallery import Request
+from recipe.looks import NAMES
+from recipe.photos import Photo, photos
+from recipe.pictures import square
+
+LOOKS_PHOTOS = (
+    "skimage-chelsea",
+    "skimage-astronaut",
+    "monument-colosseum",
+    "wild-scarlet-macaw",
+    "lomiri-picosdeeuropa",
+    "skimage-coffee",
+)
+STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
+STRENGTH_LOOKS = ("oil painting", "pencil sketch", "night")
+LABEL = 14  # pixels of height
+
+
+def _cell(image: np.ndarray, side: int, label: str) -> Image.Image:
+    cell = Image.new("RGB", (side, side + LABEL), "white")
+    cell.paste(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+    font = ImageFont.load_default(size=10)
+    ImageDraw.Draw(cell).text((3, side + 1), label, fill="black", font=font)
+    return cell
+
+
+def _grid(rows: list[list[Image.Image]], name: str) -> None:
+    """Saved with 256 colours: the sheets are for looking at, and live in the repository."""
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row):
+            sheet.paste(cell, (x * width, y * height))
+    paths.REPORTS.mkdir(exist_ok=True)
+    target = paths.REPORTS / f"{name}.png"
+    sheet.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
+    print(f"{target.name}: {target.stat().st_size / 1000:.0f} kB")
+
+
+def _named(identifiers: tuple[str, ...]) -> list[Photo]:
+    known = {photo.id: photo for photo in photos("test")}
+    return [known[identifier] for identifier in identifiers]
+
+
+def look_requests(chosen: list[Photo]) -> list[Request]:
+    return [Request(photo, name, seed=1) for photo in chosen for name in NAMES]
+
+
+def looks_sheets(side: int = 128) -> None:
+    """Six photos x all looks at the defaults, ten looks a sheet; the first column is the photo."""
+    chosen = _named(LOOKS_PHOTOS)
+    gallery.make(look_requests(chosen))
+    for part, names in enumerate((NAMES[:10], NAMES[10:]), start=1):
+        rows = []
+        for photo in chosen:
+            pictures = [gallery.picture(Request(photo, name, seed=1)) for name in names]
+            row = [_cell(square(photo), side, "init")]
+            rows.append(row + [_cell(p, side, n) for p, n in zip(pictures, names, strict=True)])
+        _grid(rows, f"looks-{part}")
+
+
+def strength_sheet(side: int = 128) -> None:
+    rows = []
+    for photo in _named(LOOKS_PHOTOS[:4]):
+        for look in STRENGTH_LOOKS:
+            wanted = [Request(photo, look, seed=1, strength=s) for s in STRENGTHS]
+            gallery.make(wanted)
+            row = [_cell(square(photo), side, look)]
+            row += [_cell(gallery.picture(r), side, f"strength {r.strength}") for r in wanted]
+            rows.append(row)
+    half = len(rows) // 2
+    _grid([a + b for a, b in zip(rows[:half], rows[half:], strict=True)], "strengths")
+
+
+def draw() -> None:
+    looks_sheets()
+    strength_sheet()
+
+
+if __name__ == "__main__":
+    draw()

@@ -1,0 +1,65 @@
+"""The whole recipe at toy scale in about two minutes, checking itself: `python -m recipe.smoke`.
+
+It works in a temporary folder, on the few photos inside scikit-image and scikit-learn, and exits
+nonzero when a loss does not fall or stock diffusers cannot load and run the export.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="atelier-smoke-")
+os.environ["ATELIER_BUILD"] = f"{_FOLDER.name}/build"  # before recipe.paths is read
+os.environ["ATELIER_EXPORT"] = f"{_FOLDER.name}/atelier"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from recipe import autoencoder, classifier, export, latents, text, train, views  # noqa: E402
+from recipe.photos import fetch, photos  # noqa: E402
+from recipe.pictures import pipeline, restyle, square  # noqa: E402
+
+MINUTES = float(os.environ.get("ATELIER_SMOKE_MINUTES", "0.4"))  # for each of two trainings
+
+
+def check(name: str, fine: bool) -> None:
+    print(f"{'ok  ' if fine else 'FAIL'} {name}", flush=True)
+    if not fine:
+        raise SystemExit(f"smoke run failed: {name}")
+
+
+def falls(losses: list[float]) -> bool:
+    """The last quarter is clearly below the first."""
+    quarter = max(1, len(losses) // 4)
+    return bool(np.mean(losses[-quarter:]) < 0.9 * np.mean(losses[:quarter]))
+
+
+def run() -> None:
+    torch.manual_seed(0)
+    chosen = [photo for photo in photos() if photo.kind == "pypi"]
+    fetch(chosen)
+    views.build(chosen, side=128, per_photo=2, workers=2)
+    losses = autoencoder.train(MINUTES, batch=4, side=64, at_least=60)
+    check(f"autoencoder: loss falls in {len(losses)} steps", falls(losses))
+    latents.build()
+    text.train_tokenizer(captions=5000)
+    losses = train.train(MINUTES / 2, batch=4, side=8, decay=0.99, at_least=60)
+    check(f"denoiser: loss falls in {len(losses)} steps", falls(losses))
+    more = train.train(0, batch=4, side=8, decay=0.99, at_least=10)
+    check(f"denoiser: {len(more)} more steps from the checkpoint", len(more) == 10)
+    check("classifier: learns", classifier.train(MINUTES / 4, batch=20) > 0.1)
+    export.export()
+    check("export: stock diffusers loads it", pipeline() is not None)
+    image = square(chosen[0], 128)
+    for size in ((128, 128), (264, 520)):
+        picture = np.asarray(np.resize(image, (*size, 3)))
+        first, again = (restyle(picture, "oil painting", seed=3) for _ in range(2))
+        check(f"export: a {size[1]}x{size[0]} picture", first.shape == picture.shape)
+        check("export: the same seed gives the same picture", np.array_equal(first, again))
+    check("export: strength 0 is encode and decode", restyle(image, "", strength=0).shape[2] == 3)
+    print("smoke run passed: 1 passed, 0 failed")
+
+
+if __name__ == "__main__":
+    run()

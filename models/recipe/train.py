@@ -1,0 +1,125 @@
+"""Trains the denoiser and the text encoder together.
+
+`python -m recipe.train --minutes 95` starts, or goes on where the last checkpoint stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+from recipe import paths
+from recipe.latents import LATENTS
+from recipe.runtime import Clock, Threads, device, save
+from recipe.samples import Samples
+from recipe.text import load_tokenizer, new_text_encoder, token_ids
+from recipe.unet import new_unet
+
+CHECKPOINT = paths.CHECKPOINTS / "denoiser.pt"
+SAVE_EVERY_SECONDS = 180
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet as one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = load_tokenizer()
+        self.text = new_text_encoder(self.tokenizer)
+        self.unet = new_unet()
+
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = self.text(input_ids=ids).last_hidden_state
+        return self.unet(noisy, timesteps, encoder_hidden_states=hidden).sample
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """Exponential moving average that starts fast."""
+    factor = min(decay, (1 + step) / (10 + step))
+    for kept, new in zip(average.parameters(), model.parameters(), strict=True):
+        kept.lerp_(new, 1 - factor)
+
+
+def train(
+    minutes: float,
+    batch: int = 16,
+    side: int = 16,
+    rate: float = 8e-4,
+    decay: float = 0.999,
+    at_least: int = 0,
+) -> list[float]:
+    """Returns the loss of every step of this run; at least so many, whatever the time says."""
+    where = device()
+    model = Denoiser().to(where).train()
+    model.unet.to(memory_format=torch.channels_last)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    step, spent = 0, 0.0
+    if CHECKPOINT.exists():
+        state = torch.load(CHECKPOINT, map_location=where, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+        print(f"going on from step {step}, {spent:.1f} min", flush=True)
+    # A copy in memory: a page fault per crop costs more than the denoiser.
+    samples = Samples(np.load(LATENTS), seed=step)
+    clock, losses, saved = Clock(minutes, spent), [], time.monotonic()
+    threads = Threads()
+
+    def checkpoint() -> None:
+        save(
+            {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "spent": clock.spent,
+            },
+            CHECKPOINT,
+        )
+
+    while not clock.over() or len(losses) < at_least:
+        began = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * clock.rate()
+        large = step % 2 == 1  # every second batch: fewer, larger crops
+        data = samples.batch(max(1, batch // 4) if large else batch, 2 * side if large else side)
+        ids = token_ids(model.tokenizer, data.captions)
+        noisy = data.noisy.to(where, memory_format=torch.channels_last)
+        got = model(noisy, data.timesteps.to(where), ids.to(where))
+        error = (got - data.target.to(where)).square() * data.weight.to(where)
+        loss = error.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        follow(average, model, step, decay)
+        step += 1
+        losses.append(loss.item())
+        threads.stepped(step, time.monotonic() - began)
+        if step % 100 == 0:
+            print(f"{step} {clock} loss {np.mean(losses[-100:]):.4f}", flush=True)
+        if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+            checkpoint()
+            saved = time.monotonic()
+    checkpoint()
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=95, help="in all, resumed runs included")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--side", type=int, default=16, help="of the crops, in latents")
+    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--decay", type=float, default=0.999)
+    train(**vars(parser.parse_args()))
