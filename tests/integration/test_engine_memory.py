@@ -27,6 +27,8 @@ def run_wave(engine: Engine, first_id: int) -> None:
             scheduler=SCHEDULERS[job_id % len(SCHEDULERS)],
             guidance_scale=4.0 if job_id % 2 else 1.0,
             preview_interval_steps=1,
+            num_inference_steps=2,
+            strength=1.0 if job_id % 4 == 0 else 0.5,
         )
         engine.submit(wanted, inboxes[-1])
     engine.cancel(first_id + 5)
