@@ -30,7 +30,11 @@ class Settings(BaseSettings):
     http_port: int = Field(8080, ge=0, le=65535, description="Port of the gateway.")
     metrics_host: str = Field("127.0.0.1", description="Address of metrics and probes.")
     metrics_port: int = Field(
-        9090, ge=0, le=65535, description="Port of /metrics, /livez and /readyz of every role."
+        9090,
+        ge=0,
+        le=65535,
+        description="Port of /metrics, /livez and /readyz of every role. "
+        "`local` takes it for the worker and the next two for api and gateway.",
     )
     api_address: str = Field("127.0.0.1:50051", description="Where the gateway finds the api.")
     api_ca_file: Path | None = Field(
