@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from img2img_server.api.server import serve
 from img2img_server.bus import Bus, memory_bus
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.images.base import FetchError
+from img2img_server.lifecycle import RestartError
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.memory import FixedSafetyChecker
 from img2img_server.settings import Settings
@@ -175,7 +176,8 @@ async def running_worker(
         engine.release()
         stop.set()
         if not task.cancelled():  # a test may have killed it
-            await task
+            with suppress(RestartError):  # nobody here starts it anew
+                await task
         await asyncio.to_thread(engine.stop)
 
 

@@ -10,7 +10,7 @@ import click
 
 from img2img_server import __version__
 from img2img_server.errors import JobFailedError, ServiceError
-from img2img_server.lifecycle import Role, run_role
+from img2img_server.lifecycle import RestartError, Role, run_role, start_anew
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.telemetry import configure_logging
 
@@ -20,6 +20,8 @@ def _run(name: str, role: Callable[[Settings], Role], **overrides: object) -> No
         settings = Settings.load(**overrides)
         configure_logging(settings, name)
         code = run_role(role(settings))
+    except RestartError:
+        start_anew()
     except SettingsError as error:
         click.echo(f"img2img-server {name}: {error}", err=True)
         code = 2

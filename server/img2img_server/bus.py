@@ -10,7 +10,8 @@ from img2img_server.queue.base import Control, EventLog, JobQueue
 from img2img_server.queue.jetstream_control import NatsControl
 from img2img_server.queue.jetstream_events import JetStreamEventLog
 from img2img_server.queue.jetstream_jobs import JetStreamJobQueue
-from img2img_server.queue.memory import MemoryControl, MemoryJobQueue
+from img2img_server.queue.memory import MemoryJobQueue
+from img2img_server.queue.memory_control import MemoryControl
 from img2img_server.queue.memory_events import MemoryEventLog
 from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, WorkerRegistry

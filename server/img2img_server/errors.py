@@ -19,6 +19,7 @@ JobFailedError: failing in the run; becomes Job.error, not a status
 ├── SafetyCheckError           SAFETY_CHECK_UNAVAILABLE
 ├── StorageError               STORAGE_UNAVAILABLE  retry
 ├── AttemptsExhaustedError     ATTEMPTS_EXHAUSTED
+├── QueueClearedError          QUEUE_CLEARED
 └── EngineError                ENGINE_FAILED
 """
 
@@ -287,6 +288,15 @@ class AttemptsExhaustedError(JobFailedError):
     def __init__(self, attempts: int) -> None:
         super().__init__(f"given up after {attempts} attempts")
         self.attempts = attempts
+
+
+class QueueClearedError(JobFailedError):
+    """It waited when the operator of its tenant cleared the queue."""
+
+    reason = "QUEUE_CLEARED"
+
+    def __init__(self) -> None:
+        super().__init__("Queue cleared")
 
 
 class EngineError(JobFailedError):

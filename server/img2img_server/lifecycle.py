@@ -6,12 +6,19 @@ import asyncio
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import NoReturn
 
 import structlog
 
 log = structlog.get_logger()
+
+
+class RestartError(Exception):
+    """The role has ended in order to come again as a new program in the same process."""
+
 
 # A role runs until the event is set, then drains and returns.
 Role = Callable[[asyncio.Event], Awaitable[None]]
@@ -20,7 +27,8 @@ Role = Callable[[asyncio.Event], Awaitable[None]]
 def run_role(role: Role) -> int:
     """Runs a role to its end and returns the exit code: 0 after a clean stop.
 
-    Errors propagate; `__main__` is the only place that turns them into an exit code.
+    Errors propagate, RestartError among them; `__main__` is the only place that turns them into
+    an exit code.
     """
     return_large_blocks()
     asyncio.run(_run(role))
@@ -56,6 +64,20 @@ async def _run(role: Role) -> None:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+def start_anew() -> NoReturn:
+    """Replaces this program by a fresh run of the same command; process id and environment stay.
+
+    So whoever supervises the process sees no end, and nothing of the old run is left in it: no
+    memory, no device context, no thread and no open file beyond the three standard ones.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # the one that listed them is closed by now
+            os.set_inheritable(descriptor, descriptor <= 2)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 async def first_of(*waits: Awaitable[object]) -> None:

@@ -156,3 +156,31 @@ def test_it_says_what_it_is(engine: Engine) -> None:
     assert engine.model.schedulers
     assert engine.device
     assert engine.capacity_rows >= 1
+
+
+def test_a_cleared_cache_changes_no_picture(engine: Engine) -> None:
+    before = pictures(run(engine, job()))
+    engine.clear_cache()
+
+    assert difference(pictures(run(engine, job(job_id=2)))[0], before[0]) == 0
+
+
+def test_the_time_its_device_worked_grows_with_its_jobs_and_not_while_it_rests(
+    engine: Engine,
+) -> None:
+    assert isinstance(run(engine, job())[-1], JobDone)
+    assert isinstance(run(engine, job(job_id=2))[-1], JobDone)
+    once = engine.busy_seconds
+    assert once > 0.0
+
+    assert isinstance(run(engine, job(job_id=3))[-1], JobDone)
+    assert engine.busy_seconds >= once
+
+
+def test_clearing_the_cache_of_a_model_forgets_its_prompts(denoiser: DiffusersDenoiser) -> None:
+    with running(denoiser) as engine:
+        run(engine, job())
+        assert denoiser._text._cache
+        engine.clear_cache()
+        engine.stop()
+    assert not denoiser._text._cache

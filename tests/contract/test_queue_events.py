@@ -24,7 +24,7 @@ from img2img_server.domain.events import (
     StepFinished,
     Succeeded,
 )
-from img2img_server.queue.base import OwnershipLostError
+from img2img_server.queue.base import Order, OwnershipLostError
 
 JOB = 10_000_001
 LONG = 10.0
@@ -214,4 +214,26 @@ async def test_a_cancel_reaches_every_listener(open_bus: OpenBus) -> None:
             await api.control.cancel(JOB + 1)
             async with asyncio.timeout(LONG):
                 assert await heard.get() == ("first", JOB + 1)
+        assert heard.empty()
+
+
+async def test_an_order_reaches_every_listener(open_bus: OpenBus) -> None:
+    async with open_bus() as api, open_bus() as one, open_bus() as two:
+        heard: asyncio.Queue[tuple[str, Order]] = asyncio.Queue()
+
+        async def first(order: Order) -> None:
+            heard.put_nowait(("first", order))
+
+        async def second(order: Order) -> None:
+            heard.put_nowait(("second", order))
+
+        async with one.control.on_order(first):
+            async with two.control.on_order(second):
+                await api.control.order(Order.RESTART)
+                async with asyncio.timeout(LONG):
+                    got = {await heard.get(), await heard.get()}
+                assert got == {("first", Order.RESTART), ("second", Order.RESTART)}
+            await api.control.order(Order.CLEAR_CACHE)
+            async with asyncio.timeout(LONG):
+                assert await heard.get() == ("first", Order.CLEAR_CACHE)
         assert heard.empty()

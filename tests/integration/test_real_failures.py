@@ -4,12 +4,15 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc
 from img2img_client import AsyncClient
 from img2img_client.events import Event, Started, StepFinished
 from tests.processes import Role
 from tests.real_stack import LONG, PHOTO, RealStack, stack, worker
+from tests.stack import DEV
 from tests.tiny_models import ZERO_SNR_V, write_sd
 
 __all__ = ["stack", "worker"]
@@ -82,3 +85,31 @@ async def test_an_api_is_restarted_while_a_client_watches_without_gap_or_duplica
     steps = [event.step for event in events if isinstance(event, StepFinished)]
     assert steps == list(range(1, 41))
     assert (result.job.state, result.job.attempt) == ("succeeded", 1)
+
+
+async def test_a_worker_that_is_told_to_restart_hands_its_job_back_and_finishes_it_as_a_new_program(
+    stack: RealStack, worker: Role
+) -> None:
+    pid = worker.pid
+    async with stack.client() as client:
+        calm = await client.generate("a cat", PHOTO, **LONG)
+        events: list[Event] = []
+        async with client.stream("a cat", PHOTO, **LONG) as stream:
+            async for event in stream:
+                events.append(event)
+                if isinstance(event, StepFinished) and len(started_by(events)) == event.step == 1:
+                    await restart_workers(stack)
+            result = await stream.result()
+    assert started_by(events) == ["first", "first"]
+    assert [type(event).__name__ for event in events].count("Queued") == 2
+    assert (result.job.state, result.job.attempt) == ("succeeded", 2)
+    assert result.pictures[0].sha256 == calm.pictures[0].sha256
+    assert worker.pid == pid
+    assert worker.log.read_text().count("worker is warm") == 2
+    assert await worker.stop() == 0
+
+
+async def restart_workers(stack: RealStack) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{stack.grpc_port}") as channel:
+        stub = admin_service_pb2_grpc.AdminServiceStub(channel)
+        await stub.RestartServer(admin_service_pb2.RestartServerRequest(), metadata=DEV)

@@ -12,7 +12,7 @@ from google.protobuf.descriptor_pb2 import (
     FileDescriptorProto,
 )
 
-from img2img.v1 import event_pb2, job_pb2, service_pb2
+from img2img.v1 import admin_service_pb2, event_pb2, job_pb2, service_pb2
 from tests.golden_file import assert_golden
 
 
@@ -58,6 +58,6 @@ def kind(field: FieldDescriptorProto, message: DescriptorProto) -> str:
 
 
 def test_the_protocol_on_the_wire_is_the_golden_one() -> None:
-    files = (job_pb2.DESCRIPTOR, event_pb2.DESCRIPTOR, service_pb2.DESCRIPTOR)
-    lines = [line for file in files for line in described(file)]
+    modules = (job_pb2, event_pb2, service_pb2, admin_service_pb2)
+    lines = [line for module in modules for line in described(module.DESCRIPTOR)]
     assert_golden("descriptor.txt", "\n".join(lines) + "\n")

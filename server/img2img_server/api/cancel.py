@@ -1,7 +1,8 @@
-"""Cancelling: a queued job ends here, a running one is told to end at its next step."""
+"""Ending jobs early: a queued one ends here, a running one is told to end at its next step."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -9,18 +10,19 @@ from dataclasses import replace
 import structlog
 
 from img2img_server import errors
-from img2img_server.domain.events import Cancelled
+from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import Job, State, advance
 from img2img_server.queue.base import Control, EventLog, JobQueue, OwnershipLostError
 from img2img_server.store.base import ConflictError, JobStore
 
 _TRIES = 10
+_AT_ONCE = 32  # records read together
 
 log = structlog.get_logger()
 
 
 class Canceller:
-    """Cancels jobs, whoever has them."""
+    """Cancels jobs, whoever has them, and clears queues."""
 
     def __init__(self, jobs: JobStore, queue: JobQueue, events: EventLog, control: Control) -> None:
         self._jobs = jobs
@@ -45,12 +47,36 @@ class Canceller:
                 raise errors.JobEndedError(job.name, job.state)
             with suppress(ConflictError):  # it moved on under us: look again
                 if job.state is State.QUEUED:
-                    return await self._end(job, stored.revision)
+                    return await self._end(job, stored.revision, Cancelled())
                 return await self._ask(job, stored.revision)
         raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be cancelled.")
 
-    async def _end(self, job: Job, revision: int) -> Job:
-        event = Cancelled()
+    async def clear(self, tenant: str) -> int:
+        """Ends every waiting job of the tenant as failed; returns how many.
+
+        Raises:
+            UnavailableError: some may have ended.
+        """
+        ids = await self._jobs.list_ids(tenant)
+        cleared = 0
+        for start in range(0, len(ids), _AT_ONCE):
+            some = ids[start : start + _AT_ONCE]
+            cleared += sum(await asyncio.gather(*(self._clear(tenant, each) for each in some)))
+        return cleared
+
+    async def _clear(self, tenant: str, job_id: int) -> bool:
+        error = errors.QueueClearedError()
+        event = Failed(reason=error.reason, message=str(error), retryable=error.retryable)
+        for _ in range(_TRIES):
+            stored = await self._jobs.get(tenant, job_id)
+            if stored is None or stored.job.state is not State.QUEUED:
+                return False
+            with suppress(ConflictError):  # it moved on under us: look again
+                await self._end(stored.job, stored.revision, event)
+                return True
+        raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be ended.")
+
+    async def _end(self, job: Job, revision: int, event: Cancelled | Failed) -> Job:
         job = advance(job, event, time.time())
         await self._jobs.update(job, revision)
         if job.queue_sequence:
@@ -60,7 +86,7 @@ class Canceller:
             writer = await self._events.open(job.id)
             if not writer.ended:
                 await writer.append(event)
-        log.info("job cancelled", job=job.id, state="queued")
+        log.info("waiting job ended", job=job.id, state=job.state)
         return job
 
     async def _ask(self, job: Job, revision: int) -> Job:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from img2img_server.domain.job import Job, State
-from img2img_server.domain.params import JobParams
+from img2img_server.domain.models import WorkerInfo
+from img2img_server.domain.params import JobParams, Lane
 from img2img_server.queue.base import JobQueue
 from img2img_server.store.base import WorkerRegistry
 
@@ -31,14 +34,35 @@ class Estimator:
         before = await self._queue.position(job.params.model, job.params.lane, job.queue_sequence)
         return before, await self._seconds(job.params, max(0, before))
 
-    async def _seconds(self, params: JobParams, before: int) -> float | None:
-        serving = [
+    async def backlog(self) -> tuple[int, float]:
+        """Jobs of all models and tenants that nobody has taken, and seconds until they have ended.
+
+        The seconds are those of the model that takes longest; 0.0 when nothing is known.
+        """
+        jobs, seconds = 0, 0.0
+        for model in await self._workers.models():
+            depths = [await self._queue.depth(model.name, lane) for lane in Lane]
+            jobs += sum(depths)
+            if serving := await self._serving(model.name):
+                seconds = max(seconds, _mean_seconds(serving) * sum(depths) / len(serving))
+        return jobs, seconds
+
+    async def _serving(self, model: str) -> list[WorkerInfo]:
+        """Live workers of the model that know how fast they are."""
+        return [
             worker
             for worker in await self._workers.workers()
-            if worker.model.name == params.model and worker.job_seconds > 0
+            if worker.model.name == model and worker.job_seconds > 0
         ]
+
+    async def _seconds(self, params: JobParams, before: int) -> float | None:
+        serving = await self._serving(params.model)
         if not serving:
             return None
-        mean = sum(worker.job_seconds for worker in serving) / len(serving)
+        mean = _mean_seconds(serving)
         own = mean * params.samples * params.width * params.height / _BASE_PIXELS
         return own + mean * before / len(serving)
+
+
+def _mean_seconds(workers: Sequence[WorkerInfo]) -> float:
+    return sum(worker.job_seconds for worker in workers) / len(workers)

@@ -21,7 +21,7 @@ from img2img_server.api.convert import duration
 from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.telemetry import RPC_SECONDS, RPCS
 
-SERVICE = "/img2img.v1.Img2ImgService/"
+PACKAGE = "/img2img.v1."  # of our services
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _principal: ContextVar[Principal] = ContextVar("principal")
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 
 def current_principal() -> Principal:
-    """Who calls; set for every method of our service."""
+    """Who calls; set for every method of our services."""
     return _principal.get()
 
 
@@ -81,9 +81,9 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(details)
-        if not details.method.startswith(SERVICE) or handler is None:
+        if not details.method.startswith(PACKAGE) or handler is None:
             return handler
-        method = details.method.removeprefix(SERVICE)
+        method = details.method.rpartition("/")[2]
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._streaming(method, handler.unary_stream),

@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 
+from img2img_server.errors import PermissionDeniedError
 from img2img_server.settings import SettingsError
 
 PERMISSIONS = frozenset({"manage", "unsafe"})
@@ -37,6 +38,11 @@ class Principal:
 
     tenant: str
     permissions: frozenset[str] = frozenset()
+
+    def require_manage(self) -> None:
+        """Raises PermissionDeniedError."""
+        if "manage" not in self.permissions:
+            raise PermissionDeniedError("manage", "This key may not manage the server")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from img2img.v1 import service_pb2, service_pb2_grpc
+from img2img.v1 import admin_service_pb2_grpc, service_pb2_grpc
 from img2img_server import errors
+from img2img_server.api.admin import AdminServicer
 from img2img_server.api.admission import Fetch, image_limits
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.estimate import Estimator
@@ -31,7 +32,7 @@ from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.cached import CachedWorkerRegistry
 from img2img_server.telemetry import probe_server
 
-SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["Img2ImgService"].full_name
+SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
 _HEALTH_SECONDS = 2.0
 
 log = structlog.get_logger()
@@ -61,7 +62,9 @@ async def serve(
     started: Callable[[str], None] | None = None,
 ) -> None:
     """Serves on parts that exist already; the order of stopping stands at the end."""
-    bus = replace(bus, workers=CachedWorkerRegistry(bus.workers))
+    workers = CachedWorkerRegistry(bus.workers)
+    bus = replace(bus, workers=workers)
+    canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control)
     estimator = Estimator(bus.queue, bus.workers)
     servicer = Img2ImgServicer(
         settings,
@@ -76,7 +79,7 @@ async def serve(
             most=settings.max_watchers,
             retention_hours=settings.retention_hours,
         ),
-        Canceller(bus.jobs, bus.queue, bus.events, bus.control),
+        canceller,
         link_base=settings.public_base_url or f"http://{settings.http_host}:{settings.http_port}",
         stop=stop,
     )
@@ -84,9 +87,12 @@ async def serve(
         interceptors=[ServiceInterceptor(keys)], options=server_options(settings)
     )
     service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
+        AdminServicer(bus.control, workers, estimator, canceller), server
+    )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     port = _listen(server, settings)
     await server.start()
@@ -169,7 +175,7 @@ async def _health(
         state = health_pb2.HealthCheckResponse.SERVING
         if not serving:
             state = health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
+        for name in ("", *SERVICE_NAMES):
             await servicer.set(name, state)
 
     async def repeat() -> None:

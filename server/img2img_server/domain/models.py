@@ -23,7 +23,8 @@ class WorkerInfo:
     """A live worker, announced again and again; it is gone when the announcement expires.
 
     `capacity_rows`: samples it denoises at once. `job_seconds`: recent mean time of one sample at
-    512x512, the base of estimates; 0.0 when nothing ran yet.
+    512x512, the base of estimates; 0.0 when nothing ran yet. `busy`: share of the time since the
+    announcement before in which the device worked, 0 to 1.
     """
 
     name: str
@@ -31,3 +32,4 @@ class WorkerInfo:
     device: str
     capacity_rows: int
     job_seconds: float = 0.0
+    busy: float = 0.0

@@ -141,6 +141,11 @@ class Engine(Protocol):
         """Samples it denoises at once."""
         ...
 
+    @property
+    def busy_seconds(self) -> float:
+        """Time that the device has worked since the start; grows step by step."""
+        ...
+
     def submit(self, job: EngineJob, sink: Sink) -> None:
         """Adds a job. `sink` gets its events in order, on the engine's thread; it must not block.
 
@@ -151,6 +156,10 @@ class Engine(Protocol):
 
     def cancel(self, job_id: int) -> None:
         """Ends the job at the next step boundary; its sink then gets JobStopped. Unknown: no-op."""
+        ...
+
+    def clear_cache(self) -> None:
+        """Forgets, at the next step boundary, what is kept for speed only: encoded prompts."""
         ...
 
     def stop(self) -> None:

@@ -95,6 +95,10 @@ class Denoiser(Protocol):
         """Encodes prompts; those seen lately come from a cache."""
         ...
 
+    def clear_cache(self) -> None:
+        """Forgets the prompts it has seen."""
+        ...
+
     def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
         """Encodes init images of one size."""
         ...

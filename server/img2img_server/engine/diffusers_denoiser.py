@@ -105,6 +105,9 @@ class DiffusersDenoiser:
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
         return self._text.encode(texts, [self.slots(text.guidance_scale) for text in texts])
 
+    def clear_cache(self) -> None:
+        self._text.clear_cache()
+
     def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
         pixels = torch.from_numpy(np.stack(images)).to(self.device)
         mean, deviation = self._encode(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1)

@@ -45,6 +45,10 @@ class TextEncoder:
             for text, prompt, negative in zip(texts, prompts, negatives, strict=True)
         ]
 
+    def clear_cache(self) -> None:
+        """Forgets what it has seen."""
+        self._cache.clear()
+
     def added_conditions(self, conditionings: Sequence[Conditioning]) -> dict[str, Tensor] | None:
         """SDXL's further inputs, for all rows and then for the guided ones again."""
         if not self._is_xl:

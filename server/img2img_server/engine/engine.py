@@ -53,8 +53,15 @@ class _Cancel:
     job_id: int
 
 
+class _ClearCache:
+    pass
+
+
 class _Stop:
     pass
+
+
+_Command = _Submit | _Cancel | _ClearCache | _Stop
 
 
 class DiffusionEngine:
@@ -72,9 +79,10 @@ class DiffusionEngine:
         self._stages = Stages(denoiser, self._note_split)
         self._scheduler = Scheduler(capacity_rows, denoiser.max_work)
         self._runs: dict[int, Run] = {}
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = False
+        self._busy_seconds = 0.0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -95,6 +103,10 @@ class DiffusionEngine:
     def capacity_rows(self) -> int:
         return self._capacity_rows
 
+    @property
+    def busy_seconds(self) -> float:
+        return self._busy_seconds
+
     def submit(self, job: EngineJob, sink: Sink) -> None:
         with self._lock:
             if self._stopping:
@@ -103,6 +115,9 @@ class DiffusionEngine:
 
     def cancel(self, job_id: int) -> None:
         self._commands.put(_Cancel(job_id))
+
+    def clear_cache(self) -> None:
+        self._commands.put(_ClearCache())
 
     def stop(self) -> None:
         with self._lock:
@@ -113,9 +128,11 @@ class DiffusionEngine:
     def _loop(self) -> None:
         with torch.inference_mode():
             while self._take_commands():
-                batch = self._scheduler.next_batch(time.monotonic())
+                began = time.monotonic()
+                batch = self._scheduler.next_batch(began)
                 if batch is not None:
                     self._run_safely(batch)
+                    self._busy_seconds += time.monotonic() - began
         for run in self._runs.values():
             run.emit(JobStopped())
         self._runs.clear()
@@ -132,6 +149,8 @@ class DiffusionEngine:
                     self._begin(command.job, command.sink)
                 case _Cancel():
                     self._end(command.job_id, JobStopped())
+                case _ClearCache():
+                    self._stages.clear_cache()
                 case _Stop():
                     return False
 

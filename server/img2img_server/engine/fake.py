@@ -82,6 +82,8 @@ class FakeEngine:
         self._waiting: deque[_Run] = deque()
         self._running: list[_Run] = []
         self._stopping = False
+        self._busy_seconds = 0.0
+        self.caches_cleared = 0
         self._thread = threading.Thread(target=self._loop, name="fake-engine", daemon=True)
         self._thread.start()
 
@@ -109,6 +111,13 @@ class FakeEngine:
             self._waiting.append(_Run(job, sink, total))
             self._changed.notify_all()
 
+    @property
+    def busy_seconds(self) -> float:
+        return self._busy_seconds
+
+    def clear_cache(self) -> None:
+        self.caches_cleared += 1
+
     def cancel(self, job_id: int) -> None:
         with self._changed:
             for run in (*self._waiting, *self._running):
@@ -129,9 +138,11 @@ class FakeEngine:
 
     def _loop(self) -> None:
         while runs := self._next_runs():
+            began = time.monotonic()
             for run in runs:
                 if self._advance(run):
                     self._running.remove(run)
+            self._busy_seconds += max(self._step_seconds, time.monotonic() - began)
         for run in (*self._running, *self._waiting):
             _emit(run, JobStopped())
 

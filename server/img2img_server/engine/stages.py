@@ -76,6 +76,11 @@ class Stages:
         failed = isolate(samples, work, self._free_memory)
         return found, failed
 
+    def clear_cache(self) -> None:
+        """Forgets encoded prompts and gives cached memory back to the device."""
+        self._denoiser.clear_cache()
+        self._free_memory()
+
     def _step(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
             sample.draw()

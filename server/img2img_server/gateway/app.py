@@ -17,6 +17,7 @@ from img2img_server.gateway.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoint
 from img2img_server.gateway.events import EventStreams
 from img2img_server.gateway.files import Files, is_file_path, missing
 from img2img_server.gateway.front import Cors, Recorded, TidyPath
+from img2img_server.gateway.management import Management
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.refusals import Case, RefusedError
 from img2img_server.gateway.upstream import Upstream
@@ -52,6 +53,7 @@ def create_app(
     app.add_middleware(TidyPath)
     _add_refusals(app, dialect)
     _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
+    _add_management(app, Management(upstream))
     _add_files(app, files)
     _add_events(app, EventStreams(upstream, stop))
     _add_probes(app, upstream, files, stop)
@@ -104,6 +106,19 @@ def _add_contract(app: FastAPI, endpoints: Endpoints) -> None:
     @app.post(f"{V6_IMAGES}/fetch")
     async def fetch_v6_by_body(request: Request) -> Response:
         return await endpoints.fetch_by_body(request, V6_IMAGES)
+
+
+def _add_management(app: FastAPI, management: Management) -> None:
+    routes = {
+        "system_details": management.system_details,
+        "restart_server": management.restart_server,
+        "update_server": management.update_server,
+        "update": management.update_server,
+        "clear_cache": management.clear_cache,
+        "clear_queue": management.clear_queue,
+    }
+    for name, endpoint in routes.items():
+        app.add_api_route(f"{ENTERPRISE}/{name}", endpoint, methods=["POST"], name=name)
 
 
 def _add_files(app: FastAPI, files: Files) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from img2img_server.gateway import management
 from img2img_server.gateway.refusals import Case
 
 _META_EXAMPLE = {
@@ -78,6 +79,40 @@ JOB_EXAMPLES = {
         "message": "Processing failed: out of memory at 1024x1024",
         "output": [],
     },
+}
+
+MANAGEMENT_EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "system_details": (
+        "How the service is doing",
+        {
+            "status": "success",
+            "message": "",
+            "model_count": 1,
+            "queue_num": 2,
+            "queue_time": 3.4,
+            "data": {"server_version": "1.0.0", "uptime": "5d 12h 30m", "gpu_usage": "45%"},
+        },
+    ),
+    "restart_server": (
+        "Restart the workers; running jobs go back to the queue",
+        {"status": "success", "message": management.RESTARTING},
+    ),
+    "update_server": (
+        "Read configuration and model files again",
+        {"status": "success", "message": management.UPDATED},
+    ),
+    "update": (
+        "The same as update_server",
+        {"status": "success", "message": management.UPDATED},
+    ),
+    "clear_cache": (
+        "Empty the workers' caches",
+        {"status": "success", "message": management.CACHE_CLEARED},
+    ),
+    "clear_queue": (
+        "End the tenant's waiting jobs as failed; no worker restarts",
+        {"status": "success", "message": management.QUEUE_CLEARED},
+    ),
 }
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from img2img_server import __version__
-from img2img_server.gateway.examples import JOB_EXAMPLES, REQUEST_EXAMPLE, error_example
+from img2img_server.gateway.examples import (
+    JOB_EXAMPLES,
+    MANAGEMENT_EXAMPLES,
+    REQUEST_EXAMPLE,
+    error_example,
+)
 from img2img_server.gateway.refusals import Case
-from img2img_server.gateway.schemas import ERROR, JOB, LEGACY, SCHEMAS, Schema
+from img2img_server.gateway.schemas import DETAILS, DONE, ERROR, JOB, LEGACY, SCHEMAS, Schema
 from img2img_server.settings import Settings
 
 _DESCRIPTION = """Pictures out of pictures, compatible with the enterprise realtime image-to-image
@@ -17,6 +22,7 @@ _ANYWHERE = (Case.INVALID_JSON, Case.BAD_KEY, Case.SLOW_BODY, Case.TOO_LARGE, Ca
 _CREATE = (*_ANYWHERE, Case.FIELDS, Case.FORBIDDEN, Case.RATE_LIMIT, Case.UNAVAILABLE)
 _FETCH = (*_ANYWHERE, Case.UNKNOWN_JOB, Case.UNAVAILABLE)
 _FETCH_BY_BODY = (*_FETCH, Case.FIELDS)
+_MANAGE = (*_ANYWHERE, Case.FORBIDDEN, Case.UNAVAILABLE)
 _KEYS: list[Schema] = [{}, {"bearer": []}, {"key": []}, {"x_api_key": []}]
 _JOB_ID: Schema = {
     "name": "job_id",
@@ -34,7 +40,13 @@ def document(settings: Settings) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "img2img", "version": __version__, "description": _DESCRIPTION},
         "servers": [{"url": settings.public_base_url or "/"}],
-        "paths": {**_contract(settings.legacy), **_FILES, **_EVENTS, **_PROBES},
+        "paths": {
+            **_contract(settings.legacy),
+            **_management(settings.legacy),
+            **_FILES,
+            **_EVENTS,
+            **_PROBES,
+        },
         "components": {
             "schemas": SCHEMAS,
             "securitySchemes": {
@@ -61,7 +73,7 @@ def _contract(legacy: bool) -> dict[str, Any]:
         answer = {"summary": "State of a job", "parameters": [_JOB_ID]}
         paths[f"{family}/fetch/{{job_id}}"] = {
             "get": {**answer, **_operation(_FETCH, legacy)},
-            "post": {**answer, **_operation(_FETCH, legacy, "FetchRequest", {"key": "my-key"})},
+            "post": {**answer, **_operation(_FETCH, legacy, "KeyRequest", {"key": "my-key"})},
         }
     for family in ("/api/v1/enterprise", "/api/v6/images"):
         example = {"key": "my-key", "request_id": 10000041}
@@ -74,28 +86,44 @@ def _contract(legacy: bool) -> dict[str, Any]:
     return paths
 
 
+def _management(legacy: bool) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for name, (summary, example) in MANAGEMENT_EXAMPLES.items():
+        schema = DETAILS if name == "system_details" else DONE
+        done = _json("Done.", schema, {"success": {"value": example}})
+        answer = _operation(_MANAGE, legacy, "KeyRequest", {"key": "my-key"}, done)
+        paths[f"/api/v1/enterprise/realtime/{name}"] = {
+            "post": {"summary": summary, **answer, "tags": ["management"]}
+        }
+    return paths
+
+
 def _operation(
-    cases: tuple[Case, ...], legacy: bool, body: str = "", example: dict[str, Any] | None = None
+    cases: tuple[Case, ...],
+    legacy: bool,
+    body: str = "",
+    example: dict[str, Any] | None = None,
+    done: Schema | None = None,
 ) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "tags": ["img2img"],
         "security": _KEYS,
-        "responses": _responses(cases, legacy),
+        "responses": _responses(cases, legacy, done),
     }
     if body:
         content = {"schema": {"$ref": f"#/components/schemas/{body}"}, "example": example}
         operation["requestBody"] = {
-            "required": body != "FetchRequest",
+            "required": "required" in SCHEMAS[body],
             "content": {"application/json": content},
         }
     return operation
 
 
-def _responses(cases: tuple[Case, ...], legacy: bool) -> dict[str, Any]:
+def _responses(cases: tuple[Case, ...], legacy: bool, done: Schema | None) -> dict[str, Any]:
     if legacy:
         return {"200": _json("Every answer; `status` says which.", LEGACY)}
     examples = {name: {"value": value} for name, value in JOB_EXAMPLES.items()}
-    responses = {"200": _json("The job, also when it failed.", JOB, examples)}
+    responses = {"200": done or _json("The job, also when it failed.", JOB, examples)}
     for case in sorted(cases, key=lambda case: case.status):
         shown = {case.name.lower(): {"value": error_example(case)}}
         code = str(case.status)

@@ -93,7 +93,7 @@ def _applies(keyword: str, schema: Schema) -> bool:
     return (keyword == "maxLength") == (schema["type"] == "string") and "enum" not in schema
 
 
-FETCH = {"type": "object", "properties": {"key": _STRING}}
+KEY = {"type": "object", "properties": {"key": _STRING}}
 FETCH_BY_BODY = {
     "type": "object",
     "properties": {
@@ -104,7 +104,7 @@ FETCH_BY_BODY = {
 }
 SCHEMAS: dict[str, Schema] = {
     "Img2ImgRequest": request_schema(),
-    "FetchRequest": FETCH,
+    "KeyRequest": KEY,
     "FetchByIdRequest": FETCH_BY_BODY,
     "Meta": _object(META),
     "Success": _object(
@@ -142,6 +142,23 @@ SCHEMAS: dict[str, Schema] = {
             "output": {"type": "array", "maxItems": 0},
         }
     ),
+    "Done": _object({"status": _status("success"), "message": _STRING}),
+    "SystemDetails": _object(
+        {
+            "status": _status("success"),
+            "message": _STRING,
+            "model_count": {**_INTEGER, "minimum": 0},
+            "queue_num": {**_INTEGER, "minimum": 0, "description": "Waiting jobs."},
+            "queue_time": {**_NUMBER, "minimum": 0, "description": "Seconds until they end."},
+            "data": _object(
+                {
+                    "server_version": _STRING,
+                    "uptime": {"type": "string", "pattern": "^[0-9]+d [0-9]+h [0-9]+m$"},
+                    "gpu_usage": {"type": "string", "pattern": "^[0-9]+%$"},
+                }
+            ),
+        }
+    ),
     "Error": _object(
         {
             "status": _status("error"),
@@ -160,4 +177,5 @@ SCHEMAS: dict[str, Schema] = {
     },
 }
 JOB: Schema = {"oneOf": [_ref("Success"), _ref("Processing"), _ref("Failed")]}
+DONE, DETAILS = _ref("Done"), _ref("SystemDetails")
 ERROR, LEGACY = _ref("Error"), _ref("Legacy")

@@ -5,27 +5,40 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from img2img.v1 import event_pb2, job_pb2, service_pb2, service_pb2_grpc
+from img2img.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    event_pb2,
+    job_pb2,
+    service_pb2,
+    service_pb2_grpc,
+)
 from img2img_server.gateway.refusals import Case, RefusedError, refusal
 from img2img_server.settings import Settings, SettingsError
 
 SERVICE = "img2img.v1.Img2ImgService"
+ADMIN_SERVICE = "img2img.v1.AdminService"
 LINK_BASE = "img2img-link-base"  # metadata: where the links of a new job shall point to
 _KEY_MOST_CHARACTERS = 1024  # longer ones would break the limit on metadata
 _CREATE_SECONDS = 60.0  # downloads the init image
 _READ_SECONDS = 10.0
 _READY_SECONDS = 2.0
 # Calls that change nothing are repeated while an api goes and another one comes.
-_RETRIED = ("GetCapabilities", "GetJob")
+_RETRIED = (
+    (SERVICE, "GetCapabilities"),
+    (SERVICE, "GetJob"),
+    (ADMIN_SERVICE, "GetSystemDetails"),
+)
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
-            "name": [{"service": SERVICE, "method": method} for method in _RETRIED],
+            "name": [{"service": service, "method": method} for service, method in _RETRIED],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.1s",
@@ -65,16 +78,14 @@ class Upstream:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = service_pb2_grpc.Img2ImgServiceStub(channel)
+        self._admin = admin_service_pb2_grpc.AdminServiceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
 
     async def check_key(self, key: str) -> None:
         """Returns when the key is good; for answers that need nothing else from the api."""
         with _refusing():
-            await self._stub.GetCapabilities(
-                service_pb2.GetCapabilitiesRequest(),
-                metadata=_metadata(key),
-                timeout=_READ_SECONDS,
-            )
+            request = service_pb2.GetCapabilitiesRequest()
+            await self._stub.GetCapabilities(request, **_reading(key))
 
     async def create(self, key: str, spec: job_pb2.JobSpec, link_base: str) -> job_pb2.Job:
         """Makes a job."""
@@ -89,11 +100,8 @@ class Upstream:
     async def get(self, key: str, job_id: int) -> job_pb2.Job:
         """The record of a job."""
         with _refusing():
-            answer = await self._stub.GetJob(
-                service_pb2.GetJobRequest(name=f"jobs/{job_id}"),
-                metadata=_metadata(key),
-                timeout=_READ_SECONDS,
-            )
+            request = service_pb2.GetJobRequest(name=f"jobs/{job_id}")
+            answer = await self._stub.GetJob(request, **_reading(key))
         return answer.job
 
     async def watch(
@@ -110,6 +118,37 @@ class Upstream:
                     yield answer.event
             finally:
                 call.cancel()
+
+    async def system_details(self, key: str) -> admin_service_pb2.GetSystemDetailsResponse:
+        """How the service is doing."""
+        with _refusing():
+            return await self._admin.GetSystemDetails(
+                admin_service_pb2.GetSystemDetailsRequest(), **_reading(key)
+            )
+
+    async def restart(self, key: str) -> None:
+        """Restarts the workers."""
+        with _refusing():
+            request = admin_service_pb2.RestartServerRequest()
+            await self._admin.RestartServer(request, **_reading(key))
+
+    async def update(self, key: str) -> None:
+        """Has configuration and model files read again."""
+        with _refusing():
+            request = admin_service_pb2.UpdateServerRequest()
+            await self._admin.UpdateServer(request, **_reading(key))
+
+    async def clear_cache(self, key: str) -> None:
+        """Empties the workers' caches."""
+        with _refusing():
+            request = admin_service_pb2.ClearCacheRequest()
+            await self._admin.ClearCache(request, **_reading(key))
+
+    async def clear_queue(self, key: str) -> None:
+        """Ends the tenant's waiting jobs."""
+        with _refusing():
+            request = admin_service_pb2.ClearQueueRequest()
+            await self._admin.ClearQueue(request, **_reading(key))
 
     async def trouble(self) -> str:
         """Why the api may not serve, or nothing."""
@@ -129,6 +168,10 @@ def _metadata(key: str) -> tuple[tuple[str, str], ...]:
     if not key or len(key) > _KEY_MOST_CHARACTERS or not all("!" <= char <= "~" for char in key):
         raise RefusedError(Case.BAD_KEY)
     return (("authorization", f"Bearer {key}"),)
+
+
+def _reading(key: str) -> dict[str, Any]:
+    return {"metadata": _metadata(key), "timeout": _READ_SECONDS}
 
 
 @contextmanager

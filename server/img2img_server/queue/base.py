@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from img2img_server.domain.events import Envelope, Event
@@ -143,6 +144,17 @@ class EventLog(Protocol):
         ...
 
 
+class Order(StrEnum):
+    """What every worker can be told to do.
+
+    `RESTART`: hand running jobs back, end and come again as a new process. `CLEAR_CACHE`: forget
+    what is kept for speed only.
+    """
+
+    RESTART = "restart"
+    CLEAR_CACHE = "clear_cache"
+
+
 class Control(Protocol):
     """Commands that reach every worker at once; not stored."""
 
@@ -154,4 +166,14 @@ class Control(Protocol):
         self, handler: Callable[[int], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
         """Calls `handler` with the id of every job that shall be cancelled."""
+        ...
+
+    async def order(self, order: Order) -> None:
+        """Tells every worker that listens now."""
+        ...
+
+    def on_order(
+        self, handler: Callable[[Order], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Calls `handler` with every order."""
         ...

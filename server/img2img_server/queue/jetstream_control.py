@@ -5,43 +5,68 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import nats.errors
 from nats.aio.msg import Msg
 
+from img2img_server.queue.base import Order
 from img2img_server.wire import names
 from img2img_server.wire.connection import Link
 from img2img_server.wire.faults import unavailable
 
 log = logging.getLogger(__name__)
 
+_ORDERS = frozenset(order.value for order in Order)
+
 
 class NatsControl:
-    """A Control on core NATS: who listens hears it, nothing is kept."""
+    """A Control on core NATS: who listens hears it, nothing is kept.
+
+    Its methods raise UnavailableError, those that give a context on entering it.
+    """
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
     async def cancel(self, job_id: int) -> None:
-        """Raises UnavailableError."""
-        await self._link.send(names.CANCEL_SUBJECT, str(job_id).encode())
+        await self._tell(names.CANCEL_SUBJECT, str(job_id))
+
+    async def order(self, order: Order) -> None:
+        await self._tell(names.ORDER_SUBJECT, order.value)
+
+    def on_cancel(
+        self, handler: Callable[[int], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        return self._listen(names.CANCEL_SUBJECT, lambda text: handler(int(text)))
+
+    def on_order(
+        self, handler: Callable[[Order], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        async def obey(text: str) -> None:
+            if text in _ORDERS:  # otherwise it is one of a later version
+                await handler(Order(text))
+
+        return self._listen(names.ORDER_SUBJECT, obey)
+
+    async def _tell(self, subject: str, text: str) -> None:
+        await self._link.send(subject, text.encode())
         with unavailable():
             await self._link.nc.flush(timeout=2)
 
     @asynccontextmanager
-    async def on_cancel(self, handler: Callable[[int], Awaitable[None]]) -> AsyncIterator[None]:
-        """Raises UnavailableError on entering."""
-
+    async def _listen(
+        self, subject: str, handler: Callable[[str], Awaitable[None]]
+    ) -> AsyncIterator[None]:
         async def receive(msg: Msg) -> None:
             try:
-                await handler(int(msg.data))
+                await handler(msg.data.decode())
             except Exception:  # the next command must still be heard
-                log.exception("cancel %r", msg.data)
+                log.exception("%s %r", subject, msg.data)
 
         await self._link.ready()
         with unavailable():
-            subscription = await self._link.nc.subscribe(names.CANCEL_SUBJECT, cb=receive)
+            subscription = await self._link.nc.subscribe(subject, cb=receive)
             await self._link.nc.flush(timeout=2)  # from here on the server knows us
         try:
             yield

@@ -1,11 +1,11 @@
-"""Work queue and control inside one process: for tests, the same rules as JetStream."""
+"""Work queue inside one process: for tests, the same rules as JetStream."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from img2img_server.domain.params import Lane
@@ -155,22 +155,3 @@ class _MemoryDelivery:
     async def in_progress(self) -> None:
         if self._current:
             self._queue.restart_clock(self._message)
-
-
-class MemoryControl:
-    """A Control of one process."""
-
-    def __init__(self) -> None:
-        self._handlers: list[Callable[[int], Awaitable[None]]] = []
-
-    async def cancel(self, job_id: int) -> None:
-        for handler in list(self._handlers):
-            await handler(job_id)
-
-    @asynccontextmanager
-    async def on_cancel(self, handler: Callable[[int], Awaitable[None]]) -> AsyncIterator[None]:
-        self._handlers.append(handler)
-        try:
-            yield
-        finally:
-            self._handlers.remove(handler)

@@ -21,6 +21,10 @@ class CachedWorkerRegistry:
         self._seconds = seconds
         self._known: dict[str, tuple[float, Any]] = {}
 
+    def forget(self) -> None:
+        """The next question goes to the registry again."""
+        self._known.clear()
+
     async def announce(self, worker: WorkerInfo) -> None:
         await self._registry.announce(worker)
 

@@ -6,6 +6,7 @@ img2img.events.<job id>.log              a job's numbered events
 img2img.events.<job id>.preview.<sample> its newest preview
 img2img.ids                              one empty message a job id
 img2img.control.cancel                   not stored
+img2img.control.order                    not stored
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ MODELS_BUCKET: Final = "img2img-models"
 
 IDS_SUBJECT: Final = "img2img.ids"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
+ORDER_SUBJECT: Final = "img2img.control.order"
 
 _PLAIN: Final = frozenset((string.ascii_letters + string.digits + "_-").encode())
 

@@ -28,6 +28,26 @@ class Pace:
         self.job_seconds = known + _WEIGHT * (seconds - known)
 
 
+class Load:
+    """How busy the engine's device was between two looks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._looked_at = 0.0
+        self._busy_seconds = engine.busy_seconds
+
+    def measure(self, now: float) -> float:
+        """Share of the time since the last look in which the device worked, 0 to 1.
+
+        Args:
+            now: monotonic seconds.
+        """
+        busy_seconds = self._engine.busy_seconds
+        passed, busy = now - self._looked_at, busy_seconds - self._busy_seconds
+        self._looked_at, self._busy_seconds = now, busy_seconds
+        return min(1.0, busy / passed) if passed > 0 else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """The worker's seams and figures."""

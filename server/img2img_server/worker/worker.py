@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 
 import structlog
@@ -10,10 +11,11 @@ import structlog
 from img2img_server import errors
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
-from img2img_server.queue.base import Control, Delivery
+from img2img_server.lifecycle import RestartError, first_of
+from img2img_server.queue.base import Control, Delivery, Order
 from img2img_server.store.base import WorkerRegistry
 from img2img_server.telemetry import JOBS_RUNNING
-from img2img_server.worker.parts import Parts
+from img2img_server.worker.parts import Load, Parts
 from img2img_server.worker.run import JobRun
 
 ANNOUNCE_SECONDS = 5.0
@@ -36,19 +38,30 @@ class Worker:
         self._drain_seconds = drain_seconds
         self._runs: dict[int, JobRun] = {}
         self._changed = asyncio.Event()
+        self._restarting = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Works until `stop` is set, then finishes or hands back what it has."""
-        async with self._control.on_cancel(self._on_cancel), asyncio.TaskGroup() as tasks:
+        """Works until `stop` is set, then finishes or hands back what it has.
+
+        Raises:
+            RestartError: it was told to restart, and has handed back what it had.
+        """
+        async with (
+            self._control.on_cancel(self._on_cancel),
+            self._control.on_order(self._on_order),
+            asyncio.TaskGroup() as tasks,
+        ):
             announcing = tasks.create_task(self._announce())
             pulling = tasks.create_task(self._pull(tasks))
-            await stop.wait()
+            await first_of(stop.wait(), self._restarting.wait())
             # Not announced -> not pulling -> runs finish in time or are handed back.
             announcing.cancel()
             pulling.cancel()
             with suppress(errors.UnavailableError):
                 await self._registry.withdraw(self._parts.name)
-            await self._drain()
+            await self._drain(self._drain_seconds if stop.is_set() else 0.0)
+        if not stop.is_set():
+            raise RestartError
 
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts
@@ -87,11 +100,11 @@ class Worker:
             JOBS_RUNNING.set(len(self._runs))
             self._changed.set()
 
-    async def _drain(self) -> None:
+    async def _drain(self, seconds: float) -> None:
         if self._runs:
-            log.info("draining", jobs=len(self._runs), seconds=self._drain_seconds)
+            log.info("draining", jobs=len(self._runs), seconds=seconds)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._drain_seconds):
+            async with asyncio.timeout(seconds):
                 while self._runs:
                     self._changed.clear()
                     await self._changed.wait()
@@ -102,8 +115,17 @@ class Worker:
         if run := self._runs.get(job_id):
             run.cancel()
 
+    async def _on_order(self, order: Order) -> None:
+        log.info("told by the operator", order=order)
+        match order:
+            case Order.RESTART:
+                self._restarting.set()
+            case Order.CLEAR_CACHE:
+                self._parts.engine.clear_cache()
+
     async def _announce(self) -> None:
         parts = self._parts
+        load = Load(parts.engine)
         while True:
             info = WorkerInfo(
                 name=parts.name,
@@ -111,6 +133,7 @@ class Worker:
                 device=parts.engine.device,
                 capacity_rows=parts.engine.capacity_rows,
                 job_seconds=parts.pace.job_seconds,
+                busy=load.measure(time.monotonic()),
             )
             with suppress(errors.UnavailableError):
                 await self._registry.announce(info)

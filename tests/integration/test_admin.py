@@ -1,0 +1,239 @@
+"""The management calls over real gRPC: who may make them and what they do."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from img2img.v1 import admin_service_pb2 as admin
+from img2img.v1 import admin_service_pb2_grpc, job_pb2, service_pb2
+from img2img_server import __version__
+from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.bus import Bus, memory_bus
+from img2img_server.domain.models import WorkerInfo
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.lifecycle import RestartError
+from img2img_server.store.base import ConflictError
+from tests.stack import (
+    DEV,
+    WAIT_SECONDS,
+    Api,
+    kinds,
+    refusal,
+    running_api,
+    running_worker,
+    spec,
+)
+
+CALLS = ["GetSystemDetails", "RestartServer", "UpdateServer", "ClearCache", "ClearQueue"]
+
+
+async def call(api: Api, method: str, metadata: Any = DEV) -> Any:
+    stub = admin_service_pb2_grpc.AdminServiceStub(api.channel)
+    request = getattr(admin, f"{method}Request")()
+    return await getattr(stub, method)(request, metadata=metadata, timeout=WAIT_SECONDS)
+
+
+@dataclass
+class Shops:
+    """Two tenants: "a" may manage, "b" may not."""
+
+    ring: KeyRing
+    a: Any
+    b: Any
+
+
+def shops(folder: Path) -> Shops:
+    key_a, entry_a = new_key("a", ["manage"])
+    key_b, entry_b = new_key("b", ["unsafe"])
+    file = folder / "keys.toml"
+    file.write_text(f"{entry_a}\n{entry_b}\n")
+    metadata = [(("authorization", f"Bearer {key}"),) for key in (key_a, key_b)]
+    return Shops(KeyRing(file, dev_key=False), *metadata)
+
+
+async def create(api: Api, metadata: Any) -> job_pb2.Job:
+    request = service_pb2.CreateJobRequest(spec=spec())
+    return (await api.stub.CreateJob(request, metadata=metadata, timeout=WAIT_SECONDS)).job
+
+
+async def get(api: Api, job: job_pb2.Job, metadata: Any) -> job_pb2.Job:
+    request = service_pb2.GetJobRequest(name=job.name)
+    return (await api.stub.GetJob(request, metadata=metadata, timeout=WAIT_SECONDS)).job
+
+
+async def read_until(stream: Any, kind: str) -> list[Any]:
+    messages = []
+    async for message in stream:
+        messages.append(message)
+        if message.event.WhichOneof("event") == kind:
+            return messages
+    raise AssertionError(f"no {kind} in {kinds(messages)}")
+
+
+@asynccontextmanager
+async def announced() -> AsyncIterator[Bus]:
+    """A bus that knows the fake model although no worker runs."""
+    bus = memory_bus()
+    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+    await bus.workers.announce(worker)
+    yield bus
+
+
+@pytest.mark.parametrize("method", CALLS)
+async def test_a_management_call_needs_a_key_and_its_permission(
+    method: str, tmp_path: Path
+) -> None:
+    keys = shops(tmp_path)
+    async with announced() as bus, running_api(bus, keys=keys.ring) as api:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(api, method, metadata=())
+        assert refusal(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(api, method, keys.b)
+        told = refusal(caught.value)
+        assert (told.code, told.reason, caught.value.details()) == (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "PERMISSION_DENIED",
+            "This key may not manage the server",
+        )
+        await call(api, method, keys.a)
+
+
+async def test_clear_queue_ends_the_tenants_waiting_jobs_and_no_others(tmp_path: Path) -> None:
+    keys = shops(tmp_path)
+    bus = memory_bus(queue_limit=3)
+    engine = FakeEngine(hold_after=1, capacity_rows=1)
+    async with running_worker(bus, engine), running_api(bus, keys=keys.ring) as api:
+        running = await create(api, keys.a)
+        watch = service_pb2.WatchJobRequest(name=running.name)
+        stream = api.stub.WatchJob(watch, metadata=keys.a, timeout=WAIT_SECONDS)
+        await read_until(stream, "step")
+        waiting = [await create(api, keys.a) for _ in range(2)]
+        strangers = await create(api, keys.b)
+        with pytest.raises(grpc.aio.AioRpcError):  # the queue is full
+            await create(api, keys.a)
+        assert (await call(api, "ClearQueue", keys.a)).cleared_jobs == 2
+        for job in waiting:
+            ended = await get(api, job, keys.a)
+            assert (ended.state, ended.error.reason, ended.error.message) == (
+                job_pb2.Job.STATE_FAILED,
+                "QUEUE_CLEARED",
+                "Queue cleared",
+            )
+            request = service_pb2.WatchJobRequest(name=job.name)
+            events = [m async for m in api.stub.WatchJob(request, metadata=keys.a)]
+            assert kinds(events) == ["snapshot", "queued", "failed"]
+        assert (await get(api, running, keys.a)).state == job_pb2.Job.STATE_RUNNING
+        assert (await get(api, strangers, keys.b)).state == job_pb2.Job.STATE_QUEUED
+        assert (await call(api, "ClearQueue", keys.a)).cleared_jobs == 0
+        await create(api, keys.a)  # there is room again
+        engine.release()
+        await read_until(stream, "succeeded")
+
+
+async def test_clear_queue_ends_more_jobs_than_are_read_together() -> None:
+    bus = memory_bus(queue_limit=80)
+    await bus.workers.announce(
+        WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+    )
+    async with running_api(bus) as api:
+        for _ in range(70):
+            await api.create(spec())
+        assert (await call(api, "ClearQueue")).cleared_jobs == 70
+
+
+async def test_clear_queue_looks_again_at_a_job_that_moves_on_meanwhile() -> None:
+    async with announced() as bus:
+        jobs = bus.jobs
+
+        class Moving:
+            """A store in which a worker is quicker once."""
+
+            moved = 0
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(jobs, name)
+
+            async def update(self, job: Any, revision: int) -> int:
+                if job.failure and not self.moved:
+                    self.moved += 1
+                    raise ConflictError
+                return await jobs.update(job, revision)
+
+        async with running_api(replace(bus, jobs=Moving())) as api:  # type: ignore[arg-type]
+            job = await api.create(spec())
+            assert (await call(api, "ClearQueue")).cleared_jobs == 1
+            assert (await api.get(job.name)).error.reason == "QUEUE_CLEARED"
+
+
+@pytest.mark.parametrize("method", ["RestartServer", "UpdateServer"])
+async def test_a_restart_hands_running_jobs_back_and_asks_for_a_new_process(method: str) -> None:
+    bus = memory_bus()
+    async with running_api(bus) as api:
+        async with running_worker(bus, FakeEngine(hold_after=1), name="old") as old:
+            stream = api.generate(spec(strength=1.0))
+            messages = await read_until(stream, "step")
+            await call(api, method)
+            await asyncio.wait([old.task], timeout=WAIT_SECONDS)
+            assert isinstance(old.task.exception(), RestartError)
+            assert await bus.workers.workers() == []
+        async with running_worker(bus, name="new"):
+            messages += [m async for m in stream]
+    starts = [m.event.started.worker for m in messages if m.event.HasField("started")]
+    assert starts == ["old", "new"]
+    assert kinds(messages).count("queued") == 2
+    job = messages[-1].event.succeeded.job
+    assert (job.worker, job.state) == ("new", job_pb2.Job.STATE_SUCCEEDED)
+
+
+async def test_a_stop_that_comes_during_a_restart_is_a_stop() -> None:
+    bus = memory_bus()
+    async with running_api(bus) as api, running_worker(bus) as worker:
+        worker.stop.set()
+        await call(api, "RestartServer")
+        await worker.task
+        assert worker.task.exception() is None
+
+
+async def test_clear_cache_reaches_the_engine() -> None:
+    bus = memory_bus()
+    async with running_api(bus) as api, running_worker(bus) as worker:
+        await call(api, "ClearCache")
+        assert worker.engine.caches_cleared == 1
+        assert not worker.task.done()
+
+
+async def test_system_details_tell_models_queue_and_use() -> None:
+    bus = memory_bus()
+    other = replace(FAKE_MODEL, name="other")
+    for info in (
+        WorkerInfo(name="c", model=other, device="cpu", capacity_rows=8, busy=1.0),
+        WorkerInfo(
+            name="g1", model=FAKE_MODEL, device="H100", capacity_rows=8, job_seconds=2.0, busy=0.8
+        ),
+        WorkerInfo(
+            name="g2", model=FAKE_MODEL, device="H100", capacity_rows=8, job_seconds=4.0, busy=0.1
+        ),
+    ):
+        await bus.workers.announce(info)
+    async with running_api(bus) as api:
+        for _ in range(3):
+            await api.create(spec())
+        told = await call(api, "GetSystemDetails")
+    assert (told.server_version, told.model_count, told.queued_jobs) == (__version__, 2, 3)
+    assert told.queue_duration.ToTimedelta().total_seconds() == 4.5  # 3 jobs, 3 s, 2 workers
+    assert told.gpu_usage == pytest.approx(0.45)
+    assert 0.0 < told.uptime.ToTimedelta().total_seconds() < WAIT_SECONDS
+
+
+async def test_system_details_without_any_worker_are_zero() -> None:
+    async with running_api(memory_bus()) as api:
+        told = await call(api, "GetSystemDetails")
+    assert (told.model_count, told.queued_jobs, told.gpu_usage) == (0, 0, 0.0)
+    assert told.queue_duration.ToTimedelta().total_seconds() == 0.0
