@@ -27,6 +27,7 @@ from tests.stack import (
     refusal,
     running_api,
     running_worker,
+    settings,
     spec,
 )
 
@@ -142,7 +143,7 @@ async def test_clear_queue_ends_more_jobs_than_are_read_together() -> None:
     await bus.workers.announce(
         WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
     )
-    async with running_api(bus) as api:
+    async with running_api(bus, settings(queue_limit=80)) as api:
         for _ in range(70):
             await api.create(spec())
         assert (await call(api, "ClearQueue")).cleared_jobs == 70
