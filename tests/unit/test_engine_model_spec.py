@@ -54,6 +54,7 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
     toml = """
         name = "atelier"
         family = "sd-turbo"
+        description = "Restyles photos."
         [defaults]
         scheduler = "lcm"
         num_inference_steps = 4

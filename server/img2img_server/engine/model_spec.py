@@ -4,6 +4,7 @@ Beside diffusers' own files it may hold an `img2img.toml`; every entry has a def
 
     name = "atelier"                  # default: the directory's name
     family = "sd"                     # default: by the pipeline class of model_index.json
+    description = "Restyles photos."  # for who reads the file
 
     [defaults]
     scheduler = "ddim"                # default: by scheduler/scheduler_config.json
@@ -76,6 +77,7 @@ class _File(_Part):
 
     name: str = ""
     family: str = ""
+    description: str = ""  # for who reads the file
     defaults: _Defaults = _Defaults()
     limits: _Limits = _Limits()
     sizes: _Sizes = _Sizes()
