@@ -1,0 +1,123 @@
+"""What the README shows is run as it stands there, against the whole service on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import pytest_asyncio
+from PIL import Image
+
+from benchmarks.local_stack import LocalStack, local_stack
+from tests.readme import ROOT, blocks
+
+README = ROOT / "README.md"
+BIN = Path(sys.executable).parent
+ENVELOPE = {"sequence", "eventTime", "job"}
+TOLERANCE = 2  # of 255: what the determinism class BOUNDED allows
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Somebody who copies a block of the README into a terminal."""
+
+    service: LocalStack
+    folder: Path
+
+    async def runs(self, sign: str, *, language: str = "sh") -> str:
+        """Runs the one block that contains `sign`, returns what it prints."""
+        [block] = [block for block in blocks(README, language) if sign in block.text]
+        text = block.text.replace("127.0.0.1:50051", self.service.grpc_address)
+        text = text.replace("http://127.0.0.1:8080", self.service.http_url)
+        text = text.replace(".venv/bin/", "")
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        if language == "python":
+            command = [sys.executable, "-c", text]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=self.folder,
+            env={
+                **os.environ,
+                "PATH": f"{self.folder}:{BIN}:{os.environ['PATH']}",
+                "IMG2IMG_SERVER": self.service.grpc_address,
+            },
+            stdout=asyncio.subprocess.PIPE,
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return out.decode()
+
+    async def pixels(self, source: str) -> np.ndarray:
+        """A picture by its link, or by its name in the reader's folder."""
+        path = self.folder / source
+        if source.startswith("http"):
+            async with httpx.AsyncClient() as http:
+                answer = (await http.get(source)).raise_for_status()
+            path = self.folder / "fetched.png"
+            path.write_bytes(answer.content)
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            return np.asarray(picture.convert("RGB"), dtype=np.int16)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def reader(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Reader]:
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    grpcurl = folder / "grpcurl"
+    grpcurl.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/grpcurl.py" "$@"\n')
+    grpcurl.chmod(0o755)
+    async with local_stack(folder / "state") as service:
+        yield Reader(service, folder)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_every_way_to_ask_gives_the_same_picture(reader: Reader) -> None:
+    await reader.runs("img2img generate")
+    painted = await reader.pixels("painting.png")
+    assert painted.shape == (512, 512, 3)
+
+    (reader.folder / "painting.png").unlink()
+    printed = await reader.runs("Client(", language="python")
+    assert np.abs(painted - await reader.pixels("painting.png")).max() <= TOLERANCE
+    url, seed = printed.split()[:2]
+    assert seed == "1"
+    assert np.abs(painted - await reader.pixels(url)).max() <= TOLERANCE
+
+    events = json.loads("[" + (await reader.runs("/Generate")).replace("\n}\n{", "\n},\n{") + "]")
+    kinds = [next(kind for kind in event["event"] if kind not in ENVELOPE) for event in events]
+    assert (kinds[0], kinds[1], kinds[-1]) == ("snapshot", "queued", "succeeded")
+    [link] = [
+        event["event"]["sampleStored"]["url"]
+        for event, kind in zip(events, kinds, strict=True)
+        if kind == "sampleStored"
+    ]
+    assert np.abs(painted - await reader.pixels(link)).max() <= TOLERANCE
+
+    if shutil.which("curl") is None:
+        pytest.skip("the README's HTTP request needs curl, which is missing here")
+    answer = json.loads(await reader.runs("curl -s"))
+    assert answer["status"] == "success"
+    assert np.abs(painted - await reader.pixels(answer["output"][0])).max() <= TOLERANCE
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_server_describes_itself_and_its_limits(reader: Reader) -> None:
+    answer = json.loads(await reader.runs("GetCapabilities"))
+    assert answer["models"][0]["workers"] == 1
+    assert answer["limits"]["maxSamples"] == 4
+
+
+def test_every_command_of_the_readme_is_run_by_a_test_or_by_ci() -> None:
+    signs = ("img2img generate", "GetCapabilities", "/Generate", "curl", "make ")
+    unknown = [b.text for b in blocks(README, "sh") if not any(sign in b.text for sign in signs)]
+    assert unknown == []
