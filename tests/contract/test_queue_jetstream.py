@@ -305,14 +305,15 @@ async def test_a_slow_reader_misses_nothing_of_what_did_not_fit(
 async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Nats) -> None:
     # ack_wait is 15 s here: a job that was lost with its pull would not come back in time.
     async with connect_bus(nats.settings) as api, connect_bus(nats.settings) as worker:
-        for turn in range(40):
+        for turn in range(90):
             job = a_job(JOB + turn)
             pulling = asyncio.create_task(worker.queue.pull(MODEL, list(Lane), 4, LONG))
             putting = asyncio.create_task(api.queue.put(job))
-            for _ in range(turn):
+            for _ in range(turn % 45):
                 await asyncio.sleep(0)
             pulling.cancel()
             await putting
+            pulling.cancel()  # once more, while it cleans up
             (got,) = await asyncio.gather(pulling, return_exceptions=True)
             async with asyncio.timeout(LONG):
                 while not isinstance(got, list) or not got:

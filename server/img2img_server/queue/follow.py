@@ -99,7 +99,7 @@ class Follower:
             raise _GapError
 
     async def _start(self) -> None:
-        self._inbox = await self._link.open_inbox(MAX_WAITING_BYTES)
+        self._inbox = await self._link.open_inbox(max_bytes=MAX_WAITING_BYTES)
         config = ConsumerConfig(
             deliver_subject=self._inbox.subject,
             filter_subject=self._subject,

@@ -147,16 +147,21 @@ class JetStreamJobQueue:
         """
         for lane in lanes:
             await self._ensure_consumer(model, lane)
-        inbox = await self._link.open_inbox()
+        inbox = await self._link.open_inbox(late=self._hand_back)
         taken: list[Msg] = []
         keep = 0
         try:
             with suppress(Interrupted):
                 await self._take(inbox, taken, model, lanes, most, timeout_seconds)
+            await inbox.close()
             keep = most
-        finally:
-            taken += [msg for msg in await inbox.close() if not status_of(msg)]
-            await self._hand_back(taken[keep:])
+        finally:  # cancelled, perhaps twice: what was taken still goes to others at once
+            try:
+                await inbox.close()
+            finally:
+                taken += [msg for msg in inbox.rest() if not status_of(msg)]
+                for msg in taken[keep:]:
+                    await self._hand_back(msg)
         return await self._deliveries(taken[:keep])
 
     async def _take(
@@ -212,9 +217,9 @@ class JetStreamJobQueue:
                 deliveries.append(JetStreamDelivery(self._link, msg, job))
         return deliveries
 
-    async def _hand_back(self, messages: list[Msg]) -> None:
-        for msg in messages:
-            with suppress(UnavailableError):
+    async def _hand_back(self, msg: Msg) -> None:
+        with suppress(UnavailableError):
+            if not status_of(msg):
                 await self._link.send(msg.reply, Msg.Ack.Nak)
 
     async def _ensure_consumer(self, model: str, lane: Lane) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -152,10 +152,15 @@ class Link:
                     return False
                 raise
 
-    async def open_inbox(self, max_bytes: int | None = None) -> Inbox:
+    async def open_inbox(
+        self,
+        *,
+        max_bytes: int | None = None,
+        late: Callable[[Msg], Awaitable[None]] | None = None,
+    ) -> Inbox:
         """A private subject that is listened to, until it is closed. Raises UnavailableError."""
         await self.ready()
-        inbox = Inbox(self.nc, max_bytes)
+        inbox = Inbox(self.nc, max_bytes=max_bytes, late=late)
         await inbox.open()
         self._inboxes.add(inbox)
         return inbox

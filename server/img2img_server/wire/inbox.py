@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
@@ -23,16 +24,27 @@ class Interrupted(Exception):  # noqa: N818 - not an error: look again
 class Inbox:
     """A private subject and what arrived there, in order. Made by `Link.open_inbox`.
 
-    Beyond `max_bytes` messages are dropped, for readers that notice and ask again.
+    Args:
+        max_bytes: what may wait to be read; beyond it messages are dropped, for readers that notice
+            and ask again.
+        late: gets what still arrives after a `close` that was cancelled.
     """
 
-    def __init__(self, nc: Client, max_bytes: int | None) -> None:
+    def __init__(
+        self,
+        nc: Client,
+        *,
+        max_bytes: int | None = None,
+        late: Callable[[Msg], Awaitable[None]] | None = None,
+    ) -> None:
         self.subject = nc.new_inbox()
         self._nc = nc
         self._max_bytes = max_bytes
+        self._late = late
         self._waiting_bytes = 0
         self._arrived: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._subscription: Subscription | None = None
+        self._abandoned = False
 
     async def open(self) -> None:
         """Begins to listen. Raises UnavailableError."""
@@ -40,10 +52,12 @@ class Inbox:
             self._subscription = await self._nc.subscribe(self.subject, cb=self._arrive)
 
     async def _arrive(self, msg: Msg) -> None:
-        if self._max_bytes is not None and self._waiting_bytes > self._max_bytes:
-            return
-        self._waiting_bytes += len(msg.data)
-        self._arrived.put_nowait(msg)
+        if self._abandoned:
+            if self._late:
+                await self._late(msg)
+        elif self._max_bytes is None or self._waiting_bytes <= self._max_bytes:
+            self._waiting_bytes += len(msg.data)
+            self._arrived.put_nowait(msg)
 
     def interrupt(self) -> None:
         """Tells the reader, in its turn, that the connection was away."""
@@ -57,18 +71,31 @@ class Inbox:
         self._waiting_bytes -= len(msg.data)
         return msg
 
-    async def close(self) -> list[Msg]:
-        """Stops listening; returns what arrived and was not read, up to the last message."""
-        subscription, self._subscription = self._subscription, None
-        with suppress(*DOWN, nats.errors.Error):
-            if subscription and self._nc.is_connected:
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await subscription.drain()  # type: ignore[no-untyped-call]
-            elif subscription:
-                await subscription.unsubscribe()
+    def rest(self) -> list[Msg]:
+        """Takes what has arrived and was not read."""
         rest = []
         while not self._arrived.empty():
             msg = self._arrived.get_nowait()
             if msg is not None:
                 rest.append(msg)
         return rest
+
+    async def close(self) -> None:
+        """Stops listening. After it nothing arrives any more; fine to be called again."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is None:
+            return
+        draining = asyncio.ensure_future(self._drain(subscription))
+        try:
+            await asyncio.shield(draining)  # it goes on when we are cancelled, for two seconds
+        except asyncio.CancelledError:
+            self._abandoned = True
+            raise
+
+    async def _drain(self, subscription: Subscription) -> None:
+        with suppress(*DOWN, nats.errors.Error):
+            if self._nc.is_connected:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await subscription.drain()  # type: ignore[no-untyped-call]
+            else:
+                await subscription.unsubscribe()
