@@ -67,6 +67,8 @@ async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_di
                 assert b"".join([chunk async for chunk in blobs.read(KEY)]) == b"picture"
                 assert await bus.jobs.next_id() == FIRST_JOB_ID + number
     assert running(state_dir) == {}
+    ports = json.loads((state_dir / "engines" / "ports.json").read_text()).values()
+    assert [port for port in ports for _ in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")] == []
 
 
 async def test_two_run_side_by_side_but_not_in_one_folder(

@@ -121,6 +121,8 @@ class LocalEngines:
 
     async def _stop(self) -> None:
         await asyncio.gather(*(child.stop() for child in self._children))
+        if self._children:
+            weed.remove_sockets(self._ports)
 
 
 @contextmanager

@@ -35,6 +35,16 @@ def key_pair(folder: Path) -> tuple[str, str]:
     return pair["accessKey"], pair["secretKey"]
 
 
+def remove_sockets(ports: Mapping[str, int]) -> None:
+    """Removes the sockets that weed leaves in /tmp when it has ended, e.g. seaweedfs-s3-8333.sock.
+
+    It takes no other folder for them.
+    """
+    for part in PORTS:
+        for socket in Path("/tmp").glob(f"seaweedfs-*-{ports[part]}.sock"):  # noqa: S108
+            socket.unlink(missing_ok=True)
+
+
 def weed(folder: Path, ports: Mapping[str, int]) -> Child:
     """A server that keeps its data, its user and its log in `folder`.
 
