@@ -51,6 +51,12 @@ def running(state_dir: Path, parent: int | None = None) -> dict[str, psutil.Proc
     }
 
 
+def sockets(state_dir: Path) -> list[Path]:
+    """What weed has left where it puts its sockets."""
+    ports = json.loads((state_dir / "engines" / "ports.json").read_text()).values()
+    return [file for port in ports for file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
+
+
 async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_dir: Path) -> None:
     async with LocalEngines(state_dir) as engines:
         settings = settings_of(engines)
@@ -67,8 +73,7 @@ async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_di
                 assert b"".join([chunk async for chunk in blobs.read(KEY)]) == b"picture"
                 assert await bus.jobs.next_id() == FIRST_JOB_ID + number
     assert running(state_dir) == {}
-    ports = json.loads((state_dir / "engines" / "ports.json").read_text()).values()
-    assert [port for port in ports for _ in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")] == []
+    assert sockets(state_dir) == []
 
 
 async def test_two_run_side_by_side_but_not_in_one_folder(
