@@ -40,6 +40,9 @@ class DiffusersDenoiser:
     def __init__(self, pipeline: Any) -> None:
         self._unet = pipeline.unet
         self._vae = pipeline.vae
+        # Kept, since diffusers walks through all modules to tell them: milliseconds each time.
+        self._device = torch.device(pipeline.unet.device)
+        self._unet_dtype, self._vae_dtype = pipeline.unet.dtype, pipeline.vae.dtype
         self._schedules = Schedules(pipeline.scheduler.config)
         self._text = TextEncoder(pipeline)
         config = self._vae.config
@@ -79,7 +82,7 @@ class DiffusersDenoiser:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self._unet.device)
+        return self._device
 
     @property
     def device_name(self) -> str:
@@ -125,7 +128,7 @@ class DiffusersDenoiser:
         texts = [row.prompt for row in conditionings]
         texts += [row.negative for row in conditionings if row.negative is not None]
         output = self._unet(
-            torch.cat([latents[i : i + 1] for i in rows]).to(self._unet.dtype),
+            torch.cat([latents[i : i + 1] for i in rows]).to(self._unet_dtype),
             torch.cat([timesteps[i : i + 1] for i in rows]),
             encoder_hidden_states=torch.stack([text.tokens for text in texts]),
             timestep_cond=self._guidance_embeddings(conditionings),
@@ -139,7 +142,7 @@ class DiffusersDenoiser:
         return torch.cat(results)
 
     def decode(self, latents: Tensor) -> list[Pixels]:
-        scaled = (latents / self._scale + self._shift).to(self._vae.dtype)
+        scaled = (latents / self._scale + self._shift).to(self._vae_dtype)
         images = self._vae.decode(scaled, return_dict=False)[0].float()
         if not bool(torch.isfinite(images).all()):
             raise EngineError("the model's picture is not made of finite numbers")
@@ -150,7 +153,7 @@ class DiffusersDenoiser:
         return list(preview.project(latents, self._projection).cpu().numpy())
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        encoded = self._vae.encode(images.to(self._vae.dtype))
+        encoded = self._vae.encode(images.to(self._vae_dtype))
         if hasattr(encoded, "latent_dist"):
             mean, deviation = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
             return (mean - self._shift) * self._scale, deviation * self._scale
@@ -163,7 +166,7 @@ class DiffusersDenoiser:
     def _guidance_embeddings(self, conditionings: Sequence[Conditioning]) -> Tensor | None:
         found = [row.guidance_embedding for row in conditionings]
         present = [embedding for embedding in found if embedding is not None]
-        return torch.cat(present).to(self._unet.dtype) if present else None
+        return torch.cat(present).to(self._unet_dtype) if present else None
 
 
 def _latent_scaling(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:

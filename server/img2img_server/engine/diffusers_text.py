@@ -28,7 +28,8 @@ class TextEncoder:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self._unet = pipeline.unet
+        self._device, self._dtype = pipeline.unet.device, pipeline.unet.dtype
+        self._guidance_width: int | None = pipeline.unet.config.time_cond_proj_dim
         self._is_xl = getattr(pipeline, "text_encoder_2", None) is not None
         self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
 
@@ -75,16 +76,15 @@ class TextEncoder:
         return found
 
     def _encode(self, prompts: Sequence[_Prompt]) -> list[TextEmbedding]:
-        device = self._unet.device
         encoded = self._pipeline.encode_prompt(
             [prompt.text for prompt in prompts],
-            device=device,
+            device=self._device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
         if not self._is_xl:
-            return [TextEmbedding(tokens.clone()) for tokens in encoded[0].to(self._unet.dtype)]
-        tokens, pooled = encoded[0].to(self._unet.dtype), encoded[2].to(self._unet.dtype)
+            return [TextEmbedding(tokens.clone()) for tokens in encoded[0].to(self._dtype)]
+        tokens, pooled = encoded[0].to(self._dtype), encoded[2].to(self._dtype)
         zeros_for_empty = self._pipeline.config.force_zeros_for_empty_prompt
         found = []
         for i, prompt in enumerate(prompts):
@@ -96,7 +96,7 @@ class TextEncoder:
     def _condition(
         self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
     ) -> Conditioning:
-        scale = torch.tensor(text.guidance_scale, device=self._unet.device)
+        scale = torch.tensor(text.guidance_scale, device=self._device)
         ids, negative_ids = self._time_ids(text) if self._is_xl else (None, None)
         return Conditioning(
             prompt=prompt,
@@ -108,13 +108,12 @@ class TextEncoder:
         )
 
     def _guidance_embedding(self, guidance_scale: float) -> Tensor | None:
-        width = self._unet.config.time_cond_proj_dim
-        if width is None:
+        if self._guidance_width is None:
             return None
         embedding: Tensor = self._pipeline.get_guidance_scale_embedding(
-            torch.tensor([guidance_scale - 1]), embedding_dim=width
+            torch.tensor([guidance_scale - 1]), embedding_dim=self._guidance_width
         )
-        return embedding.to(self._unet.device)
+        return embedding.to(self._device)
 
     def _time_ids(self, text: TextInput) -> tuple[Tensor, Tensor]:
         """The defaults of diffusers: original size = target size, no crop, its two scores."""
@@ -123,8 +122,7 @@ class TextEncoder:
             values, negative = [*size, 0, 0, 6.0], [*size, 0, 0, 2.5]
         else:
             values = negative = [*size, 0, 0, *size]
-        dtype, device = self._unet.dtype, self._unet.device
         return (
-            torch.tensor([values], dtype=dtype, device=device),
-            torch.tensor([negative], dtype=dtype, device=device),
+            torch.tensor([values], dtype=self._dtype, device=self._device),
+            torch.tensor([negative], dtype=self._dtype, device=self._device),
         )
