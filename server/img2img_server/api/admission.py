@@ -13,6 +13,7 @@ from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
+from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import (
     SEED_MAX,
     JobParams,
@@ -47,6 +48,7 @@ class Admitted:
     params: JobParams
     image: CheckedImage
     fetch_seconds: float
+    position: int  # jobs before it
     eta_seconds: float | None
 
 
@@ -77,10 +79,9 @@ class Admission:
         )
         params = request.params
         model = await self._workers.model(params.model)
-        schedulers = model.schedulers if model else ()
-        violations = request.violations + validate(
-            params, ValidationContext(self.limits, schedulers)
-        )
+        if model and not spec.HasField("strength"):
+            params = replace(params, strength=model.default_strength)
+        violations = request.violations + validate(params, self._context(model))
         if violations:
             if request.init_image:  # so that the caller hears of everything
                 await self._check(request.init_image, params, violations)
@@ -94,6 +95,7 @@ class Admission:
         await self._check_room(params, caller)
         started = time.monotonic()
         image = await self._image(request)
+        position = await self._queue.depth(params.model, params.lane)
         eta = await self._estimator.new_job(params)
         remaining = caller.remaining_seconds
         if remaining is not None and eta is not None and eta > remaining:
@@ -108,11 +110,20 @@ class Admission:
             ),
             scheduler=params.scheduler or model.schedulers[0],
         )
-        return Admitted(params, image, time.monotonic() - started, eta)
+        return Admitted(params, image, time.monotonic() - started, position, eta)
+
+    def _context(self, model: ModelInfo | None) -> ValidationContext:
+        if model is None:
+            return ValidationContext(self.limits)
+        most = min(self.limits.max_num_inference_steps, model.max_num_inference_steps)
+        limits = replace(self.limits, max_num_inference_steps=most)
+        return ValidationContext(limits, model.schedulers)
 
     async def _announced_model(self) -> str:
-        models = await self._workers.models()
-        return models[0].name if models else ""
+        """The first by name that is served now, or ever was."""
+        serving = sorted(worker.model.name for worker in await self._workers.workers())
+        known = serving or [model.name for model in await self._workers.models()]
+        return known[0] if known else ""
 
     async def _check_room(self, params: JobParams, caller: Caller) -> None:
         """A full queue is told before the picture is downloaded and decoded."""

@@ -11,7 +11,7 @@ import structlog
 
 from img2img_server import errors
 from img2img_server.domain.events import Cancelled, Failed
-from img2img_server.domain.job import Job, State, advance
+from img2img_server.domain.job import Job, State, advance, terminal_event
 from img2img_server.queue.base import Control, EventLog, JobQueue, OwnershipLostError
 from img2img_server.store.base import ConflictError, JobStore
 
@@ -42,6 +42,7 @@ class Canceller:
                 raise errors.JobNotFoundError(f"jobs/{job_id}")
             job = stored.job
             if job.state is State.CANCELLED:
+                await self._last_word(job)
                 return job
             if job.state.is_terminal:
                 raise errors.JobEndedError(job.name, job.state)
@@ -79,15 +80,18 @@ class Canceller:
     async def _end(self, job: Job, revision: int, event: Cancelled | Failed) -> Job:
         job = advance(job, event, time.time())
         await self._jobs.update(job, revision)
+        await self._last_word(job)
         if job.queue_sequence:
             await self._queue.remove(job.queue_sequence)
-        # A worker that has just taken the message sees the record and says the last word itself.
+        log.info("waiting job ended", job=job.id, state=job.state)
+        return job
+
+    async def _last_word(self, job: Job) -> None:
+        """Ends the log as the record says, unless a worker that took the message does."""
         with suppress(OwnershipLostError):
             writer = await self._events.open(job.id)
             if not writer.ended:
-                await writer.append(event)
-        log.info("waiting job ended", job=job.id, state=job.state)
-        return job
+                await writer.append(terminal_event(job))
 
     async def _ask(self, job: Job, revision: int) -> Job:
         if not job.cancel_requested:  # survives the worker's death

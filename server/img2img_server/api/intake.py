@@ -14,7 +14,7 @@ from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.admission import Admission, Admitted, Caller, Fetch
 from img2img_server.domain.events import Queued
-from img2img_server.domain.job import Job, Timings
+from img2img_server.domain.job import Job, State, Timings
 from img2img_server.domain.params import (
     Violation,
 )
@@ -69,7 +69,7 @@ class Intake:
         if bound[0] != fingerprint:
             raise errors.RequestIdReusedError(request_id)
         if bound[1] != job_id:
-            return await self._existing(tenant, bound[1])
+            return await self._existing(tenant, bound[1], spec, caller)
         try:
             return await self._enqueue(job_id, accepted, caller)
         except errors.ServiceError:
@@ -77,19 +77,30 @@ class Intake:
                 await self._jobs.release_request(tenant, request_id)
             raise
 
-    async def _existing(self, tenant: str, job_id: int) -> Stored:
+    async def _existing(
+        self, tenant: str, job_id: int, spec: job_pb2.JobSpec, caller: Caller
+    ) -> Stored:
         stored = await self._jobs.get(tenant, job_id)
-        if stored is None:
-            raise errors.UnavailableError("The first request with this request_id is under way.")
-        return stored
+        if stored is not None and not _is_stranded(stored.job):
+            return stored
+        # Whoever began it died before it was queued, or is at it now: both may finish it.
+        return await self._enqueue(job_id, await self._admission.admit(spec, caller), caller)
 
     async def _enqueue(self, job_id: int, accepted: Admitted, caller: Caller) -> Stored:
         params = accepted.params
         job = self._record(job_id, accepted, caller)
-        revision = await self._jobs.create(job)
         try:
-            writer = await self._events.open(job_id, fresh=True)
-            await writer.append(Queued(eta_seconds=accepted.eta_seconds))
+            revision = await self._jobs.create(job)
+        except ConflictError:
+            stored = await self._jobs.get(job.tenant, job_id)
+            if stored is None or not _is_stranded(stored.job):
+                raise errors.UnavailableError("This request is being taken in.") from None
+            job, revision = stored.job, stored.revision
+        try:
+            writer = await self._events.open(job_id)
+            if not writer.sequence:
+                queued = Queued(position=accepted.position, eta_seconds=accepted.eta_seconds)
+                await writer.append(queued)
             place = await self._queue.put(
                 QueuedJob(
                     job_id=job_id,
@@ -135,6 +146,11 @@ class Intake:
         base = (self._settings.public_base_url or caller.link_base).rstrip("/")
         urls = tuple(f"{base}/{job.file_key(index)}" for index in range(params.samples))
         return replace(job, future_urls=urls)
+
+
+def _is_stranded(job: Job) -> bool:
+    """Recorded, but as far as the record knows never put into the queue."""
+    return job.state is State.QUEUED and not (job.queue_sequence or job.attempt)
 
 
 def _digest(spec: job_pb2.JobSpec) -> str:

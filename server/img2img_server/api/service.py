@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -23,8 +24,9 @@ from img2img_server.api.watch import Watcher
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.params import Violation, is_http_url
 from img2img_server.settings import Settings
-from img2img_server.store.base import JobStore, WorkerRegistry
+from img2img_server.store.base import JobStore, Stored, WorkerRegistry
 
+T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 LINK_BASE = "img2img-link-base"
 _PAGE_DEFAULT, _PAGE_MOST = 20, 100
@@ -55,28 +57,40 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._canceller = canceller
         self._link_base = link_base
         self._stop = stop
+        self._streams: Counter[int] = Counter()  # open Generate calls by job
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def Generate(  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[service_pb2.GenerateResponse]:
-        caller = self._caller(context)
-        stored = await self._intake.create(request.spec, request.request_id, caller)
-        tenant, job_id = stored.job.tenant, stored.job.id
-        ended = False
+        self._watcher.check_room()  # before there is a job that nobody could watch
+        creation = self._create(request, self._caller(context))
         try:
-            async for event in self._watcher.stream(tenant, job_id, 0):
-                ended = event.WhichOneof("event") in ("succeeded", "failed", "cancelled")
+            stored = await asyncio.shield(creation)
+        except asyncio.CancelledError:
+            if not request.detach:
+                creation.add_done_callback(self._abandon_created)
+            raise
+        job = stored.job
+        self._streams[job.id] += 1
+        try:
+            async for event in self._watcher.stream(job.tenant, job.id, 0):
                 yield service_pb2.GenerateResponse(event=event)
+        except (asyncio.CancelledError, GeneratorExit):
+            # A stopping server is not a caller who hung up, nor is the first of two streams.
+            if not (request.detach or self._stop.is_set() or self._streams[job.id] > 1):
+                await asyncio.shield(self._spawn(self._abandon(job.tenant, job.id)))
+            raise
         finally:
-            # A stopping server is not a caller who hung up.
-            if not (ended or request.detach or self._stop.is_set()):
-                await asyncio.shield(self._abandon(tenant, job_id))
+            self._streams[job.id] -= 1
+            if not self._streams[job.id]:
+                del self._streams[job.id]
 
     async def CreateJob(  # noqa: N802
         self, request: service_pb2.CreateJobRequest, context: Context
     ) -> service_pb2.CreateJobResponse:
-        caller = self._caller(context, with_deadline=False)
-        stored = await self._intake.create(request.spec, request.request_id, caller)
+        creation = self._create(request, self._caller(context, with_deadline=False))
+        stored = await asyncio.shield(creation)
         return service_pb2.CreateJobResponse(job=await self._watcher.message(stored.job))
 
     async def GetJob(  # noqa: N802
@@ -119,7 +133,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def CancelJob(  # noqa: N802
         self, request: service_pb2.CancelJobRequest, context: Context
     ) -> service_pb2.CancelJobResponse:
-        job = await self._canceller.cancel(current_principal().tenant, _job_id(request.name))
+        cancelling = self._canceller.cancel(current_principal().tenant, _job_id(request.name))
+        job = await asyncio.shield(self._spawn(cancelling))
         return service_pb2.CancelJobResponse(job=await self._watcher.message(job))
 
     async def GetCapabilities(  # noqa: N802
@@ -147,6 +162,25 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
                 retention=convert.duration(settings.retention_hours * 3600),
             ),
         )
+
+    def _create(
+        self,
+        request: service_pb2.GenerateRequest | service_pb2.CreateJobRequest,
+        caller: Caller,
+    ) -> asyncio.Task[Stored]:
+        """Begins to take the request in. A caller who hangs up must not stop it half way."""
+        return self._spawn(self._intake.create(request.spec, request.request_id, caller))
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # or it could be collected while it runs
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _abandon_created(self, creation: asyncio.Task[Stored]) -> None:
+        if not creation.cancelled() and creation.exception() is None:
+            job = creation.result().job
+            self._spawn(self._abandon(job.tenant, job.id))
 
     async def _abandon(self, tenant: str, job_id: int) -> None:
         with suppress(errors.ServiceError):

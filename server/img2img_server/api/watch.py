@@ -51,8 +51,7 @@ class Watcher:
         Raises:
             JobNotFoundError, TooManyWatchersError; UnavailableError when the server stops.
         """
-        if self._open >= self._most:
-            raise errors.TooManyWatchersError(self._most)
+        self.check_room()
         self._open += 1
         WATCHERS.inc()
         try:
@@ -82,6 +81,11 @@ class Watcher:
         finally:
             self._open -= 1
             WATCHERS.dec()
+
+    def check_room(self) -> None:
+        """Raises TooManyWatchersError."""
+        if self._open >= self._most:
+            raise errors.TooManyWatchersError(self._most)
 
     async def message(self, job: Job) -> job_pb2.Job:
         """A record as callers see it, with its estimate."""

@@ -16,6 +16,7 @@ class ModelInfo:
     default_guidance_scale: float
     default_strength: float = 0.7
     native_size: int = 512
+    max_num_inference_steps: int = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

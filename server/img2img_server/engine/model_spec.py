@@ -110,6 +110,7 @@ class ModelSpec:
             default_guidance_scale=self.guidance_scale,
             default_strength=self.strength,
             native_size=self.native_size,
+            max_num_inference_steps=self.max_num_inference_steps,
         )
 
     def refusal(self, height: int, width: int, num_inference_steps: int) -> str:

@@ -71,7 +71,14 @@ class OwnedJob:
         return True
 
     async def tell(self, event: Event) -> None:
-        """Appends an event that changes nothing in the record."""
+        """Appends an event that changes nothing in the record.
+
+        A caller who is cancelled does not stop it: a writer that does not know whether its event
+        was stored would find itself fenced out by its own hand.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._append(event)))
+
+    async def _append(self, event: Event) -> None:
         async with self._turn:
             await self._writer.append(event)
 

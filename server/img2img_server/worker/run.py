@@ -109,12 +109,21 @@ class JobRun:
         except errors.UnavailableError as error:
             # Not acked: it comes again when the bus does.
             log.warning("job let go, the bus is away", why=str(error))
+        except Exception as error:  # a record that cannot be read, a fault of ours: not its
+            await self._bury(error)  # neighbours' business
         finally:
             heartbeat.cancel()
             prepared.cancel()
             await asyncio.gather(prepared, return_exceptions=True)
             if self._submitted:
                 self._parts.engine.cancel(self.job_id)
+
+    async def _bury(self, error: Exception) -> None:
+        """Leaves the job to another try, and to the dead letters when there were enough."""
+        log.error("run broke", attempt=self._delivery.attempt, exc_info=error)
+        if self._delivery.attempt >= self._parts.max_attempts:
+            with suppress(errors.UnavailableError):
+                await self._delivery.term(f"its run broke: {type(error).__name__}")
 
     async def _heartbeat(self) -> None:
         while True:

@@ -1,0 +1,196 @@
+"""Callers who leave, servers that die half way, parts that fail in between: nothing is stranded."""
+
+import asyncio
+import dataclasses
+import uuid
+from typing import Any
+
+import grpc
+import pytest
+
+from img2img.v1 import job_pb2
+from img2img_server.bus import Bus, memory_bus
+from img2img_server.domain.params import Lane
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.errors import UnavailableError
+from tests.stack import kinds, refusal, running_api, running_worker, settings, spec
+
+
+class Through:
+    """Something as it is, but for what a subclass changes."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class GatedQueue(Through):
+    """Jobs wait at its door until it is opened."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.reached, self.open = asyncio.Event(), asyncio.Event()
+
+    async def put(self, job: Any) -> int:
+        self.reached.set()
+        await self.open.wait()
+        return int(await self.inner.put(job))
+
+
+async def known_model(bus: Bus) -> None:
+    """Announces the fake model, then leaves."""
+    async with running_worker(bus):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("detach", "state"),
+    [(False, job_pb2.Job.STATE_CANCELLED), (True, job_pb2.Job.STATE_QUEUED)],
+)
+async def test_a_caller_who_leaves_while_the_job_is_made_strands_nothing(
+    detach: bool, state: int
+) -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    queue = GatedQueue(bus.queue)
+    async with running_api(dataclasses.replace(bus, queue=queue)) as api:
+        request_id = str(uuid.uuid4())
+        call = api.generate(spec(), request_id=request_id, detach=detach)
+        reading = asyncio.create_task(call.read())
+        await queue.reached.wait()
+        call.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        queue.open.set()
+        (job_id,) = await bus.jobs.list_ids("dev")
+        async with asyncio.timeout(5):
+            while (job := await api.get(f"jobs/{job_id}")).state != state:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert await bus.queue.depth("fake", Lane.REALTIME) == (1 if detach else 0)
+        again = await api.create(spec(), request_id=request_id)
+        assert again.id == job.id
+
+
+async def test_a_request_repeated_after_its_api_died_half_way_is_finished() -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    request_id = str(uuid.uuid4())
+    queue = GatedQueue(bus.queue)
+    async with running_api(dataclasses.replace(bus, queue=queue)) as doomed:
+        dying = asyncio.create_task(doomed.create(spec(), request_id=request_id))
+        await queue.reached.wait()  # recorded and claimed, not queued, and then it dies
+        async with running_api(bus) as api, running_worker(bus, name="w2"):
+            messages = [m async for m in api.generate(spec(), request_id=request_id)]
+            assert kinds(messages)[-1] == "succeeded"
+            assert await bus.jobs.list_ids("dev") == [messages[-1].event.succeeded.job.id]
+        dying.cancel()
+        await asyncio.gather(dying, return_exceptions=True)
+        queue.open.set()
+
+
+async def test_too_many_watchers_are_refused_before_there_is_a_job() -> None:
+    bus = memory_bus()
+    engine = FakeEngine(hold_after=1)
+    async with running_worker(bus, engine), running_api(bus, settings(max_watchers=1)) as api:
+        call = api.generate(spec(strength=1.0))
+        stream = aiter(call)
+        await anext(stream)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.generate(spec()).read()
+        assert refusal(caught.value).reason == "TOO_MANY_WATCHERS"
+        assert len(await bus.jobs.list_ids("dev")) == 1
+        engine.release()
+        assert kinds([m async for m in stream])[-1] == "succeeded"
+
+
+async def test_of_two_streams_of_one_request_the_first_may_leave() -> None:
+    bus = memory_bus()
+    engine = FakeEngine(hold_after=1)
+    async with running_worker(bus, engine), running_api(bus) as api:
+        request_id = str(uuid.uuid4())
+        first = api.generate(spec(strength=1.0), request_id=request_id)
+        await first.read()
+        second = aiter(api.generate(spec(strength=1.0), request_id=request_id))
+        messages = [await anext(second)]
+        first.cancel()
+        engine.release()
+        messages += [m async for m in second]
+        assert kinds(messages)[-1] == "succeeded"
+
+
+class ForgetfulEvents(Through):
+    """Its first writer cannot append."""
+
+    failures = 1
+
+    async def open(self, job_id: int, *, fresh: bool = False) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise UnavailableError
+        return await self.inner.open(job_id, fresh=fresh)
+
+
+async def test_a_cancel_that_broke_off_is_completed_by_the_next() -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    async with running_api(bus) as api:
+        job = await api.create(spec())
+    async with running_api(dataclasses.replace(bus, events=ForgetfulEvents(bus.events))) as api:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await api.cancel(job.name)
+        assert (await api.cancel(job.name)).state == job_pb2.Job.STATE_CANCELLED
+        assert (await bus.events.open(job.id)).ended
+
+
+class UnreadableJobs(Through):
+    """One record cannot be read any more."""
+
+    unreadable = 0
+
+    async def get(self, tenant: str, job_id: int) -> Any:
+        if job_id == self.unreadable:
+            raise ValueError("this record makes no sense")
+        return await self.inner.get(tenant, job_id)
+
+
+async def test_a_record_that_cannot_be_read_kills_no_worker_and_is_buried_at_last() -> None:
+    bus = memory_bus(ack_wait_seconds=0.2)
+    jobs = UnreadableJobs(bus.jobs)
+    await known_model(bus)
+    async with running_api(bus) as api:
+        bad = await api.create(spec())
+        jobs.unreadable = bad.id
+        broken = dataclasses.replace(bus, jobs=jobs)
+        async with running_worker(broken, name="w2", config=settings(max_attempts=2)):
+            good = [m async for m in api.generate(spec())]
+            assert kinds(good)[-1] == "succeeded"
+            async with asyncio.timeout(5):
+                while not bus.queue.dead:  # type: ignore[attr-defined]  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            assert [job.job_id for job, _ in bus.queue.dead] == [bad.id]  # type: ignore[attr-defined]
+
+
+async def test_the_models_own_limits_and_strength_hold_at_the_door() -> None:
+    bus = memory_bus()
+    model = dataclasses.replace(FAKE_MODEL, max_num_inference_steps=50, default_strength=0.4)
+    async with running_worker(bus, FakeEngine(model)), running_api(bus) as api:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.create(spec(num_inference_steps=51))
+        assert refusal(caught.value).violations == {
+            "num_inference_steps": "num_inference_steps must be between 1 and 50"
+        }
+        assert (await api.create(spec())).spec.strength == 0.4
+        assert (await api.create(spec(strength=0.9))).spec.strength == 0.9
+
+
+async def test_the_first_event_tells_the_place_in_the_queue() -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    async with running_api(bus) as api:
+        jobs = [await api.create(spec()) for _ in range(3)]
+        for place, job in enumerate(jobs):
+            call = api.watch(job.name)
+            messages = [await call.read() for _ in range(2)]
+            assert messages[1].event.queued.position == place
+            call.cancel()
