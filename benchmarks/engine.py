@@ -46,6 +46,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     pipeline = load_pipeline(spec.source, device, dtype)
     return {
         "what": "mixed load: strength 0.3 to 0.9, 4 to 30 steps, half of it guided",
+        "note": arguments.note,
         "model": spec.name,
         "requests": arguments.requests,
         "sides": arguments.sides,
@@ -110,6 +111,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"Model {report['model']}, {report['requests']} requests, {report['what']}; "]
     lines[0] += f"sides {report['sides']}, at most {report['rows']} rows. "
     lines[0] += ", ".join(f"{key}: {value}" for key, value in report["hardware"].items())
+    lines += ["", report["note"]] if report["note"] else []
     for load, systems in report["results"].items():
         lines += ["", f"**{load}**", "", "| | " + " | ".join(COLUMNS.values()) + " |"]
         lines.append("|---|" + "---|" * len(COLUMNS))
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.9])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 320])
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--note", default="", help="what else is to be known of this run")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     report = measure(arguments)

@@ -126,6 +126,9 @@ class DiffusionEngine:
         self._thread.join()
 
     def _loop(self) -> None:
+        device = self._denoiser.device
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # events and streams are those of the thread's device
         with torch.inference_mode():
             while self._take_commands():
                 began = time.monotonic()

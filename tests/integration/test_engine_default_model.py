@@ -1,0 +1,37 @@
+"""The model inside the package, through the engine and through the stock pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from img2img_server.engine.load import load_engine
+from img2img_server.engine.model_spec import packaged_model
+from img2img_server.settings import Settings
+from tests.engine_bench import BOUND, Stock, difference, job, pictures, run
+
+PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
+
+
+def test_it_gives_the_stock_pipelines_pictures_at_its_own_defaults_and_odd_sizes() -> None:
+    photo = Image.open(PHOTO).convert("RGB")
+    stock = Stock(packaged_model())
+    engine = load_engine(Settings())
+    info = engine.model
+    try:
+        for scheduler, size in ((info.schedulers[0], (256, 256)), ("euler_a", (520, 264))):
+            wanted = job(
+                prompt="a watercolor painting of a cat",
+                init_image=np.asarray(photo.resize(size)),
+                strength=info.default_strength,
+                num_inference_steps=info.default_num_inference_steps,
+                guidance_scale=info.default_guidance_scale,
+                scheduler=scheduler,
+            )
+            (ours,), (theirs,) = pictures(run(engine, wanted)), stock.pictures(wanted)
+            assert difference(ours, theirs) <= BOUND
+            assert difference(ours, wanted.init_image) > 40, "it did change the photo"
+    finally:
+        engine.stop()
