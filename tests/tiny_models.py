@@ -46,17 +46,26 @@ def write_sd(
     folder: Path,
     *,
     tiny_vae: bool = False,
+    takes_guidance: bool = False,
     scheduler: dict[str, Any] = EPSILON,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """A model of the SD 1.x kind; returns its folder."""
+    """A model of the SD 1.x kind; returns its folder.
+
+    `takes_guidance`: the guidance scale is an input, as in models distilled for LCM.
+    """
     torch.manual_seed(1)
     tokenizer = _tokenizer(folder / "words")
     pipeline = StableDiffusionPipeline(
         vae=_autoencoder(tiny_vae),
         text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
-        unet=_lively(UNet2DConditionModel(**_unet(cross_attention_dim=WIDTH))),
+        unet=_lively(
+            UNet2DConditionModel(
+                **_unet(cross_attention_dim=WIDTH),
+                time_cond_proj_dim=8 if takes_guidance else None,
+            )
+        ),
         scheduler=DDIMScheduler(**scheduler),
         safety_checker=None,
         feature_extractor=None,
@@ -76,8 +85,12 @@ def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON) -> Path:
         addition_time_embed_dim=time_width,
         projection_class_embeddings_input_dim=WIDTH + 6 * time_width,
     )
+    autoencoder = _autoencoder(tiny=False)
+    autoencoder.register_to_config(
+        latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.2, 0.8, 1.1, 0.9]
+    )
     pipeline = StableDiffusionXLPipeline(
-        vae=_autoencoder(tiny=False),
+        vae=autoencoder,
         text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
         tokenizer=tokenizer,

@@ -17,6 +17,10 @@ MODELS: dict[str, Any] = {
     "sd with a KL autoencoder": (write_sd, {"scheduler": EPSILON}),
     "sd with a tiny autoencoder": (write_sd, {"scheduler": EPSILON, "tiny_vae": True}),
     "sd that predicts v from pure noise": (write_sd, {"scheduler": ZERO_SNR_V}),
+    "sd that takes the guidance scale as an input": (
+        write_sd,
+        {"scheduler": EPSILON, "takes_guidance": True},
+    ),
     "sdxl": (write_sdxl, {"scheduler": EPSILON}),
 }
 WITH_EVERY_REQUEST = ("sd with a KL autoencoder", "sdxl")

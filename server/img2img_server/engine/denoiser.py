@@ -49,7 +49,6 @@ class Conditioning:
     guidance_scale: Tensor
     guidance_embedding: Tensor | None = None
     time_ids: Tensor | None = None
-    negative_time_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

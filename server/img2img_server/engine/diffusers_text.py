@@ -57,7 +57,7 @@ class TextEncoder:
         guided = [row for row in conditionings if row.negative is not None]
         pooled = [row.prompt.pooled for row in conditionings]
         pooled += [row.negative.pooled for row in guided if row.negative is not None]
-        ids = [row.time_ids for row in conditionings] + [row.negative_time_ids for row in guided]
+        ids = [row.time_ids for row in [*conditionings, *guided]]
         return {
             "text_embeds": torch.stack([tensor for tensor in pooled if tensor is not None]),
             "time_ids": torch.cat([tensor for tensor in ids if tensor is not None]),
@@ -97,14 +97,12 @@ class TextEncoder:
         self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
     ) -> Conditioning:
         scale = torch.tensor(text.guidance_scale, device=self._device)
-        ids, negative_ids = self._time_ids(text) if self._is_xl else (None, None)
         return Conditioning(
             prompt=prompt,
             negative=negative,
             guidance_scale=scale,
             guidance_embedding=self._guidance_embedding(text.guidance_scale),
-            time_ids=ids,
-            negative_time_ids=negative_ids,
+            time_ids=self._time_ids(text) if self._is_xl else None,
         )
 
     def _guidance_embedding(self, guidance_scale: float) -> Tensor | None:
@@ -115,14 +113,7 @@ class TextEncoder:
         )
         return embedding.to(self._device)
 
-    def _time_ids(self, text: TextInput) -> tuple[Tensor, Tensor]:
-        """The defaults of diffusers: original size = target size, no crop, its two scores."""
+    def _time_ids(self, text: TextInput) -> Tensor:
+        """The defaults of diffusers: original size = target size, no crop."""
         size = (text.height, text.width)
-        if self._pipeline.config.requires_aesthetics_score:
-            values, negative = [*size, 0, 0, 6.0], [*size, 0, 0, 2.5]
-        else:
-            values = negative = [*size, 0, 0, *size]
-        return (
-            torch.tensor([values], dtype=self._dtype, device=self._device),
-            torch.tensor([negative], dtype=self._dtype, device=self._device),
-        )
+        return torch.tensor([[*size, 0, 0, *size]], dtype=self._dtype, device=self._device)
