@@ -95,3 +95,12 @@ def test_the_model_file_of_the_operations_page_is_a_valid_one(tmp_path: Path) ->
     assert (info.name, info.default_num_inference_steps) == ("sd-turbo", 2)
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     assert [name for name in SCHEDULERS if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_source_file_that_a_page_names_exists(page: str) -> None:
+    roots = [ROOT, ROOT / "server/img2img_server", ROOT / "client/img2img_client", ROOT / "server"]
+    roots += [ROOT / "client", ROOT / "proto/img2img/v1"]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./-]+\.(?:py|proto))`", text))
+    assert [name for name in sorted(named) if not any((r / name).exists() for r in roots)] == []
