@@ -19,6 +19,7 @@ from PIL import Image
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.server import serve
+from img2img_server.api.webhooks import Webhooks
 from img2img_server.bus import Bus, memory_bus
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.images.base import FetchError
@@ -27,6 +28,8 @@ from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.memory import FixedSafetyChecker
 from img2img_server.settings import Settings
 from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.webhooks.post import Outcome
+from img2img_server.webhooks.signature import Signer
 from img2img_server.worker.server import work
 
 Fetch = Callable[[str], Awaitable[bytes]]
@@ -73,6 +76,11 @@ async def no_fetch(_: str) -> bytes:
     raise FetchError
 
 
+async def no_post(*_: object) -> Outcome:
+    """A webhook to nowhere."""
+    return Outcome(delivered=False, reason="nowhere")
+
+
 @dataclass
 class Api:
     """A running api and how to call it."""
@@ -113,12 +121,16 @@ async def running_api(
     *,
     fetch: Fetch = no_fetch,
     keys: KeyRing | None = None,
+    webhooks: Webhooks | None = None,
 ) -> AsyncIterator[Api]:
     """A real gRPC server on a free port in front of the bus."""
     config = config or settings()
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+    sending = webhooks or Webhooks(no_post, Signer())
     ring = keys or KeyRing(None, dev_key=True)
-    serving = asyncio.create_task(serve(config, bus, fetch, ring, stop, address.set_result))
+    serving = asyncio.create_task(
+        serve(config, bus, fetch, sending, ring, stop, address.set_result)
+    )
     await asyncio.wait({serving, address}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         serving.result()

@@ -10,9 +10,12 @@ from img2img_server.queue.base import Control, EventLog, JobQueue
 from img2img_server.queue.jetstream_control import NatsControl
 from img2img_server.queue.jetstream_events import JetStreamEventLog
 from img2img_server.queue.jetstream_jobs import JetStreamJobQueue
+from img2img_server.queue.jetstream_outbox import JetStreamOutbox
 from img2img_server.queue.memory import MemoryJobQueue
 from img2img_server.queue.memory_control import MemoryControl
 from img2img_server.queue.memory_events import MemoryEventLog
+from img2img_server.queue.memory_outbox import MemoryOutbox
+from img2img_server.queue.outbox import Outbox
 from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, WorkerRegistry
 from img2img_server.store.jobs_kv import KvJobStore
@@ -31,6 +34,7 @@ class Bus:
     control: Control
     jobs: JobStore
     workers: WorkerRegistry
+    outbox: Outbox
 
 
 @asynccontextmanager
@@ -55,6 +59,7 @@ async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIter
             control=NatsControl(link),
             jobs=KvJobStore(link),
             workers=KvWorkerRegistry(link),
+            outbox=JetStreamOutbox(link),
         )
 
 
@@ -76,4 +81,5 @@ def memory_bus(*, queue_limit: int = 15, ack_wait_seconds: float = 15.0) -> Bus:
         control=MemoryControl(),
         jobs=MemoryJobStore(),
         workers=MemoryWorkerRegistry(),
+        outbox=MemoryOutbox(),
     )

@@ -8,9 +8,12 @@ ServiceError
 ├── ModelNotFoundError         NOT_FOUND            MODEL_NOT_FOUND
 ├── RequestIdReusedError       ALREADY_EXISTS       REQUEST_ID_REUSED
 ├── JobEndedError              FAILED_PRECONDITION  JOB_ENDED
+├── JobNotEndedError           FAILED_PRECONDITION  JOB_NOT_ENDED
+├── NoWebhookError             FAILED_PRECONDITION  NO_WEBHOOK
 ├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
 ├── TooManyWatchersError       RESOURCE_EXHAUSTED   TOO_MANY_WATCHERS    retry
+├── TooManyWebhooksError       RESOURCE_EXHAUSTED   TOO_MANY_WEBHOOKS    retry
 ├── UnavailableError           UNAVAILABLE          UNAVAILABLE          retry
 └── InternalError              INTERNAL             INTERNAL             logged with its id
 JobFailedError: failing in the run; becomes Job.error, not a status
@@ -163,6 +166,37 @@ class JobEndedError(ServiceError):
         return {"name": self.name, "state": self.state}
 
 
+class JobNotEndedError(ServiceError):
+    """Only a job that has ended can do this."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "JOB_NOT_ENDED"
+
+    def __init__(self, name: str, state: str) -> None:
+        super().__init__(f"{name} has not ended, it is {state}")
+        self.name = name
+        self.state = state
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"name": self.name, "state": self.state}
+
+
+class NoWebhookError(ServiceError):
+    """The job asked for no webhook."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_WEBHOOK"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} has no webhook")
+        self.name = name
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"name": self.name}
+
+
 class DeadlineTooShortError(ServiceError):
     """The estimate says that the job cannot finish within the caller's deadline."""
 
@@ -216,6 +250,17 @@ class TooManyWatchersError(ServiceError):
     @property
     def metadata(self) -> dict[str, str]:
         return {"limit": str(self.limit)}
+
+
+class TooManyWebhooksError(ServiceError):
+    """The tenant has as many undelivered webhooks as it may have."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_WEBHOOKS"
+    retry_seconds = 60.0
+
+    def __init__(self) -> None:
+        super().__init__("too many webhooks of this tenant are not delivered yet")
 
 
 class UnavailableError(ServiceError):

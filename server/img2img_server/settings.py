@@ -120,7 +120,10 @@ class Settings(BaseSettings):
     legacy: bool = Field(False, description="Answer in the older form of the HTTP contract.")
     base64_inline: bool = Field(False, description="Put base64 strings into `output`.")
     cors_origins: str = Field("*", description="Origins that browsers may call from.")
-    webhook_secret: SecretStr = Field(SecretStr(""), description="Signs webhooks: whsec_…")
+    webhook_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Signs webhooks: whsec_…; two apart by a space while one replaces the other.",
+    )
 
     # The process.
     state_dir: Path = Field(Path(".img2img"), description="State folder of `local`.")

@@ -25,6 +25,7 @@ STAGE_SECONDS = Histogram(
     "img2img_stage_seconds", "Time of a job by stage.", ["stage"], buckets=_SECONDS
 )
 STEPS = Counter("img2img_steps_total", "Denoising steps run.")
+WEBHOOKS = Counter("img2img_webhooks_total", "Attempts at webhooks.", ["status"])
 REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
 
 

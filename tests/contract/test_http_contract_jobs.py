@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -23,9 +24,11 @@ from tests.http_stack import (
     V6,
     Gateway,
     body,
+    fetch_photo,
     gateway_before,
     running_gateway,
 )
+from tests.stack import running_api, running_stack, settings
 
 V6_IMAGES = "/api/v6/images"
 SOON_SECONDS = 10  # well below wait_seconds
@@ -289,3 +292,22 @@ async def test_base64_inline_puts_the_strings_into_output_and_leaves_future_link
         assert told["proxy_links"] == told["output"]
         plain = (await gateway.create()).json()
         assert plain["output"][0].endswith(".png")
+
+
+async def test_webhooks_without_tls_go_to_listed_hosts_only() -> None:
+    listed = "127.0.0.1, hooks.internal, 10.2.0.0/16"
+    async with running_stack(fetch=fetch_photo) as stack:
+        config = settings(outbound_allow=listed)
+        async with (
+            running_api(stack.bus, config, fetch=fetch_photo) as api,
+            gateway_before(replace(stack, api=api), outbound_allow=listed) as gateway,
+        ):
+            for host in ("127.0.0.1:9", "hooks.internal", "HOOKS.internal.", "10.2.3.4"):
+                answer = await gateway.create(webhook=f"http://{host}/a")
+                assert (answer.status_code, answer.json()["status"]) == (200, "processing")
+            for host in ("10.3.0.1", "internal", "127.1", "me@127.0.0.1"):
+                answer = await gateway.create(webhook=f"http://{host}/a")
+                assert (answer.status_code, answer.json()["message"]) == (
+                    400,
+                    "webhook must be a valid URL",
+                )

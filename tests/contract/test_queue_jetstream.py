@@ -339,6 +339,7 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
         "JOBS": (2 * hour, -1),
         "EVENTS": (90.0, 2**21),
         "DEAD": (7 * 24 * hour, 2**28),
+        "WEBHOOKS": (24 * hour, -1),
         "IDS": (0.0, -1),
         "KV_img2img-jobs": (3 * hour, -1),
         "KV_img2img-requests": (24 * hour, -1),

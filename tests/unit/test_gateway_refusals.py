@@ -9,6 +9,7 @@ from grpc.aio import AioRpcError, Metadata
 from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.interceptors import status_of
+from img2img_server.contract import results
 from img2img_server.domain.params import Violation
 from img2img_server.gateway import answers
 from img2img_server.gateway.refusals import Case, refusal
@@ -60,6 +61,9 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
     met = {
         "InvalidRequestError",
         "JobEndedError",  # of CancelJob, which the gateway does not call
+        "JobNotEndedError",  # of RedeliverWebhook, which the gateway does not call
+        "NoWebhookError",  # the same
+        "TooManyWebhooksError",  # the same
         "DeadlineTooShortError",  # of Generate, which the gateway does not call
         "UnauthenticatedError",
         "PermissionDeniedError",
@@ -108,7 +112,7 @@ def test_statuses_of_grpc_itself_have_no_details(code: grpc.StatusCode, case: Ca
     ],
 )
 def test_a_failure_says_why(job: job_pb2.Job, message: str) -> None:
-    assert answers.failure(job) == message
+    assert results.failure(job) == message
 
 
 def test_an_unknown_estimate_is_a_number_all_the_same() -> None:
@@ -117,11 +121,11 @@ def test_an_unknown_estimate_is_a_number_all_the_same() -> None:
 
 def test_links_come_in_sample_order() -> None:
     samples = [job_pb2.Sample(index=index, url=f"link {index}") for index in (2, 0, 1)]
-    assert answers.links(job_pb2.Job(samples=samples)) == ["link 0", "link 1", "link 2"]
+    assert results.links(job_pb2.Job(samples=samples)) == ["link 0", "link 1", "link 2"]
 
 
 def test_a_job_made_over_grpc_has_all_28_keys_of_meta_too() -> None:
     spec = job_pb2.JobSpec(prompt="x", track_id="a", init_image=job_pb2.InitImage(data=b"x"))
-    meta = answers.meta(job_pb2.Job(id=10_000_001, spec=spec))
+    meta = results.meta(job_pb2.Job(id=10_000_001, spec=spec))
     assert len(meta) == 28
     assert (meta["init_image"], meta["track_id"], meta["instant_response"]) == ("base64", "a", "no")

@@ -50,6 +50,7 @@ def test_the_limits_themselves_are_allowed() -> None:
         ({"seed": -1}, "seed must be between 0 and 4294967295"),
         ({"seed": 2**32}, "seed must be between 0 and 4294967295"),
         ({"webhook": "ftp://example.org"}, "webhook must be a valid URL"),
+        ({"webhook": "http://example.org/hook"}, "webhook must be a valid URL"),
         ({"track_id": "x" * 192}, "track_id must not be longer than 191 characters"),
         ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 100"),
         ({"guidance_scale": math.inf}, "guidance_scale must be between 0 and 30"),
@@ -92,3 +93,13 @@ def test_http_addresses_are_told_apart(text: str, good: bool) -> None:
 )
 def test_strength_decides_how_many_steps_run(strength: float, steps: int, run: int) -> None:
     assert denoising_steps(strength, steps) == run
+
+
+def test_plain_http_webhooks_go_where_the_context_says() -> None:
+    context = ValidationContext(may_be_plain_http=lambda url: "listed" in url)
+    for address, wanted in (
+        ("http://listed.example/a", []),
+        ("http://other.example/a", ["webhook"]),
+    ):
+        found = validate(JobParams(prompt="a", webhook=address), context)
+        assert [violation.field for violation in found] == wanted

@@ -23,6 +23,7 @@ from img2img_server.domain.params import (
     validate,
 )
 from img2img_server.images.base import CheckedImage, InvalidImageError
+from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.images.prepare import check_image
 from img2img_server.queue.base import JobQueue
 from img2img_server.settings import Settings
@@ -63,6 +64,7 @@ class Admission:
         self._workers = workers
         self._fetch = fetch
         self._estimator = Estimator(queue, workers)
+        self._outbound = OutboundPolicy.parse(settings.outbound_allow)
         self.limits = image_limits(settings)
 
     async def admit(self, spec: job_pb2.JobSpec, caller: Caller) -> Admitted:
@@ -113,11 +115,12 @@ class Admission:
         return Admitted(params, image, time.monotonic() - started, position, eta)
 
     def _context(self, model: ModelInfo | None) -> ValidationContext:
+        listed = self._outbound.lists_host
         if model is None:
-            return ValidationContext(self.limits)
+            return ValidationContext(self.limits, may_be_plain_http=listed)
         most = min(self.limits.max_num_inference_steps, model.max_num_inference_steps)
         limits = replace(self.limits, max_num_inference_steps=most)
-        return ValidationContext(limits, model.schedulers)
+        return ValidationContext(limits, model.schedulers, listed)
 
     async def _announced_model(self) -> str:
         """The first by name that is served now, or ever was."""

@@ -13,7 +13,9 @@ from img2img_server import errors
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import Job, State, advance, terminal_event
 from img2img_server.queue.base import Control, EventLog, JobQueue, OwnershipLostError
+from img2img_server.queue.outbox import Outbox
 from img2img_server.store.base import ConflictError, JobStore
+from img2img_server.webhooks.record import announce
 
 _TRIES = 10
 _AT_ONCE = 32  # records read together
@@ -24,11 +26,14 @@ log = structlog.get_logger()
 class Canceller:
     """Cancels jobs, whoever has them, and clears queues."""
 
-    def __init__(self, jobs: JobStore, queue: JobQueue, events: EventLog, control: Control) -> None:
+    def __init__(
+        self, jobs: JobStore, queue: JobQueue, events: EventLog, control: Control, outbox: Outbox
+    ) -> None:
         self._jobs = jobs
         self._queue = queue
         self._events = events
         self._control = control
+        self._outbox = outbox
 
     async def cancel(self, tenant: str, job_id: int) -> Job:
         """Returns the job: cancelled, or running until its next step.
@@ -87,10 +92,11 @@ class Canceller:
         return job
 
     async def _last_word(self, job: Job) -> None:
-        """Ends the log as the record says, unless a worker that took the message does."""
+        """Outbox and log as the record says, unless a worker that took the message does both."""
         with suppress(OwnershipLostError):
             writer = await self._events.open(job.id)
             if not writer.ended:
+                await announce(self._outbox, self._jobs, job)
                 await writer.append(terminal_event(job))
 
     async def _ask(self, job: Job, revision: int) -> Job:

@@ -26,7 +26,6 @@ from img2img_server.telemetry import JOBS_CREATED
 log = structlog.get_logger()
 
 NO_REWRITER = "enhance_prompt: no rewriter is installed, the prompt was used as sent"
-NO_WEBHOOKS = "webhook: this version does not deliver webhooks"
 
 
 class Intake:
@@ -131,7 +130,7 @@ class Intake:
 
     def _record(self, job_id: int, accepted: Admitted, caller: Caller) -> Job:
         params = accepted.params
-        warnings = [NO_REWRITER] * params.enhance_prompt + [NO_WEBHOOKS] * bool(params.webhook)
+        warnings = [NO_REWRITER] * params.enhance_prompt
         job = Job(
             id=job_id,
             tenant=caller.principal.tenant,

@@ -25,12 +25,17 @@ from img2img_server.api.interceptors import ServiceInterceptor
 from img2img_server.api.keys import KeyRing
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.watch import Watcher
+from img2img_server.api.webhooks import Texts, Webhooks
 from img2img_server.bus import Bus, connect_bus
+from img2img_server.contract.files import inline
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.store.cached import CachedWorkerRegistry
 from img2img_server.telemetry import probe_server
+from img2img_server.webhooks.post import open_post
+from img2img_server.webhooks.signature import Signer
 
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
 _HEALTH_SECONDS = 2.0
@@ -43,20 +48,28 @@ async def serve_api(
 ) -> None:
     """Serves until `stop` is set. `started` is called with the address, "host:port"."""
     keys = load_keys(settings)
+    policy = OutboundPolicy.parse(settings.outbound_allow)
     fetch = partial(
         fetch_image,
-        policy=OutboundPolicy.parse(settings.outbound_allow),
+        policy=policy,
         limits=image_limits(settings),
         timeout_seconds=settings.outbound_timeout_seconds,
     )
-    async with connect_bus(settings) as bus:
-        await serve(settings, bus, fetch, keys, stop, started)
+    signer = Signer(settings.webhook_secret.get_secret_value())
+    async with (
+        connect_bus(settings) as bus,
+        open_post(policy) as post,
+        _texts(settings) as texts,
+    ):
+        webhooks = Webhooks(post, signer, texts=texts)
+        await serve(settings, bus, fetch, webhooks, keys, stop, started)
 
 
 async def serve(
     settings: Settings,
     bus: Bus,
     fetch: Fetch,
+    webhooks: Webhooks,
     keys: KeyRing,
     stop: asyncio.Event,
     started: Callable[[str], None] | None = None,
@@ -64,7 +77,7 @@ async def serve(
     """Serves on parts that exist already; the order of stopping stands at the end."""
     workers = CachedWorkerRegistry(bus.workers)
     bus = replace(bus, workers=workers)
-    canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control)
+    canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control, bus.outbox)
     estimator = Estimator(bus.queue, bus.workers)
     servicer = Img2ImgServicer(
         settings,
@@ -82,6 +95,7 @@ async def serve(
         canceller,
         link_base=settings.public_base_url or f"http://{settings.http_host}:{settings.http_port}",
         stop=stop,
+        outbox=bus.outbox,
     )
     server = grpc.aio.server(
         interceptors=[ServiceInterceptor(keys)], options=server_options(settings)
@@ -104,11 +118,24 @@ async def serve(
         log.info("api serves", address=address, probes=probes)
         if started:
             started(address)
-        await stop.wait()
-        # Not serving -> streams end with a hint to resume -> calls under way finish -> closed.
-        await health_servicer.enter_graceful_shutdown()
-        await server.stop(settings.drain_seconds)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(webhooks.deliverer(settings, bus).run(stop))
+            await stop.wait()
+            # Not serving -> streams end with a hint to resume -> calls and attempts at webhooks
+            # under way finish -> closed.
+            await health_servicer.enter_graceful_shutdown()
+            await server.stop(settings.drain_seconds)
     log.info("api stopped")
+
+
+@asynccontextmanager
+async def _texts(settings: Settings) -> AsyncIterator[Texts | None]:
+    """Reads the texts that stand in place of links, where the operator wants that."""
+    if not settings.base64_inline:
+        yield None
+        return
+    async with connect_blobs(settings) as blobs:
+        yield partial(inline, blobs)
 
 
 def load_keys(settings: Settings) -> KeyRing:

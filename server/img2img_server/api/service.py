@@ -23,6 +23,7 @@ from img2img_server.api.interceptors import current_principal
 from img2img_server.api.watch import Watcher
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.params import Violation, is_http_url
+from img2img_server.queue.outbox import Outbox, OutboxFullError
 from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, Stored, WorkerRegistry
 
@@ -48,6 +49,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         *,
         link_base: str,
         stop: asyncio.Event,
+        outbox: Outbox,
     ) -> None:
         self._settings = settings
         self._jobs = jobs
@@ -59,6 +61,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._stop = stop
         self._streams: Counter[int] = Counter()  # open Generate calls by job
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._outbox = outbox
 
     async def Generate(  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: Context
@@ -136,6 +139,23 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         cancelling = self._canceller.cancel(current_principal().tenant, _job_id(request.name))
         job = await asyncio.shield(self._spawn(cancelling))
         return service_pb2.CancelJobResponse(job=await self._watcher.message(job))
+
+    async def RedeliverWebhook(  # noqa: N802
+        self, request: service_pb2.RedeliverWebhookRequest, context: Context
+    ) -> service_pb2.RedeliverWebhookResponse:
+        stored = await self._jobs.get(current_principal().tenant, _job_id(request.name))
+        if stored is None:
+            raise errors.JobNotFoundError(request.name)
+        job = stored.job
+        if not job.state.is_terminal:
+            raise errors.JobNotEndedError(job.name, job.state)
+        if not job.params.webhook:
+            raise errors.NoWebhookError(job.name)
+        try:
+            await self._outbox.put(job, again=True)
+        except OutboxFullError as error:
+            raise errors.TooManyWebhooksError from error
+        return service_pb2.RedeliverWebhookResponse(job=await self._watcher.message(job))
 
     async def GetCapabilities(  # noqa: N802
         self, request: service_pb2.GetCapabilitiesRequest, context: Context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from urllib.parse import urlsplit
@@ -100,6 +100,7 @@ class ValidationContext:
 
     limits: Limits = field(default_factory=Limits)
     schedulers: tuple[str, ...] = ()
+    may_be_plain_http: Callable[[str], bool] = lambda url: False  # of a webhook's address
 
 
 def validate(params: JobParams, context: ValidationContext) -> list[Violation]:
@@ -123,7 +124,7 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         yield Violation("strength", "strength must be between 0 and 1")
     if not 0 <= params.seed <= SEED_MAX:
         yield Violation("seed", f"seed must be between 0 and {SEED_MAX}")
-    if params.webhook and not is_http_url(params.webhook):
+    if params.webhook and not _is_webhook(params.webhook, context):
         yield Violation("webhook", "webhook must be a valid URL")
     if len(params.track_id) > TRACK_ID_MAX_CHARACTERS:
         most = TRACK_ID_MAX_CHARACTERS
@@ -144,6 +145,12 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         text = f"preview_interval_steps must be between 0 and {most}"
         yield Violation("preview_interval_steps", text)
     yield from _annotations(params, limits)
+
+
+def _is_webhook(text: str, context: ValidationContext) -> bool:
+    if not is_http_url(text):
+        return False
+    return urlsplit(text).scheme == "https" or context.may_be_plain_http(text)
 
 
 def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:

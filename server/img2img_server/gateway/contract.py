@@ -23,6 +23,7 @@ from img2img_server.gateway.kinds import BOOLEAN, INTEGER, NUMBER, REFERENCE, ST
 
 LIMITS = Limits()
 RANDOM_SEED = -1
+_CONTEXT = ValidationContext(LIMITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Reading:
     violations: list[Violation]
 
 
-def read(body: Mapping[str, Any]) -> Reading:
+def read(body: Mapping[str, Any], context: ValidationContext = _CONTEXT) -> Reading:
     """Reads the body of img2img; never raises. Violations come in table order."""
     values: dict[str, Any] = {}
     violations = []
@@ -147,7 +148,7 @@ def read(body: Mapping[str, Any]) -> Reading:
     if values.get("seed") == RANDOM_SEED:
         del values["seed"]
     refused = {violation.field for violation in violations}
-    beyond = [broken for broken in _beyond_limits(values) if broken.field not in refused]
+    beyond = [broken for broken in _beyond_limits(values, context) if broken.field not in refused]
     return Reading(values, in_table_order(violations + beyond))
 
 
@@ -162,7 +163,7 @@ def _clamped(entry: Field, value: Any) -> Any:
     return value
 
 
-def _beyond_limits(values: Mapping[str, Any]) -> list[Violation]:
+def _beyond_limits(values: Mapping[str, Any], context: ValidationContext) -> list[Violation]:
     known = {
         entry.name: values[entry.name]
         for entry in FIELDS
@@ -170,4 +171,4 @@ def _beyond_limits(values: Mapping[str, Any]) -> list[Violation]:
     }
     if "track_id" in known:
         known["track_id"] = str(known["track_id"])
-    return validate(JobParams(**{"prompt": "", **known}), ValidationContext(LIMITS))
+    return validate(JobParams(**{"prompt": "", **known}), context)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from img2img.v1 import job_pb2
+from img2img_server.contract import results
 from img2img_server.gateway import answers
 from img2img_server.gateway.refusals import Case, RefusedError
 
@@ -62,7 +63,7 @@ class Today:
         return Answer(200, answers.processing(job, fetch_result, message))
 
     def failed(self, job: job_pb2.Job) -> Answer:
-        message = answers.failure(job)
+        message = results.failure(job)
         return Answer(200, {"status": "failed", "id": job.id, "message": message, "output": []})
 
 

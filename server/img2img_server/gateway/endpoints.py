@@ -13,15 +13,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from img2img.v1 import event_pb2, job_pb2
-from img2img_server.domain.params import Violation
+from img2img_server.contract import notes, results
+from img2img_server.contract.files import inline
+from img2img_server.domain.params import ValidationContext, Violation
 from img2img_server.errors import StorageError
-from img2img_server.gateway import answers, contract
+from img2img_server.gateway import contract
 from img2img_server.gateway.dialects import Answer, Dialect
 from img2img_server.gateway.files import Files
 from img2img_server.gateway.incoming import find_key, link_base, read_json
 from img2img_server.gateway.refusals import Case, RefusedError
-from img2img_server.gateway.request import NOTE_LINK_BASE, job_spec
+from img2img_server.gateway.request import job_spec
 from img2img_server.gateway.upstream import Upstream
+from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.settings import Settings
 
 ENTERPRISE = "/api/v1/enterprise/realtime"
@@ -56,11 +59,13 @@ class Endpoints:
         self._files = files
         self._dialect = dialect
         self._stop = stop
+        policy = OutboundPolicy.parse(settings.outbound_allow)
+        self._context = ValidationContext(contract.LIMITS, may_be_plain_http=policy.lists_host)
 
     async def create(self, request: Request, family: str) -> JSONResponse:
         """POST img2img: makes a job, waits for it when the caller wants the result."""
         call = await self._call(request, family)
-        reading = contract.read(call.body)
+        reading = contract.read(call.body, self._context)
         if reading.violations:
             await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
             raise RefusedError(Case.FIELDS, violations=reading.violations)
@@ -140,14 +145,14 @@ class Endpoints:
                 if fetched:
                     raise RefusedError(Case.UNAVAILABLE) from None
                 # The POST made a job: it must not be lost. A fetch will have it later.
-        base = job.spec.annotations.get(NOTE_LINK_BASE, call.base)
+        base = job.spec.annotations.get(notes.LINK_BASE, call.base)
         fetch_result = f"{base}{call.family}/fetch/{job.id}"
         return respond(self._dialect.processing(job, fetch_result, fetched=fetched))
 
     async def _output(self, job: job_pb2.Job) -> list[str]:
-        links = answers.links(job)
+        links = results.links(job)
         if self._settings.base64_inline and job.spec.base64:
-            return await self._files.inline(links)
+            return await inline(self._files.blobs, links)
         return links
 
 

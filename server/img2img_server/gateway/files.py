@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 
 import structlog
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
+from img2img_server.contract.files import KEY
 from img2img_server.errors import StorageError
 from img2img_server.gateway.refusals import RETRY_SECONDS, Case
 from img2img_server.store.base import BlobStore
 
 _FOLDERS = ("generations/", "temp/")
-_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_KEY = re.compile(rf"(generations|temp)/{_UUID}-[0-9]{{1,2}}\.(png|base64)", re.ASCII)
 _MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}
 _READY_SECONDS = 2.0
 _NO_STORE = {"Cache-Control": "no-store"}
@@ -32,7 +30,7 @@ class Files:
     """Serves what the workers stored in the service's own bucket."""
 
     def __init__(self, blobs: BlobStore) -> None:
-        self._blobs = blobs
+        self.blobs = blobs
 
     async def serve(self, request: Request) -> Response:
         """GET and HEAD of one file. A file that is not there (yet) is an uncached 404, never HTML.
@@ -40,17 +38,17 @@ class Files:
         Only names of our own making are looked up.
         """
         key = request.scope["path"].removeprefix("/")
-        if not _KEY.fullmatch(key):
+        if not KEY.fullmatch(key):
             return missing()
         try:
-            info = await self._blobs.stat(key)
+            info = await self.blobs.stat(key)
             if info is None:
                 return missing()
             media_type = _MEDIA_TYPES[key.rpartition(".")[2]]
             headers = {**_HEADERS, "Content-Length": str(info.size_bytes)}
             if request.method == "HEAD":
                 return Response(headers=headers, media_type=media_type)
-            chunks = self._blobs.read(key)
+            chunks = self.blobs.read(key)
             first = await anext(chunks, b"")  # errors come before the first byte of the answer
             return StreamingResponse(_chain(first, chunks), headers=headers, media_type=media_type)
         except KeyError:
@@ -60,29 +58,11 @@ class Files:
             headers = {**_NO_STORE, "Retry-After": str(RETRY_SECONDS)}
             return PlainTextResponse(Case.UNAVAILABLE.message, 503, headers)
 
-    async def inline(self, links: list[str]) -> list[str]:
-        """The base64 texts behind links; a link stays where the file is not ours.
-
-        Raises:
-            StorageError: the bucket cannot be read.
-        """
-        return [await self._text(link) for link in links]
-
-    async def _text(self, link: str) -> str:
-        key = "/".join(link.rsplit("/", 2)[1:])
-        if not _KEY.fullmatch(key):
-            return link
-        try:
-            chunks = [chunk async for chunk in self._blobs.read(key)]
-        except KeyError:
-            return link
-        return b"".join(chunks).decode("ascii")
-
     async def trouble(self) -> str:
         """Why the bucket cannot be read, or nothing."""
         try:
             async with asyncio.timeout(_READY_SECONDS):
-                await self._blobs.stat("readyz")
+                await self.blobs.stat("readyz")
         except TimeoutError:
             return "no answer in time"
         except StorageError as error:

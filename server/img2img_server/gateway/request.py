@@ -7,13 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from img2img.v1 import job_pb2
+from img2img_server.contract import notes
 from img2img_server.gateway.contract import FIELDS, LIMITS
-
-# What HTTP callers get back and JobSpec has no field for travels as annotations of the job.
-NOTE_INSTANT_RESPONSE = "http.instant_response"  # present: it was asked for
-NOTE_ENHANCE_STYLE = "http.enhance_style"
-NOTE_TRACK_ID_TYPE = "http.track_id_type"  # "integer"; absent: a string
-NOTE_LINK_BASE = "http.link_base"  # where fetch_result points to, fixed at acceptance
 
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n\f\v"
@@ -27,16 +22,18 @@ def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
     sent = {
         entry.name: values[entry.name] for entry in FIELDS if entry.in_spec and entry.name in values
     }
-    notes = {NOTE_LINK_BASE: link_base}
+    annotations = {notes.LINK_BASE: link_base}
     if values.get("instant_response"):
-        notes[NOTE_INSTANT_RESPONSE] = "yes"
+        annotations[notes.INSTANT_RESPONSE] = "yes"
     if "enhance_style" in values:
-        notes[NOTE_ENHANCE_STYLE] = values["enhance_style"][: LIMITS.max_annotation_characters]
+        annotations[notes.ENHANCE_STYLE] = values["enhance_style"][
+            : LIMITS.max_annotation_characters
+        ]
     if isinstance(sent.get("track_id"), int):
         sent["track_id"] = str(sent["track_id"])
-        notes[NOTE_TRACK_ID_TYPE] = "integer"
+        annotations[notes.TRACK_ID_TYPE] = "integer"
     sent["init_image"] = init_image(sent["init_image"])
-    return job_pb2.JobSpec(**sent, annotations=notes)
+    return job_pb2.JobSpec(**sent, annotations=annotations)
 
 
 def init_image(text: str) -> job_pb2.InitImage:

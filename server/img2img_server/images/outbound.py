@@ -70,6 +70,13 @@ class OutboundPolicy:
         address = _literal(host)
         return host.removesuffix(".") in self.hosts if address is None else self._listed(address)
 
+    def lists_host(self, text: str) -> bool:
+        """Whether an address is good as far as can be told, and its host listed."""
+        try:
+            return self.lists(self.check_url(text))
+        except ForbiddenAddressError:
+            return False
+
     def check_url(self, text: str, base: URL | None = None) -> URL:
         """Checks everything about an address that can be told without resolving its name.
 

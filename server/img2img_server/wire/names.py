@@ -4,6 +4,7 @@ img2img.jobs.<model>.<lane>.<tenant>     the work queue
 img2img.dead.<model>.<lane>.<tenant>     what can never work
 img2img.events.<job id>.log              a job's numbered events
 img2img.events.<job id>.preview.<sample> its newest preview
+img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
 img2img.ids                              one empty message a job id
 img2img.control.cancel                   not stored
 img2img.control.order                    not stored
@@ -20,6 +21,8 @@ JOBS: Final = "JOBS"
 DEAD: Final = "DEAD"
 EVENTS: Final = "EVENTS"
 IDS: Final = "IDS"
+WEBHOOKS: Final = "WEBHOOKS"
+WEBHOOKS_CONSUMER: Final = "webhooks"  # all api pods share it
 
 RECORDS_BUCKET: Final = "img2img-jobs"
 REQUESTS_BUCKET: Final = "img2img-requests"
@@ -57,6 +60,10 @@ def lane_consumer(model: str, lane: Lane) -> str:
 
 def dead_subject(jobs_subject: str) -> str:
     return jobs_subject.replace("img2img.jobs.", "img2img.dead.", 1)
+
+
+def webhooks_subject(tenant: str) -> str:
+    return f"img2img.webhooks.{token(tenant)}"
 
 
 def log_subject(job_id: int) -> str:

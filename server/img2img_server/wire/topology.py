@@ -21,6 +21,9 @@ REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
 DEAD_SECONDS: Final = 7 * 24 * HOUR
 DEAD_MAX_BYTES: Final = 2**28
+# Longer than all attempts at a webhook take together: 11 hours at most.
+WEBHOOKS_SECONDS: Final = 24 * HOUR
+WEBHOOK_REPEAT_SECONDS: Final = 600.0  # as REPEAT_SECONDS; a worker's death lies within it
 # Within this time a repeated publish with the same Nats-Msg-Id is stored once.
 REPEAT_SECONDS: Final = 20.0
 
@@ -33,6 +36,7 @@ class Bounds:
     retention_seconds: float = 24 * HOUR
     events_retention_seconds: float = HOUR
     events_max_bytes: int = 2**30
+    webhook_limit: int = 10_000
     replicas: int = 1
 
 
@@ -69,6 +73,17 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
             max_age=DEAD_SECONDS,
             max_bytes=DEAD_MAX_BYTES,
             duplicate_window=REPEAT_SECONDS,
+        ),
+        StreamConfig(
+            name=names.WEBHOOKS,
+            description="Webhooks of ended jobs; each is removed when delivered or given up.",
+            subjects=["img2img.webhooks.>"],
+            retention=RetentionPolicy.WORK_QUEUE,
+            discard=DiscardPolicy.NEW,
+            discard_new_per_subject=True,
+            max_msgs_per_subject=bounds.webhook_limit,
+            max_age=WEBHOOKS_SECONDS,
+            duplicate_window=WEBHOOK_REPEAT_SECONDS,
         ),
         StreamConfig(
             name=names.IDS,

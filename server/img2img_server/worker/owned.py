@@ -24,13 +24,14 @@ from img2img_server.domain.job import (
 from img2img_server.queue.base import Delivery, EventWriter, OwnershipLostError
 from img2img_server.store.base import ConflictError, Stored
 from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
+from img2img_server.webhooks.record import announce
 from img2img_server.worker.parts import Parts
 
 log = structlog.get_logger()
 
 
 class OwnedJob:
-    """Every change of the job goes through here: first the record, then the log, then the queue.
+    """Every change of the job goes through here: the record, then the outbox, the log, the queue.
 
     Whoever crashes between leaves what the next worker needs to go on. Methods raise
     OwnershipLostError or IllegalTransitionError when another worker has the job, UnavailableError
@@ -97,7 +98,9 @@ class OwnedJob:
 
     async def end(self, event: Event, *, dead_reason: str | None = None) -> None:
         """Ends it; with a reason its message goes to the dead letters."""
-        await self._change(event)
+        await self._swap(event)
+        await announce(self._parts.outbox, self._parts.jobs, self.job)
+        await self.tell(event)
         if dead_reason:
             await self.delivery.term(dead_reason)
         else:
@@ -121,8 +124,9 @@ class OwnedJob:
         log.info("job handed back")
 
     async def _last_word(self) -> None:
-        """The record has ended: says so in the log if its writer died before it could."""
+        """The record has ended: says so in the log and the outbox if its writer died before it."""
         if not self._writer.ended:
+            await announce(self._parts.outbox, self._parts.jobs, self.job)
             await self.tell(terminal_event(self.job))
         await self.delivery.ack()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import Engine
 from img2img_server.queue.base import EventLog, JobQueue
+from img2img_server.queue.outbox import Outbox
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.store.base import BlobStore, JobStore
 
@@ -58,6 +59,7 @@ class Parts:
     events: EventLog
     jobs: JobStore
     blobs: BlobStore
+    outbox: Outbox
     safety: SafetyChecker
     safety_threshold: float
     max_attempts: int

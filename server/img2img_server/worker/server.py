@@ -72,6 +72,7 @@ async def work(
         events=bus.events,
         jobs=bus.jobs,
         blobs=blobs,
+        outbox=bus.outbox,
         safety=safety,
         safety_threshold=settings.safety_threshold,
         max_attempts=settings.max_attempts,

@@ -74,6 +74,11 @@ class Img2ImgServiceStub:
                 request_serializer=img2img_dot_v1_dot_service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.RedeliverWebhook = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/RedeliverWebhook',
+                request_serializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookResponse.FromString,
+                _registered_method=True)
         self.GetCapabilities = channel.unary_unary(
                 '/img2img.v1.Img2ImgService/GetCapabilities',
                 request_serializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.SerializeToString,
@@ -156,6 +161,19 @@ class Img2ImgServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RedeliverWebhook(self, request, context):
+        """Delivers the webhook of a job that has ended once more, whatever became of it before; the
+        receiver knows it by the same webhook-id. The job itself is not touched but for webhook_status,
+        which follows the new attempts.
+
+        NOT_FOUND: no such job of this tenant, or it has expired.
+        FAILED_PRECONDITION: the job has not ended yet, or asked for no webhook.
+        RESOURCE_EXHAUSTED: too many webhooks of this tenant wait; retry after RetryInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCapabilities(self, request, context):
         """Returns the models being served and the very limits that the validator uses.
         """
@@ -195,6 +213,11 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=img2img_dot_v1_dot_service__pb2.CancelJobRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_service__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'RedeliverWebhook': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedeliverWebhook,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.RedeliverWebhookResponse.SerializeToString,
             ),
             'GetCapabilities': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCapabilities,
@@ -374,6 +397,33 @@ class Img2ImgService:
             '/img2img.v1.Img2ImgService/CancelJob',
             img2img_dot_v1_dot_service__pb2.CancelJobRequest.SerializeToString,
             img2img_dot_v1_dot_service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedeliverWebhook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/RedeliverWebhook',
+            img2img_dot_v1_dot_service__pb2.RedeliverWebhookRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.RedeliverWebhookResponse.FromString,
             options,
             channel_credentials,
             insecure,

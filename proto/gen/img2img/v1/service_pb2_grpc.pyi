@@ -79,6 +79,15 @@ class Img2ImgServiceStub:
     NOT_FOUND: no such job of this tenant, or it has expired.
     FAILED_PRECONDITION: the job has already succeeded or failed.
     """
+    RedeliverWebhook: _grpc.UnaryUnaryMultiCallable[_service_pb2.RedeliverWebhookRequest, _service_pb2.RedeliverWebhookResponse]
+    """Delivers the webhook of a job that has ended once more, whatever became of it before; the
+    receiver knows it by the same webhook-id. The job itself is not touched but for webhook_status,
+    which follows the new attempts.
+
+    NOT_FOUND: no such job of this tenant, or it has expired.
+    FAILED_PRECONDITION: the job has not ended yet, or asked for no webhook.
+    RESOURCE_EXHAUSTED: too many webhooks of this tenant wait; retry after RetryInfo.
+    """
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]
     """Returns the models being served and the very limits that the validator uses."""
 
@@ -132,6 +141,15 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
 
     NOT_FOUND: no such job of this tenant, or it has expired.
     FAILED_PRECONDITION: the job has already succeeded or failed.
+    """
+    RedeliverWebhook: _aio.UnaryUnaryMultiCallable[_service_pb2.RedeliverWebhookRequest, _service_pb2.RedeliverWebhookResponse]  # type: ignore[assignment]
+    """Delivers the webhook of a job that has ended once more, whatever became of it before; the
+    receiver knows it by the same webhook-id. The job itself is not touched but for webhook_status,
+    which follows the new attempts.
+
+    NOT_FOUND: no such job of this tenant, or it has expired.
+    FAILED_PRECONDITION: the job has not ended yet, or asked for no webhook.
+    RESOURCE_EXHAUSTED: too many webhooks of this tenant wait; retry after RetryInfo.
     """
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Returns the models being served and the very limits that the validator uses."""
@@ -219,6 +237,21 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
 
         NOT_FOUND: no such job of this tenant, or it has expired.
         FAILED_PRECONDITION: the job has already succeeded or failed.
+        """
+
+    @_abc_1.abstractmethod
+    def RedeliverWebhook(
+        self,
+        request: _service_pb2.RedeliverWebhookRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.RedeliverWebhookResponse, _abc.Awaitable[_service_pb2.RedeliverWebhookResponse]]:
+        """Delivers the webhook of a job that has ended once more, whatever became of it before; the
+        receiver knows it by the same webhook-id. The job itself is not touched but for webhook_status,
+        which follows the new attempts.
+
+        NOT_FOUND: no such job of this tenant, or it has expired.
+        FAILED_PRECONDITION: the job has not ended yet, or asked for no webhook.
+        RESOURCE_EXHAUSTED: too many webhooks of this tenant wait; retry after RetryInfo.
         """
 
     @_abc_1.abstractmethod

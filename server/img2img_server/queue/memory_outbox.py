@@ -1,0 +1,93 @@
+"""The outbox inside one process: for tests, the same rules as JetStream."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+
+from img2img_server.domain.job import Job
+from img2img_server.queue.bell import Bell
+from img2img_server.queue.outbox import OutboxFullError, PendingWebhook
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    job: Job
+    attempts: int = 0
+    due: asyncio.TimerHandle | None = None  # set while somebody has it and while it waits
+
+
+class MemoryOutbox:
+    """An Outbox of one process; it remembers for ever what was put once."""
+
+    def __init__(self, *, limit: int = 10_000, ack_wait_seconds: float = 60.0) -> None:
+        self._limit = limit
+        self._ack_wait_seconds = ack_wait_seconds
+        self._entries: list[_Entry] = []
+        self._known: set[int] = set()
+        self._bell = Bell()
+
+    async def put(self, job: Job, *, again: bool = False) -> None:
+        if job.id in self._known and not again:
+            return
+        if sum(entry.job.tenant == job.tenant for entry in self._entries) >= self._limit:
+            raise OutboxFullError(job.tenant)
+        self._known.add(job.id)
+        self._entries.append(_Entry(job))
+        self._bell.ring()
+
+    async def pull(self, most: int, timeout_seconds: float) -> list[PendingWebhook]:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                while True:
+                    changed = self._bell.next_ring()
+                    due = [entry for entry in self._entries if entry.due is None][:most]
+                    if due:
+                        return [self._take(entry) for entry in due]
+                    await changed.wait()
+        return []
+
+    def _take(self, entry: _Entry) -> PendingWebhook:
+        entry.attempts += 1
+        self.come_again(entry, self._ack_wait_seconds)
+        return _MemoryPending(self, entry, entry.attempts)
+
+    def come_again(self, entry: _Entry, delay_seconds: float) -> None:
+        """Makes the entry due after the delay."""
+        if entry.due is not None:
+            entry.due.cancel()
+        entry.due = asyncio.get_running_loop().call_later(delay_seconds, self._fall_due, entry)
+
+    def _fall_due(self, entry: _Entry) -> None:
+        entry.due = None
+        self._bell.ring()
+
+    def remove(self, entry: _Entry) -> None:
+        """Forgets the entry; fine when it is gone."""
+        if entry.due is not None:
+            entry.due.cancel()
+        if entry in self._entries:
+            self._entries.remove(entry)
+
+
+class _MemoryPending:
+    def __init__(self, outbox: MemoryOutbox, entry: _Entry, attempt: int) -> None:
+        self._outbox = outbox
+        self._entry = entry
+        self._attempt = attempt
+
+    @property
+    def job(self) -> Job:
+        return self._entry.job
+
+    @property
+    def attempt(self) -> int:
+        return self._attempt
+
+    async def done(self) -> None:
+        self._outbox.remove(self._entry)
+
+    async def retry(self, delay_seconds: float) -> None:
+        if self._entry.attempts == self._attempt:  # else somebody else has it by now
+            self._outbox.come_again(self._entry, delay_seconds)

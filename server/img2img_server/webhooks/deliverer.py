@@ -1,0 +1,119 @@
+"""Takes webhooks out of the outbox and brings them to their receivers, as often as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from img2img_server import errors
+from img2img_server.domain.job import Job
+from img2img_server.images.outbound import shown
+from img2img_server.queue.outbox import Outbox, PendingWebhook
+from img2img_server.store.base import JobStore
+from img2img_server.telemetry import WEBHOOKS
+from img2img_server.webhooks.pauses import Pauses
+from img2img_server.webhooks.post import Outcome, Post
+from img2img_server.webhooks.record import FAILED, RETRYING, SUCCESS, set_status
+from img2img_server.webhooks.signature import Signer
+
+MOST_AT_ONCE = 64  # attempts of one api; a slow receiver has one of them for 30 s
+_PULL_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
+
+# Makes the body of a job's webhook, as JSON in UTF-8. Raises StorageError.
+Payload = Callable[[Job], Awaitable[bytes]]
+
+log = structlog.get_logger()
+
+
+class Deliverer:
+    """One for the life of the api. Several share an outbox; each webhook is with one at a time."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        jobs: JobStore,
+        payload: Payload,
+        post: Post,
+        signer: Signer,
+        pauses: Pauses,
+        *,
+        drain_seconds: float,
+    ) -> None:
+        self._outbox = outbox
+        self._jobs = jobs
+        self._payload = payload
+        self._post = post
+        self._signer = signer
+        self._pauses = pauses
+        self._drain_seconds = drain_seconds
+        self._attempts: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Delivers until `stop` is set; what is under way then gets `drain_seconds` more.
+
+        What is broken off comes again from the outbox, here or elsewhere.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            pulling = tasks.create_task(self._pull(tasks))
+            await stop.wait()
+            pulling.cancel()
+            if self._attempts:
+                await asyncio.wait(self._attempts, timeout=self._drain_seconds)
+            for attempt in self._attempts:
+                attempt.cancel()
+
+    async def _pull(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            free = MOST_AT_ONCE - len(self._attempts)
+            if not free:
+                await asyncio.wait(self._attempts, return_when=asyncio.FIRST_COMPLETED)
+                continue
+            try:
+                taken = await self._outbox.pull(free, _PULL_SECONDS)
+            except errors.UnavailableError:
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            for pending in taken:
+                attempt = tasks.create_task(self._deliver(pending))
+                self._attempts.add(attempt)
+                attempt.add_done_callback(self._attempts.discard)
+
+    async def _deliver(self, pending: PendingWebhook) -> None:
+        job = pending.job
+        outcome = await self._attempt(job)
+        pause = None
+        if not (outcome.delivered or outcome.final):
+            pause = self._pauses.after(pending.attempt, outcome.retry_after_seconds)
+        status = SUCCESS if outcome.delivered else FAILED if pause is None else RETRYING
+        WEBHOOKS.labels(status).inc()
+        log.info(
+            "webhook",
+            job=job.id,
+            status=status,
+            attempt=pending.attempt,
+            url=shown(job.params.webhook),
+            reason=outcome.reason,
+        )
+        try:
+            await set_status(self._jobs, job, status)
+            if pause is None:
+                await pending.done()
+            else:
+                await pending.retry(pause)
+        except errors.UnavailableError:
+            log.warning("webhook let go, the bus is away", job=job.id)  # it comes again
+
+    async def _attempt(self, job: Job) -> Outcome:
+        try:
+            body = await self._payload(job)
+            headers = self._signer.headers(job.id, int(time.time()), body)
+            return await self._post(job.params.webhook, body, headers)
+        except errors.StorageError as error:
+            return Outcome(delivered=False, reason=str(error))
+        except Exception as error:
+            log.error("webhook broke", job=job.id, exc_info=error)
+            return Outcome(delivered=False, reason="broke inside the service")

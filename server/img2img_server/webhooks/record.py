@@ -1,0 +1,48 @@
+"""What the job's record and the outbox are told of a webhook."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import structlog
+
+from img2img_server.domain.job import Job
+from img2img_server.queue.outbox import Outbox, OutboxFullError
+from img2img_server.store.base import ConflictError, JobStore
+
+RETRYING, SUCCESS, FAILED = "retrying", "success", "failed"  # Job.webhook_status
+
+log = structlog.get_logger()
+
+
+async def announce(outbox: Outbox, jobs: JobStore, job: Job) -> None:
+    """Puts the webhook of a job that has ended into the outbox, if it asked for one.
+
+    To be called after the record says that the job has ended and before its log does: whoever dies
+    between is followed by one who calls again, and the outbox keeps one of both.
+    A full outbox gives up the webhook, never the job. Raises UnavailableError.
+    """
+    if not job.params.webhook:
+        return
+    try:
+        await outbox.put(job)
+    except OutboxFullError:
+        log.warning("webhook given up, the tenant has too many waiting", job=job.id)
+        await set_status(jobs, job, FAILED)
+
+
+async def set_status(jobs: JobStore, job: Job, status: str) -> None:
+    """Writes webhook_status and nothing else; fine when the record is gone.
+
+    Raises:
+        UnavailableError: the bus is down.
+    """
+    while True:
+        stored = await jobs.get(job.tenant, job.id)
+        if stored is None or stored.job.webhook_status == status:
+            return
+        try:
+            await jobs.update(replace(stored.job, webhook_status=status), stored.revision)
+        except ConflictError:
+            continue  # somebody else wrote: look again
+        return
