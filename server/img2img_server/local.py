@@ -44,7 +44,9 @@ async def serve_local(
     """
     settings = local_settings(settings)
     try:
-        async with LocalEngines(settings.state_dir) as engines, AsyncExitStack() as stack:
+        # In the background: the worker loads its model meanwhile.
+        engines = LocalEngines(settings.state_dir, background=True)
+        async with engines, AsyncExitStack() as stack:
             roles = [_role(name, settings, engines) for name in ROLES]
             for role in roles:  # the last one is stopped first: gateway, api, worker
                 stack.push_async_callback(role.stop)
@@ -163,7 +165,9 @@ async def _died(child: Child) -> None:
 
 
 async def _engine_died(engines: LocalEngines) -> None:
-    """Waits for the death of an engine. Raises UnavailableError with its last words."""
+    """Waits for the death of an engine. Raises UnavailableError with its last words, EnginesError
+    when one does not even start."""
+    await engines.serving()
     raise UnavailableError(str(await engines.died()))
 
 

@@ -35,13 +35,23 @@ class LocalEngines:
     Args:
         state_dir: everything they keep lies in its folder `engines`.
         nats_port, s3_port: 0 for the last one used or any free one.
+        background: entering only chooses the addresses; `serving` waits for the rest.
 
     Raises on entering:
         EnginesError: a binary is missing, the folder or a given port is in use, or an engine does
             not come up.
     """
 
-    def __init__(self, state_dir: Path, *, nats_port: int = 0, s3_port: int = 0) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        nats_port: int = 0,
+        s3_port: int = 0,
+        background: bool = False,
+    ) -> None:
+        self._background = background
+        self._serving: asyncio.Task[None] | None = None
         self._folder = state_dir.absolute() / "engines"
         self._given = {"nats": nats_port, "s3": s3_port}
         self._ports: dict[str, int] = {}
@@ -81,11 +91,19 @@ class LocalEngines:
             self._stack.enter_context(_lock(self._folder / "lock"))
             self._stack.push_async_callback(self._stop)
             self._keys = weed.key_pair(self._folder)
-            await self._start()
+            self._choose()
+            self._serving = asyncio.create_task(self._start())
+            if not self._background:
+                await self.serving()
         except BaseException:
             await self._stack.aclose()
             raise
         return self
+
+    async def serving(self) -> None:
+        """Returns when both answer. Raises EnginesError."""
+        assert self._serving is not None, "to be used inside its context"
+        await asyncio.shield(self._serving)
 
     async def __aexit__(
         self,
@@ -95,13 +113,16 @@ class LocalEngines:
     ) -> None:
         await self._stack.aclose()
 
+    def _choose(self) -> None:
+        self._ports = choose_ports(self._folder / "ports.json", PORTS, self._given)
+        self._children = [
+            nats_server(self._folder, self._ports["nats"]),
+            weed.weed(self._folder, self._ports),
+        ]
+
     async def _start(self) -> None:
-        for left in reversed(range(START_TRIES)):
-            self._ports = choose_ports(self._folder / "ports.json", PORTS, self._given)
-            self._children = [
-                nats_server(self._folder, self._ports["nats"]),
-                weed.weed(self._folder, self._ports),
-            ]
+        # In the background the ports are known to others already: no second try with new ones.
+        for left in reversed(range(1 if self._background else START_TRIES)):
             death: BaseException | None = None
             try:
                 async with asyncio.timeout(START_SECONDS), asyncio.TaskGroup() as starts:
@@ -114,12 +135,19 @@ class LocalEngines:
             if death is None:
                 return
             # Mostly a port that somebody took after we looked: other ports, another try.
-            await self._stop()
+            await self._stop_children()
             (self._folder / "ports.json").unlink(missing_ok=True)
             if not left:
                 raise EnginesError(str(death)) from death
+            self._choose()
 
     async def _stop(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        await self._stop_children()
+
+    async def _stop_children(self) -> None:
         await asyncio.gather(*(child.stop() for child in self._children))
         if self._children:
             weed.remove_sockets(self._ports)
