@@ -111,7 +111,7 @@ async def measure(
 
 
 def memory_megabytes(parent: int) -> dict[str, float]:
-    """Resident memory of the roles: proportional set size, so that shared pages count once."""
+    """Resident memory of the roles, in MiB."""
     found = {}
     for process in psutil.Process(parent).children(recursive=True):
         line = process.cmdline()

@@ -48,7 +48,9 @@ async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIter
     Raises:
         UnavailableError: no connection within ten seconds.
     """
-    servers = [url.strip() for url in settings.nats_url.split(",") if url.strip()]
+    servers = [
+        url.strip() for url in settings.nats_url.get_secret_value().split(",") if url.strip()
+    ]
     async with connect(servers, creds_file=settings.nats_creds_file, name=name) as link:
         await prepare(link, _bounds(settings))
         yield Bus(

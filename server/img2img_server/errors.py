@@ -126,6 +126,7 @@ class ModelNotFoundError(ServiceError):
 
     def __init__(self, model: str, known: tuple[str, ...]) -> None:
         names = ", ".join(known) or "none yet"
+        model = model[:64]  # what a caller sent, and a status has room for
         super().__init__(f"model {model!r} is not served here; known models: {names}")
         self.model = model
         self.known = known

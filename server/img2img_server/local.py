@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 import structlog
 
-from img2img_server.api.server import is_loopback, load_keys
+from img2img_server.api.server import load_keys
 from img2img_server.engine.model_spec import ModelError, read_model_spec
 from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
 from img2img_server.engines.child import Child
@@ -71,11 +71,7 @@ def local_settings(settings: Settings) -> Settings:
     """
     settings = settings.model_copy(update={"dev_key": settings.api_keys_file is None})
     load_keys(settings)
-    if settings.dev_key and not is_loopback(settings.http_host):
-        raise SettingsError(
-            f"refusing to listen on {settings.http_host} with the well-known development key: "
-            "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
-        )
+    settings.refuse_open_dev_key(settings.http_host)
     return settings.model_copy(
         update={
             "grpc_port": _port(settings.grpc_host, settings.grpc_port, "grpc_port"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Self
@@ -50,7 +51,10 @@ class Settings(BaseSettings):
     tls_key_file: Path | None = Field(None, description="PEM key of the gRPC server.")
 
     # Engines beside us.
-    nats_url: str = Field("nats://127.0.0.1:4222", description="NATS servers, comma separated.")
+    nats_url: SecretStr = Field(
+        SecretStr("nats://127.0.0.1:4222"),
+        description="NATS servers, comma separated; may hold a user and a password.",
+    )
     nats_creds_file: Path | None = Field(None, description="NATS credentials file.")
     nats_replicas: int = Field(1, ge=1, le=5, description="Replicas of streams and buckets.")
     s3_endpoint_url: str = Field("http://127.0.0.1:8333", description="S3 endpoint.")
@@ -137,6 +141,14 @@ class Settings(BaseSettings):
             raise ValueError("tls_cert_file and tls_key_file must be given together")
         return self
 
+    def refuse_open_dev_key(self, host: str) -> None:
+        """Raises SettingsError when the well-known key would be open to the network at `host`."""
+        if self.dev_key and not self.api_keys_file and not is_loopback(host):
+            raise SettingsError(
+                f"refusing to listen on {host} with the well-known development key: "
+                "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
+            )
+
     @classmethod
     def load(cls, **overrides: object) -> Settings:
         """Reads the environment; overrides win.
@@ -160,3 +172,11 @@ class Settings(BaseSettings):
         if mistakes:
             raise SettingsError("wrong settings:\n  " + "\n  ".join(mistakes))
         return settings
+
+
+def is_loopback(host: str) -> bool:
+    """Whether host names this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -16,6 +16,7 @@ from PIL import Image
 
 from img2img_client import InvalidRequestError, JobCancelledError
 from img2img_client.events import StepFinished
+from tests import pictures
 from tests.processes import Role
 from tests.real_stack import LONG, PHOTO, SHORT, RealStack, stack, worker
 
@@ -28,6 +29,13 @@ POST = "/api/v1/enterprise/realtime/img2img"
 async def get(url: str) -> tuple[int, str, bytes]:
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return answer.status, answer.content_type, await answer.read()
+
+
+async def test_idle_roles_are_small_and_know_no_torch(stack: RealStack, worker: Role) -> None:
+    for role in (stack.api, stack.gateway):
+        process = psutil.Process(role.pid)
+        assert process.memory_info().rss <= 150 * 2**20
+        assert not any("torch" in entry.path for entry in process.memory_maps())
 
 
 async def test_a_streamed_job_ends_with_a_link_that_serves_the_picture(
@@ -152,7 +160,17 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "width 513": ({"width": 513}, 400, ["width"]),
     "samples 9": ({"samples": 9}, 400, ["samples"]),
     "not an image": ({"init_image": "bm90IGFuIGltYWdl"}, 400, ["init_image"]),
-    "404 URL": ({"init_image": "http://127.0.0.1:9/x.png"}, 400, ["init_image"]),
+    "no such page": ({"init_image": "http://127.0.0.1:9/x.png"}, 400, ["init_image"]),
+    "60 megapixels": (
+        {"init_image": base64.b64encode(pictures.huge_png()).decode()},
+        400,
+        ["init_image"],
+    ),
+    "truncated JPEG": (
+        {"init_image": base64.b64encode(PHOTO.read_bytes()[:-2000]).decode()},
+        400,
+        ["init_image"],
+    ),
     "30 MB body": ({"init_image": "A" * 30_000_000}, 400, ["init_image"]),
     "several": ({"prompt": "", "width": 5, "samples": 0}, 400, ["prompt", "width", "samples"]),
 }
@@ -191,9 +209,3 @@ async def test_bad_input_over_http_is_typed_and_leaves_the_servers_as_they_were(
         async with session.post(stack.http_url + POST, json=good) as answer:
             assert (await answer.json())["status"] == "success"
     assert max(grown) < 60 * 2**20, [f"{it / 2**20:.0f} MiB" for it in grown]
-
-
-async def test_idle_roles_are_small_and_know_no_torch(stack: RealStack, worker: Role) -> None:
-    for role in (stack.api, stack.gateway):
-        process = psutil.Process(role.pid)
-        assert not any("torch" in entry.path for entry in process.memory_maps())

@@ -1,8 +1,16 @@
 """Settings report every mistake at once and hide secrets."""
 
+import asyncio
+
 import pytest
 
+from benchmarks.local_stack import free_port
+from img2img_server.api.server import load_keys
+from img2img_server.bus import connect_bus
+from img2img_server.errors import UnavailableError
+from img2img_server.gateway.server import serve
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.store.memory import MemoryBlobStore
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +44,32 @@ def test_one_half_of_a_tls_pair_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         Settings.load()
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-box"])
+async def test_the_development_key_opens_no_server_to_the_network(host: str) -> None:
+    settings = Settings(dev_key=True, grpc_host=host, http_host=host, metrics_port=0)
+    with pytest.raises(SettingsError, match="refusing to listen"):
+        load_keys(settings)
+    with pytest.raises(SettingsError, match="refusing to listen"):
+        await serve(settings, MemoryBlobStore(), asyncio.Event())
+
+
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMG2IMG_S3_SECRET_KEY", "do-not-show")
     monkeypatch.setenv("IMG2IMG_WEBHOOK_SECRET", "neither-this")
+    monkeypatch.setenv("IMG2IMG_NATS_URL", "nats://user:password-too@127.0.0.1:1")
     text = repr(Settings.load())
+    assert "password-too" not in text
     assert "do-not-show" not in text
     assert "neither-this" not in text
+
+
+async def test_a_bus_that_is_not_there_is_named_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("img2img_server.wire.connection.CONNECT_SECONDS", 0.3)
+    url = f"nats://user:password-too@127.0.0.1:{free_port()}"
+    with pytest.raises(UnavailableError) as caught:
+        async with connect_bus(Settings(nats_url=url)):
+            pass
+    assert "127.0.0.1" in str(caught.value)
+    assert "password-too" not in str(caught.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -145,20 +144,8 @@ def load_keys(settings: Settings) -> KeyRing:
         raise SettingsError(
             "no API keys: set IMG2IMG_API_KEYS_FILE (make keys with `img2img-server keys`)"
         )
-    if settings.dev_key and not settings.api_keys_file and not is_loopback(settings.grpc_host):
-        raise SettingsError(
-            f"refusing to listen on {settings.grpc_host} with the well-known development key: "
-            "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
-        )
+    settings.refuse_open_dev_key(settings.grpc_host)
     return keys
-
-
-def is_loopback(host: str) -> bool:
-    """Whether host names this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def server_options(settings: Settings) -> list[tuple[str, int]]:

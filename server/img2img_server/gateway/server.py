@@ -36,6 +36,7 @@ async def serve(
     started: Callable[[str], None] | None = None,
 ) -> None:
     """Serves on a store that exists already; the order of stopping stands at the end."""
+    settings.refuse_open_dev_key(settings.http_host)
     listener = _listen(settings)
     address = f"{settings.http_host}:{listener.getsockname()[1]}"
     async with (

@@ -72,7 +72,8 @@ class Link:
                     drain_timeout=3,
                 )
         except (*faults.DOWN, nats.errors.Error) as error:
-            raise UnavailableError(f"no connection to the bus at {', '.join(servers)}") from error
+            shown = ", ".join(server.rpartition("@")[2] for server in servers)  # no passwords
+            raise UnavailableError(f"no connection to the bus at {shown}") from error
         self._up.set()
 
     async def close(self) -> None:

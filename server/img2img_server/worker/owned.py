@@ -29,6 +29,11 @@ from img2img_server.worker.parts import Parts
 
 log = structlog.get_logger()
 
+STAGES = (
+    *("queue", "fetch", "prepare", "encode", "denoise", "decode", "safety", "image_encode"),
+    *("upload", "engine", "total"),
+)
+
 
 class OwnedJob:
     """Every change of the job goes through here: the record, then the outbox, the log, the queue.
@@ -107,7 +112,7 @@ class OwnedJob:
             await self.delivery.ack()
         job = self.job
         JOBS_ENDED.labels(job.params.model, job.state).inc()
-        for stage in ("queue", "fetch", "prepare", "engine", "safety", "upload", "total"):
+        for stage in STAGES if job.state is State.SUCCEEDED else ():
             STAGE_SECONDS.labels(stage).observe(getattr(job.timings, stage))
         log.info(
             "job ended",
