@@ -1,45 +1,21 @@
-"""The step loop: one thread owns the device, and all jobs take their steps together.
-
-    take commands -> pick a batch -> encode what is new -> one forward -> decode what is done
-
-Rows join and leave at every step. What a row's neighbours are changes no more than the last bits
-of its arithmetic. An error stays with the row that causes it.
-"""
+"""The engine: one thread owns the device; others hand it commands, which it takes between steps."""
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from img2img_server.domain.events import Stage
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
-from img2img_server.engine.base import (
-    EngineJob,
-    JobDone,
-    JobError,
-    JobStopped,
-    PreviewReady,
-    SampleReady,
-    Sink,
-    StageDone,
-    StepDone,
-)
+from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
-from img2img_server.engine.isolation import failure_of
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.runs import Run, Sample, emit, runs_of
-from img2img_server.engine.scheduler import Batch, Scheduler
-from img2img_server.engine.stages import Stages
+from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,14 +52,12 @@ class DiffusionEngine:
         self._denoiser = denoiser
         self._spec = spec
         self._capacity_rows = capacity_rows
-        self._stages = Stages(denoiser, self._note_split)
-        self._scheduler = Scheduler(capacity_rows, denoiser.max_work)
-        self._runs: dict[int, Run] = {}
+        self._loop = StepLoop(denoiser, spec, capacity_rows)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = False
         self._busy_seconds = 0.0
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
@@ -125,165 +99,30 @@ class DiffusionEngine:
             self._commands.put(_Stop())
         self._thread.join()
 
-    def _loop(self) -> None:
+    def _run(self) -> None:
         device = self._denoiser.device
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # events and streams are those of the thread's device
         with torch.inference_mode():
             while self._take_commands():
                 began = time.monotonic()
-                batch = self._scheduler.next_batch(began)
-                if batch is not None:
-                    self._run_safely(batch)
-                    self._busy_seconds += time.monotonic() - began
-        for run in self._runs.values():
-            run.emit(JobStopped())
-        self._runs.clear()
+                self._loop.run_batch()
+                self._busy_seconds += time.monotonic() - began
+        self._loop.stop_all()
 
     def _take_commands(self) -> bool:
         """Takes what has come in; waits when there is nothing to run. Returns whether to go on."""
         while True:
             try:
-                command = self._commands.get(block=not len(self._scheduler))
+                command = self._commands.get(block=not self._loop.has_work)
             except queue.Empty:
                 return True
             match command:
                 case _Submit():
-                    self._begin(command.job, command.sink)
+                    self._loop.begin(command.job, command.sink)
                 case _Cancel():
-                    self._end(command.job_id, JobStopped())
+                    self._loop.cancel(command.job_id)
                 case _ClearCache():
-                    self._stages.clear_cache()
+                    self._loop.clear_cache()
                 case _Stop():
                     return False
-
-    def _begin(self, job: EngineJob, sink: Sink) -> None:
-        denoiser = self._denoiser
-        try:
-            if job.job_id in self._runs:
-                raise EngineError("the job runs here already")
-            if sentence := self._spec.refusal(job.height, job.width, job.num_inference_steps):
-                raise EngineError(sentence)
-            slots = denoiser.slots(job.guidance_scale)
-            schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
-            run = Run.begin(job, sink, schedule, slots, denoiser.device)
-        except Exception as error:
-            _log.exception("job %d cannot begin", job.job_id)
-            emit(sink, job, JobError(failure_of(error, job)))
-            return
-        if not schedule.steps:
-            for index in range(len(job.seeds)):
-                run.emit(SampleReady(index, job.init_image.copy()))
-            run.emit(JobDone(run.timings(time.monotonic())))
-            return
-        self._runs[job.job_id] = run
-        now = time.monotonic()
-        for row in run.rows(now):
-            self._scheduler.add(row, now)
-
-    def _end(self, job_id: int, event: JobDone | JobStopped | JobError) -> None:
-        run = self._runs.pop(job_id, None)
-        if run is not None:
-            self._scheduler.cancel(job_id)
-            run.emit(event)
-
-    def _fail(self, run: Run, error: Exception) -> None:
-        if run.job.job_id in self._runs:
-            _log.error("job %d failed", run.job.job_id, exc_info=error)
-            self._end(run.job.job_id, JobError(failure_of(error, run.job)))
-
-    def _run_safely(self, batch: Batch) -> None:
-        """Runs a batch. The thread outlives also what nobody has thought of."""
-        try:
-            self._run_batch(batch)
-        except Exception as error:
-            for row in batch.rows:
-                if run := self._runs.get(row.job_id):
-                    self._fail(run, error)
-
-    def _run_batch(self, batch: Batch) -> None:
-        runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
-        new = [run for run in runs.values() if not run.is_prepared]
-        first = batch.rows[0]
-        most = self._denoiser.pictures_at_once(first.height, first.width)
-        # Those that run already do not wait until all new ones are encoded.
-        self._encode(new[:most])
-        late = {run.job.job_id for run in new[most:]}
-        self._scheduler.put_back([row.key for row in batch.rows if row.job_id in late])
-        rows = [row for row in batch.rows if row.job_id in self._runs.keys() - late]
-        samples = [self._runs[row.job_id].samples[row.sample] for row in rows]
-        self._step(samples)
-        finished = set(self._scheduler.complete([row.key for row in rows], time.monotonic()))
-        self._report_steps([sample for sample in samples if self._is_alive(sample)])
-        done = [sample for sample in samples if sample.key in finished]
-        for start in range(0, len(done), most):
-            self._decode(done[start : start + most])
-
-    def _is_alive(self, sample: Sample) -> bool:
-        return sample.run.job.job_id in self._runs
-
-    def _encode(self, runs: Sequence[Run]) -> None:
-        if not runs:
-            return
-        began = time.monotonic()
-        failed = self._stages.encode(runs)
-        for run in runs:
-            run.started, run.encode = began, time.monotonic() - began
-            if run.is_prepared:
-                run.emit(StageDone(Stage.TEXT_ENCODED))
-                run.emit(StageDone(Stage.IMAGE_ENCODED))
-        for run, error in failed:
-            self._fail(run, error)
-
-    def _step(self, samples: Sequence[Sample]) -> None:
-        if not samples:
-            return
-        began = time.monotonic()
-        failed = self._stages.step(samples)
-        took = time.monotonic() - began
-        slots = sum(sample.run.slots for sample in samples)
-        for run in runs_of(samples):
-            own = sum(run.slots for sample in samples if sample.run is run)
-            run.note_step(took, own / slots)
-        for sample, error in failed:
-            self._fail(sample.run, error)
-
-    def _note_split(self, samples: Sequence[Sample]) -> None:
-        """Learns from an out-of-memory: later batches of that size are smaller from the start."""
-        job = samples[0].run.job
-        slots = sum(sample.run.slots for sample in samples)
-        self._scheduler.limit(job.height, job.width, slots // 2)
-        _log.warning("%d forwards of %dx%d do not fit the device", slots, job.width, job.height)
-
-    def _report_steps(self, samples: Sequence[Sample]) -> None:
-        wanted = []
-        for sample in samples:
-            run, step, total = sample.run, sample.steps_done, len(sample.run.schedule.steps)
-            sigma = run.schedule.steps[step - 1].sigma_after
-            run.emit(StepDone(sample.index, step, total, sigma))
-            every = run.job.preview_interval_steps
-            if every and step % every == 0 and step < total:
-                wanted.append(sample)
-        previews, failed = self._stages.preview(wanted)
-        for sample, pixels in previews:
-            sample.run.emit(PreviewReady(sample.index, sample.steps_done, pixels))
-        for sample, error in failed:
-            # A job can do without its previews.
-            _log.warning("a preview of job %d failed", sample.run.job.job_id, exc_info=error)
-
-    def _decode(self, samples: Sequence[Sample]) -> None:
-        if not samples:
-            return
-        began = time.monotonic()
-        pictures, failed = self._stages.decode(samples)
-        for run in runs_of(samples):
-            run.decode += time.monotonic() - began
-        for sample, error in failed:
-            self._fail(sample.run, error)
-        for sample, pixels in pictures:
-            run = sample.run
-            if self._is_alive(sample):
-                run.emit(SampleReady(sample.index, pixels))
-                run.unfinished -= 1
-                if not run.unfinished:
-                    self._end(run.job.job_id, JobDone(run.timings(time.monotonic())))

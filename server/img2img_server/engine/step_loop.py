@@ -1,0 +1,203 @@
+"""The step loop's work: every call runs one step of all the rows that share it.
+
+    pick a batch -> encode what is new -> one forward -> decode what is done
+
+Rows join and leave at every step. What a row's neighbours are changes no more than the last bits
+of its arithmetic. An error stays with the row that causes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from img2img_server.domain.events import Stage
+from img2img_server.engine.base import (
+    EngineJob,
+    JobDone,
+    JobError,
+    JobStopped,
+    PreviewReady,
+    SampleReady,
+    Sink,
+    StageDone,
+    StepDone,
+)
+from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.isolation import failure_of
+from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.engine.runs import Run, Sample, emit, runs_of
+from img2img_server.engine.scheduler import Batch, Scheduler
+from img2img_server.engine.stages import Stages
+from img2img_server.errors import EngineError
+
+_log = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """The jobs in the engine and their next steps. For one thread, the one that owns the device.
+
+    Args:
+        spec: the model's name, defaults and limits.
+        capacity_rows: most forwards of a batch; a guided sample takes two of them.
+    """
+
+    def __init__(self, denoiser: Denoiser, spec: ModelSpec, capacity_rows: int) -> None:
+        self._denoiser = denoiser
+        self._spec = spec
+        self._stages = Stages(denoiser, self._note_split)
+        self._scheduler = Scheduler(capacity_rows, denoiser.max_work)
+        self._runs: dict[int, Run] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return len(self._scheduler) > 0
+
+    def cancel(self, job_id: int) -> None:
+        """Ends a job; nothing happens when there is no such one."""
+        self._end(job_id, JobStopped())
+
+    def stop_all(self) -> None:
+        """Ends every job."""
+        for job_id in list(self._runs):
+            self.cancel(job_id)
+
+    def clear_cache(self) -> None:
+        """Forgets what is kept for speed only."""
+        self._stages.clear_cache()
+
+    def begin(self, job: EngineJob, sink: Sink) -> None:
+        """Takes a job in, or ends it at once: refused, or with nothing to do."""
+        denoiser = self._denoiser
+        try:
+            if job.job_id in self._runs:
+                raise EngineError("the job runs here already")
+            if sentence := self._spec.refusal(job.height, job.width, job.num_inference_steps):
+                raise EngineError(sentence)
+            slots = denoiser.slots(job.guidance_scale)
+            schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
+            run = Run.begin(job, sink, schedule, slots, denoiser.device)
+        except Exception as error:
+            _log.exception("job %d cannot begin", job.job_id)
+            emit(sink, job, JobError(failure_of(error, job)))
+            return
+        if not schedule.steps:
+            for index in range(len(job.seeds)):
+                run.emit(SampleReady(index, job.init_image.copy()))
+            run.emit(JobDone(run.timings(time.monotonic())))
+            return
+        self._runs[job.job_id] = run
+        now = time.monotonic()
+        for row in run.rows(now):
+            self._scheduler.add(row, now)
+
+    def _end(self, job_id: int, event: JobDone | JobStopped | JobError) -> None:
+        run = self._runs.pop(job_id, None)
+        if run is not None:
+            self._scheduler.cancel(job_id)
+            run.emit(event)
+
+    def _fail(self, run: Run, error: Exception) -> None:
+        if run.job.job_id in self._runs:
+            _log.error("job %d failed", run.job.job_id, exc_info=error)
+            self._end(run.job.job_id, JobError(failure_of(error, run.job)))
+
+    def run_batch(self) -> None:
+        """Runs the next step of what the scheduler picks. Raises nothing, whatever happens."""
+        batch = self._scheduler.next_batch(time.monotonic())
+        if batch is None:
+            return
+        try:
+            self._run_batch(batch)
+        except Exception as error:
+            for row in batch.rows:
+                if run := self._runs.get(row.job_id):
+                    self._fail(run, error)
+
+    def _run_batch(self, batch: Batch) -> None:
+        runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
+        new = [run for run in runs.values() if not run.is_prepared]
+        first = batch.rows[0]
+        most = self._denoiser.pictures_at_once(first.height, first.width)
+        # Those that run already do not wait until all new ones are encoded.
+        self._encode(new[:most])
+        late = {run.job.job_id for run in new[most:]}
+        self._scheduler.put_back([row.key for row in batch.rows if row.job_id in late])
+        rows = [row for row in batch.rows if row.job_id in self._runs.keys() - late]
+        samples = [self._runs[row.job_id].samples[row.sample] for row in rows]
+        self._step(samples)
+        finished = set(self._scheduler.complete([row.key for row in rows], time.monotonic()))
+        self._report_steps([sample for sample in samples if self._is_alive(sample)])
+        done = [sample for sample in samples if sample.key in finished]
+        for start in range(0, len(done), most):
+            self._decode(done[start : start + most])
+
+    def _is_alive(self, sample: Sample) -> bool:
+        return sample.run.job.job_id in self._runs
+
+    def _encode(self, runs: Sequence[Run]) -> None:
+        if not runs:
+            return
+        began = time.monotonic()
+        failed = self._stages.encode(runs)
+        for run in runs:
+            run.started, run.encode = began, time.monotonic() - began
+            if run.is_prepared:
+                run.emit(StageDone(Stage.TEXT_ENCODED))
+                run.emit(StageDone(Stage.IMAGE_ENCODED))
+        for run, error in failed:
+            self._fail(run, error)
+
+    def _step(self, samples: Sequence[Sample]) -> None:
+        if not samples:
+            return
+        began = time.monotonic()
+        failed = self._stages.step(samples)
+        took = time.monotonic() - began
+        slots = sum(sample.run.slots for sample in samples)
+        for run in runs_of(samples):
+            own = sum(run.slots for sample in samples if sample.run is run)
+            run.note_step(took, own / slots)
+        for sample, error in failed:
+            self._fail(sample.run, error)
+
+    def _note_split(self, samples: Sequence[Sample]) -> None:
+        """Learns from an out-of-memory: later batches of that size are smaller from the start."""
+        job = samples[0].run.job
+        slots = sum(sample.run.slots for sample in samples)
+        self._scheduler.limit(job.height, job.width, slots // 2)
+        _log.warning("%d forwards of %dx%d do not fit the device", slots, job.width, job.height)
+
+    def _report_steps(self, samples: Sequence[Sample]) -> None:
+        wanted = []
+        for sample in samples:
+            run, step, total = sample.run, sample.steps_done, len(sample.run.schedule.steps)
+            sigma = run.schedule.steps[step - 1].sigma_after
+            run.emit(StepDone(sample.index, step, total, sigma))
+            every = run.job.preview_interval_steps
+            if every and step % every == 0 and step < total:
+                wanted.append(sample)
+        previews, failed = self._stages.preview(wanted)
+        for sample, pixels in previews:
+            sample.run.emit(PreviewReady(sample.index, sample.steps_done, pixels))
+        for sample, error in failed:
+            # A job can do without its previews.
+            _log.warning("a preview of job %d failed", sample.run.job.job_id, exc_info=error)
+
+    def _decode(self, samples: Sequence[Sample]) -> None:
+        if not samples:
+            return
+        began = time.monotonic()
+        pictures, failed = self._stages.decode(samples)
+        for run in runs_of(samples):
+            run.decode += time.monotonic() - began
+        for sample, error in failed:
+            self._fail(sample.run, error)
+        for sample, pixels in pictures:
+            run = sample.run
+            if self._is_alive(sample):
+                run.emit(SampleReady(sample.index, pixels))
+                run.unfinished -= 1
+                if not run.unfinished:
+                    self._end(run.job.job_id, JobDone(run.timings(time.monotonic())))
