@@ -191,7 +191,7 @@ class JobSpec(_message.Message):
     """Number of pictures: 1 to 4, default 1. Picture i uses seed (seed + i) mod 2^32."""
     strength: _builtins.float
     """How much is made anew: 0.0 returns the prepared init image, 1.0 keeps nothing of it.
-    Default 0.7.
+    Default 0.7, unless the model names another, see GetCapabilities.
     """
     seed: _builtins.int
     """Start of the random numbers: 0 to 4294967295. Absent: drawn at random once for the job."""
@@ -212,8 +212,8 @@ class JobSpec(_message.Message):
     model: _builtins.str
     """Model by name, see GetCapabilities. Default: the server's default model."""
     num_inference_steps: _builtins.int
-    """Steps of the full schedule, of which about strength x steps run: 1 to 100.
-    Default: the model's own.
+    """Steps of the full schedule, of which about strength x steps run: 1 to 100, or to the model's
+    own limit when that is lower. Default: the model's own.
     """
     guidance_scale: _builtins.float
     """Classifier-free guidance: 0.0 to 30.0; 1.0 and below turn it off. Default: the model's own."""
