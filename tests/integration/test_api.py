@@ -486,3 +486,13 @@ async def test_health_and_reflection_answer_without_a_key() -> None:
         call = reflection.ServerReflectionInfo(iter([ask]), timeout=WAIT_SECONDS)
         services = [s.name async for m in call for s in m.list_services_response.service]
         assert "img2img.v1.Img2ImgService" in services
+
+
+async def test_a_stranger_is_refused_before_a_large_request_is_read() -> None:
+    async with running_stack() as stack:
+        large = spec(init_image=job_pb2.InitImage(data=bytes(60 * 2**20)))  # above the limit, too
+        request = service_pb2.CreateJobRequest(spec=large)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.stub.CreateJob(request, metadata=(("authorization", "Bearer no"),))
+        assert refusal(caught.value).reason == "INVALID_API_KEY"
+        assert kinds([m async for m in stack.api.generate(spec())])[-1] == "succeeded"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, NoReturn, TypeAlias
 
@@ -84,63 +84,72 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         if not details.method.startswith(PACKAGE) or handler is None:
             return handler
         method = details.method.rpartition("/")[2]
+        principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
+        if principal is None:
+            # As a stream of requests, of which none is read: strangers make us hold no megabytes.
+            return grpc.stream_stream_rpc_method_handler(_refusing(method))
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._streaming(method, handler.unary_stream),
+                _streaming(method, principal, handler.unary_stream),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, handler.unary_unary),
+            _unary(method, principal, handler.unary_unary),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
-    def _authenticate(self, context: Context) -> None:
-        principal = self._keys.authenticate(bearer_key(context))
-        if principal is None:
-            raise errors.UnauthenticatedError
+
+# grpc keeps the exception of an abort in a cycle with the call's context. What its frames hold
+# lives until the collector comes by: the request, of megabytes, must be gone before.
+
+
+def _refusing(method: str) -> Callable[..., Awaitable[None]]:
+    async def call(_: Any, context: Context) -> None:
+        with _Measured(method) as measured:
+            await abort(context, measured.failed(errors.UnauthenticatedError()))
+
+    return call
+
+
+def _unary(method: str, principal: Principal, inner: Any) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: Context) -> Any:
         _principal.set(principal)
+        with _Measured(method) as measured:
+            try:
+                return await inner(request, context)
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                status = measured.failed(error)
+            del request
+            return await abort(context, status)
 
-    # grpc keeps the exception of an abort in a cycle with the call's context. What its frames hold
-    # lives until the collector comes by: the request, of megabytes, must be gone before.
-
-    def _unary(self, method: str, inner: Any) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, context: Context) -> Any:
-            with _Measured(method) as measured:
-                try:
-                    self._authenticate(context)
-                    return await inner(request, context)
-                except (grpc.aio.AbortError, asyncio.CancelledError):
-                    raise
-                except Exception as error:
-                    status = measured.failed(error)
-                del request
-                return await abort(context, status)
-
-        return call
-
-    def _streaming(self, method: str, inner: Any) -> Callable[..., AsyncIterator[Any]]:
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            with _Measured(method) as measured:
-                try:
-                    self._authenticate(context)
-                    async for message in inner(request, context):
-                        yield message
-                    return
-                except (grpc.aio.AbortError, asyncio.CancelledError):
-                    raise
-                except Exception as error:
-                    status = measured.failed(error)
-                del request
-                await abort(context, status)
-
-        return call
+    return call
 
 
-def bearer_key(context: Context) -> str:
+def _streaming(method: str, principal: Principal, inner: Any) -> Callable[..., AsyncIterator[Any]]:
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        _principal.set(principal)
+        with _Measured(method) as measured:
+            try:
+                async for message in inner(request, context):
+                    yield message
+                return
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                status = measured.failed(error)
+            del request
+            await abort(context, status)
+
+    return call
+
+
+def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """The key of "authorization: Bearer KEY"; empty when there is none."""
-    for name, value in context.invocation_metadata() or ():
+    for name, value in metadata or ():
         if name == "authorization" and isinstance(value, str):
             scheme, _, key = value.partition(" ")
             if scheme.lower() == "bearer":
