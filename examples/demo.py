@@ -66,7 +66,8 @@ async def running(
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
         except TimeoutError:
             print(f"{command[0]} did not stop in {STOP_SECONDS:.0f} s: killed", file=sys.stderr)
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
 
 

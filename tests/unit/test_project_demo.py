@@ -24,7 +24,7 @@ trap 'echo stopping >&2; echo yes > "$DEMO/stopped"; kill $!; exit 0' TERM
 echo "not ready yet" >&2
 echo "starting"
 echo "{READY}"
-sleep 60 & wait
+sleep 60 > /dev/null 2>&1 & wait
 """
 CLIENT = """\
 #!/bin/sh
