@@ -24,6 +24,7 @@ from img2img_server.bus import Bus, memory_bus
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.images.base import FetchError
 from img2img_server.lifecycle import RestartError
+from img2img_server.prompts.base import AsSent, PromptRewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.memory import FixedSafetyChecker
 from img2img_server.settings import Settings
@@ -169,6 +170,7 @@ async def running_worker(
     name: str = "w1",
     blobs: MemoryBlobStore | None = None,
     safety: SafetyChecker | None = None,
+    rewriter: PromptRewriter | None = None,
     config: Settings | None = None,
 ) -> AsyncIterator[RunningWorker]:
     """A worker on the bus, announced and pulling."""
@@ -177,7 +179,9 @@ async def running_worker(
     stop = asyncio.Event()
     await blobs.prepare()
     checker = safety or FixedSafetyChecker(0.0)
-    task = asyncio.create_task(work(config or settings(), name, bus, blobs, engine, checker, stop))
+    writer = rewriter or AsSent()
+    working = work(config or settings(), name, bus, blobs, engine, checker, writer, stop)
+    task = asyncio.create_task(working)
     try:
         while all(worker.name != name for worker in await bus.workers.workers()):
             if task.done():

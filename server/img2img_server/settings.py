@@ -88,6 +88,20 @@ class Settings(BaseSettings):
         0.8, ge=0.0, le=1.0, description="Score from which a picture is blanked."
     )
 
+    # Prompts.
+    prompt_rewriter: str = Field(
+        "rules",
+        pattern="^(off|rules|model)$",
+        description="What enhance_prompt does: nothing but a warning, terms added by rules, or a "
+        "language model on the worker. The same for api and worker.",
+    )
+    prompt_model: str = Field(
+        "", description="Directory of the language model: text-to-text or causal, by transformers."
+    )
+    prompt_template: str = Field(
+        "{prompt}", description="What the language model is asked, with {prompt} in it."
+    )
+
     # Limits.
     queue_limit: int = Field(
         15, ge=1, description="Most unfinished jobs of a tenant, by model and lane."
@@ -139,6 +153,10 @@ class Settings(BaseSettings):
     def _pairs(self) -> Self:
         if bool(self.tls_cert_file) != bool(self.tls_key_file):
             raise ValueError("tls_cert_file and tls_key_file must be given together")
+        if (self.prompt_rewriter == "model") != bool(self.prompt_model):
+            raise ValueError("prompt_model belongs to prompt_rewriter=model, and it to that")
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError("prompt_template must have {prompt} in it")
         return self
 
     def refuse_open_dev_key(self, host: str) -> None:

@@ -25,6 +25,7 @@ from img2img_server.domain.params import (
 from img2img_server.images.base import CheckedImage, InvalidImageError
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.images.prepare import check_image
+from img2img_server.prompts.choose import api_rewriter
 from img2img_server.queue.base import JobQueue
 from img2img_server.settings import Settings
 from img2img_server.store.base import WorkerRegistry
@@ -47,6 +48,8 @@ class Admitted:
     """A request that may become a job: as understood, with its picture and what is known."""
 
     params: JobParams
+    original_prompt: str
+    warning: str
     image: CheckedImage
     fetch_seconds: float
     position: int  # jobs before it
@@ -64,6 +67,7 @@ class Admission:
         self._workers = workers
         self._fetch = fetch
         self._estimator = Estimator(queue, workers)
+        self._rewriter = api_rewriter(settings)
         self._outbound = OutboundPolicy.parse(settings.outbound_allow)
         self.limits = image_limits(settings)
 
@@ -102,6 +106,10 @@ class Admission:
         remaining = caller.remaining_seconds
         if remaining is not None and eta is not None and eta > remaining:
             raise errors.DeadlineTooShortError(remaining, eta)
+        original_prompt, warning = params.prompt, ""
+        if params.enhance_prompt:
+            prompt = self._rewriter.rewrite(params.prompt, params.seed)
+            params, warning = replace(params, prompt=prompt), self._rewriter.warning
         params = replace(
             params,
             num_inference_steps=params.num_inference_steps or model.default_num_inference_steps,
@@ -112,7 +120,8 @@ class Admission:
             ),
             scheduler=params.scheduler or model.schedulers[0],
         )
-        return Admitted(params, image, time.monotonic() - started, position, eta)
+        seconds = time.monotonic() - started
+        return Admitted(params, original_prompt, warning, image, seconds, position, eta)
 
     def _context(self, model: ModelInfo | None) -> ValidationContext:
         listed = self._outbound.lists_host

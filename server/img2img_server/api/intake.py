@@ -25,8 +25,6 @@ from img2img_server.telemetry import JOBS_CREATED
 
 log = structlog.get_logger()
 
-NO_REWRITER = "enhance_prompt: no rewriter is installed, the prompt was used as sent"
-
 
 class Intake:
     """Takes requests in. One for the life of the api."""
@@ -130,7 +128,6 @@ class Intake:
 
     def _record(self, job_id: int, accepted: Admitted, caller: Caller) -> Job:
         params = accepted.params
-        warnings = [NO_REWRITER] * params.enhance_prompt
         job = Job(
             id=job_id,
             tenant=caller.principal.tenant,
@@ -138,9 +135,9 @@ class Intake:
             file_prefix=str(uuid.uuid4()),
             future_urls=(),
             create_time=time.time(),
-            original_prompt=params.prompt,
+            original_prompt=accepted.original_prompt,
             timings=Timings(fetch=accepted.fetch_seconds),
-            warning="; ".join(warnings),
+            warning=accepted.warning,
         )
         base = (self._settings.public_base_url or caller.link_base).rstrip("/")
         urls = tuple(f"{base}/{job.file_key(index)}" for index in range(params.samples))

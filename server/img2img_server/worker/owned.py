@@ -27,6 +27,8 @@ from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
 from img2img_server.webhooks.record import announce
 from img2img_server.worker.parts import Parts
 
+REWRITER_FAILED = "enhance_prompt: the rewriter failed, the prompt was used as sent"
+
 log = structlog.get_logger()
 
 STAGES = (
@@ -67,6 +69,7 @@ class OwnedJob:
             return False
         if self.job.state is State.RUNNING:
             REDELIVERIES.inc()
+        await self._rewrite_prompt()
         await self._change(
             Started(
                 worker=self._parts.name,
@@ -75,6 +78,19 @@ class OwnedJob:
             )
         )
         return True
+
+    async def _rewrite_prompt(self) -> None:
+        """Puts the text to use into the record, unless that has happened. Never fails the job."""
+        params, warning = self.job.params, self.job.warning
+        if not params.enhance_prompt or params.prompt != self.job.original_prompt:
+            return
+        rewriter, prompt = self._parts.rewriter, params.prompt
+        try:
+            prompt = await asyncio.to_thread(rewriter.rewrite, prompt, params.seed)
+        except Exception as error:
+            log.error("the prompt was not rewritten", exc_info=error)
+            warning = REWRITER_FAILED
+        self.job = replace(self.job, params=replace(params, prompt=prompt), warning=warning)
 
     async def tell(self, event: Event) -> None:
         """Appends an event that changes nothing in the record.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import Engine
+from img2img_server.prompts.base import PromptRewriter
 from img2img_server.queue.base import EventLog, JobQueue
 from img2img_server.queue.outbox import Outbox
 from img2img_server.safety.base import SafetyChecker
@@ -63,4 +64,5 @@ class Parts:
     safety: SafetyChecker
     safety_threshold: float
     max_attempts: int
+    rewriter: PromptRewriter
     pace: Pace = field(default_factory=Pace)

@@ -12,6 +12,8 @@ import structlog
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.engine.base import Engine
 from img2img_server.engine.model_spec import ModelError
+from img2img_server.prompts.base import PromptRewriter
+from img2img_server.prompts.choose import worker_rewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings, SettingsError
@@ -37,6 +39,7 @@ async def serve_worker(
         connect_blobs(settings) as blobs,
     ):
         safety = NsfwChecker()
+        rewriter = await asyncio.to_thread(worker_rewriter, settings)
         try:
             engine, _, _ = await asyncio.gather(
                 asyncio.to_thread(load_engine, settings), blobs.prepare(), safety.warm_up()
@@ -49,7 +52,7 @@ async def serve_worker(
             ready = True
             if started:
                 started(name)
-            await work(settings, name, bus, blobs, engine, safety, stop)
+            await work(settings, name, bus, blobs, engine, safety, rewriter, stop)
         finally:
             await asyncio.to_thread(engine.stop)
     log.info("worker stopped")
@@ -62,6 +65,7 @@ async def work(
     blobs: BlobStore,
     engine: Engine,
     safety: SafetyChecker,
+    rewriter: PromptRewriter,
     stop: asyncio.Event,
 ) -> None:
     """Works on parts that exist already, until `stop` is set."""
@@ -76,6 +80,7 @@ async def work(
         safety=safety,
         safety_threshold=settings.safety_threshold,
         max_attempts=settings.max_attempts,
+        rewriter=rewriter,
     )
     worker = Worker(parts, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
     await worker.run(stop)
