@@ -20,6 +20,12 @@ from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, WorkerRegistry
 from img2img_server.store.jobs_kv import KvJobStore
 from img2img_server.store.memory import MemoryJobStore, MemoryWorkerRegistry
+from img2img_server.store.tenants import (
+    TenantStorage,
+    kv_tenant_storage,
+    memory_tenant_storage,
+)
+from img2img_server.store.vault import Vault
 from img2img_server.store.workers_kv import KvWorkerRegistry
 from img2img_server.wire.connection import connect
 from img2img_server.wire.topology import HOUR, Bounds, prepare
@@ -35,6 +41,7 @@ class Bus:
     jobs: JobStore
     workers: WorkerRegistry
     outbox: Outbox
+    storage: TenantStorage
 
 
 @asynccontextmanager
@@ -47,7 +54,9 @@ async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIter
 
     Raises:
         UnavailableError: no connection within ten seconds.
+        SettingsError: a storage key is malformed.
     """
+    vault = Vault(settings.storage_keys.get_secret_value())
     servers = [
         url.strip() for url in settings.nats_url.get_secret_value().split(",") if url.strip()
     ]
@@ -62,6 +71,7 @@ async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIter
             jobs=KvJobStore(link),
             workers=KvWorkerRegistry(link),
             outbox=JetStreamOutbox(link),
+            storage=kv_tenant_storage(link, vault),
         )
 
 
@@ -75,7 +85,9 @@ def _bounds(settings: Settings) -> Bounds:
     )
 
 
-def memory_bus(*, queue_limit: int = 15, ack_wait_seconds: float = 15.0) -> Bus:
+def memory_bus(
+    *, queue_limit: int = 15, ack_wait_seconds: float = 15.0, storage_keys: str = ""
+) -> Bus:
     """A bus of one process, for tests."""
     return Bus(
         queue=MemoryJobQueue(limit=queue_limit, ack_wait_seconds=ack_wait_seconds),
@@ -84,4 +96,5 @@ def memory_bus(*, queue_limit: int = 15, ack_wait_seconds: float = 15.0) -> Bus:
         jobs=MemoryJobStore(),
         workers=MemoryWorkerRegistry(),
         outbox=MemoryOutbox(),
+        storage=memory_tenant_storage(Vault(storage_keys)),
     )

@@ -11,6 +11,7 @@ ServiceError
 ├── JobNotEndedError           FAILED_PRECONDITION  JOB_NOT_ENDED
 ├── NoWebhookError             FAILED_PRECONDITION  NO_WEBHOOK
 ├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry
+├── StorageKeysMissingError    FAILED_PRECONDITION  STORAGE_KEYS_MISSING
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
 ├── TooManyWatchersError       RESOURCE_EXHAUSTED   TOO_MANY_WATCHERS    retry
 ├── TooManyWebhooksError       RESOURCE_EXHAUSTED   TOO_MANY_WEBHOOKS    retry
@@ -219,6 +220,18 @@ class DeadlineTooShortError(ServiceError):
             "remaining_seconds": f"{self.remaining_seconds:.1f}",
             "needed_seconds": f"{self.needed_seconds:.1f}",
         }
+
+
+class StorageKeysMissingError(ServiceError):
+    """The operator gave no key to seal storage details with."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "STORAGE_KEYS_MISSING"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server cannot keep S3 details: its operator must set IMG2IMG_STORAGE_KEYS"
+        )
 
 
 class QueueFullError(ServiceError):

@@ -71,6 +71,13 @@ class Settings(BaseSettings):
         False, description="Accept the API key `dev-key`; loopback only. `local` turns it on."
     )
 
+    storage_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Fernet keys, comma separated, that seal the S3 details of tenants: the first "
+        "seals, all open. The same for api and worker; `local` makes one. Empty: tenants cannot "
+        "store S3 details.",
+    )
+
     # The model.
     model: str = Field(
         "", description="Diffusers directory or hub id. Empty: the model inside the package."

@@ -21,9 +21,13 @@ from img2img_server.domain.params import (
 from img2img_server.queue.base import EventLog, JobQueue, QueuedJob
 from img2img_server.settings import Settings
 from img2img_server.store.base import ConflictError, JobStore, Stored, WorkerRegistry
+from img2img_server.store.tenants import TenantStorage
+from img2img_server.store.vault import SealBrokenError
 from img2img_server.telemetry import JOBS_CREATED
 
 log = structlog.get_logger()
+
+SEALED = "your S3 details cannot be read at the moment; this service keeps the files"
 
 
 class Intake:
@@ -37,11 +41,13 @@ class Intake:
         events: EventLog,
         workers: WorkerRegistry,
         fetch: Fetch,
+        storage: TenantStorage,
     ) -> None:
         self._settings = settings
         self._jobs = jobs
         self._queue = queue
         self._events = events
+        self._storage = storage
         self._admission = Admission(settings, queue, workers, fetch)
         self.limits = self._admission.limits
 
@@ -85,7 +91,7 @@ class Intake:
 
     async def _enqueue(self, job_id: int, accepted: Admitted, caller: Caller) -> Stored:
         params = accepted.params
-        job = self._record(job_id, accepted, caller)
+        job = await self._addressed(self._record(job_id, accepted, caller), caller)
         try:
             revision = await self._jobs.create(job)
         except ConflictError:
@@ -128,7 +134,7 @@ class Intake:
 
     def _record(self, job_id: int, accepted: Admitted, caller: Caller) -> Job:
         params = accepted.params
-        job = Job(
+        return Job(
             id=job_id,
             tenant=caller.principal.tenant,
             params=params,
@@ -139,9 +145,25 @@ class Intake:
             timings=Timings(fetch=accepted.fetch_seconds),
             warning=accepted.warning,
         )
+
+    async def _addressed(self, job: Job, caller: Caller) -> Job:
+        """The job with the links that its files will have, fixed from now on."""
         base = (self._settings.public_base_url or caller.link_base).rstrip("/")
-        urls = tuple(f"{base}/{job.file_key(index)}" for index in range(params.samples))
-        return replace(job, future_urls=urls)
+        keys = [job.file_key(index) for index in range(job.params.samples)]
+        own_urls = tuple(f"{base}/{key}" for key in keys)
+        job = replace(job, future_urls=own_urls)
+        if job.params.temp:
+            return job
+        try:
+            stored = await self._storage.current(job.tenant)
+        except SealBrokenError as error:
+            log.error("storage details cannot be opened", tenant=job.tenant, why=str(error))
+            return replace(job, warning="; ".join(filter(None, (job.warning, SEALED))))
+        if stored is None:
+            return job
+        version, details = stored
+        urls = tuple(details.file_link(key.rpartition("/")[2]) for key in keys)
+        return replace(job, future_urls=urls, own_urls=own_urls, storage_version=version)
 
 
 def _is_stranded(job: Job) -> bool:

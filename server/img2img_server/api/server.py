@@ -23,6 +23,7 @@ from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import ServiceInterceptor
 from img2img_server.api.keys import KeyRing
 from img2img_server.api.service import Img2ImgServicer
+from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.api.webhooks import Texts, Webhooks
 from img2img_server.bus import Bus, connect_bus
@@ -82,7 +83,7 @@ async def serve(
         settings,
         bus.jobs,
         bus.workers,
-        Intake(settings, bus.jobs, bus.queue, bus.events, bus.workers, fetch),
+        Intake(settings, bus.jobs, bus.queue, bus.events, bus.workers, fetch, bus.storage),
         Watcher(
             bus.jobs,
             bus.events,
@@ -92,10 +93,12 @@ async def serve(
             retention_hours=settings.retention_hours,
         ),
         canceller,
+        StorageCalls(bus.storage, OutboundPolicy.parse(settings.outbound_allow)),
         link_base=settings.public_base_url or f"http://{settings.http_host}:{settings.http_port}",
         stop=stop,
         outbox=bus.outbox,
     )
+    await bus.storage.rotate()
     server = grpc.aio.server(
         interceptors=[ServiceInterceptor(keys)], options=server_options(settings)
     )

@@ -20,6 +20,7 @@ from img2img_server.api.admission import Caller
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import current_principal
+from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.params import Violation, is_http_url
@@ -46,6 +47,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         intake: Intake,
         watcher: Watcher,
         canceller: Canceller,
+        storage: StorageCalls,
         *,
         link_base: str,
         stop: asyncio.Event,
@@ -57,6 +59,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._intake = intake
         self._watcher = watcher
         self._canceller = canceller
+        self._storage = storage
         self._link_base = link_base
         self._stop = stop
         self._streams: Counter[int] = Counter()  # open Generate calls by job
@@ -182,6 +185,16 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
                 retention=convert.duration(settings.retention_hours * 3600),
             ),
         )
+
+    async def UpdateStorageSettings(  # noqa: N802
+        self, request: service_pb2.UpdateStorageSettingsRequest, context: Context
+    ) -> service_pb2.UpdateStorageSettingsResponse:
+        return await self._storage.update(current_principal(), request)
+
+    async def ResetStorageSettings(  # noqa: N802
+        self, request: service_pb2.ResetStorageSettingsRequest, context: Context
+    ) -> service_pb2.ResetStorageSettingsResponse:
+        return await self._storage.reset(current_principal(), request)
 
     def _create(
         self,

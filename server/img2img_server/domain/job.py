@@ -120,6 +120,10 @@ class Job:
     cancel_requested: bool = False
     # Place in the work queue, to withdraw the job or tell its position; 0: not queued yet.
     queue_sequence: int = 0
+    # Version of the tenant's storage details that future_urls come from; "": our own bucket.
+    storage_version: str = ""
+    # Links in our own bucket, taken when the tenant's storage refuses the files.
+    own_urls: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

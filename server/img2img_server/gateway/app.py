@@ -20,6 +20,7 @@ from img2img_server.gateway.front import Cors, Recorded, TidyPath
 from img2img_server.gateway.management import Management
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.refusals import Case, RefusedError
+from img2img_server.gateway.storage import Storage
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.settings import Settings
 from img2img_server.store.base import BlobStore
@@ -53,7 +54,7 @@ def create_app(
     app.add_middleware(TidyPath)
     _add_refusals(app, dialect)
     _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
-    _add_management(app, Management(upstream))
+    _add_management(app, Management(upstream), Storage(upstream))
     _add_files(app, files)
     _add_events(app, EventStreams(upstream, stop))
     _add_probes(app, upstream, files, stop)
@@ -108,17 +109,19 @@ def _add_contract(app: FastAPI, endpoints: Endpoints) -> None:
         return await endpoints.fetch_by_body(request, V6_IMAGES)
 
 
-def _add_management(app: FastAPI, management: Management) -> None:
+def _add_management(app: FastAPI, management: Management, storage: Storage) -> None:
     routes = {
-        "system_details": management.system_details,
-        "restart_server": management.restart_server,
-        "update_server": management.update_server,
-        "update": management.update_server,
-        "clear_cache": management.clear_cache,
-        "clear_queue": management.clear_queue,
+        f"{ENTERPRISE}/system_details": management.system_details,
+        f"{ENTERPRISE}/restart_server": management.restart_server,
+        f"{ENTERPRISE}/update_server": management.update_server,
+        f"{ENTERPRISE}/update": management.update_server,
+        f"{ENTERPRISE}/clear_cache": management.clear_cache,
+        f"{ENTERPRISE}/clear_queue": management.clear_queue,
+        "/api/v1/enterprise/update_s3": storage.update,
+        "/api/v1/enterprise/reset_s3": storage.reset,
     }
-    for name, endpoint in routes.items():
-        app.add_api_route(f"{ENTERPRISE}/{name}", endpoint, methods=["POST"], name=name)
+    for path, endpoint in routes.items():
+        app.add_api_route(path, endpoint, methods=["POST"])
 
 
 def _add_files(app: FastAPI, files: Files) -> None:

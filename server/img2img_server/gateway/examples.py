@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from img2img_server.gateway import management
+from img2img_server.gateway import management, storage
 from img2img_server.gateway.refusals import Case
 
 _META_EXAMPLE = {
@@ -112,6 +112,38 @@ MANAGEMENT_EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "clear_queue": (
         "End the tenant's waiting jobs as failed; no worker restarts",
         {"status": "success", "message": management.QUEUE_CLEARED},
+    ),
+}
+
+# Summary, schema of the body, body, answer.
+STORAGE_EXAMPLES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "update_s3": (
+        "Have results stored in your own S3 bucket from now on",
+        "UpdateS3Request",
+        {
+            "key": "my-key",
+            "deploy_type": "realtime",
+            "public_url": "https://cdn.example.com/renders/",
+            "region_name": "eu-west-1",
+            "endpoint_url": "https://my-bucket.s3.amazonaws.com",
+            "aws_access_key_id": "AK-EXAMPLE",
+            "aws_secret_access_key": "SK-EXAMPLE",
+            "image_directory": "renders",
+        },
+        {
+            "status": "success",
+            "message": storage.UPDATED,
+            "deploy_type": "realtime",
+            "public_url": "https://cdn.example.com/renders/",
+            "image_directory": "renders",
+            "warning": "",
+        },
+    ),
+    "reset_s3": (
+        "Have results stored by this service again",
+        "ResetS3Request",
+        {"key": "my-key", "deploy_type": "realtime"},
+        {"status": "success", "message": storage.RESET, "deploy_type": "realtime"},
     ),
 }
 

@@ -9,10 +9,20 @@ from img2img_server.gateway.examples import (
     JOB_EXAMPLES,
     MANAGEMENT_EXAMPLES,
     REQUEST_EXAMPLE,
+    STORAGE_EXAMPLES,
     error_example,
 )
 from img2img_server.gateway.refusals import Case
-from img2img_server.gateway.schemas import DETAILS, DONE, ERROR, JOB, LEGACY, SCHEMAS, Schema
+from img2img_server.gateway.schemas import (
+    DETAILS,
+    DONE,
+    ERROR,
+    JOB,
+    LEGACY,
+    SCHEMAS,
+    STORAGE_DONE,
+    Schema,
+)
 from img2img_server.settings import Settings
 
 _DESCRIPTION = """Pictures out of pictures, compatible with the enterprise realtime image-to-image
@@ -93,6 +103,12 @@ def _management(legacy: bool) -> dict[str, Any]:
         done = _json("Done.", schema, {"success": {"value": example}})
         answer = _operation(_MANAGE, legacy, "KeyRequest", {"key": "my-key"}, done)
         paths[f"/api/v1/enterprise/realtime/{name}"] = {
+            "post": {"summary": summary, **answer, "tags": ["management"]}
+        }
+    for name, (summary, body, sent, told) in STORAGE_EXAMPLES.items():
+        done = _json("Done.", STORAGE_DONE, {"success": {"value": told}})
+        answer = _operation((*_MANAGE, Case.FIELDS), legacy, body, sent, done)
+        paths[f"/api/v1/enterprise/{name}"] = {
             "post": {"summary": summary, **answer, "tags": ["management"]}
         }
     return paths

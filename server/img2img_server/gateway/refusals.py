@@ -96,6 +96,8 @@ def refusal(error: grpc.aio.AioRpcError) -> RefusedError:
         # MODEL_NOT_FOUND: the callers of this contract name no model, so none is served yet.
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
             return RefusedError(Case.UNAVAILABLE)
+        case grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_KEYS_MISSING":
+            return RefusedError(Case.UNAVAILABLE, text)
         case code, _ if code in _AWAY:
             return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)
         case _:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from img2img_server.domain.storage import MAX_CHARACTERS
 from img2img_server.gateway.contract import FIELDS, Field
+from img2img_server.gateway.storage import FIELDS as STORAGE_FIELDS
 
 Schema = dict[str, Any]
 
@@ -93,6 +95,18 @@ def _applies(keyword: str, schema: Schema) -> bool:
     return (keyword == "maxLength") == (schema["type"] == "string") and "enum" not in schema
 
 
+def storage_schema() -> Schema:
+    """The body of update_s3. Null equals absent."""
+    optional = ("deploy_type", "bucket")
+    required: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_CHARACTERS}
+    return {
+        "type": "object",
+        "properties": {"key": _STRING}
+        | {name: _TEXT_OR_NULL if name in optional else required for name in STORAGE_FIELDS},
+        "required": [name for name in STORAGE_FIELDS if name not in optional],
+    }
+
+
 KEY = {"type": "object", "properties": {"key": _STRING}}
 FETCH_BY_BODY = {
     "type": "object",
@@ -159,6 +173,22 @@ SCHEMAS: dict[str, Schema] = {
             ),
         }
     ),
+    "UpdateS3Request": storage_schema(),
+    "ResetS3Request": {
+        "type": "object",
+        "properties": {"key": _STRING, "deploy_type": _TEXT_OR_NULL},
+    },
+    "StorageDone": _object(
+        {
+            "status": _status("success"),
+            "message": _STRING,
+            "deploy_type": _STRING,
+            "public_url": _STRING,
+            "image_directory": _STRING,
+            "warning": _STRING,
+        },
+        optional=("public_url", "image_directory", "warning"),
+    ),
     "Error": _object(
         {
             "status": _status("error"),
@@ -177,5 +207,5 @@ SCHEMAS: dict[str, Schema] = {
     },
 }
 JOB: Schema = {"oneOf": [_ref("Success"), _ref("Processing"), _ref("Failed")]}
-DONE, DETAILS = _ref("Done"), _ref("SystemDetails")
+DONE, DETAILS, STORAGE_DONE = _ref("Done"), _ref("SystemDetails"), _ref("StorageDone")
 ERROR, LEGACY = _ref("Error"), _ref("Legacy")

@@ -119,6 +119,22 @@ class Upstream:
             finally:
                 call.cancel()
 
+    async def update_storage(
+        self, key: str, settings: service_pb2.StorageSettings
+    ) -> service_pb2.UpdateStorageSettingsResponse:
+        """Stores the tenant's S3 details."""
+        with _refusing():
+            request = service_pb2.UpdateStorageSettingsRequest(settings=settings)
+            return await self._stub.UpdateStorageSettings(request, **_reading(key))
+
+    async def reset_storage(
+        self, key: str, deploy_type: str
+    ) -> service_pb2.ResetStorageSettingsResponse:
+        """Removes the tenant's S3 details."""
+        with _refusing():
+            request = service_pb2.ResetStorageSettingsRequest(deploy_type=deploy_type)
+            return await self._stub.ResetStorageSettings(request, **_reading(key))
+
     async def system_details(self, key: str) -> admin_service_pb2.GetSystemDetailsResponse:
         """How the service is doing."""
         with _refusing():

@@ -28,6 +28,8 @@ RECORDS_BUCKET: Final = "img2img-jobs"
 REQUESTS_BUCKET: Final = "img2img-requests"
 WORKERS_BUCKET: Final = "img2img-workers"
 MODELS_BUCKET: Final = "img2img-models"
+STORAGE_BUCKET: Final = "img2img-storage"
+RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 
 IDS_SUBJECT: Final = "img2img.ids"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"

@@ -97,6 +97,9 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         _bucket(names.REQUESTS_BUCKET, REQUEST_ID_SECONDS),
         _bucket(names.WORKERS_BUCKET, WORKER_SECONDS),
         _bucket(names.MODELS_BUCKET, 0.0),
+        _bucket(names.STORAGE_BUCKET, 0.0),
+        # As long as a job may wait that was accepted when it was current.
+        _bucket(names.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]
 
 

@@ -11,6 +11,8 @@ from img2img_server.queue.base import EventLog, JobQueue
 from img2img_server.queue.outbox import Outbox
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.store.base import BlobStore, JobStore
+from img2img_server.store.tenant_s3 import TenantS3
+from img2img_server.store.tenants import TenantStorage
 
 _BASE_PIXELS = 512 * 512
 _WEIGHT = 0.2
@@ -61,8 +63,11 @@ class Parts:
     jobs: JobStore
     blobs: BlobStore
     outbox: Outbox
+    storage: TenantStorage
+    tenant_s3: TenantS3
     safety: SafetyChecker
     safety_threshold: float
     max_attempts: int
+    retention_hours: int
     rewriter: PromptRewriter
     pace: Pace = field(default_factory=Pace)

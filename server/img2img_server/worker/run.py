@@ -36,6 +36,7 @@ from img2img_server.images.encode import preview_jpeg
 from img2img_server.images.prepare import prepare_image
 from img2img_server.queue.base import Delivery, OwnershipLostError
 from img2img_server.telemetry import STEPS
+from img2img_server.worker.files import storage_warning
 from img2img_server.worker.owned import OwnedJob
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.sample import finish_sample
@@ -235,8 +236,13 @@ class JobRun:
             steps=timings.steps,
             batch_share=timings.batch_share,
         )
+        warnings = (job.warning, storage_warning(job, self._parts.retention_hours))
         owned.job = replace(
-            job, device=engine.device, determinism=engine.determinism, timings=stages
+            job,
+            device=engine.device,
+            determinism=engine.determinism,
+            timings=stages,
+            warning="; ".join(filter(None, warnings)),
         )
         self._parts.pace.observe(job.params, timings.engine)
         STEPS.inc(timings.steps)

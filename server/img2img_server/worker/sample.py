@@ -15,6 +15,7 @@ from img2img_server.domain.params import ImageFormat
 from img2img_server.engine.base import Pixels, SampleReady
 from img2img_server.images.encode import encode_image, encoded
 from img2img_server.safety.base import blank
+from img2img_server.worker.files import store_file
 from img2img_server.worker.parts import Parts
 
 
@@ -50,11 +51,9 @@ async def finish_sample(
     start = time.monotonic()
     png = inline.data if params.output_format is ImageFormat.PNG else None
     data, media_type, digest = await asyncio.to_thread(_file, pixels, png, params.base64)
-    await parts.blobs.put(job.file_key(index), data, media_type)
+    url = await store_file(parts, job, index, data, media_type)
     watch.upload += time.monotonic() - start
-    yield SampleStored(
-        sample=index, url=job.future_urls[index], sha256=digest, size_bytes=len(data)
-    )
+    yield SampleStored(sample=index, url=url, sha256=digest, size_bytes=len(data))
 
 
 def _file(pixels: Pixels, png: bytes | None, as_base64: bool) -> tuple[bytes, str, str]:

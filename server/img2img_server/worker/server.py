@@ -12,6 +12,7 @@ import structlog
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.engine.base import Engine
 from img2img_server.engine.model_spec import ModelError
+from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.prompts.base import PromptRewriter
 from img2img_server.prompts.choose import worker_rewriter
 from img2img_server.safety.base import SafetyChecker
@@ -19,6 +20,7 @@ from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobStore
 from img2img_server.store.blobs_s3 import connect_blobs
+from img2img_server.store.tenant_s3 import TenantS3
 from img2img_server.telemetry import probe_server
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
@@ -77,10 +79,13 @@ async def work(
         jobs=bus.jobs,
         blobs=blobs,
         outbox=bus.outbox,
+        storage=bus.storage,
+        tenant_s3=TenantS3(OutboundPolicy.parse(settings.outbound_allow)),
         safety=safety,
         safety_threshold=settings.safety_threshold,
         max_attempts=settings.max_attempts,
         rewriter=rewriter,
+        retention_hours=settings.retention_hours,
     )
     worker = Worker(parts, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
     await worker.run(stop)

@@ -553,3 +553,156 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class StorageSettings(_message.Message):
+    """A tenant's own S3 storage. Files are PUT to endpoint_url/bucket/image_directory/NAME, path style:
+    the bucket is in the host name, in bucket, or the first part of image_directory. Texts have at
+    most 1024 characters.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOY_TYPE_FIELD_NUMBER: _builtins.int
+    PUBLIC_URL_FIELD_NUMBER: _builtins.int
+    REGION_NAME_FIELD_NUMBER: _builtins.int
+    ENDPOINT_URL_FIELD_NUMBER: _builtins.int
+    AWS_ACCESS_KEY_ID_FIELD_NUMBER: _builtins.int
+    AWS_SECRET_ACCESS_KEY_FIELD_NUMBER: _builtins.int
+    IMAGE_DIRECTORY_FIELD_NUMBER: _builtins.int
+    BUCKET_FIELD_NUMBER: _builtins.int
+    deploy_type: _builtins.str
+    """Server type the settings are for. Only "realtime", the default, has an effect; the other types
+    of the HTTP contract are kept.
+    """
+    public_url: _builtins.str
+    """Base of the links: public_url/image_directory/NAME; image_directory is left out when the path
+    ends with it already. http or https. Required.
+    """
+    region_name: _builtins.str
+    """Region for the signature. Required."""
+    endpoint_url: _builtins.str
+    """Where files are sent: http or https, a public host unless the operator lists it. Required."""
+    aws_access_key_id: _builtins.str
+    """Access key. Required; never given back."""
+    aws_secret_access_key: _builtins.str
+    """Secret key. Required; never given back."""
+    image_directory: _builtins.str
+    """Folder of the files. Required."""
+    bucket: _builtins.str
+    """Bucket, where neither endpoint_url nor image_directory names it. Default none."""
+    def __init__(
+        self,
+        *,
+        deploy_type: _builtins.str = ...,
+        public_url: _builtins.str = ...,
+        region_name: _builtins.str = ...,
+        endpoint_url: _builtins.str = ...,
+        aws_access_key_id: _builtins.str = ...,
+        aws_secret_access_key: _builtins.str = ...,
+        image_directory: _builtins.str = ...,
+        bucket: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aws_access_key_id", b"aws_access_key_id", "aws_secret_access_key", b"aws_secret_access_key", "bucket", b"bucket", "deploy_type", b"deploy_type", "endpoint_url", b"endpoint_url", "image_directory", b"image_directory", "public_url", b"public_url", "region_name", b"region_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StorageSettings: _TypeAlias = StorageSettings  # noqa: Y015
+
+@_typing.final
+class UpdateStorageSettingsRequest(_message.Message):
+    """Request of UpdateStorageSettings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def settings(self) -> Global___StorageSettings:
+        """The new settings. Required."""
+
+    def __init__(
+        self,
+        *,
+        settings: Global___StorageSettings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateStorageSettingsRequest: _TypeAlias = UpdateStorageSettingsRequest  # noqa: Y015
+
+@_typing.final
+class UpdateStorageSettingsResponse(_message.Message):
+    """Answer of UpdateStorageSettings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
+    warning: _builtins.str
+    """Text for people, when the settings have no effect; mostly empty."""
+    @_builtins.property
+    def settings(self) -> Global___StorageSettings:
+        """What is stored now, without access key and secret."""
+
+    def __init__(
+        self,
+        *,
+        settings: Global___StorageSettings | None = ...,
+        warning: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings", "warning", b"warning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateStorageSettingsResponse: _TypeAlias = UpdateStorageSettingsResponse  # noqa: Y015
+
+@_typing.final
+class ResetStorageSettingsRequest(_message.Message):
+    """Request of ResetStorageSettings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOY_TYPE_FIELD_NUMBER: _builtins.int
+    deploy_type: _builtins.str
+    """Server type whose settings are removed. Default "realtime"."""
+    def __init__(
+        self,
+        *,
+        deploy_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deploy_type", b"deploy_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetStorageSettingsRequest: _TypeAlias = ResetStorageSettingsRequest  # noqa: Y015
+
+@_typing.final
+class ResetStorageSettingsResponse(_message.Message):
+    """Answer of ResetStorageSettings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOY_TYPE_FIELD_NUMBER: _builtins.int
+    deploy_type: _builtins.str
+    """Server type whose settings are removed."""
+    def __init__(
+        self,
+        *,
+        deploy_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deploy_type", b"deploy_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetStorageSettingsResponse: _TypeAlias = ResetStorageSettingsResponse  # noqa: Y015

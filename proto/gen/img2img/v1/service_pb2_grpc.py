@@ -84,6 +84,16 @@ class Img2ImgServiceStub:
                 request_serializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesResponse.FromString,
                 _registered_method=True)
+        self.UpdateStorageSettings = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/UpdateStorageSettings',
+                request_serializer=img2img_dot_v1_dot_service__pb2.UpdateStorageSettingsRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.UpdateStorageSettingsResponse.FromString,
+                _registered_method=True)
+        self.ResetStorageSettings = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/ResetStorageSettings',
+                request_serializer=img2img_dot_v1_dot_service__pb2.ResetStorageSettingsRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.ResetStorageSettingsResponse.FromString,
+                _registered_method=True)
 
 
 class Img2ImgServiceServicer:
@@ -181,6 +191,30 @@ class Img2ImgServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateStorageSettings(self, request, context):
+        """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
+        stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
+        files it does not take keeps them in the service's own bucket, and its warning says so.
+
+        PERMISSION_DENIED: the key may not manage the server; use another one.
+        INVALID_ARGUMENT: correct every field that BadRequest names.
+        FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetStorageSettings(self, request, context):
+        """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
+        Removing what is not there is not an error.
+
+        PERMISSION_DENIED: the key may not manage the server; use another one.
+        INVALID_ARGUMENT: deploy_type is not known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_Img2ImgServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -223,6 +257,16 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
                     servicer.GetCapabilities,
                     request_deserializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesResponse.SerializeToString,
+            ),
+            'UpdateStorageSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateStorageSettings,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.UpdateStorageSettingsRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.UpdateStorageSettingsResponse.SerializeToString,
+            ),
+            'ResetStorageSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetStorageSettings,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.ResetStorageSettingsRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.ResetStorageSettingsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -451,6 +495,60 @@ class Img2ImgService:
             '/img2img.v1.Img2ImgService/GetCapabilities',
             img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.SerializeToString,
             img2img_dot_v1_dot_service__pb2.GetCapabilitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateStorageSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/UpdateStorageSettings',
+            img2img_dot_v1_dot_service__pb2.UpdateStorageSettingsRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.UpdateStorageSettingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetStorageSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/ResetStorageSettings',
+            img2img_dot_v1_dot_service__pb2.ResetStorageSettingsRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.ResetStorageSettingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -90,6 +90,22 @@ class Img2ImgServiceStub:
     """
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]
     """Returns the models being served and the very limits that the validator uses."""
+    UpdateStorageSettings: _grpc.UnaryUnaryMultiCallable[_service_pb2.UpdateStorageSettingsRequest, _service_pb2.UpdateStorageSettingsResponse]
+    """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
+    stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
+    files it does not take keeps them in the service's own bucket, and its warning says so.
+
+    PERMISSION_DENIED: the key may not manage the server; use another one.
+    INVALID_ARGUMENT: correct every field that BadRequest names.
+    FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
+    """
+    ResetStorageSettings: _grpc.UnaryUnaryMultiCallable[_service_pb2.ResetStorageSettingsRequest, _service_pb2.ResetStorageSettingsResponse]
+    """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
+    Removing what is not there is not an error.
+
+    PERMISSION_DENIED: the key may not manage the server; use another one.
+    INVALID_ARGUMENT: deploy_type is not known.
+    """
 
 @_typing.type_check_only
 class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
@@ -153,6 +169,22 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     """
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Returns the models being served and the very limits that the validator uses."""
+    UpdateStorageSettings: _aio.UnaryUnaryMultiCallable[_service_pb2.UpdateStorageSettingsRequest, _service_pb2.UpdateStorageSettingsResponse]  # type: ignore[assignment]
+    """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
+    stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
+    files it does not take keeps them in the service's own bucket, and its warning says so.
+
+    PERMISSION_DENIED: the key may not manage the server; use another one.
+    INVALID_ARGUMENT: correct every field that BadRequest names.
+    FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
+    """
+    ResetStorageSettings: _aio.UnaryUnaryMultiCallable[_service_pb2.ResetStorageSettingsRequest, _service_pb2.ResetStorageSettingsResponse]  # type: ignore[assignment]
+    """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
+    Removing what is not there is not an error.
+
+    PERMISSION_DENIED: the key may not manage the server; use another one.
+    INVALID_ARGUMENT: deploy_type is not known.
+    """
 
 class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
     """Makes pictures out of pictures.
@@ -261,5 +293,33 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.GetCapabilitiesResponse, _abc.Awaitable[_service_pb2.GetCapabilitiesResponse]]:
         """Returns the models being served and the very limits that the validator uses."""
+
+    @_abc_1.abstractmethod
+    def UpdateStorageSettings(
+        self,
+        request: _service_pb2.UpdateStorageSettingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.UpdateStorageSettingsResponse, _abc.Awaitable[_service_pb2.UpdateStorageSettingsResponse]]:
+        """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
+        stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
+        files it does not take keeps them in the service's own bucket, and its warning says so.
+
+        PERMISSION_DENIED: the key may not manage the server; use another one.
+        INVALID_ARGUMENT: correct every field that BadRequest names.
+        FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
+        """
+
+    @_abc_1.abstractmethod
+    def ResetStorageSettings(
+        self,
+        request: _service_pb2.ResetStorageSettingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.ResetStorageSettingsResponse, _abc.Awaitable[_service_pb2.ResetStorageSettingsResponse]]:
+        """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
+        Removing what is not there is not an error.
+
+        PERMISSION_DENIED: the key may not manage the server; use another one.
+        INVALID_ARGUMENT: deploy_type is not known.
+        """
 
 def add_Img2ImgServiceServicer_to_server(servicer: Img2ImgServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,131 @@
+"""Uploads to a tenant's own S3 storage, under the outbound policy.
+
+The minio SDK signs; the request itself goes through the session of the policy, which connects to
+the very addresses it has checked. So the bucket may also lie in the host name, and no client of the
+SDK is kept for each tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import re
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+from aiohttp.abc import AbstractResolver
+from minio.credentials.credentials import Credentials
+from minio.signer import sign_v4_s3
+from yarl import URL
+
+from img2img_server.domain.storage import StorageDetails
+from img2img_server.errors import StorageError
+from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy, shown
+
+TRIES: Final = 3
+FIRST_PAUSE_SECONDS: Final = 0.2
+TRY_SECONDS: Final = 20.0
+_ANSWER_BYTES: Final = 4096  # of a refusal; its code is near the start
+_CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=TRY_SECONDS, sock_connect=3.0)
+
+_Headers: TypeAlias = dict[str, str | list[str] | tuple[str]]
+
+log = structlog.get_logger()
+
+
+class _RefusedError(Exception):
+    """The store answered, but did not take the file."""
+
+
+class TenantS3:
+    """Puts files where storage details say.
+
+    Args:
+        resolver: asked for the addresses of names; DNS by default.
+    """
+
+    def __init__(self, policy: OutboundPolicy, resolver: AbstractResolver | None = None) -> None:
+        self._policy = policy
+        self._resolver = resolver
+
+    async def put(self, details: StorageDetails, name: str, data: bytes, media_type: str) -> None:
+        """Stores a file with ACL public-read; without it where the store refuses it.
+
+        Raises:
+            StorageError: three tries failed, or the address is forbidden; the log has the cause.
+        """
+        url = details.upload_url(name)
+        for left in reversed(range(TRIES)):
+            try:
+                await self._try(details, url, data, media_type)
+            except ForbiddenAddressError as error:
+                log.warning("upload refused by the outbound policy", why=str(error), url=shown(url))
+                raise StorageError("the tenant's store has a forbidden address") from error
+            except (_RefusedError, aiohttp.ClientError, TimeoutError, OSError) as error:
+                why = str(error) if isinstance(error, _RefusedError) else type(error).__name__
+                log.warning("upload to a tenant's store failed", why=why, left=left, url=shown(url))
+                if not left:
+                    raise StorageError("the tenant's store does not take the file") from error
+                pause = FIRST_PAUSE_SECONDS * 4 ** (TRIES - 1 - left)
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
+            else:
+                return
+
+    async def _try(self, details: StorageDetails, url: str, data: bytes, media_type: str) -> None:
+        self._policy.check_url(url)
+        async with self._policy.open_session(self._resolver) as session:
+            status, why = await _put(session, details, url, data, media_type, acl=True)
+            if 400 <= status < 500 or status == 501:  # it may be the ACL that it refuses
+                status, why = await _put(session, details, url, data, media_type, acl=False)
+        if not 200 <= status < 300:
+            raise _RefusedError(f"{status} {why}")
+
+
+async def _put(
+    session: aiohttp.ClientSession,
+    details: StorageDetails,
+    url: str,
+    data: bytes,
+    media_type: str,
+    *,
+    acl: bool,
+) -> tuple[int, str]:
+    """One request. Returns the HTTP code and the store's own code for a refusal."""
+    signed = _signed(details, url, data, media_type, acl=acl)
+    headers = {name: str(value) for name, value in signed.items()}
+    target = URL(url, encoded=True)  # what was signed is what is sent
+    async with session.put(
+        target, data=data, headers=headers, allow_redirects=False, timeout=_TIMEOUT
+    ) as answer:
+        found = _CODE.search(await answer.content.read(_ANSWER_BYTES))
+        return answer.status, found[1].decode() if found else ""
+
+
+def _signed(
+    details: StorageDetails, url: str, data: bytes, media_type: str, *, acl: bool
+) -> _Headers:
+    date = datetime.now(UTC)
+    parts = urlsplit(url)
+    digest = hashlib.sha256(data).hexdigest()
+    headers: _Headers = {
+        "Host": str(URL(url, encoded=True).host_port_subcomponent),
+        "Content-Type": media_type,
+        "x-amz-content-sha256": digest,
+        "x-amz-date": date.strftime("%Y%m%dT%H%M%SZ"),
+    }
+    if acl:
+        headers["x-amz-acl"] = "public-read"
+    return sign_v4_s3(
+        method="PUT",
+        url=parts,
+        region=details.region_name,
+        headers=headers,
+        credentials=Credentials(details.aws_access_key_id, details.aws_secret_access_key),
+        content_sha256=digest,
+        date=date,
+    )
