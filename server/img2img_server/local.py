@@ -16,6 +16,7 @@ from pathlib import Path
 
 import aiohttp
 import structlog
+from pydantic import SecretStr
 
 from img2img_server.api.server import load_keys
 from img2img_server.engine.model_spec import ModelError, read_model_spec
@@ -24,6 +25,7 @@ from img2img_server.engines.child import Child
 from img2img_server.errors import UnavailableError
 from img2img_server.lifecycle import first_of
 from img2img_server.settings import PREFIX, Settings, SettingsError
+from img2img_server.store.vault import new_key
 
 ROLES = ("worker", "api", "gateway")
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
@@ -47,6 +49,7 @@ async def serve_local(
         # In the background: the worker loads its model meanwhile.
         engines = LocalEngines(settings.state_dir, background=True)
         async with engines, AsyncExitStack() as stack:
+            settings = _with_storage_key(settings)
             roles = [_role(name, settings, engines) for name in ROLES]
             for role in roles:  # the last one is stopped first: gateway, api, worker
                 stack.push_async_callback(role.stop)
@@ -80,6 +83,19 @@ def local_settings(settings: Settings) -> Settings:
             "outbound_allow": settings.outbound_allow or _LOOPBACK_ALLOWED,
         }
     )
+
+
+def _with_storage_key(settings: Settings) -> Settings:
+    """The settings with a key that seals S3 details: made once, in a file of mode 600."""
+    if settings.storage_keys.get_secret_value():
+        return settings
+    path = settings.state_dir / "storage.key"
+    if not path.exists():
+        draft = path.with_suffix(".new")
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(new_key())
+        draft.replace(path)
+    return settings.model_copy(update={"storage_keys": SecretStr(path.read_text().strip())})
 
 
 def _model_name(model: str) -> str:
@@ -119,6 +135,7 @@ def _environment(settings: Settings, engines: LocalEngines, metrics_port: int) -
         "S3_ENDPOINT_URL": engines.s3_endpoint_url,
         "S3_ACCESS_KEY": engines.s3_access_key,
         "S3_SECRET_KEY": engines.s3_secret_key,
+        "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
     }
     return {**os.environ, **{PREFIX + name: str(value) for name, value in chosen.items()}}
 

@@ -57,7 +57,7 @@ async def nats(tmp_path: Path) -> AsyncIterator[Nats]:
 @asynccontextmanager
 async def raw(settings: Settings) -> AsyncIterator[Link]:
     """The bus as somebody else sees it."""
-    async with connect([settings.nats_url]) as link:
+    async with connect([settings.nats_url.get_secret_value()]) as link:
         yield link
 
 

@@ -112,6 +112,7 @@ async def test_it_makes_a_picture_and_stops_cleanly_with_all_its_children(tmp_pa
             )
             models = [model.name for model in (await client.capabilities()).models]
         assert result.job.samples[0].url.startswith(stack.http_url)
+        assert (tmp_path / "state" / "storage.key").stat().st_mode & 0o777 == 0o600
         assert models == ["tiny"]
     assert [child for child in children if child.is_running()] == []
 
