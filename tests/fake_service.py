@@ -118,6 +118,12 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
         self.cancelled.set()
         return service_pb2.CancelJobResponse(job=self._job())
 
+    def RedeliverWebhook(  # noqa: N802
+        self, request: service_pb2.RedeliverWebhookRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.RedeliverWebhookResponse:
+        self._answer(request, context)
+        return service_pb2.RedeliverWebhookResponse(job=self._job())
+
     def GetCapabilities(  # noqa: N802
         self, request: service_pb2.GetCapabilitiesRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.GetCapabilitiesResponse:

@@ -150,6 +150,11 @@ class AsyncClient:
         wish = service_pb2.CancelJobRequest(name=request.job_name(job))
         return convert.job_from((await self._call(self._stub.CancelJob, wish)).job)
 
+    async def redeliver_webhook(self, job: Job | str | int) -> Job:
+        """As Client.redeliver_webhook."""
+        wish = service_pb2.RedeliverWebhookRequest(name=request.job_name(job))
+        return convert.job_from((await self._call(self._stub.RedeliverWebhook, wish)).job)
+
     async def capabilities(self) -> Capabilities:
         """As Client.capabilities."""
         wish = service_pb2.GetCapabilitiesRequest()

@@ -167,6 +167,15 @@ class Client:
         wish = service_pb2.CancelJobRequest(name=request.job_name(job))
         return convert.job_from(self._call(self._stub.CancelJob, wish).job)
 
+    def redeliver_webhook(self, job: Job | str | int) -> Job:
+        """Sends the webhook of a job that has ended once more, whatever became of it before.
+
+        Raises:
+            RpcError: with reason JOB_NOT_ENDED or NO_WEBHOOK.
+        """
+        wish = service_pb2.RedeliverWebhookRequest(name=request.job_name(job))
+        return convert.job_from(self._call(self._stub.RedeliverWebhook, wish).job)
+
     def capabilities(self) -> Capabilities:
         """The models being served and the limits in force."""
         wish = service_pb2.GetCapabilitiesRequest()

@@ -167,9 +167,11 @@ def test_a_job_is_named_by_its_name_or_its_number(run: Run, given: str | int) ->
     service = FakeService()
     run(service, lambda client: client.get(given))
     run(service, lambda client: client.cancel(given))
+    run(service, lambda client: client.redeliver_webhook(given))
     assert service.requests == [
         service_pb2.GetJobRequest(name=NAME),
         service_pb2.CancelJobRequest(name=NAME),
+        service_pb2.RedeliverWebhookRequest(name=NAME),
     ]
 
 
