@@ -43,7 +43,7 @@ def open_outbox(request: pytest.FixtureRequest) -> OpenOutbox:
     if request.param == "memory":
         shared = MemoryOutbox(limit=LIMIT, ack_wait_seconds=ACK_WAIT_SECONDS)
         return lambda: nullcontext(shared)
-    url = request.getfixturevalue("engine_settings")().nats_url
+    url = request.getfixturevalue("engine_settings")().nats_url.get_secret_value()
 
     @asynccontextmanager
     async def on_jetstream() -> AsyncIterator[Outbox]:
