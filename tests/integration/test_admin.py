@@ -1,7 +1,8 @@
 """The management calls over real gRPC: who may make them and what they do."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,14 @@ from img2img.v1 import admin_service_pb2 as admin
 from img2img.v1 import admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server import __version__
 from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.api.webhooks import Webhooks
 from img2img_server.bus import Bus, memory_bus
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.lifecycle import RestartError
 from img2img_server.store.base import ConflictError
+from img2img_server.webhooks.post import Outcome
+from img2img_server.webhooks.signature import Signer
 from tests.stack import (
     DEV,
     WAIT_SECONDS,
@@ -147,6 +151,25 @@ async def test_clear_queue_ends_more_jobs_than_are_read_together() -> None:
         for _ in range(70):
             await api.create(spec())
         assert (await call(api, "ClearQueue")).cleared_jobs == 70
+
+
+async def test_a_cleared_job_sends_its_webhook() -> None:
+    told: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+
+    async def post(address: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+        told.put_nowait((address, json.loads(body)))
+        return Outcome(delivered=True)
+
+    hook = "https://hooks.example.org/a"
+    async with (
+        announced() as bus,
+        running_api(bus, webhooks=Webhooks(post, Signer())) as api,
+    ):
+        job = await api.create(spec(webhook=hook))
+        await call(api, "ClearQueue")
+        address, body = await asyncio.wait_for(told.get(), WAIT_SECONDS)
+    assert address == hook
+    assert (body["status"], body["id"], body["message"]) == ("failed", job.id, "Queue cleared")
 
 
 async def test_clear_queue_looks_again_at_a_job_that_moves_on_meanwhile() -> None:
