@@ -48,22 +48,34 @@ class Threads:
 
 
 class Clock:
-    """Training is bounded by minutes; `spent` are the minutes of earlier, resumed runs."""
+    """Training is bounded by minutes; `spent` are the minutes of earlier, resumed runs.
 
-    def __init__(self, minutes: float, spent: float = 0.0) -> None:
-        self.minutes = minutes
+    With `at_least` steps it goes on until those are done too, however slow the machine.
+    """
+
+    def __init__(self, minutes: float, spent: float = 0.0, at_least: int = 0) -> None:
+        self.minutes, self.at_least, self.steps = minutes, at_least, 0
         self._start = time.monotonic() - 60 * spent
 
     @property
     def spent(self) -> float:
         return (time.monotonic() - self._start) / 60
 
-    def over(self) -> bool:
-        return self.spent >= self.minutes
+    @property
+    def done(self) -> float:
+        """Share of the training that is behind us, 0..1."""
+        shares = [self.spent / self.minutes] if self.minutes else []
+        shares += [self.steps / self.at_least] if self.at_least else []
+        return min([1.0, *shares])
+
+    def tick(self) -> bool:
+        """Counts a step; false when the training is over."""
+        self.steps += 1
+        return self.done < 1 or self.steps <= self.at_least
 
     def rate(self, warmup: float = 0.02, floor: float = 0.02) -> float:
         """Factor of the learning rate: linear warm-up, then half a cosine over the time."""
-        done = min(1.0, self.spent / self.minutes)
+        done = self.done
         if done < warmup:
             return max(floor, done / warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

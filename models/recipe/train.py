@@ -72,7 +72,7 @@ def train(
         print(f"going on from step {step}, {spent:.1f} min", flush=True)
     # A copy in memory: a page fault per crop costs more than the denoiser.
     samples = Samples(np.load(LATENTS), seed=step)
-    clock, losses, saved = Clock(minutes, spent), [], time.monotonic()
+    clock, losses, saved = Clock(minutes, spent, at_least), [], time.monotonic()
     threads = Threads()
 
     def checkpoint() -> None:
@@ -87,7 +87,7 @@ def train(
             CHECKPOINT,
         )
 
-    while not clock.over() or len(losses) < at_least:
+    while clock.tick():
         began = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = rate * clock.rate()
