@@ -129,7 +129,7 @@ def evaluate(count: int) -> dict[str, object]:
         "autoencoder": autoencoder_quality(min(10, count)),
         "adherence": adherence(count),
         "strength": strength_response(min(8, count)),
-        "seconds": seconds_per_picture((256, 512, 768, 1024), 5),
+        "seconds": seconds_per_picture((256, 512, 768, 1024), 3),
     }
     paths.REPORTS.mkdir(exist_ok=True)
     text = json.dumps(results, indent=2, default=float)
