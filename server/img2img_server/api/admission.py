@@ -98,9 +98,8 @@ class Admission:
         if model is None:
             known = tuple(info.name for info in await self._workers.models())
             raise errors.ModelNotFoundError(params.model, known)
-        await self._check_room(params, caller)
         started = time.monotonic()
-        image = await self._image(request)
+        image = await self._image_given_room(request, caller)
         position = await self._queue.depth(params.model, params.lane)
         eta = await self._estimator.new_job(params)
         remaining = caller.remaining_seconds
@@ -142,6 +141,18 @@ class Admission:
         limit, tenant = self._settings.queue_limit, caller.principal.tenant
         if await self._queue.unfinished(params.model, params.lane, tenant) >= limit:
             raise errors.QueueFullError(limit)
+
+    async def _image_given_room(self, request: convert.Request, caller: Caller) -> CheckedImage:
+        """The checked picture. An inline one is decoded while the queue is asked; a full queue is
+        told first all the same, and nothing is downloaded for it."""
+        decoding = asyncio.create_task(self._image(request)) if request.init_image else None
+        try:
+            await self._check_room(request.params, caller)
+            return await (decoding or self._image(request))
+        finally:
+            if decoding:
+                decoding.cancel()
+                await asyncio.gather(decoding, return_exceptions=True)
 
     async def _image(self, request: convert.Request) -> CheckedImage:
         violations: list[Violation] = []

@@ -92,15 +92,17 @@ class Intake:
     async def _enqueue(self, job_id: int, accepted: Admitted, caller: Caller) -> Stored:
         params = accepted.params
         job = await self._addressed(self._record(job_id, accepted, caller), caller)
+        created = True
         try:
             revision = await self._jobs.create(job)
         except ConflictError:
+            created = False
             stored = await self._jobs.get(job.tenant, job_id)
             if stored is None or not _is_stranded(stored.job):
                 raise errors.UnavailableError("This request is being taken in.") from None
             job, revision = stored.job, stored.revision
         try:
-            writer = await self._events.open(job_id)
+            writer = await self._events.open(job_id, fresh=created)
             if not writer.sequence:
                 queued = Queued(position=accepted.position, eta_seconds=accepted.eta_seconds)
                 await writer.append(queued)
