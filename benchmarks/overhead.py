@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from typing import Any
 
 import grpc
 import psutil
+from PIL import Image, ImageOps
 
 from benchmarks.local_stack import local_stack
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
@@ -110,6 +112,13 @@ async def measure(
     return report
 
 
+def sized(photo: bytes) -> bytes:
+    """The photo as a JPEG of 512x512: what a caller sends who knows the size of the result."""
+    buffer = io.BytesIO()
+    ImageOps.fit(Image.open(io.BytesIO(photo)), (512, 512)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
 def memory_megabytes(parent: int) -> dict[str, float]:
     """Resident memory of the roles, in MiB."""
     found = {}
@@ -123,26 +132,24 @@ def memory_megabytes(parent: int) -> dict[str, float]:
 
 async def run(count: int, steps: int | None) -> dict[str, Any]:
     """The whole report."""
-    image = PHOTO.read_bytes()
+    photo = PHOTO.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         async with local_stack(Path(folder)) as stack:
             idle = memory_megabytes(stack.pid)
-            cases = {
-                "JPEG, no safety check": {
-                    "output_format": job_pb2.IMAGE_FORMAT_JPEG,
-                    "safety_checker": False,
-                },
-                "PNG, no safety check": {
-                    "output_format": job_pb2.IMAGE_FORMAT_PNG,
-                    "safety_checker": False,
-                },
-                "JPEG, safety check": {"output_format": job_pb2.IMAGE_FORMAT_JPEG},
+            unchecked = {"safety_checker": False, "output_format": job_pb2.IMAGE_FORMAT_JPEG}
+            png = {**unchecked, "output_format": job_pb2.IMAGE_FORMAT_PNG}
+            image = sized(photo)
+            cases: dict[str, tuple[bytes, dict[str, Any]]] = {
+                "JPEG": (image, unchecked),
+                "PNG": (image, png),
+                "JPEG, photo to be enlarged": (photo, unchecked),
+                "JPEG, safety check": (image, {**unchecked, "safety_checker": True}),
             }
             results = {
                 name: await measure(
-                    stack.grpc_address, image, count, num_inference_steps=steps, **fields
+                    stack.grpc_address, source, count, num_inference_steps=steps, **fields
                 )
-                for name, fields in cases.items()
+                for name, (source, fields) in cases.items()
             }
     return {
         "what": "overhead of a 512x512 single-sample request, milliseconds",
