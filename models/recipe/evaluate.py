@@ -21,7 +21,6 @@ from recipe import gallery, paths, sheets
 from recipe.classifier import load_classifier, look_of
 from recipe.gallery import Request
 from recipe.looks import NAMES, render
-from recipe.photos import photos
 from recipe.pictures import defaults, held_out, restyle, roundtrip, square
 from recipe.sheets import STRENGTH_LOOKS
 
@@ -46,9 +45,9 @@ def autoencoder_quality(count: int) -> dict[str, object]:
     return {"psnr_db_mean": np.mean(values), "psnr_db_min": min(values), "photos": count}
 
 
-def adherence(count: int) -> dict[str, object]:
-    """Every look on every photo at the defaults: is it named, is the photo still there?"""
-    wanted = sheets.look_requests(photos("test")[:count])
+def adherence(count: int, sparse: int) -> dict[str, object]:
+    """Looks on held-out photos at the defaults: are they named, is the photo still there?"""
+    wanted = sheets.look_requests(sheets.look_photos(count), sparse)
     gallery.make(wanted)
     classifier = load_classifier()
     right, ceiling, asked = Counter(), Counter(), Counter()
@@ -66,6 +65,7 @@ def adherence(count: int) -> dict[str, object]:
             named[f"{name} -> {answer}"] += 1
     return {
         "photos": count,
+        "looks_of_photos_not_on_the_sheet": sparse or len(NAMES),
         "pictures": sum(asked.values()),
         "top1": sum(right.values()) / sum(asked.values()),
         "top1_of_real_renderings": sum(ceiling.values()) / sum(asked.values()),
@@ -78,20 +78,21 @@ def adherence(count: int) -> dict[str, object]:
 
 def strength_response(count: int) -> dict[str, object]:
     """Root mean square distance (0..255) to the init photo by strength; the looks take turns."""
-    chosen = photos("test")[:count]
+    chosen = sheets.look_photos(count)
     table = np.zeros((count, len(STRENGTHS)))
     looks = [STRENGTH_LOOKS[row % len(STRENGTH_LOOKS)] for row in range(count)]
     wanted = [
-        [Request(photo, look, seed=1, strength=strength) for strength in STRENGTHS]
+        [Request(photo, look, seed=1, strength=s, side=256) for s in STRENGTHS]
         for photo, look in zip(chosen, looks, strict=True)
     ]
     gallery.make([request for row in wanted for request in row])
     for row, requests in enumerate(wanted):
-        image = square(requests[0].photo).astype(np.float32)
+        image = square(requests[0].photo, 256).astype(np.float32)
         for column, request in enumerate(requests):
             table[row, column] = np.sqrt(np.mean((gallery.picture(request) - image) ** 2))
     return {
         "looks": STRENGTH_LOOKS,
+        "side": 256,
         "photos": count,
         "distance_by_strength": dict(zip(map(str, STRENGTHS), table.mean(0), strict=True)),
         "mean_is_monotonic": bool((np.diff(table.mean(0)) > 0).all()),
@@ -121,13 +122,13 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def evaluate(count: int) -> dict[str, object]:
+def evaluate(count: int, sparse: int) -> dict[str, object]:
     results: dict[str, object] = {
         "hardware": f"{cpu_name()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "defaults": defaults(),
         "autoencoder": autoencoder_quality(min(10, count)),
-        "adherence": adherence(count),
+        "adherence": adherence(count, sparse),
         "strength": strength_response(min(8, count)),
         "seconds": seconds_per_picture((256, 512, 768, 1024), 3),
     }
@@ -140,7 +141,10 @@ def evaluate(count: int) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=int, default=20)
+    parser.add_argument("--sparse", type=int, default=0, help="looks of photos not on a sheet")
+    parser.add_argument("--keep", action="store_true", help="use pictures made before")
     args = parser.parse_args()
-    gallery.empty()
-    print(json.dumps(evaluate(args.photos), indent=2, default=float))
+    if not args.keep:
+        gallery.empty()
+    print(json.dumps(evaluate(args.photos, args.sparse), indent=2, default=float))
     sheets.draw()

@@ -21,17 +21,20 @@ GALLERY = paths.BUILD / "gallery"
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make; `strength` None is the model's default."""
+    """One square picture to make; `strength` None is the model's default."""
 
     photo: Photo
     look: str
     seed: int
     strength: float | None = None
+    side: int = 512
 
     @property
     def path(self) -> Path:
         strength = "default" if self.strength is None else f"{self.strength:.1f}"
-        name = f"{self.photo.id}.{self.look.replace(' ', '-')}.{strength}.{self.seed}.png"
+        name = (
+            f"{self.photo.id}.{self.look.replace(' ', '-')}.{strength}.{self.side}.{self.seed}.png"
+        )
         return GALLERY / name
 
     @property
@@ -45,7 +48,7 @@ def _one_thread() -> None:
 
 def _make(request: Request) -> None:
     if not request.path.exists():
-        image = square(request.photo)
+        image = square(request.photo, request.side)
         got = restyle(image, request.prompt, request.seed, request.strength)
         Image.fromarray(got).save(request.path)
 

@@ -50,11 +50,23 @@ def _named(identifiers: tuple[str, ...]) -> list[Photo]:
     return [known[identifier] for identifier in identifiers]
 
 
-def look_requests(chosen: list[Photo]) -> list[Request]:
-    return [Request(photo, name, seed=1) for photo in chosen for name in NAMES]
+def look_photos(count: int) -> list[Photo]:
+    """The sheet's photos first, then the other held-out ones."""
+    sheet = _named(LOOKS_PHOTOS)
+    return (sheet + [photo for photo in photos("test") if photo not in sheet])[:count]
 
 
-def looks_sheets(side: int = 128) -> None:
+def look_requests(chosen: list[Photo], sparse: int = 0) -> list[Request]:
+    """Every look of the sheet's photos; of the others too, or `sparse` looks each in turn."""
+    requests = []
+    for number, photo in enumerate(chosen):
+        whole = not sparse or photo.id in LOOKS_PHOTOS
+        names = NAMES if whole else [NAMES[(number * sparse + i) % 20] for i in range(sparse)]
+        requests += [Request(photo, name, seed=1) for name in names]
+    return requests
+
+
+def looks_sheets(side: int = 112) -> None:
     """Six photos x all looks at the defaults, ten looks a sheet; the first column is the photo."""
     chosen = _named(LOOKS_PHOTOS)
     gallery.make(look_requests(chosen))
@@ -67,11 +79,11 @@ def looks_sheets(side: int = 128) -> None:
         _grid(rows, f"looks-{part}")
 
 
-def strength_sheet(side: int = 128) -> None:
+def strength_sheet(side: int = 96) -> None:
     rows = []
     for photo in _named(LOOKS_PHOTOS[:4]):
         for look in STRENGTH_LOOKS:
-            wanted = [Request(photo, look, seed=1, strength=s) for s in STRENGTHS]
+            wanted = [Request(photo, look, seed=1, strength=s, side=256) for s in STRENGTHS]
             gallery.make(wanted)
             row = [_cell(square(photo), side, look)]
             row += [_cell(gallery.picture(r), side, f"strength {r.strength}") for r in wanted]
