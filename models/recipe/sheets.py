@@ -80,14 +80,17 @@ def looks_sheets(side: int = 112) -> None:
 
 
 def strength_sheet(side: int = 96) -> None:
+    wanted = [
+        [Request(photo, look, seed=1, strength=s, side=256) for s in STRENGTHS]
+        for photo in _named(LOOKS_PHOTOS[:4])
+        for look in STRENGTH_LOOKS
+    ]
+    gallery.make([request for row in wanted for request in row])
     rows = []
-    for photo in _named(LOOKS_PHOTOS[:4]):
-        for look in STRENGTH_LOOKS:
-            wanted = [Request(photo, look, seed=1, strength=s, side=256) for s in STRENGTHS]
-            gallery.make(wanted)
-            row = [_cell(square(photo), side, look)]
-            row += [_cell(gallery.picture(r), side, f"strength {r.strength}") for r in wanted]
-            rows.append(row)
+    for requests in wanted:
+        row = [_cell(square(requests[0].photo), side, requests[0].look)]
+        row += [_cell(gallery.picture(r), side, f"strength {r.strength}") for r in requests]
+        rows.append(row)
     half = len(rows) // 2
     _grid([a + b for a, b in zip(rows[:half], rows[half:], strict=True)], "strengths")
 
