@@ -10,6 +10,11 @@ with Client("127.0.0.1:50051", api_key="dev-key") as client:
     result.pictures[0].save("out.png")
 """
 
+import os
+
+# gRPC reads it when first imported, and would tell on stderr what we handle ourselves.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from img2img_client.aio import AsyncClient
 from img2img_client.client import Client
 from img2img_client.errors import (
