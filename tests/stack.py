@@ -44,6 +44,7 @@ def settings(**changes: Any) -> Settings:
         "grpc_port": 0,
         "metrics_port": 0,
         "dev_key": True,
+        "cors_origins": "*",
         "default_model": FAKE_MODEL.name,
         "drain_seconds": 2.0,
         "log_level": "error",

@@ -144,7 +144,12 @@ class Settings(BaseSettings):
     # The contract.
     legacy: bool = Field(False, description="Answer in the older form of the HTTP contract.")
     base64_inline: bool = Field(False, description="Put base64 strings into `output`.")
-    cors_origins: str = Field("*", description="Origins that browsers may call from.")
+    cors_origins: str = Field(
+        "*",
+        description="Origins that browsers may call from, comma separated: `*` for all, `loopback` "
+        "for pages of this machine. With `dev_key` it is `loopback` unless it is set, and pages of "
+        "other origins are refused, for everybody knows that key.",
+    )
     webhook_secret: SecretStr = Field(
         SecretStr(""),
         description="Signs webhooks: whsec_…; two apart by a space while one replaces the other.",
@@ -166,9 +171,21 @@ class Settings(BaseSettings):
             raise ValueError("prompt_template must have {prompt} in it")
         return self
 
+    @property
+    def has_open_dev_key(self) -> bool:
+        """Whether the well-known key works."""
+        return self.dev_key and not self.api_keys_file
+
+    @property
+    def browser_origins(self) -> str:
+        """cors_origins; where it was not set and the well-known key works, `loopback`."""
+        if self.has_open_dev_key and "cors_origins" not in self.model_fields_set:
+            return "loopback"
+        return self.cors_origins
+
     def refuse_open_dev_key(self, host: str) -> None:
         """Raises SettingsError when the well-known key would be open to the network at `host`."""
-        if self.dev_key and not self.api_keys_file and not is_loopback(host):
+        if self.has_open_dev_key and not is_loopback(host):
             raise SettingsError(
                 f"refusing to listen on {host} with the well-known development key: "
                 "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"

@@ -132,44 +132,6 @@ async def test_inline_base64_that_cannot_be_read_is_503_on_fetch_and_never_loses
         assert (await back.fetch(made["id"])).json()["output"][0].startswith("iVBOR")
 
 
-# CORS.
-
-
-@pytest.mark.parametrize("path", [f"{ENTERPRISE}/img2img", "/generations/x.png", "/nowhere"])
-async def test_options_needs_no_key_and_answers_204(path: str, gateway: Gateway) -> None:
-    answer = await gateway.http.options(path, headers={"Origin": "https://app.example"})
-    assert (answer.status_code, answer.content) == (204, b"")
-    assert {
-        name: value for name, value in answer.headers.items() if name.startswith("access-control")
-    } == {
-        "access-control-allow-origin": "*",
-        "access-control-allow-methods": "GET, POST, OPTIONS",
-        "access-control-allow-headers": (
-            "Content-Type, Authorization, key, X-API-Key, X-Requested-With"
-        ),
-        "access-control-expose-headers": "Retry-After",
-    }
-
-
-async def test_answers_and_errors_may_be_read_by_browsers(gateway: Gateway) -> None:
-    for answer in (await gateway.create(), await gateway.create(key="x"), await gateway.fetch(1)):
-        assert answer.headers["access-control-allow-origin"] == "*"
-        assert answer.headers["access-control-expose-headers"] == "Retry-After"
-        assert "access-control-allow-credentials" not in answer.headers
-
-
-async def test_only_listed_origins_may_read_when_there_is_a_list(gateway: Gateway) -> None:
-    listed = "https://a.example, https://b.example"
-    async with gateway_before(gateway.stack, cors_origins=listed) as strict:
-        for origin, allowed in (
-            ("https://b.example", "https://b.example"),
-            ("https://c.example", None),
-        ):
-            answer = await strict.http.post("/nowhere", headers={"Origin": origin})
-            assert answer.headers.get("access-control-allow-origin") == allowed
-            assert answer.headers["vary"] == "Origin"
-
-
 # Logs.
 
 

@@ -73,3 +73,13 @@ async def test_a_bus_that_is_not_there_is_named_without_its_password(
             pass
     assert "127.0.0.1" in str(caught.value)
     assert "password-too" not in str(caught.value)
+
+
+def test_what_the_operator_sets_holds_with_the_development_key_too() -> None:
+    assert Settings(dev_key=True, cors_origins="*").browser_origins == "*"
+    assert Settings(dev_key=True, cors_origins="https://a.example").browser_origins == (
+        "https://a.example"
+    )
+    assert Settings(dev_key=True).browser_origins == "loopback"
+    assert Settings(dev_key=True, api_keys_file="keys.toml").browser_origins == "*"
+    assert Settings().browser_origins == "*"

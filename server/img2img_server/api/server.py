@@ -142,7 +142,7 @@ async def _texts(settings: Settings) -> AsyncIterator[Texts | None]:
 
 def load_keys(settings: Settings) -> KeyRing:
     """The keys, refused when they would leave the service open. Raises SettingsError."""
-    keys = KeyRing(settings.api_keys_file, dev_key=settings.dev_key and not settings.api_keys_file)
+    keys = KeyRing(settings.api_keys_file, dev_key=settings.has_open_dev_key)
     if keys.is_empty:
         raise SettingsError(
             "no API keys: set IMG2IMG_API_KEYS_FILE (make keys with `img2img-server keys`)"

@@ -1,4 +1,4 @@
-"""What every HTTP request passes on its way in: path, CORS, log line and metrics."""
+"""What every HTTP request passes on its way in: path, log line, metrics; see browsers.py."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import time
 
 import structlog
 from prometheus_client import Counter, Histogram
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.gateway.dialects import Dialect
 from img2img_server.gateway.refusals import Case, RefusedError
-
-METHODS = "GET, POST, OPTIONS"
-HEADERS = "Content-Type, Authorization, key, X-API-Key, X-Requested-With"
-EXPOSED = "Retry-After"
 
 REQUESTS = Counter("img2img_http_requests_total", "Answered requests.", ["route", "method", "code"])
 SECONDS = Histogram(
@@ -44,48 +39,6 @@ class TidyPath:
             path = re.sub("/{2,}", "/", scope["path"])
             scope = {**scope, "path": path.removesuffix("/") or "/"}
         await self._app(scope, receive, send)
-
-
-class Cors:
-    """Section 14: browsers call the API directly. OPTIONS needs no key."""
-
-    def __init__(self, app: ASGIApp, origins: str) -> None:
-        self._app = app
-        self._origins = [origin.strip() for origin in origins.split(",") if origin.strip()]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        cors = self._headers(Headers(scope=scope).get("origin", ""))
-
-        async def send_with_cors(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in cors.items():
-                    headers[name] = value
-            await send(message)
-
-        if scope["method"] != "OPTIONS":
-            await self._app(scope, receive, send_with_cors)
-            return
-        preflight = {
-            "Access-Control-Allow-Methods": METHODS,
-            "Access-Control-Allow-Headers": HEADERS,
-        }
-        start = {"type": "http.response.start", "status": 204, "headers": []}
-        for name, value in preflight.items():
-            MutableHeaders(scope=start)[name] = value
-        await send_with_cors(start)
-        await send({"type": "http.response.body", "body": b""})
-
-    def _headers(self, origin: str) -> dict[str, str]:
-        exposed = {"Access-Control-Expose-Headers": EXPOSED}
-        if "*" in self._origins:
-            return {"Access-Control-Allow-Origin": "*", **exposed}
-        if origin in self._origins:
-            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **exposed}
-        return {"Vary": "Origin"}
 
 
 class Recorded:

@@ -33,6 +33,7 @@ class Case(Enum):
     FIELDS = 400, ""  # the sentence of the first field
     BAD_KEY = 401, "Invalid API key"
     FORBIDDEN = 403, "This key may not manage the server"
+    FOREIGN_PAGE = 403, "Pages of this origin may not call this service"
     UNKNOWN_JOB = 404, "Request not found"
     NO_ROUTE = 404, "Not found"
     WRONG_METHOD = 405, "Method not allowed"

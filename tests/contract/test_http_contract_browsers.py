@@ -1,0 +1,133 @@
+"""Section 14 of the HTTP contract: which pages may call from browsers, and what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from img2img_server.gateway.app import create_app
+from img2img_server.gateway.upstream import connect
+from img2img_server.settings import Settings
+from tests.http_stack import ENTERPRISE, Gateway, body, gateway_before, running_gateway
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+HERE = "http://127.0.0.1:8080"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway() -> AsyncIterator[Gateway]:
+    async with running_gateway() as running:
+        yield running
+
+
+@pytest.mark.parametrize("path", [f"{ENTERPRISE}/img2img", "/generations/x.png", "/nowhere"])
+async def test_options_needs_no_key_and_answers_204(path: str, gateway: Gateway) -> None:
+    answer = await gateway.http.options(path, headers={"Origin": "https://app.example"})
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert {
+        name: value for name, value in answer.headers.items() if name.startswith("access-control")
+    } == {
+        "access-control-allow-origin": "*",
+        "access-control-allow-methods": "GET, POST, OPTIONS",
+        "access-control-allow-headers": (
+            "Content-Type, Authorization, key, X-API-Key, X-Requested-With"
+        ),
+        "access-control-expose-headers": "Retry-After",
+    }
+
+
+async def test_answers_and_errors_may_be_read_by_browsers(gateway: Gateway) -> None:
+    for answer in (await gateway.create(), await gateway.create(key="x"), await gateway.fetch(1)):
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.headers["access-control-expose-headers"] == "Retry-After"
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+async def test_only_listed_origins_may_read_when_there_is_a_list(gateway: Gateway) -> None:
+    listed = "https://a.example, https://b.example"
+    async with gateway_before(gateway.stack, cors_origins=listed) as strict:
+        for origin, allowed in (
+            ("https://b.example", "https://b.example"),
+            ("https://c.example", None),
+        ):
+            answer = await strict.http.post("/nowhere", headers={"Origin": origin})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            assert answer.headers["vary"] == "Origin"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def local(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
+    """A gateway as `local` starts it: with the key that everybody knows."""
+    config = Settings(api_address=gateway.stack.api.address, dev_key=True)
+    async with connect(config) as channel:
+        app = create_app(config, channel, gateway.stack.worker.blobs)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=HERE) as http:
+            yield http
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://127.0.0.1:8080", "http://localhost:5173", "https://[::1]", "http://127.0.0.2"],
+)
+async def test_with_the_development_key_pages_of_this_machine_may_call(
+    origin: str, local: httpx.AsyncClient
+) -> None:
+    answer = await local.post(
+        f"{ENTERPRISE}/img2img", json=body(instant_response=True), headers={"Origin": origin}
+    )
+    assert answer.json()["status"] == "processing"
+    assert answer.headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "https://127.0.0.1.evil.example"},
+        {"Origin": "https://localhost.evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://[::1"},
+        # A name of theirs that points to this machine: to the browser it is their own page.
+        {"Origin": "http://evil.example:8080", "Host": "evil.example:8080"},
+        {"Host": "evil.example:8080"},
+    ],
+    ids=str,
+)
+async def test_with_the_development_key_other_pages_are_refused(
+    headers: dict[str, str], local: httpx.AsyncClient, gateway: Gateway
+) -> None:
+    jobs = await gateway.stack.bus.jobs.list_ids("dev")
+    simple = {"Content-Type": "text/plain", **headers}  # sent without a preflight
+    for path in (f"{ENTERPRISE}/img2img", f"{ENTERPRISE}/restart_server"):
+        answer = await local.post(path, json=body(), headers=simple)
+        assert (answer.status_code, answer.json()) == (
+            403,
+            {"status": "error", "message": "Pages of this origin may not call this service"},
+        )
+        assert "access-control-allow-origin" not in answer.headers
+    preflight = await local.options(f"{ENTERPRISE}/img2img", headers=headers)
+    assert "access-control-allow-origin" not in preflight.headers
+    assert await gateway.stack.bus.jobs.list_ids("dev") == jobs
+
+
+async def test_callers_that_are_no_browsers_need_no_origin(local: httpx.AsyncClient) -> None:
+    assert (await local.post(f"{ENTERPRISE}/img2img", json=body())).json()["status"] == "success"
+
+
+async def test_a_page_at_the_public_address_may_call(gateway: Gateway) -> None:
+    config = Settings(
+        api_address=gateway.stack.api.address,
+        dev_key=True,
+        public_base_url="https://tunnel.example/img",
+    )
+    async with connect(config) as channel:
+        app = create_app(config, channel, gateway.stack.worker.blobs)
+        base = "https://tunnel.example"
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=base) as http:
+            answer = await http.post(f"{ENTERPRISE}/img2img", json=body(), headers={"Origin": base})
+    assert answer.json()["status"] == "success"
