@@ -20,6 +20,11 @@ RPC_SECONDS = Histogram("img2img_rpc_seconds", "Time of RPCs.", ["method"], buck
 WATCHERS = Gauge("img2img_watchers", "Open event streams.")
 JOBS_CREATED = Counter("img2img_jobs_created_total", "Jobs accepted.", ["model", "lane"])
 JOBS_ENDED = Counter("img2img_jobs_ended_total", "Jobs ended by this worker.", ["model", "state"])
+QUEUED_GPU_SECONDS = Gauge(
+    "img2img_queued_gpu_seconds",
+    "Estimated device time of jobs that have not ended: `waiting` for a worker, or `taken` by one.",
+    ["model", "lane", "state"],
+)
 JOBS_RUNNING = Gauge("img2img_jobs_running", "Jobs this worker has taken and not ended.")
 STAGE_SECONDS = Histogram(
     "img2img_stage_seconds", "Time of a job by stage.", ["stage"], buckets=_SECONDS

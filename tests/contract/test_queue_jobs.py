@@ -12,7 +12,7 @@ from fixtures_engines import ACK_WAIT_SECONDS, QUEUE_LIMIT, OpenBus
 from img2img_server.bus import Bus
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.errors import QueueFullError
-from img2img_server.queue.base import Delivery, QueuedJob
+from img2img_server.queue.base import Delivery, LaneLoad, QueuedJob
 
 MODEL = "atelier"
 LANES = (Lane.REALTIME, Lane.BATCH)
@@ -251,6 +251,22 @@ async def test_position_and_depth_count_what_waits(open_bus: OpenBus) -> None:
         assert [await bus.queue.position(MODEL, Lane.REALTIME, p) for p in places] == [0, 0, 1]
         assert await bus.queue.depth(MODEL, Lane.REALTIME) == 2
         assert await bus.queue.depth(MODEL, Lane.BATCH) == 0
+
+
+async def test_the_load_of_a_lane_tells_what_waits_and_what_was_taken(open_bus: OpenBus) -> None:
+    async def load() -> LaneLoad:
+        async with open_bus() as bus:  # numbers may be a moment old: ask as somebody new
+            return await bus.queue.load(MODEL, Lane.BATCH)
+
+    assert await load() == LaneLoad(waiting=0, taken=0, last_taken=0)
+    async with open_bus() as worker:
+        places = [await worker.queue.put(a_job(lane=Lane.BATCH)) for _ in range(3)]
+        assert await load() == LaneLoad(waiting=3, taken=0, last_taken=0)
+        taken = await pull(worker, most=2, seconds=LONG)
+        assert await load() == LaneLoad(waiting=1, taken=2, last_taken=places[1])
+        await taken[0].ack()
+        await taken[1].nak()  # handed back: it has not ended
+        assert await load() == LaneLoad(waiting=1, taken=1, last_taken=places[1])
 
 
 async def test_large_jobs_travel(bus: Bus) -> None:

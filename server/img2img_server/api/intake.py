@@ -13,6 +13,7 @@ import structlog
 from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.admission import Admission, Admitted, Caller, Fetch
+from img2img_server.api.backlog import Backlog
 from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
 from img2img_server.domain.params import (
@@ -42,12 +43,14 @@ class Intake:
         workers: WorkerRegistry,
         fetch: Fetch,
         storage: TenantStorage,
+        backlog: Backlog,
     ) -> None:
         self._settings = settings
         self._jobs = jobs
         self._queue = queue
         self._events = events
         self._storage = storage
+        self._backlog = backlog
         self._admission = Admission(settings, queue, workers, fetch)
         self.limits = self._admission.limits
 
@@ -119,6 +122,7 @@ class Intake:
             with suppress(errors.ServiceError):
                 await self._jobs.delete(job.tenant, job_id)
             raise
+        self._backlog.note(params, place)
         JOBS_CREATED.labels(params.model, params.lane).inc()
         log.info(
             "job created",

@@ -17,6 +17,7 @@ from img2img.v1 import admin_service_pb2_grpc, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api.admin import AdminServicer
 from img2img_server.api.admission import Fetch, image_limits
+from img2img_server.api.backlog import Backlog
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.intake import Intake
@@ -75,6 +76,7 @@ async def serve(
     started: Callable[[str], None] | None = None,
 ) -> None:
     """Serves on parts that exist already; the order of stopping stands at the end."""
+    backlog = Backlog(bus.queue, bus.workers)
     workers = CachedWorkerRegistry(bus.workers)
     bus = replace(bus, workers=workers)
     canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control, bus.outbox)
@@ -83,7 +85,7 @@ async def serve(
         settings,
         bus.jobs,
         bus.workers,
-        Intake(settings, bus.jobs, bus.queue, bus.events, bus.workers, fetch, bus.storage),
+        Intake(settings, bus.jobs, bus.queue, bus.events, bus.workers, fetch, bus.storage, backlog),
         Watcher(
             bus.jobs,
             bus.events,
@@ -122,7 +124,9 @@ async def serve(
             started(address)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(webhooks.deliverer(settings, bus).run(stop))
+            publishing = tasks.create_task(backlog.publish())
             await stop.wait()
+            publishing.cancel()
             # Not serving -> streams end with a hint to resume -> calls and attempts at webhooks
             # under way finish -> closed.
             await health_servicer.enter_graceful_shutdown()

@@ -85,6 +85,12 @@ class JobParams:
         """Seed of one sample: (seed + index) mod 2^32."""
         return (self.seed + index) % (SEED_MAX + 1)
 
+    @property
+    def pixel_steps(self) -> int:
+        """The work of the job: pixels of all samples times the steps that really run."""
+        steps = denoising_steps(self.strength, self.num_inference_steps or 0)
+        return self.samples * self.width * self.height * steps
+
 
 @dataclass(frozen=True, slots=True)
 class Violation:

@@ -59,6 +59,19 @@ class Delivery(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneLoad:
+    """What lies in one lane of one model.
+
+    `waiting`: jobs never taken. `taken`: jobs that were taken and have not ended, those handed back
+    included. `last_taken`: the highest place ever taken; 0: none.
+    """
+
+    waiting: int
+    taken: int
+    last_taken: int
+
+
 class JobQueue(Protocol):
     """Durable work queue by model, lane and tenant; bounded by tenant."""
 
@@ -89,6 +102,10 @@ class JobQueue(Protocol):
 
     async def depth(self, model: str, lane: Lane) -> int:
         """Jobs of that lane that no worker has taken."""
+        ...
+
+    async def load(self, model: str, lane: Lane) -> LaneLoad:
+        """The numbers of that lane, at the cost of one question to the bus however many jobs."""
         ...
 
     async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:

@@ -15,7 +15,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
 
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError, UnavailableError
-from img2img_server.queue.base import Delivery, QueuedJob
+from img2img_server.queue.base import Delivery, LaneLoad, QueuedJob
 from img2img_server.wire import codec, names
 from img2img_server.wire.connection import Link, status_of
 from img2img_server.wire.faults import SubjectFullError, unavailable
@@ -97,18 +97,23 @@ class JetStreamJobQueue:
         return await self._link.delete(names.JOBS, sequence)
 
     async def position(self, model: str, lane: Lane, sequence: int) -> int:
-        info = await self._info(model, lane)
-        taken = info.delivered.stream_seq if info and info.delivered else 0
-        waiting = await self.depth(model, lane)
+        load = await self.load(model, lane)
         # Numbers run through all lanes, so their distance alone would be too much.
-        return max(0, min(sequence - taken - 1, waiting - 1))
+        return max(0, min(sequence - load.last_taken - 1, load.waiting - 1))
 
     async def depth(self, model: str, lane: Lane) -> int:
+        return (await self.load(model, lane)).waiting
+
+    async def load(self, model: str, lane: Lane) -> LaneLoad:
         info = await self._info(model, lane)
-        if info is not None:
-            return info.num_pending or 0
-        # No worker has ever asked for it: everything waits.
-        return await self._messages(names.lane_filter(model, lane))
+        if info is None:  # no worker has ever asked for it: everything waits
+            waiting = await self._messages(names.lane_filter(model, lane))
+            return LaneLoad(waiting=waiting, taken=0, last_taken=0)
+        return LaneLoad(
+            waiting=info.num_pending or 0,
+            taken=info.num_ack_pending or 0,
+            last_taken=(info.delivered.stream_seq or 0) if info.delivered else 0,
+        )
 
     async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
         return await self._messages(names.jobs_subject(model, lane, tenant))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError
-from img2img_server.queue.base import Delivery, QueuedJob
+from img2img_server.queue.base import Delivery, LaneLoad, QueuedJob
 from img2img_server.queue.bell import Bell
 
 
@@ -71,6 +71,14 @@ class MemoryJobQueue:
 
     async def depth(self, model: str, lane: Lane) -> int:
         return len(self._waiting(model, lane))
+
+    async def load(self, model: str, lane: Lane) -> LaneLoad:
+        mine = [m for m in self._messages.values() if m.is_for(model, lane)]
+        return LaneLoad(
+            waiting=sum(not m.deliveries for m in mine),
+            taken=sum(m.deliveries > 0 for m in mine),
+            last_taken=self._delivered.get((model, lane), 0),
+        )
 
     async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
         return sum(

@@ -19,10 +19,19 @@ _WEIGHT = 0.2
 
 
 class Pace:
-    """Moving mean of the engine's seconds for one sample at 512x512; 0.0 before the first."""
+    """Moving means of what this worker measures; 0.0 before the first.
+
+    `job_seconds`: the engine's seconds for one sample at 512x512, as its caller waits for it.
+    `pixel_step_seconds`: the device's seconds for one pixel-step, which is less where jobs share
+    their batches.
+    """
 
     def __init__(self) -> None:
         self.job_seconds = 0.0
+        self.pixel_step_seconds = 0.0
+        self._seen_busy_seconds: float | None = None
+        self._busy_seconds = 0.0
+        self._pixel_steps = 0.0
 
     def observe(self, params: JobParams, engine_seconds: float) -> None:
         """Takes one finished job into account."""
@@ -30,6 +39,26 @@ class Pace:
         seconds = engine_seconds / work
         known = self.job_seconds or seconds
         self.job_seconds = known + _WEIGHT * (seconds - known)
+
+    def step(self, params: JobParams) -> None:
+        """Counts one step of one sample."""
+        self._pixel_steps += params.width * params.height
+
+    def device_worked(self, busy_seconds: float) -> None:
+        """Takes into account what the device worked since the call before.
+
+        Args:
+            busy_seconds: that it has worked since its start.
+        """
+        seen, self._seen_busy_seconds = self._seen_busy_seconds, busy_seconds
+        if seen is None or busy_seconds == seen:  # not what it did before we counted, nor pauses
+            return
+        self._busy_seconds += busy_seconds - seen
+        if self._pixel_steps:
+            self.pixel_step_seconds = self._busy_seconds / self._pixel_steps
+            # Both sums fade alike: what was measured lately counts more.
+            self._busy_seconds *= 1 - _WEIGHT
+            self._pixel_steps *= 1 - _WEIGHT
 
 
 class Load:

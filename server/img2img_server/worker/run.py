@@ -213,6 +213,8 @@ class JobRun:
                         case JobStopped():
                             raise _StoppedError
                         case _:
+                            if isinstance(event, StepDone):
+                                self._parts.pace.step(owned.job.params)
                             await owned.tell(await _told(event))
         except BaseExceptionGroup as group:
             raise _first(group) from group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 
@@ -126,10 +127,15 @@ class Worker:
     async def _announce(self) -> None:
         parts = self._parts
         load = Load(parts.engine)
+        with suppress(errors.UnavailableError):  # what workers before us have measured
+            known = await self._registry.model(parts.engine.model.name)
+            parts.pace.pixel_step_seconds = known.pixel_step_seconds if known else 0.0
         while True:
+            parts.pace.device_worked(parts.engine.busy_seconds)
+            pace = parts.pace.pixel_step_seconds
             info = WorkerInfo(
                 name=parts.name,
-                model=parts.engine.model,
+                model=replace(parts.engine.model, pixel_step_seconds=pace),
                 device=parts.engine.device,
                 capacity_rows=parts.engine.capacity_rows,
                 job_seconds=parts.pace.job_seconds,
