@@ -73,8 +73,6 @@ def command(function: F) -> F:
         as_json: bool,
         **parameters: Any,
     ) -> None:
-        # gRPC writes its own log to stderr, into the display; it reads this at its first channel.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         root_certificates = ca_file.read_bytes() if ca_file else None
         try:
             key = api_key or _default_key(server)
