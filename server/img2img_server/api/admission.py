@@ -29,6 +29,7 @@ from img2img_server.prompts.choose import api_rewriter
 from img2img_server.queue.base import JobQueue
 from img2img_server.settings import Settings
 from img2img_server.store.base import WorkerRegistry
+from img2img_server.tasks import beside
 
 # Downloads an init image. Raises InvalidImageError.
 Fetch = Callable[[str], Awaitable[bytes]]
@@ -99,9 +100,9 @@ class Admission:
             known = tuple(info.name for info in await self._workers.models())
             raise errors.ModelNotFoundError(params.model, known)
         started = time.monotonic()
-        image = await self._image_given_room(request, caller)
-        position = await self._queue.depth(params.model, params.lane)
-        eta = await self._estimator.new_job(params)
+        async with beside(self._estimator.new_job(params)) as estimate:
+            image = await self._image_given_room(request, caller)
+            position, eta = await estimate
         remaining = caller.remaining_seconds
         if remaining is not None and eta is not None and eta > remaining:
             raise errors.DeadlineTooShortError(remaining, eta)
@@ -145,14 +146,12 @@ class Admission:
     async def _image_given_room(self, request: convert.Request, caller: Caller) -> CheckedImage:
         """The checked picture. An inline one is decoded while the queue is asked; a full queue is
         told first all the same, and nothing is downloaded for it."""
-        decoding = asyncio.create_task(self._image(request)) if request.init_image else None
-        try:
+        if not request.init_image:
             await self._check_room(request.params, caller)
-            return await (decoding or self._image(request))
-        finally:
-            if decoding:
-                decoding.cancel()
-                await asyncio.gather(decoding, return_exceptions=True)
+            return await self._image(request)
+        async with beside(self._image(request)) as decoded:
+            await self._check_room(request.params, caller)
+            return await decoded
 
     async def _image(self, request: convert.Request) -> CheckedImage:
         violations: list[Violation] = []

@@ -20,10 +20,10 @@ class Estimator:
         self._queue = queue
         self._workers = workers
 
-    async def new_job(self, params: JobParams) -> float | None:
-        """Seconds until a job that comes now would end; None when nothing is known."""
+    async def new_job(self, params: JobParams) -> tuple[int, float | None]:
+        """Jobs before one that comes now, and seconds until it would end, if known."""
         before = await self._queue.depth(params.model, params.lane)
-        return await self._seconds(params, before)
+        return before, await self._seconds(params, before)
 
     async def job(self, job: Job) -> tuple[int, float | None]:
         """Jobs before it (-1: unknown, 0 when running) and seconds until it ends, if known."""

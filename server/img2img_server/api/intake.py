@@ -24,6 +24,7 @@ from img2img_server.settings import Settings
 from img2img_server.store.base import ConflictError, JobStore, Stored, WorkerRegistry
 from img2img_server.store.tenants import TenantStorage
 from img2img_server.store.vault import SealBrokenError
+from img2img_server.tasks import beside
 from img2img_server.telemetry import JOBS_CREATED
 
 log = structlog.get_logger()
@@ -63,21 +64,21 @@ class Intake:
         """
         if not request_id:
             accepted = await self._admission.admit(spec, caller)
-            return await self._enqueue(await self._jobs.next_id(), accepted, caller)
+            return await self._enqueue(await self._record(accepted, caller), accepted)
         tenant, request_id, fingerprint = caller.principal.tenant, _uuid(request_id), _digest(spec)
         # Looked for before anything is checked: a repeated request is answered in a full queue too.
         bound = await self._jobs.find_request(tenant, request_id)
-        job_id = 0
+        job: Job | None = None
         if bound is None:
             accepted = await self._admission.admit(spec, caller)
-            job_id = await self._jobs.next_id()
-            bound = await self._jobs.claim_request(tenant, request_id, fingerprint, job_id)
+            job = await self._record(accepted, caller)
+            bound = await self._jobs.claim_request(tenant, request_id, fingerprint, job.id)
         if bound[0] != fingerprint:
             raise errors.RequestIdReusedError(request_id)
-        if bound[1] != job_id:
+        if job is None or bound[1] != job.id:
             return await self._existing(tenant, bound[1], spec, caller)
         try:
-            return await self._enqueue(job_id, accepted, caller)
+            return await self._enqueue(job, accepted)
         except errors.ServiceError:
             with suppress(errors.ServiceError):
                 await self._jobs.release_request(tenant, request_id)
@@ -90,28 +91,27 @@ class Intake:
         if stored is not None and not _is_stranded(stored.job):
             return stored
         # Whoever began it died before it was queued, or is at it now: both may finish it.
-        return await self._enqueue(job_id, await self._admission.admit(spec, caller), caller)
+        accepted = await self._admission.admit(spec, caller)
+        return await self._enqueue(await self._record(accepted, caller, job_id), accepted)
 
-    async def _enqueue(self, job_id: int, accepted: Admitted, caller: Caller) -> Stored:
-        params = accepted.params
-        job = await self._addressed(self._record(job_id, accepted, caller), caller)
-        created = True
+    async def _enqueue(self, job: Job, accepted: Admitted) -> Stored:
+        params, created = accepted.params, True
         try:
             revision = await self._jobs.create(job)
         except ConflictError:
             created = False
-            stored = await self._jobs.get(job.tenant, job_id)
+            stored = await self._jobs.get(job.tenant, job.id)
             if stored is None or not _is_stranded(stored.job):
                 raise errors.UnavailableError("This request is being taken in.") from None
             job, revision = stored.job, stored.revision
         try:
-            writer = await self._events.open(job_id, fresh=created)
+            writer = await self._events.open(job.id, fresh=created)
             if not writer.sequence:
                 queued = Queued(position=accepted.position, eta_seconds=accepted.eta_seconds)
                 await writer.append(queued)
             place = await self._queue.put(
                 QueuedJob(
-                    job_id=job_id,
+                    job_id=job.id,
                     tenant=job.tenant,
                     params=params,
                     init_image=accepted.image.data,
@@ -120,13 +120,13 @@ class Intake:
             )
         except errors.ServiceError:
             with suppress(errors.ServiceError):
-                await self._jobs.delete(job.tenant, job_id)
+                await self._jobs.delete(job.tenant, job.id)
             raise
         self._backlog.note(params, place)
         JOBS_CREATED.labels(params.model, params.lane).inc()
         log.info(
             "job created",
-            job=job_id,
+            job=job.id,
             tenant=job.tenant,
             model=params.model,
             size=f"{params.width}x{params.height}",
@@ -138,12 +138,12 @@ class Intake:
             revision = await self._jobs.update(job, revision)
         return Stored(job, revision)
 
-    def _record(self, job_id: int, accepted: Admitted, caller: Caller) -> Job:
-        params = accepted.params
-        return Job(
+    async def _record(self, accepted: Admitted, caller: Caller, job_id: int = 0) -> Job:
+        """A new job's record, with a number of its own unless it has one."""
+        job = Job(
             id=job_id,
             tenant=caller.principal.tenant,
-            params=params,
+            params=accepted.params,
             file_prefix=str(uuid.uuid4()),
             future_urls=(),
             create_time=time.time(),
@@ -151,6 +151,11 @@ class Intake:
             timings=Timings(fetch=accepted.fetch_seconds),
             warning=accepted.warning,
         )
+        addressed = self._addressed(job, caller)
+        if job_id:
+            return await addressed
+        async with beside(self._jobs.next_id()) as drawn:
+            return replace(await addressed, id=await drawn)
 
     async def _addressed(self, job: Job, caller: Caller) -> Job:
         """The job with the links that its files will have, fixed from now on."""

@@ -56,7 +56,10 @@ class OwnedJob:
         self.job: Job = stored.job
 
     async def take(self, *, cancelled: bool) -> bool:
-        """Makes it ours. False when it has ended, now or before: then there is nothing to run."""
+        """Makes it ours, which `announce` then tells.
+
+        False when it has ended, now or before: then there is nothing to run.
+        """
         if self.job.state.is_terminal:
             await self._last_word()
             return False
@@ -70,14 +73,19 @@ class OwnedJob:
         if self.job.state is State.RUNNING:
             REDELIVERIES.inc()
         await self._rewrite_prompt()
-        await self._change(
-            Started(
-                worker=self._parts.name,
-                model=self._parts.engine.model.name,
-                attempt=self.delivery.attempt,
-            )
-        )
+        await self._swap(self._start())
         return True
+
+    async def announce(self) -> None:
+        """Tells the log that it is ours."""
+        await self.tell(self._start())
+
+    def _start(self) -> Started:
+        return Started(
+            worker=self._parts.name,
+            model=self._parts.engine.model.name,
+            attempt=self.delivery.attempt,
+        )
 
     async def _rewrite_prompt(self) -> None:
         """Puts the text to use into the record, unless that has happened. Never fails the job."""

@@ -35,6 +35,7 @@ from img2img_server.images.base import InvalidImageError
 from img2img_server.images.encode import preview_jpeg
 from img2img_server.images.prepare import prepare_image
 from img2img_server.queue.base import Delivery, OwnershipLostError
+from img2img_server.tasks import beside
 from img2img_server.telemetry import STEPS
 from img2img_server.worker.files import storage_warning
 from img2img_server.worker.owned import OwnedJob
@@ -144,7 +145,10 @@ class JobRun:
 
     async def _work(self, owned: OwnedJob, prepared: asyncio.Task[Pixels]) -> None:
         try:
-            timings = await self._follow(owned, self._submit(owned.job, await _sound(prepared)))
+            async with beside(owned.announce()) as announced:
+                inbox = self._submit(owned.job, await _sound(prepared))
+                await announced
+            timings = await self._follow(owned, inbox)
         except _StoppedError:
             if self._cancelled:
                 await owned.end(Cancelled())
