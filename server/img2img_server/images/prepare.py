@@ -119,10 +119,11 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
         image = _decode(header, smallest)
         if image.size != (header.width, header.height):
             box = _scaled(box, round(header.width / image.width), image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box)
+        if image.size != (width, height) or box != (0, 0, width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS, box)
     if header.orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[header.orientation])
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _turn(header: Header) -> AbstractContextManager[object]:
