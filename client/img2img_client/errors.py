@@ -10,6 +10,7 @@ Img2ImgError
 │   ├── JobEndedError            the job can no longer be cancelled
 │   ├── DeadlineTooShortError    the job cannot finish within the deadline
 │   ├── QueueFullError           too many unfinished jobs or watchers; wait `retry_seconds`
+│   ├── RateLimitedError         too many jobs in a minute; wait `retry_seconds`
 │   ├── DeadlineExceededError    the caller's timeout passed
 │   ├── UnavailableError         the service cannot be reached, also after trying again
 │   └── InternalError            a fault of the service, logged there under metadata["error_id"]
@@ -105,6 +106,10 @@ class QueueFullError(RpcError):
     """The tenant has as many unfinished jobs, or the server as many watchers, as it may have."""
 
 
+class RateLimitedError(RpcError):
+    """The key makes jobs faster than it may; `retry_seconds` says when there is room."""
+
+
 class DeadlineExceededError(RpcError):
     """The caller's timeout passed."""
 
@@ -147,6 +152,7 @@ class JobCancelledError(JobEndError):
 BY_REASON: dict[str, type[RpcError]] = {
     "DEADLINE_TOO_SHORT": DeadlineTooShortError,
     "JOB_ENDED": JobEndedError,
+    "RATE_LIMITED": RateLimitedError,
 }
 BY_CODE: dict[str, type[RpcError]] = {
     "INVALID_ARGUMENT": InvalidRequestError,

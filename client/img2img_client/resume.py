@@ -17,6 +17,7 @@ from img2img_client.result import Pictures, Result
 FirstRequest = service_pb2.GenerateRequest | service_pb2.WatchJobRequest
 
 # Codes with which a transport ends a stream that the service did not end itself.
+_FULL = ("TOO_MANY_WATCHERS", "TOO_MANY_CALLS")  # a lost stream of ours may still count
 BROKEN_STREAM = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
 
 
@@ -76,7 +77,7 @@ class Backoff:
 
 def may_repeat(error: errors.RpcError) -> bool:
     """Whether a call that ended with `error` may be made again as it was."""
-    return isinstance(error, errors.UnavailableError) or error.reason == "TOO_MANY_WATCHERS"
+    return isinstance(error, errors.UnavailableError) or error.reason in _FULL
 
 
 class Follow:

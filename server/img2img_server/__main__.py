@@ -78,11 +78,16 @@ def local() -> None:
     type=click.Choice(["manage", "unsafe"]),
     help="What it may do beside making pictures; may be repeated.",
 )
-def keys(tenant: str, permissions: tuple[str, ...]) -> None:
+@click.option(
+    "--rate-limit",
+    type=click.IntRange(min=0),
+    help="Jobs a minute that it may make, 0 for any number. Default: IMG2IMG_RATE_LIMIT.",
+)
+def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> None:
     """Make an API key: the key on stderr, its entry for the keys file on stdout."""
     from img2img_server.api.keys import new_key
 
-    key, entry = new_key(tenant, list(permissions))
+    key, entry = new_key(tenant, list(permissions), rate_limit)
     click.echo(f"key (shown only once): {key}", err=True)
     click.echo(entry)
 

@@ -20,6 +20,7 @@ from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, WorkerRegistry
 from img2img_server.store.jobs_kv import KvJobStore
 from img2img_server.store.memory import MemoryJobStore, MemoryWorkerRegistry
+from img2img_server.store.rates import Rates, kv_rates, memory_rates
 from img2img_server.store.tenants import (
     TenantStorage,
     kv_tenant_storage,
@@ -42,6 +43,7 @@ class Bus:
     workers: WorkerRegistry
     outbox: Outbox
     storage: TenantStorage
+    rates: Rates
 
 
 @asynccontextmanager
@@ -72,6 +74,7 @@ async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIter
             workers=KvWorkerRegistry(link),
             outbox=JetStreamOutbox(link),
             storage=kv_tenant_storage(link, vault),
+            rates=kv_rates(link),
         )
 
 
@@ -97,4 +100,5 @@ def memory_bus(
         workers=MemoryWorkerRegistry(),
         outbox=MemoryOutbox(),
         storage=memory_tenant_storage(Vault(storage_keys)),
+        rates=memory_rates(),
     )

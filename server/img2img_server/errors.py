@@ -13,6 +13,8 @@ ServiceError
 ├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry
 ├── StorageKeysMissingError    FAILED_PRECONDITION  STORAGE_KEYS_MISSING
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
+├── RateLimitedError           RESOURCE_EXHAUSTED   RATE_LIMITED         retry
+├── TooManyCallsError          RESOURCE_EXHAUSTED   TOO_MANY_CALLS       retry
 ├── TooManyWatchersError       RESOURCE_EXHAUSTED   TOO_MANY_WATCHERS    retry
 ├── TooManyWebhooksError       RESOURCE_EXHAUSTED   TOO_MANY_WEBHOOKS    retry
 ├── UnavailableError           UNAVAILABLE          UNAVAILABLE          retry
@@ -244,6 +246,38 @@ class QueueFullError(ServiceError):
         super().__init__(f"Rate limit exceeded. Maximum {limit} queued requests allowed.")
         self.limit = limit
         self.retry_seconds = retry_seconds
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"limit": str(self.limit)}
+
+
+class RateLimitedError(ServiceError):
+    """The key makes jobs faster than it may."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "RATE_LIMITED"
+
+    def __init__(self, per_minute: int, retry_seconds: float) -> None:
+        super().__init__(f"Rate limit exceeded. Maximum {per_minute} requests per minute allowed.")
+        self.per_minute = per_minute
+        self.retry_seconds = retry_seconds
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"per_minute": str(self.per_minute)}
+
+
+class TooManyCallsError(ServiceError):
+    """The tenant has as many open calls at this server as it may have."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_CALLS"
+    retry_seconds = 1.0
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"Rate limit exceeded. Maximum {limit} open calls allowed.")
+        self.limit = limit
 
     @property
     def metadata(self) -> dict[str, str]:

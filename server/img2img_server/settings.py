@@ -118,7 +118,19 @@ class Settings(BaseSettings):
     )
     max_image_bytes: int = Field(20_971_520, ge=1, description="Largest init image.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Largest init image in pixels.")
+    rate_limit: int = Field(
+        0,
+        ge=0,
+        description="Jobs that a key may make in a minute, at all apis together; 0: any number. "
+        "`rate_limit` of a key's entry in the keys file comes before it.",
+    )
     max_watchers: int = Field(1000, ge=1, description="Most open event streams of one api.")
+    max_tenant_calls: int = Field(
+        500, ge=1, description="Most open event streams and job requests of a tenant at one api."
+    )
+    max_http_requests: int = Field(
+        2000, ge=1, description="Most open HTTP requests of one gateway, event streams included."
+    )
     max_attempts: int = Field(5, ge=1, description="Times a job is tried before it fails.")
     outbound_allow: str = Field(
         "",

@@ -10,6 +10,12 @@ from img2img_server.api.keys import KeyRing, Principal, new_key
 from img2img_server.settings import SettingsError
 
 
+def held(key: str, tenant: str, *permissions: str, rate_limit: int | None = None) -> Principal:
+    """What a key opens."""
+    key_id = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return Principal(tenant, frozenset(permissions), rate_limit, key_id)
+
+
 def entry(key: str, tenant: str, permissions: str = "[]") -> str:
     digest = hashlib.sha256(key.encode()).hexdigest()
     return f'[[keys]]\nsha256 = "{digest}"\ntenant = "{tenant}"\npermissions = {permissions}\n'
@@ -19,8 +25,8 @@ def test_a_key_opens_its_tenant_with_its_permissions(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(entry("k1", "shop", '["manage"]') + entry("k2", "lab"))
     ring = KeyRing(file, dev_key=False)
-    assert ring.authenticate("k1") == Principal("shop", frozenset({"manage"}))
-    assert ring.authenticate("k2") == Principal("lab")
+    assert ring.authenticate("k1") == held("k1", "shop", "manage")
+    assert ring.authenticate("k2") == held("k2", "lab")
     assert ring.authenticate("k3") is None
     assert ring.authenticate("") is None
 
@@ -30,14 +36,22 @@ def test_a_made_key_works_with_its_entry_and_the_entry_does_not_hold_it(tmp_path
     file = tmp_path / "keys.toml"
     file.write_text(line)
     assert key not in line
-    assert KeyRing(file, dev_key=False).authenticate(key) == Principal(
-        "shop", frozenset({"unsafe"})
+    assert KeyRing(file, dev_key=False).authenticate(key) == held(key, "shop", "unsafe")
+
+
+@pytest.mark.parametrize("per_minute", [0, 60])
+def test_a_key_may_have_a_rate_limit_of_its_own(per_minute: int, tmp_path: Path) -> None:
+    key, line = new_key("shop", [], per_minute)
+    file = tmp_path / "keys.toml"
+    file.write_text(line)
+    assert KeyRing(file, dev_key=False).authenticate(key) == held(
+        key, "shop", rate_limit=per_minute
     )
 
 
 def test_the_development_key_works_only_where_it_is_on() -> None:
     ring = KeyRing(None, dev_key=True)
-    assert ring.authenticate("dev-key") == Principal("dev", frozenset({"manage", "unsafe"}))
+    assert ring.authenticate("dev-key") == held("dev-key", "dev", "manage", "unsafe")
     off = KeyRing(None, dev_key=False)
     assert off.is_empty
     assert off.authenticate("dev-key") is None
@@ -50,7 +64,7 @@ def test_a_changed_file_is_read_again_without_a_restart(tmp_path: Path) -> None:
     file.write_text(entry("newer", "shop"))
     os.utime(file, ns=(1, 1))
     assert ring.authenticate("old") is None
-    assert ring.authenticate("newer") == Principal("shop")
+    assert ring.authenticate("newer") == held("newer", "shop")
 
 
 def test_a_file_that_breaks_later_keeps_the_keys_that_worked(tmp_path: Path) -> None:
@@ -58,20 +72,25 @@ def test_a_file_that_breaks_later_keeps_the_keys_that_worked(tmp_path: Path) -> 
     file.write_text(entry("k1", "shop"))
     ring = KeyRing(file, dev_key=False)
     file.write_text("this is [no toml")
-    assert ring.authenticate("k1") == Principal("shop")
+    assert ring.authenticate("k1") == held("k1", "shop")
     file.unlink()
-    assert ring.authenticate("k1") == Principal("shop")
+    assert ring.authenticate("k1") == held("k1", "shop")
 
 
 def test_a_wrong_file_is_refused_with_every_mistake(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
-    file.write_text('[[keys]]\nsha256 = "short"\ntenant = "No Spaces"\npermissions = ["fly"]\n')
+    file.write_text(
+        '[[keys]]\nsha256 = "short"\ntenant = "No Spaces"\npermissions = ["fly"]\n'
+        "rate_limit = true\nrate = 5\n"
+    )
     with pytest.raises(SettingsError) as caught:
         KeyRing(file, dev_key=False)
     text = str(caught.value)
     assert "keys[0].sha256 must be 64 hexadecimal digits" in text
     assert "keys[0].tenant must be 1 to 63" in text
     assert "keys[0].permissions: fly is not known" in text
+    assert "keys[0]: rate is not known" in text
+    assert "keys[0].rate_limit must be an integer of at least 0" in text
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

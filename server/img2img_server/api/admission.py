@@ -29,6 +29,7 @@ from img2img_server.prompts.choose import api_rewriter
 from img2img_server.queue.base import JobQueue
 from img2img_server.settings import Settings
 from img2img_server.store.base import WorkerRegistry
+from img2img_server.store.rates import Rates
 from img2img_server.tasks import beside
 
 # Downloads an init image. Raises InvalidImageError.
@@ -61,12 +62,18 @@ class Admission:
     """Admits requests. One for the life of the api."""
 
     def __init__(
-        self, settings: Settings, queue: JobQueue, workers: WorkerRegistry, fetch: Fetch
+        self,
+        settings: Settings,
+        queue: JobQueue,
+        workers: WorkerRegistry,
+        fetch: Fetch,
+        rates: Rates,
     ) -> None:
         self._settings = settings
         self._queue = queue
         self._workers = workers
         self._fetch = fetch
+        self._rates = rates
         self._estimator = Estimator(queue, workers)
         self._rewriter = api_rewriter(settings)
         self._outbound = OutboundPolicy.parse(settings.outbound_allow)
@@ -77,7 +84,7 @@ class Admission:
 
         Raises:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, QueueFullError,
-            DeadlineTooShortError, UnavailableError.
+            RateLimitedError, DeadlineTooShortError, UnavailableError.
         """
         request = convert.request(
             spec,
@@ -138,10 +145,14 @@ class Admission:
         return known[0] if known else ""
 
     async def _check_room(self, params: JobParams, caller: Caller) -> None:
-        """A full queue is told before the picture is downloaded and decoded."""
+        """What is too much is told before the picture is downloaded and decoded."""
         limit, tenant = self._settings.queue_limit, caller.principal.tenant
         if await self._queue.unfinished(params.model, params.lane, tenant) >= limit:
             raise errors.QueueFullError(limit)
+        key = caller.principal
+        per_minute = self._settings.rate_limit if key.rate_limit is None else key.rate_limit
+        if per_minute and (wait := await self._rates.take(key.key_id, per_minute)):
+            raise errors.RateLimitedError(per_minute, wait)
 
     async def _image_given_room(self, request: convert.Request, caller: Caller) -> CheckedImage:
         """The checked picture. An inline one is decoded while the queue is asked; a full queue is

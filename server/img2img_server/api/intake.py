@@ -16,12 +16,11 @@ from img2img_server.api.admission import Admission, Admitted, Caller, Fetch
 from img2img_server.api.backlog import Backlog
 from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
-from img2img_server.domain.params import (
-    Violation,
-)
+from img2img_server.domain.params import Violation
 from img2img_server.queue.base import EventLog, JobQueue, QueuedJob
 from img2img_server.settings import Settings
 from img2img_server.store.base import ConflictError, JobStore, Stored, WorkerRegistry
+from img2img_server.store.rates import Rates
 from img2img_server.store.tenants import TenantStorage
 from img2img_server.store.vault import SealBrokenError
 from img2img_server.tasks import beside
@@ -45,6 +44,7 @@ class Intake:
         fetch: Fetch,
         storage: TenantStorage,
         backlog: Backlog,
+        rates: Rates,
     ) -> None:
         self._settings = settings
         self._jobs = jobs
@@ -52,7 +52,7 @@ class Intake:
         self._events = events
         self._storage = storage
         self._backlog = backlog
-        self._admission = Admission(settings, queue, workers, fetch)
+        self._admission = Admission(settings, queue, workers, fetch, rates)
         self.limits = self._admission.limits
 
     async def create(self, spec: job_pb2.JobSpec, request_id: str, caller: Caller) -> Stored:
@@ -60,7 +60,7 @@ class Intake:
 
         Raises:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, RequestIdReusedError,
-            QueueFullError, DeadlineTooShortError, UnavailableError.
+            QueueFullError, RateLimitedError, DeadlineTooShortError, UnavailableError.
         """
         if not request_id:
             accepted = await self._admission.admit(spec, caller)

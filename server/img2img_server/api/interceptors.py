@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from img2img_server import errors
+from img2img_server.api.calls import OpenCalls
 from img2img_server.api.convert import duration
 from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.telemetry import RPC_SECONDS, RPCS
@@ -70,8 +71,9 @@ async def abort(context: Context, status: status_pb2.Status) -> NoReturn:
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates, maps errors, counts. Other services (health, reflection) pass untouched."""
 
-    def __init__(self, keys: KeyRing) -> None:
+    def __init__(self, keys: KeyRing, calls: OpenCalls) -> None:
         self._keys = keys
+        self._calls = calls
 
     async def intercept_service(  # type: ignore[override]  # the stub is generic by method
         self,
@@ -86,16 +88,17 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         method = details.method.rpartition("/")[2]
         principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
         if principal is None:
-            # As a stream of requests, of which none is read: strangers make us hold no megabytes.
-            return grpc.stream_stream_rpc_method_handler(_refusing(method))
+            return _refusing(method, errors.UnauthenticatedError())
+        if refused := self._calls.refused(method, principal.tenant):
+            return _refusing(method, refused)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streaming(method, principal, handler.unary_stream),
+                _streaming(method, principal, self._calls, handler.unary_stream),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            _unary(method, principal, handler.unary_unary),
+            _unary(method, principal, self._calls, handler.unary_unary),
             handler.request_deserializer,
             handler.response_serializer,
         )
@@ -105,20 +108,24 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
 # lives until the collector comes by: the request, of megabytes, must be gone before.
 
 
-def _refusing(method: str) -> Callable[..., Awaitable[None]]:
+def _refusing(method: str, error: errors.ServiceError) -> Handler:
     async def call(_: Any, context: Context) -> None:
         with _Measured(method) as measured:
-            await abort(context, measured.failed(errors.UnauthenticatedError()))
+            await abort(context, measured.failed(error))
 
-    return call
+    # As a stream of requests, of which none is read: who is refused makes us hold no megabytes.
+    return grpc.stream_stream_rpc_method_handler(call)
 
 
-def _unary(method: str, principal: Principal, inner: Any) -> Callable[..., Awaitable[Any]]:
+def _unary(
+    method: str, principal: Principal, calls: OpenCalls, inner: Any
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
         _principal.set(principal)
         with _Measured(method) as measured:
             try:
-                return await inner(request, context)
+                with calls.counted(method, principal.tenant):
+                    return await inner(request, context)
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
             except Exception as error:
@@ -129,13 +136,16 @@ def _unary(method: str, principal: Principal, inner: Any) -> Callable[..., Await
     return call
 
 
-def _streaming(method: str, principal: Principal, inner: Any) -> Callable[..., AsyncIterator[Any]]:
+def _streaming(
+    method: str, principal: Principal, calls: OpenCalls, inner: Any
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         _principal.set(principal)
         with _Measured(method) as measured:
             try:
-                async for message in inner(request, context):
-                    yield message
+                with calls.counted(method, principal.tenant):
+                    async for message in inner(request, context):
+                        yield message
                 return
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise

@@ -4,9 +4,11 @@
     sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     tenant = "shop"
     permissions = ["manage", "unsafe"]
+    rate_limit = 60
 
-`manage`: the management calls. `unsafe`: may turn the safety checker off. Keys are random and
-long (make one with `img2img-server keys`), so a plain SHA-256 needs no salt.
+`manage`: the management calls. `unsafe`: may turn the safety checker off. `rate_limit`: jobs a
+minute, 0 for any number; without it the setting of that name holds. Keys are random and long (make
+one with `img2img-server keys`), so a plain SHA-256 needs no salt.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from img2img_server.settings import SettingsError
 
 PERMISSIONS = frozenset({"manage", "unsafe"})
 DEV_KEY = "dev-key"
+_NAMES = frozenset({"sha256", "tenant", "permissions", "rate_limit"})
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 log = structlog.get_logger()
@@ -34,10 +37,12 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whoever holds a key."""
+    """Whoever holds a key. `rate_limit` None: that of the settings."""
 
     tenant: str
     permissions: frozenset[str] = frozenset()
+    rate_limit: int | None = None
+    key_id: str = ""  # tells keys apart; opens nothing
 
     def require_manage(self) -> None:
         """Raises PermissionDeniedError."""
@@ -57,7 +62,7 @@ class KeyRing:
     def __init__(self, file: Path | None, *, dev_key: bool) -> None:
         """Raises SettingsError when the file cannot be used."""
         self._file = file
-        self._fixed = [_Entry(_digest(DEV_KEY), Principal("dev", PERMISSIONS))] if dev_key else []
+        self._fixed = [_dev_entry()] if dev_key else []
         self._stamp: tuple[int, int] | None = None
         self._entries: list[_Entry] = []
         if file is not None:
@@ -90,14 +95,23 @@ class KeyRing:
             log.error("API keys not read again", error=str(error))
 
 
-def new_key(tenant: str, permissions: list[str]) -> tuple[str, str]:
+def new_key(tenant: str, permissions: list[str], rate_limit: int | None = None) -> tuple[str, str]:
     """Makes a key. Returns it and its entry for the file; only the entry is to be kept."""
     key = "i2i_" + secrets.token_urlsafe(32)
     listed = ", ".join(f'"{permission}"' for permission in permissions)
     entry = (
         f'[[keys]]\nsha256 = "{_digest(key).hex()}"\ntenant = "{tenant}"\npermissions = [{listed}]'
     )
-    return key, entry
+    return key, entry if rate_limit is None else f"{entry}\nrate_limit = {rate_limit}"
+
+
+def _dev_entry() -> _Entry:
+    digest = _digest(DEV_KEY)
+    return _Entry(digest, Principal("dev", PERMISSIONS, key_id=_key_id(digest)))
+
+
+def _key_id(digest: bytes) -> str:
+    return digest[:8].hex()
 
 
 def _digest(key: str) -> bytes:
@@ -137,4 +151,10 @@ def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
         mistakes.append(f"{where}.tenant must be 1 to 63 of a-z, 0-9 and -")
     if unknown := permissions - PERMISSIONS:
         mistakes.append(f"{where}.permissions: {', '.join(sorted(unknown))} is not known")
-    return _Entry(bytes.fromhex(digest), Principal(tenant, permissions))
+    if names := item.keys() - _NAMES:
+        mistakes.append(f"{where}: {', '.join(sorted(names))} is not known")
+    rate_limit = item.get("rate_limit")
+    if rate_limit is not None and not (type(rate_limit) is int and rate_limit >= 0):
+        mistakes.append(f"{where}.rate_limit must be an integer of at least 0")
+    key = bytes.fromhex(digest)
+    return _Entry(key, Principal(tenant, permissions, rate_limit, _key_id(key)))

@@ -18,6 +18,7 @@ from img2img_server import errors
 from img2img_server.api.admin import AdminServicer
 from img2img_server.api.admission import Fetch, image_limits
 from img2img_server.api.backlog import Backlog
+from img2img_server.api.calls import OpenCalls
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.intake import Intake
@@ -85,7 +86,17 @@ async def serve(
         settings,
         bus.jobs,
         bus.workers,
-        Intake(settings, bus.jobs, bus.queue, bus.events, bus.workers, fetch, bus.storage, backlog),
+        Intake(
+            settings,
+            bus.jobs,
+            bus.queue,
+            bus.events,
+            bus.workers,
+            fetch,
+            bus.storage,
+            backlog,
+            bus.rates,
+        ),
         Watcher(
             bus.jobs,
             bus.events,
@@ -102,7 +113,8 @@ async def serve(
     )
     await bus.storage.rotate()
     server = grpc.aio.server(
-        interceptors=[ServiceInterceptor(keys)], options=server_options(settings)
+        interceptors=[ServiceInterceptor(keys, OpenCalls(settings.max_tenant_calls))],
+        options=server_options(settings),
     )
     service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(

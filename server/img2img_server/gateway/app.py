@@ -17,7 +17,7 @@ from img2img_server.gateway.docs import add_docs
 from img2img_server.gateway.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
 from img2img_server.gateway.events import EventStreams
 from img2img_server.gateway.files import Files, is_file_path, missing
-from img2img_server.gateway.front import Recorded, TidyPath
+from img2img_server.gateway.front import Bounded, Recorded, TidyPath
 from img2img_server.gateway.management import Management
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.refusals import Case, RefusedError
@@ -50,6 +50,7 @@ def create_app(
     )
     app.openapi = lambda: document(settings)  # type: ignore[method-assign]
     # The last one added is the first one passed.
+    app.add_middleware(Bounded, most=settings.max_http_requests, dialect=dialect)
     app.add_middleware(Recorded, dialect=dialect)
     app.add_middleware(Cors, origins=Origins(settings), dialect=dialect)
     app.add_middleware(TidyPath)

@@ -1,4 +1,4 @@
-"""What every HTTP request passes on its way in: path, log line, metrics; see browsers.py."""
+"""What every HTTP request passes on its way in: path, bound, log line, metrics; see browsers.py."""
 
 from __future__ import annotations
 
@@ -39,6 +39,30 @@ class TidyPath:
             path = re.sub("/{2,}", "/", scope["path"])
             scope = {**scope, "path": path.removesuffix("/") or "/"}
         await self._app(scope, receive, send)
+
+
+class Bounded:
+    """Refuses what comes beyond `most` open requests, probes excepted: each may hold 32 MB."""
+
+    def __init__(self, app: ASGIApp, most: int, dialect: Dialect) -> None:
+        self._app = app
+        self._most = most
+        self._open = 0
+        self._full = dialect.refused(RefusedError(Case.UNAVAILABLE, retry_seconds=1))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _PROBES:
+            await self._app(scope, receive, send)
+            return
+        if self._open >= self._most:
+            response = JSONResponse(self._full.body, self._full.status, self._full.headers)
+            await response(scope, receive, send)
+            return
+        self._open += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open -= 1
 
 
 class Recorded:

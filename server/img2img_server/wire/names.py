@@ -30,6 +30,7 @@ WORKERS_BUCKET: Final = "img2img-workers"
 MODELS_BUCKET: Final = "img2img-models"
 STORAGE_BUCKET: Final = "img2img-storage"
 RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
+RATES_BUCKET: Final = "img2img-rates"
 
 IDS_SUBJECT: Final = "img2img.ids"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"

@@ -19,6 +19,7 @@ HOUR: Final = 3600.0
 RECORD_MARGIN_SECONDS: Final = HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
+RATES_SECONDS: Final = 120.0  # longer than the minute that is counted
 DEAD_SECONDS: Final = 7 * 24 * HOUR
 DEAD_MAX_BYTES: Final = 2**28
 # Longer than all attempts at a webhook take together: 11 hours at most.
@@ -98,6 +99,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         _bucket(names.WORKERS_BUCKET, WORKER_SECONDS),
         _bucket(names.MODELS_BUCKET, 0.0),
         _bucket(names.STORAGE_BUCKET, 0.0),
+        _bucket(names.RATES_BUCKET, RATES_SECONDS),
         # As long as a job may wait that was accepted when it was current.
         _bucket(names.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]

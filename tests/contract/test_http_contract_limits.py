@@ -1,0 +1,172 @@
+"""Section 14 of the HTTP contract, limits: rates and open calls, over HTTP and over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from receiver import until
+
+from img2img.v1 import service_pb2
+from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.bus import memory_bus
+from img2img_server.domain.job import FIRST_JOB_ID
+from img2img_server.engine.fake import FakeEngine
+from tests.http_stack import ENTERPRISE, Gateway, body, fetch_photo, gateway_before
+from tests.stack import Stack, kinds, refusal, running_api, running_worker, settings, spec
+
+
+@asynccontextmanager
+async def limited(
+    *, keys: KeyRing | None = None, legacy: bool = False, hold: bool = False, **changes: int
+) -> AsyncIterator[Gateway]:
+    """A gateway and an api with these limits; `hold`: jobs wait after their first step."""
+    bus = memory_bus(queue_limit=50)
+    engine = FakeEngine(hold_after=1) if hold else FakeEngine()
+    async with (
+        running_worker(bus, engine) as worker,
+        running_api(bus, settings(**changes), fetch=fetch_photo, keys=keys) as api,
+        gateway_before(Stack(bus, api, worker), legacy=legacy, **changes) as gateway,
+    ):
+        yield gateway
+
+
+async def test_a_key_that_makes_jobs_too_fast_is_429_with_when_to_come_back() -> None:
+    async with limited(rate_limit=2) as gateway:
+        for _ in range(2):
+            assert (await gateway.create()).json()["status"] == "success"
+        refused = await gateway.create()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "30")
+        assert refused.json() == {
+            "status": "error",
+            "message": "Rate limit exceeded. Maximum 2 requests per minute allowed.",
+            "retry_after": 30,
+        }
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.stack.api.create(spec())
+        told = refusal(caught.value)
+        assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
+        assert told.retry_seconds is not None
+        assert 29 < told.retry_seconds <= 30
+
+
+async def test_a_rate_is_told_the_old_way() -> None:
+    async with limited(rate_limit=1, legacy=True) as gateway:
+        await gateway.create()
+        refused = await gateway.create()
+        told = refused.json()
+        assert (refused.status_code, refused.headers["retry-after"]) == (200, "60")
+        assert told.pop("tips")
+        assert told == {
+            "status": "error",
+            "message": "Rate limit exceeded",
+            "messege": "Rate limit exceeded",
+            "retry_after": 60,
+        }
+
+
+async def test_what_is_wrong_does_not_count_and_fetch_is_not_limited() -> None:
+    async with limited(rate_limit=1) as gateway:
+        for wrong in ({"width": 5}, {"key": "x"}):
+            assert (await gateway.create(**wrong)).status_code in (400, 401)
+        made = (await gateway.create()).json()
+        for _ in range(5):
+            assert (await gateway.fetch(made["id"])).status_code == 200
+        assert (await gateway.create()).status_code == 429
+
+
+async def test_a_repeated_request_id_does_not_count() -> None:
+    same = "5e0c8a0e-6d0e-4b7a-9c41-5e2d7f90ab16"
+    async with limited(rate_limit=1) as gateway:
+        first = await gateway.stack.api.create(spec(), request_id=same)
+        again = await gateway.stack.api.create(spec(), request_id=same)
+        assert again.id == first.id
+
+
+async def test_each_key_has_its_rate_whoever_it_belongs_to(tmp_path: Path) -> None:
+    slow, slow_entry = new_key("shop", [], 1)
+    free, free_entry = new_key("shop", [], 0)
+    other, other_entry = new_key("shop", [])
+    file = tmp_path / "keys.toml"
+    file.write_text("\n".join((slow_entry, free_entry, other_entry)))
+    async with limited(keys=KeyRing(file, dev_key=False), rate_limit=2) as gateway:
+        codes = {
+            name: [(await gateway.create(key=key)).status_code for _ in range(3)]
+            for name, key in (("slow", slow), ("free", free), ("other", other))
+        }
+    assert codes == {"slow": [200, 429, 429], "free": [200] * 3, "other": [200, 200, 429]}
+
+
+async def test_a_tenant_has_so_many_open_calls_and_the_others_have_theirs(tmp_path: Path) -> None:
+    (a, entry_a), (b, entry_b) = new_key("a", []), new_key("b", [])
+    file = tmp_path / "keys.toml"
+    file.write_text(f"{entry_a}\n{entry_b}")
+    keys = KeyRing(file, dev_key=False)
+    async with limited(keys=keys, hold=True, max_tenant_calls=1) as gateway:
+        stub = gateway.stack.api.stub
+        request = service_pb2.GenerateRequest(spec=spec())
+        streams = [
+            aiter(stub.Generate(request, metadata=[("authorization", f"Bearer {key}")]))
+            for key in (a, b)
+        ]
+        jobs = [(await anext(stream)).event.snapshot.job for stream in streams]
+        mine = [("authorization", f"Bearer {a}")]
+        for refused in (
+            stub.Generate(request, metadata=mine),
+            stub.WatchJob(service_pb2.WatchJobRequest(name=jobs[0].name), metadata=mine),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await refused.read()
+            told = refusal(caught.value)
+            assert told.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert (told.reason, told.retry_seconds) == ("TOO_MANY_CALLS", 1.0)
+        over_http = await gateway.create(key=a)
+        assert (over_http.status_code, over_http.headers["retry-after"]) == (429, "1")
+        assert over_http.json()["message"] == "Rate limit exceeded. Maximum 1 open calls allowed."
+        events = await gateway.http.get(
+            f"/v1/jobs/{jobs[0].id}/events", headers={"Authorization": f"Bearer {a}"}
+        )
+        assert events.status_code == 429
+        # What is short is not counted: fetch is never limited.
+        assert (await gateway.fetch(jobs[0].id, key=a)).json()["status"] == "processing"
+        gateway.stack.worker.engine.release()
+        ended = [kinds([message async for message in stream])[-1] for stream in streams]
+        assert ended == ["succeeded", "succeeded"]
+        assert (await gateway.create(key=a)).json()["status"] == "success"
+
+
+async def test_a_call_that_breaks_off_gives_its_place_back() -> None:
+    async with limited(hold=True, max_tenant_calls=1) as gateway:
+        api = gateway.stack.api
+        stream = api.generate(spec(), detach=True)
+        await stream.read()
+        stream.cancel()
+
+        async def answer() -> str:
+            try:
+                await api.create(spec())
+            except grpc.aio.AioRpcError as error:
+                return refusal(error).reason
+            return "created"
+
+        await until(answer, "created")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])
+async def test_a_gateway_that_is_full_is_503_and_its_probes_answer(legacy: bool) -> None:
+    async with limited(hold=True, legacy=legacy, max_http_requests=1) as gateway:
+        waiting = asyncio.create_task(gateway.http.post(f"{ENTERPRISE}/img2img", json=body()))
+        bus = gateway.stack.bus
+        await until(lambda: bus.jobs.list_ids("dev"), [FIRST_JOB_ID])
+        full = await gateway.fetch(1)
+        assert (full.status_code, full.headers["retry-after"]) == (200 if legacy else 503, "1")
+        assert full.json()["message"].startswith("Service temporarily unavailable")
+        assert full.headers["access-control-allow-origin"] == "*"
+        assert (await gateway.http.get("/healthz")).status_code == 200
+        gateway.stack.worker.engine.release()
+        assert (await waiting).json()["status"] == "success"
+        assert (await gateway.fetch(1)).status_code == (200 if legacy else 404)
