@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from img2img_server.domain.models import ModelInfo, WorkerInfo
+from img2img_server.errors import UnavailableError
 from img2img_server.store.base import WorkerRegistry
 
 T = TypeVar("T")
 
 
+STALE_FACTOR = 5.0
+
+
 class CachedWorkerRegistry:
-    """A WorkerRegistry whose answers may be `seconds` old. A model that is not known is not
+    """A WorkerRegistry whose answers may be `seconds` old, or five times that while they are read
+    anew, so that a steady caller never waits for the bus. A model that is not known is not
     remembered: it may be announced any moment."""
 
-    def __init__(self, registry: WorkerRegistry, *, seconds: float = 1.0) -> None:
+    def __init__(
+        self,
+        registry: WorkerRegistry,
+        *,
+        seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._registry = registry
         self._seconds = seconds
+        self._clock = clock
         self._known: dict[str, tuple[float, Any]] = {}
+        self._reading: dict[str, asyncio.Task[Any]] = {}
 
     def forget(self) -> None:
         """The next question goes to the registry again."""
         self._known.clear()
+        for reading in self._reading.values():
+            reading.cancel()
 
     async def announce(self, worker: WorkerInfo) -> None:
         await self._registry.announce(worker)
@@ -41,13 +59,26 @@ class CachedWorkerRegistry:
         return await self._remembered(f"model {name}", lambda: self._registry.model(name))
 
     async def _remembered(self, key: str, read: Callable[[], Awaitable[T]]) -> T:
-        now = time.monotonic()
-        read_at, value = self._known.get(key, (-self._seconds, None))
-        if now - read_at < self._seconds:
+        read_at, value = self._known.get(key, (-math.inf, None))
+        age = self._clock() - read_at
+        if age < self._seconds:
             return value  # type: ignore[no-any-return]
+        if age < STALE_FACTOR * self._seconds:
+            if key not in self._reading:
+                reading = self._reading[key] = asyncio.create_task(self._read_anew(key, read))
+                reading.add_done_callback(lambda _: self._reading.pop(key))
+            return value  # type: ignore[no-any-return]
+        return await self._read(key, read)
+
+    async def _read(self, key: str, read: Callable[[], Awaitable[T]]) -> T:
+        now = self._clock()
         fresh = await read()
         if fresh:
             self._known[key] = (now, fresh)
         else:
             self._known.pop(key, None)
         return fresh
+
+    async def _read_anew(self, key: str, read: Callable[[], Awaitable[T]]) -> None:
+        with suppress(UnavailableError):  # who asks when it has grown too old hears of it
+            await self._read(key, read)

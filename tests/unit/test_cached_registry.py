@@ -1,0 +1,127 @@
+"""Announcements remembered for a moment."""
+
+import asyncio
+
+import pytest
+
+from img2img_server.domain.models import WorkerInfo
+from img2img_server.engine.fake import FAKE_MODEL
+from img2img_server.errors import UnavailableError
+from img2img_server.store.cached import CachedWorkerRegistry
+from img2img_server.store.memory import MemoryWorkerRegistry
+
+ONE = WorkerInfo(name="one", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+TWO = WorkerInfo(name="two", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+
+
+class Registry(MemoryWorkerRegistry):
+    """Counts what it is asked; may be away; answers when let."""
+
+    def __init__(self) -> None:
+        super().__init__(ttl_seconds=1e9)
+        self.asked = 0
+        self.away = False
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def workers(self) -> list[WorkerInfo]:
+        self.asked += 1
+        found = await super().workers()
+        await self.may_answer.wait()
+        if self.away:
+            raise UnavailableError
+        return found
+
+
+class Clock:
+    """Seconds, moved by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+async def registry() -> Registry:
+    registry = Registry()
+    await registry.announce(ONE)
+    return registry
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cached(registry: Registry, clock: Clock) -> CachedWorkerRegistry:
+    return CachedWorkerRegistry(registry, seconds=1.0, clock=clock)
+
+
+async def settled() -> None:
+    """Lets tasks that need nobody else come to their end."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_within_a_second_it_is_asked_once(
+    cached: CachedWorkerRegistry, registry: Registry, clock: Clock
+) -> None:
+    assert await cached.workers() == [ONE]
+    clock.now += 0.9
+    assert await cached.workers() == [ONE]
+    assert registry.asked == 1
+
+
+async def test_a_steady_caller_does_not_wait_and_hears_of_news_the_next_time(
+    cached: CachedWorkerRegistry, registry: Registry, clock: Clock
+) -> None:
+    await cached.workers()
+    await registry.announce(TWO)
+    clock.now += 1.1
+    registry.may_answer.clear()
+    assert await cached.workers() == [ONE]
+    assert await cached.workers() == [ONE]
+    registry.may_answer.set()
+    await settled()
+    assert await cached.workers() == [ONE, TWO]
+    assert registry.asked == 2, "two callers, one question"
+
+
+async def test_what_is_too_old_is_waited_for(
+    cached: CachedWorkerRegistry, registry: Registry, clock: Clock
+) -> None:
+    await cached.workers()
+    await registry.announce(TWO)
+    clock.now += 5.1
+    assert await cached.workers() == [ONE, TWO]
+
+
+async def test_a_bus_that_is_away_is_told_only_when_the_answer_is_too_old(
+    cached: CachedWorkerRegistry, registry: Registry, clock: Clock
+) -> None:
+    await cached.workers()
+    registry.away = True
+    clock.now += 1.1
+    assert await cached.workers() == [ONE]
+    await settled()
+    assert await cached.workers() == [ONE]
+    clock.now += 5
+    with pytest.raises(UnavailableError):
+        await cached.workers()
+
+
+async def test_what_was_asked_before_a_forget_does_not_come_back(
+    cached: CachedWorkerRegistry, registry: Registry, clock: Clock
+) -> None:
+    await cached.workers()
+    clock.now += 1.1
+    registry.may_answer.clear()
+    await cached.workers()
+    await settled()  # the question is on its way, with the old answer
+    await registry.announce(TWO)
+    cached.forget()
+    registry.may_answer.set()
+    await settled()
+    assert await cached.workers() == [ONE, TWO]
