@@ -79,6 +79,7 @@ class JetStreamJobQueue:
         self._ack_wait_seconds = ack_wait_seconds
         self._consumers: set[str] = set()
         self._infos: dict[str, tuple[float, ConsumerInfo]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def ack_wait_seconds(self) -> float:
@@ -158,16 +159,24 @@ class JetStreamJobQueue:
         try:
             with suppress(Interrupted):
                 await self._take(inbox, taken, model, lanes, most, timeout_seconds)
-            await inbox.close()
-            keep = most
-        finally:  # cancelled, perhaps twice: what was taken still goes to others at once
-            try:
+            if len(taken) < most:
                 await inbox.close()
-            finally:
-                taken += [msg for msg in inbox.rest() if not status_of(msg)]
-                for msg in taken[keep:]:
-                    await self._hand_back(msg)
+                taken += _jobs(inbox.rest())
+            keep = most
+        finally:  # cancelled, perhaps: what was taken still goes to others at once
+            # A full hand does not wait for the rest to be called off.
+            leaving = asyncio.create_task(self._leave(inbox, taken[keep:]))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            if not keep:
+                await asyncio.shield(leaving)
         return await self._deliveries(taken[:keep])
+
+    async def _leave(self, inbox: Inbox, spare: list[Msg]) -> None:
+        """Stops listening and hands back what is too much."""
+        await inbox.close()
+        for msg in spare + _jobs(inbox.rest()):
+            await self._hand_back(msg)
 
     async def _take(
         self,
@@ -243,3 +252,8 @@ class JetStreamJobQueue:
         with unavailable():
             await self._link.js.add_consumer(names.JOBS, config)
         self._consumers.add(name)
+
+
+def _jobs(messages: Sequence[Msg]) -> list[Msg]:
+    """Without the server's own words."""
+    return [msg for msg in messages if not status_of(msg)]
