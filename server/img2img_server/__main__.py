@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import click
 
@@ -90,6 +93,26 @@ def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> N
     key, entry = new_key(tenant, list(permissions), rate_limit)
     click.echo(f"key (shown only once): {key}", err=True)
     click.echo(entry)
+
+
+@main.command("fetch-model")
+@click.argument("source")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--revision", default="", help="Branch, tag or commit of a hub model.")
+def fetch_model(source: str, folder: Path, revision: str) -> None:
+    """Fetch a model once, from s3://bucket/prefix or a hub id, into FOLDER."""
+    from img2img_server.engine.model_spec import ModelError
+    from img2img_server.fetch_model import fetch_model
+
+    # The first process of a container has no default answer to SIGTERM. A draft may be left behind.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    try:
+        settings = Settings.load()
+        configure_logging(settings, "fetch-model")
+        fetch_model(settings, source, folder, revision)
+    except (SettingsError, ModelError, ServiceError, JobFailedError) as error:
+        click.echo(f"img2img-server fetch-model: {error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

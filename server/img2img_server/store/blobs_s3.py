@@ -177,9 +177,8 @@ def _facts(rule: Rule) -> tuple[object, ...]:
     return rule.rule_id, rule.status, prefix, days
 
 
-@asynccontextmanager
-async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
-    """The bucket of settings.s3_*; connects with the first call. Call `prepare` before `put`.
+def minio_client(settings: Settings, connections: urllib3.PoolManager) -> Minio:
+    """A client of settings.s3_*; connects with the first call.
 
     Raises:
         StorageError: the endpoint is not an http or https address.
@@ -187,13 +186,7 @@ async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
     endpoint = urlsplit(settings.s3_endpoint_url)
     if endpoint.scheme not in ("http", "https") or not endpoint.netloc:
         raise StorageError("s3_endpoint_url must be an http or https address")
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
-    connections = urllib3.PoolManager(
-        maxsize=THREADS,
-        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
-        retries=False,
-    )
-    client = Minio(
+    return Minio(
         endpoint.netloc,
         access_key=settings.s3_access_key.get_secret_value() or None,
         secret_key=settings.s3_secret_key.get_secret_value() or None,
@@ -201,6 +194,22 @@ async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
         region=settings.s3_region,
         http_client=connections,
     )
+
+
+@asynccontextmanager
+async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
+    """The bucket of settings.s3_*; connects with the first call. Call `prepare` before `put`.
+
+    Raises:
+        StorageError: the endpoint is not an http or https address.
+    """
+    connections = urllib3.PoolManager(
+        maxsize=THREADS,
+        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+        retries=False,
+    )
+    client = minio_client(settings, connections)
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
     try:
         yield S3BlobStore(
             client,

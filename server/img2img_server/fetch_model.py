@@ -1,0 +1,129 @@
+"""Fetches a model into a folder, once: `img2img-server fetch-model SOURCE FOLDER`.
+
+For whoever prepares a volume before workers start from it, for example an init container. SOURCE is
+`s3://bucket/prefix` on the S3 server of the settings, with their key, or a hub id `owner/name`. The
+hub's library reads its own variables (HF_TOKEN, HF_ENDPOINT).
+
+A folder that is there is whole: files are gathered in a draft beside it, which gets its name last.
+Several may fetch into the same place at the same time; the first one to finish wins. Who is started
+again goes on with its own draft.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import structlog
+import urllib3
+from minio import Minio
+from minio.error import MinioException
+
+from img2img_server.engine.model_spec import ModelError
+from img2img_server.settings import Settings
+from img2img_server.store.blobs_s3 import CONNECT_SECONDS, READ_SECONDS, minio_client
+
+INDEX: Final = "model_index.json"
+THREADS: Final = 4
+# What a diffusers directory needs, once: no pickles, which can run code, and no second precision.
+HUB_FILES: Final = (INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+HUB_OTHERS: Final = ("*.fp16.*", "*.non_ema.*", "*/openvino*", "*/flax*")
+
+log = structlog.get_logger()
+
+
+def fetch_model(settings: Settings, source: str, target: Path, revision: str = "") -> bool:
+    """Makes `target` hold the model. Blocks for as long as it takes.
+
+    Args:
+        revision: branch, tag or commit of a hub model. Empty: its main branch.
+
+    Returns:
+        False when it was there already.
+
+    Raises:
+        ModelError: it cannot be fetched, or is no diffusers model; the sentence says why.
+    """
+    if target.is_dir():
+        log.info("the model is there", folder=str(target))
+        return False
+    draft = target.with_name(f".{target.name}.{socket.gethostname()}")
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        if source.startswith("s3://"):
+            _from_s3(settings, source, draft)
+        else:
+            _from_hub(source, revision, draft)
+        if not (draft / INDEX).is_file():
+            raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
+        return _publish(draft, target)
+    except (OSError, MinioException, urllib3.exceptions.HTTPError) as error:
+        why = " ".join(str(error).split())  # the hub's sentences have several lines
+        raise ModelError(f"{source} cannot be fetched: {why}") from error
+
+
+def _publish(draft: Path, target: Path) -> bool:
+    try:
+        draft.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(draft)  # somebody else was faster
+        log.info("the model is there", folder=str(target))
+        return False
+    log.info("model fetched", folder=str(target))
+    return True
+
+
+def _from_s3(settings: Settings, source: str, draft: Path) -> None:
+    bucket, _, prefix = source.removeprefix("s3://").partition("/")
+    prefix = prefix.rstrip("/") + "/"
+    connections = urllib3.PoolManager(
+        maxsize=THREADS, timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
+    )
+    client = minio_client(settings, connections)
+    listed = client.list_objects(bucket, prefix=prefix, recursive=True)
+    files = [(each.object_name or "", each.size or 0) for each in listed if not each.is_dir]
+    if not files:
+        raise ModelError(f"there is nothing at {source}")
+    with ThreadPoolExecutor(THREADS) as pool:
+        wanted = [(name, size, _place(draft, name.removeprefix(prefix))) for name, size in files]
+        _all(pool.map(lambda each: _file(client, bucket, *each), wanted))
+    connections.clear()
+
+
+def _file(client: Minio, bucket: str, name: str, size: int, path: Path) -> None:
+    if path.is_file() and path.stat().st_size == size:
+        return  # of an earlier try
+    client.fget_object(bucket, name, str(path))
+    log.info("file fetched", file=name, size_bytes=size)
+
+
+def _place(draft: Path, name: str) -> Path:
+    """Raises ModelError for a name that leads out of the folder."""
+    path = (draft / name).resolve()
+    if not path.is_relative_to(draft.resolve()):
+        raise ModelError(f"{name!r} is no name for a file of a model")
+    return path
+
+
+def _all(results: Iterable[None]) -> None:
+    for _ in results:
+        pass
+
+
+def _from_hub(source: str, revision: str, draft: Path) -> None:
+    from huggingface_hub import snapshot_download  # a second to import
+
+    snapshot_download(
+        source,
+        revision=revision or None,
+        local_dir=draft,
+        allow_patterns=list(HUB_FILES),
+        ignore_patterns=list(HUB_OTHERS),
+    )
+    shutil.rmtree(draft / ".cache", ignore_errors=True)  # its notes for an update of the folder

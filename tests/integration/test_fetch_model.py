@@ -1,0 +1,192 @@
+"""`img2img-server fetch-model` against a real S3 server and a hub of one model."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import urllib3
+from aiohttp import web
+
+from img2img_server.engine.model_spec import ModelError, packaged_model, read_model_spec
+from img2img_server.fetch_model import fetch_model
+from img2img_server.settings import PREFIX, Settings
+from img2img_server.store.blobs_s3 import minio_client
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMALL = {
+    "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
+    "unet/config.json": b'{"sample_size": 64}',
+    "unet/diffusion_pytorch_model.safetensors": bytes(range(256)) * 1000,
+}
+
+
+@pytest.fixture
+def model_bucket(engine_settings: Callable[..., Settings]) -> Settings:
+    """Settings for a bucket that holds a small model below models/tiny."""
+    settings = engine_settings()
+    put(settings, {f"models/tiny/{name}": data for name, data in SMALL.items()})
+    return settings
+
+
+def put(settings: Settings, files: dict[str, bytes]) -> None:
+    with urllib3.PoolManager() as connections:
+        client = minio_client(settings, connections)
+        if not client.bucket_exists(settings.s3_bucket):
+            client.make_bucket(settings.s3_bucket)
+        for name, data in files.items():
+            client.put_object(settings.s3_bucket, name, BytesIO(data), len(data))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+async def test_a_model_is_fetched_from_s3_whole_and_once(
+    model_bucket: Settings, tmp_path: Path
+) -> None:
+    source, folder = f"s3://{model_bucket.s3_bucket}/models/tiny", tmp_path / "cache" / "tiny"
+    fetched = [await asyncio.to_thread(fetch_model, model_bucket, source, folder) for _ in range(2)]
+    assert fetched == [True, False]
+    assert content(tmp_path / "cache") == {f"tiny/{name}": data for name, data in SMALL.items()}
+    assert read_model_spec(str(folder)).name == "tiny"
+
+
+async def test_of_many_who_fetch_at_the_same_time_one_wins_and_all_find_it(
+    model_bucket: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = f"s3://{model_bucket.s3_bucket}/models/tiny/", tmp_path / "tiny"
+    names = iter(f"pod-{number}" for number in range(4))
+    monkeypatch.setattr("socket.gethostname", lambda: next(names))
+    fetched = await asyncio.gather(
+        *(asyncio.to_thread(fetch_model, model_bucket, source, folder) for _ in range(4))
+    )
+    assert fetched.count(True) == 1
+    assert content(tmp_path) == {f"tiny/{name}": data for name, data in SMALL.items()}
+
+
+async def test_who_was_killed_goes_on_where_it_was(
+    model_bucket: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "pod-0")
+    size = len(SMALL["unet/config.json"])
+    left = tmp_path / ".tiny.pod-0" / "unet"
+    left.mkdir(parents=True)
+    (left / "config.json").write_bytes(b"x" * size)  # as long: taken as it is, and seen below
+    (left / "diffusion_pytorch_model.safetensors").write_bytes(b"shorter")
+    source = f"s3://{model_bucket.s3_bucket}/models/tiny"
+    assert await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
+    assert content(tmp_path / "tiny") == SMALL | {"unet/config.json": b"x" * size}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("models/nothing", "there is nothing at"),
+        ("models/tiny/unet", "is no diffusers model: it has no model_index.json"),
+    ],
+)
+async def test_what_is_no_model_is_refused_and_leaves_no_folder(
+    model_bucket: Settings, tmp_path: Path, prefix: str, said: str
+) -> None:
+    source = f"s3://{model_bucket.s3_bucket}/{prefix}"
+    with pytest.raises(ModelError, match=said):
+        await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+async def test_a_bucket_that_is_not_there_is_named(model_bucket: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"s3://elsewhere/x cannot be fetched: .*NoSuchBucket"):
+        await asyncio.to_thread(fetch_model, model_bucket, "s3://elsewhere/x", tmp_path / "x")
+
+
+@asynccontextmanager
+async def hub(files: dict[str, bytes]) -> AsyncIterator[tuple[str, list[str]]]:
+    """As much of the hub as a download needs. Yields its address and what it was asked."""
+    asked: list[str] = []
+
+    async def info(_: web.Request) -> web.Response:
+        siblings = [{"rfilename": name} for name in files]
+        return web.json_response({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings})
+
+    async def tree(_: web.Request) -> web.Response:
+        entries = [
+            {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
+            for name, data in files.items()
+        ]
+        return web.json_response(entries)
+
+    async def resolve(request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if request.method == "GET":
+            asked.append(name)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(files[name])}"'}
+        return web.Response(body=files[name], headers=headers)
+
+    app = web.Application()
+    app.router.add_get("/api/models/owner/tiny/revision/{revision}", info)
+    app.router.add_get("/api/models/owner/tiny/tree/{revision}", tree)
+    app.router.add_get("/owner/tiny/resolve/{revision}/{name:.+}", resolve)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", asked
+    finally:
+        await runner.cleanup()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+async def run(*arguments: object, **environment: str) -> tuple[int, str]:
+    """The command as a process: exit code and what it said."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "img2img_server", "fetch-model", *map(str, arguments)),
+        env={**clean, **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    return process.returncode or 0, said.decode()
+
+
+async def test_a_model_is_fetched_from_the_hub_without_pickles_and_second_precisions(
+    tmp_path: Path,
+) -> None:
+    others = {"unet/diffusion_pytorch_model.bin": b"pickle", "tiny.safetensors": b"all in one"}
+    others["unet/diffusion_pytorch_model.fp16.safetensors"] = b"half"
+    home, folder = {"HF_HOME": str(tmp_path / "home")}, tmp_path / "tiny"
+    async with hub(SMALL | others) as (address, asked):
+        code, said = await run("owner/tiny", folder, HF_ENDPOINT=address, **home)
+        assert code == 0, said
+        assert sorted(asked) == sorted(SMALL)
+    assert content(folder) == SMALL
+    again, said = await run("owner/tiny", folder, HF_ENDPOINT=address, **home)  # nobody there now
+    assert again == 0, said
+
+
+async def test_the_command_says_in_one_sentence_what_went_wrong(tmp_path: Path) -> None:
+    code, said = await run(
+        "owner/tiny",
+        tmp_path / "m",
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )
+    assert code == 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("img2img-server fetch-model: owner/tiny cannot be fetched:")
+
+
+def test_the_packaged_model_has_the_file_that_tells_a_model() -> None:
+    assert (packaged_model() / "model_index.json").is_file()
