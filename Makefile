@@ -1,4 +1,5 @@
-# One word per task. Everything that is installed stays in .venv/, node_modules/ and .img2img/.
+# One word per task. Everything that is installed stays in .venv/, node_modules/, .tools/ and
+# .img2img/.
 # Nothing here needs root, Docker or a GPU. See CONTRIBUTING.md.
 
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold demo serve bench
+.PHONY: help setup gen check fix test gold chart demo serve bench
 
 help: ## Show these words
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,7 +28,7 @@ serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
 
 setup: .venv/.dev $(if $(WITH_NPM),node_modules/.installed) ## Install everything for development
 
-test: setup ## Run all tests
+test: setup .tools/helm ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup ## Lint, types, imports, stubs and pages; changes nothing
@@ -37,18 +38,25 @@ check: setup ## Lint, types, imports, stubs and pages; changes nothing
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_settings.py --check
+	$(BIN)/python helm/generate.py --check
 	$(if $(WITH_NPM),node_modules/.bin/buf lint proto,@echo "skipped: buf lint (no npm here)")
 
 fix: setup ## Let the tools correct what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gen: setup ## Write the stubs in proto/gen and docs/settings.md
+gen: setup ## Write the stubs in proto/gen, docs/settings.md and the chart's schema and table
 	$(BIN)/python proto/generate.py
 	$(BIN)/python docs/generate_settings.py
+	$(BIN)/python helm/generate.py
 
-gold: setup ## Rewrite the golden files; look at the difference before you commit it
+gold: setup .tools/helm ## Rewrite the golden files; look at the difference before you commit it
 	GOLD=1 $(BIN)/python -m pytest -k golden $(ARGS)
+
+chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
+	$(BIN)/python -m pytest tests/chart $(ARGS)
+	$(BIN)/python helm/generate.py --check
+	$(BIN)/python helm/check.py
 
 bench: setup ## Measure the service's own overhead on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
@@ -69,6 +77,15 @@ bench: setup ## Measure the service's own overhead on this machine
 	@echo "Installing the service and the tools into .venv (the first time takes some minutes)"
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch .venv/.local $@
+
+.tools/helm: helm/fetch_helm.py | .venv/bin/python
+	$(BIN)/python helm/fetch_helm.py
+	@touch -h $@
+
+.tools/checks/.installed: helm/checks.txt | .venv/bin/python
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -r $<
+	@touch $@
 
 node_modules/.installed: package.json package-lock.json
 	npm ci --loglevel=error

@@ -1,0 +1,73 @@
+{{/* The settings that all roles share, for the ConfigMap. What the operator says wins. */}}
+{{- define "img2img.settings" -}}
+{{- $ours := dict
+  "IMG2IMG_METRICS_HOST" .Values.bindAddress
+  "IMG2IMG_METRICS_PORT" "9090"
+  "IMG2IMG_LOG_FORMAT" "json"
+  "IMG2IMG_NATS_REPLICAS" (toString .Values.nats.replicas)
+  "IMG2IMG_S3_ENDPOINT_URL" (include "img2img.s3Url" .)
+  "IMG2IMG_S3_REGION" .Values.s3.region
+  "IMG2IMG_S3_BUCKET" .Values.s3.bucket
+-}}
+{{- if not .Values.nats.existingSecret -}}
+{{- $_ := set $ours "IMG2IMG_NATS_URL" (include "img2img.natsUrl" .) -}}
+{{- end -}}
+{{- with include "img2img.publicBaseUrl" . -}}
+{{- $_ := set $ours "IMG2IMG_PUBLIC_BASE_URL" . -}}
+{{- end -}}
+{{- range $name, $value := .Values.settings -}}
+{{- $_ := set $ours $name (include "img2img.text" $value) -}}
+{{- end -}}
+{{- range $name, $value := $ours }}
+{{ $name }}: {{ $value | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* Environment of a role: the ConfigMap, then (dict root values) what is its own. */}}
+{{- define "img2img.envFrom" -}}
+- configMapRef:
+    name: {{ include "img2img.fullname" . }}-settings
+{{- end -}}
+
+{{- define "img2img.commonEnv" -}}
+- name: IMG2IMG_DRAIN_SECONDS
+  value: {{ include "img2img.text" .on.drainSeconds | quote }}
+- name: HOME
+  value: /tmp
+{{- with .root.Values.trustBundle }}
+{{- if .configMap }}
+- name: SSL_CERT_FILE
+  value: /etc/img2img/trust/{{ .key }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "img2img.natsEnv" -}}
+{{- with .Values.nats }}
+{{- if .existingSecret }}
+- name: IMG2IMG_NATS_URL
+  {{- include "img2img.fromSecret" (list .existingSecret .urlKey) | nindent 2 }}
+{{- end }}
+{{- if .credsSecret }}
+- name: IMG2IMG_NATS_CREDS_FILE
+  value: /etc/img2img/nats/{{ .credsKey }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "img2img.s3Env" -}}
+{{- $secret := include "img2img.s3Secret" . -}}
+- name: IMG2IMG_S3_ACCESS_KEY
+  {{- include "img2img.fromSecret" (list $secret .Values.s3.accessKeyKey) | nindent 2 }}
+- name: IMG2IMG_S3_SECRET_KEY
+  {{- include "img2img.fromSecret" (list $secret .Values.s3.secretKeyKey) | nindent 2 }}
+{{- end -}}
+
+{{- define "img2img.storageKeysEnv" -}}
+{{- with .Values.storageKeys }}
+{{- if .existingSecret }}
+- name: IMG2IMG_STORAGE_KEYS
+  {{- include "img2img.fromSecret" (list .existingSecret .key) | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,117 @@
+{{/* Names and labels. */}}
+{{- define "img2img.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- /* The longest suffix, -worker-<pool>, must fit behind it. */ -}}
+{{- default $full .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* (list $ component): what selects the pods of a component; for ever the same. */}}
+{{- define "img2img.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{/* (list $ component): the labels of every object. */}}
+{{- define "img2img.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "img2img.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+app.kubernetes.io/part-of: img2img
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- with $root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* (list $ "full"|"slim"): the image; api and gateway need no torch. */}}
+{{- define "img2img.image" -}}
+{{- $image := (index . 0).Values.image -}}
+{{- $slim := eq (index . 1) "slim" -}}
+{{- $tag := default (index . 0).Chart.AppVersion $image.tag -}}
+{{- $digest := ternary $image.slimDigest $image.digest $slim -}}
+{{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository }}
+{{- if $digest }}@{{ $digest }}{{ else }}:{{ $tag }}{{ if $slim }}{{ $image.slimSuffix }}{{ end }}{{ end }}
+{{- end -}}
+
+{{/* (list secret key): where an environment variable comes from. */}}
+{{- define "img2img.fromSecret" -}}
+valueFrom:
+  secretKeyRef:
+    name: {{ index . 0 }}
+    key: {{ index . 1 }}
+{{- end -}}
+
+{{/* Names of Secrets: the existing one or the one that this release makes. */}}
+{{- define "img2img.s3Secret" -}}
+{{- default (printf "%s-s3" (include "img2img.fullname" .)) .Values.s3.existingSecret -}}
+{{- end -}}
+
+{{- define "img2img.apiKeysSecret" -}}
+{{- default (printf "%s-api-keys" (include "img2img.fullname" .)) .Values.apiKeys.existingSecret -}}
+{{- end -}}
+
+{{- define "img2img.apiCaSecret" -}}
+{{- $own := ternary .Values.api.tls.existingSecret "" .Values.api.enabled -}}
+{{- default $own .Values.gateway.apiCaSecret -}}
+{{- end -}}
+
+{{/* Addresses. */}}
+{{- define "img2img.natsUrl" -}}
+{{- if .Values.tryOut.nats.enabled -}}
+nats://{{ include "img2img.fullname" . }}-nats:4222
+{{- else -}}
+{{ .Values.nats.url }}
+{{- end -}}
+{{- end -}}
+
+{{- define "img2img.natsMonitoring" -}}
+{{- $own := printf "%s-nats.%s.svc:8222" (include "img2img.fullname" .) .Release.Namespace -}}
+{{- ternary $own .Values.nats.monitoringEndpoint .Values.tryOut.nats.enabled -}}
+{{- end -}}
+
+{{- define "img2img.s3Url" -}}
+{{- if .Values.tryOut.s3.enabled -}}
+http://{{ include "img2img.fullname" . }}-s3:8333
+{{- else -}}
+{{ .Values.s3.endpointUrl }}
+{{- end -}}
+{{- end -}}
+
+{{/* Headless: the gateway's gRPC client sees every api pod and takes them in turn. */}}
+{{- define "img2img.apiAddress" -}}
+{{- $own := printf "%s-api-headless:50051" (include "img2img.fullname" .) -}}
+{{- default $own .Values.gateway.apiAddress -}}
+{{- end -}}
+
+{{- define "img2img.publicBaseUrl" -}}
+{{- $ingress := .Values.gateway.ingress -}}
+{{- if .Values.publicBaseUrl -}}
+{{ .Values.publicBaseUrl }}
+{{- else if and .Values.gateway.enabled $ingress.enabled -}}
+{{ ternary "https" "http" (not (empty $ingress.tlsSecret)) }}://{{ $ingress.host }}
+{{- end -}}
+{{- end -}}
+
+{{/* A number or truth as the environment holds it: 100000000 and not 1e+08. */}}
+{{- define "img2img.text" -}}
+{{- if and (kindIs "float64" .) (eq . (floor .)) -}}
+{{ int64 . }}
+{{- else -}}
+{{ . }}
+{{- end -}}
+{{- end -}}
+
+{{/* Text as one token of a NATS subject: other bytes than [A-Za-z0-9_-] become =XX. */}}
+{{- define "img2img.token" -}}
+{{- range splitList "" . -}}
+{{- if regexMatch "^[A-Za-z0-9_-]$" . -}}
+{{ . }}
+{{- else -}}
+={{ printf "% X" . | replace " " "=" }}
+{{- end -}}
+{{- end -}}
+{{- end -}}

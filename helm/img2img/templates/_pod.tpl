@@ -1,0 +1,145 @@
+{{/*
+What all pods share. A dict of
+  root
+  component  api, gateway, worker …
+  selector   labels that select the pods, as YAML
+  on         values with priorityClassName, topologySpread, nodeSelector, tolerations, affinity
+  class      serving or workers
+  grace      seconds from asking to killing
+*/}}
+{{- define "img2img.pod" -}}
+serviceAccountName: {{ include "img2img.fullname" .root }}-{{ .component }}
+automountServiceAccountToken: false
+# Kubernetes would set IMG2IMG_API_SERVICE_HOST and the like, which are no settings of ours.
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+terminationGracePeriodSeconds: {{ .grace }}
+{{- with include "img2img.priorityClass" . }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- with .on.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .on.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .on.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- $selector := .selector }}
+{{- with .on.topologySpread }}
+topologySpreadConstraints:
+{{- range $key, $otherwise := . }}
+{{- if $otherwise }}
+  - topologyKey: {{ $key }}
+    maxSkew: 1
+    whenUnsatisfiable: {{ $otherwise }}
+    matchLabelKeys: [pod-template-hash]
+    labelSelector:
+      matchLabels: {{- $selector | nindent 8 }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "img2img.priorityClass" -}}
+{{- if .on.priorityClassName -}}
+{{ .on.priorityClassName }}
+{{- else if .root.Values.priorityClasses.create -}}
+{{ include "img2img.fullname" .root }}-{{ .class }}
+{{- end -}}
+{{- end -}}
+
+{{/* The container's own limits; what it writes goes to volumes. */}}
+{{- define "img2img.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/*
+Seconds that Kubernetes waits for a pod: until nobody sends it anything, its drain, and 20 more for
+the last uploads, the end of the connections and the start of all that.
+*/}}
+{{- define "img2img.grace" -}}
+{{- add (default 0 .preStopSeconds | int64) (.drainSeconds | float64 | ceil | int64) 20 -}}
+{{- end -}}
+
+{{/* (dict root values): annotations of pods; they change with the settings, and so the pods do. */}}
+{{- define "img2img.podAnnotations" -}}
+checksum/settings: {{ list (include "img2img.settings" .root) .root.Values.s3 .root.Values.nats | toJson | sha256sum }}
+{{- with .on.podAnnotations }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* A live process answers; the same for all roles. */}}
+{{- define "img2img.livez" -}}
+httpGet:
+  path: /livez
+  port: metrics
+timeoutSeconds: 5
+{{- end -}}
+
+{{/* Keeps serving until endpoints and load balancers have heard that the pod goes. */}}
+{{- define "img2img.preStop" -}}
+{{- if gt (int64 .preStopSeconds) 0 }}
+lifecycle:
+  preStop:
+    sleep:
+      seconds: {{ int64 .preStopSeconds }}
+{{- end }}
+{{- end -}}
+
+{{/* Volumes and mounts that all roles have. */}}
+{{- define "img2img.commonVolumes" -}}
+- name: tmp
+  emptyDir:
+    sizeLimit: 2Gi
+{{- with .Values.trustBundle.configMap }}
+- name: trust
+  configMap:
+    name: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{- define "img2img.commonMounts" -}}
+- name: tmp
+  mountPath: /tmp
+{{- if .Values.trustBundle.configMap }}
+- name: trust
+  mountPath: /etc/img2img/trust
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "img2img.natsVolume" -}}
+{{- with .Values.nats.credsSecret }}
+- name: nats
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
+{{- end -}}
+
+{{- define "img2img.natsMount" -}}
+{{- if .Values.nats.credsSecret }}
+- name: nats
+  mountPath: /etc/img2img/nats
+  readOnly: true
+{{- end }}
+{{- end -}}

@@ -1,0 +1,75 @@
+{{/* What a schema cannot see. All mistakes at once. */}}
+{{- define "img2img.validate" -}}
+{{- $mistakes := list -}}
+{{- $v := .Values -}}
+{{- $needsBus := or $v.api.enabled $v.workers -}}
+{{- if and $needsBus (not (or $v.nats.url $v.nats.existingSecret $v.tryOut.nats.enabled)) -}}
+{{- $mistakes = append $mistakes "nats.url or nats.existingSecret is missing (or set tryOut.nats.enabled)" -}}
+{{- end -}}
+{{- if and $v.nats.url $v.nats.existingSecret -}}
+{{- $mistakes = append $mistakes "nats.url and nats.existingSecret exclude each other" -}}
+{{- end -}}
+{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.endpointUrl $v.tryOut.s3.enabled)) -}}
+{{- $mistakes = append $mistakes "s3.endpointUrl is missing (or set tryOut.s3.enabled)" -}}
+{{- end -}}
+{{- $s3Keys := and $v.s3.accessKey $v.s3.secretKey -}}
+{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.existingSecret $s3Keys $v.tryOut.s3.enabled)) -}}
+{{- $mistakes = append $mistakes "s3.existingSecret is missing (or s3.accessKey and s3.secretKey)" -}}
+{{- end -}}
+{{- if and $v.s3.existingSecret (or $v.s3.accessKey $v.s3.secretKey) -}}
+{{- $mistakes = append $mistakes "s3.existingSecret and s3.accessKey exclude each other" -}}
+{{- end -}}
+{{- if and $v.tryOut.s3.enabled (or $v.s3.existingSecret $v.s3.accessKey $v.s3.endpointUrl) -}}
+{{- $mistakes = append $mistakes "tryOut.s3.enabled brings its own address and keys: leave those in s3 empty" -}}
+{{- end -}}
+{{- if and $v.tryOut.nats.enabled (or $v.nats.url $v.nats.existingSecret) -}}
+{{- $mistakes = append $mistakes "tryOut.nats.enabled brings its own address: leave that in nats empty" -}}
+{{- end -}}
+{{- if and $v.tryOut.nats.enabled (ne (int $v.nats.replicas) 1) -}}
+{{- $mistakes = append $mistakes "tryOut.nats.enabled is one server: nats.replicas must be 1" -}}
+{{- end -}}
+{{- $keys := or $v.apiKeys.existingSecret $v.apiKeys.tenants $v.tryOut.apiKey.enabled -}}
+{{- if and $v.api.enabled (not $keys) -}}
+{{- $mistakes = append $mistakes "apiKeys.existingSecret or apiKeys.tenants is missing (or set tryOut.apiKey.enabled)" -}}
+{{- end -}}
+{{- if and $v.apiKeys.existingSecret (or $v.apiKeys.tenants $v.tryOut.apiKey.enabled) -}}
+{{- $mistakes = append $mistakes "apiKeys.existingSecret excludes apiKeys.tenants and tryOut.apiKey" -}}
+{{- end -}}
+{{- if and $v.gateway.enabled (not $v.api.enabled) (not $v.gateway.apiAddress) -}}
+{{- $mistakes = append $mistakes "gateway.apiAddress is missing: this release has no api of its own" -}}
+{{- end -}}
+{{- range $role, $on := dict "api" $v.api "gateway" $v.gateway -}}
+{{- if and $on.ingress.enabled (not $on.ingress.host) -}}
+{{- $mistakes = append $mistakes (printf "%s.ingress.host is missing" $role) -}}
+{{- end -}}
+{{- if lt (int $on.autoscaling.maxReplicas) (int $on.autoscaling.minReplicas) -}}
+{{- $mistakes = append $mistakes (printf "%s.autoscaling.maxReplicas is below minReplicas" $role) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $_ := $v.workers -}}
+{{- $pool := include "img2img.pool" (list $ $name) | fromYaml -}}
+{{- $auto := $pool.autoscaling -}}
+{{- $cache := $pool.modelCache.type -}}
+{{- if and $pool.fetch (has $cache (list "none" "image")) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: %s must be fetched, so modelCache.type must be emptyDir, persistentVolumeClaim or hostPath" $name $pool.model.source) -}}
+{{- end -}}
+{{- if and (hasPrefix "/" $pool.model.source) (eq $cache "none") -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: %s needs a modelCache" $name $pool.model.source) -}}
+{{- end -}}
+{{- if and (eq $cache "image") (not $pool.modelCache.image) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: modelCache.image is missing" $name) -}}
+{{- end -}}
+{{- if and $auto.enabled (eq $auto.trigger "jetstream") (not (include "img2img.natsMonitoring" $)) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: the trigger jetstream needs nats.monitoringEndpoint" $name) -}}
+{{- end -}}
+{{- if and $auto.enabled (eq $auto.trigger "prometheus") (not $auto.prometheusAddress) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: the trigger prometheus needs autoscaling.prometheusAddress" $name) -}}
+{{- end -}}
+{{- if lt (int $auto.maxReplicas) (int $auto.minReplicas) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: autoscaling.maxReplicas is below minReplicas" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if $mistakes -}}
+{{- fail (printf "\n\nThe values do not fit together:\n  - %s\n" (join "\n  - " $mistakes)) -}}
+{{- end -}}
+{{- end -}}

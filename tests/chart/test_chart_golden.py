@@ -1,0 +1,20 @@
+"""What the chart makes of each value set, in full. `make gold` rewrites the files."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from tests.chart_render import SETS, render
+from tests.golden_file import assert_golden
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_golden_render_of_a_value_set(name: str) -> None:
+    text = yaml.safe_dump_all(render(name), sort_keys=True, width=100, allow_unicode=True)
+    assert_golden(f"chart/{name}.yaml", text)
+
+
+def test_there_are_the_six_value_sets() -> None:
+    expected = ["default", "everything", "gateway-only", "production", "try-out", "two-pools"]
+    assert expected == SETS

@@ -1,0 +1,99 @@
+"""Wrong values are refused, and the sentence says where and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from img2img_server.api.keys import KeyRing
+from tests.chart_render import environment, helm, of_kind, pods, refusal, render
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("api.replica=3", "at '/api': additional properties 'replica' not allowed"),
+        ("worker.default=1", "additional properties 'worker' not allowed"),
+        ("workers.default.gpus.count=1", "additional properties 'gpus' not allowed"),
+        ("workers.Big.replicas=1", "'Big' does not match pattern"),
+        (
+            "settings.IMG2IMG_QUEUE_LIMT=3",
+            "additional properties 'IMG2IMG_QUEUE_LIMT' not allowed",
+        ),
+        ("settings.IMG2IMG_QUEUE_LIMIT=0", "/settings/IMG2IMG_QUEUE_LIMIT': minimum"),
+        ("settings.IMG2IMG_NATS_URL=x", "additional properties 'IMG2IMG_NATS_URL' not allowed"),
+        ("settings.IMG2IMG_DEV_KEY=true", "additional properties 'IMG2IMG_DEV_KEY' not allowed"),
+        ("nats.replicas=2", "at '/nats/replicas': value must be one of 1, 3, 5"),
+        ("nats.url=nats://me:secret@nats:4222", "at '/nats/url'"),
+        ("api.service.type=Loadbalancer", "'ClusterIP', 'NodePort', 'LoadBalancer'"),
+        ("api.drainSeconds=-1", "at '/api/drainSeconds': minimum"),
+        ("api.drainSeconds=soon", "at '/api/drainSeconds': got string, want number"),
+        ("image.digest=sha256:abc", "at '/image/digest'"),
+        ("workers.default.model.source=sd turbo", "/workers/default/model/source'"),
+        ("workers.default.resources.limit.cpu=1", "additional properties 'limit' not allowed"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_schema_with_its_place(given: str, said: str) -> None:
+    assert said in refusal("--set", given)
+
+
+def test_everything_that_is_missing_is_said_at_once() -> None:
+    said = helm().stderr
+    missing = ["nats.url", "s3.endpointUrl", "s3.existingSecret", "apiKeys.existingSecret"]
+    assert [each for each in missing if f"  - {each}" not in said] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("default", "nats.existingSecret=x", "nats.url and nats.existingSecret exclude each other"),
+        ("default", "s3.accessKey=x", "s3.existingSecret and s3.accessKey exclude each other"),
+        ("default", "api.enabled=false", "gateway.apiAddress is missing"),
+        ("default", "gateway.ingress.enabled=true", "gateway.ingress.host is missing"),
+        (
+            "default",
+            "api.autoscaling.maxReplicas=1",
+            "api.autoscaling.maxReplicas is below minReplicas",
+        ),
+        ("try-out", "nats.replicas=3", "nats.replicas must be 1"),
+        ("try-out", "s3.existingSecret=x", "leave those in s3 empty"),
+        (
+            "default",
+            "workers.default.model.source=stabilityai/sd-turbo",
+            "workers.default: stabilityai/sd-turbo must be fetched",
+        ),
+        ("default", "workers.default.model.source=/models/x", "/models/x needs a modelCache"),
+        ("default", "workers.default.modelCache.type=image", "modelCache.image is missing"),
+        ("default", "workers.default.autoscaling.enabled=true", "needs nats.monitoringEndpoint"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused_with_the_way_out(
+    name: str, given: str, said: str
+) -> None:
+    assert said in refusal("--set", given, name=name)
+
+
+def test_large_numbers_reach_the_environment_as_digits() -> None:
+    objects = render("everything")
+    container = next(pod for pod in pods(objects) if pod.name == "pictures-api").containers()[0]
+    assert environment(objects, container)["IMG2IMG_MAX_IMAGE_PIXELS"] == "100000000"
+
+
+def test_the_try_out_draws_keys_of_its_own_when_none_are_given() -> None:
+    none = ("tryOut.apiKey.value=", "tryOut.s3.accessKey=", "tryOut.s3.secretKey=")
+    secrets = of_kind(render("try-out", *(f"--set={each}" for each in none)), "Secret")
+    key = secrets["demo-img2img-try-out"]["stringData"]["api-key"]
+    pair = secrets["demo-img2img-s3"]["stringData"]
+    assert [len(key), len(pair["access-key"]), len(pair["secret-key"])] == [40, 40, 40]
+    assert len({key, pair["access-key"], pair["secret-key"]}) == 3
+    assert pair["access-key"] in pair["s3.json"]
+
+
+def test_the_keys_file_that_the_chart_writes_is_one_that_the_api_reads(tmp_path: Path) -> None:
+    secret = of_kind(render("two-pools"), "Secret")["demo-img2img-api-keys"]
+    file = tmp_path / "keys.toml"
+    file.write_text(secret["stringData"]["keys.toml"], encoding="utf-8")
+    holder = KeyRing(file, dev_key=False).authenticate("test")
+    assert holder is not None
+    assert (holder.tenant, holder.permissions) == ("shop", frozenset())
