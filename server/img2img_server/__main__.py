@@ -16,13 +16,15 @@ from img2img_server.errors import JobFailedError, ServiceError
 from img2img_server.lifecycle import RestartError, Role, run_role, start_anew
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.telemetry import configure_logging
+from img2img_server.tracing import exporting
 
 
 def _run(name: str, role: Callable[[Settings], Role], **overrides: object) -> None:
     try:
         settings = Settings.load(**overrides)
         configure_logging(settings, name)
-        code = run_role(role(settings))
+        with exporting(settings, name):
+            code = run_role(role(settings))
     except RestartError:
         start_anew()
     except SettingsError as error:

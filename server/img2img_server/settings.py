@@ -171,6 +171,12 @@ class Settings(BaseSettings):
     state_dir: Path = Field(Path(".img2img"), description="State folder of `local`.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Log level.")
     log_format: str = Field("auto", pattern="^(auto|json|console)$", description="Log format.")
+    otlp_endpoint: str = Field(
+        "",
+        pattern="^(https?://.+)?$",
+        description="OpenTelemetry collector that gets the traces by OTLP over gRPC, for example "
+        "http://collector:4317. Empty: none. OTEL_TRACES_SAMPLER and its kin hold too.",
+    )
     worker_name: str = Field("", description="Name of the worker. Empty: host name and process.")
 
     @model_validator(mode="after")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
 from img2img_server.settings import Settings
+from img2img_server.tracing import trace_id
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -44,6 +46,7 @@ def configure_logging(settings: Settings, role: str) -> None:
     )
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
@@ -68,6 +71,13 @@ def configure_logging(settings: Settings, role: str) -> None:
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("img2img_server").setLevel(settings.log_level.upper())
     structlog.contextvars.bind_contextvars(role=role)
+
+
+def _add_trace(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The id by which a line is found beside its trace."""
+    if found := trace_id():
+        event["trace_id"] = found
+    return event
 
 
 @asynccontextmanager

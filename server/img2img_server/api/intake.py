@@ -25,6 +25,7 @@ from img2img_server.store.tenants import TenantStorage
 from img2img_server.store.vault import SealBrokenError
 from img2img_server.tasks import beside
 from img2img_server.telemetry import JOBS_CREATED
+from img2img_server.tracing import injected
 
 log = structlog.get_logger()
 
@@ -116,6 +117,7 @@ class Intake:
                     params=params,
                     init_image=accepted.image.data,
                     init_image_prepared=accepted.image.prepared,
+                    trace=injected(),
                 )
             )
         except errors.ServiceError:

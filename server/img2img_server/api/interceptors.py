@@ -15,12 +15,14 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from opentelemetry.trace import SpanKind
 
 from img2img_server import errors
 from img2img_server.api.calls import OpenCalls
 from img2img_server.api.convert import duration
 from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.telemetry import RPC_SECONDS, RPCS
+from img2img_server.tracing import end, enter, extracted
 
 PACKAGE = "/img2img.v1."  # of our services
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -68,6 +70,15 @@ async def abort(context: Context, status: status_pb2.Status) -> NoReturn:
     raise AssertionError  # abort raises
 
 
+class _Rpc:
+    """What a call is known by, without its request."""
+
+    def __init__(self, method: str, details: grpc.HandlerCallDetails) -> None:
+        self.method = method
+        self.path = details.method.removeprefix("/")
+        self.trace = extracted(details.invocation_metadata or ())
+
+
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates, maps errors, counts. Other services (health, reflection) pass untouched."""
 
@@ -86,19 +97,20 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         if not details.method.startswith(PACKAGE) or handler is None:
             return handler
         method = details.method.rpartition("/")[2]
+        rpc = _Rpc(method, details)
         principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
         if principal is None:
-            return _refusing(method, errors.UnauthenticatedError())
+            return _refusing(rpc, errors.UnauthenticatedError())
         if refused := self._calls.refused(method, principal.tenant):
-            return _refusing(method, refused)
+            return _refusing(rpc, refused)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streaming(method, principal, self._calls, handler.unary_stream),
+                _streaming(rpc, principal, self._calls, handler.unary_stream),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            _unary(method, principal, self._calls, handler.unary_unary),
+            _unary(rpc, principal, self._calls, handler.unary_unary),
             handler.request_deserializer,
             handler.response_serializer,
         )
@@ -108,9 +120,9 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
 # lives until the collector comes by: the request, of megabytes, must be gone before.
 
 
-def _refusing(method: str, error: errors.ServiceError) -> Handler:
+def _refusing(rpc: _Rpc, error: errors.ServiceError) -> Handler:
     async def call(_: Any, context: Context) -> None:
-        with _Measured(method) as measured:
+        with _Measured(rpc) as measured:
             await abort(context, measured.failed(error))
 
     # As a stream of requests, of which none is read: who is refused makes us hold no megabytes.
@@ -118,13 +130,13 @@ def _refusing(method: str, error: errors.ServiceError) -> Handler:
 
 
 def _unary(
-    method: str, principal: Principal, calls: OpenCalls, inner: Any
+    rpc: _Rpc, principal: Principal, calls: OpenCalls, inner: Any
 ) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
         _principal.set(principal)
-        with _Measured(method) as measured:
+        with _Measured(rpc) as measured:
             try:
-                with calls.counted(method, principal.tenant):
+                with calls.counted(rpc.method, principal.tenant):
                     return await inner(request, context)
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
@@ -137,13 +149,13 @@ def _unary(
 
 
 def _streaming(
-    method: str, principal: Principal, calls: OpenCalls, inner: Any
+    rpc: _Rpc, principal: Principal, calls: OpenCalls, inner: Any
 ) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         _principal.set(principal)
-        with _Measured(method) as measured:
+        with _Measured(rpc) as measured:
             try:
-                with calls.counted(method, principal.tenant):
+                with calls.counted(rpc.method, principal.tenant):
                     async for message in inner(request, context):
                         yield message
                 return
@@ -170,8 +182,9 @@ def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 class _Measured:
     """Times one RPC and says how it ended, in metrics and in one line of the log."""
 
-    def __init__(self, method: str) -> None:
-        self._method = method
+    def __init__(self, rpc: _Rpc) -> None:
+        self._rpc = rpc
+        self._method = rpc.method
         self._code = "OK"
 
     def failed(self, error: Exception) -> status_pb2.Status:
@@ -185,6 +198,8 @@ class _Measured:
 
     def __enter__(self) -> _Measured:
         self._start = time.monotonic()
+        attributes = {"rpc.system": "grpc", "rpc.method": self._method}
+        self._span = enter(self._rpc.path, self._rpc.trace, SpanKind.SERVER, attributes)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -194,3 +209,4 @@ class _Measured:
         RPCS.labels(self._method, self._code).inc()
         RPC_SECONDS.labels(self._method).observe(seconds)
         log.info("rpc", method=self._method, code=self._code, seconds=round(seconds, 4))
+        end(self._span, "" if self._code in ("OK", "CANCELLED") else self._code)

@@ -7,6 +7,7 @@ import secrets
 import time
 
 import structlog
+from opentelemetry.trace import Span, SpanKind
 from prometheus_client import Counter, Histogram
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.gateway.dialects import Dialect
 from img2img_server.gateway.refusals import Case, RefusedError
+from img2img_server.tracing import end, enter, extracted
 
 REQUESTS = Counter("img2img_http_requests_total", "Answered requests.", ["route", "method", "code"])
 SECONDS = Histogram(
@@ -81,6 +83,10 @@ class Recorded:
             return
         code = 0
         started = time.monotonic()
+        fields = (
+            (name.decode("latin-1"), text.decode("latin-1")) for name, text in scope["headers"]
+        )
+        span = enter("http request", extracted(fields), SpanKind.SERVER)
 
         async def send_noting_code(message: Message) -> None:
             nonlocal code
@@ -100,9 +106,9 @@ class Recorded:
             response = JSONResponse(answer.body, answer.status, answer.headers)
             await response(scope, receive, send_noting_code)
         finally:
-            self._record(scope, code, time.monotonic() - started)
+            self._record(scope, code, time.monotonic() - started, span)
 
-    def _record(self, scope: Scope, code: int, seconds: float) -> None:
+    def _record(self, scope: Scope, code: int, seconds: float, span: Span) -> None:
         path = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _KNOWN_METHODS else "other"
         REQUESTS.labels(path, method, code).inc()
@@ -117,3 +123,6 @@ class Recorded:
             seconds=round(seconds, 4),
             **({"caller": caller} if caller else {}),
         )
+        span.update_name(f"{method} {path}")
+        span.set_attributes({"http.route": path, "http.response.status_code": code})
+        end(span, str(code) if code >= 500 else "")

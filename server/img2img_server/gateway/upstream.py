@@ -20,6 +20,7 @@ from img2img.v1 import (
 )
 from img2img_server.gateway.refusals import Case, RefusedError, refusal
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
 ADMIN_SERVICE = "img2img.v1.AdminService"
@@ -183,7 +184,7 @@ def _metadata(key: str) -> tuple[tuple[str, str], ...]:
     """What cannot travel as metadata cannot be a key either."""
     if not key or len(key) > _KEY_MOST_CHARACTERS or not all("!" <= char <= "~" for char in key):
         raise RefusedError(Case.BAD_KEY)
-    return (("authorization", f"Bearer {key}"),)
+    return (("authorization", f"Bearer {key}"), *injected().items())
 
 
 def _reading(key: str) -> dict[str, Any]:

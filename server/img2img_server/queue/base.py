@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -22,6 +22,7 @@ class QueuedJob:
 
     `init_image`: an encoded PNG, JPEG or WebP that was proven to decode within the limits.
     `init_image_prepared`: it already has the requested size and needs decoding only.
+    `trace`: W3C trace context of the call that made the job.
     """
 
     job_id: int
@@ -29,6 +30,7 @@ class QueuedJob:
     params: JobParams
     init_image: bytes
     init_image_prepared: bool = False
+    trace: dict[str, str] = field(default_factory=dict)
 
 
 class Delivery(Protocol):

@@ -6,6 +6,7 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import structlog
 
@@ -37,13 +38,17 @@ from img2img_server.images.prepare import prepare_image
 from img2img_server.queue.base import Delivery, OwnershipLostError
 from img2img_server.tasks import beside
 from img2img_server.telemetry import STEPS
+from img2img_server.tracing import TRACER
 from img2img_server.worker.files import storage_warning
 from img2img_server.worker.owned import OwnedJob
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.sample import finish_sample
+from img2img_server.worker.spans import DeviceSpans, enter_run
 
 log = structlog.get_logger()
 
+# What the engine tells, and when in Unix nanoseconds.
+_Inbox: TypeAlias = "asyncio.Queue[tuple[int, EngineEvent]]"
 _NOT_OURS = (OwnershipLostError, IllegalTransitionError)
 
 
@@ -99,6 +104,7 @@ class JobRun:
 
     async def run(self) -> None:
         """Returns when the job has ended or is no longer ours; never raises for the job's sake."""
+        span = enter_run(self._delivery)
         heartbeat = asyncio.create_task(self._heartbeat())
         # Beside the records, not after them: it takes as long as they do.
         prepared = asyncio.create_task(self._prepare())
@@ -119,6 +125,7 @@ class JobRun:
             await asyncio.gather(prepared, return_exceptions=True)
             if self._submitted:
                 self._parts.engine.cancel(self.job_id)
+            span.end()
 
     async def _bury(self, error: Exception) -> None:
         """Leaves the job to another try, and to the dead letters when there were enough."""
@@ -163,20 +170,21 @@ class JobRun:
 
     async def _prepare(self) -> Pixels:
         queued, start = self._delivery.job, time.monotonic()
-        pixels = await asyncio.to_thread(
-            prepare_image,
-            queued.init_image,
-            width=queued.params.width,
-            height=queued.params.height,
-            prepared=queued.init_image_prepared,
-        )
+        with TRACER.start_as_current_span("prepare"):
+            pixels = await asyncio.to_thread(
+                prepare_image,
+                queued.init_image,
+                width=queued.params.width,
+                height=queued.params.height,
+                prepared=queued.init_image_prepared,
+            )
         self._watch.prepare = time.monotonic() - start
         return pixels
 
-    def _submit(self, job: Job, pixels: Pixels) -> asyncio.Queue[EngineEvent]:
+    def _submit(self, job: Job, pixels: Pixels) -> _Inbox:
         params, info = job.params, self._parts.engine.model
         guidance = params.guidance_scale
-        inbox: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        inbox: _Inbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._parts.engine.submit(
             EngineJob(
@@ -201,12 +209,14 @@ class JobRun:
             self._parts.engine.cancel(job.id)
         return inbox
 
-    async def _follow(self, owned: OwnedJob, inbox: asyncio.Queue[EngineEvent]) -> EngineTimings:
+    async def _follow(self, owned: OwnedJob, inbox: _Inbox) -> EngineTimings:
         """Turns engine events into job events; returns when every picture is stored."""
+        spans = DeviceSpans()
         try:
             async with asyncio.TaskGroup() as finishing:
                 while True:
-                    event = await inbox.get()
+                    at, event = await inbox.get()
+                    spans.note(at, event)
                     match event:
                         case SampleReady():
                             finishing.create_task(self._finish(owned, event))
@@ -222,6 +232,8 @@ class JobRun:
                             await owned.tell(await _told(event))
         except BaseExceptionGroup as group:
             raise _first(group) from group
+        finally:
+            spans.close()
 
     async def _finish(self, owned: OwnedJob, ready: SampleReady) -> None:
         async for event in finish_sample(self._parts, owned.job, ready, self._watch):
@@ -278,11 +290,9 @@ async def _told(
             return Preview(sample=event.sample, step=event.step, image=image)
 
 
-def _post(
-    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[EngineEvent], event: EngineEvent
-) -> None:
+def _post(loop: asyncio.AbstractEventLoop, inbox: _Inbox, event: EngineEvent) -> None:
     with suppress(RuntimeError):  # the loop is gone: nobody listens any more
-        loop.call_soon_threadsafe(inbox.put_nowait, event)
+        loop.call_soon_threadsafe(inbox.put_nowait, (time.time_ns(), event))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

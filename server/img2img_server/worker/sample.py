@@ -15,6 +15,7 @@ from img2img_server.domain.params import ImageFormat
 from img2img_server.engine.base import Pixels, SampleReady
 from img2img_server.images.encode import encode_image, encoded
 from img2img_server.safety.base import blank
+from img2img_server.tracing import TRACER
 from img2img_server.worker.files import store_file
 from img2img_server.worker.parts import Parts
 
@@ -39,19 +40,22 @@ async def finish_sample(
     params, index, start = job.params, ready.sample, time.monotonic()
     pixels, nsfw = ready.pixels, False
     if params.safety_checker:
-        nsfw = await asyncio.to_thread(parts.safety.check, pixels) >= parts.safety_threshold
+        with TRACER.start_as_current_span("safety"):
+            nsfw = await asyncio.to_thread(parts.safety.check, pixels) >= parts.safety_threshold
         pixels = blank(pixels) if nsfw else pixels
         watch.safety += time.monotonic() - start
         start = time.monotonic()
-    inline = await asyncio.to_thread(encoded, pixels, params.output_format)
+    with TRACER.start_as_current_span("image encode"):
+        inline = await asyncio.to_thread(encoded, pixels, params.output_format)
     watch.image_encode += time.monotonic() - start
     seed = params.sample_seed(index)
     yield SampleFinished(sample=index, seed=seed, image=inline, nsfw=nsfw)
 
     start = time.monotonic()
     png = inline.data if params.output_format is ImageFormat.PNG else None
-    data, media_type, digest = await asyncio.to_thread(_file, pixels, png, params.base64)
-    url = await store_file(parts, job, index, data, media_type)
+    with TRACER.start_as_current_span("upload"):
+        data, media_type, digest = await asyncio.to_thread(_file, pixels, png, params.base64)
+        url = await store_file(parts, job, index, data, media_type)
     watch.upload += time.monotonic() - start
     yield SampleStored(sample=index, url=url, sha256=digest, size_bytes=len(data))
 

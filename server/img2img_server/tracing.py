@@ -1,0 +1,88 @@
+"""Traces by OpenTelemetry, from the caller through api and queue to the steps on the device.
+
+Spans cost next to nothing until an endpoint is set; a caller's context is passed on all the same.
+The queue and the metadata of calls carry it as W3C trace context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+from opentelemetry import context, trace
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from img2img_server import __version__
+from img2img_server.settings import Settings
+
+TRACER: Final = trace.get_tracer("img2img_server", __version__)
+_FIELDS: Final = TraceContextTextMapPropagator()
+
+
+@contextmanager
+def exporting(settings: Settings, role: str) -> Iterator[None]:
+    """Sends the spans of the body to the collector that the settings name, the last ones at its
+    end. Sampling and the rest follow the OTEL_ variables of the SDK."""
+    if not settings.otlp_endpoint:
+        yield
+        return
+    # Here, for 25 MB are a lot to one who does not trace.
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    plain = not settings.otlp_endpoint.startswith("https://")
+    exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=plain, timeout=5)
+    resource = Resource.create({"service.name": f"img2img-{role}", "service.version": __version__})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    try:
+        yield
+    finally:
+        provider.shutdown()
+
+
+def extracted(fields: Iterable[tuple[str, str | bytes]]) -> Context:
+    """The caller's context out of metadata, headers or a message; empty when there is none."""
+    known = {
+        name: value for name, value in fields if name in _FIELDS.fields and isinstance(value, str)
+    }
+    return _FIELDS.extract(known, context=Context())
+
+
+def injected() -> dict[str, str]:
+    """The current context as fields to send along."""
+    carrier: dict[str, str] = {}
+    _FIELDS.inject(carrier)
+    return carrier
+
+
+def enter(
+    name: str, parent: Context, kind: SpanKind, attributes: Mapping[str, Any] | None = None
+) -> Span:
+    """Starts a span and makes it the current one of this task for good, and of what it starts.
+
+    For whole tasks only: nothing resets it.
+    """
+    span = TRACER.start_span(name, parent, kind, attributes)
+    context.attach(trace.set_span_in_context(span, parent))
+    return span
+
+
+def end(span: Span, error: str = "") -> None:
+    """Ends a span, with an error's name when there was one."""
+    if error:
+        span.set_attribute("error.type", error)
+        span.set_status(Status(StatusCode.ERROR))
+    span.end()
+
+
+def trace_id() -> str:
+    """Of the current span in hexadecimal, for logs; empty outside of any."""
+    found = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(found.trace_id) if found.is_valid else ""
