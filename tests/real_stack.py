@@ -63,7 +63,13 @@ class RealStack:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealStack]:
-    folder = tmp_path_factory.mktemp("stack")
+    async with running_stack(tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@asynccontextmanager
+async def running_stack(folder: Path, **changes: str) -> AsyncIterator[RealStack]:
+    """Engines, api and gateway; workers are started by who uses it. `changes`: settings."""
     model = write_sd(folder / "tiny", tiny_vae=True, scheduler=ZERO_SNR_V)
     grpc_port, http_port = free_port(), free_port()
     async with LocalEngines(folder / "state") as engines, AsyncExitStack() as exits:
@@ -81,6 +87,7 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealS
             "IMG2IMG_DRAIN_SECONDS": "15",
             "IMG2IMG_OUTBOUND_ALLOW": "127.0.0.1",
             "IMG2IMG_TORCH_THREADS": "1",
+            **changes,
         }
         roles = {
             name: Role(name, environment, folder / f"{name}.log") for name in ("api", "gateway")

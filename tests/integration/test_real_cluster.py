@@ -1,0 +1,156 @@
+"""Several workers on one bus: a load of 200 jobs while one is killed, one drained and one added."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from img2img_client import AsyncClient, Result
+from img2img_client.events import Event, SampleFinished, Started, StepFinished, Succeeded
+from img2img_server.wire.connection import connect
+from img2img_server.wire.names import DEAD
+from img2img_server.wire.names import JOBS as JOBS_STREAM
+from tests.engine_bench import BOUND, difference
+from tests.processes import Role
+from tests.real_stack import RealStack, running_stack
+from tests.stack import photo
+
+JOBS = 200
+SMALL_PHOTO = photo(256, 256)
+EARLY = 150  # sent at once; the others when the added worker is there
+FIRST = ("leda", "castor", "pollux")
+KILLED, DRAINED, ADDED = "castor", "pollux", "helena"
+
+
+def request(number: int) -> dict[str, Any]:
+    """Every job is another one, so that no picture can stand for another's."""
+    return {
+        "width": 256,
+        "height": 256,
+        "strength": (0.25, 0.5, 0.75)[number % 3],
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "seed": number,
+        "output_format": "png",
+        "safety_checker": False,  # the dearest part of so small a job
+    }
+
+
+@dataclass
+class Load:
+    """Jobs, each with a caller that reads its stream to the end."""
+
+    client: AsyncClient
+    results: dict[int, Result] = field(default_factory=dict)
+    events: dict[int, list[Event]] = field(default_factory=dict)
+    seen: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def call(self, number: int) -> None:
+        """One caller, from its request to its picture."""
+        mine = self.events[number] = []
+        async with self.client.stream("a cat", SMALL_PHOTO, **request(number)) as stream:
+            async for event in stream:
+                mine.append(event)
+                async with self.seen:
+                    self.seen.notify_all()
+            self.results[number] = await stream.result()
+        async with self.seen:
+            self.seen.notify_all()
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        async with self.seen:
+            await self.seen.wait_for(reached)
+
+    def running_on(self, worker: str) -> set[int]:
+        """Jobs in the middle of their steps on that worker."""
+        return {
+            number
+            for number, events in self.events.items()
+            if isinstance(events[-1] if events else None, StepFinished)
+            and last_worker(events) == worker
+        }
+
+    def ended_by(self) -> Counter[str]:
+        return Counter(result.job.worker for result in self.results.values())
+
+
+def last_worker(events: list[Event]) -> str:
+    return next(event.worker for event in reversed(events) if isinstance(event, Started))
+
+
+@asynccontextmanager
+async def three_workers(folder: Path) -> AsyncIterator[tuple[RealStack, dict[str, Role]]]:
+    limits = {"IMG2IMG_QUEUE_LIMIT": str(2 * JOBS), "IMG2IMG_ACK_WAIT_SECONDS": "3"}
+    async with running_stack(folder, **limits) as stack, AsyncExitStack() as exits:
+        contexts = [exits.enter_async_context(stack.worker(name)) for name in FIRST]
+        yield stack, dict(zip(FIRST, await asyncio.gather(*contexts), strict=True))
+
+
+async def disturbed(load: Load, stack: RealStack, workers: dict[str, Role]) -> set[int]:
+    """Runs the load while workers go and come; returns the jobs that the killed one had."""
+    async with asyncio.TaskGroup() as callers:
+        for number in range(EARLY):
+            callers.create_task(load.call(number))
+        await load.until(lambda: len(load.results) >= 20 and bool(load.running_on(KILLED)))
+        victims = load.running_on(KILLED)
+        await workers[KILLED].kill()
+        async with stack.worker(ADDED):
+            late = [callers.create_task(load.call(number)) for number in range(EARLY, JOBS)]
+            await load.until(lambda: bool(load.running_on(DRAINED)))
+            assert await workers[DRAINED].stop() == 0
+            await asyncio.gather(*late)
+            await load.until(lambda: len(load.results) == JOBS)
+    return victims
+
+
+@pytest.mark.slow
+async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_gets_one_picture(
+    tmp_path: Path,
+) -> None:
+    async with three_workers(tmp_path) as (stack, workers), stack.client() as client:
+        calm, load = Load(client), Load(client)
+        async with asyncio.TaskGroup() as callers:
+            for number in range(JOBS):
+                callers.create_task(calm.call(number))
+        assert set(calm.ended_by()) == set(FIRST)
+        victims = await disturbed(load, stack, workers)
+        assert victims
+        async with connect([stack.environment["IMG2IMG_NATS_URL"]]) as link:
+            left = {n: (await link.js.stream_info(n)).state.messages for n in (JOBS_STREAM, DEAD)}
+    assert left == {JOBS_STREAM: 0, DEAD: 0}  # nothing lost, nothing given up
+    assert set(load.ended_by()) == {*FIRST, ADDED}
+    for number in range(JOBS):
+        events, result = load.events[number], load.results[number]
+        assert (result.job.state, len(result.pictures)) == ("succeeded", 1)
+        assert [event.sequence for event in events] == list(range(len(events)))
+        assert sum(isinstance(event, Succeeded) for event in events) == 1
+        assert isinstance(events[-1], Succeeded)
+        if result.job.attempt == 1:
+            assert sum(isinstance(event, SampleFinished) for event in events) == 1
+        if number in victims:
+            assert result.job.attempt > 1
+            assert result.job.worker != KILLED
+        assert difference(pixels(result), pixels(calm.results[number])) <= BOUND
+    others = zip(range(JOBS - 1), range(1, JOBS), strict=True)
+    assert (
+        min(
+            difference(pixels(calm.results[one]), pixels(calm.results[other]))
+            for one, other in others
+        )
+        > 2 * BOUND
+    )  # no picture could pass for another's
+
+
+def pixels(result: Result) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(result.pictures[0].data)))
