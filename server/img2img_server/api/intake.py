@@ -17,7 +17,7 @@ from img2img_server.api.backlog import Backlog
 from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
 from img2img_server.domain.params import Violation
-from img2img_server.queue.base import EventLog, JobQueue, QueuedJob
+from img2img_server.queue.base import EventLog, JobQueue, OwnershipLostError, QueuedJob
 from img2img_server.settings import Settings
 from img2img_server.store.base import ConflictError, JobStore, Stored, WorkerRegistry
 from img2img_server.store.rates import Rates
@@ -29,6 +29,7 @@ from img2img_server.tracing import injected
 
 log = structlog.get_logger()
 
+TAKING = "This request is being taken in."
 SEALED = "your S3 details cannot be read at the moment; this service keeps the files"
 
 
@@ -93,9 +94,11 @@ class Intake:
             return stored
         # Whoever began it died before it was queued, or is at it now: both may finish it.
         accepted = await self._admission.admit(spec, caller)
-        return await self._enqueue(await self._record(accepted, caller, job_id), accepted)
+        job = await self._record(accepted, caller, job_id)
+        return await self._enqueue(job, accepted, begun=True)
 
-    async def _enqueue(self, job: Job, accepted: Admitted) -> Stored:
+    async def _enqueue(self, job: Job, accepted: Admitted, *, begun: bool = False) -> Stored:
+        """Record, event, queue. `begun`: somebody was at it before, and may have left a log."""
         params, created = accepted.params, True
         try:
             revision = await self._jobs.create(job)
@@ -103,10 +106,10 @@ class Intake:
             created = False
             stored = await self._jobs.get(job.tenant, job.id)
             if stored is None or not _is_stranded(stored.job):
-                raise errors.UnavailableError("This request is being taken in.") from None
+                raise errors.UnavailableError(TAKING) from None
             job, revision = stored.job, stored.revision
         try:
-            writer = await self._events.open(job.id, fresh=created)
+            writer = await self._events.open(job.id, fresh=created and not begun)
             if not writer.sequence:
                 queued = Queued(position=accepted.position, eta_seconds=accepted.eta_seconds)
                 await writer.append(queued)
@@ -120,6 +123,8 @@ class Intake:
                     trace=injected(),
                 )
             )
+        except OwnershipLostError:  # a repeated call of the same request was quicker
+            raise errors.UnavailableError(TAKING) from None
         except errors.ServiceError:
             with suppress(errors.ServiceError):
                 await self._jobs.delete(job.tenant, job.id)

@@ -70,6 +70,11 @@ class Child:
         self._stop_seconds = stop_seconds
         self._process: asyncio.subprocess.Process | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Its process, once it was started."""
+        return self._process.pid if self._process else None
+
     async def start(self) -> None:
         """Returns when it serves; bounded by the caller. Raises EngineDiedError."""
         self._folder.mkdir(exist_ok=True)

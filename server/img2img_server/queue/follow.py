@@ -14,10 +14,9 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from img2img_server.errors import UnavailableError
 from img2img_server.wire.connection import Link, status_of
-from img2img_server.wire.faults import unavailable
 from img2img_server.wire.inbox import Inbox, Interrupted
 
-HEARTBEAT_SECONDS: Final = 5.0
+HEARTBEAT_SECONDS: Final = 2.0
 RETRY_SECONDS: Final = 1.0
 MAX_WAITING_BYTES: Final = 32 * 2**20  # what a slow reader may leave unread here
 _HEARTBEAT: Final = "100"
@@ -113,8 +112,7 @@ class Follower:
         if self._last_stream_sequence:
             config.deliver_policy = DeliverPolicy.BY_START_SEQUENCE
             config.opt_start_seq = self._last_stream_sequence + 1
-        with unavailable():
-            info = await self._link.js.add_consumer(self._stream, config)
+        info = await self._link.ask(lambda: self._link.js.add_consumer(self._stream, config))
         self._consumer, self._delivered = info.name, 0
 
     async def _stop(self) -> None:

@@ -18,7 +18,7 @@ from img2img_server.errors import QueueFullError, UnavailableError
 from img2img_server.queue.base import Delivery, LaneLoad, QueuedJob
 from img2img_server.wire import codec, names
 from img2img_server.wire.connection import Link, status_of
-from img2img_server.wire.faults import SubjectFullError, unavailable
+from img2img_server.wire.faults import SubjectFullError
 from img2img_server.wire.inbox import Inbox, Interrupted
 
 MAX_ACK_PENDING: Final = 10_000  # jobs of one model and lane that workers may hold together
@@ -121,9 +121,7 @@ class JetStreamJobQueue:
 
     async def _messages(self, subject: str) -> int:
         """Messages in the stream under a subject, wildcards allowed."""
-        await self._link.ready()
-        with unavailable():
-            stream = await self._link.js.stream_info(names.JOBS, subject)
+        stream = await self._link.ask(lambda: self._link.js.stream_info(names.JOBS, subject))
         return sum((stream.state.subjects or {}).values())
 
     async def _info(self, model: str, lane: Lane) -> ConsumerInfo | None:
@@ -133,10 +131,10 @@ class JetStreamJobQueue:
         read_at, known = self._infos.get(name, (0.0, None))
         if known is not None and now - read_at < INFO_SECONDS:
             return known
-        await self._link.ready()
         try:
-            with unavailable():
-                info: ConsumerInfo = await self._link.js.consumer_info(names.JOBS, name)
+            info: ConsumerInfo = await self._link.ask(
+                lambda: self._link.js.consumer_info(names.JOBS, name)
+            )
         except nats.js.errors.NotFoundError:
             return None
         self._infos[name] = (now, info)
@@ -248,9 +246,7 @@ class JetStreamJobQueue:
             max_deliver=-1,  # the worker bounds its attempts, and says why it gave up
             max_ack_pending=MAX_ACK_PENDING,
         )
-        await self._link.ready()
-        with unavailable():
-            await self._link.js.add_consumer(names.JOBS, config)
+        await self._link.ask(lambda: self._link.js.add_consumer(names.JOBS, config))
         self._consumers.add(name)
 
 

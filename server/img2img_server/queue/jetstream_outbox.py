@@ -17,7 +17,7 @@ from img2img_server.errors import UnavailableError
 from img2img_server.queue.outbox import OutboxFullError, PendingWebhook
 from img2img_server.wire import codec, names
 from img2img_server.wire.connection import Link, status_of
-from img2img_server.wire.faults import SubjectFullError, unavailable
+from img2img_server.wire.faults import SubjectFullError
 from img2img_server.wire.inbox import Inbox, Interrupted
 
 # Longer than a delivery may take: an api that died in the middle of one leaves it for this long.
@@ -128,7 +128,5 @@ class JetStreamOutbox:
             max_deliver=-1,  # whoever delivers bounds the attempts
             max_ack_pending=-1,  # what waits for its next attempt must not hold up the others
         )
-        await self._link.ready()
-        with unavailable():
-            await self._link.js.add_consumer(names.WEBHOOKS, config)
+        await self._link.ask(lambda: self._link.js.add_consumer(names.WEBHOOKS, config))
         self._has_consumer = True

@@ -26,7 +26,7 @@ class KvJobStore:
 
     async def next_id(self) -> int:
         # The stream counts every message it ever had, also through restarts: no number comes twice.
-        drawn = await self._link.publish(names.IDS_SUBJECT, b"")
+        drawn = await self._link.publish(names.IDS_SUBJECT, b"", repeatable=True)
         return FIRST_JOB_ID - 1 + drawn.seq
 
     async def create(self, job: Job) -> int:

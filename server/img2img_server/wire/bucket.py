@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from img2img_server.errors import UnavailableError
 from img2img_server.wire import names
 from img2img_server.wire.connection import Link
-from img2img_server.wire.faults import WrongLastSequenceError, unavailable
+from img2img_server.wire.faults import WrongLastSequenceError
 
+SWAP_TRIES = 2  # the second one after an answer that was lost
 _MARKER = "KV-Operation"  # header of what other clients leave where they deleted a key
 
 
@@ -36,7 +38,8 @@ class Bucket:
 
     async def put(self, key: str, value: bytes) -> int:
         """Writes in any case; returns the revision."""
-        return (await self._link.publish(names.key_subject(self._name, key), value)).seq
+        subject = names.key_subject(self._name, key)
+        return (await self._link.publish(subject, value, repeatable=True)).seq
 
     async def swap(self, key: str, value: bytes, revision: int) -> int:
         """Writes when the key is still at `revision` (0: does not exist); returns the new one.
@@ -46,7 +49,18 @@ class Bucket:
         """
         subject = names.key_subject(self._name, key)
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        return (await self._link.publish(subject, value, headers)).seq
+        for left in reversed(range(SWAP_TRIES)):
+            try:
+                return (await self._link.publish(subject, value, headers)).seq
+            except UnavailableError:
+                if not left:
+                    raise
+            except WrongLastSequenceError:
+                entry = None if left == SWAP_TRIES - 1 else await self.get(key)
+                if entry is None or entry.value != value:
+                    raise
+                return entry.revision  # stored by a try whose answer was lost
+        raise UnavailableError
 
     async def claim(self, key: str, value: bytes) -> Entry:
         """Writes when there is nothing; returns what is there then."""
@@ -61,17 +75,14 @@ class Bucket:
 
     async def remove(self, key: str) -> None:
         """Removes the key without a trace; fine when there is none."""
-        await self._link.ready()
-        with unavailable():
-            await self._link.js.purge_stream(
-                self._stream, subject=names.key_subject(self._name, key)
-            )
+        subject = names.key_subject(self._name, key)
+        await self._link.ask(lambda: self._link.js.purge_stream(self._stream, subject=subject))
 
     async def keys(self, pattern: str = ">") -> list[str]:
         """Keys that match the pattern, in no order."""
-        await self._link.ready()
         subject = names.key_subject(self._name, pattern)
-        with unavailable():
-            info = await self._link.js.stream_info(self._stream, subjects_filter=subject)
+        info = await self._link.ask(
+            lambda: self._link.js.stream_info(self._stream, subjects_filter=subject)
+        )
         start = len(names.key_subject(self._name, ""))
         return [found[start:] for found in info.state.subjects or {}]

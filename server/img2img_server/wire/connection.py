@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from weakref import WeakSet
 
 import nats.errors
@@ -25,7 +25,12 @@ from img2img_server.wire.inbox import Inbox
 REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
 RECONNECT_SECONDS: Final = 0.2  # between two tries to come back
 CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection
+# A stream whose leader died has a new one within 4 to 9 s (the election timeouts of NATS).
+ELECTION_SECONDS: Final = 12.0
+ELECTION_PAUSE_SECONDS: Final = 0.25
 PENDING_BYTES: Final = 16 * 2**20  # what may wait to be sent
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +72,7 @@ class Link:
                     connect_timeout=2,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=RECONNECT_SECONDS,  # type: ignore[arg-type]
-                    ping_interval=5,
+                    ping_interval=3,  # a server that fell silent is given up after 6 to 9 s
                     pending_size=PENDING_BYTES,
                     drain_timeout=3,
                 )
@@ -107,25 +112,55 @@ class Link:
                     return
         raise UnavailableError
 
+    async def ask(self, call: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
+        """The answer of JetStream to `call`, also while streams elect their leaders.
+
+        Nobody leads, nothing was done: it is asked again for as long as an election takes.
+
+        Args:
+            repeatable: the call may be made again too when its answer did not come.
+
+        Raises:
+            UnavailableError: the connection is away, or nobody came to lead.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + ELECTION_SECONDS
+        while True:
+            await self.ready()
+            try:
+                with unavailable():
+                    return await call()
+            except UnavailableError as error:
+                silent = isinstance(error.__cause__, TimeoutError)
+                again = (repeatable and silent) or faults.is_leaderless(error.__cause__)
+                if not again or loop.time() > until:
+                    raise
+            await asyncio.sleep(ELECTION_PAUSE_SECONDS)
+
     async def publish(
-        self, subject: str, data: bytes, headers: dict[str, str] | None = None
+        self,
+        subject: str,
+        data: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        repeatable: bool = False,
     ) -> PubAck:
-        """Stores a message in its stream.
+        """Stores a message in its stream. `repeatable`: storing it twice does no harm.
 
         Raises:
             UnavailableError: no answer; the message may be stored or not.
             WrongLastSequenceError: the headers expect another last sequence.
             SubjectFullError: the subject has its most messages.
         """
-        await self.ready()
-        with unavailable():
-            return await self.js.publish(subject, data, headers=headers)
+        known_once = "Nats-Msg-Id" in (headers or {})  # a second one is not stored
+        return await self.ask(
+            lambda: self.js.publish(subject, data, headers=headers),
+            repeatable=repeatable or known_once,
+        )
 
     async def request(self, subject: str, data: bytes = b"") -> Msg:
-        """Sends a request and returns the answer. Raises UnavailableError."""
-        await self.ready()
-        with unavailable():
-            return await self.nc.request(subject, data, timeout=REQUEST_SECONDS)
+        """Sends a request that may arrive twice; returns the answer. Raises UnavailableError."""
+        return await self.ask(lambda: self.nc.request(subject, data, timeout=REQUEST_SECONDS))
 
     async def send(self, subject: str, data: bytes, reply: str = "") -> None:
         """Publishes without waiting for an answer. Raises UnavailableError."""
@@ -135,23 +170,19 @@ class Link:
 
     async def last(self, stream: str, subject: str) -> RawStreamMsg | None:
         """The last message of a subject (wildcards allowed), read from the stream's leader."""
-        await self.ready()
         try:
-            with unavailable():
-                return await self.js.get_last_msg(stream, subject)
+            return await self.ask(lambda: self.js.get_last_msg(stream, subject))
         except nats.js.errors.NotFoundError:
             return None
 
     async def delete(self, stream: str, sequence: int) -> bool:
         """Deletes one message; False when there is none. Raises UnavailableError."""
-        await self.ready()
-        with unavailable():
-            try:
-                return await self.js.delete_msg(stream, sequence)
-            except nats.js.errors.APIError as error:
-                if error.err_code in faults.NO_MESSAGE:
-                    return False
-                raise
+        try:
+            return await self.ask(lambda: self.js.delete_msg(stream, sequence))
+        except nats.js.errors.APIError as error:
+            if error.err_code in faults.NO_MESSAGE:
+                return False
+            raise
 
     async def open_inbox(
         self,

@@ -15,6 +15,7 @@ from img2img_server.errors import UnavailableError
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _STORE_FAILED: Final = 10077
 _SUBJECT_FULL: Final = "maximum messages per subject exceeded"
+_NO_LEADER: Final = (10008, 10009)
 NO_MESSAGE: Final = (10037, 10043, 10057)
 DOWN: Final = (
     nats.errors.ConnectionClosedError,
@@ -38,6 +39,14 @@ class WrongLastSequenceError(Exception):
 
 class SubjectFullError(Exception):
     """The subject has as many messages as its stream allows."""
+
+
+def is_leaderless(error: BaseException | None) -> bool:
+    """Whether the server said that nobody leads the stream or consumer: nothing was done."""
+    if isinstance(error, nats.js.errors.APIError):
+        return error.err_code in _NO_LEADER
+    silent = nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError
+    return isinstance(error, silent)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import nats.js.errors
@@ -11,7 +12,6 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 
 from img2img_server.wire import names
 from img2img_server.wire.connection import Link
-from img2img_server.wire.faults import unavailable
 
 _EXISTS_DIFFERENTLY: Final = 10058
 HOUR: Final = 3600.0
@@ -123,12 +123,10 @@ def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
 
 async def prepare(link: Link, bounds: Bounds) -> None:
     """Makes or updates every stream and bucket. Raises UnavailableError."""
-    await link.ready()
     for config in streams(bounds):
         config.storage = StorageType.FILE
         config.num_replicas = bounds.replicas
-        with unavailable():
-            await _ensure(link.js, config)
+        await link.ask(partial(_ensure, link.js, config))
 
 
 async def _ensure(js: JetStreamContext, config: StreamConfig) -> None:

@@ -1,0 +1,76 @@
+"""Three NATS servers, everything kept three times: one dies under load, nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from img2img_client import AsyncClient, Result
+from img2img_server.bus import connect_bus
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.settings import Settings
+from img2img_server.wire import names
+from img2img_server.wire.connection import connect
+from tests.nats_cluster import NAMES, NatsCluster, nats_cluster
+from tests.stack import photo, running_api, running_worker, settings
+
+CALLERS, JOBS_EACH = 16, 8
+BEFORE = 24  # jobs that have ended when the server dies
+
+
+@asynccontextmanager
+async def service(config: Settings) -> AsyncIterator[AsyncClient]:
+    """An api and a worker, each with a connection of its own."""
+    engine = FakeEngine(step_seconds=0.02, capacity_rows=4)
+    async with (
+        connect_bus(config) as api_bus,
+        connect_bus(config) as worker_bus,
+        running_worker(worker_bus, engine, config=config),
+        running_api(api_bus, config) as api,
+        AsyncClient(api.address, api_key="dev-key") as client,
+    ):
+        yield client
+
+
+@pytest.mark.slow
+async def test_a_streams_leader_is_killed_under_load_and_every_job_ends_at_its_first_attempt(
+    tmp_path: Path,
+) -> None:
+    picture, results, reached = photo(256, 256), list[Result](), asyncio.Event()
+
+    async def caller(client: AsyncClient, seed: int) -> None:
+        for _ in range(JOBS_EACH):
+            result = await client.generate(
+                "p", picture, seed=seed, num_inference_steps=4, width=256, height=256
+            )
+            results.append(result)
+            if len(results) == BEFORE:
+                reached.set()
+
+    async with nats_cluster(tmp_path / "nats") as cluster:
+        config = settings(nats_url=cluster.url, nats_replicas=3, queue_limit=100)
+        async with service(config) as client, asyncio.TaskGroup() as callers:
+            for seed in range(CALLERS):
+                callers.create_task(caller(client, seed))
+            await reached.wait()
+            dead = await cluster.leader(names.JOBS)
+            await cluster.kill(dead)
+        assert await cluster.leader(names.JOBS) in set(NAMES) - {dead}
+        assert await replicas(cluster) == {3}
+        async with connect_bus(config) as bus:  # with one of its addresses dead
+            assert [model.name for model in await bus.workers.models()] == ["fake"]
+    ended = [(result.job.state, result.job.attempt, len(result.pictures)) for result in results]
+    assert ended == [("succeeded", 1, 1)] * (CALLERS * JOBS_EACH)
+    assert len({result.job.name for result in results}) == len(results)
+    by_seed = {result.pictures[0].seed: result.pictures[0].sha256 for result in results}
+    assert all(by_seed[r.pictures[0].seed] == r.pictures[0].sha256 for r in results)
+
+
+async def replicas(cluster: NatsCluster) -> set[int]:
+    """How often each stream and bucket is kept."""
+    async with connect(cluster.url.split(",")) as link:
+        return {info.config.num_replicas for info in await link.js.streams_info()}
