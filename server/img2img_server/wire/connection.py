@@ -177,12 +177,16 @@ class Link:
 
     async def delete(self, stream: str, sequence: int) -> bool:
         """Deletes one message; False when there is none. Raises UnavailableError."""
-        try:
-            return await self.ask(lambda: self.js.delete_msg(stream, sequence))
-        except nats.js.errors.APIError as error:
-            if error.err_code in faults.NO_MESSAGE:
-                return False
-            raise
+
+        async def call() -> bool:
+            try:
+                return await self.js.delete_msg(stream, sequence)
+            except nats.js.errors.APIError as error:
+                if error.err_code in faults.NO_MESSAGE:
+                    return False
+                raise
+
+        return await self.ask(call)
 
     async def open_inbox(
         self,
