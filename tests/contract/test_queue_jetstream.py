@@ -15,7 +15,7 @@ from img2img_server.domain.events import Queued, Started, StepFinished, Succeede
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.engines.child import Child
 from img2img_server.engines.local import choose_ports
-from img2img_server.engines.nats import nats_server
+from img2img_server.engines.nats import nats_server, nats_url
 from img2img_server.errors import QueueFullError, UnavailableError
 from img2img_server.queue import follow
 from img2img_server.queue.base import QueuedJob
@@ -26,6 +26,7 @@ from img2img_server.wire.connection import Link, connect
 MODEL = "atelier"
 JOB = 10_000_001
 LONG = 10.0
+PASSWORD = "of-this-test"
 
 
 class Nats:
@@ -34,11 +35,11 @@ class Nats:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._port = choose_ports(folder / "ports.json", ["nats"], {})["nats"]
-        self.settings = Settings(nats_url=f"nats://127.0.0.1:{self._port}", queue_limit=3)
+        self.settings = Settings(nats_url=nats_url(self._port, PASSWORD), queue_limit=3)
         self._server: Child | None = None
 
     async def start(self) -> None:
-        self._server = nats_server(self._folder, self._port)
+        self._server = nats_server(self._folder, self._port, PASSWORD)
         await self._server.start()
 
     async def stop(self) -> None:
@@ -342,6 +343,7 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
         "WEBHOOKS": (24 * hour, -1),
         "IDS": (0.0, -1),
         "KV_img2img-jobs": (3 * hour, -1),
+        "KV_img2img-rates": (120.0, -1),
         "KV_img2img-requests": (24 * hour, -1),
         "KV_img2img-rates": (120.0, -1),
         "KV_img2img-workers": (20.0, -1),

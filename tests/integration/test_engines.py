@@ -24,8 +24,11 @@ from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
 from img2img_server.engines.child import Child
 from img2img_server.engines.local import choose_ports
+from img2img_server.errors import UnavailableError
 from img2img_server.settings import Settings
 from img2img_server.store.blobs_s3 import connect_blobs
+from img2img_server.wire import connection
+from img2img_server.wire.connection import connect
 
 LONG = 20.0
 KEY = "generations/5f0c-0.png"
@@ -85,16 +88,27 @@ async def test_two_run_side_by_side_but_not_in_one_folder(
         with pytest.raises(EnginesError, match="in use by another process"):
             async with LocalEngines(state_dir):
                 pass
-        file = state_dir / "engines" / "s3.json"
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600
-        assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+        folder = state_dir / "engines"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        for name in ("s3.json", "nats.conf", "nats.password"):
+            assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
         addresses = {
-            connection.laddr.ip
+            open_socket.laddr.ip
             for process in running(state_dir).values()
-            for connection in process.net_connections(kind="inet")
-            if connection.status == psutil.CONN_LISTEN
+            for open_socket in process.net_connections(kind="inet")
+            if open_socket.status == psutil.CONN_LISTEN
         }
         assert addresses == {"127.0.0.1"}
+
+
+async def test_who_lacks_the_password_gets_nothing_from_the_bus(
+    monkeypatch: pytest.MonkeyPatch, engines: LocalEngines
+) -> None:
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.5)
+    without = "nats://" + engines.nats_url.rpartition("@")[2]
+    with pytest.raises(UnavailableError, match="no connection"):
+        async with connect([without]):
+            pass
 
 
 @pytest.mark.parametrize("name", ["nats-server", "weed"])

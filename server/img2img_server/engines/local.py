@@ -3,7 +3,8 @@
 <state_dir>/engines/lock           one supervisor at a time
 <state_dir>/engines/ports.json     ports of the last start, taken again while they are free
 <state_dir>/engines/s3.json        made once, mode 600: weed's users, that is our key pair
-<state_dir>/engines/nats.conf      made at every start
+<state_dir>/engines/nats.conf      made at every start, mode 600
+<state_dir>/engines/nats.password  made once, mode 600
 <state_dir>/engines/{nats,s3}/     data
 <state_dir>/engines/{nats,s3}.log  what they say; .log.1: the time before
 """
@@ -22,7 +23,8 @@ from typing import Final, Self
 
 from img2img_server.engines import weed
 from img2img_server.engines.child import HOST, Child, EngineDiedError, EnginesError
-from img2img_server.engines.nats import nats_server
+from img2img_server.engines.files import kept_secret, write_private
+from img2img_server.engines.nats import nats_server, nats_url
 
 START_SECONDS: Final = 30.0
 START_TRIES: Final = 3
@@ -56,12 +58,14 @@ class LocalEngines:
         self._given = {"nats": nats_port, "s3": s3_port}
         self._ports: dict[str, int] = {}
         self._keys = ("", "")
+        self._password = ""
         self._children: list[Child] = []
         self._stack = AsyncExitStack()
 
     @property
     def nats_url(self) -> str:
-        return f"nats://{HOST}:{self._ports['nats']}"
+        """With the password: for settings, not for logs."""
+        return nats_url(self._ports["nats"], self._password)
 
     @property
     def s3_endpoint_url(self) -> str:
@@ -91,6 +95,7 @@ class LocalEngines:
             self._stack.enter_context(_lock(self._folder / "lock"))
             self._stack.push_async_callback(self._stop)
             self._keys = weed.key_pair(self._folder)
+            self._password = kept_secret(self._folder / "nats.password")
             self._choose()
             self._serving = asyncio.create_task(self._start())
             if not self._background:
@@ -116,7 +121,7 @@ class LocalEngines:
     def _choose(self) -> None:
         self._ports = choose_ports(self._folder / "ports.json", PORTS, self._given)
         self._children = [
-            nats_server(self._folder, self._ports["nats"]),
+            nats_server(self._folder, self._ports["nats"], self._password),
             weed.weed(self._folder, self._ports),
         ]
 
@@ -178,5 +183,5 @@ def choose_ports(path: Path, names: Sequence[str], given: Mapping[str, int]) -> 
                     raise EnginesError(f"port {given[name]} for {name} is in use") from error
                 probe.bind((HOST, 0))
             ports[name] = probe.getsockname()[1]
-    path.write_text(json.dumps(ports))
+    write_private(path, json.dumps(ports))
     return ports

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import urllib3
 from minio import Minio
 
 from img2img_server.engines.child import HOST, Child, binary
+from img2img_server.engines.files import write_private
 
 PARTS: Final = ("s3", "master", "volume", "filer", "admin")
 PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # what it needs to be given
@@ -27,10 +27,7 @@ def key_pair(folder: Path) -> tuple[str, str]:
         pair = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
         actions = ["Admin", "Read", "List", "Tagging", "Write"]
         user = {"name": "img2img", "credentials": [pair], "actions": actions}
-        draft = path.with_suffix(".new")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({"identities": [user]}, file)
-        draft.replace(path)
+        write_private(path, json.dumps({"identities": [user]}))
     pair = json.loads(path.read_text())["identities"][0]["credentials"][0]
     return pair["accessKey"], pair["secretKey"]
 

@@ -1,0 +1,22 @@
+"""Files of the engines that nobody else may read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes the file with mode 600, as a whole or not at all."""
+    draft = path.with_name(f"{path.name}.new")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    draft.replace(path)
+
+
+def kept_secret(path: Path) -> str:
+    """A random secret, made once."""
+    if not path.exists():
+        write_private(path, secrets.token_urlsafe(30))
+    return path.read_text()
