@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from img2img_server.domain.params import Lane
-from img2img_server.engine.scheduler import Batch, Key, Row, Scheduler, ladder
+from img2img_server.engine.scheduler import Batch, Key, Row, Scheduler
 
 MAX_WAIT_SECONDS = 5.0
 
@@ -38,10 +38,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     batches: Bundle[Batch] = Bundle("batches")
 
-    @initialize(capacity=st.integers(1, 9), max_work=st.sampled_from([None, 256**2, 3 * 512**2]))
-    def start(self, capacity: int, max_work: int | None) -> None:
-        self.capacity, self.max_work = capacity, max_work
-        self.scheduler = Scheduler(capacity, max_work, MAX_WAIT_SECONDS)
+    @initialize(capacity=st.integers(1, 9), overhead=st.sampled_from([None, 0, 256**2, 3 * 512**2]))
+    def start(self, capacity: int, overhead: int | None) -> None:
+        self.capacity, self.overhead = capacity, overhead
+        self.scheduler = Scheduler(capacity, overhead, MAX_WAIT_SECONDS)
         self.expected: dict[Key, Expected] = {}
         self.in_flight: set[Key] = set()
         self.now = 0.0
@@ -54,8 +54,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         side=st.sampled_from([256, 512]),
         slots=st.integers(1, 2),
         steps=st.integers(1, 5),
+        adapter=st.sampled_from(["", "ink"]),
+        patience=st.sampled_from([None, 0.5, 20.0]),
     )
-    def add(self, samples: int, tenant: str, lane: Lane, side: int, slots: int, steps: int) -> None:
+    def add(
+        self,
+        samples: int,
+        tenant: str,
+        lane: Lane,
+        side: int,
+        slots: int,
+        steps: int,
+        adapter: str,
+        patience: float | None,
+    ) -> None:
         for sample in range(samples):
             row = Row(
                 job_id=self.next_job,
@@ -67,6 +79,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 slots=slots,
                 steps=steps,
                 enqueue_time=self.now,
+                adapter=adapter,
+                deadline=None if patience is None else self.now + patience,
             )
             self.scheduler.add(row, self.now)
             self.expected[row.key] = Expected(row, steps, self.now)
@@ -98,11 +112,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(keys)) == len(keys), "no row twice in a batch"
         assert set(keys) <= free, "no row runs twice at once, and none that was cancelled"
         assert batch.slots <= self.capacity or len(keys) == 1
-        if self.max_work is not None and len(keys) > 1:
-            assert sum(row.work for row in batch.rows) <= self.max_work
-        assert len({(row.height, row.width) for row in batch.rows}) == 1
-        assert batch.padded_slots >= batch.slots
-        assert batch.padded_slots in (*ladder(self.capacity), batch.slots)
+        if self.overhead is not None:
+            costs = (place * row.work for place, row in enumerate(batch.rows))
+            assert all(cost < len(free) * self.overhead for cost in [*costs][1:])
+        assert len({row.bucket for row in batch.rows}) == 1
         self._check_overdue(free - set(keys))
         self.in_flight |= set(keys)
         return batch

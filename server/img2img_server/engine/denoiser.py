@@ -78,8 +78,9 @@ class Denoiser(Protocol):
         ...
 
     @property
-    def max_work(self) -> int | None:
-        """Pixels x forwards beyond which a larger batch gains nothing; None: no such limit."""
+    def step_overhead(self) -> int | None:
+        """What a step costs beyond its rows, in pixels x forwards; None: so much that company
+        always pays."""
         ...
 
     def pictures_at_once(self, height: int, width: int) -> int:

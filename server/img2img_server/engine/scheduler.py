@@ -1,15 +1,19 @@
 """Which samples take the next denoising step together. Pure: no torch, no clock, no threads.
 
-A sample is a row. Rows join and leave at every step. Each batch holds rows of one size only, and
-is put together anew for each step, in this order:
+A sample is a row. Rows join and leave at every step. Each batch holds rows of one bucket only (one
+size, one adapter), and is put together anew for each step, in this order:
 
 1. rows that have waited for longer than `max_wait_seconds`, longest wait first;
 2. the realtime lane before the batch lane;
 3. the tenant that has had the least work (pixels x forwards) before the others;
-4. the row that has waited longest for its remaining work (highest response ratio next): among
-   equals the older one first, and a short job need not wait until a long one is done.
+4. rows that will soon miss their deadline;
+5. the row with the largest age / (remaining work)^2: among equals the older one first, and a short
+   job does not wait for a long one. The square is there because with the plain ratio all jobs are
+   slowed alike, and a short one behind long ones would be as slow as they are, times its length.
 
-The first row in this order fixes the size; the others of that size fill the batch.
+The first row in this order fixes the bucket. Others of that bucket join as long as that pays: every
+row of a batch waits for all of its rows, but what a step costs beyond its rows is paid once, and
+that is time saved for all that wait.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ from img2img_server.domain.params import Lane
 Key = tuple[int, int]  # job id, sample
 
 _LANE_ORDER = {Lane.REALTIME: 0, Lane.BATCH: 1}
+# Added to every age: a short row that has just come goes before a long one at once.
+_HEAD_START_SECONDS = 0.1
+# A row is urgent when less than this many times the time that it needs is left.
+_URGENT_RATIO = 2.0
+_PACE_WEIGHT = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +38,9 @@ class Row:
     """One sample to denoise.
 
     `slots`: forwards each of its steps costs; 2 with guidance, since the unguided prediction is a
-    forward of its own. `steps`: how many it still needs, at least 1.
+    forward of its own. `steps`: how many it still needs, at least 1. `adapter`: what changes the
+    model for it; rows with different ones share no batch. `deadline`: when its picture is of no
+    more use, of the same clock as `enqueue_time`; None: never.
     """
 
     job_id: int
@@ -41,10 +52,16 @@ class Row:
     slots: int
     steps: int
     enqueue_time: float
+    adapter: str = ""
+    deadline: float | None = None
 
     @property
     def key(self) -> Key:
         return self.job_id, self.sample
+
+    @property
+    def bucket(self) -> tuple[int, int, str]:
+        return self.height, self.width, self.adapter
 
     @property
     def work(self) -> int:
@@ -54,13 +71,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one size that take their next step together.
-
-    `padded_slots`: the batch size of the ladder that holds it, for devices that run fixed shapes.
-    """
+    """Rows of one bucket that take their next step together."""
 
     rows: tuple[Row, ...]
-    padded_slots: int
 
     @property
     def slots(self) -> int:
@@ -73,14 +86,11 @@ class _Entry:
     steps_left: int
     waiting_since: float
     in_flight: bool = False
+    step_began: float = 0.0
 
-
-def ladder(capacity: int) -> tuple[int, ...]:
-    """Batch sizes to compile or capture: powers of two below the capacity, and the capacity."""
-    sizes = [1]
-    while sizes[-1] * 2 < capacity:
-        sizes.append(sizes[-1] * 2)
-    return (*sizes, capacity) if capacity > 1 else (1,)
+    @property
+    def work_left(self) -> int:
+        return self.steps_left * self.row.work
 
 
 class Scheduler:
@@ -88,23 +98,23 @@ class Scheduler:
 
     Args:
         capacity: most slots of a batch. A row that is larger than it runs alone.
-        max_work: most pixels x forwards of a batch, where a device gains nothing from more; None:
-            no such limit. Beyond it company would only delay every row.
+        step_overhead: what a step costs beyond its rows, in pixels x forwards; None: so much that
+            company always pays, as on a GPU.
         max_wait_seconds: a row that has waited for so long since its last step goes before every
             row that has not. Then no more than the rows before it in that line run first.
     """
 
     def __init__(
-        self, capacity: int, max_work: int | None = None, max_wait_seconds: float = 30.0
+        self, capacity: int, step_overhead: int | None = None, max_wait_seconds: float = 30.0
     ) -> None:
         assert capacity >= 1
         self._capacity = capacity
-        self._max_work = max_work
-        self._ladder = ladder(capacity)
+        self._step_overhead = step_overhead
         self._max_wait_seconds = max_wait_seconds
         self._limits: dict[tuple[int, int], int] = {}
         self._entries: dict[Key, _Entry] = {}
         self._work_of_tenant: dict[str, float] = {}
+        self._seconds_per_work = 0.0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -136,11 +146,9 @@ class Scheduler:
         if not line:
             return None
         chosen = self._choose(line)
-        slots = sum(entry.row.slots for entry in chosen)
         for entry in chosen:
-            entry.in_flight = True
-        padded = next((size for size in self._ladder if size >= slots), slots)
-        return Batch(tuple(entry.row for entry in chosen), padded)
+            entry.in_flight, entry.step_began = True, now
+        return Batch(tuple(entry.row for entry in chosen))
 
     def put_back(self, keys: Iterable[Key]) -> None:
         """Takes rows of a batch that did not run after all; they wait as long as they have."""
@@ -162,6 +170,7 @@ class Scheduler:
             assert entry.in_flight
             entry.in_flight = False
             entry.steps_left -= 1
+            self._note_pace(entry, now)
             entry.waiting_since = now
             self._work_of_tenant[entry.row.tenant] += entry.row.work
             if not entry.steps_left:
@@ -170,28 +179,49 @@ class Scheduler:
         return tuple(finished)
 
     def _choose(self, line: Sequence[_Entry]) -> list[_Entry]:
-        """The head of the line, and what fits of its size."""
+        """The head of the line, and who joins it."""
         first = line[0].row
         chosen, slots = [line[0]], first.slots
         most = min(self._capacity, self._limits.get((first.height, first.width), self._capacity))
-        if self._max_work is not None:
-            most = min(most, self._max_work // (first.height * first.width))
         for entry in line[1:]:
             row = entry.row
-            same_size = (row.height, row.width) == (first.height, first.width)
-            if same_size and slots + row.slots <= most:
+            if (
+                row.bucket == first.bucket
+                and slots + row.slots <= most
+                and self._pays(row, len(chosen), len(line))
+            ):
                 chosen.append(entry)
                 slots += row.slots
         return chosen
+
+    def _pays(self, row: Row, chosen: int, waiting: int) -> bool:
+        """Whether what all that wait save by a row's joining exceeds what it costs the chosen."""
+        if self._step_overhead is None:
+            return True
+        return waiting * self._step_overhead > chosen * row.work
 
     def _order(self, entry: _Entry, now: float) -> tuple[float, ...]:
         row = entry.row
         if now - entry.waiting_since > self._max_wait_seconds:
             return (0, entry.waiting_since, row.job_id, row.sample)
         lane, work = _LANE_ORDER[row.lane], self._work_of_tenant[row.tenant]
-        age = max(0.0, now - row.enqueue_time)
-        ratio = age / (entry.steps_left * row.work)
-        return (1, lane, work, -ratio, row.enqueue_time, row.job_id, row.sample)
+        age = max(0.0, now - row.enqueue_time) + _HEAD_START_SECONDS
+        score = age / entry.work_left**2
+        patience = 0 if self._is_urgent(entry, now) else 1
+        return (1, lane, work, patience, -score, row.enqueue_time, row.job_id, row.sample)
+
+    def _is_urgent(self, entry: _Entry, now: float) -> bool:
+        """Whether it must run now to be in time. A deadline that has passed hurries nobody."""
+        if entry.row.deadline is None:
+            return False
+        left = entry.row.deadline - now
+        return 0 < left < _URGENT_RATIO * entry.work_left * self._seconds_per_work
+
+    def _note_pace(self, entry: _Entry, now: float) -> None:
+        """Learns how long the work of a row takes, in the company that it has."""
+        seconds = (now - entry.step_began) / entry.row.work
+        known = self._seconds_per_work or seconds
+        self._seconds_per_work = known + _PACE_WEIGHT * (seconds - known)
 
     def _welcome(self, tenant: str) -> None:
         """A tenant that comes back starts level with the others: idle time earns no credit."""

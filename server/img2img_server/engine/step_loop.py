@@ -47,7 +47,7 @@ class StepLoop:
         self._denoiser = denoiser
         self._spec = spec
         self._stages = Stages(denoiser, self._note_split)
-        self._scheduler = Scheduler(capacity_rows, denoiser.max_work)
+        self._scheduler = Scheduler(capacity_rows, denoiser.step_overhead)
         self._runs: dict[int, Run] = {}
 
     @property
