@@ -58,8 +58,10 @@ chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
 	$(BIN)/python helm/generate.py --check
 	$(BIN)/python helm/check.py
 
-bench: setup ## Measure the service's own overhead on this machine
+bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.engine $(ENGINE_ARGS)
+	$(BIN)/python -m benchmarks.engine_memory
 
 # Stamps: nothing is installed again until what it depends on has changed.
 

@@ -1,8 +1,9 @@
 """The engine against the stock pipeline of diffusers under the same mixed load.
 
 Compared on one model and device: (a) the stock pipeline, one request at a time; (b) the stock
-pipeline in batches of what may share a call; (d) this engine. Load 1.0 is what (a) can just serve;
-`burst` has all requests arrive at once.
+pipeline in batches of what may share a call; (c) a LitServe server with its dynamic batching around
+the stock pipeline, asked over HTTP; (d) this engine. Load 1.0 is what (a) can just serve; `burst`
+has all requests arrive at once.
 
     python -m benchmarks.engine [--model DIR] [--requests 30] [--loads 0.5 0.9] [--sides 256 320]
 """
@@ -13,16 +14,18 @@ import argparse
 import json
 import os
 import platform
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from benchmarks.engine_load import requests, summary
-from benchmarks.engine_servers import EngineServer, StockServer, load_pipeline
+from benchmarks.engine_clock import Clock
+from benchmarks.engine_litserve import LitServeServer, install
+from benchmarks.engine_load import Request, Served, requests, summary
+from benchmarks.engine_servers import EngineServer
+from benchmarks.engine_stock import StockServer, load_pipeline
 from img2img_server.engine.load import choose_device, choose_dtype
 from img2img_server.engine.model_spec import read_model_spec
 
@@ -35,7 +38,20 @@ COLUMNS = {
     "short_p95": "short: p95 s",
     "first_look_median": "first look s",
     "busy_share": "busy",
+    "overhead": "overhead",
 }
+
+
+class Server(Protocol):
+    """A system that is compared."""
+
+    def serve(self, load: Sequence[Request]) -> Served:
+        """Runs a load in real time."""
+        ...
+
+    def stop(self) -> None:
+        """Ends what it runs."""
+        ...
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -43,6 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = read_model_spec(arguments.model)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     pipeline = load_pipeline(spec.source, device, dtype)
     return {
         "what": "mixed load: strength 0.3 to 0.9, 4 to 30 steps, half of it guided",
@@ -53,37 +70,53 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": arguments.rows,
         "hardware": hardware(device, dtype),
         "results": compare(
-            pipeline, arguments.requests, arguments.loads, arguments.sides, arguments.rows
+            systems(pipeline, spec.source, arguments.rows, arguments.wheels),
+            arguments.requests,
+            arguments.loads,
+            arguments.sides,
         ),
     }
 
 
-def compare(
-    pipeline: Any, count: int, loads: Sequence[float], sides: Sequence[int], rows: int
-) -> dict[str, dict[str, Any]]:
-    """Serves every load with every system; summaries by load and system."""
-    alone, ours = StockServer(pipeline, 1), EngineServer(pipeline, rows)
-    servers: dict[str, StockServer | EngineServer] = {
-        "(a) stock, one at a time": alone,
-        "(b) stock, static batches": StockServer(pipeline, rows),
-        "(d) this engine": ours,
+def systems(pipeline: Any, source: str, rows: int, wheels: Path | None) -> dict[str, Server]:
+    """What is compared, on one pipeline; LitServe loads its own from `source`."""
+    clock = Clock(pipeline)
+    found: dict[str, Server] = {
+        "(a) stock, one at a time": StockServer(pipeline, clock, 1),
+        "(b) stock, static batches": StockServer(pipeline, clock, rows),
     }
-    for server in servers.values():
-        server.serve(requests(4, None, sides, seed=99))  # warm up
-    began = time.perf_counter()
-    alone.serve(requests(max(10, count // 2), None, sides))
-    service_seconds = (time.perf_counter() - began) / max(10, count // 2)
-    rates: dict[str, float | None] = {f"load {load:g}": load / service_seconds for load in loads}
-    results: dict[str, dict[str, Any]] = {}
-    for name, rate in {**rates, "burst": None}.items():
-        load = requests(count, rate, sides)
-        results[name] = {}
-        for label, server in servers.items():
-            outcomes, busy = server.serve(load)
-            results[name][label] = summary(outcomes, busy)
-            print(name, label, results[name][label], flush=True)
-    ours.stop()
-    return results
+    if install(wheels):
+        unet = pipeline.unet
+        log = Path(".img2img") / "litserve.log"
+        litserve = LitServeServer(source, rows, unet.device, unet.dtype, log)
+        found["(c) LitServe, dynamic batches"] = litserve
+    found["(d) this engine"] = EngineServer(pipeline, clock, rows)
+    return found
+
+
+def compare(
+    servers: dict[str, Server], count: int, loads: Sequence[float], sides: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Serves every load with every system; summaries by load and system. Stops the systems."""
+    try:
+        alone = next(iter(servers.values()))
+        for server in servers.values():
+            server.serve(requests(4, None, sides, seed=99))  # warm up
+        service_seconds = alone.serve(requests(count, None, sides)).busy / count
+        rates: dict[str, float | None] = {
+            f"load {load:g}": load / service_seconds for load in loads
+        }
+        results: dict[str, dict[str, Any]] = {}
+        for name, rate in {**rates, "burst": None}.items():
+            load = requests(count, rate, sides)
+            results[name] = {}
+            for label, server in servers.items():
+                results[name][label] = summary(server.serve(load))
+                print(name, label, results[name][label], flush=True)
+        return results
+    finally:
+        for server in servers.values():
+            server.stop()
 
 
 def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -130,6 +163,8 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.9])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 320])
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--wheels", type=Path, help="folder with LitServe's wheels; default: pip")
     parser.add_argument("--note", default="", help="what else is to be known of this run")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

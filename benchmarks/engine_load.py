@@ -52,6 +52,15 @@ class Outcome:
         return self.finished - self.request.arrival
 
 
+@dataclass(frozen=True)
+class Served:
+    """What serving a load gave. `busy`: seconds of work; `networks`: those of them in networks."""
+
+    outcomes: list[Outcome]
+    busy: float
+    networks: float
+
+
 def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0) -> list[Request]:
     """A load of `count` requests, `rate` of them a second; None: all at once."""
     rng = random.Random(seed)
@@ -78,11 +87,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
 
 
-def summary(outcomes: Sequence[Outcome], busy_seconds: float) -> dict[str, float]:
-    """Throughput in pictures a second, latencies in seconds, share of the time the model ran.
+def summary(served: Served) -> dict[str, float]:
+    """Throughput in pictures a second, latencies in seconds, and what the device did.
 
-    Short requests are the third that needs the fewest pixels x forwards.
+    Short requests are the third that needs the fewest pixels x forwards. `busy_share`: of the time
+    from the first arrival to the last picture. `overhead`: work beyond UNet, autoencoder and text
+    encoders as a share of theirs; of no meaning on a GPU, where calls return early.
     """
+    outcomes = served.outcomes
     latencies = [outcome.latency for outcome in outcomes]
     by_work = sorted(outcomes, key=lambda outcome: outcome.request.pixel_forwards)
     short = [outcome.latency for outcome in by_work[: max(1, len(by_work) // 3)]]
@@ -96,5 +108,6 @@ def summary(outcomes: Sequence[Outcome], busy_seconds: float) -> dict[str, float
         "short_median": round(percentile(short, 50), 2),
         "short_p95": round(percentile(short, 95), 2),
         "first_look_median": round(percentile(looks, 50), 2),
-        "busy_share": round(busy_seconds / span, 3),
+        "busy_share": round(served.busy / span, 3),
+        "overhead": round(served.busy / served.networks - 1, 3),
     }

@@ -1,0 +1,143 @@
+"""LitServe as one of the benchmark's systems. Its packages lie apart from ours, in .img2img/."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine_load import Outcome, Request, Served
+from benchmarks.engine_stock import feed
+from benchmarks.local_stack import free_port
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ROOT / ".img2img" / "litserve"
+_START_SECONDS = 240.0
+
+
+def install(wheels: Path | None = None) -> bool:
+    """Puts LitServe where the server finds it. Prints why when it cannot.
+
+    Args:
+        wheels: a folder to take it from, on a machine without a network.
+    """
+    pinned = ROOT / "benchmarks" / "litserve.txt"
+    done = PACKAGES / ".installed"
+    if done.is_file() and done.read_text(encoding="utf-8") == pinned.read_text(encoding="utf-8"):
+        return True
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+    command += ["--upgrade", "--target", str(PACKAGES), "-r", str(pinned)]
+    if wheels:
+        command += ["--no-index", "--find-links", str(wheels)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        print("(c) skipped: LitServe cannot be installed:", answer.stderr.strip()[-300:])
+        return False
+    done.write_text(pinned.read_text(encoding="utf-8"), encoding="utf-8")
+    return True
+
+
+class LitServeServer:
+    """The process, and the HTTP clients of a load.
+
+    Args:
+        source: a diffusers directory, or the name of an architecture with random weights.
+        log: file of what the process prints.
+    """
+
+    def __init__(
+        self, source: str, rows: int, device: torch.device, dtype: torch.dtype, log: Path
+    ) -> None:
+        self._port = free_port()
+        arguments = [source, self._port, rows, torch.get_num_threads(), device, dtype]
+        names = [str(argument).removeprefix("torch.") for argument in arguments]
+        # Its own packages come before ours; torch and diffusers are the same.
+        paths = [str(PACKAGES), str(ROOT), *(path for path in sys.path if path)]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.engine_litserve_app", *names],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        self._busy = self._networks = 0.0
+
+    def serve(self, load: Sequence[Request]) -> Served:
+        """Runs a load in real time."""
+        start = time.perf_counter()
+        answers: list[Future[tuple[Outcome, dict[str, Any]]]] = []
+        with ThreadPoolExecutor(max_workers=len(load)) as pool:
+            feeder = threading.Thread(
+                target=feed,
+                args=(load, start, lambda one: answers.append(pool.submit(self._ask, one, start))),
+            )
+            feeder.start()
+            feeder.join()
+            found = [answer.result() for answer in answers]
+        busy = max(figures["busy"] for _, figures in found)
+        networks = max(figures["networks"] for _, figures in found)
+        served = Served(
+            [outcome for outcome, _ in found], busy - self._busy, networks - self._networks
+        )
+        self._busy, self._networks = busy, networks
+        return served
+
+    def stop(self) -> None:
+        """Ends the process and its children."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, 15)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+
+    def _ask(self, request: Request, start: float) -> tuple[Outcome, dict[str, Any]]:
+        asked = replace(request, arrival=0.0)  # its clock is not the server's
+        figures = self._post(asdict(asked))
+        now = time.perf_counter() - start
+        assert figures.pop("picture")
+        return Outcome(request, now, now), figures
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}/predict",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
+    def _wait(self) -> None:
+        until = time.monotonic() + _START_SECONDS
+        while time.monotonic() < until:
+            if self._process.poll() is not None:
+                break
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health").close()
+                return
+            time.sleep(0.2)
+        tail = self._log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise RuntimeError(f"LitServe did not start:\n{tail}")
