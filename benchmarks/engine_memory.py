@@ -24,6 +24,7 @@ from img2img_server.domain.params import Lane
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobError, JobStopped
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.load import keep_freed_memory
 from img2img_server.engine.model_spec import SCHEDULERS, read_model_spec
 
 BOUND_BYTES = 20_000_000
@@ -71,6 +72,7 @@ def measure(jobs: int) -> dict[str, object]:
     """The report. Memory in bytes, after the warm-up, at the end, and the most in between."""
     spec = read_model_spec("")
     device, dtype = torch.device("cpu"), torch.float32
+    keep_freed_memory()  # as a worker does
     engine = DiffusionEngine(DiffusersDenoiser.load(spec.source, device, dtype), spec, 8)
     process = psutil.Process()
     try:

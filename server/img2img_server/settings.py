@@ -91,6 +91,42 @@ class Settings(BaseSettings):
     dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
     max_batch_rows: int = Field(8, ge=1, le=256, description="Most samples denoised at once.")
     torch_threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice.")
+    channels_last: bool = Field(
+        True, description="Keep the networks' tensors channels last: faster where it was measured."
+    )
+    fuse_qkv: bool = Field(
+        False, description="Compute queries, keys and values of the UNet in one product."
+    )
+    compile: str = Field(
+        "off",
+        pattern="^(off|regional|whole)$",
+        description="How much of the UNet torch.compile gets; on a GPU `whole` is run as CUDA "
+        "graphs. Batches are then filled up to a few sizes, and warm_up_sizes takes minutes.",
+    )
+    compile_cache_dir: Path | None = Field(
+        None, description="Folder that keeps what was compiled. Empty: torch's own, in /tmp."
+    )
+    warm_up_sizes: str = Field(
+        "512x512",
+        pattern=r"^\s*(\d+x\d+\s*(,\s*\d+x\d+\s*)*)?$",
+        description="Sizes, WIDTHxHEIGHT and comma separated, that are run before the worker is "
+        "ready.",
+    )
+    vae_tile_pixels: int = Field(
+        1024 * 1024,
+        ge=1,
+        description="Pictures of more pixels pass the autoencoder in overlapping tiles of its own "
+        "size: less memory, small differences.",
+    )
+    tiny_vae: str = Field(
+        "", description="Directory or hub id of a tiny autoencoder (TAESD). Empty: none."
+    )
+    tiny_vae_use: str = Field(
+        "previews",
+        pattern="^(previews|pictures)$",
+        description="What the tiny autoencoder is for: better previews, or the pictures too, "
+        "which is faster and costs fine detail.",
+    )
     safety_threshold: float = Field(
         0.8, ge=0.0, le=1.0, description="Score from which a picture is blanked."
     )

@@ -45,8 +45,8 @@ POISON = "poison"
 class Faulty(DiffusersDenoiser):
     """The real denoiser with errors where a test wants them; it notes the size of every batch."""
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.heal()
 
     def heal(self) -> None:

@@ -83,6 +83,11 @@ class Denoiser(Protocol):
         always pays."""
         ...
 
+    @property
+    def warm_up_slots(self) -> tuple[int, ...]:
+        """Batch sizes, in forwards, to run once at every size before work comes."""
+        ...
+
     def pictures_at_once(self, height: int, width: int) -> int:
         """How many pictures of a size to encode or decode together, at least 1."""
         ...

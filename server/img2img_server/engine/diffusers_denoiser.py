@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from img2img_server.engine import preview
 from img2img_server.engine.base import Pixels
-from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextInput
+from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextEmbedding, TextInput
+from img2img_server.engine.diffusers_autoencoder import Autoencoder
+from img2img_server.engine.diffusers_load import accelerate, load_pipeline
 from img2img_server.engine.diffusers_schedules import Schedules
 from img2img_server.engine.diffusers_text import TextEncoder
-from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.options import Compile, ModelOptions, ladder, padded
 from img2img_server.engine.sampler import Schedule
 from img2img_server.errors import EngineError
 
@@ -30,55 +29,65 @@ _CPU_STEP_OVERHEAD = 40_000
 _MAX_AUTOENCODER_PIXELS = 4 * 1024 * 1024
 
 
+class _Forward(NamedTuple):
+    """One row of the UNet's batch: what it starts from, and its text."""
+
+    row: int
+    text: TextEmbedding
+    conditioning: Conditioning
+
+
 class DiffusersDenoiser:
     """A pipeline's networks without the pipeline's loop.
 
     Args:
         pipeline: an image-to-image pipeline of the Stable Diffusion or SDXL family, on its device.
+        tiny_vae: an AutoencoderTiny for previews, on the same device.
+        capacity_rows: most forwards of a batch; those of compiled models are filled up to one of a
+            few sizes below it.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        options: ModelOptions | None = None,
+        *,
+        tiny_vae: Any = None,
+        capacity_rows: int = 8,
+    ) -> None:
+        options = options or ModelOptions()
         self._unet = pipeline.unet
-        self._vae = pipeline.vae
         # Kept, since diffusers walks through all modules to tell them: milliseconds each time.
         self._device = torch.device(pipeline.unet.device)
-        self._unet_dtype, self._vae_dtype = pipeline.unet.dtype, pipeline.vae.dtype
+        self._unet_dtype = pipeline.unet.dtype
+        self._is_compiled = options.compile is not Compile.OFF
+        self._capacity_rows = capacity_rows
         self._schedules = Schedules(pipeline.scheduler.config)
         self._text = TextEncoder(pipeline)
-        config = self._vae.config
-        self._shift, self._scale = _latent_scaling(config, self.device)
+        self._autoencoder = Autoencoder(pipeline.vae, options.vae_tile_pixels)
+        self._tiny = Autoencoder(tiny_vae, options.vae_tile_pixels) if tiny_vae else None
         # Models distilled with guidance take the scale as an input and need no second forward.
         self._is_guidance_embedded = self._unet.config.time_cond_proj_dim is not None
         self._projection = preview.fit_projection(self._encode_for_fit).to(self.device)
 
     @classmethod
-    def load(cls, source: str, device: torch.device, dtype: torch.dtype) -> Self:
-        """Loads a directory or hub id of diffusers. fp16 files are widened where dtype says so.
+    def load(
+        cls,
+        source: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: ModelOptions | None = None,
+        capacity_rows: int = 8,
+    ) -> Self:
+        """Loads a directory or hub id of diffusers.
 
         Raises:
             ModelError: it cannot be loaded, or is of another family.
         """
-        for logging in (diffusers_logging, transformers_logging):
-            logging.set_verbosity_error()  # they would log prompts that are too long
-            logging.disable_progress_bar()
-        # Only now: the import alone logs what none of our models needs.
-        from diffusers import AutoPipelineForImage2Image
-
-        try:
-            pipeline = AutoPipelineForImage2Image.from_pretrained(  # type: ignore[no-untyped-call]
-                source, dtype=dtype, safety_checker=None, requires_safety_checker=False
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load {source}: {error}") from error
-        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
-            raise ModelError(f"{source} is not of the Stable Diffusion or SDXL family")
-        pipeline.to(device)
-        for part in (pipeline.unet, pipeline.vae):
-            # Measured on a CPU: decoding takes 0.6 of the time; GPUs with tensor cores gain too.
-            part.to(memory_format=torch.channels_last)
-        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
-            pipeline.vae.to(torch.float32)  # it overflows in half precision
-        return cls(pipeline)
+        options = options or ModelOptions()
+        pipeline, tiny = load_pipeline(source, device, dtype, options)
+        accelerate(pipeline, options)
+        return cls(pipeline, options, tiny_vae=tiny, capacity_rows=capacity_rows)
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +106,12 @@ class DiffusersDenoiser:
     def step_overhead(self) -> int | None:
         return _CPU_STEP_OVERHEAD if self.device.type == "cpu" else None
 
+    @property
+    def warm_up_slots(self) -> tuple[int, ...]:
+        if self.device.type == "cpu" and not self._is_compiled:
+            return (1,)
+        return ladder(self._capacity_rows)
+
     def pictures_at_once(self, height: int, width: int) -> int:
         if self.device.type == "cpu":
             return 1
@@ -112,8 +127,10 @@ class DiffusersDenoiser:
         self._text.clear_cache()
 
     def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
-        pixels = torch.from_numpy(np.stack(images)).to(self.device)
-        mean, deviation = self._encode(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1)
+        pixels = torch.from_numpy(np.stack(images))
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        mean, deviation = self._autoencoder.encode(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1)
         return [
             ImageLatents(mean[i], deviation[i] if deviation is not None else None)
             for i in range(len(images))
@@ -123,45 +140,48 @@ class DiffusersDenoiser:
         self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
     ) -> Tensor:
         # Guided rows come a second time, after all others, with their negative prompt.
-        guided = [i for i, row in enumerate(conditionings) if row.negative is not None]
-        rows = [*range(len(conditionings)), *guided]
-        texts = [row.prompt for row in conditionings]
-        texts += [row.negative for row in conditionings if row.negative is not None]
+        forwards = [_Forward(i, it.prompt, it) for i, it in enumerate(conditionings)]
+        forwards += [
+            _Forward(i, it.negative, it)
+            for i, it in enumerate(conditionings)
+            if it.negative is not None
+        ]
+        count = len(forwards)
+        if self._is_compiled:
+            forwards += forwards[-1:] * (padded(count, self._capacity_rows) - count)
+            if self.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        rows = [forward.row for forward in forwards]
+        steering = [(forward.text, forward.conditioning) for forward in forwards]
         output = self._unet(
             torch.cat([latents[i : i + 1] for i in rows]).to(self._unet_dtype),
             torch.cat([timesteps[i : i + 1] for i in rows]),
-            encoder_hidden_states=torch.stack([text.tokens for text in texts]),
-            timestep_cond=self._guidance_embeddings(conditionings),
-            added_cond_kwargs=self._text.added_conditions(conditionings),
+            encoder_hidden_states=torch.stack([text.tokens for text, _ in steering]),
+            timestep_cond=self._guidance_embeddings([row for _, row in steering]),
+            added_cond_kwargs=self._text.added_conditions(steering),
             return_dict=False,
         )[0].float()
         results = list(output[: len(conditionings)].split(1))
-        for place, i in enumerate(guided, start=len(conditionings)):
-            without = output[place : place + 1]
-            results[i] = without + conditionings[i].guidance_scale * (results[i] - without)
+        for place in range(len(conditionings), count):
+            row, without = forwards[place].row, output[place : place + 1]
+            scale = conditionings[row].guidance_scale
+            results[row] = without + scale * (results[row] - without)
         return torch.cat(results)
 
     def decode(self, latents: Tensor) -> list[Pixels]:
-        scaled = (latents / self._scale + self._shift).to(self._vae_dtype)
-        images = self._vae.decode(scaled, return_dict=False)[0].float()
+        images = self._autoencoder.decode(latents)
         if not bool(torch.isfinite(images).all()):
             raise EngineError("the model's picture is not made of finite numbers")
-        pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        return _pixels(images)
 
     def preview(self, latents: Tensor) -> list[Pixels]:
+        if self._tiny is not None:
+            return _pixels(preview.shrink(self._tiny.decode(latents)))
         return list(preview.project(latents, self._projection).cpu().numpy())
-
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        encoded = self._vae.encode(images.to(self._vae_dtype))
-        if hasattr(encoded, "latent_dist"):
-            mean, deviation = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-            return (mean - self._shift) * self._scale, deviation * self._scale
-        return (encoded.latents.float() - self._shift) * self._scale, None
 
     @torch.inference_mode()
     def _encode_for_fit(self, images: Tensor) -> Tensor:
-        return self._encode(images.to(self.device))[0].cpu()
+        return self._autoencoder.encode(images.to(self.device))[0].cpu()
 
     def _guidance_embeddings(self, conditionings: Sequence[Conditioning]) -> Tensor | None:
         found = [row.guidance_embedding for row in conditionings]
@@ -169,11 +189,7 @@ class DiffusersDenoiser:
         return torch.cat(present).to(self._unet_dtype) if present else None
 
 
-def _latent_scaling(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Shift and scale: latents = (encoded - shift) * scale. Only a few SDXL models shift."""
-    scale = torch.tensor(float(config.scaling_factor), device=device)
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or deviation is None:
-        return torch.zeros((), device=device), scale
-    shift = torch.tensor(mean, device=device).reshape(1, -1, 1, 1)
-    return shift, scale / torch.tensor(deviation, device=device).reshape(1, -1, 1, 1)
+def _pixels(images: Tensor) -> list[Pixels]:
+    """From about -1..1, n x 3 x h x w."""
+    pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())

@@ -50,14 +50,14 @@ class TextEncoder:
         """Forgets what it has seen."""
         self._cache.clear()
 
-    def added_conditions(self, conditionings: Sequence[Conditioning]) -> dict[str, Tensor] | None:
-        """SDXL's further inputs, for all rows and then for the guided ones again."""
+    def added_conditions(
+        self, forwards: Sequence[tuple[TextEmbedding, Conditioning]]
+    ) -> dict[str, Tensor] | None:
+        """SDXL's further inputs, one line a forward."""
         if not self._is_xl:
             return None
-        guided = [row for row in conditionings if row.negative is not None]
-        pooled = [row.prompt.pooled for row in conditionings]
-        pooled += [row.negative.pooled for row in guided if row.negative is not None]
-        ids = [row.time_ids for row in [*conditionings, *guided]]
+        pooled = [text.pooled for text, _ in forwards]
+        ids = [row.time_ids for _, row in forwards]
         return {
             "text_embeds": torch.stack([tensor for tensor in pooled if tensor is not None]),
             "time_ids": torch.cat([tensor for tensor in ids if tensor is not None]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,14 @@ class _Stop:
     pass
 
 
-_Command = _Submit | _Cancel | _ClearCache | _Stop
+@dataclass(frozen=True, slots=True, eq=False)
+class _WarmUp:
+    height: int
+    width: int
+    done: Future[None]
+
+
+_Command = _Submit | _Cancel | _ClearCache | _WarmUp | _Stop
 
 
 class DiffusionEngine:
@@ -93,6 +101,18 @@ class DiffusionEngine:
     def clear_cache(self) -> None:
         self._commands.put(_ClearCache())
 
+    def warm_up(self, height: int, width: int) -> None:
+        """Runs everything once at this size. Blocks; for seconds to minutes where it compiles.
+
+        On the engine's own thread: CUDA graphs belong to the thread that captured them.
+
+        Raises:
+            Exception: whatever the model raised.
+        """
+        done: Future[None] = Future()
+        self._commands.put(_WarmUp(height, width, done))
+        done.result()
+
     def stop(self) -> None:
         with self._lock:
             self._stopping = True
@@ -124,5 +144,15 @@ class DiffusionEngine:
                     self._loop.cancel(command.job_id)
                 case _ClearCache():
                     self._loop.clear_cache()
+                case _WarmUp():
+                    self._warm_up(command)
                 case _Stop():
                     return False
+
+    def _warm_up(self, command: _WarmUp) -> None:
+        try:
+            self._loop.warm_up(command.height, command.width)
+        except Exception as error:
+            command.done.set_exception(error)
+        else:
+            command.done.set_result(None)

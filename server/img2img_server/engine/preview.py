@@ -1,4 +1,7 @@
-"""Previews: a linear map from latents to colours, fitted to the model's own autoencoder."""
+"""Previews: a linear map from latents to colours, fitted to the model's own autoencoder.
+
+A tiny autoencoder gives better ones, where there is one; its pictures are made smaller here.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,14 @@ def project(latents: Tensor, projection: Tensor) -> Tensor:
     colours = functional.interpolate(colours, size, mode="bilinear", align_corners=False)
     pixels = (colours.clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Pictures n x 3 x h x w, their longer side made at most 256."""
+    height, width = images.shape[2:]
+    scale = min(1.0, MAX_SIDE / max(height, width))
+    size = (max(1, int(height * scale)), max(1, int(width * scale)))
+    return functional.interpolate(images, size, mode="area")
 
 
 def _with_offset(values: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.runs import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.stages import Stages
+from img2img_server.engine.warm_up import exercise
 from img2img_server.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,11 @@ class StepLoop:
     def clear_cache(self) -> None:
         """Forgets what is kept for speed only."""
         self._stages.clear_cache()
+
+    def warm_up(self, height: int, width: int) -> None:
+        """Runs everything once at this size, with every size of batch that is worth it."""
+        for slots in self._denoiser.warm_up_slots:
+            exercise(self._denoiser, height, width, slots)
 
     def begin(self, job: EngineJob, sink: Sink) -> None:
         """Takes a job in, or ends it at once: refused, or with nothing to do."""

@@ -1,0 +1,76 @@
+"""Loads a pipeline of diffusers and makes it as fast as the options say."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
+
+_log = logging.getLogger(__name__)
+
+
+def load_pipeline(
+    source: str, device: torch.device, dtype: torch.dtype, options: ModelOptions
+) -> tuple[Any, Any]:
+    """An image-to-image pipeline of a directory or hub id, and the tiny autoencoder of previews.
+
+    fp16 files are widened where dtype says so. The autoencoder is None when there is none.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of another family.
+    """
+    for quiet in (diffusers_logging, transformers_logging):
+        quiet.set_verbosity_error()  # they would log prompts that are too long
+        quiet.disable_progress_bar()
+    # Only now: the import alone logs what none of our models needs.
+    from diffusers import AutoPipelineForImage2Image
+
+    try:
+        pipeline = AutoPipelineForImage2Image.from_pretrained(  # type: ignore[no-untyped-call]
+            source, dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+        tiny = _tiny(options.tiny_vae, dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {source}: {error}") from error
+    if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+        raise ModelError(f"{source} is not of the Stable Diffusion or SDXL family")
+    if tiny is not None and options.tiny_vae_use is TinyVaeUse.PICTURES:
+        pipeline.vae, tiny = tiny, None
+    pipeline.to(device)
+    if options.channels_last:
+        for part in filter(None, (pipeline.unet, pipeline.vae, tiny)):
+            part.to(memory_format=torch.channels_last)
+    if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.to(torch.float32)  # it overflows in half precision
+    return pipeline, tiny.to(device) if tiny is not None else None
+
+
+def accelerate(pipeline: Any, options: ModelOptions) -> None:
+    """Fuses and compiles the UNet. What is compiled is built when a shape first comes up."""
+    unet = pipeline.unet
+    if options.fuse_qkv:
+        unet.fuse_qkv_projections()
+    if options.compile is Compile.OFF:
+        return
+    # Every shape in use is warmed up before the worker is ready: none may push another one out.
+    torch._dynamo.config.recompile_limit = 128
+    # On a GPU each shape is captured as a CUDA graph: one launch a step.
+    graphs = {"mode": "reduce-overhead"} if unet.device.type == "cuda" else {}
+    if options.compile is Compile.REGIONAL:
+        # Graphs of many small regions would cost more launches than they save.
+        unet.compile_repeated_blocks(dynamic=False)
+    else:
+        unet.compile(dynamic=False, **graphs)
+
+
+def _tiny(source: str, dtype: torch.dtype) -> Any:
+    if not source:
+        return None
+    return AutoencoderTiny.from_pretrained(source, torch_dtype=dtype)  # type: ignore[no-untyped-call]

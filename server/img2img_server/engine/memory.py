@@ -1,0 +1,127 @@
+"""Which batches fit the device, by the peaks that were measured. Pure but for the meter of a GPU.
+
+What a step, an encode or a decode needs beyond the model itself grows with pixels x forwards. The
+peak of each shape is measured when it first runs, in the warm-up or later; for shapes that have not
+run yet it is taken in proportion from the largest that has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+Shape = tuple[int, int, int]  # height, width, forwards
+# Of what is free, for what the allocator loses between blocks.
+_USABLE = 0.95
+
+
+class Meter(Protocol):
+    """Looks at a device's memory, without waiting for it. Bytes."""
+
+    @property
+    def free(self) -> int | None:
+        """What could be allocated now; None: not known, everything is let in."""
+        ...
+
+    def start(self) -> None:
+        """Begins to watch."""
+        ...
+
+    def peak(self) -> int:
+        """The most that was in use since `start`, beyond what was in use then."""
+        ...
+
+
+class NoMeter:
+    """Of a CPU, where memory is the system's and other processes have their part of it."""
+
+    @property
+    def free(self) -> int | None:
+        return None
+
+    def start(self) -> None:
+        """Nothing to begin."""
+
+    def peak(self) -> int:
+        return 0
+
+
+class CudaMeter:
+    """Of a GPU, by torch's allocator and the driver."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    @property
+    def free(self) -> int | None:
+        unused = torch.cuda.memory_reserved(self._device)
+        unused -= torch.cuda.memory_allocated(self._device)
+        return int(torch.cuda.mem_get_info(self._device)[0]) + unused
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+def meter_of(device: torch.device) -> Meter:
+    """The meter of a device."""
+    return CudaMeter(device) if device.type == "cuda" else NoMeter()
+
+
+class Memory:
+    """Peaks of one model on one device. For the engine's thread.
+
+    Args:
+        limit_bytes: of what is free, no more than this is used; 0: no such limit.
+    """
+
+    def __init__(self, meter: Meter, limit_bytes: int = 0) -> None:
+        self._meter = meter
+        self._limit_bytes = limit_bytes
+        self._peaks: dict[Shape, int] = {}
+
+    @contextmanager
+    def measured(self, height: int, width: int, slots: int) -> Iterator[None]:
+        """Notes the peak of what runs inside, if it ends well."""
+        self._meter.start()
+        yield
+        shape = (height, width, slots)
+        if peak := self._meter.peak():
+            self._peaks[shape] = max(peak, self._peaks.get(shape, 0))
+
+    def need(self, height: int, width: int, slots: int) -> int | None:
+        """Bytes that such a batch needs at its peak; None when nothing was measured yet."""
+        shape = (height, width, slots)
+        if shape in self._peaks or not self._peaks:
+            return self._peaks.get(shape)
+        largest = max(self._peaks, key=_work)
+        return self._peaks[largest] * _work(shape) // _work(largest)
+
+    def lacking(self, height: int, width: int, slots: int) -> int | None:
+        """What such a batch needs if that is more than there is; None when it fits or who knows."""
+        need, usable = self.need(height, width, slots), self._usable()
+        return need if need is not None and usable is not None and need > usable else None
+
+    def slots_that_fit(self, height: int, width: int, most: int) -> int:
+        """The largest batch up to `most` that fits; at least 1."""
+        fitting = (n for n in range(most, 1, -1) if self.lacking(height, width, n) is None)
+        return next(fitting, 1)
+
+    def _usable(self) -> int | None:
+        free = self._meter.free
+        if free is None:
+            return self._limit_bytes or None
+        usable = int(free * _USABLE)
+        return min(usable, self._limit_bytes) if self._limit_bytes else usable
+
+
+def _work(shape: Shape) -> int:
+    height, width, slots = shape
+    return height * width * slots

@@ -1,0 +1,81 @@
+"""How a model is run: what speeds it up and what bounds its memory. No torch here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from img2img_server.settings import Settings
+
+_SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+class Compile(StrEnum):
+    """How much of the UNet torch.compile gets: nothing, its transformer blocks, or all of it."""
+
+    OFF = "off"
+    REGIONAL = "regional"
+    WHOLE = "whole"
+
+
+class TinyVaeUse(StrEnum):
+    """What a tiny autoencoder is for."""
+
+    PREVIEWS = "previews"
+    PICTURES = "pictures"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Fields are described at the settings of the same names."""
+
+    channels_last: bool = True
+    fuse_qkv: bool = False
+    compile: Compile = Compile.OFF
+    vae_tile_pixels: int = 1024 * 1024
+    tiny_vae: str = ""
+    tiny_vae_use: TinyVaeUse = TinyVaeUse.PREVIEWS
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(
+            channels_last=settings.channels_last,
+            fuse_qkv=settings.fuse_qkv,
+            compile=Compile(settings.compile),
+            vae_tile_pixels=settings.vae_tile_pixels,
+            tiny_vae=settings.tiny_vae,
+            tiny_vae_use=TinyVaeUse(settings.tiny_vae_use),
+        )
+
+
+def ladder(capacity: int) -> tuple[int, ...]:
+    """Batch sizes to compile or capture: powers of two below the capacity, and the capacity."""
+    sizes = [1]
+    while sizes[-1] * 2 < capacity:
+        sizes.append(sizes[-1] * 2)
+    return (*sizes, capacity) if capacity > 1 else (1,)
+
+
+def padded(slots: int, capacity: int) -> int:
+    """The size of the ladder that holds so many slots; their own number when none does."""
+    return next((size for size in ladder(capacity) if size >= slots), slots)
+
+
+def sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """Heights and widths of a setting.
+
+    >>> sizes("512x512, 768x512")
+    ((512, 512), (512, 768))
+
+    Raises:
+        ValueError: it is no list of sizes.
+    """
+    found = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        match = _SIZE.fullmatch(part)
+        if not match:
+            raise ValueError(f"{part!r} is no size: write WIDTHxHEIGHT")
+        found.append((int(match[2]), int(match[1])))
+    return tuple(found)

@@ -1,0 +1,22 @@
+"""One run of everything at one size, so that the first real job pays for nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from img2img_server.engine.denoiser import Denoiser, TextInput
+
+
+def exercise(denoiser: Denoiser, height: int, width: int, slots: int) -> None:
+    """Encodes, denoises `slots` unguided rows in one forward, decodes and makes a preview."""
+    text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=height, width=width)
+    (conditioning,) = denoiser.encode_texts([text])
+    images = [np.zeros((height, width, 3), np.uint8)]
+    images *= min(slots, denoiser.pictures_at_once(height, width))
+    latents = torch.stack([image.mean for image in denoiser.encode_images(images)])
+    rows = latents[:1].expand(slots, -1, -1, -1)
+    timesteps = torch.full((slots,), 500.0, device=denoiser.device)
+    denoiser.denoise(rows, timesteps, [conditioning] * slots)
+    denoiser.decode(latents)
+    denoiser.preview(latents[:1])

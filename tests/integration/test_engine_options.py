@@ -1,0 +1,205 @@
+"""What speeds a model up or bounds its memory changes no picture, or only as much as it says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from img2img_server.engine.base import EngineJob, JobError, Pixels, PreviewReady
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.load import load_engine
+from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
+from img2img_server.settings import Settings
+from tests.engine_bench import BOUND, Inbox, blocks, difference, job, pictures, run, running
+from tests.tiny_models import write_sd
+
+WANTED = job(guidance_scale=4.0, seeds=(1, 2, 3), num_inference_steps=5, preview_interval_steps=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_sd(tmp_path_factory.mktemp("tiny"), tiny_vae=True) / "vae")
+
+
+def load(folder: Path, options: ModelOptions | None = None) -> DiffusersDenoiser:
+    return DiffusersDenoiser.load(str(folder), torch.device("cpu"), torch.float32, options)
+
+
+def made(denoiser: DiffusersDenoiser, wanted: EngineJob = WANTED) -> list[Pixels]:
+    with running(denoiser) as engine:
+        return pictures(run(engine, wanted))
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[Pixels]:
+    return made(load(folder))
+
+
+def worst(found: Sequence[Pixels], expected: Sequence[Pixels]) -> int:
+    return max(difference(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"channels_last": False}, {"fuse_qkv": True}], ids=str)
+def test_a_speed_switch_changes_no_picture(
+    folder: Path, plain: list[Pixels], options: dict[str, bool]
+) -> None:
+    assert worst(made(load(folder, ModelOptions(**options))), plain) <= BOUND
+
+
+@pytest.mark.parametrize("how", ["regional", "whole"])
+def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_pictures(
+    folder: Path, plain: list[Pixels], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The real compiler would take a minute; what is tested is how the model is called.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="eager")
+    )
+    batches: list[int] = []
+    forward = UNet2DConditionModel.forward
+
+    @functools.wraps(forward)
+    def noting(self: Any, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        batches.append(len(sample))
+        return forward(self, sample, *arguments, **options)
+
+    denoiser = load(folder, ModelOptions(compile=Compile(how)))
+    if how == "regional":
+        monkeypatch.setattr(denoiser._unet, "forward", functools.partial(noting, denoiser._unet))
+        found = made(denoiser)
+        assert set(batches) <= {1, 2, 4, 8}
+        assert max(batches) == 8, "six forwards are filled up"
+    else:
+        found = made(denoiser)
+
+    assert worst(found, plain) <= BOUND
+    assert denoiser.warm_up_slots == (1, 2, 4, 8)
+
+
+def test_a_picture_beyond_the_limit_passes_the_autoencoder_in_tiles(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiled: list[tuple[int, ...]] = []
+    real = AutoencoderKL.tiled_decode
+
+    def noting(self: Any, z: torch.Tensor, return_dict: bool = True) -> Any:
+        tiled.append(tuple(z.shape[2:]))
+        return real(self, z, return_dict)
+
+    monkeypatch.setattr(AutoencoderKL, "tiled_decode", noting)
+    denoiser = load(folder, ModelOptions(vae_tile_pixels=128 * 128))
+    large = made(denoiser, job(init_image=blocks(160, 136)))
+    small = made(denoiser, job(init_image=blocks(128, 128)))
+
+    assert [picture.shape for picture in (*large, *small)] == [(160, 136, 3), (128, 128, 3)]
+    assert tiled == [(20, 17)], "the smaller one passes whole"
+
+
+def test_a_picture_that_does_not_fit_whole_is_decoded_in_tiles(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = load(folder)
+    tries: list[bool] = []
+    vae = denoiser._autoencoder._vae
+    decode = vae.decode
+
+    def small_device(latents: torch.Tensor) -> Any:
+        tries.append(vae.use_tiling)
+        if not vae.use_tiling:
+            raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB.")
+        return decode(latents)
+
+    monkeypatch.setattr(vae, "decode", small_device)
+    for _ in range(2):
+        assert made(denoiser, job(init_image=blocks(128, 128)))[0].shape == (128, 128, 3)
+
+    assert tries == [False, True, True], "it does not try again in vain"
+
+
+def test_what_does_not_fit_in_tiles_either_fails_the_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = load(folder)
+
+    def no_memory(latents: torch.Tensor) -> Any:
+        raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr(denoiser._autoencoder._vae, "decode", no_memory)
+    with running(denoiser) as engine:
+        end = run(engine, job())[-1]
+
+    assert isinstance(end, JobError)
+    assert "needs about 2560 MiB" in str(end.error)
+
+
+def test_a_tiny_autoencoder_makes_the_previews(
+    folder: Path, plain: list[Pixels], tiny_vae: str
+) -> None:
+    denoiser = load(folder, ModelOptions(tiny_vae=tiny_vae))
+    inbox = Inbox()
+    with running(denoiser) as engine:
+        engine.submit(WANTED, inbox)
+        events = inbox.all()
+
+    previews = [event.pixels for event in events if isinstance(event, PreviewReady)]
+    linear = load(folder).preview(torch.zeros(1, 4, 8, 9))
+    assert {preview.shape for preview in previews} == {(64, 72, 3)}
+    assert worst(pictures(events), plain) <= BOUND, "the pictures are the large one's"
+    assert not np.array_equal(denoiser.preview(torch.zeros(1, 4, 8, 9))[0], linear[0])
+
+
+def test_a_preview_of_a_large_picture_is_small(folder: Path, tiny_vae: str) -> None:
+    denoiser = load(folder, ModelOptions(tiny_vae=tiny_vae))
+
+    assert denoiser.preview(torch.zeros(1, 4, 64, 32))[0].shape == (256, 128, 3)
+
+
+def test_a_tiny_autoencoder_makes_the_pictures_when_told(folder: Path, tiny_vae: str) -> None:
+    options = ModelOptions(tiny_vae=tiny_vae, tiny_vae_use=TinyVaeUse.PICTURES)
+    mixed, whole = load(folder, options), load(Path(tiny_vae).parent)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    assert difference(mixed.decode(latents)[0], whole.decode(latents)[0]) == 0
+
+
+def test_a_tiny_autoencoder_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder, ModelOptions(tiny_vae="/nowhere"))
+
+
+def test_announced_sizes_run_before_the_worker_is_ready(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    denoise = DiffusersDenoiser.denoise
+
+    def noting(self: Any, latents: torch.Tensor, *arguments: Any) -> Any:
+        seen.append(tuple(latents.shape))
+        return denoise(self, latents, *arguments)
+
+    monkeypatch.setattr(DiffusersDenoiser, "denoise", noting)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    settings = Settings(
+        model=str(folder), warm_up_sizes="64x72, 128x64", compile_cache_dir=tmp_path
+    )
+    load_engine(settings).stop()
+
+    assert seen == [(1, 4, 9, 8), (1, 4, 8, 16)]
+
+
+def test_a_size_that_does_not_run_is_told_at_the_start(folder: Path) -> None:
+    with pytest.raises(ModelError, match="does not run at 3x3"):
+        load_engine(Settings(model=str(folder), warm_up_sizes="3x3"))

@@ -1,0 +1,101 @@
+"""Admission by measured peaks of memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from img2img_server.engine.memory import Memory, NoMeter
+
+GIB = 2**30
+
+
+class Device:
+    """A device with 10 GiB free, whose work needs 1 GiB a forward at 512x512."""
+
+    free: int | None = 10 * GIB
+
+    def __init__(self) -> None:
+        self.next_peak = 0
+
+    def start(self) -> None:
+        """Nothing to begin."""
+
+    def peak(self) -> int:
+        return self.next_peak
+
+
+def ran(memory: Memory, device: Device, side: int, slots: int, peak: int) -> None:
+    device.next_peak = peak
+    with memory.measured(side, side, slots):
+        pass
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+def test_what_ran_needs_what_was_measured_and_the_rest_its_proportion(device: Device) -> None:
+    memory = Memory(device)
+    ran(memory, device, 512, 1, GIB + 5)
+    ran(memory, device, 512, 4, 4 * GIB)
+
+    assert memory.need(512, 512, 1) == GIB + 5
+    assert memory.need(512, 512, 2) == 2 * GIB
+    assert memory.need(1024, 1024, 1) == 4 * GIB
+
+
+def test_the_largest_peak_of_a_shape_counts(device: Device) -> None:
+    memory = Memory(device)
+    for peak in (3 * GIB, GIB):
+        ran(memory, device, 512, 1, peak)
+
+    assert memory.need(512, 512, 1) == 3 * GIB
+
+
+def test_a_batch_is_as_large_as_fits_what_is_free(device: Device) -> None:
+    memory = Memory(device)
+    ran(memory, device, 512, 1, GIB)
+
+    assert memory.slots_that_fit(512, 512, 16) == 9
+    assert memory.slots_that_fit(512, 512, 4) == 4
+    assert memory.slots_that_fit(2048, 2048, 16) == 1
+
+
+def test_what_can_never_fit_lacks_its_need(device: Device) -> None:
+    memory = Memory(device)
+    ran(memory, device, 512, 1, GIB)
+
+    assert memory.lacking(512, 512, 2) is None
+    assert memory.lacking(2048, 2048, 1) == 16 * GIB
+
+
+def test_a_limit_is_held_where_more_is_free(device: Device) -> None:
+    memory = Memory(device, limit_bytes=3 * GIB)
+    ran(memory, device, 512, 1, GIB)
+
+    assert memory.slots_that_fit(512, 512, 16) == 3
+
+
+def test_nothing_is_refused_before_anything_was_measured(device: Device) -> None:
+    memory = Memory(device)
+
+    assert memory.lacking(4096, 4096, 8) is None
+    assert memory.slots_that_fit(4096, 4096, 8) == 8
+
+
+def test_work_that_failed_is_not_noted(device: Device) -> None:
+    memory = Memory(device)
+    device.next_peak = GIB
+    with pytest.raises(MemoryError), memory.measured(512, 512, 8):
+        raise MemoryError
+
+    assert memory.need(512, 512, 8) is None
+
+
+def test_without_a_meter_everything_is_let_in() -> None:
+    memory = Memory(NoMeter())
+    with memory.measured(512, 512, 1):
+        pass
+
+    assert memory.lacking(8192, 8192, 8) is None
