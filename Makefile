@@ -86,7 +86,7 @@ bench: setup ## Measure the service and the engine on this machine
 
 .tools/checks/.installed: helm/checks.txt | .venv/bin/python
 	$(BIN)/python -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -r $<
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r $<
 	@touch $@
 
 node_modules/.installed: package.json package-lock.json
