@@ -14,8 +14,9 @@ import pytest
 import pytest_asyncio
 from minio import Minio
 
-from tests.chart_render import CHART, Object, render
-from tests.kubelet import AS_ROOT, Kubelet, RunningPod, cannot_run_pods
+from img2img_client import AsyncClient
+from tests.chart_render import CHART, NAMESPACE, Object, render
+from tests.kubelet import AS_ROOT, POLL_SECONDS, Kubelet, RunningPod, cannot_run_pods
 from tests.pod_content import config
 from tests.tiny_models import ZERO_SNR_V, write_sd
 
@@ -100,6 +101,7 @@ async def test_helm_test_makes_a_picture(kubelet: Kubelet) -> None:
     async with asyncio.timeout(60):
         assert await test.ended() == 0, test.log
     assert "picture.png  256x256, seed 1" in test.log
+    assert f"http://{NAME}-gateway.{NAMESPACE}.svc:8080/generations/" in test.log
 
 
 async def test_the_roles_run_confined_and_find_their_files_where_the_chart_put_them(
@@ -156,6 +158,17 @@ async def test_a_worker_that_is_stopped_finishes_its_job_within_its_grace_period
     assert answer["status"] == "success", answer
 
 
+async def until_served(kubelet: Kubelet, model: str) -> None:
+    """Returns when the api knows the model: a worker announces it after it is ready."""
+    key = config(kubelet.objects, "Secret", f"{NAME}-try-out")["api-key"].decode()
+    address = f"{pod(kubelet, 'api').address}:50051"
+    async with asyncio.timeout(30), AsyncClient(address, api_key=key) as client:
+        while model not in [  # noqa: ASYNC110 - another process
+            each.name for each in (await client.capabilities()).models
+        ]:
+            await asyncio.sleep(POLL_SECONDS)
+
+
 async def until_running(kubelet: Kubelet, job_id: int) -> None:
     """Returns when a worker has the job, as the api's own events say."""
     key = config(kubelet.objects, "Secret", f"{NAME}-try-out")["api-key"].decode()
@@ -178,6 +191,7 @@ async def test_a_pool_whose_model_is_in_s3_fetches_it_and_works_with_it(
         name = f"models/tiny/{file.relative_to(model)}"
         await asyncio.to_thread(client.fput_object, "img2img", name, str(file))
     await start(pod(kubelet, "worker-fetched"))
+    await until_served(kubelet, "tiny")
     answer = await create(kubelet, model_id="tiny")
     assert answer["status"] == "success", answer
 

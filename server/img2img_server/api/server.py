@@ -41,6 +41,7 @@ from img2img_server.webhooks.signature import Signer
 
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
 _HEALTH_SECONDS = 2.0
+CONNECTION_AGE_MS = 300_000
 
 log = structlog.get_logger()
 
@@ -168,10 +169,15 @@ def load_keys(settings: Settings) -> KeyRing:
 
 
 def server_options(settings: Settings) -> list[tuple[str, int]]:
-    """Message limits and keepalive: dead callers are noticed within about a minute."""
+    """Message limits and keepalive: dead callers are noticed within about a minute.
+
+    A connection takes new calls for five minutes; those under way go on for as long as they last.
+    So callers look for apis anew, and one that was added gets its share.
+    """
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
