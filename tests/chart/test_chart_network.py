@@ -91,12 +91,13 @@ def test_every_pod_is_under_the_policy_that_denies_everything(name: str) -> None
 
 
 def test_policies_follow_the_ports_of_the_addresses() -> None:
-    def egress_ports(name: str, policy: str) -> set[int]:
+    def egress_ports(name: str, policy: str) -> set[int | str]:
         rules = of_kind(render(name), "NetworkPolicy")[policy]["spec"]["egress"]
         return {port["port"] for rule in rules for port in rule.get("ports", [])}
 
     assert egress_ports("two-pools", "demo-img2img-worker") == {53, 4222, 9000}
     assert egress_ports("production", "demo-img2img-worker") == {53, 4222, 443}
+    assert egress_ports("everything", "pictures-gateway") == {53, 4317, "grpc", 9000}
     assert egress_ports("gateway-only", "demo-img2img-gateway") == {53, 443}
 
 

@@ -24,6 +24,7 @@ from tests.chart_render import environment, helm, of_kind, pods, refusal, render
         ("settings.IMG2IMG_QUEUE_LIMIT=0", "/settings/IMG2IMG_QUEUE_LIMIT': minimum"),
         ("settings.IMG2IMG_NATS_URL=x", "additional properties 'IMG2IMG_NATS_URL' not allowed"),
         ("settings.IMG2IMG_DEV_KEY=true", "additional properties 'IMG2IMG_DEV_KEY' not allowed"),
+        ("env.IMG2IMG_DEVICE=cpu", "invalid propertyName 'IMG2IMG_DEVICE'"),
         ("nats.replicas=2", "at '/nats/replicas': value must be one of 1, 3, 5"),
         ("nats.url=nats://me:secret@nats:4222", "at '/nats/url'"),
         ("api.service.type=Loadbalancer", "'ClusterIP', 'NodePort', 'LoadBalancer'"),

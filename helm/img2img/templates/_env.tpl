@@ -15,7 +15,7 @@
 {{- with include "img2img.publicBaseUrl" . -}}
 {{- $_ := set $ours "IMG2IMG_PUBLIC_BASE_URL" . -}}
 {{- end -}}
-{{- range $name, $value := .Values.settings -}}
+{{- range $name, $value := merge (dict) .Values.settings .Values.env -}}
 {{- $_ := set $ours $name (include "img2img.text" $value) -}}
 {{- end -}}
 {{- range $name, $value := $ours }}

@@ -42,6 +42,14 @@
 {{- end }}
 {{- end -}}
 
+{{/* The collector of traces, wherever it is. */}}
+{{- define "img2img.toCollector" -}}
+{{- with .Values.settings.IMG2IMG_OTLP_ENDPOINT }}
+- ports:
+    - {port: {{ default 4317 (regexFind "[0-9]+$" (regexFind ":[0-9]+$" (urlParse .).host)) }}, protocol: TCP}
+{{- end }}
+{{- end -}}
+
 {{- define "img2img.fromMetrics" -}}
 {{- with .Values.networkPolicy.metrics }}
 - ports:
