@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from receiver import SECRET
 
 from benchmarks.local_stack import free_port
 from img2img_client import AsyncClient
@@ -86,6 +87,7 @@ async def running_stack(folder: Path, **changes: str) -> AsyncIterator[RealStack
             "IMG2IMG_ACK_WAIT_SECONDS": "1.5",
             "IMG2IMG_DRAIN_SECONDS": "15",
             "IMG2IMG_OUTBOUND_ALLOW": "127.0.0.1",
+            "IMG2IMG_WEBHOOK_SECRET": SECRET,
             "IMG2IMG_TORCH_THREADS": "1",
             **changes,
         }
