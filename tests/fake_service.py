@@ -22,7 +22,14 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from img2img.v1 import event_pb2, job_pb2, service_pb2, service_pb2_grpc
+from img2img.v1 import (
+    admin_service_pb2_grpc,
+    event_pb2,
+    job_pb2,
+    service_pb2,
+    service_pb2_grpc,
+)
+from tests.fake_admin import FakeAdmin
 from tests.fake_job import NAME, State, events, job
 
 
@@ -80,7 +87,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
     def Generate(  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: grpc.ServicerContext[Any, Any]
     ) -> Iterator[service_pb2.GenerateResponse]:
-        self._note(request, context)
+        self._keep(request, context)
         self.request_ids.add(request.request_id)
         for event in self._stream(0, context):
             yield service_pb2.GenerateResponse(event=event)
@@ -88,46 +95,66 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
     def WatchJob(  # noqa: N802
         self, request: service_pb2.WatchJobRequest, context: grpc.ServicerContext[Any, Any]
     ) -> Iterator[service_pb2.WatchJobResponse]:
-        self._note(request, context)
+        self._keep(request, context)
         for event in self._stream(request.after_sequence, context):
             yield service_pb2.WatchJobResponse(event=event)
 
     def CreateJob(  # noqa: N802
         self, request: service_pb2.CreateJobRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.CreateJobResponse:
-        self._answer(request, context)
+        self.note(request, context)
         self.request_ids.add(request.request_id)
         return service_pb2.CreateJobResponse(job=self._job())
 
     def GetJob(  # noqa: N802
         self, request: service_pb2.GetJobRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.GetJobResponse:
-        self._answer(request, context)
+        self.note(request, context)
         return service_pb2.GetJobResponse(job=self._job())
 
     def ListJobs(  # noqa: N802
         self, request: service_pb2.ListJobsRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.ListJobsResponse:
-        self._answer(request, context)
+        self.note(request, context)
         return self.pages[request.page_token]
 
     def CancelJob(  # noqa: N802
         self, request: service_pb2.CancelJobRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.CancelJobResponse:
-        self._answer(request, context)
+        self.note(request, context)
         self.cancelled.set()
         return service_pb2.CancelJobResponse(job=self._job())
 
     def RedeliverWebhook(  # noqa: N802
         self, request: service_pb2.RedeliverWebhookRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.RedeliverWebhookResponse:
-        self._answer(request, context)
+        self.note(request, context)
         return service_pb2.RedeliverWebhookResponse(job=self._job())
+
+    def UpdateStorageSettings(  # noqa: N802
+        self,
+        request: service_pb2.UpdateStorageSettingsRequest,
+        context: grpc.ServicerContext[Any, Any],
+    ) -> service_pb2.UpdateStorageSettingsResponse:
+        self.note(request, context)
+        stored = service_pb2.StorageSettings()
+        stored.CopyFrom(request.settings)
+        for secret in ("aws_access_key_id", "aws_secret_access_key"):
+            stored.ClearField(secret)
+        return service_pb2.UpdateStorageSettingsResponse(settings=stored, warning="mind the gap")
+
+    def ResetStorageSettings(  # noqa: N802
+        self,
+        request: service_pb2.ResetStorageSettingsRequest,
+        context: grpc.ServicerContext[Any, Any],
+    ) -> service_pb2.ResetStorageSettingsResponse:
+        self.note(request, context)
+        return service_pb2.ResetStorageSettingsResponse(deploy_type="realtime")
 
     def GetCapabilities(  # noqa: N802
         self, request: service_pb2.GetCapabilitiesRequest, context: grpc.ServicerContext[Any, Any]
     ) -> service_pb2.GetCapabilitiesResponse:
-        self._answer(request, context)
+        self.note(request, context)
         model = service_pb2.Model(
             name="atelier",
             family="sd",
@@ -185,13 +212,14 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
         made.spec.CopyFrom(getattr(ended, str(ended.WhichOneof("event"))).job.spec)
         return made
 
-    def _note(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
+    def _keep(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
         self.requests.append(request)
         given = dict(context.invocation_metadata())
         self.keys.append(str(given.get("authorization", "")))
 
-    def _answer(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
-        self._note(request, context)
+    def note(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
+        """Keeps the request and answers with a refusal if one is due."""
+        self._keep(request, context)
         if self.refusals:
             self.refusals.popleft().abort(context)
 
@@ -203,6 +231,7 @@ def serving(
     """Serves on a loopback port and yields it; leaving breaks every call at once."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
     service_pb2_grpc.add_Img2ImgServiceServicer_to_server(service, server)
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(FakeAdmin(service.note), server)
     address = f"127.0.0.1:{port}"
     if credentials:
         bound = server.add_secure_port(address, credentials)

@@ -15,6 +15,7 @@ import os
 # gRPC reads it when first imported, and would tell on stderr what we handle ourselves.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from img2img_client.admin import StorageSettings, StorageUpdate, SystemDetails
 from img2img_client.aio import AsyncClient
 from img2img_client.client import Client
 from img2img_client.errors import (
@@ -122,7 +123,10 @@ __all__ = [
     "Started",
     "State",
     "StepFinished",
+    "StorageSettings",
+    "StorageUpdate",
     "Succeeded",
+    "SystemDetails",
     "Timings",
     "UnauthenticatedError",
     "UnavailableError",

@@ -12,6 +12,7 @@ import grpc
 
 from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_client import convert, errors, request
+from img2img_client.admin import AsyncAdmin
 from img2img_client.channel import DEFAULT_SERVER, Endpoint
 from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
@@ -62,6 +63,11 @@ class AsyncClient:
     @cached_property
     def _stub(self) -> Img2ImgServiceAsyncStub:
         return service_pb2_grpc.Img2ImgServiceStub(self._channel)
+
+    @cached_property
+    def admin(self) -> AsyncAdmin:
+        """Managing the service, as Client.admin."""
+        return AsyncAdmin(self._channel, self._call)
 
     async def __aenter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ import grpc
 
 from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_client import convert, errors, request
+from img2img_client.admin import Admin
 from img2img_client.channel import DEFAULT_SERVER, Endpoint
 from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
@@ -60,6 +61,7 @@ class Client:
             else grpc.insecure_channel(target, options)
         )
         self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
+        self.admin = Admin(self._channel, self._call)
 
     def __enter__(self) -> Self:
         return self

@@ -10,11 +10,13 @@ from click.testing import CliRunner
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_client.cli import main
+from img2img_client.cli.admin import admin
 from tests.cli_runs import WISH, in_a_folder_with_a_photo, run
 from tests.fake_job import NAME, State, events, job
 from tests.fake_service import FakeService, last, serving
 from tests.golden_file import assert_golden
 
+ADMIN = admin.commands
 pytestmark = pytest.mark.usefixtures(in_a_folder_with_a_photo.__name__)
 
 
@@ -188,6 +190,6 @@ def test_an_empty_list_says_so() -> None:
 def test_the_help_of_every_command_is_in_the_golden_file() -> None:
     texts = [
         CliRunner().invoke(main, [*name, "--help"], prog_name="img2img", terminal_width=100).stdout
-        for name in ([], *([name] for name in main.commands))
+        for name in ([], *([name] for name in main.commands), *(["admin", each] for each in ADMIN))
     ]
     assert_golden("cli/help.txt", "\n".join(texts))

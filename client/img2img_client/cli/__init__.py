@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import click
 
+from img2img_client.cli.admin import admin
 from img2img_client.cli.generate import generate
-from img2img_client.cli.jobs import cancel, capabilities, get, list_jobs, watch
+from img2img_client.cli.jobs import cancel, capabilities, get, list_jobs, redeliver, watch
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -18,5 +19,5 @@ def main() -> None:
     """Turn pictures into new pictures with the img2img service."""
 
 
-for command in (generate, watch, get, list_jobs, cancel, capabilities):
+for command in (generate, watch, get, list_jobs, cancel, redeliver, capabilities, admin):
     main.add_command(command)

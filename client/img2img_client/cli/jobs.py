@@ -1,4 +1,4 @@
-"""`img2img watch`, `get`, `list`, `cancel` and `capabilities`."""
+"""`img2img watch`, `get`, `list`, `cancel`, `redeliver` and `capabilities`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,15 @@ def cancel(session: Session, *, job: str) -> None:
     """Cancel a job: at once when it waits, at its next step when it runs."""
     found = session.client.cancel(job)
     session.answer(found, lambda: click.echo(cancel_text(found)))
+
+
+@click.command()
+@click.argument("job", callback=read_job)
+@command
+def redeliver(session: Session, *, job: str) -> None:
+    """Send the webhook of a job that has ended once more."""
+    found = session.client.redeliver_webhook(job)
+    session.answer(found, lambda: click.echo(f"{found.name}: its webhook is sent again"))
 
 
 @click.command()

@@ -16,17 +16,19 @@ from img2img_server.domain.storage import (
     validate_storage,
 )
 from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy
+from img2img_server.store.tenant_s3 import TenantS3
 from img2img_server.store.tenants import TenantStorage
 
 log = structlog.get_logger()
 
 
 class StorageCalls:
-    """Answers UpdateStorageSettings and ResetStorageSettings; the store itself is not contacted."""
+    """Answers UpdateStorageSettings and ResetStorageSettings."""
 
     def __init__(self, storage: TenantStorage, policy: OutboundPolicy) -> None:
         self._storage = storage
         self._policy = policy
+        self._s3 = TenantS3(policy)
 
     async def update(
         self, principal: Principal, request: service_pb2.UpdateStorageSettingsRequest
@@ -42,13 +44,20 @@ class StorageCalls:
             raise errors.InvalidRequestError(violations)
         if not self._storage.can_store:
             raise errors.StorageKeysMissingError
+        warnings = []
+        if deploy_type in WITHOUT_EFFECT:
+            text = f"deploy_type {deploy_type} is stored without effect: only realtime runs here"
+            warnings.append(text)
+        if request.check_connection:
+            to_blame, warning = await self._s3.check(details)
+            if to_blame:
+                raise errors.InvalidRequestError([to_blame])
+            warnings.append(warning)
         version = await self._storage.put(principal.tenant, deploy_type, details)
         log.info("S3 details stored", tenant=principal.tenant, type=deploy_type, version=version)
-        warning = ""
-        if deploy_type in WITHOUT_EFFECT:
-            warning = f"deploy_type {deploy_type} is stored without effect: only realtime runs here"
         return service_pb2.UpdateStorageSettingsResponse(
-            settings=storage_settings(details, deploy_type), warning=warning
+            settings=storage_settings(details, deploy_type),
+            warning="; ".join(filter(None, warnings)),
         )
 
     async def reset(

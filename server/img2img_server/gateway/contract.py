@@ -13,6 +13,7 @@ from typing import Any
 from img2img_server.domain.params import (
     SEED_MAX,
     TRACK_ID_MAX_CHARACTERS,
+    URL_MAX_CHARACTERS,
     JobParams,
     Limits,
     ValidationContext,
@@ -108,6 +109,7 @@ FIELDS = (
         "webhook",
         STRING,
         "https address that gets one POST when the job has ended; the answer comes at once.",
+        schema={"maxLength": URL_MAX_CHARACTERS, "pattern": "^https?://"},
     ),
     Field(
         "track_id",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from img2img_server.domain.storage import MAX_CHARACTERS
+from img2img_server.domain.storage import MAX_CHARACTERS, REALTIME, WITHOUT_EFFECT
 from img2img_server.gateway.contract import FIELDS, Field
+from img2img_server.gateway.kinds import BOOLEAN
 from img2img_server.gateway.storage import FIELDS as STORAGE_FIELDS
 
 Schema = dict[str, Any]
@@ -15,6 +16,16 @@ _INTEGER: Schema = {"type": "integer"}
 _NUMBER: Schema = {"type": "number"}
 _STRING: Schema = {"type": "string"}
 _TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
+_DEPLOY_TYPE: Schema = {
+    "enum": [REALTIME, *sorted(WITHOUT_EFFECT), "", None],
+    "default": REALTIME,
+    "description": "Only `realtime` has an effect.",
+}
+_CHECK_CONNECTION: Schema = {
+    "description": "Store and read a small file first; what does not work is told.",
+    "anyOf": [*BOOLEAN.schemas, {"type": "null"}, {"type": "string", "const": ""}],
+    "default": False,
+}
 _STRINGS: Schema = {"type": "array", "items": _STRING}
 
 META = {
@@ -92,18 +103,26 @@ def _field(entry: Field) -> Schema:
 
 
 def _applies(keyword: str, schema: Schema) -> bool:
-    return (keyword == "maxLength") == (schema["type"] == "string") and "enum" not in schema
+    of_text = keyword in ("maxLength", "pattern")
+    return of_text == (schema["type"] == "string") and "enum" not in schema
 
 
 def storage_schema() -> Schema:
     """The body of update_s3. Null equals absent."""
-    optional = ("deploy_type", "bucket")
     required: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_CHARACTERS}
+    address = {**required, "pattern": "^https?://"}
+    special: dict[str, Schema] = {
+        "deploy_type": _DEPLOY_TYPE,
+        "bucket": {"type": ["string", "null"], "maxLength": MAX_CHARACTERS},
+        "public_url": address,
+        "endpoint_url": address,
+    }
     return {
         "type": "object",
         "properties": {"key": _STRING}
-        | {name: _TEXT_OR_NULL if name in optional else required for name in STORAGE_FIELDS},
-        "required": [name for name in STORAGE_FIELDS if name not in optional],
+        | {name: special.get(name, required) for name in STORAGE_FIELDS}
+        | {"check_connection": _CHECK_CONNECTION},
+        "required": [name for name in STORAGE_FIELDS if name not in ("deploy_type", "bucket")],
     }
 
 
@@ -176,7 +195,7 @@ SCHEMAS: dict[str, Schema] = {
     "UpdateS3Request": storage_schema(),
     "ResetS3Request": {
         "type": "object",
-        "properties": {"key": _STRING, "deploy_type": _TEXT_OR_NULL},
+        "properties": {"key": _STRING, "deploy_type": _DEPLOY_TYPE},
     },
     "StorageDone": _object(
         {

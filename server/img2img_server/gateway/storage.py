@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -10,7 +10,9 @@ from starlette.responses import JSONResponse
 
 from img2img.v1 import service_pb2
 from img2img_server.domain.params import Violation
+from img2img_server.domain.storage import REALTIME, validate_deploy_type
 from img2img_server.gateway.incoming import find_key, read_json
+from img2img_server.gateway.kinds import BOOLEAN
 from img2img_server.gateway.refusals import RefusedError
 from img2img_server.gateway.upstream import Upstream
 
@@ -33,10 +35,14 @@ class Storage:
         body = await read_json(request)
         key = find_key(request, body)
         sent = service_pb2.StorageSettings(**{name: _text(body, name) for name in FIELDS})
+        wanted, wrong = _check(body)
+        if wrong:
+            sent.deploy_type = _NO_STRING  # whatever else is right, nothing is stored
+        request_ = service_pb2.UpdateStorageSettingsRequest(settings=sent, check_connection=wanted)
         try:
-            told = await self._upstream.update_storage(key, sent)
+            told = await self._upstream.update_storage(key, request_)
         except RefusedError as refused:
-            raise _reworded(refused, body) from None
+            raise _reworded(refused, body, wrong) from None
         return JSONResponse(
             {
                 "status": "success",
@@ -61,6 +67,17 @@ class Storage:
         )
 
 
+def _check(body: Mapping[str, Any]) -> tuple[bool, list[Violation]]:
+    """Whether the connection is to be checked first, and what is wrong with how that was said."""
+    value = body.get("check_connection")
+    if value is None or value == "":
+        return False, []
+    try:
+        return BOOLEAN.read(value), []
+    except ValueError:
+        return False, [Violation("check_connection", f"check_connection {BOOLEAN.complaint}")]
+
+
 def _text(body: Mapping[str, Any], name: str) -> str:
     """Null equals absent; what gRPC cannot carry is no string either."""
     value = body.get(name)
@@ -79,13 +96,18 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _reworded(refused: RefusedError, body: Mapping[str, Any]) -> RefusedError:
+def _reworded(
+    refused: RefusedError, body: Mapping[str, Any], more: Sequence[Violation] = ()
+) -> RefusedError:
     if not refused.violations:
         return refused
+    told = refused.violations
+    if more and not validate_deploy_type(_text(body, "deploy_type") or REALTIME):
+        told = [violation for violation in told if violation.field != "deploy_type"]
     violations = [
         Violation(violation.field, f"{violation.field} must be a string")
         if _text(body, violation.field) == _NO_STRING
         else violation
-        for violation in refused.violations
+        for violation in told
     ]
-    return RefusedError(refused.case, violations=violations)
+    return RefusedError(refused.case, violations=[*violations, *more])

@@ -28,6 +28,7 @@ LINK_BASE = "img2img-link-base"  # metadata: where the links of a new job shall 
 _KEY_MOST_CHARACTERS = 1024  # longer ones would break the limit on metadata
 _CREATE_SECONDS = 60.0  # downloads the init image
 _READ_SECONDS = 10.0
+_CHECK_SECONDS = 90.0  # a tenant's storage, which may be slow three times
 _READY_SECONDS = 2.0
 # Calls that change nothing are repeated while an api goes and another one comes.
 _RETRIED = (
@@ -121,12 +122,14 @@ class Upstream:
                 call.cancel()
 
     async def update_storage(
-        self, key: str, settings: service_pb2.StorageSettings
+        self, key: str, request: service_pb2.UpdateStorageSettingsRequest
     ) -> service_pb2.UpdateStorageSettingsResponse:
         """Stores the tenant's S3 details."""
+        seconds = _CHECK_SECONDS if request.check_connection else _READ_SECONDS
         with _refusing():
-            request = service_pb2.UpdateStorageSettingsRequest(settings=settings)
-            return await self._stub.UpdateStorageSettings(request, **_reading(key))
+            return await self._stub.UpdateStorageSettings(
+                request, metadata=_metadata(key), timeout=seconds
+            )
 
     async def reset_storage(
         self, key: str, deploy_type: str

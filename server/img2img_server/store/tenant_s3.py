@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import random
 import re
+import uuid
 from datetime import UTC, datetime
 from typing import Final, TypeAlias
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from minio.credentials.credentials import Credentials
 from minio.signer import sign_v4_s3
 from yarl import URL
 
+from img2img_server.domain.params import Violation
 from img2img_server.domain.storage import StorageDetails
 from img2img_server.errors import StorageError
 from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy, shown
@@ -38,8 +40,21 @@ _Headers: TypeAlias = dict[str, str | list[str] | tuple[str]]
 log = structlog.get_logger()
 
 
+CHECK_TEXT: Final = b"A connection check of img2img; it may be deleted.\n"
+_TO_BLAME: Final = {
+    "InvalidAccessKeyId": ("aws_access_key_id", "is not known to the storage"),
+    "SignatureDoesNotMatch": ("aws_secret_access_key", "does not fit the access key"),
+    "NoSuchBucket": ("bucket", "is not there"),
+    "AuthorizationHeaderMalformed": ("region_name", "is not that of the bucket"),
+}
+
+
 class _RefusedError(Exception):
     """The store answered, but did not take the file."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(f"{status} {code}".rstrip())
+        self.code = code
 
 
 class TenantS3:
@@ -76,6 +91,55 @@ class TenantS3:
             else:
                 return
 
+    async def check(self, details: StorageDetails) -> tuple[Violation | None, str]:
+        """Stores a small file, reads it by its link and removes it.
+
+        Returns:
+            Which detail is to blame when the store does not take it, else None; and a warning when
+            its link does not serve it.
+        """
+        name = f"img2img-check-{uuid.uuid4()}.txt"
+        try:
+            await self._try(details, details.upload_url(name), CHECK_TEXT, "text/plain")
+        except ForbiddenAddressError:
+            return Violation("endpoint_url", "endpoint_url must be a public address"), ""
+        except _RefusedError as error:
+            field, why = _TO_BLAME.get(error.code, ("endpoint_url", f"refuses a file: {error}"))
+            return Violation(field, f"{field} {why}"), ""
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("storage check failed", why=type(error).__name__)
+            return Violation("endpoint_url", "endpoint_url does not answer"), ""
+        served = await self._serves(details.file_link(name))
+        await self._remove(details, details.upload_url(name))
+        return None, "" if served else "public_url does not serve the files"
+
+    async def _serves(self, link: str) -> bool:
+        try:
+            self._policy.check_url(link)
+            async with (
+                self._policy.open_session(self._resolver) as session,
+                session.get(
+                    URL(link, encoded=True), allow_redirects=False, timeout=_TIMEOUT
+                ) as answer,
+            ):
+                return answer.status == 200 and await answer.content.read(4096) == CHECK_TEXT
+        except (ForbiddenAddressError, aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def _remove(self, details: StorageDetails, url: str) -> None:
+        """As well as it goes: a key that may only write is a good key."""
+        headers = _headers(_signed(details, url, b"", "", acl=False, method="DELETE"))
+        try:
+            async with (
+                self._policy.open_session(self._resolver) as session,
+                session.delete(
+                    URL(url, encoded=True), headers=headers, allow_redirects=False, timeout=_TIMEOUT
+                ),
+            ):
+                return
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("the file of a storage check stays", why=type(error).__name__)
+
     async def _try(self, details: StorageDetails, url: str, data: bytes, media_type: str) -> None:
         self._policy.check_url(url)
         async with self._policy.open_session(self._resolver) as session:
@@ -83,7 +147,7 @@ class TenantS3:
             if 400 <= status < 500 or status == 501:  # it may be the ACL that it refuses
                 status, why = await _put(session, details, url, data, media_type, acl=False)
         if not 200 <= status < 300:
-            raise _RefusedError(f"{status} {why}")
+            raise _RefusedError(status, why)
 
 
 async def _put(
@@ -96,8 +160,7 @@ async def _put(
     acl: bool,
 ) -> tuple[int, str]:
     """One request. Returns the HTTP code and the store's own code for a refusal."""
-    signed = _signed(details, url, data, media_type, acl=acl)
-    headers = {name: str(value) for name, value in signed.items()}
+    headers = _headers(_signed(details, url, data, media_type, acl=acl))
     target = URL(url, encoded=True)  # what was signed is what is sent
     async with session.put(
         target, data=data, headers=headers, allow_redirects=False, timeout=_TIMEOUT
@@ -106,22 +169,33 @@ async def _put(
         return answer.status, found[1].decode() if found else ""
 
 
+def _headers(signed: _Headers) -> dict[str, str]:
+    return {name: str(value) for name, value in signed.items()}
+
+
 def _signed(
-    details: StorageDetails, url: str, data: bytes, media_type: str, *, acl: bool
+    details: StorageDetails,
+    url: str,
+    data: bytes,
+    media_type: str,
+    *,
+    acl: bool,
+    method: str = "PUT",
 ) -> _Headers:
     date = datetime.now(UTC)
     parts = urlsplit(url)
     digest = hashlib.sha256(data).hexdigest()
     headers: _Headers = {
         "Host": str(URL(url, encoded=True).host_port_subcomponent),
-        "Content-Type": media_type,
         "x-amz-content-sha256": digest,
         "x-amz-date": date.strftime("%Y%m%dT%H%M%SZ"),
     }
+    if media_type:
+        headers["Content-Type"] = media_type
     if acl:
         headers["x-amz-acl"] = "public-read"
     return sign_v4_s3(
-        method="PUT",
+        method=method,
         url=parts,
         region=details.region_name,
         headers=headers,

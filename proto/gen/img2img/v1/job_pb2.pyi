@@ -204,8 +204,8 @@ class JobSpec(_message.Message):
     temp: _builtins.bool
     """Keep the files under temp/ in the service's own bucket for 24 hours. Default false."""
     webhook: _builtins.str
-    """https address that gets one POST when the job has ended, again and again until it is
-    delivered; http only for hosts that the operator listed. Default none.
+    """https address of at most 4096 characters that gets one POST when the job has ended, again and
+    again until it is delivered; http only for hosts that the operator listed. Default none.
     """
     track_id: _builtins.str
     """The caller's own reference, returned unchanged. At most 191 characters, default none."""

@@ -618,6 +618,12 @@ class UpdateStorageSettingsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SETTINGS_FIELD_NUMBER: _builtins.int
+    CHECK_CONNECTION_FIELD_NUMBER: _builtins.int
+    check_connection: _builtins.bool
+    """Try them first: store a small file, read it through public_url, remove it. When the storage does
+    not take it, nothing is changed and INVALID_ARGUMENT names the field to blame; when public_url does
+    not serve it, warning says so. Takes up to a minute. Default false.
+    """
     @_builtins.property
     def settings(self) -> Global___StorageSettings:
         """The new settings. Required."""
@@ -626,10 +632,11 @@ class UpdateStorageSettingsRequest(_message.Message):
         self,
         *,
         settings: Global___StorageSettings | None = ...,
+        check_connection: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_connection", b"check_connection", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -644,7 +651,7 @@ class UpdateStorageSettingsResponse(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
     warning: _builtins.str
-    """Text for people, when the settings have no effect; mostly empty."""
+    """Text for people, when the settings have no effect or the links may not work; mostly empty."""
     @_builtins.property
     def settings(self) -> Global___StorageSettings:
         """What is stored now, without access key and secret."""

@@ -117,7 +117,9 @@ class Img2ImgServiceServicer:
         PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
         NOT_FOUND: the model is not known; see GetCapabilities.
         ALREADY_EXISTS: request_id was used for another request; choose a new one.
-        RESOURCE_EXHAUSTED: the tenant's queue is full; retry after RetryInfo.
+        RESOURCE_EXHAUSTED: the tenant's queue is full (QUEUE_FULL), the key makes jobs too fast
+        (RATE_LIMITED), the tenant has too many calls open (TOO_MANY_CALLS) or the server too many streams
+        (TOO_MANY_WATCHERS); retry after RetryInfo.
         FAILED_PRECONDITION: the job cannot finish within the call's deadline; retry after RetryInfo or
         with a later deadline.
         A job that fails while running ends the stream with a failed event and status OK.
@@ -154,7 +156,8 @@ class Img2ImgServiceServicer:
 
         NOT_FOUND: no such job of this tenant, or it has expired.
         UNAVAILABLE: this server is stopping; call again with the last sequence seen.
-        RESOURCE_EXHAUSTED: too many watchers; retry after RetryInfo.
+        RESOURCE_EXHAUSTED: the tenant has too many calls open (TOO_MANY_CALLS) or the server too many
+        streams (TOO_MANY_WATCHERS); retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -193,8 +196,9 @@ class Img2ImgServiceServicer:
 
     def UpdateStorageSettings(self, request, context):
         """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
-        stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
-        files it does not take keeps them in the service's own bucket, and its warning says so.
+        stay as they are. Replaces everything that was stored. The storage is contacted only for
+        check_connection. A job whose files it does not take keeps them in the service's own bucket, and
+        its warning says so.
 
         PERMISSION_DENIED: the key may not manage the server; use another one.
         INVALID_ARGUMENT: correct every field that BadRequest names.

@@ -51,7 +51,9 @@ class Img2ImgServiceStub:
     PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
     NOT_FOUND: the model is not known; see GetCapabilities.
     ALREADY_EXISTS: request_id was used for another request; choose a new one.
-    RESOURCE_EXHAUSTED: the tenant's queue is full; retry after RetryInfo.
+    RESOURCE_EXHAUSTED: the tenant's queue is full (QUEUE_FULL), the key makes jobs too fast
+    (RATE_LIMITED), the tenant has too many calls open (TOO_MANY_CALLS) or the server too many streams
+    (TOO_MANY_WATCHERS); retry after RetryInfo.
     FAILED_PRECONDITION: the job cannot finish within the call's deadline; retry after RetryInfo or
     with a later deadline.
     A job that fails while running ends the stream with a failed event and status OK.
@@ -70,7 +72,8 @@ class Img2ImgServiceStub:
 
     NOT_FOUND: no such job of this tenant, or it has expired.
     UNAVAILABLE: this server is stopping; call again with the last sequence seen.
-    RESOURCE_EXHAUSTED: too many watchers; retry after RetryInfo.
+    RESOURCE_EXHAUSTED: the tenant has too many calls open (TOO_MANY_CALLS) or the server too many
+    streams (TOO_MANY_WATCHERS); retry after RetryInfo.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_service_pb2.CancelJobRequest, _service_pb2.CancelJobResponse]
     """Cancels a queued job at once and a running one at its next step. Cancelling a cancelled job is
@@ -92,8 +95,9 @@ class Img2ImgServiceStub:
     """Returns the models being served and the very limits that the validator uses."""
     UpdateStorageSettings: _grpc.UnaryUnaryMultiCallable[_service_pb2.UpdateStorageSettingsRequest, _service_pb2.UpdateStorageSettingsResponse]
     """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
-    stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
-    files it does not take keeps them in the service's own bucket, and its warning says so.
+    stay as they are. Replaces everything that was stored. The storage is contacted only for
+    check_connection. A job whose files it does not take keeps them in the service's own bucket, and
+    its warning says so.
 
     PERMISSION_DENIED: the key may not manage the server; use another one.
     INVALID_ARGUMENT: correct every field that BadRequest names.
@@ -130,7 +134,9 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
     NOT_FOUND: the model is not known; see GetCapabilities.
     ALREADY_EXISTS: request_id was used for another request; choose a new one.
-    RESOURCE_EXHAUSTED: the tenant's queue is full; retry after RetryInfo.
+    RESOURCE_EXHAUSTED: the tenant's queue is full (QUEUE_FULL), the key makes jobs too fast
+    (RATE_LIMITED), the tenant has too many calls open (TOO_MANY_CALLS) or the server too many streams
+    (TOO_MANY_WATCHERS); retry after RetryInfo.
     FAILED_PRECONDITION: the job cannot finish within the call's deadline; retry after RetryInfo or
     with a later deadline.
     A job that fails while running ends the stream with a failed event and status OK.
@@ -149,7 +155,8 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
 
     NOT_FOUND: no such job of this tenant, or it has expired.
     UNAVAILABLE: this server is stopping; call again with the last sequence seen.
-    RESOURCE_EXHAUSTED: too many watchers; retry after RetryInfo.
+    RESOURCE_EXHAUSTED: the tenant has too many calls open (TOO_MANY_CALLS) or the server too many
+    streams (TOO_MANY_WATCHERS); retry after RetryInfo.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_service_pb2.CancelJobRequest, _service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Cancels a queued job at once and a running one at its next step. Cancelling a cancelled job is
@@ -171,8 +178,9 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     """Returns the models being served and the very limits that the validator uses."""
     UpdateStorageSettings: _aio.UnaryUnaryMultiCallable[_service_pb2.UpdateStorageSettingsRequest, _service_pb2.UpdateStorageSettingsResponse]  # type: ignore[assignment]
     """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
-    stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
-    files it does not take keeps them in the service's own bucket, and its warning says so.
+    stay as they are. Replaces everything that was stored. The storage is contacted only for
+    check_connection. A job whose files it does not take keeps them in the service's own bucket, and
+    its warning says so.
 
     PERMISSION_DENIED: the key may not manage the server; use another one.
     INVALID_ARGUMENT: correct every field that BadRequest names.
@@ -212,7 +220,9 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
         NOT_FOUND: the model is not known; see GetCapabilities.
         ALREADY_EXISTS: request_id was used for another request; choose a new one.
-        RESOURCE_EXHAUSTED: the tenant's queue is full; retry after RetryInfo.
+        RESOURCE_EXHAUSTED: the tenant's queue is full (QUEUE_FULL), the key makes jobs too fast
+        (RATE_LIMITED), the tenant has too many calls open (TOO_MANY_CALLS) or the server too many streams
+        (TOO_MANY_WATCHERS); retry after RetryInfo.
         FAILED_PRECONDITION: the job cannot finish within the call's deadline; retry after RetryInfo or
         with a later deadline.
         A job that fails while running ends the stream with a failed event and status OK.
@@ -255,7 +265,8 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
 
         NOT_FOUND: no such job of this tenant, or it has expired.
         UNAVAILABLE: this server is stopping; call again with the last sequence seen.
-        RESOURCE_EXHAUSTED: too many watchers; retry after RetryInfo.
+        RESOURCE_EXHAUSTED: the tenant has too many calls open (TOO_MANY_CALLS) or the server too many
+        streams (TOO_MANY_WATCHERS); retry after RetryInfo.
         """
 
     @_abc_1.abstractmethod
@@ -301,8 +312,9 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.UpdateStorageSettingsResponse, _abc.Awaitable[_service_pb2.UpdateStorageSettingsResponse]]:
         """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
-        stay as they are. Replaces everything that was stored. The storage is not contacted: a job whose
-        files it does not take keeps them in the service's own bucket, and its warning says so.
+        stay as they are. Replaces everything that was stored. The storage is contacted only for
+        check_connection. A job whose files it does not take keeps them in the service's own bucket, and
+        its warning says so.
 
         PERMISSION_DENIED: the key may not manage the server; use another one.
         INVALID_ARGUMENT: correct every field that BadRequest names.

@@ -1,0 +1,112 @@
+"""The OpenAPI document against the gateway: schemathesis makes requests of it, right and wrong.
+
+Its checks: no answer of 500 and above, every answer as documented (code, media type, headers and
+body), what the document allows is accepted, what it forbids is refused, other methods are 405.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.bus import memory_bus
+from img2img_server.gateway.server import serve
+from img2img_server.lifecycle import first_of
+from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.store.vault import new_key as new_storage_key
+from img2img_server.tasks import beside
+from tests.http_stack import V6, body, fetch_photo, photo_base64
+from tests.stack import running_api, running_worker, settings
+
+HOOKS = Path(__file__).parents[1] / "openapi_hooks.py"
+EXAMPLES_OF_AN_OPERATION = 50
+SECONDS = 240.0  # about 35 on two idle cores
+
+
+@asynccontextmanager
+async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]]]:
+    """A gateway with all behind it: its address, and what the hooks are told.
+
+    Two tenants, so that the storage that one sets up is not where the other's pictures go.
+    """
+    (maker, maker_entry), (manager, manager_entry) = (
+        new_key("maker", ["unsafe"]),
+        new_key("manager", ["manage"]),
+    )
+    file = folder / "keys.toml"
+    file.write_text(f"{maker_entry}\n{manager_entry}")
+    bus = memory_bus(queue_limit=100_000, storage_keys=new_storage_key())
+    blobs, stop = MemoryBlobStore(), asyncio.Event()
+
+    async def work() -> None:  # and again when it was told to restart
+        while not stop.is_set():
+            async with running_worker(bus, blobs=blobs) as worker:
+                await first_of(stop.wait(), asyncio.wait([worker.task]))
+
+    api_settings = settings(queue_limit=100_000)
+    keys = KeyRing(file, dev_key=False)
+    async with (
+        beside(work()) as working,
+        running_api(bus, api_settings, fetch=fetch_photo, keys=keys) as api,
+    ):
+        address = asyncio.get_running_loop().create_future()
+        config = settings(api_address=api.address, http_port=0, wait_seconds=1)
+        async with beside(serve(config, blobs, stop, address.set_result)) as serving:
+            url = f"http://{await address}"
+            known = {"maker": maker, "manager": manager, "picture": photo_base64()}
+            yield url, known | await _some_jobs(url, maker)
+            stop.set()
+            await serving
+            await working
+
+
+async def _some_jobs(url: str, key: str) -> dict[str, object]:
+    """Two jobs that have ended, one of them with `temp`: the id of the first, their files."""
+    async with httpx.AsyncClient(base_url=url) as http:
+        made = [
+            (await http.post(f"{V6}/img2img", json=body(key=key, temp=temp))).json()
+            for temp in (False, True)
+        ]
+    links = [job["output"][0].split("/") for job in made]
+    return {"job": str(made[0]["id"]), "names": {folder: name for *_, folder, name in links}}
+
+
+async def test_every_answer_is_as_documented_and_none_is_a_fault(tmp_path: Path) -> None:
+    async with everything(tmp_path) as (url, known):
+        process = await asyncio.create_subprocess_exec(
+            Path(sys.executable).with_name("schemathesis"),
+            "run",
+            f"{url}/openapi.json",
+            f"--max-examples={EXAMPLES_OF_AN_OPERATION}",
+            "--phases=examples,coverage,fuzzing",
+            "--generation-deterministic",
+            "--no-shrink",
+            "--continue-on-failure",
+            "--warnings=off",
+            "--exclude-checks=ignored_auth",  # it takes keys away that the hooks put back
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(HOOKS.parent),
+                "SCHEMATHESIS_HOOKS": HOOKS.stem,
+                "KNOWN": json.dumps(known),
+            },
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(SECONDS):
+            told, _ = await process.communicate()
+    report = told.decode()
+    assert process.returncode == 0, report
+    generated = re.search(r"(\d+) generated, \1 passed", report)
+    assert generated, report
+    assert int(generated[1]) >= 2000

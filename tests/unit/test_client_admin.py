@@ -1,0 +1,165 @@
+"""Managing a service through both clients and through the command."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import grpc
+import pytest
+
+import img2img_client as api
+from img2img.v1 import admin_service_pb2, service_pb2
+from img2img_client import StorageSettings, StorageUpdate, SystemDetails
+from tests import cli_runs
+from tests.cli_runs import in_a_folder_with_a_photo
+from tests.client_runs import BOTH, Run
+from tests.fake_service import FakeService, Refusal
+
+pytestmark = pytest.mark.usefixtures(in_a_folder_with_a_photo.__name__)
+PUBLIC = {
+    "public_url": "https://cdn.example.com/",
+    "region_name": "eu-west-1",
+    "endpoint_url": "https://my-bucket.s3.amazonaws.com",
+    "image_directory": "renders",
+}
+KEYS = {"aws_access_key_id": "AK", "aws_secret_access_key": "SK"}
+UPDATE = service_pb2.UpdateStorageSettingsRequest(
+    settings=service_pb2.StorageSettings(**PUBLIC, **KEYS), check_connection=True
+)
+
+
+@pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.param  # type: ignore[no-any-return]
+
+
+CALLS: list[tuple[str, tuple[Any, ...], Any, Any]] = [
+    (
+        "system_details",
+        (),
+        admin_service_pb2.GetSystemDetailsRequest(),
+        SystemDetails(
+            server_version="0.1.0",
+            uptime_seconds=90.0,
+            model_count=2,
+            queued_jobs=3,
+            queue_duration_seconds=4.5,
+            gpu_usage=0.25,
+        ),
+    ),
+    ("restart_server", (), admin_service_pb2.RestartServerRequest(), None),
+    ("update_server", (), admin_service_pb2.UpdateServerRequest(), None),
+    ("clear_cache", (), admin_service_pb2.ClearCacheRequest(), None),
+    ("clear_queue", (), admin_service_pb2.ClearQueueRequest(), 3),
+    ("reset_storage", (), service_pb2.ResetStorageSettingsRequest(), None),
+    (
+        "reset_storage",
+        ("video",),
+        service_pb2.ResetStorageSettingsRequest(deploy_type="video"),
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "sent", "told"), CALLS, ids=lambda v: str(v)[:20])
+def test_a_management_call_sends_its_request_and_gives_the_answer(
+    name: str, given: tuple[Any, ...], sent: Any, told: Any, run: Run
+) -> None:
+    service = FakeService()
+    assert run(service, lambda client: getattr(client.admin, name)(*given)) == told
+    assert service.requests == [sent]
+    assert service.keys == ["Bearer k"]
+
+
+def test_storage_settings_are_sent_and_come_back_without_the_keys(run: Run) -> None:
+    service, settings = FakeService(), StorageSettings(**PUBLIC, **KEYS)
+    told = run(service, lambda c: c.admin.update_storage(settings, check_connection=True))
+    assert told == StorageUpdate(settings=StorageSettings(**PUBLIC), warning="mind the gap")
+    assert service.requests == [UPDATE]
+    assert "AK" not in repr(settings)
+    assert "SK" not in repr(settings)
+
+
+def test_a_key_that_may_not_is_told(run: Run) -> None:
+    refusal = Refusal(grpc.StatusCode.PERMISSION_DENIED, "no", "PERMISSION_DENIED")
+    service = FakeService()
+    service.refusals.append(refusal)
+    with pytest.raises(api.PermissionDeniedError):
+        run(service, lambda client: client.admin.restart_server())
+
+
+@pytest.mark.parametrize(
+    ("words", "sent", "shown", "as_json"),
+    [
+        (
+            "admin details",
+            admin_service_pb2.GetSystemDetailsRequest(),
+            "version 0.1.0, up 90 s\n2 models, GPUs 25% busy\n3 jobs wait, about 4.5 s\n",
+            {
+                "server_version": "0.1.0",
+                "uptime_seconds": 90.0,
+                "model_count": 2,
+                "queued_jobs": 3,
+                "queue_duration_seconds": 4.5,
+                "gpu_usage": 0.25,
+            },
+        ),
+        (
+            "admin restart",
+            admin_service_pb2.RestartServerRequest(),
+            "workers restart\n",
+            {"done": True},
+        ),
+        (
+            "admin update",
+            admin_service_pb2.UpdateServerRequest(),
+            "workers restart and read everything again\n",
+            {"done": True},
+        ),
+        (
+            "admin clear-cache",
+            admin_service_pb2.ClearCacheRequest(),
+            "caches are emptied\n",
+            {"done": True},
+        ),
+        (
+            "admin clear-queue",
+            admin_service_pb2.ClearQueueRequest(),
+            "3 jobs ended\n",
+            {"cleared_jobs": 3},
+        ),
+        (
+            "admin reset-storage",
+            service_pb2.ResetStorageSettingsRequest(),
+            "files stay with the service\n",
+            {"done": True},
+        ),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_command_of_admin(words: str, sent: Any, shown: str, as_json: Any) -> None:
+    service = FakeService()
+    told = cli_runs.run(service, *words.split())
+    assert (told.exit_code, told.stdout, told.stderr) == (0, shown, "")
+    assert json.loads(cli_runs.run(service, *words.split(), "--json").stdout) == as_json
+    assert service.requests == [sent, sent]
+
+
+def test_set_storage_reads_the_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AK")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SK")
+    words = "--public-url https://cdn.example.com/ --region eu-west-1 --directory renders --check"
+    words += " --endpoint-url https://my-bucket.s3.amazonaws.com"
+    service = FakeService()
+    told = cli_runs.run(service, "admin", "set-storage", *words.split())
+    assert (told.exit_code, told.stderr) == (0, "Warning: mind the gap\n")
+    assert told.stdout == "files go to https://my-bucket.s3.amazonaws.com\n"
+    assert service.requests == [UPDATE]
+
+
+def test_redeliver_asks_for_the_webhook_once_more() -> None:
+    service = FakeService()
+    told = cli_runs.run(service, "redeliver", "10000001")
+    assert (told.exit_code, told.stdout) == (0, "jobs/10000001: its webhook is sent again\n")
+    assert service.requests == [service_pb2.RedeliverWebhookRequest(name="jobs/10000001")]
