@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import pytest_asyncio
 
-from img2img.v1 import job_pb2
-from tests.http_stack import PHOTO_URL, Gateway, photo_base64, running_gateway
-from tests.stack import photo, refusal
+from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
+from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.bus import memory_bus
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.gateway.contract import FIELDS
+from tests.http_stack import (
+    ENTERPRISE,
+    PHOTO_URL,
+    Gateway,
+    fetch_photo,
+    gateway_before,
+    photo_base64,
+    running_gateway,
+)
+from tests.stack import Api, Stack, photo, refusal, running_api, running_worker, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 GOOD = {"prompt": "a harbour", "width": 256, "height": 256, "seed": 5}
@@ -37,6 +50,16 @@ class Both:
         return job_pb2.JobSpec(**(fields | (self.spec or {})))
 
 
+# What one transport has and the other has not; every other field is in both lists below.
+GRPC_ONLY = {
+    "model",
+    "scheduler",
+    "output_format",
+    "preview_interval_steps",
+    "lane",
+    "annotations",
+}
+HTTP_ONLY = {"instant_response", "enhance_style"}  # answers at once; ignored, given back
 INLINE = {"init_image": job_pb2.InitImage(data=photo())}
 EQUAL = [
     Both("nothing but the required", {}),
@@ -55,6 +78,22 @@ EQUAL = [
     Both("webhook", {"webhook": "https://hooks.example.org/a"}),
     Both("num_inference_steps", {"num_inference_steps": 8}),
     Both("guidance_scale", {"guidance_scale": 3.5}),
+    Both("prompt", {"prompt": "Größe, 灯台 🎨"}),
+    Both("init_image", {"init_image": photo_base64()}, INLINE),
+    Both(
+        "everything at once",
+        {
+            "samples": 2,
+            "base64": True,
+            "temp": True,
+            "track_id": "a",
+            "strength": 0.5,
+            "negative_prompt": "n",
+            "safety_checker": False,
+            "enhance_prompt": True,
+            "seed": 0,
+        },
+    ),
 ]
 REFUSED = [
     Both("no prompt", {"prompt": ""}),
@@ -102,12 +141,127 @@ async def test_both_make_the_same_job_and_picture(case: Both, gateway: Gateway) 
     assert all(sample.sha256 for sample in over_http.samples)
 
 
-async def test_both_read_the_same_inline_picture(gateway: Gateway) -> None:
-    answer = (await gateway.create(**GOOD, init_image=photo_base64())).json()
-    over_http = await ended(gateway, f"jobs/{answer['id']}")
-    spec = job_pb2.JobSpec(**GOOD, **INLINE)
-    over_grpc = await ended(gateway, (await gateway.stack.api.create(spec)).name)
-    assert over_http.samples[0].sha256 == over_grpc.samples[0].sha256
+async def test_the_lists_cover_every_field() -> None:
+    in_spec = {field.name for field in job_pb2.JobSpec.DESCRIPTOR.fields}
+    in_body = {entry.name for entry in FIELDS}
+    shared = in_spec - GRPC_ONLY
+    assert in_body == shared | HTTP_ONLY
+    assert {name for case in EQUAL for name in case.body} == shared
+    limited = {entry.name for entry in FIELDS if entry.schema or entry.required} - HTTP_ONLY
+    hints = {entry.name for entry in FIELDS if entry.hint}  # over HTTP never an error
+    assert {name for case in REFUSED for name in case.body} == limited - hints
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Something that is refused for another reason than its fields, asked over both."""
+
+    reason: str
+    status: int
+    http: Callable[[Gateway, str], Awaitable[httpx.Response]]
+    grpc: Callable[[Api, Any], Awaitable[Any]]
+    key: str = "weak"
+
+
+def creating(**changes: Any) -> dict[str, Any]:
+    return {
+        "http": lambda gateway, key: gateway.create(**GOOD, **changes, key=key),
+        "grpc": lambda api, metadata: api.stub.CreateJob(
+            service_pb2.CreateJobRequest(spec=Both("", changes).job_spec()), metadata=metadata
+        ),
+    }
+
+
+def managing(path: str, method: str) -> dict[str, Any]:
+    def over_grpc(api: Api, metadata: Any) -> Any:
+        stub = admin_service_pb2_grpc.AdminServiceStub(api.channel)
+        request = getattr(admin_service_pb2, f"{method}Request")()
+        return getattr(stub, method)(request, metadata=metadata)
+
+    return {
+        "http": lambda gateway, key: gateway.http.post(f"{ENTERPRISE}/{path}", json={"key": key}),
+        "grpc": over_grpc,
+    }
+
+
+def storing(path: str, method: str) -> dict[str, Any]:
+    request = getattr(service_pb2, f"{method}Request")
+    return {
+        "http": lambda gateway, key: gateway.http.post(
+            f"/api/v1/enterprise/{path}", json={"key": key}
+        ),
+        "grpc": lambda api, metadata: getattr(api.stub, method)(request(), metadata=metadata),
+    }
+
+
+FETCHING: dict[str, Any] = {
+    "http": lambda gateway, key: gateway.fetch(10_999_999, key=key),
+    "grpc": lambda api, metadata: api.stub.GetJob(
+        service_pb2.GetJobRequest(name="jobs/10999999"), metadata=metadata
+    ),
+}
+REASONS = [
+    Reason("INVALID_API_KEY", 401, **creating(), key="nobody"),
+    Reason("INVALID_API_KEY", 401, **FETCHING, key="nobody"),
+    Reason("INVALID_API_KEY", 401, **managing("clear_queue", "ClearQueue"), key="nobody"),
+    Reason("PERMISSION_DENIED", 403, **creating(safety_checker=False)),
+    Reason("PERMISSION_DENIED", 403, **managing("system_details", "GetSystemDetails")),
+    Reason("PERMISSION_DENIED", 403, **managing("restart_server", "RestartServer")),
+    Reason("PERMISSION_DENIED", 403, **managing("update_server", "UpdateServer")),
+    Reason("PERMISSION_DENIED", 403, **managing("clear_cache", "ClearCache")),
+    Reason("PERMISSION_DENIED", 403, **managing("clear_queue", "ClearQueue")),
+    Reason("PERMISSION_DENIED", 403, **storing("update_s3", "UpdateStorageSettings")),
+    Reason("PERMISSION_DENIED", 403, **storing("reset_s3", "ResetStorageSettings")),
+    Reason("JOB_NOT_FOUND", 404, **FETCHING),
+    Reason("QUEUE_FULL", 429, **creating(), key="full"),
+    Reason("RATE_LIMITED", 429, **creating(), key="slow"),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(
+    gateway: Gateway, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Gateway, Api, dict[str, str]]]:
+    """A gateway and an api with these keys: one without rights, one whose queue is full, one that
+    has made its job of the minute."""
+    made = {
+        "weak": new_key("weak", []),
+        "full": new_key("full", []),
+        "slow": new_key("slow", [], 1),
+    }
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text("\n".join(entry for _, entry in made.values()))
+    keys = {name: key for name, (key, _) in made.items()} | {"nobody": "i2i_nobody"}
+    bus = memory_bus(queue_limit=1)
+    engine = FakeEngine(hold_after=1, capacity_rows=1)
+    config = settings(queue_limit=1)
+    ring = KeyRing(file, dev_key=False)
+    async with (
+        running_worker(bus, engine) as worker,
+        running_api(bus, config, fetch=fetch_photo, keys=ring) as api,
+        gateway_before(Stack(bus, api, worker)) as other,
+    ):
+        await other.create(key=keys["full"], instant_response=True)
+        made_slowly = (await other.create(key=keys["slow"], instant_response=True)).json()
+        await api.stub.CancelJob(
+            service_pb2.CancelJobRequest(name=f"jobs/{made_slowly['id']}"),
+            metadata=[("authorization", f"Bearer {keys['slow']}")],
+        )
+        yield other, api, keys
+
+
+@pytest.mark.parametrize("case", REASONS, ids=lambda case: f"{case.reason}-{case.status}")
+async def test_both_refuse_for_the_same_reason(
+    case: Reason, refusing: tuple[Gateway, Api, dict[str, str]]
+) -> None:
+    gateway, api, keys = refusing
+    answer = await case.http(gateway, keys[case.key])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await case.grpc(api, [("authorization", f"Bearer {keys[case.key]}")])
+    assert (answer.status_code, refusal(caught.value).reason) == (case.status, case.reason)
+    told = answer.json()["message"]
+    if case.status in (401, 403, 429):  # elsewhere the contract has words of its own
+        assert told == caught.value.details()
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
