@@ -129,13 +129,13 @@ def render_schema(text: str) -> str:
     comments, values = Comments(text), yaml.safe_load(text)
     properties = {key: schema_of(values[key], (key,), comments) for key in values}
     schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of the chart img2img",
         "type": "object",
         "additionalProperties": False,
         # `global` is Helm's own, for charts that hold this one.
         "properties": {**properties, "global": {"type": "object"}},
-        "$defs": definitions(),
+        "definitions": definitions(),
     }
     return json.dumps(schema, indent=2) + "\n"
 

@@ -77,7 +77,7 @@ def test_every_setting_is_made_by_the_chart_or_free_or_of_local_alone() -> None:
         for key in ours(objects, container)
     }
     schema = yaml.safe_load((CHART / "values.schema.json").read_text(encoding="utf-8"))
-    free = {NAMES[key] for key in schema["$defs"]["settings"]["properties"]}
+    free = {NAMES[key] for key in schema["definitions"]["settings"]["properties"]}
     assert made - free == OWNED
     assert free | OWNED | LOCAL == set(Settings.model_fields)
     assert free & (OWNED | LOCAL) == set()

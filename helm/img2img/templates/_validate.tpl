@@ -62,6 +62,9 @@
 {{- if and $auto.enabled (eq $auto.trigger "jetstream") (not (include "img2img.natsMonitoring" $)) -}}
 {{- $mistakes = append $mistakes (printf "workers.%s: the trigger jetstream needs nats.monitoringEndpoint" $name) -}}
 {{- end -}}
+{{- if and $auto.enabled (eq $auto.trigger "jetstream") (lt (int $auto.minReplicas) 1) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: the trigger jetstream needs minReplicas of 1 or more: where no worker ever was, KEDA takes the whole stream for the queue" $name) -}}
+{{- end -}}
 {{- if and $auto.enabled (eq $auto.trigger "prometheus") (not $auto.prometheusAddress) -}}
 {{- $mistakes = append $mistakes (printf "workers.%s: the trigger prometheus needs autoscaling.prometheusAddress" $name) -}}
 {{- end -}}
