@@ -29,7 +29,7 @@ from tests.pod_content import PodContent
 SCRIPT = Path(__file__).with_name("pod_root.sh")
 READY_SECONDS = 120.0
 POLL_SECONDS = 0.05
-USER = 10001
+USER = 65532
 AS_ROOT = os.geteuid() == 0
 DROP = (
     [

@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from img2img_server import telemetry
 from img2img_server.domain.params import Lane
+from img2img_server.gateway import front
 from img2img_server.wire import names
 from tests.chart_render import SETS, Object, of_kind, pods, render
 
@@ -19,7 +20,7 @@ from tests.chart_render import SETS, Object, of_kind, pods, render
 TARGET_LABELS = {"namespace", "pod", "service"}
 KNOWN: dict[str, set[str]] = {"up": set()}
 SUFFIXES = {Counter: ("_total",), Gauge: ("",), Histogram: ("_bucket", "_sum", "_count")}
-for _metric in vars(telemetry).values():
+for _metric in (*vars(telemetry).values(), *vars(front).values()):
     if isinstance(_metric, (Counter, Gauge, Histogram)):
         for _suffix in SUFFIXES[type(_metric)]:
             KNOWN[_metric._name + _suffix] = {*_metric._labelnames, "le"}
@@ -65,7 +66,7 @@ def assert_exported(expression: str) -> None:
 
 
 def test_every_alert_asks_for_metrics_and_labels_that_exist() -> None:
-    assert len(alerts()) == 9
+    assert len(alerts()) == 10
     for expression in alerts().values():
         assert_exported(expression)
 

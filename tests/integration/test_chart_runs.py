@@ -115,7 +115,7 @@ async def test_the_roles_run_confined_and_find_their_files_where_the_chart_put_t
         assert expected <= set(mounted)
         if AS_ROOT:
             status = role.status()
-            assert status["Uid"].split() == ["10001"] * 4
+            assert status["Uid"].split() == ["65532"] * 4
             assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
             assert status["NoNewPrivs"] == "1"
 
