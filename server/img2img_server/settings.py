@@ -127,6 +127,13 @@ class Settings(BaseSettings):
         description="What the tiny autoencoder is for: better previews, or the pictures too, "
         "which is faster and costs fine detail.",
     )
+    safety_checker: str = Field(
+        "opennsfw",
+        pattern="^(opennsfw|model)$",
+        description="What checks pictures: the classifier that comes with the service, or the "
+        "safety checker that the model's directory brings, which runs on the CPU and decides by "
+        "thresholds of its own.",
+    )
     safety_threshold: float = Field(
         0.8, ge=0.0, le=1.0, description="Score from which a picture is blanked."
     )

@@ -233,6 +233,25 @@ async def test_clear_cache_reaches_the_engine() -> None:
         assert not worker.task.done()
 
 
+async def test_clear_cache_deletes_downloads_and_outlives_trouble_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: asyncio.Queue[str] = asyncio.Queue()
+
+    def forget(source: str) -> int:
+        loop.call_soon_threadsafe(asked.put_nowait, source)
+        raise OSError("read-only file system")
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr("img2img_server.worker.server.forget_downloads", forget)
+    bus, config = memory_bus(), settings(model="acme/sd")
+    async with running_api(bus) as api, running_worker(bus, config=config) as worker:
+        for _ in range(2):
+            await call(api, "ClearCache")
+            assert await asyncio.wait_for(asked.get(), WAIT_SECONDS) == "acme/sd"
+        assert not worker.task.done()
+
+
 async def test_system_details_tell_models_queue_and_use() -> None:
     bus = memory_bus()
     other = replace(FAKE_MODEL, name="other")

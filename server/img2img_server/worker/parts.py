@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from img2img_server.domain.params import JobParams
@@ -99,4 +100,6 @@ class Parts:
     max_attempts: int
     retention_hours: int
     rewriter: PromptRewriter
+    # Deletes cached downloads of the model, returns the bytes freed; blocks. Raises OSError.
+    forget_downloads: Callable[[], int] = lambda: 0
     pace: Pace = field(default_factory=Pace)

@@ -6,22 +6,24 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.engine.base import Engine
-from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.model_spec import ModelError, read_model_spec
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.prompts.base import PromptRewriter
 from img2img_server.prompts.choose import worker_rewriter
 from img2img_server.safety.base import SafetyChecker
-from img2img_server.safety.nsfw import NsfwChecker
+from img2img_server.safety.choose import safety_checker
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobStore
 from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.store.tenant_s3 import TenantS3
 from img2img_server.telemetry import probe_server
+from img2img_server.worker.downloads import forget_downloads
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
 
@@ -40,7 +42,7 @@ async def serve_worker(
         connect_bus(settings) as bus,
         connect_blobs(settings) as blobs,
     ):
-        safety = NsfwChecker()
+        safety = safety_checker(settings, _source(settings))
         rewriter = await asyncio.to_thread(worker_rewriter, settings)
         try:
             engine, _, _ = await asyncio.gather(
@@ -58,6 +60,13 @@ async def serve_worker(
         finally:
             await asyncio.to_thread(engine.stop)
     log.info("worker stopped")
+
+
+def _source(settings: Settings) -> str:
+    try:
+        return read_model_spec(settings.model).source
+    except ModelError as error:
+        raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
 
 
 async def work(
@@ -86,6 +95,7 @@ async def work(
         max_attempts=settings.max_attempts,
         rewriter=rewriter,
         retention_hours=settings.retention_hours,
+        forget_downloads=partial(forget_downloads, settings.model),
     )
     worker = Worker(parts, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
     await worker.run(stop)

@@ -123,6 +123,10 @@ class Worker:
                 self._restarting.set()
             case Order.CLEAR_CACHE:
                 self._parts.engine.clear_cache()
+                try:
+                    await asyncio.to_thread(self._parts.forget_downloads)
+                except OSError as error:
+                    log.warning("downloads not deleted", why=str(error))
 
     async def _announce(self) -> None:
         parts = self._parts

@@ -100,7 +100,9 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ClearCache(self, request, context):
-        """Empties the caches of every worker. Jobs, their inputs, their outputs and model files stay.
+        """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
+        from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
+        inputs and outputs, and models in directories of the operator stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

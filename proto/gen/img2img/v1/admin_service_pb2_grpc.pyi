@@ -50,7 +50,10 @@ class AdminServiceStub:
     are read again by themselves whenever their file changes. No code is downloaded.
     """
     ClearCache: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ClearCacheRequest, _admin_service_pb2.ClearCacheResponse]
-    """Empties the caches of every worker. Jobs, their inputs, their outputs and model files stay."""
+    """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
+    from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
+    inputs and outputs, and models in directories of the operator stay.
+    """
     ClearQueue: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ClearQueueRequest, _admin_service_pb2.ClearQueueResponse]
     """Ends the tenant's waiting jobs as failed, with reason QUEUE_CLEARED. Running ones finish, no
     worker restarts.
@@ -78,7 +81,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     are read again by themselves whenever their file changes. No code is downloaded.
     """
     ClearCache: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearCacheRequest, _admin_service_pb2.ClearCacheResponse]  # type: ignore[assignment]
-    """Empties the caches of every worker. Jobs, their inputs, their outputs and model files stay."""
+    """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
+    from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
+    inputs and outputs, and models in directories of the operator stay.
+    """
     ClearQueue: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearQueueRequest, _admin_service_pb2.ClearQueueResponse]  # type: ignore[assignment]
     """Ends the tenant's waiting jobs as failed, with reason QUEUE_CLEARED. Running ones finish, no
     worker restarts.
@@ -127,7 +133,10 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ClearCacheRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ClearCacheResponse, _abc.Awaitable[_admin_service_pb2.ClearCacheResponse]]:
-        """Empties the caches of every worker. Jobs, their inputs, their outputs and model files stay."""
+        """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
+        from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
+        inputs and outputs, and models in directories of the operator stay.
+        """
 
     @_abc_1.abstractmethod
     def ClearQueue(

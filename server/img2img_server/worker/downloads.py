@@ -1,0 +1,42 @@
+"""The files that the hub's library keeps of a model that was named by its hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger()
+
+
+def forget_downloads(source: str, cache: Path | None = None) -> int:
+    """Deletes the cached files of this model and returns how many bytes that freed.
+
+    What is loaded goes on; the next start fetches it anew. A model in a directory of its own is the
+    operator's and stays, and so does everything while the hub must not be asked (HF_HUB_OFFLINE).
+    Blocks.
+
+    Args:
+        cache: the library's cache; by default where its own variables say.
+    """
+    if Path(source).is_dir():
+        return 0
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir  # a second to import
+
+    if constants.HF_HUB_OFFLINE:
+        log.info("downloads stay, the hub must not be asked", model=source)
+        return 0
+    try:
+        found = scan_cache_dir(cache)
+    except CacheNotFound:
+        return 0
+    revisions = [
+        revision.commit_hash
+        for repo in found.repos
+        if repo.repo_type == "model" and repo.repo_id == source
+        for revision in repo.revisions
+    ]
+    plan = found.delete_revisions(*revisions)
+    plan.execute()
+    log.info("downloads deleted", model=source, bytes=plan.expected_freed_size)
+    return plan.expected_freed_size

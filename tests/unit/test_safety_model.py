@@ -1,0 +1,103 @@
+"""The safety checker that a model directory brings: a tiny one with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pictures
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessorPil
+
+from img2img_server.errors import SafetyCheckError
+from img2img_server.safety.base import blank
+from img2img_server.safety.choose import safety_checker
+from img2img_server.safety.model import ModelChecker
+from img2img_server.safety.nsfw import NsfwChecker
+from img2img_server.settings import Settings
+from tests.unit.test_safety import finished
+
+SIDE, WIDTH = 32, 16
+
+
+def write_checker(folder: Path, *, margin: float, photo: np.ndarray) -> Path:
+    """A model directory whose checker finds one concept in `photo`, by this margin of the cosine.
+
+    Below 0 it does not find it.
+    """
+    torch.manual_seed(3)
+    small = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1}
+    config = CLIPConfig(
+        text_config={**small, "num_attention_heads": 2},
+        vision_config={
+            **small,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": 8,
+        },
+        projection_dim=WIDTH,
+    )
+    checker = StableDiffusionSafetyChecker(config).eval()
+    prepare = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
+    with torch.no_grad():
+        ready = prepare(images=photo, return_tensors="pt").pixel_values
+        embedding = checker.visual_projection(checker.vision_model(ready)[1])
+        checker.concept_embeds[0] = embedding[0]  # a cosine of 1 with this very photo
+        checker.concept_embeds_weights[:] = 2.0  # out of reach
+        checker.concept_embeds_weights[0] = 1.0 - margin
+        checker.special_care_embeds_weights[:] = 2.0
+    checker.save_pretrained(folder / "safety_checker")
+    prepare.save_pretrained(folder / "feature_extractor")
+    return folder
+
+
+@pytest.mark.parametrize(("margin", "score"), [(0.01, 1.0), (-0.01, 0.0)])
+async def test_the_models_own_thresholds_decide(
+    margin: float, score: float, tmp_path: Path
+) -> None:
+    photo = pictures.photo()
+    checker = ModelChecker(str(write_checker(tmp_path, margin=margin, photo=photo)))
+    await checker.warm_up()
+    before = photo.copy()
+    assert checker.check(photo) == score
+    assert np.array_equal(photo, before)
+
+
+@pytest.mark.parametrize(("margin", "blanked"), [(0.01, True), (-0.01, False)])
+async def test_a_picture_that_it_flags_is_blanked_everywhere(
+    margin: float, blanked: bool, tmp_path: Path
+) -> None:
+    photo = pictures.photo()
+    checker = ModelChecker(str(write_checker(tmp_path, margin=margin, photo=photo)))
+    threshold = Settings.model_fields["safety_threshold"].default
+    flagged, sent, stored = await finished(checker, threshold, photo)
+    expected = blank(photo) if blanked else photo
+    assert flagged is blanked
+    assert np.array_equal(sent, expected)
+    assert np.array_equal(stored, expected)
+
+
+async def test_a_model_without_a_checker_fails_the_start_and_the_check(tmp_path: Path) -> None:
+    checker = ModelChecker(str(tmp_path))
+    with pytest.raises(SafetyCheckError, match="the model's safety checker cannot be loaded"):
+        await checker.warm_up()
+    with pytest.raises(SafetyCheckError, match="cannot be loaded"):
+        checker.check(pictures.photo())
+
+
+def test_a_check_that_breaks_in_the_middle_fails(tmp_path: Path) -> None:
+    folder = write_checker(tmp_path, margin=0.01, photo=pictures.photo())
+    with pytest.raises(SafetyCheckError, match="the safety check cannot run"):
+        ModelChecker(str(folder)).check(np.zeros((3, 4, 5, 6), np.uint8))
+
+
+def test_the_setting_chooses(tmp_path: Path) -> None:
+    assert isinstance(safety_checker(Settings(), str(tmp_path)), NsfwChecker)
+    chosen = safety_checker(Settings(safety_checker="model"), str(tmp_path))
+    assert isinstance(chosen, ModelChecker)
+    with pytest.raises(ValueError, match="safety_checker"):
+        Settings(safety_checker="off")
