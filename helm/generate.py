@@ -32,7 +32,7 @@ OWNED = frozenset({
     "api_address", "api_ca_file", "public_base_url", "tls_cert_file", "tls_key_file", "nats_url",
     "nats_creds_file", "nats_replicas", "s3_endpoint_url", "s3_region", "s3_bucket",
     "s3_access_key", "s3_secret_key", "api_keys_file", "storage_keys", "webhook_secret", "model",
-    "device", "worker_name", "drain_seconds",
+    "device", "worker_name", "drain_seconds", "compile_cache_dir",
 })
 # fmt: on
 # Of `local` alone.

@@ -96,6 +96,11 @@ def test_the_try_out_draws_keys_of_its_own_when_none_are_given() -> None:
     assert pair["access-key"] in pair["s3.json"]
 
 
+def test_a_platform_that_assigns_users_is_not_told_one() -> None:
+    for pod in pods(render("default", "--set=user=null")):
+        assert set(pod.spec["securityContext"]) == {"runAsNonRoot", "seccompProfile"}
+
+
 def test_the_keys_file_that_the_chart_writes_is_one_that_the_api_reads(tmp_path: Path) -> None:
     secret = of_kind(render("two-pools"), "Secret")["demo-img2img-api-keys"]
     file = tmp_path / "keys.toml"
