@@ -242,10 +242,11 @@ class QueueFullError(ServiceError):
     code = Code.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
 
-    def __init__(self, limit: int, retry_seconds: float = 30.0) -> None:
+    def __init__(self, limit: int, retry_seconds: float | None = None) -> None:
+        """`retry_seconds` until a place is expected; None: unknown, half a minute."""
         super().__init__(f"Rate limit exceeded. Maximum {limit} queued requests allowed.")
         self.limit = limit
-        self.retry_seconds = retry_seconds
+        self.retry_seconds = 30.0 if retry_seconds is None else retry_seconds
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,8 +16,16 @@ from img2img.v1 import service_pb2
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.bus import memory_bus
 from img2img_server.domain.job import FIRST_JOB_ID
-from img2img_server.engine.fake import FakeEngine
-from tests.http_stack import ENTERPRISE, Gateway, body, fetch_photo, gateway_before
+from img2img_server.domain.models import WorkerInfo
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from tests.http_stack import (
+    ENTERPRISE,
+    Gateway,
+    body,
+    fetch_photo,
+    gateway_before,
+    running_gateway,
+)
 from tests.stack import Stack, kinds, refusal, running_api, running_worker, settings, spec
 
 
@@ -170,3 +179,30 @@ async def test_a_gateway_that_is_full_is_503_and_its_probes_answer(legacy: bool)
         gateway.stack.worker.engine.release()
         assert (await waiting).json()["status"] == "success"
         assert (await gateway.fetch(1)).status_code == (200 if legacy else 404)
+
+
+async def test_retry_after_says_when_a_place_is_expected() -> None:
+    async with limited(hold=True, queue_limit=2) as gateway:
+        # A worker that takes 40 s for 512x512 has 10 s for a quarter of it.
+        seconds = WorkerInfo(
+            name="w2", model=FAKE_MODEL, device="cpu", capacity_rows=1, job_seconds=40.0
+        )
+        await gateway.stack.bus.workers.announce(seconds)
+        for _ in range(2):
+            await gateway.create(instant_response=True)
+        refused = await gateway.create()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        assert refused.json()["retry_after"] == 10
+
+
+async def test_a_hint_beyond_the_models_own_limit_is_ignored() -> None:
+    engine = FakeEngine(replace(FAKE_MODEL, max_num_inference_steps=6, default_strength=0.4))
+    async with running_gateway({"engine": engine}) as gateway:
+        answer = await gateway.create(num_inference_steps=50)
+        told = answer.json()
+        assert (answer.status_code, told["status"]) == (200, "success")
+        job = await gateway.stack.api.get(f"jobs/{told['id']}")
+        assert job.spec.num_inference_steps == FAKE_MODEL.default_num_inference_steps
+        assert told["meta"]["strength"] == 0.7  # the contract's default, not the model's
+        wrong = await gateway.create(num_inference_steps=50, width=5)
+        assert list(wrong.json()["errors"]) == ["width"]

@@ -147,8 +147,9 @@ class Admission:
     async def _check_room(self, params: JobParams, caller: Caller) -> None:
         """What is too much is told before the picture is downloaded and decoded."""
         limit, tenant = self._settings.queue_limit, caller.principal.tenant
-        if await self._queue.unfinished(params.model, params.lane, tenant) >= limit:
-            raise errors.QueueFullError(limit)
+        unfinished = await self._queue.unfinished(params.model, params.lane, tenant)
+        if unfinished >= limit:
+            raise errors.QueueFullError(limit, await self._estimator.place(params, unfinished))
         key = caller.principal
         per_minute = self._settings.rate_limit if key.rate_limit is None else key.rate_limit
         if per_minute and (wait := await self._rates.take(key.key_id, per_minute)):

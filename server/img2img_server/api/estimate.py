@@ -25,6 +25,11 @@ class Estimator:
         before = await self._queue.depth(params.model, params.lane)
         return before, await self._seconds(params, before)
 
+    async def place(self, params: JobParams, unfinished: int) -> float | None:
+        """Seconds until the first of a tenant's `unfinished` jobs has ended, if known."""
+        others = await self._queue.depth(params.model, params.lane) - unfinished
+        return await self._seconds(params, max(0, others))
+
     async def job(self, job: Job) -> tuple[int, float | None]:
         """Jobs before it (-1: unknown, 0 when running) and seconds until it ends, if known."""
         if job.state is State.RUNNING:

@@ -69,17 +69,23 @@ class Endpoints:
         if reading.violations:
             await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
             raise RefusedError(Case.FIELDS, violations=reading.violations)
-        try:
-            job = await self._upstream.create(
-                call.key, job_spec(reading.values, call.base), call.base
-            )
-        except RefusedError as refused:
-            refused.violations = contract.in_table_order(refused.violations)
-            raise
+        job = await self._make(call, reading.values)
         at_once = reading.values.get("instant_response") or job.spec.webhook
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(call.key, job)
         return await self._answer(job, call, fetched=False)
+
+    async def _make(self, call: Call, values: Mapping[str, Any]) -> job_pb2.Job:
+        try:
+            return await self._upstream.create(call.key, job_spec(values, call.base), call.base)
+        except RefusedError as refused:
+            broken = {violation.field for violation in refused.violations}
+            if hints := contract.HINTS & broken & values.keys():
+                # The model's own limit is narrower than ours; a hint is never an error.
+                kept = {name: value for name, value in values.items() if name not in hints}
+                return await self._make(call, kept)
+            refused.violations = contract.in_table_order(refused.violations)
+            raise
 
     async def fetch(self, request: Request, family: str, job_id: str) -> JSONResponse:
         """State of a job, its id in the path."""

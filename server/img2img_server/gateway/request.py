@@ -8,7 +8,7 @@ from typing import Any
 
 from img2img.v1 import job_pb2
 from img2img_server.contract import notes
-from img2img_server.gateway.contract import FIELDS, LIMITS
+from img2img_server.gateway.contract import DEFAULT_STRENGTH, FIELDS, LIMITS
 
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n\f\v"
@@ -32,6 +32,7 @@ def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
     if isinstance(sent.get("track_id"), int):
         sent["track_id"] = str(sent["track_id"])
         annotations[notes.TRACK_ID_TYPE] = "integer"
+    sent.setdefault("strength", DEFAULT_STRENGTH)  # the contract's, whatever the model's own is
     sent["init_image"] = init_image(sent["init_image"])
     return job_pb2.JobSpec(**sent, annotations=annotations)
 
