@@ -16,6 +16,7 @@ from PIL import Image
 
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import (
+    DeviceLost,
     Engine,
     EngineEvent,
     EngineJob,
@@ -57,7 +58,7 @@ class Inbox:
 
     def all(self) -> list[EngineEvent]:
         """Events up to and with the last one of the job."""
-        return self.until(JobDone, JobStopped, JobError)
+        return self.until(JobDone, JobStopped, JobError, DeviceLost)
 
     def is_empty(self) -> bool:
         return self._events.empty()

@@ -36,6 +36,11 @@ class Role:
 
     async def start(self) -> None:
         """Returns when it is ready. Raises AssertionError with its log when it is not."""
+        await self.launch()
+        await self.until("/readyz")
+
+    async def launch(self) -> None:
+        """Begins it, and returns at once."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -47,7 +52,11 @@ class Role:
                 stdout=log,
                 stderr=log,
             )
-        url = f"http://127.0.0.1:{self._metrics_port}/readyz"
+
+    async def until(self, path: str) -> None:
+        """Returns when that probe says yes."""
+        assert self._process is not None
+        url = f"http://127.0.0.1:{self._metrics_port}{path}"
         async with asyncio.timeout(START_SECONDS), aiohttp.ClientSession() as session:
             while True:
                 assert self._process.returncode is None, self.log.read_text()

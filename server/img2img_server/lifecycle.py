@@ -7,11 +7,14 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import structlog
+
+EXIT_SECONDS: Final = 3.0
 
 log = structlog.get_logger()
 
@@ -31,7 +34,12 @@ def run_role(role: Role) -> int:
     an exit code.
     """
     return_large_blocks()
-    asyncio.run(_run(role))
+    leaving: list[threading.Timer] = []
+    try:
+        asyncio.run(_run(role, leaving))
+    finally:
+        for timer in leaving:
+            timer.cancel()
     return 0
 
 
@@ -50,7 +58,9 @@ def return_large_blocks() -> None:
         libc.mallopt(trim_threshold, 8 * 2**20)
 
 
-async def _run(role: Role) -> None:
+async def _run(role: Role, leaving: list[threading.Timer]) -> None:
+    """Runs the role. What its threads still do afterwards, the loading of a model or an upload, is
+    waited for EXIT_SECONDS and no longer: a timer in `leaving` sees to it."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -63,9 +73,14 @@ async def _run(role: Role) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    exit_code = 1
     try:
         await role(stop)
+        exit_code = 0
     finally:
+        leaving.append(threading.Timer(EXIT_SECONDS, os._exit, [exit_code]))
+        leaving[0].daemon = True
+        leaving[0].start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 

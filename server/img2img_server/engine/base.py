@@ -118,7 +118,17 @@ class JobError:
     error: Exception
 
 
-EngineEvent = StageDone | StepDone | PreviewReady | SampleReady | JobDone | JobStopped | JobError
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceLost:
+    """Last event of a job in whose step the device broke for good: no engine of this process can
+    use it any more. Jobs beside it get JobStopped."""
+
+    error: Exception
+
+
+EngineEvent = (
+    StageDone | StepDone | PreviewReady | SampleReady | JobDone | JobStopped | JobError | DeviceLost
+)
 Sink = Callable[[EngineEvent], None]
 
 

@@ -16,6 +16,7 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import denoising_steps
 from img2img_server.engine.base import (
+    DeviceLost,
     EngineEvent,
     EngineJob,
     EngineTimings,
@@ -82,6 +83,7 @@ class FakeEngine:
         self._waiting: deque[_Run] = deque()
         self._running: list[_Run] = []
         self._stopping = False
+        self._lost = False
         self._busy_seconds = 0.0
         self.caches_cleared = 0
         self._thread = threading.Thread(target=self._loop, name="fake-engine", daemon=True)
@@ -130,6 +132,12 @@ class FakeEngine:
             self._changed.notify_all()
         self._thread.join()
 
+    def lose_device(self) -> None:
+        """Breaks for good: jobs that run end with DeviceLost, those that come with JobStopped."""
+        with self._changed:
+            self._lost = True
+            self._changed.notify_all()
+
     def release(self) -> None:
         """Lets held jobs go on, and holds none any more."""
         with self._changed:
@@ -161,13 +169,17 @@ class FakeEngine:
 
     def _movable(self) -> list[_Run]:
         hold = self._hold_after
-        return [run for run in self._running if hold is None or run.step < hold or run.cancelled]
+        if hold is None or self._lost:
+            return list(self._running)
+        return [run for run in self._running if run.step < hold or run.cancelled]
 
     def _advance(self, run: _Run) -> bool:
         """One step of every sample; True when the job has ended."""
         job = run.job
-        if run.cancelled:
+        if run.cancelled or (self._lost and not run.step):
             return _emit(run, JobStopped())
+        if self._lost:
+            return _emit(run, DeviceLost(RuntimeError("CUDA error: an illegal address")))
         if not run.began:
             run.began = time.monotonic()
             if run.total:
@@ -226,4 +238,4 @@ def _emit(run: _Run, event: EngineEvent) -> bool:
         run.sink(event)
     except Exception:
         _log.exception("the sink of job %d failed", run.job.job_id)
-    return isinstance(event, JobDone | JobStopped | JobError)
+    return isinstance(event, JobDone | JobStopped | JobError | DeviceLost)

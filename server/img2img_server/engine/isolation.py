@@ -72,6 +72,24 @@ def needed_bytes(error: Exception) -> int | None:
     return int(float(found[1]) * _UNITS.get(found[2], 1))
 
 
+def device_works(device: torch.device) -> bool:
+    """Whether the device still computes.
+
+    Some CUDA errors (an illegal address, a failed assertion in a kernel, a GPU that fell off the
+    bus) leave a context in which everything fails from then on.
+    """
+    if device.type != "cuda":
+        return True
+    try:
+        torch.zeros(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+    return True
+
+
 def failure_of(error: Exception, job: EngineJob) -> Exception:
     """What a job's caller is told of an error in the loop."""
     if is_out_of_memory(error):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from img2img_server.domain.events import Stage
 from img2img_server.engine.base import (
+    DeviceLost,
     EngineJob,
     JobDone,
     JobError,
@@ -25,7 +26,7 @@ from img2img_server.engine.base import (
     StepDone,
 )
 from img2img_server.engine.denoiser import Denoiser
-from img2img_server.engine.isolation import failure_of
+from img2img_server.engine.isolation import device_works, failure_of
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.runs import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
@@ -50,6 +51,7 @@ class StepLoop:
         self._stages = Stages(denoiser, self._note_split)
         self._scheduler = Scheduler(capacity_rows, denoiser.step_overhead)
         self._runs: dict[int, Run] = {}
+        self._lost = False  # the device, for good
 
     @property
     def has_work(self) -> bool:
@@ -75,6 +77,9 @@ class StepLoop:
 
     def begin(self, job: EngineJob, sink: Sink) -> None:
         """Takes a job in, or ends it at once: refused, or with nothing to do."""
+        if self._lost:
+            emit(sink, job, JobStopped())
+            return
         denoiser = self._denoiser
         try:
             if job.job_id in self._runs:
@@ -98,16 +103,22 @@ class StepLoop:
         for row in run.rows(now):
             self._scheduler.add(row, now)
 
-    def _end(self, job_id: int, event: JobDone | JobStopped | JobError) -> None:
+    def _end(self, job_id: int, event: JobDone | JobStopped | JobError | DeviceLost) -> None:
         run = self._runs.pop(job_id, None)
         if run is not None:
             self._scheduler.cancel(job_id)
             run.emit(event)
 
     def _fail(self, run: Run, error: Exception) -> None:
-        if run.job.job_id in self._runs:
-            _log.error("job %d failed", run.job.job_id, exc_info=error)
-            self._end(run.job.job_id, JobError(failure_of(error, run.job)))
+        if run.job.job_id not in self._runs:
+            return
+        if not device_works(self._denoiser.device):
+            _log.critical("the device is lost", exc_info=error)
+            self._lost = True
+            self._end(run.job.job_id, DeviceLost(error))
+            return
+        _log.error("job %d failed", run.job.job_id, exc_info=error)
+        self._end(run.job.job_id, JobError(failure_of(error, run.job)))
 
     def run_batch(self) -> None:
         """Runs the next step of what the scheduler picks. Raises nothing, whatever happens."""
@@ -120,6 +131,8 @@ class StepLoop:
             for row in batch.rows:
                 if run := self._runs.get(row.job_id):
                     self._fail(run, error)
+        if self._lost:  # the neighbours did nothing wrong
+            self.stop_all()
 
     def _run_batch(self, batch: Batch) -> None:
         runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}

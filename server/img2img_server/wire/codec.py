@@ -81,14 +81,16 @@ def decode_head(data: bytes) -> EventHead:
 
 
 def decode_event(data: bytes) -> Envelope | None:
-    """The envelope, or None when its event is of a type not known here. Raises UndecodableError."""
+    """The envelope, or None when a later version wrote its event: a type that is not known here, or
+    a value, for example a stage, that is not. Raises UndecodableError."""
     head = decode_head(data)
     kind = _EVENT_TYPES.get(head.type)
     if kind is None:
         return None
-    return Envelope(
-        sequence=head.sequence,
-        time=head.time,
-        job_id=head.job_id,
-        event=decode(bytes(head.event), kind),
-    )
+    try:
+        event: Event = decode(bytes(head.event), kind)
+    except UndecodableError:
+        if head.is_terminal:  # must not be skipped
+            raise
+        return None
+    return Envelope(sequence=head.sequence, time=head.time, job_id=head.job_id, event=event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -103,3 +104,4 @@ class Parts:
     # Deletes cached downloads of the model, returns the bytes freed; blocks. Raises OSError.
     forget_downloads: Callable[[], int] = lambda: 0
     pace: Pace = field(default_factory=Pace)
+    device_lost: asyncio.Event = field(default_factory=asyncio.Event)

@@ -20,6 +20,7 @@ from img2img_server.domain.events import (
 )
 from img2img_server.domain.job import IllegalTransitionError, Job
 from img2img_server.engine.base import (
+    DeviceLost,
     EngineEvent,
     EngineJob,
     EngineTimings,
@@ -49,11 +50,16 @@ log = structlog.get_logger()
 
 # What the engine tells, and when in Unix nanoseconds.
 _Inbox: TypeAlias = "asyncio.Queue[tuple[int, EngineEvent]]"
+LET_GO_SECONDS = 2.0
 _NOT_OURS = (OwnershipLostError, IllegalTransitionError)
 
 
 class _StoppedError(Exception):
     """The engine ended the job because it was asked to."""
+
+
+class _DeviceLostError(Exception):
+    """The device broke in a step of the job."""
 
 
 @dataclass
@@ -74,7 +80,7 @@ class JobRun:
         self._delivery = delivery
         self._watch = _Stopwatch()
         self._cancelled = False
-        self._leaving = False
+        self._leaving = asyncio.Event()
         self._submitted = False
         self._owned: OwnedJob | None = None
 
@@ -93,7 +99,7 @@ class JobRun:
 
     def hand_back(self) -> None:
         """Ends the run at its next step and gives the job to another worker."""
-        self._leaving = True
+        self._leaving.set()
         self._parts.engine.cancel(self.job_id)
 
     def adopt(self, delivery: Delivery) -> None:
@@ -105,7 +111,7 @@ class JobRun:
     async def run(self) -> None:
         """Returns when the job has ended or is no longer ours; never raises for the job's sake."""
         span = enter_run(self._delivery)
-        heartbeat = asyncio.create_task(self._heartbeat())
+        beside = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._hear())]
         # Beside the records, not after them: it takes as long as they do.
         prepared = asyncio.create_task(self._prepare())
         try:
@@ -117,10 +123,17 @@ class JobRun:
         except errors.UnavailableError as error:
             # Not acked: it comes again when the bus does.
             log.warning("job let go, the bus is away", why=str(error))
+        except _DeviceLostError:  # for another worker, and counted: it may be the job's own doing
+            await self._leaving.wait()  # or this worker would pull it again
+            await self._let_go()
+        except asyncio.CancelledError:  # the drain is over
+            await self._let_go()
+            raise
         except Exception as error:  # a record that cannot be read, a fault of ours: not its
             await self._bury(error)  # neighbours' business
         finally:
-            heartbeat.cancel()
+            for task in beside:
+                task.cancel()
             prepared.cancel()
             await asyncio.gather(prepared, return_exceptions=True)
             if self._submitted:
@@ -139,6 +152,23 @@ class JobRun:
             await asyncio.sleep(self._parts.queue.ack_wait_seconds / 3)
             with suppress(errors.UnavailableError):
                 await self._delivery.in_progress()
+
+    async def _hear(self) -> None:
+        """Cancels a job whose record says so: the word itself may have come while the connection
+        was away."""
+        job = self._delivery.job
+        while True:
+            await asyncio.sleep(self._parts.queue.ack_wait_seconds / 3)
+            with suppress(errors.UnavailableError):
+                stored = await self._parts.jobs.get(job.tenant, job.job_id)
+                if stored and stored.job.cancel_requested and not self._cancelled:
+                    self.cancel()
+
+    async def _let_go(self) -> None:
+        """Gives the message to another worker at once, the record as it is."""
+        with suppress(errors.UnavailableError, TimeoutError):
+            async with asyncio.timeout(LET_GO_SECONDS):
+                await self._delivery.nak()
 
     async def _open(self) -> OwnedJob | None:
         stored, writer = await asyncio.gather(
@@ -161,7 +191,7 @@ class JobRun:
                 await owned.end(Cancelled())
             else:
                 await owned.hand_back()
-        except (*_NOT_OURS, errors.UnavailableError):
+        except (*_NOT_OURS, _DeviceLostError, errors.UnavailableError):
             raise
         except Exception as error:
             await owned.fail(error)
@@ -205,7 +235,7 @@ class JobRun:
             lambda event: _post(loop, inbox, event),
         )
         self._submitted = True
-        if self._leaving:  # asked while the image was prepared
+        if self._leaving.is_set():  # asked while the image was prepared
             self._parts.engine.cancel(job.id)
         return inbox
 
@@ -226,6 +256,9 @@ class JobRun:
                             raise event.error
                         case JobStopped():
                             raise _StoppedError
+                        case DeviceLost():
+                            self._parts.device_lost.set()
+                            raise _DeviceLostError from event.error
                         case _:
                             if isinstance(event, StepDone):
                                 self._parts.pace.step(owned.job.params)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
+from typing import TypeVar
 
 import structlog
 
@@ -27,6 +29,9 @@ from img2img_server.worker.downloads import forget_downloads
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
 
+ENGINE_STOP_SECONDS = 2.0
+T = TypeVar("T")
+
 log = structlog.get_logger()
 
 
@@ -34,8 +39,6 @@ async def serve_worker(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
     """Works until `stop` is set. `started` is called with the worker's name once it is warm."""
-    from img2img_server.engine.load import load_engine  # imports torch: seconds
-
     ready = False
     async with (
         probe_server(settings, lambda: ready and not stop.is_set()) as probes,
@@ -44,12 +47,17 @@ async def serve_worker(
     ):
         safety = safety_checker(settings, _source(settings))
         rewriter = await asyncio.to_thread(worker_rewriter, settings)
+        loading = asyncio.gather(
+            asyncio.to_thread(_load, settings), blobs.prepare(), safety.warm_up()
+        )
         try:
-            engine, _, _ = await asyncio.gather(
-                asyncio.to_thread(load_engine, settings), blobs.prepare(), safety.warm_up()
-            )
+            loaded = await _unless_stopped(stop, loading)
         except ModelError as error:
             raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
+        if loaded is None:
+            log.info("worker stopped while its model was loaded")
+            return
+        engine = loaded[0]
         try:
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
             log.info("worker is warm", worker=name, device=engine.device, probes=probes)
@@ -58,7 +66,9 @@ async def serve_worker(
                 started(name)
             await work(settings, name, bus, blobs, engine, safety, rewriter, stop)
         finally:
-            await asyncio.to_thread(engine.stop)
+            with suppress(TimeoutError):  # a step that hangs ends with the process
+                async with asyncio.timeout(ENGINE_STOP_SECONDS):
+                    await asyncio.to_thread(engine.stop)
     log.info("worker stopped")
 
 
@@ -67,6 +77,23 @@ def _source(settings: Settings) -> str:
         return read_model_spec(settings.model).source
     except ModelError as error:
         raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
+
+
+def _load(settings: Settings) -> Engine:
+    from img2img_server.engine.load import load_engine  # imports torch: seconds
+
+    return load_engine(settings)
+
+
+async def _unless_stopped(stop: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """What the work gives, or None when `stop` is set before; its threads are left to the exit."""
+    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        stopping.cancel()
 
 
 async def work(

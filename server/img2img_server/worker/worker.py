@@ -20,6 +20,8 @@ from img2img_server.worker.parts import Load, Parts
 from img2img_server.worker.run import JobRun
 
 ANNOUNCE_SECONDS = 5.0
+PULL_END_SECONDS = 2.0
+HAND_BACK_SECONDS = 5.0  # for the step or upload under way when the drain time is over
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 _LANES = (Lane.REALTIME, Lane.BATCH)
@@ -38,6 +40,7 @@ class Worker:
         self._registry = registry
         self._drain_seconds = drain_seconds
         self._runs: dict[int, JobRun] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._restarting = asyncio.Event()
 
@@ -46,6 +49,7 @@ class Worker:
 
         Raises:
             RestartError: it was told to restart, and has handed back what it had.
+            UnavailableError: its device is lost; others have its jobs.
         """
         async with (
             self._control.on_cancel(self._on_cancel),
@@ -54,13 +58,18 @@ class Worker:
         ):
             announcing = tasks.create_task(self._announce())
             pulling = tasks.create_task(self._pull(tasks))
-            await first_of(stop.wait(), self._restarting.wait())
+            lost = self._parts.device_lost
+            await first_of(stop.wait(), self._restarting.wait(), lost.wait())
             # Not announced -> not pulling -> runs finish in time or are handed back.
             announcing.cancel()
             pulling.cancel()
+            await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
             with suppress(errors.UnavailableError):
                 await self._registry.withdraw(self._parts.name)
-            await self._drain(self._drain_seconds if stop.is_set() else 0.0)
+            at_leisure = stop.is_set() and not lost.is_set()
+            await self._drain(self._drain_seconds if at_leisure else 0.0)
+        if lost.is_set():
+            raise errors.UnavailableError("the device is lost; only a new process can use it")
         if not stop.is_set():
             raise RestartError
 
@@ -80,7 +89,7 @@ class Worker:
                 continue
             for delivery in taken:
                 if run := self._take(delivery):
-                    tasks.create_task(self._run(run))
+                    self._tasks[run.job_id] = tasks.create_task(self._run(run))
 
     def _take(self, delivery: Delivery) -> JobRun | None:
         """Counts the job in at once; None when it is here already and goes on."""
@@ -98,19 +107,29 @@ class Worker:
                 await run.run()
         finally:
             del self._runs[run.job_id]
+            del self._tasks[run.job_id]
             JOBS_RUNNING.set(len(self._runs))
             self._changed.set()
 
     async def _drain(self, seconds: float) -> None:
         if self._runs:
             log.info("draining", jobs=len(self._runs), seconds=seconds)
+        await self._emptied(seconds)
+        for run in list(self._runs.values()):
+            run.hand_back()
+        await self._emptied(HAND_BACK_SECONDS)
+        # An upload or a step that hangs: nobody waits for it, another worker does the job anew.
+        for job_id, task in self._tasks.items():
+            log.warning("job cut short", job=job_id)
+            task.cancel()
+
+    async def _emptied(self, seconds: float) -> None:
+        """Waits until no job is left, or the time is over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._runs:
                     self._changed.clear()
                     await self._changed.wait()
-        for run in list(self._runs.values()):
-            run.hand_back()
 
     async def _on_cancel(self, job_id: int) -> None:
         if run := self._runs.get(job_id):
