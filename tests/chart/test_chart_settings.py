@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
 
@@ -100,6 +103,19 @@ def test_the_roles_take_what_they_are_given(
                 patch.setenv(key, value if isinstance(value, str) else stand_in(value))
             settings = Settings.load()
         assert settings.metrics_port == 9090, role
+
+
+def test_addresses_of_ipv6_have_the_form_that_each_server_takes() -> None:
+    found = {role: ours(objects, each) for objects, role, each in containers("everything")}
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 on this machine: {error.strerror}")
+    with socket.create_server((found["gateway"]["IMG2IMG_HTTP_HOST"], 0), family=socket.AF_INET6):
+        pass
+    server = grpc.server(ThreadPoolExecutor())
+    assert server.add_insecure_port(f"{found['api']['IMG2IMG_GRPC_HOST']}:0")
+    assert {each["IMG2IMG_METRICS_HOST"] for each in found.values()} == {"::"}
 
 
 def stand_in(source: Object) -> str:
