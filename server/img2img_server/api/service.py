@@ -14,10 +14,11 @@ import grpc
 import structlog
 
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
-from img2img_server import __version__, errors
+from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.admission import Caller
 from img2img_server.api.cancel import Canceller
+from img2img_server.api.capabilities import capabilities
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import current_principal
 from img2img_server.api.storage import StorageCalls
@@ -163,28 +164,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def GetCapabilities(  # noqa: N802
         self, request: service_pb2.GetCapabilitiesRequest, context: Context
     ) -> service_pb2.GetCapabilitiesResponse:
-        workers = await self._workers.workers()
-        default = self._settings.default_model
-        models = sorted(await self._workers.models(), key=lambda m: (m.name != default, m.name))
-        limits, settings = self._intake.limits, self._settings
-        return service_pb2.GetCapabilitiesResponse(
-            server_version=__version__,
-            models=[convert.model(info, workers) for info in models],
-            limits=service_pb2.Limits(
-                max_prompt_characters=limits.max_prompt_characters,
-                min_side_pixels=limits.min_side_pixels,
-                max_side_pixels=limits.max_side_pixels,
-                side_multiple=limits.side_multiple,
-                max_samples=limits.max_samples,
-                max_num_inference_steps=limits.max_num_inference_steps,
-                max_guidance_scale=limits.max_guidance_scale,
-                max_image_bytes=limits.max_image_bytes,
-                max_image_pixels=limits.max_image_pixels,
-                max_message_bytes=settings.max_message_bytes,
-                max_queued_jobs=settings.queue_limit,
-                retention=convert.duration(settings.retention_hours * 3600),
-            ),
-        )
+        models, workers = await self._workers.models(), await self._workers.workers()
+        return capabilities(self._settings, self._intake.limits, models, workers)
 
     async def UpdateStorageSettings(  # noqa: N802
         self, request: service_pb2.UpdateStorageSettingsRequest, context: Context

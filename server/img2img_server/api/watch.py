@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from img2img.v1 import event_pb2, job_pb2
 from img2img_server import errors
-from img2img_server.api import convert
+from img2img_server.api import convert, convert_events
 from img2img_server.api.estimate import Estimator
 from img2img_server.domain.events import Envelope
 from img2img_server.domain.job import Job, terminal_event
@@ -101,16 +101,16 @@ class Watcher:
         return stored.job
 
     async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
-        return convert.snapshot(await self.message(job), sequence=sequence, time=time.time())
+        return convert_events.snapshot(await self.message(job), sequence=sequence, time=time.time())
 
     async def _log_end(self, job: Job) -> int:
         return (await self._events.open(job.id)).sequence
 
     async def _message(self, tenant: str, envelope: Envelope) -> event_pb2.JobEvent:
         if not envelope.is_terminal:
-            return convert.event(envelope)
+            return convert_events.event(envelope)
         job = await self._get(tenant, envelope.job_id)
-        return convert.event(envelope, await self.message(job))
+        return convert_events.event(envelope, await self.message(job))
 
     async def _until_stop(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
         stopping = asyncio.ensure_future(self._stop.wait())
