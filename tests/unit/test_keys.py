@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from img2img_server.__main__ import main
 from img2img_server.api.keys import KeyRing, Principal, new_key
 from img2img_server.settings import SettingsError
 
@@ -96,3 +98,14 @@ def test_a_wrong_file_is_refused_with_every_mistake(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="No such file"):
         KeyRing(tmp_path / "none.toml", dev_key=False)
+
+
+def test_the_command_makes_a_key_with_its_rate_limit(tmp_path: Path) -> None:
+    words = ["keys", "--tenant", "shop", "--permission", "manage", "--rate-limit", "60"]
+    made = CliRunner().invoke(main, words)
+    file = tmp_path / "keys.toml"
+    file.write_text(made.stdout)
+    key = made.stderr.split()[-1]
+    assert KeyRing(file, dev_key=False).authenticate(key) == held(
+        key, "shop", "manage", rate_limit=60
+    )

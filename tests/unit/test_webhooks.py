@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from email.utils import formatdate
 
@@ -16,11 +18,14 @@ from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
 from img2img_server.queue.memory_outbox import MemoryOutbox
 from img2img_server.settings import SettingsError
+from img2img_server.store.base import Stored
 from img2img_server.store.memory import MemoryJobStore
+from img2img_server.webhooks.deliverer import Deliverer
 from img2img_server.webhooks.pauses import DELAYS_SECONDS, Pauses
-from img2img_server.webhooks.post import seconds_of
+from img2img_server.webhooks.post import Outcome, seconds_of
 from img2img_server.webhooks.record import announce, set_status
 from img2img_server.webhooks.signature import Signer
+from img2img_server.wire.codec import UndecodableError
 
 SECRET = "whsec_bG9jYWwtdGVzdC1zZWNyZXQtMzItYnl0ZXMtbG9uZyE="
 OTHER = "whsec_" + base64.b64encode(bytes(range(64))).decode()
@@ -190,3 +195,38 @@ async def test_a_record_that_has_expired_is_left_alone() -> None:
     jobs = MemoryJobStore()
     await set_status(jobs, ended(webhook="https://a.example"), "success")
     assert await jobs.get("acme", 10_000_042) is None
+
+
+async def test_a_record_that_cannot_be_read_holds_up_neither_webhooks_nor_the_service() -> None:
+    class Unreadable(MemoryJobStore):
+        """Has a record of another version."""
+
+        async def get(self, tenant: str, job_id: int) -> Stored | None:
+            if job_id == first.id:
+                raise UndecodableError("two versions apart")
+            return await super().get(tenant, job_id)
+
+    posted: asyncio.Queue[str] = asyncio.Queue()
+
+    async def post(address: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+        posted.put_nowait(headers["webhook-id"])
+        return Outcome(delivered=True)
+
+    async def payload(job: Job) -> bytes:
+        return BODY
+
+    first = ended(webhook="https://a.example")
+    second = replace(first, id=first.id + 1)
+    outbox, jobs, stop = MemoryOutbox(), Unreadable(), asyncio.Event()
+    await jobs.create(second)
+    deliverer = Deliverer(outbox, jobs, payload, post, Signer(), Pauses(), drain_seconds=5.0)
+    running = asyncio.create_task(deliverer.run(stop))
+    for job in (first, second):
+        await outbox.put(job)
+        assert await asyncio.wait_for(posted.get(), 5.0) == f"msg_{job.id}"
+    stop.set()
+    await running
+    stored = await jobs.get(second.tenant, second.id)
+    assert stored is not None
+    assert stored.job.webhook_status == "success"
+    assert await outbox.pull(1, 0.01) == []  # both are delivered, not left to come again

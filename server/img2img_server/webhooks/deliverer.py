@@ -99,13 +99,22 @@ class Deliverer:
             reason=outcome.reason,
         )
         try:
-            await set_status(self._jobs, job, status)
+            await self._note(job, status)
             if pause is None:
                 await pending.done()
             else:
                 await pending.retry(pause)
         except errors.UnavailableError:
             log.warning("webhook let go, the bus is away", job=job.id)  # it comes again
+
+    async def _note(self, job: Job, status: str) -> None:
+        """A record that cannot be read must hold up neither its webhook nor the service."""
+        try:
+            await set_status(self._jobs, job, status)
+        except errors.UnavailableError:
+            raise
+        except Exception as error:
+            log.error("webhook status not written", job=job.id, exc_info=error)
 
     async def _attempt(self, job: Job) -> Outcome:
         try:
