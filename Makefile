@@ -15,10 +15,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve bench
+.PHONY: help setup gen check fix test gold chart demo serve bench image-test
 
 help: ## Show these words
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.local ## Turn examples/ into a new picture with the whole service, then stop
 	@$(BIN)/python examples/demo.py
@@ -62,6 +62,9 @@ bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 	$(BIN)/python -m benchmarks.engine $(ENGINE_ARGS)
 	$(BIN)/python -m benchmarks.engine_memory
+
+image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc)
+	PYTHONPATH=. $(BIN)/python .ci/image_test.py $(ARGS)
 
 # Stamps: nothing is installed again until what it depends on has changed.
 
