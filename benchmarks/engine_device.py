@@ -1,129 +1,116 @@
 """What a device makes of the real architectures: random weights, made in place, nothing to load.
 
-Weights do not matter for speed. For each architecture: the device's matrix rate; time and rate of
-a UNet step by batch size, eager and compiled; the end-to-end time of one request of 1 to 4 steps;
-the systems of benchmarks.engine under the mixed load. Pictures stay in memory.
+Weights do not matter for speed. For each architecture, in this order: time and rate of a UNet step
+by batch size, eager, as CUDA graphs and compiled; the end-to-end time of one request of 1 to 4
+steps, eager and compiled; the systems of benchmarks.engine under the mixed load. Pictures stay in
+memory. What fails is noted and the rest goes on; what does not fit the budget is left out and
+named; the report is written after every part. One call of under ten minutes:
 
-    python -m benchmarks.engine_device [--architectures sd15 sd-turbo sdxl-turbo] [--side 512]
+    python -m benchmarks.engine_device --output FILE.json [--budget 540] [--wheels DIR]
+
+On a bare machine with torch, first collect wheels elsewhere and bring them along:
+benchmarks/device.sh does both.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.engine import compare, hardware
+from benchmarks.engine import compare, hardware, systems
 from benchmarks.engine_architectures import ARCHITECTURES, build
-from benchmarks.engine_load import Request
-from benchmarks.engine_servers import EngineServer, TimedDenoiser
-from img2img_server.engine.denoiser import TextInput
+from benchmarks.engine_device_parts import Steps, matrix_rate, request_latencies
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers_load import accelerate
 from img2img_server.engine.load import choose_device, choose_dtype
-
-BATCHES = (1, 2, 4, 8)
-
-
-def seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of one call, the device waited for."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
-        wait()
-        began = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+from img2img_server.engine.options import Compile, ModelOptions
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of one large matrix product."""
-    side = 8192 if device.type == "cuda" else 1024
-    one = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / seconds(lambda: one @ one, device, 10) / 1e12
+class Report:
+    """The parts, each run within the budget, noted as soon as it is done.
+
+    Args:
+        output: a JSON file that is written anew after every part; None: printed only.
+        budget: seconds for all of it.
+    """
+
+    def __init__(self, head: dict[str, Any], output: Path | None, budget: float) -> None:
+        self._report: dict[str, Any] = {**head, "results": {}, "left_out": [], "failed": {}}
+        self._output = output
+        self._began, self._budget = time.monotonic(), budget
+
+    def part(self, architecture: str, name: str, needs: float, work: Callable[[], Any]) -> None:
+        """Runs one part if `needs` seconds are left; a failure is noted with its last lines."""
+        left = self._budget - (time.monotonic() - self._began)
+        if left < needs:
+            self._report["left_out"].append(f"{architecture}: {name}")
+        else:
+            began = time.monotonic()
+            try:
+                found = work()
+            except Exception:  # one part must not cost the others
+                self._report["failed"][f"{architecture}: {name}"] = traceback.format_exc()[-2000:]
+            else:
+                self._report["results"].setdefault(architecture, {})[name] = found
+            print(f"{architecture}: {name} took {time.monotonic() - began:.1f} s", flush=True)
+        if self._output:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._output.write_text(self.text, encoding="utf-8")
+
+    @property
+    def text(self) -> str:
+        return json.dumps(self._report, indent=2) + "\n"
 
 
-class Steps:
-    """Times the UNet of a denoiser by batch size."""
-
-    def __init__(self, denoiser: TimedDenoiser, side: int, repeats: int) -> None:
-        self._denoiser = denoiser
-        self._side = side
-        self._repeats = repeats
-        text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=side, width=side)
-        (self._conditioning,) = denoiser.encode_texts([text])
-
-    def measure(self, rate: float) -> dict[str, dict[str, float]]:
-        """Milliseconds and TFLOP/s of a step, and its share of the device's matrix rate."""
-        counter = FlopCounterMode(display=False)
-        with counter:
-            self._step(1)()
-        flops = counter.get_total_flops()
-        found = {}
-        for batch in BATCHES:
-            took = seconds(self._step(batch), self._denoiser.device, self._repeats)
-            achieved = flops * batch / took / 1e12
-            found[str(batch)] = {
-                "ms": round(took * 1e3, 2),
-                "tflops": round(achieved, 4),
-                "share": round(achieved / rate, 3),
-            }
-        return found
-
-    def _step(self, batch: int) -> Callable[[], Any]:
-        device, unet = self._denoiser.device, self._denoiser._unet
-        channels = unet.config.in_channels
-        latents = torch.randn(batch, channels, self._side // 8, self._side // 8, device=device)
-        timesteps = torch.full((batch,), 500.0, device=device)
-        return lambda: self._denoiser.denoise(latents, timesteps, [self._conditioning] * batch)
-
-
-def request_latencies(pipeline: Any, side: int) -> dict[str, float]:
-    """Milliseconds of one unguided request alone, by its steps; the median of five."""
-    server = EngineServer(pipeline, capacity_rows=8)
-    found = {}
-    for steps in (1, 2, 3, 4):
-        one = Request(0, 0.0, side, 1.0, steps, 1.0, "a harbour at dusk")
-        times = [server.serve([replace(one, number=number)])[0][0].latency for number in range(7)]
-        found[str(steps)] = round(statistics.median(times[2:]) * 1e3, 1)
-    server.stop()
-    return found
-
-
-@torch.inference_mode()
-def measure(name: str, arguments: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """The report of one architecture."""
+def measure(name: str, arguments: argparse.Namespace, report: Report, rate: float) -> None:
+    """All parts of one architecture."""
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    repeats, side = arguments.repeats, arguments.side
     with tempfile.TemporaryDirectory() as folder:
         pipeline = build(name, Path(folder), device, dtype)
-    denoiser = TimedDenoiser(pipeline)
-    report: dict[str, Any] = {
-        "eager": Steps(denoiser, arguments.side, arguments.repeats).measure(rate),
-        "request_ms": request_latencies(pipeline, arguments.side),
-        "load": compare(
-            pipeline, arguments.requests, arguments.loads, [arguments.side], arguments.rows
-        ),
-    }
+
+    def steps(batches: list[int], **compiler: Any) -> dict[str, Any]:
+        denoiser = DiffusersDenoiser(pipeline)
+        if compiler:
+            torch._dynamo.reset()
+            denoiser._unet = torch.compile(denoiser._unet, dynamic=False, **compiler)
+        return Steps(denoiser, side, repeats).measure(rate, batches)
+
+    def compiled_requests() -> dict[str, float]:
+        torch._dynamo.reset()
+        options = ModelOptions(compile=Compile.WHOLE)
+        accelerate(pipeline, options)
+        return request_latencies(pipeline, side, options)
+
+    few = arguments.compiled_batches
+    report.part(name, "steps, eager", 20, lambda: steps(arguments.batches))
+    report.part(name, "request ms, eager", 10, lambda: request_latencies(pipeline, side))
     if arguments.compile:
-        denoiser._unet = torch.compile(denoiser._unet, mode="max-autotune", dynamic=False)
-        report["compiled"] = Steps(denoiser, arguments.side, arguments.repeats).measure(rate)
-    return report
+        if device.type == "cuda":
+            graphs = {"backend": "cudagraphs"}
+            report.part(name, "steps, CUDA graphs", 40, lambda: steps(few, **graphs))
+        mode = {"mode": "reduce-overhead"} if device.type == "cuda" else {"mode": "default"}
+        report.part(name, "steps, compiled", 120, lambda: steps(few, **mode))
+    if name in arguments.loaded:
+        report.part(name, "mixed load", 60, lambda: loads(name, pipeline, arguments))
+    if arguments.compile:  # last: it leaves the pipeline compiled
+        report.part(name, "request ms, compiled", 60, compiled_requests)
+
+
+def loads(name: str, pipeline: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The systems of benchmarks.engine."""
+    servers = systems(pipeline, name, arguments.rows, arguments.wheels)
+    return compare(servers, arguments.requests, arguments.loads, [arguments.side])
 
 
 def main() -> None:
@@ -131,29 +118,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     choices = list(ARCHITECTURES)
     parser.add_argument("--architectures", nargs="+", choices=choices, default=choices[:3])
+    parser.add_argument("--loaded", nargs="*", choices=choices, default=["sd-turbo"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--compiled-batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--loads", type=float, nargs="*", default=[0.9])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds")
+    parser.add_argument("--wheels", type=Path, help="folder with LitServe's wheels; default: pip")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     rate = matrix_rate(device, dtype)
-    report = {
+    head = {
         "hardware": {**hardware(device, dtype), "matrix TFLOP/s": f"{rate:.2f}"},
         "side": arguments.side,
-        "results": {name: measure(name, arguments, rate) for name in arguments.architectures},
     }
-    text = json.dumps(report, indent=2) + "\n"
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
+    report = Report(head, arguments.output, arguments.budget)
+    with torch.inference_mode():
+        for name in arguments.architectures:
+            measure(name, arguments, report, rate)
+            gc.collect()  # the next one may need all of the device
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    print(report.text)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,23 @@ from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobError
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.engine.options import ModelOptions
 
 
 class EngineServer:
     """Ours."""
 
-    def __init__(self, pipeline: Any, clock: Clock, capacity_rows: int) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        clock: Clock,
+        capacity_rows: int,
+        options: ModelOptions | None = None,
+    ) -> None:
         self._clock = clock
-        self._engine = DiffusionEngine(
-            DiffusersDenoiser(pipeline), ModelSpec(source="", name="bench"), capacity_rows
-        )
+        denoiser = DiffusersDenoiser(pipeline, options, capacity_rows=capacity_rows)
+        spec = ModelSpec(source="", name="bench")
+        self._engine = DiffusionEngine(denoiser, spec, capacity_rows)
 
     def serve(self, load: Sequence[Request]) -> Served:
         """Runs a load in real time."""

@@ -30,6 +30,7 @@ from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers_schedules import make_scheduler
 from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.memory import Memory
 from img2img_server.engine.model_spec import ModelSpec
 
 # Networks this small lose more to threads than they gain.
@@ -93,10 +94,12 @@ def load(folder: Path) -> DiffusersDenoiser:
 
 
 @contextmanager
-def running(denoiser: Denoiser, capacity_rows: int = 8, **limits: int) -> Iterator[Engine]:
+def running(
+    denoiser: Denoiser, capacity_rows: int = 8, memory: Memory | None = None, **limits: Any
+) -> Iterator[Engine]:
     """An engine on the denoiser; `limits`: of its ModelSpec."""
     spec = ModelSpec(source="", name="tiny", **{"max_num_inference_steps": 1000, **limits})
-    engine = DiffusionEngine(denoiser, spec, capacity_rows)
+    engine = DiffusionEngine(denoiser, spec, capacity_rows, memory)
     try:
         yield engine
     finally:

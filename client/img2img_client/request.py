@@ -41,6 +41,8 @@ class Options(TypedDict, total=False):
     num_inference_steps: int | None  # of which about strength x steps run
     guidance_scale: float | None  # 1.0 and below turn guidance off
     scheduler: str | None  # see capabilities()
+    lora: str | None  # a LoRA that the model offers
+    lora_scale: float | None  # how much of it, default 1.0
     output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
     preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
     lane: str | None  # "realtime" (default) or "batch"

@@ -127,6 +127,16 @@ class Settings(BaseSettings):
         description="What the tiny autoencoder is for: better previews, or the pictures too, "
         "which is faster and costs fine detail.",
     )
+    memory_limit_bytes: int = Field(
+        0,
+        ge=0,
+        description="Most device memory for the intermediate results of a step; 0: what is free.",
+    )
+    lora_dir: Path | None = Field(
+        None,
+        description="Folder of LoRA files (.safetensors) that requests may name; a LoRA has the "
+        "name of its file. Not together with fuse_qkv.",
+    )
     safety_checker: str = Field(
         "opennsfw",
         pattern="^(opennsfw|model)$",
@@ -228,6 +238,8 @@ class Settings(BaseSettings):
             raise ValueError("tls_cert_file and tls_key_file must be given together")
         if (self.prompt_rewriter == "model") != bool(self.prompt_model):
             raise ValueError("prompt_model belongs to prompt_rewriter=model, and it to that")
+        if self.lora_dir and self.fuse_qkv:
+            raise ValueError("lora_dir does not work with fuse_qkv: it fuses what a LoRA changes")
         if "{prompt}" not in self.prompt_template:
             raise ValueError("prompt_template must have {prompt} in it")
         return self

@@ -13,10 +13,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from img2img_server.engine.base import EngineJob, JobError, Pixels, PreviewReady
+from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.load import load_engine
+from img2img_server.engine.memory import Memory
 from img2img_server.engine.model_spec import ModelError
 from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
+from img2img_server.errors import OutOfMemoryError
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, Inbox, blocks, difference, job, pictures, run, running
 from tests.tiny_models import write_sd
@@ -203,3 +206,38 @@ def test_announced_sizes_run_before_the_worker_is_ready(
 def test_a_size_that_does_not_run_is_told_at_the_start(folder: Path) -> None:
     with pytest.raises(ModelError, match="does not run at 3x3"):
         load_engine(Settings(model=str(folder), warm_up_sizes="3x3"))
+
+
+class SmallDevice(DiffusersDenoiser):
+    """Says that every forward of 64x72 needs 100 MiB, of which three fit; its own meter."""
+
+    free: int | None = 330 * 2**20
+
+    def start(self) -> None:
+        self.forwards = 0
+        self.batches: list[int] = getattr(self, "batches", [])
+
+    def denoise(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditionings: Sequence[Conditioning]
+    ) -> torch.Tensor:
+        self.forwards = sum(1 if row.negative is None else 2 for row in conditionings)
+        self.batches.append(self.forwards)
+        return super().denoise(latents, timesteps, conditionings)
+
+    def peak(self) -> int:
+        return self.forwards * 100 * 2**20
+
+
+def test_batches_and_jobs_are_held_against_the_peaks_that_were_measured(
+    folder: Path, plain: list[Pixels]
+) -> None:
+    device = SmallDevice.load(str(folder), torch.device("cpu"), torch.float32)
+    with running(device, memory=Memory(device)) as engine:
+        assert len(pictures(run(engine, job()))) == 1
+        assert worst(pictures(run(engine, WANTED)), plain) <= BOUND
+        (end,) = run(engine, job(init_image=blocks(128, 144)))
+
+    assert max(device.batches) == 2, "a guided row takes two; two of them would take four"
+    assert isinstance(end, JobError)
+    assert isinstance(end.error, OutOfMemoryError)
+    assert (end.error.width, end.error.needed_bytes) == (144, 400 * 2**20)

@@ -15,7 +15,7 @@ from img2img_server.domain.params import (
 )
 
 GOOD = JobParams(prompt="a cat")
-CONTEXT = ValidationContext(schedulers=("ddim", "euler"))
+CONTEXT = ValidationContext(schedulers=("ddim", "euler"), loras=("ink", "oil"))
 
 
 def test_a_good_request_has_no_violation() -> None:
@@ -27,6 +27,7 @@ def test_the_limits_themselves_are_allowed() -> None:
         {"prompt": "é" * 2000, "width": 256, "height": 1024, "samples": 4, "strength": 0.0},
         {"strength": 1.0, "seed": 2**32 - 1, "num_inference_steps": 100, "guidance_scale": 30.0},
         {"track_id": "x" * 191, "webhook": "https://example.org/hook", "scheduler": "euler"},
+        {"lora": "ink", "lora_scale": 2.0},
     ):
         assert validate(dataclasses.replace(GOOD, **changes), CONTEXT) == []
 
@@ -55,6 +56,9 @@ def test_the_limits_themselves_are_allowed() -> None:
         ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 100"),
         ({"guidance_scale": math.inf}, "guidance_scale must be between 0 and 30"),
         ({"scheduler": "nope"}, "scheduler must be one of ddim, euler"),
+        ({"lora": "wool"}, "lora must be one of ink, oil"),
+        ({"lora_scale": 2.1}, "lora_scale must be between 0 and 2"),
+        ({"lora_scale": math.nan}, "lora_scale must be between 0 and 2"),
         ({"preview_interval_steps": -1}, "preview_interval_steps must be between 0 and 100"),
     ],
 )
@@ -62,6 +66,11 @@ def test_each_broken_rule_is_named(changes: dict[str, object], sentence: str) ->
     (field,) = changes
     found = validate(dataclasses.replace(GOOD, **changes), CONTEXT)
     assert found == [Violation(field, sentence)]
+
+
+def test_a_lora_of_a_model_without_any_is_refused() -> None:
+    (found,) = validate(dataclasses.replace(GOOD, lora="ink"), ValidationContext())
+    assert found.description == "lora: the model offers none"
 
 
 def test_all_violations_are_listed_at_once() -> None:

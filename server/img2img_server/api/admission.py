@@ -136,7 +136,7 @@ class Admission:
             return ValidationContext(self.limits, may_be_plain_http=listed)
         most = min(self.limits.max_num_inference_steps, model.max_num_inference_steps)
         limits = replace(self.limits, max_num_inference_steps=most)
-        return ValidationContext(limits, model.schedulers, listed)
+        return ValidationContext(limits, model.schedulers, model.loras, listed)
 
     async def _announced_model(self) -> str:
         """The first by name that is served now, or ever was."""

@@ -82,6 +82,8 @@ def request(spec: job_pb2.JobSpec, *, default_model: str, random_seed: int) -> R
         ),
         guidance_scale=spec.guidance_scale if spec.HasField("guidance_scale") else None,
         scheduler=spec.scheduler,
+        lora=spec.lora,
+        lora_scale=spec.lora_scale if spec.HasField("lora_scale") else 1.0,
         output_format=FORMATS.get(spec.output_format, ImageFormat.JPEG),
         preview_interval_steps=spec.preview_interval_steps,
         lane=LANES.get(spec.lane, Lane.REALTIME),
@@ -131,6 +133,7 @@ def model(info: ModelInfo, workers: list[WorkerInfo]) -> service_pb2.Model:
         name=info.name,
         family=info.family,
         schedulers=info.schedulers,
+        loras=info.loras,
         default_num_inference_steps=info.default_num_inference_steps,
         default_guidance_scale=info.default_guidance_scale,
         default_strength=info.default_strength,
@@ -176,6 +179,8 @@ def _spec(params: JobParams) -> job_pb2.JobSpec:
         guidance_scale=params.guidance_scale,
         annotations=dict(params.annotations),
     )
+    if params.lora:
+        spec.lora, spec.lora_scale = params.lora, params.lora_scale
     if params.init_image_url:
         spec.init_image.url = params.init_image_url
     return spec

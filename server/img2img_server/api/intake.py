@@ -147,6 +147,7 @@ class Intake:
 
     async def _record(self, accepted: Admitted, caller: Caller, job_id: int = 0) -> Job:
         """A new job's record, with a number of its own unless it has one."""
+        remaining = caller.remaining_seconds
         job = Job(
             id=job_id,
             tenant=caller.principal.tenant,
@@ -157,6 +158,7 @@ class Intake:
             original_prompt=accepted.original_prompt,
             timings=Timings(fetch=accepted.fetch_seconds),
             warning=accepted.warning,
+            deadline_time=time.time() + remaining if remaining is not None else 0.0,
         )
         addressed = self._addressed(job, caller)
         if job_id:

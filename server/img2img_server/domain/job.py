@@ -122,6 +122,8 @@ class Job:
     queue_sequence: int = 0
     # Version of the tenant's storage details that future_urls come from; "": our own bucket.
     storage_version: str = ""
+    # When nobody waits for it any more, Unix seconds; 0.0: never.
+    deadline_time: float = 0.0
     # Links in our own bucket, taken when the tenant's storage refuses the files.
     own_urls: tuple[str, ...] = ()
 

@@ -17,6 +17,7 @@ class ModelInfo:
     default_strength: float = 0.7
     native_size: int = 512
     max_num_inference_steps: int = 100
+    loras: tuple[str, ...] = ()
     # Measured device seconds a pixel-step, batches and encoders included; kept with the model while
     # no worker serves it. 0.0: nothing ran yet.
     pixel_step_seconds: float = 0.0

@@ -43,6 +43,7 @@ class Limits:
     max_samples: int = 4
     max_num_inference_steps: int = 100
     max_guidance_scale: float = 30.0
+    max_lora_scale: float = 2.0
     max_preview_interval_steps: int = 100
     max_image_bytes: int = 20_971_520
     max_image_pixels: int = 50_000_000
@@ -76,6 +77,8 @@ class JobParams:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     scheduler: str = ""
+    lora: str = ""
+    lora_scale: float = 1.0
     output_format: ImageFormat = ImageFormat.JPEG
     preview_interval_steps: int = 0
     lane: Lane = Lane.REALTIME
@@ -106,6 +109,7 @@ class ValidationContext:
 
     limits: Limits = field(default_factory=Limits)
     schedulers: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
     may_be_plain_http: Callable[[str], bool] = lambda url: False  # of a webhook's address
 
 
@@ -151,6 +155,13 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         text = f"preview_interval_steps must be between 0 and {most}"
         yield Violation("preview_interval_steps", text)
     yield from _annotations(params, limits)
+    if params.lora and params.lora not in context.loras:
+        known = ", ".join(context.loras)
+        text = f"lora must be one of {known}" if known else "lora: the model offers none"
+        yield Violation("lora", text)
+    if not 0.0 <= params.lora_scale <= limits.max_lora_scale:
+        text = f"lora_scale must be between 0 and {limits.max_lora_scale:g}"
+        yield Violation("lora_scale", text)
 
 
 def _is_webhook(text: str, context: ValidationContext) -> bool:

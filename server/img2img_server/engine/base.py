@@ -24,7 +24,8 @@ class EngineJob:
     `init_image`: exactly height x width x 3. `seeds`: one a sample. `guidance_scale` at most 1
     turns guidance off. A `strength` of less than one step gives the init image back, where stock
     diffusers raises. `enqueue_time`: monotonic seconds, orders waiting jobs;
-    0.0 means when it is submitted.
+    0.0 means when it is submitted. `lora`: one of the model's, empty for none; `lora_scale`: how
+    much of it. `deadline`: monotonic seconds, when the pictures are of no more use.
     """
 
     job_id: int
@@ -40,6 +41,9 @@ class EngineJob:
     scheduler: str
     preview_interval_steps: int = 0
     enqueue_time: float = 0.0
+    lora: str = ""
+    lora_scale: float = 1.0
+    deadline: float | None = None
 
     @property
     def height(self) -> int:

@@ -1,7 +1,7 @@
 """The seam between the step loop and a model: encode, denoise, decode. Tensors, but no diffusers.
 
 Latents are float32, n x channels x height/8 x width/8, on the model's device, scaled as the
-sampler expects them. Every method takes a batch of one size.
+sampler expects them. Every method takes a batch of one size and one adapter.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from img2img_server.engine.base import Pixels
 from img2img_server.engine.sampler import Schedule
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA of the model's, and how much of it."""
+
+    name: str
+    scale: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextInput:
     """What one job says to the model."""
@@ -26,6 +34,7 @@ class TextInput:
     guidance_scale: float
     height: int
     width: int
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +56,7 @@ class Conditioning:
     prompt: TextEmbedding
     negative: TextEmbedding | None
     guidance_scale: Tensor
+    adapter: Adapter | None = None
     guidance_embedding: Tensor | None = None
     time_ids: Tensor | None = None
 

@@ -14,6 +14,7 @@ from img2img_server.engine.base import Pixels
 from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextEmbedding, TextInput
 from img2img_server.engine.diffusers_autoencoder import Autoencoder
 from img2img_server.engine.diffusers_load import accelerate, load_pipeline
+from img2img_server.engine.diffusers_lora import LoraSet
 from img2img_server.engine.diffusers_schedules import Schedules
 from img2img_server.engine.diffusers_text import TextEncoder
 from img2img_server.engine.options import Compile, ModelOptions, ladder, padded
@@ -43,6 +44,7 @@ class DiffusersDenoiser:
     Args:
         pipeline: an image-to-image pipeline of the Stable Diffusion or SDXL family, on its device.
         tiny_vae: an AutoencoderTiny for previews, on the same device.
+        loras: the adapters that requests may name.
         capacity_rows: most forwards of a batch; those of compiled models are filled up to one of a
             few sizes below it.
     """
@@ -53,6 +55,7 @@ class DiffusersDenoiser:
         options: ModelOptions | None = None,
         *,
         tiny_vae: Any = None,
+        loras: LoraSet | None = None,
         capacity_rows: int = 8,
     ) -> None:
         options = options or ModelOptions()
@@ -64,6 +67,7 @@ class DiffusersDenoiser:
         self._capacity_rows = capacity_rows
         self._schedules = Schedules(pipeline.scheduler.config)
         self._text = TextEncoder(pipeline)
+        self._loras = loras or LoraSet(pipeline, None)
         self._autoencoder = Autoencoder(pipeline.vae, options.vae_tile_pixels)
         self._tiny = Autoencoder(tiny_vae, options.vae_tile_pixels) if tiny_vae else None
         # Models distilled with guidance take the scale as an input and need no second forward.
@@ -86,8 +90,9 @@ class DiffusersDenoiser:
         """
         options = options or ModelOptions()
         pipeline, tiny = load_pipeline(source, device, dtype, options)
+        loras = LoraSet(pipeline, options.lora_dir)
         accelerate(pipeline, options)
-        return cls(pipeline, options, tiny_vae=tiny, capacity_rows=capacity_rows)
+        return cls(pipeline, options, tiny_vae=tiny, loras=loras, capacity_rows=capacity_rows)
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +125,13 @@ class DiffusersDenoiser:
     def schedule(self, name: str, num_inference_steps: int, strength: float) -> Schedule:
         return self._schedules.get(name, num_inference_steps, strength)
 
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """What `Adapter` may name."""
+        return self._loras.names
+
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
+        self._loras.use(texts[0].adapter)
         return self._text.encode(texts, [self.slots(text.guidance_scale) for text in texts])
 
     def clear_cache(self) -> None:
@@ -139,6 +150,7 @@ class DiffusersDenoiser:
     def denoise(
         self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
     ) -> Tensor:
+        self._loras.use(conditionings[0].adapter)
         # Guided rows come a second time, after all others, with their negative prompt.
         forwards = [_Forward(i, it.prompt, it) for i, it in enumerate(conditionings)]
         forwards += [

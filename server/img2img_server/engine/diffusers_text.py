@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from img2img_server.engine.denoiser import Conditioning, TextEmbedding, TextInput
+from img2img_server.engine.denoiser import Adapter, Conditioning, TextEmbedding, TextInput
 
 _CACHE_PROMPTS = 128
 
@@ -17,6 +17,7 @@ _CACHE_PROMPTS = 128
 class _Prompt(NamedTuple):
     text: str
     is_negative: bool
+    adapter: Adapter | None
 
 
 class TextEncoder:
@@ -35,9 +36,9 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[TextInput], slots: Sequence[int]) -> list[Conditioning]:
         """One conditioning a text; those with two slots get their negative prompt too."""
-        prompts = [_Prompt(text.prompt, False) for text in texts]
+        prompts = [_Prompt(text.prompt, False, text.adapter) for text in texts]
         negatives = [
-            _Prompt(text.negative_prompt, True) if slot == 2 else None
+            _Prompt(text.negative_prompt, True, text.adapter) if slot == 2 else None
             for text, slot in zip(texts, slots, strict=True)
         ]
         known = self._look_up([*prompts, *(prompt for prompt in negatives if prompt)])
@@ -101,6 +102,7 @@ class TextEncoder:
             prompt=prompt,
             negative=negative,
             guidance_scale=scale,
+            adapter=text.adapter,
             guidance_embedding=self._guidance_embedding(text.guidance_scale),
             time_ids=self._time_ids(text) if self._is_xl else None,
         )

@@ -14,6 +14,7 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
@@ -54,13 +55,21 @@ class DiffusionEngine:
     Args:
         spec: the model's name, defaults and limits.
         capacity_rows: most forwards of a batch; a guided sample takes two of them.
+        memory: what is known of the device's memory; None: that of the denoiser's device.
     """
 
-    def __init__(self, denoiser: Denoiser, spec: ModelSpec, capacity_rows: int) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        spec: ModelSpec,
+        capacity_rows: int,
+        memory: Memory | None = None,
+    ) -> None:
         self._denoiser = denoiser
         self._spec = spec
         self._capacity_rows = capacity_rows
-        self._loop = StepLoop(denoiser, spec, capacity_rows)
+        memory = memory or Memory(meter_of(denoiser.device))
+        self._loop = StepLoop(denoiser, spec, capacity_rows, memory)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = False

@@ -216,7 +216,7 @@ def picture(job: EngineJob, sample: int) -> Pixels:
     total = denoising_steps(job.strength, job.num_inference_steps)
     if total == 0:
         return job.init_image.copy()
-    recipe = (
+    recipe: tuple[object, ...] = (
         job.prompt,
         job.negative_prompt,
         job.seeds[sample],
@@ -224,6 +224,8 @@ def picture(job: EngineJob, sample: int) -> Pixels:
         job.guidance_scale,
         job.scheduler,
     )
+    if job.lora:
+        recipe += (job.lora, job.lora_scale)
     digest = hashlib.sha256(repr(recipe).encode()).digest()
     noise = np.random.default_rng(list(digest)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     rows = np.arange(job.height) * 16 // job.height

@@ -7,11 +7,13 @@ import logging
 import os
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec
 from img2img_server.engine.options import ModelOptions, sizes
 from img2img_server.settings import Settings
@@ -47,7 +49,9 @@ def load_engine(settings: Settings) -> DiffusionEngine:
     denoiser = DiffusersDenoiser.load(
         spec.source, device, dtype, ModelOptions.of(settings), settings.max_batch_rows
     )
-    engine = DiffusionEngine(denoiser, spec, settings.max_batch_rows)
+    spec = replace(spec, loras=denoiser.loras)
+    memory = Memory(meter_of(device), settings.memory_limit_bytes)
+    engine = DiffusionEngine(denoiser, spec, settings.max_batch_rows, memory)
     try:
         warm_up(engine, spec, settings)
     except BaseException:

@@ -97,6 +97,7 @@ class ModelSpec:
     max_num_inference_steps: int = 100
     native_size: int = 512
     multiple: int = 8
+    loras: tuple[str, ...] = ()
 
     @property
     def info(self) -> ModelInfo:
@@ -111,6 +112,7 @@ class ModelSpec:
             default_strength=self.strength,
             native_size=self.native_size,
             max_num_inference_steps=self.max_num_inference_steps,
+            loras=self.loras,
         )
 
     def refusal(self, height: int, width: int, num_inference_steps: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Self
 
 from img2img_server.settings import Settings
@@ -37,6 +38,7 @@ class ModelOptions:
     vae_tile_pixels: int = 1024 * 1024
     tiny_vae: str = ""
     tiny_vae_use: TinyVaeUse = TinyVaeUse.PREVIEWS
+    lora_dir: Path | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -47,6 +49,7 @@ class ModelOptions:
             vae_tile_pixels=settings.vae_tile_pixels,
             tiny_vae=settings.tiny_vae,
             tiny_vae_use=TinyVaeUse(settings.tiny_vae_use),
+            lora_dir=settings.lora_dir,
         )
 
 

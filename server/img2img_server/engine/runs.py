@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from img2img_server.engine.base import EngineEvent, EngineJob, EngineTimings, Sink
-from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextInput
+from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
 from img2img_server.engine.sampler import Schedule, Step, coefficient_table, draw_noise
 from img2img_server.engine.scheduler import Key, Row
 
@@ -92,6 +92,7 @@ class Run:
             guidance_scale=job.guidance_scale,
             height=job.height,
             width=job.width,
+            adapter=Adapter(job.lora, job.lora_scale) if job.lora else None,
         )
 
     @property
@@ -112,6 +113,8 @@ class Run:
                 slots=self.slots,
                 steps=len(self.schedule.steps),
                 enqueue_time=job.enqueue_time or now,
+                adapter=f"{job.lora}:{job.lora_scale:g}" if job.lora else "",
+                deadline=job.deadline,
             )
             for sample in range(len(job.seeds))
         ]

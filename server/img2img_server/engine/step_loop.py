@@ -27,12 +27,13 @@ from img2img_server.engine.base import (
 )
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.isolation import device_works, failure_of
+from img2img_server.engine.memory import Memory
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.runs import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.stages import Stages
 from img2img_server.engine.warm_up import exercise
-from img2img_server.errors import EngineError
+from img2img_server.errors import EngineError, OutOfMemoryError
 
 _log = logging.getLogger(__name__)
 
@@ -43,13 +44,17 @@ class StepLoop:
     Args:
         spec: the model's name, defaults and limits.
         capacity_rows: most forwards of a batch; a guided sample takes two of them.
+        memory: knows which batches fit the device.
     """
 
-    def __init__(self, denoiser: Denoiser, spec: ModelSpec, capacity_rows: int) -> None:
+    def __init__(
+        self, denoiser: Denoiser, spec: ModelSpec, capacity_rows: int, memory: Memory
+    ) -> None:
         self._denoiser = denoiser
         self._spec = spec
         self._stages = Stages(denoiser, self._note_split)
         self._scheduler = Scheduler(capacity_rows, denoiser.step_overhead)
+        self._memory = memory
         self._runs: dict[int, Run] = {}
         self._lost = False  # the device, for good
 
@@ -73,7 +78,7 @@ class StepLoop:
     def warm_up(self, height: int, width: int) -> None:
         """Runs everything once at this size, with every size of batch that is worth it."""
         for slots in self._denoiser.warm_up_slots:
-            exercise(self._denoiser, height, width, slots)
+            exercise(self._denoiser, self._memory, height, width, slots)
 
     def begin(self, job: EngineJob, sink: Sink) -> None:
         """Takes a job in, or ends it at once: refused, or with nothing to do."""
@@ -86,7 +91,11 @@ class StepLoop:
                 raise EngineError("the job runs here already")
             if sentence := self._spec.refusal(job.height, job.width, job.num_inference_steps):
                 raise EngineError(sentence)
+            if job.lora and job.lora not in self._spec.loras:
+                raise EngineError(f"{self._spec.name} has no LoRA {job.lora}")
             slots = denoiser.slots(job.guidance_scale)
+            if need := self._memory.lacking(job.height, job.width, slots):
+                raise OutOfMemoryError(job.width, job.height, need)
             schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
             run = Run.begin(job, sink, schedule, slots, denoiser.device)
         except Exception as error:
@@ -125,6 +134,7 @@ class StepLoop:
         batch = self._scheduler.next_batch(time.monotonic())
         if batch is None:
             return
+        batch = self._fitting(batch)
         try:
             self._run_batch(batch)
         except Exception as error:
@@ -133,6 +143,15 @@ class StepLoop:
                     self._fail(run, error)
         if self._lost:  # the neighbours did nothing wrong
             self.stop_all()
+
+    def _fitting(self, batch: Batch) -> Batch:
+        """What of a batch fits the device; the rest goes back to wait. One row at least."""
+        first = batch.rows[0]
+        most = self._memory.slots_that_fit(first.height, first.width, batch.slots)
+        rows = list(batch.rows)
+        while len(rows) > 1 and sum(row.slots for row in rows) > most:
+            self._scheduler.put_back([rows.pop().key])
+        return Batch(tuple(rows))
 
     def _run_batch(self, batch: Batch) -> None:
         runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
@@ -172,9 +191,10 @@ class StepLoop:
         if not samples:
             return
         began = time.monotonic()
-        failed = self._stages.step(samples)
+        slots, job = sum(sample.run.slots for sample in samples), samples[0].run.job
+        with self._memory.measured(job.height, job.width, slots):
+            failed = self._stages.step(samples)
         took = time.monotonic() - began
-        slots = sum(sample.run.slots for sample in samples)
         for run in runs_of(samples):
             own = sum(run.slots for sample in samples if sample.run is run)
             run.note_step(took, own / slots)

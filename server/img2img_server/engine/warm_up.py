@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from img2img_server.engine.denoiser import Denoiser, TextInput
+from img2img_server.engine.memory import Memory
 
 
-def exercise(denoiser: Denoiser, height: int, width: int, slots: int) -> None:
+def exercise(denoiser: Denoiser, memory: Memory, height: int, width: int, slots: int) -> None:
     """Encodes, denoises `slots` unguided rows in one forward, decodes and makes a preview."""
     text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=height, width=width)
     (conditioning,) = denoiser.encode_texts([text])
@@ -17,6 +18,7 @@ def exercise(denoiser: Denoiser, height: int, width: int, slots: int) -> None:
     latents = torch.stack([image.mean for image in denoiser.encode_images(images)])
     rows = latents[:1].expand(slots, -1, -1, -1)
     timesteps = torch.full((slots,), 500.0, device=denoiser.device)
-    denoiser.denoise(rows, timesteps, [conditioning] * slots)
+    with memory.measured(height, width, slots):
+        denoiser.denoise(rows, timesteps, [conditioning] * slots)
     denoiser.decode(latents)
     denoiser.preview(latents[:1])

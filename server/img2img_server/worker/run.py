@@ -231,6 +231,9 @@ class JobRun:
                 scheduler=params.scheduler or info.schedulers[0],
                 preview_interval_steps=params.preview_interval_steps,
                 enqueue_time=time.monotonic(),
+                lora=params.lora,
+                lora_scale=params.lora_scale,
+                deadline=_monotonic(job.deadline_time),
             ),
             lambda event: _post(loop, inbox, event),
         )
@@ -321,6 +324,11 @@ async def _told(
         case PreviewReady():
             image = await asyncio.to_thread(preview_jpeg, event.pixels)
             return Preview(sample=event.sample, step=event.step, image=image)
+
+
+def _monotonic(unix_seconds: float) -> float | None:
+    """The moment on this machine's own clock; None: never."""
+    return time.monotonic() + unix_seconds - time.time() if unix_seconds else None
 
 
 def _post(loop: asyncio.AbstractEventLoop, inbox: _Inbox, event: EngineEvent) -> None:

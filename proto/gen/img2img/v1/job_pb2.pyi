@@ -179,6 +179,8 @@ class JobSpec(_message.Message):
     PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
+    LORA_SCALE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the picture shall show. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
@@ -225,6 +227,10 @@ class JobSpec(_message.Message):
     """Send a small JPEG preview every this many steps: 0 (never, the default) to 100."""
     lane: Global___Lane.ValueType
     """Queue lane. Default realtime."""
+    lora: _builtins.str
+    """LoRA by name, one of the model's, see GetCapabilities. Default none."""
+    lora_scale: _builtins.float
+    """How much of the LoRA: 0.0 (nothing) to 2.0, default 1.0."""
     @_builtins.property
     def init_image(self) -> Global___InitImage:
         """The picture to start from. Required. Its bytes are never returned."""
@@ -260,15 +266,19 @@ class JobSpec(_message.Message):
         preview_interval_steps: _builtins.int = ...,
         lane: Global___Lane.ValueType = ...,
         annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        lora: _builtins.str = ...,
+        lora_scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lora_scale", b"lora_scale", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "temp", b"temp", "track_id", b"track_id", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "temp", b"temp", "track_id", b"track_id", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
+    _WhichOneofReturnType__lora_scale: _TypeAlias = _typing.Literal["lora_scale"]  # noqa: Y015
+    _WhichOneofArgType__lora_scale: _TypeAlias = _typing.Literal["_lora_scale", b"_lora_scale"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
     _WhichOneofReturnType__safety_checker: _TypeAlias = _typing.Literal["safety_checker"]  # noqa: Y015
@@ -285,6 +295,8 @@ class JobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_scale) -> _WhichOneofReturnType__lora_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
     @_typing.overload

@@ -445,6 +445,7 @@ class Model(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     NATIVE_SIZE_FIELD_NUMBER: _builtins.int
     DEFAULT_STRENGTH_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name for JobSpec.model."""
     family: _builtins.str
@@ -465,6 +466,10 @@ class Model(_message.Message):
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers for JobSpec.scheduler, the default one first."""
 
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRAs for JobSpec.lora."""
+
     def __init__(
         self,
         *,
@@ -477,10 +482,11 @@ class Model(_message.Message):
         device: _builtins.str = ...,
         native_size: _builtins.int = ...,
         default_strength: _builtins.float = ...,
+        loras: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "name", b"name", "native_size", b"native_size", "schedulers", b"schedulers", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "loras", b"loras", "name", b"name", "native_size", b"native_size", "schedulers", b"schedulers", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

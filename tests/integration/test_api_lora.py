@@ -1,0 +1,67 @@
+"""LoRA and deadline on their way from the caller to the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from img2img.v1 import service_pb2
+from img2img_server.engine.base import EngineJob, Sink
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from tests.stack import DEV, refusal, running_stack, spec
+
+
+class Listening(FakeEngine):
+    """Notes what it is given."""
+
+    def __init__(self) -> None:
+        self.jobs: list[EngineJob] = []
+        super().__init__(replace(FAKE_MODEL, loras=("ink", "oil")))
+
+    def submit(self, job: EngineJob, sink: Sink) -> None:
+        self.jobs.append(job)
+        super().submit(job, sink)
+
+
+async def test_a_lora_goes_with_the_job_and_is_told_to_callers() -> None:
+    engine = Listening()
+    async with running_stack(engine) as stack:
+        told = await stack.api.stub.GetCapabilities(
+            service_pb2.GetCapabilitiesRequest(), metadata=DEV
+        )
+        messages = [m async for m in stack.api.generate(spec(lora="oil", lora_scale=0.5))]
+        [m async for m in stack.api.generate(spec())]
+
+    assert list(told.models[0].loras) == ["ink", "oil"]
+    job = messages[-1].event.succeeded.job
+    assert (job.spec.lora, job.spec.lora_scale) == ("oil", 0.5)
+    assert [(job.lora, job.lora_scale) for job in engine.jobs] == [("oil", 0.5), ("", 1.0)]
+
+
+async def test_an_unknown_lora_is_refused_with_the_known_ones() -> None:
+    async with running_stack(Listening()) as stack:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.create(spec(lora="nope", lora_scale=3.0))
+
+    assert refusal(caught.value).violations == {
+        "lora": "lora must be one of ink, oil",
+        "lora_scale": "lora_scale must be between 0 and 2",
+    }
+
+
+async def test_the_callers_deadline_reaches_the_engine_unless_it_only_creates_a_job() -> None:
+    engine = Listening()
+    async with running_stack(engine) as stack:
+        before = time.monotonic()
+        request = service_pb2.GenerateRequest(spec=spec())
+        [m async for m in stack.api.stub.Generate(request, metadata=DEV, timeout=20.0)]
+        job = await stack.api.create(spec())
+        [m async for m in stack.api.watch(job.name)]
+
+    with_deadline, without = engine.jobs
+    assert with_deadline.deadline is not None
+    assert before + 19 < with_deadline.deadline < time.monotonic() + 20
+    assert without.deadline is None

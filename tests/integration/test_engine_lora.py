@@ -1,0 +1,172 @@
+"""LoRA by request: the picture of the changed weights, for whoever asked and for nobody else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from img2img_server.engine.base import EngineJob, JobDone, JobError, Pixels
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.load import load_engine
+from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.options import ModelOptions
+from img2img_server.settings import Settings
+from tests.engine_bench import BOUND, Inbox, Stock, difference, job, pictures, run, running
+from tests.tiny_models import write_sd, write_sdxl
+
+RANK = 2
+LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
+CONVOLUTION = "down_blocks.0.resnets.0.conv1"
+TEXT = "encoder.layers.0.self_attn.q_proj"
+WANTED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.9}
+
+
+class Written:
+    """A model, files of LoRAs for it, and the stock pipeline with the weights they make."""
+
+    def __init__(self, folder: Path, write: Any) -> None:
+        self.model: Path = write(folder / "model")
+        self.loras = folder / "loras"
+        self.loras.mkdir()
+        self._stock = Stock(self.model)
+        self._factors: dict[str, list[tuple[Tensor, Tensor, Tensor, float]]] = {}
+
+    def add(self, name: str, form: str, alpha: float) -> None:
+        """`form`: how the file spells its keys, as the tools peft and kohya write them."""
+        generator = torch.Generator().manual_seed(len(self._factors))
+        pipeline, file, factors = self._stock._pipeline, {}, []
+        for part, module in (
+            ("unet", LINEAR),
+            ("unet", OUT),
+            ("unet", CONVOLUTION),
+            ("text_encoder", TEXT),
+        ):
+            weight = _find(getattr(pipeline, part), module).weight.data
+            down = torch.randn((RANK, *weight.shape[1:]), generator=generator)
+            up = torch.randn((weight.shape[0], RANK), generator=generator)
+            if weight.ndim == 4:
+                up = up[:, :, None, None]
+            spelt = f"text_model.{module}" if part == "text_encoder" else module
+            if form == "peft":
+                file[f"{part}.{spelt}.lora_A.weight"] = down
+                file[f"{part}.{spelt}.lora_B.weight"] = up
+            else:
+                prefix = "lora_unet_" if part == "unet" else "lora_te_"
+                key = prefix + spelt.replace(".", "_")
+                file[f"{key}.lora_down.weight"] = down
+                file[f"{key}.lora_up.weight"] = up
+                file[f"{key}.alpha"] = torch.tensor(alpha)
+            factors.append((weight, down, up, alpha / RANK if form == "kohya" else 1.0))
+        self._factors[name] = factors
+        save_file(file, self.loras / f"{name}.safetensors")
+
+    def expected(self, wanted: EngineJob) -> Pixels:
+        """What diffusers draws with the changed weights."""
+        factors = self._factors[wanted.lora] if wanted.lora else []
+        before = [weight.clone() for weight, *_ in factors]
+        for weight, down, up, factor in factors:
+            product = torch.einsum("or,ri...->oi...", up.reshape(len(up), RANK), down)
+            weight += wanted.lora_scale * factor * product
+        (picture,) = self._stock.pictures(wanted)
+        for (weight, *_), old in zip(factors, before, strict=True):
+            weight.copy_(old)
+        return picture
+
+
+def _find(network: Any, name: str) -> Any:
+    return next(module for path, module in network.named_modules() if path.endswith(name))
+
+
+@pytest.fixture(scope="module", params=[write_sd, write_sdxl], ids=["sd", "sdxl"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    found = Written(tmp_path_factory.mktemp("lora"), request.param)
+    found.add("ink", "peft", alpha=RANK)
+    if request.param is write_sd:  # that of SDXL needs all of its real blocks
+        found.add("oil", "kohya", alpha=1.0)
+    return found
+
+
+def load(written: Written) -> DiffusersDenoiser:
+    options = ModelOptions(lora_dir=written.loras)
+    return DiffusersDenoiser.load(str(written.model), torch.device("cpu"), torch.float32, options)
+
+
+def test_a_picture_with_a_lora_is_the_one_of_the_changed_weights(written: Written) -> None:
+    denoiser = load(written)
+    wanted = [
+        job(job_id=place, lora=lora, lora_scale=scale, **WANTED)
+        for place, (lora, scale) in enumerate(
+            (name, scale) for name in ("", *denoiser.loras, "") for scale in (1.0, 0.5)
+        )
+    ]
+    with running(denoiser, loras=denoiser.loras) as engine:
+        found = [pictures(run(engine, each))[0] for each in wanted]
+
+    expected = [written.expected(each) for each in wanted]
+    assert [difference(a, b) for a, b in zip(found, expected, strict=True)] <= [BOUND] * len(found)
+    assert difference(expected[0], expected[2]) > 2 * BOUND, "it does change the picture"
+    assert difference(found[0], found[-1]) == 0, "and nothing of it stays"
+
+
+def test_neighbours_with_other_loras_change_nothing(written: Written) -> None:
+    denoiser = load(written)
+    wanted = [
+        job(job_id=place, lora=lora, seeds=(place,), **WANTED)
+        for place, lora in enumerate(["", *denoiser.loras, "", *denoiser.loras])
+    ]
+    inboxes = [Inbox() for _ in wanted]
+    with running(denoiser, loras=denoiser.loras) as engine:
+        for each, inbox in zip(wanted, inboxes, strict=True):
+            engine.submit(each, inbox)
+        found = [pictures(inbox.all())[0] for inbox in inboxes]
+
+    expected = [written.expected(each) for each in wanted]
+    assert max(difference(a, b) for a, b in zip(found, expected, strict=True)) <= BOUND
+
+
+def test_the_model_announces_its_loras_by_their_files_names(written: Written) -> None:
+    settings = Settings(model=str(written.model), lora_dir=written.loras, warm_up_sizes="64x64")
+    engine = load_engine(settings)
+    try:
+        assert engine.model.loras == tuple(sorted(written._factors))
+        assert isinstance(run(engine, job(lora="ink"))[-1], JobDone)
+        (end,) = run(engine, job(lora="oil paint"))
+    finally:
+        engine.stop()
+
+    assert isinstance(end, JobError)
+    assert str(end.error) == "model has no LoRA oil paint"
+
+
+def test_a_file_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
+    model = write_sd(tmp_path / "model", tiny_vae=True)
+    pipeline = AutoPipelineForImage2Image.from_pretrained(model, safety_checker=None)
+    weight = pipeline.unet.get_submodule(LINEAR).weight
+    good = {
+        f"unet.{LINEAR}.lora_A.weight": torch.zeros(RANK, weight.shape[1]),
+        f"unet.{LINEAR}.lora_B.weight": torch.zeros(weight.shape[0], RANK),
+    }
+    for number, wrong in enumerate(
+        (
+            {**good, f"unet.{LINEAR}.lora_A.weight": torch.zeros(RANK, 7)},
+            {key.replace("attn1", "attn9"): value for key, value in good.items()},
+            {"something": torch.zeros(1)},
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file(wrong, folder / "odd.safetensors")
+        with pytest.raises(ModelError, match=r"LoRA odd\.safetensors does not fit the model"):
+            load_engine(Settings(model=str(model), lora_dir=folder))
+
+
+def test_fused_products_and_loras_are_refused_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora_dir does not work with fuse_qkv"):
+        Settings(lora_dir=tmp_path, fuse_qkv=True)
