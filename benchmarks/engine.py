@@ -26,7 +26,7 @@ from benchmarks.engine_litserve import LitServeServer, install
 from benchmarks.engine_load import Request, Served, requests, summary
 from benchmarks.engine_servers import EngineServer
 from benchmarks.engine_stock import StockServer, load_pipeline
-from img2img_server.engine.load import choose_device, choose_dtype
+from img2img_server.engine.load import choose_device, choose_dtype, keep_freed_memory
 from img2img_server.engine.model_spec import read_model_spec
 
 COLUMNS = {
@@ -59,6 +59,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = read_model_spec(arguments.model)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as our worker does; here for all systems
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     pipeline = load_pipeline(spec.source, device, dtype)
     return {

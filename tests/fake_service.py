@@ -159,6 +159,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             name="atelier",
             family="sd",
             schedulers=["ddim", "euler"],
+            loras=["ink"],
             default_num_inference_steps=20,
             default_guidance_scale=3.5,
             default_strength=0.7,

@@ -162,6 +162,8 @@ class Spec:
     preview_interval_steps: int
     lane: Lane
     annotations: Mapping[str, str]
+    lora: str
+    lora_scale: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +206,7 @@ class Model:
     workers: int
     device: str
     native_size: int
+    loras: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ def test_every_option_reaches_the_request() -> None:
     words = "--strength 0.5 --seed 7 --samples 2 --width 640 --height 384 --steps 30 --guidance 4.5"
     words += " --negative-prompt dog --scheduler euler --model atelier --preview-every 5 --batch"
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
-    words += " --track-id t1 --request-id 7f1c"
+    words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5"
     assert run(service, *WISH, *words.split()).exit_code == 0
     assert service.requests == [
         service_pb2.GenerateRequest(
@@ -68,6 +68,8 @@ def test_every_option_reaches_the_request() -> None:
                 output_format=job_pb2.IMAGE_FORMAT_PNG,
                 preview_interval_steps=5,
                 lane=job_pb2.LANE_BATCH,
+                lora="ink",
+                lora_scale=0.5,
             ),
         )
     ]

@@ -212,6 +212,7 @@ def test_capabilities_are_read(run: Run) -> None:
                 workers=1,
                 device="cpu",
                 native_size=512,
+                loras=("ink",),
             ),
         ),
         limits=api.Limits(

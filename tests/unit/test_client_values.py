@@ -76,7 +76,7 @@ def test_a_job_is_read_whole() -> None:
     timings = dict.fromkeys((one.name for one in fields(resources.Timings)), 0.0)
     timings |= {"queue_seconds": 0.012, "denoise_seconds": 2.5, "total_seconds": 3.0}
     spec = {
-        **dict.fromkeys(("negative_prompt", "webhook", "track_id", "scheduler"), ""),
+        **dict.fromkeys(("negative_prompt", "webhook", "track_id", "scheduler", "lora"), ""),
         **dict.fromkeys(("safety_checker", "enhance_prompt", "base64", "temp"), False),
     }
     assert found == resources.Job(
@@ -98,6 +98,7 @@ def test_a_job_is_read_whole() -> None:
             preview_interval_steps=0,
             lane=resources.Lane.UNSPECIFIED,
             annotations={"shelf": "3"},
+            lora_scale=None,
             **spec,  # type: ignore[arg-type]
         ),
         samples=(),

@@ -38,6 +38,8 @@ from img2img_client.resources import Job
 )
 @click.option("--guidance", "guidance_scale", type=float, help="How closely to follow the prompt.")
 @click.option("--scheduler", help="Sampler by name, see `img2img capabilities`.")
+@click.option("--lora", help="LoRA by name, see `img2img capabilities --json`.")
+@click.option("--lora-scale", type=float, help="How much of the LoRA. Default 1.0.")
 @click.option("--model", help="Model by name, see `img2img capabilities`.")
 @click.option(
     "--preview-every",

@@ -82,10 +82,10 @@ class LoraSet:
         if adapter is None:
             return
         for change in self._changes[adapter.name]:
-            kept = self._kept.setdefault(
-                id(change.weight), _Kept(change.weight, change.weight.clone())
-            )
-            change.weight.copy_(kept.original.float() + adapter.scale * change.delta())
+            if id(change.weight) not in self._kept:
+                self._kept[id(change.weight)] = _Kept(change.weight, change.weight.clone())
+            original = self._kept[id(change.weight)].original
+            change.weight.copy_(original.float() + adapter.scale * change.delta())
         self._applied = adapter
 
 

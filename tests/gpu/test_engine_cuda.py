@@ -1,0 +1,78 @@
+"""What only a GPU can show: no waits inside a step, captured graphs, measured peaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.load import load_engine
+from img2img_server.engine.memory import CudaMeter, Memory
+from img2img_server.engine.options import ModelOptions
+from img2img_server.settings import Settings
+from tests.engine_bench import BOUND, difference, job, pictures, run, running
+from tests.tiny_models import write_sd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+WANTED = job(guidance_scale=4.0, seeds=(1, 2), num_inference_steps=6, strength=0.9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sd(tmp_path_factory.mktemp("sd"))
+
+
+class NoWaits(DiffusersDenoiser):
+    """Every step but the first, which builds kernels, must not wait for the device."""
+
+    steps = 0
+
+    def denoise(self, *arguments: Any) -> torch.Tensor:
+        self.steps += 1
+        torch.cuda.set_sync_debug_mode("error" if self.steps > 1 else "default")
+        try:
+            return super().denoise(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_does_not_wait_for_the_device(folder: Path) -> None:
+    denoiser = NoWaits.load(str(folder), torch.device("cuda"), torch.float32, ModelOptions())
+    with running(denoiser) as engine:
+        assert len(pictures(run(engine, WANTED))) == 2
+    assert denoiser.steps > 1
+
+
+def test_captured_graphs_draw_the_same_pictures(folder: Path) -> None:
+    found = {}
+    for how in ("off", "whole"):
+        settings = Settings(
+            model=str(folder), dtype="float32", compile=how, warm_up_sizes="72x64", max_batch_rows=4
+        )
+        engine = load_engine(settings)
+        try:
+            found[how] = pictures(run(engine, WANTED))
+        finally:
+            engine.stop()
+
+    pairs = zip(found["off"], found["whole"], strict=True)
+    assert max(difference(one, other) for one, other in pairs) <= BOUND
+
+
+def test_peaks_are_measured(folder: Path) -> None:
+    device = torch.device("cuda")
+    memory = Memory(CudaMeter(device))
+    denoiser = DiffusersDenoiser.load(str(folder), device, torch.float32)
+    with running(denoiser, memory=memory) as engine:
+        assert len(pictures(run(engine, WANTED))) == 2
+
+    need = memory.need(64, 72, 4)
+    assert need is not None
+    assert need > 0
+    assert memory.lacking(64, 72, 4) is None
