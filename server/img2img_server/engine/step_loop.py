@@ -134,9 +134,8 @@ class StepLoop:
         batch = self._scheduler.next_batch(time.monotonic())
         if batch is None:
             return
-        batch = self._fitting(batch)
         try:
-            self._run_batch(batch)
+            self._run_batch(self._fitting(batch))
         except Exception as error:
             for row in batch.rows:
                 if run := self._runs.get(row.job_id):
