@@ -35,8 +35,8 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 def make_words(page: Path) -> set[str]:
     """The words of every `make WORD` that the page shows, in its text or in an `sh` block."""
-    words = set(re.findall(r"`make ([a-z]+)", page.read_text(encoding="utf-8")))
+    words = set(re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8")))
     for block in blocks(page, "sh"):
-        for line in re.findall(r"^(?:.* )?make ((?:[a-z]+ ?)+)", block.text, re.MULTILINE):
+        for line in re.findall(r"^(?:.* )?make ((?:[a-z-]+ ?)+)", block.text, re.MULTILINE):
             words |= set(line.split())
     return words

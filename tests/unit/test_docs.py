@@ -16,7 +16,7 @@ from tests.readme import ROOT, blocks, make_words, pages
 
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 # serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
-WORD = re.compile(r"^(?P<word>[a-z]+):.*?## ", re.MULTILINE)
+WORD = re.compile(r"^(?P<word>[a-z-]+):.*?## ", re.MULTILINE)
 PAGES = [page.relative_to(ROOT).as_posix() for page in pages()]
 
 
