@@ -2,8 +2,9 @@
 
 A container keeps its command, its environment, its probes, its volumes at their places and its
 read-only root; as root also its user and its lack of capabilities (tests/pod_root.sh). Its pod has
-an address of its own in 127.0.0.0/8, which Services lead to by name: every port stays what it is.
-One thing is changed: where it would listen on every address, it listens on the pod's.
+an address of its own in 127.0.0.0/8, which Services lead to by name, so ports stay what they are.
+Two things are changed: where it would listen on every address, it listens on the pod's; and S3 has
+another port, because weed does not start where any address of the machine uses its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import aiohttp
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.local_stack import free_port
 from tests.chart_render import NAMESPACE, Object, Pod, of_kind, pods
 from tests.pod_content import PodContent
 
@@ -59,6 +61,7 @@ class Kubelet:
         self.objects = objects
         self.folder = folder
         self.hosts = folder / "hosts"
+        self.ports = {8333: free_port()}
         # Any part of loopback, so that two test runs at a time do not meet.
         network = f"127.{random.randint(2, 250)}.{random.randint(0, 250)}"
         self.pods = {
@@ -90,8 +93,11 @@ class RunningPod:
         self.pod = pod
         self.address = address
         self._hosts = kubelet.hosts
+        self._ports = kubelet.ports
         self._folder = kubelet.folder / pod.name
-        self._content = PodContent(kubelet.objects, pod, address, self._folder / "volumes")
+        self._content = PodContent(
+            kubelet.objects, pod, address, kubelet.ports, self._folder / "volumes"
+        )
         self._process: asyncio.subprocess.Process | None = None
         (self.main,) = pod.spec["containers"]
 
@@ -141,6 +147,7 @@ class RunningPod:
         question = asked.get("httpGet") or asked["tcpSocket"]
         ports = {each["name"]: each["containerPort"] for each in self.main["ports"]}
         port = ports.get(question["port"], question["port"])
+        port = self._ports.get(port, port)
         with suppress(OSError, TimeoutError, aiohttp.ClientError):
             async with asyncio.timeout(timeout):
                 if "tcpSocket" in asked:

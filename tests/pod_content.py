@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ def config(objects: list[Object], kind: str, name: str) -> dict[str, bytes]:
 
 
 class PodContent:
-    """The content of one pod, whose volumes lie in `folder`."""
+    """The content of one pod, whose volumes lie in `folder`. `ports`: what some became."""
 
-    def __init__(self, objects: list[Object], pod: Pod, address: str, folder: Path) -> None:
+    def __init__(
+        self, objects: list[Object], pod: Pod, address: str, ports: dict[int, int], folder: Path
+    ) -> None:
         self._objects = objects
         self._pod = pod
         self._address = address
+        self._ports = ports
         self._folder = folder
 
     def command(self, container: Object) -> list[str]:
@@ -36,6 +40,8 @@ class PodContent:
         return [self._own(each) for each in (*container["command"], *container["args"])]
 
     def _own(self, text: str) -> str:
+        for port, instead in self._ports.items():
+            text = re.sub(rf"\b{port}\b", str(instead), text)
         return text.replace("0.0.0.0", self._address).replace("127.0.0.1", self._address)
 
     def environment(self, container: Object) -> dict[str, str]:

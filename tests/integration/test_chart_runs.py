@@ -8,6 +8,7 @@ import json
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -27,14 +28,14 @@ PICTURE = CHART / "files" / "picture.jpg"
 FETCHED = (
     "workers.fetched.model.source=s3://img2img/models/tiny,workers.fetched.modelCache.type=emptyDir"
 )
-SMALL = {"width": 256, "height": 256, "seed": 3, "strength": 0.5}
+SMALL: dict[str, Any] = {"width": 256, "height": 256, "seed": 3, "strength": 0.5}
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def kubelet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kubelet]:
-    """Every pod of the try-out, ready."""
+    """Every pod of the try-out, ready, and its model known."""
     if why := cannot_run_pods():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("pods")
@@ -43,6 +44,8 @@ async def kubelet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kub
     try:
         for names in (("nats", "s3"), ROLES):
             await asyncio.gather(*(start(pod(kubelet, name)) for name in names))
+        async with client(kubelet) as caller:
+            await until_served(caller, "atelier")
         yield kubelet
     finally:
         await kubelet.stop()
@@ -75,7 +78,7 @@ async def create(kubelet: Kubelet, **fields: object) -> Object:
 def bucket(kubelet: Kubelet) -> Minio:
     secret = config(kubelet.objects, "Secret", f"{NAME}-s3")
     return Minio(
-        f"{pod(kubelet, 's3').address}:8333",
+        f"{pod(kubelet, 's3').address}:{kubelet.ports[8333]}",
         access_key=secret["access-key"].decode(),
         secret_key=secret["secret-key"].decode(),
         secure=False,
@@ -158,13 +161,17 @@ async def test_a_worker_that_is_stopped_finishes_its_job_within_its_grace_period
     assert answer["status"] == "success", answer
 
 
-async def until_served(kubelet: Kubelet, model: str) -> None:
-    """Returns when the api knows the model: a worker announces it after it is ready."""
+def client(kubelet: Kubelet) -> AsyncClient:
+    """A gRPC client of the api with the key that the chart made."""
     key = config(kubelet.objects, "Secret", f"{NAME}-try-out")["api-key"].decode()
-    address = f"{pod(kubelet, 'api').address}:50051"
-    async with asyncio.timeout(30), AsyncClient(address, api_key=key) as client:
+    return AsyncClient(f"{pod(kubelet, 'api').address}:50051", api_key=key)
+
+
+async def until_served(caller: AsyncClient, model: str) -> None:
+    """Returns when the api knows the model: a worker announces it after it is ready."""
+    async with asyncio.timeout(30):
         while model not in [  # noqa: ASYNC110 - another process
-            each.name for each in (await client.capabilities()).models
+            each.name for each in (await caller.capabilities()).models
         ]:
             await asyncio.sleep(POLL_SECONDS)
 
@@ -186,14 +193,15 @@ async def test_a_pool_whose_model_is_in_s3_fetches_it_and_works_with_it(
 ) -> None:
     folder = tmp_path / "tiny"
     model = await asyncio.to_thread(write_sd, folder, tiny_vae=True, scheduler=ZERO_SNR_V)
-    client = bucket(kubelet)
+    minio = bucket(kubelet)
     for file in (path for path in model.rglob("*") if path.is_file()):
         name = f"models/tiny/{file.relative_to(model)}"
-        await asyncio.to_thread(client.fput_object, "img2img", name, str(file))
+        await asyncio.to_thread(minio.fput_object, "img2img", name, str(file))
     await start(pod(kubelet, "worker-fetched"))
-    await until_served(kubelet, "tiny")
-    answer = await create(kubelet, model_id="tiny")
-    assert answer["status"] == "success", answer
+    async with client(kubelet) as caller:
+        await until_served(caller, "tiny")
+        result = await caller.generate("an oil painting", PICTURE, model="tiny", **SMALL)
+    assert (result.job.spec.model, result.job.worker) == ("tiny", f"{NAME}-worker-fetched-0")
 
 
 async def test_api_and_gateway_that_are_stopped_end_in_time_with_status_0(
