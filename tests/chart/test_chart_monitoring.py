@@ -14,7 +14,7 @@ from img2img_server import telemetry
 from img2img_server.domain.params import Lane
 from img2img_server.gateway import front
 from img2img_server.wire import names
-from tests.chart_render import SETS, Object, of_kind, pods, render
+from tests.chart_render import ROOT, SETS, Object, of_kind, pods, render
 
 # Of Prometheus itself, with the labels that the operator gives to targets.
 TARGET_LABELS = {"namespace", "pod", "service"}
@@ -146,3 +146,8 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
     for group in rule["spec"]["groups"]:
         for each in group["rules"]:
             assert set(each["annotations"]) == {"summary", "description"}
+
+
+def test_the_operations_page_explains_every_alert_and_no_other() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(Img2Img\w+)` \|", page, re.MULTILINE) == list(alerts())
