@@ -58,6 +58,8 @@ GRPC_ONLY = {
     "preview_interval_steps",
     "lane",
     "annotations",
+    "lora",
+    "lora_scale",
 }
 HTTP_ONLY = {"instant_response", "enhance_style"}  # answers at once; ignored, given back
 INLINE = {"init_image": job_pb2.InitImage(data=photo())}
