@@ -115,6 +115,21 @@ async def test_with_the_development_key_other_pages_are_refused(
     assert await gateway.stack.bus.jobs.list_ids("dev") == jobs
 
 
+@pytest.mark.parametrize(("site", "code"), [("same-origin", 200), ("same-site", 403)])
+async def test_a_page_that_a_proxy_here_shows_under_its_own_name_may_call(
+    site: str, code: int, local: httpx.AsyncClient
+) -> None:
+    headers = {"Origin": "https://notebook.example", "Sec-Fetch-Site": site}
+    answer = await local.post(
+        f"{ENTERPRISE}/img2img", json=body(instant_response=True), headers=headers
+    )
+    assert answer.status_code == code
+    headers["Host"] = "evil.example"
+    assert (
+        await local.post(f"{ENTERPRISE}/img2img", json=body(), headers=headers)
+    ).status_code == 403
+
+
 async def test_callers_that_are_no_browsers_need_no_origin(local: httpx.AsyncClient) -> None:
     assert (await local.post(f"{ENTERPRISE}/img2img", json=body())).json()["status"] == "success"
 

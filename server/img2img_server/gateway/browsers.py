@@ -46,11 +46,15 @@ class Origins:
         """Whether the request may come from a page that has no business here."""
         if not self._guarded:
             return False
-        origin = headers.get("origin")
-        if origin is not None and not self._lists(origin):
-            return True
         host = _host(f"http://{headers.get('host', '')}")
-        return bool(host) and not self._is_here(host)
+        if host and not self._is_here(host):
+            return True
+        origin = headers.get("origin")
+        if origin is None or self._lists(origin):
+            return False
+        # A page that a proxy of this machine shows under the proxy's name. Pages cannot set this
+        # header, and a name of theirs that points here stands in Host, above.
+        return headers.get("sec-fetch-site") != "same-origin"
 
     def _lists(self, origin: str) -> bool:
         if origin in self._listed:
