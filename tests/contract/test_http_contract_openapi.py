@@ -92,6 +92,8 @@ async def test_every_answer_is_as_documented_and_none_is_a_fault(tmp_path: Path)
             "--no-shrink",
             "--continue-on-failure",
             "--warnings=off",
+            # Protobuf's JSON takes more than their schemas say; test_http_calls.py has these.
+            "--exclude-tag=jobs",
             "--exclude-checks=ignored_auth",  # it takes keys away that the hooks put back
             cwd=tmp_path,
             env={

@@ -64,7 +64,19 @@ def failed(error: errors.ServiceError) -> AioRpcError:
             str(errors.StorageKeysMissingError()),
             30,
         ),
-        (errors.RequestIdReusedError("x"), Case.FAULT, Case.FAULT.message, 30),
+        (
+            errors.RequestIdReusedError("x"),
+            Case.REQUEST_ID_REUSED,
+            Case.REQUEST_ID_REUSED.message,
+            30,
+        ),
+        (
+            errors.JobEndedError("jobs/1", "failed"),
+            Case.JOB_ENDED,
+            "jobs/1 has already failed",
+            30,
+        ),
+        (errors.NoWebhookError("jobs/1"), Case.FAULT, Case.FAULT.message, 30),
     ],
     ids=lambda value: type(value).__name__,
 )

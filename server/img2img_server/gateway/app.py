@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from img2img_server import __version__
 from img2img_server.gateway.browsers import Cors, Origins
+from img2img_server.gateway.calls import Calls
 from img2img_server.gateway.dialects import Dialect, Legacy, Today
 from img2img_server.gateway.docs import add_docs
 from img2img_server.gateway.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
@@ -58,6 +59,7 @@ def create_app(
     _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
     _add_management(app, Management(upstream), Storage(upstream))
     _add_files(app, files)
+    _add_calls(app, Calls(settings, upstream))
     _add_events(app, EventStreams(upstream, stop))
     _add_probes(app, upstream, files, stop)
     add_docs(app)
@@ -132,6 +134,15 @@ def _add_files(app: FastAPI, files: Files) -> None:
     @app.api_route("/temp/{name:path}", methods=["GET", "HEAD"])
     async def file(request: Request) -> Response:
         return await files.serve(request)
+
+
+def _add_calls(app: FastAPI, calls: Calls) -> None:
+    app.add_api_route("/v1/capabilities", calls.capabilities, methods=["GET"])
+    app.add_api_route("/v1/jobs", calls.create, methods=["POST"])
+
+    @app.post("/v1/jobs/{job_id}:cancel")
+    async def cancel(request: Request, job_id: str) -> Response:
+        return await calls.cancel(request, job_id)
 
 
 def _add_events(app: FastAPI, streams: EventStreams) -> None:

@@ -1,7 +1,6 @@
 """A job's events as server-sent events, for browsers and other HTTP callers.
 
-`data` is the JobEvent of event.proto in ProtoJSON with the proto's own field names (snake_case,
-64-bit integers as strings, bytes as base64, every field present); `event` is its kind, for example
+`data` is the JobEvent of event.proto as JSON, see protojson.py; `event` is its kind, for example
 `step`; `id` its sequence, which EventSource sends back as Last-Event-ID to resume.
 """
 
@@ -12,12 +11,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from fastapi.sse import EventSourceResponse, format_sse_event
-from google.protobuf import json_format
 from starlette.requests import Request
 from starlette.responses import Response
 
 from img2img.v1 import event_pb2, job_pb2
 from img2img_server.domain.params import Violation
+from img2img_server.gateway import protojson
 from img2img_server.gateway.incoming import find_key
 from img2img_server.gateway.refusals import Case, RefusedError
 from img2img_server.gateway.upstream import Upstream
@@ -97,12 +96,7 @@ class EventStreams:
 
 def frame(event: event_pb2.JobEvent) -> bytes:
     """One event as it goes over the wire."""
-    data = json_format.MessageToJson(
-        event,
-        preserving_proto_field_name=True,
-        always_print_fields_with_no_presence=True,
-        indent=None,
-    )
+    data = protojson.dump(event)
     return format_sse_event(data_str=data, event=event.WhichOneof("event"), id=str(event.sequence))
 
 

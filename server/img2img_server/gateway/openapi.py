@@ -12,6 +12,7 @@ from img2img_server.gateway.examples import (
     STORAGE_EXAMPLES,
     error_example,
 )
+from img2img_server.gateway.openapi_calls import calls
 from img2img_server.gateway.openapi_parts import EVENTS, FILES, JOB_ID, KEYS, PROBES, json_body
 from img2img_server.gateway.refusals import Case
 from img2img_server.gateway.schemas import (
@@ -53,6 +54,7 @@ def document(settings: Settings) -> dict[str, Any]:
             **_contract(settings.legacy),
             **_management(settings.legacy),
             **FILES,
+            **calls(),
             **EVENTS,
             **PROBES,
         },

@@ -34,10 +34,12 @@ class Case(Enum):
     BAD_KEY = 401, "Invalid API key"
     FORBIDDEN = 403, "This key may not manage the server"
     FOREIGN_PAGE = 403, "Pages of this origin may not call this service"
+    JOB_ENDED = 400, "The job has already ended"
     UNKNOWN_JOB = 404, "Request not found"
     NO_ROUTE = 404, "Not found"
     WRONG_METHOD = 405, "Method not allowed"
     SLOW_BODY = 408, "Request body took too long"
+    REQUEST_ID_REUSED = 409, "request_id was used for a different request"
     TOO_LARGE = 413, "Request body too large"
     RATE_LIMIT = 429, "Rate limit exceeded"
     FAULT = 500, "Internal server error. Please try again."
@@ -73,8 +75,8 @@ class RefusedError(Exception):
         super().__init__(self.message)
 
 
-def refusal(error: grpc.aio.AioRpcError) -> RefusedError:
-    """What a failed call of the api means to the HTTP caller."""
+def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RefusedError:
+    """What a failed call of the api means to the HTTP caller. `model`: the one that he named."""
     status = rpc_status.from_call(error) or status_pb2.Status()
     reason = _detail(status, error_details_pb2.ErrorInfo()).reason
     retry = _retry_seconds(_detail(status, error_details_pb2.RetryInfo()))
@@ -94,7 +96,13 @@ def refusal(error: grpc.aio.AioRpcError) -> RefusedError:
             return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)
         case grpc.StatusCode.RESOURCE_EXHAUSTED, _:
             return RefusedError(Case.RATE_LIMIT, text, retry_seconds=retry)
-        # MODEL_NOT_FOUND: the callers of this contract name no model, so none is served yet.
+        case grpc.StatusCode.FAILED_PRECONDITION, "JOB_ENDED":
+            return RefusedError(Case.JOB_ENDED, text)
+        case grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED":
+            return RefusedError(Case.REQUEST_ID_REUSED)
+        case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND" if model:
+            return RefusedError(Case.FIELDS, violations=[Violation("model", text)])
+        # The callers of the contract name no model, so none is served yet.
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
             return RefusedError(Case.UNAVAILABLE)
         case grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_KEYS_MISSING":

@@ -85,15 +85,21 @@ class Upstream:
 
     async def check_key(self, key: str) -> None:
         """Returns when the key is good; for answers that need nothing else from the api."""
+        await self.capabilities(key)
+
+    async def capabilities(self, key: str) -> service_pb2.GetCapabilitiesResponse:
+        """The models being served and the limits."""
         with _refusing():
             request = service_pb2.GetCapabilitiesRequest()
-            await self._stub.GetCapabilities(request, **_reading(key))
+            return await self._stub.GetCapabilities(request, **_reading(key))
 
-    async def create(self, key: str, spec: job_pb2.JobSpec, link_base: str) -> job_pb2.Job:
-        """Makes a job."""
-        with _refusing():
+    async def create(
+        self, key: str, spec: job_pb2.JobSpec, link_base: str, request_id: str = ""
+    ) -> job_pb2.Job:
+        """Makes a job, or gives the one that `request_id` has made."""
+        with _refusing(spec.model):
             answer = await self._stub.CreateJob(
-                service_pb2.CreateJobRequest(spec=spec),
+                service_pb2.CreateJobRequest(spec=spec, request_id=request_id),
                 metadata=(*_metadata(key), (LINK_BASE, link_base)),
                 timeout=_CREATE_SECONDS,
             )
@@ -104,6 +110,13 @@ class Upstream:
         with _refusing():
             request = service_pb2.GetJobRequest(name=f"jobs/{job_id}")
             answer = await self._stub.GetJob(request, **_reading(key))
+        return answer.job
+
+    async def cancel(self, key: str, job_id: int) -> job_pb2.Job:
+        """Ends a job that has not ended."""
+        with _refusing():
+            request = service_pb2.CancelJobRequest(name=f"jobs/{job_id}")
+            answer = await self._stub.CancelJob(request, **_reading(key))
         return answer.job
 
     async def watch(
@@ -195,8 +208,8 @@ def _reading(key: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def _refusing(model: str = "") -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise refusal(error) from error
+        raise refusal(error, model) from error

@@ -1,0 +1,142 @@
+"""What the OpenAPI document says about the calls of calls.py. Their fields come from the proto."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from img2img.v1 import job_pb2
+from img2img_server.domain.params import SEED_MAX
+from img2img_server.gateway.contract import FIELDS, LIMITS
+from img2img_server.gateway.examples import error_example
+from img2img_server.gateway.openapi_parts import JOB_ID, KEYS, json_body
+from img2img_server.gateway.refusals import Case
+from img2img_server.gateway.schemas import ERROR, Schema
+
+_ANYWHERE = (Case.BAD_KEY, Case.FAULT, Case.UNAVAILABLE)
+_WITH_BODY = (*_ANYWHERE, Case.INVALID_JSON, Case.SLOW_BODY, Case.TOO_LARGE)
+_LIMITS = {entry.name: entry.schema for entry in FIELDS} | {
+    "seed": {"minimum": 0, "maximum": SEED_MAX},
+    "preview_interval_steps": {"minimum": 0, "maximum": LIMITS.max_preview_interval_steps},
+}
+_TYPES = {
+    FieldDescriptor.CPPTYPE_INT32: "integer",
+    FieldDescriptor.CPPTYPE_INT64: "integer",
+    FieldDescriptor.CPPTYPE_DOUBLE: "number",
+    FieldDescriptor.CPPTYPE_BOOL: "boolean",
+    FieldDescriptor.CPPTYPE_STRING: "string",
+}
+_INIT_IMAGE: Schema = {
+    "type": "object",
+    "description": "One of the two.",
+    "properties": {
+        "url": {"type": "string", "format": "uri"},
+        "data": {"type": "string", "contentEncoding": "base64"},
+    },
+}
+_EXAMPLE = {
+    "spec": {
+        "prompt": "an oil painting of a cat",
+        "init_image": {"url": "https://files.example.org/cat.jpg"},
+        "strength": 0.7,
+        "preview_interval_steps": 1,
+    }
+}
+
+
+def calls() -> dict[str, Any]:
+    """The paths of these calls."""
+    limits = "The models being served, the default one first, and the limits."
+    job = {"job": _message("Job")}
+    return {
+        "/v1/capabilities": {
+            "get": _call("GetCapabilities", limits, _message("GetCapabilitiesResponse"), _ANYWHERE)
+        },
+        "/v1/jobs": {
+            "post": {
+                **_call(
+                    "CreateJob",
+                    "Queues a job and answers at once.",
+                    {"type": "object", "properties": job, "required": ["job"]},
+                    (
+                        *_WITH_BODY,
+                        Case.FIELDS,
+                        Case.FORBIDDEN,
+                        Case.REQUEST_ID_REUSED,
+                        Case.RATE_LIMIT,
+                    ),
+                ),
+                "requestBody": _body(_request(), _EXAMPLE),
+            }
+        },
+        "/v1/jobs/{job_id}:cancel": {
+            "post": {
+                **_call(
+                    "CancelJob",
+                    "Ends a queued job at once and a running one at its next step.",
+                    {"type": "object", "properties": job, "required": ["job"]},
+                    (*_WITH_BODY, Case.UNKNOWN_JOB, Case.JOB_ENDED),
+                ),
+                "parameters": [JOB_ID],
+            }
+        },
+    }
+
+
+def _request() -> Schema:
+    """CreateJobRequest."""
+    fields = job_pb2.JobSpec.DESCRIPTOR.fields
+    spec = {
+        "type": "object",
+        "properties": {field.name: _field(field) for field in fields},
+        "required": ["prompt", "init_image"],
+        "additionalProperties": False,
+    }
+    request_id = {
+        "type": "string",
+        "format": "uuid",
+        "description": "Chosen by the caller: the same one gives the same job again.",
+    }
+    return {
+        "type": "object",
+        "properties": {"key": {"type": "string"}, "spec": spec, "request_id": request_id},
+        "required": ["spec"],
+        "additionalProperties": False,
+    }
+
+
+def _field(field: FieldDescriptor) -> Schema:
+    if field.name == "init_image":
+        return _INIT_IMAGE
+    if field.name == "annotations":
+        return {"type": "object", "additionalProperties": {"type": "string"}}
+    if field.enum_type is not None:
+        return {"enum": [value.name for value in field.enum_type.values]}
+    return {"type": _TYPES[field.cpp_type], **_LIMITS.get(field.name, {})}
+
+
+def _message(name: str) -> Schema:
+    description = f"img2img.v1.{name} as JSON with the proto's field names."
+    return {"type": "object", "description": description}
+
+
+def _call(method: str, does: str, answer: Schema, refusals: tuple[Case, ...]) -> dict[str, Any]:
+    responses = {"200": json_body("Done.", answer)}
+    for case in sorted(refusals, key=lambda case: case.status):
+        told = error_example(case)
+        entry = responses.setdefault(str(case.status), json_body(told["message"], ERROR))
+        content = entry["content"]["application/json"]
+        content.setdefault("examples", {})[case.name.lower()] = {"value": told}
+    return {
+        "tags": ["jobs"],
+        "summary": method,
+        "description": f"{does} The same as {method} over gRPC.",
+        "security": KEYS[1:],
+        "responses": responses,
+    }
+
+
+def _body(schema: Schema, example: dict[str, Any]) -> dict[str, Any]:
+    content = {"schema": schema, "example": example}
+    return {"required": True, "content": {"application/json": content}}

@@ -1,0 +1,181 @@
+"""The gRPC methods that the gateway offers as JSON: what they take, answer and refuse."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from tests.contract.test_http_contract_events import parse
+from tests.http_stack import BASE, Gateway, gateway_before, photo_base64, running_gateway
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+KEY = {"Authorization": "Bearer dev-key"}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway() -> AsyncIterator[Gateway]:
+    async with running_gateway() as running:
+        yield running
+
+
+def wish(request_id: str = "", **changes: Any) -> dict[str, Any]:
+    """A small good CreateJobRequest; changes replace fields of its spec."""
+    spec = {
+        "prompt": "a harbour at dusk",
+        "init_image": {"data": photo_base64()},
+        "width": 256,
+        "height": 256,
+        "seed": 1,
+    }
+    return {"spec": spec | changes} | ({"request_id": request_id} if request_id else {})
+
+
+async def create(gateway: Gateway, **fields: Any) -> httpx.Response:
+    return await gateway.http.post("/v1/jobs", json=wish(**fields), headers=KEY)
+
+
+async def test_capabilities_are_those_of_the_api(gateway: Gateway) -> None:
+    answer = await gateway.http.get("/v1/capabilities", headers=KEY)
+    told = answer.json()
+    assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+    assert [model["name"] for model in told["models"]] == [FAKE_MODEL.name]
+    assert told["models"][0]["schedulers"] == list(FAKE_MODEL.schedulers)
+    assert (told["limits"]["min_side_pixels"], told["limits"]["max_samples"]) == (256, 4)
+
+
+async def test_a_job_has_everything_that_the_proto_knows(gateway: Gateway) -> None:
+    asked = {
+        "model": FAKE_MODEL.name,
+        "scheduler": "euler",
+        "num_inference_steps": 6,
+        "strength": 0.5,
+        "output_format": "IMAGE_FORMAT_WEBP",
+        "preview_interval_steps": 1,
+    }
+    answer = await create(gateway, **asked)
+    assert answer.status_code == 200
+    job = answer.json()["job"]
+    assert {name: job["spec"][name] for name in asked} == asked
+    assert job["future_urls"][0].startswith(f"{BASE}/generations/")
+    events = await gateway.http.get(f"/v1/jobs/{job['id']}/events", headers=KEY)
+    kinds = [event["event"] for event in parse(events.text)]
+    assert kinds.count("step") == 3
+    assert "preview" in kinds
+    assert kinds[-1] == "succeeded"
+
+
+async def test_the_same_request_id_gives_the_same_job_and_no_other_request(
+    gateway: Gateway,
+) -> None:
+    request_id = str(uuid.uuid4())
+    first, again = [(await create(gateway, request_id=request_id)).json() for _ in range(2)]
+    assert first["job"]["id"] == again["job"]["id"]
+    other = await create(gateway, request_id=request_id, prompt="a forest")
+    message = "request_id was used for a different request"
+    assert (other.status_code, other.json()["message"]) == (409, message)
+
+
+async def test_all_violations_are_told_at_once_in_the_contract_s_order(gateway: Gateway) -> None:
+    answer = await create(gateway, strength=2, width=100, prompt="", output_format=77)
+    assert answer.status_code == 400
+    assert answer.json() == {
+        "status": "error",
+        "message": "prompt is required",
+        "errors": {
+            "prompt": ["prompt is required"],
+            "width": ["width must be between 256 and 1024"],
+            "strength": ["strength must be between 0 and 1"],
+            "output_format": ["output_format 77 is not known"],
+        },
+    }
+
+
+async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway) -> None:
+    answer = await create(gateway, model="dreamer")
+    text = "model 'dreamer' is not served here; known models: fake"
+    assert (answer.status_code, answer.json()["errors"]) == (400, {"model": [text]})
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "text"),
+    [
+        ({"spec": {"width": "wide"}}, "width", "width must be an integer"),
+        ({"spec": {"width": 1.5}}, "width", "width must be an integer"),
+        ({"spec": {"width": 99999999999}}, "width", "width must be an integer"),
+        ({"spec": {"prompt": 3}}, "prompt", "prompt must be a string"),
+        ({"spec": {"strength": []}}, "strength", "strength must be a number"),
+        ({"spec": {"base64": 1}}, "base64", "base64 must be true or false"),
+        ({"spec": {"lane": "FAST"}}, "lane", "lane is not well formed"),
+        ({"spec": {"lane": float("inf")}}, "body", "body is not well formed"),
+        ({"spec": {"init_image": {"data": "a"}}}, "init_image", "init_image is not well formed"),
+        ({"spec": {"nope": 1}}, "nope", "there is no field nope"),
+        ({"spec": "x"}, "x", "there is no field x"),
+        ({"nope": 1}, "nope", "there is no field nope"),
+        ({"\ud800": 1}, "body", "body is not well formed"),
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_read_is_told_at_its_field(
+    body: dict[str, Any], field: str, text: str, gateway: Gateway
+) -> None:
+    # httpx would not send an infinity.
+    content = str(body).replace("'", '"').replace("inf}", "Infinity}")
+    answer = await gateway.http.post("/v1/jobs", content=content, headers=KEY)
+    assert (answer.status_code, answer.json()["errors"]) == (400, {field: [text]})
+
+
+@pytest.mark.parametrize("place", ["Authorization", "X-API-Key", "body", "none"])
+async def test_the_key_is_told_before_everything_else(place: str, gateway: Gateway) -> None:
+    for key, code in (("dev-key", 200), ("wrong", 401)):
+        value = f"Bearer {key}" if place == "Authorization" else key
+        headers = {} if place in ("body", "none") else {place: value}
+        fields = {"key": key} if place == "body" else {}
+        expected = 401 if place == "none" else code
+        answer = await gateway.http.post("/v1/jobs", json=wish() | fields, headers=headers)
+        assert answer.status_code == expected
+        if expected == 401:
+            broken = await gateway.http.post("/v1/jobs", json={"x": 1} | fields, headers=headers)
+            told = {"status": "error", "message": "Invalid API key"}
+            assert (broken.status_code, broken.json()) == (401, told)
+    assert (await gateway.http.get("/v1/capabilities?key=dev-key")).status_code == 401
+
+
+async def test_a_running_job_is_cancelled_and_an_ended_one_says_so() -> None:
+    engine = FakeEngine(hold_after=1)
+    async with running_gateway({"engine": engine}) as gateway:
+        job_id = (await create(gateway)).json()["job"]["id"]
+        path = f"/v1/jobs/{job_id}:cancel"
+        cancelled = await gateway.http.post(path, headers=KEY)
+        assert (cancelled.status_code, cancelled.json()["job"]["id"]) == (200, job_id)
+        events = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers=KEY)
+        assert parse(events.text)[-1]["event"] == "cancelled"
+        engine.release()
+        ended = (await create(gateway)).json()["job"]["id"]
+        await gateway.http.get(f"/v1/jobs/{ended}/events", headers=KEY)
+        late = await gateway.http.post(f"/v1/jobs/{ended}:cancel", headers=KEY)
+        assert late.status_code == 400
+        assert late.json()["message"] == f"jobs/{ended} has already succeeded"
+
+
+@pytest.mark.parametrize("job_id", ["10000999", "abc", "-1", "9" * 20])
+async def test_cancelling_an_unknown_job_is_404(job_id: str, gateway: Gateway) -> None:
+    answer = await gateway.http.post(f"/v1/jobs/{job_id}:cancel", headers=KEY)
+    assert (answer.status_code, answer.json()["message"]) == (404, "Request not found")
+    answer = await gateway.http.post(f"/v1/jobs/{job_id}:cancel", headers={"key": "wrong"})
+    assert answer.status_code == 401
+
+
+async def test_an_api_that_is_away_is_503(gateway: Gateway) -> None:
+    async with gateway_before(gateway.stack, address="127.0.0.1:1") as away:
+        for answer in (
+            await away.http.get("/v1/capabilities", headers=KEY),
+            await away.http.post("/v1/jobs", json=wish(), headers=KEY),
+            await away.http.post("/v1/jobs/10000001:cancel", headers=KEY),
+        ):
+            assert answer.status_code == 503
