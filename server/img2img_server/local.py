@@ -24,7 +24,7 @@ from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
 from img2img_server.engines.child import Child
 from img2img_server.errors import UnavailableError
 from img2img_server.lifecycle import first_of
-from img2img_server.settings import PREFIX, Settings, SettingsError
+from img2img_server.settings import DEV_KEY, PREFIX, Settings, SettingsError
 from img2img_server.store.vault import new_key
 
 ROLES = ("worker", "api", "gateway")
@@ -191,10 +191,12 @@ async def _probe(url: str) -> None:
 
 
 def _announce(settings: Settings) -> None:
-    key = "dev-key" if settings.dev_key else "see IMG2IMG_API_KEYS_FILE"
+    key = DEV_KEY if settings.dev_key else "see IMG2IMG_API_KEYS_FILE"
     http = f"http://{_reachable(settings.http_host)}:{settings.http_port}"
     print(
         f"img2img is ready: gRPC {_reachable(settings.grpc_host)}:{settings.grpc_port}, "
         f"HTTP {http} (docs at {http}/docs), API key {key}",
         flush=True,
     )
+    if settings.playground:
+        print(f"playground: {http}/", flush=True)

@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "IMG2IMG_"
+DEV_KEY = "dev-key"  # the well-known development key, see Settings.dev_key
 # Of the command `img2img`: somebody may have both in one shell.
 CLIENT_NAMES = frozenset({"IMG2IMG_SERVER", "IMG2IMG_API_KEY"})
 
@@ -46,6 +47,9 @@ class Settings(BaseSettings):
         "",
         description="Base of the links in answers. Empty: scheme and host of the HTTP request; "
         "over gRPC http:// and the gateway's own address.",
+    )
+    playground: bool = Field(
+        True, description="Serve the playground, a page at / of the gateway to try the service."
     )
     tls_cert_file: Path | None = Field(None, description="PEM certificate of the gRPC server.")
     tls_key_file: Path | None = Field(None, description="PEM key of the gRPC server.")

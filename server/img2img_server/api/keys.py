@@ -25,10 +25,9 @@ from typing import Any
 import structlog
 
 from img2img_server.errors import PermissionDeniedError
-from img2img_server.settings import SettingsError
+from img2img_server.settings import DEV_KEY, SettingsError
 
 PERMISSIONS = frozenset({"manage", "unsafe"})
-DEV_KEY = "dev-key"
 _NAMES = frozenset({"sha256", "tenant", "permissions", "rate_limit"})
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 

@@ -21,6 +21,7 @@ from img2img_server.gateway.files import Files, is_file_path, missing
 from img2img_server.gateway.front import Bounded, Recorded, TidyPath
 from img2img_server.gateway.management import Management
 from img2img_server.gateway.openapi import document
+from img2img_server.gateway.playground import add_playground
 from img2img_server.gateway.refusals import Case, RefusedError
 from img2img_server.gateway.storage import Storage
 from img2img_server.gateway.upstream import Upstream
@@ -63,6 +64,7 @@ def create_app(
     _add_events(app, EventStreams(upstream, stop))
     _add_probes(app, upstream, files, stop)
     add_docs(app)
+    add_playground(app, settings)
     return app
 
 

@@ -1,0 +1,249 @@
+// The page: a form, one job at a time, and what this session has made.
+import { code } from "./code.js";
+import { apply } from "./job.js";
+import * as service from "./service.js";
+import { $, alarm, clearErrors, draw, element, thumb } from "./view.js";
+
+const NUMBERS = ["strength", "width", "height", "num_inference_steps", "guidance_scale", "samples", "seed", "lora_scale"];
+const FLAGS = ["safety_checker", "enhance_prompt"];
+const STORED_KEY = "img2img-key";
+const HISTORY_MOST = 24;
+const form = $("form");
+const history = [];
+let grpc = `${location.hostname}:50051`;
+let openKey = ""; // the key that everybody knows, where the service says that it takes it
+let models = [];
+let picture = null; // {blob, name, url, width, height}
+let running = null; // an AbortController while a job runs
+let shown = null;
+
+// ---- key, models
+
+async function begin() {
+  try {
+    const told = await service.settings();
+    openKey = told.api_key;
+    grpc = told.grpc_address || grpc;
+  } catch (error) {
+    alarm(error);
+  }
+  $("key").value = sessionStorage.getItem(STORED_KEY) ?? openKey;
+  if (openKey) $("key-hint").textContent = `This service runs for development: it takes the key ${openKey}.`;
+  await learn();
+  describe();
+}
+
+async function learn() {
+  clearErrors();
+  if (!$("key").value.trim()) return;
+  try {
+    const told = await service.capabilities(key());
+    models = told.models;
+    $("server").textContent = `version ${told.server_version}`;
+    bound(told.limits);
+    options($("model"), models.map((model) => [model.name, `${model.name}${model.workers ? ` (${model.device})` : " (no worker now)"}`]));
+    adapt();
+  } catch (error) {
+    alarm(error);
+  }
+}
+
+function bound(limits) {
+  for (const side of [$("width"), $("height")]) {
+    Object.assign(side, { min: limits.min_side_pixels, max: limits.max_side_pixels, step: limits.side_multiple });
+  }
+  $("samples").max = limits.max_samples;
+  $("steps").max = limits.max_num_inference_steps;
+  $("guidance").max = limits.max_guidance_scale;
+}
+
+function adapt() {
+  const model = models.find(({ name }) => name === $("model").value);
+  if (!model) return;
+  $("steps").placeholder = model.default_num_inference_steps;
+  $("guidance").placeholder = model.default_guidance_scale;
+  options($("scheduler"), model.schedulers.map((name) => [name, name]));
+  const loras = model.loras ?? [];
+  options($("lora"), [["", "none"], ...loras.map((name) => [name, name])]);
+  $("loras").hidden = !loras.length;
+  if (!loras.length) $("lora-scale").value = "";
+  describe();
+}
+
+function options(select, pairs) {
+  const before = select.value;
+  select.replaceChildren(...pairs.map(([value, text]) => element("option", { value }, text)));
+  if (pairs.some(([value]) => value === before)) select.value = before;
+}
+
+const key = () => $("key").value.trim();
+
+// ---- picture
+
+async function choose(blob, name) {
+  const url = URL.createObjectURL(blob);
+  const size = await createImageBitmap(blob).catch(() => ({})); // the service says what is wrong
+  picture = { blob, name, url, width: size.width, height: size.height };
+  $("chosen").src = url;
+  $("chosen").hidden = false;
+  $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : name;
+  $("fit").disabled = !size.width;
+  if (!running) draw((shown = { spec: spec(), before: url, samples: [], shown: 0, text: "Ready." }));
+  describe();
+}
+
+function fit() {
+  const multiple = Number($("width").step) || 8;
+  const [least, most] = [Number($("width").min) || 256, Number($("width").max) || 1024];
+  const area = 512 * 512;
+  const side = (length) => Math.min(most, Math.max(least, multiple * Math.round(length / multiple)));
+  const width = Math.sqrt((area * picture.width) / picture.height);
+  $("width").value = side(width);
+  $("height").value = side(area / width);
+  describe();
+}
+
+// ---- the request
+
+function spec() {
+  const found = { preview_interval_steps: 1 };
+  for (const [name, value] of new FormData(form)) {
+    if (value === "" || FLAGS.includes(name)) continue;
+    found[name] = NUMBERS.includes(name) ? Number(value) : value;
+  }
+  for (const name of FLAGS) found[name] = form.elements[name].checked;
+  return found;
+}
+
+function restore(earlier) {
+  for (const { name } of form.elements) {
+    if (!name) continue;
+    if (FLAGS.includes(name)) form.elements[name].checked = earlier[name];
+    else form.elements[name].value = earlier[name] ?? "";
+  }
+  describe();
+}
+
+function describe() {
+  $("strength-value").value = $("strength").value;
+  const about = { file: picture?.name ?? "picture.jpg", origin: new URL(".", location.href).href.slice(0, -1), grpc, key: key() === openKey && openKey ? openKey : "YOUR-KEY" };
+  $("code").textContent = code($("language").value, spec(), about);
+}
+
+// ---- a job
+
+async function generate(event) {
+  event.preventDefault();
+  if (running) return;
+  clearErrors();
+  const asked = spec();
+  const result = { spec: asked, before: picture?.url, samples: [], shown: 0, waiting: true, text: "Sending the picture…" };
+  const control = (running = new AbortController());
+  busy(true);
+  show(result);
+  if (matchMedia("(max-width: 860px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
+  try {
+    if (picture) asked.init_image = { data: await base64(picture.blob) };
+    const job = await service.create(asked, key(), control.signal);
+    result.id = job.id;
+    for await (const told of service.follow(job.id, key(), control.signal, (last) => lost(result, last))) {
+      apply(result, told);
+      if (shown === result) draw(result);
+    }
+    remember(result);
+  } catch (error) {
+    const stopped = control.signal.aborted;
+    Object.assign(result, { waiting: undefined, text: stopped ? "Cancelled." : "Not done; the form says why." });
+    if (shown === result) draw(result);
+    if (!stopped) alarm(error);
+  } finally {
+    delete asked.init_image;
+    running = null;
+    busy(false);
+  }
+}
+
+function lost(result, last) {
+  result.text = `The connection broke; going on after event ${last}…`;
+  if (shown === result) draw(result);
+}
+
+function base64(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(new service.ServiceError("The picture cannot be read.", {}, 400));
+    reader.readAsDataURL(blob);
+  });
+}
+
+async function stop() {
+  if (!shown?.id || shown.job) return running?.abort(); // no job yet: what is being sent is given up
+  try {
+    await service.cancel(shown.id, key());
+  } catch (error) {
+    alarm(error);
+  }
+}
+
+function busy(is) {
+  $("generate").disabled = is;
+  $("cancel").hidden = !is;
+  $("stage").setAttribute("aria-busy", is);
+}
+
+// ---- history
+
+function show(result) {
+  shown = result;
+  draw(result);
+}
+
+function remember(result) {
+  history.unshift(result);
+  for (const old of history.splice(HISTORY_MOST)) old.samples.forEach(({ url }) => URL.revokeObjectURL(url));
+  $("history-empty").hidden = true;
+  $("history").replaceChildren(...history.map((each) => {
+    const button = thumb(`${each.spec.prompt ?? ""}, job ${each.id}: ${each.text}`);
+    button.firstChild.src = each.samples[0]?.url ?? each.before;
+    button.onclick = () => {
+      if (running) return;
+      show(each);
+      restore(each.spec);
+    };
+    return element("li", {}, button);
+  }));
+}
+
+// ---- wiring
+
+form.addEventListener("submit", generate);
+form.addEventListener("input", describe);
+$("cancel").addEventListener("click", stop);
+$("fit").addEventListener("click", fit);
+$("language").addEventListener("change", describe);
+$("model").addEventListener("change", adapt);
+$("copy").addEventListener("click", async () => {
+  await navigator.clipboard.writeText($("code").textContent);
+  $("copy").textContent = "Copied";
+});
+$("key").addEventListener("change", () => {
+  sessionStorage.setItem(STORED_KEY, key());
+  learn();
+});
+$("file").addEventListener("change", ({ target }) => target.files[0] && choose(target.files[0], target.files[0].name));
+$("example").addEventListener("click", async () => choose(await service.example(), "cat.jpg"));
+$("split").addEventListener("input", ({ target }) => $("compare").style.setProperty("--split", `${target.value}%`));
+for (const kind of ["dragover", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    event.preventDefault();
+    const file = kind === "drop" && event.dataTransfer.files[0];
+    if (file) choose(file, file.name);
+  });
+}
+document.addEventListener("paste", ({ clipboardData }) => {
+  const file = clipboardData.files[0];
+  if (file) choose(file, file.name || "pasted.png");
+});
+$("fit").disabled = true;
+begin();

@@ -1,0 +1,118 @@
+// The service as this page calls it. Addresses are relative to the page, so that it also works
+// below a path of a proxy.
+const PATHS = {
+  settings: "playground/settings.json",
+  example: "playground/cat.jpg",
+  capabilities: "v1/capabilities",
+  jobs: "v1/jobs",
+  cancel: "v1/jobs/{job_id}:cancel",
+  events: "v1/jobs/{job_id}/events",
+};
+const ENDS = { STATE_SUCCEEDED: "succeeded", STATE_FAILED: "failed", STATE_CANCELLED: "cancelled" };
+const ENVELOPE = ["sequence", "event_time", "job"];
+const SILENCE_MS = 40_000; // the service sends something every 15 seconds
+const PAUSE_MS = { first: 500, most: 8_000 };
+
+// A refusal in the service's own words; `fields` has sentences by the name of the field.
+export class ServiceError extends Error {
+  constructor(message, fields = {}, status = 0) {
+    super(message);
+    this.fields = fields;
+    this.status = status;
+  }
+}
+
+export const settings = async () => (await ask(PATHS.settings, "")).json();
+export const example = async () => (await ask(PATHS.example, "")).blob();
+export const capabilities = async (key) => (await ask(PATHS.capabilities, key)).json();
+
+export async function create(spec, key, signal) {
+  const body = JSON.stringify({ spec });
+  const headers = { "Content-Type": "application/json" };
+  return (await (await ask(PATHS.jobs, key, { method: "POST", body, headers, signal })).json()).job;
+}
+
+export const cancel = (id, key) => ask(PATHS.cancel.replace("{job_id}", id), key, { method: "POST" });
+
+// A job's events as {kind, sequence, …} until it has ended. A stream that breaks is resumed after
+// the last event that came; `lost` is called with its number before each pause.
+export async function* follow(id, key, signal, lost) {
+  let last = 0;
+  let pause = PAUSE_MS.first;
+  for (;;) {
+    let ended = null;
+    try {
+      const path = `${PATHS.events.replace("{job_id}", id)}?after_sequence=${last}`;
+      for await (const event of stream(path, key, signal)) {
+        const kind = Object.keys(event).find((name) => !ENVELOPE.includes(name));
+        last = Math.max(last, Number(event.sequence));
+        pause = PAUSE_MS.first;
+        ended = kind === "snapshot" ? event.snapshot.job : null;
+        yield { kind, sequence: last, ...event[kind] };
+        if (Object.values(ENDS).includes(kind)) return;
+      }
+      const kind = ENDS[ended?.state]; // the record is there, its events have expired
+      if (kind) {
+        yield { kind, sequence: last, job: ended };
+        return;
+      }
+    } catch (error) {
+      if (signal.aborted || (error.status >= 400 && error.status < 500)) throw error;
+    }
+    lost(last);
+    await new Promise((resolve) => setTimeout(resolve, pause));
+    if (signal.aborted) throw new DOMException("", "AbortError");
+    pause = Math.min(2 * pause, PAUSE_MS.most);
+  }
+}
+
+// EventSource cannot send the key in a header, so the stream is read by hand.
+async function* stream(path, key, signal) {
+  const inner = new AbortController();
+  const stop = () => inner.abort();
+  signal.addEventListener("abort", stop);
+  let silence = setTimeout(stop, SILENCE_MS);
+  try {
+    const answer = await ask(path, key, { signal: inner.signal });
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      clearTimeout(silence);
+      silence = setTimeout(stop, SILENCE_MS);
+      const blocks = (rest + value).split("\n\n");
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const data = block.split("\n").find((line) => line.startsWith("data: "));
+        if (data) yield JSON.parse(data.slice("data: ".length));
+      }
+    }
+  } finally {
+    clearTimeout(silence);
+    signal.removeEventListener("abort", stop);
+    inner.abort();
+  }
+}
+
+async function ask(path, key, options = {}) {
+  if (!/^[!-~]*$/.test(key)) throw new ServiceError("Invalid API key", {}, 401);
+  const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
+  let answer;
+  try {
+    answer = await fetch(path, { cache: "no-store", ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServiceError("The service cannot be reached.");
+  }
+  const isJson = answer.headers.get("Content-Type")?.startsWith("application/json");
+  if (answer.ok && !isJson) return answer;
+  const body = await answer.clone().json().catch(() => ({}));
+  // In legacy mode a refusal is HTTP 200 too, and `message` holds the fields.
+  if (answer.ok && !["error", "failed"].includes(body.status)) return answer;
+  const inMessage = typeof body.message === "object" ? body.message : {};
+  const fields = body.errors ?? inMessage ?? {};
+  const first = Object.values(fields).flat()[0] ?? `The service answered ${answer.status}.`;
+  const message = typeof body.message === "string" ? body.message : first;
+  throw new ServiceError(message, fields, answer.ok ? 400 : answer.status);
+}

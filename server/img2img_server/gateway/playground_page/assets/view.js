@@ -1,0 +1,141 @@
+// Draws one result (the two pictures, the progress, what is known about it) and what was refused.
+const STAGES = {
+  queue: "Queue", fetch: "Fetch", prepare: "Prepare", encode: "Encode", denoise: "Denoise",
+  decode: "Decode", safety: "Safety check", image_encode: "Picture file", upload: "Upload",
+};
+
+export const $ = (id) => document.getElementById(id);
+
+// An element with properties and children; text only, never HTML.
+export function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+export function say(text) {
+  if ($("status").textContent !== text) $("status").textContent = text;
+}
+
+// `result`: {id, spec, before, samples: [{url, link, seed, nsfw, step, total}], shown, job, text}.
+export function draw(result) {
+  const sample = result.samples[result.shown];
+  $("compare").classList.toggle("empty", !result.before);
+  $("compare").classList.toggle("made", Boolean(sample?.url));
+  $("compare").classList.toggle("rough", Boolean(sample?.rough));
+  const shape = (result.spec.width ?? 512) / (result.spec.height ?? 512);
+  $("compare").style.setProperty("--shape", shape > 0.1 && shape < 10 ? shape : 1);
+  source($("before"), result.before);
+  source($("after"), sample?.url);
+  say(result.text);
+  drawProgress(result);
+  drawSamples(result);
+  drawFacts(result, sample);
+}
+
+function source(image, url) {
+  if (!url) image.removeAttribute("src");
+  else if (image.src !== url) image.src = url;
+}
+
+function drawProgress({ samples, job, waiting }) {
+  const bar = $("progress");
+  bar.hidden = Boolean(job) || waiting === undefined;
+  const total = samples.length * Math.max(0, ...samples.map((sample) => sample.total ?? 0));
+  const done = samples.reduce((sum, sample) => sum + (sample.step ?? 0), 0);
+  $("step").hidden = bar.hidden || waiting || !total;
+  $("step").textContent = `Step ${done} of ${total}.`; // not in the status: it would be read aloud
+  if (waiting || !total) bar.removeAttribute("value");
+  else bar.value = done / total;
+}
+
+function drawSamples(result) {
+  const list = $("samples-shown");
+  list.hidden = result.samples.length < 2;
+  if (list.children.length !== result.samples.length) {
+    list.replaceChildren(...result.samples.map((_, index) => element("li", {}, thumb(`Picture ${index + 1}`))));
+  }
+  [...list.children].forEach(({ firstChild: button }, index) => {
+    source(button.firstChild, result.samples[index].url ?? result.before);
+    button.setAttribute("aria-pressed", index === result.shown);
+    button.onclick = () => draw(Object.assign(result, { shown: index }));
+  });
+}
+
+function drawFacts({ id, job, samples }, sample) {
+  $("facts").hidden = !job;
+  if (!job) return;
+  const links = element("p", { className: "row" });
+  if (sample?.link) links.append(element("a", { href: sample.link, target: "_blank", rel: "noreferrer" }, "Stored PNG"));
+  if (sample?.url && !sample.rough) {
+    const type = sample.mediaType?.split("/")[1] ?? "png";
+    const download = `img2img-${id}-${samples.indexOf(sample)}.${type}`;
+    links.append(element("a", { href: sample.url, download }, `Save ${type.toUpperCase()}`));
+  }
+  const facts = [
+    ["Job", id],
+    ["Seed", sample?.seed],
+    ["Steps", job.timings?.steps],
+    ["Model", job.spec.model],
+    ["Device", job.device],
+    ["Prompt used", job.spec.prompt === job.original_prompt ? "" : job.spec.prompt],
+    ["Warning", job.warning],
+    ["Safety", sample?.nsfw ? "blanked by the safety checker" : ""],
+  ];
+  const list = element("dl");
+  for (const [name, value] of facts) {
+    if (value) list.append(element("div", {}, element("dt", {}, name), element("dd", {}, String(value))));
+  }
+  $("facts").replaceChildren(links, list, ...timings(job.timings));
+}
+
+function timings(told) {
+  const total = Number.parseFloat(told?.total);
+  if (!total) return [];
+  const rows = Object.entries(STAGES).map(([name, title]) => [title, Number.parseFloat(told[name] ?? 0)]);
+  const body = element("tbody");
+  for (const [name, seconds] of rows.filter(([, seconds]) => seconds > 0)) {
+    const bar = element("span", { className: "bar" });
+    bar.style.setProperty("inline-size", `${Math.min(100, (100 * seconds) / total)}%`);
+    const cells = [element("td", {}, milliseconds(seconds)), element("td", {}, bar)];
+    body.append(element("tr", {}, element("th", { scope: "row" }, name), ...cells));
+  }
+  const caption = element("caption", {}, `Where ${milliseconds(total)} went`);
+  return [element("table", {}, caption, body)];
+}
+
+const milliseconds = (seconds) => `${Math.round(1000 * seconds).toLocaleString("en")} ms`;
+
+// A button with a picture in it.
+export function thumb(name) {
+  return element("button", { type: "button", className: "thumb", title: name }, element("img", { alt: name }));
+}
+
+export function clearErrors() {
+  $("alert").hidden = true;
+  for (const told of $("form").querySelectorAll(".error")) told.remove();
+  for (const input of $("form").querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
+}
+
+// A refusal: its sentences at their fields, the rest below the form.
+export function alarm(error) {
+  const fields = error.status === 401 ? { key: [error.message] } : (error.fields ?? {});
+  const elsewhere = [];
+  for (const [name, sentences] of Object.entries(fields)) {
+    const field = $("form").querySelector(`[data-field="${CSS.escape(name)}"]`);
+    if (!field) elsewhere.push(...sentences);
+    else mark(field, name, sentences);
+  }
+  if (!Object.keys(fields).length) elsewhere.push(error.message);
+  $("alert").hidden = !elsewhere.length;
+  $("alert").textContent = elsewhere.join(" ");
+  $("form").querySelector("[aria-invalid]")?.focus();
+}
+
+function mark(field, name, sentences) {
+  const told = element("p", { className: "error", id: `${name}-error` }, sentences.join(" "));
+  field.append(told);
+  const input = field.querySelector("input, textarea, select");
+  input.setAttribute("aria-invalid", "true");
+  input.setAttribute("aria-errormessage", told.id);
+}

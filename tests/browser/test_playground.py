@@ -1,0 +1,134 @@
+"""The playground in a real browser: a job watched, refused, cancelled, resumed; the key."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.bus import memory_bus
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.store.memory import MemoryBlobStore
+from tests.browser_page import MARKS, browser, gateway, opened, playwright, stack_of, start
+from tests.stack import running_api
+
+__all__ = ["browser"]  # a fixture
+pytestmark = MARKS
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    """Jobs stop after their first step until it is released."""
+    return FakeEngine(hold_after=1)
+
+
+async def test_a_picture_is_watched_and_shown_beside_the_one_before(
+    browser: playwright.Browser, engine: FakeEngine
+) -> None:
+    async with (
+        stack_of(engine) as stack,
+        gateway(stack.api.address, stack.worker.blobs) as url,
+        opened(browser, url) as page,
+    ):
+        await start(page, Samples="2", Seed="7")
+        await page.get_by_text("Step 2 of 4.").wait_for()
+        after = page.get_by_alt_text("After: the picture made of it")
+        assert (await after.get_attribute("src") or "").startswith("blob:")  # a preview
+        bar = page.get_by_role("progressbar", name="Denoising")
+        assert await bar.evaluate("bar => bar.value") == pytest.approx(2 / 4)
+        preview = await after.get_attribute("src")
+        engine.release()
+        await page.get_by_text("Done in").wait_for()
+        assert await after.get_attribute("src") != preview
+        assert await after.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
+        await page.get_by_role("button", name="Picture 2").click()
+        await page.get_by_text("Seed8").wait_for()
+        link = await page.get_by_role("link", name="Stored PNG").get_attribute("href")
+        assert link is not None
+        assert link.startswith(f"{url}generations/")
+        split = page.get_by_label("How much of the picture before is shown")
+        await split.press("Home")
+        assert await split.input_value() == "0"
+        assert await page.locator("#history li").count() == 1
+        assert await page.get_by_text("Denoise", exact=True).is_visible()
+
+
+async def test_refusals_stand_at_their_fields_in_the_service_s_words(
+    browser: playwright.Browser, engine: FakeEngine
+) -> None:
+    async with (
+        stack_of(engine) as stack,
+        gateway(stack.api.address, stack.worker.blobs) as url,
+        opened(browser, url) as page,
+    ):
+        await start(page, Prompt="", Width="100")
+        prompt = page.get_by_label("Prompt", exact=True)
+        await page.get_by_text("prompt is required").wait_for()
+        assert await prompt.get_attribute("aria-invalid") == "true"
+        assert await page.locator('[data-field="width"] .error').inner_text() == (
+            "width must be between 256 and 1024"
+        )
+        assert await page.get_by_role("button", name="Generate").is_enabled()
+        await page.set_viewport_size({"width": 360, "height": 800})
+        assert await page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+async def test_a_running_job_is_cancelled(browser: playwright.Browser, engine: FakeEngine) -> None:
+    async with (
+        stack_of(engine) as stack,
+        gateway(stack.api.address, stack.worker.blobs) as url,
+        opened(browser, url) as page,
+    ):
+        await start(page)
+        await page.get_by_text("Step 1 of 2.").wait_for()
+        await page.get_by_role("button", name="Cancel").click()
+        await page.get_by_role("status").get_by_text("Cancelled.").wait_for()
+        assert await page.get_by_role("button", name="Generate").is_enabled()
+
+
+async def test_a_stream_that_breaks_is_resumed(
+    browser: playwright.Browser, engine: FakeEngine
+) -> None:
+    async with stack_of(engine) as stack:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        address, blobs = stack.api.address, stack.worker.blobs
+        async with gateway(address, blobs, port) as url:
+            page = await browser.new_page()
+            await page.goto(url)
+            await start(page)
+            await page.get_by_text("Step 1 of 2.").wait_for()
+        await page.get_by_text("The connection broke; going on after event").wait_for()
+        engine.release()
+        async with gateway(address, blobs, port):
+            await page.get_by_text("Done in").wait_for()
+        await page.close()
+
+
+async def test_the_key_is_asked_for_and_kept_in_the_tab(
+    browser: playwright.Browser, tmp_path: Path
+) -> None:
+    key, entry = new_key("shop", [])
+    file = tmp_path / "keys.toml"
+    file.write_text(entry)
+    async with (
+        running_api(memory_bus(), keys=KeyRing(file, dev_key=False)) as api,
+        gateway(api.address, MemoryBlobStore(), api_keys_file=file) as url,
+        opened(browser, url) as page,
+    ):
+        field = page.get_by_label("API key")
+        assert await field.input_value() == ""
+        for wrong in ("wrong", "schlüssel"):
+            await field.fill(wrong)
+            await field.press("Tab")
+            await page.locator('[data-field="key"] .error').get_by_text("Invalid").wait_for()
+        await field.fill(key)
+        await field.press("Tab")
+        await page.get_by_text("version").wait_for()
+        await page.reload()
+        await page.get_by_text("version").wait_for()
+        assert await field.input_value() == key
+        assert await page.evaluate("localStorage.length + document.cookie.length") == 0
+        assert key not in await page.locator("#code").inner_text()

@@ -1,0 +1,91 @@
+"""What the playground offers beside a job: a model's LoRAs, and the request as code that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from img2img_server.engine.fake import FakeEngine
+from tests.browser_page import MARKS, browser, gateway, opened, playwright, stack_of, start
+from tests.stack import Stack
+
+__all__ = ["browser"]  # a fixture
+CAT = Path(__file__).parents[2] / "examples" / "cat.jpg"
+PROMPT = """it's 50% "done" \\n %s é"""
+pytestmark = MARKS
+
+
+async def test_loras_are_offered_where_the_model_has_some(browser: playwright.Browser) -> None:
+    async def told(route: playwright.Route) -> None:
+        body = await (await route.fetch()).json()
+        body["models"][0]["loras"] = ["sketch"]
+        await route.fulfill(json=body)
+
+    async with (
+        stack_of(FakeEngine()) as stack,
+        gateway(stack.api.address, stack.worker.blobs) as url,
+        opened(browser, url) as page,
+    ):
+        await page.get_by_text("version").wait_for()
+        lora = page.get_by_label("LoRA", exact=True)
+        assert not await lora.is_visible()
+        assert "lora" not in await page.locator("#code").inner_text()
+        await page.route("**/v1/capabilities", told)
+        await page.reload()
+        await lora.select_option("sketch")
+        await page.get_by_label("LoRA scale").fill("0.5")
+        text = await page.locator("#code").inner_text()
+        assert 'lora="sketch"' in text
+        assert "lora_scale=0.5" in text
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not here")
+async def test_the_request_as_code_is_the_same_request(
+    browser: playwright.Browser, tmp_path: Path
+) -> None:
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    async with (
+        stack_of(FakeEngine()) as stack,
+        gateway(stack.api.address, stack.worker.blobs) as url,
+        opened(browser, url) as page,
+    ):
+        await start(page, Prompt=PROMPT, Seed="7", Width="256", Height="256")
+        await page.get_by_text("Done in").wait_for()
+        first = max(await stack.bus.jobs.list_ids("dev"))
+        asked = await params(stack, first)
+        for language, command in (
+            ("python", [sys.executable, "-"]),
+            ("curl", ["bash", "-eu"]),
+            ("contract", ["bash", "-eu"]),
+        ):
+            await page.get_by_label("Language").select_option(language)
+            text = (await page.locator("#code").inner_text()).partition("# and the events")[0]
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=tmp_path,
+                env={**os.environ, "IMG2IMG_API_KEY": "dev-key"},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+            told, _ = await process.communicate(text.encode())
+            assert process.returncode == 0, told.decode()
+            made = max(await stack.bus.jobs.list_ids("dev"))
+            assert made > first, told.decode()
+            first = made
+            known = await params(stack, made)
+            different = {name for name in asked if asked[name] != known[name]}
+            more = {"scheduler"} if language == "contract" else set()
+            assert different <= {"preview_interval_steps", "annotations", *more}, language
+
+
+async def params(stack: Stack, job_id: int) -> dict[str, object]:
+    stored = await stack.bus.jobs.get("dev", job_id)
+    assert stored is not None
+    given = stored.job.params
+    return {name: getattr(given, name) for name in given.__dataclass_fields__}

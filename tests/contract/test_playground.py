@@ -1,0 +1,157 @@
+"""The playground page: who gets it, under which policy, and that it calls what exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+from starlette.routing import Match
+
+from img2img_server.api.keys import new_key
+from img2img_server.gateway.app import create_app
+from img2img_server.gateway.upstream import connect
+from img2img_server.local import _announce
+from img2img_server.settings import Settings
+from img2img_server.store.memory import MemoryBlobStore
+from tests.http_stack import BASE
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "server/img2img_server/gateway/playground_page"
+ASSETS = sorted(file.name for file in (PAGE / "assets").iterdir())
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with page_of(Settings()) as client:
+        yield client
+
+
+def page_of(config: Settings) -> httpx.AsyncClient:
+    """A gateway without an api behind it: the page needs none."""
+    app = create_app(config, connect(config), MemoryBlobStore())
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE)
+
+
+async def test_browsers_get_a_page_and_others_what_the_contract_says(
+    http: httpx.AsyncClient,
+) -> None:
+    page = await http.get("/", headers=BROWSER)
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    for headers in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
+        answer = await http.get("/", headers=headers)
+        told = {"status": "error", "message": "Not found"}
+        assert (answer.status_code, answer.json()) == (404, told)
+    assert page.headers["vary"] == "Accept"
+    assert (await http.post("/", headers=BROWSER)).status_code == 404
+
+
+async def test_the_policy_allows_nothing_inline_and_no_other_host(http: httpx.AsyncClient) -> None:
+    page = await http.get("/", headers=BROWSER)
+    policy = dict(
+        rule.strip().split(" ", 1) for rule in page.headers["content-security-policy"].split(";")
+    )
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self' blob:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+    }
+    assert page.headers["referrer-policy"] == "no-referrer"
+    assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=", page.text)
+
+
+@pytest.mark.parametrize("name", ASSETS)
+async def test_every_file_of_the_page_is_served_as_what_it_is(
+    name: str, http: httpx.AsyncClient
+) -> None:
+    answer = await http.get(f"/playground/{name}")
+    types = {".css": "text/css", ".js": "text/javascript", ".jpg": "image/jpeg"}
+    assert answer.headers["content-type"].startswith(types.get(Path(name).suffix, "image/svg+xml"))
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    again = await http.get(f"/playground/{name}", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+async def test_the_page_names_its_files_and_nothing_from_elsewhere(http: httpx.AsyncClient) -> None:
+    text = (await http.get("/", headers=BROWSER)).text
+    for name in re.findall(r'(?:src|href)="playground/([^"]+)"', text):
+        assert name in ASSETS
+    for file in (PAGE / "index.html", *PAGE.glob("assets/*.js"), *PAGE.glob("assets/*.css")):
+        assert not re.search(r"(https?:)?//[a-z0-9-]+\.", file.read_text())
+
+
+async def test_every_address_that_the_page_calls_is_a_route() -> None:
+    table = re.search(
+        r"const PATHS = {(.*?)};", (PAGE / "assets/service.js").read_text(), re.DOTALL
+    )
+    assert table
+    called = dict(re.findall(r'(\w+): "(.*?)"', table[1]))
+    assert set(called) == {"settings", "example", "capabilities", "jobs", "cancel", "events"}
+    config = Settings()
+    app = create_app(config, connect(config), MemoryBlobStore())
+    for name, path in called.items():
+        method = "POST" if name in ("jobs", "cancel") else "GET"
+        scope = {
+            "type": "http",
+            "headers": [],
+            "method": method,
+            "path": f"/{path}".replace("{job_id}", "10000001"),
+        }
+        assert any(route.matches(scope)[0] is Match.FULL for route in app.routes), path
+
+
+async def test_the_example_is_the_one_of_the_repository() -> None:
+    assert (PAGE / "assets/cat.jpg").read_bytes() == (ROOT / "examples/cat.jpg").read_bytes()
+
+
+async def test_the_key_is_told_only_where_everybody_knows_it(tmp_path: Path) -> None:
+    key, entry = new_key("shop", [])
+    file = tmp_path / "keys.toml"
+    file.write_text(entry)
+    nothing = {"api_key": "", "grpc_address": ""}
+    for config, told in (
+        (Settings(), nothing),
+        (Settings(api_keys_file=file, dev_key=True), nothing),
+        (Settings(dev_key=True), {"api_key": "dev-key", "grpc_address": "127.0.0.1:50051"}),
+    ):
+        async with page_of(config) as http:
+            headers = {"Host": "127.0.0.1"}
+            answer = await http.get("/playground/settings.json", headers=headers)
+            assert (answer.json(), answer.headers["cache-control"]) == (told, "no-store")
+            page = await http.get("/", headers=BROWSER | headers)
+            texts = [page.text] + [
+                (await http.get(f"/playground/{name}", headers=headers)).text for name in ASSETS
+            ]
+            assert not any("dev-key" in text or key in text for text in texts)
+
+
+async def test_with_the_development_key_no_other_page_learns_it() -> None:
+    async with page_of(Settings(dev_key=True)) as http:
+        answer = await http.get("/playground/settings.json", headers={"Host": "evil.example"})
+        assert answer.status_code == 403
+
+
+async def test_a_setting_turns_it_off() -> None:
+    async with page_of(Settings(playground=False)) as http:
+        for path in ("/", "/playground", "/playground/settings.json", "/playground/main.js"):
+            assert (await http.get(path, headers=BROWSER)).status_code == 404
+
+
+@pytest.mark.parametrize("playground", [True, False])
+async def test_local_says_where_it_is(playground: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    _announce(Settings(dev_key=True, http_port=8123, playground=playground))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("img2img is ready: gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8123")
+    assert lines[1:] == (["playground: http://127.0.0.1:8123/"] if playground else [])
