@@ -70,6 +70,12 @@ class NatsCluster:
                 starts.create_task(child.start())
         self._servers.update(children)
 
+    def freeze(self, name: str) -> None:
+        """SIGSTOP: it keeps its connections and says nothing any more. To be killed in the end."""
+        pid = self._servers[name].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+
     async def kill(self, name: str) -> None:
         """SIGKILL."""
         server = self._servers.pop(name)

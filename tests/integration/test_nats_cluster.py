@@ -37,8 +37,9 @@ async def service(config: Settings) -> AsyncIterator[AsyncClient]:
 
 
 @pytest.mark.slow
-async def test_a_streams_leader_is_killed_under_load_and_every_job_ends_at_its_first_attempt(
-    tmp_path: Path,
+@pytest.mark.parametrize("end", ["killed", "frozen"])
+async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_at_its_first_attempt(
+    tmp_path: Path, end: str
 ) -> None:
     picture, results, reached = photo(256, 256), list[Result](), asyncio.Event()
 
@@ -58,6 +59,11 @@ async def test_a_streams_leader_is_killed_under_load_and_every_job_ends_at_its_f
                 callers.create_task(caller(client, seed))
             await reached.wait()
             dead = await cluster.leader(names.JOBS)
+            if end == "killed":
+                await cluster.kill(dead)
+            else:
+                cluster.freeze(dead)
+        if end == "frozen":
             await cluster.kill(dead)
         assert await cluster.leader(names.JOBS) in set(NAMES) - {dead}
         assert await replicas(cluster) == {3}

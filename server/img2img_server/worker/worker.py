@@ -21,6 +21,7 @@ from img2img_server.worker.run import JobRun
 
 ANNOUNCE_SECONDS = 5.0
 PULL_END_SECONDS = 2.0
+WITHDRAW_SECONDS = 3.0
 HAND_BACK_SECONDS = 5.0  # for the step or upload under way when the drain time is over
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
@@ -64,8 +65,9 @@ class Worker:
             announcing.cancel()
             pulling.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
-            with suppress(errors.UnavailableError):
-                await self._registry.withdraw(self._parts.name)
+            with suppress(errors.UnavailableError, TimeoutError):
+                async with asyncio.timeout(WITHDRAW_SECONDS):  # it expires by itself
+                    await self._registry.withdraw(self._parts.name)
             at_leisure = stop.is_set() and not lost.is_set()
             await self._drain(self._drain_seconds if at_leisure else 0.0)
         if lost.is_set():
