@@ -92,8 +92,7 @@ async def test_it_says_plainly_that_an_engine_died_and_stops_the_rest(tmp_path: 
     model = write_sd(tmp_path / "tiny", tiny_vae=True)
     async with started(tmp_path, model=model) as process:
         api = await eventually(lambda: role(process.pid, "api"))  # the engines serve by then
-        found = engine(process.pid, "nats-server")
-        assert found
+        found = await eventually(lambda: engine(process.pid, "nats-server"))
         found.send_signal(signal.SIGKILL)
         code, text = await said(process)
     assert code == 1

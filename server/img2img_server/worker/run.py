@@ -5,52 +5,42 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
 
 import structlog
 
 from img2img_server import errors
 from img2img_server.domain.events import (
     Cancelled,
-    Preview,
-    StageFinished,
-    StepFinished,
     Succeeded,
 )
 from img2img_server.domain.job import IllegalTransitionError, Job
 from img2img_server.engine.base import (
     DeviceLost,
-    EngineEvent,
-    EngineJob,
     EngineTimings,
     JobDone,
     JobError,
     JobStopped,
     Pixels,
-    PreviewReady,
     SampleReady,
-    StageDone,
     StepDone,
 )
 from img2img_server.images.base import InvalidImageError
-from img2img_server.images.encode import preview_jpeg
 from img2img_server.images.prepare import prepare_image
 from img2img_server.queue.base import Delivery, OwnershipLostError
 from img2img_server.tasks import beside
 from img2img_server.telemetry import STEPS
 from img2img_server.tracing import TRACER
+from img2img_server.worker.device import Inbox, engine_job, told
 from img2img_server.worker.files import storage_warning
 from img2img_server.worker.owned import OwnedJob
 from img2img_server.worker.parts import Parts
-from img2img_server.worker.sample import finish_sample
-from img2img_server.worker.spans import DeviceSpans, enter_run
+from img2img_server.worker.sample import Stopwatch, finish_sample
+from img2img_server.worker.spans import enter_run
 
 log = structlog.get_logger()
 
-# What the engine tells, and when in Unix nanoseconds.
-_Inbox: TypeAlias = "asyncio.Queue[tuple[int, EngineEvent]]"
-LET_GO_SECONDS = 2.0
+LET_GO_SECONDS = 2.0  # for handing a message back when everything ends
 _NOT_OURS = (OwnershipLostError, IllegalTransitionError)
 
 
@@ -62,23 +52,13 @@ class _DeviceLostError(Exception):
     """The device broke in a step of the job."""
 
 
-@dataclass
-class _Stopwatch:
-    """Seconds of the stages that lie outside the engine, added up over the samples."""
-
-    prepare: float = 0.0
-    safety: float = 0.0
-    image_encode: float = 0.0
-    upload: float = 0.0
-
-
 class JobRun:
     """Takes one delivered job to its end. `cancel` and `hand_back` may be called meanwhile."""
 
     def __init__(self, parts: Parts, delivery: Delivery) -> None:
         self._parts = parts
         self._delivery = delivery
-        self._watch = _Stopwatch()
+        self._watch = Stopwatch()
         self._cancelled = False
         self._leaving = asyncio.Event()
         self._submitted = False
@@ -111,7 +91,7 @@ class JobRun:
     async def run(self) -> None:
         """Returns when the job has ended or is no longer ours; never raises for the job's sake."""
         span = enter_run(self._delivery)
-        beside = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._hear())]
+        watching = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._hear())]
         # Beside the records, not after them: it takes as long as they do.
         prepared = asyncio.create_task(self._prepare())
         try:
@@ -132,7 +112,7 @@ class JobRun:
         except Exception as error:  # a record that cannot be read, a fault of ours: not its
             await self._bury(error)  # neighbours' business
         finally:
-            for task in beside:
+            for task in watching:
                 task.cancel()
             prepared.cancel()
             await asyncio.gather(prepared, return_exceptions=True)
@@ -211,46 +191,20 @@ class JobRun:
         self._watch.prepare = time.monotonic() - start
         return pixels
 
-    def _submit(self, job: Job, pixels: Pixels) -> _Inbox:
-        params, info = job.params, self._parts.engine.model
-        guidance = params.guidance_scale
-        inbox: _Inbox = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        self._parts.engine.submit(
-            EngineJob(
-                job_id=job.id,
-                tenant=job.tenant,
-                lane=params.lane,
-                prompt=params.prompt,
-                negative_prompt=params.negative_prompt,
-                init_image=pixels,
-                strength=params.strength,
-                seeds=tuple(params.sample_seed(index) for index in range(params.samples)),
-                num_inference_steps=params.num_inference_steps or info.default_num_inference_steps,
-                guidance_scale=info.default_guidance_scale if guidance is None else guidance,
-                scheduler=params.scheduler or info.schedulers[0],
-                preview_interval_steps=params.preview_interval_steps,
-                enqueue_time=time.monotonic(),
-                lora=params.lora,
-                lora_scale=params.lora_scale,
-                deadline=_monotonic(job.deadline_time),
-            ),
-            lambda event: _post(loop, inbox, event),
-        )
+    def _submit(self, job: Job, pixels: Pixels) -> Inbox:
+        engine, inbox = self._parts.engine, Inbox()
+        engine.submit(engine_job(job, pixels, engine.model), inbox.post)
         self._submitted = True
         if self._leaving.is_set():  # asked while the image was prepared
-            self._parts.engine.cancel(job.id)
+            engine.cancel(job.id)
         return inbox
 
-    async def _follow(self, owned: OwnedJob, inbox: _Inbox) -> EngineTimings:
+    async def _follow(self, owned: OwnedJob, inbox: Inbox) -> EngineTimings:
         """Turns engine events into job events; returns when every picture is stored."""
-        spans = DeviceSpans()
         try:
             async with asyncio.TaskGroup() as finishing:
                 while True:
-                    at, event = await inbox.get()
-                    spans.note(at, event)
-                    match event:
+                    match event := await inbox.get():
                         case SampleReady():
                             finishing.create_task(self._finish(owned, event))
                         case JobDone():
@@ -265,37 +219,24 @@ class JobRun:
                         case _:
                             if isinstance(event, StepDone):
                                 self._parts.pace.step(owned.job.params)
-                            await owned.tell(await _told(event))
+                            await owned.tell(await told(event))
         except BaseExceptionGroup as group:
             raise _first(group) from group
         finally:
-            spans.close()
+            inbox.close()
 
     async def _finish(self, owned: OwnedJob, ready: SampleReady) -> None:
         async for event in finish_sample(self._parts, owned.job, ready, self._watch):
             await owned.note(event)
 
     async def _succeed(self, owned: OwnedJob, timings: EngineTimings) -> None:
-        engine, watch, job = self._parts.engine, self._watch, owned.job
-        stages = replace(
-            job.timings,
-            prepare=watch.prepare,
-            encode=timings.encode,
-            denoise=timings.denoise,
-            decode=timings.decode,
-            safety=watch.safety,
-            image_encode=watch.image_encode,
-            upload=watch.upload,
-            engine=timings.engine,
-            steps=timings.steps,
-            batch_share=timings.batch_share,
-        )
+        engine, job = self._parts.engine, owned.job
         warnings = (job.warning, storage_warning(job, self._parts.retention_hours))
         owned.job = replace(
             job,
             device=engine.device,
             determinism=engine.determinism,
-            timings=stages,
+            timings=self._watch.added(job.timings, timings),
             warning="; ".join(filter(None, warnings)),
         )
         self._parts.pace.observe(job.params, timings.engine)
@@ -308,32 +249,6 @@ async def _sound(prepared: asyncio.Task[Pixels]) -> Pixels:
         return await prepared
     except InvalidImageError as error:
         raise errors.InitImageError(str(error)) from error
-
-
-async def _told(
-    event: StageDone | StepDone | PreviewReady,
-) -> StageFinished | StepFinished | Preview:
-    """An engine event as callers see it."""
-    match event:
-        case StageDone():
-            return StageFinished(stage=event.stage)
-        case StepDone():
-            return StepFinished(
-                sample=event.sample, step=event.step, total=event.total, sigma=event.sigma
-            )
-        case PreviewReady():
-            image = await asyncio.to_thread(preview_jpeg, event.pixels)
-            return Preview(sample=event.sample, step=event.step, image=image)
-
-
-def _monotonic(unix_seconds: float) -> float | None:
-    """The moment on this machine's own clock; None: never."""
-    return time.monotonic() + unix_seconds - time.time() if unix_seconds else None
-
-
-def _post(loop: asyncio.AbstractEventLoop, inbox: _Inbox, event: EngineEvent) -> None:
-    with suppress(RuntimeError):  # the loop is gone: nobody listens any more
-        loop.call_soon_threadsafe(inbox.put_nowait, (time.time_ns(), event))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -7,12 +7,12 @@ import base64
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
 
 from img2img_server.domain.events import SampleFinished, SampleStored
-from img2img_server.domain.job import Job
+from img2img_server.domain.job import Job, Timings
 from img2img_server.domain.params import ImageFormat
-from img2img_server.engine.base import Pixels, SampleReady
+from img2img_server.engine.base import EngineTimings, Pixels, SampleReady
 from img2img_server.images.encode import encode_image, encoded
 from img2img_server.safety.base import blank
 from img2img_server.tracing import TRACER
@@ -20,12 +20,27 @@ from img2img_server.worker.files import store_file
 from img2img_server.worker.parts import Parts
 
 
-class Stopwatch(Protocol):
-    """Where the seconds of the stages are added up."""
+@dataclass
+class Stopwatch:
+    """Seconds of the stages that lie outside the engine, added up over the samples."""
 
-    safety: float
-    image_encode: float
-    upload: float
+    prepare: float = 0.0
+    safety: float = 0.0
+    image_encode: float = 0.0
+    upload: float = 0.0
+
+    def added(self, timings: Timings, engine: EngineTimings) -> Timings:
+        """The job's timings with these and the engine's."""
+        return replace(
+            timings,
+            **asdict(self),
+            encode=engine.encode,
+            denoise=engine.denoise,
+            decode=engine.decode,
+            engine=engine.engine,
+            steps=engine.steps,
+            batch_share=engine.batch_share,
+        )
 
 
 async def finish_sample(
