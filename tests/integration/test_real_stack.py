@@ -5,6 +5,7 @@ import base64
 import hashlib
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -19,6 +20,8 @@ from img2img_client.events import StepFinished
 from tests import pictures
 from tests.processes import Role
 from tests.real_stack import LONG, PHOTO, SHORT, RealStack, stack, worker
+from tests.tiny_models import ZERO_SNR_V, write_sd
+from tests.tiny_safety import write_checker
 
 __all__ = ["stack", "worker"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -53,6 +56,20 @@ async def test_a_streamed_job_ends_with_a_link_that_serves_the_picture(
     assert (status, media_type) == (200, "image/png")
     assert hashlib.sha256(data).hexdigest() == sample.sha256
     assert data == result.pictures[0].data  # PNG was asked for inline, too
+
+
+async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
+    stack: RealStack, tmp_path: Path
+) -> None:
+    model = write_sd(tmp_path / "strict", tiny_vae=True, scheduler=ZERO_SNR_V)
+    write_checker(model, margin=3.0, photo=pictures.photo())
+    choice = {"IMG2IMG_MODEL": str(model), "IMG2IMG_SAFETY_CHECKER": "model"}
+    async with stack.worker("strict", **choice), stack.client() as client:
+        checked = await client.generate("a cat", PHOTO, model="strict", **SHORT)
+        free = await client.generate("a cat", PHOTO, model="strict", safety_checker=False, **SHORT)
+    assert [checked.job.samples[0].nsfw, free.job.samples[0].nsfw] == [True, False]
+    assert not np.asarray(Image.open(io.BytesIO(checked.pictures[0].data))).any()
+    assert np.asarray(Image.open(io.BytesIO(free.pictures[0].data))).any()
 
 
 async def test_the_same_seed_gives_the_same_picture_by_bytes_and_by_url(

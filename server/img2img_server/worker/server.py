@@ -47,9 +47,7 @@ async def serve_worker(
     ):
         safety = safety_checker(settings, _source(settings))
         rewriter = await asyncio.to_thread(worker_rewriter, settings)
-        loading = asyncio.gather(
-            asyncio.to_thread(_load, settings), blobs.prepare(), safety.warm_up()
-        )
+        loading = asyncio.gather(_load_with(safety, settings), blobs.prepare())
         try:
             loaded = await _unless_stopped(stop, loading)
         except ModelError as error:
@@ -70,6 +68,17 @@ async def serve_worker(
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
                     await asyncio.to_thread(engine.stop)
     log.info("worker stopped")
+
+
+async def _load_with(safety: SafetyChecker, settings: Settings) -> Engine:
+    """The engine, and the checker warm: one after the other where both import diffusers, which two
+    threads cannot do at the same time."""
+    if settings.safety_checker == "model":
+        engine = await asyncio.to_thread(_load, settings)
+        await safety.warm_up()
+        return engine
+    engine, _ = await asyncio.gather(asyncio.to_thread(_load, settings), safety.warm_up())
+    return engine
 
 
 def _source(settings: Settings) -> str:
