@@ -105,7 +105,7 @@ async def test_a_worker_that_is_told_to_restart_hands_its_job_back_and_finishes_
     assert (result.job.state, result.job.attempt) == ("succeeded", 2)
     assert result.pictures[0].sha256 == calm.pictures[0].sha256
     assert worker.pid == pid
-    assert worker.log.read_text().count("worker is warm") == 2
+    assert worker.log.read_text().count("worker serves") == 2
     assert await worker.stop() == 0
 
 

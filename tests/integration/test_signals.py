@@ -86,4 +86,4 @@ async def test_a_worker_that_still_loads_its_model_ends_when_it_is_asked_to(
     assert time.monotonic() - asked < EXIT_SECONDS + 12
     log = worker.log.read_text()
     assert "stopped while its model was loaded" in log
-    assert "worker is warm" not in log
+    assert "worker serves" not in log

@@ -38,7 +38,7 @@ log = structlog.get_logger()
 async def serve_worker(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
-    """Works until `stop` is set. `started` is called with the worker's name once it is warm."""
+    """Works until `stop` is set. `started` is called with the worker's name once it serves."""
     ready = False
     async with (
         probe_server(settings, lambda: ready and not stop.is_set()) as probes,
@@ -58,11 +58,15 @@ async def serve_worker(
         engine = loaded[0]
         try:
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
-            log.info("worker is warm", worker=name, device=engine.device, probes=probes)
-            ready = True
-            if started:
-                started(name)
-            await work(settings, name, bus, blobs, engine, safety, rewriter, stop)
+
+            def announced() -> None:
+                nonlocal ready
+                ready = True
+                log.info("worker serves", worker=name, device=engine.device, probes=probes)
+                if started:
+                    started(name)
+
+            await work(settings, name, bus, blobs, engine, safety, rewriter, stop, announced)
         finally:
             with suppress(TimeoutError):  # a step that hangs ends with the process
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
@@ -114,8 +118,10 @@ async def work(
     safety: SafetyChecker,
     rewriter: PromptRewriter,
     stop: asyncio.Event,
+    announced: Callable[[], None] | None = None,
 ) -> None:
-    """Works on parts that exist already, until `stop` is set."""
+    """Works on parts that exist already, until `stop` is set. `announced` is called once, when
+    apis can know of it."""
     parts = Parts(
         name=name,
         engine=engine,
@@ -134,4 +140,4 @@ async def work(
         forget_downloads=partial(forget_downloads, settings.model),
     )
     worker = Worker(parts, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
-    await worker.run(stop)
+    await worker.run(stop, announced)

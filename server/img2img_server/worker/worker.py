@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -45,8 +46,11 @@ class Worker:
         self._changed = asyncio.Event()
         self._restarting = asyncio.Event()
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, announced: Callable[[], None] | None = None) -> None:
         """Works until `stop` is set, then finishes or hands back what it has.
+
+        Args:
+            announced: called once, when it has been announced and takes jobs.
 
         Raises:
             RestartError: it was told to restart, and has handed back what it had.
@@ -57,7 +61,7 @@ class Worker:
             self._control.on_order(self._on_order),
             asyncio.TaskGroup() as tasks,
         ):
-            announcing = tasks.create_task(self._announce())
+            announcing = tasks.create_task(self._announce(announced))
             pulling = tasks.create_task(self._pull(tasks))
             lost = self._parts.device_lost
             await first_of(stop.wait(), self._restarting.wait(), lost.wait())
@@ -149,7 +153,7 @@ class Worker:
                 except OSError as error:
                     log.warning("downloads not deleted", why=str(error))
 
-    async def _announce(self) -> None:
+    async def _announce(self, announced: Callable[[], None] | None) -> None:
         parts = self._parts
         load = Load(parts.engine)
         with suppress(errors.UnavailableError):  # what workers before us have measured
@@ -168,4 +172,7 @@ class Worker:
             )
             with suppress(errors.UnavailableError):
                 await self._registry.announce(info)
+                if announced:
+                    announced()
+                announced = None
             await asyncio.sleep(ANNOUNCE_SECONDS)
