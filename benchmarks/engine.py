@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": arguments.rows,
         "hardware": hardware(device, dtype),
         "results": compare(
-            systems(pipeline, spec.source, arguments.rows, arguments.wheels),
+            systems(pipeline, spec.source, arguments.rows, arguments.wheels, arguments.litserve),
             arguments.requests,
             arguments.loads,
             arguments.sides,
@@ -80,18 +80,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def systems(pipeline: Any, source: str, rows: int, wheels: Path | None) -> dict[str, Server]:
-    """What is compared, on one pipeline; LitServe loads its own from `source`."""
+def systems(
+    pipeline: Any, source: str, rows: int, wheels: Path | None, litserve: bool = True
+) -> dict[str, Server]:
+    """What is compared, on one pipeline; LitServe, if wanted, loads its own from `source`."""
     clock = Clock(pipeline)
     found: dict[str, Server] = {
         "(a) stock, one at a time": StockServer(pipeline, clock, 1),
         "(b) stock, static batches": StockServer(pipeline, clock, rows),
     }
-    if install(wheels):
+    if litserve and install(wheels):
         unet = pipeline.unet
         log = Path(".img2img") / "litserve.log"
-        litserve = LitServeServer(source, rows, unet.device, unet.dtype, log)
-        found["(c) LitServe, dynamic batches"] = litserve
+        found["(c) LitServe, dynamic batches"] = LitServeServer(
+            source, rows, unet.device, unet.dtype, log
+        )
     found["(d) this engine"] = EngineServer(pipeline, clock, rows)
     return found
 
@@ -167,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--wheels", type=Path, help="folder with LitServe's wheels; default: pip")
+    parser.add_argument("--litserve", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--note", default="", help="what else is to be known of this run")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

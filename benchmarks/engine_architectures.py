@@ -58,6 +58,8 @@ _UNETS: dict[str, dict[str, Any]] = {
 }
 # Width, layers, heads of the text encoders.
 _CLIP_L, _OPEN_CLIP_H, _OPEN_CLIP_G = (768, 12, 12), (1024, 23, 16), (1280, 32, 20)
+_TEXT = {"sd15": _CLIP_L, "sd-turbo": _OPEN_CLIP_H, "toy": (768, 1, 12)}
+_VAE_CHANNELS = (128, 256, 512, 512)
 
 
 def build(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -66,9 +68,9 @@ def build(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _sd(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    width = _OPEN_CLIP_H if name == "sd-turbo" else _CLIP_L
+    channels = (32,) * 4 if name == "toy" else _VAE_CHANNELS
     with device:
-        parts = [_unet(name), _autoencoder(0.18215), CLIPTextModel(_text(width))]
+        parts = [_unet(name), _autoencoder(0.18215, channels), CLIPTextModel(_text(_TEXT[name]))]
     unet, vae, text = (_placed(part, dtype) for part in parts)
     return StableDiffusionImg2ImgPipeline(
         vae=vae,
@@ -122,12 +124,12 @@ def _unet(name: str) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{"sample_size": 64, **_UNETS[name]})
 
 
-def _autoencoder(scaling_factor: float) -> AutoencoderKL:
-    blocks = 4
+def _autoencoder(scaling_factor: float, channels: tuple[int, ...] = _VAE_CHANNELS) -> AutoencoderKL:
+    blocks = len(channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=channels,
         layers_per_block=2,
         latent_channels=4,
         sample_size=512,

@@ -20,7 +20,7 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,11 @@ def measure(name: str, arguments: argparse.Namespace, report: Report, rate: floa
 
 def loads(name: str, pipeline: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """The systems of benchmarks.engine."""
-    servers = systems(pipeline, name, arguments.rows, arguments.wheels)
+    servers = systems(pipeline, name, arguments.rows, arguments.wheels, arguments.litserve)
     return compare(servers, arguments.requests, arguments.loads, [arguments.side])
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Runs, prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     choices = list(ARCHITECTURES)
@@ -129,10 +129,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--litserve", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds")
     parser.add_argument("--wheels", type=Path, help="folder with LitServe's wheels; default: pip")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     rate = matrix_rate(device, dtype)
