@@ -122,6 +122,7 @@ def inspect(tag: str, *, torch: bool) -> None:
         size = int(run("du", "-sxm", str(tree / "opt/img2img")).split()[0])
         print(f"{tag}: {size} MB in /opt/img2img, torch: {torch}", flush=True)
     finally:
+        buildah("umount", container)
         buildah("rm", container)
 
 
