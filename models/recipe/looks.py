@@ -11,7 +11,9 @@ from recipe.strokes import (
     blur,
     cells,
     colours,
+    dabs,
     edges,
+    flakes,
     lattice,
     luminance,
     outline,
@@ -38,19 +40,19 @@ def charcoal(image: np.ndarray) -> np.ndarray:
     grey = stretch(blur(luminance(image), 1.5))
     dark = np.clip(1.3 - 1.6 * grey, 0, 1)
     rubbed = dark - strokes(luminance(image), 13, 3.0)
-    return rgb(np.clip(0.84 - rubbed - 0.9 * edges(image, 2.2, 12), 0.03, 0.9))
+    drawn = np.clip(0.9 - rubbed - 0.9 * edges(image, 2.2, 12), 0, 1)
+    return tint(drawn, "0c0b0a", "6f655a", "d3c2a4")
 
 
 def ink_drawing(image: np.ndarray) -> np.ndarray:
     grey = stretch(blur(luminance(image), 1.0))
     ink = np.maximum(np.clip(edges(image, 1.6, 26), 0, 1), grey < 0.3)
     ink = np.clip((blur(ink.astype(np.float32), 0.8) - 0.3) * 3, 0, 1)
-    return tint(1 - ink, "14182c", "f6efdc")
+    return tint(1 - ink, "101a4a", "fbf3d9")
 
 
 def oil_painting(image: np.ndarray) -> np.ndarray:
-    small = (np.clip(colours(image, 1.45), 0, 1) * 255).astype(np.uint8)
-    paint = cv2.xphoto.oilPainting(small, 6, 1).astype(np.float32) / 255
+    paint = dabs(colours(image, 1.45), 6)
     bristle = blur(luminance(paint), 0.8)
     relief = bristle - np.roll(bristle, (2, 2), (0, 1))
     return np.clip((paint - 0.5) * 1.15 + 0.5 + 1.5 * relief[..., None], 0, 1)
@@ -71,8 +73,9 @@ def pastel(image: np.ndarray) -> np.ndarray:
 
 
 def cartoon(image: np.ndarray) -> np.ndarray:
-    flat = colours(smooth(image, 5, 0.2, 9), 1.7, 4)
-    return np.clip(flat * 1.08 * (1 - outline(image, 0.3)[..., None]), 0, 1)
+    flat = colours(smooth(blur(image, 1.0), 5, 0.25, 9) ** 0.8, 1.9, 4)
+    lines = np.maximum(0.9 * outline(image, 0.32, 1.6), np.clip(edges(image, 3.0, 14) - 0.25, 0, 1))
+    return np.clip(1.12 * flat + 0.06, 0, 1) * (1 - np.clip(1.2 * lines, 0, 1)[..., None])
 
 
 def comic_halftone(image: np.ndarray) -> np.ndarray:
@@ -87,8 +90,8 @@ def comic_halftone(image: np.ndarray) -> np.ndarray:
 
 
 def pixel_art(image: np.ndarray) -> np.ndarray:
-    block = colours(cells(image, 8), 1.5)
-    return np.clip(np.round(block * 5) / 5, 0, 1).astype(np.float32)
+    block = colours(cells(image, 16), 1.7)
+    return np.clip(np.round(block * 4) / 4, 0, 1).astype(np.float32)
 
 
 def mosaic(image: np.ndarray) -> np.ndarray:
@@ -123,11 +126,11 @@ def sepia(image: np.ndarray) -> np.ndarray:
 def neon(image: np.ndarray) -> np.ndarray:
     soft = blur(image, 1.3)
     dx, dy = cv2.Sobel(soft, -1, 1, 0), cv2.Sobel(soft, -1, 0, 1)
-    strength = np.clip(np.sqrt((dx**2 + dy**2).sum(axis=2)) * 1.1, 0, 1) ** 0.8
+    strength = np.clip(np.sqrt((dx**2 + dy**2).sum(axis=2)) * 1.5 - 0.12, 0, 1)
     hue = tint(luminance(blur(image, 4)), "00e5ff", "ff2bd6", "b14cff", "ffe14c")
     tube = hue * strength[..., None]
-    glow = blur(tube, 6) * 0.9
-    base = np.array([0.03, 0.01, 0.09], np.float32) + 0.12 * luminance(image)[..., None] * hue
+    glow = blur(tube, 6) * 0.6
+    base = np.array([0.03, 0.01, 0.09], np.float32) + 0.16 * luminance(image)[..., None] * hue
     return np.clip(base + tube + glow + 0.5 * np.clip(strength - 0.75, 0, 1)[..., None], 0, 1)
 
 
@@ -151,10 +154,10 @@ def fog(image: np.ndarray) -> np.ndarray:
 
 def snow(image: np.ndarray) -> np.ndarray:
     grey = blur(luminance(image), 1.0)
-    lit = np.clip((grey - np.roll(grey, 4, axis=0)) * 3 + (grey - 0.38) * 1.9, 0, 1)
-    cold = colours(image, 0.45) * np.array([0.86, 0.95, 1.1], np.float32)
-    white = np.array([0.93, 0.96, 1.0], np.float32)
-    return np.clip(cold * (1 - 0.94 * lit[..., None]) + white * 0.94 * lit[..., None], 0, 1)
+    lit = np.clip((grey - np.roll(grey, 4, axis=0)) * 3 + (grey - 0.45) * 1.9, 0, 1)
+    cold = 0.25 * colours(image, 0.6) + 0.75 * tint(grey, "2c4a86", "7fa6dd", "dcecff")
+    lit = np.maximum(0.94 * lit, flakes(image.shape))[..., None]
+    return np.clip(cold * (1 - lit) + np.array([0.96, 0.98, 1.0], np.float32) * lit, 0, 1)
 
 
 def vintage(image: np.ndarray) -> np.ndarray:

@@ -71,6 +71,17 @@ def lattice(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return x % PERIOD, y % PERIOD
 
 
+def flakes(shape: tuple[int, ...]) -> np.ndarray:
+    """Soft white dots 0..1, scattered over the repeating cell."""
+    x, y = lattice(shape)
+    out = np.zeros(shape[:2], np.float32)
+    for left, top, radius in ((5, 7, 3.2), (21, 3, 2.2), (13, 20, 2.6), (27, 25, 3.0)):
+        dx, dy = (np.abs(axis - at) for axis, at in ((x, left), (y, top)))
+        far = np.hypot(np.minimum(dx, PERIOD - dx), np.minimum(dy, PERIOD - dy))
+        out = np.maximum(out, np.clip(radius + 0.5 - far, 0, 1))
+    return out
+
+
 def strokes(grey: np.ndarray, length: int = 9, gain: float = 1.0) -> np.ndarray:
     """The picture's own fine detail smeared along a diagonal, mean about 0."""
     detail = grey - blur(grey, 2.5)
@@ -88,6 +99,21 @@ def cells(image: np.ndarray, size: int) -> np.ndarray:
         padded, (padded.shape[1] // size, padded.shape[0] // size), interpolation=cv2.INTER_AREA
     )
     return np.repeat(np.repeat(small, size, axis=0), size, axis=1)[:height, :width]
+
+
+def dabs(image: np.ndarray, radius: int, shades: int = 40) -> np.ndarray:
+    """Each pixel gets the mean colour of the commonest shade around it, like a flat brush."""
+    shade = np.floor(luminance(image) * (shades - 1e-3))
+    size = (2 * radius + 1, 2 * radius + 1)
+    most = np.zeros(image.shape[:2], np.float32)
+    out = image.copy()
+    for value in range(shades):
+        inside = (shade == value).astype(np.float32)
+        share = cv2.blur(inside, size)
+        wins = share > most
+        mean = cv2.blur(image * inside[..., None], size) / np.maximum(share, 1e-6)[..., None]
+        out[wins], most[wins] = mean[wins], share[wins]
+    return out
 
 
 def tint(grey: np.ndarray, *stops: str) -> np.ndarray:

@@ -15,8 +15,8 @@ from torch import nn
 
 from recipe import paths
 from recipe.latents import LATENTS
-from recipe.runtime import Clock, Threads, device, save
-from recipe.samples import Samples
+from recipe.runtime import Clock, Threads, device, follow, save
+from recipe.samples import Batch, Samples
 from recipe.text import load_tokenizer, new_text_encoder, token_ids
 from recipe.unet import new_unet
 
@@ -40,12 +40,12 @@ class Denoiser(nn.Module):
         return self.unet(noisy, timesteps, encoder_hidden_states=hidden).sample
 
 
-@torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Exponential moving average that starts fast."""
-    factor = min(decay, (1 + step) / (10 + step))
-    for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(new, 1 - factor)
+def loss_of(model: Denoiser, data: Batch, where: torch.device) -> torch.Tensor:
+    """Weighted mean squared error of v."""
+    ids = token_ids(model.tokenizer, data.captions)
+    noisy = data.noisy.to(where, memory_format=torch.channels_last)
+    got = model(noisy, data.timesteps.to(where), ids.to(where))
+    return ((got - data.target.to(where)).square() * data.weight.to(where)).mean()
 
 
 def train(
@@ -67,7 +67,8 @@ def train(
         state = torch.load(CHECKPOINT, map_location=where, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        if "optimizer" in state:  # weights that travelled come without
+            optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
         print(f"going on from step {step}, {spent:.1f} min", flush=True)
     # A copy in memory: a page fault per crop costs more than the denoiser.
@@ -93,11 +94,7 @@ def train(
             group["lr"] = rate * clock.rate()
         large = step % 2 == 1  # every second batch: fewer, larger crops
         data = samples.batch(max(1, batch // 4) if large else batch, 2 * side if large else side)
-        ids = token_ids(model.tokenizer, data.captions)
-        noisy = data.noisy.to(where, memory_format=torch.channels_last)
-        got = model(noisy, data.timesteps.to(where), ids.to(where))
-        error = (got - data.target.to(where)).square() * data.weight.to(where)
-        loss = error.mean()
+        loss = loss_of(model, data, where)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

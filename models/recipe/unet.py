@@ -1,4 +1,4 @@
-"""The denoiser: a small UNet2DConditionModel that predicts v from 8-channel latents.
+"""The denoiser: a small UNet2DConditionModel that predicts v from the latents.
 
 The pooled text also modulates every block together with the time (`addition_embed_type="text"`),
 so that a look reaches the full-resolution level, which has no attention.

@@ -1,0 +1,135 @@
+"""Everything a training machine needs, small, in pieces; and the weights back again.
+
+`python -m recipe.pack pack FOLDER` writes the photos (JPEG), the tokenizer and the weights reached
+so far; `weights FOLDER` the tokenizer and weights alone; `unpack FOLDER` lays them down in build/.
+A piece has at most 16 MB, for channels that carry no more. Weights travel in half precision and
+without the optimizer's state: training goes on from their running average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tarfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from recipe import paths
+from recipe.photos import photos
+
+PIECE_BYTES = 16_000_000
+LONGEST_SIDE = 1024  # pixels of a packed photo
+TEXT_FILES = ("vocab.json", "merges.txt")
+
+
+def _half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: value.half() if value.is_floating_point() else value for name, value in state.items()
+    }
+
+
+def _float(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: value.float() if value.is_floating_point() else value for name, value in state.items()
+    }
+
+
+def _weights() -> bytes | None:
+    """Of the autoencoder and, once trained, the denoiser."""
+    kept = {}
+    autoencoder, denoiser = (paths.CHECKPOINTS / f"{n}.pt" for n in ("autoencoder", "denoiser"))
+    if autoencoder.exists():
+        state = torch.load(autoencoder, map_location="cpu", weights_only=True)
+        kept["autoencoder"] = _half(state["model"])
+    if denoiser.exists():
+        state = torch.load(denoiser, map_location="cpu", weights_only=True)
+        kept["denoiser"] = _half(state["average"])
+        kept["step"], kept["spent"] = state["step"], state["spent"]
+    if not kept:
+        return None
+    buffer = io.BytesIO()
+    torch.save(kept, buffer)
+    return buffer.getvalue()
+
+
+def _jpeg(path: Path) -> bytes:
+    image = Image.open(path).convert("RGB")
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=94)
+    return buffer.getvalue()
+
+
+def pack(folder: Path, with_photos: bool) -> list[Path]:
+    """Returns the pieces it wrote: `atelier.000`, `atelier.001`, …"""
+    content: dict[str, bytes] = {}
+    if with_photos:
+        for photo in photos():
+            content[f"photos/{photo.split}/{photo.id}.jpg"] = _jpeg(photo.path)
+    for name in TEXT_FILES:
+        if (paths.TEXT / name).exists():
+            content[f"text/{name}"] = (paths.TEXT / name).read_bytes()
+    weights = _weights()
+    if weights is not None:
+        content["weights.pt"] = weights
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    whole = buffer.getvalue()
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("atelier.[0-9][0-9][0-9]"):
+        stale.unlink()
+    pieces = []
+    for number, start in enumerate(range(0, len(whole), PIECE_BYTES)):
+        piece = folder / f"atelier.{number:03d}"
+        piece.write_bytes(whole[start : start + PIECE_BYTES])
+        pieces.append(piece)
+    print(f"{len(content)} files, {len(whole) / 1e6:.1f} MB in {len(pieces)} pieces")
+    return pieces
+
+
+def unpack(folder: Path) -> None:
+    """Replaces what is in build/ by what the pieces hold."""
+    pieces = sorted(folder.glob("atelier.[0-9][0-9][0-9]"))
+    whole = b"".join(piece.read_bytes() for piece in pieces)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        for member in archive:
+            file = archive.extractfile(member)
+            if file is not None:
+                _lay_down(member.name, file.read())
+
+
+def _lay_down(name: str, data: bytes) -> None:
+    target = paths.BUILD / name
+    if name == "weights.pt":
+        kept = torch.load(io.BytesIO(data), weights_only=True)
+        paths.CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+        if "autoencoder" in kept:
+            model = _float(kept["autoencoder"])
+            torch.save({"model": model}, paths.CHECKPOINTS / "autoencoder.pt")
+        if "denoiser" in kept:
+            model = _float(kept["denoiser"])
+            state = {"model": model, "average": model, "step": kept["step"], "spent": kept["spent"]}
+            torch.save(state, paths.CHECKPOINTS / "denoiser.pt")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if name.startswith("photos/"):
+        Image.open(io.BytesIO(data)).save(target.with_suffix(".png"), compress_level=1)
+    else:
+        target.write_bytes(data)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("pack", "weights", "unpack"))
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if args.what == "unpack":
+        unpack(args.folder)
+    else:
+        pack(args.folder, with_photos=args.what == "pack")

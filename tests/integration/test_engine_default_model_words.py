@@ -1,0 +1,99 @@
+"""What words do to the packaged model: looks change the photo, unknown words do not spoil it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from img2img_server.engine.base import Engine, Pixels
+from img2img_server.engine.load import load_engine
+from img2img_server.settings import Settings
+from tests.engine_bench import job, pictures, run
+
+SIDE = 256
+CAT = Path(__file__).parents[2] / "examples" / "cat.jpg"
+
+Draw = Callable[..., Pixels]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    loaded = load_engine(Settings())
+    try:
+        yield loaded
+    finally:
+        loaded.stop()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Pixels:
+    return np.asarray(Image.open(CAT).convert("RGB").resize((SIDE, SIDE)))
+
+
+@pytest.fixture
+def draw(engine: Engine, photo: Pixels) -> Draw:
+    """A picture of the photo at the model's own defaults."""
+    model = engine.model
+
+    def picture(prompt: str, negative_prompt: str = "") -> Pixels:
+        wanted = job(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            init_image=photo,
+            strength=model.default_strength,
+            num_inference_steps=model.default_num_inference_steps,
+            guidance_scale=model.default_guidance_scale,
+            scheduler=model.schedulers[0],
+        )
+        (only,) = pictures(run(engine, wanted))
+        return only
+
+    return picture
+
+
+def distance(one: Pixels, other: Pixels) -> float:
+    """Root mean square of the pixels' differences, 0 to 255."""
+    return float(np.sqrt(np.mean((one.astype(np.float32) - other) ** 2)))
+
+
+def likeness(one: Pixels, other: Pixels) -> float:
+    """Correlation of the brightness of 8 x 8 blocks, -1 to 1: is it the same scene?"""
+    blocks = [
+        picture.mean(axis=2).reshape(SIDE // 8, 8, SIDE // 8, 8).mean(axis=(1, 3)).ravel()
+        for picture in (one, other)
+    ]
+    return float(np.corrcoef(blocks)[0, 1])
+
+
+@pytest.mark.parametrize("prompt", ["", "a red apple on the moon", "zyxo fnord 8712 \N{CAT FACE}"])
+def test_words_that_name_no_look_leave_the_photo_recognisable(
+    draw: Draw, photo: Pixels, prompt: str
+) -> None:
+    picture = draw(prompt)
+
+    assert likeness(picture, photo) > 0.9
+    assert distance(picture, photo) < 40 < distance(draw("night"), photo)
+
+
+def test_a_look_stays_the_look_among_words_that_the_model_does_not_know(draw: Draw) -> None:
+    alone, among = draw("night"), draw("zyxo fnord of a bicycle, night, 8712")
+
+    assert distance(alone, among) < 0.4 * distance(alone, draw(""))
+
+
+@pytest.mark.parametrize("prompt", ["watercolour, night", "pencil sketch and sunset"])
+def test_two_looks_in_one_prompt_still_give_a_picture_of_the_photo(
+    draw: Draw, photo: Pixels, prompt: str
+) -> None:
+    picture = draw(prompt)
+
+    assert likeness(picture, photo) > 0.6
+    assert distance(picture, draw("")) > 15
+
+
+def test_a_negative_prompt_moves_the_picture_away_from_its_look(draw: Draw, photo: Pixels) -> None:
+    assert draw("a cat", "night").mean() > draw("a cat", "").mean() + 5
