@@ -141,7 +141,9 @@ def evaluate(count: int, sparse: int) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=int, default=20)
-    parser.add_argument("--sparse", type=int, default=0, help="looks of photos not on a sheet")
+    parser.add_argument(
+        "--sparse", type=int, default=4, help="looks of photos not on a sheet; 0: all"
+    )
     parser.add_argument("--keep", action="store_true", help="use pictures made before")
     args = parser.parse_args()
     if not args.keep:

@@ -26,13 +26,13 @@ WEIGHTS = {
     "pencil sketch": 1.5,
     "charcoal": 1.5,
     "ink drawing": 1.5,
-    "cartoon": 2.5,
-    "pixel art": 2.5,
+    "cartoon": 3.5,
+    "pixel art": 3.5,
     "black and white": 1.5,
-    "neon": 1.5,
-    "snow": 1.5,
+    "neon": 2.0,
+    "snow": 2.0,
 }
-USED = 0.8  # of the schedule; above, the photo is gone, and few ask for it
+USED = 0.7  # of the schedule; above, the photo is gone, and few ask for it
 
 
 @dataclass
@@ -70,14 +70,14 @@ class Samples:
 
     def _mix(self) -> float:
         draw = self.rng.random()
-        if draw < 0.45:
+        if draw < 0.55:
             return 0.0
-        return 1.0 if draw < 0.65 else self.rng.uniform(0, 1.2)
+        return 1.0 if draw < 0.7 else self.rng.uniform(0, 1.2)
 
     def _steps(self, size: int) -> torch.Tensor:
         """Timesteps; three of four from the part that strengths up to 0.8 use."""
         tau = torch.rand(size, generator=self.generator)
-        low = torch.rand(size, generator=self.generator) < 0.75
+        low = torch.rand(size, generator=self.generator) < 0.85
         return (STEPS * torch.where(low, USED * tau, USED + (1 - USED) * tau)).long()
 
     def batch(self, size: int, side: int) -> Batch:

@@ -75,8 +75,8 @@ def test_words_that_name_no_look_leave_the_photo_recognisable(
 ) -> None:
     picture = draw(prompt)
 
-    assert likeness(picture, photo) > 0.9
-    assert distance(picture, photo) < 40 < distance(draw("night"), photo)
+    assert likeness(picture, photo) > 0.85
+    assert distance(picture, photo) < 50 < distance(draw("night"), photo)
 
 
 def test_a_look_stays_the_look_among_words_that_the_model_does_not_know(draw: Draw) -> None:
@@ -91,7 +91,7 @@ def test_two_looks_in_one_prompt_still_give_a_picture_of_the_photo(
 ) -> None:
     picture = draw(prompt)
 
-    assert likeness(picture, photo) > 0.6
+    assert likeness(picture, photo) > 0.3, "two unrelated pictures are within 0.1 of 0"
     assert distance(picture, draw("")) > 15
 
 
