@@ -12,7 +12,9 @@ import pytest
 
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
+from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
+from img2img_server.engine.fake import FAKE_MODEL
 from img2img_server.engines.child import Child
 from img2img_server.engines.local import choose_ports
 from img2img_server.engines.nats import nats_server, nats_url
@@ -350,3 +352,14 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
         "KV_img2img-storage": (0.0, -1),
         "KV_img2img-storage-retired": (3 * hour, -1),
     }
+
+
+async def test_an_announcement_that_cannot_be_read_hides_no_other(nats: Nats) -> None:
+    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+    async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
+        await bus.workers.announce(worker)
+        for bucket in (names.MODELS_BUCKET, names.WORKERS_BUCKET):
+            await link.publish(names.key_subject(bucket, names.token("odd")), b"of a far version")
+        assert await bus.workers.models() == [FAKE_MODEL]
+        assert await bus.workers.workers() == [worker]
+        assert await bus.workers.model("odd") is None

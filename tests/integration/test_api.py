@@ -2,19 +2,25 @@
 
 import asyncio
 import dataclasses
+import io
 import uuid
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from PIL import Image
+from prometheus_client import REGISTRY
 
 from img2img.v1 import job_pb2, service_pb2
+from img2img_server.api import admission
 from img2img_server.bus import memory_bus
 from img2img_server.domain.params import Limits
 from img2img_server.engine.fake import FakeEngine
+from img2img_server.images.base import CheckedImage
 from img2img_server.safety.memory import FixedSafetyChecker
 from tests.stack import (
     DEV,
@@ -335,6 +341,69 @@ async def test_a_full_queue_refuses_before_the_picture_is_fetched_or_decoded() -
             await api.create(spec(width=5, init_image=broken))
         assert set(refusal(caught.value).violations) == {"width", "init_image"}  # fields come first
     assert len(fetched) == 1
+
+
+async def test_a_picture_that_takes_long_is_not_decoded_for_a_full_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[int] = []
+    real = admission.check_image
+
+    def check(data: bytes, **rest: Any) -> CheckedImage:
+        decoded.append(len(data))
+        return real(data, **rest)
+
+    monkeypatch.setattr(admission, "check_image", check)
+    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    large = job_pb2.InitImage(data=buffer.getvalue())
+    many_pixels = job_pb2.InitImage(data=photo(4000, 2000))
+    bus = memory_bus(queue_limit=1)
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus, settings(queue_limit=1)) as api:
+        await api.create(spec(init_image=large))
+        assert decoded == [len(large.data)]
+        for image in (large, many_pixels):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.create(spec(init_image=image))
+            assert refusal(caught.value).reason == "QUEUE_FULL"
+    assert decoded == [len(large.data)]
+
+
+async def test_requests_whose_callers_hung_up_count_until_they_are_taken_in() -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def fetch(_: str) -> bytes:
+        asked.set()
+        await answer.wait()
+        return photo()
+
+    bus = memory_bus()
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus, settings(max_tenant_calls=1), fetch=fetch) as api:
+        slow = spec(init_image=job_pb2.InitImage(url="https://files.example.org/harbour.png"))
+        request = service_pb2.CreateJobRequest(spec=slow)
+        labels = {"method": "CreateJob", "code": "CANCELLED"}
+        before = REGISTRY.get_sample_value("img2img_rpcs_total", labels) or 0.0
+        call = api.stub.CreateJob(request, metadata=DEV)
+        await asked.wait()
+        call.cancel()
+        async with asyncio.timeout(WAIT_SECONDS):
+            # The call itself counts until the api has heard of it; only the metric tells.
+            while (REGISTRY.get_sample_value("img2img_rpcs_total", labels) or 0.0) == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.create(spec())
+        assert refusal(caught.value).reason == "TOO_MANY_CALLS"
+        answer.set()
+        listing = service_pb2.ListJobsRequest()
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not (await api.stub.ListJobs(listing, metadata=DEV)).jobs:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await api.create(spec())
 
 
 async def test_a_repeated_request_finds_its_job_in_a_full_queue() -> None:

@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 from prometheus_client import REGISTRY
 
+import img2img_server.api.backlog as backlog_module
 from img2img_server.api.backlog import UNMEASURED_PIXEL_STEP_SECONDS, Backlog
 from img2img_server.bus import Bus, memory_bus
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.errors import UnavailableError
 from img2img_server.queue.base import QueuedJob
 from img2img_server.worker.parts import Pace
 from tests.stack import kinds, running_api, running_worker, spec
@@ -150,3 +152,26 @@ async def test_the_metric_follows_a_job_with_the_pace_that_its_worker_measured(
         engine.release()
         assert kinds([m async for m in call])[-1] == "succeeded"
         await reaches(0.0, 0.0)
+
+
+async def test_a_figure_that_cannot_be_measured_does_not_end_the_api(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backlog_module, "REFRESH_SECONDS", 0.001)
+    bus = memory_bus()
+    await announce(bus)
+    backlog = Backlog(bus.queue, bus.workers)
+    real, failures = backlog.measure, iter([RuntimeError("of another version"), UnavailableError()])
+
+    async def measure() -> dict[tuple[str, Lane, str], float]:
+        for failure in failures:
+            raise failure
+        measured.set()
+        return await real()
+
+    measured = asyncio.Event()
+    monkeypatch.setattr(backlog, "measure", measure)
+    publishing = asyncio.create_task(backlog.publish())
+    async with asyncio.timeout(5):
+        await measured.wait()
+    publishing.cancel()

@@ -17,9 +17,11 @@ from img2img_server.domain.params import Lane
 from img2img_server.engine.base import JobError
 from img2img_server.engine.fake import FakeEngine
 from img2img_server.errors import SafetyCheckError, StorageError
+from img2img_server.images.base import InvalidImageError
 from img2img_server.queue.base import Delivery
 from img2img_server.store.memory import MemoryBlobStore
-from tests.stack import kinds, running_api, running_worker, settings, spec
+from img2img_server.worker import run
+from tests.stack import kinds, running_api, running_stack, running_worker, settings, spec
 
 PNG = job_pb2.IMAGE_FORMAT_PNG
 
@@ -287,3 +289,16 @@ async def test_base64_files_are_stored_as_text_under_their_own_name(
         assert key.endswith("-0.base64")
         text = b"".join([chunk async for chunk in blobs.read(key)])
         assert base64.b64decode(text, validate=True).startswith(b"\x89PNG")
+
+
+async def test_a_job_whose_picture_cannot_be_prepared_began_before_it_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise InvalidImageError("init_image is not a valid PNG, JPG or WebP image")
+
+    monkeypatch.setattr(run, "prepare_image", broken)
+    async with running_stack() as stack:
+        messages = [message async for message in stack.api.generate(spec())]
+    assert kinds(messages)[-2:] == ["started", "failed"]
+    assert messages[-1].event.failed.job.error.reason == "INIT_IMAGE_INVALID"

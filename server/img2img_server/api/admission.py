@@ -24,7 +24,7 @@ from img2img_server.domain.params import (
 )
 from img2img_server.images.base import CheckedImage, InvalidImageError
 from img2img_server.images.outbound import OutboundPolicy
-from img2img_server.images.prepare import check_image
+from img2img_server.images.prepare import check_image, is_cheap
 from img2img_server.prompts.choose import api_rewriter
 from img2img_server.queue.base import JobQueue
 from img2img_server.settings import Settings
@@ -156,9 +156,9 @@ class Admission:
             raise errors.RateLimitedError(per_minute, wait)
 
     async def _image_given_room(self, request: convert.Request, caller: Caller) -> CheckedImage:
-        """The checked picture. An inline one is decoded while the queue is asked; a full queue is
-        told first all the same, and nothing is downloaded for it."""
-        if not request.init_image:
+        """The checked picture. A small inline one is decoded while the queue is asked; a full queue
+        is told first all the same, and nothing is downloaded or takes long to decode for it."""
+        if not request.init_image or not is_cheap(request.init_image):
             await self._check_room(request.params, caller)
             return await self._image(request)
         async with beside(self._image(request)) as decoded:

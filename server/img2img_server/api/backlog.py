@@ -12,12 +12,16 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
+import structlog
+
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams, Lane, denoising_steps
 from img2img_server.errors import UnavailableError
 from img2img_server.queue.base import JobQueue, LaneLoad
 from img2img_server.store.base import WorkerRegistry
 from img2img_server.telemetry import QUEUED_GPU_SECONDS
+
+log = structlog.get_logger()
 
 REFRESH_SECONDS: Final = 5.0
 REMEMBERED: Final = 1000  # jobs by model and lane whose cost is kept
@@ -79,6 +83,9 @@ class Backlog:
             try:
                 found = await self.measure()
             except UnavailableError:
+                QUEUED_GPU_SECONDS.clear()
+            except Exception as error:  # a figure less must not end the api
+                log.error("queued device time cannot be measured", exc_info=error)
                 QUEUED_GPU_SECONDS.clear()
             else:
                 for labels, seconds in found.items():

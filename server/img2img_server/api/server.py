@@ -33,6 +33,7 @@ from img2img_server.contract.files import inline
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.store.base import WorkerRegistry
 from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.store.cached import CachedWorkerRegistry
 from img2img_server.telemetry import probe_server
@@ -79,7 +80,7 @@ async def serve(
 ) -> None:
     """Serves on parts that exist already; the order of stopping stands at the end."""
     backlog = Backlog(bus.queue, bus.workers)
-    workers = CachedWorkerRegistry(bus.workers)
+    registry, workers = bus.workers, CachedWorkerRegistry(bus.workers)
     bus = replace(bus, workers=workers)
     canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control, bus.outbox)
     estimator = Estimator(bus.queue, bus.workers)
@@ -128,7 +129,7 @@ async def serve(
     port = _listen(server, settings)
     await server.start()
     async with (
-        _health(health_servicer, bus, stop) as is_ready,
+        _health(health_servicer, registry, stop) as is_ready,
         probe_server(settings, is_ready) as probes,
     ):
         address = f"{settings.grpc_host}:{port}"
@@ -199,7 +200,7 @@ def _listen(server: grpc.aio.Server, settings: Settings) -> int:
 
 @asynccontextmanager
 async def _health(
-    servicer: health.aio.HealthServicer, bus: Bus, stop: asyncio.Event
+    servicer: health.aio.HealthServicer, registry: WorkerRegistry, stop: asyncio.Event
 ) -> AsyncIterator[Callable[[], bool]]:
     """Keeps the health service true: serving while the bus answers."""
     serving = False
@@ -207,9 +208,10 @@ async def _health(
     async def update() -> None:
         nonlocal serving
         try:
-            await bus.workers.models()
+            async with asyncio.timeout(_HEALTH_SECONDS):
+                await registry.models()
             serving = True
-        except errors.UnavailableError:
+        except (errors.UnavailableError, TimeoutError):
             serving = False
         state = health_pb2.HealthCheckResponse.SERVING
         if not serving:

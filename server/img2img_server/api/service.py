@@ -17,6 +17,7 @@ from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.admission import Caller
+from img2img_server.api.calls import OpenCalls
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.capabilities import capabilities
 from img2img_server.api.intake import Intake
@@ -65,6 +66,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._stop = stop
         self._streams: Counter[int] = Counter()  # open Generate calls by job
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._creations = OpenCalls(settings.max_tenant_calls)
         self._outbox = outbox
 
     async def Generate(  # noqa: N802
@@ -183,7 +185,16 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         caller: Caller,
     ) -> asyncio.Task[Stored]:
         """Begins to take the request in. A caller who hangs up must not stop it half way."""
-        return self._spawn(self._intake.create(request.spec, request.request_id, caller))
+        return self._spawn(self._take_in(request, caller))
+
+    async def _take_in(
+        self,
+        request: service_pb2.GenerateRequest | service_pb2.CreateJobRequest,
+        caller: Caller,
+    ) -> Stored:
+        # Counted here again: it goes on, and holds its picture, when the call itself has ended.
+        with self._creations.counted("CreateJob", caller.principal.tenant):
+            return await self._intake.create(request.spec, request.request_id, caller)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)

@@ -16,11 +16,11 @@ from img2img_server.store.base import WorkerRegistry
 T = TypeVar("T")
 
 
-STALE_FACTOR = 5.0
+STALE_FACTOR = 2.0
 
 
 class CachedWorkerRegistry:
-    """A WorkerRegistry whose answers may be `seconds` old, or five times that while they are read
+    """A WorkerRegistry whose answers may be `seconds` old, or twice that while they are read
     anew, so that a steady caller never waits for the bus. A model that is not known is not
     remembered: it may be announced any moment."""
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TypeVar
 
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.wire import codec, names
-from img2img_server.wire.bucket import Bucket
+from img2img_server.wire.bucket import Bucket, Entry
 from img2img_server.wire.connection import Link
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class KvWorkerRegistry:
@@ -38,10 +41,20 @@ class KvWorkerRegistry:
 
     async def model(self, name: str) -> ModelInfo | None:
         entry = await self._models.get(names.token(name))
-        return codec.decode(entry.value, ModelInfo) if entry else None
+        return _decoded(entry, ModelInfo) if entry else None
 
 
 async def _all(bucket: Bucket, kind: type[T]) -> list[T]:
     entries = await asyncio.gather(*(bucket.get(key) for key in await bucket.keys()))
     # A key may expire between the two reads.
-    return [codec.decode(entry.value, kind) for entry in entries if entry is not None]
+    found = [_decoded(entry, kind) for entry in entries if entry is not None]
+    return [value for value in found if value is not None]
+
+
+def _decoded(entry: Entry, kind: type[T]) -> T | None:
+    """None for what a worker of a far version said: it must not hide the others."""
+    try:
+        return codec.decode(entry.value, kind)
+    except codec.UndecodableError as error:
+        log.warning("an announcement that cannot be read is left out: %s", error)
+        return None

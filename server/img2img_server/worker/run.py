@@ -163,7 +163,11 @@ class JobRun:
     async def _work(self, owned: OwnedJob, prepared: asyncio.Task[Pixels]) -> None:
         try:
             async with beside(owned.announce()) as announced:
-                inbox = self._submit(owned.job, await _sound(prepared))
+                try:
+                    inbox = self._submit(owned.job, await _sound(prepared))
+                except errors.InitImageError:
+                    await announced  # a log in which it never began would be wrong
+                    raise
                 await announced
             timings = await self._follow(owned, inbox)
         except _StoppedError:
