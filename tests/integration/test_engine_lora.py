@@ -13,6 +13,7 @@ from torch import Tensor
 
 from img2img_server.engine.base import EngineJob, JobDone, JobError, Pixels
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers_lora import _Change
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import ModelError
 from img2img_server.engine.options import ModelOptions
@@ -129,6 +130,35 @@ def test_neighbours_with_other_loras_change_nothing(written: Written) -> None:
 
     expected = [written.expected(each) for each in wanted]
     assert max(difference(a, b) for a, b in zip(found, expected, strict=True)) <= BOUND
+
+
+def test_of_a_lora_that_was_written_in_half_nothing_stays(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, inked = job(**WANTED), job(lora="ink", **WANTED)
+    untouched, denoiser = load(written), load(written)
+    with running(untouched, loras=untouched.loras) as engine:
+        expected = [pictures(run(engine, each))[0] for each in (plain, inked)]
+
+    written_weights = 0
+
+    def delta(change: _Change) -> Tensor:
+        nonlocal written_weights
+        if written_weights == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        written_weights += 1
+        return whole_delta(change)
+
+    whole_delta = _Change.delta
+    with running(denoiser, loras=denoiser.loras) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(_Change, "delta", delta)
+            end = run(engine, inked)[-1]
+        found = [pictures(run(engine, each))[0] for each in (plain, inked)]
+
+    assert (type(end), written_weights) == (JobError, 2)
+    assert [difference(a, b) for a, b in zip(found, expected, strict=True)] == [0, 0]
+    assert difference(expected[0], expected[1]) > 2 * BOUND, "it does change the picture"
 
 
 def test_the_model_announces_its_loras_by_their_files_names(written: Written) -> None:

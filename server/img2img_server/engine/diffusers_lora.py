@@ -67,26 +67,33 @@ class LoraSet:
         self._changes = {file.stem: _read(pipeline, file) for file in files}
         self._kept: dict[int, _Kept] = {}
         self._applied: Adapter | None = None
+        self._is_half_written = False
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._changes)
 
     def use(self, adapter: Adapter | None) -> None:
-        """Makes the networks those of this adapter; None: as the model came."""
-        if adapter == self._applied:
+        """Makes the networks those of this adapter; None: as the model came.
+
+        Where it raises, for want of memory say, the next use writes all weights anew.
+        """
+        if adapter == self._applied and not self._is_half_written:
             return
+        self._is_half_written = True
         for kept in self._kept.values():
             kept.weight.copy_(kept.original)
-        self._applied = None
-        if adapter is None:
-            return
+        if adapter is not None:
+            self._write(adapter)
+        self._applied = adapter
+        self._is_half_written = False
+
+    def _write(self, adapter: Adapter) -> None:
         for change in self._changes[adapter.name]:
             if id(change.weight) not in self._kept:
                 self._kept[id(change.weight)] = _Kept(change.weight, change.weight.clone())
             original = self._kept[id(change.weight)].original
             change.weight.copy_(original.float() + adapter.scale * change.delta())
-        self._applied = adapter
 
 
 def _read(pipeline: Any, file: Path) -> list[_Change]:
