@@ -7,9 +7,22 @@ from pathlib import Path
 import pytest
 
 from img2img_server.engine import step_loop
-from img2img_server.engine.base import DeviceLost, JobStopped
-from tests.engine_bench import Inbox, blocks, job, load, running
+from img2img_server.engine.base import DeviceLost, EngineEvent, JobDone, JobError, JobStopped
+from img2img_server.engine.memory import Memory, NoMeter
+from tests.engine_bench import Inbox, blocks, job, load, run, running
 from tests.tiny_models import write_sd
+
+
+class Breaking(NoMeter):
+    """Of a device that can no longer tell its memory once it is broken."""
+
+    is_broken = False
+
+    @property
+    def free(self) -> int | None:
+        if self.is_broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return None
 
 
 def test_the_job_in_the_step_is_told_and_all_others_are_given_back(
@@ -31,3 +44,66 @@ def test_the_job_in_the_step_is_told_and_all_others_are_given_back(
         ends[3] = inboxes[3].all()[-1]
     kinds = {job_id: type(end) for job_id, end in ends.items()}
     assert kinds == {1: DeviceLost, 2: JobStopped, 3: JobStopped}
+
+
+def test_a_device_that_broke_while_idle_fails_no_job_that_comes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Breaking()
+    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=Memory(meter)) as engine:
+        ends = [run(engine, job(job_id=1))[-1]]
+        meter.is_broken = True
+        monkeypatch.setattr(step_loop, "device_works", lambda _: False)
+        ends += [run(engine, job(job_id=job_id))[-1] for job_id in (2, 3)]
+    assert [type(end) for end in ends] == [JobDone, DeviceLost, JobStopped]
+
+
+def test_a_device_found_broken_by_a_new_job_gives_back_the_running_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter, first, second = Breaking(), Inbox(), Inbox()
+    monkeypatch.setattr(step_loop, "device_works", lambda _: False)
+    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=Memory(meter)) as engine:
+
+        def break_when_it_runs(event: EngineEvent) -> None:
+            if not meter.is_broken:
+                meter.is_broken = True
+                engine.submit(job(job_id=2), second)
+            first(event)
+
+        engine.submit(job(job_id=1), break_when_it_runs)
+        ends = [inbox.all()[-1] for inbox in (first, second)]
+    assert [type(end) for end in ends] == [JobStopped, DeviceLost]
+
+
+def test_a_job_that_cannot_begin_on_a_device_that_works_fails_alone(tmp_path: Path) -> None:
+    meter = Breaking()
+    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=Memory(meter)) as engine:
+        meter.is_broken = True
+        ends = [run(engine, job(job_id=1))[-1]]
+        meter.is_broken = False
+        ends += [run(engine, job(job_id=2))[-1]]
+    assert [type(end) for end in ends] == [JobError, JobDone]
+
+
+def test_a_refused_job_does_not_ask_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_loop, "device_works", lambda _: False)
+    with running(load(write_sd(tmp_path, tiny_vae=True))) as engine:
+        ends = [run(engine, job(job_id=1, lora="none"))[-1], run(engine, job(job_id=2))[-1]]
+    assert [type(end) for end in ends] == [JobError, JobDone]
+
+
+def test_a_cache_that_cannot_be_cleared_harms_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = load(write_sd(tmp_path, tiny_vae=True))
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(denoiser, "clear_cache", broken)
+    with running(denoiser) as engine:
+        engine.clear_cache()
+        assert isinstance(run(engine, job())[-1], JobDone)

@@ -124,8 +124,8 @@ class JobError:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceLost:
-    """Last event of a job in whose step the device broke for good: no engine of this process can
-    use it any more. Jobs beside it get JobStopped."""
+    """Last event of a job in whose step, or at whose start, the device is broken for good: no
+    engine of this process can use it any more. Jobs beside it get JobStopped."""
 
     error: Exception
 

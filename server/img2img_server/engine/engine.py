@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -18,6 +19,8 @@ from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,11 +155,17 @@ class DiffusionEngine:
                 case _Cancel():
                     self._loop.cancel(command.job_id)
                 case _ClearCache():
-                    self._loop.clear_cache()
+                    self._clear_cache()
                 case _WarmUp():
                     self._warm_up(command)
                 case _Stop():
                     return False
+
+    def _clear_cache(self) -> None:
+        try:
+            self._loop.clear_cache()
+        except Exception:  # jobs can do without; those of a broken device learn it from their steps
+            _log.exception("the cache cannot be cleared")
 
     def _warm_up(self, command: _WarmUp) -> None:
         try:

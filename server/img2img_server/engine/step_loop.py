@@ -33,7 +33,7 @@ from img2img_server.engine.runs import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.stages import Stages
 from img2img_server.engine.warm_up import exercise
-from img2img_server.errors import EngineError, OutOfMemoryError
+from img2img_server.errors import EngineError, JobFailedError, OutOfMemoryError
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class StepLoop:
             exercise(self._denoiser, self._memory, height, width, slots)
 
     def begin(self, job: EngineJob, sink: Sink) -> None:
-        """Takes a job in, or ends it at once: refused, or with nothing to do."""
+        """Takes a job in, or ends it at once: refused, with nothing to do, or on a lost device."""
         if self._lost:
             emit(sink, job, JobStopped())
             return
@@ -99,6 +99,10 @@ class StepLoop:
             schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
             run = Run.begin(job, sink, schedule, slots, denoiser.device)
         except Exception as error:
+            if not isinstance(error, JobFailedError) and self._loses_device(error):
+                emit(sink, job, DeviceLost(error))
+                self.stop_all()
+                return
             _log.exception("job %d cannot begin", job.job_id)
             emit(sink, job, JobError(failure_of(error, job)))
             return
@@ -121,13 +125,18 @@ class StepLoop:
     def _fail(self, run: Run, error: Exception) -> None:
         if run.job.job_id not in self._runs:
             return
-        if not device_works(self._denoiser.device):
-            _log.critical("the device is lost", exc_info=error)
-            self._lost = True
+        if self._loses_device(error):
             self._end(run.job.job_id, DeviceLost(error))
             return
         _log.error("job %d failed", run.job.job_id, exc_info=error)
         self._end(run.job.job_id, JobError(failure_of(error, run.job)))
+
+    def _loses_device(self, error: Exception) -> bool:
+        """Asks the device after an error, and notes when it broke for good."""
+        if not device_works(self._denoiser.device):
+            _log.critical("the device is lost", exc_info=error)
+            self._lost = True
+        return self._lost
 
     def run_batch(self) -> None:
         """Runs the next step of what the scheduler picks. Raises nothing, whatever happens."""
