@@ -6,11 +6,14 @@ hub's library reads its own variables (HF_TOKEN, HF_ENDPOINT).
 
 A folder that is there is whole: files are gathered in a draft beside it, which gets its name last.
 Several may fetch into the same place at the same time; the first one to finish wins. Who is started
-again goes on with its own draft.
+again goes on with its own draft as long as the source is what it was: the draft is named after both
+host and source, `.model.host-0.0123456789ab`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 import socket
 from collections.abc import Iterable
@@ -51,12 +54,11 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
     if target.is_dir():
         log.info("the model is there", folder=str(target))
         return False
-    draft = target.with_name(f".{target.name}.{socket.gethostname()}")
     try:
-        draft.mkdir(parents=True, exist_ok=True)
         if source.startswith("s3://"):
-            _from_s3(settings, source, draft)
+            draft = _from_s3(settings, source, target)
         else:
+            draft = _draft(target, source, revision)
             _from_hub(source, revision, draft)
         if not (draft / INDEX).is_file():
             raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
@@ -64,6 +66,20 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
     except (OSError, MinioException, urllib3.exceptions.HTTPError) as error:
         why = " ".join(str(error).split())  # the hub's sentences have several lines
         raise ModelError(f"{source} cannot be fetched: {why}") from error
+
+
+def _draft(target: Path, *source: str) -> Path:
+    """This host's draft for what `source` identifies; its drafts of anything else are removed."""
+    start = f".{target.name}.{socket.gethostname()}"
+    digest = hashlib.sha256("\0".join(source).encode()).hexdigest()[:12]
+    draft = target.with_name(f"{start}.{digest}")
+    draft.mkdir(parents=True, exist_ok=True)
+    of_this_host = re.compile(re.escape(start) + r"\.[0-9a-f]{12}")
+    for found in target.parent.iterdir():
+        if found != draft and of_this_host.fullmatch(found.name):
+            shutil.rmtree(found)
+            log.info("draft of another source removed", folder=str(found))
+    return draft
 
 
 def _publish(draft: Path, target: Path) -> bool:
@@ -79,21 +95,26 @@ def _publish(draft: Path, target: Path) -> bool:
     return True
 
 
-def _from_s3(settings: Settings, source: str, draft: Path) -> None:
+def _from_s3(settings: Settings, source: str, target: Path) -> Path:
+    """Returns the draft, which is one for these very objects."""
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
     prefix = prefix.rstrip("/") + "/"
     connections = urllib3.PoolManager(
         maxsize=THREADS, timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
     )
     client = minio_client(settings, connections)
-    listed = client.list_objects(bucket, prefix=prefix, recursive=True)
-    files = [(each.object_name or "", each.size or 0) for each in listed if not each.is_dir]
-    if not files:
+    found = client.list_objects(bucket, prefix=prefix, recursive=True)
+    listed = [each for each in found if not each.is_dir]
+    if not listed:
         raise ModelError(f"there is nothing at {source}")
+    versions = (f"{each.object_name} {each.etag}" for each in listed)
+    draft = _draft(target, settings.s3_endpoint_url, bucket, *versions)
+    files = [(each.object_name or "", each.size or 0) for each in listed]
     with ThreadPoolExecutor(THREADS) as pool:
         wanted = [(name, size, _place(draft, name.removeprefix(prefix))) for name, size in files]
         _all(pool.map(lambda each: _file(client, bucket, *each), wanted))
     connections.clear()
+    return draft
 
 
 def _file(client: Minio, bucket: str, name: str, size: int, path: Path) -> None:

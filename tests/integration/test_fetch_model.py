@@ -6,14 +6,15 @@ import asyncio
 import hashlib
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import urllib3
 from aiohttp import web
+from minio import Minio
 
 from img2img_server.engine.model_spec import ModelError, packaged_model, read_model_spec
 from img2img_server.fetch_model import fetch_model
@@ -50,6 +51,10 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def entries(folder: Path) -> set[Path]:
+    return set(folder.iterdir())
+
+
 async def test_a_model_is_fetched_from_s3_whole_and_once(
     model_bucket: Settings, tmp_path: Path
 ) -> None:
@@ -73,18 +78,50 @@ async def test_of_many_who_fetch_at_the_same_time_one_wins_and_all_find_it(
     assert content(tmp_path) == {f"tiny/{name}": data for name, data in SMALL.items()}
 
 
-async def test_who_was_killed_goes_on_where_it_was(
-    model_bucket: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("socket.gethostname", lambda: "pod-0")
-    size = len(SMALL["unet/config.json"])
-    left = tmp_path / ".tiny.pod-0" / "unet"
-    left.mkdir(parents=True)
-    (left / "config.json").write_bytes(b"x" * size)  # as long: taken as it is, and seen below
-    (left / "diffusion_pytorch_model.safetensors").write_bytes(b"shorter")
+@contextmanager
+def killed_at(name: str) -> Iterator[None]:
+    """The fetch breaks off at the file of that name, which is listed last."""
+    whole = Minio.fget_object
+
+    def fget(client: Minio, bucket: str, key: str, path: str) -> object:
+        if key.endswith(name):
+            raise OSError("killed")
+        return whole(client, bucket, key, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Minio, "fget_object", fget)
+        with pytest.raises(ModelError, match="killed"):
+            yield
+
+
+async def test_who_was_killed_goes_on_where_it_was(model_bucket: Settings, tmp_path: Path) -> None:
     source = f"s3://{model_bucket.s3_bucket}/models/tiny"
+    with killed_at(".safetensors"):
+        await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
+    [draft] = entries(tmp_path)
+    left = draft / "unet" / "config.json"
+    changed = b"x" * len(SMALL["unet/config.json"])
+    left.write_bytes(changed)  # as long: taken as it is, and seen below
+    (left.parent / "diffusion_pytorch_model.safetensors").write_bytes(b"shorter")
     assert await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
-    assert content(tmp_path / "tiny") == SMALL | {"unet/config.json": b"x" * size}
+    assert content(tmp_path / "tiny") == SMALL | {"unet/config.json": changed}
+
+
+@pytest.mark.parametrize("prefix", ["models/tiny", "models/tiny-2"])
+async def test_who_was_killed_begins_anew_when_the_source_is_another(
+    prefix: str, model_bucket: Settings, tmp_path: Path
+) -> None:
+    first = f"s3://{model_bucket.s3_bucket}/models/tiny"
+    with killed_at(".safetensors"):
+        await asyncio.to_thread(fetch_model, model_bucket, first, tmp_path / "tiny")
+    others = tmp_path / ".tiny.another-host.0123456789ab"
+    others.mkdir()
+    corrected = SMALL | {"unet/config.json": SMALL["unet/config.json"].replace(b"64", b"32")}
+    put(model_bucket, {f"{prefix}/{name}": data for name, data in corrected.items()})
+    source = f"s3://{model_bucket.s3_bucket}/{prefix}"
+    assert await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
+    assert content(tmp_path / "tiny") == corrected
+    assert entries(tmp_path) == {tmp_path / "tiny", others}
 
 
 @pytest.mark.parametrize(
