@@ -464,12 +464,14 @@ async def test_details_that_no_key_opens_any_more_leave_the_files_with_us(
 
 
 class Pointing(AbstractResolver):
-    """Every name has the address of this machine."""
+    """Every name has the same address: that of this machine, until it is changed."""
+
+    address = "127.0.0.1"
 
     async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> Any:
         return [
             ResolveResult(
-                hostname=host, host="127.0.0.1", port=port, family=family, proto=0, flags=0
+                hostname=host, host=self.address, port=port, family=family, proto=0, flags=0
             )
         ]
 
@@ -508,6 +510,20 @@ async def test_an_endpoint_that_comes_to_a_private_address_is_never_contacted() 
         store = TenantS3(OutboundPolicy.parse("s3.example.com"), Pointing())
         await store.put(details, "a.png", PNG, "image/png")
         assert asked == ["/renders/a.png"]
+
+
+async def test_a_store_that_moves_to_a_private_address_during_a_check_keeps_its_file() -> None:
+    names = Pointing()
+
+    def taken() -> web.Response:
+        names.address = "10.0.0.1"
+        return web.Response()
+
+    async with listener(taken) as (port, asked):
+        details = replace(GOOD, endpoint_url=f"http://s3.example.com:{port}")
+        store = TenantS3(OutboundPolicy.parse("127.0.0.1"), names)
+        assert await store.check(details) == (None, "public_url does not serve the files")
+        assert len(asked) == 1
 
 
 async def test_a_redirect_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:

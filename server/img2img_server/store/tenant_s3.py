@@ -137,7 +137,7 @@ class TenantS3:
                 ),
             ):
                 return
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (ForbiddenAddressError, aiohttp.ClientError, TimeoutError, OSError) as error:
             log.info("the file of a storage check stays", why=type(error).__name__)
 
     async def _try(self, details: StorageDetails, url: str, data: bytes, media_type: str) -> None:
