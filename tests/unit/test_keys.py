@@ -69,11 +69,36 @@ def test_a_changed_file_is_read_again_without_a_restart(tmp_path: Path) -> None:
     assert ring.authenticate("newer") == held("newer", "shop")
 
 
-def test_a_file_that_breaks_later_keeps_the_keys_that_worked(tmp_path: Path) -> None:
+TABLES = r"each key must be a table below \[\[keys\]\]"
+STRINGS = r"keys\[0\].permissions must be a list of strings"
+BROKEN = [
+    (b"this is [no toml", "Expected"),
+    (b'[keys]\ntenant = "shop"', TABLES),
+    (b'keys = "shop"', TABLES),
+    (b'keys = ["shop"]', TABLES),
+    (b'[[keys]]\npermissions = "manage"', STRINGS),
+    (b"[[keys]]\npermissions = [[]]", STRINGS),
+    (b"[[keys]]\npermissions = 1", STRINGS),
+    (b'[[keys]]\ntenant = "\xff"', "utf-8"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), BROKEN)
+def test_a_file_of_another_shape_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_bytes(content)
+    with pytest.raises(SettingsError, match=said):
+        KeyRing(file, dev_key=False)
+
+
+@pytest.mark.parametrize("content", [content for content, _ in BROKEN])
+def test_a_file_that_breaks_later_keeps_the_keys_that_worked(
+    content: bytes, tmp_path: Path
+) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(entry("k1", "shop"))
     ring = KeyRing(file, dev_key=False)
-    file.write_text("this is [no toml")
+    file.write_bytes(content)
     assert ring.authenticate("k1") == held("k1", "shop")
     file.unlink()
     assert ring.authenticate("k1") == held("k1", "shop")

@@ -127,14 +127,14 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 def _read(file: Path) -> list[_Entry]:
     try:
-        table = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"API keys file {file}: {error}") from error
+    items = table.get("keys", [])
+    if not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
+        raise SettingsError(f"API keys file {file}: each key must be a table below [[keys]]")
     mistakes: list[str] = []
-    entries = [
-        _entry(item, f"keys[{number}]", mistakes)
-        for number, item in enumerate(table.get("keys", []))
-    ]
+    entries = [_entry(item, f"keys[{number}]", mistakes) for number, item in enumerate(items)]
     if mistakes:
         raise SettingsError(f"API keys file {file}:\n  " + "\n  ".join(mistakes))
     return entries
@@ -142,7 +142,11 @@ def _read(file: Path) -> list[_Entry]:
 
 def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
     digest, tenant = str(item.get("sha256", "")), str(item.get("tenant", ""))
-    permissions = frozenset(item.get("permissions", []))
+    listed = item.get("permissions", [])
+    if not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
+        mistakes.append(f"{where}.permissions must be a list of strings")
+        listed = []
+    permissions = frozenset(listed)
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         mistakes.append(f"{where}.sha256 must be 64 hexadecimal digits")
         digest = ""
