@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from img2img_server.errors import UnavailableError
@@ -9,7 +10,6 @@ from img2img_server.wire import names
 from img2img_server.wire.connection import Link
 from img2img_server.wire.faults import WrongLastSequenceError
 
-SWAP_TRIES = 2  # the second one after an answer that was lost
 _MARKER = "KV-Operation"  # header of what other clients leave where they deleted a key
 
 
@@ -49,18 +49,15 @@ class Bucket:
         """
         subject = names.key_subject(self._name, key)
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        for left in reversed(range(SWAP_TRIES)):
-            try:
-                return (await self._link.publish(subject, value, headers)).seq
-            except UnavailableError:
-                if not left:
-                    raise
-            except WrongLastSequenceError:
-                entry = None if left == SWAP_TRIES - 1 else await self.get(key)
-                if entry is None or entry.value != value:
-                    raise
-                return entry.revision  # stored by a try whose answer was lost
-        raise UnavailableError
+        with suppress(UnavailableError):  # its answer may have been lost: try again
+            return (await self._link.publish(subject, value, headers)).seq
+        try:
+            return (await self._link.publish(subject, value, headers)).seq
+        except WrongLastSequenceError:
+            entry = await self.get(key)
+            if entry is None or entry.value != value:
+                raise
+            return entry.revision  # stored by the first try
 
     async def claim(self, key: str, value: bytes) -> Entry:
         """Writes when there is nothing; returns what is there then."""
