@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -189,6 +190,8 @@ async def test_a_store_that_takes_nothing_fails_the_job_and_says_that_a_retry_ma
 
 class BrokenSafetyChecker:
     """A checker that cannot run."""
+
+    turn = nullcontext()
 
     async def warm_up(self) -> None: ...
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pictures
 import pytest
 
 from img2img_server.errors import SafetyCheckError
+from img2img_server.images.base import Pixels
 from img2img_server.safety.base import blank
 from img2img_server.safety.choose import safety_checker
 from img2img_server.safety.model import ModelChecker
@@ -42,6 +46,31 @@ async def test_a_picture_that_it_flags_is_blanked_everywhere(
     assert flagged is blanked
     assert np.array_equal(sent, expected)
     assert np.array_equal(stored, expected)
+
+
+async def test_pictures_that_wait_for_the_checker_hold_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checker, loop = ModelChecker("not loaded"), asyncio.get_running_loop()
+    began, entered, go = asyncio.Event(), [0], threading.Event()
+
+    def check(_: Pixels) -> float:
+        entered[0] += 1
+        loop.call_soon_threadsafe(began.set)
+        assert go.wait(10)
+        return 0.0
+
+    monkeypatch.setattr(checker, "check", check)
+    with ThreadPoolExecutor(2) as pool:
+        loop.set_default_executor(pool)
+        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+            for _ in range(3):
+                tasks.create_task(finished(checker, 0.5, pictures.photo()))
+            await began.wait()
+            await asyncio.to_thread(int)  # there is a thread for others
+            assert entered == [1]
+            go.set()
+    assert entered == [3]
 
 
 async def test_a_model_without_a_checker_fails_the_start_and_the_check(tmp_path: Path) -> None:

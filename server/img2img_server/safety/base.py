@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,11 @@ class SafetyChecker(Protocol):
         Raises:
             SafetyCheckError: it cannot run on this machine.
         """
+        ...
+
+    @property
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """To be entered for a check, before it is given a thread: waiting there holds none."""
         ...
 
     def check(self, pixels: Pixels) -> float:

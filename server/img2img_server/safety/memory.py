@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from img2img_server.images.base import Pixels
 
 
@@ -10,6 +12,7 @@ class FixedSafetyChecker:
 
     def __init__(self, score: float) -> None:
         self._score = score
+        self.turn = nullcontext()
 
     async def warm_up(self) -> None:
         """There is nothing to load."""

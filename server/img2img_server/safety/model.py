@@ -29,7 +29,8 @@ class ModelChecker:
     def __init__(self, source: str) -> None:
         self._source = source
         self._parts: tuple[Any, Any] | None = None  # the checker, and what prepares its input
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # also against a check whose caller has gone
+        self.turn = asyncio.Lock()  # those who wait take no thread from anybody else
 
     async def warm_up(self) -> None:
         await asyncio.to_thread(self._load)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import nullcontext
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ class NsfwChecker:
     def __init__(self) -> None:
         self._classifier: NSFWClassifier | None = None
         self._loading = threading.Lock()
+        self.turn = nullcontext()  # checks run side by side
 
     async def warm_up(self) -> None:
         await asyncio.to_thread(self._load)

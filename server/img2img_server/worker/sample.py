@@ -56,7 +56,9 @@ async def finish_sample(
     pixels, nsfw = ready.pixels, False
     if params.safety_checker:
         with TRACER.start_as_current_span("safety"):
-            nsfw = await asyncio.to_thread(parts.safety.check, pixels) >= parts.safety_threshold
+            async with parts.safety.turn:
+                score = await asyncio.to_thread(parts.safety.check, pixels)
+        nsfw = score >= parts.safety_threshold
         pixels = blank(pixels) if nsfw else pixels
         watch.safety += time.monotonic() - start
         start = time.monotonic()
