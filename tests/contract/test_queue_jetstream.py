@@ -22,6 +22,7 @@ from img2img_server.errors import QueueFullError, UnavailableError
 from img2img_server.queue import follow
 from img2img_server.queue.base import QueuedJob
 from img2img_server.settings import Settings
+from img2img_server.store.base import UnreadableError
 from img2img_server.wire import connection, names
 from img2img_server.wire.connection import Link, connect
 
@@ -206,6 +207,15 @@ async def test_a_dead_letter_keeps_the_job_and_says_why(nats: Nats) -> None:
         assert (dead.subject, dead.data) == ("img2img.dead.atelier.realtime.acme", stored.data)
         assert dead.headers is not None
         assert dead.headers["Img2img-Reason"] == "given up after 5 attempts"
+
+
+async def test_a_record_that_cannot_be_read_says_so(nats: Nats) -> None:
+    async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
+        subject = names.key_subject(names.RECORDS_BUCKET, f"{names.token('acme')}.{JOB}")
+        await link.publish(subject, b"\xc1 no MessagePack")
+        assert await bus.jobs.list_ids("acme") == [JOB]
+        with pytest.raises(UnreadableError, match=f"jobs/{JOB}: not a Job"):
+            await bus.jobs.get("acme", JOB)
 
 
 async def test_a_job_that_cannot_be_read_is_buried_and_the_others_go_on(nats: Nats) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
-from img2img.v1 import job_pb2
+from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server.bus import Bus, memory_bus
 from img2img_server.domain.params import Lane
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.errors import UnavailableError
-from tests.stack import kinds, refusal, running_api, running_worker, settings, spec
+from img2img_server.store.base import UnreadableError
+from tests.stack import DEV, kinds, refusal, running_api, running_worker, settings, spec
 
 
 class Through:
@@ -150,7 +152,7 @@ class UnreadableJobs(Through):
 
     async def get(self, tenant: str, job_id: int) -> Any:
         if job_id == self.unreadable:
-            raise ValueError("this record makes no sense")
+            raise UnreadableError("this record makes no sense")
         return await self.inner.get(tenant, job_id)
 
 
@@ -169,6 +171,22 @@ async def test_a_record_that_cannot_be_read_kills_no_worker_and_is_buried_at_las
                 while not bus.queue.dead:  # type: ignore[attr-defined]  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
             assert [job.job_id for job, _ in bus.queue.dead] == [bad.id]  # type: ignore[attr-defined]
+
+
+async def test_a_record_that_cannot_be_read_hides_no_other_from_lists_and_clear_queue() -> None:
+    bus = memory_bus()
+    jobs = UnreadableJobs(bus.jobs)
+    await known_model(bus)
+    async with running_api(dataclasses.replace(bus, jobs=jobs)) as api:
+        first, bad, last = [await api.create(spec()) for _ in range(3)]
+        jobs.unreadable = bad.id
+        with capture_logs() as logs:
+            listed = await api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
+        assert [job.name for job in listed.jobs] == [last.name, first.name]
+        assert [line["job"] for line in logs if line["log_level"] == "warning"] == [bad.id]
+        admin = admin_service_pb2_grpc.AdminServiceStub(api.channel)
+        request = admin_service_pb2.ClearQueueRequest()
+        assert (await admin.ClearQueue(request, metadata=DEV)).cleared_jobs == 2
 
 
 async def test_the_models_own_limits_and_strength_hold_at_the_door() -> None:

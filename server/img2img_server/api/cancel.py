@@ -10,6 +10,7 @@ from dataclasses import replace
 import structlog
 
 from img2img_server import errors
+from img2img_server.api.records import readable
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import Job, State, advance, terminal_event
 from img2img_server.queue.base import Control, EventLog, JobQueue, OwnershipLostError
@@ -74,7 +75,7 @@ class Canceller:
         error = errors.QueueClearedError()
         event = Failed(reason=error.reason, message=str(error), retryable=error.retryable)
         for _ in range(_TRIES):
-            stored = await self._jobs.get(tenant, job_id)
+            stored = await readable(self._jobs, tenant, job_id)
             if stored is None or stored.job.state is not State.QUEUED:
                 return False
             with suppress(ConflictError):  # it moved on under us: look again

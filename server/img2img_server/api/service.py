@@ -22,6 +22,7 @@ from img2img_server.api.cancel import Canceller
 from img2img_server.api.capabilities import capabilities
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import current_principal
+from img2img_server.api.records import readable
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
@@ -120,7 +121,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         for job_id in await self._jobs.list_ids(tenant):
             if job_id >= before:
                 continue
-            stored = await self._jobs.get(tenant, job_id)
+            stored = await readable(self._jobs, tenant, job_id)
             if stored is None or (wanted and convert.STATES[stored.job.state] not in wanted):
                 continue
             if len(found) == size:  # there is at least one more

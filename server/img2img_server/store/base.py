@@ -14,6 +14,10 @@ class ConflictError(Exception):
     """The record was changed since it was read."""
 
 
+class UnreadableError(Exception):
+    """The record is not what it should be: a stranger's, or of a version too far away."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A record and the revision to compare and swap with."""
@@ -34,7 +38,11 @@ class JobStore(Protocol):
         ...
 
     async def get(self, tenant: str, job_id: int) -> Stored | None:
-        """The record, or None when there is none (any more)."""
+        """The record, or None when there is none (any more).
+
+        Raises:
+            UnreadableError, UnavailableError.
+        """
         ...
 
     async def update(self, job: Job, revision: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from img2img_server.domain.job import FIRST_JOB_ID, Job
-from img2img_server.store.base import ConflictError, Stored
+from img2img_server.store.base import ConflictError, Stored, UnreadableError
 from img2img_server.wire import codec, names
 from img2img_server.wire.bucket import Bucket
 from img2img_server.wire.connection import Link
@@ -34,7 +34,12 @@ class KvJobStore:
 
     async def get(self, tenant: str, job_id: int) -> Stored | None:
         entry = await self._records.get(_key(tenant, job_id))
-        return Stored(codec.decode(entry.value, Job), entry.revision) if entry else None
+        if entry is None:
+            return None
+        try:
+            return Stored(codec.decode(entry.value, Job), entry.revision)
+        except codec.UndecodableError as error:
+            raise UnreadableError(f"jobs/{job_id}: {error}") from error
 
     async def update(self, job: Job, revision: int) -> int:
         return await self._swap(job, revision)
