@@ -24,6 +24,7 @@ from img2img_server.queue.base import QueuedJob
 from img2img_server.settings import Settings
 from img2img_server.store.base import UnreadableError
 from img2img_server.wire import connection, names
+from img2img_server.wire.bucket import Bucket, Entry
 from img2img_server.wire.connection import Link, connect
 
 MODEL = "atelier"
@@ -270,6 +271,32 @@ async def test_an_append_whose_answer_was_lost_is_stored_once(
         await writer.append(Started(worker="w", model=MODEL, attempt=1))
         async with bus.events.watch(JOB) as events:
             assert [(await anext(events)).sequence for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+async def test_a_swap_whose_answer_was_lost_is_known_by_the_next_try(
+    lost: int, monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    async with connect_bus(nats.settings), raw(nats.settings) as link:
+        bucket, publish, tries = Bucket(link, names.RECORDS_BUCKET), Link.publish, 0
+
+        async def lose_answers(*args: object, **kwargs: object) -> object:
+            nonlocal tries
+            tries += 1
+            try:
+                return await publish(*args, **kwargs)  # type: ignore[arg-type]
+            finally:
+                if tries <= lost:
+                    raise UnavailableError
+
+        monkeypatch.setattr(Link, "publish", lose_answers)
+        if lost == 1:
+            revision = await bucket.swap("a.1", b"one", 0)
+            assert await bucket.get("a.1") == Entry(b"one", revision)
+        else:
+            with pytest.raises(UnavailableError):
+                await bucket.swap("a.1", b"one", 0)
+        assert tries == 2
 
 
 async def test_a_writer_whose_log_has_expired_goes_on(nats: Nats) -> None:
