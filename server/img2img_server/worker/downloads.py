@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import structlog
@@ -30,13 +31,10 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
         found = scan_cache_dir(cache)
     except CacheNotFound:
         return 0
-    revisions = [
-        revision.commit_hash
-        for repo in found.repos
-        if repo.repo_type == "model" and repo.repo_id == source
-        for revision in repo.revisions
-    ]
-    plan = found.delete_revisions(*revisions)
-    plan.execute()
-    log.info("downloads deleted", model=source, bytes=plan.expected_freed_size)
-    return plan.expected_freed_size
+    # By folder, not by revision: a copied repository may have the same ones.
+    ours = [repo for repo in found.repos if (repo.repo_type, repo.repo_id) == ("model", source)]
+    for repo in ours:
+        shutil.rmtree(repo.repo_path)
+    freed = sum(repo.size_on_disk for repo in ours)
+    log.info("downloads deleted", model=source, bytes=freed)
+    return freed
