@@ -343,11 +343,8 @@ async def test_a_slow_reader_misses_nothing_of_what_did_not_fit(
 
 
 async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Nats) -> None:
-    # The server may send a job to an inbox in the moment in which that is given up: then it comes
-    # back after its ack_wait. Mostly it is handed back at once.
-    settings = nats.settings.model_copy(update={"ack_wait_seconds": 1.0})
-    late = 0
-    async with connect_bus(settings) as api, connect_bus(settings) as worker:
+    # ack_wait is 15 s here: a job that was lost with its pull would not come back in time.
+    async with connect_bus(nats.settings) as api, connect_bus(nats.settings) as worker:
         for turn in range(90):
             job = a_job(JOB + turn)
             pulling = asyncio.create_task(worker.queue.pull(MODEL, list(Lane), 4, LONG))
@@ -358,14 +355,11 @@ async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Na
             await putting
             pulling.cancel()  # once more, while it cleans up
             (got,) = await asyncio.gather(pulling, return_exceptions=True)
-            began = time.monotonic()
             async with asyncio.timeout(LONG):
                 while not isinstance(got, list) or not got:
                     got = await worker.queue.pull(MODEL, list(Lane), 4, 1.0)
             assert [delivery.job for delivery in got] == [job]
-            late += time.monotonic() - began > 0.9
             await got[0].ack()
-    assert late <= 9
 
 
 async def test_a_connection_closes_although_the_server_is_away(nats: Nats) -> None:

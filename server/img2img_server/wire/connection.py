@@ -48,6 +48,15 @@ class _Client(Client):
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        # The server may send one more after it has confirmed an unsubscribe; dropped here, a job
+        # would lie until its ack_wait is over.
+        if sid not in self._subs and reply.startswith(b"$JS.ACK."):
+            await self.publish(reply.decode(), Msg.Ack.Nak)
+        await super()._process_msg(sid, subject, reply, data, headers)
+
 
 class Link:
     """A connection that stands, or will again. Made by `connect`."""
