@@ -1,6 +1,6 @@
 # One word per task. Everything that is installed stays in .venv/, node_modules/, .tools/ and
 # .img2img/.
-# Nothing here needs root, Docker or a GPU. See CONTRIBUTING.md.
+# Nothing here needs Docker or a GPU, and only image-test needs root. See CONTRIBUTING.md.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
