@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,12 +15,14 @@ from receiver import until
 
 from img2img.v1 import service_pb2
 from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.api.rate_limit import MISTAKES
 from img2img_server.bus import memory_bus
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from tests.http_stack import (
     ENTERPRISE,
+    PHOTO_URL,
     Gateway,
     body,
     fetch_photo,
@@ -85,6 +88,44 @@ async def test_what_is_wrong_does_not_count_and_fetch_is_not_limited() -> None:
         made = (await gateway.create()).json()
         for _ in range(5):
             assert (await gateway.fetch(made["id"])).status_code == 200
+        assert (await gateway.create()).status_code == 429
+
+
+NOWHERE = "https://files.example.org/none.png"
+NO_PICTURE = base64.b64encode(b"no picture").decode()
+
+
+async def test_a_picture_that_cannot_be_had_or_read_costs_no_job() -> None:
+    async with limited(rate_limit=1) as gateway:
+        for wrong in (NOWHERE, NO_PICTURE):
+            assert (await gateway.create(init_image=wrong)).status_code == 400
+        assert (await gateway.create()).json()["status"] == "success"
+        # The job of this minute is made: nothing is downloaded for one that cannot be.
+        assert (await gateway.create(init_image=NOWHERE)).status_code == 429
+
+
+async def test_a_flood_of_pictures_that_cannot_be_had_is_told_so_before_they_are_asked_for() -> (
+    None
+):
+    async with limited(rate_limit=1) as gateway:
+        codes = [(await gateway.create(init_image=NOWHERE)).status_code for _ in range(MISTAKES)]
+        assert codes == [400] * MISTAKES
+        for next_one in (NOWHERE, PHOTO_URL):  # nobody can tell before
+            refused = await gateway.create(init_image=next_one)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "6")
+            limit = f"Maximum {MISTAKES} requests per minute allowed."
+            assert refused.json()["message"] == f"Rate limit exceeded. {limit}"
+
+
+async def test_a_deadline_that_is_too_short_costs_no_job() -> None:
+    async with limited(rate_limit=1) as gateway:
+        stack = gateway.stack
+        [worker] = await stack.bus.workers.workers()
+        await stack.bus.workers.announce(replace(worker, job_seconds=900.0))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.generate(spec()).read()
+        assert refusal(caught.value).reason == "DEADLINE_TOO_SHORT"
+        assert (await gateway.create()).json()["status"] == "success"
         assert (await gateway.create()).status_code == 429
 
 

@@ -24,6 +24,14 @@ async def test_as_many_as_a_minute_has_come_at_once_then_one_by_one() -> None:
     assert await rates.take("k", 60) == pytest.approx(1.0)
 
 
+async def test_the_wait_is_known_without_counting() -> None:
+    now = 1_000.0
+    rates = Rates(MemoryBucket(), lambda: now)
+    assert [rates.wait("k", 2) for _ in range(3)] == [0.0] * 3
+    assert [await rates.take("k", 2) for _ in range(2)] == [0.0] * 2
+    assert rates.wait("k", 2) == await rates.take("k", 2) == pytest.approx(30.0)
+
+
 async def test_after_a_quiet_minute_there_is_room_for_all_again() -> None:
     now = 1_000.0
     rates = Rates(MemoryBucket(), lambda: now)

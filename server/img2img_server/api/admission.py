@@ -13,6 +13,7 @@ from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
+from img2img_server.api.rate_limit import RateLimit
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import (
     SEED_MAX,
@@ -73,7 +74,7 @@ class Admission:
         self._queue = queue
         self._workers = workers
         self._fetch = fetch
-        self._rates = rates
+        self._rate_limit = RateLimit(rates, settings.rate_limit)
         self._estimator = Estimator(queue, workers)
         self._rewriter = api_rewriter(settings)
         self._outbound = OutboundPolicy.parse(settings.outbound_allow)
@@ -91,10 +92,11 @@ class Admission:
             default_model=self._settings.default_model or await self._announced_model(),
             random_seed=secrets.randbelow(SEED_MAX + 1),
         )
-        params = request.params
-        model = await self._workers.model(params.model)
+        model = await self._workers.model(request.params.model)
         if model and not spec.HasField("strength"):
-            params = replace(params, strength=model.default_strength)
+            own = replace(request.params, strength=model.default_strength)
+            request = replace(request, params=own)
+        params = request.params
         violations = request.violations + validate(params, self._context(model))
         if violations:
             if request.init_image:  # so that the caller hears of everything
@@ -107,12 +109,12 @@ class Admission:
             known = tuple(info.name for info in await self._workers.models())
             raise errors.ModelNotFoundError(params.model, known)
         started = time.monotonic()
-        async with beside(self._estimator.new_job(params)) as estimate:
-            image = await self._image_given_room(request, caller)
-            position, eta = await estimate
-        remaining = caller.remaining_seconds
-        if remaining is not None and eta is not None and eta > remaining:
-            raise errors.DeadlineTooShortError(remaining, eta)
+        try:
+            image, position, eta = await self._examined(request, caller)
+        except (errors.InvalidRequestError, errors.DeadlineTooShortError):
+            await self._rate_limit.count_refused(caller.principal)
+            raise
+        await self._rate_limit.count_job(caller.principal)
         original_prompt, warning = params.prompt, ""
         if params.enhance_prompt:
             prompt = self._rewriter.rewrite(params.prompt, params.seed)
@@ -144,16 +146,25 @@ class Admission:
         known = serving or [model.name for model in await self._workers.models()]
         return known[0] if known else ""
 
+    async def _examined(
+        self, request: convert.Request, caller: Caller
+    ) -> tuple[CheckedImage, int, float | None]:
+        """The dear checks: the picture, jobs before this one and seconds until it will end."""
+        async with beside(self._estimator.new_job(request.params)) as estimate:
+            image = await self._image_given_room(request, caller)
+            position, eta = await estimate
+        remaining = caller.remaining_seconds
+        if remaining is not None and eta is not None and eta > remaining:
+            raise errors.DeadlineTooShortError(remaining, eta)
+        return image, position, eta
+
     async def _check_room(self, params: JobParams, caller: Caller) -> None:
         """What is too much is told before the picture is downloaded and decoded."""
         limit, tenant = self._settings.queue_limit, caller.principal.tenant
         unfinished = await self._queue.unfinished(params.model, params.lane, tenant)
         if unfinished >= limit:
             raise errors.QueueFullError(limit, await self._estimator.place(params, unfinished))
-        key = caller.principal
-        per_minute = self._settings.rate_limit if key.rate_limit is None else key.rate_limit
-        if per_minute and (wait := await self._rates.take(key.key_id, per_minute)):
-            raise errors.RateLimitedError(per_minute, wait)
+        self._rate_limit.check(caller.principal)
 
     async def _image_given_room(self, request: convert.Request, caller: Caller) -> CheckedImage:
         """The checked picture. A small inline one is decoded while the queue is asked; a full queue

@@ -14,23 +14,14 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Protocol
 
 from img2img_server.wire import names
-from img2img_server.wire.bucket import Bucket, Entry
+from img2img_server.wire.bucket import Bucket, Entry, Values
 from img2img_server.wire.connection import Link
 from img2img_server.wire.faults import WrongLastSequenceError
 from img2img_server.wire.memory_bucket import MemoryBucket
 
 MINUTE = 60.0
-
-
-class _Values(Protocol):
-    """A key-value bucket, see wire/bucket.py."""
-
-    async def get(self, key: str) -> Entry | None: ...
-
-    async def swap(self, key: str, value: bytes, revision: int) -> int: ...
 
 
 class Rates:
@@ -40,7 +31,7 @@ class Rates:
         clock: Unix seconds; those of the apis should agree within a second or so.
     """
 
-    def __init__(self, values: _Values, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, values: Values, clock: Callable[[], float] = time.time) -> None:
         self._values = values
         self._clock = clock
         self._known: dict[str, Entry] = {}  # what was last read or written
@@ -54,12 +45,8 @@ class Rates:
         """
         async with self._turns[key_id]:
             while True:
-                entry = self._known.get(key_id)
-                now = self._clock()
-                full_at = max(now, float(entry.value)) if entry else now
-                full_at += MINUTE / per_minute
-                # What is known may be old, but the moment only moves on: a refusal stands.
-                if (wait := full_at - now - MINUTE) > 1e-6:
+                entry, full_at, wait = self._next(key_id, per_minute)
+                if wait:
                     return wait
                 try:
                     value = repr(full_at).encode()
@@ -71,6 +58,20 @@ class Rates:
                     continue
                 self._known[key_id] = Entry(value, revision)
                 return 0.0
+
+    def wait(self, key_id: str, per_minute: int) -> float:
+        """What `take` would return, as far as this api knows; counts and asks nothing."""
+        return self._next(key_id, per_minute)[2]
+
+    def _next(self, key_id: str, per_minute: int) -> tuple[Entry | None, float, float]:
+        """What is known, when the bucket is full again after one more, the wait for that one."""
+        entry = self._known.get(key_id)
+        now = self._clock()
+        full_at = max(now, float(entry.value)) if entry else now
+        full_at += MINUTE / per_minute
+        wait = full_at - now - MINUTE
+        # What is known may be old, but the moment only moves on: a refusal stands.
+        return entry, full_at, wait if wait > 1e-6 else 0.0
 
     async def _read(self, key_id: str) -> None:
         entry = await self._values.get(key_id)

@@ -5,31 +5,16 @@ from __future__ import annotations
 import logging
 import uuid
 from dataclasses import dataclass
-from typing import Protocol
 
 from img2img_server.domain.storage import REALTIME, StorageDetails
 from img2img_server.store.vault import SealBrokenError, Vault
 from img2img_server.wire import codec, names
-from img2img_server.wire.bucket import Bucket, Entry
+from img2img_server.wire.bucket import Bucket, Values
 from img2img_server.wire.connection import Link
 from img2img_server.wire.faults import WrongLastSequenceError
 from img2img_server.wire.memory_bucket import MemoryBucket
 
 log = logging.getLogger(__name__)
-
-
-class Values(Protocol):
-    """A key-value bucket, see wire/bucket.py."""
-
-    async def get(self, key: str) -> Entry | None: ...
-
-    async def put(self, key: str, value: bytes) -> int: ...
-
-    async def swap(self, key: str, value: bytes, revision: int) -> int: ...
-
-    async def remove(self, key: str) -> None: ...
-
-    async def keys(self, pattern: str = ">") -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from img2img_server.errors import UnavailableError
 from img2img_server.wire import names
@@ -19,6 +20,20 @@ class Entry:
 
     value: bytes
     revision: int
+
+
+class Values(Protocol):
+    """What Bucket and MemoryBucket have in common."""
+
+    async def get(self, key: str) -> Entry | None: ...
+
+    async def put(self, key: str, value: bytes) -> int: ...
+
+    async def swap(self, key: str, value: bytes, revision: int) -> int: ...
+
+    async def remove(self, key: str) -> None: ...
+
+    async def keys(self, pattern: str = ">") -> list[str]: ...
 
 
 class Bucket:
