@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from typing import Any
 
+import httpx
 import schemathesis
 from schemathesis import GenerationMode
 
-KNOWN = json.loads(os.environ["KNOWN"])  # maker, manager (keys), picture, job, names (of files)
+KNOWN = json.loads(os.environ["KNOWN"])  # keys, models, picture, job, names (of files), url
 # What is read from a string as well as from a number: no JSON Schema knows limits of the former.
-NUMBERS = ("width", "height", "samples", "seed", "strength")
+NUMBERS = {
+    "width": "512",
+    "height": "512",
+    "samples": "2",
+    "seed": "7",
+    "strength": "0.5",
+    "num_inference_steps": "4",
+    "guidance_scale": "1.5",
+    "preview_interval_steps": "1",
+    "lora_scale": "1e0",
+}
 ADDRESSES = ("webhook", "public_url", "endpoint_url")
 # Printable text without folders named "..": no pattern says that either.
 TEXTS = (
@@ -36,23 +48,39 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
         if "key" not in case.body or isinstance(case.body["key"], str):
             case.body["key"] = key
         if meant_to_be_right:
-            _correct(case.body)
-    elif case.method == "GET" and case.headers is not None:
+            _correct(case.body.get("spec", case.body))
+            if "spec" in case.body and case.body.get("request_id"):  # else it is that of another
+                case.body["request_id"] = str(uuid.uuid4())
+    elif case.headers is not None:
         case.headers["X-API-Key"] = key
     if meant_to_be_right and case.path_parameters:
         known = {"job_id": KNOWN["job"], "name": KNOWN["names"].get(case.path.split("/")[1])}
         for name in case.path_parameters:
             case.path_parameters[name] = known[name]
+    # Also in place of an id that it saw in an answer: that job has ended.
+    if case.path.endswith(":cancel") and str(case.path_parameters["job_id"]).isdecimal():
+        case.path_parameters["job_id"] = _waiting_job()
+
+
+def _waiting_job() -> str:
+    """A new job that no worker takes."""
+    spec = {"prompt": "a", "init_image": {"data": KNOWN["picture"]}, "model": KNOWN["idle"]}
+    answer = httpx.post(f"{KNOWN['url']}/v1/jobs", json={"key": KNOWN["maker"], "spec": spec})
+    return str(answer.raise_for_status().json()["job"]["id"])
 
 
 def _correct(body: dict[str, Any]) -> None:
     if "init_image" in body:
-        body["init_image"] = KNOWN["picture"]
+        inline = KNOWN["picture"]
+        body["init_image"] = inline if isinstance(body["init_image"], str) else {"data": inline}
+    for name, known in (("model", KNOWN["model"]), ("scheduler", ""), ("lora", "")):
+        if name in body:
+            body[name] = known
     if "request_id" in body:
         body["request_id"] = KNOWN["job"]
-    for name in NUMBERS:
+    for name, number in NUMBERS.items():
         if isinstance(body.get(name), str) and body[name]:
-            body[name] = {"samples": " 2 ", "strength": "0.5", "seed": "7"}.get(name, "512")
+            body[name] = number
     if body.get("check_connection"):  # there is no storage at that address
         body["check_connection"] = "no"
     for name in ADDRESSES + TEXTS:

@@ -208,6 +208,15 @@ async def test_an_ended_job_cannot_be_cancelled() -> None:
         assert (found.code, found.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "JOB_ENDED")
 
 
+async def test_who_has_seen_more_than_there_is_gets_the_end_of_an_ended_job() -> None:
+    async with running_stack() as stack:
+        seen = [m async for m in stack.api.generate(spec())]
+        for after in (seen[-1].event.sequence, 2**63 - 1):
+            again = [m async for m in stack.api.watch(seen[0].event.job, after=after)]
+            assert kinds(again) == ["snapshot", "succeeded"]
+            assert again[-1].event.sequence == min(after + 1, 2**63 - 1)
+
+
 @pytest.mark.parametrize(
     ("detach", "state"),
     [(False, job_pb2.Job.STATE_CANCELLED), (True, job_pb2.Job.STATE_SUCCEEDED)],

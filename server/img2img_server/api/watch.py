@@ -19,6 +19,7 @@ from img2img_server.telemetry import WATCHERS
 
 T = TypeVar("T")
 
+SEQUENCE_MOST = 2**63 - 1  # int64; a caller may say that it has seen it
 STOPPING = "This server is stopping; watch again with the last sequence seen."
 
 
@@ -72,7 +73,7 @@ class Watcher:
                     raise errors.UnavailableError(STOPPING)  # the log closed under us
                 # The log has expired, or its writer died before the last word: the record knows.
                 ending = Envelope(
-                    sequence=after_sequence + 1,
+                    sequence=min(after_sequence + 1, SEQUENCE_MOST),
                     time=job.end_time,
                     job_id=job.id,
                     event=terminal_event(job),

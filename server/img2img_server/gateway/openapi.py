@@ -13,7 +13,15 @@ from img2img_server.gateway.examples import (
     error_example,
 )
 from img2img_server.gateway.openapi_calls import calls
-from img2img_server.gateway.openapi_parts import EVENTS, FILES, JOB_ID, KEYS, PROBES, json_body
+from img2img_server.gateway.openapi_parts import (
+    EVENTS,
+    FILES,
+    JOB_ID,
+    KEYS,
+    PROBES,
+    RETRY_AFTER,
+    json_body,
+)
 from img2img_server.gateway.refusals import Case
 from img2img_server.gateway.schemas import (
     DETAILS,
@@ -149,6 +157,5 @@ def _responses(cases: tuple[Case, ...], legacy: bool, done: Schema | None) -> di
             continue
         responses[code] = json_body(error_example(case)["message"], ERROR, shown)
         if case in (Case.RATE_LIMIT, Case.UNAVAILABLE):
-            retry = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
-            responses[code]["headers"] = {"Retry-After": retry}
+            responses[code]["headers"] = RETRY_AFTER
     return responses

@@ -7,33 +7,54 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from img2img.v1 import job_pb2
-from img2img_server.domain.params import SEED_MAX
+from img2img_server.domain.params import SEED_MAX, URL_MAX_CHARACTERS
 from img2img_server.gateway.contract import FIELDS, LIMITS
 from img2img_server.gateway.examples import error_example
-from img2img_server.gateway.openapi_parts import JOB_ID, KEYS, json_body
+from img2img_server.gateway.openapi_parts import JOB_ID, KEYS, RETRY_AFTER, json_body
 from img2img_server.gateway.refusals import Case
 from img2img_server.gateway.schemas import ERROR, Schema
 
 _ANYWHERE = (Case.BAD_KEY, Case.FAULT, Case.UNAVAILABLE)
 _WITH_BODY = (*_ANYWHERE, Case.INVALID_JSON, Case.SLOW_BODY, Case.TOO_LARGE)
 _LIMITS = {entry.name: entry.schema for entry in FIELDS} | {
+    "prompt": {"minLength": 1, "maxLength": LIMITS.max_prompt_characters},
     "seed": {"minimum": 0, "maximum": SEED_MAX},
     "preview_interval_steps": {"minimum": 0, "maximum": LIMITS.max_preview_interval_steps},
+    "lora_scale": {"minimum": 0, "maximum": LIMITS.max_lora_scale},
 }
-_TYPES = {
-    FieldDescriptor.CPPTYPE_INT32: "integer",
-    FieldDescriptor.CPPTYPE_INT64: "integer",
-    FieldDescriptor.CPPTYPE_DOUBLE: "number",
-    FieldDescriptor.CPPTYPE_BOOL: "boolean",
-    FieldDescriptor.CPPTYPE_STRING: "string",
+_TEXT: Schema = {"type": "string"}
+# ProtoJSON takes numbers as strings too; the limits of those no JSON Schema can say.
+_TYPES: dict[int, list[Schema]] = {
+    FieldDescriptor.CPPTYPE_INT32: [{"type": "integer"}, _TEXT | {"pattern": "^-?[0-9]+$"}],
+    FieldDescriptor.CPPTYPE_INT64: [{"type": "integer"}, _TEXT | {"pattern": "^-?[0-9]+$"}],
+    FieldDescriptor.CPPTYPE_DOUBLE: [
+        {"type": "number"},
+        _TEXT | {"pattern": r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"},
+    ],
+    FieldDescriptor.CPPTYPE_BOOL: [{"type": "boolean"}],
+    FieldDescriptor.CPPTYPE_STRING: [_TEXT],
 }
+_NOTHING: Schema = {"type": "null"}
 _INIT_IMAGE: Schema = {
-    "type": "object",
     "description": "One of the two.",
-    "properties": {
-        "url": {"type": "string", "format": "uri"},
-        "data": {"type": "string", "contentEncoding": "base64"},
-    },
+    "oneOf": [
+        {
+            "type": "object",
+            "properties": {name: schema},
+            "required": [name],
+            "additionalProperties": False,
+        }
+        for name, schema in {
+            "url": {"type": "string", "format": "uri", "maxLength": URL_MAX_CHARACTERS},
+            "data": {"type": "string", "contentEncoding": "base64", "minLength": 1},
+        }.items()
+    ],
+}
+_ANNOTATIONS: Schema = {
+    "type": "object",
+    "maxProperties": LIMITS.max_annotations,
+    "propertyNames": {"minLength": 1, "maxLength": LIMITS.max_annotation_name_characters},
+    "additionalProperties": _TEXT | {"maxLength": LIMITS.max_annotation_characters},
 }
 _EXAMPLE = {
     "spec": {
@@ -94,26 +115,34 @@ def _request() -> Schema:
         "additionalProperties": False,
     }
     request_id = {
-        "type": "string",
-        "format": "uuid",
         "description": "Chosen by the caller: the same one gives the same job again.",
+        "anyOf": [{"type": "string", "format": "uuid"}, {"const": ""}, _NOTHING],
     }
     return {
         "type": "object",
-        "properties": {"key": {"type": "string"}, "spec": spec, "request_id": request_id},
+        "properties": {"key": _TEXT, "spec": spec, "request_id": request_id},
         "required": ["spec"],
         "additionalProperties": False,
     }
 
 
 def _field(field: FieldDescriptor) -> Schema:
+    """Every spelling that ProtoJSON reads; null is absent."""
     if field.name == "init_image":
         return _INIT_IMAGE
     if field.name == "annotations":
-        return {"type": "object", "additionalProperties": {"type": "string"}}
+        return {"anyOf": [_ANNOTATIONS, _NOTHING]}
     if field.enum_type is not None:
-        return {"enum": [value.name for value in field.enum_type.values]}
-    return {"type": _TYPES[field.cpp_type], **_LIMITS.get(field.name, {})}
+        known = field.enum_type.values
+        return {
+            "enum": [*(value.name for value in known), *(value.number for value in known), None]
+        }
+    first, *others = _TYPES[field.cpp_type]
+    first = {**first, **_LIMITS.get(field.name, {})}
+    if field.name == "prompt":
+        return first
+    empty = [{"const": ""}] if "pattern" in first else []
+    return {"anyOf": [first, *others, *empty, _NOTHING]}
 
 
 def _message(name: str) -> Schema:
@@ -126,6 +155,8 @@ def _call(method: str, does: str, answer: Schema, refusals: tuple[Case, ...]) ->
     for case in sorted(refusals, key=lambda case: case.status):
         told = error_example(case)
         entry = responses.setdefault(str(case.status), json_body(told["message"], ERROR))
+        if case in (Case.RATE_LIMIT, Case.UNAVAILABLE):
+            entry["headers"] = RETRY_AFTER
         content = entry["content"]["application/json"]
         content.setdefault("examples", {})[case.name.lower()] = {"value": told}
     return {

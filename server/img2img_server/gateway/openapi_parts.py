@@ -16,6 +16,9 @@ JOB_ID: Schema = {
     "schema": {"type": "string"},
     "example": "10000041",
 }
+RETRY_AFTER: Schema = {
+    "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+}
 
 
 def json_body(description: str, schema: Schema, examples: dict[str, Any] | None = None) -> Schema:
