@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import CudaMeter, Memory
 from img2img_server.engine.options import ModelOptions
+from img2img_server.engine.read_out import ReadOut
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, difference, job, pictures, run, running
 from tests.tiny_models import write_sd
@@ -29,24 +34,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class NoWaits(DiffusersDenoiser):
-    """Every step but the first, which builds kernels, must not wait for the device."""
+    """No call but the first of a kind, which builds kernels, may wait for the device."""
 
-    steps = 0
+    def count(self) -> None:
+        self.calls: Counter[str] = Counter()
 
     def denoise(self, *arguments: Any) -> torch.Tensor:
-        self.steps += 1
-        torch.cuda.set_sync_debug_mode("error" if self.steps > 1 else "default")
-        try:
+        with self._no_waits("denoise"):
             return super().denoise(*arguments)
+
+    def preview(self, latents: torch.Tensor) -> Sequence[ReadOut]:
+        with self._no_waits("preview"):
+            return super().preview(latents)
+
+    def decode(self, latents: torch.Tensor) -> Sequence[ReadOut]:
+        with self._no_waits("decode"):
+            return super().decode(latents)
+
+    @contextmanager
+    def _no_waits(self, kind: str) -> Iterator[None]:
+        self.calls[kind] += 1
+        torch.cuda.set_sync_debug_mode("error" if self.calls[kind] > 1 else "default")
+        try:
+            yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_does_not_wait_for_the_device(folder: Path) -> None:
+def test_neither_a_step_nor_a_picture_waits_for_the_device(folder: Path) -> None:
     denoiser = NoWaits.load(str(folder), torch.device("cuda"), torch.float32, ModelOptions())
+    denoiser.count()
     with running(denoiser) as engine:
-        assert len(pictures(run(engine, WANTED))) == 2
-    assert denoiser.steps > 1
+        for job_id in (1, 2):
+            wanted = replace(WANTED, job_id=job_id, preview_interval_steps=1)
+            assert len(pictures(run(engine, wanted))) == 2
+    assert min(denoiser.calls[kind] for kind in ("denoise", "preview", "decode")) > 1
 
 
 def test_captured_graphs_draw_the_same_pictures(folder: Path) -> None:

@@ -23,7 +23,7 @@ from img2img_server.engine.base import (
     StageDone,
     StepDone,
 )
-from img2img_server.engine.denoiser import Conditioning, TextInput
+from img2img_server.engine.denoiser import Conditioning, Picture, TextInput
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.model_spec import SCHEDULERS
 from img2img_server.errors import EngineError, OutOfMemoryError
@@ -76,13 +76,13 @@ class Faulty(DiffusersDenoiser):
         self.slots_seen.append(slots)
         return super().denoise(latents, timesteps, conditionings)
 
-    def decode(self, latents: Tensor) -> list[Pixels]:
+    def decode(self, latents: Tensor) -> Sequence[Picture]:
         self._maybe_fail("decode", True)
         if len(latents) > self.most_pictures:
             raise torch.OutOfMemoryError("out of memory")
         return super().decode(latents)
 
-    def preview(self, latents: Tensor) -> list[Pixels]:
+    def preview(self, latents: Tensor) -> Sequence[Picture]:
         self._maybe_fail("preview", True)
         return super().preview(latents)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._inductor import config as inductor
 
 from img2img_server.engine.base import EngineJob, JobError, Pixels, PreviewReady
 from img2img_server.engine.denoiser import Conditioning
@@ -71,6 +72,7 @@ def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_pictures(
     monkeypatch.setattr(
         torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="eager")
     )
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     batches: list[int] = []
     forward = UNet2DConditionModel.forward
 
@@ -90,6 +92,17 @@ def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_pictures(
 
     assert worst(found, plain) <= BOUND
     assert denoiser.warm_up_slots == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("how", ["regional", "whole"])
+def test_a_machine_that_cannot_compile_is_told_so_at_the_start(
+    folder: Path, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    no_compiler = {"cpp.cxx": (str(tmp_path / "none"),)}
+    sentence = rf"IMG2IMG_COMPILE={how} needs a C\+\+ compiler on this machine .* must be off: "
+    with inductor.patch(no_compiler), pytest.raises(ModelError, match=sentence):
+        load(folder, ModelOptions(compile=Compile(how)))
 
 
 def test_a_picture_beyond_the_limit_passes_the_autoencoder_in_tiles(
@@ -161,13 +174,15 @@ def test_a_tiny_autoencoder_makes_the_previews(
     linear = load(folder).preview(torch.zeros(1, 4, 8, 9))
     assert {preview.shape for preview in previews} == {(64, 72, 3)}
     assert worst(pictures(events), plain) <= BOUND, "the pictures are the large one's"
-    assert not np.array_equal(denoiser.preview(torch.zeros(1, 4, 8, 9))[0], linear[0])
+    tiny = denoiser.preview(torch.zeros(1, 4, 8, 9))
+    assert not np.array_equal(tiny[0].pixels(), linear[0].pixels())
 
 
 def test_a_preview_of_a_large_picture_is_small(folder: Path, tiny_vae: str) -> None:
     denoiser = load(folder, ModelOptions(tiny_vae=tiny_vae))
 
-    assert denoiser.preview(torch.zeros(1, 4, 64, 32))[0].shape == (256, 128, 3)
+    (preview,) = denoiser.preview(torch.zeros(1, 4, 64, 32))
+    assert preview.pixels().shape == (256, 128, 3)
 
 
 def test_a_tiny_autoencoder_makes_the_pictures_when_told(folder: Path, tiny_vae: str) -> None:
@@ -175,7 +190,8 @@ def test_a_tiny_autoencoder_makes_the_pictures_when_told(folder: Path, tiny_vae:
     mixed, whole = load(folder, options), load(Path(tiny_vae).parent)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
-    assert difference(mixed.decode(latents)[0], whole.decode(latents)[0]) == 0
+    (one,), (other,) = mixed.decode(latents), whole.decode(latents)
+    assert difference(one.pixels(), other.pixels()) == 0
 
 
 def test_a_tiny_autoencoder_that_is_not_there_is_refused(folder: Path) -> None:

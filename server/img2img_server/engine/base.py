@@ -161,7 +161,7 @@ class Engine(Protocol):
         ...
 
     def submit(self, job: EngineJob, sink: Sink) -> None:
-        """Adds a job. `sink` gets its events in order, on the engine's thread; it must not block.
+        """Adds a job. `sink` gets its events in order, on threads of the engine; it must not block.
 
         Raises:
             EngineError: the engine is stopped.

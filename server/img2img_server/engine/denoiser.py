@@ -72,6 +72,24 @@ class ImageLatents:
     deviation: Tensor | None = None
 
 
+class Picture(Protocol):
+    """A picture that the device is to give: height x width x 3."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `pixels` gives it without waiting."""
+        ...
+
+    def pixels(self) -> Pixels:
+        """Waits for it, on any thread.
+
+        Raises:
+            EngineError: it is not made of finite numbers.
+            Exception: whatever broke on the device meanwhile.
+        """
+        ...
+
+
 class Denoiser(Protocol):
     """A model on a device."""
 
@@ -124,10 +142,10 @@ class Denoiser(Protocol):
         """The model's output for every row, guidance applied."""
         ...
 
-    def decode(self, latents: Tensor) -> list[Pixels]:
-        """The pictures. Raises EngineError when one is not made of finite numbers."""
+    def decode(self, latents: Tensor) -> Sequence[Picture]:
+        """The pictures. Does not wait until the device has made them."""
         ...
 
-    def preview(self, latents: Tensor) -> list[Pixels]:
+    def preview(self, latents: Tensor) -> Sequence[Picture]:
         """Rough pictures, at most 256 pixels on their longer side, at next to no cost."""
         ...

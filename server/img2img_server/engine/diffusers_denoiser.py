@@ -18,8 +18,8 @@ from img2img_server.engine.diffusers_lora import LoraSet
 from img2img_server.engine.diffusers_schedules import Schedules
 from img2img_server.engine.diffusers_text import TextEncoder
 from img2img_server.engine.options import Compile, ModelOptions, ladder, padded
+from img2img_server.engine.read_out import ReadOut, read_out, to_device
 from img2img_server.engine.sampler import Schedule
-from img2img_server.errors import EngineError
 
 # Measured with the packaged model at 256, 320 and 512 pixels a side: a step takes 10 ms beyond what
 # it takes for each row, which on one core is 33,000 pixels x forwards, on two 60,000.
@@ -138,9 +138,7 @@ class DiffusersDenoiser:
         self._text.clear_cache()
 
     def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
-        pixels = torch.from_numpy(np.stack(images))
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        pixels = to_device(torch.from_numpy(np.stack(images)), self.device)
         mean, deviation = self._autoencoder.encode(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1)
         return [
             ImageLatents(mean[i], deviation[i] if deviation is not None else None)
@@ -180,16 +178,14 @@ class DiffusersDenoiser:
             results[row] = without + scale * (results[row] - without)
         return torch.cat(results)
 
-    def decode(self, latents: Tensor) -> list[Pixels]:
+    def decode(self, latents: Tensor) -> Sequence[ReadOut]:
         images = self._autoencoder.decode(latents)
-        if not bool(torch.isfinite(images).all()):
-            raise EngineError("the model's picture is not made of finite numbers")
-        return _pixels(images)
+        return read_out(_pixels(images), torch.isfinite(images).flatten(1).all(1))
 
-    def preview(self, latents: Tensor) -> list[Pixels]:
+    def preview(self, latents: Tensor) -> Sequence[ReadOut]:
         if self._tiny is not None:
-            return _pixels(preview.shrink(self._tiny.decode(latents)))
-        return list(preview.project(latents, self._projection).cpu().numpy())
+            return read_out(_pixels(preview.shrink(self._tiny.decode(latents))))
+        return read_out(preview.project(latents, self._projection))
 
     @torch.inference_mode()
     def _encode_for_fit(self, images: Tensor) -> Tensor:
@@ -201,7 +197,7 @@ class DiffusersDenoiser:
         return torch.cat(present).to(self._unet_dtype) if present else None
 
 
-def _pixels(images: Tensor) -> list[Pixels]:
-    """From about -1..1, n x 3 x h x w."""
+def _pixels(images: Tensor) -> Tensor:
+    """From about -1..1, n x 3 x h x w, to uint8, n x h x w x 3."""
     pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    return pixels.permute(0, 2, 3, 1).contiguous()

@@ -53,12 +53,17 @@ def load_pipeline(
 
 
 def accelerate(pipeline: Any, options: ModelOptions) -> None:
-    """Fuses and compiles the UNet. What is compiled is built when a shape first comes up."""
+    """Fuses and compiles the UNet. What is compiled is built when a shape first comes up.
+
+    Raises:
+        ModelError: nothing can be compiled here.
+    """
     unet = pipeline.unet
     if options.fuse_qkv:
         unet.fuse_qkv_projections()
     if options.compile is Compile.OFF:
         return
+    _try_compiler(torch.device(unet.device), options.compile)
     # Every shape in use is warmed up before the worker is ready: none may push another one out.
     torch._dynamo.config.recompile_limit = 128
     # On a GPU each shape is captured as a CUDA graph: one launch a step.
@@ -68,6 +73,19 @@ def accelerate(pipeline: Any, options: ModelOptions) -> None:
         unet.compile_repeated_blocks(dynamic=False)
     else:
         unet.compile(dynamic=False, **graphs)
+
+
+def _try_compiler(device: torch.device, wanted: Compile) -> None:
+    """Compiles a line of code: jobs are no place to learn that there is no compiler."""
+    try:
+        line = torch.compile(lambda x: x.sin() + x, dynamic=False)
+        line(torch.zeros(64, device=device))
+    except Exception as error:  # of many kinds: no compiler, no headers, no Triton
+        needs = "a C compiler" if device.type == "cuda" else "a C++ compiler"
+        raise ModelError(
+            f"IMG2IMG_COMPILE={wanted} needs {needs} on this machine (Debian: g++); "
+            f"without one it must be off: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _tiny(source: str, dtype: torch.dtype) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from img2img_server.engine.denoiser import Adapter, Conditioning, TextEmbedding, TextInput
+from img2img_server.engine.read_out import to_device
 
 _CACHE_PROMPTS = 128
 
@@ -97,7 +98,7 @@ class TextEncoder:
     def _condition(
         self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
     ) -> Conditioning:
-        scale = torch.tensor(text.guidance_scale, device=self._device)
+        scale = to_device(torch.tensor(text.guidance_scale), self._device)
         return Conditioning(
             prompt=prompt,
             negative=negative,
@@ -113,9 +114,10 @@ class TextEncoder:
         embedding: Tensor = self._pipeline.get_guidance_scale_embedding(
             torch.tensor([guidance_scale - 1]), embedding_dim=self._guidance_width
         )
-        return embedding.to(self._device)
+        return to_device(embedding, self._device)
 
     def _time_ids(self, text: TextInput) -> Tensor:
         """The defaults of diffusers: original size = target size, no crop."""
         size = (text.height, text.width)
-        return torch.tensor([[*size, 0, 0, *size]], dtype=self._dtype, device=self._device)
+        ids = torch.tensor([[*size, 0, 0, *size]], dtype=self._dtype)
+        return to_device(ids, self._device)

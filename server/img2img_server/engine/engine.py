@@ -1,4 +1,7 @@
-"""The engine: one thread owns the device; others hand it commands, which it takes between steps."""
+"""The engine: one thread owns the device; others hand it commands, which it takes between steps.
+
+A second one waits for pictures on their way from the device, see outbox.py.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.engine.outbox import Outbox
+from img2img_server.engine.runs import Run
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
 
@@ -49,7 +54,13 @@ class _WarmUp:
     done: Future[None]
 
 
-_Command = _Submit | _Cancel | _ClearCache | _WarmUp | _Stop
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unread:
+    run: Run
+    error: Exception
+
+
+_Command = _Submit | _Cancel | _ClearCache | _WarmUp | _Unread | _Stop
 
 
 class DiffusionEngine:
@@ -72,8 +83,9 @@ class DiffusionEngine:
         self._spec = spec
         self._capacity_rows = capacity_rows
         memory = memory or Memory(meter_of(denoiser.device))
-        self._loop = StepLoop(denoiser, spec, capacity_rows, memory)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._outbox = Outbox(lambda run, error: self._commands.put(_Unread(run, error)))
+        self._loop = StepLoop(denoiser, spec, capacity_rows, memory, self._outbox)
         self._lock = threading.Lock()
         self._stopping = False
         self._busy_seconds = 0.0
@@ -141,6 +153,10 @@ class DiffusionEngine:
                 self._loop.run_batch()
                 self._busy_seconds += time.monotonic() - began
         self._loop.stop_all()
+        self._outbox.close()
+        while not self._commands.empty():  # of pictures that failed last
+            if isinstance(command := self._commands.get(), _Unread):
+                self._loop.unread(command.run, command.error)
 
     def _take_commands(self) -> bool:
         """Takes what has come in; waits when there is nothing to run. Returns whether to go on."""
@@ -158,6 +174,8 @@ class DiffusionEngine:
                     self._clear_cache()
                 case _WarmUp():
                     self._warm_up(command)
+                case _Unread():
+                    self._loop.unread(command.run, command.error)
                 case _Stop():
                     return False
 

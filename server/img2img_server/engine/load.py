@@ -6,8 +6,11 @@ import ctypes
 import logging
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +20,8 @@ from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec
 from img2img_server.engine.options import ModelOptions, sizes
 from img2img_server.settings import Settings
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +51,8 @@ def load_engine(settings: Settings) -> DiffusionEngine:
     if settings.compile_cache_dir:
         # Where torch keeps what it has compiled; it has no other way to be told.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(settings.compile_cache_dir.absolute())
-    denoiser = DiffusersDenoiser.load(
-        spec.source, device, dtype, ModelOptions.of(settings), settings.max_batch_rows
-    )
+    options, most = ModelOptions.of(settings), settings.max_batch_rows
+    denoiser = apart(lambda: DiffusersDenoiser.load(spec.source, device, dtype, options, most))
     spec = replace(spec, loras=denoiser.loras)
     memory = Memory(meter_of(device), settings.memory_limit_bytes)
     engine = DiffusionEngine(denoiser, spec, settings.max_batch_rows, memory)
@@ -70,6 +74,17 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def apart(work: Callable[[], T]) -> T:
+    """Does what loads a model on a thread that ends with it.
+
+    The threads that torch computes with on a CPU belong to the one that called them, and stay as
+    long as it does. While there are more of them than cores, OpenMP lets those of the engine sleep
+    at each of the many barriers of a step instead of having them ready.
+    """
+    with ThreadPoolExecutor(1, "engine-load") as thread:
+        return thread.submit(work).result()
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from img2img_server.engine.base import EngineEvent, EngineJob, EngineTimings, Sink
+from img2img_server.engine.base import (
+    EngineEvent,
+    EngineJob,
+    EngineTimings,
+    JobDone,
+    Pixels,
+    SampleReady,
+    Sink,
+    StepDone,
+)
 from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
 from img2img_server.engine.sampler import Schedule, Step, coefficient_table, draw_noise
 from img2img_server.engine.scheduler import Key, Row
@@ -56,10 +66,31 @@ class Sample:
         self.latents, self.clean, self.noise = latents, clean, None
         self.steps_done += 1
 
+    def step_done(self) -> StepDone:
+        """What is told of the step behind it."""
+        steps = self.run.schedule.steps
+        sigma = steps[self.steps_done - 1].sigma_after
+        return StepDone(self.index, self.steps_done, len(steps), sigma)
+
+    @property
+    def wants_preview(self) -> bool:
+        """Whether one was asked for after the step behind it; the last step gives the picture."""
+        every = self.run.job.preview_interval_steps
+        is_last = self.steps_done == len(self.run.schedule.steps)
+        return bool(every) and self.steps_done % every == 0 and not is_last
+
+    def ready(self, decode_began: float, pixels: Pixels) -> SampleReady:
+        """Its picture is there."""
+        self.run.note_decode(decode_began, time.monotonic())
+        return SampleReady(self.index, pixels)
+
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One job in the engine."""
+    """One job in the engine.
+
+    `is_broken`: one of its pictures could not be read out.
+    """
 
     job: EngineJob
     sink: Sink
@@ -73,8 +104,10 @@ class Run:
     encode: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
+    decoded: float = 0.0
     shares: float = 0.0
     batches: int = 0
+    is_broken: bool = False
 
     @classmethod
     def begin(
@@ -139,19 +172,22 @@ class Run:
         self.shares += share
         self.batches += 1
 
-    def timings(self, now: float) -> EngineTimings:
-        """Of a job that ends now."""
-        return EngineTimings(
+    def note_decode(self, began: float, now: float) -> None:
+        """Counts the time until a picture was there, once where several were on their way."""
+        self.decode += now - max(began, self.decoded)
+        self.decoded = now
+
+    def done(self) -> JobDone:
+        """Its end, with its timings: it ends now."""
+        timings = EngineTimings(
             encode=self.encode,
             denoise=self.denoise,
             decode=self.decode,
-            engine=now - self.started if self.started else 0.0,
+            engine=time.monotonic() - self.started if self.started else 0.0,
             steps=sum(sample.steps_done for sample in self.samples),
             batch_share=self.shares / self.batches if self.batches else 0.0,
         )
-
-    def emit(self, event: EngineEvent) -> None:
-        emit(self.sink, self.job, event)
+        return JobDone(timings)
 
 
 def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:

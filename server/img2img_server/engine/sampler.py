@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from img2img_server.engine.read_out import to_device
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
@@ -67,7 +69,8 @@ _COLUMNS = (
 def coefficient_table(schedule: Schedule, device: torch.device) -> Tensor:
     """The coefficients of all steps: float32, steps x 8. Made once, so that steps copy nothing."""
     rows = [[getattr(step, name) for name in _COLUMNS] for step in schedule.steps]
-    return torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, len(_COLUMNS))
+    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, len(_COLUMNS))
+    return to_device(table, device)
 
 
 def timesteps(coefficients: Tensor) -> Tensor:
@@ -107,9 +110,7 @@ def draw_noise(generator: torch.Generator, like: Tensor) -> Tensor:
     Drawn on the CPU, so that a seed means the same everywhere, and in the order of diffusers.
     """
     noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    if like.device.type == "cuda":
-        return noise.pin_memory().to(like.device, non_blocking=True)
-    return noise
+    return to_device(noise, like.device)
 
 
 def _column(coefficients: Tensor, index: int) -> Tensor:

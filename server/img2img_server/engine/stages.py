@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from img2img_server.engine.base import Pixels
-from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.denoiser import Denoiser, Picture
 from img2img_server.engine.isolation import isolate
 from img2img_server.engine.runs import Run, Sample
 from img2img_server.engine.sampler import advance, scale_input, timesteps
@@ -52,9 +51,9 @@ class Stages:
 
     def preview(
         self, samples: Sequence[Sample]
-    ) -> tuple[list[tuple[Sample, Pixels]], list[tuple[Sample, Exception]]]:
+    ) -> tuple[list[tuple[Sample, Picture]], list[tuple[Sample, Exception]]]:
         """Rough pictures of what each sample is becoming."""
-        found: list[tuple[Sample, Pixels]] = []
+        found: list[tuple[Sample, Picture]] = []
 
         def work(some: Sequence[Sample]) -> None:
             pictures = self._denoiser.preview(torch.cat([sample.clean for sample in some]))
@@ -65,9 +64,9 @@ class Stages:
 
     def decode(
         self, samples: Sequence[Sample]
-    ) -> tuple[list[tuple[Sample, Pixels]], list[tuple[Sample, Exception]]]:
+    ) -> tuple[list[tuple[Sample, Picture]], list[tuple[Sample, Exception]]]:
         """The pictures."""
-        found: list[tuple[Sample, Pixels]] = []
+        found: list[tuple[Sample, Picture]] = []
 
         def work(some: Sequence[Sample]) -> None:
             pictures = self._denoiser.decode(torch.cat([sample.latents for sample in some]))

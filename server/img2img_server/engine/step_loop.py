@@ -11,29 +11,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from img2img_server.domain.events import Stage
+from img2img_server.engine.admit import admit
 from img2img_server.engine.base import (
     DeviceLost,
     EngineJob,
-    JobDone,
     JobError,
     JobStopped,
     PreviewReady,
     SampleReady,
     Sink,
     StageDone,
-    StepDone,
 )
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.isolation import device_works, failure_of
 from img2img_server.engine.memory import Memory
 from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.engine.outbox import Outbox
 from img2img_server.engine.runs import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.stages import Stages
 from img2img_server.engine.warm_up import exercise
-from img2img_server.errors import EngineError, JobFailedError, OutOfMemoryError
+from img2img_server.errors import EngineError, JobFailedError
 
 _log = logging.getLogger(__name__)
 
@@ -45,13 +46,20 @@ class StepLoop:
         spec: the model's name, defaults and limits.
         capacity_rows: most forwards of a batch; a guided sample takes two of them.
         memory: knows which batches fit the device.
+        outbox: takes what jobs are told; its failures come back to `unread`.
     """
 
     def __init__(
-        self, denoiser: Denoiser, spec: ModelSpec, capacity_rows: int, memory: Memory
+        self,
+        denoiser: Denoiser,
+        spec: ModelSpec,
+        capacity_rows: int,
+        memory: Memory,
+        outbox: Outbox,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
+        self._outbox = outbox
         self._stages = Stages(denoiser, self._note_split)
         self._scheduler = Scheduler(capacity_rows, denoiser.step_overhead)
         self._memory = memory
@@ -85,19 +93,10 @@ class StepLoop:
         if self._lost:
             emit(sink, job, JobStopped())
             return
-        denoiser = self._denoiser
         try:
             if job.job_id in self._runs:
                 raise EngineError("the job runs here already")
-            if sentence := self._spec.refusal(job.height, job.width, job.num_inference_steps):
-                raise EngineError(sentence)
-            if job.lora and job.lora not in self._spec.loras:
-                raise EngineError(f"{self._spec.name} has no LoRA {job.lora}")
-            slots = denoiser.slots(job.guidance_scale)
-            if need := self._memory.lacking(job.height, job.width, slots):
-                raise OutOfMemoryError(job.width, job.height, need)
-            schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
-            run = Run.begin(job, sink, schedule, slots, denoiser.device)
+            run = admit(job, sink, self._denoiser, self._spec, self._memory)
         except Exception as error:
             if not isinstance(error, JobFailedError) and self._loses_device(error):
                 emit(sink, job, DeviceLost(error))
@@ -106,30 +105,39 @@ class StepLoop:
             _log.exception("job %d cannot begin", job.job_id)
             emit(sink, job, JobError(failure_of(error, job)))
             return
-        if not schedule.steps:
+        if not run.schedule.steps:
             for index in range(len(job.seeds)):
-                run.emit(SampleReady(index, job.init_image.copy()))
-            run.emit(JobDone(run.timings(time.monotonic())))
+                self._outbox.tell(run, SampleReady(index, job.init_image.copy()))
+            self._outbox.finish(run)
             return
         self._runs[job.job_id] = run
         now = time.monotonic()
         for row in run.rows(now):
             self._scheduler.add(row, now)
 
-    def _end(self, job_id: int, event: JobDone | JobStopped | JobError | DeviceLost) -> None:
-        run = self._runs.pop(job_id, None)
-        if run is not None:
+    def unread(self, run: Run, error: Exception) -> None:
+        """Ends a job with a picture that could not be read out."""
+        if self._runs.get(run.job.job_id) is run:
+            del self._runs[run.job.job_id]
+            self._scheduler.cancel(run.job.job_id)
+        self._outbox.verdict(run, self._verdict(run, error))
+        if self._lost:
+            self.stop_all()
+
+    def _end(self, job_id: int, event: JobStopped | JobError | DeviceLost) -> None:
+        if run := self._runs.pop(job_id, None):
             self._scheduler.cancel(job_id)
-            run.emit(event)
+            self._outbox.tell(run, event)
 
     def _fail(self, run: Run, error: Exception) -> None:
-        if run.job.job_id not in self._runs:
-            return
+        if run.job.job_id in self._runs:
+            self._end(run.job.job_id, self._verdict(run, error))
+
+    def _verdict(self, run: Run, error: Exception) -> JobError | DeviceLost:
         if self._loses_device(error):
-            self._end(run.job.job_id, DeviceLost(error))
-            return
+            return DeviceLost(error)
         _log.error("job %d failed", run.job.job_id, exc_info=error)
-        self._end(run.job.job_id, JobError(failure_of(error, run.job)))
+        return JobError(failure_of(error, run.job))
 
     def _loses_device(self, error: Exception) -> bool:
         """Asks the device after an error, and notes when it broke for good."""
@@ -190,8 +198,8 @@ class StepLoop:
         for run in runs:
             run.started, run.encode = began, time.monotonic() - began
             if run.is_prepared:
-                run.emit(StageDone(Stage.TEXT_ENCODED))
-                run.emit(StageDone(Stage.IMAGE_ENCODED))
+                self._outbox.tell(run, StageDone(Stage.TEXT_ENCODED))
+                self._outbox.tell(run, StageDone(Stage.IMAGE_ENCODED))
         for run, error in failed:
             self._fail(run, error)
 
@@ -217,17 +225,12 @@ class StepLoop:
         _log.warning("%d forwards of %dx%d do not fit the device", slots, job.width, job.height)
 
     def _report_steps(self, samples: Sequence[Sample]) -> None:
-        wanted = []
         for sample in samples:
-            run, step, total = sample.run, sample.steps_done, len(sample.run.schedule.steps)
-            sigma = run.schedule.steps[step - 1].sigma_after
-            run.emit(StepDone(sample.index, step, total, sigma))
-            every = run.job.preview_interval_steps
-            if every and step % every == 0 and step < total:
-                wanted.append(sample)
-        previews, failed = self._stages.preview(wanted)
-        for sample, pixels in previews:
-            sample.run.emit(PreviewReady(sample.index, sample.steps_done, pixels))
+            self._outbox.tell(sample.run, sample.step_done())
+        previews, failed = self._stages.preview([s for s in samples if s.wants_preview])
+        for sample, picture in previews:
+            event = partial(PreviewReady, sample.index, sample.steps_done)
+            self._outbox.show(sample.run, picture, event, is_optional=True)
         for sample, error in failed:
             # A job can do without its previews.
             _log.warning("a preview of job %d failed", sample.run.job.job_id, exc_info=error)
@@ -237,14 +240,12 @@ class StepLoop:
             return
         began = time.monotonic()
         pictures, failed = self._stages.decode(samples)
-        for run in runs_of(samples):
-            run.decode += time.monotonic() - began
         for sample, error in failed:
             self._fail(sample.run, error)
-        for sample, pixels in pictures:
-            run = sample.run
+        for sample, picture in pictures:
             if self._is_alive(sample):
-                run.emit(SampleReady(sample.index, pixels))
-                run.unfinished -= 1
-                if not run.unfinished:
-                    self._end(run.job.job_id, JobDone(run.timings(time.monotonic())))
+                self._outbox.show(sample.run, picture, partial(sample.ready, began))
+                sample.run.unfinished -= 1
+                if not sample.run.unfinished:
+                    del self._runs[sample.run.job.job_id]
+                    self._outbox.finish(sample.run)

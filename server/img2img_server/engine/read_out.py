@@ -1,0 +1,70 @@
+"""Pictures on their way from the device to the host, while the device goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from img2img_server.engine.base import Pixels
+from img2img_server.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadOut:
+    """Picture of denoiser.py in memory of the host.
+
+    `host`: height x width x 3, uint8. `is_finite`: one bool, on the host too; None: not asked.
+    `arrived`: when both are there; None: they are.
+    """
+
+    host: Tensor
+    is_finite: Tensor | None
+    arrived: torch.cuda.Event | None
+
+    @property
+    def is_here(self) -> bool:
+        return self.arrived is None or bool(self.arrived.query())  # type: ignore[no-untyped-call]
+
+    def pixels(self) -> Pixels:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.is_finite is not None and not bool(self.is_finite):
+            raise EngineError("the model's picture is not made of finite numbers")
+        pixels: Pixels = self.host.numpy()
+        # Pinned memory is dear: it goes back to be used again, whatever the caller keeps.
+        return pixels if self.arrived is None else pixels.copy()
+
+
+def read_out(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[ReadOut]:
+    """Sends pictures to the host and does not wait for them.
+
+    Args:
+        pixels: n x height x width x 3, uint8.
+        is_finite: n bools, whether the picture may be shown; None: they all may.
+    """
+    arrived = None
+    if pixels.device.type == "cuda":
+        pixels = _pinned(pixels)
+        is_finite = None if is_finite is None else _pinned(is_finite)
+        # Blocking: the thread that waits for it sleeps.
+        arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        arrived.record()
+    return [
+        ReadOut(pixels[i], None if is_finite is None else is_finite[i], arrived)
+        for i in range(len(pixels))
+    ]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on the device, without waiting for what the device is at."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,202 @@
+"""Pictures on their way from the device: steps go on, and each job's events keep their order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from img2img_server.engine import step_loop
+from img2img_server.engine.base import (
+    DeviceLost,
+    JobDone,
+    JobError,
+    JobStopped,
+    Pixels,
+    PreviewReady,
+    SampleReady,
+    StageDone,
+    StepDone,
+)
+from img2img_server.engine.denoiser import Picture
+from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from tests.engine_bench import SECONDS, Inbox, job, pictures, run, running
+from tests.tiny_models import write_sd
+
+
+@dataclass(eq=False)
+class Held:
+    """A picture that is on its way until it is let go."""
+
+    real: Picture
+    gone: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+    @property
+    def is_here(self) -> bool:
+        return self.gone.is_set()
+
+    def pixels(self) -> Pixels:
+        assert self.gone.wait(SECONDS)
+        if self.error:
+            raise self.error
+        return self.real.pixels()
+
+    def let_go(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.gone.set()
+
+
+class SlowReading(DiffusersDenoiser):
+    """As on a GPU: pictures and previews are there only later, here when a test says so."""
+
+    def hold(self) -> None:
+        self.held: queue.SimpleQueue[Held] = queue.SimpleQueue()
+
+    def decode(self, latents: Tensor) -> Sequence[Picture]:
+        return [self._held(picture) for picture in super().decode(latents)]
+
+    def preview(self, latents: Tensor) -> Sequence[Picture]:
+        return [self._held(picture) for picture in super().preview(latents)]
+
+    def next(self) -> Held:
+        return self.held.get(timeout=SECONDS)
+
+    def _held(self, picture: Picture) -> Held:
+        held = Held(picture)
+        self.held.put(held)
+        return held
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> SlowReading:
+    folder: Path = write_sd(tmp_path_factory.mktemp("sd"), tiny_vae=True)
+    return SlowReading.load(str(folder), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def denoiser(loaded: SlowReading) -> Iterator[SlowReading]:
+    loaded.hold()
+    yield loaded
+    assert loaded.held.empty()
+
+
+def test_the_steps_go_on_while_a_picture_is_on_its_way(denoiser: SlowReading) -> None:
+    first, second = Inbox(), Inbox()
+    with running(denoiser) as engine:
+        engine.submit(job(job_id=1), first)
+        picture = denoiser.next()
+        engine.submit(job(job_id=2, strength=1.0, num_inference_steps=9), second)
+        steps = second.until(StepDone)
+        while steps[-1].step < 9:  # every step of the other job, to its own picture
+            steps += second.until(StepDone)
+        other = denoiser.next()
+        told = first.until(StepDone) + first.until(StepDone)
+        assert first.is_empty(), "its picture is not there yet"
+        for held in (picture, other):
+            held.let_go()
+        ends = [inbox.all() for inbox in (first, second)]
+
+    assert [type(event) for event in told] == [StageDone, StageDone, StepDone, StepDone]
+    assert [[type(event) for event in end] for end in ends] == [[SampleReady, JobDone]] * 2
+
+
+def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> None:
+    inbox = Inbox()
+    with running(denoiser) as engine:
+        engine.submit(job(preview_interval_steps=1), inbox)
+        preview, picture = denoiser.next(), denoiser.next()  # both steps are done
+        told = inbox.until(StepDone)
+        assert inbox.is_empty()
+        picture.let_go()
+        preview.let_go()
+        told += inbox.all()
+
+    kinds = [type(event) for event in told]
+    assert kinds == [StageDone, StageDone, StepDone, PreviewReady, StepDone, SampleReady, JobDone]
+
+
+def test_the_times_of_a_job_end_with_its_picture(denoiser: SlowReading) -> None:
+    inbox = Inbox()
+    with running(denoiser) as engine:
+        engine.submit(job(), inbox)
+        picture = denoiser.next()
+        time.sleep(0.05)  # what the device still needs
+        picture.let_go()
+        done = inbox.all()[-1]
+
+    assert isinstance(done, JobDone)
+    assert 0.05 <= done.timings.decode <= done.timings.engine
+
+
+def test_a_picture_that_cannot_be_read_ends_its_job_and_no_other(denoiser: SlowReading) -> None:
+    cause, first, second = RuntimeError("boom"), Inbox(), Inbox()
+    with running(denoiser) as engine:
+        engine.submit(job(seeds=(1, 2)), first)
+        one, two = denoiser.next(), denoiser.next()
+        engine.submit(job(job_id=2), second)
+        other = denoiser.next()
+        one.let_go(cause)
+        end = first.all()[-1]
+        two.let_go()
+        other.let_go()
+        assert len(pictures(second.all())) == 1
+        engine.submit(job(), first)  # its id is free again
+        denoiser.next().let_go()
+        assert len(pictures(first.all())) == 1
+
+    assert isinstance(end, JobError)
+    assert end.error is cause
+
+
+def test_a_preview_that_cannot_be_read_costs_the_preview_only(denoiser: SlowReading) -> None:
+    inbox = Inbox()
+    with running(denoiser) as engine:
+        engine.submit(job(preview_interval_steps=1), inbox)
+        denoiser.next().let_go(RuntimeError("boom"))
+        denoiser.next().let_go()
+        events = inbox.all()
+
+    assert len(pictures(events)) == 1
+    assert not [event for event in events if isinstance(event, PreviewReady)]
+
+
+def test_a_device_that_breaks_under_a_picture_gives_back_all_other_jobs(
+    denoiser: SlowReading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Inbox(), Inbox()
+    with running(denoiser) as engine:
+        engine.submit(job(), first)
+        picture = denoiser.next()
+        engine.submit(job(job_id=2, strength=1.0, num_inference_steps=900), second)
+        second.until(StepDone)
+        monkeypatch.setattr(step_loop, "device_works", lambda _: False)
+        picture.let_go(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        ends = [inbox.all()[-1] for inbox in (first, second)]
+        (late,) = run(engine, job(job_id=3))
+
+    assert [type(end) for end in (*ends, late)] == [DeviceLost, JobStopped, JobStopped]
+
+
+@pytest.mark.parametrize(("error", "end"), [(None, JobDone), (RuntimeError("boom"), JobError)])
+def test_a_job_whose_picture_is_on_its_way_when_the_engine_stops_has_its_end(
+    denoiser: SlowReading, error: Exception | None, end: type
+) -> None:
+    inbox = Inbox()
+    with running(denoiser) as engine:
+        engine.submit(job(), inbox)
+        picture = denoiser.next()
+        stopping = threading.Thread(target=engine.stop)
+        stopping.start()
+        picture.let_go(error)
+        stopping.join()
+
+    assert type(inbox.all()[-1]) is end
+    assert inbox.is_empty()
