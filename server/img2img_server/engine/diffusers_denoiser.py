@@ -21,9 +21,9 @@ from img2img_server.engine.options import Compile, ModelOptions, ladder, padded
 from img2img_server.engine.read_out import ReadOut, read_out, to_device
 from img2img_server.engine.sampler import Schedule
 
-# Measured with the packaged model at 256, 320 and 512 pixels a side: a step takes 10 ms beyond what
-# it takes for each row, which on one core is 33,000 pixels x forwards, on two 60,000.
-_CPU_STEP_OVERHEAD = 40_000
+# Measured with the packaged model at 256 and 320 pixels a side: a step takes 13 ms beyond what it
+# takes for each row, which on two cores is 65,000 to 78,000 pixels x forwards, on one half of that.
+_CPU_STEP_OVERHEAD_PER_THREAD = 35_000
 
 # What passes the autoencoder at once on a GPU: its full-resolution layers need far more memory
 # than the UNet. A CPU gains nothing from company there, and the first picture would wait.
@@ -109,7 +109,9 @@ class DiffusersDenoiser:
 
     @property
     def step_overhead(self) -> int | None:
-        return _CPU_STEP_OVERHEAD if self.device.type == "cpu" else None
+        if self.device.type != "cpu":
+            return None
+        return _CPU_STEP_OVERHEAD_PER_THREAD * torch.get_num_threads()
 
     @property
     def warm_up_slots(self) -> tuple[int, ...]:

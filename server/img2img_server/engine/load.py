@@ -6,22 +6,18 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
+from img2img_server.engine.cpu_threads import apart
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec
 from img2img_server.engine.options import ModelOptions, sizes
 from img2img_server.settings import Settings
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -74,17 +70,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def apart(work: Callable[[], T]) -> T:
-    """Does what loads a model on a thread that ends with it.
-
-    The threads that torch computes with on a CPU belong to the one that called them, and stay as
-    long as it does. While there are more of them than cores, OpenMP lets those of the engine sleep
-    at each of the many barriers of a step instead of having them ready.
-    """
-    with ThreadPoolExecutor(1, "engine-load") as thread:
-        return thread.submit(work).result()
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ import structlog
 
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.engine.base import Engine
+from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.model_spec import ModelError, read_model_spec
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.prompts.base import PromptRewriter
@@ -93,6 +94,7 @@ def _source(settings: Settings) -> str:
 
 
 def _load(settings: Settings) -> Engine:
+    wait_briefly()
     from img2img_server.engine.load import load_engine  # imports torch: seconds
 
     return load_engine(settings)
