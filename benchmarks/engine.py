@@ -2,10 +2,15 @@
 
 Compared on one model and device: (a) the stock pipeline, one request at a time; (b) the stock
 pipeline in batches of what may share a call; (c) a LitServe server with its dynamic batching around
-the stock pipeline, asked over HTTP; (d) this engine. Load 1.0 is what (a) can just serve; `burst`
-has all requests arrive at once.
+the stock pipeline, asked over HTTP; (d) this engine. Each has a process of its own with the same
+threads. Load 1.0 is what (a) can just serve; in `saturated` all requests of a round wait from the
+start, so that what is measured is throughput.
 
-    python -m benchmarks.engine [--model DIR] [--requests 30] [--loads 0.5 0.9] [--sides 256 320]
+A load is served in rounds: the same requests by each system, one system after the other, who goes
+first changing from round to round, so that a machine that slows down slows all of them. The
+report keeps the numbers of every round beside those of all rounds together.
+
+    python -m benchmarks.engine [--model DIR] [--requests 30] [--rounds 3] [--loads 0.5 0.9]
 """
 
 from __future__ import annotations
@@ -14,44 +19,40 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from benchmarks.engine_clock import Clock
 from benchmarks.engine_litserve import LitServeServer, install
-from benchmarks.engine_load import Request, Served, requests, summary
-from benchmarks.engine_servers import EngineServer
-from benchmarks.engine_stock import StockServer, load_pipeline
-from img2img_server.engine.load import choose_device, choose_dtype, keep_freed_memory
+from benchmarks.engine_load import Request, Served, behind_long, merged, requests, summary
+from benchmarks.engine_process import EngineOf, Place, RemoteServer, Server, StockOf
+from img2img_server.engine.load import choose_device, choose_dtype
 from img2img_server.engine.model_spec import read_model_spec
 
 COLUMNS = {
-    "throughput": "pictures/s",
     "median": "median s",
     "p95": "p95 s",
     "p99": "p99 s",
     "short_median": "short: median s",
     "short_p95": "short: p95 s",
+    "behind_p95": "short behind long: p95 s",
     "first_look_median": "first look s",
-    "busy_share": "busy",
+    "device_seconds": "device s a picture",
     "overhead": "overhead",
 }
-
-
-class Server(Protocol):
-    """A system that is compared."""
-
-    def serve(self, load: Sequence[Request]) -> Served:
-        """Runs a load in real time."""
-        ...
-
-    def stop(self) -> None:
-        """Ends what it runs."""
-        ...
+SATURATED = "saturated"
+_READING = """\
+Loads are shares of what (a) can serve. Below saturation every system that keeps up serves what
+comes, so throughput is told of `saturated` only, where all requests of a round wait from the start;
+it counts to the last picture, the end included at which few are left to share a step. What the
+device works for a picture says at each load what could be served. Short requests are the third with
+the fewest pixels x forwards, long ones the third with the most; short ones behind a long one are
+those that come while it could not be done yet, had it been alone from its arrival. Latencies are
+those of all rounds together."""
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -59,69 +60,95 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = read_model_spec(arguments.model)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as our worker does; here for all systems
-    torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    pipeline = load_pipeline(spec.source, device, dtype)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    place = place_of(spec.source, device, dtype, arguments.rows)
     return {
         "what": "mixed load: strength 0.3 to 0.9, 4 to 30 steps, half of it guided",
         "note": arguments.note,
+        "command": " ".join(sys.argv[1:]),
         "model": spec.name,
         "requests": arguments.requests,
+        "rounds": arguments.rounds,
         "sides": arguments.sides,
         "rows": arguments.rows,
         "hardware": hardware(device, dtype),
         "results": compare(
-            systems(pipeline, spec.source, arguments.rows, arguments.wheels, arguments.litserve),
+            systems(place, arguments.wheels, arguments.litserve),
             arguments.requests,
             arguments.loads,
             arguments.sides,
+            arguments.rounds,
         ),
     }
 
 
-def systems(
-    pipeline: Any, source: str, rows: int, wheels: Path | None, litserve: bool = True
-) -> dict[str, Server]:
-    """What is compared, on one pipeline; LitServe, if wanted, loads its own from `source`."""
-    clock = Clock(pipeline)
+def place_of(source: str, device: torch.device, dtype: torch.dtype, rows: int) -> Place:
+    name = str(dtype).removeprefix("torch.")
+    return Place(source, str(device), name, torch.get_num_threads(), rows)
+
+
+def systems(place: Place, wheels: Path | None, litserve: bool = True) -> dict[str, Server]:
+    """What is compared; LitServe if wanted."""
     found: dict[str, Server] = {
-        "(a) stock, one at a time": StockServer(pipeline, clock, 1),
-        "(b) stock, static batches": StockServer(pipeline, clock, rows),
+        "(a) stock, one at a time": RemoteServer(StockOf(place, 1)),
+        "(b) stock, static batches": RemoteServer(StockOf(place, place.rows)),
     }
     if litserve and install(wheels):
-        unet = pipeline.unet
         log = Path(".img2img") / "litserve.log"
-        found["(c) LitServe, dynamic batches"] = LitServeServer(
-            source, rows, unet.device, unet.dtype, log
-        )
-    found["(d) this engine"] = EngineServer(pipeline, clock, rows)
+        found["(c) LitServe, dynamic batches"] = LitServeServer(place, log)
+    found["(d) this engine"] = RemoteServer(EngineOf(place))
     return found
 
 
 def compare(
-    servers: dict[str, Server], count: int, loads: Sequence[float], sides: Sequence[int]
+    servers: dict[str, Server],
+    count: int,
+    loads: Sequence[float],
+    sides: Sequence[int],
+    rounds: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Serves every load with every system; summaries by load and system. Stops the systems."""
     try:
-        alone = next(iter(servers.values()))
         for server in servers.values():
             server.serve(requests(4, None, sides, seed=99))  # warm up
-        service_seconds = alone.serve(requests(count, None, sides)).busy / count
+        alone = next(iter(servers.values())).serve(requests(count, None, sides))
+        work = sum(outcome.request.pixel_forwards for outcome in alone.outcomes)
         rates: dict[str, float | None] = {
-            f"load {load:g}": load / service_seconds for load in loads
+            f"load {load:g}": load * count / alone.busy for load in loads
         }
-        results: dict[str, dict[str, Any]] = {}
-        for name, rate in {**rates, "burst": None}.items():
-            load = requests(count, rate, sides)
-            results[name] = {}
-            for label, server in servers.items():
-                results[name][label] = summary(server.serve(load))
-                print(name, label, results[name][label], flush=True)
-        return results
+        return {
+            name: _serve(
+                servers,
+                [requests(count, rate, sides, seed) for seed in range(rounds)],
+                alone.busy / work,
+            )
+            for name, rate in {**rates, SATURATED: None}.items()
+        }
     finally:
         for server in servers.values():
             server.stop()
+
+
+def _serve(
+    servers: dict[str, Server], loads: Sequence[Sequence[Request]], pace: float
+) -> dict[str, dict[str, Any]]:
+    """Each load by each system in turn: the first one of a round is the last one of the next."""
+    served: dict[str, list[Served]] = {label: [] for label in servers}
+    line = list(servers.items())
+    for load in loads:
+        for label, server in line:
+            served[label].append(server.serve(load))
+            print(label, summary(served[label][-1]), flush=True)
+        line = [*line[1:], line[0]]
+    behind = set().union(*(behind_long(load, pace) for load in loads))
+    return {
+        label: {
+            **summary(merged(rounds), behind),
+            "rounds": [summary(one, behind) for one in rounds],
+        }
+        for label, rounds in served.items()
+    }
 
 
 def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -146,15 +173,17 @@ def _cpu_model() -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables for people."""
-    lines = [f"Model {report['model']}, {report['requests']} requests, {report['what']}; "]
-    lines[0] += f"sides {report['sides']}, at most {report['rows']} rows. "
-    lines[0] += ", ".join(f"{key}: {value}" for key, value in report["hardware"].items())
+    head = f"Model {report['model']}, {report['rounds']} rounds of {report['requests']} requests, "
+    head += f"{report['what']}; sides {report['sides']}, at most {report['rows']} rows. "
+    head += ", ".join(f"{key}: {value}" for key, value in report["hardware"].items())
+    lines = [head, "", f"`python -m benchmarks.engine {report['command']}`", "", _READING]
     lines += ["", report["note"]] if report["note"] else []
     for load, systems in report["results"].items():
-        lines += ["", f"**{load}**", "", "| | " + " | ".join(COLUMNS.values()) + " |"]
-        lines.append("|---|" + "---|" * len(COLUMNS))
+        columns = {"throughput": "pictures/s", **COLUMNS} if load == SATURATED else COLUMNS
+        lines += ["", f"**{load}**", "", "| | " + " | ".join(columns.values()) + " |"]
+        lines.append("|---|" + "---|" * len(columns))
         for label, values in systems.items():
-            lines.append(f"| {label} | " + " | ".join(str(values[key]) for key in COLUMNS) + " |")
+            lines.append(f"| {label} | " + " | ".join(str(values[key]) for key in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -165,6 +194,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--requests", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.9])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 320])
     parser.add_argument("--rows", type=int, default=8)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine import compare, hardware, systems
+from benchmarks.engine import compare, hardware, place_of, systems
 from benchmarks.engine_architectures import ARCHITECTURES, build
 from benchmarks.engine_device_parts import Steps, matrix_rate, request_latencies
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
@@ -102,15 +102,18 @@ def measure(name: str, arguments: argparse.Namespace, report: Report, rate: floa
         mode = {"mode": "reduce-overhead"} if device.type == "cuda" else {"mode": "default"}
         report.part(name, "steps, compiled", 120, lambda: steps(few, **mode))
     if name in arguments.loaded:
-        report.part(name, "mixed load", 60, lambda: loads(name, pipeline, arguments))
+        report.part(name, "mixed load", 90, lambda: loads(name, device, dtype, arguments))
     if arguments.compile:  # last: it leaves the pipeline compiled
         report.part(name, "request ms, compiled", 60, compiled_requests)
 
 
-def loads(name: str, pipeline: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def loads(
+    name: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """The systems of benchmarks.engine."""
-    servers = systems(pipeline, name, arguments.rows, arguments.wheels, arguments.litserve)
-    return compare(servers, arguments.requests, arguments.loads, [arguments.side])
+    place = place_of(name, device, dtype, arguments.rows)
+    servers = systems(place, arguments.wheels, arguments.litserve)
+    return compare(servers, arguments.requests, arguments.loads, [arguments.side], arguments.rounds)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -125,6 +128,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--compiled-batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--loads", type=float, nargs="*", default=[0.9])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)

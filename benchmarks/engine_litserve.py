@@ -16,11 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.engine_load import Outcome, Request, Served
+from benchmarks.engine_process import Place
 from benchmarks.engine_stock import feed
 from benchmarks.local_stack import free_port
+from img2img_server.engine.cpu_threads import wait_briefly
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ROOT / ".img2img" / "litserve"
@@ -53,18 +53,16 @@ class LitServeServer:
     """The process, and the HTTP clients of a load.
 
     Args:
-        source: a diffusers directory, or the name of an architecture with random weights.
         log: file of what the process prints.
     """
 
-    def __init__(
-        self, source: str, rows: int, device: torch.device, dtype: torch.dtype, log: Path
-    ) -> None:
+    def __init__(self, place: Place, log: Path) -> None:
         self._port = free_port()
-        arguments = [source, self._port, rows, torch.get_num_threads(), device, dtype]
-        names = [str(argument).removeprefix("torch.") for argument in arguments]
+        arguments = [place.source, self._port, place.rows, place.threads, place.device, place.dtype]
+        names = [str(argument) for argument in arguments]
         # Its own packages come before ours; torch and diffusers are the same.
         paths = [str(PACKAGES), str(ROOT), *(path for path in sys.path if path)]
+        wait_briefly()  # as all others
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         with log.open("wb") as output:

@@ -8,42 +8,30 @@ from __future__ import annotations
 import base64
 import io
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import litserve
-import torch
 
-from benchmarks.engine_architectures import ARCHITECTURES, build
 from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Request
-from benchmarks.engine_stock import Stock, kind, load_pipeline
-from img2img_server.engine.load import keep_freed_memory
+from benchmarks.engine_process import Place
+from benchmarks.engine_stock import Stock, kind
 
 BATCH_TIMEOUT_SECONDS = 0.05
 
 
 class Img2Img(litserve.LitAPI):
-    """Takes what LitServe gathers, and makes each kind in one call: the pipeline cannot mix them.
+    """Takes what LitServe gathers and makes each kind in a call: the pipeline cannot mix them."""
 
-    Args:
-        source: a diffusers directory, or the name of an architecture with random weights.
-    """
-
-    def __init__(self, source: str, rows: int, threads: int, device: str, dtype: str) -> None:
-        super().__init__(max_batch_size=rows, batch_timeout=BATCH_TIMEOUT_SECONDS)
-        self._source = source
-        self._threads = threads
-        self._place = (device, dtype)
+    def __init__(self, place: Place) -> None:
+        super().__init__(max_batch_size=place.rows, batch_timeout=BATCH_TIMEOUT_SECONDS)
+        self._place = place
 
     def setup(self, device: object) -> None:
-        torch.set_num_threads(self._threads)
-        if self._place[0] == "cpu":
-            keep_freed_memory()  # the comparison is of the loops
-        self._pipeline = load(self._source, *self._place)
+        self._place.settle()  # the comparison is of the loops
+        self._pipeline = self._place.pipeline()
         self._stock, self._clock, self._busy = Stock(self._pipeline), Clock(self._pipeline), 0.0
 
     def decode_request(self, request):  # LitServe reads annotations as FastAPI does
@@ -73,21 +61,13 @@ class Img2Img(litserve.LitAPI):
         return {**output, "picture": base64.b64encode(file.getvalue()).decode()}
 
 
-def load(source: str, device: str, dtype: str) -> Any:
-    """The pipeline, from files or made in place."""
-    place, kind_of_number = torch.device(device), getattr(torch, dtype)
-    if source in ARCHITECTURES:
-        with tempfile.TemporaryDirectory() as folder:
-            return build(source, Path(folder), place, kind_of_number)
-    return load_pipeline(source, place, kind_of_number)
-
-
 def main() -> None:
     """Serves until it is killed."""
     source, port, rows, threads, device, dtype = sys.argv[1:]
+    place = Place(source, device, dtype, int(threads), int(rows))
     accelerator = "cuda" if device.startswith("cuda") else "cpu"
     server = litserve.LitServer(
-        Img2Img(source, int(rows), int(threads), device, dtype),
+        Img2Img(place),
         accelerator=accelerator,
         devices=1,
         timeout=False,

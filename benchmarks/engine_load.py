@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from img2img_server.domain.params import denoising_steps
 
 STEPS = (4, 8, 16, 30)
+# In tenths, as people set it: so that now and then two requests may share a call of the pipeline.
+STRENGTHS = tuple(tenth / 10 for tenth in range(3, 10))
 PROMPTS = ("an oil painting of a harbour", "a pencil sketch", "a watercolour garden", "a mosaic")
 
 
@@ -62,17 +64,20 @@ class Served:
 
 
 def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0) -> list[Request]:
-    """A load of `count` requests, `rate` of them a second; None: all at once."""
+    """A load of `count` requests, `rate` of them a second; None: all at once.
+
+    Their numbers differ from those of other seeds.
+    """
     rng = random.Random(seed)
     found, now = [], 0.0
-    for number in range(count):
+    for number in range(seed * count, (seed + 1) * count):
         now += rng.expovariate(rate) if rate else 0.0
         found.append(
             Request(
                 number=number,
                 arrival=now,
                 side=rng.choice(list(sides)),
-                strength=round(rng.uniform(0.3, 0.9), 2),
+                strength=rng.choice(STRENGTHS),
                 num_inference_steps=rng.choice(STEPS),
                 guidance_scale=rng.choice([1.0, 5.0]),
                 prompt=rng.choice(PROMPTS),
@@ -87,27 +92,72 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
 
 
-def summary(served: Served) -> dict[str, float]:
-    """Throughput in pictures a second, latencies in seconds, and what the device did.
+def merged(rounds: Sequence[Served]) -> Served:
+    """Several loads as if they had been served one after the other, with nothing in between."""
+    outcomes, offset = [], 0.0
+    for served in rounds:
+        first = min(o.request.arrival for o in served.outcomes)
+        for one in served.outcomes:
+            shift = offset - first
+            request = replace(one.request, arrival=one.request.arrival + shift)
+            outcomes.append(Outcome(request, one.first_look + shift, one.finished + shift))
+        offset += span(served)
+    busy, networks = (sum(getattr(s, name) for s in rounds) for name in ("busy", "networks"))
+    return Served(outcomes, busy, networks)
 
-    Short requests are the third that needs the fewest pixels x forwards. `busy_share`: of the time
-    from the first arrival to the last picture. `overhead`: work beyond UNet, autoencoder and text
-    encoders as a share of theirs; of no meaning on a GPU, where calls return early.
+
+def span(served: Served) -> float:
+    """Seconds from the first arrival to the last picture."""
+    outcomes = served.outcomes
+    return max(o.finished for o in outcomes) - min(o.request.arrival for o in outcomes)
+
+
+def behind_long(load: Sequence[Request], pace: float) -> set[int]:
+    """Numbers of the short requests that come when a long one could not be done yet.
+
+    A third of the requests is short, the third with the fewest pixels x forwards, and a third is
+    long. The same for every system: it depends on what arrives when, not on who serves it.
+
+    Args:
+        pace: seconds a pixel x forward takes the stock pipeline.
+    """
+    by_work = sorted(load, key=lambda request: request.pixel_forwards)
+    third = max(1, len(load) // 3)
+    return {
+        short.number
+        for short in by_work[:third]
+        if any(
+            0 <= short.arrival - long.arrival < long.pixel_forwards * pace
+            for long in by_work[-third:]
+        )
+    }
+
+
+def summary(served: Served, behind: Collection[int] = ()) -> dict[str, float]:
+    """Latencies and work in seconds, throughput in pictures a second.
+
+    Short requests are the third that needs the fewest pixels x forwards; those in `behind` among
+    them came behind a long one. `throughput` counts to the last picture: of a load below
+    saturation it says how fast requests came. `device_seconds`: work a picture; its inverse is
+    what the system could serve. `overhead`: work beyond UNet, autoencoder and text encoders as a
+    share of theirs; of no meaning on a GPU, where calls return early.
     """
     outcomes = served.outcomes
     latencies = [outcome.latency for outcome in outcomes]
     by_work = sorted(outcomes, key=lambda outcome: outcome.request.pixel_forwards)
     short = [outcome.latency for outcome in by_work[: max(1, len(by_work) // 3)]]
+    held_up = [o.latency for o in outcomes if o.request.number in behind] or [0.0]
     looks = [outcome.first_look - outcome.request.arrival for outcome in outcomes]
-    span = max(o.finished for o in outcomes) - min(o.request.arrival for o in outcomes)
     return {
-        "throughput": round(len(outcomes) / span, 3),
+        "throughput": round(len(outcomes) / span(served), 3),
+        "device_seconds": round(served.busy / len(outcomes), 3),
         "median": round(percentile(latencies, 50), 2),
         "p95": round(percentile(latencies, 95), 2),
         "p99": round(percentile(latencies, 99), 2),
         "short_median": round(percentile(short, 50), 2),
         "short_p95": round(percentile(short, 95), 2),
+        "behind_p95": round(percentile(held_up, 95), 2),
         "first_look_median": round(percentile(looks, 50), 2),
-        "busy_share": round(served.busy / span, 3),
+        "busy_share": round(served.busy / span(served), 3),
         "overhead": round(served.busy / served.networks - 1, 3),
     }

@@ -43,7 +43,7 @@ def works(denoiser: DiffusersDenoiser, side: int) -> dict[str, Callable[[], Any]
     timesteps = torch.full((1,), 500.0, device=denoiser.device)
     return {
         "step": lambda: denoiser.denoise(latents, timesteps, [conditioning]).cpu(),
-        "decode": lambda: denoiser.decode(latents),
+        "decode": lambda: denoiser.decode(latents)[0].pixels(),
     }
 
 

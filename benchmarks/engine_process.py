@@ -1,0 +1,134 @@
+"""Each compared system in a process of its own, so that none shares threads or memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.engine_architectures import ARCHITECTURES, build
+from benchmarks.engine_clock import Clock
+from benchmarks.engine_load import Request, Served
+from benchmarks.engine_servers import EngineServer
+from benchmarks.engine_stock import StockServer, load_pipeline
+from img2img_server.engine.cpu_threads import apart, wait_briefly
+from img2img_server.engine.load import keep_freed_memory
+
+STOP_SECONDS = 30.0
+
+
+class Server(Protocol):
+    """A system that is compared."""
+
+    def serve(self, load: Sequence[Request]) -> Served:
+        """Runs a load in real time."""
+        ...
+
+    def stop(self) -> None:
+        """Ends what it runs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """What every system gets: the model, the device, the threads of torch, the rows of a batch.
+
+    `source`: a diffusers directory, or the name of an architecture with random weights.
+    """
+
+    source: str
+    device: str
+    dtype: str
+    threads: int
+    rows: int
+
+    def settle(self) -> None:
+        """Makes this process what our worker's is."""
+        torch.set_num_threads(self.threads)
+        if self.device == "cpu":
+            keep_freed_memory()
+
+    def pipeline(self) -> Any:
+        """The pipeline, from files or made in place."""
+        device, dtype = torch.device(self.device), getattr(torch, self.dtype)
+        if self.source in ARCHITECTURES:
+            with tempfile.TemporaryDirectory() as folder:
+                return build(self.source, Path(folder), device, dtype)
+        return load_pipeline(self.source, device, dtype)
+
+
+@dataclass(frozen=True)
+class StockOf:
+    """Makes the stock pipeline's server; `most`: requests in one call."""
+
+    place: Place
+    most: int
+
+    def __call__(self) -> Server:
+        pipeline = self.place.pipeline()
+        return StockServer(pipeline, Clock(pipeline), self.most)
+
+
+@dataclass(frozen=True)
+class EngineOf:
+    """Makes ours."""
+
+    place: Place
+
+    def __call__(self) -> Server:
+        def load() -> EngineServer:
+            pipeline = self.place.pipeline()
+            return EngineServer(pipeline, Clock(pipeline), self.place.rows)
+
+        return apart(load)
+
+
+class RemoteServer:
+    """A system in its process, which begins to load at once."""
+
+    def __init__(self, make: StockOf | EngineOf) -> None:
+        wait_briefly()  # it inherits that
+        context = multiprocessing.get_context("spawn")
+        self._end, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, make), daemon=True)
+        self._process.start()
+        other.close()
+
+    def serve(self, load: Sequence[Request]) -> Served:
+        """Runs a load in real time."""
+        self._end.send(list(load))
+        answer = self._end.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, Served)
+        return answer
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._end.close()
+        self._process.join(STOP_SECONDS)
+        self._process.kill()
+
+
+def _serve(end: Connection, make: StockOf | EngineOf) -> None:
+    """In the process: one load after the other, until the other end is closed."""
+    make.place.settle()
+    server = make()
+    try:
+        while True:
+            try:
+                load = end.recv()
+            except EOFError:
+                return
+            try:
+                end.send(server.serve(load))
+            except Exception as error:  # whoever compares wants to know
+                end.send(error)
+    finally:
+        server.stop()
