@@ -1,9 +1,10 @@
 """What each speed switch makes of a step and of a decode, alone, with the model that ships.
 
-    python -m benchmarks.engine_switches [--side 512] [--switches plain fuse_qkv ...] [--output F]
+    python -m benchmarks.engine_switches [--sides 256 512] [--switches plain fuse_qkv ...]
 
 Milliseconds of one guided row; the median of `--repeats`, in turns, so that a machine that slows
-down slows all of them. `first`: seconds of the first step, with what is compiled for it.
+down slows all of them. `first`: seconds of the first step, with what is compiled for it, or taken
+from what torch has kept of an earlier run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,51 +61,76 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = choose_dtype(arguments.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
-    source = read_model_spec(arguments.model).source
-    work, first = {}, {}
-    for name in arguments.switches:
-        denoiser = DiffusersDenoiser.load(source, device, dtype, SWITCHES[name])
-        work[name] = works(denoiser, arguments.side)
-        first[name] = timed(work[name]["step"])
-        work[name]["decode"]()
-    times: dict[str, dict[str, list[float]]] = {
-        name: {"step": [], "decode": []} for name in arguments.switches
+    spec = read_model_spec(arguments.model)
+    denoisers = {
+        name: DiffusersDenoiser.load(spec.source, device, dtype, SWITCHES[name])
+        for name in arguments.switches
     }
-    for _ in range(arguments.repeats):
-        for name, pair in work.items():
-            for what, one in pair.items():
-                times[name][what].append(timed(one))
     return {
-        "side": arguments.side,
+        "model": spec.name,
+        "command": " ".join(sys.argv[1:]),
         "hardware": hardware(device, dtype),
         "results": {
-            name: {
-                "step_ms": round(statistics.median(pair["step"]) * 1e3, 1),
-                "decode_ms": round(statistics.median(pair["decode"]) * 1e3, 1),
-                "first_s": round(first[name], 1),
-            }
-            for name, pair in times.items()
+            str(side): compare(denoisers, side, arguments.repeats) for side in arguments.sides
         },
     }
 
 
+def compare(
+    denoisers: dict[str, DiffusersDenoiser], side: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """The times of every switch at one size."""
+    work, first = {}, {}
+    for name, denoiser in denoisers.items():
+        work[name] = works(denoiser, side)
+        first[name] = timed(work[name]["step"])
+        work[name]["decode"]()
+    times: dict[str, dict[str, list[float]]] = {name: {"step": [], "decode": []} for name in work}
+    for _ in range(repeats):
+        for name, pair in work.items():
+            for what, one in pair.items():
+                times[name][what].append(timed(one))
+    return {
+        name: {
+            "step_ms": round(statistics.median(pair["step"]) * 1e3, 1),
+            "decode_ms": round(statistics.median(pair["decode"]) * 1e3, 1),
+            "first_s": round(first[name], 1),
+        }
+        for name, pair in times.items()
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as tables for people."""
+    head = f"Model {report['model']}, one guided row. "
+    head += ", ".join(f"{key}: {value}" for key, value in report["hardware"].items())
+    lines = [head, "", f"`python -m benchmarks.engine_switches {report['command']}`"]
+    for side, switches in report["results"].items():
+        lines += ["", f"**{side}x{side}**", "", "| | step ms | decode ms | first step s |"]
+        lines.append("|---|---|---|---|")
+        for name, found in switches.items():
+            lines.append(f"| {name} | " + " | ".join(str(value) for value in found.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
 @torch.inference_mode()
 def main() -> None:
-    """Runs, prints, writes JSON."""
+    """Runs, prints, writes JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--switches", nargs="+", choices=list(SWITCHES), default=list(SWITCHES))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    text = json.dumps(measure(arguments), indent=2) + "\n"
-    print(text)
+    report = measure(arguments)
+    print(markdown(report))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
