@@ -10,12 +10,17 @@ import grpc
 import httpx
 import pytest
 import pytest_asyncio
+from aiohttp import web
+from web_peers import redirect, serving
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.bus import memory_bus
+from img2img_server.domain.params import Limits
 from img2img_server.engine.fake import FakeEngine
 from img2img_server.gateway.contract import FIELDS
+from img2img_server.images.fetch import fetch_image
+from img2img_server.images.outbound import OutboundPolicy
 from tests.http_stack import (
     ENTERPRISE,
     PHOTO_URL,
@@ -25,7 +30,16 @@ from tests.http_stack import (
     photo_base64,
     running_gateway,
 )
-from tests.stack import Api, Stack, photo, refusal, running_api, running_worker, settings
+from tests.stack import (
+    Api,
+    Stack,
+    photo,
+    refusal,
+    running_api,
+    running_stack,
+    running_worker,
+    settings,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 GOOD = {"prompt": "a harbour", "width": 256, "height": 256, "seed": 5}
@@ -264,6 +278,60 @@ async def test_both_refuse_for_the_same_reason(
     told = answer.json()["message"]
     if case.status in (401, 403, 429):  # elsewhere the contract has words of its own
         assert told == caught.value.details()
+
+
+@dataclass(frozen=True)
+class Address:
+    """What an init image's address answers, and what both callers hear of it."""
+
+    name: str
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    told: str = "Unable to fetch image from provided URL"
+
+
+async def page(_: web.Request) -> web.Response:
+    return web.Response(text="<html>welcome</html>", content_type="text/html")
+
+
+def status(code: int) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=code, body=photo(), content_type="image/jpeg")
+
+    return answer
+
+
+ADDRESSES = [
+    Address("404", status(404)),
+    Address("500", status(500)),
+    Address("a redirect in circles", redirect("/picture")),
+    Address("a redirect to a private address", redirect("http://10.0.0.1/a.png")),
+    Address("a page", page, "init_image is not a valid PNG, JPG or WebP image"),
+]
+
+
+@pytest.mark.parametrize("case", ADDRESSES, ids=lambda case: case.name)
+async def test_both_tell_the_same_of_an_address_that_gives_no_picture(case: Address) -> None:
+    policy = OutboundPolicy.parse("127.0.0.1")
+
+    async def download(url: str) -> bytes:
+        return await fetch_image(url, policy=policy, limits=Limits())
+
+    async with (
+        serving(web.get("/picture", case.answer)) as port,
+        running_stack(fetch=download) as stack,
+        gateway_before(stack) as gateway,
+    ):
+        url = f"http://127.0.0.1:{port}/picture"
+        answer = await gateway.create(**GOOD, init_image=url)
+        spec = Both("", {}, {"init_image": job_pb2.InitImage(url=url)}).job_spec()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.api.create(spec)
+        assert (answer.status_code, answer.json()) == (
+            400,
+            {"status": "error", "message": case.told, "errors": {"init_image": [case.told]}},
+        )
+        told = refusal(caught.value)
+        assert (told.reason, told.violations) == ("INVALID_REQUEST", {"init_image": case.told})
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "samples 9": ({"samples": 9}, {"samples": "samples must be between 1 and 4"}),
     "no image": ({"init_image": None}, {"init_image": "init_image is required"}),
     "not an image": (inline(b"just some text"), {"init_image": NOT_AN_IMAGE}),
-    "404 URL": (
+    "an address that gives nothing": (  # real ones: test_http_contract_parity.py
         {"init_image": job_pb2.InitImage(url="http://127.0.0.1:9/none.png")},
         {"init_image": "Unable to fetch image from provided URL"},
     ),
@@ -96,6 +96,33 @@ async def test_bad_input_names_every_violated_field_and_later_requests_work(case
         assert kinds(good)[-1] == "succeeded"
         listed = await stack.api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
         assert len(listed.jobs) == 1  # refused requests leave no job
+
+
+@pytest.mark.parametrize("header", ["Bearer nobody", "Bearer ", "dev-key", ""])
+async def test_an_unknown_key_is_told_whatever_else_is_wrong_and_later_requests_work(
+    header: str,
+) -> None:
+    metadata = (("authorization", header),) if header else ()
+    async with running_stack() as stack:
+        for job_spec in (spec(), spec(width=513, prompt="")):
+            for call in (
+                stack.api.stub.CreateJob(
+                    service_pb2.CreateJobRequest(spec=job_spec), metadata=metadata
+                ),
+                stack.api.stub.Generate(
+                    service_pb2.GenerateRequest(spec=job_spec), metadata=metadata
+                ).read(),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                found = refusal(caught.value)
+                assert (found.code, found.reason) == (
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "INVALID_API_KEY",
+                )
+                assert found.violations == {}
+        assert await stack.bus.jobs.list_ids("dev") == []
+        assert kinds([m async for m in stack.api.generate(spec())])[-1] == "succeeded"
 
 
 async def test_a_message_over_the_limit_is_refused_and_the_connection_lives() -> None:
