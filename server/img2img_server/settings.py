@@ -188,6 +188,12 @@ class Settings(BaseSettings):
     max_http_requests: int = Field(
         2000, ge=1, description="Most open HTTP requests of one gateway, event streams included."
     )
+    max_http_body_bytes: int = Field(
+        128 * 2**20,
+        ge=32 * 2**20,
+        description="Most bytes of HTTP request bodies that one gateway holds at a time; to "
+        "read and pass them on takes a few times as much memory.",
+    )
     max_attempts: int = Field(5, ge=1, description="Times a job is tried before it fails.")
     outbound_allow: str = Field(
         "",

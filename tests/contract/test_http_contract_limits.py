@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -220,6 +222,54 @@ async def test_a_gateway_that_is_full_is_503_and_its_probes_answer(legacy: bool)
         gateway.stack.worker.engine.release()
         assert (await waiting).json()["status"] == "success"
         assert (await gateway.fetch(1)).status_code == (200 if legacy else 404)
+
+
+def filled(megabytes: int, **fields: Any) -> bytes:
+    """A body of that size: a field that nobody knows is long."""
+    return json.dumps(body(**fields, filling="x" * megabytes * 2**20)).encode()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])
+async def test_bodies_that_are_held_together_are_bounded_before_anybody_knows_their_keys(
+    legacy: bool,
+) -> None:
+    read, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield filled(30, key="wrong")
+        read.set()
+        await go_on.wait()
+
+    async with limited(legacy=legacy, max_http_body_bytes=32 * 2**20) as gateway:
+        path = f"{ENTERPRISE}/img2img"
+        slow = asyncio.create_task(gateway.http.post(path, content=slowly()))
+        await read.wait()
+        refused = await gateway.http.post(path, content=filled(3))
+        assert (refused.status_code, refused.headers["retry-after"]) == (
+            200 if legacy else 503,
+            "1",
+        )
+        assert refused.json()["message"].startswith("Service temporarily unavailable")
+        assert (await gateway.create()).json()["status"] == "success"  # what fits, passes
+        go_on.set()
+        assert (await slow).json()["message"].lower() == "invalid api key"
+        assert (await gateway.http.post(path, content=filled(3))).json()["status"] == "success"
+
+
+async def test_a_body_is_not_held_while_its_job_runs() -> None:
+    async with limited(hold=True, max_http_body_bytes=32 * 2**20) as gateway:
+        path = f"{ENTERPRISE}/img2img"
+        waiting = asyncio.create_task(gateway.http.post(path, content=filled(20)))
+
+        async def answer() -> int:
+            return (await gateway.http.post(path, content=filled(20, key="wrong"))).status_code
+
+        bus = gateway.stack.bus
+        await until(lambda: bus.jobs.list_ids("dev"), [FIRST_JOB_ID])
+        await until(answer, 401)
+        assert not waiting.done()
+        gateway.stack.worker.engine.release()
+        assert (await waiting).json()["status"] == "success"
 
 
 async def test_retry_after_says_when_a_place_is_expected() -> None:

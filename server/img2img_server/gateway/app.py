@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from img2img_server import __version__
+from img2img_server.gateway.bodies import Bodies
 from img2img_server.gateway.browsers import Cors, Origins
 from img2img_server.gateway.calls import Calls
 from img2img_server.gateway.dialects import Dialect, Legacy, Today
@@ -52,7 +53,8 @@ def create_app(
     )
     app.openapi = lambda: document(settings)  # type: ignore[method-assign]
     # The last one added is the first one passed.
-    app.add_middleware(Bounded, most=settings.max_http_requests, dialect=dialect)
+    bodies = Bodies(settings.max_http_body_bytes)
+    app.add_middleware(Bounded, most=settings.max_http_requests, bodies=bodies, dialect=dialect)
     app.add_middleware(Recorded, dialect=dialect)
     app.add_middleware(Cors, origins=Origins(settings), dialect=dialect)
     app.add_middleware(TidyPath)

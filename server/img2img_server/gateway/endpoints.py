@@ -20,7 +20,7 @@ from img2img_server.errors import StorageError
 from img2img_server.gateway import contract
 from img2img_server.gateway.dialects import Answer, Dialect
 from img2img_server.gateway.files import Files
-from img2img_server.gateway.incoming import find_key, link_base, read_json
+from img2img_server.gateway.incoming import find_key, forget_body, link_base, read_json
 from img2img_server.gateway.refusals import Case, RefusedError
 from img2img_server.gateway.request import job_spec
 from img2img_server.gateway.upstream import Upstream
@@ -35,9 +35,8 @@ _ID = re.compile(r"[0-9]{1,12}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One authenticated question: the body, the key to ask with, where links point to."""
+    """One authenticated question: the key to ask with, where links point to."""
 
-    body: Mapping[str, Any]
     key: str
     base: str
     family: str  # where fetch_result points to, below base
@@ -64,13 +63,15 @@ class Endpoints:
 
     async def create(self, request: Request, family: str) -> JSONResponse:
         """POST img2img: makes a job, waits for it when the caller wants the result."""
-        call = await self._call(request, family)
-        reading = contract.read(call.body, self._context)
+        call, body = await self._call(request, family)
+        reading = contract.read(body, self._context)
         if reading.violations:
             await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
             raise RefusedError(Case.FIELDS, violations=reading.violations)
         job = await self._make(call, reading.values)
         at_once = reading.values.get("instant_response") or job.spec.webhook
+        del body, reading  # the picture is not kept while its job runs
+        forget_body(request)
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(call.key, job)
         return await self._answer(job, call, fetched=False)
@@ -89,22 +90,25 @@ class Endpoints:
 
     async def fetch(self, request: Request, family: str, job_id: str) -> JSONResponse:
         """State of a job, its id in the path."""
-        return await self._fetch(await self._call(request, family), job_id)
+        call, _ = await self._call(request, family)
+        return await self._fetch(call, job_id)
 
     async def fetch_by_body(self, request: Request, family: str) -> JSONResponse:
         """State of a job, its id in the body field request_id."""
-        call = await self._call(request, family)
-        job_id = call.body.get("request_id")
+        call, body = await self._call(request, family)
+        job_id = body.get("request_id")
         if job_id is None or job_id == "":
             await self._upstream.check_key(call.key)
             missing = Violation("request_id", "request_id is required")
             raise RefusedError(Case.FIELDS, violations=[missing])
         return await self._fetch(call, str(job_id) if type(job_id) in (int, str) else "")
 
-    async def _call(self, request: Request, family: str) -> Call:
+    async def _call(self, request: Request, family: str) -> tuple[Call, dict[str, Any]]:
+        """The question and its body."""
         body = await read_json(request) if request.method == "POST" else {}
         key = find_key(request, body)
-        return Call(body, key, link_base(request, self._settings.public_base_url), family)
+        base = link_base(request, self._settings.public_base_url)
+        return Call(key, base, family), body
 
     async def _fetch(self, call: Call, job_id: str) -> JSONResponse:
         if not _ID.fullmatch(job_id):

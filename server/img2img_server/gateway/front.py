@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from img2img_server.gateway.bodies import Bodies, Body
 from img2img_server.gateway.dialects import Dialect
 from img2img_server.gateway.refusals import Case, RefusedError
 from img2img_server.tracing import end, enter, extracted
@@ -44,11 +45,13 @@ class TidyPath:
 
 
 class Bounded:
-    """Refuses what comes beyond `most` open requests, probes excepted: each may hold 32 MB."""
+    """Refuses what comes beyond `most` open requests, probes excepted, and counts the bodies that
+    they hold, see incoming.py."""
 
-    def __init__(self, app: ASGIApp, most: int, dialect: Dialect) -> None:
+    def __init__(self, app: ASGIApp, most: int, bodies: Bodies, dialect: Dialect) -> None:
         self._app = app
         self._most = most
+        self._bodies = bodies
         self._open = 0
         self._full = dialect.refused(RefusedError(Case.UNAVAILABLE, retry_seconds=1))
 
@@ -60,11 +63,13 @@ class Bounded:
             response = JSONResponse(self._full.body, self._full.status, self._full.headers)
             await response(scope, receive, send)
             return
+        body = scope.setdefault("state", {})["body"] = Body(self._bodies)
         self._open += 1
         try:
             await self._app(scope, receive, send)
         finally:
             self._open -= 1
+            body.forget()
 
 
 class Recorded:

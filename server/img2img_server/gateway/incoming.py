@@ -27,7 +27,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object, whatever Content-Type says; an empty body is {}.
 
     Raises:
-        RefusedError: TOO_LARGE, SLOW_BODY or INVALID_JSON.
+        RefusedError: TOO_LARGE, SLOW_BODY or INVALID_JSON; UNAVAILABLE when all requests together
+            hold as much as the gateway may.
         ClientDisconnect: nobody is left to answer.
     """
     try:
@@ -48,23 +49,34 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 async def _read(request: Request) -> bytes:
     announced = request.headers.get("content-length", "")
-    too_large = announced.isdecimal() and int(announced) > MAX_BODY_BYTES
-    if too_large and "expect" in request.headers:  # the client waits for our word
-        raise RefusedError(Case.TOO_LARGE)
+    refused: Case | None = None
+    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
+        refused = Case.TOO_LARGE
+        if "expect" in request.headers:  # the client waits for our word
+            raise RefusedError(refused)
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > MAX_BODY_BYTES + _DISCARD_BYTES:
             break
-        too_large = too_large or size > MAX_BODY_BYTES
-        if too_large:
+        if size > MAX_BODY_BYTES:
+            refused = Case.TOO_LARGE
+        elif refused is None and not request.state.body.take(len(chunk)):
+            refused = Case.UNAVAILABLE
+        if refused:
             chunks.clear()
+            forget_body(request)
         else:
             chunks.append(chunk)
-    if too_large:
-        raise RefusedError(Case.TOO_LARGE)
+    if refused:
+        raise RefusedError(refused, retry_seconds=1)
     return b"".join(chunks)
+
+
+def forget_body(request: Request) -> None:
+    """For who has let go of the body and goes on: others may have its room."""
+    request.state.body.forget()
 
 
 def find_key(request: Request, body: Mapping[str, Any]) -> str:
