@@ -7,6 +7,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,6 +71,25 @@ async def opened(browser: playwright.Browser, url: str) -> AsyncIterator[playwri
 async def stack_of(engine: FakeEngine) -> AsyncIterator[Stack]:
     async with running_stack(engine, fetch=fetch_photo) as running:
         yield running
+
+
+@dataclass(frozen=True)
+class Playground:
+    """The open page and what is behind it."""
+
+    page: playwright.Page
+    url: str
+    stack: Stack
+
+
+@asynccontextmanager
+async def playground(browser: playwright.Browser, engine: FakeEngine) -> AsyncIterator[Playground]:
+    async with (
+        stack_of(engine) as stack,
+        gateway(stack.api.address, stack.worker.blobs) as url,
+        opened(browser, url) as page,
+    ):
+        yield Playground(page, url, stack)
 
 
 async def start(page: playwright.Page, **fields: str) -> None:

@@ -11,7 +11,16 @@ from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.bus import memory_bus
 from img2img_server.engine.fake import FakeEngine
 from img2img_server.store.memory import MemoryBlobStore
-from tests.browser_page import MARKS, browser, gateway, opened, playwright, stack_of, start
+from tests.browser_page import (
+    MARKS,
+    browser,
+    gateway,
+    opened,
+    playground,
+    playwright,
+    stack_of,
+    start,
+)
 from tests.stack import running_api
 
 __all__ = ["browser"]  # a fixture
@@ -27,11 +36,8 @@ def engine() -> FakeEngine:
 async def test_a_picture_is_watched_and_shown_beside_the_one_before(
     browser: playwright.Browser, engine: FakeEngine
 ) -> None:
-    async with (
-        stack_of(engine) as stack,
-        gateway(stack.api.address, stack.worker.blobs) as url,
-        opened(browser, url) as page,
-    ):
+    async with playground(browser, engine) as shown:
+        page = shown.page
         await start(page, Samples="2", Seed="7")
         await page.get_by_text("Step 2 of 4.").wait_for()
         after = page.get_by_alt_text("After: the picture made of it")
@@ -47,7 +53,7 @@ async def test_a_picture_is_watched_and_shown_beside_the_one_before(
         await page.get_by_text("Seed8").wait_for()
         link = await page.get_by_role("link", name="Stored PNG").get_attribute("href")
         assert link is not None
-        assert link.startswith(f"{url}generations/")
+        assert link.startswith(f"{shown.url}generations/")
         split = page.get_by_label("How much of the picture before is shown")
         await split.press("Home")
         assert await split.input_value() == "0"
@@ -58,11 +64,8 @@ async def test_a_picture_is_watched_and_shown_beside_the_one_before(
 async def test_refusals_stand_at_their_fields_in_the_service_s_words(
     browser: playwright.Browser, engine: FakeEngine
 ) -> None:
-    async with (
-        stack_of(engine) as stack,
-        gateway(stack.api.address, stack.worker.blobs) as url,
-        opened(browser, url) as page,
-    ):
+    async with playground(browser, engine) as shown:
+        page = shown.page
         await start(page, Prompt="", Width="100")
         prompt = page.get_by_label("Prompt", exact=True)
         await page.get_by_text("prompt is required").wait_for()
@@ -76,11 +79,8 @@ async def test_refusals_stand_at_their_fields_in_the_service_s_words(
 
 
 async def test_a_running_job_is_cancelled(browser: playwright.Browser, engine: FakeEngine) -> None:
-    async with (
-        stack_of(engine) as stack,
-        gateway(stack.api.address, stack.worker.blobs) as url,
-        opened(browser, url) as page,
-    ):
+    async with playground(browser, engine) as shown:
+        page = shown.page
         await start(page)
         await page.get_by_text("Step 1 of 2.").wait_for()
         await page.get_by_role("button", name="Cancel").click()

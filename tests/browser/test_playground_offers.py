@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from img2img_server.engine.fake import FakeEngine
-from tests.browser_page import MARKS, browser, gateway, opened, playwright, stack_of, start
+from tests.browser_page import MARKS, browser, playground, playwright, start
 from tests.stack import Stack
 
 __all__ = ["browser"]  # a fixture
@@ -26,11 +26,8 @@ async def test_loras_are_offered_where_the_model_has_some(browser: playwright.Br
         body["models"][0]["loras"] = ["sketch"]
         await route.fulfill(json=body)
 
-    async with (
-        stack_of(FakeEngine()) as stack,
-        gateway(stack.api.address, stack.worker.blobs) as url,
-        opened(browser, url) as page,
-    ):
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
         await page.get_by_text("version").wait_for()
         lora = page.get_by_label("LoRA", exact=True)
         assert not await lora.is_visible()
@@ -49,15 +46,12 @@ async def test_the_request_as_code_is_the_same_request(
     browser: playwright.Browser, tmp_path: Path
 ) -> None:
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
-    async with (
-        stack_of(FakeEngine()) as stack,
-        gateway(stack.api.address, stack.worker.blobs) as url,
-        opened(browser, url) as page,
-    ):
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
         await start(page, Prompt=PROMPT, Seed="7", Width="256", Height="256")
         await page.get_by_text("Done in").wait_for()
-        first = max(await stack.bus.jobs.list_ids("dev"))
-        asked = await params(stack, first)
+        first = max(await shown.stack.bus.jobs.list_ids("dev"))
+        asked = await params(shown.stack, first)
         for language, command in (
             ("python", [sys.executable, "-"]),
             ("curl", ["bash", "-eu"]),
@@ -75,10 +69,10 @@ async def test_the_request_as_code_is_the_same_request(
             )
             told, _ = await process.communicate(text.encode())
             assert process.returncode == 0, told.decode()
-            made = max(await stack.bus.jobs.list_ids("dev"))
+            made = max(await shown.stack.bus.jobs.list_ids("dev"))
             assert made > first, told.decode()
             first = made
-            known = await params(stack, made)
+            known = await params(shown.stack, made)
             different = {name for name in asked if asked[name] != known[name]}
             more = {"scheduler"} if language == "contract" else set()
             assert different <= {"preview_interval_steps", "annotations", *more}, language

@@ -125,3 +125,16 @@ async def test_what_was_asked_before_a_forget_does_not_come_back(
     registry.may_answer.set()
     await settled()
     assert await cached.workers() == [ONE, TWO]
+
+
+async def test_what_somebody_waits_for_during_a_forget_is_not_remembered(
+    cached: CachedWorkerRegistry, registry: Registry
+) -> None:
+    registry.may_answer.clear()
+    waiting = asyncio.create_task(cached.workers())
+    await settled()  # the question is on its way, with the old answer
+    await registry.announce(TWO)
+    cached.forget()
+    registry.may_answer.set()
+    assert await waiting == [ONE]
+    assert await cached.workers() == [ONE, TWO]

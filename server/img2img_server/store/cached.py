@@ -36,9 +36,11 @@ class CachedWorkerRegistry:
         self._clock = clock
         self._known: dict[str, tuple[float, Any]] = {}
         self._reading: dict[str, asyncio.Task[Any]] = {}
+        self._generation = 0  # what was asked in an earlier one is not remembered
 
     def forget(self) -> None:
         """The next question goes to the registry again."""
+        self._generation += 1
         self._known.clear()
         for reading in self._reading.values():
             reading.cancel()
@@ -71,8 +73,10 @@ class CachedWorkerRegistry:
         return await self._read(key, read)
 
     async def _read(self, key: str, read: Callable[[], Awaitable[T]]) -> T:
-        now = self._clock()
+        now, generation = self._clock(), self._generation
         fresh = await read()
+        if generation != self._generation:
+            return fresh
         if fresh:
             self._known[key] = (now, fresh)
         else:

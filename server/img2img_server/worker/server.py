@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
 import structlog
 
@@ -17,6 +16,7 @@ from img2img_server.engine.base import Engine
 from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.model_spec import ModelError, read_model_spec
 from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.lifecycle import first_of
 from img2img_server.prompts.base import PromptRewriter
 from img2img_server.prompts.choose import worker_rewriter
 from img2img_server.safety.base import SafetyChecker
@@ -25,13 +25,13 @@ from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobStore
 from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.store.tenant_s3 import TenantS3
+from img2img_server.tasks import beside
 from img2img_server.telemetry import probe_server
 from img2img_server.worker.downloads import forget_downloads
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
 
 ENGINE_STOP_SECONDS = 2.0
-T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -48,15 +48,15 @@ async def serve_worker(
     ):
         safety = safety_checker(settings, _source(settings))
         rewriter = await asyncio.to_thread(worker_rewriter, settings)
-        loading = asyncio.gather(_load_with(safety, settings), blobs.prepare())
         try:
-            loaded = await _unless_stopped(stop, loading)
+            async with beside(_load_with(safety, settings, blobs)) as loading:
+                await first_of(stop.wait(), asyncio.wait([loading]))
+                if not loading.done():  # its threads are left to the exit
+                    log.info("worker stopped while its model was loaded")
+                    return
+                engine = loading.result()
         except ModelError as error:
             raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
-        if loaded is None:
-            log.info("worker stopped while its model was loaded")
-            return
-        engine = loaded[0]
         try:
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
 
@@ -75,9 +75,14 @@ async def serve_worker(
     log.info("worker stopped")
 
 
-async def _load_with(safety: SafetyChecker, settings: Settings) -> Engine:
-    """The engine, and the checker warm: one after the other where both import diffusers, which two
-    threads cannot do at the same time."""
+async def _load_with(safety: SafetyChecker, settings: Settings, blobs: BlobStore) -> Engine:
+    """The engine, beside it the checker warm and the bucket there."""
+    engine, _ = await asyncio.gather(_load_both(safety, settings), blobs.prepare())
+    return engine
+
+
+async def _load_both(safety: SafetyChecker, settings: Settings) -> Engine:
+    """One after the other where both import diffusers, which two threads cannot do at once."""
     if settings.safety_checker == "model":
         engine = await asyncio.to_thread(_load, settings)
         await safety.warm_up()
@@ -98,17 +103,6 @@ def _load(settings: Settings) -> Engine:
     from img2img_server.engine.load import load_engine  # imports torch: seconds
 
     return load_engine(settings)
-
-
-async def _unless_stopped(stop: asyncio.Event, work: Awaitable[T]) -> T | None:
-    """What the work gives, or None when `stop` is set before; its threads are left to the exit."""
-    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        stopping.cancel()
 
 
 async def work(
