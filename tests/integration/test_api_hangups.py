@@ -189,6 +189,29 @@ async def test_a_record_that_cannot_be_read_hides_no_other_from_lists_and_clear_
         assert (await admin.ClearQueue(request, metadata=DEV)).cleared_jobs == 2
 
 
+async def test_a_record_that_cannot_be_read_is_the_services_trouble_for_now_and_no_fault() -> None:
+    bus = memory_bus()
+    jobs = UnreadableJobs(bus.jobs)
+    await known_model(bus)
+    async with running_api(dataclasses.replace(bus, jobs=jobs)) as api:
+        bad = await api.create(spec())
+        jobs.unreadable = bad.id
+        redeliver = service_pb2.RedeliverWebhookRequest(name=bad.name)
+        for call in (
+            api.get(bad.name),
+            api.watch(bad.name).read(),
+            api.cancel(bad.name),
+            api.stub.RedeliverWebhook(redeliver, metadata=DEV),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            told = refusal(caught.value)
+            assert (told.code, told.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+            assert caught.value.details() == "The job's record cannot be read by this server."
+        jobs.unreadable = 0  # another api, which can
+        assert (await api.cancel(bad.name)).state == job_pb2.Job.STATE_CANCELLED
+
+
 async def test_the_models_own_limits_and_strength_hold_at_the_door() -> None:
     bus = memory_bus()
     model = dataclasses.replace(FAKE_MODEL, max_num_inference_steps=50, default_strength=0.4)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import structlog
 
 from img2img_server import errors
-from img2img_server.api.records import readable
+from img2img_server.api.records import found, readable
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import Job, State, advance, terminal_event
 from img2img_server.queue.base import Control, EventLog, JobQueue, OwnershipLostError
@@ -43,9 +43,7 @@ class Canceller:
             JobNotFoundError, JobEndedError, UnavailableError.
         """
         for _ in range(_TRIES):
-            stored = await self._jobs.get(tenant, job_id)
-            if stored is None:
-                raise errors.JobNotFoundError(f"jobs/{job_id}")
+            stored = await found(self._jobs, tenant, job_id)
             job = stored.job
             if job.state is State.CANCELLED:
                 await self._last_word(job)

@@ -1,12 +1,33 @@
-"""Job records for calls that go through many of them."""
+"""Job records: of calls about one job, and of calls that go through many."""
 
 from __future__ import annotations
 
 import structlog
 
+from img2img_server import errors
 from img2img_server.store.base import JobStore, Stored, UnreadableError
 
 log = structlog.get_logger()
+
+
+UNREADABLE = "The job's record cannot be read by this server."
+
+
+async def found(jobs: JobStore, tenant: str, job_id: int) -> Stored:
+    """The record of the job that a call is about.
+
+    Raises:
+        JobNotFoundError; UnavailableError, also when it cannot be read: it may be that of a later
+            version, which another api knows.
+    """
+    try:
+        stored = await jobs.get(tenant, job_id)
+    except UnreadableError as error:
+        log.error("job record cannot be read", job=job_id, error=str(error))
+        raise errors.UnavailableError(UNREADABLE) from error
+    if stored is None:
+        raise errors.JobNotFoundError(f"jobs/{job_id}")
+    return stored
 
 
 async def readable(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:

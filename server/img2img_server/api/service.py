@@ -22,7 +22,7 @@ from img2img_server.api.cancel import Canceller
 from img2img_server.api.capabilities import capabilities
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import current_principal
-from img2img_server.api.records import readable
+from img2img_server.api.records import found, readable
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
@@ -106,9 +106,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def GetJob(  # noqa: N802
         self, request: service_pb2.GetJobRequest, context: Context
     ) -> service_pb2.GetJobResponse:
-        stored = await self._jobs.get(current_principal().tenant, _job_id(request.name))
-        if stored is None:
-            raise errors.JobNotFoundError(request.name)
+        stored = await found(self._jobs, current_principal().tenant, _job_id(request.name))
         return service_pb2.GetJobResponse(job=await self._watcher.message(stored.job))
 
     async def ListJobs(  # noqa: N802
@@ -117,18 +115,18 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         tenant = current_principal().tenant
         size, before = _page(request)
         wanted = set(request.states)
-        found: list[job_pb2.Job] = []
+        listed: list[job_pb2.Job] = []
         for job_id in await self._jobs.list_ids(tenant):
             if job_id >= before:
                 continue
             stored = await readable(self._jobs, tenant, job_id)
             if stored is None or (wanted and convert.STATES[stored.job.state] not in wanted):
                 continue
-            if len(found) == size:  # there is at least one more
-                token = _token(found[-1].id)
-                return service_pb2.ListJobsResponse(jobs=found, next_page_token=token)
-            found.append(await self._watcher.message(stored.job))
-        return service_pb2.ListJobsResponse(jobs=found)
+            if len(listed) == size:  # there is at least one more
+                token = _token(listed[-1].id)
+                return service_pb2.ListJobsResponse(jobs=listed, next_page_token=token)
+            listed.append(await self._watcher.message(stored.job))
+        return service_pb2.ListJobsResponse(jobs=listed)
 
     async def WatchJob(  # noqa: N802
         self, request: service_pb2.WatchJobRequest, context: Context
@@ -150,9 +148,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def RedeliverWebhook(  # noqa: N802
         self, request: service_pb2.RedeliverWebhookRequest, context: Context
     ) -> service_pb2.RedeliverWebhookResponse:
-        stored = await self._jobs.get(current_principal().tenant, _job_id(request.name))
-        if stored is None:
-            raise errors.JobNotFoundError(request.name)
+        stored = await found(self._jobs, current_principal().tenant, _job_id(request.name))
         job = stored.job
         if not job.state.is_terminal:
             raise errors.JobNotEndedError(job.name, job.state)

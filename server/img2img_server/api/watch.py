@@ -11,6 +11,7 @@ from img2img.v1 import event_pb2, job_pb2
 from img2img_server import errors
 from img2img_server.api import convert, convert_events
 from img2img_server.api.estimate import Estimator
+from img2img_server.api.records import found
 from img2img_server.domain.events import Envelope
 from img2img_server.domain.job import Job, terminal_event
 from img2img_server.queue.base import EventLog
@@ -96,10 +97,7 @@ class Watcher:
         return convert.job(job, retention_hours=self._retention_hours, eta_seconds=eta)
 
     async def _get(self, tenant: str, job_id: int) -> Job:
-        stored = await self._jobs.get(tenant, job_id)
-        if stored is None:
-            raise errors.JobNotFoundError(f"jobs/{job_id}")
-        return stored.job
+        return (await found(self._jobs, tenant, job_id)).job
 
     async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
         return convert_events.snapshot(await self.message(job), sequence=sequence, time=time.time())
