@@ -29,7 +29,14 @@ import torch
 
 from benchmarks.engine_litserve import LitServeServer, install
 from benchmarks.engine_load import Request, Served, behind_long, merged, requests, summary
-from benchmarks.engine_process import EngineOf, Place, RemoteServer, Server, StockOf
+from benchmarks.engine_process import (
+    EngineOf,
+    Place,
+    RemoteServer,
+    Server,
+    StockOf,
+    end_on_sigterm,
+)
 from img2img_server.engine.load import choose_device, choose_dtype
 from img2img_server.engine.model_spec import read_model_spec
 
@@ -204,6 +211,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else is to be known of this run")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    end_on_sigterm()
     report = measure(arguments)
     print(markdown(report))
     if arguments.output:

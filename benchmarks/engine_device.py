@@ -29,6 +29,7 @@ import torch
 from benchmarks.engine import compare, hardware, place_of, systems
 from benchmarks.engine_architectures import ARCHITECTURES, build
 from benchmarks.engine_device_parts import Steps, matrix_rate, request_latencies
+from benchmarks.engine_process import end_on_sigterm
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers_load import accelerate
 from img2img_server.engine.load import choose_device, choose_dtype
@@ -138,6 +139,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--wheels", type=Path, help="folder with LitServe's wheels; default: pip")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(words)
+    end_on_sigterm()
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     rate = matrix_rate(device, dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from img2img_server.domain.params import Lane
 from img2img_server.engine.scheduler import Row, Scheduler
 
@@ -161,13 +163,25 @@ def test_a_long_row_that_has_waited_long_enough_goes_before_a_short_one() -> Non
     assert step(scheduler, 10.0) == [1]
 
 
-def test_company_joins_while_all_that_wait_gain_more_than_the_chosen_lose() -> None:
+def test_company_joins_while_those_that_wait_gain_more_than_the_chosen_lose() -> None:
     """Four of one forward each wait; a step costs as much as half a row beyond its rows."""
     scheduler = Scheduler(capacity=8, step_overhead=512 * 512 // 2)
     for job_id in (1, 2, 3, 4):
         scheduler.add(row(job_id, steps=1), now=0.0)
 
     assert [step(scheduler) for _ in range(3)] == [[1, 2], [3], [4]]
+
+
+@pytest.mark.parametrize(("overhead", "batches"), [(0.9, [[1], [2]]), (1.1, [[1, 2]])])
+def test_two_share_a_step_when_it_costs_more_than_a_row_beyond_them(
+    overhead: float, batches: list[list[int]]
+) -> None:
+    """Else the first would lose more than the second gains."""
+    scheduler = Scheduler(capacity=8, step_overhead=int(overhead * 512 * 512))
+    for job_id in (1, 2):
+        scheduler.add(row(job_id, steps=1), now=0.0)
+
+    assert [step(scheduler) for _ in batches] == batches
 
 
 def test_a_step_that_costs_nothing_beyond_its_rows_is_not_shared() -> None:

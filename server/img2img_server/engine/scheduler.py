@@ -13,7 +13,7 @@ size, one adapter), and is put together anew for each step, in this order:
 
 The first row in this order fixes the bucket. Others of that bucket join as long as that pays: every
 row of a batch waits for all of its rows, but what a step costs beyond its rows is paid once, and
-that is time saved for all that wait.
+that is time saved for those that join and those that wait on.
 """
 
 from __future__ import annotations
@@ -195,10 +195,11 @@ class Scheduler:
         return chosen
 
     def _pays(self, row: Row, chosen: int, waiting: int) -> bool:
-        """Whether what all that wait save by a row's joining exceeds what it costs the chosen."""
+        """Whether a row's joining saves it and those that wait on more than it costs the chosen,
+        who pay for the step in any case."""
         if self._step_overhead is None:
             return True
-        return waiting * self._step_overhead > chosen * row.work
+        return (waiting - chosen) * self._step_overhead > chosen * row.work
 
     def _order(self, entry: _Entry, now: float) -> tuple[float, ...]:
         row = entry.row

@@ -1,0 +1,53 @@
+"""The engine benchmark's arithmetic: whose requests count as what."""
+
+from __future__ import annotations
+
+from benchmarks.engine_load import (
+    Outcome,
+    Request,
+    Served,
+    behind_long,
+    merged,
+    requests,
+    span,
+    summary,
+)
+
+
+def request(number: int, arrival: float, steps: int) -> Request:
+    return Request(number, arrival, 8, 1.0, steps, 1.0, "a mosaic")
+
+
+def test_the_same_seed_gives_the_same_requests_and_another_one_other_numbers() -> None:
+    assert requests(5, 2.0, [64]) == requests(5, 2.0, [64])
+    numbers = [one.number for seed in (0, 1) for one in requests(5, 2.0, [64], seed)]
+    assert numbers == list(range(10))
+
+
+def test_a_short_request_is_behind_a_long_one_that_could_not_be_done_yet() -> None:
+    pace = 1.0 / (100 * 64)  # the long one of 100 steps takes a second
+    load = [
+        request(0, 0.0, steps=2),  # before the long one
+        request(1, 1.0, steps=100),
+        request(2, 1.9, steps=2),
+        request(3, 2.1, steps=3),  # the long one could be done
+        request(4, 1.5, steps=50),
+        request(5, 9.0, steps=60),
+        request(6, 1.5, steps=20),  # of no third
+    ]
+
+    assert behind_long(load, pace) == {2}
+
+
+def test_rounds_are_summed_up_without_the_time_between_them() -> None:
+    rounds = [
+        Served([Outcome(request(0, 1.0, 4), 1.5, 2.0), Outcome(request(1, 1.5, 8), 2, 3.0)], 2, 1),
+        Served([Outcome(request(2, 0.0, 4), 0.5, 3.0)], 1, 1),
+    ]
+    both = merged(rounds)
+    found = summary(both, behind={2})
+
+    assert [outcome.latency for outcome in both.outcomes] == [1.0, 1.5, 3.0]
+    assert span(both) == 5.0
+    assert (found["throughput"], found["device_seconds"], found["overhead"]) == (0.6, 1.0, 0.5)
+    assert (found["behind_p95"], found["p99"], found["busy_share"]) == (3.0, 3.0, 0.6)
