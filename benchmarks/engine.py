@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ COLUMNS = {
     "behind_p95": "short behind long: p95 s",
     "first_look_median": "first look s",
     "device_seconds": "device s a picture",
+    "busy_share": "busy",
     "overhead": "overhead",
 }
 SATURATED = "saturated"
@@ -70,7 +71,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     place = place_of(spec.source, device, dtype, arguments.rows)
-    return {
+    report = {
         "what": "mixed load: strength 0.3 to 0.9, 4 to 30 steps, half of it guided",
         "note": arguments.note,
         "command": " ".join(sys.argv[1:]),
@@ -80,14 +81,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "sides": arguments.sides,
         "rows": arguments.rows,
         "hardware": hardware(device, dtype),
-        "results": compare(
-            systems(place, arguments.wheels, arguments.litserve),
-            arguments.requests,
-            arguments.loads,
-            arguments.sides,
-            arguments.rounds,
-        ),
+        "results": {},
     }
+    servers = systems(place, arguments.wheels, arguments.litserve)
+    sizes = arguments.requests, arguments.loads, arguments.sides, arguments.rounds
+    for name, found in compare(servers, *sizes):
+        report["results"][name] = found
+        write(report, arguments.output)  # whatever becomes of the next one
+    return report
+
+
+def write(report: dict[str, Any], output: Path | None) -> None:
+    """As JSON and Markdown."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
 
 
 def place_of(source: str, device: torch.device, dtype: torch.dtype, rows: int) -> Place:
@@ -114,8 +123,8 @@ def compare(
     loads: Sequence[float],
     sides: Sequence[int],
     rounds: int = 1,
-) -> dict[str, dict[str, Any]]:
-    """Serves every load with every system; summaries by load and system. Stops the systems."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Serves every load with every system: its name, summaries by system. Stops the systems."""
     try:
         for server in servers.values():
             server.serve(requests(4, None, sides, seed=99))  # warm up
@@ -124,14 +133,9 @@ def compare(
         rates: dict[str, float | None] = {
             f"load {load:g}": load * count / alone.busy for load in loads
         }
-        return {
-            name: _serve(
-                servers,
-                [requests(count, rate, sides, seed) for seed in range(rounds)],
-                alone.busy / work,
-            )
-            for name, rate in {**rates, SATURATED: None}.items()
-        }
+        for name, rate in {**rates, SATURATED: None}.items():
+            rounds_of = [requests(count, rate, sides, seed) for seed in range(rounds)]
+            yield name, _serve(servers, rounds_of, alone.busy / work)
     finally:
         for server in servers.values():
             server.stop()
@@ -214,10 +218,6 @@ def main() -> None:
     end_on_sigterm()
     report = measure(arguments)
     print(markdown(report))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        arguments.output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

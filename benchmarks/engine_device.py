@@ -114,7 +114,8 @@ def loads(
     """The systems of benchmarks.engine."""
     place = place_of(name, device, dtype, arguments.rows)
     servers = systems(place, arguments.wheels, arguments.litserve)
-    return compare(servers, arguments.requests, arguments.loads, [arguments.side], arguments.rounds)
+    sizes = arguments.requests, arguments.loads, [arguments.side], arguments.rounds
+    return dict(compare(servers, *sizes))
 
 
 def main(words: Sequence[str] | None = None) -> None:

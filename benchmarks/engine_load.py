@@ -66,7 +66,8 @@ class Served:
 def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0) -> list[Request]:
     """A load of `count` requests, `rate` of them a second; None: all at once.
 
-    Their numbers differ from those of other seeds.
+    Arrivals are those of a Poisson process with so many of them in `count / rate` seconds: few
+    requests would otherwise come at quite another rate. Numbers differ from those of other seeds.
     """
     rng = random.Random(seed)
     found, now = [], 0.0
@@ -83,7 +84,8 @@ def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0
                 prompt=rng.choice(PROMPTS),
             )
         )
-    return found
+    stretch = count / rate / now if rate else 1.0
+    return [replace(request, arrival=request.arrival * stretch) for request in found]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

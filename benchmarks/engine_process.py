@@ -119,8 +119,13 @@ class RemoteServer:
 
 
 def end_on_sigterm() -> None:
-    """Lets a SIGTERM, as of `timeout`, leave no process behind. For the main thread."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Lets a SIGTERM leave no process behind. For the main thread."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _serve(end: Connection, make: StockOf | EngineOf) -> None:

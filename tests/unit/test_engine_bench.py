@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.engine_load import (
     Outcome,
     Request,
@@ -20,6 +22,7 @@ def request(number: int, arrival: float, steps: int) -> Request:
 
 def test_the_same_seed_gives_the_same_requests_and_another_one_other_numbers() -> None:
     assert requests(5, 2.0, [64]) == requests(5, 2.0, [64])
+    assert requests(5, 2.0, [64])[-1].arrival == pytest.approx(2.5)
     numbers = [one.number for seed in (0, 1) for one in requests(5, 2.0, [64], seed)]
     assert numbers == list(range(10))
 
