@@ -20,12 +20,16 @@ from img2img_server.engine.options import ModelOptions
 
 
 class EngineServer:
-    """Ours."""
+    """Ours.
+
+    Args:
+        clock: of the pipeline's networks; None: not watched.
+    """
 
     def __init__(
         self,
         pipeline: Any,
-        clock: Clock,
+        clock: Clock | None,
         capacity_rows: int,
         options: ModelOptions | None = None,
     ) -> None:
@@ -36,7 +40,7 @@ class EngineServer:
 
     def serve(self, load: Sequence[Request]) -> Served:
         """Runs a load in real time."""
-        busy, networks = self._engine.busy_seconds, self._clock.seconds
+        busy, networks = self._engine.busy_seconds, self._network_seconds
         done: queue.SimpleQueue[Outcome | Exception] = queue.SimpleQueue()
         start = time.perf_counter()
 
@@ -64,13 +68,17 @@ class EngineServer:
                 raise outcome
             outcomes.append(outcome)
         feeder.join()
-        networks = self._clock.seconds - networks
+        networks = self._network_seconds - networks
         while self._engine.busy_seconds - busy < networks:
             time.sleep(0.001)  # the last step is booked after its events
         return Served(outcomes, self._engine.busy_seconds - busy, networks)
 
     def stop(self) -> None:
         self._engine.stop()
+
+    @property
+    def _network_seconds(self) -> float:
+        return self._clock.seconds if self._clock else 0.0
 
 
 def _job(request: Request) -> EngineJob:
