@@ -16,6 +16,7 @@ import pytest
 from receiver import until
 
 from img2img.v1 import service_pb2
+from img2img_server.api.calls import OpenCalls
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.rate_limit import MISTAKES
 from img2img_server.bus import memory_bus
@@ -31,7 +32,7 @@ from tests.http_stack import (
     gateway_before,
     running_gateway,
 )
-from tests.stack import Stack, kinds, refusal, running_api, running_worker, settings, spec
+from tests.stack import DEV, Api, Stack, kinds, refusal, running_api, running_worker, settings, spec
 
 
 @asynccontextmanager
@@ -191,21 +192,47 @@ async def test_a_tenant_has_so_many_open_calls_and_the_others_have_theirs(tmp_pa
         assert (await gateway.create(key=a)).json()["status"] == "success"
 
 
+@pytest.mark.parametrize("method", ["CreateJob", "Generate"])
+async def test_a_request_that_is_still_on_its_way_counts_as_open(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, count = asyncio.Event(), OpenCalls.count
+
+    def counting(*given: Any) -> Any:
+        begun.set()
+        return count(*given)
+
+    async def upload() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async with limited(max_tenant_calls=1) as gateway:
+        api = gateway.stack.api
+        monkeypatch.setattr(OpenCalls, "count", counting)
+        call = api.channel.stream_unary(f"/img2img.v1.Img2ImgService/{method}")(
+            upload(), metadata=DEV
+        )
+        await begun.wait()
+        assert await answer_of(api) == "TOO_MANY_CALLS"
+        call.cancel()
+        await until(lambda: answer_of(api), "created")
+
+
+async def answer_of(api: Api) -> str:
+    try:
+        await api.create(spec())
+    except grpc.aio.AioRpcError as error:
+        return refusal(error).reason
+    return "created"
+
+
 async def test_a_call_that_breaks_off_gives_its_place_back() -> None:
     async with limited(hold=True, max_tenant_calls=1) as gateway:
         api = gateway.stack.api
         stream = api.generate(spec(), detach=True)
         await stream.read()
         stream.cancel()
-
-        async def answer() -> str:
-            try:
-                await api.create(spec())
-            except grpc.aio.AioRpcError as error:
-                return refusal(error).reason
-            return "created"
-
-        await until(answer, "created")
+        await until(lambda: answer_of(api), "created")
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])

@@ -22,6 +22,7 @@ from img2img_server.images.base import InvalidImageError
 from img2img_server.queue.base import Delivery
 from img2img_server.store.memory import MemoryBlobStore
 from img2img_server.worker import run
+from img2img_server.worker.owned import DELIVERIES_OF_AN_ATTEMPT
 from tests.stack import kinds, running_api, running_stack, running_worker, settings, spec
 
 PNG = job_pb2.IMAGE_FORMAT_PNG
@@ -101,16 +102,28 @@ async def test_a_worker_that_came_back_from_the_dead_cannot_write_any_more() -> 
     assert messages[-1].event.succeeded.job.worker == "heir"
 
 
-async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_letters() -> None:
-    bus = memory_bus(ack_wait_seconds=0.1)
+@pytest.mark.parametrize(
+    ("deliveries", "runs"),
+    [(2, 2), (DELIVERIES_OF_AN_ATTEMPT * 2, 0)],
+    ids=["in its run", "before anybody could write down that it runs"],
+)
+async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_letters(
+    deliveries: int, runs: int
+) -> None:
+    bus = memory_bus()
     async with running_worker(bus):
         pass
     async with running_api(bus) as api:
         job = await api.create(spec())
-        for _ in range(2):
+        for attempt in range(1, deliveries + 1):
             delivery = await take(bus)
-            assert delivery is not None  # and the taker dies at once
-            await asyncio.sleep(0.15)  # the bus notices after its ack_wait
+            assert delivery is not None
+            if attempt <= runs:
+                stored = await bus.jobs.get("dev", job.id)
+                assert stored is not None
+                started = Started(worker="doomed", model="fake", attempt=attempt)
+                await bus.jobs.update(advance(stored.job, started, time.time()), stored.revision)
+            await delivery.nak()  # the bus does the same after its ack_wait
         async with running_worker(bus, config=settings(max_attempts=2)):
             messages = [m async for m in api.watch(job.name)]
     error = messages[-1].event.failed.job.error
@@ -118,6 +131,22 @@ async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_
     assert [(job.job_id, reason) for job, reason in bus.queue.dead] == [  # type: ignore[attr-defined]
         (job.id, "ATTEMPTS_EXHAUSTED")
     ]
+
+
+async def test_a_job_that_is_handed_on_without_a_run_loses_no_attempt() -> None:
+    bus = memory_bus()
+    async with running_worker(bus):
+        pass
+    async with running_api(bus) as api:
+        job = await api.create(spec())
+        for _ in range(5):
+            delivery = await take(bus)
+            assert delivery is not None
+            await delivery.nak()
+        async with running_worker(bus, config=settings(max_attempts=1)):
+            messages = [m async for m in api.watch(job.name)]
+    assert kinds(messages)[-1] == "succeeded"
+    assert messages[-1].event.succeeded.job.attempt == 1
 
 
 async def eventually(reached: Callable[[], Awaitable[bool]]) -> None:

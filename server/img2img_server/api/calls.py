@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from img2img_server.errors import TooManyCallsError
 
@@ -40,3 +42,14 @@ class OpenCalls:
             self._open[tenant] -= 1
             if not self._open[tenant]:
                 del self._open[tenant]
+
+    def count(self, method: str, tenant: str, rpc: asyncio.Task[Any]) -> ExitStack:
+        """Counts a call until the stack is closed, or its task has ended.
+
+        Raises:
+            TooManyCallsError.
+        """
+        held = ExitStack()
+        held.enter_context(self.counted(method, tenant))
+        rpc.add_done_callback(lambda _: held.close())
+        return held

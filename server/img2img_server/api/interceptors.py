@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, NoReturn, TypeAlias
 
@@ -101,16 +102,21 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
         if principal is None:
             return _refusing(rpc, errors.UnauthenticatedError())
-        if refused := self._calls.refused(method, principal.tenant):
+        try:
+            # grpc runs the whole call in this task: a request that is still on its way counts.
+            task = asyncio.current_task()
+            assert task is not None
+            held = self._calls.count(method, principal.tenant, task)
+        except errors.TooManyCallsError as refused:
             return _refusing(rpc, refused)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streaming(rpc, principal, self._calls, handler.unary_stream),
+                _streaming(rpc, principal, held, handler.unary_stream),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            _unary(rpc, principal, self._calls, handler.unary_unary),
+            _unary(rpc, principal, held, handler.unary_unary),
             handler.request_deserializer,
             handler.response_serializer,
         )
@@ -130,13 +136,13 @@ def _refusing(rpc: _Rpc, error: errors.ServiceError) -> Handler:
 
 
 def _unary(
-    rpc: _Rpc, principal: Principal, calls: OpenCalls, inner: Any
+    rpc: _Rpc, principal: Principal, held: ExitStack, inner: Any
 ) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
         _principal.set(principal)
         with _Measured(rpc) as measured:
             try:
-                with calls.counted(rpc.method, principal.tenant):
+                with held:
                     return await inner(request, context)
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
@@ -149,13 +155,13 @@ def _unary(
 
 
 def _streaming(
-    rpc: _Rpc, principal: Principal, calls: OpenCalls, inner: Any
+    rpc: _Rpc, principal: Principal, held: ExitStack, inner: Any
 ) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         _principal.set(principal)
         with _Measured(rpc) as measured:
             try:
-                with calls.counted(rpc.method, principal.tenant):
+                with held:
                     async for message in inner(request, context):
                         yield message
                 return

@@ -29,6 +29,9 @@ from img2img_server.worker.parts import Parts
 
 REWRITER_FAILED = "enhance_prompt: the rewriter failed, the prompt was used as sent"
 
+# A job may end its workers before they can write down that they have it.
+DELIVERIES_OF_AN_ATTEMPT = 10
+
 log = structlog.get_logger()
 
 STAGES = (
@@ -54,6 +57,8 @@ class OwnedJob:
         self._turn = asyncio.Lock()
         self.delivery = delivery
         self.job: Job = stored.job
+        # Counted in the record: a delivery may also be handed on without a run.
+        self._attempt = stored.job.attempt + 1
 
     async def take(self, *, cancelled: bool) -> bool:
         """Makes it ours, which `announce` then tells.
@@ -66,8 +71,9 @@ class OwnedJob:
         if cancelled or self.job.cancel_requested:
             await self.end(Cancelled())
             return False
-        attempts = self.delivery.attempt - self.job.handed_back
-        if attempts > self._parts.max_attempts:
+        most, back = self._parts.max_attempts, self.job.handed_back
+        deliveries = self.delivery.attempt - back
+        if self._attempt - back > most or deliveries > most * DELIVERIES_OF_AN_ATTEMPT:
             await self.fail(errors.AttemptsExhaustedError(self._parts.max_attempts), dead=True)
             return False
         if self.job.state is State.RUNNING:
@@ -84,7 +90,7 @@ class OwnedJob:
         return Started(
             worker=self._parts.name,
             model=self._parts.engine.model.name,
-            attempt=self.delivery.attempt,
+            attempt=self._attempt,
         )
 
     async def _rewrite_prompt(self) -> None:
