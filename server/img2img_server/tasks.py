@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,3 +22,17 @@ async def beside(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@contextmanager
+def heeding_cancel() -> Iterator[None]:
+    """Raises the CancelledError that the body kept to itself.
+
+    `asyncio.wait_for` of Python 3.11 drops a cancellation that comes together with its result, and
+    a loop that was told to end once goes on for ever.
+    """
+    task = asyncio.current_task()
+    known = task.cancelling() if task else 0
+    yield
+    if task and task.cancelling() > known:
+        raise asyncio.CancelledError

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
 import nats.errors
@@ -18,6 +18,7 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck, RawStreamMsg
 
 from img2img_server.errors import UnavailableError
+from img2img_server.tasks import heeding_cancel
 from img2img_server.wire import faults
 from img2img_server.wire.faults import unavailable
 from img2img_server.wire.inbox import Inbox
@@ -42,6 +43,10 @@ class _Client(Client):
     2.16 sets its result all the same, the loop dies of InvalidStateError, and with it everything
     that arrives until the next ping is missed.
     """
+
+    async def request(self, *args: Any, **kwargs: Any) -> Msg:
+        with heeding_cancel():
+            return await super().request(*args, **kwargs)
 
     async def _process_pong(self) -> None:
         if self._pongs and self._pongs[0].done():
