@@ -52,7 +52,7 @@ def ink_drawing(image: np.ndarray) -> np.ndarray:
 
 
 def oil_painting(image: np.ndarray) -> np.ndarray:
-    paint = dabs(colours(image, 1.45), 6)
+    paint = dabs(colours(image, 1.45), 5)
     bristle = blur(luminance(paint), 0.8)
     relief = bristle - np.roll(bristle, (2, 2), (0, 1))
     return np.clip((paint - 0.5) * 1.15 + 0.5 + 1.5 * relief[..., None], 0, 1)
@@ -74,7 +74,7 @@ def pastel(image: np.ndarray) -> np.ndarray:
 
 def cartoon(image: np.ndarray) -> np.ndarray:
     flat = colours(smooth(blur(image, 1.0), 5, 0.25, 9) ** 0.8, 1.9, 4)
-    lines = np.maximum(0.9 * outline(image, 0.32, 1.6), np.clip(edges(image, 3.0, 14) - 0.25, 0, 1))
+    lines = np.maximum(0.9 * outline(image, 0.45, 1.6), np.clip(edges(image, 3.0, 12) - 0.35, 0, 1))
     return np.clip(1.12 * flat + 0.06, 0, 1) * (1 - np.clip(1.2 * lines, 0, 1)[..., None])
 
 
@@ -85,8 +85,8 @@ def comic_halftone(image: np.ndarray) -> np.ndarray:
     shade = np.clip(1 - stretch(luminance(image)) * 1.15, 0, 1)
     dots = np.clip((shade - dot) * 5 + 0.5, 0, 1)
     page = 0.35 * np.array([1, 0.93, 0.62], np.float32) + 0.65 * np.clip(flat * 1.15, 0, 1)
-    page = page * (1 - 0.85 * dots[..., None])
-    return page * (1 - outline(image, 0.35)[..., None])
+    page = page * (1 - 0.5 * dots[..., None])
+    return page * (1 - 0.8 * outline(image, 0.5)[..., None])
 
 
 def pixel_art(image: np.ndarray) -> np.ndarray:
@@ -96,21 +96,22 @@ def pixel_art(image: np.ndarray) -> np.ndarray:
 
 def mosaic(image: np.ndarray) -> np.ndarray:
     x, y = (axis % 16 for axis in lattice(image.shape))
-    tiles = colours(cells(image, 16), 1.35)
-    bevel = 0.13 * ((x < 4) | (y < 4)) - 0.13 * ((x > 11) | (y > 11))
+    tiles = colours(0.45 * cells(image, 16) + 0.55 * smooth(image, 2), 1.35)
+    bevel = 0.06 * ((x < 4) | (y < 4)) - 0.06 * ((x > 11) | (y > 11))
     edge = np.minimum(np.minimum(x, 15 - x), np.minimum(y, 15 - y))
     corner = np.minimum(x, 15 - x) + np.minimum(y, 15 - y) < 3
-    grout = ((edge < 1) | corner).astype(np.float32)[..., None]
-    return np.clip((tiles + bevel[..., None]) * (1 - grout) + 0.9 * grout, 0, 1)
+    grout = 0.45 * ((edge < 1) | corner).astype(np.float32)[..., None]
+    return np.clip((tiles + bevel[..., None]) * (1 - grout) + 0.95 * grout, 0, 1)
 
 
 def stained_glass(image: np.ndarray) -> np.ndarray:
     x, y = lattice(image.shape)
     across, down = (x + y) % 32, (x - y) % 32
     lead = np.minimum(np.minimum(across, 32 - across), np.minimum(down, 32 - down))
-    glass = colours(smooth(blur(image, 2.5), 2, 0.2), 2.6, 4)
-    glow = 0.85 + 0.5 * np.clip(lead / 16, 0, 1)
-    black = np.maximum(np.clip((3.4 - lead) / 1.5, 0, 1), outline(blur(image, 1.5), 0.3, 1.6))
+    glass = colours(smooth(blur(image, 1.2), 2, 0.15), 2.6)
+    glow = 0.92 + 0.25 * np.clip(lead / 16, 0, 1)
+    black = 0.6 * np.clip((2.6 - lead) / 1.5, 0, 1)
+    black = np.maximum(black, outline(blur(image, 1.5), 0.4, 1.6))
     return np.clip(glass * glow[..., None] * (1 - black[..., None]), 0, 1)
 
 
@@ -126,17 +127,17 @@ def sepia(image: np.ndarray) -> np.ndarray:
 def neon(image: np.ndarray) -> np.ndarray:
     soft = blur(image, 1.3)
     dx, dy = cv2.Sobel(soft, -1, 1, 0), cv2.Sobel(soft, -1, 0, 1)
-    strength = np.clip(np.sqrt((dx**2 + dy**2).sum(axis=2)) * 1.5 - 0.12, 0, 1)
+    strength = np.clip(np.sqrt((dx**2 + dy**2).sum(axis=2)) * 1.3 - 0.2, 0, 1)
     hue = tint(luminance(blur(image, 4)), "00e5ff", "ff2bd6", "b14cff", "ffe14c")
     tube = hue * strength[..., None]
     glow = blur(tube, 6) * 0.6
-    base = np.array([0.03, 0.01, 0.09], np.float32) + 0.16 * luminance(image)[..., None] * hue
+    base = np.array([0.03, 0.01, 0.09], np.float32) + 0.42 * luminance(image)[..., None] * hue
     return np.clip(base + tube + glow + 0.5 * np.clip(strength - 0.75, 0, 1)[..., None], 0, 1)
 
 
 def night(image: np.ndarray) -> np.ndarray:
     grey = luminance(image)[..., None]
-    moon = (0.35 * image + 0.65 * grey) ** 1.3 * np.array([0.28, 0.40, 0.74], np.float32)
+    moon = (0.35 * image + 0.65 * grey) ** 1.3 * np.array([0.36, 0.48, 0.84], np.float32)
     lamps = np.clip(image - 0.86, 0, 1) * np.array([2.4, 1.9, 0.9], np.float32)
     return np.clip(moon + lamps + np.array([0.0, 0.01, 0.05], np.float32), 0, 1)
 
@@ -148,8 +149,8 @@ def sunset(image: np.ndarray) -> np.ndarray:
 
 def fog(image: np.ndarray) -> np.ndarray:
     haze = np.array([0.80, 0.83, 0.86], np.float32)
-    faded = colours(blur(image, 2.2), 0.45)
-    return (0.32 * faded + 0.68 * haze).astype(np.float32)
+    faded = colours(blur(image, 1.4), 0.45)
+    return (0.42 * faded + 0.58 * haze).astype(np.float32)
 
 
 def snow(image: np.ndarray) -> np.ndarray:
