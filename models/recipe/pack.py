@@ -42,7 +42,7 @@ def _weights() -> bytes | None:
     autoencoder, denoiser = (paths.CHECKPOINTS / f"{n}.pt" for n in ("autoencoder", "denoiser"))
     if autoencoder.exists():
         state = torch.load(autoencoder, map_location="cpu", weights_only=True)
-        kept["autoencoder"] = _half(state["model"])
+        kept["autoencoder"], kept["deviations"] = _half(state["model"]), state["deviations"]
     if denoiser.exists():
         state = torch.load(denoiser, map_location="cpu", weights_only=True)
         kept["denoiser"] = _half(state["average"])
@@ -110,8 +110,8 @@ def _lay_down(name: str, data: bytes) -> None:
         kept = torch.load(io.BytesIO(data), weights_only=True)
         paths.CHECKPOINTS.mkdir(parents=True, exist_ok=True)
         if "autoencoder" in kept:
-            model = _float(kept["autoencoder"])
-            torch.save({"model": model}, paths.CHECKPOINTS / "autoencoder.pt")
+            state = {"model": _float(kept["autoencoder"]), "deviations": kept["deviations"]}
+            torch.save(state, paths.CHECKPOINTS / "autoencoder.pt")
         if "denoiser" in kept:
             model = _float(kept["denoiser"])
             state = {"model": model, "average": model, "step": kept["step"], "spent": kept["spent"]}

@@ -32,6 +32,8 @@ WEIGHTS = {
     "neon": 2.0,
     "snow": 2.0,
 }
+BACK = 0.3  # of the captions that ask for a photo; colours that are gone can't be known
+SEEN = 0.5  # channels that move the pixels more count more: to this power of their deviation
 USED = 0.7  # of the schedule; above, the photo is gone, and few ask for it
 
 
@@ -45,10 +47,16 @@ class Batch:
 
 
 class Samples:
-    """Endless batches from the latents (views x looks x channels x h x w)."""
+    """Endless batches from the latents (views x looks x channels x h x w).
 
-    def __init__(self, latents: np.ndarray, seed: int) -> None:
+    Args:
+        deviations: how far each channel moves the pixels.
+    """
+
+    def __init__(self, latents: np.ndarray, seed: int, deviations: torch.Tensor) -> None:
         self.latents = torch.from_numpy(latents)
+        seen = deviations**SEEN
+        self.channels = (seen / seen.mean())[:, None, None]
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.signal, self.noise, self.share = levels()
@@ -62,7 +70,7 @@ class Samples:
         window = (slice(None), slice(top, top + side), slice(left, left + side))
         keep = self.rng.random() < KEEP
         from_look = 0
-        if look == 0:  # "photo" is asked for: come from any look, end at the photo
+        if look == 0 and self.rng.random() < BACK:  # come from any look, end at the photo
             from_look = self.rng.randrange(len(NAMES))
         start = self.latents[view, from_look][window].float()
         end = self.latents[view, look][window].float()
@@ -103,6 +111,6 @@ class Samples:
             noisy=noisy,
             timesteps=steps,
             target=(signal * noisy - wanted) / noise,
-            weight=noise.square() / (noise.square() + 0.02),
+            weight=self.channels * noise.square() / (noise.square() + 0.02),
             captions=texts,
         )

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from recipe import paths
+from recipe.autoencoder import channel_deviations
 from recipe.latents import LATENTS
+from recipe.muon import optimizers, set_rate
 from recipe.runtime import Clock, Threads, device, follow, save
 from recipe.samples import Batch, Samples
 from recipe.text import load_tokenizer, new_text_encoder, token_ids
@@ -50,9 +52,9 @@ def loss_of(model: Denoiser, data: Batch, where: torch.device) -> torch.Tensor:
 
 def train(
     minutes: float,
-    batch: int = 16,
+    batch: int = 32,
     side: int = 16,
-    rate: float = 8e-4,
+    rate: float = 0.012,
     decay: float = 0.999,
     at_least: int = 0,
 ) -> list[float]:
@@ -61,18 +63,18 @@ def train(
     model = Denoiser().to(where).train()
     model.unet.to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    chosen = optimizers(model, rate, adam_rate=0.05 * rate, rim=("embed", "conv_in", "conv_out"))
     step, spent = 0, 0.0
     if CHECKPOINT.exists():
         state = torch.load(CHECKPOINT, map_location=where, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        if "optimizer" in state:  # weights that travelled come without
-            optimizer.load_state_dict(state["optimizer"])
+        for optimizer, reached in zip(chosen, state.get("optimizers", ()), strict=False):
+            optimizer.load_state_dict(reached)  # weights that travelled come without
         step, spent = state["step"], state["spent"]
         print(f"going on from step {step}, {spent:.1f} min", flush=True)
     # A copy in memory: a page fault per crop costs more than the denoiser.
-    samples = Samples(np.load(LATENTS), seed=step)
+    samples = Samples(np.load(LATENTS), step, channel_deviations())
     clock, losses, saved = Clock(minutes, spent, at_least), [], time.monotonic()
     threads = Threads()
 
@@ -81,7 +83,7 @@ def train(
             {
                 "model": model.state_dict(),
                 "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in chosen],
                 "step": step,
                 "spent": clock.spent,
             },
@@ -90,15 +92,15 @@ def train(
 
     while clock.tick():
         began = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = rate * clock.rate()
+        set_rate(chosen, clock.rate())
         large = step % 2 == 1  # every second batch: fewer, larger crops
         data = samples.batch(max(1, batch // 4) if large else batch, 2 * side if large else side)
         loss = loss_of(model, data, where)
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in chosen:
+            optimizer.step()
+            optimizer.zero_grad()
         follow(average, model, step, decay)
         step += 1
         losses.append(loss.item())
@@ -115,8 +117,8 @@ def train(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=95, help="in all, resumed runs included")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--side", type=int, default=16, help="of the crops, in latents")
-    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--rate", type=float, default=0.012)
     parser.add_argument("--decay", type=float, default=0.999)
     train(**vars(parser.parse_args()))

