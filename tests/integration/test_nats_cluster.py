@@ -38,7 +38,7 @@ async def service(config: Settings) -> AsyncIterator[AsyncClient]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "frozen"])
-async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_at_its_first_attempt(
+async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
     tmp_path: Path, end: str
 ) -> None:
     picture, results, reached = photo(256, 256), list[Result](), asyncio.Event()
@@ -69,8 +69,12 @@ async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_at_its_fir
         assert await replicas(cluster) == {3}
         async with connect_bus(config) as bus:  # with one of its addresses dead
             assert [model.name for model in await bus.workers.models()] == ["fake"]
-    ended = [(result.job.state, result.job.attempt, len(result.pictures)) for result in results]
-    assert ended == [("succeeded", 1, 1)] * (CALLERS * JOBS_EACH)
+    ended = [(result.job.state, len(result.pictures)) for result in results]
+    assert ended == [("succeeded", 1)] * (CALLERS * JOBS_EACH)
+    # A worker whose own server froze is without a bus for more than the two seconds that it waits;
+    # it lets go of the jobs that it had, at most three, and they run again.
+    again = [result.job.attempt for result in results if result.job.attempt != 1]
+    assert again == [] if end == "killed" else (len(again) <= 3 and set(again) <= {2})
     assert len({result.job.name for result in results}) == len(results)
     by_seed = {result.pictures[0].seed: result.pictures[0].sha256 for result in results}
     assert all(by_seed[r.pictures[0].seed] == r.pictures[0].sha256 for r in results)
