@@ -28,7 +28,7 @@ from img2img_server.store.tenants import (
 )
 from img2img_server.store.vault import Vault
 from img2img_server.store.workers_kv import KvWorkerRegistry
-from img2img_server.wire.connection import connect
+from img2img_server.wire.connection import PATIENCE_SECONDS, connect
 from img2img_server.wire.topology import HOUR, Bounds, prepare
 
 
@@ -47,12 +47,15 @@ class Bus:
 
 
 @asynccontextmanager
-async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIterator[Bus]:
+async def connect_bus(
+    settings: Settings, *, name: str = "img2img", patience_seconds: float = PATIENCE_SECONDS
+) -> AsyncIterator[Bus]:
     """The bus of settings.nats_url, its streams and buckets made when missing. It reconnects by
     itself; while it is away its methods raise UnavailableError.
 
     Args:
         name: tells connections apart in the server's monitoring.
+        patience_seconds: how long a call waits for a connection that is away.
 
     Raises:
         UnavailableError: no connection within ten seconds.
@@ -62,7 +65,12 @@ async def connect_bus(settings: Settings, *, name: str = "img2img") -> AsyncIter
     servers = [
         url.strip() for url in settings.nats_url.get_secret_value().split(",") if url.strip()
     ]
-    async with connect(servers, creds_file=settings.nats_creds_file, name=name) as link:
+    async with connect(
+        servers,
+        creds_file=settings.nats_creds_file,
+        name=name,
+        patience_seconds=patience_seconds,
+    ) as link:
         await prepare(link, _bounds(settings))
         yield Bus(
             queue=JetStreamJobQueue(

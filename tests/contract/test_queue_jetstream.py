@@ -7,8 +7,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from nats.js import JetStreamContext
+from nats.js.api import PubAck
 
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
@@ -26,6 +29,7 @@ from img2img_server.store.base import UnreadableError
 from img2img_server.wire import connection, names
 from img2img_server.wire.bucket import Bucket, Entry
 from img2img_server.wire.connection import Link, connect
+from img2img_server.wire.faults import WrongLastSequenceError
 
 MODEL = "atelier"
 JOB = 10_000_001
@@ -250,53 +254,69 @@ async def test_a_changed_limit_holds_from_the_next_connection_on(nats: Nats) -> 
             await bus.queue.put(a_job(JOB + 1))
 
 
+class LostAnswers:
+    """The first `count` answers to what is published never arrive; `tries` counts all.
+
+    `stored`: what is published arrives all the same.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, *, stored: bool = True) -> None:
+        self.tries = 0
+        publish = JetStreamContext.publish
+
+        async def lossy(*args: Any, **kwargs: Any) -> PubAck:
+            self.tries += 1
+            lost = self.tries <= count
+            if lost and not stored:
+                raise TimeoutError
+            answer = await publish(*args, **kwargs)
+            if lost:
+                raise TimeoutError
+            return answer
+
+        monkeypatch.setattr(JetStreamContext, "publish", lossy)
+
+
 async def test_an_append_whose_answer_was_lost_is_stored_once(
     monkeypatch: pytest.MonkeyPatch, nats: Nats
 ) -> None:
     async with connect_bus(nats.settings) as bus:
         writer = await bus.events.open(JOB, fresh=True)
-        publish = Link.publish
-        lost = 0
-
-        async def lose_the_first_answer(*args: object, **kwargs: object) -> object:
-            nonlocal lost
-            answer = await publish(*args, **kwargs)  # type: ignore[arg-type]
-            lost += 1
-            if lost == 1:
-                raise UnavailableError
-            return answer
-
-        monkeypatch.setattr(Link, "publish", lose_the_first_answer)
+        lost = LostAnswers(monkeypatch, 1)
         await writer.append(Queued())
         await writer.append(Started(worker="w", model=MODEL, attempt=1))
+        assert lost.tries == 3
         async with bus.events.watch(JOB) as events:
             assert [(await anext(events)).sequence for _ in range(2)] == [1, 2]
 
 
-@pytest.mark.parametrize("lost", [1, 2])
 async def test_a_swap_whose_answer_was_lost_is_known_by_the_next_try(
-    lost: int, monkeypatch: pytest.MonkeyPatch, nats: Nats
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
 ) -> None:
     async with connect_bus(nats.settings), raw(nats.settings) as link:
-        bucket, publish, tries = Bucket(link, names.RECORDS_BUCKET), Link.publish, 0
+        bucket, lost = Bucket(link, names.RECORDS_BUCKET), LostAnswers(monkeypatch, 1)
+        revision = await bucket.swap("a.1", b"one", 0)
+        assert await bucket.get("a.1") == Entry(b"one", revision)
+        assert lost.tries == 2
 
-        async def lose_answers(*args: object, **kwargs: object) -> object:
-            nonlocal tries
-            tries += 1
-            try:
-                return await publish(*args, **kwargs)  # type: ignore[arg-type]
-            finally:
-                if tries <= lost:
-                    raise UnavailableError
 
-        monkeypatch.setattr(Link, "publish", lose_answers)
-        if lost == 1:
-            revision = await bucket.swap("a.1", b"one", 0)
-            assert await bucket.get("a.1") == Entry(b"one", revision)
-        else:
-            with pytest.raises(UnavailableError):
-                await bucket.swap("a.1", b"one", 0)
-        assert tries == 2
+async def test_a_swap_that_was_answered_is_not_taken_for_a_strangers_equal_one(nats: Nats) -> None:
+    async with connect_bus(nats.settings), raw(nats.settings) as link:
+        bucket = Bucket(link, names.RECORDS_BUCKET)
+        await bucket.swap("a.1", b"one", 0)
+        with pytest.raises(WrongLastSequenceError):
+            await bucket.swap("a.1", b"one", 0)
+
+
+async def test_a_swap_that_is_never_answered_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    async with connect_bus(nats.settings), raw(nats.settings) as link:
+        lost = LostAnswers(monkeypatch, 99, stored=False)
+        monkeypatch.setattr(connection, "ELECTION_SECONDS", 0.5)
+        with pytest.raises(UnavailableError):
+            await Bucket(link, names.RECORDS_BUCKET).swap("a.1", b"one", 0)
+        assert 1 < lost.tries < 9
 
 
 async def test_a_writer_whose_log_has_expired_goes_on(nats: Nats) -> None:

@@ -15,6 +15,7 @@ from img2img_server.engine.fake import FakeEngine
 from img2img_server.settings import Settings
 from img2img_server.wire import names
 from img2img_server.wire.connection import connect
+from img2img_server.worker.server import BUS_PATIENCE_SECONDS
 from tests.nats_cluster import NAMES, NatsCluster, nats_cluster
 from tests.stack import photo, running_api, running_worker, settings
 
@@ -28,7 +29,7 @@ async def service(config: Settings) -> AsyncIterator[AsyncClient]:
     engine = FakeEngine(step_seconds=0.02, capacity_rows=4)
     async with (
         connect_bus(config) as api_bus,
-        connect_bus(config) as worker_bus,
+        connect_bus(config, patience_seconds=BUS_PATIENCE_SECONDS) as worker_bus,
         running_worker(worker_bus, engine, config=config),
         running_api(api_bus, config) as api,
         AsyncClient(api.address, api_key="dev-key") as client,
@@ -36,6 +37,8 @@ async def service(config: Settings) -> AsyncIterator[AsyncClient]:
         yield client
 
 
+# nats-py leaves a stream open when a server that it asks to let it in says nothing.
+@pytest.mark.filterwarnings(r"ignore:.*StreamWriter:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "frozen"])
 async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
@@ -71,10 +74,7 @@ async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
             assert [model.name for model in await bus.workers.models()] == ["fake"]
     ended = [(result.job.state, len(result.pictures)) for result in results]
     assert ended == [("succeeded", 1)] * (CALLERS * JOBS_EACH)
-    # A worker whose own server froze is without a bus for more than the two seconds that it waits;
-    # it lets go of the jobs that it had, and they run again.
-    attempts = {result.job.attempt for result in results}
-    assert attempts == {1} if end == "killed" else max(attempts) < config.max_attempts
+    assert {result.job.attempt for result in results} == {1}
     assert len({result.job.name for result in results}) == len(results)
     by_seed = {result.pictures[0].seed: result.pictures[0].sha256 for result in results}
     assert all(by_seed[r.pictures[0].seed] == r.pictures[0].sha256 for r in results)

@@ -9,14 +9,11 @@ from contextlib import asynccontextmanager
 from typing import Self
 
 from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
-from img2img_server.errors import UnavailableError
 from img2img_server.queue.base import OwnershipLostError
 from img2img_server.queue.follow import Follower
 from img2img_server.wire import codec, names
 from img2img_server.wire.connection import Link
 from img2img_server.wire.faults import WrongLastSequenceError
-
-APPEND_TRIES = 3
 
 
 class JetStreamEventLog:
@@ -92,7 +89,7 @@ class JetStreamEventWriter:
         return self._ended
 
     async def append(self, event: Event) -> Envelope:
-        """Numbers and stores the event; tries again when the bus was away for a moment.
+        """Numbers and stores the event.
 
         Raises:
             OwnershipLostError: another writer has taken over.
@@ -112,21 +109,13 @@ class JetStreamEventWriter:
             return envelope
 
     async def _store(self, data: bytes) -> int:
-        for left in reversed(range(APPEND_TRIES)):
-            headers = {"Nats-Expected-Last-Subject-Sequence": str(self._fence)}
-            try:
-                return (await self._link.publish(self._log_subject, data, headers)).seq
-            except UnavailableError:
-                if not left:
-                    raise
-            except WrongLastSequenceError as error:
-                last = await self._link.last(names.EVENTS, self._log_subject)
-                if last is not None and last.data == data:
-                    return last.seq or 0  # stored by a try whose answer was lost
-                if last is not None:
-                    raise self._lost() from error
-                self._fence = 0  # the whole log has expired
-        raise self._lost()
+        try:
+            return await self._link.replace(names.EVENTS, self._log_subject, data, self._fence)
+        except WrongLastSequenceError as error:
+            if not self._fence or await self._link.last(names.EVENTS, self._log_subject):
+                raise self._lost() from error
+            self._fence = 0  # the whole log has expired
+            return await self._store(data)
 
     async def _store_preview(self, data: bytes, sample: int) -> None:
         headers = {
@@ -135,7 +124,8 @@ class JetStreamEventWriter:
             "Nats-Expected-Last-Subject-Sequence-Subject": self._log_subject,
         }
         try:
-            await self._link.publish(names.preview_subject(self._job_id, sample), data, headers)
+            subject = names.preview_subject(self._job_id, sample)
+            await self._link.publish(subject, data, headers, repeatable=True)
         except WrongLastSequenceError as error:
             raise self._lost() from error
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from img2img_server.errors import UnavailableError
 from img2img_server.wire import names
 from img2img_server.wire.connection import Link
 from img2img_server.wire.faults import WrongLastSequenceError
@@ -63,16 +61,7 @@ class Bucket:
             WrongLastSequenceError: it is not.
         """
         subject = names.key_subject(self._name, key)
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        with suppress(UnavailableError):  # its answer may have been lost: try again
-            return (await self._link.publish(subject, value, headers)).seq
-        try:
-            return (await self._link.publish(subject, value, headers)).seq
-        except WrongLastSequenceError:
-            entry = await self.get(key)
-            if entry is None or entry.value != value:
-                raise
-            return entry.revision  # stored by the first try
+        return await self._link.replace(self._stream, subject, value, revision)
 
     async def claim(self, key: str, value: bytes) -> Entry:
         """Writes when there is nothing; returns what is there then."""

@@ -20,10 +20,11 @@ from nats.js.api import PubAck, RawStreamMsg
 from img2img_server.errors import UnavailableError
 from img2img_server.tasks import heeding_cancel
 from img2img_server.wire import faults
-from img2img_server.wire.faults import unavailable
+from img2img_server.wire.faults import WrongLastSequenceError, unavailable
 from img2img_server.wire.inbox import Inbox
 
 REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
+PATIENCE_SECONDS: Final = 2.0  # how long a call waits for a connection that is away
 RECONNECT_SECONDS: Final = 0.2  # between two tries to come back
 CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection
 # A stream whose leader died has a new one within 4 to 9 s (the election timeouts of NATS).
@@ -66,7 +67,8 @@ class _Client(Client):
 class Link:
     """A connection that stands, or will again. Made by `connect`."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_seconds: float) -> None:
+        self._patience_seconds = patience_seconds
         self.nc: Client = _Client()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
@@ -121,7 +123,7 @@ class Link:
             return
         if not self.nc.is_closed:
             with suppress(TimeoutError):
-                async with asyncio.timeout(REQUEST_SECONDS / 2):
+                async with asyncio.timeout(self._patience_seconds):
                     await self._up.wait()
                     return
         raise UnavailableError
@@ -171,6 +173,34 @@ class Link:
             lambda: self.js.publish(subject, data, headers=headers),
             repeatable=repeatable or known_once,
         )
+
+    async def replace(self, stream: str, subject: str, data: bytes, last: int) -> int:
+        """Stores a message if `last` is the sequence of the subject's last one (0: there is none).
+
+        Returns its own sequence; also when its answer was lost and it is asked for again.
+
+        Raises:
+            UnavailableError: no answer; the message may be stored or not.
+            WrongLastSequenceError: the subject was written by somebody else.
+        """
+        expected = {"Nats-Expected-Last-Subject-Sequence": str(last)}
+        in_doubt = False
+
+        async def call() -> int:
+            nonlocal in_doubt
+            try:
+                return (await self.js.publish(subject, data, headers=expected)).seq
+            except TimeoutError:
+                in_doubt = True
+                raise
+
+        try:
+            return await self.ask(call)
+        except WrongLastSequenceError:
+            there = await self.last(stream, subject) if in_doubt else None
+            if there is None or there.data != data:
+                raise
+            return there.seq or 0
 
     async def request(self, subject: str, data: bytes = b"") -> Msg:
         """Sends a request that may arrive twice; returns the answer. Raises UnavailableError."""
@@ -227,10 +257,18 @@ async def _on_error(error: Exception) -> None:
 
 @asynccontextmanager
 async def connect(
-    servers: Sequence[str], *, creds_file: Path | None = None, name: str = "img2img"
+    servers: Sequence[str],
+    *,
+    creds_file: Path | None = None,
+    name: str = "img2img",
+    patience_seconds: float = PATIENCE_SECONDS,
 ) -> AsyncIterator[Link]:
-    """A connection to NATS. Raises UnavailableError when none can be made in ten seconds."""
-    link = Link()
+    """A connection to NATS. Raises UnavailableError when none can be made in ten seconds.
+
+    Args:
+        patience_seconds: how long a call waits for a connection that is away.
+    """
+    link = Link(patience_seconds)
     await link.open(servers, creds_file, name)
     try:
         yield link

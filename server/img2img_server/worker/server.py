@@ -32,6 +32,8 @@ from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
 
 ENGINE_STOP_SECONDS = 2.0
+# A job that runs is worth a longer wait than a caller: another server is found within seconds.
+BUS_PATIENCE_SECONDS = 12.0
 
 log = structlog.get_logger()
 
@@ -43,7 +45,7 @@ async def serve_worker(
     ready = False
     async with (
         probe_server(settings, lambda: ready and not stop.is_set()) as probes,
-        connect_bus(settings) as bus,
+        connect_bus(settings, patience_seconds=BUS_PATIENCE_SECONDS) as bus,
         connect_blobs(settings) as blobs,
     ):
         safety = safety_checker(settings, _source(settings))
