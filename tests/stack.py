@@ -260,3 +260,19 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
 def kinds(messages: list[Any]) -> list[str]:
     """The kinds of the events of a stream."""
     return [str(message.event.WhichOneof("event")) for message in messages]
+
+
+async def read_until(call: Any, kind: str, into: list[Any] | None = None) -> list[Any]:
+    """Reads a stream up to the first event of that kind."""
+    messages = [] if into is None else into
+    async for message in call:
+        messages.append(message)
+        if message.event.WhichOneof("event") == kind:
+            return messages
+    raise AssertionError(f"no {kind} in {kinds(messages)}")
+
+
+async def known_model(bus: Bus) -> None:
+    """Announces the fake model, then leaves: jobs are taken in, and nobody runs them."""
+    async with running_worker(bus):
+        pass

@@ -28,6 +28,7 @@ from tests.stack import (
     WAIT_SECONDS,
     Api,
     kinds,
+    read_until,
     refusal,
     running_api,
     running_worker,
@@ -70,15 +71,6 @@ async def create(api: Api, metadata: Any) -> job_pb2.Job:
 async def get(api: Api, job: job_pb2.Job, metadata: Any) -> job_pb2.Job:
     request = service_pb2.GetJobRequest(name=job.name)
     return (await api.stub.GetJob(request, metadata=metadata, timeout=WAIT_SECONDS)).job
-
-
-async def read_until(stream: Any, kind: str) -> list[Any]:
-    messages = []
-    async for message in stream:
-        messages.append(message)
-        if message.event.WhichOneof("event") == kind:
-            return messages
-    raise AssertionError(f"no {kind} in {kinds(messages)}")
 
 
 @asynccontextmanager

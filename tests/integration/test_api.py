@@ -27,6 +27,7 @@ from tests.stack import (
     WAIT_SECONDS,
     kinds,
     photo,
+    read_until,
     refusal,
     running_api,
     running_stack,
@@ -35,16 +36,6 @@ from tests.stack import (
     spec,
     two_tenants,
 )
-
-
-async def read_until(call: Any, kind: str, into: list[Any] | None = None) -> list[Any]:
-    """Reads a stream up to the first event of that kind."""
-    messages = [] if into is None else into
-    async for message in call:
-        messages.append(message)
-        if message.event.WhichOneof("event") == kind:
-            return messages
-    raise AssertionError(f"no {kind} in {kinds(messages)}")
 
 
 async def test_generate_streams_from_the_snapshot_to_the_stored_link() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from img2img.v1 import job_pb2
 from img2img_server.bus import memory_bus
-from tests.stack import Api, running_api, running_worker, spec
+from tests.stack import Api, known_model, running_api, spec
 
 
 def connections(api: Api) -> set[int]:
@@ -24,8 +24,7 @@ async def test_new_calls_take_a_new_connection_while_a_stream_goes_on(
 ) -> None:
     monkeypatch.setattr("img2img_server.api.server.CONNECTION_AGE_MS", 200)
     bus = memory_bus()
-    async with running_worker(bus):
-        pass  # its model is known from now on, and nobody takes the job
+    await known_model(bus)
     async with running_api(bus) as api:
         job = await api.create(spec())
         (first,) = connections(api)

@@ -10,12 +10,21 @@ import pytest
 from structlog.testing import capture_logs
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
-from img2img_server.bus import Bus, memory_bus
+from img2img_server.bus import memory_bus
 from img2img_server.domain.params import Lane
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.errors import UnavailableError
 from img2img_server.store.base import UnreadableError
-from tests.stack import DEV, kinds, refusal, running_api, running_worker, settings, spec
+from tests.stack import (
+    DEV,
+    kinds,
+    known_model,
+    refusal,
+    running_api,
+    running_worker,
+    settings,
+    spec,
+)
 
 
 class Through:
@@ -39,12 +48,6 @@ class GatedQueue(Through):
         self.reached.set()
         await self.open.wait()
         return int(await self.inner.put(job))
-
-
-async def known_model(bus: Bus) -> None:
-    """Announces the fake model, then leaves."""
-    async with running_worker(bus):
-        pass
 
 
 @pytest.mark.parametrize(

@@ -23,19 +23,18 @@ from img2img_server.queue.base import Delivery
 from img2img_server.store.memory import MemoryBlobStore
 from img2img_server.worker import run
 from img2img_server.worker.owned import DELIVERIES_OF_AN_ATTEMPT
-from tests.stack import kinds, running_api, running_stack, running_worker, settings, spec
+from tests.stack import (
+    kinds,
+    known_model,
+    read_until,
+    running_api,
+    running_stack,
+    running_worker,
+    settings,
+    spec,
+)
 
 PNG = job_pb2.IMAGE_FORMAT_PNG
-
-
-async def until(call: Any, kind: str) -> list[Any]:
-    """Reads a stream up to the first event of that kind."""
-    messages = []
-    async for message in call:
-        messages.append(message)
-        if message.event.WhichOneof("event") == kind:
-            return messages
-    raise AssertionError(f"no {kind} in {kinds(messages)}")
 
 
 async def test_a_killed_workers_job_is_finished_by_another_with_the_same_picture() -> None:
@@ -43,10 +42,10 @@ async def test_a_killed_workers_job_is_finished_by_another_with_the_same_picture
     request = spec(strength=1.0, output_format=PNG)
     async with running_api(bus) as api:
         async with running_worker(bus, name="calm"):
-            undisturbed = await until(api.generate(request), "succeeded")
+            undisturbed = await read_until(api.generate(request), "succeeded")
         async with running_worker(bus, FakeEngine(hold_after=2), name="doomed") as doomed:
             call = api.generate(request)
-            messages = await until(call, "step")
+            messages = await read_until(call, "step")
             doomed.task.cancel()  # no ack, no nak, no farewell
             await asyncio.gather(doomed.task, return_exceptions=True)
             async with running_worker(bus, name="heir"):
@@ -90,7 +89,7 @@ async def test_a_worker_that_came_back_from_the_dead_cannot_write_any_more() -> 
     frozen = FakeEngine(hold_after=1, capacity_rows=1)
     async with running_api(bus) as api, running_worker(silent, frozen, name="frozen") as first:
         call = api.generate(spec(strength=1.0))
-        messages = await until(call, "step")
+        messages = await read_until(call, "step")
         async with running_worker(bus, name="heir"):
             messages += [m async for m in call]
         frozen.release()  # it goes on as if nothing had happened
@@ -111,8 +110,7 @@ async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_
     deliveries: int, runs: int
 ) -> None:
     bus = memory_bus()
-    async with running_worker(bus):
-        pass
+    await known_model(bus)
     async with running_api(bus) as api:
         job = await api.create(spec())
         for attempt in range(1, deliveries + 1):
@@ -135,8 +133,7 @@ async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_
 
 async def test_a_job_that_is_handed_on_without_a_run_loses_no_attempt() -> None:
     bus = memory_bus()
-    async with running_worker(bus):
-        pass
+    await known_model(bus)
     async with running_api(bus) as api:
         job = await api.create(spec())
         for _ in range(5):
@@ -164,8 +161,7 @@ async def take(bus: Bus) -> Delivery | None:
 
 async def test_a_writer_that_died_before_its_last_word_gets_it_said_by_the_next_worker() -> None:
     bus = memory_bus(ack_wait_seconds=0.1)
-    async with running_worker(bus):
-        pass
+    await known_model(bus)
     async with running_api(bus) as api:
         job = await api.create(spec())
         assert await take(bus) is not None
@@ -192,7 +188,7 @@ async def test_a_cancel_request_outlives_the_worker_that_should_have_heard_it() 
     async with running_api(bus) as api:
         async with running_worker(bus, FakeEngine(hold_after=1)) as doomed:
             call = api.generate(spec(strength=1.0))
-            messages = await until(call, "step")
+            messages = await read_until(call, "step")
             doomed.task.cancel()
             await asyncio.gather(doomed.task, return_exceptions=True)
         await api.cancel(messages[0].event.job)
@@ -258,8 +254,7 @@ async def test_an_unforeseen_error_fails_the_job_without_telling_where() -> None
 
 async def test_a_job_whose_record_has_expired_goes_to_the_dead_letters() -> None:
     bus = memory_bus()
-    async with running_worker(bus):
-        pass
+    await known_model(bus)
     async with running_api(bus) as api:
         job = await api.create(spec())
         await bus.jobs.delete("dev", job.id)
@@ -284,7 +279,7 @@ async def test_realtime_jobs_are_taken_before_batch_jobs() -> None:
         realtime = await api.create(spec())
         engine.release()
         ends = [
-            (await until(api.watch(job.name), "succeeded"))[-1].event.succeeded.job
+            (await read_until(api.watch(job.name), "succeeded"))[-1].event.succeeded.job
             for job in (batch, realtime)
         ]
         starts = [job.start_time.ToNanoseconds() for job in ends]
@@ -299,13 +294,13 @@ async def test_a_worker_takes_no_more_than_it_can_run() -> None:
     ):
         jobs = [await api.create(spec(strength=1.0)) for _ in range(4)]
         for job in jobs[:2]:
-            await until(api.watch(job.name), "step")
+            await read_until(api.watch(job.name), "step")
         assert await bus.queue.depth("fake", Lane.REALTIME) == 2
         waiting = await api.get(jobs[3].name)
         assert waiting.state == job_pb2.Job.STATE_QUEUED
         worker.engine.release()
         for job in jobs:
-            await until(api.watch(job.name), "succeeded")
+            await read_until(api.watch(job.name), "succeeded")
 
 
 @pytest.mark.parametrize(("temp", "folder"), [(False, "generations"), (True, "temp")])
