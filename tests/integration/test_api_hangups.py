@@ -148,6 +148,9 @@ async def test_a_cancel_that_broke_off_is_completed_by_the_next() -> None:
         assert (await bus.events.open(job.id)).ended
 
 
+REQUEST = "0c2ad4d2-9b7d-4c6e-8f4c-6d0c9a6a3a11"
+
+
 class UnreadableJobs(Through):
     """One record cannot be read any more."""
 
@@ -197,10 +200,11 @@ async def test_a_record_that_cannot_be_read_is_the_services_trouble_for_now_and_
     jobs = UnreadableJobs(bus.jobs)
     await known_model(bus)
     async with running_api(dataclasses.replace(bus, jobs=jobs)) as api:
-        bad = await api.create(spec())
+        bad = await api.create(spec(), request_id=REQUEST)
         jobs.unreadable = bad.id
         redeliver = service_pb2.RedeliverWebhookRequest(name=bad.name)
         for call in (
+            api.create(spec(), request_id=REQUEST),
             api.get(bad.name),
             api.watch(bad.name).read(),
             api.cancel(bad.name),

@@ -14,6 +14,7 @@ from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.admission import Admission, Admitted, Caller, Fetch
 from img2img_server.api.backlog import Backlog
+from img2img_server.api.records import known
 from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
 from img2img_server.domain.params import Violation
@@ -89,7 +90,7 @@ class Intake:
     async def _existing(
         self, tenant: str, job_id: int, spec: job_pb2.JobSpec, caller: Caller
     ) -> Stored:
-        stored = await self._jobs.get(tenant, job_id)
+        stored = await known(self._jobs, tenant, job_id)
         if stored is not None and not _is_stranded(stored.job):
             return stored
         # Whoever began it died before it was queued, or is at it now: both may finish it.
@@ -104,7 +105,7 @@ class Intake:
             revision = await self._jobs.create(job)
         except ConflictError:
             created = False
-            stored = await self._jobs.get(job.tenant, job.id)
+            stored = await known(self._jobs, job.tenant, job.id)
             if stored is None or not _is_stranded(stored.job):
                 raise errors.UnavailableError(TAKING) from None
             job, revision = stored.job, stored.revision
