@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 from weakref import WeakSet
 
 import nats.errors
@@ -18,10 +18,10 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck, RawStreamMsg
 
 from img2img_server.errors import UnavailableError
-from img2img_server.tasks import heeding_cancel
 from img2img_server.wire import faults
 from img2img_server.wire.faults import WrongLastSequenceError, unavailable
 from img2img_server.wire.inbox import Inbox
+from img2img_server.wire.resilient_client import ResilientClient
 
 REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
 PATIENCE_SECONDS: Final = 2.0  # how long a call waits for a connection that is away
@@ -37,39 +37,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class _Client(Client):
-    """nats-py's client, with a read loop that survives callers who stop waiting.
-
-    A cancelled or timed out flush leaves its cancelled future among the pongs to come; nats-py
-    2.16 sets its result all the same, the loop dies of InvalidStateError, and with it everything
-    that arrives until the next ping is missed.
-    """
-
-    async def request(self, *args: Any, **kwargs: Any) -> Msg:
-        with heeding_cancel():
-            return await super().request(*args, **kwargs)
-
-    async def _process_pong(self) -> None:
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
-        await super()._process_pong()
-
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
-        # The server may send one more after it has confirmed an unsubscribe; dropped here, a job
-        # would lie until its ack_wait is over.
-        if sid not in self._subs and reply.startswith(b"$JS.ACK."):
-            await self.publish(reply.decode(), Msg.Ack.Nak)
-        await super()._process_msg(sid, subject, reply, data, headers)
-
-
 class Link:
     """A connection that stands, or will again. Made by `connect`."""
 
     def __init__(self, patience_seconds: float) -> None:
         self._patience_seconds = patience_seconds
-        self.nc: Client = _Client()
+        self.nc: Client = ResilientClient()
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
         self._inboxes: WeakSet[Inbox] = WeakSet()
