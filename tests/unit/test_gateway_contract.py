@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,35 @@ def test_a_number_may_be_a_decimal_string(value: Any, expected: float) -> None:
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="not a number"):
         kinds.read_number(value)
+
+
+MEGABYTE = 2**20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1" * MEGABYTE,
+        "1" * MEGABYTE + "x",
+        "." + "1" * MEGABYTE + "x",
+        "1." + "1" * MEGABYTE + "e" + "1" * MEGABYTE + "x",
+        " " * MEGABYTE + "x",
+        "1" + " " * MEGABYTE + "x",
+        "1" * 400 + "." + "0" * 400 + " " * MEGABYTE + "x",
+        "-" * MEGABYTE,
+    ],
+    ids=lambda text: f"{text[:4]!r}…{text[-1]}",
+)
+@pytest.mark.parametrize("kind", [kinds.INTEGER, kinds.NUMBER, kinds.BOOLEAN, kinds.REFERENCE])
+def test_a_text_without_end_is_read_in_no_time(kind: kinds.Kind, text: str) -> None:
+    started = time.process_time()
+    try:
+        kind.read(text)
+    except ValueError:
+        pass
+    else:
+        assert kind is kinds.REFERENCE  # any string is one
+    assert time.process_time() - started < 1  # a few milliseconds; by trial and error, hours
 
 
 @pytest.mark.parametrize("value", [True, 1, "true", "TRUE", "yes", "Yes", "1"])

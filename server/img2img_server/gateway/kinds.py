@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,400}(\.0{0,400})?\s*", re.ASCII)
-_DECIMAL = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", re.ASCII)
+# One way to match each text, so that a long one that does not match is given up at once.
+_DECIMAL = re.compile(
+    r"\s*[+-]?([0-9]{1,400}(\.[0-9]{0,400})?|\.[0-9]{1,400})([eE][+-]?[0-9]{1,400})?\s*", re.ASCII
+)
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -90,7 +93,10 @@ INTEGER = Kind(
 NUMBER = Kind(
     read_number,
     "must be a number",
-    ({"type": "number"}, {"type": "string", "pattern": r"^\s*[+-]?[0-9]+(\.[0-9]+)?\s*$"}),
+    (
+        {"type": "number"},
+        {"type": "string", "pattern": r"^\s*[+-]?[0-9]{1,400}(\.[0-9]{1,400})?\s*$"},
+    ),
 )
 BOOLEAN = Kind(
     read_boolean,
