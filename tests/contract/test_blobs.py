@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 from minio import Minio
@@ -69,6 +70,20 @@ async def test_a_deleted_file_is_gone(blobs: BlobStore) -> None:
     await blobs.delete(KEY)
     await blobs.delete(KEY)
     assert await blobs.stat(KEY) is None
+
+
+async def test_a_file_whose_put_was_cancelled_is_gone_once_it_was_deleted(
+    open_blobs: Callable[[], AbstractAsyncContextManager[BlobStore]],
+) -> None:
+    async with open_blobs() as blobs:
+        await blobs.prepare()
+        putting = asyncio.create_task(blobs.put(KEY, os.urandom(4_000_000), "image/png"))
+        await asyncio.sleep(0)  # a thread has it
+        putting.cancel()
+        await asyncio.gather(putting, return_exceptions=True)
+        await blobs.delete(KEY)
+    async with open_blobs() as blobs:  # to close the first one waited for its threads
+        assert await blobs.stat(KEY) is None
 
 
 async def test_without_a_bucket_nothing_is_stored(unprepared_blobs: BlobStore) -> None:

@@ -129,5 +129,8 @@ class BlobStore(Protocol):
         ...
 
     async def delete(self, key: str) -> None:
-        """Removes a file; fine when there is none. Raises StorageError."""
+        """Removes a file; fine when there is none. Raises StorageError.
+
+        Waits for puts of the file that were cancelled here and are still under way.
+        """
         ...

@@ -7,10 +7,10 @@ import logging
 import math
 import random
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
 from io import BytesIO
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import urllib3
@@ -56,6 +56,7 @@ class S3BlobStore:
         self._bucket = bucket
         self._region = region
         self._keep_days = keep_days
+        self._putting: dict[Future[Any], str] = {}  # a thread goes on when its caller is cancelled
         # A key is never written twice with different content: it holds a UUID.
         self._cache_control = f"private, max-age={keep_days * 86400}, immutable"
 
@@ -111,7 +112,7 @@ class S3BlobStore:
                 part_size=PART_BYTES,
             )
 
-        await self._try(store)
+        await self._try(store, putting=key)
 
     async def stat(self, key: str) -> BlobInfo | None:
         def look() -> BlobInfo | None:
@@ -144,16 +145,30 @@ class S3BlobStore:
             response.release_conn()
 
     async def delete(self, key: str) -> None:
-        await self._try(lambda: self._client.remove_object(self._bucket, key))
+        under_way = [future for future, its in list(self._putting.items()) if its == key]
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        def remove() -> None:
+            wait(under_way)
+            self._client.remove_object(self._bucket, key)
 
-    async def _try(self, work: Callable[[], T]) -> T:
-        """Runs it on a thread, again after a pause when the fault may pass. Raises StorageError."""
+        await self._try(remove)
+
+    async def _run(self, work: Callable[[], T], putting: str = "") -> T:
+        future = self._pool.submit(work)
+        if putting:
+            self._putting[future] = putting
+            future.add_done_callback(self._putting.pop)
+        return await asyncio.wrap_future(future)
+
+    async def _try(self, work: Callable[[], T], *, putting: str = "") -> T:
+        """Runs it on a thread, again after a pause when the fault may pass. Raises StorageError.
+
+        Args:
+            putting: the key that it stores, if any.
+        """
         for left in reversed(range(TRIES)):
             try:
-                return await self._run(work)
+                return await self._run(work, putting)
             except _FAULTS as error:
                 final = isinstance(error, S3Error) and error.code not in _TRANSIENT
                 if final or not left:

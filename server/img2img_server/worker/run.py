@@ -72,6 +72,11 @@ class JobRun:
     def samples(self) -> int:
         return self._delivery.job.params.samples
 
+    @property
+    def job(self) -> Job | None:
+        """The job as this run knows it; None while its record was not read."""
+        return self._owned.job if self._owned else None
+
     def cancel(self) -> None:
         """Ends the job as cancelled at its next step."""
         self._cancelled = True

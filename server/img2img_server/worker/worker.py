@@ -17,6 +17,7 @@ from img2img_server.lifecycle import RestartError, first_of
 from img2img_server.queue.base import Control, Delivery, Order
 from img2img_server.store.base import WorkerRegistry
 from img2img_server.telemetry import JOBS_RUNNING
+from img2img_server.worker.leftovers import Leftovers
 from img2img_server.worker.parts import Load, Parts
 from img2img_server.worker.run import JobRun
 
@@ -24,6 +25,7 @@ ANNOUNCE_SECONDS = 5.0
 PULL_END_SECONDS = 2.0
 WITHDRAW_SECONDS = 3.0
 HAND_BACK_SECONDS = 5.0  # for the step or upload under way when the drain time is over
+LEFTOVERS_SECONDS = 2.0  # for deleting what failed jobs have stored
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 _LANES = (Lane.REALTIME, Lane.BATCH)
@@ -43,6 +45,7 @@ class Worker:
         self._drain_seconds = drain_seconds
         self._runs: dict[int, JobRun] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._leftovers = Leftovers(parts.jobs, parts.blobs)
         self._changed = asyncio.Event()
         self._restarting = asyncio.Event()
 
@@ -61,11 +64,12 @@ class Worker:
             self._control.on_order(self._on_order),
             asyncio.TaskGroup() as tasks,
         ):
+            sweeping = tasks.create_task(self._leftovers.run())
             announcing = tasks.create_task(self._announce(announced))
             pulling = tasks.create_task(self._pull(tasks))
             lost = self._parts.device_lost
             await first_of(stop.wait(), self._restarting.wait(), lost.wait())
-            # Not announced -> not pulling -> runs finish in time or are handed back.
+            # Not announced -> not pulling -> runs finish in time or are handed back -> swept up.
             announcing.cancel()
             pulling.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
@@ -74,6 +78,8 @@ class Worker:
                     await self._registry.withdraw(self._parts.name)
             at_leisure = stop.is_set() and not lost.is_set()
             await self._drain(self._drain_seconds if at_leisure else 0.0)
+            await self._leftovers.finish(LEFTOVERS_SECONDS)
+            sweeping.cancel()
         if lost.is_set():
             raise errors.UnavailableError("the device is lost; only a new process can use it")
         if not stop.is_set():
@@ -112,6 +118,8 @@ class Worker:
             with structlog.contextvars.bound_contextvars(job=run.job_id):
                 await run.run()
         finally:
+            if run.job:
+                self._leftovers.add(run.job)
             del self._runs[run.job_id]
             del self._tasks[run.job_id]
             JOBS_RUNNING.set(len(self._runs))
