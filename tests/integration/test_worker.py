@@ -126,9 +126,8 @@ async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_
             messages = [m async for m in api.watch(job.name)]
     error = messages[-1].event.failed.job.error
     assert (error.reason, error.message) == ("ATTEMPTS_EXHAUSTED", "given up after 2 attempts")
-    assert [(job.job_id, reason) for job, reason in bus.queue.dead] == [  # type: ignore[attr-defined]
-        (job.id, "ATTEMPTS_EXHAUSTED")
-    ]
+    ((dead, reason),) = bus.queue.dead  # type: ignore[attr-defined]
+    assert (dead.job_id, dead.init_image, reason) == (job.id, b"", "ATTEMPTS_EXHAUSTED")
 
 
 async def test_a_job_that_is_handed_on_without_a_run_loses_no_attempt() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -32,6 +32,10 @@ class QueuedJob:
     init_image_prepared: bool = False
     trace: dict[str, str] = field(default_factory=dict)
 
+    def without_image(self) -> QueuedJob:
+        """What may be kept of it when the job has ended."""
+        return replace(self, init_image=b"")
+
 
 class Delivery(Protocol):
     """One taken message. Exactly one of ack, nak or term ends it; until then keep it alive."""
@@ -53,7 +57,7 @@ class Delivery(Protocol):
         ...
 
     async def term(self, reason: str) -> None:
-        """Removes it to the dead letters: it can never work."""
+        """Removes it to the dead letters, without its init image: it can never work."""
         ...
 
     async def in_progress(self) -> None:

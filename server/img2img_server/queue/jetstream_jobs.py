@@ -53,20 +53,20 @@ class JetStreamDelivery:
         await self._link.send(self._msg.reply, Msg.Ack.Nak)
 
     async def term(self, reason: str) -> None:
-        await bury(self._link, self._msg, reason)
+        await bury(self._link, self._msg, codec.encode(self._job.without_image()), reason)
 
     async def in_progress(self) -> None:
         await self._link.send(self._msg.reply, Msg.Ack.Progress)
 
 
-async def bury(link: Link, msg: Msg, reason: str) -> None:
-    """Copies the message to the dead letters as it is, then removes it from the queue."""
+async def bury(link: Link, msg: Msg, left: bytes, reason: str) -> None:
+    """Writes what is left of the message to the dead letters, then removes it from the queue."""
     headers = {
         "Nats-Msg-Id": f"dead-{msg.metadata.sequence.stream}",
         "Img2img-Reason": " ".join(reason.split()),
         "Img2img-Attempts": str(msg.metadata.num_delivered),
     }
-    await link.publish(names.dead_subject(msg.subject), msg.data, headers)
+    await link.publish(names.dead_subject(msg.subject), left, headers)
     await link.request(msg.reply, Msg.Ack.Term)
 
 
@@ -224,7 +224,7 @@ class JetStreamJobQueue:
                 job = codec.decode(msg.data, QueuedJob)
             except codec.UndecodableError as error:
                 log.warning("a job that cannot be read goes to the dead letters: %s", error)
-                await bury(self._link, msg, str(error))
+                await bury(self._link, msg, b"", str(error))  # there may be an image in it
             else:
                 deliveries.append(JetStreamDelivery(self._link, msg, job))
         return deliveries

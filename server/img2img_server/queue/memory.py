@@ -123,7 +123,7 @@ class MemoryJobQueue:
     def finish(self, message: _Message, reason: str | None = None) -> None:
         """Removes the message; with a reason it goes to the dead letters."""
         if self._pop(message.sequence) is not None and reason is not None:
-            self.dead.append((message.job, reason))
+            self.dead.append((message.job.without_image(), reason))
 
     def _pop(self, sequence: int) -> _Message | None:
         message = self._messages.pop(sequence, None)

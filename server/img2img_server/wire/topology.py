@@ -68,7 +68,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         ),
         StreamConfig(
             name=names.DEAD,
-            description="Jobs that can never work, with the reason in a header.",
+            description="Jobs that can never work, without their images; the reason in a header.",
             subjects=["img2img.dead.>"],
             retention=RetentionPolicy.LIMITS,
             max_age=DEAD_SECONDS,
