@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ ELABORATE = [
     " ".join(["word"] * 41),
     "a (red hat:1.3) on a table",
     "a cat <lora:ink:0.8>",
+    "a ((red hat:1.3) [small]) cat",
+    "a (big [red:1.2] hat",
     "cat | dog | bird | fish",
 ]
 
@@ -52,6 +55,16 @@ def test_forty_words_and_three_parts_are_not_elaborate() -> None:
     assert not is_elaborate(" ".join(["word"] * 40))
     assert not is_elaborate("a cat, a dog, a bird")
     assert not is_elaborate("the train at 10:30 (late)")
+
+
+@pytest.mark.parametrize(
+    "piece", ["(:", "(", ":", "(a:b", "[<(", "(:a:", "a", "a-", "(]:", "ray "], ids=repr
+)
+def test_the_longest_prompt_is_read_in_no_time(piece: str) -> None:
+    prompt = (piece * 2000)[:2000]
+    started = time.process_time()
+    RULES.rewrite(prompt, 1)
+    assert time.process_time() - started < 1  # some milliseconds; by trial and error, seconds
 
 
 def test_a_text_that_would_become_too_long_stays_as_it_is() -> None:

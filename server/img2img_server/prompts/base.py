@@ -8,7 +8,9 @@ from typing import Protocol
 MAX_CHARACTERS = 2000
 _MANY_WORDS = 40
 _MANY_PARTS = 4
-_WEIGHTS = re.compile(r"[(\[<][^)\]>]*:[^)\]>]*[)\]>]")  # (red hat:1.3), <lora:name:0.8>
+# (red hat:1.3), <lora:name:0.8>. Neither part may run over a bracket, nor the first over a colon:
+# with one way to match there is nothing to try again.
+_WEIGHTS = re.compile(r"[(\[<][^()\[\]<>:]*:[^()\[\]<>]*[)\]>]")
 
 
 class PromptRewriter(Protocol):

@@ -113,7 +113,10 @@ _QUALITIES: Mapping[str, Sequence[str]] = {
 
 
 class RuleRewriter:
-    """A PromptRewriter that costs microseconds. Prompts that are elaborate stay as they are."""
+    """A PromptRewriter that costs microseconds, for the longest of prompts some milliseconds.
+
+    Prompts that are elaborate stay as they are.
+    """
 
     warning = ""
 
