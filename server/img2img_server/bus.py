@@ -78,7 +78,7 @@ async def connect_bus(
             ),
             events=JetStreamEventLog(link),
             control=NatsControl(link),
-            jobs=KvJobStore(link),
+            jobs=KvJobStore(link, retention_seconds=settings.retention_hours * HOUR),
             workers=KvWorkerRegistry(link),
             outbox=JetStreamOutbox(link),
             storage=kv_tenant_storage(link, vault),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,30 @@ async def test_a_deleted_record_is_gone_and_may_be_created_anew(bus: Bus) -> Non
     with pytest.raises(ConflictError):
         await bus.jobs.update(a_job(), revision)
     await bus.jobs.create(a_job())
+
+
+@pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED, State.CANCELLED])
+async def test_a_record_goes_with_the_retention_however_late_it_was_written(
+    state: State, open_bus: OpenBus
+) -> None:
+    now = time.time()
+    old, young = (
+        replace(a_full_job(), id=FIRST_JOB_ID + n, state=state, end_time=now - hours * 3600)
+        for n, hours in enumerate((24.01, 23.9))
+    )
+    async with open_bus() as bus:
+        await bus.jobs.create(old)  # as if its webhook's status had just been written
+        revision = await bus.jobs.create(young)
+        assert await bus.jobs.get(TENANT, old.id) is None
+        assert await bus.jobs.get(TENANT, young.id) == Stored(young, revision)
+
+
+async def test_a_record_of_a_job_that_has_not_ended_does_not_go_with_the_retention(
+    bus: Bus,
+) -> None:
+    job = replace(a_job(), create_time=time.time() - 25 * 3600)
+    revision = await bus.jobs.create(job)
+    assert await bus.jobs.get(TENANT, job.id) == Stored(job, revision)
 
 
 async def test_a_list_has_the_tenants_own_ids_newest_first(bus: Bus) -> None:

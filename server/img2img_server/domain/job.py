@@ -132,6 +132,10 @@ class Job:
         """Resource name, "jobs/{id}"."""
         return f"jobs/{self.id}"
 
+    def is_expired(self, retention_seconds: float, now: float) -> bool:
+        """Whether it ended longer ago than ended jobs are kept. `now`: Unix seconds."""
+        return 0.0 < self.end_time <= now - retention_seconds
+
     def file_key(self, index: int) -> str:
         """Key of one sample's file in the bucket, for example "generations/{uuid}-0.png"."""
         folder = "temp" if self.params.temp else "generations"

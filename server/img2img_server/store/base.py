@@ -27,7 +27,10 @@ class Stored:
 
 
 class JobStore(Protocol):
-    """Job records by tenant and id, expiring some time after their last change."""
+    """Job records by tenant and id. One whose job ended longer ago than the retention is none.
+
+    Those that never end expire as well, some time after their last change.
+    """
 
     async def next_id(self) -> int:
         """Draws a job id: growing, never used twice. Raises UnavailableError."""
@@ -54,7 +57,7 @@ class JobStore(Protocol):
         ...
 
     async def list_ids(self, tenant: str) -> list[int]:
-        """Ids of the tenant's records, newest first."""
+        """Ids of the tenant's records, newest first; some may have expired since."""
         ...
 
     async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:

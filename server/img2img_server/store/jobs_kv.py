@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 from img2img_server.domain.job import FIRST_JOB_ID, Job
 from img2img_server.store.base import ConflictError, Stored, UnreadableError
@@ -15,11 +16,12 @@ from img2img_server.wire.faults import WrongLastSequenceError
 class KvJobStore:
     """A JobStore on JetStream. Every method raises UnavailableError when the bus is down.
 
-    Records lie under `<tenant>.<id>` and expire an hour after their files do (topology.py);
-    idempotency keys under `<tenant>.<SHA-256 of the request id>` for 24 hours.
+    Records lie under `<tenant>.<id>`, idempotency keys under `<tenant>.<SHA-256 of the key>`.
+    Every write prolongs what the bucket keeps (topology.py), so the end of the job decides here.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, retention_seconds: float) -> None:
+        self._retention_seconds = retention_seconds
         self._link = link
         self._records = Bucket(link, names.RECORDS_BUCKET)
         self._requests = Bucket(link, names.REQUESTS_BUCKET)
@@ -37,9 +39,12 @@ class KvJobStore:
         if entry is None:
             return None
         try:
-            return Stored(codec.decode(entry.value, Job), entry.revision)
+            job = codec.decode(entry.value, Job)
         except codec.UndecodableError as error:
             raise UnreadableError(f"jobs/{job_id}: {error}") from error
+        if job.is_expired(self._retention_seconds, time.time()):
+            return None
+        return Stored(job, entry.revision)
 
     async def update(self, job: Job, revision: int) -> int:
         return await self._swap(job, revision)

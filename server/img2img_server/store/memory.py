@@ -15,9 +15,10 @@ CHUNK_BYTES = 64 * 1024
 
 
 class MemoryJobStore:
-    """A JobStore of one process; nothing expires."""
+    """A JobStore of one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, retention_seconds: float = 24 * 3600.0) -> None:
+        self._retention_seconds = retention_seconds
         self._ids = itertools.count(FIRST_JOB_ID)
         self._revisions = itertools.count(1)
         self._records: dict[tuple[str, int], Stored] = {}
@@ -32,7 +33,10 @@ class MemoryJobStore:
         return self._store(job)
 
     async def get(self, tenant: str, job_id: int) -> Stored | None:
-        return self._records.get((tenant, job_id))
+        stored = self._records.get((tenant, job_id))
+        if stored and stored.job.is_expired(self._retention_seconds, time.time()):
+            return None
+        return stored
 
     async def update(self, job: Job, revision: int) -> int:
         stored = self._records.get((job.tenant, job.id))

@@ -15,7 +15,7 @@ from img2img_server.wire.connection import Link
 
 _EXISTS_DIFFERENTLY: Final = 10058
 HOUR: Final = 3600.0
-# A record outlives its files by this: an answer never links to what is gone because of it.
+# The bucket keeps a record longer than it is shown: clocks differ, and the shown time counts.
 RECORD_MARGIN_SECONDS: Final = HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
@@ -95,7 +95,8 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
             duplicate_window=REPEAT_SECONDS,
         ),
         _bucket(names.RECORDS_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
-        _bucket(names.REQUESTS_BUCKET, REQUEST_ID_SECONDS),
+        # Never longer than the record of its job.
+        _bucket(names.REQUESTS_BUCKET, min(REQUEST_ID_SECONDS, bounds.retention_seconds)),
         _bucket(names.WORKERS_BUCKET, WORKER_SECONDS),
         _bucket(names.MODELS_BUCKET, 0.0),
         _bucket(names.STORAGE_BUCKET, 0.0),
