@@ -113,7 +113,12 @@ class Denoiser(Protocol):
 
     @property
     def warm_up_slots(self) -> tuple[int, ...]:
-        """Batch sizes, in forwards, to run once at every size before work comes."""
+        """Batch sizes, in forwards, to run at every size before work comes."""
+        ...
+
+    @property
+    def warm_up_calls(self) -> int:
+        """How often each of them is to run until nothing more is built."""
         ...
 
     def pictures_at_once(self, height: int, width: int) -> int:

@@ -13,7 +13,7 @@ from img2img_server.engine import preview
 from img2img_server.engine.base import Pixels
 from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextEmbedding, TextInput
 from img2img_server.engine.diffusers_autoencoder import Autoencoder
-from img2img_server.engine.diffusers_load import accelerate, load_pipeline
+from img2img_server.engine.diffusers_load import accelerate, admit_shapes, load_pipeline
 from img2img_server.engine.diffusers_lora import LoraSet
 from img2img_server.engine.diffusers_schedules import Schedules
 from img2img_server.engine.diffusers_text import TextEncoder
@@ -63,6 +63,8 @@ class DiffusersDenoiser:
         # Kept, since diffusers walks through all modules to tell them: milliseconds each time.
         self._device = torch.device(pipeline.unet.device)
         self._unet_dtype = pipeline.unet.dtype
+        # One for all steps: what is compiled is compiled for the strides of its inputs.
+        self._format = torch.channels_last if options.channels_last else torch.contiguous_format
         self._is_compiled = options.compile is not Compile.OFF
         self._capacity_rows = capacity_rows
         self._schedules = Schedules(pipeline.scheduler.config)
@@ -119,6 +121,11 @@ class DiffusersDenoiser:
             return (1,)
         return ladder(self._capacity_rows)
 
+    @property
+    def warm_up_calls(self) -> int:
+        # A CUDA graph is built in the first call, captured in the second, played in the third.
+        return 3 if self.device.type == "cuda" and self._is_compiled else 1
+
     def pictures_at_once(self, height: int, width: int) -> int:
         if self.device.type == "cpu":
             return 1
@@ -160,13 +167,16 @@ class DiffusersDenoiser:
         ]
         count = len(forwards)
         if self._is_compiled:
+            admit_shapes()
             forwards += forwards[-1:] * (padded(count, self._capacity_rows) - count)
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         rows = [forward.row for forward in forwards]
         steering = [(forward.text, forward.conditioning) for forward in forwards]
         output = self._unet(
-            torch.cat([latents[i : i + 1] for i in rows]).to(self._unet_dtype),
+            torch.cat([latents[i : i + 1] for i in rows]).to(
+                self._unet_dtype, memory_format=self._format
+            ),
             torch.cat([timesteps[i : i + 1] for i in rows]),
             encoder_hidden_states=torch.stack([text.tokens for text, _ in steering]),
             timestep_cond=self._guidance_embeddings([row for _, row in steering]),

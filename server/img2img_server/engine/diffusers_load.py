@@ -15,6 +15,8 @@ from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
 
 _log = logging.getLogger(__name__)
 
+_MOST_SHAPES = 4096  # sizes x sizes of batches x kinds of block
+
 
 def load_pipeline(
     source: str, device: torch.device, dtype: torch.dtype, options: ModelOptions
@@ -64,8 +66,6 @@ def accelerate(pipeline: Any, options: ModelOptions) -> None:
     if options.compile is Compile.OFF:
         return
     _try_compiler(torch.device(unet.device), options.compile)
-    # Every shape in use is warmed up before the worker is ready: none may push another one out.
-    torch._dynamo.config.recompile_limit = 128
     # On a GPU each shape is captured as a CUDA graph: one launch a step.
     graphs = {"mode": "reduce-overhead"} if unet.device.type == "cuda" else {}
     if options.compile is Compile.REGIONAL:
@@ -73,6 +73,16 @@ def accelerate(pipeline: Any, options: ModelOptions) -> None:
         unet.compile_repeated_blocks(dynamic=False)
     else:
         unet.compile(dynamic=False, **graphs)
+
+
+def admit_shapes() -> None:
+    """Lets the thread that calls compile as many shapes as come up; torch keeps the limit a thread.
+
+    Every shape in use is compiled before the worker is ready: none may push another one out, nor
+    run as it is because there are too many.
+    """
+    torch._dynamo.config.recompile_limit = _MOST_SHAPES
+    torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
 
 
 def _try_compiler(device: torch.device, wanted: Compile) -> None:

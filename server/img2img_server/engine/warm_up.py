@@ -18,7 +18,8 @@ def exercise(denoiser: Denoiser, memory: Memory, height: int, width: int, slots:
     latents = torch.stack([image.mean for image in denoiser.encode_images(images)])
     rows = latents[:1].expand(slots, -1, -1, -1)
     timesteps = torch.full((slots,), 500.0, device=denoiser.device)
-    with memory.measured(height, width, slots):
-        denoiser.denoise(rows, timesteps, [conditioning] * slots)
+    for _ in range(denoiser.warm_up_calls):
+        with memory.measured(height, width, slots):
+            denoiser.denoise(rows, timesteps, [conditioning] * slots)
     denoiser.decode(latents)
     denoiser.preview(latents[:1])

@@ -1,0 +1,58 @@
+"""What is announced is compiled before the worker is ready, and nothing after that."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from img2img_server.engine.base import JobDone
+from img2img_server.engine.load import load_engine
+from img2img_server.settings import Settings
+from tests.engine_bench import blocks, job, run
+from tests.tiny_models import write_sd
+
+SIZES = ((64, 64), (72, 64), (64, 72))
+
+
+def test_every_announced_shape_is_compiled_before_the_first_job_and_none_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    # In place of the real compiler, which would take minutes: when and how often it is called.
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        compiled.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", functools.partialmethod(compile_module, backend=counting)
+    )
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    torch.compiler.reset()
+    announced = ", ".join(f"{width}x{height}" for height, width in SIZES)
+    settings = Settings(
+        model=str(write_sd(tmp_path / "sd")),
+        compile="whole",
+        warm_up_sizes=announced,
+        max_batch_rows=4,
+    )
+    engine = load_engine(settings)
+    try:
+        before = len(compiled)
+        for number, (height, width) in enumerate(SIZES):
+            picture = blocks(height, width)
+            wanted = job(job_id=number, init_image=picture, guidance_scale=4.0, seeds=(1, 2, 3))
+            assert isinstance(run(engine, wanted)[-1], JobDone)
+    finally:
+        engine.stop()
+        torch.compiler.reset()
+
+    assert len(compiled) == before
+    networks = [nodes for nodes in compiled if nodes > 99]
+    assert len(networks) == len(SIZES) * 3, "batches of 1, 2 and 4 forwards"
