@@ -13,13 +13,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._inductor import config as inductor
 
+from img2img_server.engine.admit import admit
 from img2img_server.engine.base import EngineJob, JobError, Pixels, PreviewReady
 from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.load import load_engine
-from img2img_server.engine.memory import Memory
-from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.memory import Memory, NoMeter
+from img2img_server.engine.model_spec import ModelError, ModelSpec
 from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
+from img2img_server.engine.stages import Stages
 from img2img_server.errors import OutOfMemoryError
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, Inbox, blocks, difference, job, pictures, run, running
@@ -192,6 +194,21 @@ def test_a_tiny_autoencoder_makes_the_pictures_when_told(folder: Path, tiny_vae:
 
     (one,), (other,) = mixed.decode(latents), whole.decode(latents)
     assert difference(one.pixels(), other.pixels()) == 0
+
+
+def test_prompts_of_jobs_that_begin_together_are_encoded_in_one_batch(folder: Path) -> None:
+    denoiser, batches = load(folder), list[int]()
+    encoder = denoiser._text._pipeline.text_encoder
+    encoder.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    spec, memory = ModelSpec(source="", name="tiny"), Memory(NoMeter())
+    wanted = [job(job_id=n, prompt=f"prompt {n}", guidance_scale=4.0) for n in (1, 2, 3)]
+    runs = [admit(one, print, denoiser, spec, memory) for one in wanted]
+    stages = Stages(denoiser, print)
+
+    stages.read(runs)
+    for one in runs:
+        assert stages.encode([one]) == []
+    assert batches == [4], "three prompts, and the negative one that they share"
 
 
 def test_a_tiny_autoencoder_that_is_not_there_is_refused(folder: Path) -> None:

@@ -62,6 +62,13 @@ def test_a_batch_is_as_large_as_fits_what_is_free(device: Device) -> None:
     assert memory.slots_that_fit(2048, 2048, 16) == 1
 
 
+def test_a_batch_that_is_filled_up_is_held_against_what_it_is_filled_up_to(device: Device) -> None:
+    memory = Memory(device)
+    ran(memory, device, 512, 1, GIB)
+
+    assert memory.slots_that_fit(512, 512, 12, lambda slots: 8 if slots <= 8 else 16) == 8
+
+
 def test_what_can_never_fit_lacks_its_need(device: Device) -> None:
     memory = Memory(device)
     ran(memory, device, 512, 1, GIB)

@@ -248,11 +248,21 @@ def test_a_deadline_buys_nobody_the_turn_of_another_tenant() -> None:
 
 def test_a_learned_limit_holds_for_its_size_and_lets_a_single_row_run() -> None:
     scheduler = Scheduler(capacity=8)
-    scheduler.limit(512, 512, 2)
-    scheduler.limit(512, 512, 3)
-    scheduler.limit(256, 256, 0)
+    scheduler.limit(512, 512, 2, now=0.0)
+    scheduler.limit(512, 512, 3, now=0.0)
+    scheduler.limit(256, 256, 0, now=0.0)
     for job_id in (1, 2, 3):
         scheduler.add(row(job_id, steps=1), now=0.0)
     scheduler.add(row(4, steps=9, height=256, width=256, enqueue_time=1.0), now=1.0)
 
     assert [step(scheduler, 1.0) for _ in range(3)] == [[1, 2], [3], [4]]
+
+
+def test_a_learned_limit_is_tried_again_after_ten_minutes() -> None:
+    scheduler = Scheduler(capacity=8)
+    scheduler.limit(512, 512, 1, now=0.0)
+    for job_id in (1, 2):
+        scheduler.add(row(job_id, steps=9), now=0.0)
+
+    assert step(scheduler, 599.0) == [1]
+    assert step(scheduler, 601.0) == [1, 2]

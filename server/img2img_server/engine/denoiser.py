@@ -111,6 +111,10 @@ class Denoiser(Protocol):
         always pays."""
         ...
 
+    def filled_up(self, slots: int) -> int:
+        """How many forwards a batch of so many slots runs: more where few sizes are compiled."""
+        ...
+
     @property
     def warm_up_slots(self) -> tuple[int, ...]:
         """Batch sizes, in forwards, to run at every size before work comes."""

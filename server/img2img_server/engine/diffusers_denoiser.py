@@ -109,6 +109,9 @@ class DiffusersDenoiser:
     def slots(self, guidance_scale: float) -> int:
         return 2 if guidance_scale > 1 and not self._is_guidance_embedded else 1
 
+    def filled_up(self, slots: int) -> int:
+        return padded(slots, self._capacity_rows) if self._is_compiled else slots
+
     @property
     def step_overhead(self) -> int | None:
         if self.device.type != "cpu":
@@ -168,7 +171,7 @@ class DiffusersDenoiser:
         count = len(forwards)
         if self._is_compiled:
             admit_shapes()
-            forwards += forwards[-1:] * (padded(count, self._capacity_rows) - count)
+            forwards += forwards[-1:] * (self.filled_up(count) - count)
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         rows = [forward.row for forward in forwards]

@@ -1,13 +1,14 @@
 """Which batches fit the device, by the peaks that were measured. Pure but for the meter of a GPU.
 
-What a step, an encode or a decode needs beyond the model itself grows with pixels x forwards. The
-peak of each shape is measured when it first runs, in the warm-up or later; for shapes that have not
-run yet it is taken in proportion from the largest that has.
+What a step needs beyond the model itself grows with pixels x forwards. The peak of each shape is
+measured when it first runs, in the warm-up or later; for shapes that have not run yet it is taken
+in proportion from the largest that has. Pictures that do not fit the autoencoder pass it in tiles
+instead (diffusers_autoencoder.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -109,10 +110,16 @@ class Memory:
         need, usable = self.need(height, width, slots), self._usable()
         return need if need is not None and usable is not None and need > usable else None
 
-    def slots_that_fit(self, height: int, width: int, most: int) -> int:
-        """The largest batch up to `most` that fits; at least 1."""
-        fitting = (n for n in range(most, 1, -1) if self.lacking(height, width, n) is None)
-        return next(fitting, 1)
+    def slots_that_fit(
+        self, height: int, width: int, most: int, filled_up: Callable[[int], int] = int
+    ) -> int:
+        """The largest batch up to `most` that fits; at least 1.
+
+        Args:
+            filled_up: what a batch of so many is filled up to.
+        """
+        sizes = range(most, 1, -1)
+        return next((n for n in sizes if self.lacking(height, width, filled_up(n)) is None), 1)
 
     def _usable(self) -> int | None:
         free = self._meter.free

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from img2img_server.domain.params import Lane
+from img2img_server.engine.tenant_work import TenantWork
 
 Key = tuple[int, int]  # job id, sample
 
@@ -31,6 +32,7 @@ _HEAD_START_SECONDS = 0.1
 # A row is urgent when less than this many times the time that it needs is left.
 _URGENT_RATIO = 2.0
 _PACE_WEIGHT = 0.2
+_LIMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +113,9 @@ class Scheduler:
         self._capacity = capacity
         self._step_overhead = step_overhead
         self._max_wait_seconds = max_wait_seconds
-        self._limits: dict[tuple[int, int], int] = {}
+        self._limits: dict[tuple[int, int], tuple[int, float]] = {}  # slots, until when
         self._entries: dict[Key, _Entry] = {}
-        self._work_of_tenant: dict[str, float] = {}
+        self._work_of_tenant = TenantWork()
         self._seconds_per_work = 0.0
 
     def __len__(self) -> int:
@@ -123,7 +125,7 @@ class Scheduler:
         """Takes a row in. Its key must be new."""
         assert row.key not in self._entries
         assert row.steps >= 1
-        self._welcome(row.tenant)
+        self._work_of_tenant.welcome(row.tenant, self._present())
         self._entries[row.key] = _Entry(row, row.steps, now)
 
     def cancel(self, job_id: int) -> tuple[Key, ...]:
@@ -133,9 +135,11 @@ class Scheduler:
             self._remove(key)
         return gone
 
-    def limit(self, height: int, width: int, slots: int) -> None:
-        """From now on no batch of this size takes more slots than so; a single row always runs."""
-        self._limits[height, width] = min(slots, self._limits.get((height, width), slots))
+    def limit(self, height: int, width: int, slots: int, now: float) -> None:
+        """No batch of this size takes more slots than so, for a while: what is short may be less so
+        later. A single row always runs."""
+        most = min(slots, self._limit(height, width, now))
+        self._limits[height, width] = most, now + _LIMIT_SECONDS
 
     def next_batch(self, now: float) -> Batch | None:
         """The rows that step next; None when no row can. Each stays in flight until `complete`."""
@@ -145,7 +149,7 @@ class Scheduler:
         )
         if not line:
             return None
-        chosen = self._choose(line)
+        chosen = self._choose(line, now)
         for entry in chosen:
             entry.in_flight, entry.step_began = True, now
         return Batch(tuple(entry.row for entry in chosen))
@@ -172,17 +176,21 @@ class Scheduler:
             entry.steps_left -= 1
             self._note_pace(entry, now)
             entry.waiting_since = now
-            self._work_of_tenant[entry.row.tenant] += entry.row.work
+            self._work_of_tenant.add(entry.row.tenant, entry.row.work)
             if not entry.steps_left:
                 finished.append(key)
                 self._remove(key)
         return tuple(finished)
 
-    def _choose(self, line: Sequence[_Entry]) -> list[_Entry]:
+    def _limit(self, height: int, width: int, now: float) -> int:
+        slots, until = self._limits.get((height, width), (self._capacity, now))
+        return min(slots, self._capacity) if now < until else self._capacity
+
+    def _choose(self, line: Sequence[_Entry], now: float) -> list[_Entry]:
         """The head of the line, and who joins it."""
         first = line[0].row
         chosen, slots = [line[0]], first.slots
-        most = min(self._capacity, self._limits.get((first.height, first.width), self._capacity))
+        most = self._limit(first.height, first.width, now)
         for entry in line[1:]:
             row = entry.row
             if (
@@ -224,23 +232,9 @@ class Scheduler:
         known = self._seconds_per_work or seconds
         self._seconds_per_work = known + _PACE_WEIGHT * (seconds - known)
 
-    def _welcome(self, tenant: str) -> None:
-        """A tenant that comes back starts level with the others: idle time earns no credit."""
-        present = self._present()
-        if tenant not in present:
-            least = min((self._work_of_tenant[other] for other in present), default=0.0)
-            self._work_of_tenant[tenant] = max(self._work_of_tenant.get(tenant, 0.0), least)
-
     def _remove(self, key: Key) -> None:
         del self._entries[key]
-        # A tenant that left is remembered only while it would come back with a debt.
-        present = self._present()
-        least = min((self._work_of_tenant[tenant] for tenant in present), default=float("inf"))
-        self._work_of_tenant = {
-            tenant: work
-            for tenant, work in self._work_of_tenant.items()
-            if tenant in present or work > least
-        }
+        self._work_of_tenant.forget(self._present())
 
     def _present(self) -> set[str]:
         return {entry.row.tenant for entry in self._entries.values()}

@@ -26,6 +26,15 @@ class Stages:
         self._on_split = on_split
         self._step_before: torch.cuda.Event | None = None
 
+    def read(self, runs: Sequence[Run]) -> None:
+        """Encodes prompts in one batch, for `encode` to find. Who fails here fails again there."""
+
+        def work(some: Sequence[Run]) -> None:
+            self._denoiser.encode_texts([run.text for run in some])
+
+        if len(runs) > 1:
+            isolate(runs, work, self._free_memory)
+
     def encode(self, runs: Sequence[Run]) -> list[tuple[Run, Exception]]:
         """Encodes prompts and init images, and makes the samples."""
 

@@ -152,7 +152,8 @@ class StepLoop:
         if batch is None:
             return
         try:
-            self._run_batch(self._fitting(batch))
+            batch = self._fitting(batch)
+            self._run_batch(batch)
         except Exception as error:
             for row in batch.rows:
                 if run := self._runs.get(row.job_id):
@@ -163,7 +164,8 @@ class StepLoop:
     def _fitting(self, batch: Batch) -> Batch:
         """What of a batch fits the device; the rest goes back to wait. One row at least."""
         first = batch.rows[0]
-        most = self._memory.slots_that_fit(first.height, first.width, batch.slots)
+        shape = first.height, first.width, batch.slots
+        most = self._memory.slots_that_fit(*shape, self._denoiser.filled_up)
         rows = list(batch.rows)
         while len(rows) > 1 and sum(row.slots for row in rows) > most:
             self._scheduler.put_back([rows.pop().key])
@@ -174,7 +176,8 @@ class StepLoop:
         new = [run for run in runs.values() if not run.is_prepared]
         first = batch.rows[0]
         most = self._denoiser.pictures_at_once(first.height, first.width)
-        # Those that run already do not wait until all new ones are encoded.
+        self._stages.read(new)
+        # Those that run already do not wait until the pictures of all new ones are encoded.
         self._encode(new[:most])
         late = {run.job.job_id for run in new[most:]}
         self._scheduler.put_back([row.key for row in batch.rows if row.job_id in late])
@@ -208,7 +211,7 @@ class StepLoop:
             return
         began = time.monotonic()
         slots, job = sum(sample.run.slots for sample in samples), samples[0].run.job
-        with self._memory.measured(job.height, job.width, slots):
+        with self._memory.measured(job.height, job.width, self._denoiser.filled_up(slots)):
             failed = self._stages.step(samples)
         took = time.monotonic() - began
         for run in runs_of(samples):
@@ -221,7 +224,7 @@ class StepLoop:
         """Learns from an out-of-memory: later batches of that size are smaller from the start."""
         job = samples[0].run.job
         slots = sum(sample.run.slots for sample in samples)
-        self._scheduler.limit(job.height, job.width, slots // 2)
+        self._scheduler.limit(job.height, job.width, slots // 2, time.monotonic())
         _log.warning("%d forwards of %dx%d do not fit the device", slots, job.width, job.height)
 
     def _report_steps(self, samples: Sequence[Sample]) -> None:
