@@ -39,6 +39,7 @@ ZERO_SNR_V: dict[str, Any] = {
     "rescale_betas_zero_snr": True,
     "set_alpha_to_one": True,
 }
+TURBO: dict[str, Any] = {**EPSILON, "timestep_spacing": "trailing"}
 WIDTH, LENGTH = 16, 16
 
 

@@ -134,7 +134,8 @@ class Settings(BaseSettings):
     memory_limit_bytes: int = Field(
         0,
         ge=0,
-        description="Most device memory for the intermediate results of a step; 0: what is free.",
+        description="Most device memory for the intermediate results of a step; 0: what is "
+        "free. Of a GPU: on a CPU nothing is measured, and this has no effect.",
     )
     lora_dir: Path | None = Field(
         None,

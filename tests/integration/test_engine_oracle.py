@@ -11,7 +11,7 @@ import pytest
 from img2img_server.engine.base import Engine
 from img2img_server.engine.model_spec import SCHEDULERS
 from tests.engine_bench import BOUND, Stock, difference, job, load, pictures, run, running
-from tests.tiny_models import EPSILON, ZERO_SNR_V, write_sd, write_sdxl
+from tests.tiny_models import EPSILON, TURBO, ZERO_SNR_V, write_sd, write_sdxl
 
 MODELS: dict[str, Any] = {
     "sd with a KL autoencoder": (write_sd, {"scheduler": EPSILON}),
@@ -22,8 +22,8 @@ MODELS: dict[str, Any] = {
         {"scheduler": EPSILON, "takes_guidance": True},
     ),
     "sdxl": (write_sdxl, {"scheduler": EPSILON}),
+    "sdxl turbo": (write_sdxl, {"scheduler": TURBO}),
 }
-WITH_EVERY_REQUEST = ("sd with a KL autoencoder", "sdxl")
 REQUESTS: dict[str, dict[str, Any]] = {
     "a breath of change": {"strength": 0.1, "num_inference_steps": 13},
     "weak, guided": {"strength": 0.3, "num_inference_steps": 7, "guidance_scale": 7.5},
@@ -69,12 +69,10 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_picture_is_the_stock_pipelines_picture(
-    model: str, engine: Engine, stock: Stock, scheduler: str
+    engine: Engine, stock: Stock, scheduler: str
 ) -> None:
     found = {}
-    # The autoencoder and the kind of prediction do not know what the request was.
-    requests = REQUESTS if model in WITH_EVERY_REQUEST else dict([*REQUESTS.items()][2:5])
-    for name, changes in requests.items():
+    for name, changes in REQUESTS.items():
         wanted = job(scheduler=scheduler, **changes)
         pairs = zip(pictures(run(engine, wanted)), stock.pictures(wanted), strict=True)
         found[name] = max(difference(ours, theirs) for ours, theirs in pairs)
