@@ -53,6 +53,7 @@ class DeterminismClass(StrEnum):
     UNSPECIFIED = "unspecified"
     EXACT = "exact"
     BOUNDED = "bounded"
+    CLOSE = "close"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

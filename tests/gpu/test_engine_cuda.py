@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from img2img_server.domain.job import Determinism
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import CudaMeter, Memory
 from img2img_server.engine.options import ModelOptions
 from img2img_server.engine.read_out import ReadOut
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, difference, job, pictures, run, running
+from tests.engine_bench import BOUND, Inbox, difference, job, pictures, run, running
 from tests.tiny_models import write_sd
 
 pytestmark = [
@@ -85,6 +86,27 @@ def test_captured_graphs_draw_the_same_pictures(folder: Path) -> None:
 
     pairs = zip(found["off"], found["whole"], strict=True)
     assert max(difference(one, other) for one, other in pairs) <= BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strangers_in_the_batch_change_a_picture_by_little(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    denoiser = DiffusersDenoiser.load(str(folder), torch.device("cuda"), dtype)
+    assert denoiser.determinism is Determinism.CLOSE
+    with running(denoiser) as engine:
+        alone = pictures(run(engine, WANTED))
+        strangers = [replace(WANTED, job_id=n, seeds=(n,), prompt="fog") for n in range(2, 6)]
+        inboxes = [Inbox() for _ in strangers]
+        for stranger, inbox in zip(strangers, inboxes, strict=True):
+            engine.submit(stranger, inbox)
+        packed = pictures(run(engine, replace(WANTED, job_id=9)))
+        for inbox in inboxes:
+            inbox.all()
+
+    apart = max(difference(one, other) for one, other in zip(alone, packed, strict=True))
+    print(f"{dtype}: at most {apart} of 255 levels apart")
+    assert apart <= (BOUND if dtype is torch.float32 else 8 * BOUND)
 
 
 def test_peaks_are_measured(folder: Path) -> None:

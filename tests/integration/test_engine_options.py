@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._inductor import config as inductor
 
+from img2img_server.domain.job import Determinism
 from img2img_server.engine.admit import admit
 from img2img_server.engine.base import EngineJob, JobError, Pixels, PreviewReady
 from img2img_server.engine.denoiser import Conditioning
@@ -194,6 +195,18 @@ def test_a_tiny_autoencoder_makes_the_pictures_when_told(folder: Path, tiny_vae:
 
     (one,), (other,) = mixed.decode(latents), whole.decode(latents)
     assert difference(one.pixels(), other.pixels()) == 0
+
+
+def test_only_what_tests_hold_is_promised_with_a_bound(folder: Path) -> None:
+    cpu = torch.device("cpu")
+    promised = {
+        dtype: DiffusersDenoiser.load(str(folder), cpu, dtype).determinism
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert promised == {
+        torch.float32: Determinism.BOUNDED,
+        torch.bfloat16: Determinism.CLOSE,
+    }
 
 
 def test_prompts_of_jobs_that_begin_together_are_encoded_in_one_batch(folder: Path) -> None:

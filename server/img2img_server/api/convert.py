@@ -37,6 +37,7 @@ _DETERMINISM = {
     Determinism.UNKNOWN: job_pb2.DETERMINISM_CLASS_UNSPECIFIED,
     Determinism.EXACT: job_pb2.DETERMINISM_CLASS_EXACT,
     Determinism.BOUNDED: job_pb2.DETERMINISM_CLASS_BOUNDED,
+    Determinism.CLOSE: job_pb2.DETERMINISM_CLASS_CLOSE,
 }
 
 

@@ -41,6 +41,7 @@ class Determinism(StrEnum):
     UNKNOWN = "unknown"
     EXACT = "exact"
     BOUNDED = "bounded"
+    CLOSE = "close"
 
 
 class IllegalTransitionError(Exception):

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from img2img_server.domain.job import Determinism
 from img2img_server.engine.base import Pixels
 from img2img_server.engine.sampler import Schedule
 
@@ -99,6 +100,11 @@ class Denoiser(Protocol):
     @property
     def device_name(self) -> str:
         """For people: "cpu" or "NVIDIA H100 80GB HBM3"."""
+        ...
+
+    @property
+    def determinism(self) -> Determinism:
+        """How alike its pictures of one request are, whatever shares the batches."""
         ...
 
     def slots(self, guidance_scale: float) -> int:

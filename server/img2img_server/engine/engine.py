@@ -102,8 +102,7 @@ class DiffusionEngine:
 
     @property
     def determinism(self) -> Determinism:
-        # What a row shares its batches with decides how the last bits of its arithmetic round.
-        return Determinism.BOUNDED
+        return self._denoiser.determinism
 
     @property
     def capacity_rows(self) -> int:

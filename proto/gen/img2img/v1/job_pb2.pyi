@@ -85,6 +85,8 @@ class _DeterminismClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dete
     """Byte for byte equal on the same build and hardware, whatever ran beside it."""
     DETERMINISM_CLASS_BOUNDED: _DeterminismClass.ValueType  # 2
     """Equal within 2/255 per channel: batching may change the last bits of a sum."""
+    DETERMINISM_CLASS_CLOSE: _DeterminismClass.ValueType  # 3
+    """Alike, without a stated bound: half precision, or a GPU, whose sums depend on the batch more."""
 
 class DeterminismClass(_DeterminismClass, metaclass=_DeterminismClassEnumTypeWrapper):
     """How a picture compares with the one the same request gives again."""
@@ -95,6 +97,8 @@ DETERMINISM_CLASS_EXACT: DeterminismClass.ValueType  # 1
 """Byte for byte equal on the same build and hardware, whatever ran beside it."""
 DETERMINISM_CLASS_BOUNDED: DeterminismClass.ValueType  # 2
 """Equal within 2/255 per channel: batching may change the last bits of a sum."""
+DETERMINISM_CLASS_CLOSE: DeterminismClass.ValueType  # 3
+"""Alike, without a stated bound: half precision, or a GPU, whose sums depend on the batch more."""
 Global___DeterminismClass: _TypeAlias = DeterminismClass  # noqa: Y015
 
 @_typing.final
