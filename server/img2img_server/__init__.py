@@ -1,5 +1,8 @@
 """The img2img service: roles api, gateway, worker and local."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("img2img-service")
+try:
+    __version__ = version("img2img-service")
+except PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = "0+unknown"

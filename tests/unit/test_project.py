@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.packages import closure
 from tests.readme import ROOT
 
 DISTRIBUTION = "img2img-service"
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "pillow", "fastapi", "nats-py", "minio"}
-
-
-def closure(name: str, extras: frozenset[str] = frozenset()) -> set[str]:
-    """Names of everything that installing `name[extras]` brings, itself left out."""
-    found: set[tuple[str, frozenset[str]]] = set()
-    waiting = [(canonicalize_name(name), extras)]
-    while waiting:
-        current = waiting.pop()
-        if current in found:
-            continue
-        found.add(current)
-        for line in metadata.requires(current[0]) or []:
-            requirement = Requirement(line)
-            environments = [{"extra": extra} for extra in current[1] or {""}]
-            if requirement.marker and not any(map(requirement.marker.evaluate, environments)):
-                continue
-            waiting.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    return {each for each, _ in found} - {canonicalize_name(name)}
 
 
 def pins() -> dict[str, str]:
@@ -113,3 +96,15 @@ def test_the_changelog_begins_with_the_version_of_the_project() -> None:
     headings = re.findall(r"^## \[?([^\]\s]+)", changelog, re.MULTILINE)
     assert headings[0] in ("Unreleased", version)
     assert next(heading for heading in headings if heading != "Unreleased") == version
+
+
+def test_a_checkout_that_is_not_installed_has_a_version_too() -> None:
+    # -S: without site-packages, so that no package's metadata is found.
+    answer = subprocess.run(
+        [sys.executable, "-S", "-c", "import img2img_server; print(img2img_server.__version__)"],
+        env={"PYTHONPATH": str(ROOT / "server")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout == "0+unknown\n"
