@@ -60,7 +60,7 @@ chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
 
 bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
-	$(BIN)/python -m benchmarks.engine $(ENGINE_ARGS)
+	$(BIN)/python -m benchmarks.engine --output .img2img/bench/engine.json $(ENGINE_ARGS)
 	$(BIN)/python -m benchmarks.engine_memory
 
 image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc)

@@ -1,35 +1,37 @@
 #!/bin/bash
-# The engine's benchmark on a GPU machine that has Python and torch and nothing else.
+# The engine's benchmark on a GPU machine that has torch and no network.
 #
-#   benchmarks/device.sh wheels DIR [PYTHON_VERSION]    where there is a network: collect wheels
-#   benchmarks/device.sh run DIR OUTPUT.json [...]      on the GPU machine, in a copy of this folder
+#   benchmarks/device.sh wheels DIR PYTHON [HAS...]   where there is a network: collect wheels for
+#       the GPU machine's Python ("3.12"), without the packages that it has ("numpy pillow")
+#   benchmarks/device.sh run DIR OUTPUT.json [...]    on the GPU machine, in a copy of this folder:
+#       nine minutes; writes OUTPUT.json and OUTPUT.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# What benchmarks.engine_device imports, with what that needs, beside torch and what torch brings.
-packages='accelerate|annotated-types|anyio|certifi|click|diffusers|filelock|fsspec|h11|hf-xet|httpcore
-httpx|huggingface_hub|idna|importlib_metadata|numpy|packaging|pillow|psutil|pydantic|pydantic_core
-pydantic-settings|python-dotenv|PyYAML|regex|requests|safetensors|shellingham|tokenizers|tqdm
-transformers|typer|typing_extensions|typing-inspection|urllib3|charset-normalizer|zipp'
+# What is imported. pip finds what these need; none of them asks for torch.
+packages='diffusers transformers pydantic-settings pillow'
+# For downloads and for many connections: missed by nobody here.
+unneeded='hf_xet uvloop'
 pip=(python3 -m pip --disable-pip-version-check -q)
-case "${1:-}" in
+word=$([ $# -lt 3 ] || echo "$1")
+case "$word" in
 wheels)
-	options=(--only-binary :all:)
-	[ -z "${3:-}" ] || options+=(--python-version "$3")
-	mkdir -p "$2/engine" "$2/litserve"
-	grep -iE "^(${packages//$'\n'/|})==" constraints.txt >"$2/engine/packages.txt"
-	"${pip[@]}" download "${options[@]}" --no-deps -d "$2/engine" -r "$2/engine/packages.txt"
-	"${pip[@]}" download "${options[@]}" -d "$2/litserve" -r benchmarks/litserve.txt
-	du -sh "$2"
+	wheels=$2 python=$3
+	shift 3
+	# shellcheck disable=SC2086
+	"${pip[@]}" download --only-binary :all: --python-version "$python" -d "$wheels" \
+		-c constraints.txt $packages -r benchmarks/litserve.txt
+	for name in $unneeded "$@"; do rm -f "$wheels/$name"-[0-9]*.whl; done
+	du -sh "$wheels"
 	;;
 run)
 	wheels=$2 output=$3
 	shift 3
-	"${pip[@]}" install --no-index --no-deps --upgrade --target .img2img/device "$wheels"/engine/*.whl
+	"${pip[@]}" install --no-index --no-deps --upgrade --target .img2img/device "$wheels"/*.whl
 	PYTHONPATH=.img2img/device:proto/gen:server:. python3 -m benchmarks.engine_device \
-		--wheels "$wheels/litserve" --output "$output" "$@"
+		--budget $((540 - SECONDS)) --output "$output" "$@"
 	;;
 *)
-	sed -n '2,5s/^# \{0,1\}//p' "$0"
+	sed -n '2,8s/^# \{0,1\}//p' "$0"
 	exit 2
 	;;
 esac

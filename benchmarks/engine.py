@@ -16,9 +16,11 @@ report keeps the numbers of every round beside those of all rounds together.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -27,40 +29,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.ending import end_on_sigterm
 from benchmarks.engine_litserve import LitServeServer, install
 from benchmarks.engine_load import Request, Served, behind_long, merged, requests, summary
-from benchmarks.engine_process import (
-    EngineOf,
-    Place,
-    RemoteServer,
-    Server,
-    StockOf,
-    end_on_sigterm,
-)
+from benchmarks.engine_process import EngineOf, Place, RemoteServer, Server, StockOf
+from benchmarks.engine_report import READING, SATURATED, facts, load_table, write
 from img2img_server.engine.load import choose_device, choose_dtype
 from img2img_server.engine.model_spec import read_model_spec
-
-COLUMNS = {
-    "median": "median s",
-    "p95": "p95 s",
-    "p99": "p99 s",
-    "short_median": "short: median s",
-    "short_p95": "short: p95 s",
-    "behind_p95": "short behind long: p95 s",
-    "first_look_median": "first look s",
-    "device_seconds": "device s a picture",
-    "busy_share": "busy",
-    "overhead": "overhead",
-}
-SATURATED = "saturated"
-_READING = """\
-Loads are shares of what (a) can serve. Below saturation every system that keeps up serves what
-comes, so throughput is told of `saturated` only, where all requests of a round wait from the start;
-it counts to the last picture, the end included at which few are left to share a step. What the
-device works for a picture says at each load what could be served. Short requests are the third with
-the fewest pixels x forwards, long ones the third with the most; short ones behind a long one are
-those that come while it could not be done yet, had it been alone from its arrival. Latencies are
-those of all rounds together."""
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -83,20 +58,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "hardware": hardware(device, dtype),
         "results": {},
     }
-    servers = systems(place, arguments.wheels, arguments.litserve)
+    servers = systems(place, arguments.litserve)
     sizes = arguments.requests, arguments.loads, arguments.sides, arguments.rounds
     for name, found in compare(servers, *sizes):
         report["results"][name] = found
-        write(report, arguments.output)  # whatever becomes of the next one
+        write(report, arguments.output, markdown)  # whatever becomes of the next one
     return report
-
-
-def write(report: dict[str, Any], output: Path | None) -> None:
-    """As JSON and Markdown."""
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
 
 
 def place_of(source: str, device: torch.device, dtype: torch.dtype, rows: int) -> Place:
@@ -104,13 +71,13 @@ def place_of(source: str, device: torch.device, dtype: torch.dtype, rows: int) -
     return Place(source, str(device), name, torch.get_num_threads(), rows)
 
 
-def systems(place: Place, wheels: Path | None, litserve: bool = True) -> dict[str, Server]:
+def systems(place: Place, litserve: bool = True) -> dict[str, Server]:
     """What is compared; LitServe if wanted."""
     found: dict[str, Server] = {
         "(a) stock, one at a time": RemoteServer(StockOf(place, 1)),
         "(b) stock, static batches": RemoteServer(StockOf(place, place.rows)),
     }
-    if litserve and install(wheels):
+    if litserve and install():
         log = Path(".img2img") / "litserve.log"
         found["(c) LitServe, dynamic batches"] = LitServeServer(place, log)
     found["(d) this engine"] = RemoteServer(EngineOf(place))
@@ -123,19 +90,25 @@ def compare(
     loads: Sequence[float],
     sides: Sequence[int],
     rounds: int = 1,
+    seconds: float = math.inf,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Serves every load with every system: its name, summaries by system. Stops the systems."""
+    """Serves every load with every system: its name, summaries by system. Stops the systems.
+
+    Args:
+        count: requests of a round.
+        seconds: fewer requests, but eight, where the first system alone works longer for them.
+    """
     try:
         for server in servers.values():
             server.serve(requests(4, None, sides, seed=99))  # warm up
         alone = next(iter(servers.values())).serve(requests(count, None, sides))
-        work = sum(outcome.request.pixel_forwards for outcome in alone.outcomes)
-        rates: dict[str, float | None] = {
-            f"load {load:g}": load * count / alone.busy for load in loads
-        }
+        pace = alone.busy / sum(outcome.request.pixel_forwards for outcome in alone.outcomes)
+        rate_alone = count / alone.busy
+        count = max(min(8, count), int(count * min(1.0, seconds / alone.busy)))
+        rates: dict[str, float | None] = {f"load {load:g}": load * rate_alone for load in loads}
         for name, rate in {**rates, SATURATED: None}.items():
             rounds_of = [requests(count, rate, sides, seed) for seed in range(rounds)]
-            yield name, _serve(servers, rounds_of, alone.busy / work)
+            yield name, _serve(servers, rounds_of, pace)
     finally:
         for server in servers.values():
             server.stop()
@@ -163,9 +136,11 @@ def _serve(
 
 
 def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+    """What was measured on, with versions."""
+    is_gpu = device.type == "cuda"
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if is_gpu else _cpu_model(),
+        **({"driver": _driver(), "cuda": str(torch.version.cuda)} if is_gpu else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "cores": str(len(os.sched_getaffinity(0))),
         "torch threads": str(torch.get_num_threads()),
@@ -173,6 +148,14 @@ def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }
+
+
+def _driver() -> str:
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return "unknown"
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _cpu_model() -> str:
@@ -186,15 +169,11 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as tables for people."""
     head = f"Model {report['model']}, {report['rounds']} rounds of {report['requests']} requests, "
     head += f"{report['what']}; sides {report['sides']}, at most {report['rows']} rows. "
-    head += ", ".join(f"{key}: {value}" for key, value in report["hardware"].items())
-    lines = [head, "", f"`python -m benchmarks.engine {report['command']}`", "", _READING]
+    head += facts(report["hardware"])
+    lines = [head, "", f"`python -m benchmarks.engine {report['command']}`", "", READING]
     lines += ["", report["note"]] if report["note"] else []
-    for load, systems in report["results"].items():
-        columns = {"throughput": "pictures/s", **COLUMNS} if load == SATURATED else COLUMNS
-        lines += ["", f"**{load}**", "", "| | " + " | ".join(columns.values()) + " |"]
-        lines.append("|---|" + "---|" * len(columns))
-        for label, values in systems.items():
-            lines.append(f"| {label} | " + " | ".join(str(values[key]) for key in columns) + " |")
+    for load, found in report["results"].items():
+        lines += load_table(load, found)
     return "\n".join(lines) + "\n"
 
 
@@ -210,7 +189,6 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 320])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
-    parser.add_argument("--wheels", type=Path, help="folder with LitServe's wheels; default: pip")
     parser.add_argument("--litserve", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--note", default="", help="what else is to be known of this run")
     parser.add_argument("--output", type=Path)

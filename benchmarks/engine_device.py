@@ -1,161 +1,198 @@
 """What a device makes of the real architectures: random weights, made in place, nothing to load.
 
-Weights do not matter for speed. For each architecture, in this order: time and rate of a UNet step
-by batch size, eager, as CUDA graphs and compiled; the end-to-end time of one request of 1 to 4
-steps, eager and compiled; the systems of benchmarks.engine under the mixed load. Pictures stay in
-memory. What fails is noted and the rest goes on; what does not fit the budget is left out and
-named; the report is written after every part. One call of under ten minutes:
+Weights do not matter for speed. What matters most comes first: for every architecture time and rate
+of a UNet step by batch size and the end-to-end time of one request of 1 to 4 steps; then the
+systems of benchmarks.engine under the mixed load; then requests and steps compiled. Every part has
+a process and a time limit of its own, and the budget ends all of them: what fails or has no time
+costs nothing else and is named. The report, JSON and Markdown, is written anew after every number.
 
-    python -m benchmarks.engine_device --output FILE.json [--budget 540] [--wheels DIR]
+    python -m benchmarks.engine_device --output FILE.json [--budget 540]
 
-On a bare machine with torch, first collect wheels elsewhere and bring them along:
-benchmarks/device.sh does both.
+On a machine that has torch only, benchmarks/device.sh brings what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import tempfile
+import functools
+import multiprocessing
+import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.ending import end_on_sigterm
+from benchmarks.engine_report import READING, facts, load_table, table, write
+from img2img_server.engine.cpu_threads import wait_briefly
 
-from benchmarks.engine import compare, hardware, place_of, systems
-from benchmarks.engine_architectures import ARCHITECTURES, build
-from benchmarks.engine_device_parts import Steps, matrix_rate, request_latencies
-from benchmarks.engine_process import end_on_sigterm
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
-from img2img_server.engine.diffusers_load import accelerate
-from img2img_server.engine.load import choose_device, choose_dtype
-from img2img_server.engine.options import Compile, ModelOptions
+Rows = dict[str, Any]
+Work = Callable[[], Iterable[tuple[str, Rows]]]
+
+ARCHITECTURES = ("sd-turbo", "sdxl-turbo", "sd15", "toy")
+HARDWARE = "hardware"
+LOAD = "mixed load, "
+# In this order, with the seconds that each may take.
+LIMITS = {"eager": 90.0, "mixed load": 180.0, "compiled request": 120.0, "compiled steps": 150.0}
+_STOP_SECONDS = 15.0
+
+
+class PartError(Exception):
+    """A part did not come to its end; the text says why."""
 
 
 class Report:
-    """The parts, each run within the budget, noted as soon as it is done.
+    """What was found, what failed, and what is not done yet: a kill at any time leaves it true.
 
     Args:
-        output: a JSON file that is written anew after every part; None: printed only.
-        budget: seconds for all of it.
+        output: of the JSON; the Markdown lies beside it. None: kept in memory only.
     """
 
-    def __init__(self, head: dict[str, Any], output: Path | None, budget: float) -> None:
-        self._report: dict[str, Any] = {**head, "results": {}, "left_out": [], "failed": {}}
+    def __init__(self, parts: Iterable[str], output: Path | None) -> None:
+        self.found: dict[str, Any] = {
+            HARDWARE: {},
+            "command": " ".join(sys.argv[1:]),
+            "results": {},
+            "left_out": list(parts),
+            "failed": {},
+        }
         self._output = output
-        self._began, self._budget = time.monotonic(), budget
 
-    def part(self, architecture: str, name: str, needs: float, work: Callable[[], Any]) -> None:
-        """Runs one part if `needs` seconds are left; a failure is noted with its last lines."""
-        left = self._budget - (time.monotonic() - self._began)
-        if left < needs:
-            self._report["left_out"].append(f"{architecture}: {name}")
-        else:
-            began = time.monotonic()
+    def run(self, architecture: str, part: str, work: Work, seconds: float) -> None:
+        """Notes what a part finds, as it finds it, and how it fails."""
+        name, began = f"{architecture}: {part}", time.monotonic()
+        self.found["left_out"].remove(name)
+        try:
+            for title, rows in bounded(work, seconds):
+                if title == HARDWARE:
+                    self.found[HARDWARE].update(rows)
+                else:
+                    tables = self.found["results"].setdefault(architecture, {})
+                    tables.setdefault(title, {}).update(rows)
+                write(self.found, self._output, markdown)
+        except PartError as error:
+            self.found["failed"][name] = str(error)
+        write(self.found, self._output, markdown)
+        print(f"{name} took {time.monotonic() - began:.1f} s", flush=True)
+
+
+def bounded(work: Work, seconds: float) -> Iterator[tuple[str, Rows]]:
+    """What `work` yields in a process of its own, which is ended after so many seconds.
+
+    Raises:
+        PartError: it raised, died or had not enough time.
+    """
+    context = multiprocessing.get_context("spawn")
+    end, other = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(other, work))
+    until = time.monotonic() + seconds
+    process.start()
+    other.close()
+    try:
+        while end.poll(max(0.0, until - time.monotonic())):
             try:
-                found = work()
-            except Exception:  # one part must not cost the others
-                self._report["failed"][f"{architecture}: {name}"] = traceback.format_exc()[-2000:]
-            else:
-                self._report["results"].setdefault(architecture, {})[name] = found
-            print(f"{architecture}: {name} took {time.monotonic() - began:.1f} s", flush=True)
-        if self._output:
-            self._output.parent.mkdir(parents=True, exist_ok=True)
-            self._output.write_text(self.text, encoding="utf-8")
-
-    @property
-    def text(self) -> str:
-        return json.dumps(self._report, indent=2) + "\n"
-
-
-def measure(name: str, arguments: argparse.Namespace, report: Report, rate: float) -> None:
-    """All parts of one architecture."""
-    device = choose_device(arguments.device)
-    dtype = choose_dtype(arguments.dtype, device)
-    repeats, side = arguments.repeats, arguments.side
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline = build(name, Path(folder), device, dtype)
-
-    def steps(batches: list[int], **compiler: Any) -> dict[str, Any]:
-        denoiser = DiffusersDenoiser(pipeline)
-        if compiler:
-            torch._dynamo.reset()
-            denoiser._unet = torch.compile(denoiser._unet, dynamic=False, **compiler)
-        return Steps(denoiser, side, repeats).measure(rate, batches)
-
-    def compiled_requests() -> dict[str, float]:
-        torch._dynamo.reset()
-        options = ModelOptions(compile=Compile.WHOLE)
-        accelerate(pipeline, options)
-        return request_latencies(pipeline, side, options)
-
-    few = arguments.compiled_batches
-    report.part(name, "steps, eager", 20, lambda: steps(arguments.batches))
-    report.part(name, "request ms, eager", 10, lambda: request_latencies(pipeline, side))
-    if arguments.compile:
-        if device.type == "cuda":
-            graphs = {"backend": "cudagraphs"}
-            report.part(name, "steps, CUDA graphs", 40, lambda: steps(few, **graphs))
-        mode = {"mode": "reduce-overhead"} if device.type == "cuda" else {"mode": "default"}
-        report.part(name, "steps, compiled", 120, lambda: steps(few, **mode))
-    if name in arguments.loaded:
-        report.part(name, "mixed load", 90, lambda: loads(name, device, dtype, arguments))
-    if arguments.compile:  # last: it leaves the pipeline compiled
-        report.part(name, "request ms, compiled", 60, compiled_requests)
+                message = end.recv()
+            except EOFError:
+                process.join()
+                if process.exitcode:
+                    raise PartError(f"its process ended with {process.exitcode}") from None
+                return
+            if isinstance(message, str):
+                raise PartError(message)
+            yield message
+        raise PartError(f"not done after {seconds:.0f} s")
+    finally:
+        process.terminate()
+        process.join(_STOP_SECONDS)
+        process.kill()
+        process.join()
 
 
-def loads(
-    name: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """The systems of benchmarks.engine."""
-    place = place_of(name, device, dtype, arguments.rows)
-    servers = systems(place, arguments.wheels, arguments.litserve)
-    sizes = arguments.requests, arguments.loads, [arguments.side], arguments.rounds
-    return dict(compare(servers, *sizes))
+def _work(end: Connection, work: Work) -> None:
+    end_on_sigterm()
+    try:
+        for found in work():
+            end.send(found)
+    except Exception:  # whatever it is, the other parts go on
+        end.send(traceback.format_exc()[-2000:])
+
+
+def _part(
+    part: str, architecture: str, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Rows]]:
+    # Takes seconds, which are the budget's.
+    from benchmarks.engine_device_parts import PARTS
+
+    return PARTS[part](architecture, arguments)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as tables for people."""
+    lines = [
+        facts(report[HARDWARE]),
+        "",
+        f"`python -m benchmarks.engine_device {report['command']}`",
+        "",
+        "Random weights. `share`: of the rate of a large matrix product on the same device.",
+        "",
+        READING,
+    ]
+    for architecture, tables in report["results"].items():
+        lines += ["", f"## {architecture}"]
+        for title, rows in tables.items():
+            is_load = title.startswith(LOAD)
+            lines += load_table(title, rows) if is_load else table(title, rows)
+    if report["failed"] or report["left_out"]:
+        lines += ["", "## Not measured", ""]
+        lines += [f"- {name}: {why.splitlines()[-1]}" for name, why in report["failed"].items()]
+        lines += [f"- {name}: no time was left" for name in report["left_out"]]
+    return "\n".join(lines) + "\n"
+
+
+def plan(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Architecture and part, in the order in which they run."""
+    parts = [part for part in LIMITS if arguments.compile or not part.startswith("compiled")]
+    return [
+        (architecture, part)
+        for part in parts
+        for architecture in (arguments.loaded if part == "mixed load" else arguments.architectures)
+    ]
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs, prints and writes JSON."""
+    """Runs within the budget, prints, writes JSON and Markdown."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__)
-    choices = list(ARCHITECTURES)
-    parser.add_argument("--architectures", nargs="+", choices=choices, default=choices[:3])
-    parser.add_argument("--loaded", nargs="*", choices=choices, default=["sd-turbo"])
+    names: dict[str, Any] = {"choices": ARCHITECTURES}
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES[:3], **names)
+    parser.add_argument("--loaded", nargs="*", default=ARCHITECTURES[:1], **names)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--compiled-batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=24, help="of a load, at most")
+    parser.add_argument("--load-seconds", type=float, default=10.0, help="of the stock pipeline")
     parser.add_argument("--loads", type=float, nargs="*", default=[0.9])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--litserve", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds")
-    parser.add_argument("--wheels", type=Path, help="folder with LitServe's wheels; default: pip")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(words)
     end_on_sigterm()
-    device = choose_device(arguments.device)
-    dtype = choose_dtype(arguments.dtype, device)
-    rate = matrix_rate(device, dtype)
-    head = {
-        "hardware": {**hardware(device, dtype), "matrix TFLOP/s": f"{rate:.2f}"},
-        "side": arguments.side,
-    }
-    report = Report(head, arguments.output, arguments.budget)
-    with torch.inference_mode():
-        for name in arguments.architectures:
-            measure(name, arguments, report, rate)
-            gc.collect()  # the next one may need all of the device
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    print(report.text)
+    wait_briefly()  # in the processes of the parts
+    parts = plan(arguments)
+    report = Report([f"{architecture}: {part}" for architecture, part in parts], arguments.output)
+    for architecture, part in parts:
+        left = arguments.budget - (time.monotonic() - began)
+        if left > 0:
+            work = functools.partial(_part, part, architecture, arguments)
+            report.run(architecture, part, work, min(left, LIMITS[part]))
+    print(markdown(report.found))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,31 @@
-"""The single measurements of benchmarks.engine_device."""
+"""The parts of benchmarks.engine_device. Each yields tables, row by row, and first the hardware."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.engine import compare, hardware, place_of, systems
+from benchmarks.engine_architectures import build
+from benchmarks.engine_device import HARDWARE, LOAD
 from benchmarks.engine_load import Request
 from benchmarks.engine_servers import EngineServer
 from img2img_server.engine.denoiser import TextInput
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
-from img2img_server.engine.options import ModelOptions
+from img2img_server.engine.diffusers_load import accelerate
+from img2img_server.engine.load import choose_device, choose_dtype
+from img2img_server.engine.options import Compile, ModelOptions
+
+Found = Iterator[tuple[str, dict[str, Any]]]
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -44,75 +54,108 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / seconds(lambda: one @ one, device, 10) / 1e12
 
 
-class Steps:
-    """Times the UNet of a denoiser by batch size."""
+def eager(name: str, arguments: argparse.Namespace) -> Found:
+    """Steps by batch size, and single requests."""
+    bench = Bench(name, arguments)
+    yield bench.hardware
+    yield from bench.steps("UNet step by rows, eager", arguments.batches)
+    yield from bench.requests("one request by steps, eager", ModelOptions())
 
-    def __init__(self, denoiser: DiffusersDenoiser, side: int, repeats: int) -> None:
-        self._denoiser = denoiser
-        self._side = side
-        self._repeats = repeats
-        text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=side, width=side)
-        (self._conditioning,) = denoiser.encode_texts([text])
 
-    def measure(self, rate: float, batches: Sequence[int]) -> dict[str, dict[str, float]]:
+def mixed_load(name: str, arguments: argparse.Namespace) -> Found:
+    """The systems of benchmarks.engine."""
+    device = choose_device(arguments.device)
+    place = place_of(name, device, choose_dtype(arguments.dtype, device), arguments.rows)
+    servers = systems(place, arguments.litserve)
+    count, seconds = arguments.requests, arguments.load_seconds
+    found = compare(servers, count, arguments.loads, [arguments.side], seconds=seconds)
+    for load, summaries in found:
+        yield LOAD + load, summaries
+
+
+def compiled_request(name: str, arguments: argparse.Namespace) -> Found:
+    """Single requests, as the engine compiles them."""
+    bench = Bench(name, arguments)
+    options = ModelOptions(compile=Compile.WHOLE)
+    accelerate(bench.pipeline, options)
+    yield from bench.requests("one request by steps, compiled", options)
+
+
+def compiled_steps(name: str, arguments: argparse.Namespace) -> Found:
+    """Steps, as the engine compiles them."""
+    bench = Bench(name, arguments)
+    accelerate(bench.pipeline, ModelOptions(compile=Compile.WHOLE))
+    yield from bench.steps("UNet step by rows, compiled", arguments.compiled_batches)
+
+
+PARTS: dict[str, Callable[[str, argparse.Namespace], Found]] = {
+    "eager": eager,
+    "mixed load": mixed_load,
+    "compiled request": compiled_request,
+    "compiled steps": compiled_steps,
+}
+
+
+class Bench:
+    """One architecture on the device."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self._device = choose_device(arguments.device)
+        self._dtype = choose_dtype(arguments.dtype, self._device)
+        self._side, self._repeats = arguments.side, arguments.repeats
+        with tempfile.TemporaryDirectory() as folder:
+            self.pipeline = build(name, Path(folder), self._device, self._dtype)
+        self._rate = matrix_rate(self._device, self._dtype)
+        self._flops = self._count()  # before anything is compiled: the counter sees through nothing
+
+    @property
+    def hardware(self) -> tuple[str, dict[str, str]]:
+        found = hardware(self._device, self._dtype)
+        side = str(self._side)
+        return HARDWARE, {**found, "matrix TFLOP/s": f"{self._rate:.2f}", "side": side}
+
+    @torch.inference_mode()
+    def steps(self, title: str, batches: Sequence[int]) -> Found:
         """Milliseconds and TFLOP/s of a step, and its share of the device's matrix rate."""
-        flops = self._flops()
-        found = {}
+        denoiser = DiffusersDenoiser(self.pipeline)
         for batch in batches:
+            inputs = self._inputs(denoiser, batch)
             began = time.perf_counter()
-            step = self._step(batch)
-            step()
+            denoiser.denoise(*inputs)
             first = time.perf_counter() - began
-            took = seconds(step, self._denoiser.device, self._repeats)
-            achieved = flops * batch / took / 1e12
-            found[str(batch)] = {
+            took = seconds(lambda: denoiser.denoise(*inputs), self._device, self._repeats)  # noqa: B023
+            achieved = self._flops * batch / took / 1e12
+            row = {
                 "ms": round(took * 1e3, 2),
-                "tflops": round(achieved, 4),
-                "share": round(achieved / rate, 3),
-                "first_call_s": round(first, 1),
+                "TFLOP/s": round(achieved, 4),
+                "share": round(achieved / self._rate, 3),
+                "first call s": round(first, 1),
             }
-        return found
+            yield title, {str(batch): row}
 
-    def _flops(self) -> int:
-        """Of one forward, counted without running one: the counter sees through no compiler."""
-        unet = self._denoiser._unet
-        counter = FlopCounterMode(display=False)
-        with counter, torch._dynamo.config.patch(disable=True):
-            DiffusersDenoiser.denoise(
-                _with_unet(self._denoiser, getattr(unet, "_orig_mod", unet)),
-                *self._inputs(1),
-            )
+    def requests(self, title: str, options: ModelOptions) -> Found:
+        """Milliseconds of one unguided request alone; the median of five, after two others."""
+        # A clock would be in the compiler's way; one row keeps it from building other batches.
+        server = EngineServer(self.pipeline, None, 1, options)
+        for steps in (1, 2, 3, 4):
+            one = Request(0, 0.0, self._side, 1.0, steps, 1.0, "a harbour at dusk")
+            loads = [[replace(one, number=number)] for number in range(7)]
+            times = [server.serve(load).outcomes[0].latency for load in loads]
+            yield title, {str(steps): {"ms": round(statistics.median(times[2:]) * 1e3, 1)}}
+        server.stop()
+
+    @torch.inference_mode()
+    def _count(self) -> int:
+        """FLOPs of a forward of one row."""
+        denoiser = DiffusersDenoiser(self.pipeline)
+        with FlopCounterMode(display=False) as counter:
+            denoiser.denoise(*self._inputs(denoiser, 1))
         return int(counter.get_total_flops())
 
-    def _inputs(self, batch: int) -> tuple[Any, Any, Any]:
-        device, channels = self._denoiser.device, self._denoiser._unet.config.in_channels
-        latents = torch.randn(batch, channels, self._side // 8, self._side // 8, device=device)
-        timesteps = torch.full((batch,), 500.0, device=device)
-        return latents, timesteps, [self._conditioning] * batch
-
-    def _step(self, batch: int) -> Callable[[], Any]:
-        latents, timesteps, conditionings = self._inputs(batch)
-        return lambda: self._denoiser.denoise(latents, timesteps, conditionings)
-
-
-def _with_unet(denoiser: DiffusersDenoiser, unet: Any) -> DiffusersDenoiser:
-    """The denoiser with its UNet as it was before it was compiled."""
-    plain = object.__new__(DiffusersDenoiser)
-    plain.__dict__.update(denoiser.__dict__, _unet=unet)
-    return plain
-
-
-def request_latencies(
-    pipeline: Any, side: int, options: ModelOptions | None = None
-) -> dict[str, float]:
-    """Milliseconds of one unguided request alone, by its steps; the median of five."""
-    server = EngineServer(pipeline, None, 8, options)  # a clock would be in the compiler's way
-    found = {}
-    for steps in (1, 2, 3, 4):
-        one = Request(0, 0.0, side, 1.0, steps, 1.0, "a harbour at dusk")
-        times = [
-            server.serve([replace(one, number=number)]).outcomes[0].latency for number in range(7)
-        ]
-        found[str(steps)] = round(statistics.median(times[2:]) * 1e3, 1)
-    server.stop()
-    return found
+    def _inputs(self, denoiser: DiffusersDenoiser, batch: int) -> tuple[Any, Any, Any]:
+        side, channels = self._side, self.pipeline.unet.config.in_channels
+        text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=side, width=side)
+        conditionings = denoiser.encode_texts([text])
+        latents = torch.randn(batch, channels, side // 8, side // 8, device=self._device)
+        timesteps = torch.full((batch,), 500.0, device=self._device)
+        return latents, timesteps, list(conditionings) * batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -28,20 +29,16 @@ PACKAGES = ROOT / ".img2img" / "litserve"
 _START_SECONDS = 240.0
 
 
-def install(wheels: Path | None = None) -> bool:
-    """Puts LitServe where the server finds it. Prints why when it cannot.
-
-    Args:
-        wheels: a folder to take it from, on a machine without a network.
-    """
+def install() -> bool:
+    """Puts LitServe where the server finds it, if it is not there. Prints why when it cannot."""
     pinned = ROOT / "benchmarks" / "litserve.txt"
     done = PACKAGES / ".installed"
+    if importlib.util.find_spec("litserve"):
+        return True
     if done.is_file() and done.read_text(encoding="utf-8") == pinned.read_text(encoding="utf-8"):
         return True
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
     command += ["--upgrade", "--target", str(PACKAGES), "-r", str(pinned)]
-    if wheels:
-        command += ["--no-index", "--find-links", str(wheels)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         print("(c) skipped: LitServe cannot be installed:", answer.stderr.strip()[-300:])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,16 +114,6 @@ class RemoteServer:
         self._end.close()
         self._process.join(STOP_SECONDS)
         self._process.kill()
-
-
-def end_on_sigterm() -> None:
-    """Lets a SIGTERM leave no process behind. For the main thread."""
-
-    def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def _serve(end: Connection, make: StockOf | EngineOf) -> None:
