@@ -1,16 +1,12 @@
-"""The autoencoder: diffusers' AutoencoderTiny, 8x smaller in each direction, 32 channels.
+"""Trains the decoder on photos and rendered views; the encoder is computed (`encoder.py`).
 
-The encoder is a linear code that is computed, not trained (`basis.py`), so latents never change
-and the denoiser need not wait. `python -m recipe.autoencoder --minutes 30` trains the decoder on
-photos and rendered views; `--resume` goes on with it.
+`python -m recipe.autoencoder --minutes 30` starts, or goes on where the last checkpoint stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,60 +15,30 @@ from torch import nn
 from torch.nn import functional
 
 from recipe import paths
-from recipe.basis import set_encoder
+from recipe.checkpoint import Checkpoint, averaged
 from recipe.crops import Crops
+from recipe.encoder import (
+    WIDTH,
+    encoder_state,
+    load_encoder,
+    new_autoencoder,
+    to_images,
+    to_model,
+)
 from recipe.muon import optimizers, set_rate
-from recipe.runtime import Clock, device, follow, save
+from recipe.runtime import Clock, device, follow
 
-WIDTH, LATENT_CHANNELS = 48, 32
-ENCODER_BLOCKS, DECODER_BLOCKS = (0, 0, 0, 0), (3, 2, 1, 0)
 NOISE = 0.1  # deviation; the denoiser's latents are never exact, and the decoder learns that
 HINTS = 0.3  # weight of what the inner resolutions are asked for
-BASIS_CROPS, BASIS_SIDE = 1500, 64
-CHECKPOINT = paths.CHECKPOINTS / "autoencoder.pt"
+CHECKPOINT = paths.CHECKPOINTS / "decoder.pt"
 
 
-def new_autoencoder() -> AutoencoderTiny:
-    model = AutoencoderTiny(
-        latent_channels=LATENT_CHANNELS,
-        encoder_block_out_channels=(WIDTH,) * 4,
-        decoder_block_out_channels=(WIDTH,) * 4,
-        num_encoder_blocks=ENCODER_BLOCKS,
-        num_decoder_blocks=DECODER_BLOCKS,
-        scaling_factor=1.0,
-        force_upcast=False,
-    )
-    for name, module in model.decoder.named_modules():
-        if isinstance(module, nn.Conv2d):
-            last_of_branch = name.endswith("conv.4")  # AutoencoderTinyBlock: conv, relu, x3
-            nn.init.orthogonal_(module.weight, gain=0.2 if last_of_branch else 1.2)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    return model.to(memory_format=torch.channels_last)
-
-
-def load_autoencoder(path: Path = CHECKPOINT) -> AutoencoderTiny:
+def load_autoencoder() -> AutoencoderTiny:
+    """With the running average of the decoder's weights."""
     model = new_autoencoder()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+    model.encoder.load_state_dict(encoder_state())
+    model.decoder.load_state_dict(averaged(CHECKPOINT))
     return model.eval().requires_grad_(False)
-
-
-def channel_deviations(path: Path = CHECKPOINT) -> torch.Tensor:
-    """How far each latent channel moves the pixels: its deviation over the blocks' 192 values."""
-    state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state["deviations"]
-
-
-def to_model(images: np.ndarray) -> torch.Tensor:
-    """uint8 N x H x W x 3 -> float N x 3 x H x W in -1..1."""
-    tensor = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float()
-    return (tensor / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def to_images(tensor: torch.Tensor) -> np.ndarray:
-    """float N x 3 x H x W in -1..1 -> uint8 N x H x W x 3."""
-    pixels = (tensor.clamp(-1, 1) + 1) * 127.5
-    return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def reconstruction_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
@@ -110,9 +76,9 @@ class Hints(nn.Module):
 
 
 @torch.no_grad()
-def psnr(model: AutoencoderTiny, images: torch.Tensor) -> float:
+def psnr(encoder: nn.Module, decoder: nn.Module, images: torch.Tensor) -> float:
     """Mean over the pictures, in dB, of pixels rounded and clamped as they would be saved."""
-    got = to_images(model.decoder(model.encoder(images))).astype(np.float32)
+    got = to_images(decoder(encoder(images))).astype(np.float32)
     want = to_images(images).astype(np.float32)
     return float((10 * np.log10(255**2 / ((got - want) ** 2).mean((1, 2, 3)))).mean())
 
@@ -122,61 +88,49 @@ def train(
     batch: int = 8,
     side: int = 64,
     rate: float = 0.015,
-    resume: bool = False,
     at_least: int = 0,
 ) -> list[float]:
-    """Returns the loss of every step; goes on past the time until `at_least` steps are done.
-
-    What is saved is the running average of the weights.
-    """
+    """Returns the loss of every step of this run; at least so many, whatever the time says."""
     where = device()
-    crops = Crops(seed=int(time.time()) if resume else 0)
-    model = load_autoencoder() if resume else new_autoencoder()
-    if resume:
-        deviations = channel_deviations()
-    else:
-        deviations = set_encoder(model, to_model(crops.draw(BASIS_CROPS, BASIS_SIDE)))
-    average = copy.deepcopy(model).to(where).requires_grad_(False)
-    model.to(where).train().requires_grad_(False)
-    decoder = model.decoder.requires_grad_(True)
+    encoder = load_encoder().to(where)
+    decoder = new_autoencoder().decoder.to(where).train()
+    average = copy.deepcopy(decoder).requires_grad_(False)
     hints = Hints(decoder).to(where)
     chosen = optimizers(decoder, rate, adam_rate=0.06 * rate)
-    chosen_hints = torch.optim.Adam(hints.parameters(), 2e-3)
-    held_back = to_model(crops.views[::16, 0]).to(where)
-    clock = Clock(minutes, at_least=at_least)
+    every = [*chosen, torch.optim.Adam(hints.parameters(), 2e-3)]
+    kept = Checkpoint(CHECKPOINT, {"model": decoder, "average": average, "hints": hints}, every)
+    clock = Clock(minutes, kept.spent, at_least)
     losses: list[float] = []
-
-    def keep() -> None:
-        save({"model": average.state_dict(), "deviations": deviations}, CHECKPOINT)
-
-    keep()  # latents can be computed from now on
+    if clock.done == 1:
+        return losses
+    crops = Crops(seed=kept.step)
+    held_back = to_model(crops.views[::16, 0]).to(where)
     while clock.tick():
         images = to_model(crops.draw(batch, side)).to(where)
-        latents = model.encoder(images)
+        latents = encoder(images)
         level = NOISE * torch.rand(len(images), 1, 1, 1, device=where)
         loss = reconstruction_loss(decoder(latents + level * torch.randn_like(latents)), images)
         (loss + HINTS * (1 - clock.done) * hints.loss(images)).backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         set_rate(chosen, clock.rate(warmup=0.03))
-        for optimizer in (*chosen, chosen_hints):
+        for optimizer in every:
             optimizer.step()
             optimizer.zero_grad()
-        follow(average, model, len(losses), 0.998)
+        follow(average, decoder, kept.step, 0.998)
         losses.append(loss.item())
-        if len(losses) % 500 == 0:
+        kept.stepped(clock)
+        if kept.step % 500 == 0:
             mean = np.mean(losses[-500:])
-            quality = psnr(average, held_back)
-            print(f"{len(losses)} {clock} loss {mean:.4f} photos {quality:.1f} dB", flush=True)
-            keep()
-    keep()
+            quality = psnr(encoder, average, held_back)
+            print(f"{kept.step} {clock} loss {mean:.4f} photos {quality:.1f} dB", flush=True)
+    kept.keep(clock)
     return losses
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=40, help="in all, resumed runs included")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.015)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     train(**vars(parser.parse_args()))

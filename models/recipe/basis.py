@@ -7,7 +7,6 @@ They are known at once, where a trained encoder needs hours for less: only the d
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import nn
 from torch.nn import functional
 
@@ -34,15 +33,14 @@ def _halve(conv: nn.Conv2d, channels: int) -> None:
                 conv.weight[4 * channel + 2 * y + x, channel, 1 + y, 1 + x] = 1
 
 
-@torch.no_grad()
-def set_encoder(model: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
-    """Makes the encoder compute the principal components of the pictures' blocks, exactly.
+def _convolutions(encoder: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in encoder.layers if isinstance(layer, nn.Conv2d)]
 
-    Returns the components' deviations in pixels, which say how much each is seen.
-    """
-    first, *halving, project, last = [
-        layer for layer in model.encoder.layers if isinstance(layer, nn.Conv2d)
-    ]
+
+@torch.no_grad()
+def set_encoder(encoder: nn.Module, images: torch.Tensor) -> None:
+    """Makes AutoencoderTiny's encoder compute the principal components of the blocks, exactly."""
+    first, *halving, project, last = _convolutions(encoder)
     for conv in (first, *halving, project, last):
         conv.weight.zero_()
         if conv.bias is not None:
@@ -61,4 +59,13 @@ def set_encoder(model: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
     for number in range(len(code)):
         last.weight[number, number, 1, 1] = 1
     last.bias.copy_(-code @ (1 + mean))  # the encoder turns -1..1 into 0..1 first
-    return deviations
+
+
+def deviations_of(encoder: nn.Module) -> torch.Tensor:
+    """The components' deviations in pixels, which say how much each is seen.
+
+    Read off such an encoder: a row of its code has the length `scales / deviations`.
+    """
+    *_, project, last = _convolutions(encoder)
+    lengths = project.weight[: last.out_channels].flatten(1).norm(dim=1) / 2
+    return (lengths * MIDDLE**LEAN / DEVIATION) ** (1 / (LEAN - 1))

@@ -1,18 +1,23 @@
 """Writes the model as a diffusers pipeline directory, fp16, with the service's model file.
 
-`python -m recipe.export` takes the averaged weights of the last checkpoint.
+`python -m recipe.export` takes the averaged weights of the last checkpoints; with `--if-newer` only
+when they are newer than the directory.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
 from recipe import card, paths
+from recipe.autoencoder import CHECKPOINT as DECODER
 from recipe.autoencoder import load_autoencoder
+from recipe.checkpoint import averaged
 from recipe.schedule import STEPS, betas
 from recipe.train import CHECKPOINT, Denoiser
 
@@ -32,13 +37,13 @@ def scheduler() -> DDIMScheduler:
 
 
 def trained_denoiser() -> Denoiser:
+    weights = averaged(CHECKPOINT)
     model = Denoiser()
-    state = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["average"])
+    model.load_state_dict(weights)
     return model.eval()
 
 
-def export(target: Path = paths.EXPORT) -> None:
+def _write(target: Path) -> None:
     denoiser = trained_denoiser()
     pipeline = StableDiffusionImg2ImgPipeline(
         vae=load_autoencoder(),
@@ -50,22 +55,42 @@ def export(target: Path = paths.EXPORT) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    if target.exists():
-        shutil.rmtree(target)
     # The text encoder stays fp32: transformers would load it in the dtype it finds, diffusers
     # loads the rest as fp32, and the two must fit when nobody names a dtype.
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(target, safe_serialization=True)
-    shutil.copy(paths.MODELS / "img2img.toml", target / "img2img.toml")
+    for name in ("img2img.toml", "MODEL_CARD.md"):
+        shutil.copy(paths.MODELS / name, target / name)
     (target / "NOTICE").write_text(card.notice(), encoding="utf-8")
-    if (paths.MODELS / "MODEL_CARD.md").exists():
-        shutil.copy(paths.MODELS / "MODEL_CARD.md", target / "MODEL_CARD.md")
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"{target.name}: {size / 2**20:.1f} MiB")
-    if size > LIMIT_BYTES:
-        raise SystemExit(f"the export is larger than {LIMIT_BYTES} bytes")
+
+
+def export(target: Path = paths.EXPORT) -> None:
+    """Replaces the directory only by a whole one within the limit; raises SystemExit else."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
+        made = Path(beside, target.name)
+        _write(made)
+        size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
+        print(f"{target.name}: {size / 2**20:.1f} MiB")
+        if size > LIMIT_BYTES:
+            raise SystemExit(f"the export is larger than {LIMIT_BYTES} bytes")
+        if target.exists():
+            target.rename(Path(beside, "before"))
+        made.rename(target)
+
+
+def is_newer(target: Path = paths.EXPORT) -> bool:
+    """Is there a trained model that the directory does not hold yet?"""
+    if not (CHECKPOINT.exists() and DECODER.exists()):
+        return False
+    written = target / "model_index.json"
+    reached = max(path.stat().st_mtime for path in (CHECKPOINT, DECODER))
+    return not written.exists() or reached > written.stat().st_mtime
 
 
 if __name__ == "__main__":
-    export()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--if-newer", action="store_true")
+    if not parser.parse_args().if_newer or is_newer():
+        export()

@@ -1,10 +1,15 @@
-"""Generates many pictures in parallel and keeps them in build/gallery, one thread a process."""
+"""Generates many pictures in parallel, one thread a process.
+
+They are kept in build/gallery/<hash of the exported model>, so that none outlives its model.
+"""
 
 from __future__ import annotations
 
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,6 +22,15 @@ from recipe.photos import Photo
 from recipe.pictures import restyle, square, subject
 
 GALLERY = paths.BUILD / "gallery"
+
+
+@cache
+def _folder() -> Path:
+    digest = sha256()
+    for file in sorted([*paths.EXPORT.rglob("*.safetensors"), *paths.EXPORT.rglob("*.json")]):
+        digest.update(file.read_bytes())
+    digest.update((paths.EXPORT / "img2img.toml").read_bytes())
+    return GALLERY / digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Request:
         name = (
             f"{self.photo.id}.{self.look.replace(' ', '-')}.{strength}.{self.side}.{self.seed}.png"
         )
-        return GALLERY / name
+        return _folder() / name
 
     @property
     def prompt(self) -> str:
@@ -50,12 +64,17 @@ def _make(request: Request) -> None:
     if not request.path.exists():
         image = square(request.photo, request.side)
         got = restyle(image, request.prompt, request.seed, request.strength)
-        Image.fromarray(got).save(request.path)
+        partial = request.path.with_suffix(".partial")
+        Image.fromarray(got).save(partial, "PNG")
+        partial.replace(request.path)
 
 
 def make(requests: list[Request], workers: int = 2) -> None:
-    """Makes what is not there yet."""
-    GALLERY.mkdir(parents=True, exist_ok=True)
+    """Makes what is not there yet; deletes the pictures of other models."""
+    _folder().mkdir(parents=True, exist_ok=True)
+    for other in GALLERY.iterdir():
+        if other != _folder():
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
     missing = [request for request in requests if not request.path.exists()]
     with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
         for number, _ in enumerate(pool.map(_make, missing, chunksize=4), start=1):
@@ -66,8 +85,3 @@ def make(requests: list[Request], workers: int = 2) -> None:
 def picture(request: Request) -> np.ndarray:
     """The picture (uint8), made before with `make`."""
     return np.asarray(Image.open(request.path))
-
-
-def empty() -> None:
-    """Forgets the pictures of an earlier model."""
-    shutil.rmtree(GALLERY, ignore_errors=True)

@@ -17,38 +17,28 @@ import torch
 from PIL import Image
 
 from recipe import paths
+from recipe.autoencoder import CHECKPOINT as DECODER
+from recipe.checkpoint import half, lay_down, read, single
+from recipe.encoder import ENCODER, encoder_state
 from recipe.photos import photos
+from recipe.runtime import save
+from recipe.train import CHECKPOINT as DENOISER
 
 PIECE_BYTES = 16_000_000
 LONGEST_SIDE = 1024  # pixels of a packed photo
 TEXT_FILES = ("vocab.json", "merges.txt")
 
 
-def _half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: value.half() if value.is_floating_point() else value for name, value in state.items()
-    }
-
-
-def _float(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: value.float() if value.is_floating_point() else value for name, value in state.items()
-    }
-
-
 def _weights() -> bytes | None:
-    """Of the autoencoder and, once trained, the denoiser."""
-    kept = {}
-    autoencoder, denoiser = (paths.CHECKPOINTS / f"{n}.pt" for n in ("autoencoder", "denoiser"))
-    if autoencoder.exists():
-        state = torch.load(autoencoder, map_location="cpu", weights_only=True)
-        kept["autoencoder"], kept["deviations"] = _half(state["model"]), state["deviations"]
-    if denoiser.exists():
-        state = torch.load(denoiser, map_location="cpu", weights_only=True)
-        kept["denoiser"] = _half(state["average"])
-        kept["step"], kept["spent"] = state["step"], state["spent"]
-    if not kept:
+    """The encoder and, once trained, decoder and denoiser."""
+    if not ENCODER.exists():
         return None
+    kept: dict[str, object] = {"encoder": half(encoder_state())}
+    for path in (DECODER, DENOISER):
+        if path.exists():
+            state = read(path)
+            carried = {"average": half(state["average"])}
+            kept[path.stem] = {**carried, "step": state["step"], "spent": state["spent"]}
     buffer = io.BytesIO()
     torch.save(kept, buffer)
     return buffer.getvalue()
@@ -108,14 +98,10 @@ def _lay_down(name: str, data: bytes) -> None:
     target = paths.BUILD / name
     if name == "weights.pt":
         kept = torch.load(io.BytesIO(data), weights_only=True)
-        paths.CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-        if "autoencoder" in kept:
-            state = {"model": _float(kept["autoencoder"]), "deviations": kept["deviations"]}
-            torch.save(state, paths.CHECKPOINTS / "autoencoder.pt")
-        if "denoiser" in kept:
-            model = _float(kept["denoiser"])
-            state = {"model": model, "average": model, "step": kept["step"], "spent": kept["spent"]}
-            torch.save(state, paths.CHECKPOINTS / "denoiser.pt")
+        save(single(kept["encoder"]), ENCODER)
+        for path in (DECODER, DENOISER):
+            if path.stem in kept:
+                lay_down(path, **kept[path.stem])
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if name.startswith("photos/"):

@@ -13,7 +13,7 @@ PHOTOS = BUILD / "photos"
 LATENTS = BUILD / "latents"
 TEXT = BUILD / "text"
 CHECKPOINTS = BUILD / "checkpoints"
-REPORTS = MODELS / "reports"
+REPORTS = Path(os.environ.get("ATELIER_REPORTS", MODELS / "reports"))
 EXPORT = Path(
     os.environ.get(
         "ATELIER_EXPORT", MODELS.parent / "server" / "img2img_server" / "models" / "atelier"

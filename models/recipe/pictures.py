@@ -34,7 +34,8 @@ def restyle(
 ) -> np.ndarray:
     """One picture (uint8), at the model's defaults where nothing else is said.
 
-    Strength 0 is the service's rule: encode and decode, no step.
+    At strength 0 the stock pipeline has no step to run: encode and decode, the autoencoder's own
+    error. (The service returns the init image itself.)
     """
     chosen = defaults()
     strength = chosen["strength"] if strength is None else strength

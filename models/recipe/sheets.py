@@ -39,7 +39,7 @@ def _grid(rows: list[list[Image.Image]], name: str) -> None:
     for y, row in enumerate(rows):
         for x, cell in enumerate(row):
             sheet.paste(cell, (x * width, y * height))
-    paths.REPORTS.mkdir(exist_ok=True)
+    paths.REPORTS.mkdir(parents=True, exist_ok=True)
     target = paths.REPORTS / f"{name}.png"
     sheet.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
     print(f"{target.name}: {target.stat().st_size / 1000:.0f} kB")
@@ -66,16 +66,19 @@ def look_requests(chosen: list[Photo], sparse: int = 0) -> list[Request]:
     return requests
 
 
-def looks_sheets(side: int = 112) -> None:
-    """Six photos x all looks at the defaults, ten looks a sheet; the first column is the photo."""
-    chosen = _named(LOOKS_PHOTOS)
-    gallery.make(look_requests(chosen))
+def looks_sheets(wanted: list[Request], side: int = 112) -> None:
+    """All looks of some photos, ten looks a sheet; the first column is the photo."""
+    gallery.make(wanted)
     for part, names in enumerate((NAMES[:10], NAMES[10:]), start=1):
         rows = []
-        for photo in chosen:
-            pictures = [gallery.picture(Request(photo, name, seed=1)) for name in names]
+        for photo in dict.fromkeys(request.photo for request in wanted):
             row = [_cell(square(photo), side, "init")]
-            rows.append(row + [_cell(p, side, n) for p, n in zip(pictures, names, strict=True)])
+            row += [
+                _cell(gallery.picture(request), side, request.look)
+                for request in wanted
+                if request.photo == photo and request.look in names
+            ]
+            rows.append(row)
         _grid(rows, f"looks-{part}")
 
 
@@ -96,7 +99,7 @@ def strength_sheet(side: int = 96) -> None:
 
 
 def draw() -> None:
-    looks_sheets()
+    looks_sheets(look_requests(_named(LOOKS_PHOTOS)))
     strength_sheet()
 
 

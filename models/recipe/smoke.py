@@ -1,7 +1,8 @@
 """The whole recipe at toy scale in about two minutes, checking itself: `python -m recipe.smoke`.
 
 It works in a temporary folder, on the few photos inside scikit-image and scikit-learn, and exits
-nonzero when a loss does not fall or stock diffusers cannot load and run the export.
+nonzero when a loss does not fall, a training does not go on where it stopped, or stock diffusers
+cannot load and run the export. It counts steps, so a slow machine gets the same verdict later.
 """
 
 from __future__ import annotations
@@ -11,20 +12,41 @@ import tempfile
 import time
 from pathlib import Path
 
-_FOLDER = tempfile.TemporaryDirectory(prefix="atelier-smoke-")
-os.environ["ATELIER_BUILD"] = f"{_FOLDER.name}/build"  # before recipe.paths is read
-os.environ["ATELIER_EXPORT"] = f"{_FOLDER.name}/atelier"
+if __name__ == "__main__":  # not in the processes that draw, which import this file too
+    _FOLDER = tempfile.TemporaryDirectory(prefix="atelier-smoke-")
+    for name in ("build", "export", "reports"):  # before recipe.paths is read
+        os.environ[f"ATELIER_{name.upper()}"] = f"{_FOLDER.name}/{name}"
+    os.environ.setdefault("ATELIER_THREADS", "1")  # many small products: two threads are slower
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from recipe import autoencoder, classifier, export, latents, pack, samples, text, train, views  # noqa: E402
-from recipe.photos import fetch, photos  # noqa: E402
-from recipe.pictures import pipeline, restyle, square  # noqa: E402
+from recipe import (
+    autoencoder,
+    classifier,
+    encoder,
+    evaluate,
+    export,
+    from_export,
+    latents,
+    pack,
+    paths,
+    samples,
+    sheets,
+    text,
+    train,
+    views,
+)
+from recipe.checkpoint import read
+from recipe.gallery import Request
+from recipe.looks import NAMES
+from recipe.photos import Photo, fetch, photos
+from recipe.pictures import pipeline, restyle, square
 
 _BEGAN = time.monotonic()
-LEARNED = 0.96  # most of the denoiser's loss is fine detail that noise has taken, and stays
-MINUTES = float(os.environ.get("ATELIER_SMOKE_MINUTES", "0.1"))  # for each of two trainings
+DECODER_STEPS, DENOISER_STEPS, MORE = 60, 60, 5
+RATE = 0.02  # of the denoiser
+LEARNED = 0.97  # most of the denoiser's loss is fine detail that noise has taken, and stays
 
 
 def check(name: str, fine: bool) -> None:
@@ -33,25 +55,87 @@ def check(name: str, fine: bool) -> None:
         raise SystemExit(f"smoke run failed: {name}")
 
 
-def falls(losses: list[float]) -> bool:
-    """The last quarter is clearly below the first."""
-    quarter = max(1, len(losses) // 4)
-    first, last = np.mean(losses[:quarter]), np.mean(losses[-quarter:])
-    print(f"     loss {first:.3f} -> {last:.3f}")
-    return bool(last < 0.9 * first)
+def check_resumed(path: Path, steps: int, updates: int, rate: float) -> None:
+    """After so many steps in all, and as many updates that its AdamW remembers."""
+    state = read(path)
+    muon, adam = state["optimizers"][:2]
+    fine = state["step"] == steps and adam["state"][0]["step"] == updates
+    fine &= muon["param_groups"][0]["full"] == rate
+    check(f"{path.stem}: went on at step {steps - MORE} with this run's rate", bool(fine))
 
 
 @torch.no_grad()
 def denoiser_loss(model: train.Denoiser) -> float:
     """On one batch that is the same every time; the training's own losses vary too much."""
-    data = samples.Samples(np.load(latents.LATENTS), 99, autoencoder.channel_deviations()).batch(
-        64, 8
-    )
-    return float(train.loss_of(model.eval(), data, torch.device("cpu")))
+    drawn = samples.Samples(latents.load_latents(), 99, encoder.channel_deviations())
+    return float(train.loss_of(model.eval(), drawn.batch(64, 8), torch.device("cpu")))
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def train_all() -> None:
+    encoder.build()
+    losses = autoencoder.train(0, batch=4, at_least=DECODER_STEPS)
+    first, last = (np.mean(part) for part in np.array_split(losses, 4)[::3])
+    check(f"decoder: loss falls, {first:.3f} -> {last:.3f}", last < 0.9 * first)
+    autoencoder.train(0, batch=4, rate=0.01, at_least=MORE)
+    steps = DECODER_STEPS + MORE
+    check_resumed(autoencoder.CHECKPOINT, steps, steps, 0.01)
+    latents.build()
+    text.train_tokenizer(captions=5000)
+    before = denoiser_loss(train.Denoiser())
+    train.train(0, batch=8, side=8, rate=RATE, decay=0.95, at_least=DENOISER_STEPS)
+    after = denoiser_loss(export.trained_denoiser())
+    check(f"denoiser: loss falls, {before:.3f} -> {after:.3f}", after < LEARNED * before)
+    train.train(0, batch=4, side=8, rate=0.01, at_least=MORE)
+    steps = DENOISER_STEPS + MORE
+    check_resumed(train.CHECKPOINT, steps, steps, 0.01)
+    train.train(0)
+    check("denoiser: no minutes left, no step", read(train.CHECKPOINT)["step"] == steps)
+
+
+def travel() -> None:
+    """Weights go to another machine without what the optimizers remember."""
+    pieces = pack.pack(paths.BUILD / "pieces", with_photos=False)
+    largest = max(piece.stat().st_size for piece in pieces)
+    check(f"weights: {len(pieces)} pieces of at most 16 MB", largest <= 16e6)
+    pack.unpack(pieces[0].parent)
+    train.train(0, batch=4, side=8, rate=0.01, at_least=MORE)
+    check_resumed(train.CHECKPOINT, DENOISER_STEPS + 2 * MORE, MORE, 0.01)
+
+
+def _weights() -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in paths.EXPORT.rglob("*.safetensors")}
+
+
+def export_and_return() -> None:
+    """The export starts a training, and exports to itself again."""
+    export.export()
+    check("export: holds the last checkpoint", not export.is_newer())
+    shipped, vocab = _weights(), (paths.TEXT / "vocab.json").read_bytes()
+    paths.CHECKPOINTS.rename(paths.BUILD / "before")
+    paths.TEXT.rename(paths.BUILD / "text-before")
+    from_export.lay_down_export()
+    check("from export: the same words", vocab == (paths.TEXT / "vocab.json").read_bytes())
+    export.export()
+    check("from export: exports the same weights", _weights() == shipped)
+    train.train(0, batch=4, side=8, rate=0.01, at_least=1)
+    check("from export: goes on, and is newer than the export", export.is_newer())
+
+
+def draw(photo: Photo) -> None:
+    check("export: stock diffusers loads it", pipeline() is not None)
+    image = square(photo, 128)
+    for size in ((128, 128), (264, 520)):
+        picture = np.asarray(np.resize(image, (*size, 3)))
+        first, again = (restyle(picture, "oil painting", seed=3) for _ in range(2))
+        check(f"export: a {size[1]}x{size[0]} picture", first.shape == picture.shape)
+        check("export: the same seed gives the same picture", np.array_equal(first, again))
+    check("export: strength 0 is encode and decode", restyle(image, "", strength=0).shape[2] == 3)
+    check("classifier: learns", classifier.train(every=1) > 0.5)
+    wanted = [Request(photo, name, seed=1, side=256) for name in NAMES]
+    measured = evaluate.adherence(wanted)
+    check("evaluation: measures a picture of every look", measured["pictures"] == len(NAMES))
+    sheets.looks_sheets(wanted)
+    check("evaluation: draws two sheets", len(list(paths.REPORTS.glob("looks-*.png"))) == 2)
 
 
 def run() -> None:
@@ -59,30 +143,10 @@ def run() -> None:
     chosen = [photo for photo in photos() if photo.kind == "pypi"]
     fetch(chosen)
     views.build(chosen, side=256, per_photo=1, workers=2)
-    losses = autoencoder.train(MINUTES, batch=4, side=64, at_least=60)
-    check(f"autoencoder: loss falls in {len(losses)} steps", falls(losses))
-    latents.build()
-    text.train_tokenizer(captions=5000)
-    untrained = denoiser_loss(train.Denoiser())
-    losses = train.train(MINUTES, batch=4, side=8, rate=0.02, decay=0.95, at_least=120)
-    trained = denoiser_loss(export.trained_denoiser())
-    print(f"     loss {untrained:.3f} -> {trained:.3f}")
-    check(f"denoiser: loss falls in {len(losses)} steps", trained < LEARNED * untrained)
-    pieces = pack.pack(Path(_FOLDER.name) / "pieces", with_photos=False)
-    check(f"weights: {len(pieces)} pieces of at most 16 MB", max(map(_size, pieces)) <= 16e6)
-    pack.unpack(pieces[0].parent)
-    more = train.train(0, batch=4, side=8, decay=0.99, at_least=10)
-    check(f"denoiser: {len(more)} more steps from those weights", len(more) == 10)
-    check("classifier: learns", classifier.train(every=1) > 0.5)
-    export.export()
-    check("export: stock diffusers loads it", pipeline() is not None)
-    image = square(chosen[0], 128)
-    for size in ((128, 128), (264, 520)):
-        picture = np.asarray(np.resize(image, (*size, 3)))
-        first, again = (restyle(picture, "oil painting", seed=3) for _ in range(2))
-        check(f"export: a {size[1]}x{size[0]} picture", first.shape == picture.shape)
-        check("export: the same seed gives the same picture", np.array_equal(first, again))
-    check("export: strength 0 is encode and decode", restyle(image, "", strength=0).shape[2] == 3)
+    train_all()
+    travel()
+    export_and_return()
+    draw(chosen[0])
     print("smoke run passed: 1 passed, 0 failed")
 
 

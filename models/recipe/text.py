@@ -47,10 +47,13 @@ def train_tokenizer(captions: int = 60_000) -> None:
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     tokens += [merge.replace(" ", "") for merge in merges]
     tokens = [*dict.fromkeys(tokens), START, END]
+    save_tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+
+
+def save_tokenizer(vocab: dict[str, int], merges: list[str]) -> None:
     paths.TEXT.mkdir(parents=True, exist_ok=True)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    (paths.TEXT / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (paths.TEXT / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (paths.TEXT / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
 
 
 def load_tokenizer() -> CLIPTokenizer:

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from recipe import paths
-from recipe.autoencoder import channel_deviations
-from recipe.latents import LATENTS
+from recipe.checkpoint import Checkpoint
+from recipe.encoder import channel_deviations
+from recipe.latents import load_latents
 from recipe.muon import optimizers, set_rate
-from recipe.runtime import Clock, Threads, device, follow, save
+from recipe.runtime import Clock, Threads, device, follow
 from recipe.samples import Batch, Samples
 from recipe.text import load_tokenizer, new_text_encoder, token_ids
 from recipe.unet import new_unet
 
 CHECKPOINT = paths.CHECKPOINTS / "denoiser.pt"
-SAVE_EVERY_SECONDS = 180
 
 
 class Denoiser(nn.Module):
@@ -64,36 +64,16 @@ def train(
     model.unet.to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     chosen = optimizers(model, rate, adam_rate=0.05 * rate, rim=("embed", "conv_in", "conv_out"))
-    step, spent = 0, 0.0
-    if CHECKPOINT.exists():
-        state = torch.load(CHECKPOINT, map_location=where, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, reached in zip(chosen, state.get("optimizers", ()), strict=False):
-            optimizer.load_state_dict(reached)  # weights that travelled come without
-        step, spent = state["step"], state["spent"]
-        print(f"going on from step {step}, {spent:.1f} min", flush=True)
-    # A copy in memory: a page fault per crop costs more than the denoiser.
-    samples = Samples(np.load(LATENTS), step, channel_deviations())
-    clock, losses, saved = Clock(minutes, spent, at_least), [], time.monotonic()
+    kept = Checkpoint(CHECKPOINT, {"model": model, "average": average}, chosen)
+    clock, losses = Clock(minutes, kept.spent, at_least), []
+    if clock.done == 1:
+        return losses
+    samples = Samples(load_latents(), kept.step, channel_deviations())
     threads = Threads()
-
-    def checkpoint() -> None:
-        save(
-            {
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in chosen],
-                "step": step,
-                "spent": clock.spent,
-            },
-            CHECKPOINT,
-        )
-
     while clock.tick():
         began = time.monotonic()
         set_rate(chosen, clock.rate())
-        large = step % 2 == 1  # every second batch: fewer, larger crops
+        large = kept.step % 2 == 1  # every second batch: fewer, larger crops
         data = samples.batch(max(1, batch // 4) if large else batch, 2 * side if large else side)
         loss = loss_of(model, data, where)
         loss.backward()
@@ -101,16 +81,13 @@ def train(
         for optimizer in chosen:
             optimizer.step()
             optimizer.zero_grad()
-        follow(average, model, step, decay)
-        step += 1
+        follow(average, model, kept.step, decay)
         losses.append(loss.item())
-        threads.stepped(step, time.monotonic() - began)
-        if step % 100 == 0:
-            print(f"{step} {clock} loss {np.mean(losses[-100:]):.4f}", flush=True)
-        if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-            checkpoint()
-            saved = time.monotonic()
-    checkpoint()
+        kept.stepped(clock)
+        threads.stepped(kept.step, time.monotonic() - began)
+        if kept.step % 100 == 0:
+            print(f"{kept.step} {clock} loss {np.mean(losses[-100:]):.4f}", flush=True)
+    kept.keep(clock)
     return losses
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from diffusers import UNet2DConditionModel
 
-from recipe.autoencoder import LATENT_CHANNELS
+from recipe.encoder import LATENT_CHANNELS
 from recipe.text import WIDTH as TEXT_WIDTH
 
 CHANNELS = (64, 96, 128)

@@ -59,7 +59,7 @@ def build(chosen: list[Photo], side: int, per_photo: int, workers: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=320)
-    parser.add_argument("--per-photo", type=int, default=7)
+    parser.add_argument("--per-photo", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     build(photos("train"), args.side, args.per_photo, args.workers)
