@@ -107,6 +107,29 @@ async def test_a_webhook_comes_again_after_the_delay_and_not_before(outbox: Outb
     assert (again.job, again.attempt) == (a_job(), 2)
 
 
+async def test_a_webhook_that_is_put_off_comes_again_later_as_the_same_attempt(
+    open_outbox: OpenOutbox,
+) -> None:
+    def counts(pending: PendingWebhook) -> tuple[Job, int, int]:
+        return pending.job, pending.attempt, pending.times_put_off
+
+    async with open_outbox() as one:
+        await one.put(a_job())
+        pending = await pull_one(one)
+        assert counts(pending) == (a_job(), 1, 0)
+        started = time.monotonic()
+        await pending.put_off(2 * ACK_WAIT_SECONDS)
+        async with open_outbox() as other:  # the count is not only in the head of who put it off
+            pending = await pull_one(other)
+            assert time.monotonic() - started > 1.9 * ACK_WAIT_SECONDS
+            assert counts(pending) == (a_job(), 1, 1)
+            await pending.put_off(0.01)
+        pending = await pull_one(one)
+        assert counts(pending) == (a_job(), 1, 2)
+        await pending.retry(0.01)
+        assert counts(await pull_one(one)) == (a_job(), 2, 2)
+
+
 async def test_one_that_waits_does_not_hold_up_the_others(outbox: Outbox) -> None:
     await outbox.put(a_job(1))
     await (await pull_one(outbox)).retry(LONG)

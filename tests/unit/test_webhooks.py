@@ -140,6 +140,12 @@ def test_retry_after_lengthens_a_pause_up_to_an_hour_and_never_shortens_it() -> 
     assert pauses.after(8, 60.0) is None
 
 
+def test_what_finds_no_place_waits_twice_as_long_each_time_up_to_five_minutes() -> None:
+    pauses = Pauses(uniform=lambda low, high: high)
+    waits = [pauses.crowded(times) for times in (0, 1, 2, 5, 6, 7, 5000)]
+    assert waits == [6.0, 12.0, 24.0, 192.0, 360.0, 360.0, 360.0]
+
+
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [

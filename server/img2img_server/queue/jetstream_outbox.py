@@ -16,6 +16,7 @@ from img2img_server.domain.job import Job
 from img2img_server.errors import UnavailableError
 from img2img_server.queue.outbox import OutboxFullError, PendingWebhook
 from img2img_server.wire import codec, names
+from img2img_server.wire.bucket import Bucket
 from img2img_server.wire.connection import Link, status_of
 from img2img_server.wire.faults import SubjectFullError
 from img2img_server.wire.inbox import Inbox, Interrupted
@@ -30,12 +31,17 @@ log = logging.getLogger(__name__)
 
 
 class JetStreamPending:
-    """A PendingWebhook on JetStream."""
+    """A PendingWebhook on JetStream.
 
-    def __init__(self, link: Link, msg: Msg, job: Job) -> None:
+    The server counts deliveries; how many of them were no attempts is kept beside it.
+    """
+
+    def __init__(self, link: Link, msg: Msg, job: Job, put_off: Bucket, times_put_off: int) -> None:
         self._link = link
         self._msg = msg
         self._job = job
+        self._put_off = put_off
+        self.times_put_off = times_put_off
 
     @property
     def job(self) -> Job:
@@ -43,7 +49,7 @@ class JetStreamPending:
 
     @property
     def attempt(self) -> int:
-        return int(self._msg.metadata.num_delivered)
+        return int(self._msg.metadata.num_delivered) - self.times_put_off
 
     async def done(self) -> None:
         await self._link.request(self._msg.reply, Msg.Ack.Ack)
@@ -53,6 +59,10 @@ class JetStreamPending:
         delay = json.dumps({"delay": round(delay_seconds * 1e9)}).encode()
         await self._link.request(self._msg.reply, Msg.Ack.Nak + b" " + delay)
 
+    async def put_off(self, delay_seconds: float) -> None:
+        await self._put_off.put(_put_off_key(self._msg), codec.encode(self.times_put_off + 1))
+        await self.retry(delay_seconds)
+
 
 class JetStreamOutbox:
     """An Outbox on JetStream."""
@@ -61,6 +71,7 @@ class JetStreamOutbox:
         self._link = link
         self._ack_wait_seconds = ack_wait_seconds
         self._has_consumer = False
+        self._put_off = Bucket(link, names.PUT_OFF_BUCKET)
 
     async def put(self, job: Job, *, again: bool = False) -> None:
         message_id = f"webhook-{job.id}" + (f"-{uuid.uuid4()}" if again else "")
@@ -105,13 +116,21 @@ class JetStreamOutbox:
 
     async def _pending(self, taken: list[Msg]) -> list[PendingWebhook]:
         pending: list[PendingWebhook] = []
-        for msg in taken:
+        times_put_off = await asyncio.gather(*map(self._times_put_off, taken))
+        for msg, times in zip(taken, times_put_off, strict=True):
             try:
-                pending.append(JetStreamPending(self._link, msg, codec.decode(msg.data, Job)))
+                job = codec.decode(msg.data, Job)
+                pending.append(JetStreamPending(self._link, msg, job, self._put_off, times))
             except codec.UndecodableError as error:
                 log.warning("a webhook that cannot be read is dropped: %s", error)
                 await self._link.request(msg.reply, Msg.Ack.Term)
         return pending
+
+    async def _times_put_off(self, msg: Msg) -> int:
+        if msg.metadata.num_delivered == 1:
+            return 0
+        entry = await self._put_off.get(_put_off_key(msg))
+        return codec.decode(entry.value, int) if entry else 0
 
     async def _hand_back(self, msg: Msg) -> None:
         with suppress(UnavailableError):
@@ -130,3 +149,7 @@ class JetStreamOutbox:
         )
         await self._link.ask(lambda: self._link.js.add_consumer(names.WEBHOOKS, config))
         self._has_consumer = True
+
+
+def _put_off_key(msg: Msg) -> str:
+    return str(msg.metadata.sequence.stream)

@@ -14,7 +14,8 @@ from img2img_server.queue.outbox import OutboxFullError, PendingWebhook
 @dataclass(slots=True, eq=False)
 class _Entry:
     job: Job
-    attempts: int = 0
+    taken: int = 0
+    put_off: int = 0
     due: asyncio.TimerHandle | None = None  # set while somebody has it and while it waits
 
 
@@ -49,9 +50,9 @@ class MemoryOutbox:
         return []
 
     def _take(self, entry: _Entry) -> PendingWebhook:
-        entry.attempts += 1
+        entry.taken += 1
         self.come_again(entry, self._ack_wait_seconds)
-        return _MemoryPending(self, entry, entry.attempts)
+        return _MemoryPending(self, entry)
 
     def come_again(self, entry: _Entry, delay_seconds: float) -> None:
         """Makes the entry due after the delay."""
@@ -72,10 +73,11 @@ class MemoryOutbox:
 
 
 class _MemoryPending:
-    def __init__(self, outbox: MemoryOutbox, entry: _Entry, attempt: int) -> None:
+    def __init__(self, outbox: MemoryOutbox, entry: _Entry) -> None:
         self._outbox = outbox
         self._entry = entry
-        self._attempt = attempt
+        self._taken = entry.taken
+        self.times_put_off = entry.put_off
 
     @property
     def job(self) -> Job:
@@ -83,11 +85,15 @@ class _MemoryPending:
 
     @property
     def attempt(self) -> int:
-        return self._attempt
+        return self._taken - self.times_put_off
 
     async def done(self) -> None:
         self._outbox.remove(self._entry)
 
     async def retry(self, delay_seconds: float) -> None:
-        if self._entry.attempts == self._attempt:  # else somebody else has it by now
+        if self._entry.taken == self._taken:  # else somebody else has it by now
             self._outbox.come_again(self._entry, delay_seconds)
+
+    async def put_off(self, delay_seconds: float) -> None:
+        self._entry.put_off = self.times_put_off + 1
+        await self.retry(delay_seconds)

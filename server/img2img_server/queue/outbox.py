@@ -12,7 +12,7 @@ class OutboxFullError(Exception):
 
 
 class PendingWebhook(Protocol):
-    """One taken webhook. `done` or `retry` ends it; without either it comes again by itself."""
+    """One taken webhook. `done`, `retry` or `put_off` ends it; else it comes again by itself."""
 
     @property
     def job(self) -> Job:
@@ -21,7 +21,12 @@ class PendingWebhook(Protocol):
 
     @property
     def attempt(self) -> int:
-        """Times it was taken, from 1."""
+        """Times it was taken and not put off, from 1."""
+        ...
+
+    @property
+    def times_put_off(self) -> int:
+        """Times it was put off before."""
         ...
 
     async def done(self) -> None:
@@ -30,6 +35,10 @@ class PendingWebhook(Protocol):
 
     async def retry(self, delay_seconds: float) -> None:
         """Makes it come again after the delay, whoever takes it then."""
+        ...
+
+    async def put_off(self, delay_seconds: float) -> None:
+        """As `retry`, but nothing was tried: the next time is the same attempt."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -20,6 +21,8 @@ from img2img_server.webhooks.record import FAILED, RETRYING, SUCCESS, set_status
 from img2img_server.webhooks.signature import Signer
 
 MOST_AT_ONCE = 64  # attempts of one api; a slow receiver has one of them for 30 s
+MOST_OF_A_TENANT = 16  # of these; the rest of its webhooks is put off
+_CROWDED_LOOK_SECONDS = 0.05  # between two looks for webhooks of others
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 
@@ -51,6 +54,7 @@ class Deliverer:
         self._pauses = pauses
         self._drain_seconds = drain_seconds
         self._attempts: set[asyncio.Task[None]] = set()
+        self._by_tenant: Counter[str] = Counter()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Delivers until `stop` is set; what is under way then gets `drain_seconds` more.
@@ -67,20 +71,56 @@ class Deliverer:
                 attempt.cancel()
 
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
+        most = MOST_AT_ONCE
         while True:
             free = MOST_AT_ONCE - len(self._attempts)
             if not free:
                 await asyncio.wait(self._attempts, return_when=asyncio.FIRST_COMPLETED)
                 continue
             try:
-                taken = await self._outbox.pull(free, _PULL_SECONDS)
+                taken = await self._outbox.pull(min(free, most), _PULL_SECONDS)
             except errors.UnavailableError:
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            for pending in taken:
-                attempt = tasks.create_task(self._deliver(pending))
-                self._attempts.add(attempt)
-                attempt.add_done_callback(self._attempts.discard)
+            surplus = [pending for pending in taken if not self._start(tasks, pending)]
+            # As a crowd that goes makes room, more of it may come at once.
+            most = await self._put_off(surplus) if surplus else min(2 * most, MOST_AT_ONCE)
+
+    def _start(self, tasks: asyncio.TaskGroup, pending: PendingWebhook) -> bool:
+        """Begins an attempt; False when the tenant has all that it may have."""
+        tenant = pending.job.tenant
+        if self._by_tenant[tenant] >= MOST_OF_A_TENANT:
+            return False
+        attempt = tasks.create_task(self._deliver(pending))
+        self._by_tenant[tenant] += 1
+        self._attempts.add(attempt)
+
+        def ended(_: asyncio.Task[None]) -> None:
+            self._attempts.discard(attempt)
+            self._by_tenant[tenant] -= 1
+            if not self._by_tenant[tenant]:
+                del self._by_tenant[tenant]
+
+        attempt.add_done_callback(ended)
+        return True
+
+    async def _put_off(self, surplus: list[PendingWebhook]) -> int:
+        """Hands back what has no place, so that the next look finds what others have.
+
+        Returns how many to take next: as many as places became free, or else some to look past.
+        """
+        pauses = [self._pauses.crowded(pending.times_put_off) for pending in surplus]
+        handed_back = (each.put_off(pause) for each, pause in zip(surplus, pauses, strict=True))
+        try:
+            await asyncio.gather(*handed_back)
+        except errors.UnavailableError:
+            log.warning("webhooks let go, the bus is away")  # they come again
+        if not self._attempts:
+            return MOST_AT_ONCE
+        done, _ = await asyncio.wait(
+            self._attempts, timeout=_CROWDED_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        return len(done) or MOST_OF_A_TENANT
 
     async def _deliver(self, pending: PendingWebhook) -> None:
         job = pending.job

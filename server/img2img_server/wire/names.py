@@ -31,6 +31,7 @@ MODELS_BUCKET: Final = "img2img-models"
 STORAGE_BUCKET: Final = "img2img-storage"
 RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 RATES_BUCKET: Final = "img2img-rates"
+PUT_OFF_BUCKET: Final = "img2img-webhooks-put-off"  # times, by the message's place in WEBHOOKS
 
 IDS_SUBJECT: Final = "img2img.ids"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"

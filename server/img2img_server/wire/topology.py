@@ -101,6 +101,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         _bucket(names.MODELS_BUCKET, 0.0),
         _bucket(names.STORAGE_BUCKET, 0.0),
         _bucket(names.RATES_BUCKET, RATES_SECONDS),
+        _bucket(names.PUT_OFF_BUCKET, WEBHOOKS_SECONDS),
         # As long as a job may wait that was accepted when it was current.
         _bucket(names.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]
