@@ -193,7 +193,8 @@ class Settings(BaseSettings):
         128 * 2**20,
         ge=32 * 2**20,
         description="Most bytes of HTTP request bodies that one gateway holds at a time; to "
-        "read and pass them on takes a few times as much memory.",
+        "read and pass them on takes a few times as much memory. A body of more than 40,000 "
+        "values, which would take far more, is refused.",
     )
     max_attempts: int = Field(5, ge=1, description="Times a job is tried before it fails.")
     outbound_allow: str = Field(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from img2img_server.bus import memory_bus
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.gateway import upstream
+from img2img_server.gateway.incoming import MAX_VALUES
 from tests.http_stack import (
     ENTERPRISE,
     PHOTO_URL,
@@ -281,6 +284,77 @@ async def test_bodies_that_are_held_together_are_bounded_before_anybody_knows_th
         go_on.set()
         assert (await slow).json()["message"].lower() == "invalid api key"
         assert (await gateway.http.post(path, content=filled(3))).json()["status"] == "success"
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])
+@pytest.mark.parametrize("value", [b"{}", b"[]", b"1", b'{"a":[]}'], ids=repr)
+async def test_a_body_of_too_many_values_is_refused_before_they_take_their_memory(
+    value: bytes, legacy: bool
+) -> None:
+    sent = b'{"key":"wrong","a":[' + b",".join([value] * (2**22 // len(value))) + b"]}"
+    async with limited(legacy=legacy) as gateway, measuring() as grown:
+        answer = await gateway.http.post(f"{ENTERPRISE}/img2img", content=sent)
+        assert max(grown(), 0) < len(sent)
+        _, most = tracemalloc.get_traced_memory()
+    assert most < 4 * len(sent)
+    assert answer.status_code == (200 if legacy else 400)
+    assert answer.json()["message"] == "Invalid JSON body"
+
+
+async def test_a_body_may_have_as_many_values_as_the_longest_texts_have_commas() -> None:
+    commas = {"prompt": "," * 2000, "negative_prompt": "," * 2000}
+    async with limited() as gateway:
+        path, filling = f"{ENTERPRISE}/img2img", [0] * (MAX_VALUES - 5000)
+        answer = await gateway.http.post(path, json=body(**commas, filling=filling))
+        assert answer.json()["status"] == "success"
+
+
+@asynccontextmanager
+async def measuring() -> AsyncIterator[Callable[[], int]]:
+    """Gives a function: the bytes allocated since and not freed."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        yield lambda: tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
+HELD: list[tuple[str, dict[str, Any]]] = [
+    (f"{ENTERPRISE}/img2img", {}),
+    (f"{ENTERPRISE}/img2img", {"width": 5}),
+    (f"{ENTERPRISE}/img2img", {"init_image": "🎨" * 2**20}),
+    (f"{ENTERPRISE}/fetch/10000001", {}),
+    (f"{ENTERPRISE}/fetch/x", {}),
+    ("/api/v1/enterprise/fetch", {}),
+    ("/api/v1/enterprise/fetch", {"request_id": "🎨" * 2**20}),
+    (f"{ENTERPRISE}/clear_queue", {}),
+    ("/api/v1/enterprise/update_s3", {"public_url": "🎨" * 2**20}),
+    ("/api/v1/enterprise/reset_s3", {"deploy_type": "🎨" * 2**20}),
+    ("/v1/jobs", {"spec": {"prompt": []}}),
+    ("/v1/jobs", {"spec": {"annotations": {"a": [[]] * 5_000}}}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), HELD, ids=lambda given: str(given)[:60])
+async def test_the_parsed_body_is_let_go_of_before_the_api_is_asked(
+    path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Written in ASCII; one character beyond it makes four bytes of each.
+    parsed = {"key": "wrong", "filling": "x" * 2**20 + "🎨", "values": [{}] * 5_000}
+    sent = json.dumps(body(**parsed, **fields)).encode()
+    held: list[int] = []
+    async with limited() as gateway, measuring() as grown:
+        metadata = upstream._metadata
+
+        def noting(key: str) -> Any:
+            held.append(grown())
+            return metadata(key)
+
+        monkeypatch.setattr(upstream, "_metadata", noting)
+        await gateway.http.post(path, content=sent)
+    assert held
+    assert max(held) < 2**20
 
 
 async def test_a_body_is_not_held_while_its_job_runs() -> None:

@@ -385,7 +385,7 @@ async def test_update_s3_answers_without_the_secrets(
         (
             {"deploy_type": 5, "bucket": ["x"], "image_directory": True, "region_name": "\ud800"},
             {
-                "deploy_type": ["deploy_type must be a string"],
+                "deploy_type": ["deploy_type is invalid"],
                 "region_name": ["region_name must be a string"],
                 "image_directory": ["image_directory must be a string"],
                 "bucket": ["bucket must be a string"],
@@ -409,11 +409,11 @@ async def test_reset_s3_refuses_an_unknown_server_type(
     engines: LocalEngines, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
-        for value, message in (("toaster", "is invalid"), (5, "must be a string")):
+        for value in ("toaster", 5, ["realtime"], True):
             sent = {"key": shops.a.key, "deploy_type": value}
             answer = await shops.gateway.http.post(RESET, json=sent)
             told = (answer.status_code, answer.json()["message"])
-            assert told == (400, f"deploy_type {message}")
+            assert told == (400, "deploy_type is invalid")
 
 
 @pytest.mark.parametrize("path", [UPDATE, RESET])

@@ -45,8 +45,10 @@ class Calls:
         try:
             protojson.fill(wish, {name: body[name] for name in body if name != "key"})
         except RefusedError:
+            del body
             await self._upstream.check_key(key)  # a wrong key is told before wrong fields
             raise
+        del body
         base = link_base(request, self._settings.public_base_url)
         try:
             job = await self._upstream.create(key, wish.spec, base, wish.request_id)

@@ -121,7 +121,7 @@ FIELDS = (
     Field("num_inference_steps", INTEGER, _HINT, schema=_STEPS, hint=True),
     Field("enhance_style", STRING, "Ignored, given back in `meta`.", hint=True, in_spec=False),
 )
-HINTS = frozenset(entry.name for entry in FIELDS if entry.hint)
+HINTS = frozenset(entry.name for entry in FIELDS if entry.hint and entry.in_spec)
 DEFAULT_STRENGTH = next(entry.default for entry in FIELDS if entry.name == "strength")
 _ORDER = {entry.name: place for place, entry in enumerate(FIELDS)}
 

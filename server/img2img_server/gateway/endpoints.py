@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ ENTERPRISE = "/api/v1/enterprise/realtime"
 V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
 _ID = re.compile(r"[0-9]{1,12}", re.ASCII)
+_ID_LONGER = 13  # characters, one more than an id may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,43 +65,50 @@ class Endpoints:
         """POST img2img: makes a job, waits for it when the caller wants the result."""
         call, body = await self._call(request, family)
         reading = contract.read(body, self._context)
-        if reading.violations:
+        del body  # what it holds beside the fields is not kept while we wait
+        if violations := reading.violations:
+            del reading
             await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
-            raise RefusedError(Case.FIELDS, violations=reading.violations)
-        job = await self._make(call, reading.values)
-        at_once = reading.values.get("instant_response") or job.spec.webhook
-        del body, reading  # the picture is not kept while its job runs
+            raise RefusedError(Case.FIELDS, violations=violations)
+        spec = job_spec(reading.values, call.base)
+        at_once = bool(reading.values.get("instant_response") or spec.webhook)
+        del reading
+        job = await self._make(call, spec)
+        del spec  # the picture is not kept while its job runs
         forget_body(request)
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(call.key, job)
         return await self._answer(job, call, fetched=False)
 
-    async def _make(self, call: Call, values: Mapping[str, Any]) -> job_pb2.Job:
+    async def _make(self, call: Call, spec: job_pb2.JobSpec) -> job_pb2.Job:
         try:
-            return await self._upstream.create(call.key, job_spec(values, call.base), call.base)
+            return await self._upstream.create(call.key, spec, call.base)
         except RefusedError as refused:
             broken = {violation.field for violation in refused.violations}
-            if hints := contract.HINTS & broken & values.keys():
-                # The model's own limit is narrower than ours; a hint is never an error.
-                kept = {name: value for name, value in values.items() if name not in hints}
-                return await self._make(call, kept)
+            hints = [name for name in contract.HINTS & broken if spec.HasField(name)]
+            if hints:  # the model's own limit is narrower than ours; a hint is never an error
+                for name in hints:
+                    spec.ClearField(name)
+                return await self._make(call, spec)
             refused.violations = contract.in_table_order(refused.violations)
             raise
 
     async def fetch(self, request: Request, family: str, job_id: str) -> JSONResponse:
         """State of a job, its id in the path."""
-        call, _ = await self._call(request, family)
-        return await self._fetch(call, job_id)
+        return await self._fetch((await self._call(request, family))[0], job_id)
 
     async def fetch_by_body(self, request: Request, family: str) -> JSONResponse:
         """State of a job, its id in the body field request_id."""
         call, body = await self._call(request, family)
         job_id = body.get("request_id")
+        del body
         if job_id is None or job_id == "":
             await self._upstream.check_key(call.key)
             missing = Violation("request_id", "request_id is required")
             raise RefusedError(Case.FIELDS, violations=[missing])
-        return await self._fetch(call, str(job_id) if type(job_id) in (int, str) else "")
+        # A longer one is no more an id than its beginning, which is all that is kept of it.
+        job_id = str(job_id)[:_ID_LONGER] if type(job_id) in (int, str) else ""
+        return await self._fetch(call, job_id)
 
     async def _call(self, request: Request, family: str) -> tuple[Call, dict[str, Any]]:
         """The question and its body."""

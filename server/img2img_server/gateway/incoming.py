@@ -19,6 +19,11 @@ MAX_BODY_BYTES = 32 * 2**20
 # only after they have sent everything, get it instead of a reset connection.
 _DISCARD_BYTES = 32 * 2**20
 _BODY_SECONDS = 120.0
+# Values are many times larger parsed than written. Each has one of these before it, the first one
+# of its object excepted; those inside of texts count too: all prompts and annotations of the
+# longest lengths could have 36 000.
+_BEFORE_VALUES = (b"{", b"[", b",")
+MAX_VALUES = 40_000
 _SALT = secrets.token_bytes(16)
 _HOST = re.compile(r"[A-Za-z0-9._\-\[\]:]{1,255}")
 
@@ -27,8 +32,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object, whatever Content-Type says; an empty body is {}.
 
     Raises:
-        RefusedError: TOO_LARGE, SLOW_BODY or INVALID_JSON; UNAVAILABLE when all requests together
-            hold as much as the gateway may.
+        RefusedError: TOO_LARGE, SLOW_BODY or INVALID_JSON, also of one of more than MAX_VALUES;
+            UNAVAILABLE when all requests together hold as much as the gateway may.
         ClientDisconnect: nobody is left to answer.
     """
     try:
@@ -38,6 +43,8 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise RefusedError(Case.SLOW_BODY, headers={"Connection": "close"}) from None
     if not raw.strip():
         return {}
+    if sum(map(raw.count, _BEFORE_VALUES)) > MAX_VALUES:
+        raise RefusedError(Case.INVALID_JSON)
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):

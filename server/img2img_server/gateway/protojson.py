@@ -39,9 +39,13 @@ def fill(message: Message, body: dict[str, Any]) -> None:
     """
     try:
         json_format.ParseDict(body, message)
+        return
     # The last two: an infinite enum, a name that is no Unicode text.
     except (json_format.ParseError, OverflowError, SystemError) as error:
-        raise RefusedError(Case.FIELDS, violations=[_violation(str(error))]) from None
+        wrong = _violation(str(error))
+    # Raised here and without the body, which the errors' frames would keep while they are held.
+    del body
+    raise RefusedError(Case.FIELDS, violations=[wrong])
 
 
 def _violation(told: str) -> Violation:

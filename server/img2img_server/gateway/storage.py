@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from img2img.v1 import service_pb2
 from img2img_server.domain.params import Violation
-from img2img_server.domain.storage import REALTIME, validate_deploy_type
+from img2img_server.domain.storage import MAX_CHARACTERS, REALTIME, validate_deploy_type
 from img2img_server.gateway.incoming import find_key, read_json
 from img2img_server.gateway.kinds import BOOLEAN
 from img2img_server.gateway.refusals import RefusedError
@@ -22,6 +22,8 @@ FIELDS = tuple(field.name for field in service_pb2.StorageSettings.DESCRIPTOR.fi
 # Sent in place of a value that is no string: the api refuses it after it has checked the key and
 # its right, and the complaint is put into our own words.
 _NO_STRING = "\x00"
+# Of a longer value one character too many is sent on, for the api to refuse it all the same.
+_MOST_CHARACTERS = MAX_CHARACTERS + 1
 
 
 class Storage:
@@ -34,15 +36,17 @@ class Storage:
         """POST update_s3: replaces all details."""
         body = await read_json(request)
         key = find_key(request, body)
-        sent = service_pb2.StorageSettings(**{name: _text(body, name) for name in FIELDS})
+        texts = {name: _text(body, name) for name in FIELDS}
         wanted, wrong = _check(body)
+        del body
+        sent = service_pb2.StorageSettings(**texts)
         if wrong:
             sent.deploy_type = _NO_STRING  # whatever else is right, nothing is stored
         request_ = service_pb2.UpdateStorageSettingsRequest(settings=sent, check_connection=wanted)
         try:
             told = await self._upstream.update_storage(key, request_)
         except RefusedError as refused:
-            raise _reworded(refused, body, wrong) from None
+            raise _reworded(refused, texts, wrong) from None
         return JSONResponse(
             {
                 "status": "success",
@@ -58,10 +62,9 @@ class Storage:
         """POST reset_s3: removes them."""
         body = await read_json(request)
         key = find_key(request, body)
-        try:
-            told = await self._upstream.reset_storage(key, _text(body, "deploy_type"))
-        except RefusedError as refused:
-            raise _reworded(refused, body) from None
+        deploy_type = _text(body, "deploy_type")
+        del body
+        told = await self._upstream.reset_storage(key, deploy_type)
         return JSONResponse(
             {"status": "success", "message": RESET, "deploy_type": told.deploy_type}
         )
@@ -85,7 +88,7 @@ def _text(body: Mapping[str, Any], name: str) -> str:
         return ""
     if not isinstance(value, str) or (not value.isascii() and not _is_text(value)):
         return _NO_STRING
-    return value
+    return value[:_MOST_CHARACTERS]
 
 
 def _is_text(value: str) -> bool:
@@ -97,16 +100,17 @@ def _is_text(value: str) -> bool:
 
 
 def _reworded(
-    refused: RefusedError, body: Mapping[str, Any], more: Sequence[Violation] = ()
+    refused: RefusedError, texts: Mapping[str, str], more: Sequence[Violation]
 ) -> RefusedError:
+    """In words of ours. A deploy_type that is no string is just another wrong one (section 10)."""
     if not refused.violations:
         return refused
     told = refused.violations
-    if more and not validate_deploy_type(_text(body, "deploy_type") or REALTIME):
+    if more and not validate_deploy_type(texts["deploy_type"] or REALTIME):
         told = [violation for violation in told if violation.field != "deploy_type"]
     violations = [
         Violation(violation.field, f"{violation.field} must be a string")
-        if _text(body, violation.field) == _NO_STRING
+        if violation.field != "deploy_type" and texts.get(violation.field) == _NO_STRING
         else violation
         for violation in told
     ]
