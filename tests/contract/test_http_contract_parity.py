@@ -131,6 +131,11 @@ REFUSED = [
         {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
     ),
     Both(
+        "not a picture beside others",  # which nobody looks at
+        {"init_image": "AAAA", "width": 5},
+        {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
+    ),
+    Both(
         "an address that gives none",
         {"init_image": "https://nowhere.example/x"},
         {"init_image": job_pb2.InitImage(url="https://nowhere.example/x")},

@@ -339,11 +339,11 @@ async def test_a_full_queue_refuses_before_the_picture_is_fetched_or_decoded() -
             assert refusal(caught.value).reason == "QUEUE_FULL"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await api.create(spec(width=5, init_image=broken))
-        assert set(refusal(caught.value).violations) == {"width", "init_image"}  # fields come first
+        assert set(refusal(caught.value).violations) == {"width"}  # fields come first
     assert len(fetched) == 1
 
 
-async def test_a_picture_that_takes_long_is_not_decoded_for_a_full_queue(
+async def test_a_picture_that_takes_long_is_not_decoded_for_a_full_queue_or_beside_wrong_fields(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoded: list[int] = []
@@ -369,6 +369,9 @@ async def test_a_picture_that_takes_long_is_not_decoded_for_a_full_queue(
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await api.create(spec(init_image=image))
             assert refusal(caught.value).reason == "QUEUE_FULL"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.create(spec(init_image=image, width=5))
+            assert refusal(caught.value).reason == "INVALID_REQUEST"
     assert decoded == [len(large.data)]
 
 

@@ -99,8 +99,6 @@ class Admission:
         params = request.params
         violations = request.violations + validate(params, self._context(model))
         if violations:
-            if request.init_image:  # so that the caller hears of everything
-                await self._check(request.init_image, params, violations)
             raise errors.InvalidRequestError(violations)
         if not params.safety_checker and "unsafe" not in caller.principal.permissions:
             sentence = "This key may not turn the safety checker off"
@@ -177,33 +175,14 @@ class Admission:
             return await decoded
 
     async def _image(self, request: convert.Request) -> CheckedImage:
-        violations: list[Violation] = []
-        data = request.init_image or await self._download(request.params, violations)
-        image = await self._check(data, request.params, violations) if data else None
-        if image is None:
-            raise errors.InvalidRequestError(violations)
-        return image
-
-    async def _download(self, params: JobParams, violations: list[Violation]) -> bytes:
+        params = request.params
         try:
-            return await self._fetch(params.init_image_url)
-        except InvalidImageError as error:
-            violations.append(Violation("init_image", str(error)))
-            return b""
-
-    async def _check(
-        self, data: bytes, params: JobParams, violations: list[Violation]
-    ) -> CheckedImage | None:
-        """The image when it is good; otherwise None and one more violation."""
-        bad_size = any(violation.field in ("width", "height") for violation in violations)
-        width, height = (512, 512) if bad_size else (params.width, params.height)
-        try:
+            data = request.init_image or await self._fetch(params.init_image_url)
             return await asyncio.to_thread(
-                check_image, data, width=width, height=height, limits=self.limits
+                check_image, data, width=params.width, height=params.height, limits=self.limits
             )
         except InvalidImageError as error:
-            violations.append(Violation("init_image", str(error)))
-            return None
+            raise errors.InvalidRequestError([Violation("init_image", str(error))]) from error
 
 
 def image_limits(settings: Settings) -> Limits:
