@@ -21,7 +21,7 @@ from img2img_server.gateway.dialects import Answer, Dialect
 from img2img_server.gateway.files import Files
 from img2img_server.gateway.incoming import find_key, forget_body, link_base, read_json
 from img2img_server.gateway.refusals import Case, RefusedError
-from img2img_server.gateway.request import job_spec
+from img2img_server.gateway.request import drop_hints, job_spec
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.settings import Settings
@@ -85,10 +85,8 @@ class Endpoints:
             return await self._upstream.create(call.key, spec, call.base)
         except RefusedError as refused:
             broken = {violation.field for violation in refused.violations}
-            hints = [name for name in contract.HINTS & broken if spec.HasField(name)]
-            if hints:  # the model's own limit is narrower than ours; a hint is never an error
-                for name in hints:
-                    spec.ClearField(name)
+            # The model's own limit is narrower than ours; a hint is never an error.
+            if drop_hints(spec, broken):
                 return await self._make(call, spec)
             refused.violations = contract.in_table_order(refused.violations)
             raise

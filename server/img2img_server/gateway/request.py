@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from google.protobuf.message import Message
 
 from img2img.v1 import job_pb2
 from img2img_server.contract import notes
-from img2img_server.gateway.contract import DEFAULT_STRENGTH, FIELDS, LIMITS
+from img2img_server.gateway.contract import DEFAULT_STRENGTH, FIELDS, HINTS, LIMITS
 
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n\f\v"
@@ -35,6 +37,14 @@ def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
     sent.setdefault("strength", DEFAULT_STRENGTH)  # the contract's, whatever the model's own is
     sent["init_image"] = init_image(sent["init_image"])
     return job_pb2.JobSpec(**sent, annotations=annotations)
+
+
+def drop_hints(spec: Message, names: Collection[str]) -> bool:
+    """Takes those of the names that are hints out of a JobSpec; whether it had any of them."""
+    had = [name for name in HINTS.intersection(names) if spec.HasField(name)]
+    for name in had:
+        spec.ClearField(name)
+    return bool(had)
 
 
 def init_image(text: str) -> job_pb2.InitImage:
