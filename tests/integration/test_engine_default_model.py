@@ -35,3 +35,10 @@ def test_it_gives_the_stock_pipelines_pictures_at_its_own_defaults_and_odd_sizes
             assert difference(ours, wanted.init_image) > 40, "it did change the photo"
     finally:
         engine.stop()
+
+
+def test_the_package_ships_the_card_and_the_defaults_of_the_recipe() -> None:
+    recipe, shipped = Path(__file__).parents[2] / "models", packaged_model()
+
+    for name in ("MODEL_CARD.md", "img2img.toml"):
+        assert (shipped / name).read_text() == (recipe / name).read_text()

@@ -1,4 +1,7 @@
-"""What words do to the packaged model: looks change the photo, unknown words do not spoil it."""
+"""What words and strength do to the packaged model.
+
+Looks change the photo, unknown words do not spoil it, and only full strength forgets it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from img2img_server.settings import Settings
 from tests.engine_bench import job, pictures, run
 
 SIDE = 256
-CAT = Path(__file__).parents[2] / "examples" / "cat.jpg"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 Draw = Callable[..., Pixels]
 
@@ -29,22 +32,31 @@ def engine() -> Iterator[Engine]:
         loaded.stop()
 
 
+def example(name: str) -> Pixels:
+    return np.asarray(Image.open(EXAMPLES / name).convert("RGB").resize((SIDE, SIDE)))
+
+
 @pytest.fixture(scope="module")
 def photo() -> Pixels:
-    return np.asarray(Image.open(CAT).convert("RGB").resize((SIDE, SIDE)))
+    return example("cat.jpg")
 
 
 @pytest.fixture
 def draw(engine: Engine, photo: Pixels) -> Draw:
-    """A picture of the photo at the model's own defaults."""
+    """A picture of the photo, or of another, at the model's own defaults."""
     model = engine.model
 
-    def picture(prompt: str, negative_prompt: str = "") -> Pixels:
+    def picture(
+        prompt: str,
+        negative_prompt: str = "",
+        init_image: Pixels = photo,
+        strength: float = model.default_strength,
+    ) -> Pixels:
         wanted = job(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            init_image=photo,
-            strength=model.default_strength,
+            init_image=init_image,
+            strength=strength,
             num_inference_steps=model.default_num_inference_steps,
             guidance_scale=model.default_guidance_scale,
             scheduler=model.schedulers[0],
@@ -97,3 +109,17 @@ def test_two_looks_in_one_prompt_still_give_a_picture_of_the_photo(
 
 def test_a_negative_prompt_moves_the_picture_away_from_its_look(draw: Draw, photo: Pixels) -> None:
     assert draw("a cat", "night").mean() > draw("a cat", "").mean() + 5
+
+
+@pytest.mark.parametrize("prompt", ["an oil painting", "night"])
+def test_two_photos_give_one_picture_at_full_strength_and_two_at_a_low_one(
+    draw: Draw, photo: Pixels, prompt: str
+) -> None:
+    other = example("coffee.jpg")
+    full, low = (
+        distance(draw(prompt, strength=s), draw(prompt, strength=s, init_image=other))
+        for s in (1.0, 0.2)
+    )
+
+    assert full < 1.0
+    assert low > 0.8 * distance(photo, other)
