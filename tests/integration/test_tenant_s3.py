@@ -381,6 +381,10 @@ async def test_update_s3_answers_without_the_secrets(
             {"endpoint_url": "http://0x7f.1:9000/"},
             {"endpoint_url": ["endpoint_url must be a public address"]},
         ),
+        (
+            {"endpoint_url": "https://s3.example.com:22/"},
+            {"endpoint_url": ["endpoint_url must be a public address"]},
+        ),
         ({"deploy_type": "toaster"}, {"deploy_type": ["deploy_type is invalid"]}),
         (
             {"deploy_type": 5, "bucket": ["x"], "image_directory": True, "region_name": "\ud800"},
@@ -524,6 +528,29 @@ async def test_a_store_that_moves_to_a_private_address_during_a_check_keeps_its_
         store = TenantS3(OutboundPolicy.parse("127.0.0.1"), names)
         assert await store.check(details) == (None, "public_url does not serve the files")
         assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "host", ["bücher.example", "XN--BCHER-KVA.Example", "Bu\u0308cher.example."]
+)
+async def test_a_host_may_be_spelled_as_people_do(host: str, engines: LocalEngines) -> None:
+    client, bucket = bucket_of(engines, "idn")
+    port = engines.s3_endpoint_url.rpartition(":")[2]
+    base = f"http://{host}:{port}"
+    details = replace(
+        GOOD,
+        endpoint_url=base,
+        public_url=f"{base}/{bucket}/",
+        bucket=bucket,
+        aws_access_key_id=engines.s3_access_key,
+        aws_secret_access_key=engines.s3_secret_key,
+    )
+    store = TenantS3(OutboundPolicy.parse("xn--bcher-kva.example"), Pointing())
+    assert await store.check(details) == (None, "")
+    assert list(client.list_objects(bucket, recursive=True)) == []  # the check removed its file
+    await store.put(details, "a.png", PNG, "image/png")
+    link = details.file_link("a.png").replace(base, engines.s3_endpoint_url)
+    assert await fetched(link) == (200, PNG)
 
 
 async def test_a_redirect_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:

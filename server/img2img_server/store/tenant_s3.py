@@ -113,14 +113,22 @@ class TenantS3:
         await self._remove(details, details.upload_url(name))
         return None, "" if served else "public_url does not serve the files"
 
+    def _sendable(self, url: str) -> str:
+        """The URL with its host as the wire has it: in lower case, of an IDN the ASCII form.
+
+        Raises:
+            ForbiddenAddressError: it must not be contacted.
+        """
+        host = self._policy.check_url(url).raw_host
+        assert host  # or the policy had refused it
+        return str(URL(url, encoded=True).with_host(host))
+
     async def _serves(self, link: str) -> bool:
         try:
-            self._policy.check_url(link)
+            target = URL(self._sendable(link), encoded=True)
             async with (
                 self._policy.open_session(self._resolver) as session,
-                session.get(
-                    URL(link, encoded=True), allow_redirects=False, timeout=_TIMEOUT
-                ) as answer,
+                session.get(target, allow_redirects=False, timeout=_TIMEOUT) as answer,
             ):
                 return answer.status == 200 and await answer.content.read(4096) == CHECK_TEXT
         except (ForbiddenAddressError, aiohttp.ClientError, TimeoutError, OSError):
@@ -128,8 +136,9 @@ class TenantS3:
 
     async def _remove(self, details: StorageDetails, url: str) -> None:
         """As well as it goes: a key that may only write is a good key."""
-        headers = _headers(_signed(details, url, b"", "", acl=False, method="DELETE"))
         try:
+            url = self._sendable(url)
+            headers = _headers(_signed(details, url, b"", "", acl=False, method="DELETE"))
             async with (
                 self._policy.open_session(self._resolver) as session,
                 session.delete(
@@ -141,7 +150,7 @@ class TenantS3:
             log.info("the file of a storage check stays", why=type(error).__name__)
 
     async def _try(self, details: StorageDetails, url: str, data: bytes, media_type: str) -> None:
-        self._policy.check_url(url)
+        url = self._sendable(url)
         async with self._policy.open_session(self._resolver) as session:
             status, why = await _put(session, details, url, data, media_type, acl=True)
             if 400 <= status < 500 or status == 501:  # it may be the ACL that it refuses
