@@ -24,8 +24,9 @@ from img2img_server.bus import memory_bus
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
-from img2img_server.gateway import upstream
+from img2img_server.gateway import endpoints, upstream
 from img2img_server.gateway.incoming import MAX_VALUES
+from img2img_server.gateway.refusals import Case, RefusedError
 from tests.http_stack import (
     ENTERPRISE,
     PHOTO_URL,
@@ -371,6 +372,47 @@ async def test_a_body_is_not_held_while_its_job_runs() -> None:
         assert not waiting.done()
         gateway.stack.worker.engine.release()
         assert (await waiting).json()["status"] == "success"
+
+
+@pytest.mark.parametrize("refused", [1, 10**6], ids=["for a while", "for ever"])
+async def test_a_post_waits_on_when_its_job_cannot_be_watched(
+    refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, watch = asyncio.Semaphore(0), upstream.Upstream.watch
+
+    async def watching(*given: Any) -> AsyncIterator[Any]:
+        nonlocal refused
+        refused -= 1
+        tried.release()
+        if refused >= 0:
+            raise RefusedError(Case.UNAVAILABLE)
+        async for event in watch(*given):
+            yield event
+
+    monkeypatch.setattr(upstream.Upstream, "watch", watching)
+    monkeypatch.setattr(endpoints, "WATCH_AGAIN_SECONDS", 0.01)
+    async with limited(hold=True) as gateway:
+        waiting = asyncio.create_task(gateway.create())
+        # At the second try it was refused before.
+        twice = asyncio.gather(tried.acquire(), tried.acquire())
+        await asyncio.wait({waiting, twice}, return_when=asyncio.FIRST_COMPLETED)
+        assert not waiting.done()
+        gateway.stack.worker.engine.release()
+        assert (await waiting).json()["status"] == "success"
+
+
+async def test_a_post_that_cannot_hear_of_its_job_says_processing_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refusing(*given: Any) -> Any:
+        raise RefusedError(Case.UNAVAILABLE)
+
+    monkeypatch.setattr(upstream.Upstream, "watch", refusing)
+    monkeypatch.setattr(upstream.Upstream, "get", refusing)
+    monkeypatch.setattr(endpoints, "WATCH_AGAIN_SECONDS", 0.01)
+    async with limited(hold=True, wait_seconds=1) as gateway:
+        answer = await gateway.create()
+        assert (answer.status_code, answer.json()["status"]) == (200, "processing")
 
 
 async def test_retry_after_says_when_a_place_is_expected() -> None:

@@ -122,6 +122,7 @@ REFUSED = [
     Both("seed", {"seed": 2**32}),
     Both("webhook", {"webhook": "nonsense"}),
     Both("webhook without TLS", {"webhook": "http://hooks.example.org/a"}),
+    Both("webhook at another protocol's port", {"webhook": "https://hooks.example.org:25/a"}),
     Both("webhook without TLS beside others", {"webhook": "http://10.0.0.1/a", "width": 5}),
     Both("track_id", {"track_id": "t" * 192}),
     Both("several", {"width": 5, "samples": 0, "strength": -1.0}),

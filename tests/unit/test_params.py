@@ -104,10 +104,24 @@ def test_strength_decides_how_many_steps_run(strength: float, steps: int, run: i
     assert denoising_steps(strength, steps) == run
 
 
+@pytest.mark.parametrize(
+    ("port", "wanted"),
+    [
+        *((port, []) for port in ("", ":443", ":80", ":1024", ":8443", ":65535")),
+        *((port, ["webhook"]) for port in (":0", ":22", ":25", ":1023", ":65536", ":x")),
+    ],
+)
+def test_webhooks_go_to_no_port_of_another_protocol(port: str, wanted: list[str]) -> None:
+    address = f"https://hooks.example.org{port}/a"
+    found = validate(JobParams(prompt="a", webhook=address), ValidationContext())
+    assert [violation.field for violation in found] == wanted
+
+
 def test_plain_http_webhooks_go_where_the_context_says() -> None:
-    context = ValidationContext(may_be_plain_http=lambda url: "listed" in url)
+    context = ValidationContext(is_listed=lambda url: "listed" in url)
     for address, wanted in (
         ("http://listed.example/a", []),
+        ("https://listed.example:22/a", []),
         ("http://other.example/a", ["webhook"]),
     ):
         found = validate(JobParams(prompt="a", webhook=address), context)

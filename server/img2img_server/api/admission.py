@@ -133,7 +133,7 @@ class Admission:
     def _context(self, model: ModelInfo | None) -> ValidationContext:
         listed = self._outbound.lists_host
         if model is None:
-            return ValidationContext(self.limits, may_be_plain_http=listed)
+            return ValidationContext(self.limits, is_listed=listed)
         most = min(self.limits.max_num_inference_steps, model.max_num_inference_steps)
         limits = replace(self.limits, max_num_inference_steps=most)
         return ValidationContext(limits, model.schedulers, model.loras, listed)

@@ -110,7 +110,7 @@ class ValidationContext:
     limits: Limits = field(default_factory=Limits)
     schedulers: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
-    may_be_plain_http: Callable[[str], bool] = lambda url: False  # of a webhook's address
+    is_listed: Callable[[str], bool] = lambda url: False  # any port and http: for webhooks
 
 
 def validate(params: JobParams, context: ValidationContext) -> list[Violation]:
@@ -167,7 +167,13 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
 def _is_webhook(text: str, context: ValidationContext) -> bool:
     if not is_http_url(text):
         return False
-    return urlsplit(text).scheme == "https" or context.may_be_plain_http(text)
+    parts = urlsplit(text)
+    return (parts.scheme == "https" and is_web_port(parts.port)) or context.is_listed(text)
+
+
+def is_web_port(port: int | None) -> bool:
+    """Whether HTTP may be spoken there: below 1024 only 80 and 443 are not another protocol's."""
+    return port is None or port in (80, 443) or port >= 1024
 
 
 def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:

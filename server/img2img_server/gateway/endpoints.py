@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ ENTERPRISE = "/api/v1/enterprise/realtime"
 V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
 _ID = re.compile(r"[0-9]{1,12}", re.ASCII)
+WATCH_AGAIN_SECONDS = 1.0  # after a refusal
+ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
 _ID_LONGER = 13  # characters, one more than an id may have
 
 
@@ -59,7 +61,7 @@ class Endpoints:
         self._dialect = dialect
         self._stop = stop
         policy = OutboundPolicy.parse(settings.outbound_allow)
-        self._context = ValidationContext(contract.LIMITS, may_be_plain_http=policy.lists_host)
+        self._context = ValidationContext(contract.LIMITS, is_listed=policy.lists_host)
 
     async def create(self, request: Request, family: str) -> JSONResponse:
         """POST img2img: makes a job, waits for it when the caller wants the result."""
@@ -142,12 +144,19 @@ class Endpoints:
             stopping.cancel()
 
     async def _ended(self, key: str, job_id: int) -> job_pb2.Job:
-        async with aclosing(self._upstream.watch(key, job_id)) as events:
-            async for event in events:
-                job = _final(event)
-                if job is not None:
+        """The job once it has ended, however often the api goes or has no room for a watcher."""
+        while True:
+            with suppress(RefusedError):
+                async with aclosing(self._upstream.watch(key, job_id)) as events:
+                    async for event in events:
+                        job = _final(event)
+                        if job is not None:
+                            return job
+            with suppress(RefusedError):
+                job = await self._upstream.get(key, job_id)
+                if job.state in ENDED:
                     return job
-        return await self._upstream.get(key, job_id)
+            await asyncio.sleep(WATCH_AGAIN_SECONDS)
 
     async def _answer(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
         if job.state in (job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED):

@@ -19,7 +19,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from img2img_server.domain.params import is_http_url
+from img2img_server.domain.params import is_http_url, is_web_port
 from img2img_server.images.networks import Address, is_public
 from img2img_server.settings import SettingsError
 
@@ -113,7 +113,7 @@ class OutboundPolicy:
             self.check_addresses(host, [address])
         elif not NAME.fullmatch(host):
             raise ForbiddenAddressError("odd host name")
-        if not (port in (80, 443) or port >= 1024 or (port and self.lists(url))):
+        if not (is_web_port(port) or (port and self.lists(url))):
             raise ForbiddenAddressError("port of another protocol")
 
     def check_addresses(self, host: str, addresses: Iterable[Address]) -> None:
