@@ -220,7 +220,11 @@ class Settings(BaseSettings):
 
     # The contract.
     legacy: bool = Field(False, description="Answer in the older form of the HTTP contract.")
-    base64_inline: bool = Field(False, description="Put base64 strings into `output`.")
+    base64_inline: bool = Field(
+        False,
+        description="Put the strings of `base64` jobs into `output`, where their links would be. "
+        "Files in a tenant's own storage keep their links: the service does not read there.",
+    )
     cors_origins: str = Field(
         "*",
         description="Origins that browsers may call from, comma separated: `*` for all, `loopback` "

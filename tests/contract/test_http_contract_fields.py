@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from tests.http_stack import Gateway, gateway_before, photo_base64, running_gateway
+from img2img_server.bus import memory_bus
+from tests.http_stack import (
+    ENTERPRISE,
+    PHOTO_URL,
+    V6,
+    Gateway,
+    fetch_photo,
+    gateway_before,
+    photo_base64,
+    running_gateway,
+)
+from tests.stack import Stack, running_api, running_worker, two_tenants
 
+MODES = ("today", "legacy")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -186,8 +199,11 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.rule)
-async def test_what_is_sent_is_understood(case: Accepted, today: Gateway) -> None:
-    answer = await today.create(**case.sent)
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_is_sent_is_understood(
+    case: Accepted, mode: str, today: Gateway, legacy: Gateway
+) -> None:
+    answer = await {"today": today, "legacy": legacy}[mode].create(**case.sent)
     assert answer.json()["status"] == "success", answer.text
     expected = {
         "safety_checker": "yes",
@@ -210,27 +226,60 @@ async def test_what_is_sent_is_understood(case: Accepted, today: Gateway) -> Non
 
 
 @pytest.mark.parametrize("seed", [..., None, "", -1, "-1"])
-async def test_a_random_seed_is_drawn_and_told(seed: Any, today: Gateway) -> None:
-    first, second = [await today.create(seed=seed) for _ in range(2)]
+async def test_a_random_seed_is_drawn_and_told(seed: Any, today: Gateway, legacy: Gateway) -> None:
+    first, second = [await gateway.create(seed=seed) for gateway in (today, legacy)]
     seeds = [answer.json()["meta"]["seed"] for answer in (first, second)]
     assert all(0 <= drawn < 2**32 for drawn in seeds)
     assert seeds[0] != seeds[1]
 
 
-async def test_the_body_printed_on_the_hosted_page_works_as_it_stands(today: Gateway) -> None:
-    sent = {
-        "prompt": "a cat sitting on a bench",
-        "negative_prompt": "bad quality",
-        "width": "512",
-        "height": "512",
-        "samples": "1",
-        "temp": False,
-        "safety_checker": False,
-        "strength": 0.7,
-        "seed": None,
-        "webhook": None,
-        "track_id": None,
-    }
-    answer = await today.create(**sent)
-    assert answer.json()["status"] == "success"
-    assert answer.json()["meta"]["safety_checker"] == "no"
+def printed(key: str) -> str:
+    """The request body of the hosted API's page, word for word but for its key and its picture."""
+    return f"""{{
+      "key": "{key}",
+      "prompt": "a cat sitting on a bench",
+      "negative_prompt": "bad quality",
+      "init_image": "{PHOTO_URL}",
+      "width": "512",
+      "height": "512",
+      "samples": "1",
+      "temp": false,
+      "safety_checker": false,
+      "strength": 0.7,
+      "seed": null,
+      "webhook": null,
+      "track_id": null
+    }}"""
+
+
+async def test_the_body_printed_on_the_hosted_page_works_as_it_stands(
+    today: Gateway, legacy: Gateway
+) -> None:
+    for gateway in (today, legacy):
+        for family in (ENTERPRISE, V6):
+            answer = await gateway.http.post(f"{family}/img2img", content=printed("dev-key"))
+            assert answer.json()["status"] == "success", answer.text
+            assert answer.json()["meta"]["safety_checker"] == "no"
+
+
+async def test_a_key_without_the_right_is_told_so_and_may_leave_the_checker_on(
+    tmp_path: Path,
+) -> None:
+    ring, _, key = two_tenants(tmp_path)
+    told = "This key may not turn the safety checker off"
+    bus = memory_bus()
+    async with (
+        running_worker(bus) as worker,
+        running_api(bus, fetch=fetch_photo, keys=ring) as api,
+        gateway_before(Stack(bus, api, worker)) as gateway,
+        gateway_before(Stack(bus, api, worker), legacy=True) as old,
+    ):
+        answer = await gateway.http.post(f"{ENTERPRISE}/img2img", content=printed(key))
+        assert (answer.status_code, answer.json()) == (403, {"status": "error", "message": told})
+        answer = await old.http.post(f"{ENTERPRISE}/img2img", content=printed(key))
+        expected = {"status": "error", "message": told, "messege": told}
+        assert (answer.status_code, answer.json()) == (200, expected)
+        safe = printed(key).replace('"safety_checker": false', '"safety_checker": null')
+        for each in (gateway, old):
+            answer = await each.http.post(f"{ENTERPRISE}/img2img", content=safe)
+            assert answer.json()["meta"]["safety_checker"] == "yes"
