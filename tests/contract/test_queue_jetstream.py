@@ -390,6 +390,20 @@ async def test_a_connection_closes_although_the_server_is_away(nats: Nats) -> No
             await nats.stop()
 
 
+async def test_more_keys_are_listed_than_the_server_tells_at_once(nats: Nats) -> None:
+    most_at_once, tenants = 100_000, ("acme", "busy")
+    async with connect_bus(nats.settings), raw(nats.settings) as link:
+        bucket = Bucket(link, names.RECORDS_BUCKET)
+        ids = range(JOB, JOB + most_at_once + 1)
+        for tenant, its in zip(tenants, (range(JOB, JOB + 2), ids), strict=True):
+            for job_id in its:
+                await link.nc.publish(names.key_subject(names.RECORDS_BUCKET, f"{tenant}.{job_id}"))
+        await bucket.put("busy.last", b"")  # answered once all before it are stored
+        assert set(await bucket.keys("busy.*")) == {*(f"busy.{n}" for n in ids), "busy.last"}
+        assert set(await bucket.keys("acme.*")) == {f"acme.{JOB}", f"acme.{JOB + 1}"}
+        assert await bucket.keys("nobody.*") == []
+
+
 async def test_everything_has_its_bounds(nats: Nats) -> None:
     settings = nats.settings.model_copy(
         update={"retention_hours": 2, "events_retention_seconds": 90.0, "events_max_bytes": 2**21}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Final, Protocol
+
+import nats.js.errors
 
 from img2img_server.wire import names
-from img2img_server.wire.connection import Link
+from img2img_server.wire.connection import REQUEST_SECONDS, Link
 from img2img_server.wire.faults import WrongLastSequenceError
 
+_PAGES_OVERLAP: Final = 1000
 _MARKER = "KV-Operation"  # header of what other clients leave where they deleted a key
 
 
@@ -82,8 +87,26 @@ class Bucket:
     async def keys(self, pattern: str = ">") -> list[str]:
         """Keys that match the pattern, in no order."""
         subject = names.key_subject(self._name, pattern)
-        info = await self._link.ask(
-            lambda: self._link.js.stream_info(self._stream, subjects_filter=subject)
-        )
+        found: set[str] = set()
+        offset, more = 0, True
+        while more:
+            page = await self._link.ask(partial(self._page, subject, offset))
+            found.update(page["state"].get("subjects") or {})
+            more = offset + page["limit"] < page["total"]
+            # Keys that expire meanwhile move the later ones forward: the pages overlap.
+            offset += page["limit"] - _PAGES_OVERLAP
         start = len(names.key_subject(self._name, ""))
-        return [found[start:] for found in info.state.subjects or {}]
+        return [each[start:] for each in found]
+
+    async def _page(self, subject: str, offset: int) -> dict[str, Any]:
+        """Subjects from the offset on, as many as the server tells at once (100 000), by name.
+
+        {"total": 100001, "offset": 0, "limit": 100000, "state": {"subjects": {"$KV.b.k": 1, …}, …}}
+        """
+        request = json.dumps({"subjects_filter": subject, "offset": offset}).encode()
+        api = f"$JS.API.STREAM.INFO.{self._stream}"
+        msg = await self._link.nc.request(api, request, timeout=REQUEST_SECONDS)
+        page: dict[str, Any] = json.loads(msg.data)
+        if error := page.get("error"):
+            raise nats.js.errors.APIError.from_error(error)
+        return page
