@@ -168,9 +168,7 @@ class Settings(BaseSettings):
     )
 
     # Limits.
-    queue_limit: int = Field(
-        15, ge=1, description="Most unfinished jobs of a tenant, by model and lane."
-    )
+    queue_limit: int = Field(15, ge=1, description="Most unfinished jobs of a tenant.")
     max_message_bytes: int = Field(
         34 * 2**20, ge=2**20, description="Largest gRPC message, in and out."
     )

@@ -319,6 +319,21 @@ async def test_a_full_queue_refuses_at_once_with_a_retry_hint() -> None:
         assert len(listed.jobs) == 2  # the refused one left nothing
 
 
+async def test_the_jobs_of_a_tenant_count_together_whatever_their_lane() -> None:
+    bus = memory_bus(queue_limit=2)
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    async with running_api(bus, settings(queue_limit=2)) as api:
+        await api.create(spec())
+        batch = await api.create(spec(lane=job_pb2.LANE_BATCH))
+        for lane in (job_pb2.LANE_BATCH, job_pb2.LANE_REALTIME):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.create(spec(lane=lane))
+            assert refusal(caught.value).reason == "QUEUE_FULL"
+        await api.stub.CancelJob(service_pb2.CancelJobRequest(name=batch.name), metadata=DEV)
+        await api.create(spec())
+
+
 async def test_a_full_queue_refuses_before_the_picture_is_fetched_or_decoded() -> None:
     fetched = []
 

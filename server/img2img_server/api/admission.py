@@ -159,7 +159,7 @@ class Admission:
     async def _check_room(self, params: JobParams, caller: Caller) -> None:
         """What is too much is told before the picture is downloaded and decoded."""
         limit, tenant = self._settings.queue_limit, caller.principal.tenant
-        unfinished = await self._queue.unfinished(params.model, params.lane, tenant)
+        unfinished = await self._queue.unfinished(tenant)
         if unfinished >= limit:
             raise errors.QueueFullError(limit, await self._estimator.place(params, unfinished))
         self._rate_limit.check(caller.principal)

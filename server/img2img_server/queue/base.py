@@ -79,7 +79,7 @@ class LaneLoad:
 
 
 class JobQueue(Protocol):
-    """Durable work queue by model, lane and tenant; bounded by tenant."""
+    """Durable work queue by model, lane and tenant; each of these parts is bounded."""
 
     @property
     def ack_wait_seconds(self) -> float: ...
@@ -90,7 +90,7 @@ class JobQueue(Protocol):
         A job id is queued once: putting it again within 20 s returns the place it got.
 
         Raises:
-            QueueFullError: the tenant has its limit of unfinished jobs.
+            QueueFullError: the tenant has its limit of unfinished jobs in this model and lane.
             UnavailableError: the bus is down.
         """
         ...
@@ -114,10 +114,10 @@ class JobQueue(Protocol):
         """The numbers of that lane, at the cost of one question to the bus however many jobs."""
         ...
 
-    async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
-        """Jobs of that lane and tenant that count against the limit, those being run included.
+    async def unfinished(self, tenant: str) -> int:
+        """The tenant's jobs of all models and lanes, those being run included.
 
-        To refuse before work is done for a job; only `put` is sure.
+        To refuse before work is done for a job: others may be put meanwhile.
         """
         ...
 

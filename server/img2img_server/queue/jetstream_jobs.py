@@ -116,8 +116,8 @@ class JetStreamJobQueue:
             last_taken=(info.delivered.stream_seq or 0) if info.delivered else 0,
         )
 
-    async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
-        return await self._messages(names.jobs_subject(model, lane, tenant))
+    async def unfinished(self, tenant: str) -> int:
+        return await self._messages(names.tenant_filter(tenant))
 
     async def _messages(self, subject: str) -> int:
         """Messages in the stream under a subject, wildcards allowed."""

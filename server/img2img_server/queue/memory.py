@@ -54,8 +54,9 @@ class MemoryJobQueue:
     async def put(self, job: QueuedJob) -> int:
         if job.job_id in self._known:
             return self._known[job.job_id]
-        mine = await self.unfinished(job.params.model, job.params.lane, job.tenant)
-        if mine >= self._limit:
+        place = (job.params.model, job.params.lane)
+        mine = [m for m in self._messages.values() if m.job.tenant == job.tenant]
+        if sum(m.is_for(*place) for m in mine) >= self._limit:
             raise QueueFullError(self._limit)
         sequence = self._known[job.job_id] = next(self._sequences)
         self._messages[sequence] = _Message(sequence, job)
@@ -80,11 +81,8 @@ class MemoryJobQueue:
             last_taken=self._delivered.get((model, lane), 0),
         )
 
-    async def unfinished(self, model: str, lane: Lane, tenant: str) -> int:
-        return sum(
-            message.job.tenant == tenant and message.is_for(model, lane)
-            for message in self._messages.values()
-        )
+    async def unfinished(self, tenant: str) -> int:
+        return sum(message.job.tenant == tenant for message in self._messages.values())
 
     async def pull(
         self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float

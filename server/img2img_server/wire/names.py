@@ -57,6 +57,11 @@ def lane_filter(model: str, lane: Lane) -> str:
     return f"img2img.jobs.{token(model)}.{lane.value}.*"
 
 
+def tenant_filter(tenant: str) -> str:
+    """All jobs of one tenant."""
+    return f"img2img.jobs.*.*.{token(tenant)}"
+
+
 def lane_consumer(model: str, lane: Lane) -> str:
     """Name of the consumer that all workers of a model share for a lane."""
     return f"worker-{token(model)}-{lane.value}"
