@@ -106,7 +106,7 @@ def compare(
         rate_alone = count / alone.busy
         count = max(min(8, count), int(count * min(1.0, seconds / alone.busy)))
         rates: dict[str, float | None] = {f"load {load:g}": load * rate_alone for load in loads}
-        for name, rate in {**rates, SATURATED: None}.items():
+        for name, rate in {SATURATED: None, **rates}.items():
             rounds_of = [requests(count, rate, sides, seed) for seed in range(rounds)]
             yield name, _serve(servers, rounds_of, pace)
     finally:

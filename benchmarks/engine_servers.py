@@ -57,7 +57,7 @@ class EngineServer:
                     case JobError(error):
                         done.put(error)
 
-            self._engine.submit(_job(request), sink)
+            self._engine.submit(job_of(request), sink)
 
         feeder = threading.Thread(target=feed, args=(load, start, submit))
         feeder.start()
@@ -81,7 +81,7 @@ class EngineServer:
         return self._clock.seconds if self._clock else 0.0
 
 
-def _job(request: Request) -> EngineJob:
+def job_of(request: Request) -> EngineJob:
     return EngineJob(
         job_id=request.number,
         tenant="bench",

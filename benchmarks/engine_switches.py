@@ -1,136 +1,195 @@
-"""What each speed switch makes of a step and of a decode, alone, with the model that ships.
+"""What each speed switch makes of a step and of a decode, with the model that ships.
 
     python -m benchmarks.engine_switches [--sides 256 512] [--switches plain fuse_qkv ...]
 
-Milliseconds of one guided row; the median of `--repeats`, in turns, so that a machine that slows
-down slows all of them. `first`: seconds of the first step, with what is compiled for it, or taken
-from what torch has kept of an earlier run.
+Every switch has an engine of its own, loaded from settings in a process of its own. Milliseconds of
+a guided job alone: of a step and of its decode; the median of `--repeats`, in turns, so that a
+machine that slows down slows all of them. `ready`: seconds to load and to warm up at all sizes,
+with what is compiled for them, one engine after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
+import queue
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 
+from benchmarks.ending import end_on_sigterm
 from benchmarks.engine import hardware
-from img2img_server.engine.denoiser import TextInput
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
-from img2img_server.engine.load import choose_device, choose_dtype, keep_freed_memory
+from benchmarks.engine_load import Request
+from benchmarks.engine_report import facts, table, write
+from benchmarks.engine_servers import job_of
+from img2img_server.engine.base import EngineEvent, EngineTimings, JobDone, JobError
+from img2img_server.engine.cpu_threads import wait_briefly
+from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.load import choose_device, choose_dtype, load_engine
 from img2img_server.engine.model_spec import read_model_spec
-from img2img_server.engine.options import Compile, ModelOptions
+from img2img_server.settings import Settings
 
-SWITCHES = {
-    "plain": ModelOptions(),
-    "channels_last=false": ModelOptions(channels_last=False),
-    "fuse_qkv": ModelOptions(fuse_qkv=True),
-    "compile=regional": ModelOptions(compile=Compile.REGIONAL),
-    "compile=whole": ModelOptions(compile=Compile.WHOLE),
+_WHOLE = {"compile": "whole", "compile_cache_dir": "cache/whole"}
+# Settings; paths lie in a folder of this run.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "channels_last=false": {"channels_last": False},
+    "fuse_qkv=true": {"fuse_qkv": True},
+    "dtype=bfloat16": {"dtype": "bfloat16"},
+    "torch_threads=1": {"torch_threads": 1},
+    "tiny_vae, use pictures": {"tiny_vae": "tiny", "tiny_vae_use": "pictures"},
+    "compile=regional, nothing kept": {
+        "compile": "regional",
+        "compile_cache_dir": "cache/regional",
+    },
+    "compile=whole, nothing kept": _WHOLE,
+    "compile=whole, kept by the one above": _WHOLE,
 }
+_PATHS = ("tiny_vae", "compile_cache_dir")
+_STEPS = 4
 
 
-def works(denoiser: DiffusersDenoiser, side: int) -> dict[str, Callable[[], Any]]:
-    """A guided step and a decode of one picture."""
-    text = TextInput(prompt="a", negative_prompt="", guidance_scale=5.0, height=side, width=side)
-    (conditioning,) = denoiser.encode_texts([text])
-    latents = torch.randn(1, denoiser._unet.config.in_channels, side // 8, side // 8)
-    latents = latents.to(denoiser.device)
-    timesteps = torch.full((1,), 500.0, device=denoiser.device)
-    return {
-        "step": lambda: denoiser.denoise(latents, timesteps, [conditioning]).cpu(),
-        "decode": lambda: denoiser.decode(latents)[0].pixels(),
-    }
+class Switched:
+    """An engine in its process."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, context)
+        self.ready = self._pool.submit(_load, settings).result()
+
+    def run(self, side: int) -> EngineTimings:
+        """A job of `_STEPS` steps alone."""
+        return self._pool.submit(_run, side).result()
+
+    def stop(self) -> None:
+        self._pool.submit(_stop).result()
+        self._pool.shutdown()
 
 
-def timed(work: Callable[[], Any]) -> float:
+_engines: list[DiffusionEngine] = []  # in its process: the one
+
+
+def _load(settings: dict[str, Any]) -> float:
     began = time.perf_counter()
-    work()
+    _engines.append(load_engine(Settings(**settings)))
     return time.perf_counter() - began
+
+
+def _run(side: int) -> EngineTimings:
+    done: queue.SimpleQueue[EngineTimings | Exception] = queue.SimpleQueue()
+
+    def sink(event: EngineEvent) -> None:
+        match event:
+            case JobDone(timings):
+                done.put(timings)
+            case JobError(error):
+                done.put(error)
+
+    job = job_of(Request(1, 0.0, side, 1.0, _STEPS, 5.0, "a mosaic"))
+    _engines[0].submit(replace(job, preview_interval_steps=0), sink)
+    answer = done.get()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _stop() -> None:
+    _engines.pop().stop()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report."""
     device = choose_device(arguments.device)
-    dtype = choose_dtype(arguments.dtype, device)
-    if device.type == "cpu":
-        keep_freed_memory()
     spec = read_model_spec(arguments.model)
-    denoisers = {
-        name: DiffusersDenoiser.load(spec.source, device, dtype, SWITCHES[name])
-        for name in arguments.switches
+    sizes = ", ".join(f"{side}x{side}" for side in arguments.sides)
+    common = {
+        "model": arguments.model,
+        "device": arguments.device,
+        "warm_up_sizes": sizes,
+        "max_batch_rows": 2,  # of one guided sample
     }
+    engines: dict[str, Switched] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        _save_tiny(spec.source, folder)
+        try:
+            for name in arguments.switches:
+                switch = SWITCHES[name]
+                places = {key: f"{folder}/{switch[key]}" for key in _PATHS if key in switch}
+                engines[name] = Switched({**common, **switch, **places})
+            results = {
+                str(side): compare(engines, side, arguments.repeats) for side in arguments.sides
+            }
+        finally:
+            for engine in engines.values():
+                engine.stop()
     return {
         "model": spec.name,
         "command": " ".join(sys.argv[1:]),
-        "hardware": hardware(device, dtype),
-        "results": {
-            str(side): compare(denoisers, side, arguments.repeats) for side in arguments.sides
-        },
+        "hardware": hardware(device, choose_dtype("auto", device)),
+        "ready": {name: {"ready s": round(engine.ready, 1)} for name, engine in engines.items()},
+        "results": results,
     }
 
 
-def compare(
-    denoisers: dict[str, DiffusersDenoiser], side: int, repeats: int
-) -> dict[str, dict[str, float]]:
+def _save_tiny(source: str, folder: str) -> None:
+    """A TAESD for the model's latents, as fast as if it were trained."""
+    unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+    tiny = AutoencoderTiny(latent_channels=unet["in_channels"])  # type: ignore[no-untyped-call]
+    tiny.save_pretrained(f"{folder}/tiny")
+
+
+def compare(engines: dict[str, Switched], side: int, repeats: int) -> dict[str, dict[str, float]]:
     """The times of every switch at one size."""
-    work, first = {}, {}
-    for name, denoiser in denoisers.items():
-        work[name] = works(denoiser, side)
-        first[name] = timed(work[name]["step"])
-        work[name]["decode"]()
-    times: dict[str, dict[str, list[float]]] = {name: {"step": [], "decode": []} for name in work}
-    for _ in range(repeats):
-        for name, pair in work.items():
-            for what, one in pair.items():
-                times[name][what].append(timed(one))
+    jobs: dict[str, list[EngineTimings]] = {name: [] for name in engines}
+    for _ in range(repeats + 1):
+        for name, engine in engines.items():
+            jobs[name].append(engine.run(side))
     return {
         name: {
-            "step_ms": round(statistics.median(pair["step"]) * 1e3, 1),
-            "decode_ms": round(statistics.median(pair["decode"]) * 1e3, 1),
-            "first_s": round(first[name], 1),
+            "step ms": _median_ms([job.denoise / job.steps for job in timings[1:]]),
+            "decode ms": _median_ms([job.decode for job in timings[1:]]),
         }
-        for name, pair in times.items()
+        for name, timings in jobs.items()
     }
+
+
+def _median_ms(values: Sequence[float]) -> float:
+    return round(statistics.median(values) * 1e3, 1)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables for people."""
-    head = f"Model {report['model']}, one guided row. "
-    head += ", ".join(f"{key}: {value}" for key, value in report["hardware"].items())
+    head = f"Model {report['model']}, one guided row. {facts(report['hardware'])}"
     lines = [head, "", f"`python -m benchmarks.engine_switches {report['command']}`"]
     for side, switches in report["results"].items():
-        lines += ["", f"**{side}x{side}**", "", "| | step ms | decode ms | first step s |"]
-        lines.append("|---|---|---|---|")
-        for name, found in switches.items():
-            lines.append(f"| {name} | " + " | ".join(str(value) for value in found.values()) + " |")
+        lines += table(f"{side}x{side}", switches)
+    lines += table("seconds until ready, warmed up at all of these sizes", report["ready"])
     return "\n".join(lines) + "\n"
 
 
-@torch.inference_mode()
 def main() -> None:
     """Runs, prints, writes JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--switches", nargs="+", choices=list(SWITCHES), default=list(SWITCHES))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    end_on_sigterm()
+    wait_briefly()  # in the processes of the engines
     report = measure(arguments)
     print(markdown(report))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        arguments.output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+    write(report, arguments.output, markdown)
 
 
 if __name__ == "__main__":
