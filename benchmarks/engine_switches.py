@@ -142,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def _save_tiny(source: str, folder: str) -> None:
     """A TAESD for the model's latents, as fast as if it were trained."""
     unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-    tiny = AutoencoderTiny(latent_channels=unet["in_channels"])  # type: ignore[no-untyped-call]
+    tiny: Any = AutoencoderTiny(latent_channels=unet["in_channels"])  # type: ignore[no-untyped-call]
     tiny.save_pretrained(f"{folder}/tiny")
 
 
