@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import CheckedImage, InvalidImageError
-from img2img_server.images.header import MAX_JPEG_SCANS
+from img2img_server.images.header import MAX_JPEG_SCANS, MAX_PARTS
 from img2img_server.images.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_image, prepare_image
 
 LIMITS = Limits()
@@ -201,6 +202,27 @@ except InvalidImageError:
         check=True,
     )
     assert int(ran.stdout) < 10  # MiB
+
+
+def stuffed(container: str, parts: int) -> bytes:
+    """A picture with so many parts between its header and its pixels that say nothing."""
+    data = pictures.saved(pictures.photo(), "JPEG" if "JPEG" in container else container)
+    match container:
+        case "PNG":
+            empty, place = struct.pack(">I4sI", 0, b"teXt", zlib.crc32(b"teXt")), 33
+        case "WEBP":
+            empty, place = struct.pack("<4sI", b"NONE", 0), len(data)
+        case "JPEG, fill bytes":
+            empty, place = b"\xff", 2
+        case _:
+            empty, place = b"\xff\xe2\x00\x02", 2
+    return data[:place] + empty * parts + data[place:]
+
+
+@pytest.mark.parametrize("container", ["PNG", "WEBP", "JPEG, fill bytes", "JPEG, segments"])
+def test_a_file_of_countless_parts_is_refused(container: str) -> None:
+    assert check(stuffed(container, MAX_PARTS - 50)).prepared is False
+    assert refusal(stuffed(container, MAX_PARTS)) == NOT_VALID
 
 
 def test_a_jpeg_of_countless_scans_is_refused() -> None:

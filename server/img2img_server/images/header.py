@@ -15,6 +15,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A scan costs a walk over all blocks even when it holds a few bytes, so their number bounds the
 # time of a progressive JPEG. Encoders write about ten.
 MAX_JPEG_SCANS = 64
+# Chunks, segments and fill bytes that are looked at. A PNG of 20 MB in chunks of 4 KiB has 5,000.
+MAX_PARTS = 10_000
 
 
 class HeaderError(Exception):
@@ -76,9 +78,9 @@ def _read_png(data: bytes) -> Header:
     Of an animated PNG the default image stays (IDAT); its other frames (fdAT) are dropped.
     """
     kept = [PNG_SIGNATURE]
-    orientation, offset, kind = 1, len(PNG_SIGNATURE), b""
+    orientation, offset = 1, len(PNG_SIGNATURE)
     width = height = 0
-    while kind != b"IEND":
+    for _ in range(MAX_PARTS):
         length, kind = struct.unpack_from(">I4s", data, offset)
         end = offset + 12 + length
         if end > len(data):
@@ -89,7 +91,11 @@ def _read_png(data: bytes) -> Header:
             orientation = _exif_orientation(data[offset + 8 : end - 4])
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             kept.append(data[offset:end])
+        if kind == b"IEND":
+            break
         offset = end
+    else:
+        raise HeaderError("too many chunks")
     return Header(
         container=Container.PNG,
         width=width,
@@ -129,7 +135,7 @@ def _read_jpeg(data: bytes) -> Header:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yields marker, start and end of each segment up to the first scan (0xDA)."""
     offset = 2
-    while True:
+    for _ in range(MAX_PARTS):
         start = data.find(b"\xff", offset)  # decoders skip stray bytes between segments
         if start < 0:
             raise HeaderError("no scan")
@@ -146,6 +152,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             if length < 2 or offset > len(data):
                 raise HeaderError("truncated")
             yield marker, start, offset
+    raise HeaderError("too many segments")
 
 
 def _jpeg_end(data: bytes, start: int) -> int:
@@ -161,7 +168,9 @@ def _read_webp(data: bytes) -> Header:
     """
     size: tuple[int, int] | None = None
     orientation, offset = 1, 12
-    while offset + 8 <= len(data):
+    for _ in range(MAX_PARTS):
+        if offset + 8 > len(data):
+            break
         kind, length = struct.unpack_from("<4sI", data, offset)
         start = offset + 8
         if size is None:
@@ -170,6 +179,8 @@ def _read_webp(data: bytes) -> Header:
             exif = data[start : start + length]
             orientation = _exif_orientation(exif.removeprefix(b"Exif\0\0"))
         offset = start + length + length % 2
+    else:
+        raise HeaderError("too many chunks")
     if size is None:
         raise HeaderError("truncated")
     return Header(
