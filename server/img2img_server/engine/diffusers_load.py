@@ -81,8 +81,9 @@ def admit_shapes() -> None:
     Every shape in use is compiled before the worker is ready: none may push another one out, nor
     run as it is because there are too many.
     """
-    torch._dynamo.config.recompile_limit = _MOST_SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
+    config = torch._dynamo.config
+    if config.recompile_limit != _MOST_SHAPES:
+        config.recompile_limit = config.accumulated_recompile_limit = _MOST_SHAPES
 
 
 def _try_compiler(device: torch.device, wanted: Compile) -> None:

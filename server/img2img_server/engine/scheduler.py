@@ -184,7 +184,7 @@ class Scheduler:
 
     def _limit(self, height: int, width: int, now: float) -> int:
         slots, until = self._limits.get((height, width), (self._capacity, now))
-        return min(slots, self._capacity) if now < until else self._capacity
+        return slots if now < until else self._capacity
 
     def _choose(self, line: Sequence[_Entry], now: float) -> list[_Entry]:
         """The head of the line, and who joins it."""

@@ -32,8 +32,7 @@ class Stages:
         def work(some: Sequence[Run]) -> None:
             self._denoiser.encode_texts([run.text for run in some])
 
-        if len(runs) > 1:
-            isolate(runs, work, self._free_memory)
+        isolate(runs, work, self._free_memory)
 
     def encode(self, runs: Sequence[Run]) -> list[tuple[Run, Exception]]:
         """Encodes prompts and init images, and makes the samples."""

@@ -176,7 +176,8 @@ class StepLoop:
         new = [run for run in runs.values() if not run.is_prepared]
         first = batch.rows[0]
         most = self._denoiser.pictures_at_once(first.height, first.width)
-        self._stages.read(new)
+        if len(new) > most:
+            self._stages.read(new)
         # Those that run already do not wait until the pictures of all new ones are encoded.
         self._encode(new[:most])
         late = {run.job.job_id for run in new[most:]}
