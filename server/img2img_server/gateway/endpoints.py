@@ -22,7 +22,7 @@ from img2img_server.gateway.files import Files
 from img2img_server.gateway.incoming import find_key, forget_body, link_base, read_json
 from img2img_server.gateway.refusals import Case, RefusedError
 from img2img_server.gateway.request import drop_hints, job_spec
-from img2img_server.gateway.upstream import Upstream
+from img2img_server.gateway.upstream import ENDED, Upstream
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.settings import Settings
 
@@ -31,7 +31,6 @@ V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
 _ID = re.compile(r"[0-9]{1,12}", re.ASCII)
 WATCH_AGAIN_SECONDS = 1.0  # after a refusal
-ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
 _ID_LONGER = 13  # characters, one more than an id may have
 
 

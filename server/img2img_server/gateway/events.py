@@ -14,19 +14,18 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.requests import Request
 from starlette.responses import Response
 
-from img2img.v1 import event_pb2, job_pb2
+from img2img.v1 import event_pb2
 from img2img_server.domain.params import Violation
 from img2img_server.gateway import protojson
 from img2img_server.gateway.incoming import find_key
 from img2img_server.gateway.refusals import Case, RefusedError
-from img2img_server.gateway.upstream import Upstream
+from img2img_server.gateway.upstream import ENDED, Upstream
 
 PING_SECONDS = 15.0
 _PING = b": ping\n\n"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _SEQUENCE_MOST = 2**63 - 1
 _TERMINAL = ("succeeded", "failed", "cancelled")
-_ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
 
 
 class EventStreams:
@@ -61,7 +60,7 @@ class EventStreams:
         """Whether event number `after` was the terminal one."""
         async with aclosing(self._upstream.watch(key, job_id, after - 1)) as events:
             snapshot = await anext(events)
-            if snapshot.snapshot.job.state not in _ENDED:
+            if snapshot.snapshot.job.state not in ENDED:
                 return False
             async for event in events:
                 return event.WhichOneof("event") in _TERMINAL and event.sequence <= after

@@ -24,6 +24,7 @@ from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
 ADMIN_SERVICE = "img2img.v1.AdminService"
+ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
 LINK_BASE = "img2img-link-base"  # metadata: where the links of a new job shall point to
 _KEY_MOST_CHARACTERS = 1024  # longer ones would break the limit on metadata
 _CREATE_SECONDS = 60.0  # downloads the init image
