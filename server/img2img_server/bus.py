@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from img2img_server.lifecycle import unless_stopped
 from img2img_server.queue.base import Control, EventLog, JobQueue
 from img2img_server.queue.jetstream_control import NatsControl
 from img2img_server.queue.jetstream_events import JetStreamEventLog
@@ -28,8 +31,9 @@ from img2img_server.store.tenants import (
 )
 from img2img_server.store.vault import Vault
 from img2img_server.store.workers_kv import KvWorkerRegistry
+from img2img_server.wire.access import NatsAccess
 from img2img_server.wire.connection import PATIENCE_SECONDS, connect
-from img2img_server.wire.topology import HOUR, Bounds, prepare
+from img2img_server.wire.topology import HOUR, NEEDED_PAYLOAD_BYTES, Bounds, prepare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +48,17 @@ class Bus:
     outbox: Outbox
     storage: TenantStorage
     rates: Rates
+    # Why the bus cannot be used now; empty while it can.
+    trouble: Callable[[], str] = lambda: ""
 
 
 @asynccontextmanager
 async def connect_bus(
-    settings: Settings, *, name: str = "img2img", patience_seconds: float = PATIENCE_SECONDS
+    settings: Settings,
+    *,
+    name: str = "img2img",
+    patience_seconds: float = PATIENCE_SECONDS,
+    stop: asyncio.Event | None = None,
 ) -> AsyncIterator[Bus]:
     """The bus of settings.nats_url, its streams and buckets made when missing. It reconnects by
     itself; while it is away its methods raise UnavailableError.
@@ -56,22 +66,23 @@ async def connect_bus(
     Args:
         name: tells connections apart in the server's monitoring.
         patience_seconds: how long a call waits for a connection that is away.
+        stop: ends the attempts to connect with StoppedError.
 
     Raises:
-        UnavailableError: no connection within ten seconds.
-        SettingsError: a storage key is malformed.
+        UnavailableError: no usable NATS within settings.startup_timeout_seconds.
+        SettingsError: a storage key is malformed, or NATS refuses what the settings say.
     """
     vault = Vault(settings.storage_keys.get_secret_value())
-    servers = [
-        url.strip() for url in settings.nats_url.get_secret_value().split(",") if url.strip()
-    ]
+    ends_at = time.monotonic() + settings.startup_timeout_seconds
     async with connect(
-        servers,
-        creds_file=settings.nats_creds_file,
+        NatsAccess.from_settings(settings),
         name=name,
         patience_seconds=patience_seconds,
+        connect_seconds=settings.startup_timeout_seconds,
+        stop=stop,
     ) as link:
-        await prepare(link, _bounds(settings))
+        link.check_max_payload(NEEDED_PAYLOAD_BYTES)
+        await unless_stopped(stop, prepare(link, _bounds(settings), ends_at))
         yield Bus(
             queue=JetStreamJobQueue(
                 link, limit=settings.queue_limit, ack_wait_seconds=settings.ack_wait_seconds
@@ -83,6 +94,7 @@ async def connect_bus(
             outbox=JetStreamOutbox(link),
             storage=kv_tenant_storage(link, vault),
             rates=kv_rates(link),
+            trouble=lambda: link.trouble,
         )
 
 

@@ -12,6 +12,7 @@ ServiceError
 ├── NoWebhookError             FAILED_PRECONDITION  NO_WEBHOOK
 ├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry
 ├── StorageKeysMissingError    FAILED_PRECONDITION  STORAGE_KEYS_MISSING
+├── MessageTooLargeError       FAILED_PRECONDITION  MESSAGE_TOO_LARGE
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
 ├── RateLimitedError           RESOURCE_EXHAUSTED   RATE_LIMITED         retry
 ├── TooManyCallsError          RESOURCE_EXHAUSTED   TOO_MANY_CALLS       retry
@@ -233,6 +234,19 @@ class StorageKeysMissingError(ServiceError):
     def __init__(self) -> None:
         super().__init__(
             "This server cannot keep S3 details: its operator must set IMG2IMG_STORAGE_KEYS"
+        )
+
+
+class MessageTooLargeError(ServiceError):
+    """The job or event is larger than the messages that the NATS server takes."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "MESSAGE_TOO_LARGE"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The job is larger than this server's queue takes; its operator must raise "
+            "max_payload of NATS"
         )
 
 

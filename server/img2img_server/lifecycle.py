@@ -8,19 +8,25 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import structlog
 
 EXIT_SECONDS: Final = 3.0
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
 
 class RestartError(Exception):
     """The role has ended in order to come again as a new program in the same process."""
+
+
+class StoppedError(Exception):
+    """The role was asked to stop before it was ready."""
 
 
 # A role runs until the event is set, then drains and returns.
@@ -75,7 +81,10 @@ async def _run(role: Role, leaving: list[threading.Timer]) -> None:
         loop.add_signal_handler(number, on_signal, number)
     exit_code = 1
     try:
-        await role(stop)
+        try:
+            await role(stop)
+        except StoppedError:
+            log.info("stopped before it was ready")
         exit_code = 0
     finally:
         leaving.append(threading.Timer(EXIT_SECONDS, os._exit, [exit_code]))
@@ -97,6 +106,19 @@ def start_anew() -> NoReturn:
         with suppress(OSError):  # the one that listed them is closed by now
             os.set_inheritable(descriptor, descriptor <= 2)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+
+
+async def unless_stopped(stop: asyncio.Event | None, work: Coroutine[Any, Any, T]) -> T:
+    """Returns what `work` returns. Cancels it and raises StoppedError once `stop` is set."""
+    if stop is None:
+        return await work
+    task = asyncio.ensure_future(work)
+    await first_of(asyncio.wait([task]), stop.wait())
+    if task.done():
+        return task.result()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    raise StoppedError
 
 
 async def first_of(*waits: Awaitable[object]) -> None:

@@ -29,6 +29,14 @@ from img2img_server.store.vault import new_key
 
 ROLES = ("worker", "api", "gateway")
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
+# Settings for a NATS and a bucket that are not ours.
+_OF_OTHERS = {
+    PREFIX + name
+    for name in (
+        *("NATS_USER", "NATS_PASSWORD", "NATS_TOKEN", "NATS_CREDS_FILE"),
+        *("NATS_CA_FILE", "NATS_CERT_FILE", "NATS_KEY_FILE", "S3_SESSION_TOKEN"),
+    )
+}
 _START_SECONDS = 600.0  # a large model on a slow disk
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 
@@ -137,7 +145,8 @@ def _environment(settings: Settings, engines: LocalEngines, metrics_port: int) -
         "S3_SECRET_KEY": engines.s3_secret_key,
         "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
     }
-    return {**os.environ, **{PREFIX + name: str(value) for name, value in chosen.items()}}
+    ours = {key: value for key, value in os.environ.items() if key.upper() not in _OF_OTHERS}
+    return {**ours, **{PREFIX + name: str(value) for name, value in chosen.items()}}
 
 
 def _reachable(host: str) -> str:

@@ -57,9 +57,22 @@ class Settings(BaseSettings):
     # Engines beside us.
     nats_url: SecretStr = Field(
         SecretStr("nats://127.0.0.1:4222"),
-        description="NATS servers, comma separated; may hold a user and a password.",
+        description="NATS servers, comma separated: nats://, tls://, ws:// or wss://. Each may "
+        "hold `user:password@` or `token@`, percent-encoded.",
     )
+    nats_user: str = Field("", description="User at NATS. Empty: that of nats_url, or none.")
+    nats_password: SecretStr = Field(SecretStr(""), description="Password of nats_user.")
+    nats_token: SecretStr = Field(SecretStr(""), description="Token for NATS instead of a user.")
     nats_creds_file: Path | None = Field(None, description="NATS credentials file.")
+    nats_ca_file: Path | None = Field(
+        None,
+        description="PEM certificates that are trusted for NATS instead of the system's; NATS "
+        "must then have TLS.",
+    )
+    nats_cert_file: Path | None = Field(
+        None, description="PEM certificate of this client, for NATS that asks for one."
+    )
+    nats_key_file: Path | None = Field(None, description="PEM key of nats_cert_file.")
     nats_replicas: int = Field(1, ge=1, le=5, description="Replicas of streams and buckets.")
     s3_endpoint_url: str = Field("http://127.0.0.1:8333", description="S3 endpoint.")
     s3_region: str = Field("us-east-1", description="S3 region.")
@@ -203,6 +216,11 @@ class Settings(BaseSettings):
     outbound_timeout_seconds: float = Field(10.0, gt=0, description="Longest init image download.")
 
     # Times.
+    startup_timeout_seconds: float = Field(
+        45.0,
+        gt=0,
+        description="How long a starting role tries to reach NATS and the bucket before it ends.",
+    )
     wait_seconds: float = Field(30.0, ge=0, description="How long a POST waits for its job.")
     ack_wait_seconds: float = Field(
         15.0, ge=0.5, description="Silence after which a worker's job goes to another one."
@@ -250,6 +268,12 @@ class Settings(BaseSettings):
     def _pairs(self) -> Self:
         if bool(self.tls_cert_file) != bool(self.tls_key_file):
             raise ValueError("tls_cert_file and tls_key_file must be given together")
+        if bool(self.nats_cert_file) != bool(self.nats_key_file):
+            raise ValueError("nats_cert_file and nats_key_file must be given together")
+        if bool(self.nats_user) != bool(self.nats_password.get_secret_value()):
+            raise ValueError("nats_user and nats_password must be given together")
+        if self.nats_user and self.nats_token.get_secret_value():
+            raise ValueError("nats_token and nats_user exclude each other")
         if (self.prompt_rewriter == "model") != bool(self.prompt_model):
             raise ValueError("prompt_model belongs to prompt_rewriter=model, and it to that")
         if self.lora_dir and self.fuse_qkv:

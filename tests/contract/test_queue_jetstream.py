@@ -80,12 +80,10 @@ def step(number: int) -> StepFinished:
     return StepFinished(sample=0, step=number, total=9, sigma=1.0)
 
 
-async def test_without_a_server_nothing_connects(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.3)
+async def test_without_a_server_nothing_connects(tmp_path: Path) -> None:
+    settings = Nats(tmp_path).settings.model_copy(update={"startup_timeout_seconds": 0.3})
     with pytest.raises(UnavailableError, match="no connection"):
-        async with connect_bus(Nats(tmp_path).settings):
+        async with connect_bus(settings):
             pass
 
 

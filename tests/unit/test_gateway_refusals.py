@@ -65,6 +65,12 @@ def failed(error: errors.ServiceError) -> AioRpcError:
             30,
         ),
         (
+            errors.MessageTooLargeError(),
+            Case.UNAVAILABLE,
+            str(errors.MessageTooLargeError()),
+            30,
+        ),
+        (
             errors.RequestIdReusedError("x"),
             Case.REQUEST_ID_REUSED,
             Case.REQUEST_ID_REUSED.message,
@@ -101,6 +107,7 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
         "ModelNotFoundError",
         "RequestIdReusedError",
         "StorageKeysMissingError",
+        "MessageTooLargeError",
         "QueueFullError",
         "RateLimitedError",
         "TooManyCallsError",

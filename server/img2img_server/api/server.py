@@ -61,7 +61,7 @@ async def serve_api(
     )
     signer = Signer(settings.webhook_secret.get_secret_value())
     async with (
-        connect_bus(settings) as bus,
+        connect_bus(settings, stop=stop) as bus,
         open_post(policy) as post,
         _texts(settings) as texts,
     ):

@@ -105,7 +105,7 @@ def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RefusedError:
         # The callers of the contract name no model, so none is served yet.
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
             return RefusedError(Case.UNAVAILABLE)
-        case grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_KEYS_MISSING":
+        case grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_KEYS_MISSING" | "MESSAGE_TOO_LARGE":
             return RefusedError(Case.UNAVAILABLE, text)
         case code, _ if code in _AWAY:
             return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Final, TypeVar
 from weakref import WeakSet
 
 import nats.errors
 import nats.js.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import PubAck, RawStreamMsg
 
 from img2img_server.errors import UnavailableError
+from img2img_server.lifecycle import first_of, unless_stopped
+from img2img_server.settings import SettingsError
 from img2img_server.wire import faults
-from img2img_server.wire.faults import WrongLastSequenceError, unavailable
+from img2img_server.wire.access import NatsAccess
+from img2img_server.wire.faults import ConnectFault, WrongLastSequenceError, unavailable
 from img2img_server.wire.inbox import Inbox
-from img2img_server.wire.resilient_client import ResilientClient
+from img2img_server.wire.resilient_client import DENIED, ResilientClient
 
 REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
 PATIENCE_SECONDS: Final = 2.0  # how long a call waits for a connection that is away
 RECONNECT_SECONDS: Final = 0.2  # between two tries to come back
-CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection
+CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection, unless it is said
+REPORT_SECONDS: Final = 5.0  # until the same reason is logged again
 # A stream whose leader died has a new one within 4 to 9 s (the election timeouts of NATS).
 ELECTION_SECONDS: Final = 12.0
 ELECTION_PAUSE_SECONDS: Final = 0.25
@@ -40,35 +43,127 @@ log = logging.getLogger(__name__)
 class Link:
     """A connection that stands, or will again. Made by `connect`."""
 
-    def __init__(self, patience_seconds: float) -> None:
+    def __init__(self, access: NatsAccess, patience_seconds: float) -> None:
+        self._access = access
         self._patience_seconds = patience_seconds
-        self.nc: Client = ResilientClient()
+        self.nc = ResilientClient(access)
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
         self._inboxes: WeakSet[Inbox] = WeakSet()
+        self._faults: dict[str, ConnectFault] = {}  # of the last attempt, by host and port
+        self._reported = ("", 0.0)  # the last reason that was logged, and when
+        self._hopeless = asyncio.Event()
+        self._denied = ""
+        self._is_denied = asyncio.Event()
 
-    async def open(self, servers: Sequence[str], creds_file: Path | None, name: str) -> None:
-        """Connects for the first time. Raises UnavailableError."""
+    async def open(self, name: str, seconds: float) -> None:
+        """Connects for the first time, trying again for as long as that may help.
+
+        Raises:
+            SettingsError: every server refused in a way that another attempt cannot change.
+            UnavailableError: no connection within `seconds`.
+        """
+        access = self._access
+        connecting = self.nc.connect(
+            [server.address for server in access.servers],
+            name=name,
+            user_credentials=str(access.creds_file) if access.creds_file else None,
+            tls=access.tls if access.needs_tls else None,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnect,
+            reconnected_cb=self._on_reconnect,
+            connect_timeout=2,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_SECONDS,  # type: ignore[arg-type]
+            ping_interval=3,  # a server that fell silent is given up after 6 to 9 s
+            pending_size=PENDING_BYTES,
+            drain_timeout=3,
+        )
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await self.nc.connect(
-                    list(servers),
-                    name=name,
-                    user_credentials=str(creds_file) if creds_file else None,
-                    error_cb=_on_error,
-                    disconnected_cb=self._on_disconnect,
-                    reconnected_cb=self._on_reconnect,
-                    connect_timeout=2,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=RECONNECT_SECONDS,  # type: ignore[arg-type]
-                    ping_interval=3,  # a server that fell silent is given up after 6 to 9 s
-                    pending_size=PENDING_BYTES,
-                    drain_timeout=3,
-                )
-        except (*faults.DOWN, nats.errors.Error) as error:
-            shown = ", ".join(server.rpartition("@")[2] for server in servers)  # no passwords
-            raise UnavailableError(f"no connection to the bus at {shown}") from error
+            async with asyncio.timeout(seconds):
+                await first_of(connecting, self._hopeless.wait())
+        except (*faults.DOWN, nats.errors.Error, ValueError) as error:
+            await self.nc.close()
+            why = self._why_not() or str(error)
+            raise UnavailableError(f"no connection to NATS in {seconds:g} s: {why}") from error
+        if not self.nc.is_connected:
+            await self.nc.close()
+            raise SettingsError(self._why_not())
         self._up.set()
+
+    def _why_not(self) -> str:
+        """The faults of the last attempts, each with its setting, or nothing."""
+        sentences = (f"{fault.setting}: {fault.sentence}" for fault in self._faults.values())
+        return "; ".join(dict.fromkeys(sentences))
+
+    @property
+    def trouble(self) -> str:
+        """Why the connection does not stand; empty while it does."""
+        if self.nc.is_connected:
+            return ""
+        return self._why_not() or "the connection to NATS is away"
+
+    async def unless_denied(self, work: Awaitable[object]) -> None:
+        """Waits for `work`, which ends early once the server says what the user may not do.
+
+        Such a request gets no answer and would wait for its whole time.
+
+        Raises:
+            SettingsError: the user lacks a permission.
+        """
+        await first_of(work, self._is_denied.wait())
+        if self._denied:
+            raise SettingsError(f"{self._access.source}: {self._denied}")
+
+    async def has_jetstream(self) -> bool:
+        """Whether somebody answers JetStream calls; a server of a cluster may leave it to others.
+
+        Raises UnavailableError when no answer comes.
+        """
+        if self.nc.offers_jetstream:
+            return True
+        with unavailable():
+            try:
+                await self.nc.request("$JS.API.INFO", timeout=REQUEST_SECONDS)
+            except nats.errors.NoRespondersError:
+                return False
+        return True
+
+    def check_max_payload(self, needed_bytes: int) -> None:
+        """Raises SettingsError when the server does not take messages of that size."""
+        if self.nc.max_payload < needed_bytes:
+            raise SettingsError(
+                f"IMG2IMG_NATS_URL: the NATS server at {self.nc.attempted} takes messages of at "
+                f"most {self.nc.max_payload} bytes (max_payload), and images need {needed_bytes}: "
+                "set `max_payload: 8MB` in the configuration of the NATS server"
+            )
+
+    async def _on_error(self, error: Exception) -> None:
+        if DENIED in str(error).lower():
+            said = str(error).removeprefix("nats: ").strip("' ")
+            self._denied = f"the NATS server lets the user not do what it must ({said})"
+            self._is_denied.set()
+            log.warning("NATS permission is missing: %s", said)
+        elif self.nc.is_connected:
+            log.debug("NATS: %r", error)
+        else:
+            self._note_fault(error)
+
+    def _note_fault(self, error: Exception) -> None:
+        if self._hopeless.is_set():  # the reason is known
+            return
+        server = self.nc.attempted
+        fault = faults.explain_connect(error, server, self._access.source)
+        self._faults[server] = fault
+        reason, at = self._reported
+        now = time.monotonic()
+        if fault.sentence != reason or now - at > REPORT_SECONDS:
+            self._reported = (fault.sentence, now)
+            log.warning("NATS is not connected: %s: %s", fault.setting, fault.sentence)
+        ours = {server.netloc for server in self._access.servers}
+        final = {server for server, each in self._faults.items() if each.final}
+        if ours <= final and not self._up.is_set():
+            self._hopeless.set()
 
     async def close(self) -> None:
         """Sends what waits to be sent and ends the connection."""
@@ -83,6 +178,8 @@ class Link:
 
     async def _on_reconnect(self) -> None:
         log.warning("the connection to the bus is back")
+        self._faults.clear()
+        self._reported = ("", 0.0)
         self._up.set()
         for inbox in self._inboxes:
             inbox.interrupt()
@@ -224,25 +321,30 @@ def status_of(msg: Msg) -> str:
     return (msg.headers or {}).get("Status", "")
 
 
-async def _on_error(error: Exception) -> None:
-    log.debug("bus: %r", error)
-
-
 @asynccontextmanager
 async def connect(
-    servers: Sequence[str],
+    where: NatsAccess | Sequence[str],
     *,
-    creds_file: Path | None = None,
     name: str = "img2img",
     patience_seconds: float = PATIENCE_SECONDS,
+    connect_seconds: float = CONNECT_SECONDS,
+    stop: asyncio.Event | None = None,
 ) -> AsyncIterator[Link]:
-    """A connection to NATS. Raises UnavailableError when none can be made in ten seconds.
+    """A connection to NATS.
 
     Args:
+        where: how to reach it, or only addresses in the form of IMG2IMG_NATS_URL.
         patience_seconds: how long a call waits for a connection that is away.
+        connect_seconds: how long the first connection is tried for.
+        stop: ends these attempts with StoppedError.
+
+    Raises:
+        SettingsError: the servers refuse for good, or a TLS file cannot be used.
+        UnavailableError: no connection in time.
     """
-    link = Link(patience_seconds)
-    await link.open(servers, creds_file, name)
+    access = where if isinstance(where, NatsAccess) else NatsAccess.of(where)
+    link = Link(access, patience_seconds)
+    await unless_stopped(stop, link.open(name, connect_seconds))
     try:
         yield link
     finally:

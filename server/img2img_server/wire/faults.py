@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import nats.errors
 import nats.js.errors
 
-from img2img_server.errors import UnavailableError
+from img2img_server.errors import MessageTooLargeError, UnavailableError
 
 # Error codes of the server, and the one text that tells two meanings of a code apart.
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
@@ -55,6 +58,8 @@ def unavailable() -> Iterator[None]:
     refusals that callers can expect into their own errors."""
     try:
         yield
+    except nats.errors.MaxPayloadError as error:
+        raise MessageTooLargeError from error
     except nats.js.errors.APIError as error:
         if error.err_code in _WRONG_LAST_SEQUENCE:
             raise WrongLastSequenceError from error
@@ -65,3 +70,71 @@ def unavailable() -> Iterator[None]:
         raise
     except DOWN as error:
         raise UnavailableError from error
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFault:
+    """Why a server cannot be used. `final`: another attempt would end the same way."""
+
+    sentence: str
+    final: bool
+    setting: str = "IMG2IMG_NATS_URL"
+
+
+_REFUSED_USER: Final = (
+    "authorization violation",
+    "authentication expired",
+    "authentication revoked",
+)
+_NO_INFO: Final = ("expecting info message", "json parse error")
+
+
+def explain_connect(error: BaseException, server: str, source: str) -> ConnectFault:
+    """Says why no connection to `server` came about.
+
+    Args:
+        server: host and port.
+        source: the setting that holds the credentials.
+    """
+    where, text = f"the NATS server at {server}", str(error).lower()
+    match error:
+        case ssl.SSLCertVerificationError():
+            why = f"{where} has a certificate that is not trusted ({error.verify_message})"
+            cure = "name its authority in IMG2IMG_NATS_CA_FILE or SSL_CERT_FILE"
+            return ConnectFault(f"{why}: {cure}", final=True, setting="IMG2IMG_NATS_CA_FILE")
+        case ssl.SSLError() if "certificate" in text:
+            why = f"{where} refused this client's certificate ({error.reason})"
+            return ConnectFault(why, final=True, setting="IMG2IMG_NATS_CERT_FILE")
+        case ssl.SSLError():
+            return ConnectFault(f"{where} broke off the TLS handshake ({error.reason})", final=True)
+        case nats.errors.SecureConnWantedError():
+            why = f"{where} does not offer TLS, which the settings ask for"
+            return ConnectFault(why, final=True)
+        case nats.errors.AuthorizationError() | nats.errors.InvalidUserCredentialsError():
+            return _refused_user(where, source, str(error))
+        case nats.errors.Error() if any(part in text for part in _REFUSED_USER):
+            return _refused_user(where, source, str(error))
+        case nats.errors.Error() if "maximum connections" in text:
+            return ConnectFault(f"{where} has its most connections", final=False)
+        case nats.errors.Error() if any(part in text for part in _NO_INFO):
+            why = f"{server} is no NATS server, or it was closing: it sent no INFO message"
+            return ConnectFault(why, final=False)
+        case socket.gaierror():
+            name = server.rpartition(":")[0] or server
+            why = f"the name {name} cannot be resolved ({error.strerror})"
+            return ConnectFault(why, final=False)
+        case ConnectionRefusedError():
+            return ConnectFault(f"nothing listens at {server} (connection refused)", final=False)
+        case TimeoutError():
+            why = f"{server} did not answer as a NATS server within 2 s"
+            return ConnectFault(why, final=False)
+        case OSError():
+            why = f"{server} cannot be reached ({error.strerror or type(error).__name__})"
+            return ConnectFault(why, final=False)
+        case _:
+            return ConnectFault(f"{where} refused the connection ({error})", final=False)
+
+
+def _refused_user(where: str, source: str, said: str) -> ConnectFault:
+    said = said.removeprefix("nats: ").strip("'\" ")
+    return ConnectFault(f"{where} refused the user ({said})", final=True, setting=source)

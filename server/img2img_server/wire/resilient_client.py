@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from nats.aio.client import Client
+import nats.errors
+from nats.aio.client import Client, Srv
 from nats.aio.msg import Msg
 
 from img2img_server.tasks import heeding_cancel
+from img2img_server.wire.access import NatsAccess
+
+NO_INFO = "nats: something else when expecting INFO message"
+DENIED = "permissions violation"  # what the server calls a missing permission
 
 
 class ResilientClient(Client):
@@ -17,7 +22,62 @@ class ResilientClient(Client):
     A cancelled or timed out flush leaves its cancelled future among the pongs to come; nats-py
     2.16 sets its result all the same, the loop dies of InvalidStateError, and with it everything
     that arrives until the next ping is missed.
+
+    It sends each server the credentials that `access` has for it, also one that the cluster told
+    about; it never goes on without TLS where TLS was asked for; and an error that the server sends
+    later, such as an expired or changed user, makes it reconnect instead of closing for good.
+
+    `attempted`: the server of the last attempt to connect.
     """
+
+    def __init__(self, access: NatsAccess) -> None:
+        super().__init__()
+        self._access = access
+        self.attempted = ""
+
+    @property
+    def offers_jetstream(self) -> bool:
+        """Whether the server that we are connected to has JetStream itself."""
+        return bool(self._server_info.get("jetstream"))
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        self.attempted = s.uri.netloc
+        if self._transport:  # of an attempt that failed: nats-py would leave it open
+            self._transport.close()  # type: ignore[no-untyped-call]
+        self._transport = None
+        await super()._connect_to_server(s)
+
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except ValueError as error:  # nats-py would stop to reconnect
+            if isinstance(error, OSError):  # a certificate that is not trusted is both
+                raise
+            raise nats.errors.Error(NO_INFO) from error
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection and self._access.needs_tls:
+            if not (info.get("tls_required") or info.get("tls_available")):
+                raise nats.errors.SecureConnWantedError
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+    def _connect_command(self) -> bytes:
+        if login := self._access.login_at(self.attempted):
+            self._auth_configured = True
+            known = bool(login.user or login.password)
+            self.options["user"] = login.user if known else None
+            self.options["password"] = login.password if known else None
+            self.options["token"] = login.token or None
+        return super()._connect_command()
+
+    async def _process_err(self, err_msg: str) -> None:
+        if DENIED in err_msg.lower():
+            await super()._process_err(err_msg)
+            return
+        error = nats.errors.Error(f"nats: {err_msg}")
+        await self._error_cb(error)
+        await self._process_op_err(error)
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
         with heeding_cancel():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -10,10 +13,24 @@ import nats.js.errors
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
+from img2img_server.errors import UnavailableError
+from img2img_server.settings import SettingsError
 from img2img_server.wire import names
 from img2img_server.wire.connection import Link
 
 _EXISTS_DIFFERENTLY: Final = 10058
+_URL: Final = "IMG2IMG_NATS_URL"
+# What another attempt cannot change, by the error code of the server, and the setting for it:
+# no JetStream at all or for the account, and more replicas than servers.
+_FINAL: Final = {
+    10039: _URL,
+    10076: _URL,
+    10005: "IMG2IMG_NATS_REPLICAS",
+    10074: "IMG2IMG_NATS_REPLICAS",
+}
+_PAUSE_SECONDS: Final = 1.0
+# The largest message: an image of 1024x1024 that does not compress, with what belongs to it.
+NEEDED_PAYLOAD_BYTES: Final = 4_000_000
 HOUR: Final = 3600.0
 # The bucket keeps a record longer than it is shown: clocks differ, and the shown time counts.
 RECORD_MARGIN_SECONDS: Final = HOUR
@@ -27,6 +44,8 @@ WEBHOOKS_SECONDS: Final = 24 * HOUR
 WEBHOOK_REPEAT_SECONDS: Final = 600.0  # as REPEAT_SECONDS; a worker's death lies within it
 # Within this time a repeated publish with the same Nats-Msg-Id is stored once.
 REPEAT_SECONDS: Final = 20.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,12 +142,49 @@ def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
     )
 
 
-async def prepare(link: Link, bounds: Bounds) -> None:
-    """Makes or updates every stream and bucket. Raises UnavailableError."""
+async def prepare(link: Link, bounds: Bounds, ends_at: float = 0.0) -> None:
+    """Makes or updates every stream and bucket.
+
+    Args:
+        ends_at: until when, in monotonic seconds, it is tried again while JetStream is not ready.
+
+    Raises:
+        SettingsError: NATS refuses it; the sentence names the setting.
+        UnavailableError: JetStream does not become ready.
+    """
+    while True:
+        try:
+            return await link.unless_denied(_prepare(link, bounds))
+        except UnavailableError as error:
+            cause = error.__cause__
+            why = getattr(cause, "description", "") or "JetStream does not answer"
+            sentence = f"{_URL}: the NATS server at {link.nc.attempted} is not ready: {why}"
+            if time.monotonic() > ends_at:
+                raise UnavailableError(sentence) from error
+            log.warning("%s, trying again", sentence)
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def _prepare(link: Link, bounds: Bounds) -> None:
+    if not await link.has_jetstream():
+        raise SettingsError(_refusal(link, _URL, "JetStream is not enabled there"))
     for config in streams(bounds):
         config.storage = StorageType.FILE
         config.num_replicas = bounds.replicas
-        await link.ask(partial(_ensure, link.js, config))
+        try:
+            await link.ask(partial(_ensure, link.js, config))
+        except (nats.js.errors.APIError, UnavailableError) as error:
+            said = error.__cause__ if isinstance(error, UnavailableError) else error
+            if isinstance(said, nats.js.errors.APIError):
+                setting = _FINAL.get(said.err_code or 0)
+                if setting or said is error:
+                    why = f"it refused the stream {config.name}: {said.description}"
+                    raise SettingsError(_refusal(link, setting or _URL, why)) from error
+            raise
+
+
+def _refusal(link: Link, setting: str, why: str) -> str:
+    return f"{setting}: the NATS server at {link.nc.attempted} cannot be used: {why}"
 
 
 async def _ensure(js: JetStreamContext, config: StreamConfig) -> None:

@@ -125,6 +125,8 @@ class OwnedJob:
 
     async def fail(self, error: Exception, *, dead: bool = False) -> None:
         """Ends it as failed; what was not foreseen is told without its details."""
+        if isinstance(error, errors.MessageTooLargeError):  # says what the operator must do
+            error = errors.EngineError(str(error))
         if not isinstance(error, errors.JobFailedError):
             log.error("job broke", exc_info=error)
             error = errors.EngineError("the job broke inside the service")

@@ -45,7 +45,7 @@ async def serve_worker(
     ready = False
     async with (
         probe_server(settings, lambda: ready and not stop.is_set()) as probes,
-        connect_bus(settings, patience_seconds=BUS_PATIENCE_SECONDS) as bus,
+        connect_bus(settings, patience_seconds=BUS_PATIENCE_SECONDS, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):
         safety = safety_checker(settings, _source(settings))

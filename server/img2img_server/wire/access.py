@@ -1,0 +1,164 @@
+"""How NATS is reached: its addresses, credentials and TLS files, read from the settings."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from img2img_server.settings import Settings, SettingsError
+
+URL: Final = "IMG2IMG_NATS_URL"
+DEFAULT_PORT: Final = 4222
+_WEBSOCKET: Final = ("ws", "wss")
+_SCHEMES: Final = ("nats", "tls", *_WEBSOCKET)
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """What a client tells a server about itself; `token` excludes the other two."""
+
+    user: str = ""
+    password: str = field(default="", repr=False)
+    token: str = field(default="", repr=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.user or self.password or self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One server: its address without credentials, as nats-py takes it, and its credentials."""
+
+    address: str
+    login: Login = Login()
+
+    @property
+    def netloc(self) -> str:
+        """Host and port, by which nats-py knows a server; for error messages too."""
+        return urlsplit(self.address).netloc
+
+
+@dataclass(frozen=True)
+class NatsAccess:
+    """All servers, and what holds for each of them.
+
+    Args:
+        source: the setting that holds the credentials, for error messages.
+        ca_file: PEM certificates to trust instead of the system's.
+        cert_file, key_file: the client's own certificate.
+    """
+
+    servers: tuple[Server, ...]
+    source: str = URL
+    creds_file: Path | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    @property
+    def needs_tls(self) -> bool:
+        """Whether a connection without TLS must be refused."""
+        schemes = {urlsplit(server.address).scheme for server in self.servers}
+        return bool(self.ca_file or self.cert_file) or not schemes.isdisjoint({"tls", "wss"})
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        """Raises SettingsError when a file cannot be used."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+        except OSError as error:
+            raise _unusable("IMG2IMG_NATS_CA_FILE", self.ca_file, error) from error
+        if self.cert_file:
+            try:
+                context.load_cert_chain(self.cert_file, self.key_file)
+            except OSError as error:
+                raise _unusable("IMG2IMG_NATS_CERT_FILE", self.cert_file, error) from error
+        return context
+
+    def login_at(self, netloc: str) -> Login:
+        """The credentials for a server; those of the first for one that the cluster told about."""
+        logins = {server.netloc: server.login for server in self.servers}
+        return logins.get(netloc, self.servers[0].login)
+
+    @classmethod
+    def of(cls, addresses: Sequence[str]) -> NatsAccess:
+        """Addresses in the form of IMG2IMG_NATS_URL, and nothing else. Raises SettingsError."""
+        return cls(tuple(_server(address) for address in addresses))
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> NatsAccess:
+        """Raises SettingsError, which names the setting and no password."""
+        urls = settings.nats_url.get_secret_value().split(",")
+        servers = [_server(url.strip()) for url in urls if url.strip()]
+        if not servers:
+            raise SettingsError(f"{URL}: no server is named, for example nats://nats:4222")
+        if len({urlsplit(server.address).scheme in _WEBSOCKET for server in servers}) > 1:
+            raise SettingsError(f"{URL}: ws:// and nats:// servers cannot be mixed")
+        login = Login(
+            settings.nats_user,
+            settings.nats_password.get_secret_value(),
+            settings.nats_token.get_secret_value(),
+        )
+        source = URL
+        if login:
+            if any(server.login for server in servers):
+                raise SettingsError(
+                    f"{URL}: give the credentials either there or in IMG2IMG_NATS_USER, "
+                    "IMG2IMG_NATS_PASSWORD and IMG2IMG_NATS_TOKEN, not in both"
+                )
+            source = "IMG2IMG_NATS_TOKEN" if login.token else "IMG2IMG_NATS_PASSWORD"
+            servers = [Server(server.address, login) for server in servers]
+        elif settings.nats_creds_file:
+            source = "IMG2IMG_NATS_CREDS_FILE"
+        return cls(
+            tuple(servers),
+            source,
+            settings.nats_creds_file,
+            settings.nats_ca_file,
+            settings.nats_cert_file,
+            settings.nats_key_file,
+        )
+
+
+def _unusable(setting: str, path: Path | None, error: OSError) -> SettingsError:
+    why = error.strerror or getattr(error, "reason", "") or "it is no PEM file of that kind"
+    return SettingsError(f"{setting}: {path} cannot be used: {why}")
+
+
+def _server(url: str) -> Server:
+    """One entry of IMG2IMG_NATS_URL. Raises SettingsError, which does not show the entry."""
+    try:
+        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        port = parts.port
+    except ValueError:  # a "/" in the password makes the rest of it a port
+        raise SettingsError(
+            f"{URL}: it is no address; in a user, password or token write / ? # @ : and % as "
+            "%2F %3F %23 %40 %3A and %25"
+        ) from None
+    if parts.scheme not in _SCHEMES:
+        raise SettingsError(f"{URL}: the scheme must be one of {', '.join(_SCHEMES)}")
+    websocket = parts.scheme in _WEBSOCKET
+    if parts.query or parts.fragment or (parts.path not in ("", "/") and not websocket):
+        raise SettingsError(
+            f"{URL}: only user, password, host and port are taken; in a user, password or token "
+            "write / ? and # as %2F %3F and %23"
+        )
+    if not parts.hostname:
+        raise SettingsError(f"{URL}: a server without a host name is listed")
+    host = parts.netloc.rpartition("@")[2].rstrip(":")
+    if port is None and not websocket:
+        host = f"{host}:{DEFAULT_PORT}"
+    address = parts._replace(netloc=host, path=parts.path if websocket else "").geturl()
+    return Server(address, _login(parts))
+
+
+def _login(parts: SplitResult) -> Login:
+    user = unquote(parts.username or "")
+    if parts.password is None:
+        return Login(token=user)
+    return Login(user, unquote(parts.password))
