@@ -107,6 +107,16 @@ class Api:
         request = service_pb2.GetJobRequest(name=name)
         return (await self.stub.GetJob(request, metadata=DEV, timeout=WAIT_SECONDS)).job
 
+    async def reaches(self, name: str, state: int, metadata: Any = DEV) -> job_pb2.Job:
+        """Returns the job once it is in that state. Does not watch it: that would keep it alive."""
+        request = service_pb2.GetJobRequest(name=name)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while True:
+                job = (await self.stub.GetJob(request, metadata=metadata)).job
+                if job.state == state:
+                    return job
+                await asyncio.sleep(0.005)
+
     async def cancel(self, name: str) -> job_pb2.Job:
         request = service_pb2.CancelJobRequest(name=name)
         return (await self.stub.CancelJob(request, metadata=DEV, timeout=WAIT_SECONDS)).job
@@ -209,13 +219,17 @@ class Stack:
 
 @asynccontextmanager
 async def running_stack(
-    engine: FakeEngine | None = None, *, fetch: Fetch = no_fetch, **worker: Any
+    engine: FakeEngine | None = None,
+    *,
+    fetch: Fetch = no_fetch,
+    api_config: Settings | None = None,
+    **worker: Any,
 ) -> AsyncIterator[Stack]:
     """A bus, a worker and an api."""
     bus = memory_bus()
     async with (
         running_worker(bus, engine, **worker) as running,
-        running_api(bus, fetch=fetch) as api,
+        running_api(bus, api_config, fetch=fetch) as api,
     ):
         yield Stack(bus, api, running)
 

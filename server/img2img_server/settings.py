@@ -222,6 +222,18 @@ class Settings(BaseSettings):
         description="How long a starting role tries to reach NATS and the bucket before it ends.",
     )
     wait_seconds: float = Field(30.0, ge=0, description="How long a POST waits for its job.")
+    heartbeat_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="Silence of a gRPC event stream after which the api sends a heartbeat event, "
+        "so that proxies do not cut the stream; 0: never.",
+    )
+    disconnect_grace_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="How long a job goes on after its Generate call broke. A WatchJob call within "
+        "this time keeps the job, otherwise it is cancelled; 0: it is cancelled at once.",
+    )
     ack_wait_seconds: float = Field(
         15.0, ge=0.5, description="Silence after which a worker's job goes to another one."
     )
@@ -261,6 +273,11 @@ class Settings(BaseSettings):
         pattern="^(https?://.+)?$",
         description="OpenTelemetry collector that gets the traces by OTLP over gRPC, for example "
         "http://collector:4317. Empty: none. OTEL_TRACES_SAMPLER and its kin hold too.",
+    )
+    use_proxy_environment: bool = Field(
+        False,
+        description="Obey http_proxy, https_proxy, grpc_proxy, all_proxy and no_proxy for the "
+        "gateway's connection to the api and for the export of traces. Default: connect directly.",
     )
     worker_name: str = Field("", description="Name of the worker. Empty: host name and process.")
 

@@ -24,7 +24,7 @@ from img2img_server.domain.events import (
     StepFinished,
     Succeeded,
 )
-from img2img_server.queue.base import Order, OwnershipLostError
+from img2img_server.queue.base import Order, OwnershipLostError, StreamNotice, StreamState
 
 JOB = 10_000_001
 LONG = 10.0
@@ -237,3 +237,23 @@ async def test_an_order_reaches_every_listener(open_bus: OpenBus) -> None:
             async with asyncio.timeout(LONG):
                 assert await heard.get() == ("first", Order.CLEAR_CACHE)
         assert heard.empty()
+
+
+async def test_a_notice_reaches_every_api_the_sender_included(open_bus: OpenBus) -> None:
+    notice = StreamNotice(
+        state=StreamState.BROKEN, tenant="a tenant", job_id=JOB, grace_seconds=1.5
+    )
+    async with open_bus() as one, open_bus() as two:
+        heard: asyncio.Queue[tuple[str, StreamNotice]] = asyncio.Queue()
+
+        async def first(notice: StreamNotice) -> None:
+            heard.put_nowait(("first", notice))
+
+        async def second(notice: StreamNotice) -> None:
+            heard.put_nowait(("second", notice))
+
+        async with one.control.on_notice(first), two.control.on_notice(second):
+            await one.control.notify(notice)
+            async with asyncio.timeout(LONG):
+                got = [await heard.get(), await heard.get()]
+        assert sorted(got, key=str) == [("first", notice), ("second", notice)]

@@ -212,15 +212,19 @@ async def test_who_has_seen_more_than_there_is_gets_the_end_of_an_ended_job() ->
     ("detach", "state"),
     [(False, job_pb2.Job.STATE_CANCELLED), (True, job_pb2.Job.STATE_SUCCEEDED)],
 )
-async def test_hanging_up_cancels_unless_detached(detach: bool, state: int) -> None:
-    async with running_stack(FakeEngine(hold_after=1)) as stack:
-        call = stack.api.generate(spec(strength=1.0), detach=detach)
+async def test_hanging_up_cancels_after_the_grace_period_unless_detached(
+    detach: bool, state: int
+) -> None:
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    config = settings(disconnect_grace_seconds=0.05)
+    async with running_worker(bus, engine), running_api(bus, config) as api:
+        call = api.generate(spec(strength=1.0), detach=detach)
         name = (await read_until(call, "step"))[0].event.job
         call.cancel()
         if detach:
-            stack.worker.engine.release()
-        ended = [m async for m in stack.api.watch(name)]
-        assert (await stack.api.get(name)).state == state
+            engine.release()
+        await api.reaches(name, state)
+        ended = [m async for m in api.watch(name)]
         assert kinds(ended)[-1] == ("succeeded" if detach else "cancelled")
 
 

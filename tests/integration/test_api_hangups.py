@@ -60,7 +60,8 @@ async def test_a_caller_who_leaves_while_the_job_is_made_strands_nothing(
     bus = memory_bus()
     await known_model(bus)
     queue = GatedQueue(bus.queue)
-    async with running_api(dataclasses.replace(bus, queue=queue)) as api:
+    config = settings(disconnect_grace_seconds=0.05)
+    async with running_api(dataclasses.replace(bus, queue=queue), config) as api:
         request_id = str(uuid.uuid4())
         call = api.generate(spec(), request_id=request_id, detach=detach)
         reading = asyncio.create_task(call.read())
@@ -69,9 +70,7 @@ async def test_a_caller_who_leaves_while_the_job_is_made_strands_nothing(
         await asyncio.gather(reading, return_exceptions=True)
         queue.open.set()
         (job_id,) = await bus.jobs.list_ids("dev")
-        async with asyncio.timeout(5):
-            while (job := await api.get(f"jobs/{job_id}")).state != state:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        job = await api.reaches(f"jobs/{job_id}", state)
         assert await bus.queue.depth("fake", Lane.REALTIME) == (1 if detach else 0)
         again = await api.create(spec(), request_id=request_id)
         assert again.id == job.id

@@ -64,6 +64,16 @@ def snapshot(job: job_pb2.Job, *, sequence: int, time: float) -> event_pb2.JobEv
     )
 
 
+def heartbeat(*, sequence: int, time: float, job_name: str = "") -> event_pb2.JobEvent:
+    """Returns the message of a stream on which nothing happened; `job_name` once it is known."""
+    return event_pb2.JobEvent(
+        sequence=sequence,
+        event_time=timestamp(time),
+        job=job_name,
+        heartbeat=event_pb2.Heartbeat(),
+    )
+
+
 def _image(image: events.EncodedImage) -> job_pb2.Image:
     return job_pb2.Image(
         data=image.data,

@@ -20,6 +20,7 @@ from img2img_server.api.admission import Fetch, image_limits
 from img2img_server.api.backlog import Backlog
 from img2img_server.api.calls import OpenCalls
 from img2img_server.api.cancel import Canceller
+from img2img_server.api.disconnects import Disconnects
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import ServiceInterceptor
@@ -84,6 +85,18 @@ async def serve(
     bus = replace(bus, workers=workers)
     canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control, bus.outbox)
     estimator = Estimator(bus.queue, bus.workers)
+    disconnects = Disconnects(
+        bus.jobs, canceller, bus.control, stop, grace_seconds=settings.disconnect_grace_seconds
+    )
+    watcher = Watcher(
+        bus.jobs,
+        bus.events,
+        estimator,
+        stop,
+        most=settings.max_watchers,
+        retention_hours=settings.retention_hours,
+        heartbeat_seconds=settings.heartbeat_seconds,
+    )
     servicer = Img2ImgServicer(
         settings,
         bus.jobs,
@@ -99,18 +112,11 @@ async def serve(
             backlog,
             bus.rates,
         ),
-        Watcher(
-            bus.jobs,
-            bus.events,
-            estimator,
-            stop,
-            most=settings.max_watchers,
-            retention_hours=settings.retention_hours,
-        ),
+        watcher,
         canceller,
+        disconnects,
         StorageCalls(bus.storage, OutboundPolicy.parse(settings.outbound_allow)),
         link_base=settings.public_base_url or f"http://{settings.http_host}:{settings.http_port}",
-        stop=stop,
         outbox=bus.outbox,
     )
     await bus.storage.rotate()
@@ -129,6 +135,7 @@ async def serve(
     port = _listen(server, settings)
     await server.start()
     async with (
+        disconnects.listening(),
         _health(health_servicer, registry, stop) as is_ready,
         probe_server(settings, is_ready) as probes,
     ):
@@ -139,6 +146,8 @@ async def serve(
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(webhooks.deliverer(settings, bus).run(stop))
             publishing = tasks.create_task(backlog.publish())
+            tasks.create_task(watcher.end_streams_at_stop())
+            tasks.create_task(disconnects.end_grace_periods_at_stop())
             await stop.wait()
             publishing.cancel()
             # Not serving -> streams end with a hint to resume -> calls and attempts at webhooks

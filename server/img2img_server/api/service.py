@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import structlog
 
-from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
+from img2img.v1 import event_pb2, job_pb2, service_pb2, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.admission import Caller
 from img2img_server.api.calls import OpenCalls
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.capabilities import capabilities
+from img2img_server.api.disconnects import Disconnects, GenerateCall
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import current_principal
 from img2img_server.api.records import found, readable
@@ -50,10 +49,10 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         intake: Intake,
         watcher: Watcher,
         canceller: Canceller,
+        disconnects: Disconnects,
         storage: StorageCalls,
         *,
         link_base: str,
-        stop: asyncio.Event,
         outbox: Outbox,
     ) -> None:
         self._settings = settings
@@ -62,10 +61,9 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._intake = intake
         self._watcher = watcher
         self._canceller = canceller
+        self._disconnects = disconnects
         self._storage = storage
         self._link_base = link_base
-        self._stop = stop
-        self._streams: Counter[int] = Counter()  # open Generate calls by job
         self._tasks: set[asyncio.Task[Any]] = set()
         self._creations = OpenCalls(settings.max_tenant_calls)
         self._outbox = outbox
@@ -74,27 +72,33 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self, request: service_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[service_pb2.GenerateResponse]:
         self._watcher.check_room()  # before there is a job that nobody could watch
-        creation = self._create(request, self._caller(context))
+        caller = self._caller(context)
+        call = GenerateCall(
+            self._disconnects,
+            self._create(request, caller),
+            detach=request.detach,
+            is_repeatable=bool(request.request_id),
+            remaining_seconds=caller.remaining_seconds,
+        )
+        _when_done(context, call.done)
         try:
-            stored = await asyncio.shield(creation)
-        except asyncio.CancelledError:
-            if not request.detach:
-                creation.add_done_callback(self._abandon_created)
-            raise
-        job = stored.job
-        self._streams[job.id] += 1
-        try:
-            async for event in self._watcher.stream(job.tenant, job.id, 0):
+            async for event in self._generate(call):
                 yield service_pb2.GenerateResponse(event=event)
-        except (asyncio.CancelledError, GeneratorExit):
-            # A stopping server is not a caller who hung up, nor is the first of two streams.
-            if not (request.detach or self._stop.is_set() or self._streams[job.id] > 1):
-                await asyncio.shield(self._spawn(self._abandon(job.tenant, job.id)))
+        except errors.TooManyWatchersError:
+            raise  # there is a job, and its caller has not seen its name
+        except Exception:
+            call.has_ended = True
             raise
-        finally:
-            self._streams[job.id] -= 1
-            if not self._streams[job.id]:
-                del self._streams[job.id]
+        call.has_ended = True
+
+    async def _generate(self, call: GenerateCall) -> AsyncIterator[event_pb2.JobEvent]:
+        async for heartbeat in self._watcher.heartbeats_until(call.creation):
+            yield heartbeat
+        job = call.creation.result().job
+        call.opened(job.tenant, job.id)
+        async for event in self._watcher.stream(job.tenant, job.id, 0):
+            call.named()
+            yield event
 
     async def CreateJob(  # noqa: N802
         self, request: service_pb2.CreateJobRequest, context: Context
@@ -135,7 +139,12 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             text = "after_sequence must not be negative"
             raise errors.InvalidRequestError([Violation("after_sequence", text)])
         tenant, job_id = current_principal().tenant, _job_id(request.name)
-        async for event in self._watcher.stream(tenant, job_id, request.after_sequence):
+        events = self._watcher.stream(tenant, job_id, request.after_sequence)
+        snapshot = await anext(events)  # from here on it is known to be a job of this tenant
+        self._disconnects.opened(tenant, job_id)
+        _when_done(context, lambda: self._disconnects.closed(job_id))
+        yield service_pb2.WatchJobResponse(event=snapshot)
+        async for event in events:
             yield service_pb2.WatchJobResponse(event=event)
 
     async def CancelJob(  # noqa: N802
@@ -199,16 +208,6 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _abandon_created(self, creation: asyncio.Task[Stored]) -> None:
-        if not creation.cancelled() and creation.exception() is None:
-            job = creation.result().job
-            self._spawn(self._abandon(job.tenant, job.id))
-
-    async def _abandon(self, tenant: str, job_id: int) -> None:
-        with suppress(errors.ServiceError):
-            await self._canceller.cancel(tenant, job_id)
-            log.info("caller hung up, job cancelled", job=job_id)
-
     def _caller(self, context: Context, *, with_deadline: bool = True) -> Caller:
         base = next((str(v) for k, v in context.invocation_metadata() or () if k == LINK_BASE), "")
         return Caller(
@@ -216,6 +215,11 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             base if is_http_url(base) else self._link_base,
             context.time_remaining() if with_deadline else None,
         )
+
+
+def _when_done(context: Context, callback: Callable[[], None]) -> None:
+    """Has gRPC call `callback` once the call has ended, whoever ended it."""
+    context.add_done_callback(lambda _: callback())  # type: ignore[arg-type] # the stub wants a class
 
 
 def _job_id(name: str) -> int:

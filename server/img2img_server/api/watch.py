@@ -1,11 +1,11 @@
-"""A job's stream: a snapshot, its log from where the caller left off, its end."""
+"""A job's stream: a snapshot, its log from where the caller left off, heartbeats, its end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import TypeVar
+from typing import Any
 
 from img2img.v1 import event_pb2, job_pb2
 from img2img_server import errors
@@ -18,14 +18,15 @@ from img2img_server.queue.base import EventLog
 from img2img_server.store.base import JobStore
 from img2img_server.telemetry import WATCHERS
 
-T = TypeVar("T")
-
 SEQUENCE_MOST = 2**63 - 1  # int64; a caller may say that it has seen it
 STOPPING = "This server is stopping; watch again with the last sequence seen."
 
 
 class Watcher:
-    """Streams logs to callers; knows how many and when to let go."""
+    """Streams logs to callers, bounds the number of streams, and ends them when the server stops.
+
+    Streams end early only while `end_streams_at_stop` runs.
+    """
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Watcher:
         *,
         most: int,
         retention_hours: int,
+        heartbeat_seconds: float,
     ) -> None:
         self._jobs = jobs
         self._events = events
@@ -44,11 +46,27 @@ class Watcher:
         self._most = most
         self._open = 0
         self._retention_hours = retention_hours
+        self._heartbeat_seconds = heartbeat_seconds
+        self._waits: set[asyncio.Timeout] = set()
+
+    async def end_streams_at_stop(self) -> None:
+        """Waits until the server stops, then ends every stream that waits for an event."""
+        await self._stop.wait()
+        for wait in self._waits:
+            if not wait.expired():
+                wait.reschedule(0.0)
+
+    async def heartbeats_until(self, task: asyncio.Task[Any]) -> AsyncIterator[event_pb2.JobEvent]:
+        """Yields heartbeats of a stream that has no job yet, until the task is done."""
+        while not task.done():
+            await asyncio.wait({task}, timeout=self._heartbeat_seconds or None)
+            if not task.done():
+                yield convert_events.heartbeat(sequence=0, time=time.time())
 
     async def stream(
         self, tenant: str, job_id: int, after_sequence: int
     ) -> AsyncIterator[event_pb2.JobEvent]:
-        """Yields the job's events until its terminal one.
+        """Yields the job's events until its terminal one, and heartbeats while there is none.
 
         Raises:
             JobNotFoundError, TooManyWatchersError; UnavailableError when the server stops.
@@ -63,15 +81,19 @@ class Watcher:
                 yield await self._snapshot(job, after_sequence)
                 last = await self._log_end(job) if job.state.is_terminal else None
                 if last is None or last > after_sequence:
-                    async for envelope in self._until_stop(log):
+                    while True:
+                        envelope = await self._next(log)
+                        if envelope is None:
+                            yield convert_events.heartbeat(
+                                sequence=after_sequence, time=time.time(), job_name=job.name
+                            )
+                            continue
                         yield await self._message(tenant, envelope)
                         if envelope.is_terminal:
                             return
                         after_sequence = envelope.sequence
                         if last is not None and after_sequence >= last:
                             break
-                if last is None:
-                    raise errors.UnavailableError(STOPPING)  # the log closed under us
                 # The log has expired, or its writer died before the last word: the record knows.
                 ending = Envelope(
                     sequence=min(after_sequence + 1, SEQUENCE_MOST),
@@ -111,20 +133,26 @@ class Watcher:
         job = await self._get(tenant, envelope.job_id)
         return convert_events.event(envelope, await self.message(job))
 
-    async def _until_stop(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
-        stopping = asyncio.ensure_future(self._stop.wait())
+    async def _next(self, log: AsyncIterator[Envelope]) -> Envelope | None:
+        """Returns the next event of the log, or None when a heartbeat is due.
+
+        A timeout and not a second task: this runs for every event of every stream.
+
+        Raises:
+            UnavailableError: the server stops.
+        """
+        if self._stop.is_set():
+            raise errors.UnavailableError(STOPPING)
         try:
-            while True:
-                following = asyncio.ensure_future(anext(items))
+            async with asyncio.timeout(self._heartbeat_seconds or None) as wait:
+                self._waits.add(wait)
                 try:
-                    await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                    if not following.done():
-                        raise errors.UnavailableError(STOPPING)
-                    item = following.result()
-                except StopAsyncIteration:
-                    return
+                    return await anext(log)
                 finally:
-                    following.cancel()
-                yield item
-        finally:
-            stopping.cancel()
+                    self._waits.discard(wait)
+        except TimeoutError:
+            if not wait.expired():
+                raise
+            if self._stop.is_set():
+                raise errors.UnavailableError(STOPPING) from None
+            return None

@@ -178,8 +178,30 @@ class Order(StrEnum):
     CLEAR_CACHE = "clear_cache"
 
 
+class StreamState(StrEnum):
+    """What an api tells the others about the streams of a job.
+
+    `BROKEN`: its Generate call broke and the grace period has begun. `SOUGHT`: the grace period is
+    over; an api that streams the job answers. `OPEN`: an api streams it; the grace period ends.
+    """
+
+    BROKEN = "broken"
+    SOUGHT = "sought"
+    OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamNotice:
+    """One api's message to all apis, itself included. `grace_seconds`: what is left, if BROKEN."""
+
+    state: StreamState
+    tenant: str
+    job_id: int
+    grace_seconds: float = 0.0
+
+
 class Control(Protocol):
-    """Commands that reach every worker at once; not stored."""
+    """Commands that reach every worker, and notices that reach every api, at once; not stored."""
 
     async def cancel(self, job_id: int) -> None:
         """Asks the worker that runs the job to stop it at its next step."""
@@ -199,4 +221,14 @@ class Control(Protocol):
         self, handler: Callable[[Order], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
         """Calls `handler` with every order."""
+        ...
+
+    async def notify(self, notice: StreamNotice) -> None:
+        """Tells every api that listens now."""
+        ...
+
+    def on_notice(
+        self, handler: Callable[[StreamNotice], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Calls `handler` with every notice."""
         ...

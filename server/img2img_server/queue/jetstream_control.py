@@ -1,8 +1,9 @@
-"""Commands to every worker, over plain NATS subjects."""
+"""Commands to every worker and notices to every api, over plain NATS subjects."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -10,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 import nats.errors
 from nats.aio.msg import Msg
 
-from img2img_server.queue.base import Order
+from img2img_server.queue.base import Order, StreamNotice, StreamState
 from img2img_server.wire import names
 from img2img_server.wire.connection import Link
 from img2img_server.wire.faults import unavailable
@@ -18,6 +19,7 @@ from img2img_server.wire.faults import unavailable
 log = logging.getLogger(__name__)
 
 _ORDERS = frozenset(order.value for order in Order)
+_STREAM_STATES = frozenset(state.value for state in StreamState)
 
 
 class NatsControl:
@@ -48,6 +50,31 @@ class NatsControl:
                 await handler(Order(text))
 
         return self._listen(names.ORDER_SUBJECT, obey)
+
+    async def notify(self, notice: StreamNotice) -> None:
+        fields = {
+            "state": notice.state.value,
+            "tenant": notice.tenant,
+            "job_id": notice.job_id,
+            "grace_seconds": notice.grace_seconds,
+        }
+        await self._tell(names.STREAMS_SUBJECT, json.dumps(fields))
+
+    def on_notice(
+        self, handler: Callable[[StreamNotice], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        async def receive(text: str) -> None:
+            fields = json.loads(text)
+            if fields["state"] in _STREAM_STATES:  # otherwise it is one of a later version
+                notice = StreamNotice(
+                    state=StreamState(fields["state"]),
+                    tenant=fields["tenant"],
+                    job_id=fields["job_id"],
+                    grace_seconds=fields["grace_seconds"],
+                )
+                await handler(notice)
+
+        return self._listen(names.STREAMS_SUBJECT, receive)
 
     async def _tell(self, subject: str, text: str) -> None:
         await self._link.send(subject, text.encode())

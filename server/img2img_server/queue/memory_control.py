@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
-from img2img_server.queue.base import Order
+from img2img_server.queue.base import Order, StreamNotice
 
 T = TypeVar("T")
 
@@ -17,6 +17,7 @@ class MemoryControl:
     def __init__(self) -> None:
         self._cancel_handlers: list[Callable[[int], Awaitable[None]]] = []
         self._order_handlers: list[Callable[[Order], Awaitable[None]]] = []
+        self._notice_handlers: list[Callable[[StreamNotice], Awaitable[None]]] = []
 
     async def cancel(self, job_id: int) -> None:
         for handler in list(self._cancel_handlers):
@@ -34,6 +35,17 @@ class MemoryControl:
     @asynccontextmanager
     async def on_order(self, handler: Callable[[Order], Awaitable[None]]) -> AsyncIterator[None]:
         with _listed(self._order_handlers, handler):
+            yield
+
+    async def notify(self, notice: StreamNotice) -> None:
+        for handler in list(self._notice_handlers):
+            await handler(notice)
+
+    @asynccontextmanager
+    async def on_notice(
+        self, handler: Callable[[StreamNotice], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        with _listed(self._notice_handlers, handler):
             yield
 
 

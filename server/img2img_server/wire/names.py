@@ -8,6 +8,7 @@ img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
 img2img.ids                              one empty message a job id
 img2img.control.cancel                   not stored
 img2img.control.order                    not stored
+img2img.control.streams                  between apis, not stored
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PUT_OFF_BUCKET: Final = "img2img-webhooks-put-off"  # times, by the message's pl
 IDS_SUBJECT: Final = "img2img.ids"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 ORDER_SUBJECT: Final = "img2img.control.order"
+STREAMS_SUBJECT: Final = "img2img.control.streams"
 
 _PLAIN: Final = frozenset((string.ascii_letters + string.digits + "_-").encode())
 

@@ -22,8 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class JobEvent(_message.Message):
-    """One entry of a job's event log. A stream begins with a snapshot and ends after the terminal event
-    (succeeded, failed or cancelled). Unknown kinds of event may be skipped.
+    """One message of a job's stream: an entry of its event log, a snapshot or a heartbeat. A stream
+    begins with a snapshot and ends after the terminal event (succeeded, failed or cancelled).
+    Heartbeats may come anywhere, also before the snapshot. Skip unknown kinds of event.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -42,19 +43,21 @@ class JobEvent(_message.Message):
     SUCCEEDED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Number within the job, from 1. A snapshot carries the number it was asked to resume after.
-    Numbers that are missing were previews replaced by later ones.
+    """Number within the job, from 1. A snapshot carries the number it was asked to resume after, a
+    heartbeat the number of the last event of this stream. Numbers that are missing were previews
+    replaced by later ones.
     """
     job: _builtins.str
-    """Resource name of the job: "jobs/{id}"."""
+    """Resource name of the job: "jobs/{id}". Empty in a heartbeat that comes before the snapshot."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When it happened, by the clock of the process that wrote it."""
 
     @_builtins.property
     def snapshot(self) -> Global___JobSnapshot:
-        """First on every stream: the job as it is now."""
+        """First event of every stream: the job as it is now."""
 
     @_builtins.property
     def queued(self) -> Global___JobQueued:
@@ -96,6 +99,10 @@ class JobEvent(_message.Message):
     def cancelled(self) -> Global___JobCancelled:
         """Terminal: ended on request."""
 
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat:
+        """Nothing happened; the stream is alive. Not part of the log."""
+
     def __init__(
         self,
         *,
@@ -113,12 +120,13 @@ class JobEvent(_message.Message):
         succeeded: Global___JobSucceeded | None = ...,
         failed: Global___JobFailed | None = ...,
         cancelled: Global___JobCancelled | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "succeeded", b"succeeded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "succeeded", b"succeeded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "job", b"job", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "sequence", b"sequence", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "succeeded", b"succeeded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "job", b"job", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "sequence", b"sequence", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "succeeded", b"succeeded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "queued", "started", "stage", "step", "preview", "sample_finished", "sample_stored", "succeeded", "failed", "cancelled"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "queued", "started", "stage", "step", "preview", "sample_finished", "sample_stored", "succeeded", "failed", "cancelled", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -462,3 +470,23 @@ class JobCancelled(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobCancelled: _TypeAlias = JobCancelled  # noqa: Y015
+
+@_typing.final
+class Heartbeat(_message.Message):
+    """Sent when the stream was silent for as long as the server's heartbeat interval, 15 s by default, so
+    that proxies keep the stream open and callers notice a broken connection. Skip it. A caller who
+    receives nothing for several intervals should end the call and resume with WatchJob.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015

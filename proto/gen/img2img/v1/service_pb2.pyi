@@ -35,7 +35,7 @@ class GenerateRequest(_message.Message):
     the same job again. Default none.
     """
     detach: _builtins.bool
-    """Let the job go on when the call ends early. Default false."""
+    """Let the job go on when the call ends early, for whatever reason. Default false."""
     @_builtins.property
     def spec(self) -> _job_pb2.JobSpec:
         """What to make. Required."""

@@ -110,8 +110,14 @@ class Img2ImgServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Creates a job and streams its events until it has ended. Ending the call early cancels the job
-        unless detach is set.
+        """Creates a job and streams its events until it has ended.
+
+        The server cannot tell a caller who leaves from a connection that breaks. When the call ends
+        before the job does, a grace period starts, 15 s by default. WatchJob for the same job, or Generate
+        with the same request_id, ends the grace period for good: the job goes on, also when that stream
+        ends early. The same holds for such a stream that is already open. When the grace period passes
+        without one, the job is cancelled. A passed deadline cancels the job at once. With detach set, the
+        end of the call does not touch the job. To leave on purpose, call CancelJob.
 
         INVALID_ARGUMENT: the request breaks limits; correct every field that BadRequest names.
         PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
@@ -152,7 +158,8 @@ class Img2ImgServiceServicer:
 
     def WatchJob(self, request, context):
         """Streams a job's events: a snapshot, then everything after after_sequence, until it has ended.
-        Resume with the last sequence seen. Ending the call does not touch the job.
+        Resume with the last sequence seen. Ending the call does not touch the job. Ends the grace period
+        that started when the job's Generate call broke; see Generate.
 
         NOT_FOUND: no such job of this tenant, or it has expired.
         UNAVAILABLE: this server is stopping; call again with the last sequence seen.

@@ -44,8 +44,14 @@ class Img2ImgServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> Img2ImgServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]
-    """Creates a job and streams its events until it has ended. Ending the call early cancels the job
-    unless detach is set.
+    """Creates a job and streams its events until it has ended.
+
+    The server cannot tell a caller who leaves from a connection that breaks. When the call ends
+    before the job does, a grace period starts, 15 s by default. WatchJob for the same job, or Generate
+    with the same request_id, ends the grace period for good: the job goes on, also when that stream
+    ends early. The same holds for such a stream that is already open. When the grace period passes
+    without one, the job is cancelled. A passed deadline cancels the job at once. With detach set, the
+    end of the call does not touch the job. To leave on purpose, call CancelJob.
 
     INVALID_ARGUMENT: the request breaks limits; correct every field that BadRequest names.
     PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
@@ -68,7 +74,8 @@ class Img2ImgServiceStub:
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_service_pb2.WatchJobRequest, _service_pb2.WatchJobResponse]
     """Streams a job's events: a snapshot, then everything after after_sequence, until it has ended.
-    Resume with the last sequence seen. Ending the call does not touch the job.
+    Resume with the last sequence seen. Ending the call does not touch the job. Ends the grace period
+    that started when the job's Generate call broke; see Generate.
 
     NOT_FOUND: no such job of this tenant, or it has expired.
     UNAVAILABLE: this server is stopping; call again with the last sequence seen.
@@ -127,8 +134,14 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_service_pb2.GenerateRequest, _service_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Creates a job and streams its events until it has ended. Ending the call early cancels the job
-    unless detach is set.
+    """Creates a job and streams its events until it has ended.
+
+    The server cannot tell a caller who leaves from a connection that breaks. When the call ends
+    before the job does, a grace period starts, 15 s by default. WatchJob for the same job, or Generate
+    with the same request_id, ends the grace period for good: the job goes on, also when that stream
+    ends early. The same holds for such a stream that is already open. When the grace period passes
+    without one, the job is cancelled. A passed deadline cancels the job at once. With detach set, the
+    end of the call does not touch the job. To leave on purpose, call CancelJob.
 
     INVALID_ARGUMENT: the request breaks limits; correct every field that BadRequest names.
     PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
@@ -151,7 +164,8 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_service_pb2.WatchJobRequest, _service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams a job's events: a snapshot, then everything after after_sequence, until it has ended.
-    Resume with the last sequence seen. Ending the call does not touch the job.
+    Resume with the last sequence seen. Ending the call does not touch the job. Ends the grace period
+    that started when the job's Generate call broke; see Generate.
 
     NOT_FOUND: no such job of this tenant, or it has expired.
     UNAVAILABLE: this server is stopping; call again with the last sequence seen.
@@ -213,8 +227,14 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.GenerateResponse], _abc.AsyncIterator[_service_pb2.GenerateResponse]]:
-        """Creates a job and streams its events until it has ended. Ending the call early cancels the job
-        unless detach is set.
+        """Creates a job and streams its events until it has ended.
+
+        The server cannot tell a caller who leaves from a connection that breaks. When the call ends
+        before the job does, a grace period starts, 15 s by default. WatchJob for the same job, or Generate
+        with the same request_id, ends the grace period for good: the job goes on, also when that stream
+        ends early. The same holds for such a stream that is already open. When the grace period passes
+        without one, the job is cancelled. A passed deadline cancels the job at once. With detach set, the
+        end of the call does not touch the job. To leave on purpose, call CancelJob.
 
         INVALID_ARGUMENT: the request breaks limits; correct every field that BadRequest names.
         PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
@@ -261,7 +281,8 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_service_pb2.WatchJobResponse], _abc.AsyncIterator[_service_pb2.WatchJobResponse]]:
         """Streams a job's events: a snapshot, then everything after after_sequence, until it has ended.
-        Resume with the last sequence seen. Ending the call does not touch the job.
+        Resume with the last sequence seen. Ending the call does not touch the job. Ends the grace period
+        that started when the job's Generate call broke; see Generate.
 
         NOT_FOUND: no such job of this tenant, or it has expired.
         UNAVAILABLE: this server is stopping; call again with the last sequence seen.

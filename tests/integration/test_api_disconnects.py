@@ -1,0 +1,336 @@
+"""Generate calls that break: who may keep the job, who cancels it, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from fixtures_engines import OpenBus
+from structlog.testing import capture_logs
+
+from img2img.v1 import job_pb2, service_pb2
+from img2img_server.bus import memory_bus
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.errors import UnavailableError
+from tests.stack import (
+    DEV,
+    Api,
+    kinds,
+    known_model,
+    photo,
+    read_until,
+    running_api,
+    running_worker,
+    settings,
+    spec,
+    two_tenants,
+)
+
+RUNNING, CANCELLED = job_pb2.Job.STATE_RUNNING, job_pb2.Job.STATE_CANCELLED
+GRACE_SECONDS = 0.4
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img2img_server.api.disconnects._ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("img2img_server.api.disconnects._SUCCESSOR_SECONDS", 0.3)
+    monkeypatch.setattr("img2img_server.api.disconnects._RETRY_SECONDS", 0.05)
+
+
+@asynccontextmanager
+async def apis(
+    open_bus: OpenBus, engine: FakeEngine, count: int = 1, **changes: Any
+) -> AsyncIterator[list[Api]]:
+    """A worker and so many apis, each with a connection of its own to the bus."""
+    config = settings(**({"disconnect_grace_seconds": GRACE_SECONDS} | changes))
+    async with AsyncExitStack() as parts:
+        bus = await parts.enter_async_context(open_bus())
+        await parts.enter_async_context(running_worker(bus, engine))
+        found = []
+        for _ in range(count):
+            bus = await parts.enter_async_context(open_bus())
+            found.append(await parts.enter_async_context(running_api(bus, config)))
+        yield found
+
+
+async def logged(logs: list[Any], event: str) -> dict[str, Any]:
+    """Waits for a line of the log and returns it."""
+    async with asyncio.timeout(10):
+        while not (found := [line for line in logs if line["event"] == event]):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    return dict(found[0])
+
+
+async def broken(api: Api, logs: list[Any], **fields: Any) -> str:
+    """Breaks a Generate call whose job is held after a step; returns the job's name."""
+    call = api.generate(spec(strength=1.0), **fields)
+    name = str((await read_until(call, "step"))[0].event.job)
+    call.cancel()
+    await logged(logs, "generate_disconnected")
+    return name
+
+
+async def outlives_the_grace_period(api: Api, name: str) -> None:
+    """Asserts that the job is not cancelled when the grace period is over."""
+    await asyncio.sleep(GRACE_SECONDS + 0.3)
+    assert (await api.get(name)).state != CANCELLED
+
+
+async def test_a_broken_call_is_cancelled_after_the_grace_period_and_the_log_says_why() -> None:
+    engine = FakeEngine(hold_after=1)
+    bus = memory_bus()
+    with capture_logs() as logs:
+        async with running_worker(bus, engine):
+            config = settings(disconnect_grace_seconds=GRACE_SECONDS)
+            async with running_api(bus, config) as api:
+                name = await broken(api, logs)
+                assert (await api.get(name)).state == RUNNING
+                await api.reaches(name, CANCELLED)
+                line = await logged(logs, "job_cancelled")
+    assert (f"jobs/{line['job']}", line["reason"]) == (name, "disconnected")
+
+
+async def test_a_queued_job_whose_call_broke_leaves_the_queue_after_the_grace_period() -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    with capture_logs() as logs:
+        config = settings(disconnect_grace_seconds=GRACE_SECONDS)
+        async with running_api(bus, config) as api:
+            call = api.generate(spec())
+            name = (await read_until(call, "queued"))[0].event.job
+            call.cancel()
+            await logged(logs, "generate_disconnected")
+            await api.reaches(name, CANCELLED)
+
+
+async def test_a_watch_at_another_api_keeps_the_job_also_when_it_ends_early(
+    open_bus: OpenBus,
+) -> None:
+    engine = FakeEngine(hold_after=1)
+    with capture_logs() as logs:
+        async with apis(open_bus, engine, 2) as (first, second):
+            name = await broken(first, logs)
+            watch = second.watch(name)
+            await watch.read()
+            watch.cancel()
+            await outlives_the_grace_period(first, name)
+            engine.release()
+            ended = [message async for message in second.watch(name)]
+    assert kinds(ended)[-1] == "succeeded"
+    assert kinds(ended).count("succeeded") == 1
+
+
+async def test_a_watch_that_was_opened_before_the_call_broke_keeps_the_job(
+    open_bus: OpenBus,
+) -> None:
+    engine = FakeEngine(hold_after=1)
+    with capture_logs() as logs:
+        async with apis(open_bus, engine, 2) as (first, second):
+            call = first.generate(spec(strength=1.0))
+            name = (await read_until(call, "step"))[0].event.job
+            watch = second.watch(name)
+            await anext(aiter(watch))
+            call.cancel()  # the server notices only now what the caller has long noticed
+            await logged(logs, "generate_disconnected")
+            await outlives_the_grace_period(first, name)
+            engine.release()
+            ended = [message async for message in watch]
+    assert kinds(ended)[-1] == "succeeded"
+
+
+async def test_a_repeated_request_keeps_the_job_until_its_own_call_breaks(
+    open_bus: OpenBus,
+) -> None:
+    engine = FakeEngine(hold_after=1)
+    with capture_logs() as logs:
+        async with apis(open_bus, engine, 2) as (first, second):
+            request_id = str(uuid.uuid4())
+            name = await broken(first, logs, request_id=request_id)
+            again = second.generate(spec(strength=1.0), request_id=request_id)
+            await again.read()
+            await outlives_the_grace_period(first, name)
+            again.cancel()
+            await second.reaches(name, CANCELLED)
+
+
+async def test_a_watch_of_another_tenant_keeps_nothing(tmp_path: Any) -> None:
+    keys, key_a, key_b = two_tenants(tmp_path)
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    config = settings(disconnect_grace_seconds=GRACE_SECONDS)
+    ours, theirs = ((("authorization", f"Bearer {key}"),) for key in (key_a, key_b))
+    async with running_worker(bus, engine), running_api(bus, config, keys=keys) as api:
+        request = service_pb2.GenerateRequest(spec=spec(strength=1.0))
+        call = api.stub.Generate(request, metadata=ours)
+        name = (await read_until(call, "step"))[0].event.job
+        call.cancel()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await api.stub.WatchJob(service_pb2.WatchJobRequest(name=name), metadata=theirs).read()
+        await api.reaches(name, CANCELLED, ours)
+
+
+async def test_another_api_cancels_the_job_when_the_first_one_stops_in_the_grace_period(
+    open_bus: OpenBus,
+) -> None:
+    with capture_logs() as logs:
+        async with apis(open_bus, FakeEngine(hold_after=1), 2) as (first, second):
+            name = await broken(first, logs)
+            first.stop.set()
+            left = await logged(logs, "grace_periods_left_to_other_apis")
+            await second.reaches(name, CANCELLED)
+    assert [f"jobs/{job}" for job in left["jobs"]] == [name]
+
+
+async def test_an_only_api_that_stops_in_the_grace_period_cancels_nothing() -> None:
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    config = settings(disconnect_grace_seconds=GRACE_SECONDS)
+    with capture_logs() as logs:
+        async with running_worker(bus, engine):
+            async with running_api(bus, config) as api:
+                name = await broken(api, logs)
+            async with running_api(bus, config) as api:
+                await outlives_the_grace_period(api, name)
+
+
+async def test_a_passed_deadline_cancels_at_once_unless_detached() -> None:
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    config = settings(disconnect_grace_seconds=60.0)
+    with capture_logs() as logs:
+        async with running_worker(bus, engine), running_api(bus, config) as api:
+            names = {}
+            for detach in (True, False):
+                request = service_pb2.GenerateRequest(spec=spec(strength=1.0), detach=detach)
+                call = api.stub.Generate(request, metadata=DEV, timeout=0.5)
+                names[detach] = (await anext(aiter(call))).event.job
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await read_until(call, "succeeded")
+                assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await api.reaches(names[False], CANCELLED)
+            assert (await api.get(names[True])).state == RUNNING
+    assert (await logged(logs, "job_cancelled"))["reason"] == "deadline_passed"
+
+
+async def test_without_a_grace_period_a_broken_call_is_cancelled_at_once() -> None:
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    config = settings(disconnect_grace_seconds=0)
+    async with running_worker(bus, engine), running_api(bus, config) as api:
+        call = api.generate(spec(strength=1.0))
+        name = (await read_until(call, "step"))[0].event.job
+        call.cancel()
+        await api.reaches(name, CANCELLED)
+
+
+async def test_a_call_that_breaks_before_its_job_has_a_name_is_cancelled_at_once() -> None:
+    """Without a request_id nobody can ask for the job again."""
+    bus = memory_bus()
+    await known_model(bus)
+    fetching, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def fetch(_: str) -> bytes:
+        fetching.set()
+        await goes_on.wait()
+        return photo()
+
+    config = settings(disconnect_grace_seconds=60.0)
+    async with running_api(bus, config, fetch=fetch) as api:
+        image = job_pb2.InitImage(url="https://example.com/cat.jpg")
+        call = api.generate(spec(init_image=image))
+        reading = asyncio.create_task(call.read())
+        await fetching.wait()
+        call.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        goes_on.set()
+        async with asyncio.timeout(10):
+            while not (ids := await bus.jobs.list_ids("dev")):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        await api.reaches(f"jobs/{ids[0]}", CANCELLED)
+
+
+class CutOff:
+    """A control whose first cancels do not reach the bus."""
+
+    def __init__(self, inner: Any, failures: int) -> None:
+        self._inner, self._failures = inner, failures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def cancel(self, job_id: int) -> None:
+        if self._failures:
+            self._failures -= 1
+            raise UnavailableError
+        await self._inner.cancel(job_id)
+
+
+async def test_the_job_is_cancelled_once_the_bus_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    config = settings(disconnect_grace_seconds=0)
+    cut_off = dataclasses.replace(bus, control=CutOff(bus.control, 3))
+    async with running_worker(bus, engine), running_api(cut_off, config) as api:
+        call = api.generate(spec(strength=1.0))
+        name = (await read_until(call, "step"))[0].event.job
+        call.cancel()
+        await api.reaches(name, CANCELLED)
+
+
+@pytest.mark.parametrize("method", ["generate", "watch"])
+async def test_heartbeats_come_while_a_job_waits_and_while_it_runs(method: str) -> None:
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    await known_model(bus)
+    async with running_api(bus, settings(heartbeat_seconds=0.05)) as api:
+        call = api.generate(spec(strength=1.0))
+        if method == "watch":
+            created = await api.create(spec(strength=1.0))
+            call = api.watch(created.name)
+        waiting = await read_until(call, "heartbeat")
+        assert kinds(waiting) == ["snapshot", "queued", "heartbeat"]
+        assert [message.event.sequence for message in waiting] == [0, 1, 1]
+        assert {message.event.job for message in waiting} == {waiting[0].event.job}
+        async with running_worker(bus, engine):
+            running = await read_until(call, "heartbeat", await read_until(call, "step"))
+            assert running[-1].event.sequence == running[-2].event.sequence
+            engine.release()
+            rest = [message async for message in call]
+    everything = [*waiting, *running, *rest]
+    assert kinds(everything)[-1] == "succeeded"
+    log = [m.event.sequence for m in everything if m.event.WhichOneof("event") != "heartbeat"]
+    assert log == list(range(len(log)))
+
+
+async def test_heartbeats_come_before_the_job_exists_while_its_init_image_is_fetched() -> None:
+    bus = memory_bus()
+    goes_on = asyncio.Event()
+
+    async def fetch(_: str) -> bytes:
+        await goes_on.wait()
+        return photo()
+
+    config = settings(heartbeat_seconds=0.05)
+    async with running_worker(bus), running_api(bus, config, fetch=fetch) as api:
+        image = job_pb2.InitImage(url="https://example.com/cat.jpg")
+        call = api.generate(spec(init_image=image))
+        early = [await anext(aiter(call)) for _ in range(2)]
+        assert [(m.event.WhichOneof("event"), m.event.job) for m in early] == [
+            ("heartbeat", "")
+        ] * 2
+        goes_on.set()
+        rest = [message async for message in call]
+    events = [kind for kind in kinds(rest) if kind != "heartbeat"]
+    assert (events[0], events[-1]) == ("snapshot", "succeeded")
+
+
+async def test_heartbeats_can_be_turned_off_and_a_stopping_api_still_ends_its_streams() -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    async with running_api(bus, settings(heartbeat_seconds=0)) as api:
+        call = api.generate(spec())
+        await read_until(call, "queued")
+        api.stop.set()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(aiter(call))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
