@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -81,7 +81,9 @@ def _add_trace(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappi
 
 
 @asynccontextmanager
-async def probe_server(settings: Settings, ready: Callable[[], bool]) -> AsyncIterator[str]:
+async def probe_server(
+    settings: Settings, ready: Callable[[], bool | Awaitable[bool]]
+) -> AsyncIterator[str]:
     """Serves /metrics, /livez (the event loop turns) and /readyz (may get traffic).
 
     Yields:
@@ -95,7 +97,9 @@ async def probe_server(settings: Settings, ready: Callable[[], bool]) -> AsyncIt
         return web.Response(text="alive\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        return web.Response(text="ready\n") if ready() else web.Response(status=503, text="busy\n")
+        answer = ready()
+        is_ready = answer if isinstance(answer, bool) else await answer
+        return web.Response(text="ready\n") if is_ready else web.Response(status=503, text="busy\n")
 
     app = web.Application()
     app.add_routes(

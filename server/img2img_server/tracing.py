@@ -36,7 +36,13 @@ def exporting(settings: Settings, role: str) -> Iterator[None]:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     plain = not settings.otlp_endpoint.startswith("https://")
-    exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=plain, timeout=5)
+    exporter = OTLPSpanExporter(
+        endpoint=settings.otlp_endpoint,
+        insecure=plain,
+        timeout=5,
+        # The SDK's type says text; gRPC itself takes numbers for numbers.
+        channel_options=(("grpc.enable_http_proxy", int(settings.use_proxy_environment)),),  # type: ignore[arg-type]
+    )
     resource = Resource.create({"service.name": f"img2img-{role}", "service.version": __version__})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))

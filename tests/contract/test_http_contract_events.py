@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from img2img_server.engine.fake import FakeEngine
 from tests.http_stack import Gateway, gateway_before, running_gateway
+from tests.stack import read_until, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEY = {"Authorization": "Bearer dev-key"}
@@ -125,3 +128,20 @@ async def test_an_api_that_is_away_is_503_before_the_stream_begins(gateway: Gate
         answer = await away.http.get("/v1/jobs/10000001/events", headers=KEY)
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_heartbeats_of_the_api_are_no_events_here() -> None:
+    engine = FakeEngine(hold_after=1)
+    stack = {"engine": engine, "api_config": settings(heartbeat_seconds=0.02)}
+    async with running_gateway(stack, wait_seconds=0) as gateway:
+        job_id = (await gateway.create(strength=0.5)).json()["id"]
+        path = f"/v1/jobs/{job_id}/events"
+        reading = asyncio.create_task(gateway.http.get(path, headers=KEY))
+        beside = gateway.stack.api.watch(f"jobs/{job_id}")
+        await read_until(beside, "step")
+        for _ in range(3):
+            await read_until(beside, "heartbeat")
+        engine.release()
+        text = (await reading).text
+    assert [event["event"] for event in parse(text)] == KINDS
+    assert ": ping" not in text

@@ -23,6 +23,7 @@ from img2img_server.gateway.front import Bounded, Recorded, TidyPath
 from img2img_server.gateway.management import Management
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.playground import add_playground
+from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.refusals import Case, RefusedError
 from img2img_server.gateway.storage import Storage
 from img2img_server.gateway.upstream import Upstream
@@ -35,11 +36,13 @@ def create_app(
     channel: grpc.aio.Channel,
     blobs: BlobStore,
     stop: asyncio.Event | None = None,
+    readiness: Readiness | None = None,
 ) -> FastAPI:
     """The gateway in front of the api behind `channel` and the files in `blobs`.
 
     Args:
         stop: once set, /readyz says so, waiting POSTs answer `processing`, event streams end.
+        readiness: what /readyz tells; by default asked of `channel` and `blobs`.
     """
     stop = stop or asyncio.Event()
     dialect: Dialect = Legacy() if settings.legacy else Today()
@@ -64,7 +67,7 @@ def create_app(
     _add_files(app, files)
     _add_calls(app, Calls(settings, upstream))
     _add_events(app, EventStreams(upstream, stop))
-    _add_probes(app, upstream, files, stop)
+    _add_probes(app, readiness or Readiness(channel, blobs, stop))
     add_docs(app)
     add_playground(app, settings)
     return app
@@ -155,17 +158,14 @@ def _add_events(app: FastAPI, streams: EventStreams) -> None:
         return await streams.serve(request, job_id)
 
 
-def _add_probes(app: FastAPI, upstream: Upstream, files: Files, stop: asyncio.Event) -> None:
+def _add_probes(app: FastAPI, readiness: Readiness) -> None:
     @app.get("/healthz")
     async def alive() -> Response:
         return JSONResponse({"status": "alive"})
 
     @app.get("/readyz")
     async def ready() -> Response:
-        api, bucket = await asyncio.gather(upstream.trouble(), files.trouble())
-        troubles = {"api": api, "bucket": bucket, "gateway": "stopping" if stop.is_set() else ""}
-        troubles = {name: trouble for name, trouble in troubles.items() if trouble}
-        if troubles:
+        if troubles := await readiness.troubles():
             body = {"status": "not ready", **troubles}
             return JSONResponse(body, 503, {"Cache-Control": "no-store"})
         return JSONResponse({"status": "ready"})

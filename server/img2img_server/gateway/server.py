@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 
 import structlog
 import uvicorn
 
 from img2img_server.gateway.app import create_app
+from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import connect
 from img2img_server.settings import Settings
 from img2img_server.store.base import BlobStore
@@ -39,11 +40,12 @@ async def serve(
     settings.refuse_open_dev_key(settings.http_host)
     listener = _listen(settings)
     address = f"{settings.http_host}:{listener.getsockname()[1]}"
-    async with (
-        connect(settings) as channel,
-        probe_server(settings, lambda: not stop.is_set()) as probes,
-    ):
-        server = _Server(_config(create_app(settings, channel, blobs, stop), settings))
+    async with AsyncExitStack() as open_parts:
+        channel = await open_parts.enter_async_context(connect(settings))
+        readiness = Readiness(channel, blobs, stop)
+        probes = await open_parts.enter_async_context(probe_server(settings, readiness.is_ready))
+        app = create_app(settings, channel, blobs, stop, readiness)
+        server = _Server(_config(app, settings))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         log.info("gateway serves", address=address, probes=probes)
         if started:

@@ -60,10 +60,14 @@ def connect(settings: Settings) -> grpc.aio.Channel:
     Raises:
         SettingsError: api_ca_file cannot be read.
     """
-    options = [
+    options: list[tuple[str, int | str]] = [
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # A connection that died silently is noticed within 40 s, also while streams are silent.
         ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.enable_http_proxy", int(settings.use_proxy_environment)),
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ]
     if settings.api_ca_file is None:
@@ -123,7 +127,10 @@ class Upstream:
     async def watch(
         self, key: str, job_id: int, after_sequence: int = 0
     ) -> AsyncGenerator[event_pb2.JobEvent, None]:
-        """Events until the terminal one. Leaving the loop ends the call, not the job."""
+        """Yields events until the terminal one, without the api's heartbeats.
+
+        Leaving the loop ends the call, not the job.
+        """
         with _refusing():
             call = self._stub.WatchJob(
                 service_pb2.WatchJobRequest(name=f"jobs/{job_id}", after_sequence=after_sequence),
@@ -131,7 +138,8 @@ class Upstream:
             )
             try:
                 async for answer in call:
-                    yield answer.event
+                    if not answer.event.HasField("heartbeat"):
+                        yield answer.event
             finally:
                 call.cancel()
 

@@ -1,0 +1,69 @@
+"""Proxy variables of the environment: the service's own connections do not obey them unasked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from img2img_server.gateway.server import serve
+from img2img_server.gateway.upstream import Upstream, connect
+from img2img_server.store.memory import MemoryBlobStore
+from tests.stack import running_stack, settings
+
+NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+
+
+@asynccontextmanager
+async def recording_proxy() -> AsyncIterator[tuple[str, list[str]]]:
+    """A proxy that refuses everybody: its address, and the first line of every request."""
+    asked: list[str] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readline()).decode().strip())
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        yield f"http://{host}:{port}", asked
+
+
+@pytest.mark.parametrize("use", [False, True], ids=["by default", "when asked to"])
+@pytest.mark.parametrize("spelling", [str.lower, str.upper], ids=["lower case", "upper case"])
+async def test_the_gateway_reaches_the_api_directly_unless_asked_to_use_the_proxy(
+    use: bool, spelling: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_stack() as stack, recording_proxy() as (proxy, asked):
+        for name in NAMES:
+            monkeypatch.setenv(spelling(name), proxy)
+        config = settings(api_address=stack.api.address, use_proxy_environment=use)
+        async with connect(config) as channel:
+            trouble = await Upstream(channel).trouble()
+    obeyed = use and spelling is str.lower  # gRPC knows the lower case ones only
+    assert (trouble, sorted(set(asked))) == (
+        ("UNAVAILABLE", [f"CONNECT {stack.api.address} HTTP/1.1"]) if obeyed else ("", [])
+    )
+
+
+async def test_the_probe_port_says_what_readyz_says() -> None:
+    """The gateway is not ready before the api answers, at neither of its ports."""
+    blobs = MemoryBlobStore()
+    await blobs.prepare()
+    ready = {}
+    async with running_stack() as stack, httpx.AsyncClient() as http:
+        for is_there, address in ((True, stack.api.address), (False, "127.0.0.1:1")):
+            stop, started = asyncio.Event(), asyncio.get_running_loop().create_future()
+            config = settings(api_address=address, http_port=0)
+            with capture_logs() as logs:
+                gateway = asyncio.create_task(serve(config, blobs, stop, started.set_result))
+                public = await started
+            probes = next(line["probes"] for line in logs if line["event"] == "gateway serves")
+            answers = [await http.get(f"http://{at}/readyz") for at in (public, probes)]
+            ready[is_there] = [answer.status_code for answer in answers]
+            stop.set()
+            await gateway
+    assert ready == {True: [200, 200], False: [503, 503]}
