@@ -10,19 +10,20 @@ with Client("127.0.0.1:50051", api_key="dev-key") as client:
     result.pictures[0].save("out.png")
 """
 
-import os
-
-# gRPC reads it when first imported, and would tell on stderr what we handle ourselves.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 from img2img_client.admin import StorageSettings, StorageUpdate, SystemDetails
 from img2img_client.aio import AsyncClient
 from img2img_client.client import Client
+from img2img_client.diagnosis import Cause
 from img2img_client.errors import (
+    ClientClosedError,
     DeadlineExceededError,
     DeadlineTooShortError,
     Img2ImgError,
+    InitImageFileError,
+    InitImageNotFoundError,
     InternalError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
     InvalidRequestError,
     JobCancelledError,
     JobEndedError,
@@ -34,6 +35,7 @@ from img2img_client.errors import (
     RateLimitedError,
     RequestIdReusedError,
     RpcError,
+    StreamClosedError,
     UnauthenticatedError,
     UnavailableError,
     Violation,
@@ -79,7 +81,9 @@ __all__ = [
     "AsyncJobStream",
     "Cancelled",
     "Capabilities",
+    "Cause",
     "Client",
+    "ClientClosedError",
     "DeadlineExceededError",
     "DeadlineTooShortError",
     "DeterminismClass",
@@ -89,7 +93,11 @@ __all__ = [
     "ImageFormat",
     "ImageSource",
     "Img2ImgError",
+    "InitImageFileError",
+    "InitImageNotFoundError",
     "InternalError",
+    "InvalidArgumentError",
+    "InvalidArgumentTypeError",
     "InvalidRequestError",
     "Job",
     "JobCancelledError",
@@ -125,6 +133,7 @@ __all__ = [
     "StepFinished",
     "StorageSettings",
     "StorageUpdate",
+    "StreamClosedError",
     "Succeeded",
     "SystemDetails",
     "Timings",

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2, service_pb2_grpc
-from img2img_client import convert
+from img2img_client import convert, request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,10 @@ class StorageUpdate:
 def _update_request(
     settings: StorageSettings, check_connection: bool
 ) -> service_pb2.UpdateStorageSettingsRequest:
-    return service_pb2.UpdateStorageSettingsRequest(
-        settings=service_pb2.StorageSettings(**asdict(settings)), check_connection=check_connection
+    return request.build(
+        service_pb2.UpdateStorageSettingsRequest,
+        settings=request.build(service_pb2.StorageSettings, **asdict(settings)),
+        check_connection=check_connection,
     )
 
 
@@ -101,7 +103,7 @@ class Admin:
 
     def reset_storage(self, deploy_type: str = "") -> None:
         """Has the files of jobs accepted from now on stay with the service."""
-        wish = service_pb2.ResetStorageSettingsRequest(deploy_type=deploy_type)
+        wish = request.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
         self._call(self._storage.ResetStorageSettings, wish)
 
 
@@ -145,5 +147,5 @@ class AsyncAdmin:
 
     async def reset_storage(self, deploy_type: str = "") -> None:
         """As Admin.reset_storage."""
-        wish = service_pb2.ResetStorageSettingsRequest(deploy_type=deploy_type)
+        wish = request.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
         await self._call(self._storage.ResetStorageSettings, wish)

@@ -13,12 +13,13 @@ import grpc
 from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_client import convert, errors, request
 from img2img_client.admin import AsyncAdmin
-from img2img_client.channel import DEFAULT_SERVER, Endpoint
+from img2img_client.channel import Endpoint
+from img2img_client.diagnosis import explain_async
 from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, may_repeat
-from img2img_client.stream import CANCEL_SECONDS, AsyncJobStream, deadline
+from img2img_client.stream import CANCEL_SECONDS, AsyncJobStream, deadline, is_task_cancelled
 
 if TYPE_CHECKING:
     from img2img.v1.service_pb2_grpc import Img2ImgServiceAsyncStub
@@ -38,7 +39,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        server: str = DEFAULT_SERVER,
+        server: str | None = None,
         *,
         api_key: str | None = None,
         tls: bool = False,
@@ -46,9 +47,11 @@ class AsyncClient:
         retry: Retry | None = None,
         call_seconds: float = 60.0,
     ) -> None:
-        self.endpoint = Endpoint(server, api_key, tls, root_certificates)
+        self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
+        request.check_seconds("call_seconds", call_seconds)
         self._retry = retry or Retry()
         self._call_seconds = call_seconds
+        self._is_closed = False
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -76,7 +79,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; open streams end."""
+        """As Client.close."""
+        self._is_closed = True
         await self._channel.close()
 
     async def generate(
@@ -168,31 +172,41 @@ class AsyncClient:
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
-        return AsyncJobStream(follow, self.endpoint.target, self._open, self._cancel_abandoned)
+        return AsyncJobStream(follow, self.endpoint, self._open, self._cancel_abandoned)
 
     async def _call(self, method: Callable[..., Awaitable[T]], wish: object) -> T:
         backoff = Backoff(self._retry)
         while True:
             try:
-                return await method(
-                    wish, timeout=self._call_seconds, metadata=self.endpoint.metadata
-                )
+                return await self._begin(method, wish, self._call_seconds)
             except grpc.RpcError as broken:
-                error = errors.from_rpc(broken, self.endpoint.target)
-                if not may_repeat(error):
-                    raise error from broken
-                await asyncio.sleep(backoff.pause(error, time.monotonic()))
+                error = errors.from_call(broken, self.endpoint)
+                try:
+                    if not may_repeat(error):
+                        raise error
+                    pause = backoff.pause(error, time.monotonic())
+                except errors.RpcError as last:
+                    raise await explain_async(last, self.endpoint) from broken
+                await asyncio.sleep(pause)
+            except asyncio.CancelledError as cancelled:
+                if self._is_closed and not is_task_cancelled():
+                    raise errors.ClientClosedError from cancelled
+                raise
 
     def _open(self, wish: FirstRequest, timeout_seconds: float | None) -> Any:
         generate = isinstance(wish, service_pb2.GenerateRequest)
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
+        return self._begin(method, wish, timeout_seconds)
+
+    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
+        """Begins a call. Raises ClientClosedError."""
+        if self._is_closed:
+            raise errors.ClientClosedError
         return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
 
     async def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
         try:
-            await self._stub.CancelJob(
-                wish, timeout=CANCEL_SECONDS, metadata=self.endpoint.metadata
-            )
-        except (grpc.RpcError, grpc.aio.UsageError):
-            return  # ended meanwhile, or out of reach (UsageError: the channel is closed)
+            await self._begin(self._stub.CancelJob, wish, CANCEL_SECONDS)
+        except (grpc.RpcError, errors.ClientClosedError):
+            return  # ended meanwhile, or out of reach

@@ -11,7 +11,8 @@ import grpc
 from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_client import convert, errors, request
 from img2img_client.admin import Admin
-from img2img_client.channel import DEFAULT_SERVER, Endpoint
+from img2img_client.channel import Endpoint
+from img2img_client.diagnosis import explain
 from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
@@ -28,21 +29,24 @@ class Client:
             result = client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
             result.pictures[0].save("out.png")
 
-    Every method raises the errors of `img2img_client.errors`. What a lost connection or a stopping
-    server interrupts is tried again as `retry` says, without making anything twice.
+    Every method raises the errors of `img2img_client.errors` and no others. What a lost connection
+    or a stopping server interrupts is tried again as `retry` says, without making anything twice.
 
     Args:
-        server: "host:port"; see Endpoint.
-        api_key: key of the tenant.
+        server: "host:port"; see Endpoint. Left out: IMG2IMG_SERVER, else 127.0.0.1:50051.
+        api_key: key of the tenant. Left out: IMG2IMG_API_KEY. White space around it is dropped.
         tls: encrypt, and check the server against the system's certificate authorities.
         root_certificates: PEM of the authorities to trust instead; turns TLS on.
         retry: how long to try again.
         call_seconds: longest single call, streams excepted.
+
+    Raises:
+        InvalidArgumentError: an argument can never work.
     """
 
     def __init__(
         self,
-        server: str = DEFAULT_SERVER,
+        server: str | None = None,
         *,
         api_key: str | None = None,
         tls: bool = False,
@@ -50,9 +54,11 @@ class Client:
         retry: Retry | None = None,
         call_seconds: float = 60.0,
     ) -> None:
-        self.endpoint = Endpoint(server, api_key, tls, root_certificates)
+        self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
+        request.check_seconds("call_seconds", call_seconds)
         self._retry = retry or Retry()
         self._call_seconds = call_seconds
+        self._is_closed = False
         target, options = self.endpoint.target, self.endpoint.options
         credentials = self.endpoint.credentials
         self._channel = (
@@ -70,7 +76,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; open streams end."""
+        """Closes the connection; open calls and streams end with ClientClosedError."""
+        self._is_closed = True
         self._channel.close()
 
     def generate(
@@ -185,27 +192,44 @@ class Client:
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> JobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
-        return JobStream(follow, self.endpoint.target, self._open, self._cancel_abandoned)
+        return JobStream(follow, self.endpoint, self._open, self._cancel_abandoned)
 
     def _call(self, method: Callable[..., T], wish: object) -> T:
         backoff = Backoff(self._retry)
         while True:
             try:
-                return method(wish, timeout=self._call_seconds, metadata=self.endpoint.metadata)
+                return self._begin(method, wish, self._call_seconds)
             except grpc.RpcError as broken:
-                error = errors.from_rpc(broken, self.endpoint.target)
-                if not may_repeat(error):
-                    raise error from broken
-                time.sleep(backoff.pause(error, time.monotonic()))
+                if self._is_closed:
+                    raise errors.ClientClosedError from broken
+                error = errors.from_call(broken, self.endpoint)
+                try:
+                    if not may_repeat(error):
+                        raise error
+                    pause = backoff.pause(error, time.monotonic())
+                except errors.RpcError as last:
+                    raise explain(last, self.endpoint) from broken
+                time.sleep(pause)
 
     def _open(self, wish: FirstRequest, timeout_seconds: float | None) -> Any:
         generate = isinstance(wish, service_pb2.GenerateRequest)
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
-        return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+        return self._begin(method, wish, timeout_seconds)
+
+    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
+        """Makes a call, or begins one that streams. Raises ClientClosedError."""
+        if self._is_closed:
+            raise errors.ClientClosedError
+        try:
+            return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+        except ValueError as error:  # another thread has closed the channel meanwhile
+            if self._is_closed:
+                raise errors.ClientClosedError from error
+            raise
 
     def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
         try:
-            self._stub.CancelJob(wish, timeout=CANCEL_SECONDS, metadata=self.endpoint.metadata)
-        except (grpc.RpcError, ValueError):
-            return  # ended meanwhile, or out of reach (ValueError: the channel is closed)
+            self._begin(self._stub.CancelJob, wish, CANCEL_SECONDS)
+        except (grpc.RpcError, errors.ClientClosedError):
+            return  # ended meanwhile, or out of reach

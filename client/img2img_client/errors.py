@@ -3,6 +3,10 @@
 Img2ImgError
 ├── RpcError                     the call was refused or broke
 │   ├── InvalidRequestError      the request breaks rules; `violations` lists all of them
+│   │   └── InvalidArgumentError        found by this client, nothing was sent; also a ValueError
+│   │       ├── InvalidArgumentTypeError    no such option, or a wrong type; also a TypeError
+│   │       └── InitImageFileError          its file cannot be read; also an OSError
+│   │           └── InitImageNotFoundError      there is no such file; also a FileNotFoundError
 │   ├── UnauthenticatedError     no API key, or one that is not known
 │   ├── PermissionDeniedError    the key may not ask for this
 │   ├── NotFoundError            no such job (JOB_NOT_FOUND) or model (MODEL_NOT_FOUND)
@@ -14,24 +18,37 @@ Img2ImgError
 │   ├── DeadlineExceededError    the caller's timeout passed
 │   ├── UnavailableError         the service cannot be reached, also after trying again
 │   └── InternalError            a fault of the service, logged there under metadata["error_id"]
-└── JobEndError                  the job ended without pictures; `job` is its record
-    ├── JobFailedError           it could not be done; `reason` says why
-    └── JobCancelledError        it was cancelled
+├── JobEndError                  the job ended without pictures; `job` is its record
+│   ├── JobFailedError           it could not be done; `reason` says why
+│   └── JobCancelledError        it was cancelled
+├── ClientClosedError            the client was closed before or during the call; also a ValueError
+└── StreamClosedError            the stream was closed before its job ended; also a RuntimeError
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from img2img_client.resources import Job
+if TYPE_CHECKING:
+    from img2img_client.channel import Endpoint
+    from img2img_client.resources import Job
 
 DETAILS_KEY = "grpc-status-details-bin"
+
+# Reasons of this client; all others are the service's.
+INVALID_REQUEST = "INVALID_REQUEST"  # as the service calls it
+NO_API_KEY = "NO_API_KEY"
+TRANSPORT = "TRANSPORT"  # the status came from the connection, the service said nothing
+DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+CLIENT_CLOSED = "CLIENT_CLOSED"
+STREAM_CLOSED = "STREAM_CLOSED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +69,8 @@ class RpcError(Img2ImgError):
     """A call was refused or broke.
 
     `code`: the gRPC status, for example "INVALID_ARGUMENT". `reason`: the service's word for it,
-    empty when the status came from the transport and not from the service. `retry_seconds`: when
-    to try again, None when that would not help or is not known.
+    TRANSPORT when the status came from the connection and not from the service. `retry_seconds`:
+    when to try again, None when that would not help or is not known.
     """
 
     def __init__(
@@ -76,6 +93,38 @@ class RpcError(Img2ImgError):
 
 class InvalidRequestError(RpcError):
     """The request breaks rules; `violations` lists all of them."""
+
+
+class InvalidArgumentError(InvalidRequestError, ValueError):
+    """Arguments that this client refuses by itself: nothing was sent."""
+
+    def __init__(self, *violations: Violation) -> None:
+        super().__init__(
+            "; ".join(violation.description for violation in violations),
+            code="INVALID_ARGUMENT",
+            reason=INVALID_REQUEST,
+            violations=violations,
+        )
+
+
+class InvalidArgumentTypeError(InvalidArgumentError, TypeError):
+    """There is no such option, or an argument has a type that it cannot have."""
+
+
+class InitImageFileError(InvalidArgumentError, OSError):
+    """The init image's file cannot be read; `errno`, `strerror` and `filename` as in OSError."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        text = f"cannot read the init image {path}: {error.strerror or error}"
+        super().__init__(Violation("init_image", text))
+        self.errno, self.strerror, self.filename = error.errno, error.strerror, str(path)
+
+    def __str__(self) -> str:
+        return self.violations[0].description
+
+
+class InitImageNotFoundError(InitImageFileError, FileNotFoundError):
+    """There is no such file."""
 
 
 class UnauthenticatedError(RpcError):
@@ -115,7 +164,11 @@ class DeadlineExceededError(RpcError):
 
 
 class UnavailableError(RpcError):
-    """The service cannot be reached or is stopping, also after trying again."""
+    """The service cannot be reached or is stopping, also after trying again.
+
+    When the connection fails, `reason` is TRANSPORT and metadata["cause"] is a word of
+    `img2img_client.diagnosis.Cause`.
+    """
 
 
 class InternalError(RpcError):
@@ -149,6 +202,24 @@ class JobCancelledError(JobEndError):
         super().__init__(f"{job.name} was cancelled", job)
 
 
+class ClientClosedError(Img2ImgError, ValueError):
+    """The client was closed before or during the call."""
+
+    reason = CLIENT_CLOSED
+
+    def __init__(self) -> None:
+        super().__init__("this client is closed: make a new one")
+
+
+class StreamClosedError(Img2ImgError, RuntimeError):
+    """The stream was closed before its job had ended, so there is no result."""
+
+    reason = STREAM_CLOSED
+
+    def __init__(self) -> None:
+        super().__init__("the stream was closed before the job had ended")
+
+
 BY_REASON: dict[str, type[RpcError]] = {
     "DEADLINE_TOO_SHORT": DeadlineTooShortError,
     "JOB_ENDED": JobEndedError,
@@ -167,8 +238,8 @@ BY_CODE: dict[str, type[RpcError]] = {
 }
 
 
-def from_rpc(error: grpc.RpcError, server: str) -> RpcError:
-    """Turns what gRPC raised, sync or async, into a typed error. `server`: for the sentence."""
+def from_call(error: grpc.RpcError, endpoint: Endpoint) -> RpcError:
+    """Turns what gRPC raised, sync or async, into a typed error."""
     call: Any = error  # what a failed call raises is the call itself, with code and details
     code = call.code().name
     details = call.details() or ""
@@ -186,8 +257,16 @@ def from_rpc(error: grpc.RpcError, server: str) -> RpcError:
         elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             broken = error_details_pb2.BadRequest.FromString(detail.value).field_violations
             violations += [Violation(one.field, one.description) for one in broken]
+    if not reason:
+        text = _transport_sentence(code, details, endpoint.target)
+        reason = DEADLINE_EXCEEDED if code == DEADLINE_EXCEEDED else TRANSPORT
+    elif code == "UNAUTHENTICATED" and not endpoint.api_key:
+        text = "no API key was given: pass api_key or set IMG2IMG_API_KEY"
+        reason = NO_API_KEY
+    else:
+        text = "; ".join(violation.description for violation in violations) or details
     return BY_REASON.get(reason, BY_CODE.get(code, RpcError))(
-        _sentence(code, details, reason, violations, server),
+        text,
         code=code,
         reason=reason,
         metadata=metadata,
@@ -196,17 +275,23 @@ def from_rpc(error: grpc.RpcError, server: str) -> RpcError:
     )
 
 
-def _sentence(
-    code: str, details: str, reason: str, violations: list[Violation], server: str
-) -> str:
-    if violations:
-        return "; ".join(violation.description for violation in violations)
-    if reason:
-        return details
-    if code == "UNAVAILABLE":  # of the transport: the last part of its chain says what happened
-        return f"cannot reach the service at {server}: {details.rpartition(': ')[2] or 'no answer'}"
+def unavailable(server: str, what: str, cause: str) -> UnavailableError:
+    """The error of a connection that cannot be made. `what`: a clause that says why."""
+    return UnavailableError(
+        f"cannot reach the service at {server}: {what}",
+        code="UNAVAILABLE",
+        reason=TRANSPORT,
+        metadata={"cause": cause},
+    )
+
+
+def _transport_sentence(code: str, details: str, server: str) -> str:
+    if code == "UNAVAILABLE":
+        return f"cannot reach the service at {server}: {details or 'gRPC does not say why'}"
     if code == "DEADLINE_EXCEEDED":
         return f"{server} did not finish within the given time"
+    if code == "UNIMPLEMENTED":
+        return f"{server} answers, but does not offer this call ({details}): is it img2img?"
     return details or f"the call ended with {code}"
 
 

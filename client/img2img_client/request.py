@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, TypedDict, TypeVar, get_type_hints
+
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.message import Message
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_client.convert import enum_prefix
-from img2img_client.errors import InvalidRequestError, Violation
+from img2img_client.errors import (
+    InitImageFileError,
+    InitImageNotFoundError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    Violation,
+)
 from img2img_client.resources import Job, State
 
 # A file or its bytes, or an http(s) address that the service fetches. A str is an address when it
@@ -19,7 +29,9 @@ from img2img_client.resources import Job, State
 ImageSource = str | os.PathLike[str] | bytes
 
 MAX_MESSAGE_BYTES = 34 * 2**20  # what the service takes, see Limits.max_message_bytes
-JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})")
+JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})", re.ASCII)
+
+M = TypeVar("M", bound=Message)
 
 
 class Options(TypedDict, total=False):
@@ -53,25 +65,18 @@ def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.
     """Builds the spec; reads the init image's file.
 
     Raises:
-        TypeError: an option does not exist.
-        InvalidRequestError: values that do not fit the protocol, all of them; the service checks
+        InvalidArgumentError: values that do not fit the protocol, all of them; the service checks
             everything else.
-        OSError: the file cannot be read.
+        InvalidArgumentTypeError: an option does not exist, or init_image is none of the three.
+        InitImageFileError: the file cannot be read.
     """
     unknown = sorted(set(options) - set(get_type_hints(Options)))
     if unknown:
-        raise TypeError(f"there is no option {', '.join(unknown)}")
+        violations = [Violation(name, f"there is no option {name}") for name in unknown]
+        raise InvalidArgumentTypeError(*violations)
     spec = job_pb2.JobSpec()
-    violations = []
     values: dict[str, Any] = {"prompt": prompt, "output_format": "png", **_given(options)}
-    for name, value in values.items():
-        try:
-            if name == "annotations":
-                spec.annotations.update(value)
-            else:
-                setattr(spec, name, _wire(name, value))
-        except (TypeError, ValueError):
-            violations.append(Violation(name, f"{name} cannot be {value!r}"))
+    violations = _set_fields(spec, values)
     if isinstance(init_image, str) and init_image.startswith(("http://", "https://")):
         spec.init_image.url = init_image
     else:
@@ -80,11 +85,28 @@ def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.
         size = len(spec.init_image.data) / 2**20
         violations.append(Violation("init_image", f"init_image of {size:.0f} MiB is too large"))
     if violations:
-        text = "; ".join(violation.description for violation in violations)
-        raise InvalidRequestError(
-            text, code="INVALID_ARGUMENT", reason="INVALID_REQUEST", violations=tuple(violations)
-        )
+        raise InvalidArgumentError(*violations)
     return spec
+
+
+def build(kind: type[M], **values: Any) -> M:
+    """A request with these fields.
+
+    Raises:
+        InvalidArgumentError: values that do not fit the protocol.
+    """
+    message = kind()
+    if violations := _set_fields(message, values):
+        raise InvalidArgumentError(*violations)
+    return message
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises InvalidArgumentError unless `value` is a time to wait."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):  # type: ignore[arg-type,operator]
+        text = f"{name} must be a number of seconds above 0, not {value!r}"
+        raise InvalidArgumentError(Violation(name, text))
 
 
 def generate_request(
@@ -96,7 +118,8 @@ def generate_request(
     detach: bool,
 ) -> service_pb2.GenerateRequest:
     """Request of Generate; draws a request_id when none is given, so that it may be repeated."""
-    return service_pb2.GenerateRequest(
+    return build(
+        service_pb2.GenerateRequest,
         spec=job_spec(prompt, init_image, options),
         request_id=request_id or str(uuid.uuid4()),
         detach=detach,
@@ -107,32 +130,46 @@ def create_request(
     prompt: str, init_image: ImageSource, options: Options, *, request_id: str | None
 ) -> service_pb2.CreateJobRequest:
     """Request of CreateJob; draws a request_id when none is given, so that it may be repeated."""
-    return service_pb2.CreateJobRequest(
-        spec=job_spec(prompt, init_image, options), request_id=request_id or str(uuid.uuid4())
+    return build(
+        service_pb2.CreateJobRequest,
+        spec=job_spec(prompt, init_image, options),
+        request_id=request_id or str(uuid.uuid4()),
     )
 
 
 def watch_request(job: Job | str | int, after_sequence: int) -> service_pb2.WatchJobRequest:
     """Request of WatchJob."""
-    return service_pb2.WatchJobRequest(name=job_name(job), after_sequence=after_sequence)
+    return build(service_pb2.WatchJobRequest, name=job_name(job), after_sequence=after_sequence)
 
 
 def list_request(states: Sequence[State | str], page_size: int) -> service_pb2.ListJobsRequest:
-    """Request of the first page; ValueError when a state does not exist."""
-    numbers = [job_pb2.Job.State.Value(f"STATE_{State(state).name}") for state in states]
-    return service_pb2.ListJobsRequest(page_size=page_size, states=numbers)
+    """Request of the first page.
+
+    Raises:
+        InvalidArgumentError: a state does not exist, or page_size is no such number.
+    """
+    numbers = []
+    for state in states:
+        try:
+            numbers.append(job_pb2.Job.State.Value(f"STATE_{State(state).name}"))
+        except ValueError as error:
+            known = ", ".join(one for one in State if one is not State.UNSPECIFIED)
+            text = f"there is no state {state!r}; the states are {known}"
+            raise InvalidArgumentError(Violation("states", text)) from error
+    return build(service_pb2.ListJobsRequest, page_size=page_size, states=numbers)
 
 
 def job_name(job: Job | str | int) -> str:
     """ "jobs/10000001" from a Job, that name, "10000001" or 10000001.
 
     Raises:
-        ValueError: it is none of these.
+        InvalidArgumentError: it is none of these.
     """
     text = job.name if isinstance(job, Job) else str(job)
     match = JOB_NAME.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} names no job; a job is jobs/10000001 or 10000001")
+        text = f"{text!r} names no job; a job is jobs/10000001 or 10000001"
+        raise InvalidArgumentError(Violation("name", text))
     return f"jobs/{match[1]}"
 
 
@@ -140,9 +177,27 @@ def _given(options: Options) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _wire(name: str, value: Any) -> Any:
+def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
+    """Sets the fields and returns what does not fit them."""
+    violations = []
+    for name, value in values.items():
+        try:
+            if isinstance(value, Message):
+                getattr(message, name).CopyFrom(value)
+            elif isinstance(value, Mapping):
+                getattr(message, name).update(value)
+            elif isinstance(value, list):
+                getattr(message, name).extend(value)
+            else:
+                setattr(message, name, _wire(message, name, value))
+        except (TypeError, ValueError, AttributeError):
+            violations.append(Violation(name, f"{name} cannot be {value!r}"))
+    return violations
+
+
+def _wire(message: Message, name: str, value: Any) -> Any:
     """The value as protobuf wants it: an enum's word becomes its number."""
-    enum = job_pb2.JobSpec.DESCRIPTOR.fields_by_name[name].enum_type
+    enum: EnumDescriptor | None = message.DESCRIPTOR.fields_by_name[name].enum_type  # type: ignore[assignment]
     if enum is None:
         return value
     word = "jpeg" if value == "jpg" else str(value)
@@ -153,4 +208,21 @@ def _wire(name: str, value: Any) -> Any:
 
 
 def _bytes(source: ImageSource) -> bytes:
-    return bytes(source) if isinstance(source, bytes) else Path(source).expanduser().read_bytes()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if not isinstance(source, (str, os.PathLike)):
+        text = f"init_image must be a path, bytes or an address, not {type(source).__name__}"
+        raise InvalidArgumentTypeError(Violation("init_image", text))
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # there is no such user
+        path = Path(source)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise InitImageNotFoundError(path, error) from error
+    except OSError as error:
+        raise InitImageFileError(path, error) from error
+    except ValueError as error:  # a NUL in the path
+        text = f"init_image {str(path)!r} is no path: {error}"
+        raise InvalidArgumentError(Violation("init_image", text)) from error

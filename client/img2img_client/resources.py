@@ -12,6 +12,8 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
+from img2img_client.errors import InvalidArgumentError, Violation
+
 SUFFIX_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
@@ -71,17 +73,19 @@ class Image:
         """Writes the file and returns its path.
 
         Raises:
-            ValueError: the suffix names another format than the picture has, or the picture's
-                bytes are not here (a job that ended too long ago: fetch its link instead).
+            InvalidArgumentError: the suffix names another format than the picture has, or the
+                picture's bytes are not here (a job that ended too long ago: fetch its link
+                instead).
+            OSError: the file cannot be written.
         """
         path = Path(path)
         if not self.data:
-            raise ValueError("the picture came without its bytes; download its link instead")
+            text = "the picture came without its bytes; download its link instead"
+            raise InvalidArgumentError(Violation("data", text))
         wanted = SUFFIX_FORMATS.get(path.suffix.lower())
         if wanted is not None and self.media_type != f"image/{wanted}":
-            raise ValueError(
-                f"{path.name} would hold {self.media_type}; ask for output_format={wanted!r}"
-            )
+            text = f"{path.name} would hold {self.media_type}; ask for output_format={wanted!r}"
+            raise InvalidArgumentError(Violation("path", text))
         path.write_bytes(self.data)
         return path
 

@@ -138,9 +138,10 @@ class Follow:
 
         Raises:
             JobFailedError, JobCancelledError: it ended otherwise.
+            StreamClosedError: it has not ended.
         """
         if not self.finished or self.job is None:
-            raise RuntimeError("the stream was closed before the job had ended")
+            raise errors.StreamClosedError
         return self._pictures.result(self.job)
 
     def ended(self, now: float) -> float:
@@ -154,7 +155,8 @@ class Follow:
         if self.finished:
             return 0.0
         text = "the event stream ended before the job did"
-        return self._backoff.pause(errors.UnavailableError(text, code="UNAVAILABLE"), now)
+        lost = errors.UnavailableError(text, code="UNAVAILABLE", reason=errors.TRANSPORT)
+        return self._backoff.pause(lost, now)
 
     def broke(self, error: errors.RpcError, now: float) -> float:
         """The stream ended with an error. Seconds to wait before the next call.
@@ -164,7 +166,7 @@ class Follow:
         """
         if self.finished:
             return 0.0
-        by_transport = not error.reason and error.code in BROKEN_STREAM
+        by_transport = error.reason == errors.TRANSPORT and error.code in BROKEN_STREAM
         if may_repeat(error) or by_transport:
             return self._backoff.pause(error, now)
         raise error

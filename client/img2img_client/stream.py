@@ -14,7 +14,9 @@ from typing import Any, Self
 
 import grpc
 
-from img2img_client import errors
+from img2img_client import errors, request
+from img2img_client.channel import Endpoint
+from img2img_client.diagnosis import explain, explain_async
 from img2img_client.events import Event
 from img2img_client.resources import Job
 from img2img_client.result import Result
@@ -29,16 +31,29 @@ Open = Callable[[FirstRequest, float | None], Any]
 
 
 def deadline(timeout_seconds: float | None) -> float:
-    """The moment on the monotonic clock when the timeout has passed; infinity without one."""
-    return math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+    """The moment on the monotonic clock when the timeout has passed; infinity without one.
+
+    Raises:
+        InvalidArgumentError: it is no time to wait.
+    """
+    if timeout_seconds is None:
+        return math.inf
+    request.check_seconds("timeout_seconds", timeout_seconds)
+    return time.monotonic() + timeout_seconds
+
+
+def is_task_cancelled() -> bool:
+    """Whether the CancelledError at hand is for the running task, not for a call that it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Stream:
     """What both streams know about their job."""
 
-    def __init__(self, follow: Follow, server: str, open_call: Open) -> None:
+    def __init__(self, follow: Follow, endpoint: Endpoint, open_call: Open) -> None:
         self._follow = follow
-        self._server = server
+        self._endpoint = endpoint
         self._open_call = open_call
         self._is_lost = False
 
@@ -68,7 +83,7 @@ class _Stream:
         return self._follow.take(message.event)
 
     def _broke(self, broken: grpc.RpcError) -> float:
-        error = errors.from_rpc(broken, self._server)
+        error = errors.from_call(broken, self._endpoint)
         pause = self._follow.broke(error, time.monotonic())
         if not self._follow.finished:
             self._is_lost = True
@@ -80,9 +95,9 @@ class JobStream(_Stream):
     """Iterate over it, best inside `with`; `result()` reads what is left and joins the pictures."""
 
     def __init__(
-        self, follow: Follow, server: str, open_call: Open, cancel: Callable[[str], None]
+        self, follow: Follow, endpoint: Endpoint, open_call: Open, cancel: Callable[[str], None]
     ) -> None:
-        super().__init__(follow, server, open_call)
+        super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
         self._events = self._run()
 
@@ -104,6 +119,7 @@ class JobStream(_Stream):
 
         Raises:
             JobFailedError, JobCancelledError: the job ended without pictures.
+            StreamClosedError: the stream was closed before that.
         """
         for _ in self._events:
             pass
@@ -120,7 +136,10 @@ class JobStream(_Stream):
                             yield event
                     pause = follow.ended(time.monotonic())
                 except grpc.RpcError as broken:
-                    pause = self._broke(broken)
+                    try:
+                        pause = self._broke(broken)
+                    except errors.RpcError as last:
+                        raise explain(last, self._endpoint) from broken
                 finally:
                     call.cancel()
                 time.sleep(pause)
@@ -134,9 +153,13 @@ class AsyncJobStream(_Stream):
     pictures. Cancelling the task that reads leaves the stream."""
 
     def __init__(
-        self, follow: Follow, server: str, open_call: Open, cancel: Callable[[str], Awaitable[None]]
+        self,
+        follow: Follow,
+        endpoint: Endpoint,
+        open_call: Open,
+        cancel: Callable[[str], Awaitable[None]],
     ) -> None:
-        super().__init__(follow, server, open_call)
+        super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
         self._events = self._run()
 
@@ -170,7 +193,14 @@ class AsyncJobStream(_Stream):
                             yield event
                     pause = follow.ended(time.monotonic())
                 except grpc.RpcError as broken:
-                    pause = self._broke(broken)
+                    try:
+                        pause = self._broke(broken)
+                    except errors.RpcError as last:
+                        raise await explain_async(last, self._endpoint) from broken
+                except asyncio.CancelledError as cancelled:
+                    if not is_task_cancelled():  # so the call was, by closing the client
+                        raise errors.ClientClosedError from cancelled
+                    raise
                 finally:
                     call.cancel()
                 await asyncio.sleep(pause)

@@ -167,7 +167,7 @@ async def test_the_command_saves_the_picture_that_the_service_stored(
         stored = b"".join([part async for part in stack.worker.blobs.read(key)])
     assert (process.returncode, stderr) == (0, b"")
     assert answer["state"] == "succeeded"
-    assert answer["pictures"][0]["sha256"] == hashlib.sha256(stored).hexdigest()
+    assert answer["samples"][0]["sha256"] == hashlib.sha256(stored).hexdigest()
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
