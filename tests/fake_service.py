@@ -79,6 +79,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
     pause_after: int | None = None  # events of the log, then the job stays as it is
     requests: list[Message] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    device: str = "cpu"
     request_ids: set[str] = field(default_factory=set)  # each one is a job
     paused: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -164,7 +165,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             default_guidance_scale=3.5,
             default_strength=0.7,
             workers=1,
-            device="cpu",
+            device=self.device,
             native_size=512,
         )
         limits = service_pb2.Limits(

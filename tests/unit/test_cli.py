@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from img2img.v1 import job_pb2, service_pb2
-from img2img_client.cli import main
+from img2img_client.cli import main, report
 from img2img_client.cli.admin import admin
 from tests.cli_runs import WISH, in_a_folder_with_a_photo, run
 from tests.fake_job import NAME, State, events, job
@@ -24,9 +24,9 @@ def test_generate_as_json_is_one_object_as_in_the_golden_file() -> None:
     result = run(FakeService(log=events(samples=2)), *WISH, "--output", "new/out.png", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert_golden("cli/generate.json", result.stdout)
-    for picture in json.loads(result.stdout)["pictures"]:
-        data = Path(picture["path"]).read_bytes()
-        assert data == b"\x89PNG picture of sample %d" % picture["index"]
+    for sample in json.loads(result.stdout)["samples"]:
+        data = Path(sample["path"]).read_bytes()
+        assert data == b"\x89PNG picture of sample %d" % sample["index"]
 
 
 def test_generate_tells_a_person_what_is_in_the_golden_file() -> None:
@@ -142,7 +142,26 @@ def test_a_detached_job_is_queued_and_named() -> None:
     sent = last(service.requests, service_pb2.CreateJobRequest)
     assert sent.spec.output_format == job_pb2.IMAGE_FORMAT_JPEG
     result = run(FakeService(), *WISH, "--detach", "--json")
-    assert json.loads(result.stdout) == {"job": NAME, "state": "queued"}
+    assert json.loads(result.stdout)["name"] == NAME
+
+
+def test_every_command_prints_a_job_as_one_and_the_same_object() -> None:
+    page = service_pb2.ListJobsResponse(jobs=[job(State.STATE_SUCCEEDED)])
+    printed = {}
+    for words in (WISH, (*WISH, "--detach"), ("get", NAME), ("watch", NAME), ("cancel", NAME)):
+        result = run(FakeService(), *words, "--json")
+        printed[words] = json.loads(result.stdout)
+    printed["list",] = json.loads(run(FakeService(pages={"": page}), "list", "--json").stdout)
+    [printed["list",]] = printed["list",]["jobs"]
+    keys = {
+        words: (list(found), [list(s) for s in found["samples"]])
+        for words, found in printed.items()
+    }
+    assert len({tuple(names) for names, _ in keys.values()}) == 1
+    sample = ["index", "seed", "url", "sha256", "size_bytes", "nsfw", "path", "preview"]
+    assert {tuple(names) for _, found in keys.values() for names in found} == {tuple(sample)}
+    assert printed[WISH]["samples"][0]["path"] == "10000001.png"
+    assert printed["get", NAME]["error"] is None
 
 
 def test_watch_saves_what_it_is_told_to_save() -> None:
@@ -150,7 +169,7 @@ def test_watch_saves_what_it_is_told_to_save() -> None:
     result = run(service, "watch", "10000001", "--after", "1", "--output", "out.png", "--json")
     assert result.exit_code == 0
     assert service.requests == [service_pb2.WatchJobRequest(name=NAME, after_sequence=1)]
-    assert json.loads(result.stdout)["pictures"][0]["path"] == "out.png"
+    assert json.loads(result.stdout)["samples"][0]["path"] == "out.png"
     assert Path("out.png").exists()
 
 
@@ -182,6 +201,30 @@ def test_a_list_prints_what_is_in_the_golden_file(form: str) -> None:
     assert_golden(f"cli/list.{form}", result.stdout)
     states = [State.STATE_SUCCEEDED, State.STATE_FAILED]
     assert service.requests == [service_pb2.ListJobsRequest(page_size=2, states=states)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (200, ["job", "state", "created", "model", "size", "prompt"]),
+        (60, ["job", "state", "created", "prompt"]),
+        (40, ["job", "state", "prompt"]),
+        (24, ["job", "state"]),
+        (12, ["job"]),
+        (5, ["job"]),
+    ],
+)
+def test_a_list_leaves_out_columns_before_it_cuts_an_id(
+    columns: int, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "PIPE_COLUMNS", columns)
+    page = service_pb2.ListJobsResponse(jobs=[job(State.STATE_SUCCEEDED), job(State.STATE_FAILED)])
+    result = run(FakeService(pages={"": page}), "list")
+    head, *rows = result.stdout.splitlines()
+    assert head.split() == shown
+    assert [row.split()[0] for row in rows] == ["10000001", "10000001"]
+    if columns >= 12:
+        assert all(len(row) <= columns for row in rows)
 
 
 def test_an_empty_list_says_so() -> None:

@@ -21,18 +21,20 @@ from img2img.v1 import service_pb2
 from tests.fake_job import NAME, events
 from tests.fake_service import Break, FakeService, Refusal, serving
 
-COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from img2img_command import main; main()"]
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 WAIT_SECONDS = 20.0
 
 
-def start(port: int, *words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+def start(
+    port: int, *words: str, stderr: int = subprocess.PIPE, columns: int = 100
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*COMMAND, *words, "--server", f"127.0.0.1:{port}"],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
-        env={**os.environ, "COLUMNS": "100", "TERM": "xterm-256color"},
+        env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color"},
     )
 
 
@@ -66,9 +68,11 @@ def test_ctrl_c_cancels_the_job_and_ends_with_130(wish: list[str], extra: list[s
         service_pb2.CancelJobRequest(name=NAME),
         service_pb2.GetJobRequest(name=NAME),
     ]
-    assert stderr == f"{NAME} is cancelled\n"
+    text = f"{NAME} was cancelled"
+    assert stderr == f"{text}\n"
     if extra:
-        assert json.loads(stdout) == {"job": NAME, "state": "cancelled"}
+        error = {"reason": "INTERRUPTED", "message": text}
+        assert json.loads(stdout) == {"name": NAME, "state": "cancelled", "error": error}
     else:
         assert stdout == ""
 
@@ -99,6 +103,21 @@ def test_a_terminal_shows_the_queue_the_steps_and_the_end(wish: list[str]) -> No
     assert re.fullmatch(rf"✓ {NAME} done \d+\.\d s", head)
     assert re.fullmatch(r"sample 0 ━+ 2/2 seed 7, stored", first)
     assert re.fullmatch(r"sample 1 ━+ 2/2 seed 8, stored", second)
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_narrow_terminal_shows_the_whole_time_and_all_steps(
+    wish: list[str], columns: int
+) -> None:
+    ours, theirs = pty.openpty()
+    with serving(FakeService()) as port:
+        process = start(port, *wish, "--json", stderr=theirs, columns=columns)
+        os.close(theirs)
+        shown = read_terminal(ours)
+        process.communicate(timeout=WAIT_SECONDS)
+    *_, head, bar = [line.strip() for line in shown.splitlines() if line.strip()]
+    assert re.fullmatch(rf"✓ {NAME} done \d+\.\d s", head)
+    assert re.fullmatch(r"sample 0 ━+ 2/2 seed 7, stored", bar)
 
 
 def test_a_terminal_tells_that_the_connection_is_lost_and_there_again(wish: list[str]) -> None:
@@ -150,4 +169,4 @@ def test_nothing_but_the_object_is_printed_when_nobody_looks(wish: list[str]) ->
         process = start(port, *wish, "--json")
         stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert (process.returncode, stderr) == (0, "")
-    assert json.loads(stdout)["job"] == NAME
+    assert json.loads(stdout)["name"] == NAME

@@ -11,6 +11,7 @@ import pytest
 import img2img_client as api
 from img2img.v1 import admin_service_pb2, service_pb2
 from img2img_client import StorageSettings, StorageUpdate, SystemDetails
+from img2img_client.cli.output import count
 from tests import cli_runs
 from tests.cli_runs import in_a_folder_with_a_photo
 from tests.client_runs import BOTH, Run
@@ -95,7 +96,7 @@ def test_a_key_that_may_not_is_told(run: Run) -> None:
         (
             "admin details",
             admin_service_pb2.GetSystemDetailsRequest(),
-            "version 0.1.0, up 90 s\n2 models, GPUs 25% busy\n3 jobs wait, about 4.5 s\n",
+            "version 0.1.0, up 90 s\n2 models\n3 jobs wait, about 4.5 s\n",
             {
                 "server_version": "0.1.0",
                 "uptime_seconds": 90.0,
@@ -143,7 +144,16 @@ def test_a_command_of_admin(words: str, sent: Any, shown: str, as_json: Any) -> 
     told = cli_runs.run(service, *words.split())
     assert (told.exit_code, told.stdout, told.stderr) == (0, shown, "")
     assert json.loads(cli_runs.run(service, *words.split(), "--json").stdout) == as_json
-    assert service.requests == [sent, sent]
+    assert [request for request in service.requests if type(request) is type(sent)] == [sent] * 2
+
+
+def test_the_use_of_gpus_is_shown_where_there_are_some() -> None:
+    told = cli_runs.run(FakeService(device="cuda:0 NVIDIA H200"), "admin", "details")
+    assert told.stdout.splitlines()[1] == "2 models, GPUs 25% busy"
+
+
+def test_one_of_a_kind_has_no_plural() -> None:
+    assert [count(number, "job") for number in (0, 1, 2)] == ["0 jobs", "1 job", "2 jobs"]
 
 
 def test_set_storage_reads_the_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

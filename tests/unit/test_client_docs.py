@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -33,6 +34,23 @@ def test_every_command_of_the_page_is_understood(
         command = command.commands[words[0]]
     with command.make_context(words[0], words[1:]) as context:
         assert isinstance(context, click.Context)
+
+
+def test_the_page_lists_every_command_of_admin() -> None:
+    shown = {words[1] for words in COMMANDS if words[0] == "admin"}
+    group = main.commands["admin"]
+    assert isinstance(group, click.Group)
+    assert shown == set(group.commands)
+
+
+def test_the_printed_job_of_the_page_has_fields_that_there_are() -> None:
+    [block] = blocks(PAGE, "json")
+    shown = json.loads(block.text)
+    [printed] = [json.loads((ROOT / "tests/golden/cli/generate.json").read_text())]
+    assert shown.keys() <= printed.keys()
+    for part in ("spec", "timings"):
+        assert shown[part].keys() <= printed[part].keys()
+    assert shown["samples"][0].keys() == printed["samples"][0].keys()
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))

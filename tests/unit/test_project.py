@@ -64,12 +64,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(built)
 
 
-def test_the_wheel_holds_the_three_packages_with_their_types_and_the_licence(
+def test_the_wheel_holds_the_packages_with_their_types_and_the_licence(
     wheel: zipfile.ZipFile,
 ) -> None:
     names = set(wheel.namelist())
     roots = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert roots == {"img2img", "img2img_client", "img2img_server"}
+    assert roots == {"img2img", "img2img_client", "img2img_command", "img2img_server"}
     assert {
         "img2img/v1/service_pb2.pyi",
         "img2img_client/py.typed",

@@ -11,9 +11,12 @@ import click
 from img2img_client.cli.admin import admin
 from img2img_client.cli.generate import generate
 from img2img_client.cli.jobs import cancel, capabilities, get, list_jobs, redeliver, watch
+from img2img_client.cli.program import Program
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="img2img-service")
 def main() -> None:
     """Turn pictures into new pictures with the img2img service."""

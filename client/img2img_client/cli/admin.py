@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from img2img_client.admin import StorageSettings
+from img2img_client.cli.output import count
 from img2img_client.cli.session import Session, command
 
 
@@ -21,8 +22,11 @@ def details(session: Session) -> None:
 
     def show() -> None:
         click.echo(f"version {found.server_version}, up {found.uptime_seconds:.0f} s")
-        click.echo(f"{found.model_count} models, GPUs {found.gpu_usage:.0%} busy")
-        click.echo(f"{found.queued_jobs} jobs wait, about {found.queue_duration_seconds:.1f} s")
+        busy = f", GPUs {found.gpu_usage:.0%} busy" if _has_gpus(session) else ""
+        click.echo(f"{count(found.model_count, 'model')}{busy}")
+        wait = "waits" if found.queued_jobs == 1 else "wait"
+        seconds = found.queue_duration_seconds
+        click.echo(f"{count(found.queued_jobs, 'job')} {wait}, about {seconds:.1f} s")
 
     session.answer(found, show)
 
@@ -56,7 +60,7 @@ def clear_cache(session: Session) -> None:
 def clear_queue(session: Session) -> None:
     """End your waiting jobs as failed."""
     cleared = session.client.admin.clear_queue()
-    session.answer({"cleared_jobs": cleared}, lambda: click.echo(f"{cleared} jobs ended"))
+    session.answer({"cleared_jobs": cleared}, lambda: click.echo(f"{count(cleared, 'job')} ended"))
 
 
 @admin.command("set-storage")
@@ -101,6 +105,11 @@ def reset_storage(session: Session) -> None:
     """Have the files of your jobs stay with the service from now on."""
     session.client.admin.reset_storage()
     _done(session, "files stay with the service")
+
+
+def _has_gpus(session: Session) -> bool:
+    models = session.client.capabilities().models
+    return any(model.device not in ("", "cpu") for model in models)
 
 
 def _done(session: Session, sentence: str) -> None:

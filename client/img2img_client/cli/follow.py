@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
-from img2img_client import events
-from img2img_client.cli.session import FAILED, INTERRUPTED, Session, error_facts, to_json
-from img2img_client.errors import (
-    Img2ImgError,
-    JobCancelledError,
-    JobEndError,
-    JobFailedError,
-    RpcError,
+from img2img_client import errors, events
+from img2img_client.cli.output import (
+    FAILED,
+    INTERRUPTED,
+    EndedError,
+    ending_error,
+    error_facts,
+    job_facts,
+    simple_facts,
+    to_json,
 )
+from img2img_client.cli.session import Session
 from img2img_client.resources import SUFFIX_FORMATS, ImageFormat, Job, State
 from img2img_client.stream import JobStream
 
@@ -90,60 +93,42 @@ def check_output(output: Path | None) -> str:
     return wanted
 
 
-def follow(session: Session, stream: JobStream, files: Files, *, ours: bool) -> None:
-    """Follows the job to its end and exits with its code. `ours`: Ctrl-C cancels it."""
+def follow(
+    session: Session,
+    stream: JobStream,
+    files: Files,
+    *,
+    ours: bool,
+    timeout_seconds: float | None = None,
+) -> None:
+    """Follows a job to its end and exits with its code.
+
+    Args:
+        ours: leaving the stream early cancels the job.
+        timeout_seconds: that of the stream, for the sentence.
+    """
     from img2img_client.cli.report import show_ended  # rich takes a while to import
 
     try:
         job = _read(stream, files)
     except KeyboardInterrupt:
         _interrupted(session, stream, ours)
-    except RpcError:
-        if stream.job_name:
-            number = stream.job_name.removeprefix("jobs/")
-            again = f"img2img watch {number} --after {stream.sequence}"
-            click.echo(f"{stream.job_name} may still be running; follow it: {again}", err=True)
-        raise
+    except errors.RpcError as error:
+        raise _left(session, stream, error, ours, timeout_seconds) from error
+    failure = ending_error(job)
     if session.as_json:
-        click.echo(to_json(facts(job, files)))
+        facts = job_facts(job, files.pictures, files.previews)
+        click.echo(to_json(facts | ({"error": error_facts(failure)} if failure else {})))
     else:
         show_ended(job, files.pictures, files.previews)
     if job.state is not State.SUCCEEDED:
         raise click.exceptions.Exit(FAILED)
 
 
-def facts(job: Job, files: Files) -> dict[str, object]:
-    """An ended job and its files as JSON has them."""
-    pictures = []
-    for sample in job.samples:
-        path = files.pictures.get(sample.index)
-        pictures.append({**asdict(sample), "path": path and str(path)})
-    known: dict[str, object] = {
-        "job": job.name,
-        "state": job.state,
-        "pictures": pictures,
-        "previews": [str(path) for path in files.previews.values()],
-        "timings": job.timings and asdict(job.timings),
-        "model": job.spec.model,
-        "worker": job.worker,
-        "device": job.device,
-        "determinism": job.determinism,
-        "attempt": job.attempt,
-        "warning": job.warning,
-    }
-    error = ending_error(job)
-    return known | ({"error": error_facts(error)} if error else {})
-
-
-def ending_error(job: Job) -> JobEndError | None:
-    """The error of a job that ended without pictures."""
-    if job.state is State.FAILED:
-        return JobFailedError(job)
-    return JobCancelledError(job) if job.state is State.CANCELLED else None
-
-
 def cancel_text(job: Job) -> str:
     """How a job stands after it was asked to end."""
+    if job.state is State.CANCELLED:
+        return f"{job.name} was cancelled"
     later = "" if job.state.is_terminal else ", it stops at its next step"
     return f"{job.name} is {job.state}{later}"
 
@@ -162,18 +147,48 @@ def _read(stream: JobStream, files: Files) -> Job:
 
 
 def _interrupted(session: Session, stream: JobStream, ours: bool) -> NoReturn:
-    """Tells what Ctrl-C did; leaving the stream has already cancelled a job of ours."""
-    name, state = stream.job_name, ""
-    if ours and name:
-        try:
-            job = session.client.get(name)
-        except Img2ImgError as error:
-            click.echo(f"{name} may still be running: {error}", err=True)
-        else:
-            state = job.state
-            click.echo(cancel_text(job), err=True)
-    elif name:
-        click.echo(f"{name} goes on", err=True)
-    if session.as_json:
-        click.echo(to_json({"job": name, "state": state}))
-    raise click.exceptions.Exit(INTERRUPTED)
+    """Says what Ctrl-C did; leaving the stream has already cancelled a job of ours."""
+    name, state, text = stream.job_name, "", "stopped by Ctrl-C"
+    if name:
+        text, state = _after_leaving(session, name) if ours else (f"{name} goes on", "")
+        click.echo(text, err=True)
+    facts: dict[str, object] = {"name": name, "state": state}
+    raise EndedError(INTERRUPTED, simple_facts("INTERRUPTED", text), facts)
+
+
+def _left(
+    session: Session,
+    stream: JobStream,
+    error: errors.RpcError,
+    ours: bool,
+    timeout_seconds: float | None,
+) -> errors.RpcError:
+    """The error of a stream that broke, with what became of its job if it was seen at all."""
+    name, is_timeout = stream.job_name, isinstance(error, errors.DeadlineExceededError)
+    became = "before the service answered"
+    if stream.job is not None and not isinstance(error, errors.NotFoundError):
+        error.metadata.setdefault("job", name)
+        is_away = isinstance(error, errors.UnavailableError)
+        became, state = ("", "") if is_away or not ours else _after_leaving(session, name)
+        if not state:
+            again = f"img2img watch {name.removeprefix('jobs/')} --after {stream.sequence}"
+            became = f"{name} may still be running; follow it: {again}"
+        if not is_timeout:
+            click.echo(became, err=True)
+    if is_timeout and timeout_seconds is not None:
+        return errors.DeadlineExceededError(
+            f"timed out after {timeout_seconds:g} s; {became}",
+            code=error.code,
+            reason=error.reason,
+            metadata=error.metadata,
+        )
+    return error
+
+
+def _after_leaving(session: Session, name: str) -> tuple[str, str]:
+    """What became of a job of ours that was left, in words, and its state; "" when not known."""
+    try:
+        job = session.client.get(name)
+    except errors.Img2ImgError as error:
+        return f"{name} may still be running: {error}", ""
+    return cancel_text(job), job.state

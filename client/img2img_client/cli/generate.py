@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from img2img_client.cli.follow import Files, check_output, follow
-from img2img_client.cli.session import Session, command
+from img2img_client.cli.session import Seconds, Session, command
 from img2img_client.resources import Job
 
 
@@ -58,7 +58,11 @@ from img2img_client.resources import Job
 @click.option("--batch", is_flag=True, help="Let realtime jobs go first.")
 @click.option("--detach", is_flag=True, help="Queue the job, print its name and return.")
 @click.option(
-    "--timeout", "timeout_seconds", metavar="SECONDS", type=float, help="Give up after that."
+    "--timeout",
+    "timeout_seconds",
+    metavar="SECONDS",
+    type=Seconds(),
+    help="Give up after that, and cancel the job.",
 )
 @command
 def generate(
@@ -83,12 +87,13 @@ def generate(
         if timeout_seconds is not None:
             raise click.UsageError("--timeout has no meaning with --detach")
         job = session.client.create(prompt, source, request_id=request_id, **options)
-        session.answer({"job": job.name, "state": job.state}, lambda: _queued(job, output))
+        session.answer(job, lambda: _queued(job, output))
         return
     stream = session.client.stream(
         prompt, source, request_id=request_id, timeout_seconds=timeout_seconds, **options
     )
-    follow(session, stream, Files(output, by_id=True), ours=True)
+    files = Files(output, by_id=True)
+    follow(session, stream, files, ours=True, timeout_seconds=timeout_seconds)
 
 
 def _source(init_image: str) -> str | bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from img2img_client.cli.follow import Files, cancel_text, check_output, follow
+from img2img_client.cli.output import job_facts
 from img2img_client.cli.session import Session, command, read_job
 from img2img_client.resources import State
 
@@ -16,7 +17,13 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
 
 @click.command()
 @click.argument("job", callback=read_job)
-@click.option("--after", "after", type=int, default=0, help="Leave out events up to this number.")
+@click.option(
+    "--after",
+    "after",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    help="Leave out events up to this number.",
+)
 @click.option(
     "--output",
     metavar="PATH",
@@ -54,7 +61,7 @@ def list_jobs(session: Session, *, states: tuple[str, ...], limit: int) -> None:
 
     pages = session.client.list(*states, page_size=min(limit, 100))
     found = list(itertools.islice(pages, limit))
-    session.answer({"jobs": found}, lambda: show_jobs(found))
+    session.answer({"jobs": [job_facts(job) for job in found]}, lambda: show_jobs(found))
 
 
 @click.command()

@@ -29,6 +29,9 @@ STAGES = {
 }
 
 
+BESIDE_THE_BAR = 36  # columns: "  sample 0 ", " 10/10 " and "seed 4294967295"
+
+
 class Display(Protocol):
     """Shows events as they come."""
 
@@ -66,7 +69,7 @@ class LiveDisplay:
         self._unfinished: set[int] = set()
         self._bars = Progress(
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=40),
+            BarColumn(bar_width=max(4, min(40, console.width - BESIDE_THE_BAR))),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
@@ -91,6 +94,8 @@ class LiveDisplay:
     def __rich__(self) -> Group:
         """Called by Live at every refresh."""
         line = Table.grid(padding=(0, 1))
+        for is_fixed in (True, True, False, True):  # only the status gives way
+            line.add_column(no_wrap=is_fixed, ratio=None if is_fixed else 1)
         seconds = time.monotonic() - self._started
         head: Spinner | Text = Text(*self._end) if self._end else self._spinner
         line.add_row(

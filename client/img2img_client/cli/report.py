@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from img2img_client.cli.output import count
 from img2img_client.resources import Capabilities, Job, Limits, State, Timings
 
 STAGES = (
@@ -27,6 +28,9 @@ STAGES = (
     ("total", "from acceptance to the end"),
 )
 PIPE_COLUMNS = 200  # where no terminal says how wide it is
+JOB_COLUMNS = ("job", "state", "created", "model", "size", "prompt")
+JOB_COLUMNS_BY_USE = ("state", "prompt", "created", "size", "model")  # the last ones go first
+PROMPT_LEAST, GAP = 12, 2
 COLOURS = {State.SUCCEEDED: "green", State.FAILED: "red", State.CANCELLED: "yellow"}
 
 
@@ -76,8 +80,7 @@ def show_job(job: Job) -> None:
         "state": f"[{colour}]{job.state}[/]",
         "prompt": job.spec.prompt,
         "model": job.spec.model,
-        "size": f"{job.spec.width}x{job.spec.height}, "
-        + ("1 sample" if job.spec.samples == 1 else f"{job.spec.samples} samples"),
+        "size": f"{job.spec.width}x{job.spec.height}, " + count(job.spec.samples, "sample"),
         "strength": f"{job.spec.strength:g}",
         "seed": str(job.spec.seed),
         "created": _time(job.create_time),
@@ -102,21 +105,50 @@ def show_job(job: Job) -> None:
 
 
 def show_jobs(jobs: Iterable[Job]) -> None:
-    """One line a job."""
-    table = _table("job", "state", "created", "model", "size", "prompt")
-    for column in table.columns[:-1]:
-        column.no_wrap = True  # only the prompt gives way
+    """One line a job, with as many columns as the terminal has room for; always the whole id."""
+    columns: dict[str, list[Text]] = {name: [] for name in JOB_COLUMNS}
     for job in jobs:
         size = f"{job.spec.width}x{job.spec.height}"
         size += f" x{job.spec.samples}" if job.spec.samples > 1 else ""
-        state = f"[{COLOURS.get(job.state, 'cyan')}]{job.state}[/]"
-        created = _time(job.create_time)
-        prompt = Text(job.spec.prompt, no_wrap=True, overflow="ellipsis")
-        table.add_row(str(job.id), state, created, job.spec.model, size, prompt)
-    if table.row_count:
-        _print(table)
-    else:
+        row = {
+            "job": Text(str(job.id)),
+            "state": Text(job.state, style=COLOURS.get(job.state, "cyan")),
+            "created": Text(_time(job.create_time)),
+            "model": Text(job.spec.model),
+            "size": Text(size),
+            "prompt": Text(job.spec.prompt.replace("\n", " "), no_wrap=True, overflow="ellipsis"),
+        }
+        for name, text in row.items():
+            columns[name].append(text)
+    if not columns["job"]:
         click.echo("no jobs")
+        return
+    console = _console()
+    shown = _columns_that_fit(columns, console.width)
+    table = _table(*shown)
+    for name, column in zip(shown, table.columns, strict=True):
+        if name != "prompt":  # only the prompt gives way
+            column.no_wrap, column.min_width = True, _width(name, columns[name])
+    for row_texts in zip(*(columns[name] for name in shown), strict=True):
+        table.add_row(*row_texts)
+    console.print(table, crop=False)
+
+
+def _columns_that_fit(columns: Mapping[str, list[Text]], width: int) -> list[str]:
+    """The names of the columns to show, in their order."""
+    left = width - _width("job", columns["job"])
+    chosen = {"job"}
+    for name in JOB_COLUMNS_BY_USE:
+        needed = PROMPT_LEAST if name == "prompt" else _width(name, columns[name])
+        if needed + GAP > left:
+            break
+        left -= needed + GAP
+        chosen.add(name)
+    return [name for name in columns if name in chosen]
+
+
+def _width(name: str, texts: Iterable[Text]) -> int:
+    return max(len(name), *(text.cell_len for text in texts))
 
 
 def show_capabilities(found: Capabilities) -> None:
@@ -176,7 +208,9 @@ def _literal(text: str) -> str:
 
 
 def _print(table: Table) -> None:
+    _console().print(table)
+
+
+def _console() -> Console:
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_COLUMNS)
-    console.print(table)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)

@@ -1,33 +1,34 @@
-"""What every command shares: how to reach the service, how to answer, how to fail."""
+"""What every command shares: how to reach the service, how to answer."""
 
 from __future__ import annotations
 
 import functools
-import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, is_dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from img2img_client.channel import DEFAULT_SERVER, Endpoint
-from img2img_client.client import Client
-from img2img_client.errors import (
-    Img2ImgError,
-    InvalidRequestError,
-    JobEndError,
-    RpcError,
-    UnavailableError,
+from img2img_client.channel import (
+    DEFAULT_SERVER,
+    KEY_VARIABLE,
+    SERVER_VARIABLE,
+    Endpoint,
+    check_certificates,
 )
+from img2img_client.cli.output import INTERRUPTED, EndedError, job_facts, simple_facts, to_json
+from img2img_client.client import Client
+from img2img_client.diagnosis import Cause
+from img2img_client.errors import InvalidArgumentError, UnavailableError
 from img2img_client.request import job_name
+from img2img_client.resources import Job
 from img2img_client.resume import Retry
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEV_KEY = "dev-key"
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
 RETRY = Retry(connect_seconds=3.0)  # somebody waits at the terminal for the first answer
 
 
@@ -46,9 +47,27 @@ class Session:
     def answer(self, value: object, show: Callable[[], None]) -> None:
         """Prints the value as JSON, or shows it to a person."""
         if self.as_json:
-            click.echo(to_json(value))
+            click.echo(to_json(job_facts(value) if isinstance(value, Job) else value))
         else:
             show()
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg] # generic since click 8.5
+    """A time to wait: a number above 0."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Reads the number. Raises click.BadParameter."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not (math.isfinite(seconds) and seconds > 0):
+            self.fail(f"{value!r} is not a number of seconds above 0.", param, ctx)
+        return seconds
 
 
 def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -60,8 +79,7 @@ def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> st
 
 
 def command(function: F) -> F:
-    """Gives a command the connection options and --json, calls it with a Session and turns errors
-    into sentences and exit codes."""
+    """Gives a command the connection options and --json, and calls it with a Session."""
 
     @functools.wraps(function)
     def run(
@@ -72,31 +90,24 @@ def command(function: F) -> F:
         as_json: bool,
         **parameters: Any,
     ) -> None:
-        root_certificates = ca_file.read_bytes() if ca_file else None
+        session = Session(_client(server, api_key, tls, ca_file), as_json)
         try:
-            key = api_key or _default_key(server)
-            client = Client(
-                server, api_key=key, tls=tls, root_certificates=root_certificates, retry=RETRY
-            )
-        except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="--server") from error
-        session = Session(client, as_json)
-        try:
-            with client:
+            with session.client:
                 function(session, **parameters)
-        except Img2ImgError as error:
-            fail(session, error)
-        except OSError as error:
-            click.echo(f"Error: cannot write {error.filename}: {error.strerror}", err=True)
-            raise click.exceptions.Exit(FAILED) from error
+        except UnavailableError as error:
+            if error.metadata.get("cause") == Cause.REFUSED and session.is_local:
+                error.add_note("Is it running? `img2img-server local` starts it on this machine.")
+            raise
         except KeyboardInterrupt:
-            raise click.exceptions.Exit(INTERRUPTED) from None
+            raise EndedError(
+                INTERRUPTED, simple_facts("INTERRUPTED", "stopped by Ctrl-C")
+            ) from None
 
     options = (
         click.option(
             "--server",
             metavar="HOST:PORT",
-            envvar="IMG2IMG_SERVER",
+            envvar=SERVER_VARIABLE,
             default=DEFAULT_SERVER,
             show_default=True,
             show_envvar=True,
@@ -105,7 +116,7 @@ def command(function: F) -> F:
         click.option(
             "--api-key",
             metavar="KEY",
-            envvar="IMG2IMG_API_KEY",
+            envvar=KEY_VARIABLE,
             show_envvar=True,
             help=f"Your key. Default for a server on this machine: {DEV_KEY}",
         ),
@@ -124,48 +135,32 @@ def command(function: F) -> F:
     return decorated  # type: ignore[no-any-return]
 
 
-def fail(session: Session, error: Img2ImgError) -> NoReturn:
-    """Says what is wrong, one line a violation, and exits with 2 when the request is to blame."""
-    violations = error.violations if isinstance(error, RpcError) else ()
-    for line in [violation.description for violation in violations] or [str(error)]:
-        click.echo(f"Error: {line}", err=True)
-    if isinstance(error, UnavailableError) and not error.reason and session.is_local:
-        click.echo("Is it running? `img2img-server local` starts it on this machine.", err=True)
-    if session.as_json:
-        click.echo(to_json({"error": error_facts(error)}))
-    code = WRONG if isinstance(error, InvalidRequestError) else FAILED
-    raise click.exceptions.Exit(code) from error
-
-
-def error_facts(error: Img2ImgError) -> dict[str, object]:
-    """An error as JSON has it."""
-    facts: dict[str, object] = {"reason": error.reason, "message": str(error)}
-    if isinstance(error, RpcError):
-        facts |= {"code": error.code, "metadata": error.metadata}
-        facts["retry_seconds"] = error.retry_seconds
-        facts["violations"] = [asdict(violation) for violation in error.violations]
-    if isinstance(error, JobEndError):
-        facts["job"] = error.job.name
-    return facts
-
-
-def to_json(value: object) -> str:
-    """The value as indented JSON; dataclasses become objects, times become RFC 3339 in UTC."""
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    return json.dumps(plain, indent=2, default=_plain)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, datetime):
-        return value.isoformat().replace("+00:00", "Z")
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+def _client(server: str, api_key: str | None, tls: bool, ca_file: Path | None) -> Client:
+    """The client that the options ask for. Raises click.UsageError."""
+    root_certificates = None
+    if ca_file is not None:
+        try:
+            root_certificates = ca_file.read_bytes()
+            check_certificates(root_certificates, str(ca_file))
+        except OSError as error:
+            text = f"cannot read {ca_file}: {error.strerror}"
+            raise click.BadParameter(text, param_hint="--ca-file") from error
+        except InvalidArgumentError as error:
+            raise click.BadParameter(str(error), param_hint="--ca-file") from error
+    try:
+        key = api_key or _default_key(server)
+        return Client(
+            server, api_key=key, tls=tls, root_certificates=root_certificates, retry=RETRY
+        )
+    except InvalidArgumentError as error:
+        hint = "--" + error.violations[0].field.replace("_", "-")
+        raise click.BadParameter(str(error), param_hint=hint) from error
 
 
 def _default_key(server: str) -> str:
-    if Endpoint(server).is_loopback:
+    endpoint = Endpoint(server)
+    if endpoint.is_loopback:
         return DEV_KEY
-    raise click.UsageError(f"{server} needs an API key: give --api-key or set IMG2IMG_API_KEY")
+    raise click.UsageError(
+        f"{endpoint.server} needs an API key: give --api-key or set {KEY_VARIABLE}"
+    )

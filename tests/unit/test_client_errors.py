@@ -1,0 +1,288 @@
+"""Every mistake that a caller can make is an error of one tree, and also the builtin one."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncIterable, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import img2img_client as api
+from img2img_client import AsyncClient, Client
+from tests.client_runs import BOTH, RETRY, Run
+from tests.fake_service import FakeService, Refusal, serving
+
+NO_PATH: Any = 7
+MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "a file that is not there": (
+        lambda c: c.generate("p", "none.jpg"),
+        FileNotFoundError,
+        "cannot read the init image none.jpg: No such file or directory",
+    ),
+    "a folder": (
+        lambda c: c.create("p", Path("/")),
+        OSError,
+        "cannot read the init image /: Is a directory",
+    ),
+    "a home of nobody": (
+        lambda c: c.create("p", "~no-such-user/a.jpg"),
+        FileNotFoundError,
+        "cannot read the init image ~no-such-user/a.jpg: No such file or directory",
+    ),
+    "a path with a NUL": (
+        lambda c: c.create("p", "a\0b"),
+        ValueError,
+        r"init_image 'a\x00b' is no path: embedded null byte",
+    ),
+    "an init image of the wrong type": (
+        lambda c: c.generate("p", NO_PATH),
+        TypeError,
+        "init_image must be a path, bytes or an address, not int",
+    ),
+    "an open file": (
+        lambda c: c.generate("p", io.BytesIO(b"photo")),
+        TypeError,
+        "init_image must be a path, bytes or an address, not BytesIO",
+    ),
+    "an option that does not exist": (
+        lambda c: c.generate("p", b"photo", strenght=0.5),
+        TypeError,
+        "there is no option strenght",
+    ),
+    "a value that does not fit": (
+        lambda c: c.create("p", b"photo", width="wide"),
+        ValueError,
+        "width cannot be 'wide'",
+    ),
+    "a prompt of the wrong type": (
+        lambda c: c.stream(None, b"photo"),
+        ValueError,
+        "prompt cannot be None",
+    ),
+    "a request_id of the wrong type": (
+        lambda c: c.create("p", b"photo", request_id=7),
+        ValueError,
+        "request_id cannot be 7",
+    ),
+    "no job": (lambda c: c.get("cat"), ValueError, "'cat' names no job"),
+    "no number of an event": (
+        lambda c: c.watch(1, after_sequence="x"),
+        ValueError,
+        "after_sequence cannot be 'x'",
+    ),
+    "no state": (
+        lambda c: c.list("done"),
+        ValueError,
+        "there is no state 'done'; the states are queued, running, succeeded, failed, cancelled",
+    ),
+    "no page": (lambda c: c.list(page_size="many"), ValueError, "page_size cannot be 'many'"),
+    "no timeout": (
+        lambda c: c.generate("p", b"photo", timeout_seconds=-1),
+        ValueError,
+        "timeout_seconds must be a number of seconds above 0, not -1",
+    ),
+    "not a timeout": (
+        lambda c: c.watch(1, timeout_seconds=float("nan")),
+        ValueError,
+        "timeout_seconds must be a number of seconds above 0, not nan",
+    ),
+    "no storage": (
+        lambda c: c.admin.reset_storage(7),
+        ValueError,
+        "deploy_type cannot be 7",
+    ),
+}
+
+
+@pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=str)
+def test_a_mistake_is_an_error_of_the_tree_and_a_builtin_one(run: Run, mistake: str) -> None:
+    use, builtin, text = MISTAKES[mistake]
+    service = FakeService()
+    with pytest.raises(api.InvalidRequestError) as caught:
+        run(service, use)
+    error = caught.value
+    assert isinstance(error, builtin)
+    assert text in str(error)
+    assert error.violations[0].description == str(error)
+    assert (error.reason, error.code) == ("INVALID_REQUEST", "INVALID_ARGUMENT")
+    assert service.requests == []
+
+
+def test_the_file_s_own_error_can_be_read() -> None:
+    with pytest.raises(api.InitImageNotFoundError) as caught, Client() as client:
+        client.create("p", "none.jpg")
+    assert (caught.value.filename, caught.value.errno) == ("none.jpg", 2)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+def test_bytes_of_any_kind_are_an_init_image(run: Run) -> None:
+    service = FakeService()
+    for photo in (b"photo", bytearray(b"photo"), memoryview(b"photo")):
+        run(service, lambda client, photo=photo: client.create("p", photo))
+    sent = [request.spec.init_image.data for request in service.requests]  # type: ignore[attr-defined]
+    assert sent == [b"photo"] * 3
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "get": lambda c: c.get(1),
+    "list": lambda c: c.list(),
+    "generate": lambda c: c.generate("p", b"photo"),
+    "watch": lambda c: c.watch(1).result(),
+    "capabilities": lambda c: c.capabilities(),
+    "admin": lambda c: c.admin.clear_queue(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_closed_client_says_so(call: str) -> None:
+    def blocking() -> None:
+        client = Client("127.0.0.1:1")
+        client.close()
+        found = CALLS[call](client)
+        list(found) if isinstance(found, Iterable) else None
+
+    async def asynchronous() -> None:
+        client = AsyncClient("127.0.0.1:1")
+        await client.close()
+        found = CALLS[call](client)
+        if isinstance(found, AsyncIterable):
+            [_ async for _ in found]
+        await found
+
+    for use in (blocking, lambda: asyncio.run(asynchronous())):
+        with pytest.raises(api.ClientClosedError, match="this client is closed") as caught:
+            use()
+        assert isinstance(caught.value, ValueError)
+        assert caught.value.reason == "CLIENT_CLOSED"
+
+
+def test_closing_a_client_ends_a_stream_that_waits() -> None:
+    service = FakeService(pause_after=3)
+    with serving(service) as port:
+        client = Client(f"127.0.0.1:{port}", api_key="k", retry=RETRY)
+
+        def close() -> None:
+            service.paused.wait()
+            client.close()
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        with pytest.raises(api.ClientClosedError):
+            client.watch(1).result()
+        closing.join()
+
+
+async def test_closing_an_async_client_ends_a_stream_that_waits() -> None:
+    service = FakeService(pause_after=3)
+    with serving(service) as port:
+        client = AsyncClient(f"127.0.0.1:{port}", api_key="k", retry=RETRY)
+
+        async def read() -> None:
+            await client.watch(1).result()
+
+        reading = asyncio.create_task(read())
+        await asyncio.to_thread(service.paused.wait)
+        await client.close()
+        with pytest.raises(api.ClientClosedError):
+            await reading
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t\n"])
+def test_a_key_read_from_a_file_works_with_its_line_end(end: str) -> None:
+    service = FakeService()
+    with serving(service) as port, Client(f"127.0.0.1:{port}", api_key=f"k{end}") as client:
+        client.capabilities()
+    assert service.keys == ["Bearer k"]
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("schlüssel", "character 5 is U+00FC"),
+        ("\ufeffkey", "character 1 is U+FEFF"),
+        ("one\ntwo", "character 4 is U+000A"),
+        ("key (shown only once): i2i_x", "character 4 is U+0020"),
+        ("k\0", "character 2 is U+0000"),
+    ],
+)
+def test_a_key_that_no_header_can_carry_is_named_without_being_shown(key: str, place: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(api.InvalidArgumentError, match="api_key cannot be used") as caught:
+            kind("127.0.0.1:1", api_key=key)
+        assert place in str(caught.value)
+        assert key not in str(caught.value)
+
+
+def test_a_missing_key_is_told_apart_from_a_wrong_one() -> None:
+    refusal = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
+    service = FakeService(refusals=deque([refusal] * 3))
+    with serving(service) as port:
+        for key, text, reason in (
+            (None, "no API key was given: pass api_key or set IMG2IMG_API_KEY", "NO_API_KEY"),
+            ("\n", "no API key was given: pass api_key or set IMG2IMG_API_KEY", "NO_API_KEY"),
+            ("k", "Invalid API key", "INVALID_API_KEY"),
+        ):
+            with (
+                Client(f"127.0.0.1:{port}", api_key=key) as client,
+                pytest.raises(api.UnauthenticatedError) as caught,
+            ):
+                client.capabilities()
+            assert (str(caught.value), caught.value.reason) == (text, reason)
+
+
+def test_server_and_key_come_from_the_environment_where_they_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IMG2IMG_SERVER", "img2img.example.com:443\n")
+    monkeypatch.setenv("IMG2IMG_API_KEY", "from-env\n")
+    for kind in (Client, AsyncClient):
+        endpoint = kind().endpoint
+        assert (endpoint.target, endpoint.api_key) == ("img2img.example.com:443", "from-env")
+        endpoint = kind("10.0.0.7", api_key="given").endpoint
+        assert (endpoint.target, endpoint.api_key) == ("10.0.0.7:50051", "given")
+        assert kind(api_key="").endpoint.metadata == ()
+    monkeypatch.setenv("IMG2IMG_SERVER", "")
+    monkeypatch.delenv("IMG2IMG_API_KEY")
+    assert Client().endpoint.target == "127.0.0.1:50051"
+    assert Client().endpoint.api_key is None
+
+
+@pytest.mark.parametrize(
+    "server", ["", ":50051", "host:", "host:port", "host:0", "host:65536", "two words:1", "[::1"]
+)
+def test_what_is_no_address_is_refused(server: str) -> None:
+    with pytest.raises(api.InvalidArgumentError, match="server is host:port"):
+        Client(server)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), "5", True])
+def test_what_is_no_time_is_refused(seconds: Any) -> None:
+    with pytest.raises(api.InvalidArgumentError, match="call_seconds must be a number of seconds"):
+        Client("127.0.0.1:1", call_seconds=seconds)
+
+
+def test_importing_the_client_changes_no_environment() -> None:
+    script = "import os; before = dict(os.environ); import img2img_client; "
+    script += "print(before == dict(os.environ))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"},
+    )
+    assert done.stdout == "True\n"
