@@ -34,7 +34,7 @@ from benchmarks.engine_litserve import LitServeServer, install
 from benchmarks.engine_load import Request, Served, behind_long, merged, requests, summary
 from benchmarks.engine_process import EngineOf, Place, RemoteServer, Server, StockOf
 from benchmarks.engine_report import READING, SATURATED, facts, load_table, write
-from img2img_server.engine.load import choose_device, choose_dtype
+from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.model_spec import read_model_spec
 
 

@@ -20,9 +20,9 @@ from benchmarks.engine_device import HARDWARE, LOAD
 from benchmarks.engine_load import Request
 from benchmarks.engine_servers import EngineServer
 from img2img_server.engine.denoiser import TextInput
+from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers_load import accelerate
-from img2img_server.engine.load import choose_device, choose_dtype
 from img2img_server.engine.options import Compile, ModelOptions
 
 Found = Iterator[tuple[str, dict[str, Any]]]

@@ -32,8 +32,9 @@ from benchmarks.engine_report import facts, table, write
 from benchmarks.engine_servers import job_of
 from img2img_server.engine.base import EngineEvent, EngineTimings, JobDone, JobError
 from img2img_server.engine.cpu_threads import wait_briefly
+from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.load import choose_device, choose_dtype, load_engine
+from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.settings import Settings
 

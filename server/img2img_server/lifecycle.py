@@ -36,16 +36,17 @@ Role = Callable[[asyncio.Event], Awaitable[None]]
 def run_role(role: Role) -> int:
     """Runs a role to its end and returns the exit code: 0 after a clean stop.
 
-    Errors propagate, RestartError among them; `__main__` is the only place that turns them into
-    an exit code.
+    Errors propagate, RestartError among them, and at once: threads that still work, such as one
+    that loads a model, are not waited for. `__main__` is the only place that turns errors into an
+    exit code, and it ends the process without waiting for threads either.
     """
     return_large_blocks()
     leaving: list[threading.Timer] = []
-    try:
-        asyncio.run(_run(role, leaving))
-    finally:
-        for timer in leaving:
-            timer.cancel()
+    runner = asyncio.Runner()
+    runner.run(_run(role, leaving))
+    runner.close()
+    for timer in leaving:
+        timer.cancel()
     return 0
 
 
@@ -65,15 +66,15 @@ def return_large_blocks() -> None:
 
 
 async def _run(role: Role, leaving: list[threading.Timer]) -> None:
-    """Runs the role. What its threads still do afterwards, the loading of a model or an upload, is
-    waited for EXIT_SECONDS and no longer: a timer in `leaving` sees to it."""
+    """Runs the role. What its threads still do after a clean stop, the loading of a model or an
+    upload, is waited for EXIT_SECONDS and no longer: a timer in `leaving` sees to it."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:
         if stop.is_set():
             log.warning("second signal, exiting now", signal=number.name)
-            os._exit(128 + number)
+            exit_now(128 + number)
         log.info("stopping", signal=number.name)
         stop.set()
 
@@ -87,11 +88,19 @@ async def _run(role: Role, leaving: list[threading.Timer]) -> None:
             log.info("stopped before it was ready")
         exit_code = 0
     finally:
-        leaving.append(threading.Timer(EXIT_SECONDS, os._exit, [exit_code]))
+        leaving.append(threading.Timer(EXIT_SECONDS, exit_now, [exit_code]))
         leaving[0].daemon = True
         leaving[0].start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without waiting for threads; what was written is flushed."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or its reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 def start_anew() -> NoReturn:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -18,16 +17,17 @@ import aiohttp
 import structlog
 from pydantic import SecretStr
 
-from img2img_server.api.server import load_keys
-from img2img_server.engine.model_spec import ModelError, read_model_spec
+from img2img_server.ending import logs_reason
+from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
 from img2img_server.engines.child import Child
 from img2img_server.errors import UnavailableError
 from img2img_server.lifecycle import first_of
-from img2img_server.settings import DEV_KEY, PREFIX, Settings, SettingsError
+from img2img_server.listening import METRICS_PORTS, host_port, listeners, reachable, reserve
+from img2img_server.settings import DEV_KEY, PREFIX, Settings
 from img2img_server.store.vault import new_key
+from img2img_server.telemetry import is_json
 
-ROLES = ("worker", "api", "gateway")
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
 # Settings for a NATS and a bucket that are not ours.
 _OF_OTHERS = {
@@ -49,48 +49,53 @@ async def serve_local(
     """Serves until `stop` is set or a child dies. `started` is called with the gRPC address.
 
     Raises:
-        SettingsError: it would listen beyond loopback without configured keys, or a port is taken.
+        SettingsError: a port is taken.
         UnavailableError: an engine does not start, or a child died; with its last words.
     """
-    settings = local_settings(settings)
+    settings, metrics_ports = local_settings(settings)
     try:
         # In the background: the worker loads its model meanwhile.
         engines = LocalEngines(settings.state_dir, background=True)
         async with engines, AsyncExitStack() as stack:
             settings = _with_storage_key(settings)
-            roles = [_role(name, settings, engines) for name in ROLES]
+            roles = [_role(name, settings, engines, port) for name, port in metrics_ports.items()]
             for role in roles:  # the last one is stopped first: gateway, api, worker
                 stack.push_async_callback(role.stop)
-            await first_of(_start(roles), _engine_died(engines), stop.wait())
-            if not stop.is_set():
-                _announce(settings)
-                if started:
-                    started(f"{settings.grpc_host}:{settings.grpc_port}")
-                deaths = [_died(role) for role in roles]
-                await first_of(stop.wait(), _engine_died(engines), *deaths)
+            with logs_reason():
+                await first_of(_start(roles), _engine_died(engines), stop.wait())
+                if not stop.is_set():
+                    _announce(settings)
+                    if started:
+                        started(host_port(settings.grpc_host, settings.grpc_port))
+                    deaths = [_died(role) for role in roles]
+                    await first_of(stop.wait(), _engine_died(engines), *deaths)
             log.info("stopping the roles, then the engines")
     except EnginesError as error:
         raise UnavailableError(str(error)) from error
 
 
-def local_settings(settings: Settings) -> Settings:
+def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
     """The settings of the roles: ports chosen, the development key on unless keys are configured.
 
+    The settings have passed `checks`.
+
+    Returns:
+        The settings, and the metrics port of each role.
+
     Raises:
-        SettingsError: it would listen beyond loopback without keys, a port is taken, or the model
-            cannot be used.
+        SettingsError: a port is taken.
     """
-    settings = settings.model_copy(update={"dev_key": settings.api_keys_file is None})
-    load_keys(settings)
-    settings.refuse_open_dev_key(settings.http_host)
-    return settings.model_copy(
+    grpc_port, http_port, *metrics_ports = reserve(listeners("local", settings))
+    ours = settings.model_copy(
         update={
-            "grpc_port": _port(settings.grpc_host, settings.grpc_port, "grpc_port"),
-            "http_port": _port(settings.http_host, settings.http_port, "http_port"),
-            "default_model": settings.default_model or _model_name(settings.model),
+            "dev_key": settings.api_keys_file is None,
+            "grpc_port": grpc_port,
+            "http_port": http_port,
+            "default_model": settings.default_model or read_model_spec(settings.model).name,
             "outbound_allow": settings.outbound_allow or _LOOPBACK_ALLOWED,
         }
     )
+    return ours, dict(zip(METRICS_PORTS, metrics_ports, strict=True))
 
 
 def _with_storage_key(settings: Settings) -> Settings:
@@ -106,18 +111,11 @@ def _with_storage_key(settings: Settings) -> Settings:
     return settings.model_copy(update={"storage_keys": SecretStr(path.read_text().strip())})
 
 
-def _model_name(model: str) -> str:
-    try:
-        return read_model_spec(model).name
-    except ModelError as error:
-        raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
-
-
-def _role(name: str, settings: Settings, engines: LocalEngines) -> Child:
-    number = ROLES.index(name)
-    base = settings.metrics_port
-    metrics_port = _port(settings.metrics_host, base + number if base else 0, "metrics_port")
-    probe_url = f"http://{settings.metrics_host}:{metrics_port}/readyz"
+def _role(name: str, settings: Settings, engines: LocalEngines, metrics_port: int) -> Child:
+    host, port = settings.metrics_host, metrics_port
+    if name == "gateway":  # its own answer holds those of api and bucket
+        host, port = settings.http_host, settings.http_port
+    probe_url = f"http://{host_port(reachable(host), port)}/readyz"
     return Child(
         name,
         [sys.executable, "-m", "img2img_server", name],
@@ -135,7 +133,7 @@ def _environment(settings: Settings, engines: LocalEngines, metrics_port: int) -
         "GRPC_PORT": settings.grpc_port,
         "HTTP_PORT": settings.http_port,
         "METRICS_PORT": metrics_port,
-        "API_ADDRESS": f"{_reachable(settings.grpc_host)}:{settings.grpc_port}",
+        "API_ADDRESS": host_port(reachable(settings.grpc_host), settings.grpc_port),
         "DEFAULT_MODEL": settings.default_model,
         "DEV_KEY": settings.dev_key,
         "OUTBOUND_ALLOW": settings.outbound_allow,
@@ -144,27 +142,11 @@ def _environment(settings: Settings, engines: LocalEngines, metrics_port: int) -
         "S3_ACCESS_KEY": engines.s3_access_key,
         "S3_SECRET_KEY": engines.s3_secret_key,
         "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
+        # Their lines pass through us, so they do not see the terminal.
+        "LOG_FORMAT": "json" if is_json(settings.log_format) else "console",
     }
     ours = {key: value for key, value in os.environ.items() if key.upper() not in _OF_OTHERS}
     return {**ours, **{PREFIX + name: str(value) for name, value in chosen.items()}}
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host  # noqa: S104
-
-
-def _port(host: str, port: int, setting: str) -> int:
-    """The port when it is free, any free one for 0. Raises SettingsError."""
-    name = PREFIX + setting.upper()
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, port), family=family) as probe:
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        hint = "is another one running? " if port else ""
-        raise SettingsError(
-            f"cannot listen on {host}:{port} ({error.strerror}); {hint}set {name}"
-        ) from error
 
 
 async def _start(roles: list[Child]) -> None:
@@ -190,7 +172,9 @@ async def _engine_died(engines: LocalEngines) -> None:
     """Waits for the death of an engine. Raises UnavailableError with its last words, EnginesError
     when one does not even start."""
     await engines.serving()
-    raise UnavailableError(str(await engines.died()))
+    death = await engines.died()
+    log.error("server_exited", name=death.name, exit_code=death.exit_code, output=death.log_tail)
+    raise UnavailableError(str(death))
 
 
 async def _probe(url: str) -> None:
@@ -201,9 +185,9 @@ async def _probe(url: str) -> None:
 
 def _announce(settings: Settings) -> None:
     key = DEV_KEY if settings.dev_key else "see IMG2IMG_API_KEYS_FILE"
-    http = f"http://{_reachable(settings.http_host)}:{settings.http_port}"
+    http = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"
     print(
-        f"img2img is ready: gRPC {_reachable(settings.grpc_host)}:{settings.grpc_port}, "
+        f"img2img is ready: gRPC {host_port(reachable(settings.grpc_host), settings.grpc_port)}, "
         f"HTTP {http} (docs at {http}/docs), API key {key}",
         flush=True,
     )

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, get_args
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from img2img_server import setting_syntax
+from img2img_server.errors import OperatorError
 
 PREFIX = "IMG2IMG_"
 DEV_KEY = "dev-key"  # the well-known development key, see Settings.dev_key
@@ -16,8 +30,20 @@ DEV_KEY = "dev-key"  # the well-known development key, see Settings.dev_key
 CLIENT_NAMES = frozenset({"IMG2IMG_SERVER", "IMG2IMG_API_KEY"})
 
 
-class SettingsError(Exception):
-    """The environment is wrong; the sentence lists every mistake."""
+_TOGETHER = (
+    ("tls_cert_file", "tls_key_file"),
+    ("nats_cert_file", "nats_key_file"),
+    ("nats_user", "nats_password"),
+)
+
+
+class SettingsError(OperatorError):
+    """Settings are wrong. `mistakes`: a sentence for each, which begins with the setting's name."""
+
+    def __init__(self, *mistakes: str) -> None:
+        head = "wrong settings:\n  " if len(mistakes) > 1 else ""
+        super().__init__(head + "\n  ".join(mistakes))
+        self.mistakes = mistakes
 
 
 class Settings(BaseSettings):
@@ -104,8 +130,16 @@ class Settings(BaseSettings):
         description="Model of requests that name none. Empty: the one that workers announced, "
         "the first by name of several.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
+        description="auto, cpu, cuda or cuda:N.",
+    )
+    dtype: str = Field(
+        "auto",
+        pattern="^(auto|float32|float16|bfloat16)$",
+        description="Number type of the model; auto: float32 on a CPU, bfloat16 on a GPU.",
+    )
     max_batch_rows: int = Field(8, ge=1, le=256, description="Most samples denoised at once.")
     torch_threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice.")
     channels_last: bool = Field(
@@ -281,22 +315,66 @@ class Settings(BaseSettings):
     )
     worker_name: str = Field("", description="Name of the worker. Empty: host name and process.")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """Takes an empty path for one that is not set: Path("") would be the working directory."""
+        field = cls.model_fields[str(info.field_name)]
+        if _is_path(field) and isinstance(value, str) and not value.strip():
+            return field.default
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _syntax(cls, value: Any, info: ValidationInfo) -> Any:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        name = str(info.field_name)
+        if isinstance(text, Path):
+            text = str(text)
+        if not isinstance(text, str):
+            return value
+        fault = ""
+        if name not in setting_syntax.MULTI_LINE:
+            fault = setting_syntax.control_characters(text)
+        if rule := setting_syntax.RULES.get(name):
+            fault = fault or rule(text)
+        if fault:
+            raise ValueError(fault)
+        return value
+
     @model_validator(mode="after")
     def _pairs(self) -> Self:
-        if bool(self.tls_cert_file) != bool(self.tls_key_file):
-            raise ValueError("tls_cert_file and tls_key_file must be given together")
-        if bool(self.nats_cert_file) != bool(self.nats_key_file):
-            raise ValueError("nats_cert_file and nats_key_file must be given together")
-        if bool(self.nats_user) != bool(self.nats_password.get_secret_value()):
-            raise ValueError("nats_user and nats_password must be given together")
-        if self.nats_user and self.nats_token.get_secret_value():
-            raise ValueError("nats_token and nats_user exclude each other")
-        if (self.prompt_rewriter == "model") != bool(self.prompt_model):
-            raise ValueError("prompt_model belongs to prompt_rewriter=model, and it to that")
+        """Checks what settings say together. Raises one error with a line for each mistake."""
+        mistakes = []
+        for pair in _TOGETHER:
+            for name, other in (pair, pair[::-1]):
+                if _is_set(getattr(self, other)) and not _is_set(getattr(self, name)):
+                    mistakes.append(
+                        f"{variable(name)}: is not set; {variable(other)} needs it as well"
+                    )
+        if self.nats_user and _is_set(self.nats_token):
+            mistakes.append(
+                "IMG2IMG_NATS_TOKEN: cannot be used together with IMG2IMG_NATS_USER: unset one"
+            )
+        if self.prompt_rewriter == "model" and not self.prompt_model:
+            mistakes.append(
+                "IMG2IMG_PROMPT_MODEL: is not set; IMG2IMG_PROMPT_REWRITER=model needs it"
+            )
+        if self.prompt_model and self.prompt_rewriter != "model":
+            mistakes.append("IMG2IMG_PROMPT_MODEL: is only used with IMG2IMG_PROMPT_REWRITER=model")
         if self.lora_dir and self.fuse_qkv:
-            raise ValueError("lora_dir does not work with fuse_qkv: it fuses what a LoRA changes")
-        if "{prompt}" not in self.prompt_template:
-            raise ValueError("prompt_template must have {prompt} in it")
+            mistakes.append(
+                "IMG2IMG_LORA_DIR: does not work with IMG2IMG_FUSE_QKV, which fuses what a LoRA "
+                "changes"
+            )
+        if self.api_ca_file and setting_syntax.lists_addresses(self.api_address):
+            mistakes.append(
+                "IMG2IMG_API_ADDRESS: with TLS (IMG2IMG_API_CA_FILE) it cannot list addresses, "
+                "because a certificate is checked against one name: use a DNS name that has all "
+                "of them, dns:///HOST:PORT"
+            )
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
     @property
@@ -315,8 +393,8 @@ class Settings(BaseSettings):
         """Raises SettingsError when the well-known key would be open to the network at `host`."""
         if self.has_open_dev_key and not is_loopback(host):
             raise SettingsError(
-                f"refusing to listen on {host} with the well-known development key: "
-                "set IMG2IMG_API_KEYS_FILE or listen on 127.0.0.1"
+                "IMG2IMG_API_KEYS_FILE: is not set; refusing to listen on "
+                f"{host} with the well-known development key: set it or listen on 127.0.0.1"
             )
 
     @classmethod
@@ -326,22 +404,115 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: a value is wrong or an IMG2IMG_ name is unknown; lists all of them.
         """
-        known = CLIENT_NAMES | {PREFIX + name.upper() for name in cls.model_fields}
-        mistakes = [
-            f"{name}: there is no such setting"
-            for name in sorted(os.environ)
-            if name.upper().startswith(PREFIX) and name.upper() not in known
-        ]
-        try:
-            settings = cls(**overrides)  # type: ignore[arg-type]
-        except ValidationError as error:
-            for fault in error.errors(include_input=False, include_url=False):
-                field = "_".join(str(part) for part in fault["loc"])
-                name = PREFIX + field.upper() if field else "settings"
-                mistakes.append(f"{name}: {fault['msg']}")
+        settings, mistakes, _ = cls.load_with_mistakes(**overrides)
         if mistakes:
-            raise SettingsError("wrong settings:\n  " + "\n  ".join(mistakes))
+            raise SettingsError(*mistakes)
         return settings
+
+    @classmethod
+    def load_with_mistakes(cls, **overrides: object) -> tuple[Settings, list[str], frozenset[str]]:
+        """Reads the environment, and says what is wrong with it instead of raising.
+
+        Returns:
+            The settings, those that are wrong with their defaults; a sentence for each mistake; the
+            names of the settings that are wrong.
+        """
+        mistakes = _unknown(cls.model_fields)
+        wrong: dict[str, Any] = {}
+        while True:
+            try:
+                settings = cls(**{**overrides, **wrong})
+            except ValidationError as error:
+                found: dict[str, Any] = {}
+                for fault in error.errors(include_url=False):
+                    mistakes += _sentences(fault, cls.model_fields)
+                    for name in _fields_of(fault, cls.model_fields):
+                        found[name] = cls.model_fields[name].default
+                assert found.keys() - wrong.keys(), "each round takes a setting out"
+                wrong |= found
+            else:
+                return settings, mistakes, frozenset(wrong)
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def log_format_of_environment() -> str:
+    """The setting log_format before settings are read, for an error that comes earlier."""
+    return os.environ.get(variable("log_format"), "auto")
+
+
+def _unknown(fields: Iterable[str]) -> list[str]:
+    known = CLIENT_NAMES | {variable(name) for name in fields}
+    return [
+        f"{name}: there is no such setting"
+        for name in sorted(os.environ)
+        if name.upper().startswith(PREFIX) and name.upper() not in known
+    ]
+
+
+def _is_set(value: Any) -> bool:
+    return bool(value.get_secret_value() if isinstance(value, SecretStr) else value)
+
+
+def _is_path(field: FieldInfo) -> bool:
+    return Path in (get_args(field.annotation) or (field.annotation,))
+
+
+def _fields_of(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
+    """The settings that an error of pydantic is about."""
+    name = _name(fault)
+    if name:
+        return [name] if name in fields else []
+    named = re.findall(rf"\b{PREFIX}([A-Z0-9_]+)", fault["msg"])
+    return [each.lower() for each in named if each.lower() in fields]
+
+
+def _name(fault: ErrorDetails) -> str:
+    return str(fault["loc"][0]).lower().removeprefix(PREFIX.lower()) if fault["loc"] else ""
+
+
+def _sentences(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
+    """An error of pydantic in our words. A value is shown only where it cannot be a secret."""
+    name, kind, context = _name(fault), fault["type"], fault.get("ctx", {})
+    if kind == "value_error":
+        lines = str(context["error"]).splitlines()
+        return [f"{variable(name)}: {line}" for line in lines] if name else lines
+    field = fields.get(name)
+    text = fault["msg"]
+    bounds = {
+        "greater_than": "must be above {gt}",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than": "must be below {lt}",
+        "less_than_equal": "must be at most {le}",
+    }
+    if kind in bounds:
+        text = bounds[kind].format(**context)
+    elif kind.startswith("int_"):
+        text = "must be a whole number"
+    elif kind.startswith("float_"):
+        text = "must be a number"
+    elif kind.startswith("bool_"):
+        text = "must be true or false"
+    elif kind == "string_pattern_mismatch":
+        rule = setting_syntax.RULES.get(name)
+        own = rule(str(fault["input"])) if rule else ""
+        text = _choices(str(context["pattern"])) or own or f"must match {context['pattern']}"
+    shown = repr(fault["input"])
+    if field is None or SecretStr in (get_args(field.annotation) or (field.annotation,)):
+        return [f"{variable(name)}: {text}"]
+    return [f"{variable(name)}: {text}, not {shown if len(shown) <= 80 else shown[:77] + '...'}"]
+
+
+def _choices(pattern: str) -> str:
+    """What a pattern such as ^(a|b|c)$ allows, in words."""
+    match = re.fullmatch(r"\^\(([\w|:()\[\]{},?-]+)\)\$", pattern)
+    if not match:
+        return ""
+    *others, last = re.sub(r"(\w+)\(:.*?\)\?", r"\1|\1:N", match[1]).split("|")
+    return f"must be {', '.join(others)} or {last}"
 
 
 def is_loopback(host: str) -> bool:

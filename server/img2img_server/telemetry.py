@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,8 +14,11 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
+from img2img_server.listening import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.tracing import trace_id
+
+log = structlog.get_logger()
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -37,10 +42,14 @@ REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a wo
 
 
 def configure_logging(settings: Settings, role: str) -> None:
-    """Structured logs on stderr: JSON, or coloured lines on a terminal."""
-    as_json = settings.log_format == "json" or (
-        settings.log_format == "auto" and not sys.stderr.isatty()
-    )
+    """Structured logs on stderr: JSON, or coloured lines on a terminal.
+
+    In JSON every line is an object: Python's warnings and uncaught errors are log records, what
+    libraries log goes the same way, their progress bars are off, and the core of gRPC is silent
+    unless GRPC_VERBOSITY says otherwise. Only what native code writes when it crashes is plain
+    text. Call it before the libraries are imported.
+    """
+    as_json = is_json(settings.log_format)
     renderer: structlog.types.Processor = (
         structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
     )
@@ -70,7 +79,62 @@ def configure_logging(settings: Settings, role: str) -> None:
     # Libraries speak at warning and above: some log whole requests at info.
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("img2img_server").setLevel(settings.log_level.upper())
+    _only_one_way_out()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if as_json:
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     structlog.contextvars.bind_contextvars(role=role)
+
+
+def is_json(log_format: str) -> bool:
+    """Whether the setting log_format means JSON here."""
+    return log_format == "json" or (log_format != "console" and not sys.stderr.isatty())
+
+
+class _LibraryLogger(logging.Logger):
+    """A logger of a library that writes nowhere but through the root logger.
+
+    Some libraries give their loggers a handler for stderr of their own, with or without cutting
+    them off from the root logger: a line would come twice, or in another format.
+    """
+
+    @property
+    def propagate(self) -> bool:
+        return True
+
+    @propagate.setter
+    def propagate(self, value: bool) -> None: ...
+
+    def addHandler(self, hdlr: logging.Handler) -> None:  # noqa: N802
+        if not _writes_to_console(hdlr):
+            super().addHandler(hdlr)
+
+
+def _writes_to_console(handler: logging.Handler) -> bool:
+    streams = (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
+    return isinstance(handler, logging.StreamHandler) and handler.stream in streams
+
+
+def _only_one_way_out() -> None:
+    """Makes log records of warnings, uncaught errors and what libraries log by themselves."""
+    logging.captureWarnings(True)
+    logging.setLoggerClass(_LibraryLogger)
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.handlers = [each for each in logger.handlers if not _writes_to_console(each)]
+            logger.propagate = True
+
+    def in_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is not SystemExit:
+            name = args.thread.name if args.thread else ""
+            log.error("thread_failed", thread=name, exc_info=args.exc_value)
+
+    def unraisable(args: Any) -> None:
+        log.error("error_ignored", where=repr(args.object), exc_info=args.exc_value)
+
+    threading.excepthook = in_thread
+    sys.unraisablehook = unraisable
+    sys.excepthook = lambda _, error, __: log.error("uncaught_error", exc_info=error)
 
 
 def _add_trace(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -88,6 +152,9 @@ async def probe_server(
 
     Yields:
         The address it listens on, "host:port".
+
+    Raises:
+        SettingsError: the port cannot be listened on.
     """
 
     async def metrics(_: web.Request) -> web.Response:
@@ -108,8 +175,13 @@ async def probe_server(
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.metrics_host, settings.metrics_port).start()
+        (*_, listener) = listeners("worker", settings)
+        site = web.TCPSite(runner, settings.metrics_host.strip("[]"), settings.metrics_port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise listener.mistake(error) from error
         host, port = runner.addresses[0][:2]
-        yield f"{host}:{port}"
+        yield host_port(host, port)
     finally:
         await runner.cleanup()

@@ -6,6 +6,7 @@ The queue and the metadata of calls carry it as W3C trace context.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -20,6 +21,7 @@ from img2img_server.settings import Settings
 
 TRACER: Final = trace.get_tracer("img2img_server", __version__)
 _FIELDS: Final = TraceContextTextMapPropagator()
+_LAST_SPANS_SECONDS: Final = 1.0
 
 
 @contextmanager
@@ -50,7 +52,10 @@ def exporting(settings: Settings, role: str) -> Iterator[None]:
     try:
         yield
     finally:
-        provider.shutdown()
+        # A collector that does not answer must not hold up the end of the process.
+        sending = threading.Thread(target=provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(_LAST_SPANS_SECONDS)
 
 
 def extracted(fields: Iterable[tuple[str, str | bytes]]) -> Context:

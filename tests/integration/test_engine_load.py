@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from img2img_server.engine.load import choose_device, choose_dtype, load_engine
+from img2img_server.engine.device import choose_device, choose_dtype
+from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import ModelError
-from img2img_server.settings import Settings
+from img2img_server.settings import Settings, SettingsError
 from tests.engine_bench import job, pictures, run
 from tests.tiny_models import write_sd
 
@@ -62,7 +63,7 @@ def test_a_broken_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cuda", "gpu", "cuda:9"])
 def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ModelError, match="device"):
+    with pytest.raises(SettingsError, match="IMG2IMG_DEVICE: "):
         choose_device(name)
 
 
@@ -79,7 +80,7 @@ def test_the_dtype_fits_the_device(name: str, device: str, dtype: torch.dtype) -
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ModelError, match="'int4' is no dtype"):
+    with pytest.raises(SettingsError, match="IMG2IMG_DTYPE: 'int4' is no dtype"):
         choose_dtype("int4", torch.device("cpu"))
 
 

@@ -117,7 +117,7 @@ async def test_a_death_is_told_with_its_last_words(state_dir: Path, name: str) -
             death = await watching
     assert (death.name, death.exit_code) == (name, -signal.SIGKILL)
     assert death.log_tail
-    assert death.log_tail in str(death)
+    assert str(death).endswith(" ".join(death.log_tail.splitlines()[-1].split()))
 
 
 async def test_a_given_port_that_is_taken_is_named(state_dir: Path) -> None:
@@ -225,7 +225,7 @@ async def never() -> None:
 async def test_a_child_that_ends_while_it_starts_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(EngineDiedError) as death:
         await shell("echo no such flag >&2; exit 3", tmp_path, never).start()
-    assert str(death.value) == "shell ended with exit code 3; it last said:\nno such flag"
+    assert str(death.value) == "shell ended with exit code 3; it last said: no such flag"
 
 
 async def test_a_child_that_will_not_end_is_killed(tmp_path: Path) -> None:

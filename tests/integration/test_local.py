@@ -76,8 +76,7 @@ async def test_it_says_that_a_port_is_taken_and_how_to_choose_another(tmp_path: 
         async with started(tmp_path, grpc_port=port) as process:
             code, text = await said(process)
     assert code == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in text
-    assert "set IMG2IMG_GRPC_PORT" in text
+    assert f"IMG2IMG_GRPC_PORT: 127.0.0.1:{port} is in use" in text
 
 
 async def test_it_says_that_the_model_is_not_there(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from benchmarks.local_stack import free_port
-from img2img_server.api.server import load_keys
+from img2img_server.api.keys import load_keys
 from img2img_server.bus import connect_bus
 from img2img_server.errors import UnavailableError
 from img2img_server.gateway.server import serve

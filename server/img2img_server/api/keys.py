@@ -25,7 +25,7 @@ from typing import Any
 import structlog
 
 from img2img_server.errors import PermissionDeniedError
-from img2img_server.settings import DEV_KEY, SettingsError
+from img2img_server.settings import DEV_KEY, Settings, SettingsError
 
 PERMISSIONS = frozenset({"manage", "unsafe"})
 _NAMES = frozenset({"sha256", "tenant", "permissions", "rate_limit"})
@@ -94,6 +94,17 @@ class KeyRing:
             log.error("API keys not read again", error=str(error))
 
 
+def load_keys(settings: Settings) -> KeyRing:
+    """Returns the keys. Raises SettingsError when they would leave the service open."""
+    keys = KeyRing(settings.api_keys_file, dev_key=settings.has_open_dev_key)
+    if keys.is_empty:
+        raise SettingsError(
+            "IMG2IMG_API_KEYS_FILE: there are no API keys; make one with `img2img-server keys`"
+        )
+    settings.refuse_open_dev_key(settings.grpc_host)
+    return keys
+
+
 def new_key(tenant: str, permissions: list[str], rate_limit: int | None = None) -> tuple[str, str]:
     """Makes a key. Returns it and its entry for the file; only the entry is to be kept."""
     key = "i2i_" + secrets.token_urlsafe(32)
@@ -121,23 +132,29 @@ def _stamp(file: Path) -> tuple[int, int]:
     try:
         stat = file.stat()
     except OSError as error:
-        raise SettingsError(f"API keys file {file}: {error.strerror}") from error
+        raise SettingsError(_mistake(file, f"cannot be read: {error.strerror}")) from error
     return stat.st_mtime_ns, stat.st_size
 
 
 def _read(file: Path) -> list[_Entry]:
     try:
         table = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"API keys file {file}: {error}") from error
+    except OSError as error:
+        raise SettingsError(_mistake(file, f"cannot be read: {error.strerror}")) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(_mistake(file, f"is no TOML file: {error}")) from error
     items = table.get("keys", [])
     if not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
-        raise SettingsError(f"API keys file {file}: each key must be a table below [[keys]]")
+        raise SettingsError(_mistake(file, "each key must be a table below [[keys]]"))
     mistakes: list[str] = []
     entries = [_entry(item, f"keys[{number}]", mistakes) for number, item in enumerate(items)]
     if mistakes:
-        raise SettingsError(f"API keys file {file}:\n  " + "\n  ".join(mistakes))
+        raise SettingsError(*(_mistake(file, mistake) for mistake in mistakes))
     return entries
+
+
+def _mistake(file: Path, fault: str) -> str:
+    return f"IMG2IMG_API_KEYS_FILE: {file}: {fault}"
 
 
 def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:

@@ -24,7 +24,7 @@ from img2img_server.api.disconnects import Disconnects
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import ServiceInterceptor
-from img2img_server.api.keys import KeyRing
+from img2img_server.api.keys import KeyRing, load_keys
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
@@ -33,6 +33,7 @@ from img2img_server.bus import Bus, connect_bus
 from img2img_server.contract.files import inline
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.listening import host_port, is_wildcard, listeners, reachable
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import WorkerRegistry
 from img2img_server.store.blobs_s3 import connect_blobs
@@ -116,7 +117,7 @@ async def serve(
         canceller,
         disconnects,
         StorageCalls(bus.storage, OutboundPolicy.parse(settings.outbound_allow)),
-        link_base=settings.public_base_url or f"http://{settings.http_host}:{settings.http_port}",
+        link_base=_link_base(settings),
         outbox=bus.outbox,
     )
     await bus.storage.rotate()
@@ -139,7 +140,7 @@ async def serve(
         _health(health_servicer, registry, stop) as is_ready,
         probe_server(settings, is_ready) as probes,
     ):
-        address = f"{settings.grpc_host}:{port}"
+        address = host_port(settings.grpc_host, port)
         log.info("api serves", address=address, probes=probes)
         if started:
             started(address)
@@ -167,17 +168,6 @@ async def _texts(settings: Settings) -> AsyncIterator[Texts | None]:
         yield partial(inline, blobs)
 
 
-def load_keys(settings: Settings) -> KeyRing:
-    """The keys, refused when they would leave the service open. Raises SettingsError."""
-    keys = KeyRing(settings.api_keys_file, dev_key=settings.has_open_dev_key)
-    if keys.is_empty:
-        raise SettingsError(
-            "no API keys: set IMG2IMG_API_KEYS_FILE (make keys with `img2img-server keys`)"
-        )
-    settings.refuse_open_dev_key(settings.grpc_host)
-    return keys
-
-
 def server_options(settings: Settings) -> list[tuple[str, int]]:
     """Message limits and keepalive: dead callers are noticed within about a minute.
 
@@ -197,14 +187,48 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
 
 
 def _listen(server: grpc.aio.Server, settings: Settings) -> int:
-    address = f"{settings.grpc_host}:{settings.grpc_port}"
+    """Returns the port. Raises SettingsError."""
+    address = host_port(settings.grpc_host, settings.grpc_port)
     try:
         if settings.tls_cert_file and settings.tls_key_file:
-            pair = (settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())
-            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            return server.add_secure_port(address, _credentials(settings))
         return server.add_insecure_port(address)
-    except (RuntimeError, OSError) as error:
-        raise SettingsError(f"cannot listen on {address}: is the port taken?") from error
+    except RuntimeError as error:  # without the reason
+        (listener, *_) = listeners("api", settings)
+        listener.open().close()  # raises it
+        fault = f"IMG2IMG_GRPC_PORT: cannot listen on {address}: {error}"
+        if settings.tls_cert_file:
+            files = f"{settings.tls_cert_file} with {settings.tls_key_file}"
+            fault = f"IMG2IMG_TLS_CERT_FILE: gRPC cannot use {files}"
+        raise SettingsError(fault) from error
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials:
+    assert settings.tls_cert_file, "checked by Settings"
+    assert settings.tls_key_file, "checked by Settings"
+    try:
+        pair = (settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())
+    except OSError as error:
+        raise SettingsError(
+            f"IMG2IMG_TLS_CERT_FILE, IMG2IMG_TLS_KEY_FILE: {error.filename} cannot be read: "
+            f"{error.strerror}"
+        ) from error
+    return grpc.ssl_server_credentials([pair])
+
+
+def _link_base(settings: Settings) -> str:
+    """What the links of gRPC callers begin with."""
+    if settings.public_base_url:
+        return settings.public_base_url
+    base = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"
+    if is_wildcard(settings.http_host):
+        log.warning(
+            "links_for_this_machine_only",
+            links=base,
+            reason="IMG2IMG_PUBLIC_BASE_URL is not set and IMG2IMG_HTTP_HOST names no address that "
+            "callers can connect to: links in gRPC answers work on this machine only",
+        )
+    return base
 
 
 @asynccontextmanager

@@ -38,9 +38,12 @@ def load_pipeline(
         pipeline = AutoPipelineForImage2Image.from_pretrained(  # type: ignore[no-untyped-call]
             source, dtype=dtype, safety_checker=None, requires_safety_checker=False
         )
-        tiny = _tiny(options.tiny_vae, dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
+    try:
+        tiny = _tiny(options.tiny_vae, dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {options.tiny_vae}: {error}", setting="tiny_vae") from error
     if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
         raise ModelError(f"{source} is not of the Stable Diffusion or SDXL family")
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.PICTURES:
@@ -94,8 +97,9 @@ def _try_compiler(device: torch.device, wanted: Compile) -> None:
     except Exception as error:  # of many kinds: no compiler, no headers, no Triton
         needs = "a C compiler" if device.type == "cuda" else "a C++ compiler"
         raise ModelError(
-            f"IMG2IMG_COMPILE={wanted} needs {needs} on this machine (Debian: g++); "
-            f"without one it must be off: {str(error).splitlines()[0]}"
+            f"{wanted} needs {needs} on this machine (Debian: g++); "
+            f"without one it must be off: {str(error).splitlines()[0]}",
+            setting="compile",
         ) from error
 
 

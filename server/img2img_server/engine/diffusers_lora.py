@@ -108,9 +108,13 @@ def _read(pipeline: Any, file: Path) -> list[_Change]:
             for change in _changes(part, network, weights, alphas or {}, metadata or {})
         ]
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(f"LoRA {file.name} does not fit the model: {error}") from error
+        raise ModelError(
+            f"LoRA {file.name} does not fit the model: {error}", setting="lora_dir"
+        ) from error
     if not found:
-        raise ModelError(f"LoRA {file.name} does not fit the model: it changes nothing of it")
+        raise ModelError(
+            f"LoRA {file.name} does not fit the model: it changes nothing of it", setting="lora_dir"
+        )
     return found
 
 

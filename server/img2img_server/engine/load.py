@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from img2img_server.engine.cpu_threads import apart
+from img2img_server.engine.device import device_and_dtype
 from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.memory import Memory, meter_of
@@ -23,24 +24,19 @@ _log = logging.getLogger(__name__)
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 def load_engine(settings: Settings) -> DiffusionEngine:
     """Loads the model onto the device and warms it up. Blocks for seconds to minutes.
 
     Raises:
+        SettingsError: the device is not there, or cannot compute with the dtype.
         ModelError: the model cannot be loaded, or its dry run failed.
     """
+    device, dtype = device_and_dtype(settings)
     spec = read_model_spec(settings.model)
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
     _log.info("loading model %s on %s as %s", spec.name, device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
@@ -70,37 +66,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a setting: auto is the GPU where there is one.
-
-    Raises:
-        ModelError: there is no such device.
-    """
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"{name!r} is no device: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not has_cuda:
-        raise ModelError(f"device {name} is not there")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a setting: auto is float32 on CPUs, few of which are faster with less.
-
-    Raises:
-        ModelError: there is no such dtype.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ModelError(f"{name!r} is no dtype: use auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def warm_up(engine: DiffusionEngine, spec: ModelSpec, settings: Settings) -> None:

@@ -33,6 +33,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from img2img_server.domain.models import ModelInfo
+from img2img_server.errors import OperatorError
+from img2img_server.settings import variable
 
 SCHEDULERS = ("ddim", "euler", "euler_a", "lcm", "dpmpp_2m")
 DEFAULT_MODEL = "atelier"
@@ -48,8 +50,20 @@ _SCHEDULER_OF_CLASS = {
 _FALLBACK_SCHEDULER = "ddim"
 
 
-class ModelError(Exception):
-    """The model cannot be used; the sentence says why."""
+class ModelError(OperatorError):
+    """The model cannot be used; the sentence says why.
+
+    `setting`: the one to change, when it is not the model itself.
+    """
+
+    def __init__(self, sentence: str, setting: str = "model") -> None:
+        super().__init__(sentence)
+        self.setting = setting
+
+    @property
+    def mistake(self) -> str:
+        """The sentence with its setting in front."""
+        return f"{variable(self.setting)}: {self}"
 
 
 class _Part(BaseModel):

@@ -13,6 +13,7 @@ import uvicorn
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import connect
+from img2img_server.listening import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.store.base import BlobStore
 from img2img_server.store.blobs_s3 import connect_blobs
@@ -39,7 +40,7 @@ async def serve(
     """Serves on a store that exists already; the order of stopping stands at the end."""
     settings.refuse_open_dev_key(settings.http_host)
     listener = _listen(settings)
-    address = f"{settings.http_host}:{listener.getsockname()[1]}"
+    address = host_port(settings.http_host, listener.getsockname()[1])
     async with AsyncExitStack() as open_parts:
         channel = await open_parts.enter_async_context(connect(settings))
         readiness = Readiness(channel, blobs, stop)
@@ -68,13 +69,11 @@ class _Server(uvicorn.Server):
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """Raises OSError when the address is taken."""
-    family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
-    listener = socket.create_server(
-        (settings.http_host, settings.http_port), family=family, backlog=2048
-    )
-    listener.setblocking(False)
-    return listener
+    """Raises SettingsError when the address is taken."""
+    (listener, *_) = listeners("gateway", settings)
+    opened = listener.open()
+    opened.setblocking(False)
+    return opened
 
 
 def _config(app: object, settings: Settings) -> uvicorn.Config:

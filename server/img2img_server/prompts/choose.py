@@ -26,5 +26,8 @@ def worker_rewriter(settings: Settings) -> PromptRewriter:
 
     try:
         return LanguageModelRewriter(settings.prompt_model, settings.prompt_template)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"IMG2IMG_PROMPT_MODEL: {error}") from error
+    except Exception as error:  # of the libraries, which have many
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SettingsError(
+            f"IMG2IMG_PROMPT_MODEL: cannot load {settings.prompt_model}: {reason}"
+        ) from error

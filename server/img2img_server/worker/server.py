@@ -12,9 +12,11 @@ from functools import partial
 import structlog
 
 from img2img_server.bus import Bus, connect_bus
+from img2img_server.ending import logs_reason
 from img2img_server.engine.base import Engine
 from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.model_spec import ModelError, read_model_spec
+from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.lifecycle import first_of
 from img2img_server.prompts.base import PromptRewriter
@@ -48,17 +50,14 @@ async def serve_worker(
         connect_bus(settings, patience_seconds=BUS_PATIENCE_SECONDS, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):
-        safety = safety_checker(settings, _source(settings))
-        rewriter = await asyncio.to_thread(worker_rewriter, settings)
-        try:
-            async with beside(_load_with(safety, settings, blobs)) as loading:
+        with logs_reason():
+            safety = safety_checker(settings, _source(settings))
+            async with beside(_load_all(safety, settings, blobs)) as loading:
                 await first_of(stop.wait(), asyncio.wait([loading]))
                 if not loading.done():  # its threads are left to the exit
                     log.info("worker stopped while its model was loaded")
                     return
-                engine = loading.result()
-        except ModelError as error:
-            raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
+                engine, rewriter = loading.result()
         try:
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
 
@@ -69,7 +68,8 @@ async def serve_worker(
                 if started:
                     started(name)
 
-            await work(settings, name, bus, blobs, engine, safety, rewriter, stop, announced)
+            with logs_reason():
+                await work(settings, name, bus, blobs, engine, safety, rewriter, stop, announced)
         finally:
             with suppress(TimeoutError):  # a step that hangs ends with the process
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
@@ -77,34 +77,63 @@ async def serve_worker(
     log.info("worker stopped")
 
 
-async def _load_with(safety: SafetyChecker, settings: Settings, blobs: BlobStore) -> Engine:
-    """The engine, beside it the checker warm and the bucket there."""
-    engine, _ = await asyncio.gather(_load_both(safety, settings), blobs.prepare())
-    return engine
+async def _load_all(
+    safety: SafetyChecker, settings: Settings, blobs: BlobStore
+) -> tuple[Engine, PromptRewriter]:
+    """Loads the models and makes the bucket ready at the same time. Raises the first error."""
+    loaded, _ = await asyncio.gather(_load_models(safety, settings), blobs.prepare())
+    return loaded
 
 
-async def _load_both(safety: SafetyChecker, settings: Settings) -> Engine:
-    """One after the other where both import diffusers, which two threads cannot do at once."""
+async def _load_models(safety: SafetyChecker, settings: Settings) -> tuple[Engine, PromptRewriter]:
+    """Loads one after the other where both import diffusers: two threads cannot do that at once."""
+    await asyncio.to_thread(_check_device, settings)
+    rewriter = await asyncio.to_thread(worker_rewriter, settings)
     if settings.safety_checker == "model":
-        engine = await asyncio.to_thread(_load, settings)
+        engine = await asyncio.to_thread(_load_engine, settings)
+        await _warm_up(safety)
+        return engine, rewriter
+    engine, _ = await asyncio.gather(asyncio.to_thread(_load_engine, settings), _warm_up(safety))
+    return engine, rewriter
+
+
+async def _warm_up(safety: SafetyChecker) -> None:
+    try:
         await safety.warm_up()
-        return engine
-    engine, _ = await asyncio.gather(asyncio.to_thread(_load, settings), safety.warm_up())
-    return engine
+    except SafetyCheckError as error:
+        reason = error.__cause__ or error
+        raise SettingsError(f"IMG2IMG_SAFETY_CHECKER: {error}: {reason}") from error
 
 
 def _source(settings: Settings) -> str:
     try:
         return read_model_spec(settings.model).source
     except ModelError as error:
-        raise SettingsError(f"IMG2IMG_MODEL: {error}") from error
+        raise SettingsError(error.mistake) from error
 
 
-def _load(settings: Settings) -> Engine:
+def _check_device(settings: Settings) -> None:
     wait_briefly()
-    from img2img_server.engine.load import load_engine  # imports torch: seconds
+    from img2img_server.engine.device import device_and_dtype  # imports torch: seconds
 
-    return load_engine(settings)
+    device_and_dtype(settings)
+
+
+def _load_engine(settings: Settings) -> Engine:
+    from img2img_server.engine.load import load_engine  # imports diffusers: seconds
+
+    try:
+        return load_engine(settings)
+    except ModelError as error:
+        raise SettingsError(error.mistake) from error
+    except OperatorError:
+        raise
+    except Exception as error:  # of the libraries, which have many
+        log.error("model_not_loaded", exc_info=error)
+        source = settings.model or "the model inside the package"
+        raise SettingsError(
+            f"IMG2IMG_MODEL: cannot load {source}: {type(error).__name__}: {error}"
+        ) from error
 
 
 async def work(

@@ -1,0 +1,118 @@
+"""How a process says why it ends: at once in the log, and in its last line on stderr.
+
+Whatever ends a role is an exception. Who raises one where the rest of the way out may take time
+(connections to close, jobs to hand back) wraps the place in `logs_reason`, so that the reason is in
+the log whatever happens then. The last line is written by `leave`, after everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Final, NoReturn
+
+import structlog
+
+from img2img_server.errors import JobFailedError, OperatorError, ServiceError
+from img2img_server.lifecycle import RestartError, exit_now
+from img2img_server.settings import Settings, SettingsError, log_format_of_environment
+from img2img_server.telemetry import configure_logging, is_json
+
+SETTINGS_CODE: Final = 2
+ERROR_CODE: Final = 1
+_EXPECTED: Final = (OperatorError, ServiceError, JobFailedError, KeyboardInterrupt)
+
+log = structlog.get_logger()
+
+
+@contextmanager
+def logs_reason() -> Iterator[None]:
+    """Logs the error that leaves the body, before any other step of the way out."""
+    try:
+        yield
+    except RestartError:
+        raise
+    except Exception as error:
+        log_reason(error)
+        raise
+
+
+def log_reason(error: BaseException) -> None:
+    """Logs why the process ends, once an error; the unexpected with its traceback."""
+    if getattr(error, "_is_logged", False):
+        return
+    with suppress(AttributeError):
+        error._is_logged = True  # type: ignore[attr-defined]
+    traceback = {} if is_expected(error) else {"exc_info": error}
+    for reason in reasons_of(error):
+        log.error("role_failed", reason=reason, **traceback)
+        traceback = {}
+
+
+def reasons_of(error: BaseException) -> list[str]:
+    """Why the process ends: a sentence for each mistake."""
+    if isinstance(error, BaseExceptionGroup):
+        nested = (reasons_of(each) for each in error.exceptions)
+        return list(dict.fromkeys(reason for reasons in nested for reason in reasons))
+    if isinstance(error, SettingsError):
+        return [_line(mistake) for mistake in error.mistakes] or ["wrong settings"]
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted before it served"]
+    text = _line(str(error))
+    if isinstance(error, _EXPECTED) and text:
+        return [text]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return [f"the Python package {error.name} is missing"]
+    return [f"unexpected {type(error).__name__}: {text or 'without a message'}"]
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether its sentence says everything, so that no traceback is needed."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(is_expected, error.exceptions))
+    return isinstance(error, _EXPECTED)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code: 2 for wrong settings, 130 after Ctrl-C, 1 for everything else."""
+    if isinstance(error, BaseExceptionGroup):
+        codes = {code_of(each) for each in error.exceptions}
+        return codes.pop() if len(codes) == 1 else ERROR_CODE
+    if isinstance(error, SettingsError):
+        return SETTINGS_CODE
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else ERROR_CODE
+
+
+def leave(program: str, error: BaseException) -> NoReturn:
+    """Writes why the process ends as its last line on stderr, and ends it without waiting for
+    threads. Several mistakes are a line each.
+
+    Args:
+        program: what the line begins with, such as "img2img-server worker".
+    """
+    if not structlog.is_configured():
+        configure_logging(Settings.model_construct(log_format=log_format_of_environment()), program)
+    if not is_expected(error):
+        log_reason(error)
+    code = code_of(error)
+    lines = [last_line(f"{program}: {reason}", code) for reason in reasons_of(error)]
+    with suppress(OSError, ValueError):
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+    exit_now(code)
+
+
+def last_line(sentence: str, code: int) -> str:
+    """The sentence, as a log record where the log is JSON."""
+    if not is_json(log_format_of_environment()):
+        return sentence
+    time = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    record = {"event": sentence, "exit_code": code, "level": "error", "timestamp": time}
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,76 @@
+"""The device and the number type of the settings.
+
+Imports torch and no model library: a device that is not there is reported before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from img2img_server.settings import Settings, SettingsError
+
+_DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    """What the settings say. Raises SettingsError, with both mistakes where there are two."""
+    mistakes: list[str] = []
+    device = torch.device("cpu")
+    try:
+        device = choose_device(settings.device)
+    except SettingsError as error:
+        mistakes += error.mistakes
+    try:
+        dtype = choose_dtype(settings.dtype, device)
+    except SettingsError as error:
+        raise SettingsError(*mistakes, *error.mistakes) from error
+    if mistakes:
+        raise SettingsError(*mistakes)
+    return device, dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting: auto is the GPU where there is one.
+
+    Raises:
+        SettingsError: there is no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(
+            f"IMG2IMG_DEVICE: {name!r} is no device: use auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"torch finds {count} GPUs here" if count else _why_no_gpu()
+        raise SettingsError(f"IMG2IMG_DEVICE: {name} is not there: {found}")
+    return device
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "the installed torch is a build for CPUs only"
+    return "torch finds no GPU here"
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a setting: auto is float32 on CPUs, few of which are faster with less.
+
+    Raises:
+        SettingsError: there is no such dtype, or the device cannot compute with it.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise SettingsError(f"IMG2IMG_DTYPE: {name!r} is no dtype: use auto, {known}")
+    return _DTYPES[name]

@@ -1,0 +1,112 @@
+"""The ports of a role: whether it can listen on them, and which setting is wrong if it cannot."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+from img2img_server.settings import Settings, SettingsError, variable
+
+METRICS_PORTS: Final = ("worker", "api", "gateway")  # of `local`, from metrics_port on
+_WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A host and a port to listen on, and the settings they come from. Port 0: any free one."""
+
+    host_setting: str
+    port_setting: str
+    host: str
+    port: int
+    note: str = ""
+
+    @property
+    def address(self) -> str:
+        return host_port(self.host, self.port)
+
+    def mistake(self, error: OSError) -> SettingsError:
+        """The error of a bind, with the setting that is to be changed."""
+        port, host = variable(self.port_setting), variable(self.host_setting)
+        note = f"; {self.note}" if self.note else ""
+        if isinstance(error, socket.gaierror) or (error.errno or 0) < 0:  # of getaddrinfo
+            return SettingsError(f"{host}: the name {self.host} has no address")
+        if error.errno == errno.EADDRINUSE:
+            return SettingsError(f"{port}: {self.address} is in use{note}")
+        if error.errno == errno.EACCES:
+            return SettingsError(f"{port}: this user may not listen on {self.address}{note}")
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            return SettingsError(f"{host}: {self.host} is no address of this machine")
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        return SettingsError(f"{port}: cannot listen on {self.address}: {reason}{note}")
+
+    def open(self) -> socket.socket:
+        """A socket that listens. Raises SettingsError."""
+        if self.port > 65535:
+            raise SettingsError(f"{variable(self.port_setting)}: there is no port {self.port}")
+        host = self.host.strip("[]")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            return socket.create_server((host, self.port), family=family, backlog=2048)
+        except OSError as error:
+            raise self.mistake(error) from error
+
+
+def listeners(role: str, settings: Settings) -> list[Listener]:
+    """The ports that a role listens on."""
+    grpc = Listener("grpc_host", "grpc_port", settings.grpc_host, settings.grpc_port)
+    http = Listener("http_host", "http_port", settings.http_host, settings.http_port)
+    host, port = settings.metrics_host, settings.metrics_port
+    metrics = Listener("metrics_host", "metrics_port", host, port)
+    if role == "local":
+        count = len(METRICS_PORTS)
+        note = f"`local` needs {count} ports in a row from {port} on, or 0 for any free ones"
+        row = [
+            Listener("metrics_host", "metrics_port", host, port + number if port else 0, note)
+            for number in range(count)
+        ]
+        return [grpc, http, *row]
+    return {"api": [grpc, metrics], "gateway": [http, metrics], "worker": [metrics]}.get(role, [])
+
+
+def reserve(listeners: Sequence[Listener]) -> list[int]:
+    """Listens on all of them for a moment. Returns their ports, different ones for each 0.
+
+    Raises:
+        SettingsError: lists all that cannot be listened on.
+    """
+    ports: list[int] = []
+    mistakes: list[str] = []
+    with ExitStack() as stack:
+        for listener in listeners:
+            try:
+                found = stack.enter_context(listener.open())
+            except SettingsError as error:
+                mistakes += error.mistakes
+            else:
+                ports.append(int(found.getsockname()[1]))
+    if mistakes:
+        raise SettingsError(*mistakes)
+    return ports
+
+
+def host_port(host: str, port: int) -> str:
+    """An address as gRPC and URLs write it: IPv6 in brackets."""
+    bare = host.strip("[]")
+    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a host means all addresses of this machine, so that nobody can connect to it."""
+    return host.strip("[]") in _WILDCARDS
+
+
+def reachable(host: str) -> str:
+    """The host for connections from this machine: loopback for all addresses."""
+    bare = host.strip("[]")
+    return _WILDCARDS.get(bare, bare)
