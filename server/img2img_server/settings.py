@@ -350,7 +350,8 @@ class Settings(BaseSettings):
             for name, other in (pair, pair[::-1]):
                 if _is_set(getattr(self, other)) and not _is_set(getattr(self, name)):
                     mistakes.append(
-                        f"{variable(name)}: is not set; {variable(other)} needs it as well"
+                        f"{variable(name)}: is not set, and must be given together with "
+                        f"{variable(other)}"
                     )
         if self.nats_user and _is_set(self.nats_token):
             mistakes.append(

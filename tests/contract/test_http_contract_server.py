@@ -151,7 +151,7 @@ async def test_a_taken_port_is_an_error_of_the_start() -> None:
     async with served_gateway() as gateway:
         port = int(gateway.address.split(":")[1])
         config = settings(api_address=gateway.stack.api.address, http_port=port)
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(SettingsError, match=f"IMG2IMG_HTTP_PORT: 127.0.0.1:{port} is in use"):
             await serve(config, gateway.stack.worker.blobs, asyncio.Event())
 
 
