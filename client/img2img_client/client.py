@@ -123,7 +123,7 @@ class Client:
 
         Args:
             prompt: what the picture shall show.
-            init_image: a file, its bytes, or an http(s) address.
+            init_image: a file, its bytes, an http(s) URL, or a data URI.
             detach: let the job go on without us.
             request_id: a UUID of yours: the same one gives the same job within 24 hours.
             timeout_seconds: until the job's end; one that cannot finish in time is refused.

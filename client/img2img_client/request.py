@@ -24,8 +24,8 @@ from img2img_client.errors import (
 )
 from img2img_client.resources import Job, State
 
-# A file or its bytes, or an http(s) address that the service fetches. A str is an address when it
-# begins with http:// or https://, otherwise a path.
+# A file or its bytes, an http(s) URL that the service fetches, or a data URI. A str is one of the
+# latter two when is_address says so, otherwise a path.
 ImageSource = str | os.PathLike[str] | bytes
 
 MAX_MESSAGE_BYTES = 34 * 2**20  # what the service takes, see Limits.max_message_bytes
@@ -61,6 +61,11 @@ class Options(TypedDict, total=False):
     annotations: Mapping[str, str] | None  # your own notes, returned unchanged
 
 
+def is_address(text: str) -> bool:
+    """Returns whether the text begins with http://, https:// or data:, in any case."""
+    return text[:8].lower().startswith(("http://", "https://", "data:"))
+
+
 def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.JobSpec:
     """Builds the spec; reads the init image's file.
 
@@ -77,7 +82,7 @@ def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.
     spec = job_pb2.JobSpec()
     values: dict[str, Any] = {"prompt": prompt, "output_format": "png", **_given(options)}
     violations = _set_fields(spec, values)
-    if isinstance(init_image, str) and init_image.startswith(("http://", "https://")):
+    if isinstance(init_image, str) and is_address(init_image):
         spec.init_image.url = init_image
     else:
         spec.init_image.data = _bytes(init_image)

@@ -9,6 +9,7 @@ import click
 
 from img2img_client.cli.follow import Files, check_output, follow
 from img2img_client.cli.session import Seconds, Session, command
+from img2img_client.request import is_address
 from img2img_client.resources import Job
 
 
@@ -98,7 +99,7 @@ def generate(
 
 def _source(init_image: str) -> str | bytes:
     """The file's bytes, or the address as it is."""
-    if init_image.startswith(("http://", "https://")):
+    if is_address(init_image):
         return init_image
     try:
         return Path(init_image).read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,13 +9,13 @@ from google.protobuf.message import Message
 
 from img2img.v1 import job_pb2
 from img2img_server.contract import notes
+from img2img_server.domain.data_uris import (
+    NO_IMAGE,
+    decode_base64,
+    decode_data_uri,
+    is_data_uri,
+)
 from img2img_server.gateway.contract import DEFAULT_STRENGTH, FIELDS, HINTS, LIMITS
-
-_URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
-_WHITE_SPACE = b" \t\r\n\f\v"
-# What is not base64 becomes bytes that are no picture: the contract checks the picture after the
-# key, the other fields and the queue, and all of these are the api's to check.
-_NO_PICTURE = b"\x00"
 
 
 def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
@@ -48,18 +47,12 @@ def drop_hints(spec: Message, names: Collection[str]) -> bool:
 
 
 def init_image(text: str) -> job_pb2.InitImage:
-    """A URL, a data URI with ";base64,", or base64: either alphabet, padded or not (section 5)."""
+    """A URL, a data URI, or base64: either alphabet, padded or not (section 5)."""
     text = text.strip()
     if text[:8].lower().startswith(("http://", "https://")):
         return job_pb2.InitImage(url=text)
-    if text[:5].lower() == "data:" and ";base64," in text[:256]:
-        text = text.partition(";base64,")[2]
-    return job_pb2.InitImage(data=_decoded(text) or _NO_PICTURE)
-
-
-def _decoded(text: str) -> bytes:
     try:
-        data = text.encode("ascii").translate(_URL_SAFE_TO_STANDARD, _WHITE_SPACE).rstrip(b"=")
-        return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
+        data = decode_data_uri(text) if is_data_uri(text) else decode_base64(text)
     except ValueError:
-        return b""
+        data = b""
+    return job_pb2.InitImage(data=data or NO_IMAGE)
