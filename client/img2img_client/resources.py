@@ -196,6 +196,7 @@ class Job:
     eta_seconds: float | None
     original_prompt: str
     webhook_status: str
+    webhook_error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

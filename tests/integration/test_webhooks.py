@@ -14,7 +14,7 @@ import pytest
 from fixtures_engines import OpenBus
 from receiver import SECRET, receiving, until
 from standardwebhooks import Webhook
-from web_peers import Names, listening
+from web_peers import Names, answer, listening, origin
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server.api.webhooks import Webhooks
@@ -65,7 +65,7 @@ async def run_to_end(api: Api, **changes: Any) -> job_pb2.Job:
 def without_status(job: job_pb2.Job) -> job_pb2.Job:
     same = job_pb2.Job()
     same.CopyFrom(job)
-    same.webhook_status = ""
+    same.webhook_status = same.webhook_error = ""
     return same
 
 
@@ -126,7 +126,9 @@ async def test_between_attempts_the_job_says_retrying() -> None:
         ended = await run_to_end(api, webhook=receiver.url)
         await receiver.next()
         await status_becomes(api, ended.name, "retrying")
-        assert without_status(await api.get(ended.name)) == ended
+        retried = await api.get(ended.name)
+        assert retried.webhook_error == "the server answered 500"
+        assert without_status(retried) == ended
 
 
 async def test_after_the_last_attempt_the_job_says_failed_and_is_the_same() -> None:
@@ -150,8 +152,8 @@ async def test_gone_ends_the_attempts() -> None:
 @pytest.mark.parametrize("status", [429, 503])
 async def test_retry_after_holds_the_next_attempt_back(status: int) -> None:
     bus = memory_bus()
-    answer = (status, {"Retry-After": "3000"})
-    async with receiving(answer, 200) as receiver, running_worker(bus):
+    asked = (status, {"Retry-After": "3000"})
+    async with receiving(asked, 200) as receiver, running_worker(bus):
         async with api_that_delivers(bus) as api:
             ended = await run_to_end(api, webhook=receiver.url)
             await receiver.next()
@@ -280,8 +282,8 @@ async def test_a_cancellation_without_its_webhook_is_completed_by_a_worker() -> 
 
 async def redeliver(api: Api, name: str) -> job_pb2.Job:
     request = service_pb2.RedeliverWebhookRequest(name=name)
-    answer = await api.stub.RedeliverWebhook(request, metadata=DEV, timeout=WAIT_SECONDS)
-    return answer.job
+    response = await api.stub.RedeliverWebhook(request, metadata=DEV, timeout=WAIT_SECONDS)
+    return response.job
 
 
 async def test_a_webhook_is_delivered_again_on_request(bus: Bus) -> None:
@@ -323,13 +325,19 @@ async def test_redelivery_is_refused_where_there_is_nothing_to_deliver() -> None
         ]
 
 
+WHY_PRIVATE = (
+    "the address is not public",
+    "the name internal.test cannot be resolved",
+    "the host is an IP address in a spelling that is not accepted",
+)
+
+
 @pytest.mark.parametrize(
     "address",
     [
         "https://127.0.0.1:{port}/",
         "https://localhost:{port}/",
         "https://internal.test:{port}/",
-        "https://user@127.0.0.1:{port}/",
         "https://2130706433:{port}/",
     ],
 )
@@ -344,21 +352,48 @@ async def test_a_private_address_is_a_failed_attempt_without_a_connection(addres
         await status_becomes(api, ended.name, "retrying")
         assert ended.state == job_pb2.Job.STATE_SUCCEEDED
         assert listener.connections == 0
+        told = (await api.get(ended.name)).webhook_error
+        assert told in WHY_PRIVATE
 
 
 async def test_a_redirect_is_not_followed() -> None:
     bus = memory_bus()
     async with receiving() as target, running_worker(bus):
-        answer = (307, {"Location": target.url})
+        redirected = (307, {"Location": target.url})
         async with (
-            receiving(answer, 200) as receiver,
+            receiving(redirected, 200) as receiver,
             api_that_delivers(bus) as api,
         ):
             ended = await run_to_end(api, webhook=receiver.url)
             await receiver.next()
             await receiver.next()
             await status_becomes(api, ended.name, "success")
+            assert (await api.get(ended.name)).webhook_error == ""
             assert target.arrived.empty()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_the_job_says_that_redirects_of_webhooks_are_not_followed(status: int) -> None:
+    bus = memory_bus()
+    redirected = (status, {"Location": "https://hooks.example.org/"})
+    async with (
+        receiving(redirected) as receiver,
+        running_worker(bus),
+        api_that_delivers(bus, pauses=Pauses()) as api,
+    ):
+        ended = await run_to_end(api, webhook=receiver.url)
+        await status_becomes(api, ended.name, "retrying")
+        told = (await api.get(ended.name)).webhook_error
+        assert told == f"the server answered {status}; redirects are not followed"
+
+
+async def test_a_webhook_is_posted_to_the_bytes_that_the_caller_sent() -> None:
+    bus = memory_bus()
+    async with origin(answer(204)) as server, running_worker(bus), api_that_delivers(bus) as api:
+        url = f"http://127.0.0.1:{server.port}/a%28b%29?sig=%2f%2B%3a~&e=&x"
+        ended = await run_to_end(api, webhook=url)
+        await status_becomes(api, ended.name, "success")
+        assert server.targets == ["/a%28b%29?sig=%2f%2B%3a~&e=&x HTTP/1.1"]
 
 
 async def test_a_stopping_api_finishes_the_attempt_under_way() -> None:

@@ -120,6 +120,7 @@ def test_a_job_is_read_whole() -> None:
         eta_seconds=1.5,
         original_prompt="",
         webhook_status="",
+        webhook_error="",
     )
 
 

@@ -16,13 +16,14 @@ from img2img.v1 import job_pb2
 from img2img_server.contract import results
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
+from img2img_server.images.retry_after import seconds_of
 from img2img_server.queue.memory_outbox import MemoryOutbox
 from img2img_server.settings import SettingsError
 from img2img_server.store.base import Stored
 from img2img_server.store.memory import MemoryJobStore
 from img2img_server.webhooks.deliverer import Deliverer
 from img2img_server.webhooks.pauses import DELAYS_SECONDS, Pauses
-from img2img_server.webhooks.post import Outcome, seconds_of
+from img2img_server.webhooks.post import Outcome
 from img2img_server.webhooks.record import announce, set_status
 from img2img_server.webhooks.signature import Signer
 from img2img_server.wire.codec import UndecodableError
@@ -158,6 +159,8 @@ def test_what_finds_no_place_waits_twice_as_long_each_time_up_to_five_minutes() 
         ("soon", 0.0),
         ("-5", 0.0),
         ("²", 0.0),
+        ("Thu, 01 Jan 99999 00:00:00 GMT", 0.0),
+        ("Thu, 01 Jan 2026 00:00:00 +99999999999999999999", 0.0),
     ],
 )
 def test_retry_after_is_a_number_or_a_date(header: str, seconds: float) -> None:
@@ -176,7 +179,8 @@ async def test_a_full_outbox_gives_up_the_webhook_and_says_so() -> None:
     await announce(outbox, jobs, job)
     stored = await jobs.get(job.tenant, job.id)
     assert stored is not None
-    assert stored.job == replace(job, webhook_status="failed")
+    why = "too many webhooks of the tenant are waiting"
+    assert stored.job == replace(job, webhook_status="failed", webhook_error=why)
 
 
 async def test_the_status_is_written_past_a_change_under_way() -> None:

@@ -90,7 +90,7 @@ def show_job(job: Job) -> None:
         "expected": "" if job.eta_seconds is None else f"in about {job.eta_seconds:.0f} s",
         "worker": " on ".join(part for part in (job.worker, job.device) if part),
         "track id": job.spec.track_id,
-        "webhook": job.webhook_status,
+        "webhook": ": ".join(part for part in (job.webhook_status, job.webhook_error) if part),
         "error": f"{job.error.reason}: {job.error.message}" if job.error else "",
         "warning": job.warning,
     }

@@ -118,6 +118,7 @@ class Job:
     handed_back: int = 0
     warning: str = ""
     webhook_status: str = ""
+    webhook_error: str = ""
     cancel_requested: bool = False
     # Place in the work queue, to withdraw the job or tell its position; 0: not queued yet.
     queue_sequence: int = 0

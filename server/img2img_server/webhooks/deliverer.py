@@ -136,10 +136,10 @@ class Deliverer:
             status=status,
             attempt=pending.attempt,
             url=shown(job.params.webhook),
-            reason=outcome.reason,
+            reason=outcome.detail or outcome.reason,
         )
         try:
-            await self._note(job, status)
+            await self._note(job, status, "" if outcome.delivered else outcome.reason)
             if pause is None:
                 await pending.done()
             else:
@@ -147,14 +147,14 @@ class Deliverer:
         except errors.UnavailableError:
             log.warning("webhook let go, the bus is away", job=job.id)  # it comes again
 
-    async def _note(self, job: Job, status: str) -> None:
+    async def _note(self, job: Job, status: str, error: str) -> None:
         """A record that cannot be read must hold up neither its webhook nor the service."""
         try:
-            await set_status(self._jobs, job, status)
+            await set_status(self._jobs, job, status, error)
         except errors.UnavailableError:
             raise
-        except Exception as error:
-            log.error("webhook status not written", job=job.id, exc_info=error)
+        except Exception as fault:
+            log.error("webhook status not written", job=job.id, exc_info=fault)
 
     async def _attempt(self, job: Job) -> Outcome:
         try:

@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
 
+from img2img_server.images.causes import cause_of
 from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy
+from img2img_server.images.retry_after import seconds_of
 
 TIMEOUT_SECONDS = 30.0
 _GONE = 410
@@ -24,13 +26,14 @@ class Outcome:
     """How an attempt ended.
 
     `final`: trying again is of no use. `retry_after_seconds`: the receiver asked for this pause.
-    `reason`: for the log.
+    `reason`: for the caller, a clause without IP addresses; `detail`: for the log, if it says more.
     """
 
     delivered: bool
     final: bool = False
     retry_after_seconds: float = 0.0
     reason: str = ""
+    detail: str = ""
 
 
 # Posts a body to an address; never raises for the receiver's sake.
@@ -56,14 +59,25 @@ async def open_post(
             try:
                 async with asyncio.timeout(timeout_seconds):
                     return await _post(session, policy, address, body, headers)
-            except ForbiddenAddressError as error:
-                return Outcome(delivered=False, reason=str(error))
             except TimeoutError:
-                return Outcome(delivered=False, reason="no answer in time")
-            except (OSError, ValueError, aiohttp.ClientError) as error:
-                return Outcome(delivered=False, reason=type(error).__name__)
+                reason = f"the server did not answer within {timeout_seconds:g} s"
+                return Outcome(delivered=False, reason=reason)
+            except (ForbiddenAddressError, OSError, ValueError, aiohttp.ClientError) as error:
+                forbidden = isinstance(error, ForbiddenAddressError)
+                return Outcome(
+                    delivered=False,
+                    reason=cause_of(error, _host(address)),
+                    detail=str(error) if forbidden else type(error).__name__,
+                )
 
         yield post
+
+
+def _host(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or "the host"
+    except ValueError:
+        return "the host"
 
 
 async def _post(
@@ -75,29 +89,20 @@ async def _post(
 ) -> Outcome:
     url = policy.check_url(address)
     if url.scheme == "http" and not policy.lists(url):
-        raise ForbiddenAddressError("http to a host that is not listed")
+        raise ForbiddenAddressError("the address is http and the operator does not list its host")
     sent = {"Content-Type": "application/json", **headers}
     async with session.post(url, data=body, headers=sent, allow_redirects=False) as response:
         status = response.status
         asked = response.headers.get("Retry-After", "") if status in _ASKS_FOR_TIME else ""
+        delivered = 200 <= status < 300
         return Outcome(
-            delivered=200 <= status < 300,
+            delivered=delivered,
             final=status == _GONE,
             retry_after_seconds=seconds_of(asked, time.time()),
-            reason=f"status {status}",
+            reason=_answered(status),
         )
 
 
-def seconds_of(retry_after: str, now: float) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0.0 for anything else.
-
-    Args:
-        now: Unix seconds.
-    """
-    text = retry_after.strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
-    except ValueError:
-        return 0.0
+def _answered(status: int) -> str:
+    note = "; redirects are not followed" if 300 <= status < 400 else ""
+    return f"the server answered {status}{note}"

@@ -28,21 +28,24 @@ async def announce(outbox: Outbox, jobs: JobStore, job: Job) -> None:
         await outbox.put(job)
     except OutboxFullError:
         log.warning("webhook given up, the tenant has too many waiting", job=job.id)
-        await set_status(jobs, job, FAILED)
+        await set_status(jobs, job, FAILED, "too many webhooks of the tenant are waiting")
 
 
-async def set_status(jobs: JobStore, job: Job, status: str) -> None:
-    """Writes webhook_status and nothing else; fine when the record is gone.
+async def set_status(jobs: JobStore, job: Job, status: str, error: str = "") -> None:
+    """Writes webhook_status and webhook_error and nothing else; fine when the record is gone.
 
     Raises:
         UnavailableError: the bus is down.
     """
     while True:
         stored = await jobs.get(job.tenant, job.id)
-        if stored is None or stored.job.webhook_status == status:
+        if stored is None:
+            return
+        changed = replace(stored.job, webhook_status=status, webhook_error=error)
+        if changed == stored.job:
             return
         try:
-            await jobs.update(replace(stored.job, webhook_status=status), stored.revision)
+            await jobs.update(changed, stored.revision)
         except ConflictError:
             continue  # somebody else wrote: look again
         return

@@ -113,9 +113,12 @@ class InitImage(_message.Message):
     URL_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     url: _builtins.str
-    """http or https address of at most 4096 characters. Fetched by the service under its outbound
+    """http or https URL of at most 4096 characters. Fetched by the service under its outbound
     policy: public addresses only (unless the operator allows more), at most 3 redirects, 10 s
-    in all, at most 20 MB and 50 megapixels.
+    in all, at most 20 MB and 50 megapixels. Path and query are requested byte for byte as they
+    are here; only characters that a URL must not contain are percent-encoded. If the download
+    fails, the violation of field `init_image` says why. Also a data URI (RFC 2397), of any
+    length that a message may have; it is treated like `data`.
     """
     data: _builtins.bytes
     """The encoded file itself: at most 20 971 520 bytes and 50 000 000 pixels."""
@@ -586,6 +589,7 @@ class Job(_message.Message):
     ETA_FIELD_NUMBER: _builtins.int
     ORIGINAL_PROMPT_FIELD_NUMBER: _builtins.int
     WEBHOOK_STATUS_FIELD_NUMBER: _builtins.int
+    WEBHOOK_ERROR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: "jobs/{id}"."""
     id: _builtins.int
@@ -608,6 +612,10 @@ class Job(_message.Message):
     """The prompt as the caller sent it; spec.prompt is the one used."""
     webhook_status: _builtins.str
     """Webhook delivery: "" (none, or not tried yet), "retrying", "success" or "failed"."""
+    webhook_error: _builtins.str
+    """Why the last attempt at the webhook failed, for example "the server answered 307; redirects are
+    not followed". Empty while webhook_status is "" or "success".
+    """
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """The request as understood: defaults filled in, seed drawn, prompt as used, without the
@@ -676,10 +684,11 @@ class Job(_message.Message):
         eta: _duration_pb2.Duration | None = ...,
         original_prompt: _builtins.str = ...,
         webhook_status: _builtins.str = ...,
+        webhook_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "determinism", b"determinism", "device", b"device", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "file_prefix", b"file_prefix", "future_urls", b"future_urls", "id", b"id", "name", b"name", "original_prompt", b"original_prompt", "samples", b"samples", "spec", b"spec", "start_time", b"start_time", "state", b"state", "timings", b"timings", "warning", b"warning", "webhook_status", b"webhook_status", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "determinism", b"determinism", "device", b"device", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "file_prefix", b"file_prefix", "future_urls", b"future_urls", "id", b"id", "name", b"name", "original_prompt", b"original_prompt", "samples", b"samples", "spec", b"spec", "start_time", b"start_time", "state", b"state", "timings", b"timings", "warning", b"warning", "webhook_error", b"webhook_error", "webhook_status", b"webhook_status", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,21 @@
+"""Reads the header Retry-After."""
+
+from __future__ import annotations
+
+from email.utils import parsedate_to_datetime
+
+
+def seconds_of(retry_after: str, now: float) -> float:
+    """Returns the seconds that a Retry-After header asks for; 0.0 if it is not well formed.
+
+    Args:
+        retry_after: A number of seconds or a date (RFC 9110, section 10.2.3).
+        now: Unix seconds.
+    """
+    text = retry_after.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+    except (ValueError, OverflowError):  # a year or an offset that no timestamp has
+        return 0.0
