@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -98,6 +99,59 @@ async def serving(*routes: web.RouteDef) -> AsyncIterator[int]:
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
+
+
+class Origin:
+    """An HTTP server that answers with given bytes and keeps the requests as they arrived."""
+
+    def __init__(self, answers: list[bytes]) -> None:
+        self.answers = answers
+        self.requests: list[bytes] = []
+        self.handlers: set[asyncio.Task[None] | None] = set()
+        self.port = 0
+
+    @property
+    def targets(self) -> list[str]:
+        """The request targets, as the request lines have them."""
+        return [request.split(b"\r\n")[0].split(b" ", 1)[1].decode() for request in self.requests]
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.handlers.add(asyncio.current_task())
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            self.requests.append(await reader.readuntil(b"\r\n\r\n"))
+            answers = self.answers
+            answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            if answer == RESET:
+                writer.transport.abort()
+                return
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+RESET = b"RESET"  # an answer: the connection is reset
+
+
+def answer(status: int, body: bytes = b"", *headers: str) -> bytes:
+    """The bytes of an HTTP answer that ends its connection."""
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Connection: close", *headers]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+@asynccontextmanager
+async def origin(*answers: bytes, tls: ssl.SSLContext | None = None) -> AsyncIterator[Origin]:
+    """An Origin on 127.0.0.1; the last answer is given for ever, without any it is the picture."""
+    found = Origin(list(answers) or [answer(200, PICTURE)])
+    server = await asyncio.start_server(found.accept, "127.0.0.1", 0, ssl=tls)
+    found.port = server.sockets[0].getsockname()[1]
+    try:
+        yield found
+    finally:
+        server.close()
+        await server.wait_closed()
+        await asyncio.gather(*filter(None, found.handlers))
 
 
 async def picture(request: web.Request) -> web.Response:

@@ -79,7 +79,7 @@ class InvalidRequestError(ServiceError):
     reason = "INVALID_REQUEST"
 
     def __init__(self, violations: list[Violation]) -> None:
-        super().__init__("; ".join(violation.description for violation in violations))
+        super().__init__("; ".join(violation.text for violation in violations))
         self.violations = violations
 
     @property

@@ -247,6 +247,13 @@ class Settings(BaseSettings):
         description="Hosts and networks that caller-supplied addresses may name although they are "
         "not public, comma separated: `files.internal, 10.2.0.0/16`.",
     )
+    outbound_user_agent: str = Field(
+        "",
+        pattern=r"^[ -~]*$",
+        description="User-Agent of requests to caller-supplied addresses, for example "
+        "`img2img/0.1.0 (+https://example.com/contact)`; some servers refuse one without a "
+        "contact. Empty: `img2img/` and the version.",
+    )
     outbound_timeout_seconds: float = Field(10.0, gt=0, description="Longest init image download.")
 
     # Times.

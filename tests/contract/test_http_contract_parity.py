@@ -292,7 +292,13 @@ class Address:
 
     name: str
     answer: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    cause: str = ""
     told: str = "Unable to fetch image from provided URL"
+
+    @property
+    def text(self) -> str:
+        """The sentence with its cause."""
+        return f"{self.told}: {self.cause}" if self.cause else self.told
 
 
 async def page(_: web.Request) -> web.Response:
@@ -307,11 +313,15 @@ def status(code: int) -> Callable[[web.Request], Awaitable[web.Response]]:
 
 
 ADDRESSES = [
-    Address("404", status(404)),
-    Address("500", status(500)),
-    Address("a redirect in circles", redirect("/picture")),
-    Address("a redirect to a private address", redirect("http://10.0.0.1/a.png")),
-    Address("a page", page, "init_image is not a valid PNG, JPG or WebP image"),
+    Address("404", status(404), "the server answered 404"),
+    Address("500", status(500), "the server answered 500"),
+    Address("a redirect in circles", redirect("/picture"), "too many redirects, more than 3"),
+    Address(
+        "a redirect to a private address",
+        redirect("http://10.0.0.1/a.png"),
+        "the address is not public (after a redirect)",
+    ),
+    Address("a page", page, told="init_image is not a valid PNG, JPG or WebP image"),
 ]
 
 
@@ -334,10 +344,10 @@ async def test_both_tell_the_same_of_an_address_that_gives_no_picture(case: Addr
             await stack.api.create(spec)
         assert (answer.status_code, answer.json()) == (
             400,
-            {"status": "error", "message": case.told, "errors": {"init_image": [case.told]}},
+            {"status": "error", "message": case.told, "errors": {"init_image": [case.text]}},
         )
         told = refusal(caught.value)
-        assert (told.reason, told.violations) == ("INVALID_REQUEST", {"init_image": case.told})
+        assert (told.reason, told.violations) == ("INVALID_REQUEST", {"init_image": case.text})
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)

@@ -42,7 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "no URL": (
         {"init_image": job_pb2.InitImage(url="file:///etc/passwd")},
-        {"init_image": "Unable to fetch image from provided URL"},
+        {
+            "init_image": "Unable to fetch image from provided URL: the address does not begin "
+            "with http:// or https://"
+        },
     ),
     "60 megapixels": (
         inline(picture_of_60_megapixels()),

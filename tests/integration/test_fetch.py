@@ -5,21 +5,49 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+import ssl
 from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 import structlog.testing
+import trustme
 from aiohttp import web
 from aiohttp.abc import ResolveResult
-from web_peers import CDN, PICTURE, Names, fetch, listening, picture, redirect, serving
+from web_peers import (
+    CDN,
+    PICTURE,
+    RESET,
+    Names,
+    answer,
+    fetch,
+    listening,
+    origin,
+    picture,
+    redirect,
+    serving,
+)
 
+from img2img_server import __version__
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import FetchError, InvalidImageError
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
+from tests.stack import settings
 
 PUBLIC_ONLY = OutboundPolicy()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("img2img_server.images.fetch.FIRST_PAUSE_SECONDS", 0.001)
+
+
+async def cause_of_failure(url: str, **more: object) -> str:
+    """Why the download of a named host fails, as the caller reads it."""
+    with pytest.raises(FetchError, match=r"^Unable to fetch image from provided URL$") as caught:
+        await fetch(url, CDN, Names("127.0.0.1"), **more)
+    return caught.value.cause
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -138,35 +166,50 @@ async def test_a_name_without_address_and_a_closed_port_fail() -> None:
             await fetch(url, CDN, Names(nowhere_test=[[]], cdn_test=[["127.0.0.1"]]))
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZIP", "gzip, gzip"])
-async def test_an_encoded_body_is_refused(encoding: str) -> None:
+@pytest.mark.parametrize("coding", ["gzip", "gzip, aws-chunked", "aws-chunked", "", "identity,"])
+async def test_content_codings_are_read_as_a_list_and_undone(coding: str) -> None:
     names = Names("127.0.0.1")
     asked = []
 
     async def packed(request: web.Request) -> web.Response:
         asked.append(request.headers["Accept-Encoding"])
-        return web.Response(body=gzip.compress(PICTURE), headers={"Content-Encoding": encoding})
+        body = gzip.compress(PICTURE) if "gzip" in coding else PICTURE
+        return web.Response(body=body, headers={"Content-Encoding": coding})
 
     async with serving(web.get("/", packed)) as port:
-        with pytest.raises(FetchError):
-            await fetch(f"http://cdn.test:{port}/", CDN, names)
+        assert await fetch(f"http://cdn.test:{port}/", CDN, names) == PICTURE
     assert asked == ["identity"]
+
+
+async def test_a_coding_that_nobody_undoes_is_named() -> None:
+    packed = answer(200, b"\x0b\x02\x80ab\x03", "Content-Encoding: br")
+    async with origin(packed) as server:
+        cause = await cause_of_failure(f"http://cdn.test:{server.port}/")
+    assert cause == "the server sent it with Content-Encoding br, which is not supported"
+
+
+async def test_a_packed_body_is_held_against_the_byte_limit() -> None:
+    packed = answer(200, gzip.compress(bytes(2**20 + 1)), "Content-Encoding: gzip")
+    async with origin(packed) as server:
+        url, limits = f"http://cdn.test:{server.port}/", Limits(max_image_bytes=2**20)
+        with pytest.raises(InvalidImageError, match="must not be larger than 1 MB"):
+            await fetch_image(url, policy=CDN, resolver=Names("127.0.0.1"), limits=limits)
 
 
 @pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 400, 401, 403, 404, 410, 500, 503])
 async def test_only_status_200_counts(status: int) -> None:
     names = Names("127.0.0.1")
 
-    async def answer(request: web.Request) -> web.Response:
+    async def refuse(request: web.Request) -> web.Response:
         return web.Response(status=status, body=b"" if status in (204, 304) else PICTURE)
 
-    async with serving(web.get("/", answer)) as port:
+    async with serving(web.get("/", refuse)) as port:
         with pytest.raises(FetchError):
             await fetch(f"http://cdn.test:{port}/", CDN, names)
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "broken",
     [
         b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n",
@@ -181,12 +224,12 @@ async def test_only_status_200_counts(status: int) -> None:
         b"",
     ],
 )
-async def test_a_broken_answer_is_a_failed_download(answer: bytes) -> None:
+async def test_a_broken_answer_is_a_failed_download(broken: bytes) -> None:
     names = Names("127.0.0.1")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
+        writer.write(broken)
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -220,7 +263,7 @@ async def test_nothing_of_one_host_reaches_another(monkeypatch: pytest.MonkeyPat
             "Host": f"cdn.test:{port}",
             "Accept": "image/png, image/jpeg, image/webp, */*;q=0.1",
             "Accept-Encoding": "identity",
-            "User-Agent": "img2img",
+            "User-Agent": f"img2img/{__version__}",
         }
     ]
 
@@ -231,10 +274,11 @@ async def test_the_log_tells_the_reason_and_no_secret() -> None:
     with structlog.testing.capture_logs() as more, pytest.raises(FetchError):
         await fetch("http://user:secret@public.test/a.png", PUBLIC_ONLY, Names())
 
-    event = {"event": "init image not fetched", "log_level": "info"}
+    event = {"event": "init image not fetched", "log_level": "info", "tries": 0}
     reason = "10.0.0.1 has an address that is not public: 10.0.0.1"
     assert lines == [{**event, "reason": reason, "url": "http://10.0.0.1/a.png"}]
-    assert more == [{**event, "reason": "user part", "url": "http://public.test/a.png"}]
+    user_part = "the address contains a user name or password (user@host), which is not supported"
+    assert more == [{**event, "reason": user_part, "url": "http://public.test/a.png"}]
 
 
 async def test_local_mode_fetches_from_this_machine_by_name_and_by_address() -> None:
@@ -265,3 +309,177 @@ async def test_a_caller_that_gives_up_closes_the_connection() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await asyncio.wait_for(left.wait(), 5)
+
+
+@pytest.mark.parametrize(
+    "transient",
+    [
+        *(answer(status) for status in (429, 500, 502, 503, 504)),
+        answer(200, PICTURE)[:-1],
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n",
+        b"",
+        RESET,
+    ],
+)
+async def test_what_may_pass_is_tried_at_most_twice_more(transient: bytes) -> None:
+    async with origin(transient, transient, answer(200, PICTURE)) as server:
+        url = f"http://cdn.test:{server.port}/a"
+        assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
+        assert server.targets == ["/a HTTP/1.1"] * 3
+    async with origin(transient) as server:
+        with structlog.testing.capture_logs() as lines:
+            await cause_of_failure(f"http://cdn.test:{server.port}/a")
+        assert len(server.requests) == 3
+    assert [(line["event"], line["tries"]) for line in lines] == [("init image not fetched", 3)]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 501])
+async def test_a_refusal_is_final(status: int) -> None:
+    async with origin(answer(status, b"no", "Retry-After: 0"), answer(200, PICTURE)) as server:
+        cause = await cause_of_failure(f"http://cdn.test:{server.port}/")
+        assert cause == f"the server answered {status}"
+        assert len(server.requests) == 1
+
+
+async def test_the_target_of_a_redirect_is_tried_again_and_not_the_redirect() -> None:
+    away = answer(302, b"", "Location: /b%2f")
+    async with origin(away, answer(503), answer(503), answer(200, PICTURE)) as server:
+        assert await fetch(f"http://cdn.test:{server.port}/a", CDN, Names("127.0.0.1")) == PICTURE
+        assert server.targets == ["/a HTTP/1.1"] + ["/b%2f HTTP/1.1"] * 3
+
+
+async def test_a_small_retry_after_is_waited_for_and_a_large_one_is_not() -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def asked_for(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("img2img_server.images.fetch.asyncio.sleep", asked_for)
+        async with origin(answer(429, b"", "Retry-After: 2"), answer(200, PICTURE)) as server:
+            url = f"http://cdn.test:{server.port}/"
+            assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
+        async with origin(answer(503, b"", "Retry-After: 60")) as server:
+            cause = await cause_of_failure(f"http://cdn.test:{server.port}/")
+            assert cause == "the server answered 503"
+            assert len(server.requests) == 1
+    assert pauses == [2.0]
+
+
+async def test_the_cause_of_a_failed_download_reaches_the_caller() -> None:
+    host, broken = "http://cdn.test:{port}/", "the connection broke before the server answered"
+    causes = {
+        answer(403): "the server answered 403",
+        answer(302): "the server answered 302 without a Location",
+        answer(302, b"", "Location: /"): "too many redirects, more than 3",
+        answer(302, b"", "Location: ftp://a/"): "the address does not begin with http:// or "
+        "https:// (after a redirect)",
+        answer(302, b"", "Location: http://10.0.0.1:81/"): "the address is not public "
+        "(after a redirect)",
+        answer(200, b"x" * 99)[:-9]: "the connection broke after 90 bytes",
+        b"": broken,
+        RESET: broken,
+        b"SSH-2.0-OpenSSH_9.2\r\n": "the server did not answer with valid HTTP",
+    }
+    found = {}
+    for sent in causes:
+        async with origin(sent) as server:
+            found[sent] = await cause_of_failure(host.format(port=server.port))
+    assert found == causes
+
+
+async def test_the_cause_names_what_the_caller_sent_and_no_address_behind_it() -> None:
+    refused = socket.socket()
+    refused.bind(("127.0.0.1", 0))  # bound and not listening
+    port = refused.getsockname()[1]
+    with refused:
+        cause = await cause_of_failure(f"http://cdn.test:{port}/")
+    assert cause == "no connection to cdn.test: connection refused"
+    for url, names, wanted in (
+        ("http://inside.test/", Names("10.1.2.3"), "the address is not public"),
+        ("http://169.254.169.254/", Names(), "the address is not public"),
+        (
+            "http://nowhere.test/",
+            Names(nowhere_test=[[]]),
+            "the name nowhere.test cannot be resolved",
+        ),
+        ("http://public.test:25/", Names(), "port 25 is not a port for HTTP"),
+        ("http://0x7f.1/", Names(), "the host is an IP address in a spelling that is not accepted"),
+    ):
+        with pytest.raises(FetchError) as caught:
+            await fetch(url, PUBLIC_ONLY, names)
+        assert caught.value.cause == wanted
+
+
+async def test_a_slow_server_is_told_from_one_that_does_not_answer() -> None:
+    async with serving(web.get("/", slow_body), web.get("/never", slow_headers)) as port:
+        url = f"http://cdn.test:{port}/"
+        never = await cause_of_failure(f"{url}never", timeout_seconds=0.2)
+        slow = await cause_of_failure(url, timeout_seconds=0.2)
+    assert never == "the server did not answer within 0.2 s"
+    assert slow.startswith("the server did not send the whole image within 0.2 s; ")
+    assert slow.endswith(" bytes had arrived")
+
+
+async def test_a_certificate_that_is_not_valid_is_told_with_its_fault() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("cdn.test").configure_cert(context)
+    async with origin(tls=context) as server:
+        cause = await cause_of_failure(f"https://cdn.test:{server.port}/")
+        assert len(server.requests) == 0
+    wanted = "the TLS certificate of cdn.test is not valid: unable to get local issuer certificate"
+    assert cause == wanted
+
+
+async def test_a_server_without_tls_is_told() -> None:
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mail.example ready\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        cause = await cause_of_failure(f"https://cdn.test:{port}/")
+    assert cause.startswith("the TLS connection to cdn.test failed: ")
+
+
+@pytest.mark.parametrize(
+    ("location", "target"),
+    [
+        ("/a%28b%29?X-Sig=%2f%2B%3a&e=", "/a%28b%29?X-Sig=%2f%2B%3a&e="),
+        ("/a?", "/a?"),
+        ("/ü".encode().decode("latin-1"), "/%C3%BC"),
+        ("/\xfc", "/%FC"),
+        ("/a b#c", "/a%20b"),
+        ("sub/../%7e", "/%7e"),
+        ("?%7E", "/start?%7E"),
+    ],
+)
+async def test_the_target_of_a_redirect_is_requested_as_it_was_sent(
+    location: str, target: str
+) -> None:
+    redirected = answer(302, b"", f"Location: {location}")
+    async with origin(redirected, answer(200, PICTURE)) as server:
+        url = f"http://cdn.test:{server.port}/start?q"
+        assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
+        assert server.targets == ["/start?q HTTP/1.1", f"{target} HTTP/1.1"]
+
+
+async def test_requests_name_the_product_or_what_the_setting_says() -> None:
+    named = "img2img/9 (+https://example.com/contact)"
+    async with origin() as server:
+        url = f"http://cdn.test:{server.port}/"
+        for setting in ("", named):
+            policy = OutboundPolicy.of(
+                settings(outbound_allow="cdn.test", outbound_user_agent=setting)
+            )
+            await fetch(url, policy, Names("127.0.0.1"))
+    agents = [
+        line.decode()
+        for request in server.requests
+        for line in request.split(b"\r\n")
+        if line.startswith(b"User-Agent: ")
+    ]
+    assert agents == [f"User-Agent: img2img/{__version__}", f"User-Agent: {named}"]

@@ -40,8 +40,16 @@ async def test_links_that_do_not_work_are_a_warning(engines: LocalEngines, tmp_p
 BROKEN: list[tuple[dict[str, str], str, str]] = [
     ({"aws_access_key_id": "nobody"}, "aws_access_key_id", "is not known to the storage"),
     ({"aws_secret_access_key": "wrong"}, "aws_secret_access_key", "does not fit the access key"),
-    ({"endpoint_url": "http://127.0.0.1:9"}, "endpoint_url", "does not answer"),
-    ({"endpoint_url": "http://nowhere.invalid"}, "endpoint_url", "does not answer"),
+    (
+        {"endpoint_url": "http://127.0.0.1:9"},
+        "endpoint_url",
+        "does not answer: no connection to 127.0.0.1: connection refused",
+    ),
+    (
+        {"endpoint_url": "http://nowhere.invalid"},
+        "endpoint_url",
+        "does not answer: the name nowhere.invalid cannot be resolved",
+    ),
 ]
 
 
@@ -54,6 +62,7 @@ async def test_what_the_storage_does_not_take_is_told_and_not_stored(
         answer = await shops.update(shops.a, check_connection=True, **wrong)
         sentence = f"{field} {why}"
         assert (answer.status_code, answer.json()["errors"]) == (400, {field: [sentence]})
+        assert answer.json()["message"] == sentence.partition(":")[0]
         settings = service_pb2.StorageSettings(**(shops.a.details | wrong))
         request = service_pb2.UpdateStorageSettingsRequest(settings=settings, check_connection=True)
         with pytest.raises(grpc.aio.AioRpcError) as caught:

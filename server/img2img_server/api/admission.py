@@ -77,7 +77,7 @@ class Admission:
         self._rate_limit = RateLimit(rates, settings.rate_limit)
         self._estimator = Estimator(queue, workers)
         self._rewriter = api_rewriter(settings)
-        self._outbound = OutboundPolicy.parse(settings.outbound_allow)
+        self._outbound = OutboundPolicy.of(settings)
         self.limits = image_limits(settings)
 
     async def admit(self, spec: job_pb2.JobSpec, caller: Caller) -> Admitted:
@@ -182,7 +182,8 @@ class Admission:
                 check_image, data, width=params.width, height=params.height, limits=self.limits
             )
         except InvalidImageError as error:
-            raise errors.InvalidRequestError([Violation("init_image", str(error))]) from error
+            violation = Violation("init_image", str(error), error.cause)
+            raise errors.InvalidRequestError([violation]) from error
 
 
 def image_limits(settings: Settings) -> Limits:

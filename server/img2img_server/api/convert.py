@@ -8,9 +8,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from img2img.v1 import job_pb2, service_pb2
+from img2img_server.domain.data_uris import NO_IMAGE, decode_data_uri, is_data_uri
 from img2img_server.domain.job import Determinism, Job, SampleResult, State, Timings
 from img2img_server.domain.models import ModelInfo, WorkerInfo
-from img2img_server.domain.params import ImageFormat, JobParams, Lane, Violation, is_http_url
+from img2img_server.domain.params import ImageFormat, JobParams, Lane, Violation
+from img2img_server.domain.urls import UrlError, parse_url
+from img2img_server.images.base import FetchError, InvalidImageError
 
 FORMATS = {
     job_pb2.IMAGE_FORMAT_UNSPECIFIED: ImageFormat.JPEG,
@@ -53,19 +56,18 @@ class Request:
 def request(spec: job_pb2.JobSpec, *, default_model: str, random_seed: int) -> Request:
     """Reads a JobSpec. What the domain's types cannot hold is reported as violations."""
     violations = []
-    source = spec.init_image.WhichOneof("source")
-    if source is None or not getattr(spec.init_image, source):
-        violations.append(Violation("init_image", "init_image is required"))
-    elif source == "url" and not is_http_url(spec.init_image.url):
-        text = "Unable to fetch image from provided URL"
-        violations.append(Violation("init_image", text))
+    try:
+        url, data = _init_image(spec.init_image)
+    except InvalidImageError as error:
+        violations.append(Violation("init_image", str(error), error.cause))
+        url, data = "", b""
     for name, table in (("output_format", FORMATS), ("lane", LANES)):
         if getattr(spec, name) not in table:
             violations.append(Violation(name, f"{name} {getattr(spec, name)} is not known"))
     params = JobParams(
         prompt=spec.prompt,
         negative_prompt=spec.negative_prompt,
-        init_image_url=spec.init_image.url,
+        init_image_url=url,
         width=spec.width if spec.HasField("width") else 512,
         height=spec.height if spec.HasField("height") else 512,
         samples=spec.samples if spec.HasField("samples") else 1,
@@ -90,7 +92,24 @@ def request(spec: job_pb2.JobSpec, *, default_model: str, random_seed: int) -> R
         lane=LANES.get(spec.lane, Lane.REALTIME),
         annotations=tuple(sorted(spec.annotations.items())),
     )
-    return Request(params, spec.init_image.data, violations)
+    return Request(params, data, violations)
+
+
+def _init_image(image: job_pb2.InitImage) -> tuple[str, bytes]:
+    """Returns the URL, or the data of an inline image. Raises InvalidImageError."""
+    if image.data:
+        return "", image.data
+    if not image.url:
+        raise InvalidImageError("init_image is required")
+    try:
+        if is_data_uri(image.url):
+            return "", decode_data_uri(image.url) or NO_IMAGE
+        parse_url(image.url)
+    except UrlError as error:
+        raise FetchError(f"the address {error}") from error
+    except ValueError:
+        return "", NO_IMAGE
+    return image.url.strip(), b""
 
 
 def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> job_pb2.Job:
@@ -111,6 +130,7 @@ def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> 
         warning=job.warning,
         original_prompt=job.original_prompt,
         webhook_status=job.webhook_status,
+        webhook_error=job.webhook_error,
     )
     if job.failure:
         message.error.reason = job.failure.reason

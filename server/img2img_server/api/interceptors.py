@@ -22,6 +22,7 @@ from img2img_server import errors
 from img2img_server.api.calls import OpenCalls
 from img2img_server.api.convert import duration
 from img2img_server.api.keys import KeyRing, Principal
+from img2img_server.domain.params import Violation
 from img2img_server.telemetry import RPC_SECONDS, RPCS
 from img2img_server.tracing import end, enter, extracted
 
@@ -46,12 +47,7 @@ def status_of(error: errors.ServiceError) -> status_pb2.Status:
         )
     ]
     if isinstance(error, errors.InvalidRequestError):
-        fields = [
-            error_details_pb2.BadRequest.FieldViolation(
-                field=violation.field, description=violation.description
-            )
-            for violation in error.violations
-        ]
+        fields = [_field_violation(violation) for violation in error.violations]
         details.append(error_details_pb2.BadRequest(field_violations=fields))
     if error.retry_seconds is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_seconds)))
@@ -61,6 +57,17 @@ def status_of(error: errors.ServiceError) -> status_pb2.Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _field_violation(violation: Violation) -> error_details_pb2.BadRequest.FieldViolation:
+    """The violation with its cause; localized_message is then the sentence without the cause."""
+    message = error_details_pb2.BadRequest.FieldViolation(
+        field=violation.field, description=violation.text
+    )
+    if violation.cause:
+        message.localized_message.locale = "en"
+        message.localized_message.message = violation.description
+    return message
 
 
 async def abort(context: Context, status: status_pb2.Status) -> NoReturn:

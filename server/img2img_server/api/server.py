@@ -54,7 +54,7 @@ async def serve_api(
 ) -> None:
     """Serves until `stop` is set. `started` is called with the address, "host:port"."""
     keys = load_keys(settings)
-    policy = OutboundPolicy.parse(settings.outbound_allow)
+    policy = OutboundPolicy.of(settings)
     fetch = partial(
         fetch_image,
         policy=policy,
@@ -116,7 +116,7 @@ async def serve(
         watcher,
         canceller,
         disconnects,
-        StorageCalls(bus.storage, OutboundPolicy.parse(settings.outbound_allow)),
+        StorageCalls(bus.storage, OutboundPolicy.of(settings)),
         link_base=_link_base(settings),
         outbox=bus.outbox,
     )

@@ -25,7 +25,8 @@ from img2img_server.api.records import found, readable
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
-from img2img_server.domain.params import Violation, is_http_url
+from img2img_server.domain.params import Violation
+from img2img_server.domain.urls import is_http_url
 from img2img_server.queue.outbox import Outbox, OutboxFullError
 from img2img_server.settings import Settings
 from img2img_server.store.base import JobStore, Stored, WorkerRegistry

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from urllib.parse import urlsplit
+
+from img2img_server.domain.urls import NotHttpError, UrlError, is_web_port, parse_url
 
 SEED_MAX = 2**32 - 1
 TRACK_ID_MAX_CHARACTERS = 191
-URL_MAX_CHARACTERS = 4096
 
 
 class ImageFormat(StrEnum):
@@ -97,10 +97,22 @@ class JobParams:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken rule: the field as named in JobSpec and a sentence that names it."""
+    """One broken rule.
+
+    Attributes:
+        field: Name of the field in JobSpec.
+        description: A sentence that is complete by itself; the HTTP contract fixes its wording.
+        cause: What exactly was wrong, as a clause, where the description does not say it.
+    """
 
     field: str
     description: str
+    cause: str = ""
+
+    @property
+    def text(self) -> str:
+        """The description with the cause."""
+        return f"{self.description}: {self.cause}" if self.cause else self.description
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +146,8 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         yield Violation("strength", "strength must be between 0 and 1")
     if not 0 <= params.seed <= SEED_MAX:
         yield Violation("seed", f"seed must be between 0 and {SEED_MAX}")
-    if params.webhook and not _is_webhook(params.webhook, context):
-        yield Violation("webhook", "webhook must be a valid URL")
+    if params.webhook:
+        yield from _webhook(params.webhook, context)
     if len(params.track_id) > TRACK_ID_MAX_CHARACTERS:
         most = TRACK_ID_MAX_CHARACTERS
         yield Violation("track_id", f"track_id must not be longer than {most} characters")
@@ -164,16 +176,23 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         yield Violation("lora_scale", text)
 
 
-def _is_webhook(text: str, context: ValidationContext) -> bool:
-    if not is_http_url(text):
-        return False
-    parts = urlsplit(text)
-    return (parts.scheme == "https" and is_web_port(parts.port)) or context.is_listed(text)
-
-
-def is_web_port(port: int | None) -> bool:
-    """Whether HTTP may be spoken there: below 1024 only 80 and 443 are not another protocol's."""
-    return port is None or port in (80, 443) or port >= 1024
+def _webhook(text: str, context: ValidationContext) -> Iterator[Violation]:
+    try:
+        url = parse_url(text)
+    except NotHttpError:
+        yield Violation("webhook", "webhook must be a valid URL")
+        return
+    except UrlError as error:
+        yield Violation("webhook", "webhook must be a valid URL", f"it {error}")
+        return
+    if context.is_listed(text):
+        return
+    if url.scheme != "https":
+        cause = "it must begin with https://, since the operator does not list its host"
+        yield Violation("webhook", "webhook must be a valid URL", cause)
+    elif not is_web_port(url.port):
+        cause = f"port {url.port} is not a port for HTTP"
+        yield Violation("webhook", "webhook must be a valid URL", cause)
 
 
 def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:
@@ -196,18 +215,6 @@ def _annotations(params: JobParams, limits: Limits) -> Iterator[Violation]:
     if any(len(value) > longest for _, value in params.annotations):
         text = f"annotations must not have values longer than {longest} characters"
         yield Violation("annotations", text)
-
-
-def is_http_url(text: str) -> bool:
-    """Whether text is an absolute http or https address with a host."""
-    if len(text) > URL_MAX_CHARACTERS or any(ord(char) <= 32 for char in text):
-        return False
-    try:
-        parts = urlsplit(text)
-        _ = parts.port  # raises ValueError when it is no number
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def denoising_steps(strength: float, num_inference_steps: int) -> int:

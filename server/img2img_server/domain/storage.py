@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from img2img_server.domain.params import Violation, is_http_url
+from img2img_server.domain.params import Violation
+from img2img_server.domain.urls import encode_path, encode_query, is_http_url
 
 REALTIME = "realtime"  # the only server type that this service runs
 # Other types of the contract: their details are kept, nothing uses them.
@@ -58,7 +59,7 @@ class StorageDetails:
 
         The directory is left out when the path of public_url ends with it already.
         """
-        base = urlsplit(self.public_url)
+        base = urlsplit(self.public_url.strip())
         path, directory = _parts(base.path), _parts(self.image_directory)
         end = [unquote(part) for part in path[-len(directory) :]]
         rest = [] if end == directory else directory
@@ -66,7 +67,7 @@ class StorageDetails:
 
     def upload_url(self, name: str) -> str:
         """Where a file is PUT: endpoint_url / bucket (if given) / image_directory / name."""
-        base = urlsplit(self.endpoint_url)
+        base = urlsplit(self.endpoint_url.strip())
         inside = [*_parts(self.bucket), *_parts(self.image_directory), name]
         return _with_path(base, [*_parts(base.path), *map(_quoted, inside)])
 
@@ -104,7 +105,7 @@ def _is_base_url(text: str, name: str) -> bool:
     if not is_http_url(text):
         return False
     url = urlsplit(text)
-    extra = url.fragment or "@" in url.netloc or (url.query and name == "endpoint_url")
+    extra = url.fragment or (url.query and name == "endpoint_url")
     return not extra
 
 
@@ -117,4 +118,5 @@ def _quoted(part: str) -> str:
 
 
 def _with_path(base: SplitResult, parts: list[str]) -> str:
-    return urlunsplit((base.scheme, base.netloc, "/" + "/".join(parts), base.query, ""))
+    path = encode_path("/" + "/".join(parts))
+    return urlunsplit((base.scheme, base.netloc, path, encode_query(base.query), ""))

@@ -13,13 +13,13 @@ from typing import Any
 from img2img_server.domain.params import (
     SEED_MAX,
     TRACK_ID_MAX_CHARACTERS,
-    URL_MAX_CHARACTERS,
     JobParams,
     Limits,
     ValidationContext,
     Violation,
     validate,
 )
+from img2img_server.domain.urls import URL_MAX_CHARACTERS
 from img2img_server.gateway.kinds import BOOLEAN, INTEGER, NUMBER, REFERENCE, STRING, Kind
 
 LIMITS = Limits()

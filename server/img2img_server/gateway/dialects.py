@@ -50,7 +50,7 @@ class Today:
     def refused(self, why: RefusedError) -> Answer:
         body: dict[str, Any] = {"status": "error", "message": why.message}
         if why.violations:
-            body["errors"] = _by_field([(v.field, v.description) for v in why.violations])
+            body["errors"] = _by_field([(v.field, v.text) for v in why.violations])
         if why.case is Case.RATE_LIMIT:
             body["retry_after"] = why.retry_seconds
         return Answer(why.case.status, body, _headers(why))

@@ -59,7 +59,7 @@ class Endpoints:
         self._files = files
         self._dialect = dialect
         self._stop = stop
-        policy = OutboundPolicy.parse(settings.outbound_allow)
+        policy = OutboundPolicy.of(settings)
         self._context = ValidationContext(contract.LIMITS, is_listed=policy.lists_host)
 
     async def create(self, request: Request, family: str) -> JSONResponse:

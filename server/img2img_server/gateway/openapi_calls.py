@@ -7,7 +7,8 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from img2img.v1 import job_pb2
-from img2img_server.domain.params import SEED_MAX, URL_MAX_CHARACTERS
+from img2img_server.domain.params import SEED_MAX
+from img2img_server.domain.urls import URL_MAX_CHARACTERS
 from img2img_server.gateway.contract import FIELDS, LIMITS
 from img2img_server.gateway.examples import error_example
 from img2img_server.gateway.openapi_parts import JOB_ID, KEYS, RETRY_AFTER, json_body

@@ -122,7 +122,15 @@ def _detail(status: status_pb2.Status, empty: Detail) -> Detail:
 
 def _violations(status: status_pb2.Status) -> list[Violation]:
     request = _detail(status, error_details_pb2.BadRequest())
-    return [Violation(item.field, item.description) for item in request.field_violations]
+    return [_violation(item) for item in request.field_violations]
+
+
+def _violation(item: error_details_pb2.BadRequest.FieldViolation) -> Violation:
+    """With a cause, localized_message is the contract's sentence, which the description begins."""
+    sentence = item.localized_message.message
+    if sentence and item.description.startswith(f"{sentence}: "):
+        return Violation(item.field, sentence, item.description[len(sentence) + 2 :])
+    return Violation(item.field, item.description)
 
 
 def _retry_seconds(info: error_details_pb2.RetryInfo) -> int:

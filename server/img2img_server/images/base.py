@@ -15,6 +15,8 @@ Pixels = npt.NDArray[np.uint8]  # height x width x 3, RGB
 class InvalidImageError(Exception):
     """The init image breaks a rule; the sentence is the one the HTTP contract gives."""
 
+    cause = ""  # what exactly was wrong, as a clause; see FetchError
+
 
 def too_large(limits: Limits) -> InvalidImageError:
     """The error of a picture over the byte limit."""
@@ -23,10 +25,16 @@ def too_large(limits: Limits) -> InvalidImageError:
 
 
 class FetchError(InvalidImageError):
-    """The init image could not be fetched from its address."""
+    """The init image could not be fetched from its address.
 
-    def __init__(self) -> None:
+    Attributes:
+        cause: Why, as a clause for the caller, for example "the server answered 403". Names no
+            IP address and no port that the caller did not send.
+    """
+
+    def __init__(self, cause: str = "") -> None:
         super().__init__("Unable to fetch image from provided URL")
+        self.cause = cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
+from dataclasses import dataclass
+from typing import Final
 
 import aiohttp
 import structlog
@@ -11,17 +15,66 @@ from yarl import URL
 
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import FetchError, too_large
-from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy, shown
+from img2img_server.images.causes import cause_of
+from img2img_server.images.codings import (
+    CodingError,
+    DecodedTooLargeError,
+    content_codings,
+    decode,
+)
+from img2img_server.images.outbound import (
+    ConnectionBrokenError,
+    ForbiddenAddressError,
+    OutboundPolicy,
+    shown,
+)
+from img2img_server.images.retry_after import seconds_of
 
 log = structlog.get_logger(__name__)
 
-MAX_REDIRECTS = 3
-REDIRECTS = (301, 302, 303, 307, 308)
-HEADERS = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
+MAX_REDIRECTS: Final = 3
+REDIRECTS: Final = (301, 302, 303, 307, 308)
+MAX_RETRIES: Final = 2  # of one download, whatever the number of redirects
+RETRIED_STATUSES: Final = (429, 500, 502, 503, 504)
+FIRST_PAUSE_SECONDS: Final = 0.2
+HEADERS: Final = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
 
 
-class _UnusableAnswerError(Exception):
-    """The server answered, but not with a picture."""
+class _TryFailedError(Exception):
+    """A request did not give an image; the message is a clause for the caller.
+
+    Attributes:
+        transient: The same request may succeed a moment later.
+        retry_after_seconds: The pause that the server asked for.
+    """
+
+    def __init__(
+        self, cause: str, *, transient: bool = False, retry_after_seconds: float = 0.0
+    ) -> None:
+        super().__init__(cause)
+        self.transient = transient
+        self.retry_after_seconds = retry_after_seconds
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What is known of a download when its time is over or its connection breaks."""
+
+    url: URL | None = None
+    redirects: int = 0
+    tries: int = 0  # requests, without those that were answered with a redirect
+    answered: bool = False  # the present request has its response headers
+    received: int = 0  # bytes of its body
+
+    @property
+    def host(self) -> str:
+        """The host as the caller may see it: that of a redirect is not the caller's."""
+        named = self.url.raw_host if self.url and not self.redirects else None
+        return named or "the host of a redirect"
+
+    def explained(self, cause: str) -> str:
+        told = not self.redirects or "redirect" in cause
+        return cause if told else f"{cause} (after a redirect)"
 
 
 async def fetch_image(
@@ -34,54 +87,137 @@ async def fetch_image(
 ) -> bytes:
     """Returns what the address serves; check_image says whether it is an image.
 
+    What may pass (a status of RETRIED_STATUSES, a connection that breaks) is tried again up to
+    MAX_RETRIES times.
+
     Args:
         timeout_seconds: for everything, from resolving the first name to the last byte.
         resolver: asked for the addresses of names; DNS by default.
 
     Raises:
-        FetchError: forbidden, not found, too slow, too many redirects, encoded or broken off.
+        FetchError: forbidden, not found, too slow, too many redirects, damaged or broken off.
         InvalidImageError: more than limits.max_image_bytes.
     """
+    progress = _Progress()
+    ends = time.monotonic() + timeout_seconds
     try:
         async with asyncio.timeout(timeout_seconds), policy.open_session(resolver) as session:
-            return await _download(session, policy, url, limits)
-    except (
-        ForbiddenAddressError,
-        _UnusableAnswerError,
-        TimeoutError,
-        OSError,
-        ValueError,
-        aiohttp.ClientError,
-    ) as error:
-        ours = isinstance(error, ForbiddenAddressError | _UnusableAnswerError)
-        reason = str(error) if ours else type(error).__name__
-        log.info("init image not fetched", reason=reason, url=shown(url))
-        raise FetchError from error
+            return await _download(session, policy, url, limits, progress, ends)
+    except (ForbiddenAddressError, _TryFailedError, CodingError, TimeoutError) as error:
+        detail = str(error)
+        if isinstance(error, ForbiddenAddressError):
+            cause = error.cause
+        elif isinstance(error, TimeoutError):
+            cause = detail = _too_slow(progress, timeout_seconds)
+        else:
+            cause = detail
+        cause = progress.explained(cause)
+        log.info("init image not fetched", reason=detail, tries=progress.tries, url=shown(url))
+        raise FetchError(cause) from error
+
+
+def _too_slow(progress: _Progress, timeout_seconds: float) -> str:
+    if progress.answered:
+        read = f"{progress.received} bytes had arrived"
+        return f"the server did not send the whole image within {timeout_seconds:g} s; {read}"
+    return f"the server did not answer within {timeout_seconds:g} s"
 
 
 async def _download(
-    session: aiohttp.ClientSession, policy: OutboundPolicy, text: str, limits: Limits
+    session: aiohttp.ClientSession,
+    policy: OutboundPolicy,
+    text: str,
+    limits: Limits,
+    progress: _Progress,
+    ends: float,
 ) -> bytes:
-    target: URL | None = None
-    for _ in range(1 + MAX_REDIRECTS):
-        target = policy.check_url(text, base=target)
-        async with session.get(target, headers=HEADERS, allow_redirects=False) as response:
+    retries = 0
+    progress.url = policy.check_url(text)
+    while True:
+        try:
+            answer = await _request(session, progress, limits)
+        except _TryFailedError as failed:
+            pause = FIRST_PAUSE_SECONDS * 3**retries * random.uniform(0.8, 1.2)  # noqa: S311
+            pause = max(pause, failed.retry_after_seconds)
+            if not failed.transient or retries == MAX_RETRIES or time.monotonic() + pause >= ends:
+                raise
+            retries += 1
+            await asyncio.sleep(pause)
+            continue
+        if isinstance(answer, bytes):
+            return answer
+        if progress.redirects == MAX_REDIRECTS:
+            raise _TryFailedError(f"too many redirects, more than {MAX_REDIRECTS}")
+        progress.redirects += 1
+        progress.url = policy.check_url(answer.location, base=progress.url)
+
+
+@dataclass(frozen=True, slots=True)
+class _Redirect:
+    location: str
+
+
+async def _request(
+    session: aiohttp.ClientSession, progress: _Progress, limits: Limits
+) -> bytes | _Redirect:
+    """Makes one request. Raises _TryFailedError, ForbiddenAddressError, CodingError."""
+    progress.answered, progress.received = False, 0
+    progress.tries += 1
+    assert progress.url is not None
+    try:
+        async with session.get(progress.url, headers=HEADERS, allow_redirects=False) as response:
+            progress.answered = True
             if response.status not in REDIRECTS:
-                return await _body(response, limits)
-            text = response.headers.get("Location", "")
-    raise _UnusableAnswerError("too many redirects")
+                return await _body(response, limits, progress)
+            location = response.headers.get("Location", "").strip()
+            if not location:
+                raise _TryFailedError(f"the server answered {response.status} without a Location")
+            progress.tries -= 1
+            return _Redirect(location)
+    except aiohttp.ClientError as error:
+        cause = cause_of(error, progress.host)
+        if isinstance(error, aiohttp.ClientPayloadError | OSError) and progress.answered:
+            cause = f"the connection broke after {progress.received} bytes"
+        raise _TryFailedError(cause, transient=_may_pass(error)) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, TimeoutError):
+            raise
+        cause = cause_of(error, progress.host)
+        raise _TryFailedError(cause, transient=isinstance(error, OSError)) from error
 
 
-async def _body(response: aiohttp.ClientResponse, limits: Limits) -> bytes:
+def _may_pass(error: aiohttp.ClientError) -> bool:
+    """Whether the connection broke, or was refused. Names and certificates are as they are."""
+    lasting = (aiohttp.ClientSSLError, aiohttp.ClientConnectorDNSError)
+    passing = (
+        aiohttp.ClientPayloadError,
+        aiohttp.ClientOSError,
+        ConnectionBrokenError,
+    )
+    return isinstance(error, passing) and not isinstance(error, lasting)
+
+
+async def _body(response: aiohttp.ClientResponse, limits: Limits, progress: _Progress) -> bytes:
     if response.status != 200:
-        raise _UnusableAnswerError(f"status {response.status}")
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise _UnusableAnswerError("encoded although identity was asked for")
+        transient = response.status in RETRIED_STATUSES
+        asked = response.headers.get("Retry-After", "") if transient else ""
+        raise _TryFailedError(
+            f"the server answered {response.status}",
+            transient=transient,
+            retry_after_seconds=seconds_of(asked, time.time()),
+        )
     if (response.content_length or 0) > limits.max_image_bytes:
         raise too_large(limits)
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
+        progress.received = len(body)
         if len(body) > limits.max_image_bytes:
             raise too_large(limits)
-    return bytes(body)
+    codings = content_codings(response.headers.getall("Content-Encoding", ()))
+    if not codings:
+        return bytes(body)
+    try:
+        return await asyncio.to_thread(decode, bytes(body), codings, limits.max_image_bytes)
+    except DecodedTooLargeError:
+        raise too_large(limits) from None

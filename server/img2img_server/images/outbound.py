@@ -2,7 +2,7 @@
 
 A URL is checked before each request, redirects included. A name is resolved once, every address it
 has is checked, and the connection goes to those very addresses: an answer that changes between
-check and connect changes nothing.
+check and connect changes nothing. The request line gets the caller's bytes, see domain/urls.py.
 """
 
 from __future__ import annotations
@@ -11,28 +11,46 @@ import re
 import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from img2img_server.domain.params import is_http_url, is_web_port
+from img2img_server import __version__
+from img2img_server.domain.urls import (
+    HOST_NAME,
+    SCHEME_PORTS,
+    UrlError,
+    is_web_port,
+    join_url,
+    parse_url,
+)
 from img2img_server.images.networks import Address, is_public
-from img2img_server.settings import SettingsError
+from img2img_server.settings import Settings, SettingsError
 
+DEFAULT_USER_AGENT = f"img2img/{__version__}"
 # A host whose last part is a number is an IPv4 address in some spelling (WHATWG URL, section 3.5):
 # 2130706433, 0x7f.1 and 0177.0.0.1 are 127.0.0.1 to one parser and a name to another.
 ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")
-LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-NAME = re.compile(rf"(?=.{{1,254}}$){LABEL}(?:\.{LABEL})*\.?")
-HEADERS = {"Accept-Encoding": "identity", "User-Agent": "img2img"}
 
 
 class ForbiddenAddressError(Exception):
-    """The address must not be contacted; the sentence says why, for the log only."""
+    """The address must not be contacted.
+
+    Attributes:
+        cause: Why, as a clause for the caller. The exception's own text is for the log: it may
+            name addresses that only the service's name server knows.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(detail or cause)
+        self.cause = cause
+
+
+class ConnectionBrokenError(aiohttp.ClientError):
+    """The connection ended before the response headers; aiohttp would repeat such requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +58,18 @@ class OutboundPolicy:
     """Public addresses are allowed, and those that the operator lists.
 
     `hosts`: names that may have any address. `networks`: addresses that any name may have.
+    `user_agent`: what requests name themselves.
     """
 
     hosts: frozenset[str] = frozenset()
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    user_agent: str = DEFAULT_USER_AGENT
+
+    @classmethod
+    def of(cls, settings: Settings) -> OutboundPolicy:
+        """Returns the policy that the settings describe. Raises SettingsError."""
+        policy = cls.parse(settings.outbound_allow)
+        return replace(policy, user_agent=settings.outbound_user_agent or DEFAULT_USER_AGENT)
 
     @classmethod
     def parse(cls, text: str) -> OutboundPolicy:
@@ -58,7 +84,7 @@ class OutboundPolicy:
                 networks.append(ip_network(entry))
             except ValueError:
                 host = entry.lower().removesuffix(".")
-                if not NAME.fullmatch(host) or ENDS_IN_NUMBER.fullmatch(host):
+                if not HOST_NAME.fullmatch(host) or ENDS_IN_NUMBER.fullmatch(host):
                     name = "IMG2IMG_OUTBOUND_ALLOW"
                     raise SettingsError(f"{name}: {entry!r} is neither host nor network") from None
                 hosts.add(host)
@@ -84,37 +110,35 @@ class OutboundPolicy:
             text: absolute http or https URL, or a reference relative to base.
 
         Raises:
-            ForbiddenAddressError: malformed, with a user part, oddly spelled, or not public.
+            ForbiddenAddressError: it is malformed, has a user part, a port of another protocol,
+                or a host that is spelled oddly or is not public.
         """
-        # Some parsers take a backslash for a slash and see another host than others.
-        if "\\" in text or any(ord(char) < 32 for char in text):
-            raise ForbiddenAddressError("malformed")
-        if base is None and not is_http_url(text):
-            raise ForbiddenAddressError("malformed or not http")
         try:
-            authority = urlsplit(text).netloc
-            url = URL(text) if base is None else base.join(URL(text))
-        except ValueError as error:
-            raise ForbiddenAddressError("malformed") from error
-        if "@" in authority:
-            raise ForbiddenAddressError("user part")
-        if "[" in authority and ":" not in (url.raw_host or ""):
-            raise ForbiddenAddressError("odd host name")
-        self._check(url)
+            parsed = parse_url(text) if base is None else join_url(parse_url(str(base)), text)
+            named = URL.build(scheme=parsed.scheme, host=parsed.host, port=parsed.port)
+        except UrlError as error:
+            raise ForbiddenAddressError(f"the address {error}") from error
+        except ValueError as error:  # an international name that is none
+            raise ForbiddenAddressError("the address has a host name that is not valid") from error
+        # yarl has no place for an empty query, so the path holds both, as they are sent.
+        authority = named.raw_authority
+        url = URL.build(scheme=parsed.scheme, authority=authority, path=parsed.target, encoded=True)
+        self._check_host(url.raw_host or "")
+        self._check_port(url)
         return url
 
-    def _check(self, url: URL) -> None:
-        """Checks scheme, host and port of one request."""
-        if not is_http_url(str(url)):
-            raise ForbiddenAddressError("malformed or not http")
-        host, port = url.raw_host or "", url.port or 0
+    def _check_host(self, host: str) -> None:
+        """Checks the host of one request; of a name only its form."""
         address = _literal(host)
         if address is not None:
             self.check_addresses(host, [address])
-        elif not NAME.fullmatch(host):
-            raise ForbiddenAddressError("odd host name")
+        elif not HOST_NAME.fullmatch(host):
+            raise ForbiddenAddressError("the address has a host name that is not well formed")
+
+    def _check_port(self, url: URL) -> None:
+        port = url.port or 0
         if not (is_web_port(port) or (port and self.lists(url))):
-            raise ForbiddenAddressError("port of another protocol")
+            raise ForbiddenAddressError(f"port {port} is not a port for HTTP")
 
     def check_addresses(self, host: str, addresses: Iterable[Address]) -> None:
         """Refuses a host when any of its addresses is refused.
@@ -126,7 +150,8 @@ class OutboundPolicy:
             return
         for address in addresses:
             if not is_public(address) and not self._listed(address):
-                raise ForbiddenAddressError(f"{host} has an address that is not public: {address}")
+                detail = f"{host} has an address that is not public: {address}"
+                raise ForbiddenAddressError("the address is not public", detail)
 
     def _listed(self, address: Address) -> bool:
         return any(address in network for network in self.networks)
@@ -152,7 +177,7 @@ class OutboundPolicy:
                 ),
                 middlewares=(self._guard,),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=HEADERS,
+                headers={"Accept-Encoding": "identity", "User-Agent": self.user_agent},
                 auto_decompress=False,
                 trust_env=False,
             ) as session:
@@ -164,8 +189,17 @@ class OutboundPolicy:
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
         """Checks what the resolver does not see: hosts that are addresses already."""
-        self._check(request.url)
-        return await handler(request)
+        url = request.url
+        if url.scheme not in SCHEME_PORTS:
+            raise ForbiddenAddressError("the address is not an http or https URL")
+        self._check_host(url.raw_host or "")
+        self._check_port(url)
+        try:
+            return await handler(request)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            raise ConnectionBrokenError from error
 
 
 class _CheckingResolver(AbstractResolver):
@@ -203,8 +237,9 @@ def _literal(host: str) -> Address | None:
     try:
         if ":" in host:
             if "%" in host:
-                raise ForbiddenAddressError("zone in an address")
+                raise ForbiddenAddressError("the address has a zone")
             return IPv6Address(host)
         return IPv4Address(host) if ENDS_IN_NUMBER.fullmatch(host) else None
     except ValueError as error:
-        raise ForbiddenAddressError("odd spelling of an address") from error
+        cause = "the host is an IP address in a spelling that is not accepted"
+        raise ForbiddenAddressError(cause) from error

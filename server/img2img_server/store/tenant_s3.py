@@ -26,6 +26,7 @@ from yarl import URL
 from img2img_server.domain.params import Violation
 from img2img_server.domain.storage import StorageDetails
 from img2img_server.errors import StorageError
+from img2img_server.images.causes import cause_of
 from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy, shown
 
 TRIES: Final = 3
@@ -108,20 +109,19 @@ class TenantS3:
             return Violation(field, f"{field} {why}"), ""
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             log.info("storage check failed", why=type(error).__name__)
-            return Violation("endpoint_url", "endpoint_url does not answer"), ""
+            cause = cause_of(error, urlsplit(details.endpoint_url).hostname or "the host")
+            return Violation("endpoint_url", "endpoint_url does not answer", cause), ""
         served = await self._serves(details.file_link(name))
         await self._remove(details, details.upload_url(name))
         return None, "" if served else "public_url does not serve the files"
 
     def _sendable(self, url: str) -> str:
-        """The URL with its host as the wire has it: in lower case, of an IDN the ASCII form.
+        """Returns the URL as it is sent, its host in ASCII; what is signed must be that.
 
         Raises:
             ForbiddenAddressError: it must not be contacted.
         """
-        host = self._policy.check_url(url).raw_host
-        assert host  # or the policy had refused it
-        return str(URL(url, encoded=True).with_host(host))
+        return str(self._policy.check_url(url))
 
     async def _serves(self, link: str) -> bool:
         try:

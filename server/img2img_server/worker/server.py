@@ -158,7 +158,7 @@ async def work(
         blobs=blobs,
         outbox=bus.outbox,
         storage=bus.storage,
-        tenant_s3=TenantS3(OutboundPolicy.parse(settings.outbound_allow)),
+        tenant_s3=TenantS3(OutboundPolicy.of(settings)),
         safety=safety,
         safety_threshold=settings.safety_threshold,
         max_attempts=settings.max_attempts,
