@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import httpx
@@ -77,6 +78,14 @@ GRPC_ONLY = {
 }
 HTTP_ONLY = {"instant_response", "enhance_style"}  # answers at once; ignored, given back
 INLINE = {"init_image": job_pb2.InitImage(data=photo())}
+
+
+def address(text: str) -> Both:
+    """The same address over both."""
+    spec = {"init_image": job_pb2.InitImage(url=text)}
+    return Both(f"init_image {text[:40]!r}", {"init_image": text}, spec)
+
+
 EQUAL = [
     Both("nothing but the required", {}),
     Both("negative_prompt", {"negative_prompt": "blurry"}),
@@ -96,6 +105,10 @@ EQUAL = [
     Both("guidance_scale", {"guidance_scale": 3.5}),
     Both("prompt", {"prompt": "Größe, 灯台 🎨"}),
     Both("init_image", {"init_image": photo_base64()}, INLINE),
+    address(f" {PHOTO_URL}\n"),
+    address(f"data:image/png;base64,{photo_base64()}"),
+    address(f"Data:;name=%22a,b%22;BASE64,{quote(photo_base64(), safe='')}%0A"),
+    address(f"data:image/jpeg,{quote(photo())}"),
     Both(
         "everything at once",
         {
@@ -136,11 +149,21 @@ REFUSED = [
         {"init_image": "AAAA", "width": 5},
         {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
     ),
-    Both(
-        "an address that gives none",
-        {"init_image": "https://nowhere.example/x"},
-        {"init_image": job_pb2.InitImage(url="https://nowhere.example/x")},
-    ),
+    address("https://nowhere.example/x"),
+    address("HTTPS://nowhere.example/x"),
+    address("https://user:secret@nowhere.example/x"),
+    address("https://nowhere.example:0/x"),
+    address("https://[::1/x"),
+    address("https://exa mple/x"),
+    address("https://nowhere.example/x\\y"),
+    address("https://nowhere.example/x\ty"),
+    address("https://nowhere.example/" + "x" * 4096),
+    address("data:;base64"),
+    address("data:;base64,*"),
+    address("data:,"),
+    Both("webhook with a user", {"webhook": "https://user@hooks.example.org/a"}),
+    Both("webhook with a backslash", {"webhook": "https://hooks.example.org\\a"}),
+    Both("webhook of an odd host", {"webhook": "https://hooks_.-.example.org/a"}),
 ]
 
 

@@ -133,6 +133,8 @@ def test_a_file_may_be_given_as_path_text_or_bytes(tmp_path: Path) -> None:
     file.write_bytes(b"photo")
     for source in (file, str(file), b"photo"):
         assert job_spec("p", source, {}).init_image.data == b"photo"
+    for url in ("HTTPS://example.com/cat.jpg", "data:;base64,AAAA", "DATA:,x"):
+        assert job_spec("p", url, {}).init_image.url == url
 
 
 def test_a_missing_file_is_the_usual_error(tmp_path: Path) -> None:
