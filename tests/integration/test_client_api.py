@@ -163,7 +163,7 @@ async def test_the_command_saves_the_picture_that_the_service_stored(
         process = await start(stack.api.address, *words, "--output", str(output), "--json")
         stdout, stderr = await asyncio.wait_for(process.communicate(), WAIT_SECONDS)
         answer = json.loads(stdout)
-        key = f"generations/{answer['pictures'][0]['url'].rpartition('/')[2]}"
+        key = f"generations/{answer['samples'][0]['url'].rpartition('/')[2]}"
         stored = b"".join([part async for part in stack.worker.blobs.read(key)])
     assert (process.returncode, stderr) == (0, b"")
     assert answer["state"] == "succeeded"
