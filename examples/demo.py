@@ -6,7 +6,9 @@
     img2img generate --prompt "an oil painting of a cat" --init-image examples/cat.jpg \
         --strength 0.7 --seed 1 --output demo/output.png
 
-What the server prints goes to demo/server.log. Only the standard library is used here.
+What the server prints goes to demo/server.log. It listens on free ports, except where
+IMG2IMG_GRPC_PORT, IMG2IMG_HTTP_PORT or IMG2IMG_METRICS_PORT are set. Only the standard library is
+used here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +32,8 @@ LOG = FOLDER / "server.log"
 # What the server says on standard output once it may be used (its logs go elsewhere):
 # img2img is ready: gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8080 (docs at ...), API key dev-key
 READY = re.compile(rb"ready: gRPC (?P<address>[^\s,]+)")
+PORTS = ("IMG2IMG_GRPC_PORT", "IMG2IMG_HTTP_PORT", "IMG2IMG_METRICS_PORT")
+OUTPUT = FOLDER / "output.png"
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 TAIL_LINES = 15
@@ -41,7 +45,11 @@ class DemoError(Exception):
 
 @contextlib.asynccontextmanager
 async def running(
-    *command: str, stop: signal.Signals, stdout: int | None = None, stderr: IO[bytes] | None = None
+    *command: str,
+    stop: signal.Signals,
+    stdout: int | None = None,
+    stderr: IO[bytes] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Process]:
     """One of our commands; when the block is left early it is asked to stop, then waited for.
 
@@ -52,6 +60,7 @@ async def running(
         BIN / command[0],
         *command[1:],
         cwd=ROOT,
+        env={**os.environ, **(env or {})},
         stdin=DEVNULL,
         stdout=stdout,
         stderr=stderr,
@@ -101,8 +110,12 @@ async def generate(address: str) -> int:
     """Runs the client on this terminal, returns its exit status."""
     command = ["img2img", "generate", "--server", address, "--api-key", "dev-key"]
     command += ["--prompt", "an oil painting of a cat", "--init-image", "examples/cat.jpg"]
-    command += ["--strength", "0.7", "--seed", "1", "--output", "demo/output.png"]
-    async with running(*command, stop=signal.SIGINT) as client:
+    command += ["--strength", "0.7", "--seed", "1", "--output", str(OUTPUT.relative_to(ROOT))]
+    async with running(*command, stop=signal.SIGINT, stdout=PIPE) as client:
+        assert client.stdout is not None
+        async for line in client.stdout:
+            if not line.lstrip().startswith(b"http"):  # a link ends with the service
+                print(line.decode(), end="", flush=True)
         return await client.wait()
 
 
@@ -111,7 +124,8 @@ async def demo(log: IO[bytes]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
     started = time.monotonic()
     command = ("img2img-server", "local")
-    async with running(*command, stop=signal.SIGTERM, stdout=PIPE, stderr=log) as server:
+    ports = {name: os.environ.get(name) or "0" for name in PORTS}  # 0: any free one
+    async with running(*command, stop=signal.SIGTERM, stdout=PIPE, stderr=log, env=ports) as server:
         address = await until_ready(server, log)
         print(f"Ready after {time.monotonic() - started:.1f} s.", flush=True)
         making = asyncio.create_task(generate(address))
@@ -141,7 +155,7 @@ def _cancel(task: asyncio.Task[None] | None) -> None:
 def main() -> int:
     """Returns the exit code: 0 with a picture in demo/output.png."""
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "output.png").unlink(missing_ok=True)
+    OUTPUT.unlink(missing_ok=True)
     print("Starting the service: NATS, an S3 server, worker, api and gateway ...", flush=True)
     try:
         with LOG.open("wb", buffering=0) as log:
@@ -152,7 +166,8 @@ def main() -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("demo: stopped", file=sys.stderr)
         return 130
-    print("The service is stopped. `make serve` keeps it running.")
+    print(f"The image is {OUTPUT}.")
+    print("The service is stopped. `make serve` keeps it running, with links and a playground.")
     return 0
 
 

@@ -126,7 +126,11 @@ def local() -> None:
 
 
 @main.command()
-@click.option("--tenant", required=True, help="Whose key it is: 1 to 63 of a-z, 0-9 and -.")
+@click.option(
+    "--tenant",
+    required=True,
+    help="Whose key it is: 1 to 63 of a-z, 0-9 and -, not beginning with -.",
+)
 @click.option(
     "--permission",
     "permissions",
@@ -144,7 +148,10 @@ def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> N
     with _ending("keys", "server"):
         from img2img_server.api.keys import new_key
 
-        key, entry = new_key(tenant, list(permissions), rate_limit)
+        try:
+            key, entry = new_key(tenant, list(permissions), rate_limit)
+        except SettingsError as error:
+            raise click.UsageError(str(error)) from error
     click.echo(f"key (shown only once): {key}", err=True)
     click.echo(entry)
 

@@ -184,11 +184,18 @@ async def _probe(url: str) -> None:
 
 
 def _announce(settings: Settings) -> None:
+    """Says where the service is and how to ask it. The first line is also read by programs."""
     key = DEV_KEY if settings.dev_key else "see IMG2IMG_API_KEYS_FILE"
     http = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"
+    grpc = host_port(reachable(settings.grpc_host), settings.grpc_port)
     print(
-        f"img2img is ready: gRPC {host_port(reachable(settings.grpc_host), settings.grpc_port)}, "
-        f"HTTP {http} (docs at {http}/docs), API key {key}",
+        f"img2img is ready: gRPC {grpc}, HTTP {http} (docs at {http}/docs), API key {key}",
+        flush=True,
+    )
+    key_option = "" if settings.dev_key else " --api-key KEY"
+    print(
+        f'command: img2img generate --server {grpc}{key_option} --prompt "an oil painting" '
+        "--init-image photo.jpg",
         flush=True,
     )
     if settings.playground:

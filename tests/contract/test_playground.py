@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
-from starlette.routing import Match
+from starlette.routing import Match, Route
 
+from img2img_client.cli import main as cli
+from img2img_server import __version__
 from img2img_server.api.keys import new_key
 from img2img_server.gateway.app import create_app
+from img2img_server.gateway.examples import REQUEST_EXAMPLE
+from img2img_server.gateway.openapi import document
 from img2img_server.gateway.upstream import connect
 from img2img_server.local import _announce
 from img2img_server.settings import Settings
@@ -38,7 +44,7 @@ def page_of(config: Settings) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE)
 
 
-async def test_browsers_get_a_page_and_others_what_the_contract_says(
+async def test_browsers_get_a_page_and_others_an_index(
     http: httpx.AsyncClient,
 ) -> None:
     page = await http.get("/", headers=BROWSER)
@@ -46,8 +52,16 @@ async def test_browsers_get_a_page_and_others_what_the_contract_says(
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     for headers in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
         answer = await http.get("/", headers=headers)
-        told = {"status": "error", "message": "Not found"}
-        assert (answer.status_code, answer.json()) == (404, told)
+        assert (answer.status_code, answer.headers["vary"]) == (200, "Accept")
+        told = answer.json()
+        assert (told.pop("name"), told.pop("version")) == ("img2img", __version__)
+        assert set(told) == {"docs", "openapi", "jobs", "capabilities", "health", "readiness"}
+        for path in (told["docs"], told["openapi"], told["health"]):
+            assert (await http.get(path)).status_code == 200
+        config = Settings()
+        app = create_app(config, connect(config), MemoryBlobStore())
+        routes = {route.path for route in app.routes if isinstance(route, Route)}
+        assert set(told.values()) <= routes | {"/openapi.json"}
     assert page.headers["vary"] == "Accept"
     assert (await http.post("/", headers=BROWSER)).status_code == 404
 
@@ -112,6 +126,32 @@ async def test_every_address_that_the_page_calls_is_a_route() -> None:
         assert any(route.matches(scope)[0] is Match.FULL for route in app.routes), path
 
 
+async def test_the_docs_can_be_tried_out_as_they_stand_with_the_development_key() -> None:
+    path, jobs = "/api/v1/enterprise/realtime/img2img", "/v1/jobs"
+    config = Settings(dev_key=True, http_port=8123, outbound_allow="127.0.0.0/8")
+    url = "http://127.0.0.1:8123/playground/cat.jpg"
+    assert example_of(config, path) | {"prompt": ""} == REQUEST_EXAMPLE | {
+        "key": "dev-key",
+        "init_image": url,
+        "prompt": "",
+    }
+    assert example_of(config, jobs)["spec"]["init_image"] == {"url": url}
+    assert example_of(config, "/api/v1/enterprise/update_s3")["key"] == "my-key"
+    for other in (Settings(), Settings(dev_key=True)):  # nothing that the api could not fetch
+        assert example_of(other, jobs)["spec"]["init_image"]["url"].startswith("https://files.")
+    assert example_of(Settings(), path)["key"] == "my-key"
+    async with page_of(config) as http:
+        headers = {"Host": "127.0.0.1"}
+        assert 'const KEY = "dev-key";' in (await http.get("/docs/start.js", headers=headers)).text
+    async with page_of(Settings()) as http:
+        assert 'const KEY = "";' in (await http.get("/docs/start.js")).text
+
+
+def example_of(config: Settings, path: str) -> Any:
+    body = document(config)["paths"][path]["post"]["requestBody"]
+    return body["content"]["application/json"]["example"]
+
+
 async def test_the_example_is_the_one_of_the_repository() -> None:
     assert (PAGE / "assets/cat.jpg").read_bytes() == (ROOT / "examples/cat.jpg").read_bytes()
 
@@ -145,13 +185,21 @@ async def test_with_the_development_key_no_other_page_learns_it() -> None:
 
 async def test_a_setting_turns_it_off() -> None:
     async with page_of(Settings(playground=False)) as http:
-        for path in ("/", "/playground", "/playground/settings.json", "/playground/main.js"):
+        assert (await http.get("/", headers=BROWSER)).json()["name"] == "img2img"
+        for path in ("/playground", "/playground/settings.json", "/playground/main.js"):
             assert (await http.get(path, headers=BROWSER)).status_code == 404
 
 
 @pytest.mark.parametrize("playground", [True, False])
-async def test_local_says_where_it_is(playground: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    _announce(Settings(dev_key=True, http_port=8123, playground=playground))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("img2img is ready: gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8123")
-    assert lines[1:] == (["playground: http://127.0.0.1:8123/"] if playground else [])
+@pytest.mark.parametrize("dev_key", [True, False])
+async def test_local_says_where_it_is_and_the_command_for_it(
+    playground: bool, dev_key: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _announce(Settings(dev_key=dev_key, grpc_port=4321, http_port=8123, playground=playground))
+    first, command, *more = capsys.readouterr().out.splitlines()
+    assert first.startswith("img2img is ready: gRPC 127.0.0.1:4321, HTTP http://127.0.0.1:8123")
+    key = "" if dev_key else " --api-key KEY"
+    assert command.startswith(f"command: img2img generate --server 127.0.0.1:4321{key} --prompt ")
+    assert more == (["playground: http://127.0.0.1:8123/"] if playground else [])
+    name, *words = shlex.split(command.removeprefix("command: img2img "))
+    assert cli.commands[name].make_context(name, words, resilient_parsing=False)

@@ -187,6 +187,6 @@ async def test_ctrl_c_on_the_command_cancels_the_job_in_the_service(
         (job,) = [job async for job in ours.list()]
         events = [event async for event in ours.watch(job)]
     assert process.returncode == 130
-    assert stderr.decode().startswith(f"{job.name} is ")
+    assert stderr.decode().startswith(f"{job.name} ")
     assert isinstance(events[0], Snapshot)
     assert type(events[-1]).__name__ == "Cancelled"

@@ -1,11 +1,16 @@
 """API keys: hashed, with tenants and permissions, read again when the file changes."""
 
 import hashlib
+import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from img2img_server.__main__ import main
 from img2img_server.api.keys import KeyRing, Principal, new_key
@@ -115,8 +120,9 @@ def test_a_wrong_file_is_refused_with_every_mistake(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "keys[0].sha256 must be 64 hexadecimal digits" in text
     assert "keys[0].tenant must be 1 to 63" in text
+    assert "it is 'No Spaces'" in text
     assert "keys[0].permissions: fly is not known" in text
-    assert "keys[0]: rate is not known" in text
+    assert "keys[0].rate: there is no such name" in text
     assert "keys[0].rate_limit must be an integer of at least 0" in text
 
 
@@ -134,3 +140,77 @@ def test_the_command_makes_a_key_with_its_rate_limit(tmp_path: Path) -> None:
     assert KeyRing(file, dev_key=False).authenticate(key) == held(
         key, "shop", "manage", rate_limit=60
     )
+
+
+TENANTS = st.one_of(
+    st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True),
+    st.text(max_size=70),
+    st.sampled_from(["a b/c", "Shop_1", "", "-a", "a\n", 'a"b', "a" * 64, "ä", "a.b", "\u0661"]),
+)
+
+
+@given(
+    tenant=TENANTS,
+    permissions=st.lists(st.sampled_from(["manage", "unsafe", "fly", "Manage"]), max_size=2),
+    rate_limit=st.none() | st.integers(-1, 2**70),
+)
+def test_a_key_is_made_exactly_where_an_api_takes_its_entry(
+    tenant: str, permissions: list[str], rate_limit: int | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "keys.toml"
+        try:
+            key, line = new_key(tenant, permissions, rate_limit)
+        except SettingsError:
+            digest = hashlib.sha256(b"k").hexdigest()
+            limit = "" if rate_limit is None else f"\nrate_limit = {rate_limit}"
+            line = f"[[keys]]\nsha256 = {json.dumps(digest)}\ntenant = {_toml(tenant)}\n"
+            file.write_text(f"{line}permissions = {json.dumps(permissions)}{limit}", "utf-8")
+            with pytest.raises(SettingsError):
+                KeyRing(file, dev_key=False)
+        else:
+            file.write_text(line, "utf-8")
+            ring = KeyRing(file, dev_key=False)
+            assert ring.authenticate(key) == held(key, tenant, *permissions, rate_limit=rate_limit)
+
+
+def _toml(text: str) -> str:
+    """The text as TOML spells it: JSON's, but without surrogates or a bare DEL."""
+    return json.dumps(text).replace("\x7f", "\\u007f")
+
+
+@pytest.mark.parametrize("tenant", ["a b/c", "Shop_1", "-shop", "", "ä"])
+def test_the_command_refuses_a_tenant_that_an_api_refuses(tenant: str) -> None:
+    told = CliRunner().invoke(main, ["keys", f"--tenant={tenant}"])
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert f"tenant must be 1 to 63 of a-z, 0-9 and -, not begin with -; it is {tenant!r}" in (
+        told.stderr
+    )
+
+
+def test_a_file_that_breaks_later_is_logged_once_with_the_entry_that_is_wrong(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(entry("k1", "shop"))
+    ring = KeyRing(file, dev_key=False)
+    with capture_logs() as logs:
+        file.write_text(entry("k1", "shop") + entry("k2", "Shop_1"))
+        for _ in range(3):
+            assert ring.authenticate("k1") == held("k1", "shop")
+        assert ring.authenticate("k2") is None
+        file.write_text("this is [no toml")
+        ring.authenticate("k1")
+        file.unlink()
+        for _ in range(2):
+            assert ring.authenticate("k1") == held("k1", "shop")
+        file.write_text(entry("k3", "shop"))
+        assert ring.authenticate("k3") == held("k3", "shop")
+        assert ring.authenticate("k1") is None
+    told = [(line["log_level"], line.get("error", "")) for line in logs]
+    assert [level for level, _ in told] == ["error", "error", "error", "info"]
+    for (_, error), part in zip(
+        told, ["keys[1].tenant must be 1 to 63", "line 1", "No such file"], strict=False
+    ):
+        assert part in error
+        assert str(file) in error

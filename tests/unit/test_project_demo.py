@@ -43,17 +43,17 @@ class Stage:
         path.write_text(textwrap.dedent(script))
         path.chmod(0o755)
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [self.root / "bin/python", self.root / "examples/demo.py"],
-            env={**os.environ, "DEMO": str(self.root)},
+            env={**os.environ, "DEMO": str(self.root), **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self) -> tuple[int, str, str]:
-        with self.start() as process:
+    def run(self, **env: str) -> tuple[int, str, str]:
+        with self.start(**env) as process:
             out, err = process.communicate(timeout=30)
         return process.returncode, out, err
 
@@ -73,7 +73,10 @@ def stage(tmp_path: Path) -> Stage:
 def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> None:
     code, out, err = stage.run()
     assert (code, err) == (0, "")
-    assert out.splitlines()[-1] == "The service is stopped. `make serve` keeps it running."
+    assert out.splitlines()[-2:] == [
+        f"The image is {stage.root}/demo/output.png.",
+        "The service is stopped. `make serve` keeps it running, with links and a playground.",
+    ]
     asked = (stage.root / "client").read_text().split()
     assert asked[:3] == ["generate", "--server", "127.0.0.1:4321"]
     assert asked[-2:] == ["--output", "demo/output.png"]
@@ -85,6 +88,45 @@ def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> Non
         READY,
         "stopping",
     ]
+
+
+PORTS = ("IMG2IMG_GRPC_PORT", "IMG2IMG_HTTP_PORT", "IMG2IMG_METRICS_PORT")
+
+
+def test_the_demo_takes_free_ports_except_where_the_user_chose_some(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in PORTS:
+        monkeypatch.delenv(name, raising=False)
+    told = "".join(f'echo "{name}=${name}" >> "$DEMO/ports"\n' for name in PORTS)
+    stage.command(
+        "img2img-server",
+        SERVER.replace("echo starting", "true").replace(
+            'echo "starting"\n', f'echo "starting"\n{told}'
+        ),
+    )
+    assert stage.run(IMG2IMG_HTTP_PORT="8123")[0] == 0
+    assert (stage.root / "ports").read_text().splitlines() == [
+        "IMG2IMG_GRPC_PORT=0",
+        "IMG2IMG_HTTP_PORT=8123",
+        "IMG2IMG_METRICS_PORT=0",
+    ]
+
+
+def test_the_demo_shows_no_link_that_ends_with_the_service(stage: Stage) -> None:
+    stage.command(
+        "img2img",
+        """\
+        #!/bin/sh
+        echo "demo/output.png  512x512, seed 1"
+        echo "  http://127.0.0.1:8080/generations/1-0.png"
+        echo "stage  ms"
+        """,
+    )
+    code, out, _ = stage.run()
+    assert code == 0
+    assert "http" not in out
+    assert "demo/output.png  512x512, seed 1\nstage  ms\n" in out
 
 
 def test_the_demo_shows_why_the_server_did_not_start(stage: Stage) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import re
 import secrets
 import tomllib
@@ -63,6 +64,7 @@ class KeyRing:
         self._file = file
         self._fixed = [_dev_entry()] if dev_key else []
         self._stamp: tuple[int, int] | None = None
+        self._refused: tuple[int, int] | str | None = None  # what was already logged
         self._entries: list[_Entry] = []
         if file is not None:
             self._stamp, self._entries = _stamp(file), _read(file)
@@ -86,12 +88,24 @@ class KeyRing:
             return
         try:
             stamp = _stamp(self._file)
-            if stamp != self._stamp:
-                self._entries = _read(self._file)
-                self._stamp = stamp
-                log.info("API keys read again", keys=len(self._entries))
-        except SettingsError as error:  # keep the keys that worked
-            log.error("API keys not read again", error=str(error))
+        except SettingsError as error:
+            self._refuse(str(error), error)
+            return
+        if stamp in (self._stamp, self._refused):
+            return
+        try:
+            self._entries = _read(self._file)
+        except SettingsError as error:
+            self._refuse(stamp, error)
+        else:
+            self._stamp, self._refused = stamp, None
+            log.info("API keys read again", keys=len(self._entries))
+
+    def _refuse(self, what: tuple[int, int] | str, error: SettingsError) -> None:
+        """Keeps the keys that worked, and says so once for each state of the file."""
+        if what != self._refused:
+            log.error("API keys file refused, the keys read before stay valid", error=str(error))
+        self._refused = what
 
 
 def load_keys(settings: Settings) -> KeyRing:
@@ -106,13 +120,25 @@ def load_keys(settings: Settings) -> KeyRing:
 
 
 def new_key(tenant: str, permissions: list[str], rate_limit: int | None = None) -> tuple[str, str]:
-    """Makes a key. Returns it and its entry for the file; only the entry is to be kept."""
+    """Makes a key. Returns it and its entry for the file; only the entry is to be kept.
+
+    Raises:
+        SettingsError: an api would refuse the entry.
+    """
     key = "i2i_" + secrets.token_urlsafe(32)
-    listed = ", ".join(f'"{permission}"' for permission in permissions)
-    entry = (
-        f'[[keys]]\nsha256 = "{_digest(key).hex()}"\ntenant = "{tenant}"\npermissions = [{listed}]'
-    )
-    return key, entry if rate_limit is None else f"{entry}\nrate_limit = {rate_limit}"
+    values = {
+        "sha256": _digest(key).hex(),
+        "tenant": tenant,
+        "permissions": permissions,
+        **({} if rate_limit is None else {"rate_limit": rate_limit}),
+    }
+    mistakes: list[str] = []
+    _entry(values, "", mistakes)
+    if mistakes:
+        raise SettingsError("\n".join(mistakes))
+    # JSON's texts, lists and integers are TOML's, too.
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    return key, "\n".join(["[[keys]]", *lines])
 
 
 def _dev_entry() -> _Entry:
@@ -147,7 +173,7 @@ def _read(file: Path) -> list[_Entry]:
     if not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
         raise SettingsError(_mistake(file, "each key must be a table below [[keys]]"))
     mistakes: list[str] = []
-    entries = [_entry(item, f"keys[{number}]", mistakes) for number, item in enumerate(items)]
+    entries = [_entry(item, f"keys[{number}].", mistakes) for number, item in enumerate(items)]
     if mistakes:
         raise SettingsError(*(_mistake(file, mistake) for mistake in mistakes))
     return entries
@@ -158,23 +184,30 @@ def _mistake(file: Path, fault: str) -> str:
 
 
 def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
+    """Reads one entry and adds what is wrong with it to `mistakes`. `where`: what comes before the
+    names in the sentences."""
     digest, tenant = str(item.get("sha256", "")), str(item.get("tenant", ""))
     listed = item.get("permissions", [])
     if not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
-        mistakes.append(f"{where}.permissions must be a list of strings")
+        mistakes.append(f"{where}permissions must be a list of strings")
         listed = []
     permissions = frozenset(listed)
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        mistakes.append(f"{where}.sha256 must be 64 hexadecimal digits")
+        mistakes.append(f"{where}sha256 must be 64 hexadecimal digits (a-f in lower case)")
         digest = ""
     if not _TENANT.fullmatch(tenant):
-        mistakes.append(f"{where}.tenant must be 1 to 63 of a-z, 0-9 and -")
+        mistakes.append(
+            f"{where}tenant must be 1 to 63 of a-z, 0-9 and -, not begin with -; it is {tenant!r}"
+        )
     if unknown := permissions - PERMISSIONS:
-        mistakes.append(f"{where}.permissions: {', '.join(sorted(unknown))} is not known")
+        known = ", ".join(sorted(PERMISSIONS))
+        mistakes.append(
+            f"{where}permissions: {', '.join(sorted(unknown))} is not known; they are {known}"
+        )
     if names := item.keys() - _NAMES:
-        mistakes.append(f"{where}: {', '.join(sorted(names))} is not known")
+        mistakes.append(f"{where}{', '.join(sorted(names))}: there is no such name")
     rate_limit = item.get("rate_limit")
     if rate_limit is not None and not (type(rate_limit) is int and rate_limit >= 0):
-        mistakes.append(f"{where}.rate_limit must be an integer of at least 0")
+        mistakes.append(f"{where}rate_limit must be an integer of at least 0")
     key = bytes.fromhex(digest)
     return _Entry(key, Principal(tenant, permissions, rate_limit, _key_id(key)))

@@ -20,6 +20,7 @@ from img2img_server.gateway.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoint
 from img2img_server.gateway.events import EventStreams
 from img2img_server.gateway.files import Files, is_file_path, missing
 from img2img_server.gateway.front import Bounded, Recorded, TidyPath
+from img2img_server.gateway.index import add_index
 from img2img_server.gateway.management import Management
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.playground import add_playground
@@ -68,8 +69,9 @@ def create_app(
     _add_calls(app, Calls(settings, upstream))
     _add_events(app, EventStreams(upstream, stop))
     _add_probes(app, readiness or Readiness(channel, blobs, stop))
-    add_docs(app)
+    add_docs(app, settings)
     add_playground(app, settings)
+    add_index(app, settings)
     return app
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import as_file, files
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
+
+from img2img_server.settings import DEV_KEY, Settings
 
 _CSP = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 _PAGE = """<!doctype html>
@@ -26,11 +29,20 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-_START = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true});\n'
+_START = """const ui = SwaggerUIBundle({
+  url: "/openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  onComplete: () => KEY && ui.preauthorizeApiKey("x_api_key", KEY),
+});
+"""
 
 
-def add_docs(app: FastAPI) -> None:
-    """Adds the page, its script and the package's assets."""
+def add_docs(app: FastAPI, settings: Settings) -> None:
+    """Adds the page, its script and the package's assets. With the development key "Try it out" is
+    already authorized."""
+    key = DEV_KEY if settings.has_open_dev_key else ""
+    script = f"const KEY = {json.dumps(key)};\n{_START}"
 
     @app.get("/docs", include_in_schema=False)
     async def page(_: Request) -> HTMLResponse:
@@ -38,7 +50,7 @@ def add_docs(app: FastAPI) -> None:
 
     @app.get("/docs/start.js", include_in_schema=False)
     async def start(_: Request) -> Response:
-        return Response(_START, media_type="text/javascript")
+        return Response(script, media_type="text/javascript")
 
     with as_file(files("fastapi_offline") / "static") as folder:
         app.mount("/docs/assets", StaticFiles(directory=folder))

@@ -33,11 +33,12 @@ from img2img_server.gateway.schemas import (
     STORAGE_DONE,
     Schema,
 )
-from img2img_server.settings import Settings
+from img2img_server.settings import DEV_KEY, Settings
 
 _DESCRIPTION = """Pictures out of pictures, compatible with the enterprise realtime image-to-image
 API of ModelsLab. The key goes into the body field `key`, or into one of the headers below. The same
 service over gRPC streams every denoising step; over HTTP `/v1/jobs/{job_id}/events` does."""
+LOCAL_HOST = "127.0.0.1"
 _ANYWHERE = (
     Case.INVALID_JSON,
     Case.BAD_KEY,
@@ -54,6 +55,40 @@ _MANAGE = (*_ANYWHERE, Case.FORBIDDEN)
 
 def document(settings: Settings) -> dict[str, Any]:
     """The document of a gateway with these settings."""
+    told = _document(settings)
+    if settings.has_open_dev_key:
+        _make_examples_work(told["paths"], settings)
+    return told
+
+
+def _make_examples_work(paths: dict[str, Any], settings: Settings) -> None:
+    """Puts the development key into the examples of request bodies and, where the api may fetch it,
+    the playground's example image, so that "Try it out" works as it stands."""
+    base = settings.public_base_url or f"http://{LOCAL_HOST}:{settings.http_port}"
+    can_fetch = settings.playground and settings.http_port and settings.outbound_allow
+    init_image = f"{base.rstrip('/')}/playground/cat.jpg" if can_fetch else ""
+    for operations in paths.values():
+        for operation in operations.values():
+            content = operation.get("requestBody", {}).get("content", {})
+            for body in content.values():
+                body["example"] = _working(body.get("example"), init_image)
+
+
+def _working(example: Any, init_image: str) -> Any:
+    """The example with a key and an init image that work on this machine; a copy."""
+    if not isinstance(example, dict) or "aws_secret_access_key" in example:
+        return example  # invented storage must not be set by one click
+    changed = {name: _working(value, init_image) for name, value in example.items()}
+    if "key" in changed:
+        changed["key"] = DEV_KEY
+    if init_image and "init_image" in changed:
+        in_proto = isinstance(changed["init_image"], dict)
+        changed["init_image"] = {"url": init_image} if in_proto else init_image
+        changed["prompt"] = "an oil painting of a cat"
+    return changed
+
+
+def _document(settings: Settings) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "img2img", "version": __version__, "description": _DESCRIPTION},

@@ -13,10 +13,11 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Match, Route
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from img2img_server.gateway.index import RootRoute
 from img2img_server.settings import DEV_KEY, Settings
 
 _HEADERS = {
@@ -31,13 +32,12 @@ _HEADERS = {
 }
 
 
-class _PageRoute(Route):
-    """Is there for who looks for a page; for all others the contract knows no such path."""
+class _PageRoute(RootRoute):
+    """Serves requests that accept HTML; all others go to the next route of the path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if scope["type"] == "http" and "text/html" in Headers(scope=scope).get("accept", ""):
-            match, found = super().matches(scope)
-            return (match, found) if match is Match.FULL else (Match.NONE, {})
+            return super().matches(scope)
         return Match.NONE, {}
 
 
