@@ -147,6 +147,7 @@ def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> N
     """Make an API key: the key on stderr, its entry for the keys file on stdout."""
     with _ending("keys", "server"):
         from img2img_server.api.keys import new_key
+        from img2img_server.settings import SettingsError
 
         try:
             key, entry = new_key(tenant, list(permissions), rate_limit)
