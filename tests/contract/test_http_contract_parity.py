@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from web_peers import redirect, serving
+from web_peers import answer, origin, redirect, serving
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server.api.keys import KeyRing, new_key
@@ -329,10 +329,10 @@ async def page(_: web.Request) -> web.Response:
 
 
 def status(code: int) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def answer(_: web.Request) -> web.Response:
+    async def refuse(_: web.Request) -> web.Response:
         return web.Response(status=code, body=photo(), content_type="image/jpeg")
 
-    return answer
+    return refuse
 
 
 ADDRESSES = [
@@ -381,3 +381,30 @@ async def test_both_complain_about_the_same(case: Both, gateway: Gateway) -> Non
     told = refusal(caught.value)
     assert (answer.status_code, told.reason) == (400, "INVALID_REQUEST")
     assert {name: said[0] for name, said in answer.json()["errors"].items()} == told.violations
+
+
+@pytest.mark.parametrize(
+    ("sent", "target"),
+    [
+        ("/a%28b%29.png?X-Sig=%2f%2B%3a%7E&e=", "/a%28b%29.png?X-Sig=%2f%2B%3a%7E&e="),
+        ("/a.png?", "/a.png?"),
+        ("/a b.png?q=ü", "/a%20b.png?q=%C3%BC"),
+    ],
+)
+async def test_both_request_the_bytes_of_an_address(sent: str, target: str) -> None:
+    policy = OutboundPolicy.parse("127.0.0.1")
+
+    async def download(url: str) -> bytes:
+        return await fetch_image(url, policy=policy, limits=Limits())
+
+    async with (
+        origin(answer(200, photo())) as server,
+        running_stack(fetch=download) as stack,
+        gateway_before(stack) as gateway,
+    ):
+        url = f"http://127.0.0.1:{server.port}{sent}"
+        made = await gateway.create(**GOOD, init_image=url)
+        assert made.json()["status"] == "success"
+        assert made.json()["meta"]["init_image"] == url
+        await stack.api.create(Both("", {}, {"init_image": job_pb2.InitImage(url=url)}).job_spec())
+        assert server.targets == [f"{target} HTTP/1.1"] * 2

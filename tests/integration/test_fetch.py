@@ -324,8 +324,11 @@ async def test_a_caller_that_gives_up_closes_the_connection() -> None:
 async def test_what_may_pass_is_tried_at_most_twice_more(transient: bytes) -> None:
     async with origin(transient, transient, answer(200, PICTURE)) as server:
         url = f"http://cdn.test:{server.port}/a"
-        assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
+        with structlog.testing.capture_logs() as lines:
+            assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
         assert server.targets == ["/a HTTP/1.1"] * 3
+    told = [(line["event"], line["tries"]) for line in lines]
+    assert told == [("init image fetched after retries", 3)]
     async with origin(transient) as server:
         with structlog.testing.capture_logs() as lines:
             await cause_of_failure(f"http://cdn.test:{server.port}/a")

@@ -232,6 +232,8 @@ def test_an_ordinary_address_is_public(address: str) -> None:
         ("https://example.com", "https://example.com"),
         ("http://[::1", "malformed"),
         ("http://a\\@b/", "malformed"),
+        ("https:\\\\user:pw@example.com/", "malformed"),
+        (" https://example.com/a b", "https://example.com/a%20b"),
     ],
 )
 def test_logs_show_no_query_and_no_user_part(url: str, expected: str) -> None:

@@ -102,7 +102,10 @@ async def fetch_image(
     ends = time.monotonic() + timeout_seconds
     try:
         async with asyncio.timeout(timeout_seconds), policy.open_session(resolver) as session:
-            return await _download(session, policy, url, limits, progress, ends)
+            data = await _download(session, policy, url, limits, progress, ends)
+        if progress.tries > 1:
+            log.info("init image fetched after retries", tries=progress.tries, url=shown(url))
+        return data
     except (ForbiddenAddressError, _TryFailedError, CodingError, TimeoutError) as error:
         detail = str(error)
         if isinstance(error, ForbiddenAddressError):

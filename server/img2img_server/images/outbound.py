@@ -223,7 +223,10 @@ class _CheckingResolver(AbstractResolver):
 def shown(url: str) -> str:
     """The URL as logs may show it: without query, fragment and user part."""
     try:
-        return str(URL(url).with_user(None).with_query(None).with_fragment(None))
+        parsed = URL(url.strip())
+        if not parsed.host:  # what stands before the host may be a password
+            return "malformed"
+        return str(parsed.with_user(None).with_query(None).with_fragment(None))
     except ValueError:
         return "malformed"
 
