@@ -160,6 +160,11 @@ def _local_tls(checks: _Checks) -> None:
 def _s3(checks: _Checks) -> None:
     if not checks.settings.s3_endpoint_url:
         checks.add("s3_endpoint_url", "must name an S3 server, such as http://127.0.0.1:8333")
+    elif not checks.skip & {"s3_endpoint_url", "s3_region", "s3_bucket"}:
+        from img2img_server.store.s3_access import S3Access
+
+        with checks.raised():
+            S3Access.from_settings(checks.settings)
 
 
 def _api_s3(checks: _Checks) -> None:

@@ -387,10 +387,17 @@ class SafetyCheckError(JobFailedError):
 
 
 class StorageError(JobFailedError):
-    """The object store refused the result, also after retries."""
+    """The object store refused the result, also after retries.
+
+    `detail`: the setting to correct and the host, for the operator and not for callers.
+    """
 
     reason = "STORAGE_UNAVAILABLE"
     retryable = True
+
+    def __init__(self, sentence: str = "", detail: str = "") -> None:
+        super().__init__(sentence)
+        self.detail = detail
 
 
 class AttemptsExhaustedError(JobFailedError):

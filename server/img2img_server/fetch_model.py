@@ -18,17 +18,19 @@ import shutil
 import socket
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import structlog
 import urllib3
 from minio import Minio
-from minio.error import MinioException
 
 from img2img_server.engine.model_spec import ModelError
 from img2img_server.settings import Settings
-from img2img_server.store.blobs_s3 import CONNECT_SECONDS, READ_SECONDS, minio_client
+from img2img_server.store.blobs_s3 import CONNECT_SECONDS, READ_SECONDS
+from img2img_server.store.s3_access import BUCKET, S3Access
+from img2img_server.store.s3_faults import FAULTS, explain
 
 INDEX: Final = "model_index.json"
 THREADS: Final = 4
@@ -63,7 +65,7 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         if not (draft / INDEX).is_file():
             raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
         return _publish(draft, target)
-    except (OSError, MinioException, urllib3.exceptions.HTTPError) as error:
+    except OSError as error:
         why = " ".join(str(error).split())  # the hub's sentences have several lines
         raise ModelError(f"{source} cannot be fetched: {why}") from error
 
@@ -96,19 +98,31 @@ def _publish(draft: Path, target: Path) -> bool:
 
 
 def _from_s3(settings: Settings, source: str, target: Path) -> Path:
-    """Returns the draft, which is one for these very objects."""
+    """Returns the draft, which is one for these very objects. Raises ModelError, SettingsError."""
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
-    prefix = prefix.rstrip("/") + "/"
+    access = replace(S3Access.from_settings(settings), bucket=bucket)
+    try:
+        return _objects(access, settings.s3_endpoint_url, prefix.rstrip("/") + "/", target)
+    except OSError:  # of the disk: urllib3 has errors of its own for the network
+        raise
+    except FAULTS as error:
+        fault = explain(error, access)
+        why = fault.sentence if fault.setting == BUCKET else str(fault)
+        raise ModelError(f"{source} cannot be fetched: {why}") from error
+
+
+def _objects(access: S3Access, endpoint_url: str, prefix: str, target: Path) -> Path:
+    bucket = access.bucket
     connections = urllib3.PoolManager(
         maxsize=THREADS, timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
     )
-    client = minio_client(settings, connections)
+    client = access.client(connections)
     found = client.list_objects(bucket, prefix=prefix, recursive=True)
     listed = [each for each in found if not each.is_dir]
     if not listed:
-        raise ModelError(f"there is nothing at {source}")
+        raise ModelError(f"there is nothing at s3://{bucket}/{prefix.rstrip('/')}")
     versions = (f"{each.object_name} {each.etag}" for each in listed)
-    draft = _draft(target, settings.s3_endpoint_url, bucket, *versions)
+    draft = _draft(target, endpoint_url, bucket, *versions)
     files = [(each.object_name or "", each.size or 0) for each in listed]
     with ThreadPoolExecutor(THREADS) as pool:
         wanted = [(name, size, _place(draft, name.removeprefix(prefix))) for name, size in files]

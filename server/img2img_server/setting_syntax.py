@@ -93,8 +93,15 @@ def s3_endpoint(text: str) -> str:
     if fault := _url_fault(text, ("http", "https")):
         return fault
     url = urlsplit(text)
-    if url.query or url.fragment or "@" in url.netloc:
-        return "must not have a user, a query or a fragment"
+    if "@" in url.netloc:
+        return "must not have keys; set IMG2IMG_S3_ACCESS_KEY and IMG2IMG_S3_SECRET_KEY"
+    if url.query or url.fragment:
+        return "must not have a query or a fragment"
+    if url.path.strip("/"):
+        return (
+            f"must not have a path ({url.path}): the path of a request is the bucket; give the "
+            "store a host name of its own"
+        )
     return ""
 
 

@@ -1,4 +1,9 @@
-"""Every setting of the service. Nothing else reads the environment."""
+"""Every setting of the service: nothing else reads IMG2IMG_ variables.
+
+Other variables are read where their libraries are used: AWS_* by store/s3_credentials.py and
+store/s3_access.py, SSL_CERT_FILE by OpenSSL, HF_* by the hub's library, OTEL_* by OpenTelemetry,
+GOMP_SPINCOUNT and OMP_* by OpenMP.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +39,7 @@ _TOGETHER = (
     ("tls_cert_file", "tls_key_file"),
     ("nats_cert_file", "nats_key_file"),
     ("nats_user", "nats_password"),
+    ("s3_access_key", "s3_secret_key"),
 )
 
 
@@ -100,11 +106,24 @@ class Settings(BaseSettings):
     )
     nats_key_file: Path | None = Field(None, description="PEM key of nats_cert_file.")
     nats_replicas: int = Field(1, ge=1, le=5, description="Replicas of streams and buckets.")
-    s3_endpoint_url: str = Field("http://127.0.0.1:8333", description="S3 endpoint.")
-    s3_region: str = Field("us-east-1", description="S3 region.")
+    s3_endpoint_url: str = Field(
+        "http://127.0.0.1:8333",
+        description="S3 endpoint: scheme, host and port, without a path and without the bucket.",
+    )
+    s3_region: str = Field(
+        "us-east-1",
+        description="S3 region. Where it is not set, at AWS: that of the endpoint's host, else "
+        "AWS_REGION.",
+    )
     s3_bucket: str = Field("img2img", description="Bucket of the service; created when missing.")
-    s3_access_key: SecretStr = Field(SecretStr(""), description="S3 access key.")
+    s3_access_key: SecretStr = Field(
+        SecretStr(""),
+        description="S3 access key. Empty: the default chain of AWS finds credentials.",
+    )
     s3_secret_key: SecretStr = Field(SecretStr(""), description="S3 secret key.")
+    s3_session_token: SecretStr = Field(
+        SecretStr(""), description="S3 session token, of temporary keys."
+    )
 
     # Keys.
     api_keys_file: Path | None = Field(
@@ -363,6 +382,10 @@ class Settings(BaseSettings):
         if self.nats_user and _is_set(self.nats_token):
             mistakes.append(
                 "IMG2IMG_NATS_TOKEN: cannot be used together with IMG2IMG_NATS_USER: unset one"
+            )
+        if _is_set(self.s3_session_token) and not _is_set(self.s3_access_key):
+            mistakes.append(
+                "IMG2IMG_S3_SESSION_TOKEN: belongs to IMG2IMG_S3_ACCESS_KEY, which is not set"
             )
         if self.prompt_rewriter == "model" and not self.prompt_model:
             mistakes.append(

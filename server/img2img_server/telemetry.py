@@ -146,9 +146,12 @@ def _add_trace(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappi
 
 @asynccontextmanager
 async def probe_server(
-    settings: Settings, ready: Callable[[], bool | Awaitable[bool]]
+    settings: Settings, trouble: Callable[[], str | Awaitable[str]]
 ) -> AsyncIterator[str]:
     """Serves /metrics, /livez (the event loop turns) and /readyz (may get traffic).
+
+    Args:
+        trouble: says why the role is not ready; empty while it is.
 
     Yields:
         The address it listens on, "host:port".
@@ -164,9 +167,9 @@ async def probe_server(
         return web.Response(text="alive\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        answer = ready()
-        is_ready = answer if isinstance(answer, bool) else await answer
-        return web.Response(text="ready\n") if is_ready else web.Response(status=503, text="busy\n")
+        answer = trouble()
+        why = answer if isinstance(answer, str) else await answer
+        return web.Response(status=503 if why else 200, text=f"{why or 'ready'}\n")
 
     app = web.Application()
     app.add_routes(

@@ -90,6 +90,9 @@ class AwayBlobs(MemoryBlobStore):
     async def stat(self, key: str) -> Any:
         raise StorageError("connection refused")
 
+    async def prove_readable(self) -> None:
+        raise StorageError("connection refused")
+
 
 class VanishingBlobs(MemoryBlobStore):
     """A bucket whose lifecycle rule comes between stat and read."""

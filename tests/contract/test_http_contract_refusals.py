@@ -305,7 +305,7 @@ async def test_an_api_that_is_away_is_503_with_retry_after(today: Gateway) -> No
 class BrokenBlobs(MemoryBlobStore):
     """A store with a fault of ours."""
 
-    async def stat(self, key: str) -> Any:
+    async def prove_readable(self) -> None:
         raise TypeError("a fault")
 
 

@@ -19,7 +19,7 @@ from minio import Minio
 from img2img_server.engine.model_spec import ModelError, packaged_model, read_model_spec
 from img2img_server.fetch_model import fetch_model
 from img2img_server.settings import PREFIX, Settings
-from img2img_server.store.blobs_s3 import minio_client
+from img2img_server.store.s3_access import S3Access
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {
@@ -39,7 +39,7 @@ def model_bucket(engine_settings: Callable[..., Settings]) -> Settings:
 
 def put(settings: Settings, files: dict[str, bytes]) -> None:
     with urllib3.PoolManager() as connections:
-        client = minio_client(settings, connections)
+        client = S3Access.from_settings(settings).client(connections)
         if not client.bucket_exists(settings.s3_bucket):
             client.make_bucket(settings.s3_bucket)
         for name, data in files.items():

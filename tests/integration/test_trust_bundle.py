@@ -21,14 +21,14 @@ from img2img_server.settings import PREFIX
 ASK = """
 import asyncio, sys, urllib3
 from img2img_server.settings import Settings
-from img2img_server.store.blobs_s3 import minio_client
+from img2img_server.store.s3_access import S3Access
 from img2img_server.wire.connection import connect
 
 async def main(settings):
     async with connect([settings.nats_url.get_secret_value()]) as link:
         print("streams", (await link.js.account_info()).streams)
     with urllib3.PoolManager(retries=False) as connections:
-        print("bucket", minio_client(settings, connections).bucket_exists(settings.s3_bucket))
+        print("bucket", S3Access.from_settings(settings).client(connections).bucket_exists("b-1"))
 
 asyncio.run(main(Settings.load()))
 """
@@ -94,6 +94,8 @@ async def test_nats_and_s3_of_an_authority_of_ones_own_are_trusted_by_the_bundle
                 **clean,
                 "IMG2IMG_NATS_URL": f"tls://localhost:{nats}",
                 "IMG2IMG_S3_ENDPOINT_URL": f"https://localhost:{bucket}",
+                "IMG2IMG_S3_ACCESS_KEY": "a-key",
+                "IMG2IMG_S3_SECRET_KEY": "a-secret",
                 "SSL_CERT_FILE": str(tmp_path / "bundle.pem"),
             },
             stdout=asyncio.subprocess.PIPE,

@@ -101,10 +101,10 @@ def test_what_is_no_address_is_refused_without_showing_it(
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"nats_user": "u"}, "nats_user and nats_password"),
-        ({"nats_password": "p"}, "nats_user and nats_password"),
-        ({"nats_user": "u", "nats_password": "p", "nats_token": "t"}, "exclude"),
-        ({"nats_cert_file": "a.pem"}, "nats_cert_file and nats_key_file"),
+        ({"nats_user": "u"}, "IMG2IMG_NATS_PASSWORD: is not set"),
+        ({"nats_password": "p"}, "IMG2IMG_NATS_USER: is not set"),
+        ({"nats_user": "u", "nats_password": "p", "nats_token": "t"}, "cannot be used together"),
+        ({"nats_cert_file": "a.pem"}, "IMG2IMG_NATS_KEY_FILE: is not set"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(more: dict[str, Any], why: str) -> None:

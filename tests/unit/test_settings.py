@@ -54,12 +54,15 @@ async def test_the_development_key_opens_no_server_to_the_network(host: str) -> 
 
 
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMG2IMG_S3_ACCESS_KEY", "a-key")
     monkeypatch.setenv("IMG2IMG_S3_SECRET_KEY", "do-not-show")
+    monkeypatch.setenv("IMG2IMG_S3_SESSION_TOKEN", "nor-that-one")
     monkeypatch.setenv("IMG2IMG_WEBHOOK_SECRET", "neither-this")
     monkeypatch.setenv("IMG2IMG_NATS_URL", "nats://user:password-too@127.0.0.1:1")
     text = repr(Settings.load())
     assert "password-too" not in text
     assert "do-not-show" not in text
+    assert "nor-that-one" not in text
     assert "neither-this" not in text
 
 

@@ -33,6 +33,7 @@ from img2img_server.bus import Bus, connect_bus
 from img2img_server.contract.files import inline
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.lifecycle import unless_stopped
 from img2img_server.listening import host_port, is_wildcard, listeners, reachable
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import WorkerRegistry
@@ -65,7 +66,7 @@ async def serve_api(
     async with (
         connect_bus(settings, stop=stop) as bus,
         open_post(policy) as post,
-        _texts(settings) as texts,
+        _texts(settings, stop) as texts,
     ):
         webhooks = Webhooks(post, signer, texts=texts)
         await serve(settings, bus, fetch, webhooks, keys, stop, started)
@@ -137,8 +138,8 @@ async def serve(
     await server.start()
     async with (
         disconnects.listening(),
-        _health(health_servicer, registry, stop) as is_ready,
-        probe_server(settings, is_ready) as probes,
+        _health(health_servicer, bus, registry, stop) as why_not_ready,
+        probe_server(settings, why_not_ready) as probes,
     ):
         address = host_port(settings.grpc_host, port)
         log.info("api serves", address=address, probes=probes)
@@ -159,12 +160,13 @@ async def serve(
 
 
 @asynccontextmanager
-async def _texts(settings: Settings) -> AsyncIterator[Texts | None]:
+async def _texts(settings: Settings, stop: asyncio.Event) -> AsyncIterator[Texts | None]:
     """Reads the texts that stand in place of links, where the operator wants that."""
     if not settings.base64_inline:
         yield None
         return
     async with connect_blobs(settings) as blobs:
+        await unless_stopped(stop, blobs.start_reading(settings.startup_timeout_seconds))
         yield partial(inline, blobs)
 
 
@@ -233,10 +235,15 @@ def _link_base(settings: Settings) -> str:
 
 @asynccontextmanager
 async def _health(
-    servicer: health.aio.HealthServicer, registry: WorkerRegistry, stop: asyncio.Event
-) -> AsyncIterator[Callable[[], bool]]:
-    """Keeps the health service true: serving while the bus answers."""
+    servicer: health.aio.HealthServicer, bus: Bus, registry: WorkerRegistry, stop: asyncio.Event
+) -> AsyncIterator[Callable[[], str]]:
+    """Keeps the health service true: serving while the bus answers. Yields why it does not."""
     serving = False
+
+    def trouble() -> str:
+        if stop.is_set():
+            return "stopping"
+        return "" if serving else bus.trouble() or "NATS does not answer"
 
     async def update() -> None:
         nonlocal serving
@@ -260,6 +267,6 @@ async def _health(
     await update()
     task = asyncio.create_task(repeat())
     try:
-        yield lambda: serving and not stop.is_set()
+        yield trouble
     finally:
         task.cancel()

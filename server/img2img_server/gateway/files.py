@@ -62,7 +62,7 @@ class Files:
         """Why the bucket cannot be read, or nothing."""
         try:
             async with asyncio.timeout(_READY_SECONDS):
-                await self.blobs.stat("readyz")
+                await self.blobs.prove_readable()
         except TimeoutError:
             return "no answer in time"
         except StorageError as error:

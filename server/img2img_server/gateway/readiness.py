@@ -26,6 +26,6 @@ class Readiness:
         troubles = {"api": api, "bucket": bucket, "gateway": gateway}
         return {name: trouble for name, trouble in troubles.items() if trouble}
 
-    async def is_ready(self) -> bool:
-        """Whether there is no trouble."""
-        return not await self.troubles()
+    async def why_not(self) -> str:
+        """Returns why requests cannot be served, in a sentence; empty: they can."""
+        return "; ".join(f"{part}: {why}" for part, why in (await self.troubles()).items())

@@ -13,6 +13,7 @@ import uvicorn
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import connect
+from img2img_server.lifecycle import unless_stopped
 from img2img_server.listening import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.store.base import BlobStore
@@ -28,6 +29,7 @@ async def serve_gateway(
 ) -> None:
     """Serves until `stop` is set. `started` is called with the address, "host:port"."""
     async with connect_blobs(settings) as blobs:
+        await unless_stopped(stop, blobs.start_reading(settings.startup_timeout_seconds))
         await serve(settings, blobs, stop, started)
 
 
@@ -44,7 +46,7 @@ async def serve(
     async with AsyncExitStack() as open_parts:
         channel = await open_parts.enter_async_context(connect(settings))
         readiness = Readiness(channel, blobs, stop)
-        probes = await open_parts.enter_async_context(probe_server(settings, readiness.is_ready))
+        probes = await open_parts.enter_async_context(probe_server(settings, readiness.why_not))
         app = create_app(settings, channel, blobs, stop, readiness)
         server = _Server(_config(app, settings))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

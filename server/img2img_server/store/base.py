@@ -116,7 +116,15 @@ class BlobStore(Protocol):
     """Files by key, such as "generations/{uuid}-0.png", in the service's own bucket."""
 
     async def prepare(self) -> None:
-        """Creates the bucket and its lifecycle rules when they are missing. Raises StorageError."""
+        """Makes it ready for `put`. Raises StorageError, SettingsError."""
+        ...
+
+    async def prove_writable(self) -> None:
+        """Stores a small file and removes it again. Raises StorageError."""
+        ...
+
+    async def prove_readable(self) -> None:
+        """Asks for a file that is not there. Raises StorageError."""
         ...
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import math
 import random
+import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
 from io import BytesIO
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
@@ -20,8 +20,18 @@ from minio.error import MinioException, S3Error
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
 from img2img_server.errors import StorageError
-from img2img_server.settings import Settings
+from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobInfo
+from img2img_server.store.s3_access import S3Access
+from img2img_server.store.s3_faults import (
+    DENIED,
+    FAULTS,
+    MISSING,
+    NoBucketError,
+    NotAStoreError,
+    explain,
+    is_transient,
+)
 
 CHUNK_BYTES: Final = 64 * 1024
 PART_BYTES: Final = 64 * 2**20  # one request a file: what we store is far smaller
@@ -32,14 +42,11 @@ CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 30.0
 FOLDERS: Final = ("generations", "temp")
 
-_FAULTS: Final = (MinioException, urllib3.exceptions.HTTPError, OSError)
-_MISSING: Final = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket"})
+CHECK_KEY: Final = "temp/img2img-check-{}.txt"  # below temp/: the bucket deletes what we may not
+CHECK_DATA: Final = b"A check of img2img whether files can be stored; it may be deleted.\n"
+RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)  # between attempts at the start, the last one repeated
 _MINE_ALREADY: Final = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 _NO_RULES: Final = "NoSuchLifecycleConfiguration"
-# What another try may mend; any other refusal is an answer.
-_TRANSIENT: Final = frozenset(
-    {"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
-)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -49,29 +56,129 @@ class S3BlobStore:
     """A BlobStore in one bucket; made by `connect_blobs`."""
 
     def __init__(
-        self, client: Minio, pool: ThreadPoolExecutor, *, bucket: str, region: str, keep_days: int
+        self, client: Minio, pool: ThreadPoolExecutor, access: S3Access, *, keep_days: int
     ) -> None:
         self._client = client
         self._pool = pool
-        self._bucket = bucket
-        self._region = region
+        self._access = access
+        self._bucket = access.bucket
         self._keep_days = keep_days
+        self._warned: set[str] = set()
         self._putting: dict[Future[Any], str] = {}  # a thread goes on when its caller is cancelled
         # A key is never written twice with different content: it holds a UUID.
         self._cache_control = f"private, max-age={keep_days * 86400}, immutable"
 
-    async def prepare(self) -> None:
-        await self._try(self._make_bucket)
-        await self._try(self._make_rules)
+    async def prepare(self, seconds: float = 0.0) -> None:
+        """Proves that files can be stored, creating the bucket when it is missing; then asks the
+        bucket to delete old ones, and warns when it does not.
+
+        Args:
+            seconds: how long to try again while the store cannot be reached.
+
+        Raises:
+            SettingsError: the store refuses for good; the sentence names the setting.
+            StorageError: the store cannot be reached; the sentence names the setting.
+        """
+        await self._until(self._prove_writable, seconds)
+        try:
+            await self._try(self._make_rules)
+        except StorageError as error:
+            log.warning(
+                "the bucket %s takes no lifecycle rules (%s): nothing deletes old files. Add rules "
+                "that expire generations/ and temp/ after %d days.",
+                self._bucket,
+                error.detail,
+                self._keep_days,
+            )
+
+    async def start_reading(self, seconds: float = 0.0) -> None:
+        """Proves that files can be read. Arguments and errors as of `prepare`."""
+        await self._until(self._prove_readable, seconds)
+
+    async def _until(self, prove: Callable[[], None], seconds: float) -> None:
+        loop, attempt = asyncio.get_running_loop(), 0
+        ends_at = loop.time() + seconds
+        while True:
+            try:
+                return await self._try(prove, tries=1)
+            except StorageError as error:
+                fault = explain(error.__cause__, self._access)
+                if fault.final:
+                    raise SettingsError(str(fault)) from error
+                if loop.time() >= ends_at:
+                    raise StorageError(f"{fault}; given up after {seconds:g} s") from error
+                log.warning("object store is not ready, trying again: %s", fault)
+            await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+            attempt += 1
+
+    async def prove_writable(self) -> None:
+        await self._try(self._prove_writable, tries=1)
+
+    async def prove_readable(self) -> None:
+        await self._try(self._prove_readable, tries=1)
+
+    def _prove_writable(self) -> None:
+        key = CHECK_KEY.format(uuid.uuid4())
+        try:
+            self._put(key, CHECK_DATA, "text/plain")
+        except S3Error as error:
+            if error.code != "NoSuchBucket":
+                raise
+            self._make_bucket()
+            self._put(key, CHECK_DATA, "text/plain")
+        try:
+            if self._content(key) != CHECK_DATA:
+                raise NotAStoreError("another file came back")
+        except S3Error as error:
+            if error.code not in DENIED:
+                raise
+            log.info("this key may store files and not read them: %s", error.code)
+        try:
+            self._client.remove_object(self._bucket, key)
+        except FAULTS as error:
+            self._warn_once(
+                "this key may not delete files, so those of failed jobs stay until the bucket "
+                f"expires them: {explain(error, self._access).sentence}"
+            )
+
+    def _prove_readable(self) -> None:
+        try:
+            self._content("readyz")
+        except S3Error as error:
+            if error.code in DENIED:
+                self._warn_denied(error)
+            elif error.code not in MISSING:
+                raise
+
+    def _content(self, key: str) -> bytes:
+        response = self._client.get_object(self._bucket, key)
+        try:
+            return response.read(len(CHECK_DATA) + 1)
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _warn_denied(self, error: S3Error) -> None:
+        self._warn_once(
+            f"the store answers {error.code} for a file that is missing: without s3:ListBucket a "
+            "missing file cannot be told from one that must not be read"
+        )
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            log.warning("object store: %s", sentence)
 
     def _make_bucket(self) -> None:
-        if self._client.bucket_exists(self._bucket):
-            return
         try:
-            self._client.make_bucket(self._bucket, location=self._region)
-        except S3Error as error:  # another role was quicker
-            if error.code not in _MINE_ALREADY:
+            self._client.make_bucket(self._bucket, location=self._access.region)
+        except S3Error as error:
+            if error.code in _MINE_ALREADY:  # another role was quicker
+                return
+            if is_transient(error):
                 raise
+            raise NoBucketError(f"this key cannot create it ({error.code})") from error
+        log.info("bucket created: %s", self._bucket)
 
     def _make_rules(self) -> None:
         ours = [self._rule(folder) for folder in FOLDERS]
@@ -82,6 +189,8 @@ class S3BlobStore:
         ids = {rule.rule_id for rule in ours}
         others = [rule for rule in there if rule.rule_id not in ids]
         self._client.set_bucket_lifecycle(self._bucket, LifecycleConfig(others + ours))
+        if not ids <= {rule.rule_id for rule in self._rules()}:
+            raise MinioException("it took the rules and does not list them")
 
     def _rules(self) -> list[Rule]:
         try:
@@ -101,44 +210,62 @@ class S3BlobStore:
         )
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:
-        def store() -> None:
-            self._client.put_object(
-                self._bucket,
-                key,
-                BytesIO(data),
-                len(data),
-                content_type=media_type,
-                metadata={"Cache-Control": self._cache_control},
-                part_size=PART_BYTES,
-            )
+        await self._try(lambda: self._put(key, data, media_type), putting=key)
 
-        await self._try(store, putting=key)
+    def _put(self, key: str, data: bytes, media_type: str) -> None:
+        self._client.put_object(
+            self._bucket,
+            key,
+            BytesIO(data),
+            len(data),
+            content_type=media_type,
+            metadata={"Cache-Control": self._cache_control},
+            part_size=PART_BYTES,
+        )
 
     async def stat(self, key: str) -> BlobInfo | None:
-        def look() -> BlobInfo | None:
-            try:
-                found = self._client.stat_object(self._bucket, key)
-            except S3Error as error:
-                if error.code not in _MISSING:
-                    raise
-                return None
-            return BlobInfo(
-                key=key, size_bytes=found.size or 0, media_type=found.content_type or ""
-            )
+        return await self._try(lambda: self._stat(key))
 
-        return await self._try(look)
+    def _stat(self, key: str) -> BlobInfo | None:
+        try:
+            found = self._client.stat_object(self._bucket, key)
+        except S3Error as error:
+            if error.code in MISSING:
+                return None
+            # The answer to HEAD has no body: only GET tells a wrong key from a missing file.
+            return self._stat_by_get(key)
+        return BlobInfo(key=key, size_bytes=found.size or 0, media_type=found.content_type or "")
+
+    def _stat_by_get(self, key: str) -> BlobInfo | None:
+        try:
+            response = self._client.get_object(self._bucket, key)
+        except S3Error as error:
+            if error.code in DENIED:
+                self._warn_denied(error)
+            elif error.code not in MISSING:
+                raise
+            return None
+        try:
+            return BlobInfo(
+                key=key,
+                size_bytes=int(response.headers.get("Content-Length") or 0),
+                media_type=response.headers.get("Content-Type") or "",
+            )
+        finally:
+            response.close()
+            response.release_conn()
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         try:
             response = await self._try(lambda: self._client.get_object(self._bucket, key))
         except StorageError as error:
-            if isinstance(error.__cause__, S3Error) and error.__cause__.code in _MISSING:
+            if isinstance(error.__cause__, S3Error) and error.__cause__.code in MISSING | DENIED:
                 raise KeyError(key) from error
             raise
         try:
             while chunk := await self._run(lambda: response.read(CHUNK_BYTES)):
                 yield chunk
-        except _FAULTS as error:
+        except FAULTS as error:
             raise StorageError("the object store broke off") from error
         finally:
             response.close()
@@ -160,20 +287,20 @@ class S3BlobStore:
             future.add_done_callback(self._putting.pop)
         return await asyncio.wrap_future(future)
 
-    async def _try(self, work: Callable[[], T], *, putting: str = "") -> T:
+    async def _try(self, work: Callable[[], T], *, putting: str = "", tries: int = TRIES) -> T:
         """Runs it on a thread, again after a pause when the fault may pass. Raises StorageError.
 
         Args:
             putting: the key that it stores, if any.
         """
-        for left in reversed(range(TRIES)):
+        for left in reversed(range(tries)):
             try:
                 return await self._run(work, putting)
-            except _FAULTS as error:
-                final = isinstance(error, S3Error) and error.code not in _TRANSIENT
-                if final or not left:
-                    raise StorageError(_sentence(error)) from error
-                log.warning("object store, %d tries left: %s", left, error)
+            except FAULTS as error:
+                fault = explain(error, self._access)
+                if not left or not is_transient(error):
+                    raise StorageError(_sentence(error), str(fault)) from error
+                log.warning("object store, %d attempts left: %s", left, fault)
                 pause = FIRST_PAUSE_SECONDS * 4 ** (TRIES - 1 - left)
                 await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
         raise AssertionError("unreachable")
@@ -192,47 +319,23 @@ def _facts(rule: Rule) -> tuple[object, ...]:
     return rule.rule_id, rule.status, prefix, days
 
 
-def minio_client(settings: Settings, connections: urllib3.PoolManager) -> Minio:
-    """A client of settings.s3_*; connects with the first call.
-
-    Raises:
-        StorageError: the endpoint is not an http or https address.
-    """
-    endpoint = urlsplit(settings.s3_endpoint_url)
-    if endpoint.scheme not in ("http", "https") or not endpoint.netloc:
-        raise StorageError("s3_endpoint_url must be an http or https address")
-    return Minio(
-        endpoint.netloc,
-        access_key=settings.s3_access_key.get_secret_value() or None,
-        secret_key=settings.s3_secret_key.get_secret_value() or None,
-        secure=endpoint.scheme == "https",
-        region=settings.s3_region,
-        http_client=connections,
-    )
-
-
 @asynccontextmanager
 async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
     """The bucket of settings.s3_*; connects with the first call. Call `prepare` before `put`.
 
     Raises:
-        StorageError: the endpoint is not an http or https address.
+        SettingsError: the endpoint, the region or the bucket cannot be used.
     """
+    access = S3Access.from_settings(settings)
     connections = urllib3.PoolManager(
         maxsize=THREADS,
         timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
         retries=False,
     )
-    client = minio_client(settings, connections)
+    client = access.client(connections)
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
     try:
-        yield S3BlobStore(
-            client,
-            pool,
-            bucket=settings.s3_bucket,
-            region=settings.s3_region,
-            keep_days=math.ceil(settings.retention_hours / 24),
-        )
+        yield S3BlobStore(client, pool, access, keep_days=math.ceil(settings.retention_hours / 24))
     finally:
         await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         connections.clear()

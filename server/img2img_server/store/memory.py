@@ -107,6 +107,13 @@ class MemoryBlobStore:
     async def prepare(self) -> None:
         self._prepared = True
 
+    async def prove_writable(self) -> None:
+        if not self._prepared:
+            raise StorageError("the bucket does not exist")
+
+    async def prove_readable(self) -> None:
+        return
+
     async def put(self, key: str, data: bytes, media_type: str) -> None:
         if not self._prepared:
             raise StorageError("the bucket does not exist")

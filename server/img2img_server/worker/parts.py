@@ -12,9 +12,10 @@ from img2img_server.prompts.base import PromptRewriter
 from img2img_server.queue.base import EventLog, JobQueue
 from img2img_server.queue.outbox import Outbox
 from img2img_server.safety.base import SafetyChecker
-from img2img_server.store.base import BlobStore, JobStore
+from img2img_server.store.base import JobStore
 from img2img_server.store.tenant_s3 import TenantS3
 from img2img_server.store.tenants import TenantStorage
+from img2img_server.store.watched import WatchedBlobs
 
 _BASE_PIXELS = 512 * 512
 _WEIGHT = 0.2
@@ -92,7 +93,7 @@ class Parts:
     queue: JobQueue
     events: EventLog
     jobs: JobStore
-    blobs: BlobStore
+    blobs: WatchedBlobs
     outbox: Outbox
     storage: TenantStorage
     tenant_s3: TenantS3

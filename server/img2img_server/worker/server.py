@@ -18,16 +18,16 @@ from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.model_spec import ModelError, read_model_spec
 from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.images.outbound import OutboundPolicy
-from img2img_server.lifecycle import first_of
+from img2img_server.lifecycle import unless_stopped
 from img2img_server.prompts.base import PromptRewriter
 from img2img_server.prompts.choose import worker_rewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.choose import safety_checker
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobStore
-from img2img_server.store.blobs_s3 import connect_blobs
+from img2img_server.store.blobs_s3 import S3BlobStore, connect_blobs
 from img2img_server.store.tenant_s3 import TenantS3
-from img2img_server.tasks import beside
+from img2img_server.store.watched import WatchedBlobs
 from img2img_server.telemetry import probe_server
 from img2img_server.worker.downloads import forget_downloads
 from img2img_server.worker.parts import Parts
@@ -45,19 +45,25 @@ async def serve_worker(
 ) -> None:
     """Works until `stop` is set. `started` is called with the worker's name once it serves."""
     ready = False
+    needs: list[Callable[[], str]] = []  # each says why it cannot be used
+
+    def why_not_ready() -> str:
+        if stop.is_set():
+            return "stopping"
+        return "; ".join(filter(None, (why() for why in needs))) if ready else "starting"
+
     async with (
-        probe_server(settings, lambda: ready and not stop.is_set()) as probes,
+        probe_server(settings, why_not_ready) as probes,
         connect_bus(settings, patience_seconds=BUS_PATIENCE_SECONDS, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):
+        store = WatchedBlobs(blobs)
+        needs = [bus.trouble, lambda: store.trouble]
         with logs_reason():
             safety = safety_checker(settings, _source(settings))
-            async with beside(_load_all(safety, settings, blobs)) as loading:
-                await first_of(stop.wait(), asyncio.wait([loading]))
-                if not loading.done():  # its threads are left to the exit
-                    log.info("worker stopped while its model was loaded")
-                    return
-                engine, rewriter = loading.result()
+            # When it is stopped, its threads are left to the exit.
+            loading = _load_all(safety, settings, blobs)
+            engine, rewriter = await unless_stopped(stop, loading)
         try:
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
 
@@ -69,7 +75,7 @@ async def serve_worker(
                     started(name)
 
             with logs_reason():
-                await work(settings, name, bus, blobs, engine, safety, rewriter, stop, announced)
+                await work(settings, name, bus, store, engine, safety, rewriter, stop, announced)
         finally:
             with suppress(TimeoutError):  # a step that hangs ends with the process
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
@@ -78,10 +84,11 @@ async def serve_worker(
 
 
 async def _load_all(
-    safety: SafetyChecker, settings: Settings, blobs: BlobStore
+    safety: SafetyChecker, settings: Settings, blobs: S3BlobStore
 ) -> tuple[Engine, PromptRewriter]:
     """Loads the models and makes the bucket ready at the same time. Raises the first error."""
-    loaded, _ = await asyncio.gather(_load_models(safety, settings), blobs.prepare())
+    preparing = blobs.prepare(settings.startup_timeout_seconds)
+    loaded, _ = await asyncio.gather(_load_models(safety, settings), preparing)
     return loaded
 
 
@@ -149,13 +156,14 @@ async def work(
 ) -> None:
     """Works on parts that exist already, until `stop` is set. `announced` is called once, when
     apis can know of it."""
+    store = blobs if isinstance(blobs, WatchedBlobs) else WatchedBlobs(blobs)
     parts = Parts(
         name=name,
         engine=engine,
         queue=bus.queue,
         events=bus.events,
         jobs=bus.jobs,
-        blobs=blobs,
+        blobs=store,
         outbox=bus.outbox,
         storage=bus.storage,
         tenant_s3=TenantS3(OutboundPolicy.of(settings)),

@@ -65,6 +65,7 @@ class Worker:
             asyncio.TaskGroup() as tasks,
         ):
             sweeping = tasks.create_task(self._leftovers.run())
+            watching = tasks.create_task(self._parts.blobs.watch())
             announcing = tasks.create_task(self._announce(announced))
             pulling = tasks.create_task(self._pull(tasks))
             lost = self._parts.device_lost
@@ -80,6 +81,7 @@ class Worker:
             await self._drain(self._drain_seconds if at_leisure else 0.0)
             await self._leftovers.finish(LEFTOVERS_SECONDS)
             sweeping.cancel()
+            watching.cancel()
         if lost.is_set():
             raise errors.UnavailableError("the device is lost; only a new process can use it")
         if not stop.is_set():
@@ -93,6 +95,7 @@ class Worker:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
+            await parts.blobs.healthy.wait()
             try:
                 taken = await parts.queue.pull(parts.engine.model.name, _LANES, 1, _PULL_SECONDS)
             except errors.UnavailableError as error:
@@ -100,7 +103,10 @@ class Worker:
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             for delivery in taken:
-                if run := self._take(delivery):
+                if parts.blobs.trouble:  # it came while the store went away
+                    with suppress(errors.UnavailableError):
+                        await delivery.nak()
+                elif run := self._take(delivery):
                     self._tasks[run.job_id] = tasks.create_task(self._run(run))
 
     def _take(self, delivery: Delivery) -> JobRun | None:
