@@ -30,9 +30,10 @@ TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: 
 OWNED = frozenset({
     "grpc_host", "grpc_port", "http_host", "http_port", "metrics_host", "metrics_port",
     "api_address", "api_ca_file", "public_base_url", "tls_cert_file", "tls_key_file", "nats_url",
-    "nats_creds_file", "nats_replicas", "s3_endpoint_url", "s3_region", "s3_bucket",
-    "s3_access_key", "s3_secret_key", "api_keys_file", "storage_keys", "webhook_secret", "model",
-    "device", "worker_name", "drain_seconds", "compile_cache_dir",
+    "nats_user", "nats_password", "nats_token", "nats_creds_file", "nats_ca_file",
+    "nats_cert_file", "nats_key_file", "nats_replicas", "s3_endpoint_url", "s3_region", "s3_bucket",
+    "s3_access_key", "s3_secret_key", "s3_session_token", "api_keys_file", "storage_keys",
+    "webhook_secret", "model", "device", "worker_name", "drain_seconds", "compile_cache_dir",
 })
 # fmt: on
 # Of `local` alone.
@@ -104,11 +105,15 @@ def settings_schema() -> dict[str, Any]:
 
 def definitions() -> dict[str, Any]:
     """What several values share."""
-    amounts = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+    # A null takes a default out.
+    amounts = {
+        "type": ["object", "null"],
+        "additionalProperties": {"type": ["string", "number", "null"]},
+    }
     return {
         "settings": settings_schema(),
         "resources": {
-            "type": "object",
+            "type": ["object", "null"],
             "additionalProperties": False,
             "properties": {"requests": amounts, "limits": amounts},
         },

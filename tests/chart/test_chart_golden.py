@@ -15,6 +15,8 @@ def test_the_golden_render_of_a_value_set(name: str) -> None:
     assert_golden(f"chart/{name}.yaml", text)
 
 
-def test_there_are_the_six_value_sets() -> None:
-    expected = ["default", "everything", "gateway-only", "production", "try-out", "two-pools"]
-    assert expected == SETS
+def test_there_are_the_seven_value_sets() -> None:
+    assert [
+        *("default", "everything", "gateway-only", "identity", "production", "try-out"),
+        "two-pools",
+    ] == SETS

@@ -21,11 +21,11 @@ MUST = {
     "api": {"grpc_host", "metrics_host", "nats_url", "api_keys_file", "drain_seconds"},
     "gateway": {
         *("http_host", "metrics_host", "api_address", "drain_seconds"),
-        *("s3_endpoint_url", "s3_bucket", "s3_region", "s3_access_key", "s3_secret_key"),
+        *("s3_endpoint_url", "s3_bucket"),
     },
     "worker": {
         *("metrics_host", "nats_url", "device", "worker_name", "drain_seconds"),
-        *("s3_endpoint_url", "s3_bucket", "s3_region", "s3_access_key", "s3_secret_key"),
+        *("s3_endpoint_url", "s3_bucket"),
     },
 }
 NAMES = {PREFIX + name.upper(): name for name in Settings.model_fields}

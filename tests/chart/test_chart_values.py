@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,9 @@ def test_everything_that_is_missing_is_said_at_once() -> None:
     [
         ("default", "nats.existingSecret=x", "nats.url and nats.existingSecret exclude each other"),
         ("default", "s3.accessKey=x", "s3.existingSecret and s3.accessKey exclude each other"),
+        ("default", "s3.identity=true", "s3.identity excludes s3.existingSecret"),
+        ("try-out", "s3.sessionTokenKey=x", "an entry of s3.existingSecret, which is missing"),
+        ("everything", "nats.authSecret=x", "nats.authSecret belongs to nats.url"),
         ("default", "api.enabled=false", "gateway.apiAddress is missing"),
         ("default", "gateway.ingress.enabled=true", "gateway.ingress.host is missing"),
         (
@@ -78,6 +82,67 @@ def test_values_that_do_not_fit_together_are_refused_with_the_way_out(
     name: str, given: str, said: str
 ) -> None:
     assert said in refusal("--set", given, name=name)
+
+
+def limits(*given: str) -> dict[str, Any]:
+    """The resources of a worker of pool `default`."""
+    pod = next(
+        pod
+        for pod in pods(render("default", *(f"--set={each}" for each in given)))
+        if pod.name == "demo-img2img-worker-default"
+    )
+    return dict(pod.containers()[-1].get("resources", {}))
+
+
+REQUESTS = {"cpu": "1", "memory": "2Gi"}
+GPU = {"nvidia.com/gpu": 1}
+
+
+@pytest.mark.parametrize("values", ["workers.default", "workerDefaults"])
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("resources.limits.cpu=null", {"requests": REQUESTS, "limits": {"memory": "4Gi"}}),
+        ("resources.limits=null", {"requests": REQUESTS}),
+        ("resources.requests=null", {"limits": {"cpu": "4", "memory": "4Gi"}}),
+        ("resources=null", {}),
+    ],
+)
+def test_a_null_takes_a_default_of_the_resources_out(
+    values: str, given: str, wanted: dict[str, Any]
+) -> None:
+    assert limits(f"{values}.{given}") == wanted
+    with_gpu = limits(f"{values}.{given}", "workers.default.gpu.count=1")
+    assert with_gpu == wanted | {"limits": GPU | wanted.get("limits", {})}
+
+
+@pytest.mark.parametrize("role", ["api", "gateway"])
+@pytest.mark.parametrize("part", ["limits.cpu", "limits", "requests", "requests,limits"])
+def test_a_null_takes_resources_out_of_every_role(role: str, part: str) -> None:
+    given = [f"--set={role}.resources.{each}=null" for each in part.split(",")]
+    pod = next(pod for pod in pods(render("default", *given)) if pod.name == f"demo-img2img-{role}")
+    resources = pod.containers()[0].get("resources", {})
+    for each in part.split(","):
+        first, _, second = each.partition(".")
+        assert not resources.get(first, {}).get(second) if second else first not in resources
+    objects = render("default", f"--set={role}.resources=null")
+    pod = next(pod for pod in pods(objects) if pod.name == f"demo-img2img-{role}")
+    assert "resources" not in pod.containers()[0]
+
+
+def test_without_keys_pods_have_the_roles_of_their_service_accounts() -> None:
+    objects = render("identity")
+    accounts = of_kind(objects, "ServiceAccount")
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::111122223333:role/img2img-write"}
+    assert accounts["demo-img2img-worker"]["metadata"]["annotations"] == role
+    assert "annotations" not in accounts["demo-img2img-api"]["metadata"]
+    for pod in pods(objects):
+        for container in pod.containers():
+            found = environment(objects, container)
+            assert not {"IMG2IMG_S3_ACCESS_KEY", "IMG2IMG_S3_SECRET_KEY"} & set(found)
+    assert "Secret" not in {each["kind"] for each in objects}
+    egress = of_kind(objects, "NetworkPolicy")["demo-img2img-gateway"]["spec"]["egress"]
+    assert {"ports": [{"port": 443, "protocol": "TCP"}]} in egress
 
 
 def test_large_numbers_reach_the_environment_as_digits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from img2img_server.lifecycle import StoppedError
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.wire.connection import connect
 from tests.nats_servers import NatsServer, certificates, nats_configured
+from tests.stack import read_until, running_api, running_worker, spec
 
 PASSWORD = "p@ss:w/rd#?%41"
 LONG = 20.0
@@ -267,3 +269,23 @@ async def test_a_user_that_is_refused_while_running_is_let_in_again_later(tmp_pa
             change(nats, "right")
             await until(lambda: not bus.trouble())
             assert await bus.workers.workers() == []
+
+
+async def test_the_permissions_that_the_documentation_names_are_enough(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    (said,) = re.findall(
+        r"allowed to publish to (.*?), and\s+to subscribe to (.*?)\. A m", page, re.S
+    )
+    publish, subscribe = (re.findall(r"`([^`]+)`", subjects) for subjects in said)
+    permissions = json.dumps({"publish": publish, "subscribe": subscribe})
+    user = f'{{ user: "u2", password: "right", permissions: {permissions} }}'
+    async with nats_configured(
+        tmp_path, f"max_payload: 8MB\nauthorization {{ users: [{user}] }}"
+    ) as nats:
+        settings = Settings(nats_url=f"nats://u2:right@{nats.address}")
+        async with connect_bus(settings) as bus, running_worker(bus), running_api(bus) as api:
+            created = await api.create(spec())
+            await read_until(api.watch(created.name), "succeeded")
+    assert not [line for line in caplog.messages if "permission" in line]

@@ -6,9 +6,11 @@
   "IMG2IMG_LOG_FORMAT" "json"
   "IMG2IMG_NATS_REPLICAS" (toString .Values.nats.replicas)
   "IMG2IMG_S3_ENDPOINT_URL" (include "img2img.s3Url" .)
-  "IMG2IMG_S3_REGION" .Values.s3.region
   "IMG2IMG_S3_BUCKET" .Values.s3.bucket
 -}}
+{{- with .Values.s3.region -}}
+{{- $_ := set $ours "IMG2IMG_S3_REGION" . -}}
+{{- end -}}
 {{- if not .Values.nats.existingSecret -}}
 {{- $_ := set $ours "IMG2IMG_NATS_URL" (include "img2img.natsUrl" .) -}}
 {{- end -}}
@@ -48,19 +50,46 @@
 - name: IMG2IMG_NATS_URL
   {{- include "img2img.fromSecret" (list .existingSecret .urlKey) | nindent 2 }}
 {{- end }}
+{{- if .authSecret }}
+{{- if .tokenKey }}
+- name: IMG2IMG_NATS_TOKEN
+  {{- include "img2img.fromSecret" (list .authSecret .tokenKey) | nindent 2 }}
+{{- else }}
+- name: IMG2IMG_NATS_USER
+  {{- include "img2img.fromSecret" (list .authSecret .userKey) | nindent 2 }}
+- name: IMG2IMG_NATS_PASSWORD
+  {{- include "img2img.fromSecret" (list .authSecret .passwordKey) | nindent 2 }}
+{{- end }}
+{{- end }}
 {{- if .credsSecret }}
 - name: IMG2IMG_NATS_CREDS_FILE
   value: /etc/img2img/nats/{{ .credsKey }}
+{{- end }}
+{{- if .caSecret }}
+- name: IMG2IMG_NATS_CA_FILE
+  value: /etc/img2img/nats-ca/{{ .caKey }}
+{{- end }}
+{{- if .certSecret }}
+- name: IMG2IMG_NATS_CERT_FILE
+  value: /etc/img2img/nats-cert/tls.crt
+- name: IMG2IMG_NATS_KEY_FILE
+  value: /etc/img2img/nats-cert/tls.key
 {{- end }}
 {{- end }}
 {{- end -}}
 
 {{- define "img2img.s3Env" -}}
+{{- if not .Values.s3.identity -}}
 {{- $secret := include "img2img.s3Secret" . -}}
 - name: IMG2IMG_S3_ACCESS_KEY
   {{- include "img2img.fromSecret" (list $secret .Values.s3.accessKeyKey) | nindent 2 }}
 - name: IMG2IMG_S3_SECRET_KEY
   {{- include "img2img.fromSecret" (list $secret .Values.s3.secretKeyKey) | nindent 2 }}
+{{- with .Values.s3.sessionTokenKey }}
+- name: IMG2IMG_S3_SESSION_TOKEN
+  {{- include "img2img.fromSecret" (list $secret .) | nindent 2 }}
+{{- end }}
+{{- end -}}
 {{- end -}}
 
 {{- define "img2img.storageKeysEnv" -}}

@@ -31,6 +31,19 @@
 {{- end }}{{ end }}
 {{- end -}}
 
+{{/* Where pods with an identity get credentials: STS, EKS pod identity, EC2. */}}
+{{- define "img2img.toIdentity" -}}
+{{- if .Values.s3.identity }}
+- ports:
+    - {port: 443, protocol: TCP}
+- ports:
+    - {port: 80, protocol: TCP}
+  to:
+    - ipBlock: {cidr: 169.254.170.23/32}
+    - ipBlock: {cidr: 169.254.169.254/32}
+{{- end }}
+{{- end -}}
+
 {{- define "img2img.toPublic" -}}
 {{- if .Values.networkPolicy.publicEgress }}
 - to:

@@ -130,18 +130,45 @@ lifecycle:
 {{- end -}}
 
 {{- define "img2img.natsVolume" -}}
-{{- with .Values.nats.credsSecret }}
-- name: nats
+{{- with .Values.nats }}
+{{- range $name, $secret := dict "nats" .credsSecret "nats-ca" .caSecret "nats-cert" .certSecret }}
+{{- if $secret }}
+- name: {{ $name }}
   secret:
-    secretName: {{ . }}
+    secretName: {{ $secret }}
     defaultMode: 0440
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end -}}
 
 {{- define "img2img.natsMount" -}}
-{{- if .Values.nats.credsSecret }}
-- name: nats
-  mountPath: /etc/img2img/nats
+{{- with .Values.nats }}
+{{- range $name, $secret := dict "nats" .credsSecret "nats-ca" .caSecret "nats-cert" .certSecret }}
+{{- if $secret }}
+- name: {{ $name }}
+  mountPath: /etc/img2img/{{ $name }}
   readOnly: true
 {{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The resources of a container, with its key. A null, on any level, takes a default out. */}}
+{{- define "img2img.resources" -}}
+{{- $kept := dict -}}
+{{- range $part, $amounts := default dict . -}}
+{{- $each := dict -}}
+{{- range $name, $amount := default dict $amounts -}}
+{{- if not (kindIs "invalid" $amount) -}}
+{{- $_ := set $each $name $amount -}}
+{{- end -}}
+{{- end -}}
+{{- if $each -}}
+{{- $_ := set $kept $part $each -}}
+{{- end -}}
+{{- end -}}
+{{- if $kept -}}
+resources: {{- toYaml $kept | nindent 2 }}
+{{- end -}}
 {{- end -}}

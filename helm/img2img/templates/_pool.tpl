@@ -12,6 +12,7 @@
 {{- $name := index . 1 -}}
 {{- $said := deepCopy (default dict (index $root.Values.workers $name)) -}}
 {{- $pool := mergeOverwrite (deepCopy $root.Values.workerDefaults) $said -}}
+{{- $_ := set $pool "resources" (include "img2img.poolResources" (list $root.Values.workerDefaults $said) | fromYaml) -}}
 {{- $source := $pool.model.source -}}
 {{- $folder := hasPrefix "/" $source -}}
 {{- $path := $source -}}
@@ -24,6 +25,31 @@
 {{- $_ := set $pool.model "path" $path -}}
 {{- $_ := set $pool.model "name" (default (ternary (base $path) "atelier" (not (empty $path))) $pool.model.name) -}}
 {{- toYaml $pool -}}
+{{- end -}}
+
+{{/*
+(list defaults said): the resources of a pool. Not by mergeOverwrite, for which a null says nothing:
+here it takes a default out.
+*/}}
+{{- define "img2img.poolResources" -}}
+{{- $said := index . 1 -}}
+{{- $merged := dict -}}
+{{- if not (and (hasKey $said "resources") (kindIs "invalid" $said.resources)) -}}
+{{- $defaults := default dict (index . 0).resources -}}
+{{- $ours := default dict $said.resources -}}
+{{- range $part := list "requests" "limits" -}}
+{{- if not (and (hasKey $ours $part) (kindIs "invalid" (index $ours $part))) -}}
+{{- $amounts := dict -}}
+{{- range $from := list (default dict (index $defaults $part)) (default dict (index $ours $part)) -}}
+{{- range $name, $amount := $from -}}
+{{- $_ := set $amounts $name $amount -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $merged $part $amounts -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $merged -}}
 {{- end -}}
 
 {{/* (list $ pool): selector and labels of a pool. */}}

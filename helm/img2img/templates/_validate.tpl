@@ -13,8 +13,17 @@
 {{- $mistakes = append $mistakes "s3.endpointUrl is missing (or set tryOut.s3.enabled)" -}}
 {{- end -}}
 {{- $s3Keys := and $v.s3.accessKey $v.s3.secretKey -}}
-{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.existingSecret $s3Keys $v.tryOut.s3.enabled)) -}}
-{{- $mistakes = append $mistakes "s3.existingSecret is missing (or s3.accessKey and s3.secretKey)" -}}
+{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.existingSecret $s3Keys $v.s3.identity $v.tryOut.s3.enabled)) -}}
+{{- $mistakes = append $mistakes "s3.existingSecret is missing (or s3.identity, or s3.accessKey and s3.secretKey)" -}}
+{{- end -}}
+{{- if and $v.s3.identity (or $v.s3.existingSecret $v.s3.accessKey $v.s3.secretKey $v.tryOut.s3.enabled) -}}
+{{- $mistakes = append $mistakes "s3.identity excludes s3.existingSecret, s3.accessKey and tryOut.s3.enabled" -}}
+{{- end -}}
+{{- if and $v.s3.sessionTokenKey (not $v.s3.existingSecret) -}}
+{{- $mistakes = append $mistakes "s3.sessionTokenKey is an entry of s3.existingSecret, which is missing" -}}
+{{- end -}}
+{{- if and $v.nats.authSecret (not $v.nats.url) -}}
+{{- $mistakes = append $mistakes "nats.authSecret belongs to nats.url: in nats.existingSecret the address holds user and password" -}}
 {{- end -}}
 {{- if and $v.s3.existingSecret (or $v.s3.accessKey $v.s3.secretKey) -}}
 {{- $mistakes = append $mistakes "s3.existingSecret and s3.accessKey exclude each other" -}}

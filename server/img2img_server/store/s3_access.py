@@ -17,6 +17,7 @@ from img2img_server.store.s3_credentials import RefreshingProvider, Source, choo
 
 ENDPOINT: Final = "IMG2IMG_S3_ENDPOINT_URL"
 REGION: Final = "IMG2IMG_S3_REGION"
+DEFAULT_REGION: Final = "us-east-1"
 BUCKET: Final = "IMG2IMG_S3_BUCKET"
 _AWS: Final = re.compile(
     r"s3[.-](?:dualstack\.|fips\.)?(?P<region>[a-z]{2}(?:-[a-z]+)+-\d)\.amazonaws\.com(?:\.cn)?"
@@ -83,5 +84,5 @@ def _region(settings: Settings, host: str, env: Mapping[str, str]) -> str:
     if found:
         return found["region"]
     if host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
-        return env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or settings.s3_region
-    return settings.s3_region
+        return env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
+    return DEFAULT_REGION
