@@ -264,7 +264,8 @@ class Settings(BaseSettings):
     outbound_allow: str = Field(
         "",
         description="Hosts and networks that caller-supplied addresses may name although they are "
-        "not public, comma separated: `files.internal, 10.2.0.0/16`.",
+        "not public, comma separated: `files.internal, 10.2.0.0/16`. Give api, gateway and workers "
+        "the same.",
     )
     outbound_user_agent: str = Field(
         "",
