@@ -177,9 +177,10 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             max_num_inference_steps=100,
             max_guidance_scale=30,
             max_image_bytes=20_971_520,
-            max_image_pixels=50_000_000,
+            max_image_pixels=64_000_000,
             max_message_bytes=34 * 2**20,
             max_queued_jobs=15,
+            init_image_media_types=["image/png", "image/jpeg", "image/webp"],
             retention=Duration(seconds=86_400),
         )
         return service_pb2.GetCapabilitiesResponse(

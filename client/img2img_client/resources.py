@@ -231,6 +231,7 @@ class Limits:
     max_message_bytes: int
     max_queued_jobs: int
     retention_seconds: float | None
+    init_image_media_types: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -239,7 +239,7 @@ class Settings(BaseSettings):
         34 * 2**20, ge=2**20, description="Largest gRPC message, in and out."
     )
     max_image_bytes: int = Field(20_971_520, ge=1, description="Largest init image.")
-    max_image_pixels: int = Field(50_000_000, ge=1, description="Largest init image in pixels.")
+    max_image_pixels: int = Field(64_000_000, ge=1, description="Largest init image in pixels.")
     rate_limit: int = Field(
         0,
         ge=0,

@@ -15,12 +15,12 @@ from tests.stack import DEV, kinds, photo, refusal, running_stack, spec
 NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
 
 
-def picture_of_60_megapixels() -> bytes:
-    """A PNG whose header says 10000 x 6000; tiny as a file."""
+def image_of_70_megapixels() -> bytes:
+    """A PNG whose header says 10000 x 7000; tiny as a file."""
     header = io.BytesIO()
     Image.new("L", (1, 1)).save(header, "PNG")
     data = bytearray(header.getvalue())
-    data[16:24] = (10_000).to_bytes(4, "big") + (6_000).to_bytes(4, "big")
+    data[16:24] = (10_000).to_bytes(4, "big") + (7_000).to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     return bytes(data)
 
@@ -47,9 +47,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "with http:// or https://"
         },
     ),
-    "60 megapixels": (
-        inline(picture_of_60_megapixels()),
-        {"init_image": "init_image must not have more than 50 megapixels"},
+    "70 megapixels": (
+        inline(image_of_70_megapixels()),
+        {"init_image": "init_image must not have more than 64 megapixels"},
     ),
     "30 MB body": (
         inline(photo() + bytes(30_000_000)),

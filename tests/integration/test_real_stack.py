@@ -182,7 +182,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "samples 9": ({"samples": 9}, 400, ["samples"]),
     "not an image": ({"init_image": "bm90IGFuIGltYWdl"}, 400, ["init_image"]),
     "no such page": ({"init_image": "http://127.0.0.1:9/x.png"}, 400, ["init_image"]),
-    "60 megapixels": (
+    "70 megapixels": (
         {"init_image": base64.b64encode(pictures.huge_png()).decode()},
         400,
         ["init_image"],

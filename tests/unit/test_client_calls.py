@@ -224,9 +224,10 @@ def test_capabilities_are_read(run: Run) -> None:
             max_num_inference_steps=100,
             max_guidance_scale=30.0,
             max_image_bytes=20_971_520,
-            max_image_pixels=50_000_000,
+            max_image_pixels=64_000_000,
             max_message_bytes=34 * 2**20,
             max_queued_jobs=15,
             retention_seconds=86_400.0,
+            init_image_media_types=("image/png", "image/jpeg", "image/webp"),
         ),
     )

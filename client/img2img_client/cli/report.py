@@ -184,7 +184,8 @@ def _limits_table(limits: Limits) -> Table:
         "steps": f"{limits.max_num_inference_steps}",
         "guidance": f"{limits.max_guidance_scale:g}",
         "init image": f"{limits.max_image_bytes / 2**20:.0f} MiB, "
-        f"{limits.max_image_pixels / 1e6:.0f} megapixels",
+        f"{limits.max_image_pixels / 1e6:.0f} megapixels; "
+        + ", ".join(kind.removeprefix("image/") for kind in limits.init_image_media_types),
         "message": f"{limits.max_message_bytes / 2**20:.0f} MiB",
         "unfinished jobs": f"{limits.max_queued_jobs}",
         "ended jobs are kept": "" if retention is None else f"{retention / 3600:g} hours",

@@ -9,6 +9,7 @@ from img2img_server import __version__
 from img2img_server.api import convert
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import Limits
+from img2img_server.images.header import Container
 from img2img_server.settings import Settings
 
 
@@ -34,5 +35,6 @@ def capabilities(
             max_message_bytes=settings.max_message_bytes,
             max_queued_jobs=settings.queue_limit,
             retention=convert.duration(settings.retention_hours * 3600),
+            init_image_media_types=[container.media_type for container in Container],
         ),
     )

@@ -46,7 +46,7 @@ class Limits:
     max_lora_scale: float = 2.0
     max_preview_interval_steps: int = 100
     max_image_bytes: int = 20_971_520
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: int = 64_000_000
     max_annotations: int = 16
     max_annotation_name_characters: int = 63
     max_annotation_characters: int = 2000

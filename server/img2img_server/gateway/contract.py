@@ -63,7 +63,7 @@ FIELDS = (
         "init_image",
         STRING,
         "The picture to start from: a URL, a data URI or base64 of a PNG, JPG or WebP file of at "
-        "most 20 MB and 50 megapixels.",
+        "most 20 MB and 64 megapixels.",
         required=True,
     ),
     Field("width", INTEGER, "Width of the result in pixels.", 512, _SIDE),

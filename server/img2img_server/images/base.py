@@ -1,4 +1,4 @@
-"""What is known about an init image, and how it can be wrong. See prepare.py and fetch.py."""
+"""The types of init images and the errors about them. See prepare.py and fetch.py."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ import numpy.typing as npt
 from img2img_server.domain.params import Limits
 
 Pixels = npt.NDArray[np.uint8]  # height x width x 3, RGB
+NOT_VALID = "init_image is not a valid PNG, JPG or WebP image"
 
 
 class InvalidImageError(Exception):
-    """The init image breaks a rule; the sentence is the one the HTTP contract gives."""
+    """The init image breaks a rule.
 
-    cause = ""  # what exactly was wrong, as a clause; see FetchError
+    Attributes:
+        cause: What exactly is wrong, as a clause, where the sentence does not say it.
+    """
 
+    def __init__(self, sentence: str, cause: str = "") -> None:
+        """Sentence: the one that the HTTP contract gives."""
+        super().__init__(sentence)
+        self.cause = cause
 
 def too_large(limits: Limits) -> InvalidImageError:
-    """The error of a picture over the byte limit."""
+    """Returns the error of an image over the byte limit."""
     most = limits.max_image_bytes / 2**20
     return InvalidImageError(f"init_image must not be larger than {most:g} MB")
 
@@ -33,8 +40,7 @@ class FetchError(InvalidImageError):
     """
 
     def __init__(self, cause: str = "") -> None:
-        super().__init__("Unable to fetch image from provided URL")
-        self.cause = cause
+        super().__init__("Unable to fetch image from provided URL", cause)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

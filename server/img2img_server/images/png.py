@@ -8,8 +8,8 @@ import numpy as np
 from isal import isal_zlib
 
 from img2img_server.images.base import Pixels
-from img2img_server.images.header import PNG_SIGNATURE
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB8 = (8, 2, 0, 0, 0)  # bit depth, colour type, compression, filter set, no interlace
 AVERAGE = 3
 # Rows filtered at once: their temporaries stay in the processor's cache.
@@ -30,14 +30,15 @@ def write_png(pixels: Pixels) -> bytes:
     return b"".join(
         (
             PNG_SIGNATURE,
-            _chunk(b"IHDR", struct.pack(">II5B", width, height, *RGB8)),
-            _chunk(b"IDAT", isal_zlib.compress(_filtered(pixels), 1)),
-            _chunk(b"IEND", b""),
+            png_chunk(b"IHDR", struct.pack(">II5B", width, height, *RGB8)),
+            png_chunk(b"IDAT", isal_zlib.compress(_filtered(pixels), 1)),
+            png_chunk(b"IEND", b""),
         )
     )
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Returns a chunk: length, type, content and CRC-32."""
     checksum = isal_zlib.crc32(content, isal_zlib.crc32(kind))
     return b"".join((struct.pack(">I", len(content)), kind, content, struct.pack(">I", checksum)))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from isal import isal_zlib
+from isal import igzip_lib
 
-from img2img_server.images.header import PNG_SIGNATURE, Header, HeaderError
+from img2img_server.images.header import Header, HeaderError
+from img2img_server.images.png import PNG_SIGNATURE
 
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # First column, first row, column step, row step of each pass of an interlaced PNG.
@@ -29,30 +30,39 @@ def prove_rows(header: Header) -> None:
         HeaderError: rows are missing or damaged.
     """
     missing = _row_bytes(header)
-    inflate = isal_zlib.decompressobj()
-    offset = len(PNG_SIGNATURE)
-    while missing > 0 and offset < len(header.data):
-        length, kind = struct.unpack_from(">I4s", header.data, offset)
-        packed = header.data[offset + 8 : offset + 8 + length] if kind == b"IDAT" else b""
-        while packed and missing > 0 and not inflate.eof:
-            try:
-                missing -= len(inflate.decompress(packed, INFLATED_BYTES))
-            except isal_zlib.IsalError as error:  # type: ignore[misc]  # isal's stub is wrong
-                raise HeaderError("rows are damaged") from error
-            packed = inflate.unconsumed_tail
-        offset += 12 + length
+    # Pillow judges zlib's header (2 bytes) and checksum.
+    unpacker = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE)
+    packed = _packed_rows(header.data)[2:]
+    while missing > 0 and not unpacker.eof:
+        try:
+            rows = unpacker.decompress(packed, INFLATED_BYTES)
+        except igzip_lib.IsalError as error:  # type: ignore[misc]  # its stub is wrong
+            raise HeaderError("its rows are damaged") from error
+        packed = b""  # the unpacker keeps what it has not used
+        missing -= len(rows)
+        if not rows and unpacker.needs_input:
+            break
     if missing > 0:
         raise HeaderError("rows are missing")
 
 
+def _packed_rows(data: bytes) -> bytes:
+    offset = len(PNG_SIGNATURE)
+    while True:  # header.py wrote one IDAT chunk
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        if kind == b"IDAT":
+            return data[offset + 8 : offset + 8 + length]
+        offset += 12 + length
+
+
 def _row_bytes(header: Header) -> int:
-    """Bytes of all rows, each with its filter type in front."""
-    depth, colour, _, _, interlace = header.data[24:29]
-    if colour not in PNG_CHANNELS:
-        raise HeaderError("unknown colour type")
-    bits = depth * PNG_CHANNELS[colour]
+    """Returns the bytes of all rows, each with its filter type in front."""
+    assert header.png
+    if header.png.colour not in PNG_CHANNELS:
+        raise HeaderError("its colour type is invalid")
+    bits = header.png.depth * PNG_CHANNELS[header.png.colour]
     total = 0
-    for left, upper, across, down in ADAM7 if interlace else ((0, 0, 1, 1),):
+    for left, upper, across, down in ADAM7 if header.png.interlaced else ((0, 0, 1, 1),):
         columns = -(-(header.width - left) // across)
         rows = -(-(header.height - upper) // down)
         if columns > 0 and rows > 0:

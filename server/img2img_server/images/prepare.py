@@ -1,45 +1,48 @@
 """Checks init images and prepares them as section 5 of the HTTP contract says.
 
-Everything here computes and blocks: call it in a thread. Pillow releases the GIL while it decodes,
-resizes and encodes.
+Everything here computes and blocks: call it in a thread. Pillow, libjpeg-turbo and Little CMS
+release the GIL while they decode, resize, convert and encode.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from io import BytesIO
 
 import numpy as np
-from PIL import Image
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL import Image, ImageCms
 
 from img2img_server.domain.params import ImageFormat, Limits
-from img2img_server.images.base import CheckedImage, InvalidImageError, Pixels, too_large
+from img2img_server.images.base import (
+    NOT_VALID,
+    CheckedImage,
+    InvalidImageError,
+    Pixels,
+    too_large,
+)
+from img2img_server.images.colour import apply_transform, srgb_transform
+from img2img_server.images.decode import decode
 from img2img_server.images.encode import encode_image
-from img2img_server.images.header import Container, Header, HeaderError, read_header
+from img2img_server.images.formats import format_name
+from img2img_server.images.header import Container, Header, HeaderError, container_of, read_header
+from img2img_server.images.jpeg_scans import check_scans
+from img2img_server.images.metadata import icc_profile, orientation
 from img2img_server.images.png_rows import prove_rows
 
 # Up to here the caller's own bytes travel through the queue. Beyond, they cost the queue or the
 # worker (a small file may hold many pixels) more than encoding them once more.
 OWN_MAX_BYTES = 512 * 2**10
 OWN_MAX_PIXELS = 2**22
-# Beyond this, one picture at a time: decoding takes up to 16 bytes a pixel (WebP; others 4 to 9).
+# Beyond this, one image at a time: decoding takes up to 16 bytes a pixel (WebP; others 4 to 9).
 LARGE_PIXELS = 2**24
 ONE_LARGE = threading.Lock()
 # A JPEG may be decoded at a half, quarter or eighth when that leaves this many times the pixels
-# asked for along each side: Lanczos then cannot be told from one on the full picture.
+# asked for along each side: Lanczos then cannot be told from one on the full image.
 DECODE_GAP = 3.0
+# Colours of more pixels than this are converted to sRGB after the resize, not before: 4 megapixels
+# take about 0.1 s. Only edges between saturated colours come out differently.
+CONVERT_MAX_PIXELS = 2**22
 
-# The plugins themselves, not Image.open: that one also warns by a global pixel limit.
-PLUGINS: dict[Container, type[ImageFile]] = {
-    Container.PNG: PngImageFile,
-    Container.JPEG: JpegImageFile,
-    Container.WEBP: WebPImageFile,
-}
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,22 +58,24 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower
 def check_image(data: bytes, *, width: int, height: int, limits: Limits) -> CheckedImage:
     """Proves that an init image decodes completely within the limits.
 
-    Small pictures come back as they are, others prepared at width x height as JPEG.
+    Small images come back as they are, others prepared at width x height as JPEG.
 
     Raises:
-        InvalidImageError: it is too large, has too many pixels, is damaged or no image.
+        InvalidImageError: it is too large, has too many pixels, is damaged, incomplete or no image
+            of an accepted format.
     """
     if len(data) > limits.max_image_bytes:
         raise too_large(limits)
     header = _header(data)
     if header.pixels > limits.max_image_pixels:
-        most = limits.max_image_pixels / 1_000_000
-        raise InvalidImageError(f"init_image must not have more than {most:g} megapixels")
-    if header.container is Container.PNG:
-        try:
+        raise _too_many_pixels(header, limits)
+    try:
+        if header.png:
             prove_rows(header)
-        except HeaderError as error:
-            raise _invalid() from error
+        if header.jpeg:
+            check_scans(header)
+    except HeaderError as error:
+        raise _invalid(header.container, error) from error
     if len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS:
         # The smallest scale skips the inverse transform, not the reading of every coefficient.
         _decode(header, smallest=(1, 1))
@@ -90,11 +95,11 @@ def is_cheap(data: bytes) -> bool:
 def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = False) -> Pixels:
     """Makes exactly height x width x 3 pixels of an init image: the same ones each time.
 
-    EXIF rotation, first frame, transparency on white, 8-bit RGB, the largest centred box of the
-    target's aspect ratio, one Lanczos resize.
+    EXIF rotation, first frame, colours to sRGB, transparency on white, 8-bit RGB, the largest
+    centred box of the target's aspect ratio, one Lanczos resize.
 
     Args:
-        data: a picture that check_image let through; its limits are not checked again.
+        data: an image that check_image let through; its limits are not checked again.
         prepared: it must have the size already.
 
     Raises:
@@ -102,23 +107,36 @@ def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = Fals
     """
     header = _header(data)
     if prepared and (header.width, header.height) != (width, height):
-        raise _invalid()
+        raise InvalidImageError(NOT_VALID, "it was prepared at another size")
     return _prepare(header, width, height)
 
 
-def _invalid() -> InvalidImageError:
-    return InvalidImageError("init_image is not a valid PNG, JPG or WebP image")
-
-
 def _header(data: bytes) -> Header:
+    container = container_of(data)
+    if container is None:
+        name = format_name(data)
+        raise InvalidImageError(NOT_VALID, f"the data is {name}; send a PNG, JPEG or WebP image")
     try:
         return read_header(data)
     except HeaderError as error:
-        raise _invalid() from error
+        raise _invalid(container, error) from error
+
+
+def _invalid(container: Container, error: HeaderError) -> InvalidImageError:
+    return InvalidImageError(NOT_VALID, f"the {container.title} image cannot be used: {error}")
+
+
+def _too_many_pixels(header: Header, limits: Limits) -> InvalidImageError:
+    most = limits.max_image_pixels / 1_000_000
+    size = f"{header.width}x{header.height} pixels, {header.pixels / 1e6:.1f} megapixels"
+    return InvalidImageError(
+        f"init_image must not have more than {most:g} megapixels", f"the image has {size}"
+    )
 
 
 def _prepare(header: Header, width: int, height: int) -> Pixels:
-    if header.orientation >= 5:  # lies on its side: so does the box that is cut
+    turned = orientation(header)
+    if turned >= 5:  # lies on its side: so does the box that is cut
         width, height = height, width
     box = _centred_box((header.width, header.height), width / height)
     gap = DECODE_GAP * width / (box[2] - box[0])
@@ -127,11 +145,24 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
         image = _decode(header, smallest)
         if image.size != (header.width, header.height):
             box = _scaled(box, round(header.width / image.width), image.size)
+        transform = srgb_transform(icc_profile(header), image.mode.removesuffix("A"))
+        convert_last = transform is not None and image.width * image.height > CONVERT_MAX_PIXELS
+        if not convert_last:
+            image = _opaque_srgb(image, transform)
         if image.size != (width, height) or box != (0, 0, width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS, box)
-    if header.orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[header.orientation])
+    if convert_last:
+        image = _opaque_srgb(image, transform)
+    if turned in UPRIGHT:
+        image = image.transpose(UPRIGHT[turned])
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
+    try:
+        return decode(header, smallest)
+    except HeaderError as error:
+        raise _invalid(header.container, error) from error
 
 
 def _turn(header: Header) -> AbstractContextManager[object]:
@@ -152,41 +183,16 @@ def _scaled(box: Box, divisor: int, size: tuple[int, int]) -> Box:
     return left, upper, min(right, size[0]), min(lower, size[1])
 
 
-def _decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
-    """The first frame in opaque 8-bit RGB or grey; a JPEG perhaps smaller, not below smallest."""
-    try:
-        image = PLUGINS[header.container](BytesIO(header.data))
-        agrees = image.size == (header.width, header.height)
-        if agrees:
-            image.draft(None, smallest)
-            image.load()
-            opaque = _opaque(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise a dozen types on damaged files
-        raise _invalid() from error
-    if not agrees:
-        raise _invalid()
-    return opaque
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB or grey with transparent parts on white."""
-    if image.mode == "I;16":
-        return _grey8(image)
-    if image.has_transparency_data:
-        layer = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(layer, mask=layer)
-        return white
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
-
-def _grey8(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip; a tRNS chunk may name one value as transparent."""
-    values = np.asarray(image)
-    grey = (values >> 8).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        grey[values == transparent] = 255
-    return Image.fromarray(grey)
+def _opaque_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:
+    """Returns grey or RGB: the colours converted, then transparent parts put on white."""
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colours = image.convert(image.mode.removesuffix("A")) if alpha else image
+    if transform:
+        colours = apply_transform(colours, transform)
+    elif colours.mode == "CMYK":
+        colours = colours.convert("RGB")
+    if alpha is None:
+        return colours
+    white = Image.new(colours.mode, colours.size, "white")
+    white.paste(colours, mask=alpha)
+    return white

@@ -104,8 +104,9 @@ Global___DeterminismClass: _TypeAlias = DeterminismClass  # noqa: Y015
 @_typing.final
 class InitImage(_message.Message):
     """The picture a job starts from. PNG, JPEG or WebP; the bytes decide, not a name or a header.
-    Prepared by: EXIF rotation, first frame, transparency on white, 8-bit RGB, the largest centred
-    box of the requested aspect ratio, one Lanczos resize to width x height.
+    Prepared by: EXIF rotation, first frame, colours converted from the embedded ICC profile to sRGB,
+    transparency on white, 8-bit RGB, the largest centred box of the requested aspect ratio, one
+    Lanczos resize to width x height.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -115,13 +116,13 @@ class InitImage(_message.Message):
     url: _builtins.str
     """http or https URL of at most 4096 characters. Fetched by the service under its outbound
     policy: public addresses only (unless the operator allows more), at most 3 redirects, 10 s
-    in all, at most 20 MB and 50 megapixels. Path and query are requested byte for byte as they
+    in all, at most 20 MB and 64 megapixels. Path and query are requested byte for byte as they
     are here; only characters that a URL must not contain are percent-encoded. If the download
     fails, the violation of field `init_image` says why. Also a data URI (RFC 2397), of any
     length that a message may have; it is treated like `data`.
     """
     data: _builtins.bytes
-    """The encoded file itself: at most 20 971 520 bytes and 50 000 000 pixels."""
+    """The encoded file itself: at most 20 971 520 bytes and 64 000 000 pixels."""
     def __init__(
         self,
         *,

@@ -510,6 +510,7 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     RETENTION_FIELD_NUMBER: _builtins.int
+    INIT_IMAGE_MEDIA_TYPES_FIELD_NUMBER: _builtins.int
     max_prompt_characters: _builtins.int
     """Longest prompt in characters."""
     min_side_pixels: _builtins.int
@@ -536,6 +537,12 @@ class Limits(_message.Message):
     def retention(self) -> _duration_pb2.Duration:
         """How long ended jobs are kept."""
 
+    @_builtins.property
+    def init_image_media_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Media types of the formats that an init image may have, for example "image/png". The bytes
+        decide, not a name or a header.
+        """
+
     def __init__(
         self,
         *,
@@ -551,10 +558,11 @@ class Limits(_message.Message):
         max_message_bytes: _builtins.int = ...,
         max_queued_jobs: _builtins.int = ...,
         retention: _duration_pb2.Duration | None = ...,
+        init_image_media_types: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_message_bytes", b"max_message_bytes", "max_num_inference_steps", b"max_num_inference_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_message_bytes", b"max_message_bytes", "max_num_inference_steps", b"max_num_inference_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

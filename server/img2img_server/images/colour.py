@@ -1,0 +1,77 @@
+"""Converts the colours of an image from its embedded ICC profile to sRGB."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from io import BytesIO
+
+import numpy as np
+import structlog
+from PIL import Image, ImageCms
+
+log = structlog.get_logger(__name__)
+
+# Larger profiles hold tables; they are rare, and their transforms are large.
+_CACHED_PROFILE_BYTES = 2**16
+# The differences that count as none, of 255: rounding in the spellings of sRGB.
+_SAME = 1
+# Tags with chains of any number of floating-point steps: the time to read one has no bound.
+_UNBOUNDED_TAGS = (b"D2B0", b"D2B1", b"D2B2", b"D2B3")
+
+
+def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Returns what converts images of a mode (L, RGB or CMYK) to sRGB.
+
+    None: the colours are sRGB already, or the profile cannot be used: it is damaged, or made for
+    another mode.
+    """
+    if not profile:
+        return None
+    if len(profile) > _CACHED_PROFILE_BYTES:
+        return _build(profile, mode)
+    return _cached(profile, mode)
+
+
+def apply_transform(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    """Returns the image in sRGB."""
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # it is None when the image itself was to be changed
+    return converted
+
+
+def _build(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    try:
+        if any(tag in _UNBOUNDED_TAGS for tag in _tags(profile)):
+            raise ValueError("floating-point pipelines are not read")
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return None if _changes_nothing(transform, mode) else transform
+    except Exception as error:  # the image is valid without its profile
+        log.info("ICC profile ignored", reason=str(error), mode=mode)
+        return None
+
+
+_cached = lru_cache(maxsize=32)(_build)
+
+
+def _tags(profile: bytes) -> list[bytes]:
+    """Returns the names in the tag table: a count after 128 bytes, then entries of 12 bytes.
+
+    Little CMS refuses profiles of more than 100.
+    """
+    count = min(int.from_bytes(profile[128:132], "big"), 100)
+    end = min(132 + 12 * count, len(profile))
+    return [profile[at : at + 4] for at in range(132, end, 12)]
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether greys, primaries and the colours between them stay as they are."""
+    if mode == "CMYK":
+        return False
+    steps = np.arange(0, 256, 17 if mode == "RGB" else 1, dtype=np.uint8)
+    axes = (steps,) * len(mode)
+    colours = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, len(mode))
+    before = Image.fromarray(colours[..., 0] if mode == "L" else colours)
+    after = np.asarray(apply_transform(before, transform)).astype(int)
+    difference = after - np.asarray(before.convert("RGB"))
+    return bool(np.abs(difference).max() <= _SAME)

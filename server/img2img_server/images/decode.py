@@ -1,0 +1,164 @@
+"""Decodes image files to Pillow images and refuses incomplete ones.
+
+Pillow and libjpeg-turbo do the work. What they leave silently unpainted is found here: rows that a
+PNG lacks, and bits that a JPEG lacks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from img2img_server.images.header import JPEG_END, Container, Header, HeaderError
+from img2img_server.images.jpeg_scans import check_scans
+
+# The plugins themselves, not Image.open: that one also warns by a global pixel limit.
+PLUGINS: dict[Container, type[ImageFile]] = {
+    Container.PNG: PngImageFile,
+    Container.JPEG: JpegImageFile,
+    Container.WEBP: WebPImageFile,
+}
+# What libjpeg-turbo says of them.
+_MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
+# Bytes that say something different to each table of codes.
+_PADS = (b"", b"\0", b"\x55", b"\xaa", b"\xfe")
+_PAD_BYTES = 64
+# Rows of a 16-bit PNG compared with its colour key at once.
+_STRIP_ROWS = 256
+
+
+def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
+    """Returns the first frame as L, LA, RGB, RGBA or CMYK, 8 bits each; turned as it is stored.
+
+    Args:
+        smallest: a JPEG may come back at a half, quarter or eighth, but not below this size.
+
+    Raises:
+        HeaderError: the image is damaged or incomplete.
+    """
+    try:
+        if header.jpeg:
+            image = _decode_jpeg(header, smallest) or _decode_with_pillow(header, smallest)
+        else:
+            image = _decode_with_pillow(header, smallest)
+        return _plain(image, header)
+    except (MemoryError, HeaderError):
+        raise
+    except Exception as error:  # decoders raise a dozen types on damaged files
+        raise HeaderError("its data is damaged or incomplete") from error
+
+
+def _decode_with_pillow(header: Header, smallest: tuple[int, int]) -> Image.Image:
+    image = PLUGINS[header.container](BytesIO(header.data))
+    if image.size != (header.width, header.height):
+        raise HeaderError("it states two sizes")
+    image.draft(None, smallest)
+    image.load()
+    return image
+
+
+def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | None:
+    """Decodes with libjpeg-turbo's warnings as errors; the pixels are the ones Pillow gives.
+
+    Pillow ignores these warnings, and one of them says that rows are missing.
+
+    Returns:
+        None where Pillow has to do it: CMYK, and what gives warnings of another kind.
+    """
+    assert header.jpeg
+    space = {1: "GRAY", 3: "RGB"}.get(len(header.jpeg.components), "CMYK")
+    room = min(header.width // smallest[0], header.height // smallest[1])
+    divisor = next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            header.data,
+            space,
+            min_height=math.ceil(header.height / divisor),
+            min_width=math.ceil(header.width / divisor),
+            min_factor=divisor,
+        )
+    except ValueError as error:
+        if not _may_be_whole(header, str(error)):
+            raise HeaderError("rows are missing") from error
+        return None
+    return (
+        None if space == "CMYK" else Image.fromarray(pixels[..., 0] if space == "GRAY" else pixels)
+    )
+
+
+def _may_be_whole(header: Header, warning: str) -> bool:
+    """Judges a JPEG by the first warning of libjpeg-turbo.
+
+    Bytes after the last row hurt nobody. Without an end marker, or with a subsampling that the
+    decoder's simple interface does not know, the image is whole when no pixel depends on what
+    stands after the last scan. Pillow judges the other warnings.
+    """
+    if any(sign in warning for sign in _MISSING_ROWS):
+        return False
+    if "extraneous bytes before marker 0xd9" in warning:
+        return True
+    end = check_scans(header)
+    if end < len(header.data) - len(JPEG_END) and "subsampling" not in warning:
+        return True
+    before, after = header.data[:end], header.data[end:]
+    images = [
+        _decode_with_pillow(
+            replace(header, data=before + pad * _PAD_BYTES + after), (header.width, header.height)
+        )
+        for pad in _PADS
+    ]
+    return all(image == images[0] for image in images)
+
+
+def _plain(image: Image.Image, header: Header) -> Image.Image:
+    if image.mode == "I;16":
+        return _grey8(image)
+    if header.colour_key:
+        image.putalpha(_key_mask(image, header))
+        return image
+    if image.mode in ("1", "L") and "transparency" in image.info:
+        key, image = image.info["transparency"], image.convert("L")
+        image.putalpha(image.point([0 if value == key else 255 for value in range(256)]))
+        return image
+    if image.has_transparency_data:
+        mode = "LA" if image.mode == "LA" else "RGBA"
+    else:
+        mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _grey8(image: Image.Image) -> Image.Image:
+    """Keeps the upper 8 bits of 16-bit grey, which Pillow would clip."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    key = image.info.get("transparency")
+    if key is not None:
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _key_mask(upper: Image.Image, header: Header) -> Image.Image:
+    """Returns an alpha channel: 0 where a PNG of 16-bit RGB has the transparent colour.
+
+    Pillow decodes the upper 8 bits, or the lower ones when it is told the other byte order.
+    """
+    lower = PngImageFile(BytesIO(header.data))
+    lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+    lower.load()
+    key = np.array(header.colour_key)
+    mask = np.empty((header.height, header.width), np.uint8)
+    for top in range(0, header.height, _STRIP_ROWS):
+        box = (0, top, header.width, min(top + _STRIP_ROWS, header.height))
+        is_key = np.asarray(upper.crop(box)) == key >> 8
+        is_key &= np.asarray(lower.crop(box)) == key & 0xFF
+        mask[top : box[3]] = np.where(is_key.all(-1), 0, 255)
+    return Image.fromarray(mask)
