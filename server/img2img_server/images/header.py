@@ -16,6 +16,8 @@ from img2img_server.images.png import PNG_SIGNATURE, png_chunk
 
 # Chunks, segments and fill bytes that are looked at. A PNG of 20 MB in chunks of 4 KiB has 5,000.
 MAX_PARTS = 10_000
+# Metadata chunks of WebP and their flags in its extended header.
+_WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
 JPEG_END = b"\xff\xd9"
 PNG_TEXTS_ABOUT_PIXELS = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")
 Part = tuple[bytes, bytes]  # kind and content
@@ -261,7 +263,7 @@ def _read_webp(data: bytes) -> Header:
     size: tuple[int, int] | None = None
     kept: list[bytes] = []
     metadata: list[Part] = []
-    has_image, offset = False, 12
+    has_image, flags, offset = False, 0, 12
     limit = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
     for _ in range(MAX_PARTS):
         if offset + 8 > limit:
@@ -270,14 +272,16 @@ def _read_webp(data: bytes) -> Header:
         content = data[offset + 8 : offset + 8 + length]
         if size is None:
             size = _webp_size(kind, content)
-        if kind == b"VP8X":  # no ICC profile, EXIF and XMP any more
-            kept.append(_webp_chunk(kind, bytes([content[0] & ~0x2C]) + content[1:]))
+        if kind == b"VP8X":
+            flags = content[0]
+            without = flags & ~sum(_WEBP_METADATA.values())
+            kept.append(_webp_chunk(kind, bytes([without]) + content[1:]))
         elif kind in (b"ANIM", b"ALPH", b"VP8 ", b"VP8L", b"ANMF") and not has_image:
             if len(content) < length:
                 raise HeaderError("it is cut off")
             kept.append(_webp_chunk(kind, content))
             has_image = kind in (b"VP8 ", b"VP8L", b"ANMF")
-        elif kind in (b"EXIF", b"XMP ", b"ICCP") and len(content) == length:
+        elif flags & _WEBP_METADATA.get(kind, 0) and len(content) == length:
             metadata.append((kind, content))
         offset += 8 + length + length % 2
     else:

@@ -14,6 +14,7 @@ MAX_JPEG_SCANS = 64
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _COEFFICIENTS = 64
 _MISSING = 0xFF
+_MOST_BITS = 13  # as libjpeg has it
 
 
 def check_scans(header: Header) -> int:
@@ -22,8 +23,8 @@ def check_scans(header: Header) -> int:
     That is the one which header.py added where the file has none.
 
     Raises:
-        HeaderError: more than MAX_JPEG_SCANS, a component has no scan, or a progressive image
-            without end marker lacks scans.
+        HeaderError: more than MAX_JPEG_SCANS, a component has no scan, a progressive image
+            without end marker lacks scans, or a scan is cut in its header.
     """
     assert header.jpeg
     data, components = header.data, header.jpeg.components
@@ -66,6 +67,8 @@ def _record(missing: dict[int, bytearray], scan: bytes, progressive: bool) -> in
     """
     count = scan[0]
     first, last, bits = scan[1 + 2 * count : 4 + 2 * count]
+    if max(bits >> 4, bits & 0xF) > _MOST_BITS:
+        raise HeaderError("a scan header is damaged")
     if not progressive:
         first, last, bits = 0, _COEFFICIENTS - 1, 0
     last = min(last, _COEFFICIENTS - 1)

@@ -6,6 +6,7 @@ release the GIL while they decode, resize, convert and encode.
 
 from __future__ import annotations
 
+import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 
@@ -39,9 +40,11 @@ ONE_LARGE = threading.Lock()
 # A JPEG may be decoded at a half, quarter or eighth when that leaves this many times the pixels
 # asked for along each side: Lanczos then cannot be told from one on the full image.
 DECODE_GAP = 3.0
-# Colours of more pixels than this are converted to sRGB after the resize, not before: 4 megapixels
-# take about 0.1 s. Only edges between saturated colours come out differently.
+# Of an image with more pixels than this, the box is averaged down before its colours are converted
+# to sRGB, which takes 0.1 s for 4 megapixels. At least CONVERT_GAP times the pixels asked for along
+# each side are left: edges between saturated colours differ by a few of 255.
 CONVERT_MAX_PIXELS = 2**22
+CONVERT_GAP = 2.0
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -146,13 +149,11 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
         if image.size != (header.width, header.height):
             box = _scaled(box, round(header.width / image.width), image.size)
         transform = srgb_transform(icc_profile(header), image.mode.removesuffix("A"))
-        convert_last = transform is not None and image.width * image.height > CONVERT_MAX_PIXELS
-        if not convert_last:
-            image = _opaque_srgb(image, transform)
+        if transform and image.width * image.height > CONVERT_MAX_PIXELS:
+            image, box = _averaged(image, box, width)
+        image = _opaque_srgb(image, transform)
         if image.size != (width, height) or box != (0, 0, width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS, box)
-    if convert_last:
-        image = _opaque_srgb(image, transform)
     if turned in UPRIGHT:
         image = image.transpose(UPRIGHT[turned])
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -181,6 +182,16 @@ def _centred_box(size: tuple[int, int], aspect: float) -> Box:
 def _scaled(box: Box, divisor: int, size: tuple[int, int]) -> Box:
     left, upper, right, lower = (edge / divisor for edge in box)
     return left, upper, min(right, size[0]), min(lower, size[1])
+
+
+def _averaged(image: Image.Image, box: Box, width: int) -> tuple[Image.Image, Box]:
+    """Cuts the box out and averages squares of its pixels; also returns where it is now."""
+    left, upper, right, lower = box
+    factor = max(1, int((right - left) / (width * CONVERT_GAP)))
+    cut = (int(left), int(upper), math.ceil(right), math.ceil(lower))
+    image = image.reduce(factor, cut)
+    moved = (left - cut[0], upper - cut[1], right - cut[0], lower - cut[1])
+    return image, _scaled(moved, factor, image.size)
 
 
 def _opaque_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:

@@ -1,0 +1,112 @@
+"""What is no accepted image is named in the error."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from io import BytesIO
+
+import pictures
+import pytest
+from PIL import Image
+
+from img2img_server.domain.params import Limits
+from img2img_server.images.base import NOT_VALID, InvalidImageError
+from img2img_server.images.formats import format_name
+from img2img_server.images.prepare import check_image
+
+IMAGE = Image.fromarray(pictures.quadrants())
+HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body></body></html>"
+
+
+def brand(name: bytes, *others: bytes) -> bytes:
+    brands = name + bytes(4) + b"".join(others)
+    return (8 + len(brands)).to_bytes(4, "big") + b"ftyp" + brands + bytes(40)
+
+
+def jpeg_xl() -> bytes:
+    return b"\xff\x0a" + bytes(30)
+
+
+CASES: list[tuple[bytes, str]] = [
+    (b"", "empty"),
+    (b"  \n\n ", "white space"),
+    (pictures.saved(IMAGE, "GIF"), "a GIF image"),
+    (pictures.saved(IMAGE, "BMP"), "a BMP image"),
+    (pictures.saved(IMAGE, "TIFF"), "a TIFF image"),
+    (pictures.saved(IMAGE, "AVIF"), "an AVIF image"),
+    (pictures.saved(IMAGE, "JPEG2000"), "a JPEG 2000 image"),
+    (pictures.saved(IMAGE, "JPEG2000", no_jp2=True), "a JPEG 2000 image"),
+    (pictures.saved(IMAGE, "ICO"), "an ICO icon"),
+    (pictures.saved(IMAGE, "ICNS"), "an ICNS icon"),
+    (pictures.saved(IMAGE, "PDF"), "a PDF document"),
+    (pictures.saved(IMAGE, "EPS"), "a PostScript document"),
+    (pictures.saved(IMAGE, "PPM"), "a PNM image"),
+    (pictures.saved(IMAGE, "DDS"), "a DDS texture"),
+    (pictures.saved(IMAGE, "QOI"), "a QOI image"),
+    (b"8BPS\0\x01" + bytes(30), "a Photoshop document"),
+    (brand(b"heic", b"mif1"), "a HEIC image"),
+    (brand(b"mif1", b"heic"), "a HEIC image"),
+    (brand(b"mif1", b"avif"), "an AVIF image"),
+    (brand(b"mif1"), "a HEIF image"),
+    (brand(b"avis"), "an AVIF image"),
+    (brand(b"crx "), "a Canon raw image"),
+    (brand(b"isom", b"mp42"), "an MP4 video"),
+    (brand(b"qt  "), "a QuickTime video"),
+    (jpeg_xl(), "a JPEG XL image"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),
+    (b"RIFF\x10\0\0\0AVI LIST", "an AVI video"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG image"),
+    (b'<?xml version="1.0"?>\n<!-- x --><svg width="1"/>', "an SVG image"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document"),
+    (HTML, "an HTML page"),
+    (b"\xef\xbb\xbf \n" + HTML.lower(), "an HTML page"),
+    (b"<html lang=en>", "an HTML page"),
+    (HTML.decode().encode("utf-16"), "an HTML page"),
+    (b'{"error": "not found"}', "JSON text"),
+    (b"[1, 2]", "JSON text"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "a Git LFS pointer"),
+    (base64.b64encode(pictures.jpeg()), "the base64 text of a JPEG image"),
+    (base64.encodebytes(pictures.saved(IMAGE, "PNG")), "the base64 text of a PNG image"),
+    (base64.urlsafe_b64encode(pictures.saved(IMAGE, "WEBP")), "the base64 text of a WebP image"),
+    (b"data:image/png;base64,iVBORw0KGgo=", "the text of a data URI"),
+    (b"https://example.com/cat.png", "the text of a URL"),
+    ("Größe unbekannt".encode(), "plain text"),
+    (gzip.compress(pictures.jpeg()), "gzip-compressed data"),
+    (b"PK\x03\x04" + bytes(30), "a ZIP archive"),
+    (bytes(64), "in a format that this service does not recognise"),
+    (b"\x93\xfa\x96\x7b\x8c\xea" * 9, "in a format that this service does not recognise"),
+]
+
+
+@pytest.mark.parametrize(("data", "name"), CASES, ids=[f"{n}-{c[1]}" for n, c in enumerate(CASES)])
+def test_the_format_is_named(data: bytes, name: str) -> None:
+    with pytest.raises(InvalidImageError) as caught:
+        check_image(data, width=512, height=512, limits=Limits())
+
+    assert str(caught.value) == NOT_VALID
+    assert caught.value.cause.startswith(f"the data is {name}")
+    assert caught.value.cause.endswith("; send a PNG, JPEG or WebP image")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("container", sorted(set(Image.SAVE) - {"PNG", "JPEG", "WEBP", "MPO"}))
+def test_every_image_format_that_pillow_writes_is_refused(container: str) -> None:
+    file = BytesIO()
+    try:
+        IMAGE.save(file, container)
+    except (OSError, ValueError, KeyError, AttributeError):
+        pytest.skip(f"Pillow here does not write {container} from RGB")
+
+    with pytest.raises(InvalidImageError, match="is not a valid PNG, JPG or WebP image"):
+        check_image(file.getvalue(), width=512, height=512, limits=Limits())
+    assert format_name(file.getvalue())
+
+
+def test_apples_variant_of_png_is_named() -> None:
+    data = pictures.png(8, 8, bytes(200))
+    data = data[:8] + pictures.png_chunk(b"CgBI", b"P\0 \x02") + data[8:]
+
+    with pytest.raises(InvalidImageError) as caught:
+        check_image(data, width=512, height=512, limits=Limits())
+    assert "CgBI" in caught.value.cause
