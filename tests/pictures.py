@@ -215,6 +215,22 @@ def many_scans_jpeg(scans: int, between: bytes = b"") -> bytes:
     return data[:end] + (between + data[start:end]) * scans + data[end:]
 
 
+def separate_scans_jpeg(pixels: Pixels) -> bytes:
+    """A sequential JPEG of one scan for each component: three grey images in one frame."""
+    scans, head = [], b""
+    for channel in range(3):
+        grey = saved(Image.fromarray(np.ascontiguousarray(pixels[..., channel])), "JPEG")
+        start, frame = grey.index(b"\xff\xda"), grey.index(b"\xff\xc0")
+        scan = bytearray(grey[start : grey.rindex(b"\xff\xd9")])
+        scan[5] = channel + 1  # the component's identifier
+        scans.append(bytes(scan))
+        components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+        size = grey[frame + 4 : frame + 9]
+        head = grey[:frame] + b"\xff\xc0\0\x11" + size + b"\x03" + components
+        head += grey[frame + 2 + 11 : start]
+    return head + b"".join(scans) + b"\xff\xd9"
+
+
 def padded_png(size_bytes: int) -> bytes:
     """A valid 8x8 picture of exactly size_bytes, most of it a chunk that nobody reads."""
     plain = png(8, 8, bytes(8 * 25))

@@ -344,7 +344,12 @@ ADDRESSES = [
         redirect("http://10.0.0.1/a.png"),
         "the address is not public (after a redirect)",
     ),
-    Address("a page", page, told="init_image is not a valid PNG, JPG or WebP image"),
+    Address(
+        "a page",
+        page,
+        "the URL served an HTML page, not an image; send a PNG, JPEG or WebP image",
+        told="init_image is not a valid PNG, JPG or WebP image",
+    ),
 ]
 
 

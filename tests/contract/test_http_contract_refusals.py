@@ -219,22 +219,26 @@ async def test_wrong_fields_are_told_before_the_picture_is_looked_at(today: Gate
 
 # The init image.
 
+NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
+
 
 @pytest.mark.parametrize(
-    ("sent", "told"),
+    ("sent", "told", "cause"),
     [
-        ("https://nowhere.example/x.png", "Unable to fetch image from provided URL"),
-        ("not base64!", "init_image is not a valid PNG, JPG or WebP image"),
-        ("data:image/png,abc", "init_image is not a valid PNG, JPG or WebP image"),
-        (photo_base64()[:400], "init_image is not a valid PNG, JPG or WebP image"),
+        ("https://nowhere.example/x.png", "Unable to fetch image from provided URL", ""),
+        ("not base64!", NOT_AN_IMAGE, "the data is plain text, not an image"),
+        ("data:image/png,abc", NOT_AN_IMAGE, "the data is plain text, not an image"),
+        ("R0lGODlhAQABAAAAACw=", NOT_AN_IMAGE, "the data is a GIF image"),
+        (photo_base64()[:400], NOT_AN_IMAGE, "the JPEG image cannot be used: it is cut off"),
     ],
 )
 async def test_a_picture_that_cannot_be_used_is_told(
-    sent: str, told: str, today: Gateway, legacy: Gateway
+    sent: str, told: str, cause: str, today: Gateway, legacy: Gateway
 ) -> None:
     answer = await today.create(init_image=sent)
-    expected = {"status": "error", "message": told, "errors": {"init_image": [told]}}
-    assert (answer.status_code, answer.json()) == (400, expected)
+    [why] = answer.json()["errors"]["init_image"]
+    assert (answer.status_code, answer.json()["message"]) == (400, told)
+    assert why.startswith(f"{told}: {cause}" if cause else told)
     answer = await legacy.create(init_image=sent)
     sentence = f"The {told}." if told.startswith("init_image") else f"{told}."
     assert (answer.status_code, answer.json()["message"]) == (200, {"init_image": [sentence]})

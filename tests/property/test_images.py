@@ -206,8 +206,12 @@ def test_png_files_without_all_rows_are_refused(
         assert not is_accepted(cut)
         return
     end = start + int(len(packed) * part)
-    found = len(zlib.decompressobj().decompress(data[start:end]))
-    assert is_accepted(data[:end]) == (found == len(rows))
+    unpacker = zlib.decompressobj()
+    if len(unpacker.decompress(data[start:end])) < len(rows):
+        assert not is_accepted(data[:end])
+    elif unpacker.eof:
+        assert is_accepted(data[:end])
+    # In the few bytes between, all rows are there, and Pillow may or may not see the last one.
 
 
 JPEG_FILES = st.fixed_dictionaries(
@@ -275,7 +279,8 @@ def test_jpeg_files_without_all_rows_are_refused(
     data = jpeg_file(made)
     first, last = data.index(b"\xff\xda"), data.rindex(b"\xff\xd9") - 1
     end = first + int((last - first) * part)
-    whole_scans = made["progressive"] and data[end : end + 2] in (b"\xff\xc4", b"\xff\xda")
+    next_segments = (data[end : end + 2], data[end - 1 : end + 1])  # the cut may leave its 0xFF
+    whole_scans = made["progressive"] and {b"\xff\xc4", b"\xff\xda"}.intersection(next_segments)
 
     if not (ended and whole_scans):  # fewer scans and an end marker: a coarser image, but whole
         assert not is_accepted(data[:end] + (b"\xff\xd9" if ended else b""))

@@ -29,8 +29,8 @@ def jpeg_xl() -> bytes:
 
 
 CASES: list[tuple[bytes, str]] = [
-    (b"", "empty"),
-    (b"  \n\n ", "white space"),
+    (b"", "an empty file"),
+    (b"  \n\n ", "only white space"),
     (pictures.saved(IMAGE, "GIF"), "a GIF image"),
     (pictures.saved(IMAGE, "BMP"), "a BMP image"),
     (pictures.saved(IMAGE, "TIFF"), "a TIFF image"),
@@ -66,16 +66,16 @@ CASES: list[tuple[bytes, str]] = [
     (b'{"error": "not found"}', "JSON text"),
     (b"[1, 2]", "JSON text"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "a Git LFS pointer"),
-    (base64.b64encode(pictures.jpeg()), "the base64 text of a JPEG image"),
-    (base64.encodebytes(pictures.saved(IMAGE, "PNG")), "the base64 text of a PNG image"),
-    (base64.urlsafe_b64encode(pictures.saved(IMAGE, "WEBP")), "the base64 text of a WebP image"),
-    (b"data:image/png;base64,iVBORw0KGgo=", "the text of a data URI"),
+    (base64.b64encode(pictures.jpeg()), "base64 text of a JPEG image"),
+    (base64.encodebytes(pictures.saved(IMAGE, "PNG")), "base64 text of a PNG image"),
+    (base64.urlsafe_b64encode(pictures.saved(IMAGE, "WEBP")), "base64 text of a WebP image"),
+    (b"data:image/png;base64,iVBORw0KGgo=", "a data URI that cannot be decoded"),
     (b"https://example.com/cat.png", "the text of a URL"),
     ("Größe unbekannt".encode(), "plain text"),
     (gzip.compress(pictures.jpeg()), "gzip-compressed data"),
     (b"PK\x03\x04" + bytes(30), "a ZIP archive"),
-    (bytes(64), "in a format that this service does not recognise"),
-    (b"\x93\xfa\x96\x7b\x8c\xea" * 9, "in a format that this service does not recognise"),
+    (bytes(64), "an unknown file format"),
+    (b"\x93\xfa\x96\x7b\x8c\xea" * 9, "an unknown file format"),
 ]
 
 

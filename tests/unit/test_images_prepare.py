@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import pictures
@@ -238,6 +240,91 @@ def test_pictures_after_the_first_one_in_a_jpeg_do_not_count() -> None:
     data = pictures.jpeg() + pictures.many_scans_jpeg(MAX_JPEG_SCANS)
 
     assert check(data) == CheckedImage(data=data, prepared=False)
+
+
+def test_a_lossless_jpeg_is_decoded_whole() -> None:
+    grey = np.ascontiguousarray(pictures.photo(200, 150)[..., 0])
+    data = bytes(imagecodecs.ljpeg_encode(grey))
+
+    assert check(data).prepared is False
+    assert differ(prepare(data, 200, 150), np.dstack([grey] * 3)) == 0
+    assert prepare(data, 16, 16).shape == (16, 16, 3)
+    assert refusal(data[:-1000]) == NOT_VALID
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "cause"),
+    [(1, 0xC3, ""), (1, 0xF7, "JPEG-LS"), (4, 12, "12 bits for each sample"), (1, 0xCB, "")],
+)
+def test_a_jpeg_of_another_process_is_refused(place: int, value: int, cause: str) -> None:
+    data = bytearray(pictures.jpeg())
+    data[data.index(b"\xff\xc0") + place] = value
+
+    with pytest.raises(InvalidImageError, match="is not a valid") as caught:
+        check(bytes(data))
+    assert cause in caught.value.cause
+
+
+def test_images_that_a_phone_appends_to_a_jpeg_may_be_cut() -> None:
+    first, second = Image.fromarray(pictures.photo(96, 64)), Image.fromarray(pictures.photo(96, 64))
+    data = pictures.saved(first, "MPO", save_all=True, append_images=[second])
+    end = data.index(b"\xff\xd9")
+
+    whole = prepare(data[: end + 2], 96, 64)
+    assert differ(prepare(data, 96, 64), whole) == 0
+    assert check(data[:-500]).prepared is False
+    assert refusal(data[: end - 500]) == NOT_VALID
+
+
+def test_an_exif_thumbnail_with_its_own_end_marker_hides_nothing() -> None:
+    thumbnail = pictures.exif(1) + pictures.jpeg(pictures.photo(64, 48))
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
+    data = pictures.jpeg(pictures.photo(96, 64))
+    data = data[:2] + segment + data[2:]
+
+    assert differ(prepare(data[:-2], 96, 64), prepare(data, 96, 64)) == 0
+    assert refusal(data[:-200]) == NOT_VALID
+
+
+@pytest.mark.parametrize("scans", [1, 2, 3])
+def test_a_sequential_jpeg_of_one_scan_a_component_needs_all_of_them(scans: int) -> None:
+    data = pictures.separate_scans_jpeg(pictures.photo(96, 64))
+    starts = [place.start() for place in re.finditer(b"\xff\xda", data)]
+    assert len(starts) == 3
+    cut = data[: starts[scans]] if scans < 3 else data.removesuffix(b"\xff\xd9")
+
+    for file in (cut, cut + b"\xff\xd9"):
+        if scans < 3:
+            assert refusal(file) == NOT_VALID
+        else:
+            assert differ(prepare(file, 96, 64), prepare(data, 96, 64)) == 0
+
+
+def test_a_progressive_jpeg_without_end_marker_needs_all_its_scans() -> None:
+    data = pictures.saved(pictures.photo(96, 64), "JPEG", progressive=True)
+    starts = [place.start() for place in re.finditer(b"\xff\xda", data)]
+    tables = [data.rindex(b"\xff\xc4", 0, start) for start in starts[2:]]
+
+    assert check(data.removesuffix(b"\xff\xd9")).prepared is False
+    for end in tables:  # whole scans, but not all of them
+        assert refusal(data[:end]) == NOT_VALID
+
+
+def test_the_refusal_says_what_the_image_lacks_and_its_size() -> None:
+    with pytest.raises(InvalidImageError) as cut:
+        check(pictures.jpeg()[:-900])
+    with pytest.raises(InvalidImageError) as huge:
+        check(pictures.huge_png())
+
+    assert cut.value.cause == "the JPEG image cannot be used: rows are missing"
+    assert huge.value.cause == "the image has 10000x7000 pixels, 70.0 megapixels"
+
+
+@pytest.mark.parametrize("size", [(8160, 6144), (6144, 8160), (8064, 6048)])
+def test_photos_of_50_megapixel_phones_are_accepted(size: tuple[int, int]) -> None:
+    checked = check(pictures.flat_png(*size), 256, 256)
+
+    assert checked.prepared
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

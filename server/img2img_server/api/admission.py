@@ -179,7 +179,12 @@ class Admission:
         try:
             data = request.init_image or await self._fetch(params.init_image_url)
             return await asyncio.to_thread(
-                check_image, data, width=params.width, height=params.height, limits=self.limits
+                check_image,
+                data,
+                width=params.width,
+                height=params.height,
+                limits=self.limits,
+                downloaded=not request.init_image,
             )
         except InvalidImageError as error:
             violation = Violation("init_image", str(error), error.cause)

@@ -107,8 +107,8 @@ def _init_image(image: job_pb2.InitImage) -> tuple[str, bytes]:
         parse_url(image.url)
     except UrlError as error:
         raise FetchError(f"the address {error}") from error
-    except ValueError:
-        return "", NO_IMAGE
+    except ValueError:  # check_image says what it is instead of an image
+        return "", image.url[:1024].encode(errors="replace")
     return image.url.strip(), b""
 
 

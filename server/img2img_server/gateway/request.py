@@ -53,6 +53,6 @@ def init_image(text: str) -> job_pb2.InitImage:
         return job_pb2.InitImage(url=text)
     try:
         data = decode_data_uri(text) if is_data_uri(text) else decode_base64(text)
-    except ValueError:
-        data = b""
+    except ValueError:  # the api says what it is instead of an image
+        data = text[:1024].encode(errors="replace")
     return job_pb2.InitImage(data=data or NO_IMAGE)

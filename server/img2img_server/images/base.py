@@ -25,6 +25,7 @@ class InvalidImageError(Exception):
         super().__init__(sentence)
         self.cause = cause
 
+
 def too_large(limits: Limits) -> InvalidImageError:
     """Returns the error of an image over the byte limit."""
     most = limits.max_image_bytes / 2**20

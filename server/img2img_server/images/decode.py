@@ -61,7 +61,8 @@ def _decode_with_pillow(header: Header, smallest: tuple[int, int]) -> Image.Imag
     image = PLUGINS[header.container](BytesIO(header.data))
     if image.size != (header.width, header.height):
         raise HeaderError("it states two sizes")
-    image.draft(None, smallest)
+    if not (header.jpeg and header.jpeg.lossless):
+        image.draft(None, smallest)
     image.load()
     return image
 
@@ -75,6 +76,10 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
         None where Pillow has to do it: CMYK, and what gives warnings of another kind.
     """
     assert header.jpeg
+    if header.jpeg.lossless:  # simplejpeg writes beyond its buffer when it is to decode one smaller
+        if not _holds_all_bits(header):
+            raise HeaderError("rows are missing")
+        return None
     space = {1: "GRAY", 3: "RGB"}.get(len(header.jpeg.components), "CMYK")
     room = min(header.width // smallest[0], header.height // smallest[1])
     divisor = next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
@@ -99,16 +104,20 @@ def _may_be_whole(header: Header, warning: str) -> bool:
     """Judges a JPEG by the first warning of libjpeg-turbo.
 
     Bytes after the last row hurt nobody. Without an end marker, or with a subsampling that the
-    decoder's simple interface does not know, the image is whole when no pixel depends on what
-    stands after the last scan. Pillow judges the other warnings.
+    decoder's simple interface does not know, the bits are looked for in another way. Pillow judges
+    the other warnings.
     """
     if any(sign in warning for sign in _MISSING_ROWS):
         return False
     if "extraneous bytes before marker 0xd9" in warning:
         return True
+    ended = check_scans(header) < len(header.data) - len(JPEG_END)
+    return (ended and "subsampling" not in warning) or _holds_all_bits(header)
+
+
+def _holds_all_bits(header: Header) -> bool:
+    """Whether no pixel depends on what stands between the last scan and the end marker."""
     end = check_scans(header)
-    if end < len(header.data) - len(JPEG_END) and "subsampling" not in warning:
-        return True
     before, after = header.data[:end], header.data[end:]
     images = [
         _decode_with_pillow(

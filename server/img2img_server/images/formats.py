@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import re
 
+from img2img_server.domain.data_uris import NO_IMAGE
+
 # (offset of the magic bytes, magic bytes, name)
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"GIF87a", "a GIF image"),
@@ -19,7 +21,6 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
     (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
     (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
-    (0, b"\xff\xd8\xff\xf7", "a JPEG-LS image"),
     (0, b"8BPS", "a Photoshop document"),
     (0, b"\0\0\x01\0", "an ICO icon"),
     (0, b"\0\0\x02\0", "a CUR cursor"),
@@ -80,8 +81,8 @@ _PNM = re.compile(rb"P[1-7]\s")
 
 def format_name(data: bytes) -> str:
     """Returns what the data is, as a noun phrase: "a GIF image", "an HTML page"."""
-    if not data:
-        return "empty"
+    if not data or data == NO_IMAGE:
+        return "an empty file"
     for offset, magic, name in _MAGIC:
         if data.startswith(magic, offset):
             return name
@@ -91,7 +92,7 @@ def format_name(data: bytes) -> str:
         return "a BMP image"
     if _PNM.match(data):
         return "a PNM image"
-    return _text(data) or "in a format that this service does not recognise"
+    return _text(data) or "an unknown file format"
 
 
 def _iso_media(data: bytes) -> str:
@@ -110,14 +111,14 @@ def _text(data: bytes) -> str:
         start = start.decode("utf-16", errors="replace").encode()
     start = start.removeprefix(b"\xef\xbb\xbf").strip()
     if not start:
-        return "white space"
+        return "only white space"
     if re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", start):
         return ""
     lower = start.lower()
     if lower.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a Git LFS pointer, not the file that it stands for"
     if lower.startswith(b"data:"):
-        return "the text of a data URI, not the bytes in it"
+        return "a data URI that cannot be decoded"
     if lower.startswith((b"http://", b"https://")):
         return "the text of a URL, not an image"
     if lower.startswith(b"<"):
@@ -140,7 +141,7 @@ def _base64(text: bytes) -> str:
     decoded = base64.b64decode(text[: len(text) // 4 * 4])
     for magic, name in _ACCEPTED:
         if decoded.startswith(magic):
-            return f"the base64 text of a {name} image, not its bytes"
+            return f"base64 text of a {name} image, damaged or not decoded"
     return "plain text, not an image"
 
 

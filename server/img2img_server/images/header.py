@@ -44,11 +44,13 @@ class JpegFrame(NamedTuple):
 
     Attributes:
         progressive: Each scan refines the image or one component of it.
+        lossless: Coded without a transform, so that it cannot be decoded at a smaller size.
         components: One identifier each.
         first_scan: Where it begins in Header.data.
     """
 
     progressive: bool
+    lossless: bool
     components: bytes
     first_scan: int = 0
 
@@ -90,7 +92,7 @@ def container_of(data: bytes) -> Container | None:
     """Returns the accepted format that the first bytes belong to, None for any other."""
     if data.startswith(PNG_SIGNATURE):
         return Container.PNG
-    if data.startswith(b"\xff\xd8\xff") and data[3:4] != b"\xf7":  # F7: JPEG-LS
+    if data.startswith(b"\xff\xd8\xff"):
         return Container.JPEG
     return Container.WEBP if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
@@ -206,11 +208,19 @@ def _read_jpeg(data: bytes) -> Header:
         if marker == 0xDA:
             kept += [data[start:], JPEG_END]
             break
+        if marker == 0xF7:
+            raise HeaderError("it is a JPEG-LS image")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if header.jpeg:
                 raise HeaderError("it has two frame headers")
-            height, width, count = struct.unpack_from(">HHB", content, 1)
-            frame = JpegFrame(marker in (0xC2, 0xC6, 0xCA, 0xCE), content[6 : 6 + 3 * count : 3])
+            bits, height, width, count = struct.unpack_from(">BHHB", content)
+            if bits != 8:
+                raise HeaderError(f"it has {bits} bits for each sample, not 8")
+            frame = JpegFrame(
+                progressive=marker in (0xC2, 0xC6, 0xCA, 0xCE),
+                lossless=marker in (0xC3, 0xC7, 0xCB, 0xCF),
+                components=content[6 : 6 + 3 * count : 3],
+            )
             header = replace(header, width=width, height=height, jpeg=frame)
         if marker == 0xE1 and content.startswith(b"Exif\0\0"):
             metadata.append((b"exif", content[6:]))

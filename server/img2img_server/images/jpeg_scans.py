@@ -65,7 +65,9 @@ def _record(missing: dict[int, bytearray], scan: bytes, progressive: bool) -> in
     A scan header: number of components, identifier and tables of each (2 bytes), first and last
     coefficient, bits that were known before and are still missing (4 bits each).
     """
-    count = scan[0]
+    count = scan[0] if scan else 0
+    if count == 0 or len(scan) != 4 + 2 * count:
+        raise HeaderError("a scan header is damaged")
     first, last, bits = scan[1 + 2 * count : 4 + 2 * count]
     if max(bits >> 4, bits & 0xF) > _MOST_BITS:
         raise HeaderError("a scan header is damaged")

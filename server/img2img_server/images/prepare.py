@@ -58,10 +58,15 @@ UPRIGHT = {
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 
 
-def check_image(data: bytes, *, width: int, height: int, limits: Limits) -> CheckedImage:
+def check_image(
+    data: bytes, *, width: int, height: int, limits: Limits, downloaded: bool = False
+) -> CheckedImage:
     """Proves that an init image decodes completely within the limits.
 
     Small images come back as they are, others prepared at width x height as JPEG.
+
+    Args:
+        downloaded: the data comes from a URL of the caller, for the words of the error.
 
     Raises:
         InvalidImageError: it is too large, has too many pixels, is damaged, incomplete or no image
@@ -69,7 +74,7 @@ def check_image(data: bytes, *, width: int, height: int, limits: Limits) -> Chec
     """
     if len(data) > limits.max_image_bytes:
         raise too_large(limits)
-    header = _header(data)
+    header = _header(data, "the URL served" if downloaded else "the data is")
     if header.pixels > limits.max_image_pixels:
         raise _too_many_pixels(header, limits)
     try:
@@ -114,11 +119,11 @@ def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = Fals
     return _prepare(header, width, height)
 
 
-def _header(data: bytes) -> Header:
+def _header(data: bytes, source: str = "the data is") -> Header:
     container = container_of(data)
     if container is None:
         name = format_name(data)
-        raise InvalidImageError(NOT_VALID, f"the data is {name}; send a PNG, JPEG or WebP image")
+        raise InvalidImageError(NOT_VALID, f"{source} {name}; send a PNG, JPEG or WebP image")
     try:
         return read_header(data)
     except HeaderError as error:
