@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -121,17 +122,21 @@ class Origin:
             self.requests.append(await reader.readuntil(b"\r\n\r\n"))
             answers = self.answers
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
-            if answer == RESET:
-                writer.transport.abort()
-                return
-            writer.write(answer)
+            begin, reset, _ = answer.partition(RESET)
+            writer.write(begin)
             await writer.drain()
+            if reset:
+                linger = struct.pack("ii", 1, 0)  # close() sends RST
+                writer.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, linger
+                )
+                writer.transport.abort()
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
 
 
-RESET = b"RESET"  # an answer: the connection is reset
+RESET = b"RESET"  # in an answer: the connection is reset there
 
 
 def answer(status: int, body: bytes = b"", *headers: str) -> bytes:

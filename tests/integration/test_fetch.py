@@ -319,6 +319,7 @@ async def test_a_caller_that_gives_up_closes_the_connection() -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n",
         b"",
         RESET,
+        answer(200, PICTURE)[:-99] + RESET,
     ],
 )
 async def test_what_may_pass_is_tried_at_most_twice_more(transient: bytes) -> None:

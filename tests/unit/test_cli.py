@@ -111,6 +111,23 @@ def test_an_address_is_left_to_the_service() -> None:
     assert sent == job_pb2.InitImage(url="https://example.com/cat.jpg")
 
 
+@pytest.mark.parametrize("uri", ["data:;base64,AAAA", "HTTPS://example.com/cat.jpg"])
+def test_a_data_uri_and_a_scheme_in_capitals_are_no_file(uri: str) -> None:
+    service = FakeService()
+    run(service, "generate", "--prompt", "p", "--init-image", uri)
+    sent = last(service.requests, service_pb2.GenerateRequest).spec.init_image
+    assert sent == job_pb2.InitImage(url=uri)
+
+
+def test_get_tells_why_a_webhook_was_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    retried = job(State.STATE_SUCCEEDED)
+    retried.webhook_status = "retrying"
+    retried.webhook_error = "the server answered 307; redirects are not followed"
+    monkeypatch.setattr(FakeService, "_job", lambda _: retried)
+    told = " ".join(run(FakeService(), "get", NAME).stdout.split())
+    assert "retrying: the server answered 307; redirects are not followed" in told
+
+
 def test_the_local_service_is_asked_with_the_development_key() -> None:
     service = FakeService()
     run(service, "capabilities")

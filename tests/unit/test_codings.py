@@ -54,6 +54,7 @@ def test_a_list_of_codings_is_read(values: list[str], codings: list[str]) -> Non
         (["gzip"], PICTURE),
         (["br"], PICTURE),
         (["utf-8"], PICTURE),
+        (["gzip;q=1"], gzip.compress(PICTURE)),
     ],
 )
 def test_a_coding_is_undone_or_found_to_be_told_in_error(codings: list[str], sent: bytes) -> None:

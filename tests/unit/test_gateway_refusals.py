@@ -12,6 +12,7 @@ from img2img_server.api.interceptors import status_of
 from img2img_server.contract import results
 from img2img_server.domain.params import Violation
 from img2img_server.gateway import answers
+from img2img_server.gateway.dialects import Legacy, Today
 from img2img_server.gateway.refusals import Case, refusal
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -169,3 +170,21 @@ def test_a_job_made_over_grpc_has_all_28_keys_of_meta_too() -> None:
     meta = results.meta(job_pb2.Job(id=10_000_001, spec=spec))
     assert len(meta) == 28
     assert (meta["init_image"], meta["track_id"], meta["instant_response"]) == ("base64", "a", "no")
+
+
+def test_the_cause_is_told_beside_the_contracts_sentence() -> None:
+    sentence = "Unable to fetch image from provided URL"
+    violations = [
+        Violation("init_image", sentence, "the server answered 403: no"),
+        Violation("width", "width must be divisible by 8"),
+    ]
+    why = refusal(failed(errors.InvalidRequestError(violations)))
+    assert why.violations == violations
+    told = Today().refused(why).body
+    assert told["message"] == sentence
+    assert told["errors"] == {
+        "init_image": [f"{sentence}: the server answered 403: no"],
+        "width": ["width must be divisible by 8"],
+    }
+    wanted = {"init_image": [f"{sentence}."], "width": ["The width must be divisible by 8."]}
+    assert Legacy().refused(why).body["message"] == wanted

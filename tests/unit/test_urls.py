@@ -58,7 +58,7 @@ def test_what_a_url_must_not_have_is_encoded_as_browsers_do(sent: str, target: s
         ("http://example.org:80/", HttpUrl("http", "example.org", False, None, "/")),
         ("https://example.org:80/", HttpUrl("https", "example.org", False, 80, "/")),
         ("https://example.org:/", HttpUrl("https", "example.org", False, None, "/")),
-        ("https://example.org:08443/", HttpUrl("https", "example.org", False, 8443, "/")),
+        ("https://example.org:0008443/", HttpUrl("https", "example.org", False, 8443, "/")),
         ("https://example.org./", HttpUrl("https", "example.org.", False, None, "/")),
         ("http://[2001:DB8::1]:81/", HttpUrl("http", "2001:db8::1", True, 81, "/")),
         (" \t\nhttp://a_b.example/ \r\n", HttpUrl("http", "a_b.example", False, None, "/")),

@@ -19,7 +19,7 @@ from img2img_client.resources import Job
     "--init-image",
     required=True,
     metavar="FILE|URL",
-    help="The picture to start from: PNG, JPEG or WebP.",
+    help="The picture to start from: PNG, JPEG or WebP. A URL may be a data URI.",
 )
 @click.option("--strength", type=float, help="How much is made anew: 0.0 to 1.0. Default 0.7.")
 @click.option("--seed", type=int, help="The same seed gives the same picture. Default: drawn.")

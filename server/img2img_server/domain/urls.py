@@ -17,7 +17,7 @@ MAX_PORT = 65_535
 _HTTP_URL = re.compile(r"(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(?:#.*)?", re.I | re.S | re.A)
 _REFERENCE = re.compile(r"([^?#]*)(\?[^#]*)?(?:#.*)?", re.S)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.I | re.A)
-_HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([0-9]{0,5}))?")
+_HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([0-9]*))?")
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 # What WHATWG's path and special-query percent-encode sets have beyond controls and "#", without
 # the apostrophe: RFC 3986 allows it, so a signature may cover it.

@@ -10,6 +10,7 @@ from io import BytesIO
 # Beside no coding at all: aws-chunked is the framing of an upload, which some stores keep telling.
 _NO_CODINGS = frozenset({"", "identity", "aws-chunked"})
 _FIRST_BYTES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")  # of the accepted formats
+_GZIP = b"\x1f\x8b\x08"
 MAX_CODINGS = 2
 
 
@@ -34,7 +35,8 @@ def content_codings(values: Iterable[str]) -> list[str]:
 def decode(data: bytes, codings: list[str], limit: int) -> bytes:
     """Returns the data without its codings. CPU-bound: up to `limit` bytes for each coding.
 
-    Data that begins like an image is returned as it is: a coding is then told in error.
+    The bytes count for more than a coding's name: data that begins like an image is returned as it
+    is, and data that begins like a gzip file is unpacked.
 
     Raises:
         CodingError: a coding is unknown, there are too many, or the data is damaged or cut.
@@ -57,7 +59,7 @@ def decode(data: bytes, codings: list[str], limit: int) -> bytes:
 
 def _decode_one(data: bytes, coding: str, most: int) -> bytes:
     """Returns at most `most` bytes."""
-    if coding in ("gzip", "x-gzip"):
+    if coding in ("gzip", "x-gzip") or data.startswith(_GZIP):
         with gzip.GzipFile(fileobj=BytesIO(data)) as file:
             return file.read(most)
     if coding == "deflate":
