@@ -116,7 +116,7 @@ def _pair(checks: _Checks, cert_name: str, key_name: str) -> None:
     certificate, key = checks.read(cert_name), checks.read(key_name)
     if certificate is None and key is None:
         return
-    from img2img_server.certificates import certificate_fault, fit, key_fault
+    from img2img_server.certificates import certificate_fault, key_fault, pair_fault
 
     cert_path, key_path = getattr(checks.settings, cert_name), getattr(checks.settings, key_name)
     cert_wrong = certificate_fault(certificate) if certificate is not None else ""
@@ -125,8 +125,10 @@ def _pair(checks: _Checks, cert_name: str, key_name: str) -> None:
         checks.add(cert_name, f"{cert_path} {cert_wrong}")
     if key_wrong:
         checks.add(key_name, f"{key_path} {key_wrong}")
-    if certificate and key and not cert_wrong and not key_wrong and not fit(certificate, key):
-        checks.add(key_name, f"{key_path} is not the key of {cert_path}")
+    if certificate is None or key is None or cert_wrong or key_wrong:
+        return
+    if fault := pair_fault(cert_path, key_path):
+        checks.add(key_name, f"{key_path} {fault}")
 
 
 def _trusted(checks: _Checks, name: str) -> None:

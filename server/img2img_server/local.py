@@ -112,10 +112,7 @@ def _with_storage_key(settings: Settings) -> Settings:
 
 
 def _role(name: str, settings: Settings, engines: LocalEngines, metrics_port: int) -> Child:
-    host, port = settings.metrics_host, metrics_port
-    if name == "gateway":  # its own answer holds those of api and bucket
-        host, port = settings.http_host, settings.http_port
-    probe_url = f"http://{host_port(reachable(host), port)}/readyz"
+    probe_url = f"http://{host_port(reachable(settings.metrics_host), metrics_port)}/readyz"
     return Child(
         name,
         [sys.executable, "-m", "img2img_server", name],

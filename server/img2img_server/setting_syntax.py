@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST_NAME = re.compile(rf"(?=.{{1,254}}$){_LABEL}(?:\.{_LABEL})*\.?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_GRPC_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(?=//|/|[^0-9])")
-_GRPC_SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")
+_GRPC_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
 # Of the minio client, which refuses other names.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_:]{1,61}[A-Za-z0-9]")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
@@ -46,6 +45,8 @@ def _port_fault(text: str) -> str:
 
 def _host_port_fault(text: str) -> str:
     """Of "host", "host:port", "[IPv6]:port"."""
+    if text.count(":") > 1 and _is_address(text, 6):
+        return ""
     match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(.*))?", text)
     if not match:
         return "" if _is_host(text) else "must name a host (write an IPv6 address as [::1]:port)"
@@ -120,7 +121,7 @@ def otlp_endpoint(text: str) -> str:
 def api_address(text: str) -> str:
     """A gRPC target: host:port, or with one of gRPC's schemes."""
     scheme = _GRPC_SCHEME.match(text)
-    if not scheme or scheme[1] not in _GRPC_SCHEMES:
+    if not scheme:
         if "://" in text or "/" in text:
             return (
                 "must be a gRPC address without http://, such as api.internal:50051 or "

@@ -188,7 +188,7 @@ async def test_ready_needs_the_api_and_the_bucket(gateway: Gateway) -> None:
             503,
             {
                 "status": "not ready",
-                "api": "UNAVAILABLE",
+                "api": "UNAVAILABLE: Failed to connect to remote host: Connection refused",
                 "bucket": "connection refused",
                 "gateway": "stopping",
             },

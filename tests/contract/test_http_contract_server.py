@@ -136,14 +136,31 @@ async def test_the_gateway_talks_tls_to_an_api_that_has_it(tmp_path: Path) -> No
     certificate.private_key_pem.write_to_path(str(private))
     config = settings(tls_cert_file=chain, tls_key_file=private)
     async with running_api(memory_bus(), config) as api:
-        for trusted, trouble in ((roots, ""), (None, "UNAVAILABLE")):
-            trusting = settings(api_address=api.address, api_ca_file=trusted)
+        stranger = tmp_path / "stranger.pem"
+        trustme.CA().cert_pem.write_to_path(str(stranger))
+        for trusted, named, hint in (
+            (roots, "127.0.0.1", ""),
+            (None, "127.0.0.1", "it may have TLS, which needs IMG2IMG_API_CA_FILE"),
+            (stranger, "127.0.0.1", "IMG2IMG_API_CA_FILE does not hold what signed"),
+            (roots, "localhost", "has no name that IMG2IMG_API_ADDRESS names"),
+        ):
+            address = api.address.replace("127.0.0.1", named)
+            trusting = settings(api_address=address, api_ca_file=trusted)
             async with connect(trusting) as channel:
-                assert await Upstream(channel).trouble() == trouble
+                trouble = await Upstream(channel).trouble()
+            assert hint in trouble
+            assert bool(hint) == bool(trouble)
+            assert "127.0.0.1" not in trouble, "callers need not know where the api is"
+    async with running_api(memory_bus(), settings()) as plain:
+        trusting = settings(api_address=plain.address, api_ca_file=roots)
+        async with connect(trusting) as channel:
+            assert "the api has no TLS" in await Upstream(channel).trouble()
 
 
 async def test_a_file_of_certificates_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"api_ca_file .*nothing\.pem: No such file"):
+    with pytest.raises(
+        SettingsError, match=r"IMG2IMG_API_CA_FILE: .*nothing\.pem cannot be read: No such"
+    ):
         connect(settings(api_ca_file=tmp_path / "nothing.pem"))
 
 

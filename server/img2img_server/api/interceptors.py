@@ -85,6 +85,7 @@ class _Rpc:
         self.method = method
         self.path = details.method.removeprefix("/")
         self.trace = extracted(details.invocation_metadata or ())
+        self.principal: Principal | None = None
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
@@ -109,6 +110,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
         if principal is None:
             return _refusing(rpc, errors.UnauthenticatedError())
+        rpc.principal = principal
         try:
             # grpc runs the whole call in this task: a request that is still on its way counts.
             task = asyncio.current_task()
@@ -135,7 +137,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
 
 def _refusing(rpc: _Rpc, error: errors.ServiceError) -> Handler:
     async def call(_: Any, context: Context) -> None:
-        with _Measured(rpc) as measured:
+        with _Measured(rpc, context.peer()) as measured:
             await abort(context, measured.failed(error))
 
     # As a stream of requests, of which none is read: who is refused makes us hold no megabytes.
@@ -193,12 +195,20 @@ def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 
 class _Measured:
-    """Times one RPC and says how it ended, in metrics and in one line of the log."""
+    """Times one RPC and says how it ended, in metrics and in one line of the log.
 
-    def __init__(self, rpc: _Rpc) -> None:
+    The line names the tenant, the id of its key and the reason of a refusal, so that an operator
+    finds who is refused and why. A call without a known key has its peer instead. Neither a key nor
+    anything of the request is in it.
+    """
+
+    def __init__(self, rpc: _Rpc, peer: str = "") -> None:
         self._rpc = rpc
         self._method = rpc.method
         self._code = "OK"
+        self._facts: dict[str, str] = {"peer": peer}
+        if rpc.principal:
+            self._facts = {"tenant": rpc.principal.tenant, "key_id": rpc.principal.key_id}
 
     def failed(self, error: Exception) -> status_pb2.Status:
         """The status to answer with; the unexpected becomes INTERNAL with a logged id."""
@@ -207,6 +217,7 @@ class _Measured:
             log.error("rpc broke", method=self._method, error_id=error_id, exc_info=error)
             error = errors.InternalError(error_id)
         self._code = error.code.name
+        self._facts["reason"] = error.reason
         return status_of(error)
 
     def __enter__(self) -> _Measured:
@@ -221,5 +232,6 @@ class _Measured:
         seconds = time.monotonic() - self._start
         RPCS.labels(self._method, self._code).inc()
         RPC_SECONDS.labels(self._method).observe(seconds)
-        log.info("rpc", method=self._method, code=self._code, seconds=round(seconds, 4))
+        facts = {name: fact for name, fact in self._facts.items() if fact}
+        log.info("rpc", method=self._method, code=self._code, seconds=round(seconds, 4), **facts)
         end(self._span, "" if self._code in ("OK", "CANCELLED") else self._code)

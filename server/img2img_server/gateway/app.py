@@ -54,6 +54,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # `Recorded` makes the span and the metrics of a request: FastAPI's own would come twice.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.openapi = lambda: document(settings)  # type: ignore[method-assign]
     # The last one added is the first one passed.

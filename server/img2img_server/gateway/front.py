@@ -7,6 +7,7 @@ import secrets
 import time
 
 import structlog
+from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
 from prometheus_client import Counter, Histogram
 from starlette.requests import ClientDisconnect
@@ -91,7 +92,9 @@ class Recorded:
         fields = (
             (name.decode("latin-1"), text.decode("latin-1")) for name, text in scope["headers"]
         )
-        span = enter("http request", extracted(fields), SpanKind.SERVER)
+        span: Span = trace.INVALID_SPAN
+        if scope["path"] not in _PROBES:
+            span = enter("http request", extracted(fields), SpanKind.SERVER)
 
         async def send_noting_code(message: Message) -> None:
             nonlocal code

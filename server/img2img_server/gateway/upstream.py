@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +76,9 @@ def connect(settings: Settings) -> grpc.aio.Channel:
     try:
         trusted = settings.api_ca_file.read_bytes()
     except OSError as error:
-        raise SettingsError(f"api_ca_file {settings.api_ca_file}: {error.strerror}") from error
+        raise SettingsError(
+            f"IMG2IMG_API_CA_FILE: {settings.api_ca_file} cannot be read: {error.strerror}"
+        ) from error
     credentials = grpc.ssl_channel_credentials(root_certificates=trusted)
     return grpc.aio.secure_channel(settings.api_address, credentials, options=options)
 
@@ -193,16 +196,36 @@ class Upstream:
             await self._admin.ClearQueue(request, **_reading(key))
 
     async def trouble(self) -> str:
-        """Why the api may not serve, or nothing."""
+        """Why the api may not serve, without an address of it; empty: it may."""
         try:
             answer = await self._health.Check(
                 health_pb2.HealthCheckRequest(service=SERVICE), timeout=_READY_SECONDS
             )
         except grpc.aio.AioRpcError as error:
-            return str(error.code().name)
+            return f"{error.code().name}: {_reason(error.details() or '')}"
         if answer.status == health_pb2.HealthCheckResponse.SERVING:
             return ""
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+# What gRPC says of a failed connection, and what it mostly means.
+_HINTS = {
+    "Hostname Verification": "the api's certificate has no name that IMG2IMG_API_ADDRESS names",
+    "CERTIFICATE_VERIFY_FAILED": "IMG2IMG_API_CA_FILE does not hold what signed the api's "
+    "certificate",
+    "WRONG_VERSION_NUMBER": "the api has no TLS, so IMG2IMG_API_CA_FILE must be unset",
+    "Socket closed": "it may have TLS, which needs IMG2IMG_API_CA_FILE here",
+    "Deadline Exceeded": f"no answer in {_READY_SECONDS:g} s",
+}
+
+
+def _reason(details: str) -> str:
+    """The last error of a connection, without the address, which callers need not know."""
+    text = details.rpartition("last error: ")[2]
+    text = re.sub(r"\b(?:ipv[46]|unix):\S+: ", "", text).removeprefix("UNKNOWN: ")
+    hint = next((hint for known, hint in _HINTS.items() if known in text), "")
+    text = text.removesuffix(": OK").rstrip(".")
+    return f"{text} ({hint})" if hint else text or "no reason given"
 
 
 def _metadata(key: str) -> tuple[tuple[str, str], ...]:
