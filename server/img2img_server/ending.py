@@ -89,7 +89,8 @@ def code_of(error: BaseException) -> int:
 
 def leave(program: str, error: BaseException) -> NoReturn:
     """Writes why the process ends as its last line on stderr, and ends it without waiting for
-    threads. Several mistakes are a line each.
+    threads. Several mistakes have a line each before, and are all in the last line too: it may be
+    the only one that is kept.
 
     Args:
         program: what the line begins with, such as "img2img-server worker".
@@ -99,7 +100,11 @@ def leave(program: str, error: BaseException) -> NoReturn:
     if not is_expected(error):
         log_reason(error)
     code = code_of(error)
-    lines = [last_line(f"{program}: {reason}", code) for reason in reasons_of(error)]
+    reasons = reasons_of(error)
+    sentences = [f"{program}: {reason}" for reason in reasons]
+    if len(reasons) > 1:
+        sentences.append(f"{program}: {len(reasons)} mistakes: {'; '.join(reasons)}")
+    lines = [last_line(sentence, code) for sentence in sentences]
     with suppress(OSError, ValueError):
         sys.stderr.write("".join(f"{line}\n" for line in lines))
     exit_now(code)

@@ -120,9 +120,9 @@ def _only_one_way_out() -> None:
     logging.captureWarnings(True)
     logging.setLoggerClass(_LibraryLogger)
     for logger in logging.root.manager.loggerDict.values():
-        if isinstance(logger, logging.Logger):
+        if type(logger) is logging.Logger:  # made before
+            logger.__class__ = _LibraryLogger
             logger.handlers = [each for each in logger.handlers if not _writes_to_console(each)]
-            logger.propagate = True
 
     def in_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit:

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import io
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.api import admission
+from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.bus import memory_bus
 from img2img_server.domain.params import Limits
 from img2img_server.engine.fake import FakeEngine
@@ -304,6 +307,33 @@ async def test_a_request_id_makes_one_job_however_often_it_is_sent() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stack.api.create(spec(), request_id="not a uuid")
         assert refusal(caught.value).violations == {"request_id": "request_id must be a UUID"}
+
+
+async def test_the_log_line_of_a_refusal_names_tenant_key_and_reason_and_no_secret(
+    tmp_path: Path,
+) -> None:
+    key, entry = new_key("shop", [])
+    (tmp_path / "keys.toml").write_text(entry)
+    ring = KeyRing(tmp_path / "keys.toml", dev_key=False)
+    bus = memory_bus(queue_limit=1)
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    with capture_logs() as logs:
+        async with running_api(bus, settings(queue_limit=1), keys=ring) as api:
+            for secret in (key, key, "i2i_unknown"):
+                request = service_pb2.CreateJobRequest(spec=spec(prompt="a secret garden"))
+                with suppress(grpc.aio.AioRpcError):
+                    await api.stub.CreateJob(
+                        request, metadata=(("authorization", f"Bearer {secret}"),)
+                    )
+    served, refused, stranger = [line for line in logs if line["event"] == "rpc"]
+    who = {"tenant": "shop", "key_id": ring.authenticate(key).key_id}
+    assert who.items() <= served.items()
+    assert "reason" not in served
+    assert {**who, "code": "RESOURCE_EXHAUSTED", "reason": "QUEUE_FULL"}.items() <= refused.items()
+    assert (stranger["reason"], stranger["peer"][:14]) == ("INVALID_API_KEY", "ipv4:127.0.0.1")
+    assert "tenant" not in stranger
+    assert not any(word in str(logs) for word in (key, "i2i_unknown", "secret garden"))
 
 
 async def test_a_full_queue_refuses_at_once_with_a_retry_hint() -> None:

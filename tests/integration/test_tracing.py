@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from benchmarks.local_stack import free_port
 from img2img.v1 import service_pb2
+from tests.http_stack import served_gateway
 from tests.processes import Role
 from tests.stack import DEV, photo, running_stack, settings, spec
 
@@ -159,3 +160,24 @@ async def test_a_gateway_exports_its_span_and_passes_the_context_on_past_any_pro
         int(request.span_id.hex(), 16)
     ]
     assert settings().otlp_endpoint == "", "nothing is sent anywhere unless it is asked for"
+
+
+async def test_an_http_request_is_one_span_and_a_probe_none(
+    spans: InMemorySpanExporter,
+) -> None:
+    """FastAPI makes spans of its own where OpenTelemetry is installed, in a trace of their own."""
+    async with served_gateway() as gateway:
+        for path, headers in (
+            ("/v1/capabilities", {"Authorization": "Bearer dev-key"}),
+            ("/v1/capabilities", {"Authorization": "Bearer dev-key", "traceparent": CALLER}),
+            ("/nowhere", {}),
+        ):
+            spans.clear()
+            await gateway.http.get(path, headers=headers)
+            found = [each for each in spans.get_finished_spans() if each.name.startswith("GET")]
+            assert len(found) == 1, path
+            assert len({each.context.trace_id for each in spans.get_finished_spans()}) == 1
+        spans.clear()
+        for probe in ("/readyz", "/healthz", "/readyz/"):
+            await gateway.http.get(probe)
+        assert spans.get_finished_spans() == ()

@@ -195,14 +195,9 @@ class Relay:
 
 
 def last_words(name: str, log_tail: str) -> str:
-    """Why a child ended, in one line: what it says itself in its last lines, else the last one."""
-    lines = [_event(line) for line in log_tail.splitlines() if line.strip()]
-    reasons: list[str] = []
-    for line in reversed(lines):
-        if not line.startswith(f"img2img-server {name}: "):
-            break
-        reasons.insert(0, line.partition(": ")[2])
-    return "; ".join(reasons) or (lines[-1] if lines else "")
+    """Why a child ended, in one line: the last one it wrote, without its own name in front."""
+    lines = [line for line in log_tail.splitlines() if line.strip()]
+    return _event(lines[-1]).removeprefix(f"img2img-server {name}: ") if lines else ""
 
 
 def _event(line: str) -> str:
