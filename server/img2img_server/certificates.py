@@ -1,4 +1,8 @@
-"""What is wrong with PEM files of certificates and keys, before a server or a channel gets them."""
+"""What is wrong with PEM files of certificates and keys, before a server or a channel gets them.
+
+OpenSSL decides whether a file is good. The stricter `cryptography` only tells which of two files is
+the wrong one, and why.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +13,61 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+_NO_CERTIFICATE = "has no certificate in PEM format"
+_NO_KEY = "has no private key in PEM format"
 
-def certificate_fault(content: bytes) -> str:
-    """What is wrong with a file of PEM certificates, the end of a sentence; empty: nothing."""
+
+def trusted_fault(content: bytes) -> str:
+    """What is wrong with certificates to trust, the end of a sentence; empty: nothing."""
     try:
-        certificates = x509.load_pem_x509_certificates(content)
-        for certificate in certificates:
-            certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm):
-        certificates = []
-    return "" if certificates else "has no certificate in PEM format"
-
-
-def key_fault(content: bytes) -> str:
-    """What is wrong with a file of a PEM key, the end of a sentence; empty: nothing."""
-    try:
-        load_pem_private_key(content, None)
-    except TypeError:
-        return "is encrypted: a key without a passphrase is needed (`openssl pkey` removes it)"
-    except (ValueError, UnsupportedAlgorithm):
-        return "has no private key in PEM format"
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
+            cadata=content.decode("ascii", errors="ignore")
+        )
+    except (ssl.SSLError, ValueError):
+        return _NO_CERTIFICATE
     return ""
 
 
-def pair_fault(certificate: Path, key: Path) -> str:
-    """What is wrong with a certificate and a key together, each of them without a fault; the end of
-    a sentence about the key."""
+def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:
+    """What is wrong with each of two readable files that a server shall use, the ends of sentences;
+    empty: nothing."""
+    asked = False
+
+    def password() -> str:
+        nonlocal asked
+        asked = True
+        return ""
+
     try:
-        # Without a password OpenSSL would ask for one at the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            return f"is not the key of {certificate}"
-        return f"cannot be used with {certificate}: {error.reason or error}"
-    except OSError as error:
-        return f"or {certificate} cannot be read: {error.strerror}"
+        # Without a function OpenSSL would ask for a passphrase at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password)
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", "") or error)
+    else:
+        if not asked:
+            return "", ""
+    faults = _certificate_fault(certificate.read_bytes()), _key_fault(key.read_bytes(), asked)
+    if any(faults):
+        return faults
+    if reason == "KEY_VALUES_MISMATCH":
+        return "", f"is not the key of {certificate}"
+    return f"cannot be used with {key}: {reason}", ""
+
+
+def _certificate_fault(content: bytes) -> str:
+    try:
+        for certificate in x509.load_pem_x509_certificates(content):
+            certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return _NO_CERTIFICATE
+    return ""
+
+
+def _key_fault(content: bytes, is_encrypted: bool) -> str:
+    if is_encrypted:
+        return "is encrypted: a key without a passphrase is needed (`openssl pkey` removes it)"
+    try:
+        load_pem_private_key(content, None)
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        return _NO_KEY
     return ""

@@ -113,22 +113,16 @@ def _ports(role: str, checks: _Checks) -> None:
 
 def _pair(checks: _Checks, cert_name: str, key_name: str) -> None:
     """A certificate and its key."""
-    certificate, key = checks.read(cert_name), checks.read(key_name)
-    if certificate is None and key is None:
+    found = checks.read(cert_name), checks.read(key_name)
+    if None in found:
         return
-    from img2img_server.certificates import certificate_fault, key_fault, pair_fault
+    from img2img_server.certificates import pair_faults
 
-    cert_path, key_path = getattr(checks.settings, cert_name), getattr(checks.settings, key_name)
-    cert_wrong = certificate_fault(certificate) if certificate is not None else ""
-    key_wrong = key_fault(key) if key is not None else ""
-    if cert_wrong:
-        checks.add(cert_name, f"{cert_path} {cert_wrong}")
-    if key_wrong:
-        checks.add(key_name, f"{key_path} {key_wrong}")
-    if certificate is None or key is None or cert_wrong or key_wrong:
-        return
-    if fault := pair_fault(cert_path, key_path):
-        checks.add(key_name, f"{key_path} {fault}")
+    names = cert_name, key_name
+    paths = [getattr(checks.settings, name) for name in names]
+    for name, path, fault in zip(names, paths, pair_faults(*paths), strict=True):
+        if fault:
+            checks.add(name, f"{path} {fault}")
 
 
 def _trusted(checks: _Checks, name: str) -> None:
@@ -136,9 +130,9 @@ def _trusted(checks: _Checks, name: str) -> None:
     content = checks.read(name)
     if content is None:
         return
-    from img2img_server.certificates import certificate_fault
+    from img2img_server.certificates import trusted_fault
 
-    if fault := certificate_fault(content):
+    if fault := trusted_fault(content):
         checks.add(name, f"{getattr(checks.settings, name)} {fault}")
 
 

@@ -171,8 +171,8 @@ async def test_a_device_that_is_not_there_is_told_before_a_model_library_is_impo
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({"s3_secret_key": "wrong"}, "object store"),
-        ({"s3_endpoint_url": "http://127.0.0.1:NONE"}, "object store"),
+        ({"s3_secret_key": "wrong"}, "IMG2IMG_S3_"),
+        ({"s3_endpoint_url": "http://127.0.0.1:NONE"}, "IMG2IMG_S3_ENDPOINT_URL"),
         ({"nats_url": "nats://127.0.0.1:NONE"}, "IMG2IMG_NATS_URL"),
         ({"nats_url": "WRONG"}, "IMG2IMG_NATS_URL"),
     ],

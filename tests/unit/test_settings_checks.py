@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from img2img_server import setting_syntax
+from img2img_server.certificates import trusted_fault
 from img2img_server.checks import checked_settings, mistakes_of
 from img2img_server.ending import code_of, last_line, reasons_of
 from img2img_server.errors import UnavailableError
@@ -207,7 +208,8 @@ def encrypted(pem: bytes) -> bytes:
         ("cert", "cert", ["TLS_KEY_FILE: {}/cert has no private key in PEM format"]),
         ("cert", "other", ["TLS_KEY_FILE: {}/other is not the key of {}/cert"]),
         ("cert", "secret", ["TLS_KEY_FILE: {}/secret is encrypted"]),
-        ("junk", "none", ["TLS_CERT_FILE: {}/junk has no", "TLS_KEY_FILE: {}/none cannot be"]),
+        ("junk", "junk", ["TLS_CERT_FILE: {}/junk has no", "TLS_KEY_FILE: {}/junk has no"]),
+        ("none", "none", ["TLS_CERT_FILE: {}/none cannot", "TLS_KEY_FILE: {}/none cannot"]),
     ],
 )
 def test_a_wrong_tls_file_is_named_and_not_the_port(
@@ -264,6 +266,14 @@ PAIRS = [
     (issued.cert_chain_pems[0].bytes(), issued.private_key_pem.bytes())
     for issued in (MADE.issue_cert("a.example"), MADE.issue_cert("b.example"))
 ]
+
+
+def test_a_bundle_with_comments_and_any_line_ends_is_trusted(authority: trustme.CA) -> None:
+    pem = authority.cert_pem.bytes()
+    for content in (pem, "# Türktrust\n".encode() + pem + pem, pem.replace(b"\n", b"\r\n")):
+        assert trusted_fault(content) == ""
+    for content in (b"", b"README", authority.private_key_pem.bytes(), pem[:200]):
+        assert trusted_fault(content) == "has no certificate in PEM format"
 
 
 # Ports and addresses.
