@@ -61,18 +61,24 @@ async def test_a_picture_is_watched_and_shown_beside_the_one_before(
         assert await page.get_by_text("Denoise", exact=True).is_visible()
 
 
-async def test_refusals_stand_at_their_fields_in_the_service_s_words(
+async def test_refusals_stand_at_their_fields_with_the_page_s_labels(
     browser: playwright.Browser, engine: FakeEngine
 ) -> None:
     async with playground(browser, engine) as shown:
         page = shown.page
-        await start(page, Prompt="", Width="100")
+        await start(page, Prompt="", Width="100", Steps="999")
         prompt = page.get_by_label("Prompt", exact=True)
-        await page.get_by_text("prompt is required").wait_for()
+        await page.get_by_text("Prompt is required").wait_for()
         assert await prompt.get_attribute("aria-invalid") == "true"
         assert await page.locator('[data-field="width"] .error').inner_text() == (
-            "width must be between 256 and 1024"
+            "Width must be between 256 and 1024"
         )
+        steps = await page.locator('[data-field="num_inference_steps"] .error').inner_text()
+        assert steps.startswith("Steps must be between")
+        await prompt.fill("a cat")  # what was said about a field is gone with its old value
+        assert await prompt.get_attribute("aria-invalid") is None
+        assert await page.get_by_text("Prompt is required").count() == 0
+        assert await page.locator('[data-field="width"] .error').count() == 1
         assert await page.get_by_role("button", name="Generate").is_enabled()
         await page.set_viewport_size({"width": 360, "height": 800})
         assert await page.evaluate("document.documentElement.scrollWidth") == 360
@@ -86,6 +92,116 @@ async def test_a_running_job_is_cancelled(browser: playwright.Browser, engine: F
         await page.get_by_role("button", name="Cancel").click()
         await page.get_by_role("status").get_by_text("Cancelled.").wait_for()
         assert await page.get_by_role("button", name="Generate").is_enabled()
+
+
+async def test_a_reload_goes_on_with_the_running_job_and_keeps_what_was_made(
+    browser: playwright.Browser, engine: FakeEngine
+) -> None:
+    async with playground(browser, engine) as shown:
+        page = shown.page
+        await start(page, Seed="7", Prompt="a blue cat")
+        await page.get_by_text("Step 1 of 2.").wait_for()
+        await page.reload()
+        await page.get_by_text("Step 1 of 2.").wait_for()
+        assert await page.get_by_label("Prompt", exact=True).input_value() == "a blue cat"
+        assert await page.get_by_role("button", name="Generate").is_disabled()
+        engine.release()
+        await page.get_by_text("Done in").wait_for()
+        for _ in range(2):
+            picture = page.locator("#history img")
+            assert await picture.count() == 1
+            await page.reload()
+            await page.locator('#history img[src^="blob:"][alt*="Done in"]').wait_for()
+            await picture.click()
+            await page.get_by_text("Done in").wait_for()
+            for which in ("#before", "#after"):
+                made = page.locator(which)
+                assert await made.evaluate("image => image.decode().then(() => image.naturalWidth)")
+            assert await page.locator("#after").evaluate("image => image.naturalWidth") == 512
+            assert await page.get_by_role("button", name="Generate").is_enabled()
+
+
+async def test_a_job_can_be_cancelled_after_a_reload(
+    browser: playwright.Browser, engine: FakeEngine
+) -> None:
+    async with playground(browser, engine) as shown:
+        page = shown.page
+        await start(page)
+        await page.get_by_text("Step 1 of 2.").wait_for()
+        await page.reload()
+        await page.get_by_role("button", name="Cancel").click()
+        await page.get_by_role("status").get_by_text("Cancelled.").wait_for()
+
+
+async def test_a_job_that_is_gone_after_a_reload_is_said_to_be_gone(
+    browser: playwright.Browser,
+) -> None:
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        stored = '[{"id": "99", "spec": {"prompt": "p"}}, {"id": "98", "spec": {}, "ended": true}]'
+        await page.evaluate("text => sessionStorage.setItem('img2img-jobs', text)", stored)
+        await page.reload()
+        await page.get_by_text("This job is not there any more.").wait_for()
+        await page.get_by_text("What you make shows up here").wait_for()
+        await page.evaluate("sessionStorage.setItem('img2img-jobs', 'of another version')")
+        await page.reload()
+        await page.get_by_text("version 0").wait_for()
+
+
+async def test_what_was_refused_about_a_picture_is_gone_with_the_picture(
+    browser: playwright.Browser,
+) -> None:
+    async def refuse(route: playwright.Route) -> None:
+        told = {"status": "error", "message": "Request body too large"}
+        await route.fulfill(json=told, status=413)
+
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        await page.route("**/v1/jobs", refuse)
+        await start(page)
+        await page.get_by_role("alert").get_by_text("Request body too large").wait_for()
+        await page.get_by_role("button", name="Use the example").click()
+        await page.get_by_text("Ready.").wait_for()
+        assert await page.get_by_role("alert").count() == 0
+
+
+@pytest.mark.parametrize("height", [900, 720, 500])
+async def test_nothing_of_the_form_lies_below_its_buttons(
+    browser: playwright.Browser, height: int
+) -> None:
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        await page.set_viewport_size({"width": 1280, "height": height})
+        await page.get_by_text("version").wait_for()
+        names = ("Safety checker", "Enhance the prompt", "Generate")
+        for place in (
+            *map(page.get_by_label, names[:2]),
+            page.get_by_role("button", name=names[2]),
+        ):
+            assert await place.evaluate(
+                "it => { const {x, y, width, height} = it.getBoundingClientRect();"
+                "return document.elementFromPoint(x + width / 2, y + height / 2) === it; }"
+            )
+        model = page.get_by_label("Model", exact=True)
+        await model.scroll_into_view_if_needed()
+        assert await model.is_visible()
+        assert height < 900 or await page.locator(".fields").evaluate(
+            "fields => fields.scrollHeight <= fields.clientHeight"
+        )
+
+
+async def test_the_docs_are_authorized_with_the_development_key(
+    browser: playwright.Browser,
+) -> None:
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        await page.goto(f"{shown.url}docs")
+        call = page.locator("#operations-tag-jobs, .opblock").filter(has_text="/v1/capabilities")
+        await call.first.locator(".opblock-summary-control").click()
+        await page.get_by_role("button", name="Try it out").click()
+        async with page.expect_response("**/v1/capabilities") as answer:
+            await page.get_by_role("button", name="Execute").click()
+        assert (await answer.value).status == 200
 
 
 async def test_a_stream_that_breaks_is_resumed(

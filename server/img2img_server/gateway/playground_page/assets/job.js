@@ -1,4 +1,5 @@
 // What each event of a job does to the result on the page.
+import { worded } from "./view.js";
 
 export function apply(result, told) {
   const sample = told.sample === undefined ? null : (result.samples[told.sample] ??= {});
@@ -19,6 +20,7 @@ function queued(result, { position, eta, requeue_reason: reason }) {
 }
 
 function started(result, { worker, model }) {
+  result.imagesAfter = undefined; // a new attempt makes them again
   for (const sample of result.samples) Object.assign(sample, { step: 0, total: 0 });
   Object.assign(result, { waiting: false, text: `Running ${model} on ${worker}.` });
 }
@@ -34,7 +36,8 @@ function preview(_, { image }, sample) {
   Object.assign(sample, { url: blobUrl(image), rough: true });
 }
 
-function sample_finished(_, { image, seed, nsfw }, sample) {
+function sample_finished(result, { sequence, image, seed, nsfw }, sample) {
+  result.imagesAfter ??= sequence - 1; // where to read the pictures again
   if (sample.url) URL.revokeObjectURL(sample.url);
   Object.assign(sample, { url: blobUrl(image), rough: false, mediaType: image.media_type, seed, nsfw });
 }
@@ -50,7 +53,7 @@ function ended(result, { kind, job }) {
     if (kind === "succeeded") sample.url ??= told.url; // its event has expired: the stored file
   });
   const seconds = Number.parseFloat(job.timings?.total ?? 0).toFixed(2);
-  const text = { succeeded: `Done in ${seconds} s.`, failed: `Failed: ${job.error?.message}`, cancelled: "Cancelled." }[kind];
+  const text = { succeeded: `Done in ${seconds} s.`, failed: `Failed: ${worded(job.error?.message)}`, cancelled: "Cancelled." }[kind];
   Object.assign(result, { job, text, waiting: undefined });
 }
 

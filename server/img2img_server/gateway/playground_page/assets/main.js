@@ -2,7 +2,8 @@
 import { code } from "./code.js";
 import { apply } from "./job.js";
 import * as service from "./service.js";
-import { $, alarm, clearErrors, draw, element, thumb } from "./view.js";
+import * as store from "./store.js";
+import { $, alarm, clearErrors, clearField, draw, element, thumb } from "./view.js";
 
 const NUMBERS = ["strength", "width", "height", "num_inference_steps", "guidance_scale", "samples", "seed", "lora_scale"];
 const FLAGS = ["safety_checker", "enhance_prompt"];
@@ -16,6 +17,7 @@ let models = [];
 let picture = null; // {blob, name, url, width, height}
 let running = null; // an AbortController while a job runs
 let shown = null;
+let loaded = false; // whether what the tab made before a reload is shown again
 
 // ---- key, models
 
@@ -28,7 +30,7 @@ async function begin() {
     alarm(error);
   }
   $("key").value = sessionStorage.getItem(STORED_KEY) ?? openKey;
-  if (openKey) $("key-hint").textContent = `This service runs for development: it takes the key ${openKey}.`;
+  if (openKey) $("key-hint").textContent = `For development: this service takes ${openKey}.`;
   await learn();
   describe();
 }
@@ -43,6 +45,7 @@ async function learn() {
     bound(told.limits);
     options($("model"), models.map((model) => [model.name, `${model.name}${model.workers ? ` (${model.device})` : " (no worker now)"}`]));
     adapt();
+    reload();
   } catch (error) {
     alarm(error);
   }
@@ -81,9 +84,10 @@ const key = () => $("key").value.trim();
 // ---- picture
 
 async function choose(blob, name) {
+  clearErrors();
   const url = URL.createObjectURL(blob);
   const size = await createImageBitmap(blob).catch(() => ({})); // the service says what is wrong
-  picture = { blob, name, url, width: size.width, height: size.height };
+  picture = { blob, name, url, width: size.width, height: size.height, small: size.width && store.small(size) };
   $("chosen").src = url;
   $("chosen").hidden = false;
   $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : name;
@@ -137,29 +141,44 @@ async function generate(event) {
   if (running) return;
   clearErrors();
   const asked = spec();
-  const result = { spec: asked, before: picture?.url, samples: [], shown: 0, waiting: true, text: "Sending the picture…" };
-  const control = (running = new AbortController());
-  busy(true);
+  const result = { spec: asked, before: picture?.url, small: picture?.small, samples: [], shown: 0, waiting: true, text: "Sending the picture…" };
   show(result);
   if (matchMedia("(max-width: 860px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
-  try {
+  await run(result, async (signal) => {
     if (picture) asked.init_image = { data: await base64(picture.blob) };
-    const job = await service.create(asked, key(), control.signal);
-    result.id = job.id;
-    for await (const told of service.follow(job.id, key(), control.signal, (last) => lost(result, last))) {
-      apply(result, told);
-      if (shown === result) draw(result);
-    }
+    result.id = (await service.create(asked, key(), signal)).id;
+    delete asked.init_image;
+    store.keep([result, ...history]); // a reload finds it again
+    await watch(result, signal);
+  });
+  delete asked.init_image;
+}
+
+// The one job of the form, from `work` until its end.
+async function run(result, work) {
+  const control = (running = new AbortController());
+  busy(true);
+  try {
+    await work(control.signal);
     remember(result);
   } catch (error) {
-    const stopped = control.signal.aborted;
-    Object.assign(result, { waiting: undefined, text: stopped ? "Cancelled." : "Not done; the form says why." });
+    const known = control.signal.aborted ? "Cancelled." : error.status === 404 && "This job is not there any more.";
+    Object.assign(result, { waiting: undefined, text: known || "Not done; the form says why." });
     if (shown === result) draw(result);
-    if (!stopped) alarm(error);
+    if (!known) alarm(error);
+    store.keep(history);
   } finally {
-    delete asked.init_image;
     running = null;
     busy(false);
+  }
+}
+
+// Draws a job's events until it has ended.
+async function watch(result, signal, after) {
+  const broken = (last) => lost(result, last);
+  for await (const told of service.follow(result.id, key(), signal, broken, after)) {
+    apply(result, told);
+    if (shown === result) draw(result);
   }
 }
 
@@ -202,10 +221,16 @@ function show(result) {
 function remember(result) {
   history.unshift(result);
   for (const old of history.splice(HISTORY_MOST)) old.samples.forEach(({ url }) => URL.revokeObjectURL(url));
-  $("history-empty").hidden = true;
+  store.keep(history);
+  drawHistory();
+}
+
+function drawHistory() {
+  $("history-empty").hidden = history.length > 0;
   $("history").replaceChildren(...history.map((each) => {
     const button = thumb(`${each.spec.prompt ?? ""}, job ${each.id}: ${each.text}`);
-    button.firstChild.src = each.samples[0]?.url ?? each.before;
+    const source = each.samples[0]?.url ?? each.before;
+    if (source) button.firstChild.src = source;
     button.onclick = () => {
       if (running) return;
       show(each);
@@ -215,10 +240,37 @@ function remember(result) {
   }));
 }
 
+// Shows again what this tab made before it was reloaded, and goes on with a job that still runs.
+async function reload() {
+  if (loaded) return;
+  loaded = true;
+  const found = store.kept();
+  history.push(...found.filter(({ ended }) => ended));
+  drawHistory();
+  const open = found.find(({ ended }) => !ended);
+  if (open && !running) {
+    show(Object.assign(open, { waiting: true }));
+    restore(open.spec);
+    run(open, (signal) => watch(open, signal));
+  } else if (!shown && history.length) show(history[0]);
+  for (const result of history.filter(({ ended }) => ended)) {
+    try {
+      await watch(result, new AbortController().signal, result.imagesAfter ?? 0);
+    } catch {
+      const place = history.indexOf(result); // it has expired, or it is another key's
+      if (place >= 0) history.splice(place, 1);
+    }
+    drawHistory();
+  }
+}
+
 // ---- wiring
 
 form.addEventListener("submit", generate);
-form.addEventListener("input", describe);
+form.addEventListener("input", ({ target }) => {
+  clearField(target);
+  describe();
+});
 $("cancel").addEventListener("click", stop);
 $("fit").addEventListener("click", fit);
 $("language").addEventListener("change", describe);

@@ -34,10 +34,9 @@ export async function create(spec, key, signal) {
 
 export const cancel = (id, key) => ask(PATHS.cancel.replace("{job_id}", id), key, { method: "POST" });
 
-// A job's events as {kind, sequence, …} until it has ended. A stream that breaks is resumed after
-// the last event that came; `lost` is called with its number before each pause.
-export async function* follow(id, key, signal, lost) {
-  let last = 0;
+// A job's events after number `last` as {kind, sequence, …} until it has ended. A stream that breaks
+// is resumed after the last event that came; `lost` is called with its number before each pause.
+export async function* follow(id, key, signal, lost, last = 0) {
   let pause = PAUSE_MS.first;
   for (;;) {
     let ended = null;

@@ -79,7 +79,7 @@ function drawFacts({ id, job, samples }, sample) {
     ["Model", job.spec.model],
     ["Device", job.device],
     ["Prompt used", job.spec.prompt === job.original_prompt ? "" : job.spec.prompt],
-    ["Warning", job.warning],
+    ["Warning", worded(job.warning)],
     ["Safety", sample?.nsfw ? "blanked by the safety checker" : ""],
   ];
   const list = element("dl");
@@ -117,16 +117,37 @@ export function clearErrors() {
   for (const input of $("form").querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
 }
 
+// What was refused about one field is no longer known once that field has changed.
+export function clearField(input) {
+  $("alert").hidden = true;
+  const field = input.closest("[data-field]");
+  field?.querySelector(".error")?.remove();
+  field?.querySelector("[aria-invalid]")?.removeAttribute("aria-invalid");
+}
+
+// The service's sentence with the page's labels in place of the names of fields.
+export function worded(text) {
+  let told = text ?? "";
+  for (const field of $("form").querySelectorAll("[data-field]")) {
+    const name = field.dataset.field;
+    const label = field.querySelector("label").firstChild.textContent.trim();
+    // "prompt" or "width" may be a word of the sentence, except where it begins.
+    const known = new RegExp(name.includes("_") ? `\\b${name}\\b` : `^${name}\\b`, "g");
+    told = told.replaceAll(known, label);
+  }
+  return told;
+}
+
 // A refusal: its sentences at their fields, the rest below the form.
 export function alarm(error) {
   const fields = error.status === 401 ? { key: [error.message] } : (error.fields ?? {});
   const elsewhere = [];
   for (const [name, sentences] of Object.entries(fields)) {
     const field = $("form").querySelector(`[data-field="${CSS.escape(name)}"]`);
-    if (!field) elsewhere.push(...sentences);
-    else mark(field, name, sentences);
+    if (!field) elsewhere.push(...sentences.map(worded));
+    else mark(field, name, sentences.map(worded));
   }
-  if (!Object.keys(fields).length) elsewhere.push(error.message);
+  if (!Object.keys(fields).length) elsewhere.push(worded(error.message));
   $("alert").hidden = !elsewhere.length;
   $("alert").textContent = elsewhere.join(" ");
   $("form").querySelector("[aria-invalid]")?.focus();
