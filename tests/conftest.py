@@ -1,5 +1,6 @@
 """Fixtures by subject; each file says what it offers."""
 
+import os
 import signal
 
 pytest_plugins = ["fixtures_engines"]
@@ -8,3 +9,6 @@ pytest_plugins = ["fixtures_engines"]
 # commands that tests interrupt would not hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Roles without S3 keys would ask the metadata service of the machine that runs the tests.
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"

@@ -72,6 +72,12 @@ class Role:
         self._process.kill()
         await self._process.wait()
 
+    async def ended(self) -> int:
+        """Waits until it ends by itself; returns the exit code."""
+        assert self._process is not None
+        async with asyncio.timeout(START_SECONDS):
+            return await self._process.wait()
+
     async def stop(self) -> int:
         """SIGTERM; returns the exit code. Fine when it has ended."""
         if self._process is None:

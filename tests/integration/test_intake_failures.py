@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from img2img_server.bus import memory_bus
-from img2img_server.errors import UnavailableError
+from img2img_server.errors import MessageTooLargeError, UnavailableError
 from tests.stack import kinds, running_api, running_worker, spec
 
 
@@ -45,3 +45,26 @@ async def test_a_request_whose_first_try_left_its_log_behind_makes_its_job_the_s
     assert kinds(events)[-1] == "succeeded"
     numbers = [message.event.sequence for message in events]
     assert numbers == list(range(len(numbers)))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MessageTooLargeError(), grpc.StatusCode.FAILED_PRECONDITION),
+        (RuntimeError("a fault of ours"), grpc.StatusCode.INTERNAL),
+    ],
+)
+async def test_a_job_that_cannot_be_queued_leaves_no_record(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: grpc.StatusCode
+) -> None:
+    bus = memory_bus()
+
+    async def put(*_: Any) -> Any:
+        raise error
+
+    async with running_worker(bus), running_api(bus) as api:
+        monkeypatch.setattr(bus.queue, "put", put)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await api.create(spec())
+        assert refused.value.code() is code
+        assert await bus.jobs.list_ids("dev") == []

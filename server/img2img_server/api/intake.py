@@ -126,7 +126,7 @@ class Intake:
             )
         except OwnershipLostError:  # a repeated call of the same request was quicker
             raise errors.UnavailableError(TAKING) from None
-        except errors.ServiceError:
+        except Exception:  # whatever it is: a record without a job would be queued for ever
             with suppress(errors.ServiceError):
                 await self._jobs.delete(job.tenant, job.id)
             raise

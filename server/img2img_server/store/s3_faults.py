@@ -184,7 +184,8 @@ def _unreachable(error: BaseException, access: S3Access) -> str:
         case urllib3.exceptions.LocationParseError():
             return f"{where} is no host"
         case urllib3.exceptions.NewConnectionError():
-            return f"{where} cannot be reached ({str(error).rpartition(': ')[2]})"
+            why = str(error).rpartition(": ")[2].rpartition("] ")[2]  # without "[Errno 111] "
+            return f"{where} cannot be reached ({why})"
         case urllib3.exceptions.TimeoutError():
             return f"{where} does not answer in time"
         case urllib3.exceptions.ProtocolError():

@@ -45,8 +45,13 @@ CHECK_TEXT: Final = b"A connection check of img2img; it may be deleted.\n"
 _TO_BLAME: Final = {
     "InvalidAccessKeyId": ("aws_access_key_id", "is not known to the storage"),
     "SignatureDoesNotMatch": ("aws_secret_access_key", "does not fit the access key"),
+    "AccessDenied": ("aws_access_key_id", "may not store files in the bucket"),
     "NoSuchBucket": ("bucket", "is not there"),
+    "InvalidBucketName": ("bucket", "is no name of a bucket"),
     "AuthorizationHeaderMalformed": ("region_name", "is not that of the bucket"),
+    "PermanentRedirect": ("region_name", "is not that of the bucket"),
+    "TemporaryRedirect": ("region_name", "is not that of the bucket"),
+    "IllegalLocationConstraintException": ("region_name", "is not that of the bucket"),
 }
 
 

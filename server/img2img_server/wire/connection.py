@@ -54,6 +54,7 @@ class Link:
         self._reported = ("", 0.0)  # the last reason that was logged, and when
         self._hopeless = asyncio.Event()
         self._denied = ""
+        self._needed_bytes = 0
         self._is_denied = asyncio.Event()
 
     async def open(self, name: str, seconds: float) -> None:
@@ -84,8 +85,8 @@ class Link:
                 await first_of(connecting, self._hopeless.wait())
         except (*faults.DOWN, nats.errors.Error, ValueError) as error:
             await self.nc.close()
-            why = self._why_not() or str(error)
-            raise UnavailableError(f"no connection to NATS in {seconds:g} s: {why}") from error
+            why = self._why_not() or f"IMG2IMG_NATS_URL: {error}"
+            raise UnavailableError(f"{why}; no connection within {seconds:g} s") from error
         if not self.nc.is_connected:
             await self.nc.close()
             raise SettingsError(self._why_not())
@@ -131,12 +132,18 @@ class Link:
 
     def check_max_payload(self, needed_bytes: int) -> None:
         """Raises SettingsError when the server does not take messages of that size."""
-        if self.nc.max_payload < needed_bytes:
-            raise SettingsError(
-                f"IMG2IMG_NATS_URL: the NATS server at {self.nc.attempted} takes messages of at "
-                f"most {self.nc.max_payload} bytes (max_payload), and images need {needed_bytes}: "
-                "set `max_payload: 8MB` in the configuration of the NATS server"
-            )
+        self._needed_bytes = needed_bytes
+        if why := self._too_small():
+            raise SettingsError(why)
+
+    def _too_small(self) -> str:
+        if self.nc.max_payload >= self._needed_bytes:
+            return ""
+        return (
+            f"IMG2IMG_NATS_URL: the NATS server at {self.nc.attempted} takes messages of at "
+            f"most {self.nc.max_payload} bytes (max_payload), and images need "
+            f"{self._needed_bytes}: set `max_payload: 8MB` in the configuration of the NATS server"
+        )
 
     async def _on_error(self, error: Exception) -> None:
         if DENIED in str(error).lower():
@@ -178,6 +185,8 @@ class Link:
 
     async def _on_reconnect(self) -> None:
         log.warning("the connection to the bus is back")
+        if why := self._too_small():  # another server, or another configuration
+            log.error("%s", why)
         self._faults.clear()
         self._reported = ("", 0.0)
         self._up.set()

@@ -1,0 +1,140 @@
+"""The worker role while NATS or the bucket is away: it stays, says why it is not ready, goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from benchmarks.local_stack import free_port
+from img2img_server.engine.fake import FakeEngine
+from img2img_server.prompts.base import AsSent
+from img2img_server.settings import Settings
+from img2img_server.store.watched import WatchedBlobs
+from img2img_server.worker import server as worker_server
+from tests.fake_s3 import Answer, FakeS3, fake_s3
+from tests.nats_servers import NatsServer, nats_configured
+from tests.processes import Role
+
+SECONDS = 20.0
+
+
+@pytest.fixture
+async def s3() -> AsyncIterator[FakeS3]:
+    async with fake_s3() as store:
+        yield store
+
+
+@pytest.fixture
+async def nats(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    async with nats_configured(tmp_path / "nats") as server:
+        yield server
+
+
+async def readiness(port: int) -> tuple[int, str]:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"http://127.0.0.1:{port}/readyz") as answer,
+    ):
+        return answer.status, (await answer.text()).strip()
+
+
+async def until_ready_is(port: int, status: int, why: str) -> None:
+    async with asyncio.timeout(SECONDS):
+        while True:
+            found = await readiness(port)
+            if found[0] == status and why in found[1]:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_worker_says_why_it_is_not_ready_and_goes_on_by_itself(
+    s3: FakeS3, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+
+    async def load(*_: Any) -> Any:
+        return engine, AsSent()
+
+    monkeypatch.setattr(worker_server, "_load_models", load)
+    port, stop, started = free_port(), asyncio.Event(), asyncio.Event()
+    settings = Settings(
+        **s3.settings(nats_url=f"nats://{nats.address}", metrics_port=port, log_level="error")
+    )
+    stores: list[WatchedBlobs] = []
+
+    class Kept(WatchedBlobs):
+        """The one of the role."""
+
+        def __init__(self, blobs: Any) -> None:
+            super().__init__(blobs, pauses_seconds=(0.05,))
+            stores.append(self)
+
+    monkeypatch.setattr(worker_server, "WatchedBlobs", Kept)
+    serving = asyncio.create_task(
+        worker_server.serve_worker(settings, stop, lambda _: started.set())
+    )
+    async with asyncio.timeout(SECONDS):
+        await started.wait()
+    assert await readiness(port) == (200, "ready")
+
+    s3.answers["PUT object"] = Answer(403, "SignatureDoesNotMatch")
+    with pytest.raises(Exception, match="SignatureDoesNotMatch"):
+        await stores[0].put("temp/x", b"x", "text/plain")
+    await until_ready_is(port, 503, "IMG2IMG_S3_SECRET_KEY: the store at")
+    s3.answers.clear()
+    await until_ready_is(port, 200, "ready")
+
+    await nats.child.stop()
+    await until_ready_is(port, 503, f"nothing listens at {nats.address}")
+    assert not serving.done()
+    await nats.child.start()
+    await until_ready_is(port, 200, "ready")
+
+    stop.set()
+    await serving
+    await asyncio.to_thread(engine.stop)
+
+
+async def test_a_worker_with_a_wrong_secret_key_names_the_setting_in_its_last_line(
+    nats: NatsServer, engine_settings: Any, tmp_path: Path
+) -> None:
+    config = engine_settings()
+    worker = Role(
+        "worker",
+        {
+            "IMG2IMG_NATS_URL": f"nats://{nats.address}",
+            "IMG2IMG_S3_ENDPOINT_URL": config.s3_endpoint_url,
+            "IMG2IMG_S3_ACCESS_KEY": config.s3_access_key.get_secret_value(),
+            "IMG2IMG_S3_SECRET_KEY": "bad",
+            "IMG2IMG_LOG_FORMAT": "console",
+        },
+        tmp_path / "worker.log",
+    )
+    await worker.launch()
+    assert await worker.ended() == 2
+    last = worker.log.read_text().splitlines()[-1]
+    assert last.startswith("img2img-server worker: IMG2IMG_S3_SECRET_KEY: the store at 127.0.0.1:")
+    assert "refused the signature (SignatureDoesNotMatch)" in last
+
+
+async def test_a_role_that_waits_for_nats_ends_with_0_when_it_is_asked_to(tmp_path: Path) -> None:
+    api = Role(
+        "api",
+        {
+            "IMG2IMG_NATS_URL": f"nats://127.0.0.1:{free_port()}",
+            "IMG2IMG_GRPC_PORT": "0",
+            "IMG2IMG_DEV_KEY": "true",
+        },
+        tmp_path / "api.log",
+    )
+    await api.launch()
+    async with asyncio.timeout(SECONDS * 3):
+        while "nothing listens at" not in api.log.read_text():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert await api.stop() == 0
+    assert "stopped before it was ready" in api.log.read_text()
