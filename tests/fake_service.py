@@ -57,15 +57,27 @@ class Refusal:
         context.abort_with_status(rpc_status.to_status(status))
 
 
+SILENCE = Refusal(grpc.StatusCode.CANCELLED)  # of a Break: the stream stays open and says nothing
 STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "This server is stopping.", "UNAVAILABLE")
 
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """Ends a stream after so many of its messages; without a refusal it ends with OK."""
+    """Ends a stream after so many of its messages; without a refusal it ends with OK.
+
+    With SILENCE it does not end, and nothing more is sent until the caller leaves.
+    """
 
     after: int
     refusal: Refusal | None = STOPPING
+    heartbeats: int = 0  # sent before that, one every 0.1 s
+
+
+def started() -> threading.Event:
+    """An event that is set already."""
+    event = threading.Event()
+    event.set()
+    return event
 
 
 @dataclass
@@ -76,6 +88,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
     pages: dict[str, service_pb2.ListJobsResponse] = field(default_factory=dict)
     breaks: deque[Break] = field(default_factory=deque)  # one for each stream, in turn
     refusals: deque[Refusal] = field(default_factory=deque)  # one for each other call, in turn
+    slow_start: threading.Event = field(default_factory=started)  # streams begin when it is set
     pause_after: int | None = None  # events of the log, then the job stays as it is
     requests: list[Message] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -191,6 +204,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
         self, after_sequence: int, context: grpc.ServicerContext[Any, Any]
     ) -> Iterator[event_pb2.JobEvent]:
         self.left.clear()
+        self.slow_start.wait()
         context.add_callback(self.left.set)
         scripted = self.breaks.popleft() if self.breaks else None
         snapshot = event_pb2.JobSnapshot(job=self._job())
@@ -200,7 +214,12 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             if scripted and count == scripted.after:
                 break
             yield event
-        if scripted and scripted.refusal:
+        for _ in range(scripted.heartbeats if scripted else 0):
+            self.left.wait(0.1)
+            yield event_pb2.JobEvent(sequence=after_sequence, heartbeat=event_pb2.Heartbeat())
+        if scripted and scripted.refusal is SILENCE:
+            self.left.wait()
+        elif scripted and scripted.refusal:
             scripted.refusal.abort(context)
 
     def _follow(self) -> Iterator[event_pb2.JobEvent]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from weakref import WeakSet
 
 import grpc
 
@@ -52,6 +54,7 @@ class AsyncClient:
         self._retry = retry or Retry()
         self._call_seconds = call_seconds
         self._is_closed = False
+        self._streams: WeakSet[AsyncJobStream] = WeakSet()
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -80,6 +83,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """As Client.close."""
+        for stream in list(self._streams):
+            with suppress(RuntimeError):  # another task reads it
+                await stream.aclose()
         self._is_closed = True
         await self._channel.close()
 
@@ -172,7 +178,9 @@ class AsyncClient:
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
-        return AsyncJobStream(follow, self.endpoint, self._open, self._cancel_abandoned)
+        stream = AsyncJobStream(follow, self.endpoint, self._open, self._cancel_abandoned)
+        self._streams.add(stream)
+        return stream
 
     async def _call(self, method: Callable[..., Awaitable[T]], wish: object) -> T:
         backoff = Backoff(self._retry)
@@ -198,15 +206,29 @@ class AsyncClient:
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
         return self._begin(method, wish, timeout_seconds)
 
-    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
+    def _begin(
+        self,
+        method: Callable[..., T],
+        wish: object,
+        timeout_seconds: float | None,
+        *,
+        wait_for_ready: bool | None = None,
+    ) -> T:
         """Begins a call. Raises ClientClosedError."""
         if self._is_closed:
             raise errors.ClientClosedError
-        return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+        return method(
+            wish,
+            timeout=timeout_seconds,
+            metadata=self.endpoint.metadata,
+            wait_for_ready=wait_for_ready,
+        )
 
     async def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
         try:
-            await self._begin(self._stub.CancelJob, wish, CANCEL_SECONDS)
+            cancelling = self._stub.CancelJob
+            # The connection may be the reason for leaving: wait until there is one.
+            await self._begin(cancelling, wish, CANCEL_SECONDS, wait_for_ready=True)
         except (grpc.RpcError, errors.ClientClosedError):
             return  # ended meanwhile, or out of reach

@@ -28,9 +28,13 @@ SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A connection that died silently is noticed within 40 s; only while calls are open.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A connection that died silently is noticed within 30 s; only while calls are open. The server
+    # notices after 30 s at the earliest and then waits 15 s for us before it cancels our job.
+    # gRPC waits for the answer to a ping as long as ping_timeout says, 60 s by default, whatever
+    # keepalive_timeout is; that one bounds how long sent data may stay unacknowledged.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A restarted server is found again soon: gRPC itself would wait up to 2 minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),

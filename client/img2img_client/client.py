@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Self, TypeVar, Unpack
+from weakref import WeakSet
 
 import grpc
 
@@ -17,9 +20,12 @@ from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, may_repeat
+from img2img_client.silence import SilenceWatch
 from img2img_client.stream import CANCEL_SECONDS, JobStream, deadline
 
 T = TypeVar("T")
+
+_clients: WeakSet[Client] = WeakSet()
 
 
 class Client:
@@ -67,7 +73,10 @@ class Client:
             else grpc.insecure_channel(target, options)
         )
         self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
+        self._silence = SilenceWatch(self._retry.silence_seconds)
+        self._streams: WeakSet[JobStream] = WeakSet()
         self.admin = Admin(self._channel, self._call)
+        _clients.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -76,9 +85,19 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; open calls and streams end with ClientClosedError."""
+        """Leaves all open streams, see JobStream.close, and closes the connection.
+
+        Calls and streams that another thread waits for end with ClientClosedError.
+        """
+        self.leave_streams()
         self._is_closed = True
         self._channel.close()
+
+    def leave_streams(self) -> None:
+        """Leaves all open streams but those that another thread reads at this moment."""
+        for stream in list(self._streams):
+            with suppress(ValueError):  # it is being read
+                stream.close()
 
     def generate(
         self,
@@ -117,9 +136,10 @@ class Client:
     ) -> JobStream:
         """Makes pictures and tells about it, event by event, until the job has ended.
 
-        Leaving the stream early (close, the end of its `with`, an exception, Ctrl-C) cancels the
-        job unless `detach`. So does the service when it loses the connection to a caller that did
-        not detach; a restart of the service itself does not, and is bridged.
+        Leaving the stream early (close, the end of its `with`, an exception, Ctrl-C, the end of
+        the program) cancels the job unless `detach`. A connection that breaks is bridged: the
+        stream goes on behind the last event. When it cannot be made again within the service's
+        grace period, 15 seconds by default, the service cancels a job that is not detached.
 
         Args:
             prompt: what the picture shall show.
@@ -192,7 +212,9 @@ class Client:
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> JobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
-        return JobStream(follow, self.endpoint, self._open, self._cancel_abandoned)
+        stream = JobStream(follow, self.endpoint, self._open, self._cancel_abandoned, self._silence)
+        self._streams.add(stream)
+        return stream
 
     def _call(self, method: Callable[..., T], wish: object) -> T:
         backoff = Backoff(self._retry)
@@ -216,12 +238,24 @@ class Client:
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
         return self._begin(method, wish, timeout_seconds)
 
-    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
+    def _begin(
+        self,
+        method: Callable[..., T],
+        wish: object,
+        timeout_seconds: float | None,
+        *,
+        wait_for_ready: bool | None = None,
+    ) -> T:
         """Makes a call, or begins one that streams. Raises ClientClosedError."""
         if self._is_closed:
             raise errors.ClientClosedError
         try:
-            return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+            return method(
+                wish,
+                timeout=timeout_seconds,
+                metadata=self.endpoint.metadata,
+                wait_for_ready=wait_for_ready,
+            )
         except ValueError as error:  # another thread has closed the channel meanwhile
             if self._is_closed:
                 raise errors.ClientClosedError from error
@@ -230,6 +264,13 @@ class Client:
     def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
         try:
-            self._begin(self._stub.CancelJob, wish, CANCEL_SECONDS)
+            # The connection may be the reason for leaving: wait until there is one.
+            self._begin(self._stub.CancelJob, wish, CANCEL_SECONDS, wait_for_ready=True)
         except (grpc.RpcError, errors.ClientClosedError):
             return  # ended meanwhile, or out of reach
+
+
+@atexit.register
+def _leave_all_streams() -> None:
+    for client in list(_clients):
+        client.leave_streams()

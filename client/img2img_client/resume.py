@@ -29,12 +29,17 @@ class Retry:
     looked for for `resume_seconds`, counted anew whenever an event arrives. Pauses are drawn
     between 0 and `first_delay_seconds` x 2^n, at most `longest_delay_seconds` (full jitter); a
     pause that the service names itself is the least.
+
+    The service sends a heartbeat on every stream that is silent for 15 seconds. A stream on which
+    nothing arrives for `silence_seconds` is taken for broken; infinity: never. Over a slow line it
+    must be longer than the largest image takes to arrive.
     """
 
     connect_seconds: float = 5.0
     resume_seconds: float = 60.0
     first_delay_seconds: float = 0.2
     longest_delay_seconds: float = 3.0
+    silence_seconds: float = 60.0
 
 
 class Backoff:
@@ -95,6 +100,7 @@ class Follow:
         draw: random.Random | None = None,
     ) -> None:
         self._first = first
+        self.silence_seconds = retry.silence_seconds
         self.deadline = deadline
         self._backoff = Backoff(retry, deadline, draw)
         self._pictures = Pictures()
@@ -106,10 +112,10 @@ class Follow:
             self.job_name, self.sequence = "", 0
 
     @property
-    def abandoned(self) -> bool:
-        """Whether leaving now must cancel the job: Generate promises that unless detached."""
+    def is_ours(self) -> bool:
+        """Whether leaving now must cancel the job: it is that of a Generate call, not detached."""
         owned = isinstance(self._first, service_pb2.GenerateRequest) and not self._first.detach
-        return owned and bool(self.job_name) and not self.finished
+        return owned and not self.finished
 
     def next_request(self) -> FirstRequest:
         """The request of the next call."""
@@ -118,7 +124,10 @@ class Follow:
         return service_pb2.WatchJobRequest(name=self.job_name, after_sequence=self.sequence)
 
     def take(self, message: event_pb2.JobEvent) -> Event | None:
-        """The event for the caller; None when it was seen before or cannot be understood."""
+        """Returns the event for the caller.
+
+        None: it was seen before, is a heartbeat, or of a kind that this client does not know.
+        """
         event = convert.event_from(message)
         is_snapshot = message.WhichOneof("event") == "snapshot"
         seen = self.job is not None if is_snapshot else message.sequence <= self.sequence

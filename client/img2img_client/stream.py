@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Self
 
 import grpc
@@ -21,10 +24,12 @@ from img2img_client.events import Event
 from img2img_client.resources import Job
 from img2img_client.result import Result
 from img2img_client.resume import FirstRequest, Follow
+from img2img_client.silence import SilenceWatch, silent
 
 log = logging.getLogger("img2img_client")
 
 CANCEL_SECONDS = 5.0  # how long leaving a stream may take to cancel its job
+NAME_SECONDS = 2.0  # how long leaving a stream waits for its job's name before that
 
 # Begins a call: its request and its timeout in seconds.
 Open = Callable[[FirstRequest, float | None], Any]
@@ -82,8 +87,12 @@ class _Stream:
             log.info("connected again")
         return self._follow.take(message.event)
 
-    def _broke(self, broken: grpc.RpcError) -> float:
-        error = errors.from_call(broken, self._endpoint)
+    def _broke(self, broken: grpc.RpcError | errors.UnavailableError) -> float:
+        error = (
+            broken
+            if isinstance(broken, errors.UnavailableError)
+            else errors.from_call(broken, self._endpoint)
+        )
         pause = self._follow.broke(error, time.monotonic())
         if not self._follow.finished:
             self._is_lost = True
@@ -92,13 +101,23 @@ class _Stream:
 
 
 class JobStream(_Stream):
-    """Iterate over it, best inside `with`; `result()` reads what is left and joins the pictures."""
+    """Iterate over it, best inside `with`; `result()` reads what is left and joins the pictures.
+
+    Heartbeats of the service are not handed out.
+    """
 
     def __init__(
-        self, follow: Follow, endpoint: Endpoint, open_call: Open, cancel: Callable[[str], None]
+        self,
+        follow: Follow,
+        endpoint: Endpoint,
+        open_call: Open,
+        cancel: Callable[[str], None],
+        silence: SilenceWatch,
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
+        self._silence = silence
+        self._first: Future[Any] | None = None  # message of the newest call
         self._events = self._run()
 
     def __iter__(self) -> Iterator[Event]:
@@ -131,26 +150,62 @@ class JobStream(_Stream):
             while not follow.finished:
                 call = self._open()
                 try:
-                    for message in call:
+                    for message in self._messages(call):
                         if (event := self._take(message)) is not None:
                             yield event
                     pause = follow.ended(time.monotonic())
-                except grpc.RpcError as broken:
+                except (grpc.RpcError, errors.UnavailableError) as broken:
                     try:
                         pause = self._broke(broken)
                     except errors.RpcError as last:
                         raise explain(last, self._endpoint) from broken
+                except BaseException:
+                    self._learn_name()
+                    raise
                 finally:
                     call.cancel()
                 time.sleep(pause)
         finally:
-            if follow.abandoned:
+            if follow.is_ours and follow.job_name:
                 self._cancel(follow.job_name)
+
+    def _messages(self, call: Any) -> Iterator[Any]:
+        """Yields the call's messages. Raises UnavailableError when it is silent for too long."""
+        limit = self._follow.silence_seconds
+        # In a thread of its own: a read that Ctrl-C interrupts cannot be taken up again, and who
+        # leaves at once still has to learn the job's name.
+        first: Future[Any] = Future()
+        self._first = first
+        reading = threading.Thread(target=_read_one, args=(call, first), daemon=True)
+        reading.start()
+        try:
+            message = first.result(None if math.isinf(limit) else limit)
+        except TimeoutError:
+            raise silent(limit) from None
+        if message is not None:
+            yield message
+            yield from self._silence.messages(call)
+
+    def _learn_name(self) -> None:
+        """Waits a short time for the name of the job that is to be cancelled."""
+        if self._follow.is_ours and not self._follow.job_name and self._first is not None:
+            with suppress(grpc.RpcError, TimeoutError):
+                message = self._first.result(NAME_SECONDS)
+                if message is not None:
+                    self._take(message)
+
+
+def _read_one(call: Any, into: Future[Any]) -> None:
+    """Reads one message of a blocking call, None at its end."""
+    try:
+        into.set_result(next(call, None))
+    except Exception as error:  # handed to the thread that waits
+        into.set_exception(error)
 
 
 class AsyncJobStream(_Stream):
     """Iterate over it, best inside `async with`; `result()` reads what is left and joins the
-    pictures. Cancelling the task that reads leaves the stream."""
+    pictures. Cancelling the task that reads leaves the stream. Heartbeats are not handed out."""
 
     def __init__(
         self,
@@ -161,6 +216,7 @@ class AsyncJobStream(_Stream):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
+        self._first: asyncio.Future[Any] | None = None  # message of the newest call
         self._events = self._run()
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -184,15 +240,16 @@ class AsyncJobStream(_Stream):
 
     async def _run(self) -> AsyncGenerator[Event, None]:
         follow = self._follow
+        call: Any = None
         try:
             while not follow.finished:
                 call = self._open()
                 try:
-                    async for message in call:
+                    async for message in self._messages(call):
                         if (event := self._take(message)) is not None:
                             yield event
                     pause = follow.ended(time.monotonic())
-                except grpc.RpcError as broken:
+                except (grpc.RpcError, errors.UnavailableError) as broken:
                     try:
                         pause = self._broke(broken)
                     except errors.RpcError as last:
@@ -201,9 +258,44 @@ class AsyncJobStream(_Stream):
                     if not is_task_cancelled():  # so the call was, by closing the client
                         raise errors.ClientClosedError from cancelled
                     raise
-                finally:
-                    call.cancel()
+                call.cancel()
                 await asyncio.sleep(pause)
         finally:
-            if follow.abandoned:
-                await self._cancel(follow.job_name)
+            if call is not None and not follow.finished:
+                # It goes on when the task that leaves is cancelled once more.
+                await asyncio.shield(asyncio.ensure_future(self._leave(call)))
+
+    async def _messages(self, call: Any) -> AsyncIterator[Any]:
+        """Yields the call's messages. Raises UnavailableError when it is silent for too long."""
+        limit = self._follow.silence_seconds
+        seconds = None if math.isinf(limit) else limit
+        messages = aiter(call)
+        # A task of its own: gRPC cancels a call together with the task that reads it, and a task
+        # that leaves at once still has to learn its job's name.
+        self._first = first = asyncio.ensure_future(anext(messages))
+        first.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({first}, timeout=seconds)
+        if not first.done():
+            raise silent(limit)
+        try:
+            yield await first
+            while True:
+                async with asyncio.timeout(seconds) as waiting:
+                    message = await anext(messages)
+                yield message
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+            raise silent(limit) from None
+
+    async def _leave(self, call: Any) -> None:
+        follow, first = self._follow, self._first
+        if follow.is_ours and not follow.job_name and first is not None:
+            await asyncio.wait({first}, timeout=NAME_SECONDS)
+            if first.done() and not first.cancelled() and first.exception() is None:
+                self._take(first.result())
+        call.cancel()
+        if follow.is_ours and follow.job_name:
+            await self._cancel(follow.job_name)

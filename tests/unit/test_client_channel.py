@@ -9,8 +9,10 @@ import grpc
 import pytest
 import trustme
 
-from img2img_client import Client
-from img2img_client.channel import Endpoint
+from img2img_client import Client, Retry
+from img2img_client.channel import OPTIONS, Endpoint
+from img2img_server.api.server import server_options
+from img2img_server.settings import Settings
 from tests.fake_service import FakeService, serving
 
 
@@ -60,3 +62,14 @@ def test_importing_the_client_brings_nothing_heavy(module: str) -> None:
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_client_is_back_before_the_server_gives_its_job_up() -> None:
+    """On a connection that dies silently, the side that notices first decides."""
+    ours, theirs = dict(OPTIONS), dict(server_options(Settings()))
+    noticed = ours["grpc.keepalive_time_ms"] + ours["grpc.http2.ping_timeout_ms"]
+    back = noticed / 1000 + Retry().longest_delay_seconds
+    earliest = min(theirs["grpc.keepalive_timeout_ms"], theirs["grpc.http2.ping_timeout_ms"]) / 1000
+    assert back + 5 < earliest + Settings().disconnect_grace_seconds
+    interval = theirs["grpc.http2.min_ping_interval_without_data_ms"]
+    assert ours["grpc.keepalive_time_ms"] > interval, "the server calls that too many pings"

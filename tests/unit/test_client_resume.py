@@ -122,15 +122,28 @@ def test_a_new_kind_of_event_is_skipped_and_counted() -> None:
     assert follow.next_request() == service_pb2.WatchJobRequest(name=NAME, after_sequence=3)
 
 
-def test_only_a_generate_that_is_not_detached_leaves_a_job_to_cancel() -> None:
+def test_only_the_job_of_a_generate_that_is_not_detached_is_ours_to_cancel() -> None:
     for first, expected in [
         (service_pb2.GenerateRequest(), True),
         (service_pb2.GenerateRequest(detach=True), False),
         (service_pb2.WatchJobRequest(name=NAME), False),
     ]:
         follow = Follow(first, RETRY)
-        assert not follow.abandoned or isinstance(first, service_pb2.WatchJobRequest)
         follow.take(snapshot(0))
-        assert follow.abandoned is expected
+        assert follow.is_ours is expected
         follow.take(LOG[-1])
-        assert not follow.abandoned
+        assert not follow.is_ours
+
+
+def test_a_heartbeat_is_no_event_and_moves_nothing() -> None:
+    follow = Follow(service_pb2.GenerateRequest(request_id="7f1c"), RETRY)
+    heartbeat = type(LOG[0])()
+    heartbeat.heartbeat.SetInParent()
+    assert follow.take(heartbeat) is None  # before the job has a name
+    assert follow.next_request() == service_pb2.GenerateRequest(request_id="7f1c")
+    for message in (snapshot(0), *LOG[:2]):
+        follow.take(message)
+    heartbeat.sequence, heartbeat.job = 2, NAME
+    assert follow.take(heartbeat) is None
+    assert follow.next_request() == service_pb2.WatchJobRequest(name=NAME, after_sequence=2)
+    assert follow.take(LOG[2]) is not None

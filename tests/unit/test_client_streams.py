@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import signal
+import subprocess
+import sys
 import threading
 from collections import deque
 from typing import Any
@@ -15,7 +19,7 @@ from img2img.v1 import job_pb2, service_pb2
 from img2img_client import AsyncClient, Client
 from tests.client_runs import BOTH, RETRY, Run, run_blocking
 from tests.fake_job import NAME
-from tests.fake_service import Break, FakeService, Refusal, last, serving
+from tests.fake_service import SILENCE, Break, FakeService, Refusal, last, serving
 
 
 @pytest.fixture(params=BOTH.values(), ids=BOTH.keys())
@@ -233,3 +237,155 @@ def test_a_closed_stream_has_no_result(run: Run) -> None:
 
     with pytest.raises(RuntimeError, match="closed before the job had ended"):
         run(service, use)
+
+
+def silent_after(after: int) -> FakeService:
+    """A service whose first stream falls silent, and whose next one goes on."""
+    return FakeService(breaks=deque([Break(after, SILENCE)]))
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_stream_that_falls_silent_is_resumed(run: Run, after: int) -> None:
+    service = silent_after(after)
+    retry = dataclasses.replace(RETRY, silence_seconds=0.3)
+    found = run(service, lambda client: client.stream("p", b"photo"), retry=retry)
+    assert kinds(found) == WHOLE
+    assert len(service.request_ids) == 1
+    assert len(service.requests) == 2
+
+
+def test_heartbeats_keep_a_stream_and_are_not_handed_out(run: Run) -> None:
+    service = FakeService(breaks=deque([Break(3, None, heartbeats=6)]))
+    retry = dataclasses.replace(RETRY, silence_seconds=0.3)
+    found = run(service, lambda client: client.stream("p", b"photo"), retry=retry)
+    assert kinds(found) == WHOLE
+    assert len(service.requests) == 2, "the heartbeats took longer than the silence may last"
+
+
+def test_the_callers_own_time_between_events_is_no_silence(run: Run) -> None:
+    service = FakeService()
+    retry = dataclasses.replace(RETRY, silence_seconds=0.2)
+
+    def slowly(client: Any) -> Any:
+        if isinstance(client, Client):
+            for event in client.stream("p", b"photo"):
+                if event.sequence == 2:
+                    threading.Event().wait(0.5)
+            return None
+
+        async def read() -> None:
+            async for event in client.stream("p", b"photo"):
+                if event.sequence == 2:
+                    await asyncio.sleep(0.5)
+
+        return read()
+
+    run(service, slowly, retry=retry)
+    assert [type(request) for request in service.requests] == [service_pb2.GenerateRequest]
+
+
+def test_leaving_before_the_first_event_cancels_the_job_too(run: Run) -> None:
+    service = FakeService(slow_start=threading.Event())
+
+    def leave(client: Any) -> Any:
+        threading.Timer(0.2, service.slow_start.set).start()
+        if isinstance(client, Client):
+            before = signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    client.generate("p", b"photo")
+            finally:
+                signal.signal(signal.SIGALRM, before)
+            return None
+
+        async def cancelled() -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await client.generate("p", b"photo")
+
+        return cancelled()
+
+    run(service, leave)
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_closing_the_client_leaves_its_streams(run: Run) -> None:
+    service = FakeService(pause_after=3)
+
+    def close(client: Any) -> Any:
+        stream = client.stream("p", b"photo")
+        if isinstance(client, Client):
+            next(iter(stream))
+            client.close()
+            return None
+
+        async def closing() -> None:
+            await anext(aiter(stream))
+            await client.close()
+
+        return closing()
+
+    run(service, close)
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+async def test_a_task_that_is_cancelled_twice_still_cancels_its_job() -> None:
+    service, seen = FakeService(pause_after=3), asyncio.Event()
+
+    async def read(client: AsyncClient) -> None:
+        async for event in client.stream("p", b"photo"):
+            if event.sequence == 3:
+                seen.set()
+
+    with serving(service) as port:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            reading = asyncio.create_task(read(client))
+            await seen.wait()
+            for _ in range(3):
+                reading.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+            await asyncio.to_thread(service.cancelled.wait, 5)
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def test_a_program_that_ends_in_the_middle_of_a_stream_cancels_its_job() -> None:
+    service = FakeService(pause_after=3)
+    with serving(service) as port:
+        program = (
+            "from img2img_client import Client\n"
+            f"stream = Client('127.0.0.1:{port}').stream('p', b'photo')\n"
+            "print(next(iter(stream)).job_name)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (done.stdout.decode().strip(), done.stderr) == (NAME, b"")
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def test_an_error_of_the_caller_is_not_hidden_by_a_cancel_that_fails(run: Run) -> None:
+    service = FakeService(
+        pause_after=3, refusals=deque([Refusal(grpc.StatusCode.INTERNAL, "broken", "INTERNAL")])
+    )
+
+    def fail(client: Any) -> Any:
+        if isinstance(client, Client):
+            with client.stream("p", b"photo") as stream:
+                next(iter(stream))
+                raise LookupError("of the caller")
+
+        async def failing() -> None:
+            async with client.stream("p", b"photo") as stream:
+                await anext(aiter(stream))
+                raise LookupError("of the caller")
+
+        return failing()
+
+    with pytest.raises(LookupError, match="of the caller"):
+        run(service, fail)
+    assert not service.refusals

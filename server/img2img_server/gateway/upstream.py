@@ -67,6 +67,7 @@ def connect(settings: Settings) -> grpc.aio.Channel:
         # A connection that died silently is noticed within 40 s, also while streams are silent.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # 60 s otherwise, whatever the line above says
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.enable_http_proxy", int(settings.use_proxy_environment)),
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
