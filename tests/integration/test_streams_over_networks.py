@@ -1,0 +1,236 @@
+"""Streams over networks that break: three kinds of callers, each with a job of its own.
+
+The blocking client, the asyncio client and a caller without our library, who calls WatchJob itself.
+Every job ends once, with all its images.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
+from img2img_client import AsyncClient, Client, Retry, channel
+from img2img_server.api import server as api_server
+from img2img_server.bus import memory_bus
+from img2img_server.engine.fake import FakeEngine
+from tests.networks import Relay, StreamProxy
+from tests.stack import (
+    DEV,
+    Api,
+    kinds,
+    known_model,
+    photo,
+    running_api,
+    running_worker,
+    settings,
+    spec,
+)
+
+GRACE_SECONDS = 1.5
+KEEPALIVE = {
+    "grpc.keepalive_time_ms": 300,
+    "grpc.keepalive_timeout_ms": 500,
+    "grpc.http2.ping_timeout_ms": 500,
+}
+SILENCE_SECONDS = 1.5  # after which a caller takes its stream for broken
+IMAGES = 2
+WISH = {"prompt": "a harbour", "strength": 1.0, "samples": IMAGES, "width": 256, "height": 256}
+COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
+RETRY = Retry(first_delay_seconds=0.05, silence_seconds=SILENCE_SECONDS)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that died silently are noticed within a second."""
+    options = api_server.server_options
+    fast = {"grpc.http2.min_ping_interval_without_data_ms": 50, **KEEPALIVE}
+    monkeypatch.setattr(
+        api_server, "server_options", lambda config: [*({**dict(options(config)), **fast}).items()]
+    )
+    monkeypatch.setattr(channel, "OPTIONS", tuple({**dict(channel.OPTIONS), **KEEPALIVE}.items()))
+
+
+def use_blocking(address: str) -> int:
+    """Returns how many images came."""
+    with Client(address, api_key="dev-key", retry=RETRY) as client:
+        return len(client.generate(init_image=photo(), **WISH).pictures)
+
+
+async def use_async(address: str) -> int:
+    async with AsyncClient(address, api_key="dev-key", retry=RETRY) as client:
+        return len((await client.generate(init_image=photo(), **WISH)).pictures)
+
+
+async def use_raw(address: str) -> int:
+    """Follows the rules that the protocol's comments state, and nothing else."""
+    options = {"grpc.use_local_subchannel_pool": 1, **KEEPALIVE}
+    async with grpc.aio.insecure_channel(address, options=[*options.items()]) as wire:
+        stub = service_pb2_grpc.Img2ImgServiceStub(wire)
+        wish = service_pb2.GenerateRequest(
+            spec=spec(strength=1.0, samples=IMAGES), request_id=str(uuid.uuid4())
+        )
+        messages: list[Any] = []
+        name, sequence = "", 0
+        while True:
+            if name:
+                again = service_pb2.WatchJobRequest(name=name, after_sequence=sequence)
+                call: Any = stub.WatchJob(again, metadata=DEV, wait_for_ready=True)
+            else:
+                call = stub.Generate(wish, metadata=DEV, wait_for_ready=True)
+            try:
+                while True:
+                    async with asyncio.timeout(SILENCE_SECONDS):
+                        message = await call.read()
+                    assert message is not grpc.aio.EOF
+                    messages.append(message)
+                    name, sequence = message.event.job, message.event.sequence
+                    if message.event.WhichOneof("event") in ("succeeded", "failed", "cancelled"):
+                        assert kinds(messages)[-1] == "succeeded"
+                        return kinds(messages).count("sample_finished")
+            except (grpc.aio.AioRpcError, TimeoutError):
+                call.cancel()
+
+
+@dataclass
+class Scene:
+    """An api, the way to it, and jobs that wait until `go_on`."""
+
+    api: Api
+    bus: Any
+    engine: FakeEngine
+    is_queued: bool
+    parts: AsyncExitStack
+    callers: list[asyncio.Task[int]] = field(default_factory=list)
+
+    async def begin(self, address: str) -> None:
+        """Starts the callers at the address; returns when their jobs are in the phase."""
+        blocking = asyncio.to_thread(use_blocking, address)
+        ways = (blocking, use_async(address), use_raw(address))
+        self.callers = [asyncio.create_task(way) for way in ways]
+        state = job_pb2.Job.STATE_QUEUED if self.is_queued else job_pb2.Job.STATE_RUNNING
+        async with asyncio.timeout(20):
+            while [job.state for job in await self.jobs()] != [state] * len(ways):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    async def go_on(self) -> None:
+        """Has the jobs run to their end."""
+        if self.is_queued:
+            await self.parts.enter_async_context(running_worker(self.bus, self.engine))
+        self.engine.release()
+
+    async def jobs(self) -> list[job_pb2.Job]:
+        listed = await self.api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
+        return list(listed.jobs)
+
+    async def check(self) -> None:
+        """Every caller has all images, and every job ended once."""
+        async with asyncio.timeout(30):
+            assert await asyncio.gather(*self.callers) == [IMAGES] * 3
+        for job in await self.jobs():
+            log = kinds([message async for message in self.api.watch(job.name)])
+            assert [kind for kind in log if kind in ("succeeded", "cancelled", "failed")] == [
+                "succeeded"
+            ]
+            assert log.count("sample_finished") == IMAGES
+
+
+@asynccontextmanager
+async def scene(phase: str, **changes: Any) -> AsyncIterator[Scene]:
+    config = settings(
+        **({"disconnect_grace_seconds": GRACE_SECONDS, "heartbeat_seconds": 0.3} | changes)
+    )
+    bus, engine = memory_bus(), FakeEngine(hold_after=1)
+    async with AsyncExitStack() as parts:
+        if phase == "queued":
+            await known_model(bus)
+        else:
+            await parts.enter_async_context(running_worker(bus, engine))
+        api = await parts.enter_async_context(running_api(bus, config))
+        yield Scene(api, bus, engine, phase == "queued", parts)
+
+
+@pytest.mark.parametrize("phase", ["queued", "running"])
+@pytest.mark.parametrize("accident", [Relay.reset, Relay.fall_silent], ids=["reset", "half-open"])
+async def test_a_connection_that_breaks_costs_no_job_and_no_image(
+    accident: Callable[[Relay], None], phase: str
+) -> None:
+    async with scene(phase) as stage, Relay(stage.api.address).running() as relay:
+        await stage.begin(relay.address)
+        accident(relay)
+        # Longer than the server needs to notice, and than the grace period lasts then.
+        await asyncio.sleep(GRACE_SECONDS + 1.0)
+        await stage.go_on()
+        await stage.check()
+
+
+def scales() -> list[Any]:
+    full = pytest.mark.skipif(
+        not os.environ.get("FULL_SCALE"), reason="takes 130 s each; FULL_SCALE=1 runs it"
+    )
+    return [
+        pytest.param((0.3, 1.0, 3.0), id="scaled down"),
+        pytest.param((15.0, 60.0, 130.0), id="full scale", marks=full),
+    ]
+
+
+@pytest.mark.parametrize("phase", ["queued", "running"])
+@pytest.mark.parametrize("scale", scales())
+async def test_heartbeats_keep_a_proxy_from_cutting_a_silent_stream(
+    scale: tuple[float, float, float], phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat, cut_after, silence = scale
+    monkeypatch.setattr(sys.modules[__name__], "SILENCE_SECONDS", 3 * heartbeat)
+    async with (
+        scene(phase, heartbeat_seconds=heartbeat) as stage,
+        StreamProxy(stage.api.address, cut_after).running() as proxy,
+    ):
+        await stage.begin(proxy.address)
+        await asyncio.sleep(silence)
+        await stage.go_on()
+        await stage.check()
+        assert (proxy.cuts, proxy.methods) == (0, ["Generate"] * 3)
+
+
+@pytest.mark.parametrize("phase", ["queued", "running"])
+async def test_a_stream_that_a_proxy_cuts_is_resumed_before_the_grace_period_is_over(
+    phase: str,
+) -> None:
+    """The api sees RST_STREAM, as from a caller who leaves."""
+    async with (
+        scene(phase, heartbeat_seconds=0) as stage,
+        StreamProxy(stage.api.address, 0.6).running() as proxy,
+    ):
+        await stage.begin(proxy.address)
+        await asyncio.sleep(GRACE_SECONDS + 1.0)
+        await stage.go_on()
+        await stage.check()
+        assert proxy.cuts >= 6, "every stream was cut again and again"
+
+
+async def test_a_client_that_is_killed_has_its_job_cancelled_after_the_grace_period(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(photo())
+    async with scene("running", disconnect_grace_seconds=0.3) as stage:
+        words = ["generate", "--prompt", "a harbour", "--init-image", str(tmp_path / "photo.jpg")]
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, *words, "--server", stage.api.address
+        )
+        async with asyncio.timeout(20):
+            while not (jobs := await stage.jobs()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+        await stage.api.reaches(jobs[0].name, job_pb2.Job.STATE_CANCELLED)
