@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -45,6 +46,8 @@ class FakeS3:
     buckets: set[str] = field(default_factory=lambda: {"img2img"})
     files: dict[str, bytes] = field(default_factory=dict)
     rules: str = ""
+    hangs: set[str] = field(default_factory=set)  # calls that wait for `released`
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
         keys = {"s3_access_key": "a-key", "s3_secret_key": "its-secret"}
@@ -58,6 +61,8 @@ class FakeS3:
         self.calls.append(call)
         self.headers.append(dict(request.headers))
         body = await request.read()
+        if call in self.hangs:
+            await self.released.wait()
         if answer := self.answers.get(call) or self.answers.get("any"):
             return answer.response(method)
         if call == "PUT bucket":

@@ -133,6 +133,27 @@ async def test_a_bucket_that_is_missing_and_cannot_be_created_is_named(s3: FakeS
             await blobs.prepare(60.0)
 
 
+@pytest.mark.parametrize("answer", [Answer(501, "", "no", "text/plain"), Answer(405)], ids=str)
+async def test_a_store_that_creates_no_buckets_says_that_it_is_missing(
+    s3: FakeS3, answer: Answer
+) -> None:
+    s3.answers["PUT bucket"] = answer
+    async with connect_blobs(Settings(**s3.settings(s3_bucket="other"))) as blobs:
+        with pytest.raises(SettingsError, match="IMG2IMG_S3_BUCKET: the bucket other does not"):
+            await blobs.prepare(60.0)
+
+
+async def test_a_bucket_that_never_answers_for_its_rules_is_a_warning(
+    s3: FakeS3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(blobs_s3, "RULES_SECONDS", 0.1)
+    s3.hangs.add("GET lifecycle")
+    async with connect_blobs(Settings(**s3.settings())) as blobs:
+        await blobs.prepare()
+        s3.released.set()
+    assert any("no answer within 0.1 s" in line for line in caplog.messages)
+
+
 async def test_wrong_keys_are_refused_by_a_real_server(engine_settings: Any) -> None:
     for change, setting in (
         ({"s3_secret_key": "wrong-wrong-wrong"}, "IMG2IMG_S3_SECRET_KEY"),

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from io import BytesIO
 from typing import Any, Final, TypeVar
 
@@ -44,6 +45,7 @@ FOLDERS: Final = ("generations", "temp")
 
 CHECK_KEY: Final = "temp/img2img-check-{}.txt"  # below temp/: the bucket deletes what we may not
 CHECK_DATA: Final = b"A check of img2img whether files can be stored; it may be deleted.\n"
+RULES_SECONDS: Final = 20.0  # longest wait for the rules, which nothing depends on
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)  # between attempts at the start, the last one repeated
 _MINE_ALREADY: Final = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 _NO_RULES: Final = "NoSuchLifecycleConfiguration"
@@ -81,13 +83,15 @@ class S3BlobStore:
         """
         await self._until(self._prove_writable, seconds)
         try:
-            await self._try(self._make_rules)
-        except StorageError as error:
+            async with asyncio.timeout(RULES_SECONDS):
+                await self._try(self._make_rules)
+        except (StorageError, TimeoutError) as error:
+            why = getattr(error, "detail", f"no answer within {RULES_SECONDS:g} s")
             log.warning(
                 "the bucket %s takes no lifecycle rules (%s): nothing deletes old files. Add rules "
                 "that expire generations/ and temp/ after %d days.",
                 self._bucket,
-                error.detail,
+                why,
                 self._keep_days,
             )
 
@@ -130,9 +134,12 @@ class S3BlobStore:
             if self._content(key) != CHECK_DATA:
                 raise NotAStoreError("another file came back")
         except S3Error as error:
-            if error.code not in DENIED:
+            if error.code in MISSING:
+                self._warn_once("a file that was stored is not found at once: links may answer 404")
+            elif error.code in DENIED:
+                log.info("this key may store files and not read them: %s", error.code)
+            else:
                 raise
-            log.info("this key may store files and not read them: %s", error.code)
         try:
             self._client.remove_object(self._bucket, key)
         except FAULTS as error:
@@ -172,12 +179,13 @@ class S3BlobStore:
     def _make_bucket(self) -> None:
         try:
             self._client.make_bucket(self._bucket, location=self._access.region)
-        except S3Error as error:
-            if error.code in _MINE_ALREADY:  # another role was quicker
+        except FAULTS as error:
+            code = error.code if isinstance(error, S3Error) else type(error).__name__
+            if code in _MINE_ALREADY:  # another role was quicker
                 return
             if is_transient(error):
                 raise
-            raise NoBucketError(f"this key cannot create it ({error.code})") from error
+            raise NoBucketError(f"this key cannot create it ({code})") from error
         log.info("bucket created: %s", self._bucket)
 
     def _make_rules(self) -> None:
@@ -281,7 +289,7 @@ class S3BlobStore:
         await self._try(remove)
 
     async def _run(self, work: Callable[[], T], putting: str = "") -> T:
-        future = self._pool.submit(work)
+        future = self._pool.submit(copy_context().run, work)  # its log lines have the role and job
         if putting:
             self._putting[future] = putting
             future.add_done_callback(self._putting.pop)

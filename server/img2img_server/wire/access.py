@@ -137,8 +137,8 @@ def _server(url: str) -> Server:
         port = parts.port
     except ValueError:  # a "/" in the password makes the rest of it a port
         raise SettingsError(
-            f"{URL}: it is no address; in a user, password or token write / ? # @ : and % as "
-            "%2F %3F %23 %40 %3A and %25"
+            f"{URL}: it is no address; in a user, password or token write / ? # @ : , and % as "
+            "%2F %3F %23 %40 %3A %2C and %25"
         ) from None
     if parts.scheme not in _SCHEMES:
         raise SettingsError(f"{URL}: the scheme must be one of {', '.join(_SCHEMES)}")
