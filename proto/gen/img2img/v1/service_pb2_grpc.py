@@ -126,8 +126,9 @@ class Img2ImgServiceServicer:
         RESOURCE_EXHAUSTED: the tenant's queue is full (QUEUE_FULL), the key makes jobs too fast
         (RATE_LIMITED), the tenant has too many calls open (TOO_MANY_CALLS) or the server too many streams
         (TOO_MANY_WATCHERS); retry after RetryInfo.
-        FAILED_PRECONDITION: the job cannot finish within the call's deadline; retry after RetryInfo or
-        with a later deadline.
+        FAILED_PRECONDITION: the job cannot finish within the call's deadline (DEADLINE_TOO_SHORT);
+        retry after RetryInfo or with a later deadline. Or the job is larger than the queue takes
+        (MESSAGE_TOO_LARGE), which only the server's operator can change.
         A job that fails while running ends the stream with a failed event and status OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
