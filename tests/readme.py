@@ -28,9 +28,13 @@ def pages() -> list[Path]:
 
 def blocks(page: Path, language: str) -> list[Block]:
     """The page's blocks of one language, in order."""
+    return [block for block in fences(page) if block.language == language]
+
+
+def fences(page: Path) -> list[Block]:
+    """All fenced blocks of the page, in order."""
     text = page.read_text(encoding="utf-8")
-    found = [Block(match["language"], match["text"]) for match in FENCE.finditer(text)]
-    return [block for block in found if block.language == language]
+    return [Block(match["language"], match["text"]) for match in FENCE.finditer(text)]
 
 
 def make_words(page: Path) -> set[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,11 +20,12 @@ import pytest_asyncio
 from PIL import Image
 
 from benchmarks.local_stack import LocalStack, local_stack
-from tests.readme import ROOT, blocks
+from tests.readme import ROOT, blocks, fences
 
 README = ROOT / "README.md"
 BIN = Path(sys.executable).parent
 ENVELOPE = {"sequence", "eventTime", "job"}
+CHANGING = {"job", "id", "worker", "url", "output", "generationTime", "sigma"}
 TOLERANCE = 2  # of 255: what the determinism class BOUNDED allows
 
 
@@ -49,6 +52,7 @@ class Reader:
                 **os.environ,
                 "PATH": f"{self.folder}:{BIN}:{os.environ['PATH']}",
                 "IMG2IMG_SERVER": self.service.grpc_address,
+                "COLUMNS": "100",
             },
             stdout=asyncio.subprocess.PIPE,
         )
@@ -80,20 +84,72 @@ async def reader(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Read
         yield Reader(service, folder)
 
 
+def shown_after(sign: str, *, language: str = "sh") -> str:
+    """The block that the README shows as the output of the block that contains `sign`."""
+    every = fences(README)
+    [place] = [
+        number
+        for number, block in enumerate(every)
+        if block.language == language and sign in block.text
+    ]
+    [output] = [block for block in every[place + 1 : place + 2] if block.language == "text"]
+    return output.text
+
+
+def normal(text: str) -> list[str]:
+    """The lines of a text without what changes at every run: numbers, ids and the worker's name."""
+    text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
+    text = re.sub(r"worker \S+", "worker NAME", re.sub(r"\d+(\.\d+)?", "0", text))
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def assert_printed(output: str, shown: str) -> None:
+    """Every line that is shown was printed; … and ... stand for anything."""
+    for line in normal(shown.replace("...", "…")):
+        pattern = re.escape(line).replace("…", ".*")
+        assert any(re.fullmatch(pattern, each) for each in normal(output)), f"{line}\n{output}"
+
+
+def parsed(shown: str) -> Any:
+    """The shown JSON without what … stands for."""
+    return json.loads(re.sub(r'("\w+": )?(…|\[\.\.\.\]|\.\.\.)(?=[\]},])', '"…": 0', shown))
+
+
+def assert_within(shown: Any, printed: Any, where: str) -> None:
+    """All that is shown was printed; of values that change at every run only the type counts."""
+    if isinstance(shown, dict):
+        for name, value in shown.items():
+            if name == "…":
+                continue
+            assert name in printed, f"{where}.{name} is shown, but not printed: {printed}"
+            if name not in CHANGING:
+                assert_within(value, printed[name], f"{where}.{name}")
+            else:
+                assert type(value) is type(printed[name]), f"{where}.{name}"
+    else:
+        assert shown == printed, where
+
+
 @pytest.mark.asyncio(loop_scope="module")
 async def test_every_way_to_ask_gives_the_same_picture(reader: Reader) -> None:
-    await reader.runs("img2img generate")
+    assert_printed(await reader.runs("img2img generate"), shown_after("img2img generate"))
     painted = await reader.pixels("painting.png")
     assert painted.shape == (512, 512, 3)
 
     (reader.folder / "painting.png").unlink()
     printed = await reader.runs("Client(", language="python")
+    assert_printed(printed, shown_after("Client(", language="python"))
     assert np.abs(painted - await reader.pixels("painting.png")).max() <= TOLERANCE
     url, seed = printed.split()[:2]
     assert seed == "1"
     assert np.abs(painted - await reader.pixels(url)).max() <= TOLERANCE
 
     events = json.loads("[" + (await reader.runs("/Generate")).replace("\n}\n{", "\n},\n{") + "]")
+    for line in shown_after("/Generate").splitlines():
+        event = parsed(line)["event"]
+        [kind] = set(event) - ENVELOPE - {"…"}
+        same = [one for one in events if kind in one["event"]]
+        assert_within(event, same[0]["event"], kind)
     kinds = [next(kind for kind in event["event"] if kind not in ENVELOPE) for event in events]
     assert (kinds[0], kinds[1], kinds[-1]) == ("snapshot", "queued", "succeeded")
     [link] = [
@@ -106,6 +162,7 @@ async def test_every_way_to_ask_gives_the_same_picture(reader: Reader) -> None:
     if shutil.which("curl") is None:
         pytest.skip("the README's HTTP request needs curl, which is missing here")
     answer = json.loads(await reader.runs("curl -s"))
+    assert_within(parsed(shown_after("curl -s")), answer, "")
     assert answer["status"] == "success"
     assert np.abs(painted - await reader.pixels(answer["output"][0])).max() <= TOLERANCE
 
