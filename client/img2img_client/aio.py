@@ -20,7 +20,7 @@ from img2img_client.diagnosis import explain_async
 from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
-from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, may_repeat
+from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
 from img2img_client.stream import CANCEL_SECONDS, AsyncJobStream, deadline, is_task_cancelled
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class AsyncClient:
     ) -> None:
         self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
         request.check_seconds("call_seconds", call_seconds)
-        self._retry = retry or Retry()
+        self._retry = checked(retry)
         self._call_seconds = call_seconds
         self._is_closed = False
         self._streams: WeakSet[AsyncJobStream] = WeakSet()

@@ -19,7 +19,7 @@ from img2img_client.diagnosis import explain
 from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
-from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, may_repeat
+from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
 from img2img_client.silence import SilenceWatch
 from img2img_client.stream import CANCEL_SECONDS, JobStream, deadline
 
@@ -62,7 +62,7 @@ class Client:
     ) -> None:
         self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
         request.check_seconds("call_seconds", call_seconds)
-        self._retry = retry or Retry()
+        self._retry = checked(retry)
         self._call_seconds = call_seconds
         self._is_closed = False
         target, options = self.endpoint.target, self.endpoint.options

@@ -83,7 +83,9 @@ def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.
     values: dict[str, Any] = {"prompt": prompt, "output_format": "png", **_given(options)}
     violations = _set_fields(spec, values)
     if isinstance(init_image, str) and is_address(init_image):
-        spec.init_image.url = init_image
+        if _set_fields(spec.init_image, {"url": init_image}):
+            text = "init_image is an address with characters that are no Unicode text"
+            violations.append(Violation("init_image", text))
     else:
         spec.init_image.data = _bytes(init_image)
     if len(spec.init_image.data) > MAX_MESSAGE_BYTES - 2**16:  # room for everything else

@@ -42,6 +42,14 @@ class Retry:
     silence_seconds: float = 60.0
 
 
+def checked(retry: Retry | None) -> Retry:
+    """The given Retry or the default one. Raises InvalidArgumentTypeError."""
+    if retry is not None and not isinstance(retry, Retry):
+        text = f"retry must be a Retry, not {type(retry).__name__}"
+        raise errors.InvalidArgumentTypeError(errors.Violation("retry", text))
+    return retry or Retry()
+
+
 class Backoff:
     """The pauses of one call. Times are monotonic seconds, given by the caller."""
 

@@ -164,6 +164,15 @@ def read_terminal(descriptor: int) -> str:
     return CONTROL.sub("", b"".join(parts).decode())
 
 
+def test_a_connection_that_fails_prints_one_line_and_nothing_of_grpc(wish: list[str]) -> None:
+    with serving(FakeService()) as port:
+        process = start(port, *wish, "--tls")
+        stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, stdout) == (1, "")
+    [line] = stderr.splitlines()
+    assert "the server does not speak TLS" in line
+
+
 def test_nothing_but_the_object_is_printed_when_nobody_looks(wish: list[str]) -> None:
     with serving(FakeService()) as port:
         process = start(port, *wish, "--json")

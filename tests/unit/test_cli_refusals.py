@@ -35,7 +35,10 @@ def refuse(*words: str) -> Result:
     [
         ((*WISH, "--output", "out.gif"), "out.gif must end in one of .png, .jpg, .jpeg, .webp"),
         ((*WISH, "--output", "photo.jpg/out.png"), "cannot make the folder photo.jpg"),
-        (("generate", "--prompt", "p", "--init-image", "none.jpg"), "cannot read none.jpg"),
+        (
+            ("generate", "--prompt", "p", "--init-image", "none.jpg"),
+            "cannot read the init image none.jpg",
+        ),
         ((*WISH, "--detach", "--timeout", "5"), "--timeout has no meaning with --detach"),
         (("generate", "--prompt", "p"), "Missing option '--init-image'"),
         (("get", "cat"), "'cat' names no job; a job is jobs/10000001 or 10000001"),

@@ -43,6 +43,11 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         ValueError,
         r"init_image 'a\x00b' is no path: embedded null byte",
     ),
+    "an address that is no text": (
+        lambda c: c.create("p", "https://example.com/\ud800.jpg"),
+        ValueError,
+        "init_image is an address with characters that are no Unicode text",
+    ),
     "an init image of the wrong type": (
         lambda c: c.generate("p", NO_PATH),
         TypeError,
@@ -267,6 +272,12 @@ def test_server_and_key_come_from_the_environment_where_they_are_left_out(
 def test_what_is_no_address_is_refused(server: str) -> None:
     with pytest.raises(api.InvalidArgumentError, match="server is host:port"):
         Client(server)
+
+
+def test_what_is_no_retry_is_refused() -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(api.InvalidArgumentTypeError, match="retry must be a Retry, not int"):
+            kind("127.0.0.1:1", retry=5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), "5", True])

@@ -9,7 +9,6 @@ import click
 
 from img2img_client.cli.follow import Files, check_output, follow
 from img2img_client.cli.session import Seconds, Session, command
-from img2img_client.request import is_address
 from img2img_client.resources import Job
 
 
@@ -83,29 +82,17 @@ def generate(
     options["output_format"] = check_output(output)
     options["lane"] = "batch" if batch else None
     options["safety_checker"] = False if no_safety_checker else None
-    source = _source(init_image)
     if detach:
         if timeout_seconds is not None:
             raise click.UsageError("--timeout has no meaning with --detach")
-        job = session.client.create(prompt, source, request_id=request_id, **options)
+        job = session.client.create(prompt, init_image, request_id=request_id, **options)
         session.answer(job, lambda: _queued(job, output))
         return
     stream = session.client.stream(
-        prompt, source, request_id=request_id, timeout_seconds=timeout_seconds, **options
+        prompt, init_image, request_id=request_id, timeout_seconds=timeout_seconds, **options
     )
     files = Files(output, by_id=True)
     follow(session, stream, files, ours=True, timeout_seconds=timeout_seconds)
-
-
-def _source(init_image: str) -> str | bytes:
-    """The file's bytes, or the address as it is."""
-    if is_address(init_image):
-        return init_image
-    try:
-        return Path(init_image).read_bytes()
-    except OSError as error:
-        text = f"cannot read {init_image}: {error.strerror}"
-        raise click.BadParameter(text, param_hint="--init-image") from error
 
 
 def _queued(job: Job, output: Path | None) -> None:
