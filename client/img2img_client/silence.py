@@ -15,13 +15,13 @@ from typing import Any
 
 import grpc
 
-from img2img_client.errors import UnavailableError
+from img2img_client.errors import TRANSPORT, UnavailableError
 
 
 def silent(seconds: float) -> UnavailableError:
     """Returns the error of a stream on which nothing arrived for so long."""
     text = f"nothing arrived from the service for {seconds:g} seconds"
-    return UnavailableError(text, code="UNAVAILABLE")
+    return UnavailableError(text, code="UNAVAILABLE", reason=TRANSPORT)
 
 
 class _Watched:
