@@ -10,7 +10,7 @@ ServiceError
 ├── JobEndedError              FAILED_PRECONDITION  JOB_ENDED
 ├── JobNotEndedError           FAILED_PRECONDITION  JOB_NOT_ENDED
 ├── NoWebhookError             FAILED_PRECONDITION  NO_WEBHOOK
-├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry
+├── DeadlineTooShortError      FAILED_PRECONDITION  DEADLINE_TOO_SHORT   retry, if that can help
 ├── StorageKeysMissingError    FAILED_PRECONDITION  STORAGE_KEYS_MISSING
 ├── MessageTooLargeError       FAILED_PRECONDITION  MESSAGE_TOO_LARGE
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
@@ -19,6 +19,7 @@ ServiceError
 ├── TooManyWatchersError       RESOURCE_EXHAUSTED   TOO_MANY_WATCHERS    retry
 ├── TooManyWebhooksError       RESOURCE_EXHAUSTED   TOO_MANY_WEBHOOKS    retry
 ├── UnavailableError           UNAVAILABLE          UNAVAILABLE          retry
+├── NoModelError               UNAVAILABLE          NO_MODEL             retry
 └── InternalError              INTERNAL             INTERNAL             logged with its id
 JobFailedError: failing in the run; becomes Job.error, not a status
 ├── OutOfMemoryError           OUT_OF_MEMORY
@@ -128,7 +129,7 @@ class JobNotFoundError(ServiceError):
 
 
 class ModelNotFoundError(ServiceError):
-    """The model was never announced by a worker."""
+    """No worker ever announced this model, but others were."""
 
     code = Code.NOT_FOUND
     reason = "MODEL_NOT_FOUND"
@@ -213,14 +214,19 @@ class DeadlineTooShortError(ServiceError):
     code = Code.FAILED_PRECONDITION
     reason = "DEADLINE_TOO_SHORT"
 
-    def __init__(self, remaining_seconds: float, needed_seconds: float) -> None:
+    def __init__(
+        self, remaining_seconds: float, needed_seconds: float, wait_seconds: float = 0.0
+    ) -> None:
+        """`wait_seconds`: the part of needed_seconds that the job would wait for others."""
         super().__init__(
             f"the deadline leaves {remaining_seconds:.1f} s, the job needs about "
             f"{needed_seconds:.1f} s"
         )
         self.remaining_seconds = remaining_seconds
         self.needed_seconds = needed_seconds
-        self.retry_seconds = max(1.0, needed_seconds - remaining_seconds)
+        missing_seconds = needed_seconds - remaining_seconds
+        # The job's own work takes as long later on.
+        self.retry_seconds = max(1.0, missing_seconds) if missing_seconds <= wait_seconds else None
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -340,6 +346,27 @@ class UnavailableError(ServiceError):
 
     def __init__(self, sentence: str = "Service temporarily unavailable.") -> None:
         super().__init__(sentence)
+
+
+class NoModelError(ServiceError):
+    """No worker has announced a model that could serve the request, as at a first start."""
+
+    code = Code.UNAVAILABLE
+    reason = "NO_MODEL"
+    retry_seconds = 5.0
+
+    def __init__(self, model: str = "", known: tuple[str, ...] = ()) -> None:
+        """`model`: the operator's default one, or the one asked for; `known`: others."""
+        self.model = model[:64]
+        sentence = "No model is loaded yet; try again once a worker has loaded one"
+        if known:
+            names = ", ".join(known)
+            sentence = f"The default model {self.model!r} is not loaded yet; known models: {names}"
+        super().__init__(sentence)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"model": self.model}
 
 
 class InternalError(ServiceError):

@@ -1,7 +1,6 @@
 """The gRPC service as callers see it: real gRPC, a worker with the fake engine."""
 
 import asyncio
-import dataclasses
 import io
 import uuid
 from contextlib import suppress
@@ -21,14 +20,16 @@ from img2img.v1 import job_pb2, service_pb2
 from img2img_server.api import admission
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.bus import memory_bus
+from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Limits
-from img2img_server.engine.fake import FakeEngine
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.images.base import CheckedImage
 from img2img_server.safety.memory import FixedSafetyChecker
 from tests.stack import (
     DEV,
     WAIT_SECONDS,
     kinds,
+    known_model,
     photo,
     read_until,
     refusal,
@@ -582,18 +583,28 @@ async def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
         assert "known models: fake" in str(caught.value.details())
 
 
-async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
-    async with running_stack() as stack:
-        worker = (await stack.bus.workers.workers())[0]
-        await stack.bus.workers.announce(dataclasses.replace(worker, job_seconds=0.5))
-        request = service_pb2.GenerateRequest(spec=spec(width=1024, height=1024, samples=4))
-        call = stack.api.stub.Generate(request, metadata=DEV, timeout=2.0)
+@pytest.mark.parametrize(("waiting", "retried"), [(0, False), (3, True)])
+async def test_a_deadline_that_cannot_be_met_is_refused_and_retried_only_if_waiting_helps(
+    waiting: int, retried: bool
+) -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    async with running_api(bus) as api:
+        # A worker that takes 4 s for 512x512, so 1 s for each of these.
+        worker = WorkerInfo(
+            name="w1", model=FAKE_MODEL, device="cpu", capacity_rows=1, job_seconds=4.0
+        )
+        await bus.workers.announce(worker)
+        for _ in range(waiting):
+            await api.create(spec())
+        request = service_pb2.GenerateRequest(spec=spec(samples=4 if not waiting else 1))
+        call = api.stub.Generate(request, metadata=DEV, timeout=2.0)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         found = refusal(caught.value)
         assert found.reason == "DEADLINE_TOO_SHORT"
-        assert found.retry_seconds is not None
-        assert found.retry_seconds >= 1.0
+        assert (found.retry_seconds is not None) is retried
+        assert not retried or found.retry_seconds >= 1.0
 
 
 async def test_health_and_reflection_answer_without_a_key() -> None:

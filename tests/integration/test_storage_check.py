@@ -91,6 +91,7 @@ async def test_a_wish_that_cannot_be_read_is_told_with_all_else(
             {
                 "status": "error",
                 "message": sentence,
+                "reason": "INVALID_REQUEST",
                 "errors": {"check_connection": [sentence]},
             },
         )

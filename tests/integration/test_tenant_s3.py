@@ -206,7 +206,7 @@ async def test_a_store_that_does_not_take_the_file_leaves_it_with_us_and_warns(
         assert job["status"] == "success"
         assert link == f"http://img.example.com/generations/{job['meta']['file_prefix']}-0.png"
         assert job["warning"] == (
-            "your S3 storage did not take the files; this service keeps them for 24 hours"
+            "Your S3 storage did not take the files; this service keeps them for 24 hours."
         )
         assert (await shops.gateway.http.get(link)).content.startswith(PNG)
         assert list(shops.blobs._files) == [own(link)]
@@ -435,7 +435,11 @@ async def test_the_key_is_told_before_its_right_and_that_before_the_fields(
         sent = {"key": "wrong", "deploy_type": 5}
         assert (await gateway.http.post(path, json=sent)).status_code == 401
         answer = await gateway.http.post(path, json={"key": key, "deploy_type": 5})
-        told = {"status": "error", "message": "This key may not manage the server"}
+        told = {
+            "status": "error",
+            "message": "This key may not manage the server",
+            "reason": "PERMISSION_DENIED",
+        }
         assert (answer.status_code, answer.json()) == (403, told)
 
 
@@ -448,6 +452,7 @@ async def test_a_server_without_storage_keys_says_so(engines: LocalEngines, tmp_
                 "status": "error",
                 "message": "This server cannot keep S3 details: its operator must set "
                 "IMG2IMG_STORAGE_KEYS",
+                "reason": "STORAGE_KEYS_MISSING",
             },
         )
 

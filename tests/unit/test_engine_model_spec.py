@@ -78,6 +78,7 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
         default_strength=0.55,
         native_size=384,
         max_num_inference_steps=50,
+        side_multiple=16,
     )
     assert spec.multiple == 16
 

@@ -16,13 +16,15 @@ from img2img_server.api.keys import Principal
 from img2img_server.api.rate_limit import RateLimit
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import (
-    SEED_MAX,
+    NARROW_SEED_MAX,
     JobParams,
     Limits,
     ValidationContext,
     Violation,
     validate,
 )
+from img2img_server.domain.resolve import resolve
+from img2img_server.domain.warnings import join_warnings
 from img2img_server.images.base import CheckedImage, InvalidImageError
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.images.prepare import check_image, is_cheap
@@ -39,11 +41,15 @@ Fetch = Callable[[str], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, where links shall point to and how long the answer is of use."""
+    """Who asks, where links shall point to and how long the answer is of use.
+
+    `warning`: what the gateway ignored of the request, for Job.warning.
+    """
 
     principal: Principal
     link_base: str
     remaining_seconds: float | None = None
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +93,12 @@ class Admission:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, QueueFullError,
             RateLimitedError, DeadlineTooShortError, UnavailableError.
         """
+        default = self._settings.default_model or await self._announced_model()
+        name = spec.model or default
+        model = await self._workers.model(name)
         request = convert.request(
-            spec,
-            default_model=self._settings.default_model or await self._announced_model(),
-            random_seed=secrets.randbelow(SEED_MAX + 1),
+            spec, name, model, random_seed=secrets.randbelow(NARROW_SEED_MAX + 1)
         )
-        model = await self._workers.model(request.params.model)
-        if model and not spec.HasField("strength"):
-            own = replace(request.params, strength=model.default_strength)
-            request = replace(request, params=own)
         params = request.params
         violations = request.violations + validate(params, self._context(model))
         if violations:
@@ -104,8 +107,7 @@ class Admission:
             sentence = "This key may not turn the safety checker off"
             raise errors.PermissionDeniedError("unsafe", sentence)
         if model is None:
-            known = tuple(info.name for info in await self._workers.models())
-            raise errors.ModelNotFoundError(params.model, known)
+            raise await self._no_model(spec.model, name)
         started = time.monotonic()
         try:
             image, position, eta = await self._examined(request, caller)
@@ -113,20 +115,13 @@ class Admission:
             await self._rate_limit.count_refused(caller.principal)
             raise
         await self._rate_limit.count_job(caller.principal)
-        original_prompt, warning = params.prompt, ""
+        original_prompt, rewriting = params.prompt, ""
         if params.enhance_prompt:
             prompt = self._rewriter.rewrite(params.prompt, params.seed)
-            params, warning = replace(params, prompt=prompt), self._rewriter.warning
-        params = replace(
-            params,
-            num_inference_steps=params.num_inference_steps or model.default_num_inference_steps,
-            guidance_scale=(
-                model.default_guidance_scale
-                if params.guidance_scale is None
-                else params.guidance_scale
-            ),
-            scheduler=params.scheduler or model.schedulers[0],
-        )
+            params, rewriting = replace(params, prompt=prompt), self._rewriter.warning
+        given = [field.name for field, _ in spec.ListFields()]
+        params, resolving = resolve(params, model, model.limits(self.limits), given)
+        warning = join_warnings(*resolving, convert.unknown_fields(spec), caller.warning, rewriting)
         seconds = time.monotonic() - started
         return Admitted(params, original_prompt, warning, image, seconds, position, eta)
 
@@ -134,9 +129,15 @@ class Admission:
         listed = self._outbound.lists_host
         if model is None:
             return ValidationContext(self.limits, is_listed=listed)
-        most = min(self.limits.max_num_inference_steps, model.max_num_inference_steps)
-        limits = replace(self.limits, max_num_inference_steps=most)
+        limits = model.limits(self.limits)
         return ValidationContext(limits, model.schedulers, model.loras, listed)
+
+    async def _no_model(self, named: str, name: str) -> errors.ServiceError:
+        """Why there is no model of that name; `named`: the one in the request, mostly empty."""
+        known = tuple(info.name for info in await self._workers.models())
+        if known and named:
+            return errors.ModelNotFoundError(name, known)
+        return errors.NoModelError(name, known)
 
     async def _announced_model(self) -> str:
         """The first by name that is served now, or ever was."""
@@ -150,10 +151,10 @@ class Admission:
         """The dear checks: the picture, jobs before this one and seconds until it will end."""
         async with beside(self._estimator.new_job(request.params)) as estimate:
             image = await self._image_given_room(request, caller)
-            position, eta = await estimate
+            position, eta, wait = await estimate
         remaining = caller.remaining_seconds
         if remaining is not None and eta is not None and eta > remaining:
-            raise errors.DeadlineTooShortError(remaining, eta)
+            raise errors.DeadlineTooShortError(remaining, eta, wait)
         return image, position, eta
 
     async def _check_room(self, params: JobParams, caller: Caller) -> None:

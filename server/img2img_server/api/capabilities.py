@@ -21,7 +21,7 @@ def capabilities(
     ordered = sorted(models, key=lambda model: (model.name != default, model.name))
     return service_pb2.GetCapabilitiesResponse(
         server_version=__version__,
-        models=[convert.model(info, workers) for info in ordered],
+        models=[convert.model(info, workers, limits) for info in ordered],
         limits=service_pb2.Limits(
             max_prompt_characters=limits.max_prompt_characters,
             min_side_pixels=limits.min_side_pixels,
@@ -34,6 +34,17 @@ def capabilities(
             max_image_pixels=limits.max_image_pixels,
             max_message_bytes=settings.max_message_bytes,
             max_queued_jobs=settings.queue_limit,
+            max_negative_prompt_characters=limits.max_negative_prompt_characters,
+            max_lora_scale=limits.max_lora_scale,
+            max_preview_interval_steps=limits.max_preview_interval_steps,
+            max_annotations=limits.max_annotations,
+            max_annotation_name_characters=limits.max_annotation_name_characters,
+            max_annotation_characters=limits.max_annotation_characters,
+            max_track_id_characters=limits.max_track_id_characters,
+            max_url_characters=limits.max_url_characters,
+            max_seed=limits.max_seed,
+            min_strength=limits.min_strength,
+            max_strength=limits.max_strength,
             retention=convert.duration(settings.retention_hours * 3600),
             init_image_media_types=[container.media_type for container in Container],
         ),

@@ -6,12 +6,21 @@ from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.domain.data_uris import NO_IMAGE, decode_data_uri, is_data_uri
 from img2img_server.domain.job import Determinism, Job, SampleResult, State, Timings
-from img2img_server.domain.models import ModelInfo, WorkerInfo
-from img2img_server.domain.params import ImageFormat, JobParams, Lane, Violation
+from img2img_server.domain.models import SCHEDULER_OF_CLASS, ModelInfo, WorkerInfo
+from img2img_server.domain.params import (
+    DEFAULT_STRENGTH,
+    RANDOM_SEED,
+    ImageFormat,
+    JobParams,
+    Lane,
+    Limits,
+    Violation,
+)
 from img2img_server.domain.urls import UrlError, parse_url
 from img2img_server.images.base import FetchError, InvalidImageError
 
@@ -26,6 +35,7 @@ LANES = {
     job_pb2.LANE_REALTIME: Lane.REALTIME,
     job_pb2.LANE_BATCH: Lane.BATCH,
 }
+_UNKNOWN_NAMED = 10
 # Reversed, so that an unspecified value never comes back.
 _FORMATS_OUT = {value: number for number, value in FORMATS.items() if number}
 _LANES_OUT = {value: number for number, value in LANES.items() if number}
@@ -53,8 +63,15 @@ class Request:
     violations: list[Violation]
 
 
-def request(spec: job_pb2.JobSpec, *, default_model: str, random_seed: int) -> Request:
-    """Reads a JobSpec. What the domain's types cannot hold is reported as violations."""
+def request(
+    spec: job_pb2.JobSpec, model_name: str, model: ModelInfo | None, *, random_seed: int
+) -> Request:
+    """Reads a JobSpec. What the domain's types cannot hold is reported as violations.
+
+    Args:
+        model_name: the name of `model`, also where the caller named none.
+        model: None when no worker ever announced one of that name.
+    """
     violations = []
     try:
         url, data = _init_image(spec.init_image)
@@ -64,6 +81,7 @@ def request(spec: job_pb2.JobSpec, *, default_model: str, random_seed: int) -> R
     for name, table in (("output_format", FORMATS), ("lane", LANES)):
         if getattr(spec, name) not in table:
             violations.append(Violation(name, f"{name} {getattr(spec, name)} is not known"))
+    default_strength = model.default_strength if model else DEFAULT_STRENGTH
     params = JobParams(
         prompt=spec.prompt,
         negative_prompt=spec.negative_prompt,
@@ -71,20 +89,20 @@ def request(spec: job_pb2.JobSpec, *, default_model: str, random_seed: int) -> R
         width=spec.width if spec.HasField("width") else 512,
         height=spec.height if spec.HasField("height") else 512,
         samples=spec.samples if spec.HasField("samples") else 1,
-        strength=spec.strength if spec.HasField("strength") else 0.7,
-        seed=spec.seed if spec.HasField("seed") else random_seed,
+        strength=spec.strength if spec.HasField("strength") else default_strength,
+        seed=spec.seed if spec.HasField("seed") and spec.seed != RANDOM_SEED else random_seed,
         safety_checker=spec.safety_checker if spec.HasField("safety_checker") else True,
         enhance_prompt=spec.enhance_prompt,
         base64=spec.base64,
         temp=spec.temp,
         webhook=spec.webhook,
         track_id=spec.track_id,
-        model=spec.model or default_model,
+        model=model_name,
         num_inference_steps=(
             spec.num_inference_steps if spec.HasField("num_inference_steps") else None
         ),
         guidance_scale=spec.guidance_scale if spec.HasField("guidance_scale") else None,
-        scheduler=spec.scheduler,
+        scheduler=SCHEDULER_OF_CLASS.get(spec.scheduler, spec.scheduler),
         lora=spec.lora,
         lora_scale=spec.lora_scale if spec.HasField("lora_scale") else 1.0,
         output_format=FORMATS.get(spec.output_format, ImageFormat.JPEG),
@@ -147,9 +165,20 @@ def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> 
     return message
 
 
-def model(info: ModelInfo, workers: list[WorkerInfo]) -> service_pb2.Model:
-    """A model and the workers that serve it now."""
+def unknown_fields(spec: job_pb2.JobSpec) -> str:
+    """Returns a warning that names the fields of a newer version of the protocol; mostly empty."""
+    unknown = UnknownFieldSet(spec)
+    numbers = {unknown[index].field_number for index in range(len(unknown))}
+    if not numbers:
+        return ""
+    named = ", ".join(map(str, sorted(numbers)[:_UNKNOWN_NAMED]))
+    return f"This server does not know the fields {named} of JobSpec and ignored them."
+
+
+def model(info: ModelInfo, workers: list[WorkerInfo], limits: Limits) -> service_pb2.Model:
+    """A model and the workers that serve it now. `limits`: those of the service."""
     serving = [worker for worker in workers if worker.model.name == info.name]
+    own = info.limits(limits)
     return service_pb2.Model(
         name=info.name,
         family=info.family,
@@ -161,6 +190,10 @@ def model(info: ModelInfo, workers: list[WorkerInfo]) -> service_pb2.Model:
         native_size=info.native_size,
         workers=len(serving),
         device=serving[0].device if serving else "",
+        max_num_inference_steps=own.max_num_inference_steps,
+        min_side_pixels=own.min_side_pixels,
+        max_side_pixels=own.max_side_pixels,
+        side_multiple=own.side_multiple,
     )
 
 

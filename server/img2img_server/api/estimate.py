@@ -20,10 +20,13 @@ class Estimator:
         self._queue = queue
         self._workers = workers
 
-    async def new_job(self, params: JobParams) -> tuple[int, float | None]:
-        """Jobs before one that comes now, and seconds until it would end, if known."""
+    async def new_job(self, params: JobParams) -> tuple[int, float | None, float]:
+        """Jobs before one that comes now, seconds until it would end, if known, and how many of
+        them it would wait for those jobs."""
         before = await self._queue.depth(params.model, params.lane)
-        return before, await self._seconds(params, before)
+        seconds = await self._seconds(params, before)
+        own = await self._seconds(params, 0) if before else seconds
+        return before, seconds, max(0.0, (seconds or 0.0) - (own or 0.0))
 
     async def place(self, params: JobParams, unfinished: int) -> float | None:
         """Seconds until the first of a tenant's `unfinished` jobs has ended, if known."""

@@ -18,6 +18,7 @@ from img2img_server.api.records import known
 from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
 from img2img_server.domain.params import Violation
+from img2img_server.domain.warnings import join_warnings
 from img2img_server.queue.base import EventLog, JobQueue, OwnershipLostError, QueuedJob
 from img2img_server.settings import Settings
 from img2img_server.store.base import ConflictError, JobStore, Stored, WorkerRegistry
@@ -31,7 +32,7 @@ from img2img_server.tracing import injected
 log = structlog.get_logger()
 
 TAKING = "This request is being taken in."
-SEALED = "your S3 details cannot be read at the moment; this service keeps the files"
+SEALED = "Your S3 details cannot be read at the moment; this service keeps the files."
 
 
 class Intake:
@@ -179,7 +180,7 @@ class Intake:
             stored = await self._storage.current(job.tenant)
         except SealBrokenError as error:
             log.error("storage details cannot be opened", tenant=job.tenant, why=str(error))
-            return replace(job, warning="; ".join(filter(None, (job.warning, SEALED))))
+            return replace(job, warning=join_warnings(job.warning, SEALED))
         if stored is None:
             return job
         version, details = stored

@@ -44,6 +44,8 @@ from img2img_server.webhooks.post import open_post
 from img2img_server.webhooks.signature import Signer
 
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
+# The name under which the health service tells whether a worker has ever announced a model.
+MODELS_NAME = "img2img.v1.models"
 _HEALTH_SECONDS = 2.0
 CONNECTION_AGE_MS = 300_000
 
@@ -237,12 +239,18 @@ def _link_base(settings: Settings) -> str:
     return base
 
 
+_STATES = {
+    True: health_pb2.HealthCheckResponse.SERVING,
+    False: health_pb2.HealthCheckResponse.NOT_SERVING,
+}
+
+
 @asynccontextmanager
 async def _health(
     servicer: health.aio.HealthServicer, bus: Bus, registry: WorkerRegistry, stop: asyncio.Event
 ) -> AsyncIterator[Callable[[], str]]:
     """Keeps the health service true: serving while the bus answers. Yields why it does not."""
-    serving = False
+    serving = has_models = False
 
     def trouble() -> str:
         if stop.is_set():
@@ -250,18 +258,16 @@ async def _health(
         return "" if serving else bus.trouble() or "NATS does not answer"
 
     async def update() -> None:
-        nonlocal serving
+        nonlocal serving, has_models
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
-                await registry.models()
+                has_models = bool(await registry.models())
             serving = True
         except (errors.UnavailableError, TimeoutError):
             serving = False
-        state = health_pb2.HealthCheckResponse.SERVING
-        if not serving:
-            state = health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *SERVICE_NAMES):
-            await servicer.set(name, state)
+            await servicer.set(name, _STATES[serving])
+        await servicer.set(MODELS_NAME, _STATES[has_models])
 
     async def repeat() -> None:
         while True:

@@ -34,6 +34,8 @@ from img2img_server.store.base import JobStore, Stored, WorkerRegistry
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 LINK_BASE = "img2img-link-base"
+WARNING = "img2img-warning-bin"  # sentences of the gateway, in UTF-8
+_WARNING_MOST_CHARACTERS = 2000
 _PAGE_DEFAULT, _PAGE_MOST = 20, 100
 
 log = structlog.get_logger()
@@ -210,11 +212,14 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         return task
 
     def _caller(self, context: Context, *, with_deadline: bool = True) -> Caller:
-        base = next((str(v) for k, v in context.invocation_metadata() or () if k == LINK_BASE), "")
+        metadata = dict(context.invocation_metadata() or ())
+        base, told = str(metadata.get(LINK_BASE, "")), metadata.get(WARNING)
+        warning = told.decode(errors="replace") if isinstance(told, bytes) else ""
         return Caller(
             current_principal(),
             base if is_http_url(base) else self._link_base,
             context.time_remaining() if with_deadline else None,
+            warning[:_WARNING_MOST_CHARACTERS],
         )
 
 

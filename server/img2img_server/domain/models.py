@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+
+from img2img_server.domain.params import DEFAULT_STRENGTH, Limits
+
+# The samplers that we run, by the class in diffusers that each one is.
+SCHEDULER_OF_CLASS = {
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "LCMScheduler": "lcm",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,13 +26,25 @@ class ModelInfo:
     schedulers: tuple[str, ...]  # the default one first
     default_num_inference_steps: int
     default_guidance_scale: float
-    default_strength: float = 0.7
+    default_strength: float = DEFAULT_STRENGTH
     native_size: int = 512
     max_num_inference_steps: int = 100
+    side_multiple: int = 1  # of width and height, beside the service's own
+    takes_negative_prompt: bool = True  # False: guidance is an input of the model, as with LCM
     loras: tuple[str, ...] = ()
     # Measured device seconds a pixel-step, batches and encoders included; kept with the model while
     # no worker serves it. 0.0: nothing ran yet.
     pixel_step_seconds: float = 0.0
+
+    def limits(self, service: Limits) -> Limits:
+        """Returns the limits of a request for this model: the service's, narrowed by its own."""
+        return replace(
+            service,
+            max_num_inference_steps=min(
+                service.max_num_inference_steps, self.max_num_inference_steps
+            ),
+            side_multiple=math.lcm(service.side_multiple, self.side_multiple),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

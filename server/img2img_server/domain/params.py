@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from img2img_server.domain.urls import NotHttpError, UrlError, is_web_port, parse_url
+from img2img_server.domain.urls import (
+    URL_MAX_CHARACTERS,
+    NotHttpError,
+    UrlError,
+    is_web_port,
+    parse_url,
+)
 
-SEED_MAX = 2**32 - 1
+DEFAULT_STRENGTH = 0.7  # of a model that names none
+SEED_MAX = 2**63 - 1
+# Seeds that the service draws, and those of the vendor's HTTP contract, are not larger than this.
+NARROW_SEED_MAX = 2**32 - 1
+RANDOM_SEED = -1
 TRACK_ID_MAX_CHARACTERS = 191
 
 
@@ -37,6 +48,7 @@ class Limits:
     """Every bound a request is held against; GetCapabilities tells these very numbers."""
 
     max_prompt_characters: int = 2000
+    max_negative_prompt_characters: int = 2000
     min_side_pixels: int = 256
     max_side_pixels: int = 1024
     side_multiple: int = 8
@@ -50,11 +62,16 @@ class Limits:
     max_annotations: int = 16
     max_annotation_name_characters: int = 63
     max_annotation_characters: int = 2000
+    max_track_id_characters: int = TRACK_ID_MAX_CHARACTERS
+    max_url_characters: int = URL_MAX_CHARACTERS
+    max_seed: int = SEED_MAX
+    min_strength: float = 0.0
+    max_strength: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobParams:
-    """One request as understood. None means: the model's own default, settled by the worker.
+    """One request as understood. None means: the model's own default, see domain/resolve.py.
 
     `init_image_url` is empty for inline pictures; the picture itself travels beside the parameters.
     """
@@ -65,7 +82,7 @@ class JobParams:
     width: int = 512
     height: int = 512
     samples: int = 1
-    strength: float = 0.7
+    strength: float = DEFAULT_STRENGTH
     seed: int = 0
     safety_checker: bool = True
     enhance_prompt: bool = False
@@ -85,8 +102,10 @@ class JobParams:
     annotations: tuple[tuple[str, str], ...] = ()  # the caller's own notes: name, value
 
     def sample_seed(self, index: int) -> int:
-        """Seed of one sample: (seed + index) mod 2^32."""
-        return (self.seed + index) % (SEED_MAX + 1)
+        """Returns seed + index. A seed below 2^32 starts again at 0 after 2^32 - 1, as in the HTTP
+        contract; a larger one after 2^63 - 1."""
+        largest = NARROW_SEED_MAX if self.seed <= NARROW_SEED_MAX else SEED_MAX
+        return (self.seed + index) % (largest + 1)
 
     @property
     def pixel_steps(self) -> int:
@@ -135,21 +154,22 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
     if not params.prompt:
         yield Violation("prompt", "prompt is required")
     for name in ("prompt", "negative_prompt"):
-        if len(getattr(params, name)) > limits.max_prompt_characters:
-            most = limits.max_prompt_characters
+        most = getattr(limits, f"max_{name}_characters")
+        if len(getattr(params, name)) > most:
             yield Violation(name, f"{name} must not be longer than {most} characters")
     for name in ("width", "height"):
         yield from _side(name, getattr(params, name), limits)
     if not 1 <= params.samples <= limits.max_samples:
         yield Violation("samples", f"samples must be between 1 and {limits.max_samples}")
-    if not 0.0 <= params.strength <= 1.0:  # also refuses NaN
-        yield Violation("strength", "strength must be between 0 and 1")
-    if not 0 <= params.seed <= SEED_MAX:
-        yield Violation("seed", f"seed must be between 0 and {SEED_MAX}")
+    least, largest = limits.min_strength, limits.max_strength
+    if not least <= params.strength <= largest:  # also refuses NaN
+        yield Violation("strength", f"strength must be between {least:g} and {largest:g}")
+    if not 0 <= params.seed <= limits.max_seed:
+        yield Violation("seed", f"seed must be between 0 and {limits.max_seed}")
     if params.webhook:
         yield from _webhook(params.webhook, context)
-    if len(params.track_id) > TRACK_ID_MAX_CHARACTERS:
-        most = TRACK_ID_MAX_CHARACTERS
+    if len(params.track_id) > limits.max_track_id_characters:
+        most = limits.max_track_id_characters
         yield Violation("track_id", f"track_id must not be longer than {most} characters")
     steps, most_steps = params.num_inference_steps, limits.max_num_inference_steps
     if steps is not None and not 1 <= steps <= most_steps:
@@ -222,3 +242,10 @@ def denoising_steps(strength: float, num_inference_steps: int) -> int:
     assert 0.0 <= strength <= 1.0
     assert math.isfinite(strength)
     return min(int(num_inference_steps * strength), num_inference_steps)
+
+
+def least_inference_steps(strength: float, most: int) -> int | None:
+    """Returns the smallest num_inference_steps up to `most` for which a step runs; None: none."""
+    schedules = range(1, most + 1)
+    place = bisect_left(schedules, 1, key=lambda steps: denoising_steps(strength, steps))
+    return schedules[place] if place < len(schedules) else None

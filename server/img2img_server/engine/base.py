@@ -14,6 +14,7 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import Lane
 
+_CUT_SHOWN_CHARACTERS = 40
 Pixels = npt.NDArray[np.uint8]  # height x width x 3, RGB
 
 
@@ -52,6 +53,22 @@ class EngineJob:
     @property
     def width(self) -> int:
         return int(self.init_image.shape[1])
+
+
+def cut_warning(field_name: str, kept: int, tokens: int, rest: str) -> str:
+    """Returns the sentence about a prompt of which the text encoder reads the beginning only.
+
+    Args:
+        kept: tokens that it reads, of the prompt's `tokens`.
+        rest: the text that it does not read.
+    """
+    words = " ".join(rest.split())
+    if len(words) > _CUT_SHOWN_CHARACTERS:
+        words = words[:_CUT_SHOWN_CHARACTERS].rstrip() + "…"
+    return (
+        f"The {field_name} was cut after {kept} of {tokens} tokens; the words from '{words}' on "
+        "have no effect."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +119,10 @@ class EngineTimings:
 
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """Last event of a job that ran to its end."""
+    """Last event of a job that ran to its end. `warnings`: sentences for Job.warning."""
 
     timings: EngineTimings = field(default_factory=EngineTimings)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

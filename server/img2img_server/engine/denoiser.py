@@ -40,10 +40,12 @@ class TextInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextEmbedding:
-    """An encoded prompt. `tokens`: length x width; `pooled`: width, of models that have one."""
+    """An encoded prompt. `tokens`: length x width; `pooled`: width, of models that have one;
+    `warning`: a sentence about what of the prompt was not encoded."""
 
     tokens: Tensor
     pooled: Tensor | None = None
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,6 +62,12 @@ class Conditioning:
     adapter: Adapter | None = None
     guidance_embedding: Tensor | None = None
     time_ids: Tensor | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about what of the job's prompts was not encoded."""
+        texts = (self.prompt, self.negative) if self.negative else (self.prompt,)
+        return tuple(text.warning for text in texts if text.warning)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

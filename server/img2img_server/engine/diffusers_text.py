@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from img2img_server.engine.base import cut_warning
 from img2img_server.engine.denoiser import Adapter, Conditioning, TextEmbedding, TextInput
 from img2img_server.engine.read_out import to_device
 
@@ -19,6 +20,14 @@ class _Prompt(NamedTuple):
     text: str
     is_negative: bool
     adapter: Adapter | None
+
+
+class _Cut(NamedTuple):
+    """How many tokens of a text an encoder reads, of how many, and what it does not read."""
+
+    kept: int
+    tokens: int
+    rest: str
 
 
 class TextEncoder:
@@ -33,6 +42,8 @@ class TextEncoder:
         self._device, self._dtype = pipeline.unet.device, pipeline.unet.dtype
         self._guidance_width: int | None = pipeline.unet.config.time_cond_proj_dim
         self._is_xl = getattr(pipeline, "text_encoder_2", None) is not None
+        names = ("tokenizer", "tokenizer_2") if self._is_xl else ("tokenizer",)
+        self._tokenizers = [getattr(pipeline, name) for name in names]
         self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
 
     def encode(self, texts: Sequence[TextInput], slots: Sequence[int]) -> list[Conditioning]:
@@ -84,16 +95,31 @@ class TextEncoder:
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
+        warnings = [self._warning(prompt) for prompt in prompts]
         if not self._is_xl:
-            return [TextEmbedding(tokens.clone()) for tokens in encoded[0].to(self._dtype)]
+            return [
+                TextEmbedding(tokens.clone(), warning=warning)
+                for tokens, warning in zip(encoded[0].to(self._dtype), warnings, strict=True)
+            ]
         tokens, pooled = encoded[0].to(self._dtype), encoded[2].to(self._dtype)
         zeros_for_empty = self._pipeline.config.force_zeros_for_empty_prompt
         found = []
         for i, prompt in enumerate(prompts):
             # SDXL was trained with zeros, not with the encoding of "", where nothing is said.
             keep = 0.0 if zeros_for_empty and prompt.is_negative and not prompt.text else 1.0
-            found.append(TextEmbedding(tokens[i] * keep, pooled[i] * keep))
+            found.append(TextEmbedding(tokens[i] * keep, pooled[i] * keep, warnings[i]))
         return found
+
+    def _warning(self, prompt: _Prompt) -> str:
+        """Says what of a prompt the encoders do not read; empty when they read all of it."""
+        cuts = [_cut(tokenizer, prompt.text) for tokenizer in self._tokenizers]
+        if None in cuts:  # an encoder reads all of it
+            return ""
+        # What the encoder that reads most of it leaves out has no effect at all.
+        kept, tokens, rest = min((cut for cut in cuts if cut), key=lambda cut: len(cut.rest))
+        return cut_warning(
+            "negative prompt" if prompt.is_negative else "prompt", kept, tokens, rest
+        )
 
     def _condition(
         self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
@@ -121,3 +147,34 @@ class TextEncoder:
         size = (text.height, text.width)
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=self._dtype)
         return to_device(ids, self._device)
+
+
+def _cut(tokenizer: Any, text: str) -> _Cut | None:
+    """What the tokenizer's own limit cuts off the text, as the pipeline has it cut; None: nothing.
+
+    The beginning of a word that is cut in two is read.
+    """
+    most = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    fast = tokenizer.is_fast
+    coded = tokenizer(
+        text,
+        add_special_tokens=False,
+        truncation=False,
+        return_offsets_mapping=fast,
+        verbose=False,
+    )
+    ids = coded["input_ids"]
+    if len(ids) <= most:
+        return None
+    if not fast:
+        return _Cut(most, len(ids), tokenizer.decode(ids[most:]))
+    begin = coded["offset_mapping"][most][0]
+    return _Cut(most, len(ids), _whole_words(text, begin))
+
+
+def _whole_words(text: str, begin: int) -> str:
+    """The text from the first word that begins there or behind it; all of it where none does."""
+    rest = text[begin:]
+    if begin and not text[begin - 1].isspace() and not rest[:1].isspace():  # within a word
+        return rest.partition(" ")[2].strip() or rest
+    return rest

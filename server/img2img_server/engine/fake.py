@@ -29,6 +29,7 @@ from img2img_server.engine.base import (
     Sink,
     StageDone,
     StepDone,
+    cut_warning,
 )
 from img2img_server.errors import EngineError
 
@@ -65,6 +66,7 @@ class FakeEngine:
         step_seconds: how long a step takes.
         hold_after: every job waits after this many steps until `release` is called.
         capacity_rows: what it says it can denoise at once; it takes more all the same.
+        max_prompt_words: how many words of a prompt it reads; it says what it does not read.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class FakeEngine:
         step_seconds: float = 0.0,
         hold_after: int | None = None,
         capacity_rows: int = 8,
+        max_prompt_words: int = 2000,
     ) -> None:
         self._model = model
         self._step_seconds = step_seconds
         self._hold_after = hold_after
         self._capacity_rows = capacity_rows
+        self._max_prompt_words = max_prompt_words
         self._changed = threading.Condition()
         self._waiting: deque[_Run] = deque()
         self._running: list[_Run] = []
@@ -198,7 +202,18 @@ class FakeEngine:
         took = time.monotonic() - run.began
         steps = run.total * len(job.seeds)
         timings = EngineTimings(denoise=took, engine=took, steps=steps, batch_share=1.0)
-        return _emit(run, JobDone(timings))
+        return _emit(run, JobDone(timings, self._warnings(job) if run.total else ()))
+
+    def _warnings(self, job: EngineJob) -> tuple[str, ...]:
+        texts = {"prompt": job.prompt}
+        if job.guidance_scale > 1:
+            texts["negative prompt"] = job.negative_prompt
+        most = self._max_prompt_words
+        return tuple(
+            cut_warning(name, most, len(words), " ".join(words[most:]))
+            for name, words in ((name, text.split()) for name, text in texts.items())
+            if len(words) > most
+        )
 
     def _step(self, run: _Run) -> None:
         job, step = run.job, run.step

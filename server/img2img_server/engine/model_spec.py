@@ -32,20 +32,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from img2img_server.domain.models import ModelInfo
+from img2img_server.domain.models import SCHEDULER_OF_CLASS, ModelInfo
+from img2img_server.domain.params import DEFAULT_STRENGTH
 from img2img_server.errors import OperatorError
 from img2img_server.settings import variable
 
 SCHEDULERS = ("ddim", "euler", "euler_a", "lcm", "dpmpp_2m")
 DEFAULT_MODEL = "atelier"
 
-_SCHEDULER_OF_CLASS = {
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "LCMScheduler": "lcm",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-}
 # Schedulers that we do not offer are answered by the nearest deterministic one.
 _FALLBACK_SCHEDULER = "ddim"
 
@@ -74,7 +68,7 @@ class _Defaults(_Part):
     scheduler: str = ""
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=7.5, ge=0)
-    strength: float = Field(default=0.7, ge=0, le=1)
+    strength: float = Field(default=DEFAULT_STRENGTH, ge=0, le=1)
 
 
 class _Limits(_Part):
@@ -107,10 +101,11 @@ class ModelSpec:
     scheduler: str = "ddim"
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
-    strength: float = 0.7
+    strength: float = DEFAULT_STRENGTH
     max_num_inference_steps: int = 100
     native_size: int = 512
     multiple: int = 8
+    takes_negative_prompt: bool = True
     loras: tuple[str, ...] = ()
 
     @property
@@ -126,13 +121,15 @@ class ModelSpec:
             default_strength=self.strength,
             native_size=self.native_size,
             max_num_inference_steps=self.max_num_inference_steps,
+            side_multiple=self.multiple,
+            takes_negative_prompt=self.takes_negative_prompt,
             loras=self.loras,
         )
 
     def refusal(self, height: int, width: int, num_inference_steps: int) -> str:
         """Why the model cannot do this, a sentence; empty when it can.
 
-        Callers' validation knows the service's limits and not each model's own.
+        The api has checked it with what the model announced, which may have changed since.
         """
         if num_inference_steps > self.max_num_inference_steps:
             return f"{self.name} runs at most {self.max_num_inference_steps} steps"
@@ -179,7 +176,7 @@ def _spec(
     scheduler: Mapping[str, Any],
     unet: Mapping[str, Any],
 ) -> ModelSpec:
-    found = _SCHEDULER_OF_CLASS.get(str(scheduler.get("_class_name")), _FALLBACK_SCHEDULER)
+    found = SCHEDULER_OF_CLASS.get(str(scheduler.get("_class_name")), _FALLBACK_SCHEDULER)
     chosen = file.defaults.scheduler or found
     if chosen not in SCHEDULERS:
         known = ", ".join(SCHEDULERS)
@@ -197,6 +194,7 @@ def _spec(
         max_num_inference_steps=file.limits.max_num_inference_steps,
         native_size=file.sizes.native or native,
         multiple=file.sizes.multiple,
+        takes_negative_prompt=unet.get("time_cond_proj_dim") is None,
     )
 
 

@@ -187,7 +187,7 @@ class Run:
             steps=sum(sample.steps_done for sample in self.samples),
             batch_share=self.shares / self.batches if self.batches else 0.0,
         )
-        return JobDone(timings)
+        return JobDone(timings, self.conditioning.warnings if self.conditioning else ())
 
 
 def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:

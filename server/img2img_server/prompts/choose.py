@@ -8,7 +8,7 @@ from img2img_server.prompts.base import AsSent, PromptRewriter
 from img2img_server.prompts.rules import RuleRewriter
 from img2img_server.settings import Settings, SettingsError
 
-NO_REWRITER = "enhance_prompt: no rewriter is installed, the prompt was used as sent"
+NO_REWRITER = "enhance_prompt has no effect: this service has no prompt rewriter."
 
 
 def api_rewriter(settings: Settings) -> PromptRewriter:

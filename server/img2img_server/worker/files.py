@@ -41,6 +41,6 @@ def storage_warning(job: Job, retention_hours: int) -> str:
     if all(sample.url == job.future_urls[sample.index] for sample in job.samples):
         return ""
     return (
-        "your S3 storage did not take the files; this service keeps them for "
-        f"{retention_hours} hours"
+        "Your S3 storage did not take the files; this service keeps them for "
+        f"{retention_hours} hours."
     )

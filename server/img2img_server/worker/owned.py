@@ -21,13 +21,14 @@ from img2img_server.domain.job import (
     advance,
     terminal_event,
 )
+from img2img_server.domain.warnings import join_warnings
 from img2img_server.queue.base import Delivery, EventWriter, OwnershipLostError
 from img2img_server.store.base import ConflictError, Stored
 from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
 from img2img_server.webhooks.record import announce
 from img2img_server.worker.parts import Parts
 
-REWRITER_FAILED = "enhance_prompt: the rewriter failed, the prompt was used as sent"
+REWRITER_FAILED = "The prompt rewriter of enhance_prompt failed; the prompt was used as sent."
 
 # A job may end its workers before they can write down that they have it.
 DELIVERIES_OF_AN_ATTEMPT = 10
@@ -103,7 +104,7 @@ class OwnedJob:
             prompt = await asyncio.to_thread(rewriter.rewrite, prompt, params.seed)
         except Exception as error:
             log.error("the prompt was not rewritten", exc_info=error)
-            warning = REWRITER_FAILED
+            warning = join_warnings(warning, REWRITER_FAILED)
         self.job = replace(self.job, params=replace(params, prompt=prompt), warning=warning)
 
     async def tell(self, event: Event) -> None:

@@ -15,9 +15,9 @@ from img2img_server.domain.events import (
     Succeeded,
 )
 from img2img_server.domain.job import IllegalTransitionError, Job
+from img2img_server.domain.warnings import join_warnings
 from img2img_server.engine.base import (
     DeviceLost,
-    EngineTimings,
     JobDone,
     JobError,
     JobStopped,
@@ -174,7 +174,7 @@ class JobRun:
                     await announced  # a log in which it never began would be wrong
                     raise
                 await announced
-            timings = await self._follow(owned, inbox)
+            done = await self._follow(owned, inbox)
         except _StoppedError:
             if self._cancelled:
                 await owned.end(Cancelled())
@@ -185,7 +185,7 @@ class JobRun:
         except Exception as error:
             await owned.fail(error)
         else:
-            await self._succeed(owned, timings)
+            await self._succeed(owned, done)
 
     async def _prepare(self) -> Pixels:
         queued, start = self._delivery.job, time.monotonic()
@@ -208,7 +208,7 @@ class JobRun:
             engine.cancel(job.id)
         return inbox
 
-    async def _follow(self, owned: OwnedJob, inbox: Inbox) -> EngineTimings:
+    async def _follow(self, owned: OwnedJob, inbox: Inbox) -> JobDone:
         """Turns engine events into job events; returns when every picture is stored."""
         try:
             async with asyncio.TaskGroup() as finishing:
@@ -217,7 +217,7 @@ class JobRun:
                         case SampleReady():
                             finishing.create_task(self._finish(owned, event))
                         case JobDone():
-                            return event.timings
+                            return event
                         case JobError():
                             raise event.error
                         case JobStopped():
@@ -238,18 +238,19 @@ class JobRun:
         async for event in finish_sample(self._parts, owned.job, ready, self._watch):
             await owned.note(event)
 
-    async def _succeed(self, owned: OwnedJob, timings: EngineTimings) -> None:
+    async def _succeed(self, owned: OwnedJob, done: JobDone) -> None:
         engine, job = self._parts.engine, owned.job
-        warnings = (job.warning, storage_warning(job, self._parts.retention_hours))
         owned.job = replace(
             job,
             device=engine.device,
             determinism=engine.determinism,
-            timings=self._watch.added(job.timings, timings),
-            warning="; ".join(filter(None, warnings)),
+            timings=self._watch.added(job.timings, done.timings),
+            warning=join_warnings(
+                job.warning, *done.warnings, storage_warning(job, self._parts.retention_hours)
+            ),
         )
-        self._parts.pace.observe(job.params, timings.engine)
-        STEPS.inc(timings.steps)
+        self._parts.pace.observe(job.params, done.timings.engine)
+        STEPS.inc(done.timings.steps)
         await owned.end(Succeeded())
 
 

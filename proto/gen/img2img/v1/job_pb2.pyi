@@ -198,13 +198,17 @@ class JobSpec(_message.Message):
     height: _builtins.int
     """Height of the result in pixels: 256 to 1024, a multiple of 8, default 512."""
     samples: _builtins.int
-    """Number of pictures: 1 to 4, default 1. Picture i uses seed (seed + i) mod 2^32."""
+    """Number of pictures: 1 to 4, default 1. Picture i uses seed + i, see Sample.seed."""
     strength: _builtins.float
-    """How much is made anew: 0.0 returns the prepared init image, 1.0 keeps nothing of it.
-    Default 0.7, unless the model names another, see GetCapabilities.
+    """How strongly the image is changed: 0.0 returns the prepared init image, 1.0 keeps nothing of it.
+    Default: the model's own, see Model.default_strength, which is 0.7 unless the model names another.
     """
     seed: _builtins.int
-    """Start of the random numbers: 0 to 4294967295. Absent: drawn at random once for the job."""
+    """Start of the random numbers: 0 to 9223372036854775807 (2^63 - 1). Absent or -1: drawn at random
+    once for the job, below 2^32. Two seeds that differ by a multiple of 2^32 give the same noise, as
+    in diffusers: torch's generator on the CPU uses the low 32 bits. In JSON a 64-bit number is a
+    string, since JavaScript's numbers are exact up to 2^53 only.
+    """
     safety_checker: _builtins.bool
     """Check the results and blank what is not safe for work. Default true."""
     enhance_prompt: _builtins.bool
@@ -222,17 +226,22 @@ class JobSpec(_message.Message):
     model: _builtins.str
     """Model by name, see GetCapabilities. Default: the server's default model."""
     num_inference_steps: _builtins.int
-    """Steps of the full schedule, of which about strength x steps run: 1 to 100, or to the model's
-    own limit when that is lower. Default: the model's own.
+    """Steps of the full schedule, of which strength x steps, rounded down, run: 1 to 100, or to the
+    model's own limit when that is lower, see Model. Default: the model's own. Raised to the smallest
+    number for which one step runs when none would; Job.warning says so.
     """
     guidance_scale: _builtins.float
     """Classifier-free guidance: 0.0 to 30.0; 1.0 and below turn it off. Default: the model's own."""
     scheduler: _builtins.str
-    """Sampler by name, see GetCapabilities. Default: the model's own."""
+    """Sampler by name, see GetCapabilities; the name of its class in diffusers means the same, for
+    example "EulerDiscreteScheduler". Default: the model's own.
+    """
     output_format: Global___ImageFormat.ValueType
     """Format of the inline pictures; the stored file is always PNG. Default JPEG."""
     preview_interval_steps: _builtins.int
-    """Send a small JPEG preview every this many steps: 0 (never, the default) to 100."""
+    """Send a small JPEG preview every this many steps: 0 (never, the default) to 100. None is sent after
+    the last step.
+    """
     lane: Global___Lane.ValueType
     """Queue lane. Default realtime."""
     lora: _builtins.str
@@ -377,7 +386,9 @@ class Sample(_message.Message):
     index: _builtins.int
     """Position in the job, from 0."""
     seed: _builtins.int
-    """The seed it was made with: (seed + index) mod 2^32."""
+    """The seed it was made with: seed + index. A seed below 2^32 starts again at 0 after 4294967295, a
+    larger one after 9223372036854775807.
+    """
     url: _builtins.str
     """Link to the stored file; empty until it is completely stored. The address is known before as
     Job.future_urls.
@@ -608,7 +619,9 @@ class Job(_message.Message):
     file_prefix: _builtins.str
     """UUID that begins the file names."""
     warning: _builtins.str
-    """Text for people about something unusual in a job that succeeded; mostly empty."""
+    """Sentences for people, separated by spaces: what was changed, cut or ignored in the request, and
+    what was unusual about the run. Mostly empty; complete once the job has succeeded.
+    """
     original_prompt: _builtins.str
     """The prompt as the caller sent it; spec.prompt is the one used."""
     webhook_status: _builtins.str

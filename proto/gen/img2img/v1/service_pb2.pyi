@@ -446,6 +446,10 @@ class Model(_message.Message):
     NATIVE_SIZE_FIELD_NUMBER: _builtins.int
     DEFAULT_STRENGTH_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
+    MAX_NUM_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
+    MIN_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    SIDE_MULTIPLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name for JobSpec.model."""
     family: _builtins.str
@@ -462,6 +466,14 @@ class Model(_message.Message):
     """Side in pixels it draws best at."""
     default_strength: _builtins.float
     """Default of strength."""
+    max_num_inference_steps: _builtins.int
+    """Most steps of a schedule with this model."""
+    min_side_pixels: _builtins.int
+    """Smallest width and height in pixels with this model."""
+    max_side_pixels: _builtins.int
+    """Largest width and height in pixels with this model."""
+    side_multiple: _builtins.int
+    """Width and height are multiples of this with this model."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers for JobSpec.scheduler, the default one first."""
@@ -483,10 +495,14 @@ class Model(_message.Message):
         native_size: _builtins.int = ...,
         default_strength: _builtins.float = ...,
         loras: _abc.Iterable[_builtins.str] | None = ...,
+        max_num_inference_steps: _builtins.int = ...,
+        min_side_pixels: _builtins.int = ...,
+        max_side_pixels: _builtins.int = ...,
+        side_multiple: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "loras", b"loras", "name", b"name", "native_size", b"native_size", "schedulers", b"schedulers", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "loras", b"loras", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -494,7 +510,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """The limits in force for the calling tenant."""
+    """The limits in force for the calling tenant. A model may have narrower ones, see Model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -510,7 +526,18 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     RETENTION_FIELD_NUMBER: _builtins.int
+    MAX_NEGATIVE_PROMPT_CHARACTERS_FIELD_NUMBER: _builtins.int
+    MAX_LORA_SCALE_FIELD_NUMBER: _builtins.int
+    MAX_PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    MAX_ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    MAX_ANNOTATION_NAME_CHARACTERS_FIELD_NUMBER: _builtins.int
+    MAX_ANNOTATION_CHARACTERS_FIELD_NUMBER: _builtins.int
+    MAX_TRACK_ID_CHARACTERS_FIELD_NUMBER: _builtins.int
     INIT_IMAGE_MEDIA_TYPES_FIELD_NUMBER: _builtins.int
+    MAX_URL_CHARACTERS_FIELD_NUMBER: _builtins.int
+    MAX_SEED_FIELD_NUMBER: _builtins.int
+    MIN_STRENGTH_FIELD_NUMBER: _builtins.int
+    MAX_STRENGTH_FIELD_NUMBER: _builtins.int
     max_prompt_characters: _builtins.int
     """Longest prompt in characters."""
     min_side_pixels: _builtins.int
@@ -533,6 +560,28 @@ class Limits(_message.Message):
     """Largest gRPC message in bytes, in and out."""
     max_queued_jobs: _builtins.int
     """Most unfinished jobs of the tenant."""
+    max_negative_prompt_characters: _builtins.int
+    """Longest negative prompt in characters."""
+    max_lora_scale: _builtins.float
+    """Largest LoRA scale."""
+    max_preview_interval_steps: _builtins.int
+    """Most steps between two previews."""
+    max_annotations: _builtins.int
+    """Most annotations of a job."""
+    max_annotation_name_characters: _builtins.int
+    """Longest name of an annotation in characters."""
+    max_annotation_characters: _builtins.int
+    """Longest value of an annotation in characters."""
+    max_track_id_characters: _builtins.int
+    """Longest track_id in characters."""
+    max_url_characters: _builtins.int
+    """Longest address of an init image or a webhook in characters."""
+    max_seed: _builtins.int
+    """Largest seed. The HTTP contract's own endpoints take seeds up to 4294967295."""
+    min_strength: _builtins.float
+    """Smallest strength."""
+    max_strength: _builtins.float
+    """Largest strength."""
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
         """How long ended jobs are kept."""
@@ -558,11 +607,22 @@ class Limits(_message.Message):
         max_message_bytes: _builtins.int = ...,
         max_queued_jobs: _builtins.int = ...,
         retention: _duration_pb2.Duration | None = ...,
+        max_negative_prompt_characters: _builtins.int = ...,
+        max_lora_scale: _builtins.float = ...,
+        max_preview_interval_steps: _builtins.int = ...,
+        max_annotations: _builtins.int = ...,
+        max_annotation_name_characters: _builtins.int = ...,
+        max_annotation_characters: _builtins.int = ...,
+        max_track_id_characters: _builtins.int = ...,
         init_image_media_types: _abc.Iterable[_builtins.str] | None = ...,
+        max_url_characters: _builtins.int = ...,
+        max_seed: _builtins.int = ...,
+        min_strength: _builtins.float = ...,
+        max_strength: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_message_bytes", b"max_message_bytes", "max_num_inference_steps", b"max_num_inference_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_annotation_characters", b"max_annotation_characters", "max_annotation_name_characters", b"max_annotation_name_characters", "max_annotations", b"max_annotations", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_lora_scale", b"max_lora_scale", "max_message_bytes", b"max_message_bytes", "max_negative_prompt_characters", b"max_negative_prompt_characters", "max_num_inference_steps", b"max_num_inference_steps", "max_preview_interval_steps", b"max_preview_interval_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_seed", b"max_seed", "max_side_pixels", b"max_side_pixels", "max_strength", b"max_strength", "max_track_id_characters", b"max_track_id_characters", "max_url_characters", b"max_url_characters", "min_side_pixels", b"min_side_pixels", "min_strength", b"min_strength", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

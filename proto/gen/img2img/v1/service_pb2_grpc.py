@@ -122,13 +122,14 @@ class Img2ImgServiceServicer:
         INVALID_ARGUMENT: the request breaks limits; correct every field that BadRequest names.
         PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
         NOT_FOUND: the model is not known; see GetCapabilities.
+        UNAVAILABLE with the reason NO_MODEL: no worker has loaded a model yet; retry after RetryInfo.
         ALREADY_EXISTS: request_id was used for another request; choose a new one.
         RESOURCE_EXHAUSTED: the tenant's queue is full (QUEUE_FULL), the key makes jobs too fast
         (RATE_LIMITED), the tenant has too many calls open (TOO_MANY_CALLS) or the server too many streams
         (TOO_MANY_WATCHERS); retry after RetryInfo.
         FAILED_PRECONDITION: the job cannot finish within the call's deadline (DEADLINE_TOO_SHORT);
-        retry after RetryInfo or with a later deadline. Or the job is larger than the queue takes
-        (MESSAGE_TOO_LARGE), which only the server's operator can change.
+        retry with a later deadline, or after RetryInfo, which is there only if waiting can help. Or the job
+        is larger than the queue takes (MESSAGE_TOO_LARGE), which only the server's operator can change.
         A job that fails while running ends the stream with a failed event and status OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,8 @@
+"""Job.warning: one text of full sentences, for people."""
+
+from __future__ import annotations
+
+
+def join_warnings(*warnings: str) -> str:
+    """Joins warnings to one text: every sentence once, in order, separated by a space."""
+    return " ".join(dict.fromkeys(filter(None, warnings)))

@@ -1,0 +1,173 @@
+"""Defaults of the model, the least number of steps, and the warnings about both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionImg2ImgPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from img2img_server.domain.models import ModelInfo
+from img2img_server.domain.params import JobParams, Limits, denoising_steps, least_inference_steps
+from img2img_server.domain.resolve import resolve
+from img2img_server.domain.warnings import join_warnings
+
+MODEL = ModelInfo(
+    name="m",
+    family="sd",
+    schedulers=("ddim", "euler"),
+    default_num_inference_steps=20,
+    default_guidance_scale=7.5,
+    default_strength=0.6,
+)
+STRENGTHS = st.floats(0.0, 1.0, exclude_min=True)
+
+
+def stock_steps(strength: float, steps: int) -> int:
+    """The steps that the pipeline of diffusers runs."""
+    pipeline = SimpleNamespace(scheduler=SimpleNamespace(order=1, timesteps=range(steps)))
+    timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+    return len(timesteps)
+
+
+def resolved(
+    model: ModelInfo = MODEL, given_names: tuple[str, ...] = (), **fields: Any
+) -> tuple[JobParams, list[str]]:
+    params = JobParams(prompt="p", **fields)
+    return resolve(params, model, model.limits(Limits()), given_names)
+
+
+@given(STRENGTHS, st.integers(1, 1000))
+def test_as_many_steps_run_as_in_diffusers(strength: float, steps: int) -> None:
+    assert denoising_steps(strength, steps) == stock_steps(strength, steps)
+
+
+def test_the_product_is_rounded_as_floating_point_numbers_are() -> None:
+    assert denoising_steps(0.29, 100) == stock_steps(0.29, 100) == 28
+    assert least_inference_steps(0.29, 100) == 4
+
+
+@given(STRENGTHS, st.integers(1, 100))
+def test_steps_are_raised_to_the_smallest_number_for_which_one_runs(
+    strength: float, steps: int
+) -> None:
+    params, warnings = resolved(strength=strength, num_inference_steps=steps)
+    used = params.num_inference_steps
+    assert used is not None
+    if denoising_steps(strength, steps):
+        assert (used, warnings) == (steps, [])
+    elif denoising_steps(strength, 100):
+        assert denoising_steps(strength, used) == 1
+        assert denoising_steps(strength, used - 1) == 0
+        assert warnings == [
+            f"num_inference_steps was raised from {steps} to {used} so that one step runs at "
+            f"strength {strength}."
+        ]
+    else:
+        assert used == steps
+        assert warnings[0].startswith(f"At strength {strength} no step runs, not even with")
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "used"), [(0.7, 1, 2), (0.99, 1, 2), (0.04, 20, 25), (1.0, 1, 1)]
+)
+def test_steps_of_known_requests(strength: float, steps: int, used: int) -> None:
+    params, warnings = resolved(strength=strength, num_inference_steps=steps)
+    assert params.num_inference_steps == used
+    assert bool(warnings) is (used != steps)
+
+
+@pytest.mark.parametrize(("most", "least"), [(100, 0.01), (49, 0.0205), (3, 0.3334), (1, 1.0)])
+def test_the_least_strength_that_is_named_runs_a_step(most: int, least: float) -> None:
+    model = replace(MODEL, max_num_inference_steps=most, default_num_inference_steps=1)
+    params, warnings = resolved(model, strength=0.0001)
+    assert params.num_inference_steps == 1
+    assert warnings == [
+        f"At strength 0.0001 no step runs, not even with num_inference_steps {most}, the largest "
+        "that the model allows: the prepared init image is returned. The least strength at which "
+        f"a step runs is {least:g}."
+    ]
+    assert denoising_steps(least, most) >= 1
+
+
+def test_what_is_open_is_the_models_own() -> None:
+    params, warnings = resolved()
+    assert (params.num_inference_steps, params.guidance_scale, params.scheduler) == (
+        20,
+        7.5,
+        "ddim",
+    )
+    assert warnings == []
+    params, _ = resolved(num_inference_steps=3, guidance_scale=0.0, scheduler="euler")
+    assert (params.num_inference_steps, params.guidance_scale, params.scheduler) == (
+        3,
+        0.0,
+        "euler",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "told"),
+    [
+        (
+            {"negative_prompt": "n", "guidance_scale": 1.0},
+            (),
+            "negative_prompt has no effect: guidance_scale is 1, and only above 1 is it used.",
+        ),
+        ({"negative_prompt": "n", "guidance_scale": 1.1}, (), ""),
+        ({"lora_scale": 1.0}, ("lora_scale",), "lora_scale has no effect without lora."),
+        ({"lora_scale": 1.0}, (), ""),
+        ({"lora": "ink", "lora_scale": 0.5}, ("lora", "lora_scale"), ""),
+        (
+            {"preview_interval_steps": 12},
+            (),
+            "No preview is sent: preview_interval_steps is 12 and 12 steps run.",
+        ),
+        ({"preview_interval_steps": 11}, (), ""),
+        (
+            {"preview_interval_steps": 1, "num_inference_steps": 2},
+            (),
+            "No preview is sent: preview_interval_steps is 1 and 1 step runs.",
+        ),
+        (
+            {"strength": 0.0},
+            (),
+            "At strength 0 no step runs: the prepared init image is returned.",
+        ),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_named(
+    fields: dict[str, Any], named: tuple[str, ...], told: str
+) -> None:
+    assert resolved(given_names=named, **{"strength": 0.6, **fields})[1] == ([told] if told else [])
+
+
+def test_a_negative_prompt_that_the_model_cannot_take_is_named() -> None:
+    model = replace(MODEL, takes_negative_prompt=False)
+    assert resolved(model, negative_prompt="n")[1] == [
+        "negative_prompt has no effect: the model m uses none."
+    ]
+
+
+def test_warnings_are_joined_by_spaces_each_once() -> None:
+    assert join_warnings("One.", "", "Two.", "One.") == "One. Two."
+    assert join_warnings() == ""
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [
+        (0, [0, 1, 2]),
+        (2**32 - 2, [2**32 - 2, 2**32 - 1, 0]),
+        (2**32, [2**32, 2**32 + 1, 2**32 + 2]),
+        (2**63 - 2, [2**63 - 2, 2**63 - 1, 0]),
+    ],
+)
+def test_samples_use_the_seeds_that_follow(seed: int, seeds: list[int]) -> None:
+    params = JobParams(prompt="p", seed=seed, samples=3)
+    assert [params.sample_seed(index) for index in range(3)] == seeds
