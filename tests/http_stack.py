@@ -23,6 +23,18 @@ BASE = "http://img.example.com"
 ENTERPRISE = "/api/v1/enterprise/realtime"
 V6 = "/api/v6/realtime"
 PHOTO_URL = "https://files.example.org/harbour.png"
+
+
+def error_body(reason: str, message: str, **more: Any) -> dict[str, Any]:
+    """The body of a refusal in default mode."""
+    return {"status": "error", "message": message, "reason": reason, **more}
+
+
+def legacy_error_body(message: Any) -> dict[str, Any]:
+    """The body of a refusal in legacy mode, which knows no reasons."""
+    return {"status": "error", "message": message, "messege": message}
+
+
 META_KEYS = [
     "base64",
     "enhance_prompt",

@@ -12,7 +12,14 @@ import pytest_asyncio
 
 from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from tests.contract.test_http_contract_events import parse
-from tests.http_stack import BASE, Gateway, gateway_before, photo_base64, running_gateway
+from tests.http_stack import (
+    BASE,
+    Gateway,
+    error_body,
+    gateway_before,
+    photo_base64,
+    running_gateway,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEY = {"Authorization": "Bearer dev-key"}
@@ -87,6 +94,7 @@ async def test_all_violations_are_told_at_once_in_the_contract_s_order(gateway: 
     assert answer.json() == {
         "status": "error",
         "message": "prompt is required",
+        "reason": "INVALID_REQUEST",
         "errors": {
             "prompt": ["prompt is required"],
             "width": ["width must be between 256 and 1024"],
@@ -100,6 +108,7 @@ async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway)
     answer = await create(gateway, model="dreamer")
     text = "model 'dreamer' is not served here; known models: fake"
     assert (answer.status_code, answer.json()["errors"]) == (400, {"model": [text]})
+    assert answer.json()["reason"] == "MODEL_NOT_FOUND"
 
 
 @pytest.mark.parametrize(
@@ -141,8 +150,8 @@ async def test_the_key_is_told_before_everything_else(place: str, gateway: Gatew
         assert answer.status_code == expected
         if expected == 401:
             broken = await gateway.http.post("/v1/jobs", json={"x": 1} | fields, headers=headers)
-            told = {"status": "error", "message": "Invalid API key"}
-            assert (broken.status_code, broken.json()) == (401, told)
+            expected_body = error_body("INVALID_API_KEY", "Invalid API key")
+            assert (broken.status_code, broken.json()) == (401, expected_body)
     assert (await gateway.http.get("/v1/capabilities?key=dev-key")).status_code == 401
 
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.upstream import connect
 from img2img_server.settings import Settings
-from tests.http_stack import ENTERPRISE, Gateway, body, gateway_before, running_gateway
+from tests.http_stack import ENTERPRISE, Gateway, body, error_body, gateway_before, running_gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HERE = "http://127.0.0.1:8080"
@@ -107,7 +107,7 @@ async def test_with_the_development_key_other_pages_are_refused(
         answer = await local.post(path, json=body(), headers=simple)
         assert (answer.status_code, answer.json()) == (
             403,
-            {"status": "error", "message": "Pages of this origin may not call this service"},
+            error_body("ORIGIN_NOT_ALLOWED", "Pages of this origin may not call this service"),
         )
         assert "access-control-allow-origin" not in answer.headers
     preflight = await local.options(f"{ENTERPRISE}/img2img", headers=headers)

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from img2img_server.engine.fake import FakeEngine
-from tests.http_stack import Gateway, gateway_before, running_gateway
+from tests.http_stack import Gateway, error_body, gateway_before, running_gateway
 from tests.stack import read_until, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -108,8 +108,8 @@ async def test_an_unknown_job_is_404_before_the_stream_begins(
     job_id: str, gateway: Gateway
 ) -> None:
     answer = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers=KEY)
-    told = {"status": "error", "message": "Request not found"}
-    assert (answer.status_code, answer.json()) == (404, told)
+    expected = error_body("JOB_NOT_FOUND", "Request not found")
+    assert (answer.status_code, answer.json()) == (404, expected)
     answer = await gateway.http.get(f"/v1/jobs/{job_id}/events", headers={"key": "wrong"})
     assert answer.status_code == 401
 

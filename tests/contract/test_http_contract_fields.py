@@ -16,6 +16,7 @@ from tests.http_stack import (
     PHOTO_URL,
     V6,
     Gateway,
+    error_body,
     fetch_photo,
     gateway_before,
     photo_base64,
@@ -111,7 +112,7 @@ async def test_a_broken_rule_is_told(case: Refused, today: Gateway) -> None:
     answer = await today.create(**case.sent)
     assert (answer.status_code, answer.json()) == (
         400,
-        {"status": "error", "message": case.today, "errors": {case.field: [case.today]}},
+        error_body("INVALID_REQUEST", case.today, errors={case.field: [case.today]}),
     )
 
 
@@ -132,6 +133,7 @@ async def test_all_failures_are_told_and_the_first_in_table_order_is_the_message
     assert answer.json() == {
         "status": "error",
         "message": "prompt is required",
+        "reason": "INVALID_REQUEST",
         "errors": {
             "prompt": ["prompt is required"],
             "width": ["width must be divisible by 8"],
@@ -275,7 +277,10 @@ async def test_a_key_without_the_right_is_told_so_and_may_leave_the_checker_on(
         gateway_before(Stack(bus, api, worker), legacy=True) as old,
     ):
         answer = await gateway.http.post(f"{ENTERPRISE}/img2img", content=printed(key))
-        assert (answer.status_code, answer.json()) == (403, {"status": "error", "message": told})
+        assert (answer.status_code, answer.json()) == (
+            403,
+            {"status": "error", "message": told, "reason": "PERMISSION_DENIED"},
+        )
         answer = await old.http.post(f"{ENTERPRISE}/img2img", content=printed(key))
         expected = {"status": "error", "message": told, "messege": told}
         assert (answer.status_code, answer.json()) == (200, expected)

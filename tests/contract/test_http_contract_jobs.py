@@ -24,6 +24,7 @@ from tests.http_stack import (
     V6,
     Gateway,
     body,
+    error_body,
     fetch_photo,
     gateway_before,
     running_gateway,
@@ -198,7 +199,7 @@ async def test_a_cancelled_job_is_failed_with_its_own_message() -> None:
 async def test_an_unknown_id_is_404_by_day_and_200_failed_in_legacy(job_id: str) -> None:
     async with running_gateway() as gateway, gateway_before(gateway.stack, legacy=True) as old:
         answer = await gateway.fetch(job_id)
-        expected = {"status": "error", "message": "Request not found"}
+        expected = error_body("JOB_NOT_FOUND", "Request not found")
         assert (answer.status_code, answer.json()) == (404, expected)
         answer = await old.fetch(job_id)
         assert (answer.status_code, answer.json()) == (
@@ -221,11 +222,11 @@ async def test_a_missing_request_id_is_told(nothing: dict[str, Any]) -> None:
         answer = await gateway.http.post(f"{V6_IMAGES}/fetch", json={"key": "dev-key", **nothing})
         assert (answer.status_code, answer.json()) == (
             400,
-            {
-                "status": "error",
-                "message": "request_id is required",
-                "errors": {"request_id": ["request_id is required"]},
-            },
+            error_body(
+                "INVALID_REQUEST",
+                "request_id is required",
+                errors={"request_id": ["request_id is required"]},
+            ),
         )
 
 

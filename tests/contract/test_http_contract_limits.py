@@ -63,6 +63,7 @@ async def test_a_key_that_makes_jobs_too_fast_is_429_with_when_to_come_back() ->
         assert refused.json() == {
             "status": "error",
             "message": "Rate limit exceeded. Maximum 2 requests per minute allowed.",
+            "reason": "RATE_LIMITED",
             "retry_after": 30,
         }
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -437,6 +438,7 @@ async def test_a_hint_beyond_the_models_own_limit_is_ignored() -> None:
         assert (answer.status_code, told["status"]) == (200, "success")
         job = await gateway.stack.api.get(f"jobs/{told['id']}")
         assert job.spec.num_inference_steps == FAKE_MODEL.default_num_inference_steps
-        assert told["meta"]["strength"] == 0.7  # the contract's default, not the model's
+        assert told["meta"]["strength"] == 0.4  # the model's own default, as over gRPC
+        assert told["warning"] == ("num_inference_steps was ignored: it must be between 1 and 6.")
         wrong = await gateway.create(num_inference_steps=50, width=5)
         assert list(wrong.json()["errors"]) == ["width"]

@@ -25,8 +25,10 @@ from tests.http_stack import (
     ENTERPRISE,
     Gateway,
     body,
+    error_body,
     fetch_photo,
     gateway_before,
+    legacy_error_body,
     running_gateway,
     served_gateway,
 )
@@ -127,8 +129,8 @@ async def test_a_wrong_key_is_told_before_a_missing_right(
     codes = [answer.status_code for answer in (no_object, unknown, denied)]
     assert codes == ([200] * 3 if legacy else [400, 401, 403])
     message = "This key may not manage the server"
-    told = {"status": "error", "message": message}
-    assert denied.json() == (told | {"messege": message} if legacy else told)
+    expected = legacy_error_body(message) if legacy else error_body("PERMISSION_DENIED", message)
+    assert denied.json() == expected
 
 
 async def test_other_methods_are_405(gateway: Gateway) -> None:

@@ -19,16 +19,18 @@ from tests.http_stack import (
     V6,
     Gateway,
     body,
+    error_body,
     fetch_photo,
     gateway_before,
+    legacy_error_body,
     photo_base64,
     running_gateway,
 )
-from tests.stack import Stack, running_api, running_worker, two_tenants
+from tests.stack import Stack, photo, running_api, running_worker, two_tenants
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CREATE = f"{ENTERPRISE}/img2img"
-BAD_KEY = {"status": "error", "message": "Invalid API key"}
+BAD_KEY = {"status": "error", "message": "Invalid API key", "reason": "INVALID_API_KEY"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -122,7 +124,7 @@ async def test_jobs_belong_to_the_tenant_of_the_key(tmp_path: Path) -> None:
         unsafe = await gateway.create(key=key_b, safety_checker=False)
         assert (unsafe.status_code, unsafe.json()) == (
             403,
-            {"status": "error", "message": "This key may not turn the safety checker off"},
+            error_body("PERMISSION_DENIED", "This key may not turn the safety checker off"),
         )
 
 
@@ -138,11 +140,33 @@ async def test_a_body_that_is_no_json_object_is_told_before_the_key(
     sent: bytes, today: Gateway, legacy: Gateway
 ) -> None:
     answer = await today.http.post(CREATE, content=sent)
-    told = {"status": "error", "message": "Invalid JSON body"}
-    assert (answer.status_code, answer.json()) == (400, told)
+    message = "Invalid JSON body"
+    assert (answer.status_code, answer.json()) == (400, error_body("INVALID_JSON", message))
     answer = await legacy.http.post(CREATE, content=sent)
-    told["messege"] = "Invalid JSON body"
-    assert (answer.status_code, answer.json()) == (200, told)
+    assert (answer.status_code, answer.json()) == (200, legacy_error_body(message))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "sent"),
+    [
+        ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="key"'),
+        ("application/x-www-form-urlencoded", b"key=dev-key&prompt=a"),
+        ("image/png", photo(form="PNG")),
+    ],
+)
+async def test_a_body_of_another_kind_has_a_reason_of_its_own(
+    content_type: str, sent: bytes, today: Gateway, legacy: Gateway
+) -> None:
+    headers = {"Content-Type": content_type}
+    message, reason = "Invalid JSON body", "UNSUPPORTED_MEDIA_TYPE"
+    answer = await today.http.post(CREATE, content=sent, headers=headers)
+    assert (answer.status_code, answer.json()) == (400, error_body(reason, message))
+    answer = await legacy.http.post(CREATE, content=sent, headers=headers)
+    assert (answer.status_code, answer.json()) == (200, legacy_error_body(message))
+    answer = await today.http.post("/v1/jobs", content=sent, headers=headers)
+    media_type = content_type.partition(";")[0]
+    message = f"This endpoint takes application/json; the body is {media_type}"
+    assert (answer.status_code, answer.json()) == (400, error_body(reason, message))
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded"])
@@ -180,12 +204,11 @@ async def test_a_body_over_32_mb_is_refused_and_one_of_32_mb_is_not(
     exact = filled[:-2] + b"x" * (limit - len(filled)) + filled[-2:]
     assert len(exact) == limit
     assert (await today.http.post(CREATE, content=exact)).status_code == 401
-    told = {"status": "error", "message": "Request body too large"}
+    message = "Request body too large"
     answer = await today.http.post(CREATE, content=exact + b" ")
-    assert (answer.status_code, answer.json()) == (413, told)
+    assert (answer.status_code, answer.json()) == (413, error_body("BODY_TOO_LARGE", message))
     answer = await legacy.http.post(CREATE, content=exact + b" ")
-    told["messege"] = "Request body too large"
-    assert (answer.status_code, answer.json()) == (200, told)
+    assert (answer.status_code, answer.json()) == (200, legacy_error_body(message))
 
 
 async def test_a_body_without_announced_length_is_counted(today: Gateway) -> None:
@@ -223,7 +246,7 @@ NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
 
 
 @pytest.mark.parametrize(
-    ("sent", "told", "cause"),
+    ("sent", "text", "cause"),
     [
         ("https://nowhere.example/x.png", "Unable to fetch image from provided URL", ""),
         ("not base64!", NOT_AN_IMAGE, "the data is plain text, not an image"),
@@ -233,14 +256,14 @@ NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
     ],
 )
 async def test_a_picture_that_cannot_be_used_is_told(
-    sent: str, told: str, cause: str, today: Gateway, legacy: Gateway
+    sent: str, text: str, cause: str, today: Gateway, legacy: Gateway
 ) -> None:
     answer = await today.create(init_image=sent)
     [why] = answer.json()["errors"]["init_image"]
-    assert (answer.status_code, answer.json()["message"]) == (400, told)
-    assert why.startswith(f"{told}: {cause}" if cause else told)
+    assert (answer.status_code, answer.json()["message"]) == (400, text)
+    assert why.startswith(f"{text}: {cause}" if cause else text)
     answer = await legacy.create(init_image=sent)
-    sentence = f"The {told}." if told.startswith("init_image") else f"{told}."
+    sentence = f"The {text}." if text.startswith("init_image") else f"{text}."
     assert (answer.status_code, answer.json()["message"]) == (200, {"init_image": [sentence]})
 
 
@@ -289,19 +312,16 @@ async def test_an_api_that_is_away_is_503_with_retry_after(today: Gateway) -> No
         gateway_before(today.stack, address=gone) as gateway,
         gateway_before(today.stack, address=gone, legacy=True) as old,
     ):
-        told = {
-            "status": "error",
-            "message": "Service temporarily unavailable. Please try again later.",
-        }
+        message = "Service temporarily unavailable. Please try again later."
         for answer in (
             await gateway.create(),
             await gateway.create(width=1),
             await gateway.fetch(10000001),
         ):
-            assert (answer.status_code, answer.json()) == (503, told)
+            assert (answer.status_code, answer.json()) == (503, error_body("UNAVAILABLE", message))
             assert int(answer.headers["retry-after"]) >= 1
         answer = await old.create()
-        expected = told | {"messege": told["message"]}
+        expected = legacy_error_body(message)
         assert (answer.status_code, answer.json()) == (200, expected)
         assert int(answer.headers["retry-after"]) >= 1
 
@@ -322,10 +342,10 @@ async def test_a_fault_of_ours_is_500_and_names_nothing(today: Gateway) -> None:
             answers = [await each.http.get("/readyz") for each in (gateway, old)]
     broken = [line for line in logs if line["event"] == "http request broke"]
     assert [str(line["exc_info"]) for line in broken] == ["a fault", "a fault"]
-    told = {"status": "error", "message": "Internal server error. Please try again."}
-    assert (answers[0].status_code, answers[0].json()) == (500, told)
+    message = "Internal server error. Please try again."
+    assert (answers[0].status_code, answers[0].json()) == (500, error_body("INTERNAL", message))
     assert answers[0].headers["access-control-allow-origin"] == "*"
-    expected = told | {"messege": told["message"]}
+    expected = legacy_error_body(message)
     assert (answers[1].status_code, answers[1].json()) == (200, expected)
 
 
@@ -346,10 +366,9 @@ async def test_a_fault_of_ours_is_500_and_names_nothing(today: Gateway) -> None:
 )
 async def test_other_paths_are_404(path: str, today: Gateway, legacy: Gateway) -> None:
     answer = await today.http.post(path, json=body())
-    told = {"status": "error", "message": "Not found"}
-    assert (answer.status_code, answer.json()) == (404, told)
+    assert (answer.status_code, answer.json()) == (404, error_body("PATH_NOT_FOUND", "Not found"))
     answer = await legacy.http.post(path, json=body())
-    assert (answer.status_code, answer.json()) == (404, told | {"messege": "Not found"})
+    assert (answer.status_code, answer.json()) == (404, legacy_error_body("Not found"))
 
 
 @pytest.mark.parametrize(

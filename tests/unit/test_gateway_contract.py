@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from img2img.v1 import job_pb2
-from img2img_server.domain.params import JobParams, Violation
+from img2img_server.domain.params import SEED_MAX, JobParams, Violation
 from img2img_server.gateway import contract, kinds
 from img2img_server.gateway.dialects import legacy_sentence
 from img2img_server.gateway.request import init_image, job_spec
@@ -126,9 +126,37 @@ def test_null_and_the_empty_string_equal_an_absent_optional_field(nothing: Any) 
     assert contract.read(GOOD | dict.fromkeys(optional, nothing)) == contract.read(GOOD)
 
 
-def test_unknown_fields_are_ignored() -> None:
+def test_unknown_fields_are_ignored_and_named() -> None:
     extra = {"model_id": "x", "scheduler": "DDIM", "watermark": "no", "scale_down": [1]}
-    assert contract.read(GOOD | extra) == contract.read(GOOD)
+    reading, plain = contract.read(GOOD | extra), contract.read(GOOD)
+    assert (reading.values, reading.violations) == (plain.values, plain.violations)
+    assert plain.warnings == []
+    assert reading.warnings == [
+        "The fields model_id, scheduler, watermark and scale_down have no effect here and were "
+        "ignored."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"clip_skip": 2}, ["The field clip_skip has no effect here and was ignored."]),
+        ({"enhance_style": "x"}, ["The field enhance_style has no effect here and was ignored."]),
+        ({"lora_model": None, "scheduler": "", "key": "k", "track_id": 5}, []),
+        ({"a b\n": 0}, ["The field 'a b\\n' has no effect here and was ignored."]),
+        ({"x" * 99: 0}, [f"The field {'x' * 40}… has no effect here and was ignored."]),
+        (
+            {f"f{index}": 0 for index in range(1000)},
+            [
+                f"The fields {', '.join(f'f{index}' for index in range(20))} and 980 more have no "
+                "effect here and were ignored."
+            ],
+        ),
+    ],
+    ids=["one", "echoed", "absent or known", "odd", "long", "many"],
+)
+def test_a_warning_names_the_fields_without_effect(extra: dict[str, Any], named: list[str]) -> None:
+    assert contract.read(GOOD | extra).warnings == named
 
 
 def test_every_violation_is_told_in_table_order() -> None:
@@ -163,22 +191,43 @@ def test_seed_zero_is_a_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "kept"),
+    ("sent", "kept", "told"),
     [
-        ({"guidance_scale": 99}, {"guidance_scale": 30.0}),
-        ({"guidance_scale": -3}, {"guidance_scale": 0}),
-        ({"guidance_scale": "7.5"}, {"guidance_scale": 7.5}),
-        ({"guidance_scale": "strong"}, {}),
-        ({"num_inference_steps": 0}, {"num_inference_steps": 1}),
-        ({"num_inference_steps": "500"}, {"num_inference_steps": 100}),
-        ({"num_inference_steps": 20.5}, {}),
-        ({"enhance_style": 5}, {}),
+        (
+            {"guidance_scale": 99},
+            {"guidance_scale": 30.0},
+            "guidance_scale was set to 30, the largest value allowed.",
+        ),
+        (
+            {"guidance_scale": -3},
+            {"guidance_scale": 0},
+            "guidance_scale was set to 0, the smallest value allowed.",
+        ),
+        ({"guidance_scale": "7.5"}, {"guidance_scale": 7.5}, ""),
+        ({"guidance_scale": "strong"}, {}, "guidance_scale was ignored: it must be a number."),
+        (
+            {"num_inference_steps": 0},
+            {"num_inference_steps": 1},
+            "num_inference_steps was set to 1, the smallest value allowed.",
+        ),
+        (
+            {"num_inference_steps": "500"},
+            {"num_inference_steps": 100},
+            "num_inference_steps was set to 100, the largest value allowed.",
+        ),
+        (
+            {"num_inference_steps": 20.5},
+            {},
+            "num_inference_steps was ignored: it must be an integer.",
+        ),
+        ({"enhance_style": 5}, {}, "The field enhance_style has no effect here and was ignored."),
     ],
 )
-def test_hints_are_clamped_or_ignored_and_never_an_error(
-    sent: dict[str, Any], kept: dict[str, Any]
+def test_hints_are_clamped_or_ignored_with_a_warning_and_never_an_error(
+    sent: dict[str, Any], kept: dict[str, Any], told: str
 ) -> None:
-    assert contract.read(GOOD | sent) == contract.Reading(GOOD | kept, [])
+    warnings = [told] if told else []
+    assert contract.read(GOOD | sent) == contract.Reading(GOOD | kept, [], warnings)
 
 
 def test_length_is_counted_in_code_points() -> None:
@@ -243,7 +292,7 @@ def test_the_table_has_every_field_of_the_spec_that_http_callers_may_set() -> No
 
 def test_the_documented_defaults_are_those_of_the_domain() -> None:
     defaults = JobParams(prompt="")
-    random_or_none = {"seed": None, "webhook": None, "track_id": None}
+    random_or_none = {"seed": None, "webhook": None, "track_id": None, "strength": None}
     for entry in contract.FIELDS:
         if entry.in_spec and not entry.required:
             expected = random_or_none.get(entry.name, getattr(defaults, entry.name))
@@ -267,9 +316,10 @@ def test_the_table_and_the_comments_of_the_proto_say_the_same(entry: contract.Fi
     said = proto_comments()[entry.name].lower()
     schema = entry.schema
     if "maximum" in schema and entry.name != "strength":
-        low = 0 if entry.name == "seed" else schema["minimum"]  # -1 is HTTP's word for random
         decimal = ".0" if entry.kind is kinds.NUMBER else ""
-        assert f"{low}{decimal} to {schema['maximum']}" in said
+        bounds = schema["minimum"], schema["maximum"]
+        low, high = (0, SEED_MAX) if entry.name == "seed" else bounds  # the contract's are narrower
+        assert f"{low}{decimal} to {high}" in said
     if "multipleOf" in schema:
         assert f"a multiple of {schema['multipleOf']}" in said
     if "maxLength" in schema:
@@ -279,7 +329,9 @@ def test_the_table_and_the_comments_of_the_proto_say_the_same(entry: contract.Fi
     elif isinstance(entry.default, bool | int | float):
         assert f"default {str(entry.default).lower()}" in said
     else:
-        assert re.search(r"default:? (empty|none|the model's own)|absent: drawn at random", said)
+        assert re.search(
+            r"default:? (empty|none|the model's own)|absent or -1: drawn at random", said
+        )
 
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))

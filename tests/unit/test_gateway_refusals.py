@@ -58,6 +58,7 @@ def failed(error: errors.ServiceError) -> AioRpcError:
         ),
         (errors.TooManyWatchersError(9), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 5),
         (errors.UnavailableError(), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 1),
+        (errors.NoModelError(), Case.UNAVAILABLE, str(errors.NoModelError()), 5),
         (errors.InternalError("x"), Case.FAULT, Case.FAULT.message, 30),
         (
             errors.StorageKeysMissingError(),
@@ -92,6 +93,7 @@ def test_every_error_of_the_api_is_a_refusal(
 ) -> None:
     told = refusal(failed(error))
     assert (told.case, told.message, told.retry_seconds) == (case, message, retry_seconds)
+    assert told.reason == error.reason
 
 
 def test_every_error_of_the_tree_is_in_the_table_above() -> None:
@@ -114,6 +116,7 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
         "TooManyCallsError",
         "TooManyWatchersError",
         "UnavailableError",
+        "NoModelError",
         "InternalError",
     }
     assert {kind.__name__ for kind in errors.ServiceError.__subclasses__()} == met

@@ -56,7 +56,8 @@ class Calls:
             if refused.case is not Case.FIELDS:
                 raise
             violations = contract.in_table_order(refused.violations)
-            raise RefusedError(Case.FIELDS, violations=violations) from None
+            reason = refused.reason
+            raise RefusedError(Case.FIELDS, reason=reason, violations=violations) from None
         return _json(service_pb2.CreateJobResponse(job=job))
 
     async def cancel(self, request: Request, job_id: str) -> Response:

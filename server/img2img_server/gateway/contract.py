@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from img2img_server.domain.params import (
-    SEED_MAX,
+    NARROW_SEED_MAX,
+    RANDOM_SEED,
     TRACK_ID_MAX_CHARACTERS,
     JobParams,
     Limits,
@@ -22,8 +23,7 @@ from img2img_server.domain.params import (
 from img2img_server.domain.urls import URL_MAX_CHARACTERS
 from img2img_server.gateway.kinds import BOOLEAN, INTEGER, NUMBER, REFERENCE, STRING, Kind
 
-LIMITS = Limits()
-RANDOM_SEED = -1
+LIMITS = Limits(max_seed=NARROW_SEED_MAX)
 _CONTEXT = ValidationContext(LIMITS)
 
 
@@ -54,7 +54,12 @@ _SIDE = {
 _SAMPLES = {"minimum": 1, "maximum": LIMITS.max_samples}
 _GUIDANCE = {"minimum": 0, "maximum": LIMITS.max_guidance_scale}
 _STEPS = {"minimum": 1, "maximum": LIMITS.max_num_inference_steps}
-_HINT = "A hint: clamped, or ignored when it cannot be read. Default: the model's own."
+_HINT = (
+    "A hint: brought within the limits, or ignored; `warning` says so. Default and limit: the "
+    "model's own, see /v1/capabilities."
+)
+_NAMED = 20  # ignored fields that a warning names
+_NAME_SHOWN_CHARACTERS = 40
 
 FIELDS = (
     Field("prompt", STRING, "What the picture shall show.", schema=_PROMPT, required=True),
@@ -71,23 +76,24 @@ FIELDS = (
     Field(
         "samples",
         INTEGER,
-        "Number of pictures; picture i uses seed (seed + i) mod 2^32.",
+        "Number of images; image i uses seed (seed + i) mod 2^32.",
         1,
         _SAMPLES,
     ),
     Field(
         "strength",
         NUMBER,
-        "How much is made anew: 0 returns the prepared init image, 1 keeps nothing of it.",
-        0.7,
-        {"minimum": 0, "maximum": 1},
+        "How strongly the image is changed: 0 returns the prepared init image, 1 keeps nothing of "
+        "it. Default: the model's own, else 0.7.",
+        None,
+        {"minimum": LIMITS.min_strength, "maximum": LIMITS.max_strength},
     ),
     Field(
         "seed",
         INTEGER,
         "Start of the random numbers; absent, null or -1: drawn at random once for the job.",
         None,
-        {"minimum": RANDOM_SEED, "maximum": SEED_MAX},
+        {"minimum": RANDOM_SEED, "maximum": NARROW_SEED_MAX},
     ),
     Field("safety_checker", BOOLEAN, "Check the results, blank what is not safe for work.", True),
     Field("base64", BOOLEAN, "Links to base64 text files instead of images.", False),
@@ -119,25 +125,34 @@ FIELDS = (
     ),
     Field("guidance_scale", NUMBER, _HINT, schema=_GUIDANCE, hint=True),
     Field("num_inference_steps", INTEGER, _HINT, schema=_STEPS, hint=True),
-    Field("enhance_style", STRING, "Ignored, given back in `meta`.", hint=True, in_spec=False),
+    Field(
+        "enhance_style",
+        STRING,
+        "Ignored, given back in `meta`; `warning` says so.",
+        hint=True,
+        in_spec=False,
+    ),
 )
 HINTS = frozenset(entry.name for entry in FIELDS if entry.hint and entry.in_spec)
-DEFAULT_STRENGTH = next(entry.default for entry in FIELDS if entry.name == "strength")
 _ORDER = {entry.name: place for place, entry in enumerate(FIELDS)}
+_READ = frozenset(_ORDER) - {"enhance_style"} | {"key"}
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A body as understood: coerced values without the absent ones, and every broken rule."""
+    """A body as understood: coerced values without the absent ones, every broken rule, and a
+    sentence for everything that was ignored or changed."""
 
     values: dict[str, Any]
     violations: list[Violation]
+    warnings: list[str] = field(default_factory=list)
 
 
 def read(body: Mapping[str, Any], context: ValidationContext = _CONTEXT) -> Reading:
     """Reads the body of img2img; never raises. Violations come in table order."""
     values: dict[str, Any] = {}
     violations = []
+    warnings = _unknown(body)
     for entry in FIELDS:
         value = body.get(entry.name)
         if value is None or value == "":
@@ -145,15 +160,50 @@ def read(body: Mapping[str, Any], context: ValidationContext = _CONTEXT) -> Read
                 violations.append(Violation(entry.name, f"{entry.name} is required"))
             continue
         try:
-            values[entry.name] = _clamped(entry, entry.kind.read(value))
+            read_value = entry.kind.read(value)
         except ValueError:
-            if not entry.hint:
+            if entry.hint and entry.in_spec:
+                warnings.append(ignored(entry.name, f"it {entry.kind.complaint}"))
+            elif not entry.hint:
                 violations.append(Violation(entry.name, f"{entry.name} {entry.kind.complaint}"))
+            continue
+        values[entry.name] = within = _clamped(entry, read_value)
+        if within != read_value:
+            limit = f"the {'largest' if within < read_value else 'smallest'} value allowed"
+            warnings.append(f"{entry.name} was set to {within:g}, {limit}.")
     if values.get("seed") == RANDOM_SEED:
         del values["seed"]
     refused = {violation.field for violation in violations}
     beyond = [broken for broken in _beyond_limits(values, context) if broken.field not in refused]
-    return Reading(values, in_table_order(violations + beyond))
+    return Reading(values, in_table_order(violations + beyond), warnings)
+
+
+def ignored(name: str, why: str) -> str:
+    """Returns the warning about a hint that was ignored."""
+    return f"{name} was ignored: {why}."
+
+
+def _unknown(body: Mapping[str, Any]) -> list[str]:
+    """A warning that names the fields of the body that have no effect here, if there are any."""
+    names = [name for name, value in body.items() if name not in _READ and value not in (None, "")]
+    if not names:
+        return []
+    shown = [_shown(name) for name in names[:_NAMED]]
+    if more := len(names) - len(shown):
+        shown.append(f"{more} more")
+    if len(names) == 1:
+        return [f"The field {shown[0]} has no effect here and was ignored."]
+    return [
+        f"The fields {', '.join(shown[:-1])} and {shown[-1]} have no effect here and were ignored."
+    ]
+
+
+def _shown(name: str) -> str:
+    """A field's name as far as a sentence has room for it."""
+    text = name if name.isidentifier() else repr(name)
+    if len(text) > _NAME_SHOWN_CHARACTERS:
+        text = text[:_NAME_SHOWN_CHARACTERS] + "…"
+    return text
 
 
 def in_table_order(violations: list[Violation]) -> list[Violation]:

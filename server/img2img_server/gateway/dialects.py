@@ -45,10 +45,10 @@ class Dialect(Protocol):
 
 
 class Today:
-    """Real HTTP codes, one `message`."""
+    """Real HTTP codes, one `message`, a `reason` as over gRPC."""
 
     def refused(self, why: RefusedError) -> Answer:
-        body: dict[str, Any] = {"status": "error", "message": why.message}
+        body: dict[str, Any] = {"status": "error", "message": why.message, "reason": why.reason}
         if why.violations:
             body["errors"] = _by_field([(v.field, v.text) for v in why.violations])
         if why.case is Case.RATE_LIMIT:

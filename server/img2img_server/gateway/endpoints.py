@@ -15,6 +15,7 @@ from img2img.v1 import event_pb2, job_pb2
 from img2img_server.contract import notes, results
 from img2img_server.contract.files import inline
 from img2img_server.domain.params import ValidationContext, Violation
+from img2img_server.domain.warnings import join_warnings
 from img2img_server.errors import StorageError
 from img2img_server.gateway import contract
 from img2img_server.gateway.dialects import Answer, Dialect
@@ -71,24 +72,29 @@ class Endpoints:
             del reading
             await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
             raise RefusedError(Case.FIELDS, violations=violations)
-        spec = job_spec(reading.values, call.base)
+        spec, warnings = job_spec(reading.values, call.base), reading.warnings
         at_once = bool(reading.values.get("instant_response") or spec.webhook)
         del reading
-        job = await self._make(call, spec)
+        job = await self._make(call, spec, warnings)
         del spec  # the picture is not kept while its job runs
         forget_body(request)
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(call.key, job)
         return await self._answer(job, call, fetched=False)
 
-    async def _make(self, call: Call, spec: job_pb2.JobSpec) -> job_pb2.Job:
+    async def _make(self, call: Call, spec: job_pb2.JobSpec, warnings: list[str]) -> job_pb2.Job:
+        # Legacy callers know no other `warning` than those of the original.
+        warning = "" if self._settings.legacy else join_warnings(*warnings)
         try:
-            return await self._upstream.create(call.key, spec, call.base)
+            return await self._upstream.create(call.key, spec, call.base, warning=warning)
         except RefusedError as refused:
-            broken = {violation.field for violation in refused.violations}
+            broken = {violation.field: violation.description for violation in refused.violations}
             # The model's own limit is narrower than ours; a hint is never an error.
-            if drop_hints(spec, broken):
-                return await self._make(call, spec)
+            if dropped := drop_hints(spec, broken):
+                more = [
+                    contract.ignored(name, broken[name].replace(name, "it", 1)) for name in dropped
+                ]
+                return await self._make(call, spec, [*warnings, *more])
             refused.violations = contract.in_table_order(refused.violations)
             raise
 

@@ -150,11 +150,15 @@ STORAGE_EXAMPLES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 def error_example(case: Case) -> dict[str, Any]:
     """What a refusal looks like."""
-    body: dict[str, Any] = {"status": "error", "message": case.message}
+    body: dict[str, Any] = {
+        "status": "error",
+        "message": case.message,
+        "reason": case.reason,
+    }
     if case is Case.FIELDS:
         sentence = "width must be divisible by 8"
         body |= {"message": sentence, "errors": {"width": [sentence]}}
     if case is Case.RATE_LIMIT:
         sentence = "Rate limit exceeded. Maximum 15 queued requests allowed."
-        body |= {"message": sentence, "retry_after": 30}
+        body |= {"message": sentence, "reason": "QUEUE_FULL", "retry_after": 30}
     return body

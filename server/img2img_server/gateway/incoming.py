@@ -24,6 +24,7 @@ _BODY_SECONDS = 120.0
 # longest lengths could have 36 000.
 _BEFORE_VALUES = (b"{", b"[", b",")
 MAX_VALUES = 40_000
+_MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,63}/[a-z0-9!#$&^_.+-]{1,63}")
 _SALT = secrets.token_bytes(16)
 _HOST = re.compile(r"[A-Za-z0-9._\-\[\]:]{1,255}")
 
@@ -33,6 +34,7 @@ async def read_json(request: Request) -> dict[str, Any]:
 
     Raises:
         RefusedError: TOO_LARGE, SLOW_BODY or INVALID_JSON, also of one of more than MAX_VALUES;
+            INVALID_JSON has the reason UNSUPPORTED_MEDIA_TYPE when Content-Type is another one;
             UNAVAILABLE when all requests together hold as much as the gateway may.
         ClientDisconnect: nobody is left to answer.
     """
@@ -44,14 +46,26 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not raw.strip():
         return {}
     if sum(map(raw.count, _BEFORE_VALUES)) > MAX_VALUES:
-        raise RefusedError(Case.INVALID_JSON)
+        raise _no_json(request)
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
-        raise RefusedError(Case.INVALID_JSON) from None
+        raise _no_json(request) from None
     if not isinstance(body, dict):
-        raise RefusedError(Case.INVALID_JSON)
+        raise _no_json(request)
     return body
+
+
+def _no_json(request: Request) -> RefusedError:
+    """The refusal of a body that is not a JSON object. The contract fixes the message on its paths;
+    on ours the message names the kind of body."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type in ("", "text/plain") or media_type.endswith("json"):
+        return RefusedError(Case.INVALID_JSON)
+    message = ""
+    if request.scope["path"].startswith("/v1/") and _MEDIA_TYPE.fullmatch(media_type):
+        message = f"This endpoint takes application/json; the body is {media_type}"
+    return RefusedError(Case.INVALID_JSON, message, reason="UNSUPPORTED_MEDIA_TYPE")
 
 
 async def _read(request: Request) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from img2img.v1 import job_pb2
-from img2img_server.domain.params import SEED_MAX
+from img2img_server.domain.params import RANDOM_SEED, SEED_MAX
 from img2img_server.domain.urls import URL_MAX_CHARACTERS
 from img2img_server.gateway.contract import FIELDS, LIMITS
 from img2img_server.gateway.examples import error_example
@@ -19,7 +19,7 @@ _ANYWHERE = (Case.BAD_KEY, Case.FAULT, Case.UNAVAILABLE)
 _WITH_BODY = (*_ANYWHERE, Case.INVALID_JSON, Case.SLOW_BODY, Case.TOO_LARGE)
 _LIMITS = {entry.name: entry.schema for entry in FIELDS} | {
     "prompt": {"minLength": 1, "maxLength": LIMITS.max_prompt_characters},
-    "seed": {"minimum": 0, "maximum": SEED_MAX},
+    "seed": {"minimum": RANDOM_SEED, "maximum": SEED_MAX},
     "preview_interval_steps": {"minimum": 0, "maximum": LIMITS.max_preview_interval_steps},
     "lora_scale": {"minimum": 0, "maximum": LIMITS.max_lora_scale},
 }

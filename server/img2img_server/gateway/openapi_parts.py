@@ -129,7 +129,9 @@ PROBES = {
             "summary": "The gateway may serve",
             "security": [],
             "responses": {
-                "200": json_body("The api serves and the bucket can be read.", _STATUS),
+                "200": json_body(
+                    "The api serves, the bucket can be read and a model was announced.", _STATUS
+                ),
                 "503": json_body("Why not.", _STATUS),
             },
         }

@@ -19,8 +19,8 @@ log = structlog.get_logger()
 
 
 class Readiness:
-    """Asks the api and the bucket, each for two seconds at most, and logs when they begin or cease
-    to answer."""
+    """Asks the api, also whether a worker has ever announced a model, and the bucket, each for two
+    seconds at most, and logs when they begin or cease to answer."""
 
     def __init__(self, channel: grpc.aio.Channel, blobs: BlobStore, stop: asyncio.Event) -> None:
         self._upstream = Upstream(channel)
@@ -32,11 +32,15 @@ class Readiness:
 
     async def troubles(self) -> dict[str, str]:
         """Returns why requests cannot be served, by part; empty: they can."""
-        api, bucket = await asyncio.gather(self._upstream.trouble(), self._files.trouble())
+        api, model, bucket = await asyncio.gather(
+            self._upstream.trouble(), self._upstream.model_trouble(), self._files.trouble()
+        )
         self._note("api", api)
         self._note("bucket", bucket)
+        if not api:
+            self._note("model", model)
         gateway = "stopping" if self._stop.is_set() else ""
-        troubles = {"api": api, "bucket": bucket, "gateway": gateway}
+        troubles = {"api": api, "model": "" if api else model, "bucket": bucket, "gateway": gateway}
         return {name: trouble for name, trouble in troubles.items() if trouble}
 
     async def why_not(self) -> str:

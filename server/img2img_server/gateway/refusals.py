@@ -27,31 +27,37 @@ Detail = TypeVar("Detail", bound=Message)
 
 
 class Case(Enum):
-    """HTTP code and default message of every refusal."""
+    """HTTP code, reason and default message of every refusal. The api's own reason replaces it."""
 
-    INVALID_JSON = 400, "Invalid JSON body"
-    FIELDS = 400, ""  # the sentence of the first field
-    BAD_KEY = 401, "Invalid API key"
-    FORBIDDEN = 403, "This key may not manage the server"
-    FOREIGN_PAGE = 403, "Pages of this origin may not call this service"
-    JOB_ENDED = 400, "The job has already ended"
-    UNKNOWN_JOB = 404, "Request not found"
-    NO_ROUTE = 404, "Not found"
-    WRONG_METHOD = 405, "Method not allowed"
-    SLOW_BODY = 408, "Request body took too long"
-    REQUEST_ID_REUSED = 409, "request_id was used for a different request"
-    TOO_LARGE = 413, "Request body too large"
-    RATE_LIMIT = 429, "Rate limit exceeded"
-    FAULT = 500, "Internal server error. Please try again."
-    UNAVAILABLE = 503, "Service temporarily unavailable. Please try again later."
+    INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
+    FIELDS = 400, "INVALID_REQUEST", ""  # the sentence of the first field
+    BAD_KEY = 401, "INVALID_API_KEY", "Invalid API key"
+    FORBIDDEN = 403, "PERMISSION_DENIED", "This key may not manage the server"
+    FOREIGN_PAGE = 403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not call this service"
+    JOB_ENDED = 400, "JOB_ENDED", "The job has already ended"
+    UNKNOWN_JOB = 404, "JOB_NOT_FOUND", "Request not found"
+    NO_ROUTE = 404, "PATH_NOT_FOUND", "Not found"
+    WRONG_METHOD = 405, "METHOD_NOT_ALLOWED", "Method not allowed"
+    SLOW_BODY = 408, "BODY_TIMEOUT", "Request body took too long"
+    REQUEST_ID_REUSED = 409, "REQUEST_ID_REUSED", "request_id was used for a different request"
+    TOO_LARGE = 413, "BODY_TOO_LARGE", "Request body too large"
+    RATE_LIMIT = 429, "RATE_LIMITED", "Rate limit exceeded"
+    FAULT = 500, "INTERNAL", "Internal server error. Please try again."
+    UNAVAILABLE = (
+        503,
+        "UNAVAILABLE",
+        "Service temporarily unavailable. Please try again later.",
+    )
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, reason: str, message: str) -> None:
         self.status = status
+        self.reason = reason
         self.message = message
 
 
 class RefusedError(Exception):
-    """The request is refused. `message` replaces the case's own; `retry_seconds` are whole.
+    """The request is refused. `message` and `reason` replace the case's own; `retry_seconds` are
+    whole.
 
     `violations` come with FIELDS only, in the order in which they are to be told.
     """
@@ -61,11 +67,13 @@ class RefusedError(Exception):
         case: Case,
         message: str = "",
         *,
+        reason: str = "",
         violations: list[Violation] | None = None,
         retry_seconds: int = RETRY_SECONDS,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.case = case
+        self.reason = reason or case.reason
         self.violations = violations or []
         self.message = message or (
             self.violations[0].description if self.violations else case.message
@@ -79,6 +87,14 @@ def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RefusedError:
     """What a failed call of the api means to the HTTP caller. `model`: the one that he named."""
     status = rpc_status.from_call(error) or status_pb2.Status()
     reason = _detail(status, error_details_pb2.ErrorInfo()).reason
+    refused = _refusal(error, status, reason, model)
+    refused.reason = reason or refused.reason
+    return refused
+
+
+def _refusal(
+    error: grpc.aio.AioRpcError, status: status_pb2.Status, reason: str, model: str
+) -> RefusedError:
     retry = _retry_seconds(_detail(status, error_details_pb2.RetryInfo()))
     text = error.details() or ""
     match error.code(), reason:
@@ -102,9 +118,11 @@ def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RefusedError:
             return RefusedError(Case.REQUEST_ID_REUSED)
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND" if model:
             return RefusedError(Case.FIELDS, violations=[Violation("model", text)])
-        # The callers of the contract name no model, so none is served yet.
+        # An api of an older version says so to the callers of the contract, who name no model.
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
             return RefusedError(Case.UNAVAILABLE)
+        case grpc.StatusCode.UNAVAILABLE, "NO_MODEL":
+            return RefusedError(Case.UNAVAILABLE, text, retry_seconds=retry)
         case grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_KEYS_MISSING" | "MESSAGE_TOO_LARGE":
             return RefusedError(Case.UNAVAILABLE, text)
         case code, _ if code in _AWAY:

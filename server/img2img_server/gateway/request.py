@@ -15,7 +15,7 @@ from img2img_server.domain.data_uris import (
     decode_data_uri,
     is_data_uri,
 )
-from img2img_server.gateway.contract import DEFAULT_STRENGTH, FIELDS, HINTS, LIMITS
+from img2img_server.gateway.contract import FIELDS, HINTS, LIMITS
 
 
 def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
@@ -33,17 +33,16 @@ def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
     if isinstance(sent.get("track_id"), int):
         sent["track_id"] = str(sent["track_id"])
         annotations[notes.TRACK_ID_TYPE] = "integer"
-    sent.setdefault("strength", DEFAULT_STRENGTH)  # the contract's, whatever the model's own is
     sent["init_image"] = init_image(sent["init_image"])
     return job_pb2.JobSpec(**sent, annotations=annotations)
 
 
-def drop_hints(spec: Message, names: Collection[str]) -> bool:
-    """Takes those of the names that are hints out of a JobSpec; whether it had any of them."""
-    had = [name for name in HINTS.intersection(names) if spec.HasField(name)]
+def drop_hints(spec: Message, names: Collection[str]) -> list[str]:
+    """Takes those of the names that are hints out of a JobSpec; returns the ones that it had."""
+    had = [name for name in names if name in HINTS and spec.HasField(name)]
     for name in had:
         spec.ClearField(name)
-    return bool(had)
+    return had
 
 
 def init_image(text: str) -> job_pb2.InitImage:

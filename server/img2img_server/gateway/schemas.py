@@ -212,6 +212,11 @@ SCHEMAS: dict[str, Schema] = {
         {
             "status": _status("error"),
             "message": _STRING,
+            "reason": {
+                "type": "string",
+                "pattern": "^[A-Z][A-Z0-9_]*$",
+                "description": "For programs: the same word as in gRPC's ErrorInfo.",
+            },
             "errors": {"type": "object", "additionalProperties": _STRINGS},
             "retry_after": {"type": "integer", "minimum": 1},
         },

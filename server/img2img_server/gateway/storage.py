@@ -114,4 +114,4 @@ def _reworded(
         else violation
         for violation in told
     ]
-    return RefusedError(refused.case, violations=[*violations, *more])
+    return RefusedError(refused.case, reason=refused.reason, violations=[*violations, *more])

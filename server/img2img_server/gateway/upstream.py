@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -25,8 +25,12 @@ from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
 ADMIN_SERVICE = "img2img.v1.AdminService"
+MODELS_NAME = "img2img.v1.models"  # for the health service: has a worker ever announced a model?
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_STATUS_NAME = health_pb2.HealthCheckResponse.ServingStatus.Name
 ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
 LINK_BASE = "img2img-link-base"  # metadata: where the links of a new job shall point to
+WARNING = "img2img-warning-bin"  # metadata: sentences for Job.warning, in UTF-8
 _KEY_MOST_CHARACTERS = 1024  # longer ones would break the limit on metadata
 _CREATE_SECONDS = 60.0  # downloads the init image
 _READ_SECONDS = 10.0
@@ -103,13 +107,22 @@ class Upstream:
             return await self._stub.GetCapabilities(request, **_reading(key))
 
     async def create(
-        self, key: str, spec: job_pb2.JobSpec, link_base: str, request_id: str = ""
+        self,
+        key: str,
+        spec: job_pb2.JobSpec,
+        link_base: str,
+        request_id: str = "",
+        warning: str = "",
     ) -> job_pb2.Job:
-        """Makes a job, or gives the one that `request_id` has made."""
+        """Makes a job, or gives the one that `request_id` has made.
+
+        `warning`: what of the caller's request is not in the spec, for Job.warning.
+        """
+        told = [(WARNING, warning.encode(errors="replace"))] if warning else []
         with _refusing(spec.model):
             answer = await self._stub.CreateJob(
                 service_pb2.CreateJobRequest(spec=spec, request_id=request_id),
-                metadata=(*_metadata(key), (LINK_BASE, link_base)),
+                metadata=(*_metadata(key), (LINK_BASE, link_base), *told),
                 timeout=_CREATE_SECONDS,
             )
         return answer.job
@@ -199,14 +212,22 @@ class Upstream:
     async def trouble(self) -> str:
         """Why the api may not serve, without an address of it; empty: it may."""
         try:
-            answer = await self._health.Check(
-                health_pb2.HealthCheckRequest(service=SERVICE), timeout=_READY_SECONDS
-            )
+            status = await self._status(SERVICE)
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {_reason(error.details() or '')}"
-        if answer.status == health_pb2.HealthCheckResponse.SERVING:
-            return ""
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+        return "" if status == _SERVING else _STATUS_NAME(status)
+
+    async def model_trouble(self) -> str:
+        """Why no model can be asked for; empty: one can, or the api cannot be asked."""
+        with suppress(grpc.aio.AioRpcError):  # an api of an older version does not tell either
+            if await self._status(MODELS_NAME) != _SERVING:
+                return "none announced yet"
+        return ""
+
+    async def _status(self, name: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        request = health_pb2.HealthCheckRequest(service=name)
+        answer = await self._health.Check(request, timeout=_READY_SECONDS)
+        return answer.status
 
 
 # What gRPC says of a failed connection, and what it mostly means.

@@ -1,0 +1,286 @@
+"""What every door says the same: defaults, seeds, limits, warnings, and that there is no model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import fields, replace
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from img2img.v1 import job_pb2, service_pb2
+from img2img_server.bus import memory_bus
+from img2img_server.domain.models import ModelInfo
+from img2img_server.domain.params import Limits
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.errors import NoModelError
+from tests.http_stack import (
+    ENTERPRISE,
+    Gateway,
+    body,
+    error_body,
+    gateway_before,
+    legacy_error_body,
+    photo_base64,
+    running_gateway,
+)
+from tests.stack import DEV, RunningWorker, Stack, refusal, running_api, running_worker, spec
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+KEY = {"Authorization": "Bearer dev-key"}
+DOORS = ("grpc", "v1", "today", "legacy")
+WORDS = " ".join(f"word{index}" for index in range(149))
+MODEL = replace(
+    FAKE_MODEL,
+    default_strength=0.4,
+    default_num_inference_steps=5,
+    default_guidance_scale=3.0,
+    max_num_inference_steps=50,
+    side_multiple=16,
+)
+
+
+class Doors:
+    """One service, asked over each of its doors; answers with the job at its end."""
+
+    def __init__(self, today: Gateway, legacy: Gateway) -> None:
+        self.today, self.legacy = today, legacy
+        self.api = today.stack.api
+
+    async def make(self, door: str, **changes: Any) -> job_pb2.Job:
+        if door == "grpc":
+            job_id = (await self.api.create(spec(**changes))).id
+        elif door == "v1":
+            sent = {**body(**changes), "init_image": {"data": photo_base64()}}
+            del sent["key"]
+            answer = await self.today.http.post("/v1/jobs", json={"spec": sent}, headers=KEY)
+            assert answer.status_code == 200, answer.text
+            job_id = answer.json()["job"]["id"]
+        else:
+            gateway = self.today if door == "today" else self.legacy
+            answer = await gateway.create(**changes)
+            assert answer.json()["status"] == "success", answer.text
+            job_id = answer.json()["id"]
+        return await self.ended(int(job_id))
+
+    async def ended(self, job_id: int) -> job_pb2.Job:
+        async for _ in self.api.watch(f"jobs/{job_id}"):
+            pass
+        job = await self.api.get(f"jobs/{job_id}")
+        assert job.state == job_pb2.Job.STATE_SUCCEEDED
+        return job
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def doors() -> AsyncIterator[Doors]:
+    engine = FakeEngine(MODEL, max_prompt_words=75)
+    async with (
+        running_gateway({"engine": engine}) as today,
+        gateway_before(today.stack, legacy=True) as legacy,
+    ):
+        yield Doors(today, legacy)
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_what_is_left_open_is_the_models_own(door: str, doors: Doors) -> None:
+    job = await doors.make(door)
+    found = job.spec.strength, job.spec.num_inference_steps, job.spec.guidance_scale
+    assert (found, job.warning) == ((0.4, 5, 3.0), "")
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_minus_one_is_a_random_seed(door: str, doors: Doors) -> None:
+    seeds = {(await doors.make(door, seed=-1)).spec.seed for _ in range(3)}
+    assert len(seeds) > 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("door", ["grpc", "v1"])
+@pytest.mark.parametrize("seed", [804822466654819, 2**63 - 1])
+async def test_seeds_may_have_64_bits(door: str, seed: int, doors: Doors) -> None:
+    job = await doors.make(door, seed=seed, samples=2)
+    assert job.spec.seed == seed
+    assert [sample.seed for sample in job.samples] == [seed, (seed + 1) % 2**63]
+    # In JSON as a string, so that no reader rounds it; and as a number of the contract's answers.
+    found = await doors.today.fetch(job.id)
+    assert f'"seed":{seed},' in found.text.replace(" ", "")
+
+
+async def test_64_bits_come_back_as_a_string(doors: Doors) -> None:
+    seed = 2**63 - 1
+    sent = {"spec": {"prompt": "p", "init_image": {"data": photo_base64()}, "seed": str(seed)}}
+    answer = await doors.today.http.post("/v1/jobs", json=sent, headers=KEY)
+    assert answer.json()["job"]["spec"]["seed"] == str(seed)
+
+
+@pytest.mark.parametrize("door", ["today", "legacy"])
+async def test_the_contract_keeps_its_range_of_seeds(door: str, doors: Doors) -> None:
+    gateway = doors.today if door == "today" else doors.legacy
+    answer = await gateway.create(seed=2**32)
+    assert "seed must be between 0 and 4294967295" in answer.text.replace("The seed", "seed")
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("sent", "used", "told"),
+    [
+        (
+            {"strength": 0.7, "num_inference_steps": 1},
+            2,
+            "num_inference_steps was raised from 1 to 2 so that one step runs at strength 0.7.",
+        ),
+        (
+            {"strength": 0.04, "num_inference_steps": 20},
+            25,
+            "num_inference_steps was raised from 20 to 25 so that one step runs at strength 0.04.",
+        ),
+        ({"strength": 0.0}, 5, "At strength 0 no step runs: the prepared init image is returned."),
+        (
+            {"strength": 0.0001},
+            5,
+            "At strength 0.0001 no step runs, not even with num_inference_steps 50, the largest "
+            "that the model allows: the prepared init image is returned. The least strength at "
+            "which a step runs is 0.02.",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+async def test_a_run_without_steps_is_not_told_as_a_success(
+    sent: dict[str, Any], used: int, told: str, door: str, doors: Doors
+) -> None:
+    job = await doors.make(door, **sent)
+    assert (job.spec.num_inference_steps, job.warning) == (used, told)
+    assert job.timings.steps == (1 if "raised" in told else 0)
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_prompt_that_is_cut_is_told(door: str, doors: Doors) -> None:
+    job = await doors.make(door, prompt=WORDS, negative_prompt=WORDS)
+    cut = "was cut after 75 of 149 tokens; the words from 'word75 word76 word77 word78 word79 word8"
+    assert job.warning == (
+        f"The prompt {cut}…' on have no effect. The negative prompt {cut}…' on have no effect."
+    )
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_an_option_without_effect_is_told(door: str, doors: Doors) -> None:
+    job = await doors.make(door, negative_prompt="blurry", guidance_scale=1.0)
+    assert job.warning == (
+        "negative_prompt has no effect: guidance_scale is 1, and only above 1 is it used."
+    )
+
+
+@pytest.mark.parametrize("door", ["today", "legacy"])
+async def test_fields_that_the_contract_ignores_are_named_but_not_in_legacy(
+    door: str, doors: Doors
+) -> None:
+    ignored = {"scheduler": "UniPCMultistepScheduler", "model_id": "x", "num_inference_steps": 60}
+    job = await doors.make(door, **ignored)
+    assert job.spec.num_inference_steps == 5
+    assert (
+        job.warning
+        == {
+            "today": "The fields scheduler and model_id have no effect here and were ignored. "
+            "num_inference_steps was ignored: it must be between 1 and 50.",
+            "legacy": "",
+        }[door]
+    )
+
+
+@pytest.mark.parametrize("door", ["grpc", "v1"])
+async def test_a_scheduler_may_be_called_by_its_class_in_diffusers(door: str, doors: Doors) -> None:
+    job = await doors.make(door, scheduler="EulerDiscreteScheduler")
+    assert (job.spec.scheduler, job.warning) == ("euler", "")
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "UniPCMultistepScheduler", "LCMScheduler"])
+async def test_another_scheduler_is_refused_with_the_known_ones(name: str, doors: Doors) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await doors.api.create(spec(scheduler=name))
+    told = {"scheduler": "scheduler must be one of ddim, euler"}
+    assert refusal(caught.value).violations == told
+
+
+async def test_fields_of_a_newer_protocol_are_named(doors: Doors) -> None:
+    newer = job_pb2.JobSpec.FromString(spec().SerializeToString() + b"\xf8\x3f\x01")
+    job = await doors.ended((await doors.api.create(newer)).id)
+    assert job.warning == "This server does not know the fields 1023 of JobSpec and ignored them."
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ({"num_inference_steps": 51}, "num_inference_steps must be between 1 and 50"),
+        ({"width": 264}, "width must be divisible by 16"),
+    ],
+    ids=str,
+)
+async def test_the_models_own_limits_are_told_and_hold_at_the_door(
+    sent: dict[str, Any], told: str, doors: Doors
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await doors.api.create(spec(**sent))
+    assert refusal(caught.value).violations == {next(iter(sent)): told}
+    request = service_pb2.GetCapabilitiesRequest()
+    (model,) = (await doors.api.stub.GetCapabilities(request, metadata=DEV)).models
+    found = model.max_num_inference_steps, model.min_side_pixels, model.max_side_pixels
+    assert (found, model.side_multiple) == ((50, 256, 1024), 16)
+
+
+async def test_capabilities_tell_every_limit_of_the_validator(doors: Doors) -> None:
+    request = service_pb2.GetCapabilitiesRequest()
+    told = (await doors.api.stub.GetCapabilities(request, metadata=DEV)).limits
+    limits = Limits()
+    for field in fields(Limits):
+        assert getattr(told, field.name) == getattr(limits, field.name), field.name
+
+
+async def test_a_service_without_a_model_says_so_at_every_door() -> None:
+    bus, text = memory_bus(), str(NoModelError())
+    worker: RunningWorker
+    async with running_api(bus) as api:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await api.create(spec())
+        told = refusal(caught.value)
+        assert (told.code, told.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_MODEL")
+        assert told.retry_seconds == 5.0
+        async with running_worker(memory_bus()) as worker:
+            stack = Stack(bus, api, worker)
+            async with (
+                gateway_before(stack) as today,
+                gateway_before(stack, legacy=True) as legacy,
+            ):
+                answer = await today.create(init_image=photo_base64())
+                assert (answer.status_code, answer.json()) == (503, error_body("NO_MODEL", text))
+                assert answer.headers["retry-after"] == "5"
+                answer = await legacy.create(init_image=photo_base64())
+                assert (answer.status_code, answer.json()) == (200, legacy_error_body(text))
+                ready = await today.http.get("/readyz")
+                expected = {"status": "not ready", "model": "none announced yet"}
+                assert (ready.status_code, ready.json()) == (503, expected)
+
+
+async def test_a_default_model_that_is_not_loaded_may_come_and_another_may_not() -> None:
+    bus = memory_bus()
+    other = ModelInfo(**{**{f.name: getattr(MODEL, f.name) for f in fields(MODEL)}, "name": "b"})
+    async with running_worker(bus, FakeEngine(other)), running_api(bus) as api:
+        for name, code, reason in (
+            ("", grpc.StatusCode.UNAVAILABLE, "NO_MODEL"),
+            ("c", grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.create(spec(model=name))
+            told = refusal(caught.value)
+            assert (told.code, told.reason) == (code, reason)
+
+
+async def test_unknown_paths_and_unknown_jobs_have_reasons_of_their_own(doors: Doors) -> None:
+    http = doors.today.http
+    for path in ("/nowhere", "/v1/nowhere"):
+        assert (await http.get(path)).json()["reason"] == "PATH_NOT_FOUND"
+    fetched = await http.post(f"{ENTERPRISE}/fetch/10000999", json={"key": "dev-key"})
+    assert fetched.json()["reason"] == "JOB_NOT_FOUND"
+    events = await http.get("/v1/jobs/10000999/events", headers=KEY)
+    assert events.json()["reason"] == "JOB_NOT_FOUND"
