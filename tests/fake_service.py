@@ -180,6 +180,10 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             workers=1,
             device=self.device,
             native_size=512,
+            max_num_inference_steps=50,
+            min_side_pixels=256,
+            max_side_pixels=1024,
+            side_multiple=16,
         )
         limits = service_pb2.Limits(
             max_prompt_characters=2000,
@@ -195,6 +199,16 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             max_queued_jobs=15,
             init_image_media_types=["image/png", "image/jpeg", "image/webp"],
             retention=Duration(seconds=86_400),
+            max_negative_prompt_characters=2000,
+            max_lora_scale=2,
+            max_preview_interval_steps=100,
+            max_annotations=16,
+            max_annotation_name_characters=63,
+            max_annotation_characters=2000,
+            max_track_id_characters=191,
+            max_url_characters=4096,
+            max_seed=2**63 - 1,
+            max_strength=1,
         )
         return service_pb2.GetCapabilitiesResponse(
             server_version="0.1.0", models=[model], limits=limits

@@ -41,8 +41,9 @@ class Options(TypedDict, total=False):
     width: int | None  # pixels, a multiple of 8, default 512
     height: int | None  # pixels, a multiple of 8, default 512
     samples: int | None  # number of pictures, default 1; picture i uses seed + i
-    strength: float | None  # 0.0 keeps the init image, 1.0 nothing of it; default 0.7
-    seed: int | None  # 0 to 2**32 - 1; absent: drawn at random
+    # 0.0 keeps the init image, 1.0 nothing of it; default: the model's, see capabilities()
+    strength: float | None
+    seed: int | None  # 0 to 2**63 - 1; absent or -1: drawn at random
     safety_checker: bool | None  # default True
     enhance_prompt: bool | None  # let the service improve the prompt
     base64: bool | None  # store the pictures as base64 text files
@@ -50,7 +51,7 @@ class Options(TypedDict, total=False):
     webhook: str | None  # https address that gets one POST when the job has ended
     track_id: str | None  # your own reference, returned unchanged
     model: str | None  # see capabilities()
-    num_inference_steps: int | None  # of which about strength x steps run
+    num_inference_steps: int | None  # of which strength x steps run, and at least one
     guidance_scale: float | None  # 1.0 and below turn guidance off
     scheduler: str | None  # see capabilities()
     lora: str | None  # a LoRA that the model offers

@@ -201,7 +201,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model being served; the default scheduler is the first."""
+    """A model being served; the default scheduler is the first. The limits are those of requests
+    for this model; 0: the service is too old to tell them."""
 
     name: str
     family: str
@@ -213,11 +214,16 @@ class Model:
     device: str
     native_size: int
     loras: tuple[str, ...]
+    max_num_inference_steps: int
+    min_side_pixels: int
+    max_side_pixels: int
+    side_multiple: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits that a request is held against."""
+    """The limits that a request is held against; a model may have narrower ones. 0: the service is
+    too old to tell them."""
 
     max_prompt_characters: int
     min_side_pixels: int
@@ -232,6 +238,17 @@ class Limits:
     max_queued_jobs: int
     retention_seconds: float | None
     init_image_media_types: tuple[str, ...]
+    max_negative_prompt_characters: int
+    max_lora_scale: float
+    max_preview_interval_steps: int
+    max_annotations: int
+    max_annotation_name_characters: int
+    max_annotation_characters: int
+    max_track_id_characters: int
+    max_url_characters: int
+    max_seed: int
+    min_strength: float
+    max_strength: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

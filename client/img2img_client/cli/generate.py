@@ -20,8 +20,15 @@ from img2img_client.resources import Job
     metavar="FILE|URL",
     help="The picture to start from: PNG, JPEG or WebP. A URL may be a data URI.",
 )
-@click.option("--strength", type=float, help="How much is made anew: 0.0 to 1.0. Default 0.7.")
-@click.option("--seed", type=int, help="The same seed gives the same picture. Default: drawn.")
+@click.option(
+    "--strength",
+    type=float,
+    help="How strongly the image is changed: 0.0 to 1.0. Default: the model's, see "
+    "`img2img capabilities`.",
+)
+@click.option(
+    "--seed", type=int, help="The same seed gives the same image. Default, and -1: drawn."
+)
 @click.option("--samples", type=int, help="Number of pictures. Default 1.")
 @click.option("--width", type=int, help="Pixels, a multiple of 8. Default 512.")
 @click.option("--height", type=int, help="Pixels, a multiple of 8. Default 512.")
@@ -33,9 +40,7 @@ from img2img_client.resources import Job
     "Default: JOB.png.",
 )
 @click.option("--negative-prompt", help="What it shall not show; needs --guidance above 1.")
-@click.option(
-    "--steps", "num_inference_steps", type=int, help="Of which about strength x steps run."
-)
+@click.option("--steps", "num_inference_steps", type=int, help="Of which strength x steps run.")
 @click.option("--guidance", "guidance_scale", type=float, help="How closely to follow the prompt.")
 @click.option("--scheduler", help="Sampler by name, see `img2img capabilities`.")
 @click.option("--lora", help="LoRA by name, see `img2img capabilities --json`.")

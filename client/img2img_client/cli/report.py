@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from img2img_client.cli.output import count
-from img2img_client.resources import Capabilities, Job, Limits, State, Timings
+from img2img_client.resources import Capabilities, Job, Limits, Model, State, Timings
 
 STAGES = (
     ("queue", "waiting for a worker"),
@@ -155,7 +155,8 @@ def show_capabilities(found: Capabilities) -> None:
     """Models and limits."""
     click.echo(f"server {found.server_version}")
     table = _table(
-        "model", "family", "workers", "device", "size", "steps", "guidance", "schedulers"
+        *("model", "family", "workers", "device", "size", "steps", "strength", "guidance"),
+        "schedulers",
     )
     for model in found.models:
         table.add_row(
@@ -163,8 +164,9 @@ def show_capabilities(found: Capabilities) -> None:
             model.family,
             str(model.workers),
             model.device,
-            str(model.native_size),
-            str(model.default_num_inference_steps),
+            _sizes(model, found.limits),
+            _steps(model),
+            f"{model.default_strength:g}",
             f"{model.default_guidance_scale:g}",
             ", ".join(model.schedulers),
         )
@@ -173,16 +175,48 @@ def show_capabilities(found: Capabilities) -> None:
     _print(_limits_table(found.limits))
 
 
+def _sizes(model: Model, limits: Limits) -> str:
+    """The model's native side, and what sides must be multiples of where the model needs more."""
+    multiple = model.side_multiple
+    text = str(model.native_size)
+    return f"{text} (multiples of {multiple})" if multiple > limits.side_multiple else text
+
+
+def _steps(model: Model) -> str:
+    most = model.max_num_inference_steps  # 0: the service is too old to tell it
+    return f"{model.default_num_inference_steps}" + (f" (at most {most})" if most else "")
+
+
+def _most(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number else ""
+
+
+def _range(low: float, high: float) -> str:
+    if not high:
+        return ""
+    return f"{low} to {high}" if isinstance(high, int) else f"{low:g} to {high:g}"
+
+
 def _limits_table(limits: Limits) -> Table:
     table = _table("limit", "")
     low, high = limits.min_side_pixels, limits.max_side_pixels
     retention = limits.retention_seconds
     rows = {
         "prompt": f"{limits.max_prompt_characters} characters",
+        "negative prompt": _most(limits.max_negative_prompt_characters, "characters"),
         "width, height": f"{low} to {high} pixels, multiples of {limits.side_multiple}",
         "samples": f"{limits.max_samples}",
         "steps": f"{limits.max_num_inference_steps}",
+        "strength": _range(limits.min_strength, limits.max_strength),
         "guidance": f"{limits.max_guidance_scale:g}",
+        "seed": _range(0, limits.max_seed),
+        "lora scale": _range(0, limits.max_lora_scale),
+        "preview every": _most(limits.max_preview_interval_steps, "steps"),
+        "annotations": _most(limits.max_annotations, "entries"),
+        "annotation name": _most(limits.max_annotation_name_characters, "characters"),
+        "annotation value": _most(limits.max_annotation_characters, "characters"),
+        "track id": _most(limits.max_track_id_characters, "characters"),
+        "address": _most(limits.max_url_characters, "characters"),
         "init image": f"{limits.max_image_bytes / 2**20:.0f} MiB, "
         f"{limits.max_image_pixels / 1e6:.0f} megapixels; "
         + ", ".join(kind.removeprefix("image/") for kind in limits.init_image_media_types),
@@ -191,7 +225,8 @@ def _limits_table(limits: Limits) -> Table:
         "ended jobs are kept": "" if retention is None else f"{retention / 3600:g} hours",
     }
     for name, text in rows.items():
-        table.add_row(name, text)
+        if text:
+            table.add_row(name, text)
     return table
 
 

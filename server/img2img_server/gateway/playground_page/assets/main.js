@@ -15,6 +15,7 @@ let grpc = `${location.hostname}:50051`;
 let openKey = ""; // the key that everybody knows, where the service says that it takes it
 let models = [];
 let picture = null; // {blob, name, url, width, height}
+let strengthChosen = false; // until then the slider shows the model's own strength, and none is sent
 let running = null; // an AbortController while a job runs
 let shown = null;
 let loaded = false; // whether what the tab made before a reload is shown again
@@ -52,17 +53,18 @@ async function learn() {
 }
 
 function bound(limits) {
-  for (const side of [$("width"), $("height")]) {
-    Object.assign(side, { min: limits.min_side_pixels, max: limits.max_side_pixels, step: limits.side_multiple });
-  }
   $("samples").max = limits.max_samples;
-  $("steps").max = limits.max_num_inference_steps;
   $("guidance").max = limits.max_guidance_scale;
 }
 
 function adapt() {
   const model = models.find(({ name }) => name === $("model").value);
   if (!model) return;
+  for (const side of [$("width"), $("height")]) {
+    Object.assign(side, { min: model.min_side_pixels, max: model.max_side_pixels, step: model.side_multiple });
+  }
+  $("steps").max = model.max_num_inference_steps;
+  if (!strengthChosen) $("strength").value = model.default_strength;
   $("steps").placeholder = model.default_num_inference_steps;
   $("guidance").placeholder = model.default_guidance_scale;
   options($("scheduler"), model.schedulers.map((name) => [name, name]));
@@ -112,19 +114,24 @@ function fit() {
 function spec() {
   const found = { preview_interval_steps: 1 };
   for (const [name, value] of new FormData(form)) {
-    if (value === "" || FLAGS.includes(name)) continue;
-    found[name] = NUMBERS.includes(name) ? Number(value) : value;
+    if (value === "" || FLAGS.includes(name) || (name === "strength" && !strengthChosen)) continue;
+    found[name] = NUMBERS.includes(name) ? number(value) : value;
   }
   for (const name of FLAGS) found[name] = form.elements[name].checked;
   return found;
 }
 
+// A seed may have 64 bits, of which a number of JavaScript is exact up to 2^53; JSON takes it as text.
+const number = (text) => (/^\d{16,}$/.test(text) ? text : Number(text));
+
 function restore(earlier) {
+  strengthChosen = earlier.strength !== undefined;
   for (const { name } of form.elements) {
     if (!name) continue;
     if (FLAGS.includes(name)) form.elements[name].checked = earlier[name];
     else form.elements[name].value = earlier[name] ?? "";
   }
+  adapt();
   describe();
 }
 
@@ -267,6 +274,7 @@ async function reload() {
 // ---- wiring
 
 form.addEventListener("submit", generate);
+$("strength").addEventListener("input", () => (strengthChosen = true));
 form.addEventListener("input", ({ target }) => {
   clearField(target);
   describe();
