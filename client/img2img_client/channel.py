@@ -39,6 +39,8 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     # A restarted server is found again soon: gRPC itself would wait up to 2 minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Also the time for one attempt to connect: gRPC's 20 s would outlast `Retry.connect_seconds`.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.service_config", SERVICE_CONFIG),
 )
 

@@ -54,7 +54,9 @@ class Finding:
     what: str = ""
 
 
+NO_ANSWER = f"no answer within {PROBE_SECONDS:g} s: is a firewall in between?"
 WORKS = Finding(Cause.UNKNOWN)
+SILENT = Finding(Cause.NO_ANSWER, "it takes connections but does not answer")
 
 
 def explain(error: errors.RpcError, endpoint: Endpoint) -> errors.RpcError:
@@ -120,13 +122,14 @@ class _Probe:
         failures = []
         addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
         for number, ip in enumerate(addresses):
-            self.found = Finding(Cause.NO_ANSWER, "it does not answer in time")
+            self.found = Finding(Cause.NO_ANSWER, NO_ANSWER)
             try:
                 with self._connect(ip, share=len(addresses) - number):
                     pass
             except OSError as error:
                 failures.append(error)
             else:  # this one answers: the others (::1 of localhost) must not hide what it says
+                self.found = SILENT
                 look = self._look_with_tls if self._endpoint.uses_tls else self._look_without_tls
                 return look(ip)
         return _not_connected(failures)
@@ -155,7 +158,7 @@ class _Probe:
         except (ssl.SSLError, ConnectionError) as error:
             return self._tls_failed(ip, error)
         except TimeoutError:
-            return Finding(Cause.NO_ANSWER, "it takes connections but does not answer")
+            return SILENT
         return WORKS
 
     def _tls_failed(self, ip: str, error: OSError) -> Finding:
@@ -186,15 +189,16 @@ class _Probe:
         try:
             first = self._read(ip)
         except TimeoutError:
-            return Finding(Cause.NO_ANSWER, "it takes connections but does not answer")
+            return SILENT
         if _is_http2(first):
             return WORKS
+        # Some servers with TLS answer plain bytes with an alert, some with a page, some by closing.
+        if first.startswith(TLS_ALERT) or self._takes_tls(ip):
+            text = "the server seems to expect TLS: use tls=True or root_certificates"
+            return Finding(Cause.TLS_EXPECTED, f"{text} (--tls, --ca-file)")
         if _is_http1(first):
             text = "it answers in HTTP/1, not in gRPC: is this the port of the HTTP gateway?"
             return Finding(Cause.NOT_GRPC, text)
-        if first.startswith(TLS_ALERT) or (not first and self._takes_tls(ip)):
-            text = "the server seems to expect TLS: use tls=True or root_certificates"
-            return Finding(Cause.TLS_EXPECTED, f"{text} (--tls, --ca-file)")
         if not first:
             return Finding(Cause.NOT_GRPC, "it takes connections and closes them at once")
         text = f"something else than gRPC listens there: it answers {first[:16]!r}"
@@ -236,8 +240,7 @@ def _not_connected(failures: list[OSError]) -> Finding:
     if any(isinstance(error, ConnectionRefusedError) for error in failures):
         return Finding(Cause.REFUSED, "nothing listens there (connection refused)")
     if any(isinstance(error, TimeoutError) for error in failures):
-        text = f"no answer within {PROBE_SECONDS:g} s: is a firewall in between?"
-        return Finding(Cause.NO_ANSWER, text)
+        return Finding(Cause.NO_ANSWER, NO_ANSWER)
     return Finding(Cause.UNREACHABLE, _text(failures[0]) if failures else "it has no address")
 
 

@@ -289,3 +289,42 @@ async def test_the_permissions_that_the_documentation_names_are_enough(
             created = await api.create(spec())
             await read_until(api.watch(created.name), "succeeded")
     assert not [line for line in caplog.messages if "permission" in line]
+
+
+async def test_a_server_that_the_cluster_told_about_gets_the_credentials_too(
+    tmp_path: Path,
+) -> None:
+    """nats-py takes credentials from the address, and such an address has none."""
+    routes = [free_port(), free_port()]
+
+    def member(number: int) -> str:
+        route = f"nats://r:r@127.0.0.1:{routes[1 - number]}"
+        return (
+            f'{with_user(PASSWORD)}\ncluster {{ name: c, listen: "127.0.0.1:{routes[number]}", '
+            f'routes: ["{route}"], authorization {{ user: r, password: r }} }}'
+        )
+
+    async with (
+        nats_configured(tmp_path / "a", member(0), jetstream=False) as first,
+        nats_configured(tmp_path / "b", member(1), jetstream=False) as second,
+    ):
+        url = f"nats://u2:{quote(PASSWORD, safe='')}@{first.address}"
+        async with connect([url], patience_seconds=LONG) as link:
+            await until(lambda: len(link.nc.servers) > 1 or link.nc.discovered_servers)
+            await first.child.stop()
+            await until(lambda: link.nc.attempted == second.address and link.nc.is_connected)
+            await link.send("img2img.x", b"x")
+
+
+@pytest.mark.filterwarnings("ignore:parameter 'timeout' of type 'float':DeprecationWarning")
+async def test_nats_by_websocket_takes_credentials_and_says_why_not(tmp_path: Path) -> None:
+    port = free_port()
+    config = f'{with_user(PASSWORD)}\nwebsocket {{ listen: "127.0.0.1:{port}", no_tls: true }}'
+    async with nats_configured(tmp_path, config):
+        given = {"nats_user": "u2", "nats_password": PASSWORD}
+        async with connect_bus(Settings(nats_url=f"ws://127.0.0.1:{port}", **given)) as bus:
+            assert await bus.workers.workers() == []
+        said = await refused(f"ws://u2:wrong@127.0.0.1:{port}")
+        assert "refused the user" in said
+    said = await refused(f"ws://127.0.0.1:{port}", UnavailableError)
+    assert f"127.0.0.1:{port} cannot be reached" in said

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import datetime
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -39,8 +40,11 @@ def tls_server(
 
 
 @contextmanager
-def plain_server(answer: bytes) -> Iterator[int]:
-    """A TCP server that answers every connection's first bytes with `answer`, then closes."""
+def plain_server(answer: bytes, tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """A TCP server that answers every connection's first bytes with `answer`, then closes.
+
+    `tls`: it takes those that begin with a TLS handshake.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer_all() -> None:
@@ -50,6 +54,9 @@ def plain_server(answer: bytes) -> Iterator[int]:
                 except OSError:
                     return
                 with connection:
+                    if tls and connection.recv(1, socket.MSG_PEEK) == b"\x16":
+                        with suppress(OSError), tls.wrap_socket(connection, server_side=True):
+                            continue
                     connection.recv(4096)
                     connection.sendall(answer)
 
@@ -87,6 +94,16 @@ def test_no_tls_to_a_server_that_wants_it() -> None:
         error = failure(f"127.0.0.1:{port}")
     assert error.metadata["cause"] == Cause.TLS_EXPECTED
     assert "the server seems to expect TLS: use tls=True" in str(error)
+
+
+@pytest.mark.parametrize("page", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_no_tls_to_a_web_server_with_tls(page: bytes) -> None:
+    """As proxies do that stand before the service."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    AUTHORITY.issue_cert("127.0.0.1").configure_cert(context)
+    with plain_server(page, context) as port:
+        error = failure(f"127.0.0.1:{port}")
+    assert error.metadata["cause"] == Cause.TLS_EXPECTED
 
 
 @pytest.mark.parametrize("root", [None, STRANGER.cert_pem.bytes()], ids=["system", "stranger"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import nats.errors
@@ -13,6 +14,7 @@ from img2img_server.tasks import heeding_cancel
 from img2img_server.wire.access import NatsAccess
 
 NO_INFO = "nats: something else when expecting INFO message"
+CLOSE_SECONDS = 1.0
 DENIED = "permissions violation"  # what the server calls a missing permission
 
 
@@ -44,6 +46,9 @@ class ResilientClient(Client):
         self.attempted = s.uri.netloc
         if self._transport:  # of an attempt that failed: nats-py would leave it open
             self._transport.close()  # type: ignore[no-untyped-call]
+            with suppress(Exception):  # of a connection that is broken anyway
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._transport.wait_closed()  # type: ignore[no-untyped-call]
         self._transport = None
         await super()._connect_to_server(s)
 
