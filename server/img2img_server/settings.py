@@ -70,7 +70,12 @@ class Settings(BaseSettings):
         description="Port of /metrics, /livez and /readyz of every role. "
         "`local` takes it for the worker and the next two for api and gateway.",
     )
-    api_address: str = Field("127.0.0.1:50051", description="Where the gateway finds the api.")
+    api_address: str = Field(
+        "127.0.0.1:50051",
+        description="Where the gateway finds the api: host:port, or another form of a gRPC target "
+        "(dns:///host:port, ipv4:address:port,address:port, unix:path). A list of addresses works "
+        "without TLS only.",
+    )
     api_ca_file: Path | None = Field(
         None,
         description="PEM certificates the gateway trusts when the api has TLS. Empty: no TLS.",
@@ -78,7 +83,8 @@ class Settings(BaseSettings):
     public_base_url: str = Field(
         "",
         description="Base of the links in answers. Empty: scheme and host of the HTTP request; "
-        "over gRPC http:// and the gateway's own address.",
+        "over gRPC http:// and the gateway's own address, or loopback where the gateway listens on "
+        "all addresses.",
     )
     playground: bool = Field(
         True, description="Serve the playground, a page at / of the gateway to try the service."
@@ -328,7 +334,11 @@ class Settings(BaseSettings):
     # The process.
     state_dir: Path = Field(Path(".img2img"), description="State folder of `local`.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Log level.")
-    log_format: str = Field("auto", pattern="^(auto|json|console)$", description="Log format.")
+    log_format: str = Field(
+        "auto",
+        pattern="^(auto|json|console)$",
+        description="Log format on stderr; auto: console on a terminal, else json, an object a line.",
+    )
     otlp_endpoint: str = Field(
         "",
         pattern="^(https?://.+)?$",

@@ -310,6 +310,35 @@ async def test_a_request_id_makes_one_job_however_often_it_is_sent() -> None:
         assert refusal(caught.value).violations == {"request_id": "request_id must be a UUID"}
 
 
+@pytest.mark.parametrize(
+    ("config", "base", "warned"),
+    [
+        ({"http_host": "0.0.0.0"}, "http://127.0.0.1:8080", True),
+        ({"http_host": "::", "http_port": 81}, "http://[::1]:81", True),
+        ({"http_host": "::1"}, "http://[::1]:8080", False),
+        ({"http_host": "10.0.0.7"}, "http://10.0.0.7:8080", False),
+        (
+            {"http_host": "0.0.0.0", "public_base_url": "https://img.example.com/"},
+            "https://img.example.com",
+            False,
+        ),
+    ],
+)
+async def test_links_of_grpc_callers_never_name_an_address_that_is_only_listened_on(
+    config: dict[str, Any], base: str, warned: bool
+) -> None:
+    bus = memory_bus()
+    async with running_worker(bus) as worker:
+        await worker.drained()
+    with capture_logs() as logs:
+        async with running_api(bus, settings(**config)) as api:
+            job = await api.create(spec())
+    assert job.future_urls[0].rpartition("/generations/")[0] == base
+    warnings = [line for line in logs if line["event"] == "links_for_this_machine_only"]
+    assert bool(warnings) == warned
+    assert all("IMG2IMG_PUBLIC_BASE_URL is not set" in line["reason"] for line in warnings)
+
+
 async def test_the_log_line_of_a_refusal_names_tenant_key_and_reason_and_no_secret(
     tmp_path: Path,
 ) -> None:
