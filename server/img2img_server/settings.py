@@ -337,7 +337,7 @@ class Settings(BaseSettings):
     log_format: str = Field(
         "auto",
         pattern="^(auto|json|console)$",
-        description="Log format on stderr; auto: console on a terminal, else json, an object a line.",
+        description="Log format on stderr; auto: console on a terminal, else json.",
     )
     otlp_endpoint: str = Field(
         "",
