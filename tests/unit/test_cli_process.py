@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,11 +28,15 @@ WAIT_SECONDS = 20.0
 
 
 def start(
-    port: int, *words: str, stderr: int = subprocess.PIPE, columns: int = 100
+    port: int,
+    *words: str,
+    stdout: int = subprocess.PIPE,
+    stderr: int = subprocess.PIPE,
+    columns: int = 100,
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*COMMAND, *words, "--server", f"127.0.0.1:{port}"],
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=stderr,
         text=True,
         env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color"},
@@ -171,6 +176,30 @@ def test_a_connection_that_fails_prints_one_line_and_nothing_of_grpc(wish: list[
     assert (process.returncode, stdout) == (1, "")
     [line] = stderr.splitlines()
     assert "the server does not speak TLS" in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not here")
+@pytest.mark.parametrize("words", [["capabilities"], ["capabilities", "--tls"]])
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_a_full_stdout_is_a_sentence_and_status_1(words: list[str], extra: list[str]) -> None:
+    with serving(FakeService()) as port, open("/dev/full", "wb") as full:
+        process = start(port, *words, *extra, stdout=full.fileno())
+        _, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 1
+    assert "Traceback" not in stderr
+    assert stderr.startswith("Error: cannot ")
+
+
+def test_ctrl_c_while_nothing_answers_is_one_object_and_130(wish: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = start(silent.getsockname()[1], *wish, "--json")
+        silent.accept()[0].close()  # it has begun to connect
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 130
+    error = {"reason": "INTERRUPTED", "message": "stopped by Ctrl-C"}
+    assert json.loads(stdout)["error"] == error
+    assert "Traceback" not in stderr
 
 
 def test_nothing_but_the_object_is_printed_when_nobody_looks(wish: list[str]) -> None:

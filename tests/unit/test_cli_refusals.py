@@ -233,7 +233,7 @@ def test_a_file_that_cannot_be_written_is_one_json_object(monkeypatch: pytest.Mo
     monkeypatch.setattr(Image, "save", full)
     result = run(FakeService(), *WISH, "--json")
     assert result.exit_code == 1
-    message = "cannot write a file: No space left on device"
+    message = "cannot write the output: No space left on device"
     assert json.loads(result.stdout) == {
         "error": {"reason": "FILE_NOT_WRITTEN", "message": message}
     }

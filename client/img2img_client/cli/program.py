@@ -53,7 +53,7 @@ class Program(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # nobody reads stdout any more
                 raise
-            text = f"cannot write {error.filename or 'a file'}: {error.strerror or error}"
+            text = f"cannot write {error.filename or 'the output'}: {error.strerror or error}"
             click.echo(f"Error: {text}", err=True)
             _end(as_json, FAILED, {"error": simple_facts("FILE_NOT_WRITTEN", text)})
         except Exception as error:  # a mistake in this program: the traceback says where
@@ -74,5 +74,9 @@ def _show(error: Img2ImgError) -> None:
 
 def _end(as_json: bool, code: int, facts: dict[str, object]) -> NoReturn:
     if as_json:
-        click.echo(to_json(facts))
+        try:
+            click.echo(to_json(facts))
+        except OSError as error:  # stdout is full or closed: stderr has said why the command ends
+            click.echo(f"Error: cannot write to stdout: {error.strerror}", err=True)
+            code = code or FAILED
     sys.exit(code)
