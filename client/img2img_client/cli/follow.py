@@ -129,8 +129,9 @@ def cancel_text(job: Job) -> str:
     """How a job stands after it was asked to end."""
     if job.state is State.CANCELLED:
         return f"{job.name} was cancelled"
-    later = "" if job.state.is_terminal else ", it stops at its next step"
-    return f"{job.name} is {job.state}{later}"
+    if job.state.is_terminal:
+        return f"{job.name} is {job.state}"
+    return f"{job.name} is being cancelled, it stops at its next step"
 
 
 def _read(stream: JobStream, files: Files) -> Job:
