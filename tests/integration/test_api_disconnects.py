@@ -251,6 +251,17 @@ async def test_a_call_that_breaks_before_its_job_has_a_name_is_cancelled_at_once
         await api.reaches(f"jobs/{ids[0]}", CANCELLED)
 
 
+async def test_a_call_that_is_closed_after_the_jobs_end_has_not_broken() -> None:
+    bus = memory_bus()
+    with capture_logs() as logs:
+        async with running_worker(bus), running_api(bus) as api:
+            call = api.generate(spec())
+            await read_until(call, "succeeded")
+            call.cancel()
+            await api.create(spec())
+    assert not [line for line in logs if line["event"] == "generate_disconnected"]
+
+
 class CutOff:
     """A control whose first cancels do not reach the bus."""
 

@@ -48,7 +48,6 @@ SILENCE_SECONDS = 1.5  # after which a caller takes its stream for broken
 IMAGES = 2
 WISH = {"prompt": "a harbour", "strength": 1.0, "samples": IMAGES, "width": 256, "height": 256}
 COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
-RETRY = Retry(first_delay_seconds=0.05, silence_seconds=SILENCE_SECONDS)
 
 
 @pytest.fixture(autouse=True)
@@ -62,14 +61,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "OPTIONS", tuple({**dict(channel.OPTIONS), **KEEPALIVE}.items()))
 
 
+def retry() -> Retry:
+    return Retry(first_delay_seconds=0.05, silence_seconds=SILENCE_SECONDS)
+
+
 def use_blocking(address: str) -> int:
     """Returns how many images came."""
-    with Client(address, api_key="dev-key", retry=RETRY) as client:
+    with Client(address, api_key="dev-key", retry=retry()) as client:
         return len(client.generate(init_image=photo(), **WISH).pictures)
 
 
 async def use_async(address: str) -> int:
-    async with AsyncClient(address, api_key="dev-key", retry=RETRY) as client:
+    async with AsyncClient(address, api_key="dev-key", retry=retry()) as client:
         return len((await client.generate(init_image=photo(), **WISH)).pictures)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import structlog
 
+from img2img.v1 import event_pb2
 from img2img_server import errors
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.records import known
@@ -32,6 +33,7 @@ _DEADLINE_SLACK_SHARE: Final = 0.01
 _ANSWER_SECONDS: Final = 0.5  # how long apis may take to say that they stream a job
 _SUCCESSOR_SECONDS: Final = 3.0  # what the other apis wait longer, and as much again at random
 _RETRY_SECONDS: Final = 2.0
+_TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 _TRIES: Final = 30
 
 log = structlog.get_logger()
@@ -161,7 +163,8 @@ class Disconnects:
                 return
             await self._cancel(grace.tenant, job_id, "disconnected")
         finally:
-            del self._graces[job_id]
+            if self._graces.get(job_id) is grace:
+                del self._graces[job_id]
 
     async def _is_to_be_cancelled(self, tenant: str, job_id: int) -> bool:
         """Whether the job has neither ended nor been cancelled by somebody else."""
@@ -230,16 +233,18 @@ class GenerateCall:
             self._due_at = time.monotonic() + remaining_seconds - slack
         self._is_open = False
         self._is_named = False
-        self.has_ended = False  # set by us: the job's end was sent, or an error of ours
+        self.has_ended = False  # the job's end was sent, or an error of ours
 
     def opened(self, tenant: str, job_id: int) -> None:
         """The job exists and its stream begins."""
         self._is_open = True
         self._disconnects.opened(tenant, job_id, generate=True)
 
-    def named(self) -> None:
-        """From now on the caller may know the job's name."""
+    def sends(self, event: event_pb2.JobEvent) -> None:
+        """An event is about to be sent: the caller may know the job's name, or its end."""
         self._is_named = True
+        if event.WhichOneof("event") in _TERMINAL:
+            self.has_ended = True
 
     def done(self) -> None:
         """gRPC has ended the call."""
@@ -258,7 +263,7 @@ class GenerateCall:
         if is_overdue:
             reason = "deadline_passed"
         elif not (self._is_named or self._is_repeatable):
-            reason = "disconnected before the job had a name"
+            reason = "disconnected_without_job_name"
         self._disconnects.broke(job.tenant, job.id, reason=reason)
 
 

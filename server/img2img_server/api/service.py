@@ -100,7 +100,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         job = call.creation.result().job
         call.opened(job.tenant, job.id)
         async for event in self._watcher.stream(job.tenant, job.id, 0):
-            call.named()
+            call.sends(event)
             yield event
 
     async def CreateJob(  # noqa: N802
