@@ -101,23 +101,24 @@ class StreamProxy:
             async def pass_on(request: bytes, context: Any) -> AsyncIterator[bytes]:
                 kept = [item for item in context.invocation_metadata() if item[0] != "user-agent"]
                 call = upstream(request, metadata=kept)
+                messages = aiter(call)
+                following: asyncio.Future[bytes] = asyncio.ensure_future(anext(messages))
                 try:
-                    messages = aiter(call)
                     while True:
-                        following = asyncio.ensure_future(anext(messages))
                         await asyncio.wait({following}, timeout=self._idle_seconds)
                         if not following.done():
                             self.cuts += 1
                             call.cancel()
-                            await asyncio.gather(following, return_exceptions=True)
                             await context.abort(grpc.StatusCode.UNAVAILABLE, "upstream timed out")
                         yield following.result()
+                        following = asyncio.ensure_future(anext(messages))
                 except StopAsyncIteration:
                     return
                 except grpc.aio.AioRpcError as error:
                     await context.abort(error.code(), error.details(), error.trailing_metadata())
                 finally:
                     call.cancel()
+                    await asyncio.gather(following, return_exceptions=True)
 
             return grpc.unary_stream_rpc_method_handler(pass_on)
 

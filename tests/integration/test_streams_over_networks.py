@@ -50,7 +50,7 @@ WISH = {"prompt": "a harbour", "strength": 1.0, "samples": IMAGES, "width": 256,
 COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that died silently are noticed within a second."""
     options = api_server.server_options
@@ -165,6 +165,7 @@ async def scene(phase: str, **changes: Any) -> AsyncIterator[Scene]:
 
 
 @pytest.mark.parametrize("phase", ["queued", "running"])
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("accident", [Relay.reset, Relay.fall_silent], ids=["reset", "half-open"])
 async def test_a_connection_that_breaks_costs_no_job_and_no_image(
     accident: Callable[[Relay], None], phase: str

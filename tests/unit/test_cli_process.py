@@ -60,13 +60,23 @@ def wait_for_preview(wish: list[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("extra", [[], ["--json"]])
-def test_ctrl_c_cancels_the_job_and_ends_with_130(wish: list[str], extra: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("sent", "extra"),
+    [
+        (signal.SIGINT, []),
+        (signal.SIGINT, ["--json"]),
+        (signal.SIGTERM, []),
+        (signal.SIGHUP, []),  # the terminal was closed
+    ],
+)
+def test_ctrl_c_and_its_kin_cancel_the_job_and_end_with_130(
+    wish: list[str], sent: signal.Signals, extra: list[str]
+) -> None:
     service = FakeService(pause_after=6)
     with serving(service) as port:
         process = start(port, *wish, *extra)
         wait_for_preview(wish)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 130
     assert service.requests[1:] == [

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -110,7 +114,8 @@ def follow(
     from img2img_client.cli.report import show_ended  # rich takes a while to import
 
     try:
-        job = _read(stream, files)
+        with _signals_interrupt():
+            job = _read(stream, files)
     except KeyboardInterrupt:
         _interrupted(session, stream, ours)
     except errors.RpcError as error:
@@ -132,6 +137,22 @@ def cancel_text(job: Job) -> str:
     if job.state.is_terminal:
         return f"{job.name} is {job.state}"
     return f"{job.name} is being cancelled, it stops at its next step"
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Has SIGTERM and SIGHUP leave the stream as Ctrl-C does, unless they are ignored (nohup)."""
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [each for each in known if signal.getsignal(each) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        taken = []  # Python allows handlers there only
+    for each in taken:
+        signal.signal(each, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _read(stream: JobStream, files: Files) -> Job:
