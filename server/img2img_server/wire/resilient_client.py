@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import Any
 
 import nats.errors
@@ -44,13 +43,23 @@ class ResilientClient(Client):
 
     async def _connect_to_server(self, s: Srv) -> None:
         self.attempted = s.uri.netloc
-        if self._transport:  # of an attempt that failed: nats-py would leave it open
-            self._transport.close()  # type: ignore[no-untyped-call]
-            with suppress(Exception):  # of a connection that is broken anyway
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await self._transport.wait_closed()  # type: ignore[no-untyped-call]
-        self._transport = None
+        await self._close_transport()
         await super()._connect_to_server(s)
+
+    async def close(self) -> None:
+        await super().close()
+        await self._close_transport()
+
+    async def _close_transport(self) -> None:
+        """Closes what an attempt has left behind that failed: nats-py leaves it open."""
+        if transport := self._transport:
+            transport.close()  # type: ignore[no-untyped-call]
+            # Of a connection that is broken anyway: its errors say nothing, and the future inside
+            # may have been cancelled by somebody else.
+            closed = asyncio.ensure_future(transport.wait_closed())  # type: ignore[no-untyped-call]
+            await asyncio.wait([closed], timeout=CLOSE_SECONDS)
+            closed.cancel()
+            await asyncio.gather(closed, return_exceptions=True)
 
     async def _process_connect_init(self) -> None:
         try:
