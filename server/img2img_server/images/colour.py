@@ -68,6 +68,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Whether greys, primaries and the colours between them stay as they are."""
     if mode == "CMYK":
         return False
+    assert mode in ("L", "RGB")
     steps = np.arange(0, 256, 17 if mode == "RGB" else 1, dtype=np.uint8)
     axes = (steps,) * len(mode)
     colours = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, len(mode))

@@ -30,8 +30,8 @@ PLUGINS: dict[Container, type[ImageFile]] = {
 # What libjpeg-turbo says of them.
 _MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
 # Bytes that say something different to each table of codes.
-_PADS = (b"", b"\0", b"\x55", b"\xaa", b"\xfe")
-_PAD_BYTES = 64
+_PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
+_RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]
 # Rows of a 16-bit PNG compared with its colour key at once.
 _STRIP_ROWS = 256
 
@@ -80,7 +80,8 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
         if not _holds_all_bits(header):
             raise HeaderError("rows are missing")
         return None
-    space = {1: "GRAY", 3: "RGB"}.get(len(header.jpeg.components), "CMYK")
+    # RGBX is how Pillow stores RGB, so its copy is fast.
+    space = {1: "GRAY", 3: "RGBX"}.get(len(header.jpeg.components), "CMYK")
     room = min(header.width // smallest[0], header.height // smallest[1])
     divisor = next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
     try:
@@ -95,9 +96,12 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
         if not _may_be_whole(header, str(error)):
             raise HeaderError("rows are missing") from error
         return None
-    return (
-        None if space == "CMYK" else Image.fromarray(pixels[..., 0] if space == "GRAY" else pixels)
-    )
+    if space == "CMYK":
+        return None
+    if space == "GRAY":
+        return Image.fromarray(pixels[..., 0])
+    height, width, _ = pixels.shape
+    return Image.frombytes("RGB", (width, height), pixels.data, "raw", "RGBX")
 
 
 def _may_be_whole(header: Header, warning: str) -> bool:
@@ -117,15 +121,14 @@ def _may_be_whole(header: Header, warning: str) -> bool:
 
 def _holds_all_bits(header: Header) -> bool:
     """Whether no pixel depends on what stands between the last scan and the end marker."""
-    end = check_scans(header)
-    before, after = header.data[:end], header.data[end:]
-    images = [
-        _decode_with_pillow(
-            replace(header, data=before + pad * _PAD_BYTES + after), (header.width, header.height)
-        )
-        for pad in _PADS
-    ]
-    return all(image == images[0] for image in images)
+    end, size = check_scans(header), (header.width, header.height)
+    without = _decode_with_pillow(header, size)
+    for pad in _PADS:
+        padding = b"".join(pad + mark for mark in _RESTARTS)
+        padded = replace(header, data=header.data[:end] + padding + header.data[end:])
+        if _decode_with_pillow(padded, size) != without:
+            return False
+    return True
 
 
 def _plain(image: Image.Image, header: Header) -> Image.Image:
