@@ -1,6 +1,6 @@
 """The image check against Pillow: whole files are accepted with Pillow's pixels, cut ones refused.
 
-IMG2IMG_TEST_EXAMPLES sets the number of examples of each test, see CONTRIBUTING.md.
+TEST_EXAMPLES sets the number of examples of each test, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from img2img_server.images.png_rows import INFLATED_BYTES
 from img2img_server.images.prepare import check_image, prepare_image
 
 Array = npt.NDArray[Any]
-EXAMPLES = int(os.environ.get("IMG2IMG_TEST_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("TEST_EXAMPLES", "40"))
 examples = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize="IMG2IMG_TEST_EXAMPLES" not in os.environ,
+    derandomize="TEST_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 # Rows that end just before, at and after a block of the unpacker, in one-byte and other pixels.
@@ -276,6 +276,8 @@ def test_jpeg_files_without_all_rows_are_refused(
     made: dict[str, Any], part: float, ended: bool
 ) -> None:
     """Cut anywhere in the scans; an end marker put there makes it no better."""
+    if made["mode"] == "CMYK":  # otherwise missing bits are found by the pixels they change
+        made = made | {"subsampling": "4:4:4"}
     data = jpeg_file(made)
     first, last = data.index(b"\xff\xda"), data.rindex(b"\xff\xd9") - 1
     end = first + int((last - first) * part)
@@ -285,10 +287,7 @@ def test_jpeg_files_without_all_rows_are_refused(
     if ended and whole_scans:  # fewer scans and an end marker: a coarser image, but whole
         return
     cut = data[:end] + (b"\xff\xd9" if ended else b"")
-    if is_accepted(cut):  # possible where missing bits are looked for by the pixels they change
-        assert made["mode"] == "CMYK"
-        assert made["subsampling"] != "4:4:4"
-        assert difference(accepted(cut, made["size"]), pillow(data)) == 0
+    assert not is_accepted(cut)
 
 
 @examples

@@ -242,6 +242,21 @@ def test_pictures_after_the_first_one_in_a_jpeg_do_not_count() -> None:
     assert check(data) == CheckedImage(data=data, prepared=False)
 
 
+@pytest.mark.parametrize("subsampling", ["4:2:2", "4:2:0"])
+def test_a_subsampled_cmyk_jpeg_is_accepted_whole_and_refused_cut(subsampling: str) -> None:
+    inks = Image.fromarray(pictures.photo(96, 64)).convert("CMYK")
+    data = pictures.saved(inks, "JPEG", subsampling=subsampling, restart_marker_blocks=3)
+    start, end = data.index(b"\xff\xda"), data.index(b"\xff\xd9")
+    expected = np.asarray(pictures.opened(data).convert("RGB"))
+
+    for whole in (data, data[:end], data[:end] + bytes(50)):
+        assert check(whole).prepared is False
+        assert differ(prepare(whole, 96, 64), expected) <= 1
+    for cut in range(start + 20, end - 2, 97):
+        assert refusal(data[:cut]) == NOT_VALID
+        assert refusal(data[:cut] + b"\xff\xd9") == NOT_VALID
+
+
 def test_a_lossless_jpeg_is_decoded_whole() -> None:
     grey = np.ascontiguousarray(pictures.photo(200, 150)[..., 0])
     data = bytes(imagecodecs.ljpeg_encode(grey))

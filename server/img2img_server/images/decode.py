@@ -120,7 +120,10 @@ def _may_be_whole(header: Header, warning: str) -> bool:
 
 
 def _holds_all_bits(header: Header) -> bool:
-    """Whether no pixel depends on what stands between the last scan and the end marker."""
+    """Whether no pixel depends on what stands between the last scan and the end marker.
+
+    Bits that change no pixel, as in an image of one colour, are not missed.
+    """
     end, size = check_scans(header), (header.width, header.height)
     without = _decode_with_pillow(header, size)
     for pad in _PADS:
