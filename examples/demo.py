@@ -6,9 +6,9 @@
     img2img generate --prompt "an oil painting of a cat" --init-image examples/cat.jpg \
         --strength 0.7 --seed 1 --output demo/output.png
 
-What the server prints goes to demo/server.log. It listens on free ports, except where
-IMG2IMG_GRPC_PORT, IMG2IMG_HTTP_PORT or IMG2IMG_METRICS_PORT are set. Only the standard library is
-used here.
+What the server prints goes to demo/server.log. It listens on free ports and keeps its state in
+.img2img/demo, so that it runs beside a service that is already there; settings of the environment
+win. Only the standard library is used here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ LOG = FOLDER / "server.log"
 # What the server says on standard output once it may be used (its logs go elsewhere):
 # img2img is ready: gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8080 (docs at ...), API key dev-key
 READY = re.compile(rb"ready: gRPC (?P<address>[^\s,]+)")
-PORTS = ("IMG2IMG_GRPC_PORT", "IMG2IMG_HTTP_PORT", "IMG2IMG_METRICS_PORT")
+SETTINGS = {  # of the server, where the environment has none; port 0: any free one
+    "IMG2IMG_GRPC_PORT": "0",
+    "IMG2IMG_HTTP_PORT": "0",
+    "IMG2IMG_METRICS_PORT": "0",
+    "IMG2IMG_STATE_DIR": ".img2img/demo",
+}
 OUTPUT = FOLDER / "output.png"
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
@@ -124,8 +129,8 @@ async def demo(log: IO[bytes]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
     started = time.monotonic()
     command = ("img2img-server", "local")
-    ports = {name: os.environ.get(name) or "0" for name in PORTS}  # 0: any free one
-    async with running(*command, stop=signal.SIGTERM, stdout=PIPE, stderr=log, env=ports) as server:
+    env = {name: os.environ.get(name) or value for name, value in SETTINGS.items()}
+    async with running(*command, stop=signal.SIGTERM, stdout=PIPE, stderr=log, env=env) as server:
         address = await until_ready(server, log)
         print(f"Ready after {time.monotonic() - started:.1f} s.", flush=True)
         making = asyncio.create_task(generate(address))

@@ -90,15 +90,15 @@ def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> Non
     ]
 
 
-PORTS = ("IMG2IMG_GRPC_PORT", "IMG2IMG_HTTP_PORT", "IMG2IMG_METRICS_PORT")
+SETTINGS = [f"IMG2IMG_{name}" for name in ("GRPC_PORT", "HTTP_PORT", "METRICS_PORT", "STATE_DIR")]
 
 
-def test_the_demo_takes_free_ports_except_where_the_user_chose_some(
+def test_the_demo_runs_beside_another_service_except_where_the_user_chose_otherwise(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in PORTS:
+    for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    told = "".join(f'echo "{name}=${name}" >> "$DEMO/ports"\n' for name in PORTS)
+    told = "".join(f'echo "{name}=${name}" >> "$DEMO/ports"\n' for name in SETTINGS)
     stage.command(
         "img2img-server",
         SERVER.replace("echo starting", "true").replace(
@@ -110,6 +110,7 @@ def test_the_demo_takes_free_ports_except_where_the_user_chose_some(
         "IMG2IMG_GRPC_PORT=0",
         "IMG2IMG_HTTP_PORT=8123",
         "IMG2IMG_METRICS_PORT=0",
+        "IMG2IMG_STATE_DIR=.img2img/demo",
     ]
 
 
