@@ -106,6 +106,9 @@ class InvalidArgumentError(InvalidRequestError, ValueError):
             violations=violations,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.violations
+
 
 class InvalidArgumentTypeError(InvalidArgumentError, TypeError):
     """There is no such option, or an argument has a type that it cannot have."""
@@ -121,6 +124,9 @@ class InitImageFileError(InvalidArgumentError, OSError):
 
     def __str__(self) -> str:
         return self.violations[0].description
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (Path(self.filename), OSError(self.errno, self.strerror))
 
 
 class InitImageNotFoundError(InitImageFileError, FileNotFoundError):
@@ -192,6 +198,9 @@ class JobFailedError(JobEndError):
         self.reason = error.reason if error else ""
         self.retryable = bool(error and error.retryable)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job,)
+
 
 class JobCancelledError(JobEndError):
     """The job was cancelled."""
@@ -200,6 +209,9 @@ class JobCancelledError(JobEndError):
 
     def __init__(self, job: Job) -> None:
         super().__init__(f"{job.name} was cancelled", job)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job,)
 
 
 class ClientClosedError(Img2ImgError, ValueError):
@@ -210,6 +222,9 @@ class ClientClosedError(Img2ImgError, ValueError):
     def __init__(self) -> None:
         super().__init__("this client is closed: make a new one")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
 
 class StreamClosedError(Img2ImgError, RuntimeError):
     """The stream was closed before its job had ended, so there is no result."""
@@ -218,6 +233,9 @@ class StreamClosedError(Img2ImgError, RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("the stream was closed before the job had ended")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 BY_REASON: dict[str, type[RpcError]] = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import io
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -17,8 +19,9 @@ import grpc
 import pytest
 
 import img2img_client as api
-from img2img_client import AsyncClient, Client
+from img2img_client import AsyncClient, Client, convert
 from tests.client_runs import BOTH, RETRY, Run
+from tests.fake_job import State, job
 from tests.fake_service import FakeService, Refusal, serving
 
 NO_PATH: Any = 7
@@ -132,6 +135,27 @@ def test_the_file_s_own_error_can_be_read() -> None:
         client.create("p", "none.jpg")
     assert (caught.value.filename, caught.value.errno) == ("none.jpg", 2)
     assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+def test_every_error_can_be_sent_to_another_process() -> None:
+    failed = convert.job_from(job(State.STATE_FAILED))
+    missing = FileNotFoundError(2, "No such file or directory")
+    examples = [
+        api.InvalidArgumentError(api.Violation("a", "a is wrong"), api.Violation("b", "b too")),
+        api.InvalidArgumentTypeError(api.Violation("a", "a is wrong")),
+        api.InitImageNotFoundError(Path("none.jpg"), missing),
+        api.UnavailableError("away", code="UNAVAILABLE", reason="TRANSPORT", retry_seconds=1.0),
+        api.JobFailedError(failed),
+        api.JobCancelledError(failed),
+        api.ClientClosedError(),
+        api.StreamClosedError(),
+    ]
+    for error in examples:
+        for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+            assert type(again) is type(error)
+            assert (str(again), again.reason) == (str(error), error.reason)
+            for name in ("violations", "code", "retry_seconds", "job", "filename"):
+                assert getattr(again, name, None) == getattr(error, name, None)
 
 
 def test_bytes_of_any_kind_are_an_init_image(run: Run) -> None:
