@@ -466,7 +466,7 @@ async def test_details_that_no_key_opens_any_more_leave_the_files_with_us(
         job = (await shops.gateway.create(key=shops.a.key)).json()
         assert job["status"] == "success"
         assert job["output"][0].startswith("http://img.example.com/generations/")
-        assert job["warning"].startswith("your S3 details cannot be read")
+        assert job["warning"].startswith("Your S3 details cannot be read")
 
 
 # Where the service connects to.

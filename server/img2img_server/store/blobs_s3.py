@@ -86,7 +86,9 @@ class S3BlobStore:
             async with asyncio.timeout(RULES_SECONDS):
                 await self._try(self._make_rules)
         except (StorageError, TimeoutError) as error:
-            why = getattr(error, "detail", f"no answer within {RULES_SECONDS:g} s")
+            why = f"no answer within {RULES_SECONDS:g} s"
+            if isinstance(error, StorageError):
+                why = explain(error.__cause__, self._access).sentence
             log.warning(
                 "the bucket %s takes no lifecycle rules (%s): nothing deletes old files. Add rules "
                 "that expire generations/ and temp/ after %d days.",
@@ -108,12 +110,17 @@ class S3BlobStore:
             except StorageError as error:
                 fault = explain(error.__cause__, self._access)
                 if fault.final:
-                    raise SettingsError(str(fault)) from error
+                    raise SettingsError(f"{fault}{self._needs(error.__cause__)}") from error
                 if loop.time() >= ends_at:
                     raise StorageError(f"{fault}; given up after {seconds:g} s") from error
                 log.warning("object store is not ready, trying again: %s", fault)
             await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
             attempt += 1
+
+    def _needs(self, error: BaseException | None) -> str:
+        """What the key lacks: only a put is denied here, all else may be."""
+        denied = isinstance(error, S3Error) and error.code in DENIED
+        return f": the key needs s3:PutObject in {self._bucket}" if denied else ""
 
     async def prove_writable(self) -> None:
         await self._try(self._prove_writable, tries=1)

@@ -137,8 +137,7 @@ def _refusal(error: S3Error, access: S3Access) -> tuple[str, str]:
     if code in _TOKEN:
         return source.token, f"refused the session token ({code}): it is wrong or has expired"
     if code in DENIED:
-        why = f"does not allow it ({code}): the key needs s3:PutObject and s3:GetObject in {bucket}"
-        return source.access, why
+        return source.access, f"does not allow it ({code})"
     if code in _SKEWED:
         why = f"refused the request ({code}): its clock and that of this machine differ"
         return ENDPOINT, why
