@@ -132,8 +132,8 @@ def test_a_watch_of_a_job_that_does_not_exist_says_nothing_else() -> None:
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_a_timeout_says_that_the_job_was_cancelled(extra: list[str]) -> None:
     service = FakeService(pause_after=3)
-    result = run(service, *WISH, "--timeout", "0.5", *extra)
-    sentence = f"timed out after 0.5 s; {NAME} was cancelled"
+    result = run(service, *WISH, "--timeout", "1.5", *extra)
+    sentence = f"timed out after 1.5 s; {NAME} was cancelled"
     assert (result.exit_code, result.stderr) == (1, f"Error: {sentence}\n")
     assert service.cancelled.is_set()
     if extra:

@@ -203,7 +203,7 @@ def test_a_server_that_says_nothing_is_waited_for_briefly() -> None:
         for tls in (False, True):
             began = time.monotonic()
             finding = probe(Endpoint(f"127.0.0.1:{silent.getsockname()[1]}", tls=tls), 0.2)
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < 5.0
             assert finding.cause is Cause.NO_ANSWER
 
 
