@@ -33,12 +33,12 @@ from img2img_server.gateway.schemas import (
     STORAGE_DONE,
     Schema,
 )
+from img2img_server.listening import host_port, reachable
 from img2img_server.settings import DEV_KEY, Settings
 
 _DESCRIPTION = """Pictures out of pictures, compatible with the enterprise realtime image-to-image
 API of ModelsLab. The key goes into the body field `key`, or into one of the headers below. The same
 service over gRPC streams every denoising step; over HTTP `/v1/jobs/{job_id}/events` does."""
-LOCAL_HOST = "127.0.0.1"
 _ANYWHERE = (
     Case.INVALID_JSON,
     Case.BAD_KEY,
@@ -64,7 +64,8 @@ def document(settings: Settings) -> dict[str, Any]:
 def _make_examples_work(paths: dict[str, Any], settings: Settings) -> None:
     """Puts the development key into the examples of request bodies and, where the api may fetch it,
     the playground's example image, so that "Try it out" works as it stands."""
-    base = settings.public_base_url or f"http://{LOCAL_HOST}:{settings.http_port}"
+    address = host_port(reachable(settings.http_host), settings.http_port)
+    base = settings.public_base_url or f"http://{address}"
     can_fetch = settings.playground and settings.http_port and settings.outbound_allow
     init_image = f"{base.rstrip('/')}/playground/cat.jpg" if can_fetch else ""
     for operations in paths.values():
