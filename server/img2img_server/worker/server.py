@@ -28,12 +28,14 @@ from img2img_server.store.base import BlobStore
 from img2img_server.store.blobs_s3 import S3BlobStore, connect_blobs
 from img2img_server.store.tenant_s3 import TenantS3
 from img2img_server.store.watched import WatchedBlobs
+from img2img_server.tasks import beside
 from img2img_server.telemetry import probe_server
 from img2img_server.worker.downloads import forget_downloads
 from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
 
 ENGINE_STOP_SECONDS = 2.0
+HEAD_START_SECONDS = 0.5
 # A job that runs is worth a longer wait than a caller: another server is found within seconds.
 BUS_PATIENCE_SECONDS = 12.0
 
@@ -86,10 +88,16 @@ async def serve_worker(
 async def _load_all(
     safety: SafetyChecker, settings: Settings, blobs: S3BlobStore
 ) -> tuple[Engine, PromptRewriter]:
-    """Loads the models and makes the bucket ready at the same time. Raises the first error."""
-    preparing = blobs.prepare(settings.startup_timeout_seconds)
-    loaded, _ = await asyncio.gather(_load_models(safety, settings), preparing)
-    return loaded
+    """Loads the models and makes the bucket ready at the same time. Raises the first error.
+
+    The bucket has a head start: a wrong key is told before torch takes the machine for seconds.
+    """
+    async with beside(blobs.prepare(settings.startup_timeout_seconds)) as preparing:
+        await asyncio.wait({preparing}, timeout=HEAD_START_SECONDS)
+        if preparing.done():
+            preparing.result()
+        loaded, _ = await asyncio.gather(_load_models(safety, settings), preparing)
+        return loaded
 
 
 async def _load_models(safety: SafetyChecker, settings: Settings) -> tuple[Engine, PromptRewriter]:
