@@ -116,21 +116,23 @@ def of(config: Settings) -> dict[str, object]:
         ("api", {"grpc_port": "eighty"}, "IMG2IMG_GRPC_PORT: must be a whole number"),
         ("api", {"grpc_port": "TAKEN"}, "IMG2IMG_GRPC_PORT: 127.0.0.1:TAKEN is in use"),
         ("worker", {"metrics_port": "TAKEN"}, "IMG2IMG_METRICS_PORT: 127.0.0.1:TAKEN is in use"),
-        ("api", {"tls_cert_file": "/nope", "tls_key_file": "/nope"}, "IMG2IMG_TLS_KEY_FILE: /nope"),
-        ("gateway", {"api_ca_file": "/nope"}, "IMG2IMG_API_CA_FILE: /nope cannot be read"),
-        ("api", {"api_keys_file": "/nope"}, "IMG2IMG_API_KEYS_FILE: /nope: cannot be read"),
+        ("api", {"tls_cert_file": "NONE", "tls_key_file": "NONE"}, "IMG2IMG_TLS_KEY_FILE: NONE"),
+        ("gateway", {"api_ca_file": "NONE"}, "IMG2IMG_API_CA_FILE: NONE cannot be read"),
+        ("api", {"api_keys_file": "NONE"}, "IMG2IMG_API_KEYS_FILE: NONE: cannot be read"),
         ("worker", {"dtype": "float8"}, "IMG2IMG_DTYPE: must be auto, float32"),
-        ("worker", {"model": "/nope"}, "IMG2IMG_MODEL: there is no model at /nope"),
-        ("local", {"state_dir": "/proc/nope"}, "IMG2IMG_STATE_DIR: "),
+        ("worker", {"model": "NONE"}, "IMG2IMG_MODEL: there is no model at NONE"),
+        ("local", {"state_dir": "/proc/none"}, "IMG2IMG_STATE_DIR: "),
     ],
 )
 async def test_a_wrong_setting_ends_a_role_at_once_with_its_name_in_the_last_line(
-    role: str, changes: dict[str, object], reason: str
+    role: str, changes: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
     with taken_port() as port:
-        given = {name: port if value == "TAKEN" else value for name, value in changes.items()}
-        end = await ended(role, **given)
-    reason = reason.replace("TAKEN", str(port))
+        words = {"TAKEN": str(port), "NONE": str(tmp_path / "none")}
+        for word, meant in words.items():
+            changes = {name: value.replace(word, meant) for name, value in changes.items()}
+            reason = reason.replace(word, meant)
+        end = await ended(role, **changes)
     assert end.code == 2
     last = end.records[-1]["event"]
     assert last.startswith(f"img2img-server {role}: ")
@@ -140,8 +142,11 @@ async def test_a_wrong_setting_ends_a_role_at_once_with_its_name_in_the_last_lin
 
 
 @pytest.mark.parametrize("format_", ["console", "json"])
-async def test_all_mistakes_are_lines_at_the_end_each_complete(format_: str) -> None:
-    end = await ended("worker", log_format=format_, dtype="float8", lora_dir="/nope", log_level="x")
+async def test_all_mistakes_are_lines_at_the_end_each_complete(
+    format_: str, tmp_path: Path
+) -> None:
+    wrong = {"dtype": "float8", "lora_dir": tmp_path / "none", "log_level": "x"}
+    end = await ended("worker", log_format=format_, **wrong)
     said = end.lines if format_ == "console" else [each["event"] for each in end.records]
     *each, last = said
     names = ["IMG2IMG_DTYPE", "IMG2IMG_LOG_LEVEL", "IMG2IMG_LORA_DIR"]
