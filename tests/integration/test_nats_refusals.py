@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import re
+import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -314,6 +315,35 @@ async def test_a_server_that_the_cluster_told_about_gets_the_credentials_too(
             await first.child.stop()
             await until(lambda: link.nc.attempted == second.address and link.nc.is_connected)
             await link.send("img2img.x", b"x")
+
+
+@pytest.mark.filterwarnings("ignore:parameter 'timeout' of type 'float':DeprecationWarning")
+async def test_a_websocket_with_tls_needs_no_second_one(tmp_path: Path) -> None:
+    """As behind an ingress: TLS ends before NATS, whose INFO says nothing of it."""
+    await asyncio.to_thread(certificates, tmp_path / "tls")
+    port, front = free_port(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    front.load_cert_chain(tmp_path / "tls" / "server.pem", tmp_path / "tls" / "server.key")
+    config = f'max_payload: 8MB\nwebsocket {{ listen: "127.0.0.1:{port}", no_tls: true }}'
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(65536):
+                    target.write(data)
+            target.close()
+
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    async with (
+        nats_configured(tmp_path / "nats", config),
+        await asyncio.start_server(relay, "127.0.0.1", 0, ssl=front) as server,
+    ):
+        url = f"wss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        settings = Settings(nats_url=url, nats_ca_file=tmp_path / "tls" / "ca.pem")
+        async with connect_bus(settings) as bus:
+            assert await bus.workers.workers() == []
 
 
 @pytest.mark.filterwarnings("ignore:parameter 'timeout' of type 'float':DeprecationWarning")

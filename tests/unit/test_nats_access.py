@@ -86,6 +86,7 @@ def test_credentials_of_the_settings_hold_for_every_server() -> None:
         ("nats://u:secret-1@", {}, "without a host"),
         ("nats://h/path", {}, "only user, password, host and port"),
         ("nats://h,wss://h", {}, "cannot be mixed"),
+        ("ws://h", {"nats_ca_file": "ca.pem"}, "write wss://"),
         ("nats://u:secret-1@h", {"nats_token": "t"}, "not in both"),
     ],
 )

@@ -14,8 +14,8 @@ from img2img_server.settings import Settings, SettingsError
 
 URL: Final = "IMG2IMG_NATS_URL"
 DEFAULT_PORT: Final = 4222
-_WEBSOCKET: Final = ("ws", "wss")
-_SCHEMES: Final = ("nats", "tls", *_WEBSOCKET)
+WEBSOCKET: Final = ("ws", "wss")
+_SCHEMES: Final = ("nats", "tls", *WEBSOCKET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,13 @@ class NatsAccess:
         servers = [_server(url.strip()) for url in urls if url.strip()]
         if not servers:
             raise SettingsError(f"{URL}: no server is named, for example nats://nats:4222")
-        if len({urlsplit(server.address).scheme in _WEBSOCKET for server in servers}) > 1:
+        if len({urlsplit(server.address).scheme in WEBSOCKET for server in servers}) > 1:
             raise SettingsError(f"{URL}: ws:// and nats:// servers cannot be mixed")
+        plain = any(server.address.startswith("ws:") for server in servers)
+        if plain and (settings.nats_ca_file or settings.nats_cert_file):
+            raise SettingsError(
+                f"{URL}: ws:// has no TLS, which the certificates need: write wss://"
+            )
         login = Login(
             settings.nats_user,
             settings.nats_password.get_secret_value(),
@@ -142,7 +147,7 @@ def _server(url: str) -> Server:
         ) from None
     if parts.scheme not in _SCHEMES:
         raise SettingsError(f"{URL}: the scheme must be one of {', '.join(_SCHEMES)}")
-    websocket = parts.scheme in _WEBSOCKET
+    websocket = parts.scheme in WEBSOCKET
     if parts.query or parts.fragment or (parts.path not in ("", "/") and not websocket):
         raise SettingsError(
             f"{URL}: only user, password, host and port are taken; in a user, password or token "

@@ -13,6 +13,7 @@ from weakref import WeakSet
 import nats.errors
 import nats.js.errors
 from nats.aio.msg import Msg
+from nats.errors import SlowConsumerError
 from nats.js import JetStreamContext
 from nats.js.api import PubAck, RawStreamMsg
 
@@ -152,7 +153,9 @@ class Link:
             self._is_denied.set()
             log.warning("NATS permission is missing: %s", said)
         elif self.nc.is_connected:
-            log.debug("NATS: %r", error)
+            # Of dropped messages there are many; their readers notice and ask again.
+            level = logging.DEBUG if isinstance(error, SlowConsumerError) else logging.WARNING
+            log.log(level, "NATS error: %r", error)
         else:
             self._note_fault(error)
 

@@ -10,7 +10,7 @@ from nats.aio.client import Client, Srv
 from nats.aio.msg import Msg
 
 from img2img_server.tasks import heeding_cancel
-from img2img_server.wire.access import NatsAccess
+from img2img_server.wire.access import WEBSOCKET, NatsAccess
 
 NO_INFO = "nats: something else when expecting INFO message"
 CLOSE_SECONDS = 1.0
@@ -70,7 +70,11 @@ class ResilientClient(Client):
             raise nats.errors.Error(NO_INFO) from error
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if initial_connection and self._access.needs_tls:
+        # A WebSocket has its TLS below it, if any.
+        websocket = (
+            self._current_server is not None and self._current_server.uri.scheme in WEBSOCKET
+        )
+        if initial_connection and self._access.needs_tls and not websocket:
             if not (info.get("tls_required") or info.get("tls_available")):
                 raise nats.errors.SecureConnWantedError
             info["tls_required"] = True
