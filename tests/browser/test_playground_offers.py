@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from img2img_server.engine.fake import FakeEngine
+from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from tests.browser_page import MARKS, browser, playground, playwright, start
 from tests.stack import Stack
 
@@ -41,6 +42,26 @@ async def test_loras_are_offered_where_the_model_has_some(browser: playwright.Br
         text = await page.locator("#code").inner_text()
         assert 'lora="sketch"' in text
         assert "lora_scale=0.5" in text
+
+
+async def test_the_models_own_strength_and_a_seed_of_64_bits_are_asked_for(
+    browser: playwright.Browser,
+) -> None:
+    engine = FakeEngine(replace(FAKE_MODEL, default_strength=0.4, max_num_inference_steps=7))
+    async with playground(browser, engine) as shown:
+        page, seed = shown.page, 2**63 - 1
+        await page.get_by_text("version").wait_for()
+        assert await page.locator("#strength").input_value() == "0.4"
+        assert await page.locator("#steps").get_attribute("max") == "7"
+        assert "strength" not in await page.locator("#code").inner_text()
+        await page.locator("#seed").fill(str(seed))
+        assert f"seed={seed}," in await page.locator("#code").inner_text()
+        await start(page, Width="256", Height="256")
+        await page.get_by_text("Done in").wait_for()
+        made = await params(shown.stack, max(await shown.stack.bus.jobs.list_ids("dev")))
+        assert (made["strength"], made["seed"]) == (0.4, seed)
+        await page.locator("#strength").fill("0.8")
+        assert "strength=0.8" in await page.locator("#code").inner_text()
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not here")

@@ -39,6 +39,7 @@ MODEL = replace(
     default_guidance_scale=3.0,
     max_num_inference_steps=50,
     side_multiple=16,
+    scheduler_max_steps=(("euler", 10),),
 )
 
 
@@ -214,6 +215,10 @@ async def test_fields_of_a_newer_protocol_are_named(doors: Doors) -> None:
     [
         ({"num_inference_steps": 51}, "num_inference_steps must be between 1 and 50"),
         ({"width": 264}, "width must be divisible by 16"),
+        (
+            {"num_inference_steps": 11, "scheduler": "euler"},
+            "num_inference_steps must be between 1 and 10",
+        ),
     ],
     ids=str,
 )
@@ -227,6 +232,12 @@ async def test_the_models_own_limits_are_told_and_hold_at_the_door(
     (model,) = (await doors.api.stub.GetCapabilities(request, metadata=DEV)).models
     found = model.max_num_inference_steps, model.min_side_pixels, model.max_side_pixels
     assert (found, model.side_multiple) == ((50, 256, 1024), 16)
+
+
+async def test_steps_are_raised_within_the_limit_of_the_scheduler(doors: Doors) -> None:
+    job = await doors.make("grpc", scheduler="euler", strength=0.05)
+    assert job.spec.num_inference_steps == 5
+    assert job.warning.startswith("At strength 0.05 no step runs, not even with")
 
 
 async def test_capabilities_tell_every_limit_of_the_validator(doors: Doors) -> None:

@@ -117,6 +117,8 @@ async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway)
         ({"spec": {"width": "wide"}}, "width", "width must be an integer"),
         ({"spec": {"width": 1.5}}, "width", "width must be an integer"),
         ({"spec": {"width": 99999999999}}, "width", "width must be an integer"),
+        ({"spec": {"seed": 2**63}}, "seed", f"seed must be between 0 and {2**63 - 1}"),
+        ({"spec": {"seed": "x"}}, "seed", "seed must be an integer"),
         ({"spec": {"prompt": 3}}, "prompt", "prompt must be a string"),
         ({"spec": {"strength": []}}, "strength", "strength must be a number"),
         ({"spec": {"base64": 1}}, "base64", "base64 must be true or false"),

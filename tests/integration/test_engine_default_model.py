@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from img2img_server.domain.params import Limits
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import packaged_model
 from img2img_server.settings import Settings
@@ -33,6 +34,22 @@ def test_it_gives_the_stock_pipelines_pictures_at_its_own_defaults_and_odd_sizes
             (ours,), (theirs,) = pictures(run(engine, wanted)), stock.pictures(wanted)
             assert difference(ours, theirs) <= BOUND
             assert difference(ours, wanted.init_image) > 40, "it did change the photo"
+    finally:
+        engine.stop()
+
+
+def test_every_scheduler_runs_the_steps_that_the_model_allows() -> None:
+    engine = load_engine(Settings())
+    try:
+        for scheduler in engine.model.schedulers:
+            most = engine.model.limits(Limits(), scheduler).max_num_inference_steps
+            wanted = job(
+                strength=1.01 / most,
+                num_inference_steps=most,
+                scheduler=scheduler,
+                init_image=np.zeros((64, 64, 3), np.uint8),
+            )
+            assert len(pictures(run(engine, wanted))) == 1
     finally:
         engine.stop()
 

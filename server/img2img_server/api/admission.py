@@ -100,7 +100,7 @@ class Admission:
             spec, name, model, random_seed=secrets.randbelow(NARROW_SEED_MAX + 1)
         )
         params = request.params
-        violations = request.violations + validate(params, self._context(model))
+        violations = request.violations + validate(params, self._context(model, params.scheduler))
         if violations:
             raise errors.InvalidRequestError(violations)
         if not params.safety_checker and "unsafe" not in caller.principal.permissions:
@@ -120,16 +120,18 @@ class Admission:
             prompt = self._rewriter.rewrite(params.prompt, params.seed)
             params, rewriting = replace(params, prompt=prompt), self._rewriter.warning
         given = [field.name for field, _ in spec.ListFields()]
-        params, resolving = resolve(params, model, model.limits(self.limits), given)
+        params, resolving = resolve(
+            params, model, model.limits(self.limits, params.scheduler), given
+        )
         warning = join_warnings(*resolving, convert.unknown_fields(spec), caller.warning, rewriting)
         seconds = time.monotonic() - started
         return Admitted(params, original_prompt, warning, image, seconds, position, eta)
 
-    def _context(self, model: ModelInfo | None) -> ValidationContext:
+    def _context(self, model: ModelInfo | None, scheduler: str) -> ValidationContext:
         listed = self._outbound.lists_host
         if model is None:
             return ValidationContext(self.limits, is_listed=listed)
-        limits = model.limits(self.limits)
+        limits = model.limits(self.limits, scheduler)
         return ValidationContext(limits, model.schedulers, model.loras, listed)
 
     async def _no_model(self, named: str, name: str) -> errors.ServiceError:

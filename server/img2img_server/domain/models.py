@@ -30,18 +30,25 @@ class ModelInfo:
     native_size: int = 512
     max_num_inference_steps: int = 100
     side_multiple: int = 1  # of width and height, beside the service's own
+    # Schedulers that run fewer steps than max_num_inference_steps, and how many.
+    scheduler_max_steps: tuple[tuple[str, int], ...] = ()
     takes_negative_prompt: bool = True  # False: guidance is an input of the model, as with LCM
     loras: tuple[str, ...] = ()
     # Measured device seconds a pixel-step, batches and encoders included; kept with the model while
     # no worker serves it. 0.0: nothing ran yet.
     pixel_step_seconds: float = 0.0
 
-    def limits(self, service: Limits) -> Limits:
-        """Returns the limits of a request for this model: the service's, narrowed by its own."""
+    def limits(self, service: Limits, scheduler: str = "") -> Limits:
+        """Returns the limits of a request for this model: the service's, narrowed by its own and by
+        those of the scheduler; none: of the model's default one."""
+        by_scheduler = dict(self.scheduler_max_steps)
+        scheduler = scheduler or self.schedulers[0]
         return replace(
             service,
             max_num_inference_steps=min(
-                service.max_num_inference_steps, self.max_num_inference_steps
+                service.max_num_inference_steps,
+                self.max_num_inference_steps,
+                by_scheduler.get(scheduler, service.max_num_inference_steps),
             ),
             side_multiple=math.lcm(service.side_multiple, self.side_multiple),
         )

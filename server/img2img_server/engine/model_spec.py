@@ -40,6 +40,7 @@ from img2img_server.settings import variable
 SCHEDULERS = ("ddim", "euler", "euler_a", "lcm", "dpmpp_2m")
 DEFAULT_MODEL = "atelier"
 
+_LCM_STEPS = 50  # of the schedule that LCM picks its steps from, the default of diffusers
 # Schedulers that we do not offer are answered by the nearest deterministic one.
 _FALLBACK_SCHEDULER = "ddim"
 
@@ -106,6 +107,7 @@ class ModelSpec:
     native_size: int = 512
     multiple: int = 8
     takes_negative_prompt: bool = True
+    lcm_max_steps: int = _LCM_STEPS
     loras: tuple[str, ...] = ()
 
     @property
@@ -122,6 +124,7 @@ class ModelSpec:
             native_size=self.native_size,
             max_num_inference_steps=self.max_num_inference_steps,
             side_multiple=self.multiple,
+            scheduler_max_steps=(("lcm", self.lcm_max_steps),),
             takes_negative_prompt=self.takes_negative_prompt,
             loras=self.loras,
         )
@@ -195,6 +198,7 @@ def _spec(
         native_size=file.sizes.native or native,
         multiple=file.sizes.multiple,
         takes_negative_prompt=unet.get("time_cond_proj_dim") is None,
+        lcm_max_steps=int(scheduler.get("original_inference_steps") or _LCM_STEPS),
     )
 
 

@@ -17,9 +17,17 @@ from img2img_server.gateway.schemas import ERROR, Schema
 
 _ANYWHERE = (Case.BAD_KEY, Case.FAULT, Case.UNAVAILABLE)
 _WITH_BODY = (*_ANYWHERE, Case.INVALID_JSON, Case.SLOW_BODY, Case.TOO_LARGE)
-_LIMITS = {entry.name: entry.schema for entry in FIELDS} | {
+_OWN = {"description": "The model's own limits may be narrower, see /v1/capabilities."}
+_NARROWED = ("width", "height", "num_inference_steps")
+_LIMITS = {
+    entry.name: {**entry.schema, **(_OWN if entry.name in _NARROWED else {})} for entry in FIELDS
+} | {
     "prompt": {"minLength": 1, "maxLength": LIMITS.max_prompt_characters},
-    "seed": {"minimum": RANDOM_SEED, "maximum": SEED_MAX},
+    "seed": {
+        "minimum": RANDOM_SEED,
+        "maximum": SEED_MAX,
+        "description": "-1: drawn at random. Beyond 2^53 as a string: JSON numbers lose digits.",
+    },
     "preview_interval_steps": {"minimum": 0, "maximum": LIMITS.max_preview_interval_steps},
     "lora_scale": {"minimum": 0, "maximum": LIMITS.max_lora_scale},
 }

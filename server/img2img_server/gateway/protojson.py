@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from img2img_server.domain.params import Violation
+from img2img_server.domain.params import SEED_MAX, Violation
 from img2img_server.gateway.contract import FIELDS
 from img2img_server.gateway.refusals import Case, RefusedError
 
@@ -55,4 +55,6 @@ def _violation(told: str) -> Violation:
     place = _PLACE.search(told)
     path = place[1].split(".") if place else _STEPS.findall(told)
     name = (path[1:2] or path[:1] or ["body"])[0]
+    if name == "seed" and "out of range" in told:
+        return Violation(name, f"seed must be between 0 and {SEED_MAX}")
     return Violation(name, f"{name} {_COMPLAINTS.get(name, 'is not well formed')}")

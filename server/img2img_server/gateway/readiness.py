@@ -1,4 +1,4 @@
-"""Whether the gateway may get traffic; the same answer at its own port and at the probe port."""
+"""Whether the gateway may get traffic; the probe port answers the same, the missing model apart."""
 
 from __future__ import annotations
 
@@ -44,8 +44,13 @@ class Readiness:
         return {name: trouble for name, trouble in troubles.items() if trouble}
 
     async def why_not(self) -> str:
-        """Returns why requests cannot be served, in a sentence; empty: they can."""
-        return "; ".join(f"{part}: {why}" for part, why in (await self.troubles()).items())
+        """Returns why the role cannot do its part, in a sentence; empty: it can.
+
+        A missing model is left out: whoever starts one role after the other waits for this answer,
+        and starts the workers last.
+        """
+        troubles = await self.troubles()
+        return "; ".join(f"{part}: {why}" for part, why in troubles.items() if part != "model")
 
     async def watch(self) -> None:
         """Looks every two seconds, so that the log tells also where nobody asks for readiness."""

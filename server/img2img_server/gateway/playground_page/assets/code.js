@@ -33,6 +33,7 @@ ${lines.join("\n")}
 
 function literal(name, value) {
   if (typeof value === "boolean") return value ? "True" : "False";
+  if (name === "seed") return String(value); // a number, however long
   return JSON.stringify(name === "output_format" ? FORMATS[value] : value);
 }
 

@@ -118,6 +118,10 @@ function spec() {
     found[name] = NUMBERS.includes(name) ? number(value) : value;
   }
   for (const name of FLAGS) found[name] = form.elements[name].checked;
+  const model = models.find(({ name }) => name === found.model);
+  const steps = found.num_inference_steps ?? model?.default_num_inference_steps;
+  // Of a single step there is no preview to ask for.
+  if (steps * (found.strength ?? model?.default_strength) < 2) delete found.preview_interval_steps;
   return found;
 }
 
