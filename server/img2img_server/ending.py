@@ -66,7 +66,10 @@ def reasons_of(error: BaseException) -> list[str]:
     if isinstance(error, _EXPECTED) and text:
         return [text]
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return [f"the Python package {error.name} is missing"]
+        return [
+            f"the Python package {error.name.partition('.')[0]} is missing: "
+            "pip install 'img2img-service[worker]' brings all"
+        ]
     return [f"unexpected {type(error).__name__}: {text or 'without a message'}"]
 
 

@@ -10,7 +10,9 @@ import ssl
 import string
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -23,14 +25,18 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from img2img_server import setting_syntax
+from img2img_server.__main__ import EXTRAS
 from img2img_server.certificates import trusted_fault
 from img2img_server.checks import checked_settings, mistakes_of
 from img2img_server.ending import code_of, last_line, reasons_of
 from img2img_server.errors import UnavailableError
 from img2img_server.listening import Listener, host_port, listeners, reachable, reserve
 from img2img_server.settings import Settings, SettingsError, variable
+from tests.readme import ROOT
 
 ROLES = ("api", "gateway", "worker", "local")
 # A value that no role may accept. Texts that may be anything must at least be one line.
@@ -438,6 +444,39 @@ def test_the_last_line_is_a_record_where_the_log_is_json(monkeypatch: pytest.Mon
     monkeypatch.setenv("IMG2IMG_LOG_FORMAT", "json")
     record = json.loads(last_line("img2img-server api: x", 2))
     assert (record["event"], record["exit_code"]) == ("img2img-server api: x", 2)
+
+
+def test_the_packages_that_a_role_asks_for_are_those_of_its_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    brought = packages_distributions()
+    for extra, modules in EXTRAS.items():
+        listed = {
+            canonicalize_name(Requirement(line).name)
+            for line in project["optional-dependencies"][extra]
+        }
+        wanted = {
+            canonicalize_name(name) for module in modules.split(", ") for name in brought[module]
+        }
+        if extra == "server":  # a role of the worker can do without some
+            assert listed == wanted & listed
+        assert all(
+            listed & {canonicalize_name(name) for name in brought[module]}
+            for module in modules.split(", ")
+        ), extra
+
+
+@pytest.mark.parametrize("source", ["./none", "~/none", "/none", "none", "a/b/c", "../none"])
+def test_a_model_that_looks_like_a_path_is_not_taken_for_a_hub_id(
+    give: Callable[..., None], source: str
+) -> None:
+    give(model=source)
+    assert refused("worker") == [f"IMG2IMG_MODEL: there is no model at {source}"]
+
+
+def test_a_model_that_is_a_file_is_told_so(give: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "dreamy.safetensors").write_bytes(b"")
+    give(model=tmp_path / "dreamy.safetensors")
+    assert "is a file; a model is a directory" in "".join(refused("worker"))
 
 
 def test_the_command_of_a_plain_install_says_what_to_install(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def load_pipeline(
     fp16 files are widened where dtype says so. The autoencoder is None when there is none.
 
     Raises:
-        ModelError: it cannot be loaded, or is of another family.
+        ModelError: it cannot be loaded, is of another family, or nothing can be compiled here.
     """
     for quiet in (diffusers_logging, transformers_logging):
         quiet.set_verbosity_error()  # they would log prompts that are too long
@@ -34,16 +34,18 @@ def load_pipeline(
     # Only now: the import alone logs what none of our models needs.
     from diffusers import AutoPipelineForImage2Image
 
+    if options.compile is not Compile.OFF:  # before what takes long
+        _try_compiler(device, options.compile)
+    try:
+        tiny = _tiny(options.tiny_vae, dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {options.tiny_vae}: {error}", setting="tiny_vae") from error
     try:
         pipeline = AutoPipelineForImage2Image.from_pretrained(  # type: ignore[no-untyped-call]
             source, dtype=dtype, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
-    try:
-        tiny = _tiny(options.tiny_vae, dtype)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {options.tiny_vae}: {error}", setting="tiny_vae") from error
     if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
         raise ModelError(f"{source} is not of the Stable Diffusion or SDXL family")
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.PICTURES:
@@ -58,17 +60,12 @@ def load_pipeline(
 
 
 def accelerate(pipeline: Any, options: ModelOptions) -> None:
-    """Fuses and compiles the UNet. What is compiled is built when a shape first comes up.
-
-    Raises:
-        ModelError: nothing can be compiled here.
-    """
+    """Fuses and compiles the UNet. What is compiled is built when a shape first comes up."""
     unet = pipeline.unet
     if options.fuse_qkv:
         unet.fuse_qkv_projections()
     if options.compile is Compile.OFF:
         return
-    _try_compiler(torch.device(unet.device), options.compile)
     # On a GPU each shape is captured as a CUDA graph: one launch a step.
     graphs = {"mode": "reduce-overhead"} if unet.device.type == "cuda" else {}
     if options.compile is Compile.REGIONAL:

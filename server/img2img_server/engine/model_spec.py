@@ -156,8 +156,10 @@ def read_model_spec(source: str) -> ModelSpec:
     """
     folder = Path(source) if source else packaged_model()
     if not folder.is_dir():
-        if not source or folder.is_absolute() or source.count("/") != 1:
-            raise ModelError(f"there is no model at {folder}")
+        if folder.exists():
+            raise ModelError(f"{folder} is a file; a model is a directory in diffusers' layout")
+        if not source or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+            raise ModelError(f"there is no model at {source or folder}")
         return _spec(source, folder.name, _File(), {}, {}, {})
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is no diffusers model: it has no model_index.json")

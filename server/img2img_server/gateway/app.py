@@ -55,7 +55,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         # `Recorded` makes the span and the metrics of a request: FastAPI's own would come twice.
-        telemetry={"tracing": False, "metrics": False, "logs": False},
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.openapi = lambda: document(settings)  # type: ignore[method-assign]
     # The last one added is the first one passed.

@@ -245,6 +245,7 @@ def _reason(details: str) -> str:
     """The last error of a connection, without the address, which callers need not know."""
     text = details.rpartition("last error: ")[2]
     text = re.sub(r"\b(?:ipv[46]|unix):\S+: ", "", text).removeprefix("UNKNOWN: ")
+    text = re.sub(r"(DNS resolution failed) for \S+:", r"\1:", text)
     hint = next((hint for known, hint in _HINTS.items() if known in text), "")
     text = text.removesuffix(": OK").rstrip(".")
     return f"{text} ({hint})" if hint else text or "no reason given"
