@@ -55,7 +55,9 @@ class SettingsError(OperatorError):
 class Settings(BaseSettings):
     """Settings from the environment, prefix IMG2IMG_. Durations in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     # Addresses.
     grpc_host: str = Field("127.0.0.1", description="Address the api listens on.")

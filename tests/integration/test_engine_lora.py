@@ -198,5 +198,5 @@ def test_a_file_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_fused_products_and_loras_are_refused_together(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lora_dir does not work with fuse_qkv"):
+    with pytest.raises(ValueError, match="IMG2IMG_LORA_DIR: does not work with IMG2IMG_FUSE_QKV"):
         Settings(lora_dir=tmp_path, fuse_qkv=True)
