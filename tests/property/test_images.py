@@ -20,7 +20,7 @@ from PIL import Image
 
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import InvalidImageError
-from img2img_server.images.jpeg_scans import MAX_JPEG_SCANS
+from img2img_server.images.header import MAX_JPEG_SCANS
 from img2img_server.images.png_rows import INFLATED_BYTES
 from img2img_server.images.prepare import check_image, prepare_image
 

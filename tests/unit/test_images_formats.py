@@ -10,10 +10,12 @@ import pictures
 import pytest
 from PIL import Image
 
+from img2img_server.api.capabilities import capabilities
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import NOT_VALID, InvalidImageError
 from img2img_server.images.formats import format_name
 from img2img_server.images.prepare import check_image
+from img2img_server.settings import Settings
 
 IMAGE = Image.fromarray(pictures.quadrants())
 HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body></body></html>"
@@ -101,6 +103,13 @@ def test_every_image_format_that_pillow_writes_is_refused(container: str) -> Non
     with pytest.raises(InvalidImageError, match="is not a valid PNG, JPG or WebP image"):
         check_image(file.getvalue(), width=512, height=512, limits=Limits())
     assert format_name(file.getvalue())
+
+
+def test_capabilities_list_the_accepted_formats() -> None:
+    found = capabilities(Settings(), Limits(), [], []).limits
+
+    assert found.init_image_media_types == ["image/png", "image/jpeg", "image/webp"]
+    assert found.max_image_pixels == 64_000_000
 
 
 def test_apples_variant_of_png_is_named() -> None:

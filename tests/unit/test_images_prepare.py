@@ -18,8 +18,7 @@ from PIL import Image
 
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import CheckedImage, InvalidImageError
-from img2img_server.images.header import MAX_PARTS
-from img2img_server.images.jpeg_scans import MAX_JPEG_SCANS
+from img2img_server.images.header import MAX_JPEG_SCANS, MAX_PARTS
 from img2img_server.images.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_image, prepare_image
 
 LIMITS = Limits()

@@ -21,7 +21,12 @@ class InvalidImageError(Exception):
     """
 
     def __init__(self, sentence: str, cause: str = "") -> None:
-        """Sentence: the one that the HTTP contract gives."""
+        """Creates the error.
+
+        Args:
+            sentence: the HTTP contract's own words.
+            cause: see the attribute.
+        """
         super().__init__(sentence)
         self.cause = cause
 

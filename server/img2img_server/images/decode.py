@@ -29,8 +29,10 @@ PLUGINS: dict[Container, type[ImageFile]] = {
 }
 # What libjpeg-turbo says of them.
 _MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
+_NOT_JUDGED = "subsampling"
 # Bytes that say something different to each table of codes.
 _PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
+_MAX_COMPARED_PIXELS = 2**24  # each pad is one more decoding
 _RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]
 # Rows of a 16-bit PNG compared with its colour key at once.
 _STRIP_ROWS = 256
@@ -77,7 +79,7 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
     """
     assert header.jpeg
     if header.jpeg.lossless:  # simplejpeg writes beyond its buffer when it is to decode one smaller
-        if not _holds_all_bits(header):
+        if not _may_be_whole(header, _NOT_JUDGED):
             raise HeaderError("rows are missing")
         return None
     # RGBX is how Pillow stores RGB, so its copy is fast.
@@ -109,14 +111,16 @@ def _may_be_whole(header: Header, warning: str) -> bool:
 
     Bytes after the last row hurt nobody. Without an end marker, or with a subsampling that the
     decoder's simple interface does not know, the bits are looked for in another way. Pillow judges
-    the other warnings.
+    the other warnings, and large images of such a subsampling.
     """
     if any(sign in warning for sign in _MISSING_ROWS):
         return False
     if "extraneous bytes before marker 0xd9" in warning:
         return True
     ended = check_scans(header) < len(header.data) - len(JPEG_END)
-    return (ended and "subsampling" not in warning) or _holds_all_bits(header)
+    if ended and (_NOT_JUDGED not in warning or header.pixels > _MAX_COMPARED_PIXELS):
+        return True
+    return _holds_all_bits(header)
 
 
 def _holds_all_bits(header: Header) -> bool:
@@ -124,6 +128,8 @@ def _holds_all_bits(header: Header) -> bool:
 
     Bits that change no pixel, as in an image of one colour, are not missed.
     """
+    if header.pixels > _MAX_COMPARED_PIXELS:
+        return False
     end, size = check_scans(header), (header.width, header.height)
     without = _decode_with_pillow(header, size)
     for pad in _PADS:

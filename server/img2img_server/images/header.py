@@ -16,6 +16,9 @@ from img2img_server.images.png import PNG_SIGNATURE, png_chunk
 
 # Chunks, segments and fill bytes that are looked at. A PNG of 20 MB in chunks of 4 KiB has 5,000.
 MAX_PARTS = 10_000
+# A scan costs a walk over all blocks even when it holds a few bytes, so their number bounds the
+# time of a progressive JPEG. Encoders write about ten.
+MAX_JPEG_SCANS = 64
 # Metadata chunks of WebP and their flags in its extended header.
 _WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
 JPEG_END = b"\xff\xd9"

@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 import struct
 
-from img2img_server.images.header import JPEG_END, MAX_PARTS, Header, HeaderError
+from img2img_server.images.header import JPEG_END, MAX_JPEG_SCANS, MAX_PARTS, Header, HeaderError
 
-# A scan costs a walk over all blocks even when it holds a few bytes, so their number bounds the
-# time of a progressive JPEG. Encoders write about ten.
-MAX_JPEG_SCANS = 64
 # In a scan's data 0xFF is followed by 0x00, a restart marker (0xD0 to 0xD7) or another 0xFF.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _COEFFICIENTS = 64

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from PIL import Image
@@ -28,22 +28,37 @@ _RAW_EXIF = "Raw profile type exif"  # how ImageMagick stores EXIF in a PNG: as 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
-def orientation(header: Header) -> int:
-    """Returns EXIF's orientation, 1 (upright) to 8, from every place where Pillow looks for it."""
+class Metadata(NamedTuple):
+    """What the metadata says.
+
+    Attributes:
+        orientation: EXIF's 1 (upright) to 8, from every place where Pillow looks for it.
+        icc_profile: Empty when there is none or it is too large.
+    """
+
+    orientation: int
+    icc_profile: bytes
+
+
+def read_metadata(header: Header) -> Metadata:
+    """Reads what is known about the pixels; damaged parts count as absent."""
+    info = _info(header)
+    profile = info.get("icc_profile") or b""
+    if len(profile) > MAX_PROFILE_BYTES:
+        log.info("ICC profile ignored", reason="it is too large", bytes=len(profile))
+        profile = b""
+    return Metadata(_orientation(info), profile)
+
+
+def _orientation(info: dict[str | tuple[int, int], Any]) -> int:
     carrier = Image.Image()
-    carrier.info = _info(header)
+    carrier.info = info
     try:
         found = carrier.getexif().get(Base.Orientation, 1)
         return next((value for value in range(2, 9) if value == found), 1)
     except Exception as error:  # Pillow raises a dozen types on damaged blocks
         log.debug("image metadata ignored", part="EXIF", reason=str(error))
         return 1
-
-
-def icc_profile(header: Header) -> bytes:
-    """Returns the embedded ICC profile, empty when there is none or it is too large."""
-    profile = _info(header).get("icc_profile") or b""
-    return profile if len(profile) <= MAX_PROFILE_BYTES else b""
 
 
 def _info(header: Header) -> dict[str | tuple[int, int], Any]:

@@ -27,7 +27,7 @@ from img2img_server.images.encode import encode_image
 from img2img_server.images.formats import format_name
 from img2img_server.images.header import Container, Header, HeaderError, container_of, read_header
 from img2img_server.images.jpeg_scans import check_scans
-from img2img_server.images.metadata import icc_profile, orientation
+from img2img_server.images.metadata import read_metadata
 from img2img_server.images.png_rows import prove_rows
 
 # Up to here the caller's own bytes travel through the queue. Beyond, they cost the queue or the
@@ -143,7 +143,7 @@ def _too_many_pixels(header: Header, limits: Limits) -> InvalidImageError:
 
 
 def _prepare(header: Header, width: int, height: int) -> Pixels:
-    turned = orientation(header)
+    turned, profile = read_metadata(header)
     if turned >= 5:  # lies on its side: so does the box that is cut
         width, height = height, width
     box = _centred_box((header.width, header.height), width / height)
@@ -153,7 +153,7 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
         image = _decode(header, smallest)
         if image.size != (header.width, header.height):
             box = _scaled(box, round(header.width / image.width), image.size)
-        transform = srgb_transform(icc_profile(header), image.mode.removesuffix("A"))
+        transform = srgb_transform(profile, image.mode.removesuffix("A"))
         if transform and image.width * image.height > CONVERT_MAX_PIXELS:
             image, box = _averaged(image, box, width)
         image = _opaque_srgb(image, transform)
