@@ -127,6 +127,27 @@ def test_a_picture_cut_anywhere_is_refused(container: str, progressive: bool) ->
         assert refusal(data[:end]) == NOT_VALID
 
 
+@pytest.mark.parametrize("side", [256, 512, 513, 1024])
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("RGB", "white"), ("RGBA", (0, 0, 0, 0)), ("L", 128), ("RGB", (9, 20, 31))]
+)
+def test_png_images_of_one_colour_are_accepted(mode: str, colour: object, side: int) -> None:
+    data = pictures.saved(Image.new(mode, (side, side), colour), "PNG")
+
+    assert check(data).prepared is False
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_missing_end_marker_is_no_fault_when_all_rows_are_there(progressive: bool) -> None:
+    jpeg = pictures.saved(pictures.photo(96, 64), "JPEG", progressive=progressive)
+    png = pictures.saved(pictures.photo(96, 64), "PNG")
+
+    assert differ(prepare(jpeg[:-2], 96, 64), prepare(jpeg, 96, 64)) == 0
+    for end in (len(png) - 12, len(png) - 16):  # without IEND, without the last checksum too
+        assert check(png[:end]).prepared is False
+        assert differ(prepare(png[:end], 96, 64), prepare(png, 96, 64)) == 0
+
+
 def test_an_interlaced_picture_is_accepted_whole_and_refused_with_rows_missing() -> None:
     for width, height in [(1, 1), (3, 5), (8, 8), (61, 37)]:
         whole = pictures.interlaced_png(width, height)

@@ -27,10 +27,11 @@ PLUGINS: dict[Container, type[ImageFile]] = {
     Container.JPEG: JpegImageFile,
     Container.WEBP: WebPImageFile,
 }
-# What libjpeg-turbo says of them.
+# libjpeg-turbo's warnings about rows that are missing.
 _MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
+# What simplejpeg's refusal of an unusual subsampling contains.
 _NOT_JUDGED = "subsampling"
-# Bytes that say something different to each table of codes.
+# Bytes to put after the last scan; every table of Huffman codes reads them differently.
 _PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
 _MAX_COMPARED_PIXELS = 2**24  # each pad is one more decoding
 _RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]
@@ -107,11 +108,11 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
 
 
 def _may_be_whole(header: Header, warning: str) -> bool:
-    """Judges a JPEG by the first warning of libjpeg-turbo.
+    """Returns whether a JPEG may hold all rows, given libjpeg-turbo's first warning.
 
-    Bytes after the last row hurt nobody. Without an end marker, or with a subsampling that the
-    decoder's simple interface does not know, the bits are looked for in another way. Pillow judges
-    the other warnings, and large images of such a subsampling.
+    Bytes after the last row are harmless. Without an end marker, or with a subsampling that the
+    decoder's simple interface does not know, missing bits are looked for by the pixels that they
+    change. With other warnings, and in large images of such a subsampling, Pillow decides.
     """
     if any(sign in warning for sign in _MISSING_ROWS):
         return False
@@ -124,9 +125,9 @@ def _may_be_whole(header: Header, warning: str) -> bool:
 
 
 def _holds_all_bits(header: Header) -> bool:
-    """Whether no pixel depends on what stands between the last scan and the end marker.
+    """Returns whether no pixel depends on what stands between the last scan and the end marker.
 
-    Bits that change no pixel, as in an image of one colour, are not missed.
+    Missing bits that change no pixel, as in an image of one colour, are not found.
     """
     if header.pixels > _MAX_COMPARED_PIXELS:
         return False
