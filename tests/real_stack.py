@@ -96,7 +96,8 @@ async def running_stack(folder: Path, **changes: str) -> AsyncIterator[RealStack
         }
         for role in roles.values():
             exits.push_async_callback(role.stop)
-        await asyncio.gather(*(role.start() for role in roles.values()))
+        await asyncio.gather(roles["api"].start(), roles["gateway"].launch())
+        await roles["gateway"].until("/livez")  # it is ready once a worker has announced a model
         yield RealStack(
             folder,
             environment,
