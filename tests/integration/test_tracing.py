@@ -2,7 +2,7 @@
 collector; api and worker in this process."""
 
 import base64
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -17,6 +17,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from benchmarks.local_stack import free_port
 from img2img.v1 import service_pb2
+from img2img_server.settings import Settings
+from img2img_server.store.blobs_s3 import connect_blobs
 from tests.http_stack import served_gateway
 from tests.processes import Role
 from tests.stack import DEV, photo, running_stack, settings, spec
@@ -115,9 +117,14 @@ async def test_an_error_marks_its_span_and_a_call_without_a_context_begins_a_tra
 
 
 async def test_a_gateway_exports_its_span_and_passes_the_context_on_past_any_proxy(
-    spans: InMemorySpanExporter, collector: Collector, tmp_path: Path
+    spans: InMemorySpanExporter,
+    collector: Collector,
+    engine_settings: Callable[..., Settings],
+    tmp_path: Path,
 ) -> None:
-    http_port = free_port()
+    http_port, config = free_port(), engine_settings()
+    async with connect_blobs(config) as blobs:
+        await blobs.prepare()
     async with running_stack() as stack:
         gateway = Role(
             "gateway",
@@ -125,16 +132,17 @@ async def test_a_gateway_exports_its_span_and_passes_the_context_on_past_any_pro
                 "IMG2IMG_HTTP_PORT": str(http_port),
                 "IMG2IMG_API_ADDRESS": stack.api.address,
                 "IMG2IMG_DEV_KEY": "true",
-                "IMG2IMG_S3_ACCESS_KEY": "none",
-                "IMG2IMG_S3_SECRET_KEY": "none",
+                "IMG2IMG_S3_ENDPOINT_URL": config.s3_endpoint_url,
+                "IMG2IMG_S3_BUCKET": config.s3_bucket,
+                "IMG2IMG_S3_ACCESS_KEY": config.s3_access_key.get_secret_value(),
+                "IMG2IMG_S3_SECRET_KEY": config.s3_secret_key.get_secret_value(),
                 "IMG2IMG_OTLP_ENDPOINT": collector.address,
                 # Nobody is there; neither the api nor the collector is reached through it.
                 **dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:1"),
             },
             tmp_path / "gateway.log",
         )
-        await gateway.launch()
-        await gateway.until("/livez")  # it has no bucket, so it never gets ready
+        await gateway.start()
         try:
             body = {
                 "key": "dev-key",
