@@ -118,7 +118,14 @@ def last_line(sentence: str, code: int) -> str:
     if not is_json(log_format_of_environment()):
         return sentence
     time = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    record = {"event": sentence, "exit_code": code, "level": "error", "timestamp": time}
+    role = sentence.partition(": ")[0].split()[-1]
+    record = {
+        "event": sentence,
+        "exit_code": code,
+        "role": role,
+        "level": "error",
+        "timestamp": time,
+    }
     return json.dumps(record, ensure_ascii=False)
 
 
