@@ -96,8 +96,7 @@ async def running_stack(folder: Path, **changes: str) -> AsyncIterator[RealStack
         }
         for role in roles.values():
             exits.push_async_callback(role.stop)
-        await asyncio.gather(roles["api"].start(), roles["gateway"].launch())
-        await roles["gateway"].until("/livez")  # it is ready once a worker has announced a model
+        await asyncio.gather(*(role.start() for role in roles.values()))
         yield RealStack(
             folder,
             environment,
