@@ -26,10 +26,6 @@ from img2img_server.api.records import known
 from img2img_server.queue.base import Control, StreamNotice, StreamState
 from img2img_server.store.base import JobStore, Stored
 
-# A caller's deadline reaches the server as a rounded number, and its hang-up may come before the
-# server's own clock says that the deadline has passed.
-_DEADLINE_SLACK_SECONDS: Final = 1.0
-_DEADLINE_SLACK_SHARE: Final = 0.01
 _ANSWER_SECONDS: Final = 0.5  # how long apis may take to say that they stream a job
 _SUCCESSOR_SECONDS: Final = 3.0  # what the other apis wait longer, and as much again at random
 _RETRY_SECONDS: Final = 2.0
@@ -229,8 +225,7 @@ class GenerateCall:
         self._is_repeatable = is_repeatable
         self._due_at: float | None = None
         if remaining_seconds is not None:
-            slack = max(_DEADLINE_SLACK_SECONDS, _DEADLINE_SLACK_SHARE * remaining_seconds)
-            self._due_at = time.monotonic() + remaining_seconds - slack
+            self._due_at = time.monotonic() + remaining_seconds - _slack(remaining_seconds)
         self._is_open = False
         self._is_named = False
         self.has_ended = False  # the job's end was sent, or an error of ours
@@ -265,6 +260,14 @@ class GenerateCall:
         elif not (self._is_named or self._is_repeatable):
             reason = "disconnected_without_job_name"
         self._disconnects.broke(job.tenant, job.id, reason=reason)
+
+
+def _slack(remaining_seconds: float) -> float:
+    """How long before a deadline the end of a call means that the deadline has passed.
+
+    The caller's clock ends the call, and may be early: gRPC rounds deadlines up by 1 % at most.
+    """
+    return max(0.1, min(1.0, 0.1 * remaining_seconds), 0.01 * remaining_seconds)
 
 
 async def _is_taken_over(grace: _Grace, seconds: float) -> bool:
