@@ -33,7 +33,8 @@ from tests.stack import (
 )
 
 RUNNING, CANCELLED = job_pb2.Job.STATE_RUNNING, job_pb2.Job.STATE_CANCELLED
-GRACE_SECONDS = 0.4
+GRACE_SECONDS = 0.8
+ON_NATS = pytest.mark.parametrize("open_bus", ["jetstream"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,7 @@ async def test_a_queued_job_whose_call_broke_leaves_the_queue_after_the_grace_pe
             await api.reaches(name, CANCELLED)
 
 
+@ON_NATS
 async def test_a_watch_at_another_api_keeps_the_job_also_when_it_ends_early(
     open_bus: OpenBus,
 ) -> None:
@@ -126,6 +128,7 @@ async def test_a_watch_at_another_api_keeps_the_job_also_when_it_ends_early(
     assert kinds(ended).count("succeeded") == 1
 
 
+@ON_NATS
 async def test_a_watch_that_was_opened_before_the_call_broke_keeps_the_job(
     open_bus: OpenBus,
 ) -> None:
@@ -144,6 +147,7 @@ async def test_a_watch_that_was_opened_before_the_call_broke_keeps_the_job(
     assert kinds(ended)[-1] == "succeeded"
 
 
+@ON_NATS
 async def test_a_repeated_request_keeps_the_job_until_its_own_call_breaks(
     open_bus: OpenBus,
 ) -> None:
@@ -174,6 +178,7 @@ async def test_a_watch_of_another_tenant_keeps_nothing(tmp_path: Any) -> None:
         await api.reaches(name, CANCELLED, ours)
 
 
+@ON_NATS
 async def test_another_api_cancels_the_job_when_the_first_one_stops_in_the_grace_period(
     open_bus: OpenBus,
 ) -> None:

@@ -10,8 +10,11 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from img2img_server.bus import connect_bus
 from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import Upstream, connect
+from img2img_server.settings import Settings
+from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.store.memory import MemoryBlobStore
 from tests.stack import running_stack, settings
 
@@ -67,3 +70,18 @@ async def test_the_probe_port_says_what_readyz_says() -> None:
             stop.set()
             await gateway
     assert ready == {True: [200, 200], False: [503, 503]}
+
+
+async def test_nats_and_the_bucket_are_reached_directly(
+    engine_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with recording_proxy() as (proxy, asked):
+        for name in NAMES:
+            monkeypatch.setenv(name, proxy)
+            monkeypatch.setenv(name.upper(), proxy)
+        config = engine_settings()
+        async with connect_bus(config) as bus, connect_blobs(config) as blobs:
+            await blobs.prepare()
+            await blobs.put("temp/a.png", b"image", "image/png")
+            assert await bus.workers.models() == []
+    assert asked == []
