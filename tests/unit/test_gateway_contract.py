@@ -360,11 +360,20 @@ def test_an_address_begins_with_http_or_https(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["not base64!", "data:image/png;base64", "ftp://a.example/x", "AAAAA", "data:;base64,", "é"],
+    ("text", "data"),
+    [
+        ("not base64!", b"not base64!"),
+        ("data:image/png;base64", b"data:image/png;base64"),
+        ("ftp://a.example/x", b"ftp://a.example/x"),
+        ("AAAAA", b"AAAAA"),
+        ("é", "é".encode()),
+        ("data:;base64,", b"\x00"),  # an empty field would be a missing one
+    ],
 )
-def test_what_is_not_base64_is_left_to_the_api_to_refuse_as_no_picture(text: str) -> None:
-    assert init_image(text) == job_pb2.InitImage(data=b"\x00")
+def test_the_api_gets_the_text_that_is_not_base64_and_names_its_format(
+    text: str, data: bytes
+) -> None:
+    assert init_image(text) == job_pb2.InitImage(data=data)
 
 
 def test_legacy_sentences_follow_the_pattern_of_the_old_validator() -> None:

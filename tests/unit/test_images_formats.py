@@ -92,17 +92,19 @@ def test_the_format_is_named(data: bytes, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("container", sorted(set(Image.SAVE) - {"PNG", "JPEG", "WEBP", "MPO"}))
-def test_every_image_format_that_pillow_writes_is_refused(container: str) -> None:
-    file = BytesIO()
-    try:
-        IMAGE.save(file, container)
-    except (OSError, ValueError, KeyError, AttributeError):
-        pytest.skip(f"Pillow here does not write {container} from RGB")
-
-    with pytest.raises(InvalidImageError, match="is not a valid PNG, JPG or WebP image"):
-        check_image(file.getvalue(), width=512, height=512, limits=Limits())
-    assert format_name(file.getvalue())
+def test_every_other_image_format_that_pillow_writes_is_refused() -> None:
+    refused = 0
+    for container in sorted(set(Image.SAVE) - {"PNG", "JPEG", "WEBP", "MPO"}):
+        file = BytesIO()
+        try:
+            IMAGE.save(file, container)
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue  # not from RGB, or not without another library
+        with pytest.raises(InvalidImageError, match="is not a valid PNG, JPG or WebP image"):
+            check_image(file.getvalue(), width=512, height=512, limits=Limits())
+        assert format_name(file.getvalue()), container
+        refused += 1
+    assert refused > 10
 
 
 def test_capabilities_list_the_accepted_formats() -> None:
