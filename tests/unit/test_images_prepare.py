@@ -335,6 +335,18 @@ def test_a_sequential_jpeg_of_one_scan_a_component_needs_all_of_them(scans: int)
             assert differ(prepare(file, 96, 64), prepare(data, 96, 64)) == 0
 
 
+@pytest.mark.parametrize("missing", range(1, 10))
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_cut_in_a_scan_header_is_refused(progressive: bool, missing: int) -> None:
+    data = pictures.saved(pictures.photo(8, 8), "JPEG", progressive=progressive, quality=1)
+    header = 10 if progressive else 14  # bytes: for one component and for three
+    cut = data[: data.rindex(b"\xff\xda") + header - missing]
+
+    assert refusal(cut) == NOT_VALID
+    if not progressive:  # else the scans before it are whole
+        assert refusal(cut + b"\xff\xd9") == NOT_VALID
+
+
 def test_a_progressive_jpeg_without_end_marker_needs_all_its_scans() -> None:
     data = pictures.saved(pictures.photo(96, 64), "JPEG", progressive=True)
     starts = [place.start() for place in re.finditer(b"\xff\xda", data)]

@@ -66,11 +66,10 @@ def _record(missing: dict[int, bytearray], scan: bytes, progressive: bool) -> in
     if count == 0 or len(scan) != 4 + 2 * count:
         raise HeaderError("a scan header is damaged")
     first, last, bits = scan[1 + 2 * count : 4 + 2 * count]
-    if max(bits >> 4, bits & 0xF) > _MOST_BITS:
+    if max(first, last) >= _COEFFICIENTS or max(bits >> 4, bits & 0xF) > _MOST_BITS:
         raise HeaderError("a scan header is damaged")
     if not progressive:
         first, last, bits = 0, _COEFFICIENTS - 1, 0
-    last = min(last, _COEFFICIENTS - 1)
     for component in scan[1 : 1 + 2 * count : 2]:
         if component in missing:
             missing[component][first : last + 1] = bytes([bits & 0xF] * (last + 1 - first))
