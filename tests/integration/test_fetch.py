@@ -317,6 +317,7 @@ async def test_a_caller_that_gives_up_closes_the_connection() -> None:
         *(answer(status) for status in (429, 500, 502, 503, 504)),
         answer(200, PICTURE)[:-1],
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nshort\r\n",
         b"",
         RESET,
         answer(200, PICTURE)[:-99] + RESET,
@@ -335,6 +336,18 @@ async def test_what_may_pass_is_tried_at_most_twice_more(transient: bytes) -> No
             await cause_of_failure(f"http://cdn.test:{server.port}/a")
         assert len(server.requests) == 3
     assert [(line["event"], line["tries"]) for line in lines] == [("init image not fetched", 3)]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [f"Content-Security-Policy: {'a' * 30_000}"],
+        [f"Set-Cookie: {number}={'a' * 200}" for number in range(300)],
+    ],
+)
+async def test_large_response_headers_are_read(headers: list[str]) -> None:
+    async with origin(answer(200, PICTURE, *headers)) as server:
+        assert await fetch(f"http://cdn.test:{server.port}/", CDN, Names("127.0.0.1")) == PICTURE
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 501])

@@ -23,7 +23,6 @@ from img2img_server.images.codings import (
     decode,
 )
 from img2img_server.images.outbound import (
-    ConnectionBrokenError,
     ForbiddenAddressError,
     OutboundPolicy,
     shown,
@@ -37,6 +36,8 @@ REDIRECTS: Final = (301, 302, 303, 307, 308)
 MAX_RETRIES: Final = 2  # of one download, whatever the number of redirects
 RETRIED_STATUSES: Final = (429, 500, 502, 503, 504)
 FIRST_PAUSE_SECONDS: Final = 0.2
+# Another try does not help: names and certificates stay as they are.
+_LASTING_ERRORS: Final = (aiohttp.ClientSSLError, aiohttp.ClientConnectorDNSError, ValueError)
 HEADERS: Final = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
 
 
@@ -177,27 +178,13 @@ async def _request(
                 raise _TryFailedError(f"the server answered {response.status} without a Location")
             progress.tries -= 1
             return _Redirect(location)
-    except aiohttp.ClientError as error:
-        cause = cause_of(error, progress.host)
-        if isinstance(error, aiohttp.ClientPayloadError | OSError) and progress.answered:
-            cause = f"the connection broke after {progress.received} bytes"
-        raise _TryFailedError(cause, transient=_may_pass(error)) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, TimeoutError):
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        if type(error) is TimeoutError:  # the time for the whole download is over
             raise
         cause = cause_of(error, progress.host)
-        raise _TryFailedError(cause, transient=isinstance(error, OSError)) from error
-
-
-def _may_pass(error: aiohttp.ClientError) -> bool:
-    """Whether the connection broke, or was refused. Names and certificates are as they are."""
-    lasting = (aiohttp.ClientSSLError, aiohttp.ClientConnectorDNSError)
-    passing = (
-        aiohttp.ClientPayloadError,
-        aiohttp.ClientOSError,
-        ConnectionBrokenError,
-    )
-    return isinstance(error, passing) and not isinstance(error, lasting)
+        if progress.answered and isinstance(error, aiohttp.ClientPayloadError | OSError):
+            cause = f"the connection broke after {progress.received} bytes"
+        raise _TryFailedError(cause, transient=not isinstance(error, _LASTING_ERRORS)) from error
 
 
 async def _body(response: aiohttp.ClientResponse, limits: Limits, progress: _Progress) -> bytes:

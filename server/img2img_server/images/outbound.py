@@ -31,6 +31,10 @@ from img2img_server.images.networks import Address, is_public
 from img2img_server.settings import Settings, SettingsError
 
 DEFAULT_USER_AGENT = f"img2img/{__version__}"
+# Response headers up to the sizes that browsers accept: security policies and cookies of large
+# sites exceed aiohttp's 8190 bytes a header and 128 headers.
+MAX_HEADER_BYTES = 64 * 1024
+MAX_HEADERS = 512
 # A host whose last part is a number is an IPv4 address in some spelling (WHATWG URL, section 3.5):
 # 2130706433, 0x7f.1 and 0177.0.0.1 are 127.0.0.1 to one parser and a name to another.
 ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")
@@ -179,6 +183,9 @@ class OutboundPolicy:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept-Encoding": "identity", "User-Agent": self.user_agent},
                 auto_decompress=False,
+                max_line_size=MAX_HEADER_BYTES,
+                max_field_size=MAX_HEADER_BYTES,
+                max_headers=MAX_HEADERS,
                 trust_env=False,
             ) as session:
                 yield session
