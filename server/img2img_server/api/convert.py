@@ -21,7 +21,7 @@ from img2img_server.domain.params import (
     Limits,
     Violation,
 )
-from img2img_server.domain.urls import UrlError, parse_url
+from img2img_server.domain.urls import NotHttpError, UrlError, parse_url
 from img2img_server.images.base import FetchError, InvalidImageError
 
 FORMATS = {
@@ -123,6 +123,8 @@ def _init_image(image: job_pb2.InitImage) -> tuple[str, bytes]:
         if is_data_uri(image.url):
             return "", decode_data_uri(image.url) or NO_IMAGE
         parse_url(image.url)
+    except NotHttpError as error:
+        raise FetchError("the address does not begin with http://, https:// or data:") from error
     except UrlError as error:
         raise FetchError(f"the address {error}") from error
     except ValueError:  # check_image says what it is instead of an image

@@ -18,7 +18,9 @@ _HTTP_URL = re.compile(r"(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(?:#.*)?", re.I |
 _REFERENCE = re.compile(r"([^?#]*)(\?[^#]*)?(?:#.*)?", re.S)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.I | re.A)
 _HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([0-9]*))?")
+_WHITE_SPACE = " \t\r\n\f"
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
+_BACKSLASH = re.compile(r"[^?#]*\\")
 # What WHATWG's path and special-query percent-encode sets have beyond controls and "#", without
 # the apostrophe: RFC 3986 allows it, so a signature may cover it.
 _NOT_IN_PATH = re.compile(rb"""[ "<>^`{}\x80-\xff]""")
@@ -66,10 +68,11 @@ def parse_url(text: str) -> HttpUrl:
     Raises:
         UrlError: it is too long, has no host, a user part, or characters that no URL may have.
     """
-    text = _checked(text)
+    text = text.strip(_WHITE_SPACE)
     found = _HTTP_URL.fullmatch(text)
     if found is None:
         raise NotHttpError
+    _check(text)
     scheme, authority, path, query = found[1].lower(), found[2], found[3], found[4] or ""
     host, is_ipv6, port = _host_and_port(authority)
     if port == SCHEME_PORTS[scheme]:
@@ -88,7 +91,8 @@ def join_url(base: HttpUrl, reference: str) -> HttpUrl:
     Raises:
         UrlError: as of parse_url, or the reference is empty.
     """
-    reference = _checked(reference)
+    reference = reference.strip(_WHITE_SPACE)
+    _check(reference)
     if not reference:
         raise UrlError("is empty")
     if _SCHEME.match(reference):
@@ -120,17 +124,14 @@ def is_web_port(port: int | None) -> bool:
     return port is None or port in (80, 443) or port >= 1024
 
 
-def _checked(text: str) -> str:
-    """Strips the text and refuses what parsers disagree about."""
-    text = text.strip(" \t\r\n\f")
+def _check(text: str) -> None:
     if len(text) > URL_MAX_CHARACTERS:
         raise UrlError(f"is longer than {URL_MAX_CHARACTERS} characters")
     if _CONTROL.search(text):
         raise UrlError("contains a control character")
     # Some parsers take a backslash for a slash and see another host than others.
-    if "\\" in text:
+    if _BACKSLASH.match(text):
         raise UrlError("contains a backslash")
-    return text
 
 
 def _host_and_port(authority: str) -> tuple[str, bool, int | None]:
