@@ -100,7 +100,14 @@ def test_what_is_no_data_uri_is_refused(text: str) -> None:
         decode_data_uri(text)
 
 
-@pytest.mark.parametrize("text", ["A", "AA=A", "A*AA", "AAAAé", "AAAA\x00"])
+@pytest.mark.parametrize(
+    "text", ["AAA=", "AAA", "AAA%3D", "AAA%3d%0A", " AA\nA=\t", "%41%41%41%3D"]
+)
+def test_base64_without_a_data_uri_is_read_in_every_spelling(text: str) -> None:
+    assert decode_base64(text) == b"\0\0"
+
+
+@pytest.mark.parametrize("text", ["A", "AA=A", "A*AA", "AAAAé", "AAAA\x00", "AAA%", "AAAA%00"])
 def test_what_is_no_base64_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not base64"):
         decode_base64(text)

@@ -35,7 +35,7 @@ def decode_data_uri(text: str) -> bytes:
     comma = _end_of_head(text, start)
     data = text[comma + 1 :].partition("#")[0]
     if _BASE64.search(text[start:comma]):
-        return decode_base64(unquote_to_bytes(data) if "%" in data else data)
+        return decode_base64(data)
     return unquote_to_bytes(data.strip())
 
 
@@ -58,14 +58,14 @@ def _end_of_head(text: str, start: int) -> int:
     return first
 
 
-def decode_base64(text: str | bytes) -> bytes:
-    """Returns decoded base64: standard or URL-safe alphabet, padded or not, with white space.
+def decode_base64(text: str) -> bytes:
+    """Returns decoded base64: either alphabet, padded or not, with white space, percent-encoded.
 
     Raises:
         ValueError: other characters, or a length that base64 does not have.
     """
     try:
-        data = text.encode("ascii") if isinstance(text, str) else text
+        data = unquote_to_bytes(text) if "%" in text else text.encode("ascii")
         data = data.translate(_URL_SAFE_TO_STANDARD, _WHITE_SPACE).rstrip(b"=")
         return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
     except ValueError as error:
