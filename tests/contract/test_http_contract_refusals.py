@@ -249,7 +249,12 @@ NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
     ("sent", "text", "cause"),
     [
         ("https://nowhere.example/x.png", "Unable to fetch image from provided URL", ""),
-        ("not base64!", NOT_AN_IMAGE, "the data is plain text, not an image"),
+        (
+            "not base64!",
+            NOT_AN_IMAGE,
+            "the data is plain text, not an image; send a PNG, JPEG or "
+            "WebP image, or its URL with http:// or https://",
+        ),
         ("data:image/png,abc", NOT_AN_IMAGE, "the data is plain text, not an image"),
         ("R0lGODlhAQABAAAAACw=", NOT_AN_IMAGE, "the data is a GIF image"),
         (photo_base64()[:400], NOT_AN_IMAGE, "the JPEG image cannot be used: it is cut off"),

@@ -74,6 +74,7 @@ _ACCEPTED = (
     (b"GIF8", "GIF"),
 )
 _TEXT_BYTES = 1024
+PLAIN_TEXT = "plain text, not an image"
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{16,}={0,2}")
 _HTML = re.compile(rb"<!doctype html|<html|<head|<body|<script|<title|<meta ")
 _PNM = re.compile(rb"P[1-7]\s")
@@ -127,7 +128,7 @@ def _text(data: bytes) -> str:
         return "JSON text, not an image"
     if found := _BASE64.match(re.sub(rb"\s", b"", start)):
         return _base64(found[0])
-    return "" if _is_binary(start) else "plain text, not an image"
+    return "" if _is_binary(start) else PLAIN_TEXT
 
 
 def _markup(lower: bytes) -> str:
@@ -142,7 +143,7 @@ def _base64(text: bytes) -> str:
     for magic, name in _ACCEPTED:
         if decoded.startswith(magic):
             return f"base64 text of a {name} image, damaged or not decoded"
-    return "plain text, not an image"
+    return PLAIN_TEXT
 
 
 def _is_binary(start: bytes) -> bool:

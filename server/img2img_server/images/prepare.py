@@ -24,7 +24,7 @@ from img2img_server.images.base import (
 from img2img_server.images.colour import apply_transform, srgb_transform
 from img2img_server.images.decode import decode
 from img2img_server.images.encode import encode_image
-from img2img_server.images.formats import format_name
+from img2img_server.images.formats import PLAIN_TEXT, format_name
 from img2img_server.images.header import Container, Header, HeaderError, container_of, read_header
 from img2img_server.images.jpeg_scans import check_scans
 from img2img_server.images.metadata import read_metadata
@@ -123,7 +123,10 @@ def _header(data: bytes, source: str = "the data is") -> Header:
     container = container_of(data)
     if container is None:
         name = format_name(data)
-        raise InvalidImageError(NOT_VALID, f"{source} {name}; send a PNG, JPEG or WebP image")
+        advice = "send a PNG, JPEG or WebP image"
+        if name == PLAIN_TEXT:
+            advice += ", or its URL with http:// or https://"
+        raise InvalidImageError(NOT_VALID, f"{source} {name}; {advice}")
     try:
         return read_header(data)
     except HeaderError as error:
