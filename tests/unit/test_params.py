@@ -68,6 +68,8 @@ def test_each_broken_rule_is_named(changes: dict[str, object], sentence: str) ->
 def test_a_lora_of_a_model_without_any_is_refused() -> None:
     (found,) = validate(dataclasses.replace(GOOD, lora="ink"), ValidationContext())
     assert found.description == "lora: the model offers none"
+    unknown = ValidationContext(loras=None)  # the model is refused later, with its name
+    assert validate(dataclasses.replace(GOOD, lora="ink"), unknown) == []
 
 
 def test_all_violations_are_listed_at_once() -> None:

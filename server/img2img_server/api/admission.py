@@ -130,7 +130,7 @@ class Admission:
     def _context(self, model: ModelInfo | None, scheduler: str) -> ValidationContext:
         listed = self._outbound.lists_host
         if model is None:
-            return ValidationContext(self.limits, is_listed=listed)
+            return ValidationContext(self.limits, loras=None, is_listed=listed)
         limits = model.limits(self.limits, scheduler)
         return ValidationContext(limits, model.schedulers, model.loras, listed)
 

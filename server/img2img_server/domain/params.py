@@ -140,7 +140,7 @@ class ValidationContext:
 
     limits: Limits = field(default_factory=Limits)
     schedulers: tuple[str, ...] = ()
-    loras: tuple[str, ...] = ()
+    loras: tuple[str, ...] | None = ()  # None: not known, as the model is not
     is_listed: Callable[[str], bool] = lambda url: False  # any port and http: for webhooks
 
 
@@ -187,7 +187,7 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         text = f"preview_interval_steps must be between 0 and {most}"
         yield Violation("preview_interval_steps", text)
     yield from _annotations(params, limits)
-    if params.lora and params.lora not in context.loras:
+    if params.lora and context.loras is not None and params.lora not in context.loras:
         known = ", ".join(context.loras)
         text = f"lora must be one of {known}" if known else "lora: the model offers none"
         yield Violation("lora", text)
