@@ -29,6 +29,7 @@ from img2img_client.resources import Job, State
 ImageSource = str | os.PathLike[str] | bytes
 
 MAX_MESSAGE_BYTES = 34 * 2**20  # what the service takes, see Limits.max_message_bytes
+OTHER_URL = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})", re.ASCII)
 
 M = TypeVar("M", bound=Message)
@@ -63,8 +64,11 @@ class Options(TypedDict, total=False):
 
 
 def is_address(text: str) -> bool:
-    """Returns whether the text begins with http://, https:// or data:, in any case."""
-    return text[:8].lower().startswith(("http://", "https://", "data:"))
+    """Returns whether the text begins with http://, https:// or data:, in any case.
+
+    White space before it does not count.
+    """
+    return text.lstrip()[:8].lower().startswith(("http://", "https://", "data:"))
 
 
 def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.JobSpec:
@@ -85,13 +89,16 @@ def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.
     violations = _set_fields(spec, values)
     if isinstance(init_image, str) and is_address(init_image):
         if _set_fields(spec.init_image, {"url": init_image}):
-            text = "init_image is an address with characters that are no Unicode text"
+            text = "init_image is a URL with characters that are no Unicode text"
             violations.append(Violation("init_image", text))
     else:
         spec.init_image.data = _bytes(init_image)
     if len(spec.init_image.data) > MAX_MESSAGE_BYTES - 2**16:  # room for everything else
-        size = len(spec.init_image.data) / 2**20
-        violations.append(Violation("init_image", f"init_image of {size:.0f} MiB is too large"))
+        size, most = len(spec.init_image.data) / 2**20, MAX_MESSAGE_BYTES / 2**20
+        text = (
+            f"init_image of {size:.0f} MiB is too large: a whole request has up to {most:.0f} MiB"
+        )
+        violations.append(Violation("init_image", text))
     if violations:
         raise InvalidArgumentError(*violations)
     return spec
@@ -219,8 +226,13 @@ def _bytes(source: ImageSource) -> bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if not isinstance(source, (str, os.PathLike)):
-        text = f"init_image must be a path, bytes or an address, not {type(source).__name__}"
+        text = f"init_image must be a path, bytes or a URL, not {type(source).__name__}"
         raise InvalidArgumentTypeError(Violation("init_image", text))
+    if isinstance(source, str) and OTHER_URL.match(source):
+        text = (
+            f"init_image {source!r} cannot be fetched: a URL begins with http://, https:// or data:"
+        )
+        raise InvalidArgumentError(Violation("init_image", text))
     try:
         path = Path(source).expanduser()
     except RuntimeError:  # there is no such user

@@ -83,10 +83,18 @@ def test_an_invalid_request_as_json_is_in_the_golden_file(invalid: FakeService) 
     assert_golden("cli/invalid.json", result.stdout)
 
 
-def test_a_refused_call_is_a_sentence_and_status_1() -> None:
-    refusal = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
-    result = run(FakeService(refusals=deque([refusal])), "get", "10000001")
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "Error: Invalid API key\n")
+UNKNOWN_KEY = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
+GIVE_KEY = "Give your key with --api-key or IMG2IMG_API_KEY."
+DEFAULT_KEY = f"No key was given, so dev-key was used. {GIVE_KEY}"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"), [((), DEFAULT_KEY), (("--api-key", "mine"), GIVE_KEY)], ids=["none", "mine"]
+)
+def test_a_refused_key_is_status_1_with_a_hint(words: tuple[str, ...], hint: str) -> None:
+    result = run(FakeService(refusals=deque([UNKNOWN_KEY])), "get", "10000001", *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines() == ["Error: Invalid API key", hint]
 
 
 def test_a_failed_job_is_status_1_and_its_reason() -> None:
@@ -103,13 +111,14 @@ def test_a_failed_job_as_json_is_in_the_golden_file() -> None:
     assert_golden("cli/failed.json", result.stdout)
 
 
-UNKNOWN_KEY = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
-
-
 def test_a_job_that_is_left_after_an_error_was_cancelled() -> None:
     result = run(FakeService(breaks=deque([Break(4, UNKNOWN_KEY)])), *WISH)
     assert result.exit_code == 1
-    assert result.stderr.splitlines() == [f"{NAME} was cancelled", "Error: Invalid API key"]
+    assert result.stderr.splitlines() == [
+        f"{NAME} was cancelled",
+        "Error: Invalid API key",
+        DEFAULT_KEY,
+    ]
 
 
 def test_a_job_that_is_lost_from_sight_can_be_followed_again() -> None:
@@ -119,6 +128,7 @@ def test_a_job_that_is_lost_from_sight_can_be_followed_again() -> None:
     assert result.stderr.splitlines() == [
         f"{NAME} may still be running; follow it: img2img watch 10000001 --after 3",
         "Error: Invalid API key",
+        DEFAULT_KEY,
     ]
 
 

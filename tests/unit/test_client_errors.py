@@ -46,20 +46,26 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         ValueError,
         r"init_image 'a\x00b' is no path: embedded null byte",
     ),
+    "a URL that the service does not fetch": (
+        lambda c: c.create("p", "s3://bucket/a.png"),
+        ValueError,
+        "init_image 's3://bucket/a.png' cannot be fetched: a URL begins with http://, https:// or "
+        "data:",
+    ),
     "an address that is no text": (
         lambda c: c.create("p", "https://example.com/\ud800.jpg"),
         ValueError,
-        "init_image is an address with characters that are no Unicode text",
+        "init_image is a URL with characters that are no Unicode text",
     ),
     "an init image of the wrong type": (
         lambda c: c.generate("p", NO_PATH),
         TypeError,
-        "init_image must be a path, bytes or an address, not int",
+        "init_image must be a path, bytes or a URL, not int",
     ),
     "an open file": (
         lambda c: c.generate("p", io.BytesIO(b"photo")),
         TypeError,
-        "init_image must be a path, bytes or an address, not BytesIO",
+        "init_image must be a path, bytes or a URL, not BytesIO",
     ),
     "an option that does not exist": (
         lambda c: c.generate("p", b"photo", strenght=0.5),

@@ -151,7 +151,9 @@ def test_what_does_not_fit_the_protocol_is_listed_before_any_call() -> None:
         Violation("output_format", "output_format cannot be 'gif'"),
         Violation("width", "width cannot be 1099511627776"),
         Violation("strength", "strength cannot be 'much'"),
-        Violation("init_image", "init_image of 34 MiB is too large"),
+        Violation(
+            "init_image", "init_image of 34 MiB is too large: a whole request has up to 34 MiB"
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from img2img_client.channel import (
 from img2img_client.cli.output import INTERRUPTED, EndedError, job_facts, simple_facts, to_json
 from img2img_client.client import Client
 from img2img_client.diagnosis import Cause
-from img2img_client.errors import InvalidArgumentError, UnavailableError
+from img2img_client.errors import InvalidArgumentError, UnauthenticatedError, UnavailableError
 from img2img_client.request import job_name
 from img2img_client.resources import Job
 from img2img_client.resume import Retry
@@ -97,6 +97,10 @@ def command(function: F) -> F:
         except UnavailableError as error:
             if error.metadata.get("cause") == Cause.REFUSED and session.is_local:
                 error.add_note("Is it running? `img2img-server local` starts it on this machine.")
+            raise
+        except UnauthenticatedError as error:
+            used = "" if api_key else f"No key was given, so {DEV_KEY} was used. "
+            error.add_note(f"{used}Give your key with --api-key or {KEY_VARIABLE}.")
             raise
         except KeyboardInterrupt:
             raise EndedError(
