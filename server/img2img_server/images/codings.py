@@ -7,9 +7,10 @@ import zlib
 from collections.abc import Iterable
 from io import BytesIO
 
+from img2img_server.images.header import container_of
+
 # Beside no coding at all: aws-chunked is the framing of an upload, which some stores keep telling.
 _NO_CODINGS = frozenset({"", "identity", "aws-chunked"})
-_FIRST_BYTES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")  # of the accepted formats
 _GZIP = b"\x1f\x8b\x08"
 MAX_CODINGS = 2
 
@@ -45,7 +46,7 @@ def decode(data: bytes, codings: list[str], limit: int) -> bytes:
     if len(codings) > MAX_CODINGS:
         raise CodingError(f"the server sent it with more than {MAX_CODINGS} content codings")
     for coding in reversed(codings):
-        if data.startswith(_FIRST_BYTES):
+        if container_of(data):
             break
         try:
             data = _decode_one(data, coding, limit + 1)

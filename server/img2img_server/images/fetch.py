@@ -63,7 +63,7 @@ class _Progress:
 
     url: URL | None = None
     redirects: int = 0
-    tries: int = 0  # requests, without those that were answered with a redirect
+    retries: int = 0
     answered: bool = False  # the present request has its response headers
     received: int = 0  # bytes of its body
 
@@ -104,20 +104,15 @@ async def fetch_image(
     try:
         async with asyncio.timeout(timeout_seconds), policy.open_session(resolver) as session:
             data = await _download(session, policy, url, limits, progress, ends)
-        if progress.tries > 1:
-            log.info("init image fetched after retries", tries=progress.tries, url=shown(url))
+        if progress.retries:
+            log.info("init image fetched after retries", retries=progress.retries, url=shown(url))
         return data
     except (ForbiddenAddressError, _TryFailedError, CodingError, TimeoutError) as error:
-        detail = str(error)
-        if isinstance(error, ForbiddenAddressError):
-            cause = error.cause
-        elif isinstance(error, TimeoutError):
-            cause = detail = _too_slow(progress, timeout_seconds)
-        else:
-            cause = detail
-        cause = progress.explained(cause)
-        log.info("init image not fetched", reason=detail, tries=progress.tries, url=shown(url))
-        raise FetchError(cause) from error
+        timed_out = isinstance(error, TimeoutError)
+        reason = _too_slow(progress, timeout_seconds) if timed_out else str(error)
+        log.info("init image not fetched", reason=reason, retries=progress.retries, url=shown(url))
+        cause = error.cause if isinstance(error, ForbiddenAddressError) else reason
+        raise FetchError(progress.explained(cause)) from error
 
 
 def _too_slow(progress: _Progress, timeout_seconds: float) -> str:
@@ -135,17 +130,17 @@ async def _download(
     progress: _Progress,
     ends: float,
 ) -> bytes:
-    retries = 0
     progress.url = policy.check_url(text)
     while True:
         try:
             answer = await _request(session, progress, limits)
         except _TryFailedError as failed:
-            pause = FIRST_PAUSE_SECONDS * 3**retries * random.uniform(0.8, 1.2)  # noqa: S311
+            pause = FIRST_PAUSE_SECONDS * 3**progress.retries * random.uniform(0.8, 1.2)  # noqa: S311
             pause = max(pause, failed.retry_after_seconds)
-            if not failed.transient or retries == MAX_RETRIES or time.monotonic() + pause >= ends:
+            is_last = progress.retries == MAX_RETRIES or time.monotonic() + pause >= ends
+            if is_last or not failed.transient:
                 raise
-            retries += 1
+            progress.retries += 1
             await asyncio.sleep(pause)
             continue
         if isinstance(answer, bytes):
@@ -166,7 +161,6 @@ async def _request(
 ) -> bytes | _Redirect:
     """Makes one request. Raises _TryFailedError, ForbiddenAddressError, CodingError."""
     progress.answered, progress.received = False, 0
-    progress.tries += 1
     assert progress.url is not None
     try:
         async with session.get(progress.url, headers=HEADERS, allow_redirects=False) as response:
@@ -176,7 +170,6 @@ async def _request(
             location = response.headers.get("Location", "").strip()
             if not location:
                 raise _TryFailedError(f"the server answered {response.status} without a Location")
-            progress.tries -= 1
             return _Redirect(location)
     except (aiohttp.ClientError, OSError, ValueError) as error:
         if type(error) is TimeoutError:  # the time for the whole download is over

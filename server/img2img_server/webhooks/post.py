@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
+from yarl import URL
 
 from img2img_server.images.causes import cause_of
 from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy
@@ -56,9 +56,15 @@ async def open_post(
     async with policy.open_session(resolver) as session:
 
         async def post(address: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+            host = ""
             try:
+                url = policy.check_url(address)
+                host = url.raw_host or ""
+                if url.scheme == "http" and not policy.lists(url):
+                    cause = "the address is http and the operator does not list its host"
+                    raise ForbiddenAddressError(cause)
                 async with asyncio.timeout(timeout_seconds):
-                    return await _post(session, policy, address, body, headers)
+                    return await _post(session, url, body, headers)
             except TimeoutError:
                 reason = f"the server did not answer within {timeout_seconds:g} s"
                 return Outcome(delivered=False, reason=reason)
@@ -66,30 +72,19 @@ async def open_post(
                 forbidden = isinstance(error, ForbiddenAddressError)
                 return Outcome(
                     delivered=False,
-                    reason=cause_of(error, _host(address)),
+                    reason=cause_of(error, host),
                     detail=str(error) if forbidden else type(error).__name__,
                 )
 
         yield post
 
 
-def _host(address: str) -> str:
-    try:
-        return urlsplit(address).hostname or "the host"
-    except ValueError:
-        return "the host"
-
-
 async def _post(
     session: aiohttp.ClientSession,
-    policy: OutboundPolicy,
-    address: str,
+    url: URL,
     body: bytes,
     headers: Mapping[str, str],
 ) -> Outcome:
-    url = policy.check_url(address)
-    if url.scheme == "http" and not policy.lists(url):
-        raise ForbiddenAddressError("the address is http and the operator does not list its host")
     sent = {"Content-Type": "application/json", **headers}
     async with session.post(url, data=body, headers=sent, allow_redirects=False) as response:
         status = response.status
