@@ -8,7 +8,9 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
+import aiohttp
 import pytest
 import structlog.testing
 import trustme
@@ -31,6 +33,7 @@ from web_peers import (
 from img2img_server import __version__
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import FetchError, InvalidImageError
+from img2img_server.images.causes import cause_of
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
 from tests.stack import settings
@@ -448,6 +451,14 @@ async def test_a_certificate_that_is_not_valid_is_told_with_its_fault() -> None:
         assert len(server.requests) == 0
     wanted = "the TLS certificate of cdn.test is not valid: unable to get local issuer certificate"
     assert cause == wanted
+
+
+def test_a_certificate_for_another_host_does_not_name_the_host_of_a_redirect() -> None:
+    inner = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    inner.verify_message = "Hostname mismatch, certificate is not valid for 'inside.test'."
+    key: Any = None  # of the connection, which only the error's own text shows
+    cause = cause_of(aiohttp.ClientConnectorCertificateError(key, inner), "the host of a redirect")
+    assert cause == "the TLS certificate of the host of a redirect is not valid: Hostname mismatch"
 
 
 async def test_a_server_without_tls_is_told() -> None:

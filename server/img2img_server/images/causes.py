@@ -54,7 +54,8 @@ def _cause(error: Exception, host: str) -> str:
 def _certificate_fault(error: aiohttp.ClientConnectorCertificateError) -> str:
     inner = error.certificate_error
     if isinstance(inner, ssl.SSLCertVerificationError):
-        return inner.verify_message.rstrip(".") or "it cannot be verified"
+        # Behind a comma stands the host that was asked, which may be that of a redirect.
+        return inner.verify_message.partition(",")[0].rstrip(".") or "it cannot be verified"
     return "it cannot be verified"
 
 
