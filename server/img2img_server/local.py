@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -189,9 +190,11 @@ def _announce(settings: Settings) -> None:
         f"img2img is ready: gRPC {grpc}, HTTP {http} (docs at {http}/docs), API key {key}",
         flush=True,
     )
-    key_option = "" if settings.dev_key else " --api-key KEY"
+    options = "" if settings.dev_key else " --api-key KEY"
+    if settings.tls_cert_file:
+        options += f" --ca-file {shlex.quote(str(settings.api_ca_file))}"
     print(
-        f'command: img2img generate --server {grpc}{key_option} --prompt "an oil painting" '
+        f'command: img2img generate --server {grpc}{options} --prompt "an oil painting" '
         "--init-image photo.jpg",
         flush=True,
     )

@@ -203,3 +203,13 @@ async def test_local_says_where_it_is_and_the_command_for_it(
     assert more == (["playground: http://127.0.0.1:8123/"] if playground else [])
     name, *words = shlex.split(command.removeprefix("command: img2img "))
     assert cli.commands[name].make_context(name, words, resilient_parsing=False)
+
+
+async def test_the_command_for_a_service_with_tls_trusts_its_authority(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = tmp_path / "our ca.pem"
+    file = tmp_path / "any.pem"
+    _announce(Settings(tls_cert_file=file, tls_key_file=file, api_ca_file=authority))
+    words = shlex.split(capsys.readouterr().out.splitlines()[1])
+    assert words[words.index("--ca-file") + 1] == str(authority)
