@@ -119,7 +119,7 @@ def test_a_wrong_file_is_refused_with_every_mistake(tmp_path: Path) -> None:
         KeyRing(file, dev_key=False)
     text = str(caught.value)
     assert "keys[0].sha256 must be 64 hexadecimal digits" in text
-    assert "keys[0].tenant must be 1 to 63" in text
+    assert "keys[0].tenant must have 1 to 63" in text
     assert "it is 'No Spaces'" in text
     assert "keys[0].permissions: fly is not known" in text
     assert "keys[0].rate: there is no such name" in text
@@ -184,9 +184,8 @@ def _toml(text: str) -> str:
 def test_the_command_refuses_a_tenant_that_an_api_refuses(tenant: str) -> None:
     told = CliRunner().invoke(main, ["keys", f"--tenant={tenant}"])
     assert (told.exit_code, told.stdout) == (2, "")
-    assert f"tenant must be 1 to 63 of a-z, 0-9 and -, not begin with -; it is {tenant!r}" in (
-        told.stderr
-    )
+    rule = "tenant must have 1 to 63 of the characters a-z, 0-9 and -, and must not begin with -"
+    assert f"{rule}; it is {tenant!r}" in told.stderr
 
 
 def test_a_file_that_breaks_later_is_logged_once_with_the_entry_that_is_wrong(
@@ -211,7 +210,7 @@ def test_a_file_that_breaks_later_is_logged_once_with_the_entry_that_is_wrong(
     told = [(line["log_level"], line.get("error", "")) for line in logs]
     assert [level for level, _ in told] == ["error", "error", "error", "info"]
     for (_, error), part in zip(
-        told, ["keys[1].tenant must be 1 to 63", "line 1", "No such file"], strict=False
+        told, ["keys[1].tenant must have 1 to 63", "line 1", "No such file"], strict=False
     ):
         assert part in error
         assert str(file) in error

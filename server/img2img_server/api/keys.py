@@ -197,7 +197,8 @@ def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
         digest = ""
     if not _TENANT.fullmatch(tenant):
         mistakes.append(
-            f"{where}tenant must be 1 to 63 of a-z, 0-9 and -, not begin with -; it is {tenant!r}"
+            f"{where}tenant must have 1 to 63 of the characters a-z, 0-9 and -, and must not begin "
+            f"with -; it is {tenant!r}"
         )
     if unknown := permissions - PERMISSIONS:
         known = ", ".join(sorted(PERMISSIONS))
