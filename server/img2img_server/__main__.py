@@ -6,8 +6,6 @@ click are imported before that is checked.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Final
 import click
 
 from img2img_server import __version__
+from img2img_server.last_line import exit_on_signals, exit_with_reasons
 
 PROGRAM: Final = "img2img-server"
 # Modules without which a role cannot start, by the extra of pyproject.toml that brings them.
@@ -64,6 +63,7 @@ def _run(name: str) -> None:
 def _ending(name: str, extra: str) -> Iterator[None]:
     """Ends the process with a last line that says why, whatever the body raises."""
     program = f"{PROGRAM} {name}"
+    exit_on_signals(program)
     _require(program, extra)
     from img2img_server.ending import leave
 
@@ -85,12 +85,11 @@ def _require(program: str, extra: str) -> None:
         if find_spec(module) is None
     ]
     if missing:
-        click.echo(
-            f"{program}: needs the extra {extra}, of which is not installed: {', '.join(missing)}; "
-            f"pip install 'img2img-service[{extra}]'",
-            err=True,
+        reason = (
+            f"needs the extra {extra}, of which is not installed: {', '.join(missing)}; "
+            f"pip install 'img2img-service[{extra}]'"
         )
-        sys.exit(1)
+        exit_with_reasons(program, [reason], 1)
 
 
 @click.group()
@@ -161,8 +160,6 @@ def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> N
 @click.option("--revision", default="", help="Branch, tag or commit of a hub model.")
 def fetch_model(source: str, folder: Path, revision: str) -> None:
     """Fetch a model once, from s3://bucket/prefix or a hub id, into FOLDER."""
-    # The first process of a container has no default answer to SIGTERM. A draft may be left behind.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     with _ending("fetch-model", "server"):  # a hub model needs the extra worker
         from img2img_server.checks import checked_settings
         from img2img_server.telemetry import configure_logging

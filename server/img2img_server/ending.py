@@ -7,20 +7,18 @@ the log whatever happens then. The last line is written by `leave`, after everyt
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from typing import Final, NoReturn
 
 import structlog
 
 from img2img_server.errors import JobFailedError, OperatorError, ServiceError
-from img2img_server.lifecycle import RestartError, exit_now
-from img2img_server.settings import Settings, SettingsError, log_format_of_environment
-from img2img_server.telemetry import configure_logging, is_json
+from img2img_server.last_line import exit_with_reasons, log_format_of_environment
+from img2img_server.lifecycle import RestartError
+from img2img_server.settings import Settings, SettingsError
+from img2img_server.telemetry import configure_logging
 
 SETTINGS_CODE: Final = 2
 ERROR_CODE: Final = 1
@@ -91,42 +89,17 @@ def code_of(error: BaseException) -> int:
 
 
 def leave(program: str, error: BaseException) -> NoReturn:
-    """Writes why the process ends as its last line on stderr, and ends it without waiting for
-    threads. Several mistakes have a line each before, and are all in the last line too: it may be
-    the only one that is kept.
+    """Ends the process with the reasons of an error as its last line.
 
     Args:
         program: what the line begins with, such as "img2img-server worker".
     """
-    if not structlog.is_configured():
-        configure_logging(Settings.model_construct(log_format=log_format_of_environment()), program)
     if not is_expected(error):
+        if not structlog.is_configured():
+            log_format = log_format_of_environment()
+            configure_logging(Settings.model_construct(log_format=log_format), program)
         log_reason(error)
-    code = code_of(error)
-    reasons = reasons_of(error)
-    sentences = [f"{program}: {reason}" for reason in reasons]
-    if len(reasons) > 1:
-        sentences.append(f"{program}: {len(reasons)} mistakes: {'; '.join(reasons)}")
-    lines = [last_line(sentence, code) for sentence in sentences]
-    with suppress(OSError, ValueError):
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
-    exit_now(code)
-
-
-def last_line(sentence: str, code: int) -> str:
-    """The sentence, as a log record where the log is JSON."""
-    if not is_json(log_format_of_environment()):
-        return sentence
-    time = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    role = sentence.partition(": ")[0].split()[-1]
-    record = {
-        "event": sentence,
-        "exit_code": code,
-        "role": role,
-        "level": "error",
-        "timestamp": time,
-    }
-    return json.dumps(record, ensure_ascii=False)
+    exit_with_reasons(program, reasons_of(error), code_of(error))
 
 
 def _line(text: str) -> str:

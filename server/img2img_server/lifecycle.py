@@ -14,6 +14,8 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import structlog
 
+from img2img_server.last_line import exit_now, flush_output
+
 EXIT_SECONDS: Final = 3.0
 
 T = TypeVar("T")
@@ -95,22 +97,13 @@ async def _run(role: Role, leaving: list[threading.Timer]) -> None:
             loop.remove_signal_handler(number)
 
 
-def exit_now(code: int) -> NoReturn:
-    """Ends the process without waiting for threads; what was written is flushed."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or its reader has gone
-            stream.flush()
-    os._exit(code)
-
-
 def start_anew() -> NoReturn:
     """Replaces this program by a fresh run of the same command; process id and environment stay.
 
     So whoever supervises the process sees no end, and nothing of the old run is left in it: no
     memory, no device context, no thread and no open file beyond the three standard ones.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     for descriptor in map(int, os.listdir("/dev/fd")):
         with suppress(OSError):  # the one that listed them is closed by now
             os.set_inheritable(descriptor, descriptor <= 2)

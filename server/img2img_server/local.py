@@ -23,11 +23,11 @@ from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
 from img2img_server.engines.child import Child
 from img2img_server.errors import UnavailableError
+from img2img_server.last_line import is_json
 from img2img_server.lifecycle import first_of
 from img2img_server.listening import METRICS_PORTS, host_port, listeners, reachable, reserve
 from img2img_server.settings import DEV_KEY, PREFIX, Settings
 from img2img_server.store.vault import new_key
-from img2img_server.telemetry import is_json
 
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
 # Settings for a NATS and a bucket that are not ours.

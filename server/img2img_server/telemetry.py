@@ -14,6 +14,7 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
+from img2img_server.last_line import is_json
 from img2img_server.listening import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.tracing import trace_id
@@ -84,11 +85,6 @@ def configure_logging(settings: Settings, role: str) -> None:
     if as_json:
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     structlog.contextvars.bind_contextvars(role=role)
-
-
-def is_json(log_format: str) -> bool:
-    """Whether the setting log_format means JSON here."""
-    return log_format == "json" or (log_format != "console" and not sys.stderr.isatty())
 
 
 class _LibraryLogger(logging.Logger):

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -261,6 +262,23 @@ async def test_an_unexpected_error_has_its_traceback_in_the_log_and_one_last_lin
     traced = [each for each in end.records if "Traceback" in each.get("exception", "")]
     assert bool(traced) == (code == 1)
     assert end.seconds < WALL_SECONDS, "no thread is waited for"
+
+
+STOPPED = """
+import os, signal
+import img2img_server.__main__ as main
+main._require = lambda *_: os.kill(os.getpid(), signal.SIGNAL)
+main.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+async def test_a_process_that_is_stopped_before_its_packages_are_imported_says_so(
+    name: str,
+) -> None:
+    end = await ended("api", program=STOPPED.replace("SIGNAL", name))
+    assert end.code == 128 + signal.Signals[name]
+    assert [each["event"] for each in end.records] == [f"img2img-server api: stopped by {name}"]
 
 
 NOISE = """

@@ -1,0 +1,90 @@
+"""Writes the last line of a process, which says why it ends.
+
+Imports the standard library only: it is needed before the packages of a role are imported, and
+where they are not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from types import FrameType
+from typing import NoReturn
+
+
+def is_json(log_format: str) -> bool:
+    """Whether the setting log_format means JSON here."""
+    return log_format == "json" or (log_format != "console" and not _is_terminal())
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
+
+
+def log_format_of_environment() -> str:
+    """The setting log_format before the settings are read."""
+    return os.environ.get("IMG2IMG_LOG_FORMAT", "auto")
+
+
+def exit_with_reasons(program: str, reasons: list[str], code: int) -> NoReturn:
+    """Writes the reasons on stderr and ends the process without waiting for threads.
+
+    Several reasons have a line each, and are all in the last line too: it may be the only one that
+    is kept.
+
+    Args:
+        program: what each line begins with, such as "img2img-server worker".
+    """
+    sentences = [f"{program}: {reason}" for reason in reasons]
+    if len(reasons) > 1:
+        sentences.append(f"{program}: {len(reasons)} mistakes: {'; '.join(reasons)}")
+    with suppress(AttributeError, OSError, ValueError):  # stderr is closed or broken
+        sys.stderr.write("".join(f"{_formatted(each, code)}\n" for each in sentences))
+    exit_now(code)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without waiting for threads; what was written is flushed."""
+    flush_output()
+    os._exit(code)
+
+
+def flush_output() -> None:
+    """Flushes stdout and stderr, either of which may be closed or broken."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+
+
+def exit_on_signals(program: str) -> None:
+    """Makes SIGTERM and SIGINT end the process with a line that says so.
+
+    A role replaces this when it starts. The first process of a container would ignore SIGTERM.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        exit_with_reasons(program, [f"stopped by {signal.Signals(number).name}"], 128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _formatted(sentence: str, code: int) -> str:
+    """The sentence, as a log record where the log is JSON."""
+    if not is_json(log_format_of_environment()):
+        return sentence
+    record = {
+        "event": sentence,
+        "exit_code": code,
+        "role": sentence.partition(": ")[0].split()[-1],
+        "level": "error",
+        "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+    }
+    return json.dumps(record, ensure_ascii=False)
