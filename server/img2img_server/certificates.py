@@ -7,11 +7,14 @@ the wrong one, and why.
 from __future__ import annotations
 
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from img2img_server.setting_files import read_bytes
 
 _NO_CERTIFICATE = "has no certificate in PEM format"
 _NO_KEY = "has no private key in PEM format"
@@ -46,12 +49,31 @@ def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:
     else:
         if not asked:
             return "", ""
-    faults = _certificate_fault(certificate.read_bytes()), _key_fault(key.read_bytes(), asked)
+    contents = read_bytes(certificate), read_bytes(key)
+    faults = _certificate_fault(contents[0]), _key_fault(contents[1], asked)
     if any(faults):
         return faults
-    if reason == "KEY_VALUES_MISMATCH":
-        return "", f"is not the key of {certificate}"
-    return f"cannot be used with {key}: {reason}", ""
+    if reason != "KEY_VALUES_MISMATCH":
+        return f"cannot be used with {key}: {reason}", ""
+    public = load_pem_private_key(contents[1], None).public_key()
+    if any(each.public_key() == public for each in x509.load_pem_x509_certificates(contents[0])):
+        return f"has the certificate of {key}, but not first: those of its issuers follow it", ""
+    return "", f"is not the key of {certificate}"
+
+
+def validity_fault(content: bytes) -> str:
+    """Why the first certificate of a PEM file is not valid now, the end of a sentence; empty: it is
+    valid, or `cryptography` cannot read it."""
+    try:
+        certificate = x509.load_pem_x509_certificate(content)
+    except ValueError:
+        return ""
+    now = datetime.now(UTC)
+    if certificate.not_valid_after_utc < now:
+        return f"expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    if certificate.not_valid_before_utc > now:
+        return f"is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on only"
+    return ""
 
 
 def _certificate_fault(content: bytes) -> str:

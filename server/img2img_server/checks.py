@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from img2img_server.domain.params import Limits
 from img2img_server.listening import listeners, reserve
+from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError, variable
 
 
@@ -70,7 +72,7 @@ class _Checks:
         if path is None or name in self.skip:
             return None
         try:
-            return path.read_bytes()
+            return read_bytes(path)
         except OSError as error:
             self.add(name, f"{path} cannot be read: {error.strerror or error}")
             return None
@@ -91,7 +93,7 @@ class _Checks:
         if path is None or name in self.skip:
             return
         there = path.absolute()
-        while not there.exists() and there != there.parent:
+        while not os.path.lexists(there) and there != there.parent:
             there = there.parent
         try:
             with tempfile.TemporaryFile(dir=there):
@@ -173,10 +175,11 @@ def _nats(checks: _Checks) -> None:
     _pair(checks, "nats_cert_file", "nats_key_file")
     _trusted(checks, "nats_ca_file")
     content = checks.read("nats_creds_file")
-    for part in (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED"):
-        if content is not None and part not in content:
-            path = checks.settings.nats_creds_file
-            checks.add("nats_creds_file", f"{path} is no NATS credentials file: no {part.decode()}")
+    parts = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
+    if content is not None and (missing := [part for part in parts if part not in content]):
+        named = " and no ".join(part.decode() for part in missing)
+        path = checks.settings.nats_creds_file
+        checks.add("nats_creds_file", f"{path} is no NATS credentials file: it has no {named}")
     if checks.skip & {"nats_url", "nats_user", "nats_password", "nats_token"}:
         return
     from img2img_server.wire.access import NatsAccess
@@ -253,6 +256,8 @@ def _model(checks: _Checks) -> None:
         if height % spec.multiple or width % spec.multiple:
             fault = f"{width}x{height}: {spec.name} needs sides divisible by {spec.multiple}"
             checks.add("warm_up_sizes", fault)
+        if max(height, width) > (most := Limits().max_side_pixels):
+            checks.add("warm_up_sizes", f"{width}x{height}: requests have sides of at most {most}")
     folder = Path(spec.source)
     if (
         settings.safety_checker == "model"

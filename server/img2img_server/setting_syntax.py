@@ -16,16 +16,28 @@ _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST_NAME = re.compile(rf"(?=.{{1,254}}$){_LABEL}(?:\.{_LABEL})*\.?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _GRPC_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
+# By the last word of a setting's name: 31 days, 10 years, what JSON holds exactly.
+_MOST: Final = {"seconds": 2_678_400, "hours": 87_600, "bytes": 2**53}
 # Of the minio client, which refuses other names.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_:]{1,61}[A-Za-z0-9]")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
 
-def control_characters(text: str) -> str:
-    """For every text: a line break at the end of a secret file is the usual one."""
-    if _CONTROL.search(text):
+def fault_of(name: str, text: str) -> str:
+    """What is wrong with the text of the setting `name`."""
+    # In every text: a line break at the end of a secret file is the usual one.
+    if name not in _MULTI_LINE and _CONTROL.search(text):
         return "must not have line breaks or other control characters"
-    return ""
+    if name in _NO_SPACES and any(char.isspace() for char in text):
+        return "must not have spaces"
+    rule = RULES.get(name)
+    return rule(text) if rule else ""
+
+
+def number_fault(name: str, value: float) -> str:
+    """What is wrong with a number that is above its least: NATS, gRPC and timers have a most."""
+    most = _MOST.get(name.rpartition("_")[2], 2**31 - 1)
+    return f"must be at most {most}" if value > most else ""
 
 
 def _is_host(text: str) -> bool:
@@ -68,7 +80,7 @@ def _url_fault(text: str, schemes: tuple[str, ...]) -> str:
         port = url.port
     except ValueError:
         return "is not a URL: its host or port is malformed"
-    if url.scheme not in schemes or not url.netloc or any(char.isspace() for char in text):
+    if url.scheme not in schemes or not url.netloc:
         return f"must be a URL that begins with {' or '.join(f'{name}://' for name in schemes)}"
     if not _is_host(url.hostname or "") or port == 0:
         return "is not a URL: its host or port is malformed"
@@ -194,4 +206,5 @@ RULES: Final[Mapping[str, Callable[[str], str]]] = {
     "prompt_template": template,
     "warm_up_sizes": sizes,
 }
-MULTI_LINE: Final = frozenset({"prompt_template"})
+_MULTI_LINE: Final = frozenset({"prompt_template"})
+_NO_SPACES: Final = RULES.keys() - {"cors_origins", "prompt_template", "warm_up_sizes"}

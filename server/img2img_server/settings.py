@@ -7,6 +7,7 @@ GOMP_SPINCOUNT and OMP_* by OpenMP.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 import re
@@ -56,7 +57,11 @@ class Settings(BaseSettings):
     """Settings from the environment, prefix IMG2IMG_. Durations in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
     # Addresses.
@@ -244,7 +249,7 @@ class Settings(BaseSettings):
     # Limits.
     queue_limit: int = Field(15, ge=1, description="Most unfinished jobs of a tenant.")
     max_message_bytes: int = Field(
-        34 * 2**20, ge=2**20, description="Largest gRPC message, in and out."
+        34 * 2**20, ge=2**20, le=2**31 - 1, description="Largest gRPC message, in and out."
     )
     max_image_bytes: int = Field(20_971_520, ge=1, description="Largest init image.")
     max_image_pixels: int = Field(64_000_000, ge=1, description="Largest init image in pixels.")
@@ -367,16 +372,11 @@ class Settings(BaseSettings):
     @classmethod
     def _syntax(cls, value: Any, info: ValidationInfo) -> Any:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        name = str(info.field_name)
-        if isinstance(text, Path):
-            text = str(text)
-        if not isinstance(text, str):
-            return value
-        fault = ""
-        if name not in setting_syntax.MULTI_LINE:
-            fault = setting_syntax.control_characters(text)
-        if rule := setting_syntax.RULES.get(name):
-            fault = fault or rule(text)
+        name, fault = str(info.field_name), ""
+        if isinstance(text, str | Path):
+            fault = setting_syntax.fault_of(name, str(text))
+        elif isinstance(text, int | float):
+            fault = setting_syntax.number_fault(name, text)
         if fault:
             raise ValueError(fault)
         return value
@@ -483,18 +483,15 @@ def variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
-def log_format_of_environment() -> str:
-    """The setting log_format before settings are read, for an error that comes earlier."""
-    return os.environ.get(variable("log_format"), "auto")
-
-
 def _unknown(fields: Iterable[str]) -> list[str]:
     known = CLIENT_NAMES | {variable(name) for name in fields}
-    return [
-        f"{name}: there is no such setting"
-        for name in sorted(os.environ)
-        if name.upper().startswith(PREFIX) and name.upper() not in known
-    ]
+    mistakes = []
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+            hint = f"; is {near[0]} meant?" if near else ""
+            mistakes.append(f"{name}: there is no such setting{hint}")
+    return mistakes
 
 
 def _is_set(value: Any) -> bool:
@@ -534,6 +531,8 @@ def _sentences(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
     }
     if kind in bounds:
         text = bounds[kind].format(**context)
+    elif kind == "finite_number":
+        text = "must be a finite number"
     elif kind.startswith("int_"):
         text = "must be a whole number"
     elif kind.startswith("float_"):
@@ -564,4 +563,4 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"

@@ -46,6 +46,14 @@ def test_a_made_key_works_with_its_entry_and_the_entry_does_not_hold_it(tmp_path
     assert KeyRing(file, dev_key=False).authenticate(key) == held(key, "shop", "unsafe")
 
 
+def test_a_file_as_windows_tools_write_it_is_read(tmp_path: Path) -> None:
+    """With a byte order mark, CRLF and digests in upper case."""
+    digest = hashlib.sha256(b"k1").hexdigest().upper()
+    file = tmp_path / "keys.toml"
+    file.write_bytes(f'\ufeff[[keys]]\r\nsha256 = "{digest}"\r\ntenant = "shop"\r\n'.encode())
+    assert KeyRing(file, dev_key=False).authenticate("k1") == held("k1", "shop")
+
+
 @pytest.mark.parametrize("per_minute", [0, 60])
 def test_a_key_may_have_a_rate_limit_of_its_own(per_minute: int, tmp_path: Path) -> None:
     key, line = new_key("shop", [], per_minute)
@@ -84,7 +92,12 @@ BROKEN = [
     (b'[[keys]]\npermissions = "manage"', STRINGS),
     (b"[[keys]]\npermissions = [[]]", STRINGS),
     (b"[[keys]]\npermissions = 1", STRINGS),
-    (b'[[keys]]\ntenant = "\xff"', "utf-8"),
+    (b'[[keys]]\ntenant = "\xff"', r"no text in UTF-8 \(invalid start byte at byte 19\)"),
+    (b"[[key]]", r"key: there is no such name; each key is a \[\[keys\]\] table"),
+    (
+        (entry("a", "shop") + entry("b", "lab") + entry("a", "x")).encode(),
+        r"keys\[2\].sha256 is that of keys\[0\] too",
+    ),
 ]
 
 

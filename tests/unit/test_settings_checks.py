@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -30,10 +31,11 @@ from packaging.utils import canonicalize_name
 
 from img2img_server import setting_syntax
 from img2img_server.__main__ import EXTRAS
-from img2img_server.certificates import trusted_fault
+from img2img_server.certificates import pair_faults, trusted_fault, validity_fault
 from img2img_server.checks import checked_settings, mistakes_of
-from img2img_server.ending import code_of, last_line, reasons_of
+from img2img_server.ending import code_of, reasons_of
 from img2img_server.errors import UnavailableError
+from img2img_server.last_line import exit_with_reasons
 from img2img_server.listening import Listener, host_port, listeners, reachable, reserve
 from img2img_server.settings import Settings, SettingsError, variable
 from tests.readme import ROOT
@@ -173,6 +175,51 @@ def test_an_empty_path_is_none_and_not_the_working_directory(
     assert settings.lora_dir is None
 
 
+NUMBERS = [
+    name
+    for name, field in Settings.model_fields.items()
+    if field.annotation in (int, float) and name != "safety_threshold"
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_most(give: Callable[..., None], name: str) -> None:
+    for value in ("inf", "nan", "1e400", f"1{'0' * 30}"):
+        give(**{name: value})
+        assert refused("worker")[0].startswith(f"{variable(name)}: must be ")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("GRPC_PROT", "; is IMG2IMG_GRPC_PORT meant?"),
+        ("S3ENDPOINT_URL", "; is IMG2IMG_S3_ENDPOINT_URL meant?"),
+        ("ZZZ", ""),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, near: str
+) -> None:
+    monkeypatch.setenv(f"IMG2IMG_{name}", "x")
+    assert refused("worker") == [f"IMG2IMG_{name}: there is no such setting{near}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("http_host", "127.0.0.1 "),
+        ("s3_endpoint_url", " http://127.0.0.1:8333"),
+        ("s3_bucket", "img2img "),
+        ("api_address", "api:50051 "),
+    ],
+)
+def test_a_space_at_the_end_is_told_as_one(
+    give: Callable[..., None], name: str, value: str
+) -> None:
+    give(**{name: value})
+    assert refused("gateway") == [f"{variable(name)}: must not have spaces"]
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_the_defaults_have_no_mistake_but_the_missing_keys(role: str) -> None:
     missing = {"api": ["IMG2IMG_API_KEYS_FILE"]}.get(role, [])
@@ -239,6 +286,64 @@ def test_a_wrong_tls_file_is_named_and_not_the_port(
     assert len(found) == len(expected)
     for mistake, start in zip(sorted(found), sorted(expected), strict=True):
         assert mistake.startswith(start)
+
+
+FILES = {
+    "api": [
+        *("tls_cert_file", "tls_key_file", "api_keys_file"),
+        *("nats_creds_file", "nats_ca_file", "nats_cert_file", "nats_key_file"),
+    ],
+    "gateway": ["api_ca_file"],
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
+def test_what_never_ends_or_does_not_fit_is_not_read(
+    give: Callable[..., None], tmp_path: Path, kind: str
+) -> None:
+    path, why = {
+        "pipe": (tmp_path / "pipe", "it is a pipe, a socket or a device, not a file"),
+        "device": (Path("/dev/zero"), "it is a pipe, a socket or a device, not a file"),
+        "huge": (tmp_path / "huge", "it has more than 16 MiB"),
+    }[kind]
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)
+    for role, names in FILES.items():
+        give(**dict.fromkeys(names, path))
+        said = refused(role)
+        assert {each.partition(":")[0] for each in said} == {variable(name) for name in names}
+        assert all(each.endswith(f" cannot be read: {why}") for each in said)
+
+
+def test_a_chain_in_the_wrong_order_and_a_certificate_out_of_its_time_are_told(
+    tmp_path: Path, authority: trustme.CA
+) -> None:
+    between = authority.create_child_ca().issue_cert("localhost")
+    own, issuer = (pem.bytes() for pem in between.cert_chain_pems)
+    cert, key = tmp_path / "cert", tmp_path / "key"
+    key.write_bytes(between.private_key_pem.bytes())
+    cert.write_bytes(own + issuer)
+    assert pair_faults(cert, key) == ("", "")
+    cert.write_bytes(issuer + own)
+    assert pair_faults(cert, key) == (
+        f"has the certificate of {key}, but not first: those of its issuers follow it",
+        "",
+    )
+    now = datetime.now(UTC)
+    for after, before, said in (
+        (-2, -1, f"expired at {now - timedelta(days=1):%Y-%m-%d}"),
+        (1, 2, f"is valid from {now + timedelta(days=1):%Y-%m-%d}"),
+        (-1, 1, ""),
+    ):
+        issued = authority.issue_cert(
+            "localhost",
+            not_before=now + timedelta(days=after),
+            not_after=now + timedelta(days=before),
+        )
+        fault = validity_fault(issued.cert_chain_pems[0].bytes())
+        assert fault.startswith(said)
+        assert bool(fault) == bool(said)
 
 
 @given(st.data())
@@ -438,11 +543,17 @@ def test_reasons_are_single_lines_and_those_of_groups_are_all_told() -> None:
     ]
 
 
-def test_the_last_line_is_a_record_where_the_log_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_line_is_a_record_where_the_log_is_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setenv("IMG2IMG_LOG_FORMAT", "console")
-    assert last_line("img2img-server api: x", 2) == "img2img-server api: x"
+    exit_with_reasons("img2img-server api", ["x"], 2)
+    assert capsys.readouterr().err == "img2img-server api: x\n"
     monkeypatch.setenv("IMG2IMG_LOG_FORMAT", "json")
-    record = json.loads(last_line("img2img-server api: x", 2))
+    exit_with_reasons("img2img-server api", ["x"], 2)
+    record = json.loads(capsys.readouterr().err)
     assert record.pop("timestamp").endswith("Z")
     assert record == {
         "event": "img2img-server api: x",
@@ -450,6 +561,7 @@ def test_the_last_line_is_a_record_where_the_log_is_json(monkeypatch: pytest.Mon
         "role": "api",
         "level": "error",
     }
+    assert codes == [2, 2]
 
 
 def test_the_packages_that_a_role_asks_for_are_those_of_its_extra() -> None:
@@ -477,6 +589,26 @@ def test_a_model_that_looks_like_a_path_is_not_taken_for_a_hub_id(
 ) -> None:
     give(model=source)
     assert refused("worker") == [f"IMG2IMG_MODEL: there is no model at {source}"]
+
+
+@pytest.mark.parametrize("size", ["1032x512", "512x9992", "513x512"])
+def test_a_size_that_no_request_may_have_is_not_run_first(
+    give: Callable[..., None], size: str
+) -> None:
+    give(warm_up_sizes=f"512x512, {size}")
+    (mistake,) = refused("worker")
+    assert mistake.startswith(f"IMG2IMG_WARM_UP_SIZES: {size}: ")
+
+
+def test_a_link_that_leads_nowhere_is_told_so(give: Callable[..., None], tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "none")
+    give(model=link, compile_cache_dir=link, lora_dir=link)
+    assert refused("worker") == [
+        f"IMG2IMG_MODEL: {link} is a link to {tmp_path}/none, which is not there",
+        f"IMG2IMG_LORA_DIR: folder {link} cannot be read: No such file or directory",
+        f"IMG2IMG_COMPILE_CACHE_DIR: folder {link} is not writable: No such file or directory",
+    ]
 
 
 def test_a_model_that_is_a_file_is_told_so(give: Callable[..., None], tmp_path: Path) -> None:
@@ -513,6 +645,7 @@ main()
             capture_output=True,
             text=True,
             check=False,
+            env={**os.environ, "IMG2IMG_LOG_FORMAT": "console"},
         )
         (line,) = ended.stderr.splitlines()
         assert ended.returncode == 1

@@ -26,6 +26,7 @@ from typing import Any
 import structlog
 
 from img2img_server.errors import PermissionDeniedError
+from img2img_server.setting_files import read_text
 from img2img_server.settings import DEV_KEY, Settings, SettingsError
 
 PERMISSIONS = frozenset({"manage", "unsafe"})
@@ -112,9 +113,9 @@ def load_keys(settings: Settings) -> KeyRing:
     """Returns the keys. Raises SettingsError when they would leave the service open."""
     keys = KeyRing(settings.api_keys_file, dev_key=settings.has_open_dev_key)
     if keys.is_empty:
-        raise SettingsError(
-            "IMG2IMG_API_KEYS_FILE: there are no API keys; make one with `img2img-server keys`"
-        )
+        file = settings.api_keys_file
+        fault = f"{file} has no keys" if file else "is not set"
+        raise SettingsError(f"IMG2IMG_API_KEYS_FILE: {fault}: make one with `img2img-server keys`")
     settings.refuse_open_dev_key(settings.grpc_host)
     return keys
 
@@ -164,16 +165,25 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 def _read(file: Path) -> list[_Entry]:
     try:
-        table = tomllib.loads(file.read_text("utf-8"))
+        table = tomllib.loads(read_text(file))
     except OSError as error:
         raise SettingsError(_mistake(file, f"cannot be read: {error.strerror}")) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise SettingsError(_mistake(file, f"is no TOML file: {error}")) from error
+    if names := table.keys() - {"keys"}:
+        fault = f"{', '.join(sorted(names))}: there is no such name; each key is a [[keys]] table"
+        raise SettingsError(_mistake(file, fault))
     items = table.get("keys", [])
     if not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
         raise SettingsError(_mistake(file, "each key must be a table below [[keys]]"))
     mistakes: list[str] = []
     entries = [_entry(item, f"keys[{number}].", mistakes) for number, item in enumerate(items)]
+    first = {entry.digest: number for number, entry in reversed(list(enumerate(entries)))}
+    mistakes += [
+        f"keys[{number}].sha256 is that of keys[{first[entry.digest]}] too"
+        for number, entry in enumerate(entries)
+        if entry.digest and first[entry.digest] != number
+    ]
     if mistakes:
         raise SettingsError(*(_mistake(file, mistake) for mistake in mistakes))
     return entries
@@ -186,14 +196,14 @@ def _mistake(file: Path, fault: str) -> str:
 def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
     """Reads one entry and adds what is wrong with it to `mistakes`. `where`: what comes before the
     names in the sentences."""
-    digest, tenant = str(item.get("sha256", "")), str(item.get("tenant", ""))
+    digest, tenant = str(item.get("sha256", "")).lower(), str(item.get("tenant", ""))
     listed = item.get("permissions", [])
     if not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
         mistakes.append(f"{where}permissions must be a list of strings")
         listed = []
     permissions = frozenset(listed)
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        mistakes.append(f"{where}sha256 must be 64 hexadecimal digits (a-f in lower case)")
+        mistakes.append(f"{where}sha256 must be 64 hexadecimal digits")
         digest = ""
     if not _TENANT.fullmatch(tenant):
         mistakes.append(

@@ -30,11 +30,13 @@ from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.api.webhooks import Texts, Webhooks
 from img2img_server.bus import Bus, connect_bus
+from img2img_server.certificates import validity_fault
 from img2img_server.contract.files import inline
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.listening import host_port, is_wildcard, listeners, reachable
+from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import WorkerRegistry
 from img2img_server.store.blobs_s3 import connect_blobs
@@ -215,12 +217,17 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials:
     assert settings.tls_cert_file, "checked by Settings"
     assert settings.tls_key_file, "checked by Settings"
     try:
-        pair = (settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())
+        pair = (read_bytes(settings.tls_key_file), read_bytes(settings.tls_cert_file))
     except OSError as error:
         raise SettingsError(
             f"IMG2IMG_TLS_CERT_FILE, IMG2IMG_TLS_KEY_FILE: {error.filename} cannot be read: "
             f"{error.strerror}"
         ) from error
+    if fault := validity_fault(pair[1]):
+        log.warning(
+            "tls_certificate_not_valid",
+            reason=f"IMG2IMG_TLS_CERT_FILE: the certificate {fault}: clients will refuse it",
+        )
     return grpc.ssl_server_credentials([pair])
 
 

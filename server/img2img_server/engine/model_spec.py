@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from img2img_server.domain.models import SCHEDULER_OF_CLASS, ModelInfo
 from img2img_server.domain.params import DEFAULT_STRENGTH
 from img2img_server.errors import OperatorError
+from img2img_server.setting_files import read_text
 from img2img_server.settings import variable
 
 SCHEDULERS = ("ddim", "euler", "euler_a", "lcm", "dpmpp_2m")
@@ -158,6 +159,8 @@ def read_model_spec(source: str) -> ModelSpec:
     if not folder.is_dir():
         if folder.exists():
             raise ModelError(f"{folder} is a file; a model is a directory in diffusers' layout")
+        if folder.is_symlink():
+            raise ModelError(f"{folder} is a link to {folder.readlink()}, which is not there")
         if not source or source.startswith(("/", ".", "~")) or source.count("/") != 1:
             raise ModelError(f"there is no model at {source or folder}")
         return _spec(source, folder.name, _File(), {}, {}, {})
@@ -208,7 +211,9 @@ def _read_toml(path: Path) -> _File:
     if not path.is_file():
         return _File()
     try:
-        return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _File.model_validate(tomllib.loads(read_text(path)))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ModelError(f"{path} is no TOML: {error}") from error
     except ValidationError as error:
@@ -223,7 +228,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ModelError(f"{path} is no JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is no JSON object")
+    return found

@@ -20,6 +20,7 @@ from img2img.v1 import (
     service_pb2_grpc,
 )
 from img2img_server.gateway.refusals import Case, RefusedError, refusal
+from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.tracing import injected
 
@@ -79,7 +80,7 @@ def connect(settings: Settings) -> grpc.aio.Channel:
     if settings.api_ca_file is None:
         return grpc.aio.insecure_channel(settings.api_address, options=options)
     try:
-        trusted = settings.api_ca_file.read_bytes()
+        trusted = read_bytes(settings.api_ca_file)
     except OSError as error:
         raise SettingsError(
             f"IMG2IMG_API_CA_FILE: {settings.api_ca_file} cannot be read: {error.strerror}"

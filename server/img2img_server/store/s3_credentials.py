@@ -28,6 +28,7 @@ from minio.credentials.providers import (
     WebIdentityProvider,
 )
 
+from img2img_server.setting_files import read_text
 from img2img_server.settings import Settings
 
 REFRESH: Final = timedelta(minutes=5)  # before they expire; AWS has new ones by then
@@ -151,10 +152,10 @@ def _by_web_identity(settings: Settings, env: Mapping[str, str]) -> Credentials:
     name, role = "AWS_WEB_IDENTITY_TOKEN_FILE", env.get("AWS_ROLE_ARN")
     path = Path(env[name])
     try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", "") or "it is no text"
-        raise CredentialsError(name, f"{path} cannot be read: {why}", final=True) from None
+        token = read_text(path).strip()
+    except OSError as error:
+        why = f"{path} cannot be read: {error.strerror}"
+        raise CredentialsError(name, why, final=True) from None
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or ""
     own = f"https://sts.{region}.amazonaws.com" if region else "https://sts.amazonaws.com"
     endpoint = env.get("AWS_ENDPOINT_URL_STS") or own + (".cn" if region.startswith("cn-") else "")
@@ -179,8 +180,8 @@ def _by_file(path: Path, profile: str) -> Credentials:
     # Not by minio's provider: a "%" in a key breaks its parser.
     parser = configparser.RawConfigParser()
     try:
-        parser.read_string(path.read_text())
-    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        parser.read_string(read_text(path))
+    except (OSError, configparser.Error) as error:
         why = getattr(error, "strerror", "") or "it is not in the form of AWS"
         raise CredentialsError("AWS_PROFILE", f"{path} cannot be read: {why}", final=True) from None
     key = parser.get(profile, "aws_access_key_id", fallback="")
@@ -203,11 +204,11 @@ def _by_container(name: str, env: Mapping[str, str]) -> Credentials:
     token = env.get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
     if file := env.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"):
         try:
-            token = Path(file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", "") or "it is no text"
+            token = read_text(Path(file)).strip()
+        except OSError as error:
+            why = f"{file} cannot be read: {error.strerror}"
             other = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
-            raise CredentialsError(other, f"{file} cannot be read: {why}", final=True) from None
+            raise CredentialsError(other, why, final=True) from None
     with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as http:
         provider = IamAwsProvider(http_client=http)
         hint = "the service account or task must have a role"

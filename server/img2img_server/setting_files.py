@@ -1,0 +1,38 @@
+"""Reads the small files that settings name: keys, certificates, tokens."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from pathlib import Path
+from typing import Final
+
+MAX_BYTES: Final = 16 * 2**20  # a bundle of all public authorities has 250 kB
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a regular file.
+
+    A pipe would wait for its writer for ever, and a device such as /dev/zero never ends.
+
+    Raises:
+        OSError: the file cannot be read; `strerror` says why.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        limit = f"it has more than {MAX_BYTES // 2**20} MiB"
+        raise OSError(errno.EFBIG, limit, str(path))
+    return content
+
+
+def read_text(path: Path) -> str:
+    """Returns the content of a file in UTF-8, without a byte order mark. Errors as `read_bytes`."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fault = f"it is no text in UTF-8 ({error.reason} at byte {error.start})"
+        raise OSError(errno.EILSEQ, fault, str(path)) from error
