@@ -63,16 +63,16 @@ def _run(name: str) -> None:
 def _ending(name: str, extra: str) -> Iterator[None]:
     """Ends the process with a last line that says why, whatever the body raises."""
     program = f"{PROGRAM} {name}"
-    exit_on_signals(program)
-    _require(program, extra)
-    from img2img_server.ending import leave
+    with exit_on_signals(program):
+        _require(program, extra)
+        from img2img_server.ending import leave
 
-    try:
-        yield
-    except (SystemExit, click.ClickException, click.exceptions.Exit):
-        raise
-    except BaseException as error:
-        leave(program, error)
+        try:
+            yield
+        except (SystemExit, click.ClickException, click.exceptions.Exit):
+            raise
+        except BaseException as error:
+            leave(program, error)
 
 
 def _require(program: str, extra: str) -> None:

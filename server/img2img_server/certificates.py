@@ -18,6 +18,9 @@ from img2img_server.setting_files import read_bytes
 
 _NO_CERTIFICATE = "has no certificate in PEM format"
 _NO_KEY = "has no private key in PEM format"
+# X509_V_ERR_… of OpenSSL: the host name or address differs; expired, or not valid yet.
+_OTHER_NAME = (62, 64)
+_OUT_OF_TIME = (9, 10)
 
 
 def trusted_fault(content: bytes) -> str:
@@ -29,6 +32,20 @@ def trusted_fault(content: bytes) -> str:
     except (ssl.SSLError, ValueError):
         return _NO_CERTIFICATE
     return ""
+
+
+def refused_certificate(error: ssl.SSLCertVerificationError, ca_setting: str) -> str:
+    """What is wrong with the certificate of a server, the end of a sentence.
+
+    Args:
+        ca_setting: names the authorities that are trusted.
+    """
+    why = error.verify_message.rstrip(".")
+    if error.verify_code in _OTHER_NAME:
+        return f"has a certificate for another host ({why}): use a name that is in the certificate"
+    if error.verify_code in _OUT_OF_TIME:
+        return f"has a certificate that is not valid now ({why}): renew it, or set the clock here"
+    return f"has a certificate that is not trusted ({why}): name its authority in {ca_setting}"
 
 
 def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:

@@ -138,6 +138,20 @@ def _trusted(checks: _Checks, name: str) -> None:
         checks.add(name, f"{getattr(checks.settings, name)} {fault}")
 
 
+def _trust_bundle(checks: _Checks) -> None:
+    """The authorities that OpenSSL trusts: it ignores a file that it cannot read."""
+    if not (named := os.environ.get("SSL_CERT_FILE")):
+        return
+    from img2img_server.certificates import trusted_fault
+
+    try:
+        fault = trusted_fault(read_bytes(Path(named)))
+    except OSError as error:
+        fault = f"cannot be read: {error.strerror or error}"
+    if fault:
+        checks.mistakes.append(f"SSL_CERT_FILE: {named} {fault}")
+
+
 def _tls(checks: _Checks) -> None:
     _pair(checks, "tls_cert_file", "tls_key_file")
 
@@ -302,9 +316,9 @@ def _state(checks: _Checks) -> None:
 
 
 _Check = Callable[[_Checks], None]
-_BUS: Final[tuple[_Check, ...]] = (_nats, _storage_keys)
+_BUS: Final[tuple[_Check, ...]] = (_nats, _trust_bundle, _storage_keys)
 _API: Final[tuple[_Check, ...]] = (_tls, _api_keys, _webhook_secret, _outbound_allow, _api_s3)
-_GATEWAY: Final[tuple[_Check, ...]] = (_http_dev_key, _api_ca, _s3)
+_GATEWAY: Final[tuple[_Check, ...]] = (_http_dev_key, _api_ca, _trust_bundle, _s3)
 _WORKER: Final[tuple[_Check, ...]] = (_s3, _outbound_allow, _model, _model_folders, _device_too)
 _OF_ROLE: Final[dict[str, Iterable[_Check]]] = {
     "api": (partial(_ports, "api"), *_BUS, *_API),

@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
 from typing import NoReturn
@@ -63,7 +64,8 @@ def flush_output() -> None:
             stream.flush()
 
 
-def exit_on_signals(program: str) -> None:
+@contextmanager
+def exit_on_signals(program: str) -> Iterator[None]:
     """Makes SIGTERM and SIGINT end the process with a line that says so.
 
     A role replaces this when it starts. The first process of a container would ignore SIGTERM.
@@ -72,8 +74,13 @@ def exit_on_signals(program: str) -> None:
     def stop(number: int, _: FrameType | None) -> None:
         exit_with_reasons(program, [f"stopped by {signal.Signals(number).name}"], 128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    signals = signal.SIGTERM, signal.SIGINT
+    before = [signal.signal(number, stop) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _formatted(sentence: str, code: int) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from benchmarks.local_stack import free_port
 from img2img_server.errors import StorageError
@@ -20,7 +23,6 @@ from img2img_server.store import blobs_s3
 from img2img_server.store.blobs_s3 import connect_blobs
 from img2img_server.store.watched import WatchedBlobs
 from tests.fake_s3 import Answer, FakeS3, fake_s3
-from tests.nats_servers import certificates
 
 KEY = "generations/5f0c2a6e-0.png"
 HTML = "<html>hello</html>"
@@ -166,11 +168,33 @@ async def test_wrong_keys_are_refused_by_a_real_server(engine_settings: Any) -> 
                 await blobs.start_reading(60.0)
 
 
+async def test_a_server_that_answers_everything_is_no_store_for_a_gateway_either(
+    s3: FakeS3,
+) -> None:
+    s3.answers["any"] = Answer(200, "", HTML)
+    async with connect_blobs(Settings(**s3.settings())) as blobs:
+        with pytest.raises(SettingsError, match="nobody stored: it is no S3 endpoint"):
+            await blobs.start_reading(60.0)
+
+
+async def test_a_store_that_never_answers_is_given_up_in_the_stated_time(
+    s3: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs_s3, "ATTEMPT_SECONDS", 0.1)
+    monkeypatch.setattr(blobs_s3, "CLOSE_SECONDS", 0.1)
+    s3.hangs |= {"PUT object", "GET object"}
+    said = "does not answer in time; given up after 0.2 s"
+    async with asyncio.timeout(5), connect_blobs(Settings(**s3.settings())) as blobs:
+        for proof in (blobs.prepare, blobs.start_reading):
+            with pytest.raises(StorageError, match=said):
+                await proof(0.2)
+    s3.released.set()
+
+
 @asynccontextmanager
-async def tls_server(folder: Path) -> AsyncIterator[int]:
-    await asyncio.to_thread(certificates, folder)
+async def tls_server(certificate: trustme.LeafCert) -> AsyncIterator[int]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    certificate.configure_cert(context)
 
     async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
@@ -179,15 +203,30 @@ async def tls_server(folder: Path) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-async def test_tls_that_does_not_fit_is_told_apart(s3: FakeS3, tmp_path: Path) -> None:
-    async with tls_server(tmp_path) as port:
-        for url, why in (
-            (f"https://127.0.0.1:{port}", "is not trusted"),
-            (s3.url.replace("http:", "https:"), "does not speak TLS"),
-        ):
-            async with connect_blobs(Settings(**s3.settings(s3_endpoint_url=url))) as blobs:
-                with pytest.raises(SettingsError, match=f"^IMG2IMG_S3_ENDPOINT_URL: .*{why}"):
-                    await blobs.prepare(60.0)
+async def test_tls_that_does_not_fit_is_told_apart(
+    s3: FakeS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, past = trustme.CA(), datetime(2020, 1, 1, tzinfo=UTC)
+    known.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    for certificate, why in (
+        (trustme.CA().issue_cert("127.0.0.1"), "is not trusted .*SSL_CERT_FILE"),
+        (known.issue_cert("elsewhere.example"), "for another host .*use a name that is in"),
+        (
+            known.issue_cert("127.0.0.1", not_before=past - timedelta(9), not_after=past),
+            "not valid now .*has expired",
+        ),
+    ):
+        async with tls_server(certificate) as port:
+            assert re.search(why, await refused_start(s3, f"https://127.0.0.1:{port}"))
+    assert "does not speak TLS" in await refused_start(s3, s3.url.replace("http:", "https:"))
+
+
+async def refused_start(s3: FakeS3, url: str) -> str:
+    async with connect_blobs(Settings(**s3.settings(s3_endpoint_url=url))) as blobs:
+        with pytest.raises(SettingsError, match=r"^IMG2IMG_S3_ENDPOINT_URL: ") as caught:
+            await blobs.prepare(60.0)
+    return str(caught.value)
 
 
 async def test_what_cannot_be_reached_is_tried_for_the_stated_time(

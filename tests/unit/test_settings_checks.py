@@ -387,6 +387,17 @@ def test_a_bundle_with_comments_and_any_line_ends_is_trusted(authority: trustme.
         assert trusted_fault(content) == "has no certificate in PEM format"
 
 
+@pytest.mark.parametrize("role", ["api", "gateway", "worker"])
+def test_a_trust_bundle_that_openssl_would_ignore_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, role: str
+) -> None:
+    bundle = tmp_path / "bundle.pem"
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    assert f"SSL_CERT_FILE: {bundle} cannot be read: No such file or directory" in refused(role)
+    bundle.write_bytes(b"README")
+    assert f"SSL_CERT_FILE: {bundle} has no certificate in PEM format" in refused(role)
+
+
 # Ports and addresses.
 
 

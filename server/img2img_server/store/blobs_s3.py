@@ -9,7 +9,7 @@ import random
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from io import BytesIO
 from typing import Any, Final, TypeVar
@@ -41,6 +41,8 @@ TRIES: Final = 3
 FIRST_PAUSE_SECONDS: Final = 0.2
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 30.0
+ATTEMPT_SECONDS: Final = 5.0  # least time for an attempt at the start; a silent store takes more
+CLOSE_SECONDS: Final = 2.0  # longest wait for calls whose callers have gone
 FOLDERS: Final = ("generations", "temp")
 
 CHECK_KEY: Final = "temp/img2img-check-{}.txt"  # below temp/: the bucket deletes what we may not
@@ -105,8 +107,13 @@ class S3BlobStore:
         loop, attempt = asyncio.get_running_loop(), 0
         ends_at = loop.time() + seconds
         while True:
+            left = max(ends_at - loop.time(), ATTEMPT_SECONDS)
             try:
-                return await self._try(prove, tries=1)
+                async with asyncio.timeout(left):
+                    return await self._try(prove, tries=1)
+            except TimeoutError as error:
+                fault = explain(urllib3.exceptions.TimeoutError(), self._access)
+                raise StorageError(f"{fault}; given up after {seconds:g} s") from error
             except StorageError as error:
                 fault = explain(error.__cause__, self._access)
                 if fault.final:
@@ -139,7 +146,7 @@ class S3BlobStore:
             self._put(key, CHECK_DATA, "text/plain")
         try:
             if self._content(key) != CHECK_DATA:
-                raise NotAStoreError("another file came back")
+                raise NotAStoreError("does not give back the file that it took")
         except S3Error as error:
             if error.code in MISSING:
                 self._warn_once("a file that was stored is not found at once: links may answer 404")
@@ -157,12 +164,14 @@ class S3BlobStore:
 
     def _prove_readable(self) -> None:
         try:
-            self._content("readyz")
+            self._content(CHECK_KEY.format(uuid.uuid4()))
         except S3Error as error:
             if error.code in DENIED:
                 self._warn_denied(error)
             elif error.code not in MISSING:
                 raise
+        else:
+            raise NotAStoreError("answers with a file that nobody stored")
 
     def _content(self, key: str) -> bytes:
         response = self._client.get_object(self._bucket, key)
@@ -352,5 +361,7 @@ async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
     try:
         yield S3BlobStore(client, pool, access, keep_days=math.ceil(settings.retention_hours / 24))
     finally:
-        await asyncio.to_thread(pool.shutdown, cancel_futures=True)
+        with suppress(TimeoutError):  # a silent store holds a thread for READ_SECONDS
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         connections.clear()

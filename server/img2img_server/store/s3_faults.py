@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 import urllib3
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 
+from img2img_server.certificates import refused_certificate
 from img2img_server.store.s3_access import BUCKET, ENDPOINT, REGION, S3Access
 from img2img_server.store.s3_credentials import CredentialsError
 
@@ -61,7 +62,7 @@ class StoreFault:
 
 
 class NotAStoreError(MinioException):
-    """A server took a file and did not give the same file back."""
+    """A server that answers as if it were a store; the sentence says what gave it away."""
 
 
 class NoBucketError(MinioException):
@@ -107,7 +108,7 @@ def explain(error: BaseException | None, access: S3Access) -> StoreFault:
             setting, why = _refusal(error, access)
             return StoreFault(setting, f"{where} {why}", final)
         case NotAStoreError():
-            why = f"{access.host} does not give back the file that it took: it is no S3 endpoint"
+            why = f"{access.host} {error}: it is no S3 endpoint"
             return StoreFault(ENDPOINT, why, final)
         case InvalidResponseError():
             if "HTTPS" in str(error):
@@ -169,10 +170,7 @@ def _unreachable(error: BaseException, access: S3Access) -> str:
         return _unreachable(reason, access)
     match _tls(error):
         case ssl.SSLCertVerificationError() as found:
-            return (
-                f"{where} has a certificate that is not trusted ({found.verify_message}): name "
-                "its authority in SSL_CERT_FILE"
-            )
+            return f"{where} {refused_certificate(found, 'SSL_CERT_FILE')}"
         case ssl.SSLError() as found if "WRONG_VERSION_NUMBER" in str(found):
             return f"{where} does not speak TLS: write http://, or another port"
         case ssl.SSLError() as found:

@@ -12,6 +12,7 @@ from typing import Final
 import nats.errors
 import nats.js.errors
 
+from img2img_server.certificates import refused_certificate
 from img2img_server.errors import MessageTooLargeError, UnavailableError
 
 # Error codes of the server, and the one text that tells two meanings of a code apart.
@@ -99,9 +100,9 @@ def explain_connect(error: BaseException, server: str, source: str) -> ConnectFa
     where, text = f"the NATS server at {server}", str(error).lower()
     match error:
         case ssl.SSLCertVerificationError():
-            why = f"{where} has a certificate that is not trusted ({error.verify_message})"
-            cure = "name its authority in IMG2IMG_NATS_CA_FILE or SSL_CERT_FILE"
-            return ConnectFault(f"{why}: {cure}", final=True, setting="IMG2IMG_NATS_CA_FILE")
+            why = refused_certificate(error, "IMG2IMG_NATS_CA_FILE or SSL_CERT_FILE")
+            setting = "IMG2IMG_NATS_CA_FILE" if "not trusted" in why else "IMG2IMG_NATS_URL"
+            return ConnectFault(f"{where} {why}", final=True, setting=setting)
         case ssl.SSLError() if "certificate" in text:
             why = f"{where} refused this client's certificate ({error.reason})"
             return ConnectFault(why, final=True, setting="IMG2IMG_NATS_CERT_FILE")
