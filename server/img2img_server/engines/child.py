@@ -41,6 +41,8 @@ class EngineDiedError(Exception):
         if exit_code < 0:
             with suppress(ValueError):
                 how += f" ({signal.Signals(-exit_code).name})"
+        if exit_code == -signal.SIGKILL:
+            how += ", killed by somebody or by the kernel for lack of memory"
         super().__init__(f"{how}; it last said: {last_words(name, log_tail) or 'nothing'}")
         self.name = name
         self.exit_code = exit_code

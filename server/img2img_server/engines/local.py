@@ -164,7 +164,10 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise EnginesError(f"{path.parent} is in use by another process") from error
+            raise EnginesError(
+                f"{path.parent} is in use by another process: stop it, or set IMG2IMG_STATE_DIR "
+                "to another folder"
+            ) from error
         yield
 
 
