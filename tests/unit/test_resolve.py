@@ -102,6 +102,8 @@ def test_what_is_open_is_the_models_own() -> None:
         "ddim",
     )
     assert warnings == []
+    narrow = replace(MODEL, scheduler_max_steps=(("ddim", 10),))
+    assert resolved(narrow)[0].num_inference_steps == 10, "the scheduler allows no more"
     params, _ = resolved(num_inference_steps=3, guidance_scale=0.0, scheduler="euler")
     assert (params.num_inference_steps, params.guidance_scale, params.scheduler) == (
         3,

@@ -31,7 +31,8 @@ def resolve(
     guidance = params.guidance_scale
     params = replace(
         params,
-        num_inference_steps=params.num_inference_steps or model.default_num_inference_steps,
+        num_inference_steps=params.num_inference_steps
+        or min(model.default_num_inference_steps, limits.max_num_inference_steps),
         guidance_scale=model.default_guidance_scale if guidance is None else guidance,
         scheduler=params.scheduler or model.schedulers[0],
     )
