@@ -190,6 +190,14 @@ async def test_fields_that_the_contract_ignores_are_named_but_not_in_legacy(
     )
 
 
+async def test_a_changed_hint_is_told_before_what_follows_from_it(doors: Doors) -> None:
+    job = await doors.make("today", strength=0.4, num_inference_steps=0)
+    assert job.warning == (
+        "num_inference_steps was set to 1, the smallest value allowed. num_inference_steps was "
+        "raised from 1 to 3 so that one step runs at strength 0.4."
+    )
+
+
 @pytest.mark.parametrize("door", ["grpc", "v1"])
 async def test_a_scheduler_may_be_called_by_its_class_in_diffusers(door: str, doors: Doors) -> None:
     job = await doors.make(door, scheduler="EulerDiscreteScheduler")

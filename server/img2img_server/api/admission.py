@@ -123,7 +123,8 @@ class Admission:
         params, resolving = resolve(
             params, model, model.limits(self.limits, params.scheduler), given
         )
-        warning = join_warnings(*resolving, convert.unknown_fields(spec), caller.warning, rewriting)
+        ignored = convert.unknown_fields(spec)
+        warning = join_warnings(caller.warning, ignored, *resolving, rewriting)
         seconds = time.monotonic() - started
         return Admitted(params, original_prompt, warning, image, seconds, position, eta)
 
