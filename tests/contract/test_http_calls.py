@@ -23,6 +23,7 @@ from tests.http_stack import (
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEY = {"Authorization": "Bearer dev-key"}
+INIT_IMAGE = 'init_image must be an object with either "url" or "data" (base64)'
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -116,17 +117,19 @@ async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway)
     [
         ({"spec": {"width": "wide"}}, "width", "width must be an integer"),
         ({"spec": {"width": 1.5}}, "width", "width must be an integer"),
-        ({"spec": {"width": 99999999999}}, "width", "width must be an integer"),
+        ({"spec": {"width": 2**31}}, "width", "width must be between 256 and 1024"),
+        ({"spec": {"samples": -(2**40)}}, "samples", "samples must be between 1 and 4"),
         ({"spec": {"seed": 2**63}}, "seed", f"seed must be between 0 and {2**63 - 1}"),
         ({"spec": {"seed": "x"}}, "seed", "seed must be an integer"),
         ({"spec": {"prompt": 3}}, "prompt", "prompt must be a string"),
         ({"spec": {"strength": []}}, "strength", "strength must be a number"),
         ({"spec": {"base64": 1}}, "base64", "base64 must be true or false"),
-        ({"spec": {"lane": "FAST"}}, "lane", "lane is not well formed"),
+        ({"spec": {"lane": "FAST"}}, "lane", "lane must be one of LANE_REALTIME, LANE_BATCH"),
         ({"spec": {"lane": float("inf")}}, "body", "body is not well formed"),
-        ({"spec": {"init_image": {"data": "a"}}}, "init_image", "init_image is not well formed"),
+        ({"spec": {"init_image": {"data": "a"}}}, "init_image", INIT_IMAGE),
+        ({"spec": {"init_image": "https://example.org/a.png"}}, "init_image", INIT_IMAGE),
         ({"spec": {"nope": 1}}, "nope", "there is no field nope"),
-        ({"spec": "x"}, "x", "there is no field x"),
+        ({"spec": "x"}, "spec", "spec must be an object"),
         ({"nope": 1}, "nope", "there is no field nope"),
         ({"\ud800": 1}, "body", "body is not well formed"),
     ],

@@ -9,11 +9,23 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from img2img_server.domain.params import SEED_MAX, Violation
+from img2img.v1 import job_pb2
+from img2img_server.domain.params import JobParams, ValidationContext, Violation, validate
 from img2img_server.gateway.contract import FIELDS
 from img2img_server.gateway.refusals import Case, RefusedError
 
-_COMPLAINTS = {entry.name: entry.kind.complaint for entry in FIELDS if entry.name != "init_image"}
+_ENUMS = {
+    field.name: [value.name for value in field.enum_type.values if value.number]
+    for field in job_pb2.JobSpec.DESCRIPTOR.fields
+    if field.enum_type
+}
+_COMPLAINTS = {
+    **{entry.name: entry.kind.complaint for entry in FIELDS},
+    **{name: f"must be one of {', '.join(values)}" for name, values in _ENUMS.items()},
+    "spec": "must be an object",
+    "init_image": 'must be an object with either "url" or "data" (base64)',
+}
+_BEYOND = 2**64  # larger than any limit
 # Where it is said: "Failed to parse spec field: Failed to parse width field: …" or
 # "… at CreateJobRequest.spec.width".
 _STEPS = re.compile(r"Failed to parse (\w+) field")
@@ -37,6 +49,9 @@ def fill(message: Message, body: dict[str, Any]) -> None:
     Raises:
         RefusedError: FIELDS, with the one field that cannot be read or is not known.
     """
+    if name := _no_object(body):
+        del body
+        raise RefusedError(Case.FIELDS, violations=[_unreadable(name)])
     try:
         json_format.ParseDict(body, message)
         return
@@ -48,6 +63,14 @@ def fill(message: Message, body: dict[str, Any]) -> None:
     raise RefusedError(Case.FIELDS, violations=[wrong])
 
 
+def _no_object(body: dict[str, Any]) -> str:
+    """Returns the name of the message that is something else; the library takes texts for names."""
+    spec = body.get("spec")
+    init_image = spec.get("init_image") if isinstance(spec, dict) else None
+    values = {"spec": spec, "init_image": init_image}
+    return next((name for name, value in values.items() if not isinstance(value, dict | None)), "")
+
+
 def _violation(told: str) -> Violation:
     """In words of ours: the library's have Python's types and its own class names in them."""
     if unknown := _UNKNOWN.search(told):
@@ -55,6 +78,14 @@ def _violation(told: str) -> Violation:
     place = _PLACE.search(told)
     path = place[1].split(".") if place else _STEPS.findall(told)
     name = (path[1:2] or path[:1] or ["body"])[0]
-    if name == "seed" and "out of range" in told:
-        return Violation(name, f"seed must be between 0 and {SEED_MAX}")
+    return _beyond_limit(name) if "out of range" in told else _unreadable(name)
+
+
+def _unreadable(name: str) -> Violation:
     return Violation(name, f"{name} {_COMPLAINTS.get(name, 'is not well formed')}")
+
+
+def _beyond_limit(name: str) -> Violation:
+    """What the api says of an integer that its message cannot hold."""
+    beyond = validate(JobParams(prompt="p", **{name: _BEYOND}), ValidationContext())  # type: ignore[arg-type] # any integer field
+    return beyond[0]
