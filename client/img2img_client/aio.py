@@ -21,7 +21,13 @@ from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
-from img2img_client.stream import CANCEL_SECONDS, AsyncJobStream, deadline, is_task_cancelled
+from img2img_client.stream import (
+    CANCEL_SECONDS,
+    AsyncCalls,
+    AsyncJobStream,
+    deadline,
+    is_task_cancelled,
+)
 
 if TYPE_CHECKING:
     from img2img.v1.service_pb2_grpc import Img2ImgServiceAsyncStub
@@ -83,10 +89,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """As Client.close."""
-        for stream in list(self._streams):
-            with suppress(RuntimeError):  # another task reads it
-                await stream.aclose()
         self._is_closed = True
+        for stream in list(self._streams):
+            await stream.leave()
         await self._channel.close()
 
     async def generate(
@@ -178,7 +183,8 @@ class AsyncClient:
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
-        stream = AsyncJobStream(follow, self.endpoint, self._open, self._cancel_abandoned)
+        calls = AsyncCalls(follow, self.endpoint, self._open, self._cancel_abandoned)
+        stream = AsyncJobStream(calls)
         self._streams.add(stream)
         return stream
 
@@ -206,29 +212,19 @@ class AsyncClient:
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
         return self._begin(method, wish, timeout_seconds)
 
-    def _begin(
-        self,
-        method: Callable[..., T],
-        wish: object,
-        timeout_seconds: float | None,
-        *,
-        wait_for_ready: bool | None = None,
-    ) -> T:
+    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
         """Begins a call. Raises ClientClosedError."""
         if self._is_closed:
             raise errors.ClientClosedError
-        return method(
-            wish,
-            timeout=timeout_seconds,
-            metadata=self.endpoint.metadata,
-            wait_for_ready=wait_for_ready,
-        )
+        return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
 
     async def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
-        try:
-            cancelling = self._stub.CancelJob
-            # The connection may be the reason for leaving: wait until there is one.
-            await self._begin(cancelling, wish, CANCEL_SECONDS, wait_for_ready=True)
-        except (grpc.RpcError, errors.ClientClosedError):
-            return  # ended meanwhile, or out of reach
+        # It has ended meanwhile or is out of reach, or the channel is closed.
+        with suppress(grpc.RpcError, grpc.aio.UsageError):
+            await self._stub.CancelJob(
+                wish,
+                timeout=CANCEL_SECONDS,
+                metadata=self.endpoint.metadata,
+                wait_for_ready=True,  # the connection may be the reason for leaving
+            )

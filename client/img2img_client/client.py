@@ -21,7 +21,7 @@ from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
 from img2img_client.silence import SilenceWatch
-from img2img_client.stream import CANCEL_SECONDS, JobStream, deadline
+from img2img_client.stream import CANCEL_SECONDS, BlockingCalls, JobStream, deadline
 
 T = TypeVar("T")
 
@@ -89,15 +89,10 @@ class Client:
 
         Calls and streams that another thread waits for end with ClientClosedError.
         """
-        self.leave_streams()
         self._is_closed = True
-        self._channel.close()
-
-    def leave_streams(self) -> None:
-        """Leaves all open streams but those that another thread reads at this moment."""
         for stream in list(self._streams):
-            with suppress(ValueError):  # it is being read
-                stream.close()
+            stream.leave()
+        self._channel.close()
 
     def generate(
         self,
@@ -136,9 +131,9 @@ class Client:
     ) -> JobStream:
         """Makes pictures and tells about it, event by event, until the job has ended.
 
-        Leaving the stream early (close, the end of its `with`, an exception, Ctrl-C, the end of
-        the program) cancels the job unless `detach`. A connection that breaks is bridged: the
-        stream goes on behind the last event. When it cannot be made again within the service's
+        Leaving the stream early (close, break, the end of its `with`, an exception, Ctrl-C, the
+        end of the program) cancels the job unless `detach`. A connection that breaks is bridged:
+        the stream goes on behind the last event. When it cannot be made again within the service's
         grace period, 15 seconds by default, the service cancels a job that is not detached.
 
         Args:
@@ -212,7 +207,10 @@ class Client:
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> JobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
-        stream = JobStream(follow, self.endpoint, self._open, self._cancel_abandoned, self._silence)
+        calls = BlockingCalls(
+            follow, self.endpoint, self._open, self._cancel_abandoned, self._silence
+        )
+        stream = JobStream(calls)
         self._streams.add(stream)
         return stream
 
@@ -238,24 +236,12 @@ class Client:
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
         return self._begin(method, wish, timeout_seconds)
 
-    def _begin(
-        self,
-        method: Callable[..., T],
-        wish: object,
-        timeout_seconds: float | None,
-        *,
-        wait_for_ready: bool | None = None,
-    ) -> T:
+    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
         """Makes a call, or begins one that streams. Raises ClientClosedError."""
         if self._is_closed:
             raise errors.ClientClosedError
         try:
-            return method(
-                wish,
-                timeout=timeout_seconds,
-                metadata=self.endpoint.metadata,
-                wait_for_ready=wait_for_ready,
-            )
+            return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
         except ValueError as error:  # another thread has closed the channel meanwhile
             if self._is_closed:
                 raise errors.ClientClosedError from error
@@ -263,14 +249,17 @@ class Client:
 
     def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
-        try:
-            # The connection may be the reason for leaving: wait until there is one.
-            self._begin(self._stub.CancelJob, wish, CANCEL_SECONDS, wait_for_ready=True)
-        except (grpc.RpcError, errors.ClientClosedError):
-            return  # ended meanwhile, or out of reach
+        # It has ended meanwhile or is out of reach, or the channel is closed.
+        with suppress(grpc.RpcError, ValueError):
+            self._stub.CancelJob(
+                wish,
+                timeout=CANCEL_SECONDS,
+                metadata=self.endpoint.metadata,
+                wait_for_ready=True,  # the connection may be the reason for leaving
+            )
 
 
 @atexit.register
-def _leave_all_streams() -> None:
+def _close_all() -> None:
     for client in list(_clients):
-        client.leave_streams()
+        client.close()

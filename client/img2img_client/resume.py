@@ -113,6 +113,7 @@ class Follow:
         self._backoff = Backoff(retry, deadline, draw)
         self._pictures = Pictures()
         self.finished = False
+        self._is_abandoned = False
         self.job: Job | None = None  # the newest record that came by
         if isinstance(first, service_pb2.WatchJobRequest):
             self.job_name, self.sequence = first.name, first.after_sequence
@@ -123,7 +124,14 @@ class Follow:
     def is_ours(self) -> bool:
         """Whether leaving now must cancel the job: it is that of a Generate call, not detached."""
         owned = isinstance(self._first, service_pb2.GenerateRequest) and not self._first.detach
-        return owned and not self.finished
+        return owned and not self.finished and not self._is_abandoned
+
+    def abandon(self) -> str:
+        """Returns the name of the job that must be cancelled now; empty: none, or not again."""
+        if not (self.is_ours and self.job_name):
+            return ""
+        self._is_abandoned = True
+        return self.job_name
 
     def next_request(self) -> FirstRequest:
         """The request of the next call."""

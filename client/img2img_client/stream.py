@@ -1,6 +1,6 @@
 """A job's events, each exactly once, also when the connection breaks in between.
 
-`Follow` makes every decision; the two classes here only do the I/O, one blocking, one on asyncio.
+`Follow` makes every decision; the classes here only do the I/O, blocking and on asyncio.
 """
 
 from __future__ import annotations
@@ -53,39 +53,30 @@ def is_task_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class _Stream:
-    """What both streams know about their job."""
+class _Calls:
+    """The calls that read one job, and what leaving them does.
+
+    Not part of the stream, which holds their generator: as soon as nobody holds the stream or its
+    iterator, the generator ends, and so does the job.
+    """
 
     def __init__(self, follow: Follow, endpoint: Endpoint, open_call: Open) -> None:
-        self._follow = follow
+        self.follow = follow
         self._endpoint = endpoint
         self._open_call = open_call
         self._is_lost = False
-
-    @property
-    def job_name(self) -> str:
-        """ "jobs/{id}"; empty until the first event came."""
-        return self._follow.job_name
-
-    @property
-    def sequence(self) -> int:
-        """Number of the last event; `watch` goes on after it."""
-        return self._follow.sequence
-
-    @property
-    def job(self) -> Job | None:
-        """The newest record that came by: of the snapshot, then of the end."""
-        return self._follow.job
+        self._call: Any = None  # the newest
 
     def _open(self) -> Any:
-        left = max(0.0, self._follow.deadline - time.monotonic())
-        return self._open_call(self._follow.next_request(), None if math.isinf(left) else left)
+        left = max(0.0, self.follow.deadline - time.monotonic())
+        self._call = self._open_call(self.follow.next_request(), None if math.isinf(left) else left)
+        return self._call
 
     def _take(self, message: Any) -> Event | None:
         if self._is_lost:
             self._is_lost = False
             log.info("connected again")
-        return self._follow.take(message.event)
+        return self.follow.take(message.event)
 
     def _broke(self, broken: grpc.RpcError | errors.UnavailableError) -> float:
         error = (
@@ -93,18 +84,15 @@ class _Stream:
             if isinstance(broken, errors.UnavailableError)
             else errors.from_call(broken, self._endpoint)
         )
-        pause = self._follow.broke(error, time.monotonic())
-        if not self._follow.finished:
+        pause = self.follow.broke(error, time.monotonic())
+        if not self.follow.finished:
             self._is_lost = True
             log.info("connection lost, trying again: %s", error)
         return pause
 
 
-class JobStream(_Stream):
-    """Iterate over it, best inside `with`; `result()` reads what is left and joins the pictures.
-
-    Heartbeats of the service are not handed out.
-    """
+class BlockingCalls(_Calls):
+    """Those of a JobStream."""
 
     def __init__(
         self,
@@ -118,34 +106,9 @@ class JobStream(_Stream):
         self._cancel = cancel
         self._silence = silence
         self._first: Future[Any] | None = None  # message of the newest call
-        self._events = self._run()
 
-    def __iter__(self) -> Iterator[Event]:
-        return self._events
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leaves the stream; cancels the job if it is ours, not detached and not ended."""
-        self._events.close()
-
-    def result(self) -> Result:
-        """Waits for the job's end and returns its pictures.
-
-        Raises:
-            JobFailedError, JobCancelledError: the job ended without pictures.
-            StreamClosedError: the stream was closed before that.
-        """
-        for _ in self._events:
-            pass
-        return self._follow.result()
-
-    def _run(self) -> Generator[Event, None, None]:
-        follow = self._follow
+    def run(self) -> Generator[Event, None, None]:
+        follow = self.follow
         try:
             while not follow.finished:
                 call = self._open()
@@ -166,12 +129,20 @@ class JobStream(_Stream):
                     call.cancel()
                 time.sleep(pause)
         finally:
-            if follow.is_ours and follow.job_name:
-                self._cancel(follow.job_name)
+            if name := follow.abandon():
+                self._cancel(name)
+
+    def interrupt(self) -> None:
+        """Ends the call that another thread reads, and cancels the job."""
+        name = self.follow.abandon()  # first: the other thread may not cancel it half way
+        if self._call is not None:
+            self._call.cancel()
+        if name:
+            self._cancel(name)
 
     def _messages(self, call: Any) -> Iterator[Any]:
         """Yields the call's messages. Raises UnavailableError when it is silent for too long."""
-        limit = self._follow.silence_seconds
+        limit = self.follow.silence_seconds
         # In a thread of its own: a read that Ctrl-C interrupts cannot be taken up again, and who
         # leaves at once still has to learn the job's name.
         first: Future[Any] = Future()
@@ -188,7 +159,7 @@ class JobStream(_Stream):
 
     def _learn_name(self) -> None:
         """Waits a short time for the name of the job that is to be cancelled."""
-        if self._follow.is_ours and not self._follow.job_name and self._first is not None:
+        if self.follow.is_ours and not self.follow.job_name and self._first is not None:
             with suppress(grpc.RpcError, TimeoutError):
                 message = self._first.result(NAME_SECONDS)
                 if message is not None:
@@ -203,9 +174,8 @@ def _read_one(call: Any, into: Future[Any]) -> None:
         into.set_exception(error)
 
 
-class AsyncJobStream(_Stream):
-    """Iterate over it, best inside `async with`; `result()` reads what is left and joins the
-    pictures. Cancelling the task that reads leaves the stream. Heartbeats are not handed out."""
+class AsyncCalls(_Calls):
+    """Those of an AsyncJobStream."""
 
     def __init__(
         self,
@@ -217,30 +187,9 @@ class AsyncJobStream(_Stream):
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
         self._first: asyncio.Future[Any] | None = None  # message of the newest call
-        self._events = self._run()
 
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self._events
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """As JobStream.close."""
-        await self._events.aclose()
-
-    async def result(self) -> Result:
-        """As JobStream.result."""
-        async for _ in self._events:
-            pass
-        return self._follow.result()
-
-    async def _run(self) -> AsyncGenerator[Event, None]:
-        follow = self._follow
-        call: Any = None
+    async def run(self) -> AsyncGenerator[Event, None]:
+        follow = self.follow
         try:
             while not follow.finished:
                 call = self._open()
@@ -261,13 +210,13 @@ class AsyncJobStream(_Stream):
                 call.cancel()
                 await asyncio.sleep(pause)
         finally:
-            if call is not None and not follow.finished:
+            if self._call is not None and not follow.finished:
                 # It goes on when the task that leaves is cancelled once more.
-                await asyncio.shield(asyncio.ensure_future(self._leave(call)))
+                await asyncio.shield(asyncio.ensure_future(self._leave()))
 
     async def _messages(self, call: Any) -> AsyncIterator[Any]:
         """Yields the call's messages. Raises UnavailableError when it is silent for too long."""
-        limit = self._follow.silence_seconds
+        limit = self.follow.silence_seconds
         seconds = None if math.isinf(limit) else limit
         messages = aiter(call)
         # A task of its own: gRPC cancels a call together with the task that reads it, and a task
@@ -290,12 +239,121 @@ class AsyncJobStream(_Stream):
                 raise
             raise silent(limit) from None
 
-    async def _leave(self, call: Any) -> None:
-        follow, first = self._follow, self._first
+    async def interrupt(self) -> None:
+        """Ends the call that another task reads, and cancels the job."""
+        name = self.follow.abandon()
+        if self._call is not None:
+            self._call.cancel()
+        if name:
+            await self._cancel(name)
+
+    async def _leave(self) -> None:
+        follow, first = self.follow, self._first
         if follow.is_ours and not follow.job_name and first is not None:
             await asyncio.wait({first}, timeout=NAME_SECONDS)
             if first.done() and not first.cancelled() and first.exception() is None:
                 self._take(first.result())
-        call.cancel()
-        if follow.is_ours and follow.job_name:
-            await self._cancel(follow.job_name)
+        self._call.cancel()
+        if name := follow.abandon():
+            await self._cancel(name)
+
+
+class _Stream:
+    """What both streams know about their job."""
+
+    def __init__(self, follow: Follow) -> None:
+        self._follow = follow
+
+    @property
+    def job_name(self) -> str:
+        """ "jobs/{id}"; empty until the first event came."""
+        return self._follow.job_name
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last event; `watch` goes on after it."""
+        return self._follow.sequence
+
+    @property
+    def job(self) -> Job | None:
+        """The newest record that came by: of the snapshot, then of the end."""
+        return self._follow.job
+
+
+class JobStream(_Stream):
+    """Iterate over it, best inside `with`; `result()` reads what is left and joins the pictures.
+
+    Heartbeats of the service are not handed out.
+    """
+
+    def __init__(self, calls: BlockingCalls) -> None:
+        super().__init__(calls.follow)
+        self._calls = calls
+        self._events = calls.run()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._events
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the stream; cancels the job if it is ours, not detached and not ended."""
+        self._events.close()
+
+    def leave(self) -> None:
+        """As close, also while another thread reads. For a client that is closed."""
+        try:
+            self._events.close()
+        except ValueError:  # that thread finds the client closed
+            self._calls.interrupt()
+
+    def result(self) -> Result:
+        """Waits for the job's end and returns its pictures.
+
+        Raises:
+            JobFailedError, JobCancelledError: the job ended without pictures.
+            StreamClosedError: the stream was closed before that.
+        """
+        for _ in self._events:
+            pass
+        return self._follow.result()
+
+
+class AsyncJobStream(_Stream):
+    """Iterate over it, best inside `async with`; `result()` reads what is left and joins the
+    pictures. Cancelling the task that reads leaves the stream. Heartbeats are not handed out."""
+
+    def __init__(self, calls: AsyncCalls) -> None:
+        super().__init__(calls.follow)
+        self._calls = calls
+        self._events = calls.run()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._events
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """As JobStream.close."""
+        await self._events.aclose()
+
+    async def leave(self) -> None:
+        """As JobStream.leave."""
+        try:
+            await self._events.aclose()
+        except RuntimeError:
+            await self._calls.interrupt()
+
+    async def result(self) -> Result:
+        """As JobStream.result."""
+        async for _ in self._events:
+            pass
+        return self._follow.result()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 import img2img_client as api
 from img2img.v1 import job_pb2, service_pb2
-from img2img_client import AsyncClient, Client
+from img2img_client import AsyncClient, Client, ClientClosedError
 from tests.client_runs import BOTH, RETRY, Run, run_blocking
 from tests.fake_job import NAME
 from tests.fake_service import SILENCE, Break, FakeService, Refusal, last, serving
@@ -331,6 +333,67 @@ def test_closing_the_client_leaves_its_streams(run: Run) -> None:
         return closing()
 
     run(service, close)
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def test_closing_the_client_cancels_a_job_that_another_thread_or_task_waits_for(run: Run) -> None:
+    service, ends = FakeService(pause_after=3), []
+
+    def close(client: Any) -> Any:
+        stream = client.stream("p", b"photo")
+        if isinstance(client, Client):
+
+            def wait() -> None:
+                with pytest.raises(ClientClosedError) as caught:
+                    stream.result()
+                ends.append(caught.value)
+
+            thread = threading.Thread(target=wait)
+            thread.start()
+            while stream.sequence < 3:
+                time.sleep(0.01)
+            client.close()
+            thread.join()
+            return None
+
+        async def closing() -> None:
+            waiting = asyncio.create_task(stream.result())
+            while stream.sequence < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await client.close()
+            with pytest.raises(ClientClosedError) as caught:
+                await waiting
+            ends.append(caught.value)
+
+        return closing()
+
+    run(service, close)
+    assert len(ends) == 1
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def test_breaking_out_of_a_loop_cancels_the_job_without_with(run: Run) -> None:
+    service = FakeService(pause_after=3)
+
+    def leave(client: Any) -> Any:
+        if isinstance(client, Client):
+            for _ in client.stream("p", b"photo"):
+                break
+            assert service.cancelled.wait(5)
+            return None
+
+        async def leaving() -> None:
+            async for _ in client.stream("p", b"photo"):
+                break
+            assert await asyncio.to_thread(service.cancelled.wait, 5)
+
+        return leaving()
+
+    gc.disable()  # the stream must not need it
+    try:
+        run(service, leave)
+    finally:
+        gc.enable()
     assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
 
 
