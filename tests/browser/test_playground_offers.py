@@ -125,6 +125,20 @@ async def test_the_request_as_curl_sends_the_prompt_and_the_file_as_they_are(
             assert (body["prompt"], base64.b64decode(body["init_image"])) == (prompt, data)
 
 
+async def test_a_file_that_is_no_image_is_not_shown_as_a_broken_one(
+    browser: playwright.Browser,
+) -> None:
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        file = {"name": "notes.md", "mimeType": "text/markdown", "buffer": b"# Notes\n\nNone."}
+        await page.locator("#file").set_input_files(file)  # type: ignore[arg-type]
+        await page.get_by_text("notes.md, which this browser cannot show").wait_for()
+        assert await page.locator("#chosen").is_hidden()
+        assert await page.locator("#before").get_attribute("src") is None
+        await page.get_by_role("button", name="Generate").click()
+        await page.get_by_text("the data is plain text, not an image").wait_for()
+
+
 async def printed(page: playwright.Page, folder: Path) -> bytes:
     """What the code on the page prints with the curl of the folder."""
     text = await page.locator("#code").text_content() or ""

@@ -87,12 +87,12 @@ const key = () => $("key").value.trim();
 
 async function choose(blob, name) {
   clearErrors();
-  const url = URL.createObjectURL(blob);
   const size = await createImageBitmap(blob).catch(() => ({})); // the service says what is wrong
+  const url = size.width ? URL.createObjectURL(blob) : "";
   picture = { blob, name, url, width: size.width, height: size.height, small: size.width && store.small(size) };
-  $("chosen").src = url;
-  $("chosen").hidden = false;
-  $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : name;
+  if (url) $("chosen").src = url;
+  $("chosen").hidden = !url;
+  $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : `${name}, which this browser cannot show`;
   $("fit").disabled = !size.width;
   if (!running) draw((shown = { spec: spec(), before: url, samples: [], shown: 0, text: "Ready." }));
   describe();
