@@ -124,7 +124,7 @@ def _header(data: bytes, source: str = "the data is") -> Header:
     if container is None:
         name = format_name(data)
         advice = "send a PNG, JPEG or WebP image"
-        if name == PLAIN_TEXT:
+        if name == PLAIN_TEXT and b"\n" not in data:  # perhaps a URL without its scheme, or a path
             advice += ", or its URL with http:// or https://"
         raise InvalidImageError(NOT_VALID, f"{source} {name}; {advice}")
     try:
