@@ -228,21 +228,33 @@ def _bytes(source: ImageSource) -> bytes:
     if not isinstance(source, (str, os.PathLike)):
         text = f"init_image must be a path, bytes or a URL, not {type(source).__name__}"
         raise InvalidArgumentTypeError(Violation("init_image", text))
-    if isinstance(source, str) and OTHER_URL.match(source):
-        text = (
-            f"init_image {source!r} cannot be fetched: a URL begins with http://, https:// or data:"
-        )
-        raise InvalidArgumentError(Violation("init_image", text))
+    path = _path(source)
     try:
-        path = Path(source).expanduser()
-    except RuntimeError:  # there is no such user
-        path = Path(source)
-    try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise InitImageNotFoundError(path, error) from error
     except OSError as error:
         raise InitImageFileError(path, error) from error
     except ValueError as error:  # a NUL in the path
-        text = f"init_image {str(path)!r} is no path: {error}"
-        raise InvalidArgumentError(Violation("init_image", text)) from error
+        raise _wrong_image(f"init_image {str(path)!r} is no path: {error}") from error
+    if not data:
+        raise _wrong_image(f"the init image {path} is an empty file")
+    return data
+
+
+def _path(source: str | os.PathLike[str]) -> Path:
+    if isinstance(source, str) and OTHER_URL.match(source):
+        raise _wrong_image(
+            f"init_image {source!r} cannot be fetched: a URL begins with http://, https:// or "
+            "data:, and a file is given by its path"
+        )
+    if isinstance(source, str) and not source.strip():
+        raise _wrong_image("init_image is an empty text, neither a path nor a URL")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(source)
+
+
+def _wrong_image(text: str) -> InvalidArgumentError:
+    return InvalidArgumentError(Violation("init_image", text))

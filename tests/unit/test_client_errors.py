@@ -50,7 +50,17 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         lambda c: c.create("p", "s3://bucket/a.png"),
         ValueError,
         "init_image 's3://bucket/a.png' cannot be fetched: a URL begins with http://, https:// or "
-        "data:",
+        "data:, and a file is given by its path",
+    ),
+    "an init image without a name": (
+        lambda c: c.create("p", ""),
+        ValueError,
+        "init_image is an empty text, neither a path nor a URL",
+    ),
+    "an empty file": (
+        lambda c: c.create("p", os.devnull),
+        ValueError,
+        f"the init image {os.devnull} is an empty file",
     ),
     "an address that is no text": (
         lambda c: c.create("p", "https://example.com/\ud800.jpg"),
