@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.queue.base import Control, EventLog, JobQueue
@@ -36,6 +37,9 @@ from img2img_server.wire.connection import PATIENCE_SECONDS, connect
 from img2img_server.wire.topology import HOUR, NEEDED_PAYLOAD_BYTES, Bounds, prepare
 
 
+async def _is_ready(_: float) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bus:
     """Everything that roles share."""
@@ -48,6 +52,8 @@ class Bus:
     outbox: Outbox
     storage: TenantStorage
     rates: Rates
+    # Waits so many seconds until the bus can be used. Raises UnavailableError.
+    ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
     # Why the bus cannot be used now; empty while it can.
     trouble: Callable[[], str] = lambda: ""
 
@@ -95,6 +101,7 @@ async def connect_bus(
             storage=kv_tenant_storage(link, vault),
             rates=kv_rates(link),
             trouble=lambda: link.trouble,
+            ready=link.ready,
         )
 
 

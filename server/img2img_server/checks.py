@@ -263,8 +263,11 @@ def _model(checks: _Checks) -> None:
 
     try:
         spec = read_model_spec(settings.model)
-    except (ModelError, OSError, ValueError) as error:
+    except (ModelError, ValueError) as error:
         checks.add("model", str(error))
+        return
+    except OSError as error:
+        checks.add("model", f"{error.filename} cannot be read: {error.strerror}")
         return
     for height, width in sizes(settings.warm_up_sizes):
         if height % spec.multiple or width % spec.multiple:

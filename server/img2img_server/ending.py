@@ -60,7 +60,7 @@ def reasons_of(error: BaseException) -> list[str]:
         return [_line(mistake) for mistake in error.mistakes] or ["wrong settings"]
     if isinstance(error, KeyboardInterrupt):
         return ["interrupted before it served"]
-    text = _line(str(error))
+    text = _line(getattr(error, "detail", "") or str(error))
     if isinstance(error, _EXPECTED) and text:
         return [text]
     if isinstance(error, ModuleNotFoundError) and error.name:

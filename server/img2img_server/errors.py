@@ -338,14 +338,20 @@ class TooManyWebhooksError(ServiceError):
 
 
 class UnavailableError(ServiceError):
-    """The service, its queue or its store is down or stopping."""
+    """The service, its queue or its store is down or stopping.
+
+    `detail`: the setting to correct and the host, for the operator and not for callers.
+    """
 
     code = Code.UNAVAILABLE
     reason = "UNAVAILABLE"
     retry_seconds = 1.0
 
-    def __init__(self, sentence: str = "Service temporarily unavailable.") -> None:
+    def __init__(
+        self, sentence: str = "Service temporarily unavailable.", detail: str = ""
+    ) -> None:
         super().__init__(sentence)
+        self.detail = detail
 
 
 class NoModelError(ServiceError):

@@ -11,7 +11,9 @@ import aiohttp
 import pytest
 
 from benchmarks.local_stack import free_port
+from img2img_server.ending import reasons_of
 from img2img_server.engine.fake import FakeEngine
+from img2img_server.errors import UnavailableError
 from img2img_server.prompts.base import AsSent
 from img2img_server.settings import Settings
 from img2img_server.store.watched import WatchedBlobs
@@ -97,6 +99,50 @@ async def test_a_worker_says_why_it_is_not_ready_and_goes_on_by_itself(
 
     stop.set()
     await serving
+    await asyncio.to_thread(engine.stop)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_a_worker_waits_for_nats_that_went_away_while_its_model_was_loaded(
+    comes_back: bool,
+    s3: FakeS3,
+    nats: NatsServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = FakeEngine()
+
+    async def load(*_: Any) -> Any:
+        await nats.child.stop()
+        while "lost the connection" not in caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return engine, AsSent()
+
+    monkeypatch.setattr(worker_server, "_load_models", load)
+    monkeypatch.setattr(worker_server, "BUS_PATIENCE_SECONDS", 0.1)
+    stop, started = asyncio.Event(), asyncio.Event()
+    address = f"nats://{nats.address}"
+    settings = Settings(
+        **s3.settings(
+            nats_url=address, metrics_port=0, startup_timeout_seconds=SECONDS if comes_back else 0.5
+        )
+    )
+    serving = asyncio.create_task(
+        worker_server.serve_worker(settings, stop, lambda _: started.set())
+    )
+    async with asyncio.timeout(SECONDS):
+        if comes_back:
+            while "nothing listens" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await nats.child.start()
+            await started.wait()
+            stop.set()
+            await serving
+        else:
+            with pytest.raises(UnavailableError) as caught:
+                await serving
+            (reason,) = reasons_of(caught.value)
+            assert reason.startswith(f"IMG2IMG_NATS_URL: nothing listens at {nats.address}")
     await asyncio.to_thread(engine.stop)
 
 

@@ -103,7 +103,7 @@ class Link:
         """Why the connection does not stand; empty while it does."""
         if self.nc.is_connected:
             return ""
-        return self._why_not() or "the connection to NATS is away"
+        return self._why_not() or "IMG2IMG_NATS_URL: the connection to NATS is away"
 
     async def unless_denied(self, work: Awaitable[object]) -> None:
         """Waits for `work`, which ends early once the server says what the user may not do.
@@ -196,19 +196,22 @@ class Link:
         for inbox in self._inboxes:
             inbox.interrupt()
 
-    async def ready(self) -> None:
+    async def ready(self, seconds: float | None = None) -> None:
         """Waits until the connection stands. Raises UnavailableError when it does not in time.
 
         Nothing is sent while it is away: what a caller was told had failed must not happen later.
+
+        Args:
+            seconds: how long to wait; by default patience_seconds.
         """
         if self.nc.is_connected:
             return
         if not self.nc.is_closed:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._patience_seconds):
+                async with asyncio.timeout(self._patience_seconds if seconds is None else seconds):
                     await self._up.wait()
                     return
-        raise UnavailableError
+        raise UnavailableError(detail=f"{self.trouble}; no connection")
 
     async def ask(self, call: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
         """The answer of JetStream to `call`, also while streams elect their leaders.

@@ -28,6 +28,7 @@ _FINAL: Final = {
     10005: "IMG2IMG_NATS_REPLICAS",
     10074: "IMG2IMG_NATS_REPLICAS",
 }
+_NO_STORAGE: Final = 10047
 _PAUSE_SECONDS: Final = 1.0
 # The largest message: an image of 1024x1024 that does not compress, with what belongs to it.
 NEEDED_PAYLOAD_BYTES: Final = 4_000_000
@@ -159,8 +160,10 @@ async def prepare(link: Link, bounds: Bounds, ends_at: float = 0.0) -> None:
             cause = error.__cause__
             why = getattr(cause, "description", "") or "JetStream does not answer"
             sentence = f"{_URL}: the NATS server at {link.nc.attempted} is not ready: {why}"
+            if getattr(cause, "err_code", 0) == _NO_STORAGE:
+                sentence += f" (IMG2IMG_EVENTS_MAX_BYTES reserves {bounds.events_max_bytes} bytes)"
             if time.monotonic() > ends_at:
-                raise UnavailableError(sentence) from error
+                raise UnavailableError(f"{sentence}; given up") from error
             log.warning("%s, trying again", sentence)
         await asyncio.sleep(_PAUSE_SECONDS)
 

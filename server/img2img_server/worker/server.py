@@ -77,6 +77,8 @@ async def serve_worker(
                     started(name)
 
             with logs_reason():
+                # The bus may have gone away while the model was loaded.
+                await unless_stopped(stop, bus.ready(settings.startup_timeout_seconds))
                 await work(settings, name, bus, store, engine, safety, rewriter, stop, announced)
         finally:
             with suppress(TimeoutError):  # a step that hangs ends with the process
