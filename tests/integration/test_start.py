@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trustme
 
 from benchmarks.local_stack import free_port
@@ -52,7 +52,6 @@ class End:
     lines: list[str]
     output: str
     seconds: float
-    cpu_seconds: float
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -68,7 +67,7 @@ async def ended(role: str, *, program: str = "", **changes: object) -> End:
     chosen = {"grpc_port": 0, "http_port": 0, "metrics_port": 0, "log_format": "json", **changes}
     names = {f"IMG2IMG_{name.upper()}": str(value) for name, value in chosen.items()}
     command = ["-c", program] if program else ["-m", "img2img_server"]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    began = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command,
@@ -84,14 +83,16 @@ async def ended(role: str, *, program: str = "", **changes: object) -> End:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return End(
         code=process.returncode or 0,
         lines=errors.decode().splitlines(),
         output=output.decode(),
         seconds=time.monotonic() - began,
-        cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
     )
+
+
+def cpu_seconds(before: resource.struct_rusage, after: resource.struct_rusage) -> float:
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @contextmanager
@@ -111,110 +112,110 @@ def of(config: Settings) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize(
-    ("role", "changes", "reason"),
-    [
-        ("api", {"grpc_port": "eighty"}, "IMG2IMG_GRPC_PORT: must be a whole number"),
-        ("api", {"grpc_port": "TAKEN"}, "IMG2IMG_GRPC_PORT: 127.0.0.1:TAKEN is in use"),
-        ("worker", {"metrics_port": "TAKEN"}, "IMG2IMG_METRICS_PORT: 127.0.0.1:TAKEN is in use"),
-        ("api", {"tls_cert_file": "NONE", "tls_key_file": "NONE"}, "IMG2IMG_TLS_KEY_FILE: NONE"),
-        ("gateway", {"api_ca_file": "NONE"}, "IMG2IMG_API_CA_FILE: NONE cannot be read"),
-        ("api", {"api_keys_file": "NONE"}, "IMG2IMG_API_KEYS_FILE: NONE: cannot be read"),
-        ("worker", {"dtype": "float8"}, "IMG2IMG_DTYPE: must be auto, float32"),
-        ("worker", {"model": "NONE"}, "IMG2IMG_MODEL: there is no model at NONE"),
-        ("local", {"state_dir": "/proc/none"}, "IMG2IMG_STATE_DIR: "),
-    ],
-)
-async def test_a_wrong_setting_ends_a_role_at_once_with_its_name_in_the_last_line(
-    role: str, changes: dict[str, str], reason: str, tmp_path: Path
+async def test_wrong_settings_end_a_role_at_once_with_all_of_them_in_the_last_line(
+    tmp_path: Path,
 ) -> None:
+    """A mistake of each class, of all four roles."""
+    none = str(tmp_path / "none")
     with taken_port() as port:
-        words = {"TAKEN": str(port), "NONE": str(tmp_path / "none")}
-        for word, meant in words.items():
-            changes = {name: value.replace(word, meant) for name, value in changes.items()}
-            reason = reason.replace(word, meant)
-        end = await ended(role, **changes)
-    assert end.code == 2
-    last = end.records[-1]["event"]
-    assert last.startswith(f"img2img-server {role}: ")
-    assert reason in last
-    assert end.cpu_seconds < CPU_SECONDS
-    assert end.seconds < WALL_SECONDS
-
-
-@pytest.mark.parametrize("format_", ["console", "json"])
-async def test_all_mistakes_are_lines_at_the_end_each_complete(
-    format_: str, tmp_path: Path
-) -> None:
-    wrong = {"dtype": "float8", "lora_dir": tmp_path / "none", "log_level": "x"}
-    end = await ended("worker", log_format=format_, **wrong)
-    said = end.lines if format_ == "console" else [each["event"] for each in end.records]
-    *each, last = said
-    names = ["IMG2IMG_DTYPE", "IMG2IMG_LOG_LEVEL", "IMG2IMG_LORA_DIR"]
-    assert [line.split(": ")[:2] for line in each] == [["img2img-server worker", n] for n in names]
-    assert last.startswith("img2img-server worker: 3 mistakes: ")
-    assert all(line.partition(": ")[2] in last for line in each)
+        taken = f"127.0.0.1:{port} is in use"
+        wrong: dict[str, dict[str, tuple[object, str]]] = {
+            "api": {
+                "grpc_port": (port, taken),
+                "max_watchers": ("many", "must be a whole number, not 'many'"),
+                "tls_cert_file": (none, f"{none} cannot be read: No such file or directory"),
+                "tls_key_file": (none, f"{none} cannot be read: No such file or directory"),
+                "api_keys_file": (none, f"{none}: cannot be read: No such file or directory"),
+            },
+            "gateway": {"api_ca_file": (none, f"{none} cannot be read: No such file or directory")},
+            "worker": {
+                "metrics_port": (port, taken),
+                "dtype": ("float8", "must be auto, float32, float16 or bfloat16, not 'float8'"),
+                "model": (none, f"there is no model at {none}"),
+            },
+            "local": {
+                "state_dir": ("/proc/none", "folder /proc is not writable: No such file"),
+                "log_level": ("x", "must be debug, info, warning or error, not 'x'"),
+            },
+        }
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ends = await asyncio.gather(
+            *(
+                ended(
+                    role,
+                    log_format="console" if role == "local" else "json",
+                    **{name: value for name, (value, _) in mistakes.items()},
+                )
+                for role, mistakes in wrong.items()
+            )
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for (role, mistakes), end in zip(wrong.items(), ends, strict=True):
+        *each, last = end.lines if role == "local" else [line["event"] for line in end.records]
+        assert end.code == 2
+        assert last.startswith(f"img2img-server {role}: ")
+        for name, (_, reason) in mistakes.items():
+            assert f"IMG2IMG_{name.upper()}: {reason}" in last
+        if len(mistakes) > 1:
+            assert last.startswith(f"img2img-server {role}: {len(mistakes)} mistakes: ")
+            assert len(each) == len(mistakes)
+            assert all(line.partition(": ")[2] in last for line in each)
+        assert end.seconds < WALL_SECONDS
+    assert cpu_seconds(before, after) < CPU_SECONDS * len(wrong)
 
 
 async def test_a_device_that_is_not_there_is_told_before_a_model_library_is_imported(
     engine_settings: Callable[..., Settings],
 ) -> None:
-    config = engine_settings()
-    end = await ended("worker", program=LOADED, device="cuda:99", **of(config))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    end = await ended("worker", program=LOADED, device="cuda:99", **of(engine_settings()))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert end.code == 2
     assert end.records[-1]["event"].startswith(
         "img2img-server worker: IMG2IMG_DEVICE: cuda:99 is not there"
     )
     assert end.output.split() == ["False", "True"], "diffusers is not imported, torch is"
-    assert end.cpu_seconds < TORCH_CPU_SECONDS
-    both = await ended("worker", device="cuda:99", dtype="float8", **of(config))
-    assert [each["event"].split(": ")[1] for each in both.records[-3:-1]] == [
-        "IMG2IMG_DTYPE",
-        "IMG2IMG_DEVICE",
-    ]
+    assert cpu_seconds(before, after) < TORCH_CPU_SECONDS
 
 
-@pytest.mark.parametrize(
-    ("changes", "setting"),
-    [
-        ({"s3_secret_key": "wrong"}, "IMG2IMG_S3_"),
-        ({"s3_endpoint_url": "http://127.0.0.1:NONE"}, "IMG2IMG_S3_ENDPOINT_URL"),
-        ({"nats_url": "nats://127.0.0.1:NONE"}, "IMG2IMG_NATS_URL"),
-        ({"nats_url": "WRONG"}, "IMG2IMG_NATS_URL"),
-    ],
-)
-async def test_a_store_or_bus_that_refuses_is_told_although_the_model_still_loads(
-    engine_settings: Callable[..., Settings], changes: dict[str, str], setting: str
+async def test_a_store_or_bus_that_is_away_is_told_although_the_model_still_loads(
+    engine_settings: Callable[..., Settings],
 ) -> None:
     config = of(engine_settings())
-    host = str(config["nats_url"]).rpartition("@")[2]
-    given = {
-        name: value.replace("NONE", str(free_port())).replace(
-            "WRONG", f"nats://nobody:nothing@{host}"
-        )
-        for name, value in changes.items()
+    away = {
+        "s3_endpoint_url": f"http://127.0.0.1:{free_port()}",
+        "nats_url": f"nats://127.0.0.1:{free_port()}",
     }
-    end = await ended("worker", startup_timeout_seconds=1, **(config | given))
-    assert end.code in (1, 2)
-    last = end.records[-1]["event"]
-    assert last.startswith("img2img-server worker: ")
-    assert setting in last
-    logged = [each for each in end.records if each["event"] == "role_failed"]
-    assert [last] == [f"img2img-server worker: {each['reason']}" for each in logged] or not logged
-    assert end.seconds < 1 + WALL_SECONDS
+    ends = await asyncio.gather(
+        *(
+            ended("worker", startup_timeout_seconds=1, **(config | {name: url}))
+            for name, url in away.items()
+        )
+    )
+    for name, end in zip(away, ends, strict=True):
+        assert end.code == 1
+        last = end.records[-1]["event"]
+        assert last.startswith(f"img2img-server worker: IMG2IMG_{name.upper()}: ")
+        logged = [each for each in end.records if each["event"] == "role_failed"]
+        assert [last] == [f"img2img-server worker: {each['reason']}" for each in logged] or (
+            not logged
+        )
+        assert end.seconds < 1 + WALL_SECONDS
 
 
 async def test_local_repeats_the_last_words_of_its_child(tmp_path: Path) -> None:
-    end = await ended("local", device="cuda:99", state_dir=tmp_path / "state")
+    end = await ended("local", nats_replicas=5, state_dir=tmp_path / "state")
     *_, last = end.records
     assert end.code == 1
-    assert last["event"].startswith(
-        "img2img-server local: worker ended with exit code 2; it last said: IMG2IMG_DEVICE: "
+    assert re.match(
+        r"img2img-server local: (api|worker) ended with exit code 2; it last said: "
+        r"IMG2IMG_NATS_REPLICAS: ",
+        last["event"],
     )
     assert "(see above)" not in "".join(end.lines)
-    assert any(
-        each["event"].startswith("img2img-server worker: IMG2IMG_DEVICE: ") for each in end.records
-    )
+    name = last["event"].split()[2]
+    reason = f"img2img-server {name}: IMG2IMG_NATS_REPLICAS: "
+    assert any(each["event"].startswith(reason) for each in end.records)
 
 
 def test_last_words_are_the_reasons_a_role_gives_else_its_last_line() -> None:
@@ -240,28 +241,24 @@ main.main()
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "code", "last"),
-    [
-        ("ZeroDivisionError('by zero')", 1, "unexpected ZeroDivisionError: by zero"),
-        (
-            "ExceptionGroup('x', [OSError(24, 'too many'), KeyError('a')])",
+async def test_an_unexpected_error_has_its_traceback_in_the_log_and_one_last_line() -> None:
+    kinds = {
+        "ExceptionGroup('x', [OSError(24, 'too many'), KeyError('a')])": (
             1,
-            "2 mistakes: unexpected ",
+            "2 mistakes: unexpected OSError",
         ),
-        ("BaseException('odd')", 1, "unexpected BaseException: odd"),
-        ("KeyboardInterrupt", 130, "interrupted before it served"),
-    ],
-)
-async def test_an_unexpected_error_has_its_traceback_in_the_log_and_one_last_line(
-    kind: str, code: int, last: str
-) -> None:
-    end = await ended("api", program=UNEXPECTED.replace("KIND", kind), dev_key="true")
-    assert end.code == code
-    assert end.records[-1]["event"].startswith(f"img2img-server api: {last}")
-    traced = [each for each in end.records if "Traceback" in each.get("exception", "")]
-    assert bool(traced) == (code == 1)
-    assert end.seconds < WALL_SECONDS, "no thread is waited for"
+        "BaseException('odd')": (1, "unexpected BaseException: odd"),
+        "KeyboardInterrupt": (130, "interrupted before it served"),
+    }
+    ends = await asyncio.gather(
+        *(ended("api", program=UNEXPECTED.replace("KIND", kind), dev_key="true") for kind in kinds)
+    )
+    for (code, last), end in zip(kinds.values(), ends, strict=True):
+        assert end.code == code
+        assert end.records[-1]["event"].startswith(f"img2img-server api: {last}")
+        traced = [each for each in end.records if "Traceback" in each.get("exception", "")]
+        assert bool(traced) == (code == 1)
+        assert end.seconds < WALL_SECONDS, "no thread is waited for"
 
 
 STOPPED = """
@@ -272,13 +269,11 @@ main.main()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-async def test_a_process_that_is_stopped_before_its_packages_are_imported_says_so(
-    name: str,
-) -> None:
-    end = await ended("api", program=STOPPED.replace("SIGNAL", name))
-    assert end.code == 128 + signal.Signals[name]
-    assert [each["event"] for each in end.records] == [f"img2img-server api: stopped by {name}"]
+async def test_a_process_that_is_stopped_before_its_packages_are_imported_says_so() -> None:
+    for name in ("SIGTERM", "SIGINT"):
+        end = await ended("api", program=STOPPED.replace("SIGNAL", name))
+        assert end.code == 128 + signal.Signals[name]
+        assert [each["event"] for each in end.records] == [f"img2img-server api: stopped by {name}"]
 
 
 NOISE = """

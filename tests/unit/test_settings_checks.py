@@ -602,6 +602,14 @@ def test_a_model_that_looks_like_a_path_is_not_taken_for_a_hub_id(
     assert refused("worker") == [f"IMG2IMG_MODEL: there is no model at {source}"]
 
 
+def test_a_wrong_dtype_does_not_hide_a_device_that_is_not_there(give: Callable[..., None]) -> None:
+    give(dtype="float8", device="cuda:99")
+    assert [mistake.partition(":")[0] for mistake in refused("worker")] == [
+        "IMG2IMG_DTYPE",
+        "IMG2IMG_DEVICE",
+    ]
+
+
 @pytest.mark.parametrize("size", ["1032x512", "512x9992", "513x512"])
 def test_a_size_that_no_request_may_have_is_not_run_first(
     give: Callable[..., None], size: str
