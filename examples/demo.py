@@ -8,7 +8,7 @@
 
 What the server prints goes to demo/server.log. It listens on free ports and keeps its state in
 .img2img/demo, so that it runs beside a service that is already there; settings of the environment
-win. Only the standard library is used here.
+win, except keys and certificates. Only the standard library is used here.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ SETTINGS = {  # of the server, where the environment has none; port 0: any free 
     "IMG2IMG_METRICS_PORT": "0",
     "IMG2IMG_STATE_DIR": ".img2img/demo",
 }
+# Keys and certificates of another service are left out: the demo uses its own key, without TLS.
+LEFT_OUT = ("IMG2IMG_API_KEYS_FILE", "IMG2IMG_TLS_CERT_FILE", "IMG2IMG_TLS_KEY_FILE")
 OUTPUT = FOLDER / "output.png"
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
@@ -130,6 +132,7 @@ async def demo(log: IO[bytes]) -> None:
     started = time.monotonic()
     command = ("img2img-server", "local")
     env = {name: os.environ.get(name) or value for name, value in SETTINGS.items()}
+    env |= dict.fromkeys(LEFT_OUT, "")
     async with running(*command, stop=signal.SIGTERM, stdout=PIPE, stderr=log, env=env) as server:
         address = await until_ready(server, log)
         print(f"Ready after {time.monotonic() - started:.1f} s.", flush=True)

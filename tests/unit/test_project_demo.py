@@ -90,7 +90,10 @@ def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> Non
     ]
 
 
-SETTINGS = [f"IMG2IMG_{name}" for name in ("GRPC_PORT", "HTTP_PORT", "METRICS_PORT", "STATE_DIR")]
+SETTINGS = [
+    f"IMG2IMG_{name}"
+    for name in ("GRPC_PORT", "HTTP_PORT", "METRICS_PORT", "STATE_DIR", "API_KEYS_FILE")
+]
 
 
 def test_the_demo_runs_beside_another_service_except_where_the_user_chose_otherwise(
@@ -105,12 +108,13 @@ def test_the_demo_runs_beside_another_service_except_where_the_user_chose_otherw
             'echo "starting"\n', f'echo "starting"\n{told}'
         ),
     )
-    assert stage.run(IMG2IMG_HTTP_PORT="8123")[0] == 0
+    assert stage.run(IMG2IMG_HTTP_PORT="8123", IMG2IMG_API_KEYS_FILE="keys.toml")[0] == 0
     assert (stage.root / "ports").read_text().splitlines() == [
         "IMG2IMG_GRPC_PORT=0",
         "IMG2IMG_HTTP_PORT=8123",
         "IMG2IMG_METRICS_PORT=0",
         "IMG2IMG_STATE_DIR=.img2img/demo",
+        "IMG2IMG_API_KEYS_FILE=",  # the demo uses dev-key
     ]
 
 
