@@ -32,7 +32,8 @@ from tests.stack import (
     two_tenants,
 )
 
-RUNNING, CANCELLED = job_pb2.Job.STATE_RUNNING, job_pb2.Job.STATE_CANCELLED
+QUEUED, RUNNING = job_pb2.Job.STATE_QUEUED, job_pb2.Job.STATE_RUNNING
+CANCELLED = job_pb2.Job.STATE_CANCELLED
 GRACE_SECONDS = 0.8
 ON_NATS = pytest.mark.parametrize("open_bus", ["jetstream"], indirect=True)
 
@@ -60,12 +61,14 @@ async def apis(
         yield found
 
 
-async def logged(logs: list[Any], event: str) -> dict[str, Any]:
-    """Waits for a line of the log and returns it."""
+async def logged(logs: list[Any], event: str, name: str = "") -> dict[str, Any]:
+    """Waits for a line of the log, about the job of that name, and returns it."""
     async with asyncio.timeout(10):
-        while not (found := [line for line in logs if line["event"] == event]):  # noqa: ASYNC110
+        while True:
+            for line in logs:
+                if line["event"] == event and name in ("", f"jobs/{line.get('job')}"):
+                    return dict(line)
             await asyncio.sleep(0.005)
-    return dict(found[0])
 
 
 async def broken(api: Api, logs: list[Any], **fields: Any) -> str:
@@ -73,109 +76,75 @@ async def broken(api: Api, logs: list[Any], **fields: Any) -> str:
     call = api.generate(spec(strength=1.0), **fields)
     name = str((await read_until(call, "step"))[0].event.job)
     call.cancel()
-    await logged(logs, "generate_disconnected")
+    await logged(logs, "generate_disconnected", name)
     return name
 
 
-async def outlives_the_grace_period(api: Api, name: str) -> None:
-    """Asserts that the job is not cancelled when the grace period is over."""
+async def outlive_the_grace_period(api: Api, *names: str) -> None:
+    """Asserts that none of the jobs is cancelled when the grace period is over."""
     await asyncio.sleep(GRACE_SECONDS + 0.3)
-    assert (await api.get(name)).state != CANCELLED
+    for name in names:
+        assert (await api.get(name)).state != CANCELLED
 
 
-async def test_a_broken_call_is_cancelled_after_the_grace_period_and_the_log_says_why() -> None:
-    engine = FakeEngine(hold_after=1)
-    bus = memory_bus()
-    with capture_logs() as logs:
-        async with running_worker(bus, engine):
-            config = settings(disconnect_grace_seconds=GRACE_SECONDS)
-            async with running_api(bus, config) as api:
-                name = await broken(api, logs)
-                assert (await api.get(name)).state == RUNNING
-                await api.reaches(name, CANCELLED)
-                line = await logged(logs, "job_cancelled")
-    assert (f"jobs/{line['job']}", line["reason"]) == (name, "disconnected")
+async def test_a_broken_call_is_cancelled_after_the_grace_period_and_the_log_says_why(
+    tmp_path: Any,
+) -> None:
+    """Queued or running, and although another tenant tried to watch it."""
+    keys, key_a, key_b = two_tenants(tmp_path)
+    ours, theirs = ((("authorization", f"Bearer {key}"),) for key in (key_a, key_b))
+    config = settings(disconnect_grace_seconds=GRACE_SECONDS)
 
-
-async def test_a_queued_job_whose_call_broke_leaves_the_queue_after_the_grace_period() -> None:
-    bus = memory_bus()
-    await known_model(bus)
-    with capture_logs() as logs:
-        config = settings(disconnect_grace_seconds=GRACE_SECONDS)
-        async with running_api(bus, config) as api:
-            call = api.generate(spec())
-            name = (await read_until(call, "queued"))[0].event.job
+    async def play(state: int) -> str:
+        bus, engine = memory_bus(), FakeEngine(hold_after=1)
+        await known_model(bus)
+        async with AsyncExitStack() as parts:
+            if state == RUNNING:
+                await parts.enter_async_context(running_worker(bus, engine))
+            api = await parts.enter_async_context(running_api(bus, config, keys=keys))
+            request = service_pb2.GenerateRequest(spec=spec(strength=1.0))
+            call = api.stub.Generate(request, metadata=ours)
+            first = await read_until(call, "step" if state == RUNNING else "queued")
+            name = str(first[0].event.job)
             call.cancel()
-            await logged(logs, "generate_disconnected")
-            await api.reaches(name, CANCELLED)
+            watch = service_pb2.WatchJobRequest(name=name)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await api.stub.WatchJob(watch, metadata=theirs).read()
+            await logged(logs, "generate_disconnected", name)
+            await api.reaches(name, state, ours)
+            await api.reaches(name, CANCELLED, ours)
+            return str((await logged(logs, "job_cancelled", name))["reason"])
 
-
-@ON_NATS
-async def test_a_watch_at_another_api_keeps_the_job_also_when_it_ends_early(
-    open_bus: OpenBus,
-) -> None:
-    engine = FakeEngine(hold_after=1)
     with capture_logs() as logs:
-        async with apis(open_bus, engine, 2) as (first, second):
-            name = await broken(first, logs)
-            watch = second.watch(name)
-            await watch.read()
-            watch.cancel()
-            await outlives_the_grace_period(first, name)
-            engine.release()
-            ended = [message async for message in second.watch(name)]
-    assert kinds(ended)[-1] == "succeeded"
-    assert kinds(ended).count("succeeded") == 1
+        assert await asyncio.gather(play(QUEUED), play(RUNNING)) == ["disconnected"] * 2
 
 
 @ON_NATS
-async def test_a_watch_that_was_opened_before_the_call_broke_keeps_the_job(
-    open_bus: OpenBus,
-) -> None:
-    engine = FakeEngine(hold_after=1)
+async def test_a_stream_at_another_api_keeps_the_job(open_bus: OpenBus) -> None:
+    """A WatchJob call for good, also when it ends early; a repeated request until it breaks too."""
+    engine, request_id = FakeEngine(hold_after=1), str(uuid.uuid4())
     with capture_logs() as logs:
         async with apis(open_bus, engine, 2) as (first, second):
             call = first.generate(spec(strength=1.0))
-            name = (await read_until(call, "step"))[0].event.job
-            watch = second.watch(name)
-            await anext(aiter(watch))
+            watched_before = str((await read_until(call, "step"))[0].event.job)
+            open_before = second.watch(watched_before)
+            await anext(aiter(open_before))
             call.cancel()  # the server notices only now what the caller has long noticed
-            await logged(logs, "generate_disconnected")
-            await outlives_the_grace_period(first, name)
-            engine.release()
-            ended = [message async for message in watch]
-    assert kinds(ended)[-1] == "succeeded"
-
-
-@ON_NATS
-async def test_a_repeated_request_keeps_the_job_until_its_own_call_breaks(
-    open_bus: OpenBus,
-) -> None:
-    engine = FakeEngine(hold_after=1)
-    with capture_logs() as logs:
-        async with apis(open_bus, engine, 2) as (first, second):
-            request_id = str(uuid.uuid4())
-            name = await broken(first, logs, request_id=request_id)
+            await logged(logs, "generate_disconnected", watched_before)
+            watched = await broken(first, logs)
+            watch = second.watch(watched)
+            await watch.read()
+            watch.cancel()
+            repeated = await broken(first, logs, request_id=request_id)
             again = second.generate(spec(strength=1.0), request_id=request_id)
             await again.read()
-            await outlives_the_grace_period(first, name)
+            await outlive_the_grace_period(first, watched, watched_before, repeated)
             again.cancel()
-            await second.reaches(name, CANCELLED)
-
-
-async def test_a_watch_of_another_tenant_keeps_nothing(tmp_path: Any) -> None:
-    keys, key_a, key_b = two_tenants(tmp_path)
-    bus, engine = memory_bus(), FakeEngine(hold_after=1)
-    config = settings(disconnect_grace_seconds=GRACE_SECONDS)
-    ours, theirs = ((("authorization", f"Bearer {key}"),) for key in (key_a, key_b))
-    async with running_worker(bus, engine), running_api(bus, config, keys=keys) as api:
-        request = service_pb2.GenerateRequest(spec=spec(strength=1.0))
-        call = api.stub.Generate(request, metadata=ours)
-        name = (await read_until(call, "step"))[0].event.job
-        call.cancel()
-        with pytest.raises(grpc.aio.AioRpcError):
-            await api.stub.WatchJob(service_pb2.WatchJobRequest(name=name), metadata=theirs).read()
-        await api.reaches(name, CANCELLED, ours)
+            await second.reaches(repeated, CANCELLED)
+            engine.release()
+            for stream in (open_before, second.watch(watched)):
+                ended = kinds([message async for message in stream])
+                assert (ended[-1], ended.count("succeeded")) == ("succeeded", 1)
 
 
 @ON_NATS
@@ -199,7 +168,7 @@ async def test_an_only_api_that_stops_in_the_grace_period_cancels_nothing() -> N
             async with running_api(bus, config) as api:
                 name = await broken(api, logs)
             async with running_api(bus, config) as api:
-                await outlives_the_grace_period(api, name)
+                await outlive_the_grace_period(api, name)
 
 
 async def test_a_passed_deadline_cancels_at_once_unless_detached() -> None:

@@ -7,11 +7,12 @@ Every job ends once, with all its images.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,24 +165,30 @@ async def scene(phase: str, **changes: Any) -> AsyncIterator[Scene]:
         yield Scene(api, bus, engine, phase == "queued", parts)
 
 
-@pytest.mark.parametrize("phase", ["queued", "running"])
+async def at_once(play: Callable[..., Awaitable[None]], *cases: Any) -> None:
+    """Plays every case with jobs that are queued and with jobs that run, all at the same time."""
+    async with asyncio.TaskGroup() as plays:
+        for case, phase in itertools.product(cases, ("queued", "running")):
+            plays.create_task(play(case, phase), name=f"{case} {phase}")
+
+
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("accident", [Relay.reset, Relay.fall_silent], ids=["reset", "half-open"])
-async def test_a_connection_that_breaks_costs_no_job_and_no_image(
-    accident: Callable[[Relay], None], phase: str
-) -> None:
-    async with scene(phase) as stage, Relay(stage.api.address).running() as relay:
-        await stage.begin(relay.address)
-        accident(relay)
-        # Longer than the server needs to notice, and than the grace period lasts then.
-        await asyncio.sleep(GRACE_SECONDS + 1.0)
-        await stage.go_on()
-        await stage.check()
+async def test_a_connection_that_breaks_costs_no_job_and_no_image() -> None:
+    async def play(accident: Callable[[Relay], None], phase: str) -> None:
+        async with scene(phase) as stage, Relay(stage.api.address).running() as relay:
+            await stage.begin(relay.address)
+            accident(relay)
+            # Longer than the server needs to notice, and than the grace period lasts then.
+            await asyncio.sleep(GRACE_SECONDS + 1.0)
+            await stage.go_on()
+            await stage.check()
+
+    await at_once(play, Relay.reset, Relay.fall_silent)
 
 
 def scales() -> list[Any]:
     full = pytest.mark.skipif(
-        not os.environ.get("FULL_SCALE"), reason="takes 130 s each; FULL_SCALE=1 runs it"
+        not os.environ.get("FULL_SCALE"), reason="takes 130 s; FULL_SCALE=1 runs it"
     )
     return [
         pytest.param((0.3, 1.0, 3.0), id="scaled down"),
@@ -189,38 +196,42 @@ def scales() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("phase", ["queued", "running"])
 @pytest.mark.parametrize("scale", scales())
 async def test_heartbeats_keep_a_proxy_from_cutting_a_silent_stream(
-    scale: tuple[float, float, float], phase: str, monkeypatch: pytest.MonkeyPatch
+    scale: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heartbeat, cut_after, silence = scale
     monkeypatch.setattr(sys.modules[__name__], "SILENCE_SECONDS", 3 * heartbeat)
-    async with (
-        scene(phase, heartbeat_seconds=heartbeat) as stage,
-        StreamProxy(stage.api.address, cut_after).running() as proxy,
-    ):
-        await stage.begin(proxy.address)
-        await asyncio.sleep(silence)
-        await stage.go_on()
-        await stage.check()
-        assert (proxy.cuts, proxy.methods) == (0, ["Generate"] * 3)
+
+    async def play(seconds: float, phase: str) -> None:
+        async with (
+            scene(phase, heartbeat_seconds=heartbeat) as stage,
+            StreamProxy(stage.api.address, cut_after).running() as proxy,
+        ):
+            await stage.begin(proxy.address)
+            await asyncio.sleep(seconds)
+            await stage.go_on()
+            await stage.check()
+            assert (proxy.cuts, proxy.methods) == (0, ["Generate"] * 3)
+
+    await at_once(play, silence)
 
 
-@pytest.mark.parametrize("phase", ["queued", "running"])
-async def test_a_stream_that_a_proxy_cuts_is_resumed_before_the_grace_period_is_over(
-    phase: str,
-) -> None:
+async def test_a_stream_that_a_proxy_cuts_is_resumed_before_the_grace_period_is_over() -> None:
     """The api sees RST_STREAM, as from a caller who leaves."""
-    async with (
-        scene(phase, heartbeat_seconds=0) as stage,
-        StreamProxy(stage.api.address, 0.6).running() as proxy,
-    ):
-        await stage.begin(proxy.address)
-        await asyncio.sleep(GRACE_SECONDS + 1.0)
-        await stage.go_on()
-        await stage.check()
-        assert proxy.cuts >= 6, "every stream was cut again and again"
+
+    async def play(cut_after: float, phase: str) -> None:
+        async with (
+            scene(phase, heartbeat_seconds=0) as stage,
+            StreamProxy(stage.api.address, cut_after).running() as proxy,
+        ):
+            await stage.begin(proxy.address)
+            await asyncio.sleep(GRACE_SECONDS + 1.0)
+            await stage.go_on()
+            await stage.check()
+            assert proxy.cuts >= 6, "every stream was cut again and again"
+
+    await at_once(play, 0.6)
 
 
 async def test_a_client_that_is_killed_has_its_job_cancelled_after_the_grace_period(
