@@ -43,8 +43,8 @@ ROLES: Final = {
 def _run(name: str) -> None:
     extra, module, function = ROLES[name]
     with _ending(name, extra):
-        from img2img_server.checks import checked_settings
         from img2img_server.lifecycle import RestartError, run_role, start_anew
+        from img2img_server.setting_checks import checked_settings
         from img2img_server.telemetry import configure_logging
         from img2img_server.tracing import exporting
 
@@ -65,7 +65,7 @@ def _ending(name: str, extra: str) -> Iterator[None]:
     program = f"{PROGRAM} {name}"
     with exit_on_signals(program):
         _require(program, extra)
-        from img2img_server.ending import leave
+        from img2img_server.exit_reason import leave
 
         try:
             yield
@@ -161,7 +161,7 @@ def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> N
 def fetch_model(source: str, folder: Path, revision: str) -> None:
     """Fetch a model once, from s3://bucket/prefix or a hub id, into FOLDER."""
     with _ending("fetch-model", "server"):  # a hub model needs the extra worker
-        from img2img_server.checks import checked_settings
+        from img2img_server.setting_checks import checked_settings
         from img2img_server.telemetry import configure_logging
 
         settings = checked_settings("fetch-model")

@@ -18,14 +18,15 @@ import aiohttp
 import structlog
 from pydantic import SecretStr
 
-from img2img_server.ending import logs_reason
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
 from img2img_server.engines.child import Child
+from img2img_server.engines.files import write_private
 from img2img_server.errors import UnavailableError
+from img2img_server.exit_reason import logs_reason
 from img2img_server.last_line import is_json
 from img2img_server.lifecycle import first_of
-from img2img_server.listening import METRICS_PORTS, host_port, listeners, reachable, reserve
+from img2img_server.ports import METRICS_PORTS, host_port, listeners, reachable, reserve
 from img2img_server.settings import DEV_KEY, PREFIX, Settings
 from img2img_server.store.vault import new_key
 
@@ -78,7 +79,7 @@ async def serve_local(
 def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
     """The settings of the roles: ports chosen, the development key on unless keys are configured.
 
-    The settings have passed `checks`.
+    The settings have passed `setting_checks`.
 
     Returns:
         The settings, and the metrics port of each role.
@@ -105,10 +106,7 @@ def _with_storage_key(settings: Settings) -> Settings:
         return settings
     path = settings.state_dir / "storage.key"
     if not path.exists():
-        draft = path.with_suffix(".new")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(new_key())
-        draft.replace(path)
+        write_private(path, new_key())
     return settings.model_copy(update={"storage_keys": SecretStr(path.read_text().strip())})
 
 

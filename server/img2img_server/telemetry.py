@@ -15,7 +15,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
 from img2img_server.last_line import is_json
-from img2img_server.listening import host_port, listeners
+from img2img_server.ports import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.tracing import trace_id
 

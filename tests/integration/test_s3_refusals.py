@@ -21,7 +21,7 @@ from img2img_server.lifecycle import StoppedError, unless_stopped
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store import blobs_s3
 from img2img_server.store.blobs_s3 import connect_blobs
-from img2img_server.store.watched import WatchedBlobs
+from img2img_server.store.watched_blobs import WatchedBlobs
 from tests.fake_s3 import Answer, FakeS3, fake_s3
 
 KEY = "generations/5f0c2a6e-0.png"

@@ -8,7 +8,7 @@ from img2img.v1 import job_pb2
 from img2img_server.bus import memory_bus
 from img2img_server.errors import StorageError
 from img2img_server.store.memory import MemoryBlobStore
-from img2img_server.store.watched import WatchedBlobs
+from img2img_server.store.watched_blobs import WatchedBlobs
 from tests.stack import kinds, read_until, running_api, running_worker, spec
 
 

@@ -35,7 +35,7 @@ from img2img_server.contract.files import inline
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.lifecycle import unless_stopped
-from img2img_server.listening import host_port, is_wildcard, listeners, reachable
+from img2img_server.ports import host_port, is_wildcard, listeners, reachable
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import WorkerRegistry

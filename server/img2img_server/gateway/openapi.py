@@ -33,7 +33,7 @@ from img2img_server.gateway.schemas import (
     STORAGE_DONE,
     Schema,
 )
-from img2img_server.listening import host_port, reachable
+from img2img_server.ports import host_port, reachable
 from img2img_server.settings import DEV_KEY, Settings
 
 _DESCRIPTION = """Pictures out of pictures, compatible with the enterprise realtime image-to-image

@@ -15,7 +15,7 @@ from img2img_server.safety.base import SafetyChecker
 from img2img_server.store.base import JobStore
 from img2img_server.store.tenant_s3 import TenantS3
 from img2img_server.store.tenants import TenantStorage
-from img2img_server.store.watched import WatchedBlobs
+from img2img_server.store.watched_blobs import WatchedBlobs
 
 _BASE_PIXELS = 512 * 512
 _WEIGHT = 0.2

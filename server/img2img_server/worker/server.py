@@ -12,11 +12,11 @@ from functools import partial
 import structlog
 
 from img2img_server.bus import Bus, connect_bus
-from img2img_server.ending import logs_reason
 from img2img_server.engine.base import Engine
 from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.model_spec import ModelError, read_model_spec
 from img2img_server.errors import OperatorError, SafetyCheckError
+from img2img_server.exit_reason import logs_reason
 from img2img_server.images.outbound import OutboundPolicy
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.prompts.base import PromptRewriter
@@ -27,7 +27,7 @@ from img2img_server.settings import Settings, SettingsError
 from img2img_server.store.base import BlobStore
 from img2img_server.store.blobs_s3 import S3BlobStore, connect_blobs
 from img2img_server.store.tenant_s3 import TenantS3
-from img2img_server.store.watched import WatchedBlobs
+from img2img_server.store.watched_blobs import WatchedBlobs
 from img2img_server.tasks import beside
 from img2img_server.telemetry import probe_server
 from img2img_server.worker.downloads import forget_downloads

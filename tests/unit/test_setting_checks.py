@@ -32,11 +32,11 @@ from packaging.utils import canonicalize_name
 from img2img_server import setting_syntax
 from img2img_server.__main__ import EXTRAS
 from img2img_server.certificates import pair_faults, trusted_fault, validity_fault
-from img2img_server.checks import checked_settings, mistakes_of
-from img2img_server.ending import code_of, reasons_of
 from img2img_server.errors import UnavailableError
+from img2img_server.exit_reason import code_of, reasons_of
 from img2img_server.last_line import exit_with_reasons
-from img2img_server.listening import Listener, host_port, listeners, reachable, reserve
+from img2img_server.ports import Listener, host_port, listeners, reachable, reserve
+from img2img_server.setting_checks import checked_settings, mistakes_of
 from img2img_server.settings import Settings, SettingsError, variable
 from tests.readme import ROOT
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from img2img_server.domain.params import Limits
-from img2img_server.listening import listeners, reserve
+from img2img_server.ports import listeners, reserve
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError, variable
 
