@@ -96,6 +96,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
     request_ids: set[str] = field(default_factory=set)  # each one is a job
     paused: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    warning: str = ""  # of the job
     left: threading.Event = field(default_factory=threading.Event)  # a caller ended its stream
 
     def Generate(  # noqa: N802
@@ -245,6 +246,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
     def _job(self) -> job_pb2.Job:
         ended = self.log[-1]
         made = job(State.STATE_CANCELLED if self.cancelled.is_set() else State.STATE_QUEUED)
+        made.warning = self.warning
         made.spec.CopyFrom(getattr(ended, str(ended.WhichOneof("event"))).job.spec)
         return made
 

@@ -150,12 +150,12 @@ def test_a_service_elsewhere_needs_a_key() -> None:
     assert "img2img.example.com:443 needs an API key" in result.stderr
 
 
-def test_a_detached_job_is_queued_and_named() -> None:
-    service = FakeService()
+def test_a_detached_job_is_queued_and_named_with_its_warning() -> None:
+    service = FakeService(warning="Steps were raised.")
     result = run(service, *WISH, "--detach", "--output", "out.jpg")
     assert (result.exit_code, result.stderr) == (0, "")
     follow = "img2img watch 10000001 --output out.jpg"
-    assert result.stdout == f"{NAME} is queued; follow it: {follow}\n"
+    assert result.stdout == f"{NAME} is queued; follow it: {follow}\nWarning: Steps were raised.\n"
     sent = last(service.requests, service_pb2.CreateJobRequest)
     assert sent.spec.output_format == job_pb2.IMAGE_FORMAT_JPEG
     result = run(FakeService(), *WISH, "--detach", "--json")

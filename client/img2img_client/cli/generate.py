@@ -103,3 +103,5 @@ def generate(
 def _queued(job: Job, output: Path | None) -> None:
     target = output or f"{job.id}.png"
     click.echo(f"{job.name} is queued; follow it: img2img watch {job.id} --output {target}")
+    if job.warning:
+        click.echo(f"Warning: {job.warning}")
