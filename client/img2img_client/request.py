@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
-from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from img2img.v1 import job_pb2, service_pb2
@@ -61,6 +61,16 @@ class Options(TypedDict, total=False):
     preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
     lane: str | None  # "realtime" (default) or "batch"
     annotations: Mapping[str, str] | None  # your own notes, returned unchanged
+
+
+_KINDS = {
+    FieldDescriptor.CPPTYPE_INT32: "an integer of at most 32 bits",
+    FieldDescriptor.CPPTYPE_INT64: "an integer of at most 64 bits",
+    FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+    FieldDescriptor.CPPTYPE_BOOL: "True or False",
+    FieldDescriptor.CPPTYPE_STRING: "a text",
+    FieldDescriptor.CPPTYPE_MESSAGE: "a mapping of texts to texts",  # the annotations
+}
 
 
 def is_address(text: str) -> bool:
@@ -206,8 +216,20 @@ def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
             else:
                 setattr(message, name, _wire(message, name, value))
         except (TypeError, ValueError, AttributeError):
-            violations.append(Violation(name, f"{name} cannot be {value!r}"))
+            expected = _expected(message, name)
+            violations.append(Violation(name, f"{name} cannot be {value!r}: it must be {expected}"))
     return violations
+
+
+def _expected(message: Message, name: str) -> str:
+    """What the protocol's field takes."""
+    described = message.DESCRIPTOR.fields_by_name[name]
+    enum: EnumDescriptor | None = described.enum_type  # type: ignore[assignment]
+    if enum is None:
+        return _KINDS[described.cpp_type]
+    prefix = enum_prefix(enum)
+    words = [value.name.removeprefix(prefix).lower() for value in enum.values if value.number]
+    return f"one of {', '.join(words)}"
 
 
 def _wire(message: Message, name: str, value: Any) -> Any:

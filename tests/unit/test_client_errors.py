@@ -85,7 +85,22 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a value that does not fit": (
         lambda c: c.create("p", b"photo", width="wide"),
         ValueError,
-        "width cannot be 'wide'",
+        "width cannot be 'wide': it must be an integer of at most 32 bits",
+    ),
+    "a seed beyond the protocol": (
+        lambda c: c.create("p", b"photo", seed=2**63),
+        ValueError,
+        f"seed cannot be {2**63}: it must be an integer of at most 64 bits",
+    ),
+    "a word that is not known": (
+        lambda c: c.create("p", b"photo", lane="fast"),
+        ValueError,
+        "lane cannot be 'fast': it must be one of realtime, batch",
+    ),
+    "no annotations": (
+        lambda c: c.create("p", b"photo", annotations=["a"]),
+        ValueError,
+        "annotations cannot be ['a']: it must be a mapping of texts to texts",
     ),
     "a prompt of the wrong type": (
         lambda c: c.stream(None, b"photo"),
