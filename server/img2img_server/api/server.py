@@ -31,6 +31,7 @@ from img2img_server.api.watch import Watcher
 from img2img_server.api.webhooks import Texts, Webhooks
 from img2img_server.bus import Bus, connect_bus
 from img2img_server.certificates import validity_fault
+from img2img_server.contract import call_names
 from img2img_server.contract.files import inline
 from img2img_server.images.fetch import fetch_image
 from img2img_server.images.outbound import OutboundPolicy
@@ -46,8 +47,6 @@ from img2img_server.webhooks.post import open_post
 from img2img_server.webhooks.signature import Signer
 
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
-# The name under which the health service tells whether a worker has ever announced a model.
-MODELS_NAME = "img2img.v1.models"
 _HEALTH_SECONDS = 2.0
 CONNECTION_AGE_MS = 300_000
 
@@ -274,7 +273,7 @@ async def _health(
             serving = False
         for name in ("", *SERVICE_NAMES):
             await servicer.set(name, _STATES[serving])
-        await servicer.set(MODELS_NAME, _STATES[has_models])
+        await servicer.set(call_names.MODELS_SERVICE, _STATES[has_models])
 
     async def repeat() -> None:
         while True:

@@ -24,6 +24,7 @@ from img2img_server.api.interceptors import current_principal
 from img2img_server.api.records import found, readable
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
+from img2img_server.contract import call_names
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.params import Violation
 from img2img_server.domain.urls import is_http_url
@@ -33,8 +34,6 @@ from img2img_server.store.base import JobStore, Stored, WorkerRegistry
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-LINK_BASE = "img2img-link-base"
-WARNING = "img2img-warning-bin"  # sentences of the gateway, in UTF-8
 _WARNING_MOST_CHARACTERS = 2000
 _PAGE_DEFAULT, _PAGE_MOST = 20, 100
 
@@ -213,7 +212,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
 
     def _caller(self, context: Context, *, with_deadline: bool = True) -> Caller:
         metadata = dict(context.invocation_metadata() or ())
-        base, told = str(metadata.get(LINK_BASE, "")), metadata.get(WARNING)
+        base, told = str(metadata.get(call_names.LINK_BASE, "")), metadata.get(call_names.WARNING)
         warning = told.decode(errors="replace") if isinstance(told, bytes) else ""
         return Caller(
             current_principal(),

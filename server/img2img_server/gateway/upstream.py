@@ -19,6 +19,7 @@ from img2img.v1 import (
     service_pb2,
     service_pb2_grpc,
 )
+from img2img_server.contract import call_names
 from img2img_server.gateway.refusals import Case, RefusedError, refusal
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
@@ -26,12 +27,9 @@ from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
 ADMIN_SERVICE = "img2img.v1.AdminService"
-MODELS_NAME = "img2img.v1.models"  # for the health service: has a worker ever announced a model?
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _STATUS_NAME = health_pb2.HealthCheckResponse.ServingStatus.Name
 ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
-LINK_BASE = "img2img-link-base"  # metadata: where the links of a new job shall point to
-WARNING = "img2img-warning-bin"  # metadata: sentences for Job.warning, in UTF-8
 _KEY_MOST_CHARACTERS = 1024  # longer ones would break the limit on metadata
 _CREATE_SECONDS = 60.0  # downloads the init image
 _READ_SECONDS = 10.0
@@ -119,11 +117,11 @@ class Upstream:
 
         `warning`: what of the caller's request is not in the spec, for Job.warning.
         """
-        told = [(WARNING, warning.encode(errors="replace"))] if warning else []
+        told = [(call_names.WARNING, warning.encode(errors="replace"))] if warning else []
         with _refusing(spec.model):
             answer = await self._stub.CreateJob(
                 service_pb2.CreateJobRequest(spec=spec, request_id=request_id),
-                metadata=(*_metadata(key), (LINK_BASE, link_base), *told),
+                metadata=(*_metadata(key), (call_names.LINK_BASE, link_base), *told),
                 timeout=_CREATE_SECONDS,
             )
         return answer.job
@@ -221,7 +219,7 @@ class Upstream:
     async def model_trouble(self) -> str:
         """Why no model can be asked for; empty: one can, or the api cannot be asked."""
         with suppress(grpc.aio.AioRpcError):  # an api of an older version does not tell either
-            if await self._status(MODELS_NAME) != _SERVING:
+            if await self._status(call_names.MODELS_SERVICE) != _SERVING:
                 return "none announced yet"
         return ""
 
