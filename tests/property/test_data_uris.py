@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import string
-from urllib.parse import quote_from_bytes
+import tracemalloc
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 from urllib.request import DataHandler, Request
 
 import pytest
@@ -111,6 +112,30 @@ def test_base64_without_a_data_uri_is_read_in_every_spelling(text: str) -> None:
 def test_what_is_no_base64_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not base64"):
         decode_base64(text)
+
+
+@given(
+    st.lists(st.sampled_from(["%", "%4", "%41", "%3D", "%0a", "=", "4", "\r", "\n", " ", "z", "ü"]))
+)
+def test_percent_signs_are_read_as_the_standard_library_reads_them(parts: list[str]) -> None:
+    text = "z" + "".join(parts) + "z"  # white space around the data is dropped
+    assert decode_data_uri(f"data:,{text}") == unquote_to_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["%", "%4"])
+def test_percent_signs_that_encode_nothing_take_no_time(text: str) -> None:
+    assert decode_data_uri("data:," + text * 1000) == text.encode() * 1000
+    with pytest.raises(ValueError, match="too many percent signs"):
+        decode_data_uri("data:," + text * 10_000_000)
+
+
+def test_percent_encoded_bytes_take_little_time_and_memory() -> None:
+    tracemalloc.start()
+    try:
+        assert decode_data_uri("data:," + "%41" * 1_000_000) == b"A" * 1_000_000
+        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_quotes_without_end_take_no_time() -> None:
