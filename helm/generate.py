@@ -38,6 +38,8 @@ OWNED = frozenset({
 # fmt: on
 # Of `local` alone.
 LOCAL = frozenset({"dev_key", "state_dir"})
+NEVER_NULL = {("settings",), ("env",)}  # maps that templates read without a default
+POOL = "workerDefaults"  # a pool in `workers` has some of the same values
 
 Path_ = tuple[str, ...]
 
@@ -88,7 +90,20 @@ def schema_of(value: Any, path: Path_, comments: Comments) -> dict[str, Any]:
         assert "additionalProperties" in said, f"{'.'.join(path)}: say what may be in it"
         return described | {"type": "object"} | said
     children = {key: schema_of(value[key], (*path, key), comments) for key in value}
-    return described | {"type": "object", "additionalProperties": False, "properties": children}
+    closed = {"type": "object", "additionalProperties": False, "properties": children}
+    return described | closed | (needed(value, path, comments) if path[0] != POOL else {})
+
+
+def needed(value: dict[str, Any], path: Path_, comments: Comments) -> dict[str, Any]:
+    """Refuses a null for a group of values, whose inner values templates read. Maps that a comment
+    opens may be null."""
+    groups = [
+        key
+        for key, inner in value.items()
+        if isinstance(inner, dict)
+        and ((*path, key) not in comments.schemas or (*path, key) in NEVER_NULL)
+    ]
+    return {"required": groups} if groups else {}
 
 
 def settings_schema() -> dict[str, Any]:
@@ -124,7 +139,7 @@ def definitions() -> dict[str, Any]:
         "workers": {
             "type": "object",
             "propertyNames": {"pattern": "^[a-z0-9]([a-z0-9-]{0,12}[a-z0-9])?$"},
-            "additionalProperties": {"$ref": "#/properties/workerDefaults"},
+            "additionalProperties": {"$ref": "#/definitions/pool"},
         },
     }
 
@@ -133,14 +148,19 @@ def render_schema(text: str) -> str:
     """The text of values.schema.json."""
     comments, values = Comments(text), yaml.safe_load(text)
     properties = {key: schema_of(values[key], (key,), comments) for key in values}
+    pool = properties[POOL]
+    properties[POOL] = {
+        "allOf": [{"$ref": "#/definitions/pool"}, needed(values[POOL], (POOL,), comments)]
+    }
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of the chart img2img",
         "type": "object",
         "additionalProperties": False,
+        **needed(values, (), comments),
         # `global` is Helm's own, for charts that hold this one.
         "properties": {**properties, "global": {"type": "object"}},
-        "definitions": definitions(),
+        "definitions": definitions() | {"pool": pool},
     }
     return json.dumps(schema, indent=2) + "\n"
 

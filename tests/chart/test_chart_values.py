@@ -173,3 +173,16 @@ def test_the_keys_file_that_the_chart_writes_is_one_that_the_api_reads(tmp_path:
     holder = KeyRing(file, dev_key=False).authenticate("test")
     assert holder is not None
     assert (holder.tenant, holder.permissions) == ("shop", frozenset())
+
+
+@pytest.mark.parametrize("group", ["image", "nats", "api.tls", "workerDefaults.autoscaling", "env"])
+def test_a_null_for_a_group_of_values_is_refused_by_its_name(group: str) -> None:
+    assert f"missing property '{group.rpartition('.')[2]}'" in refusal(f"--set={group}=null")
+
+
+@pytest.mark.parametrize(
+    "value", ["commonLabels", "api.topologySpread", "api.enabled", "tryOut.nats.enabled"]
+)
+def test_a_null_for_a_map_or_a_switch_takes_it_out(value: str) -> None:
+    given = ["--set=gateway.apiAddress=api:50051"] if value == "api.enabled" else []
+    assert render("production", f"--set={value}=null", *given)

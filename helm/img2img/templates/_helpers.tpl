@@ -55,7 +55,7 @@ valueFrom:
 {{- end -}}
 
 {{- define "img2img.apiCaSecret" -}}
-{{- $own := ternary .Values.api.tls.existingSecret "" .Values.api.enabled -}}
+{{- $own := ternary .Values.api.tls.existingSecret "" (default false .Values.api.enabled) -}}
 {{- default $own .Values.gateway.apiCaSecret -}}
 {{- end -}}
 

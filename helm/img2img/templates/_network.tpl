@@ -7,7 +7,7 @@
 
 {{- define "img2img.toNats" -}}
 - ports:
-    - {port: {{ ternary 4222 .Values.nats.port .Values.tryOut.nats.enabled }}, protocol: TCP}
+    - {port: {{ ternary 4222 .Values.nats.port (default false .Values.tryOut.nats.enabled) }}, protocol: TCP}
 {{- if .Values.tryOut.nats.enabled }}
   to:
     - podSelector:
