@@ -44,7 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"init_image": job_pb2.InitImage(url="file:///etc/passwd")},
         {
             "init_image": "Unable to fetch image from provided URL: the address does not begin "
-            "with http:// or https://"
+            "with http://, https:// or data:"
         },
     ),
     "70 megapixels": (
