@@ -26,7 +26,8 @@ the last line on stderr holds all of them. Only whether a GPU is there is seen l
 was imported and before a model is loaded. An empty path means that no path is set. A name that
 begins with `IMG2IMG_` and is not listed here is a mistake. (`IMG2IMG_SERVER` and `IMG2IMG_API_KEY`
 belong to the client and may be set beside them.) Sizes are in bytes, times in the unit that ends
-the name.
+the name. Without another bound a time is at most 31 days (`_HOURS`: 10 years), a size 2^53 and any
+other number 2^31 - 1. Files are regular files of at most 16 MiB, not pipes.
 """
 # A heading is a comment line of its own inside the class, a field follows it:
 #     # Addresses.
