@@ -60,7 +60,7 @@ class AsyncClient:
         self._retry = checked(retry)
         self._call_seconds = call_seconds
         self._is_closed = False
-        self._streams: WeakSet[AsyncJobStream] = WeakSet()
+        self._streams: WeakSet[AsyncCalls] = WeakSet()
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -90,8 +90,8 @@ class AsyncClient:
     async def close(self) -> None:
         """As Client.close."""
         self._is_closed = True
-        for stream in list(self._streams):
-            await stream.leave()
+        for calls in list(self._streams):
+            await calls.leave()
         await self._channel.close()
 
     async def generate(
@@ -184,9 +184,8 @@ class AsyncClient:
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
         calls = AsyncCalls(follow, self.endpoint, self._open, self._cancel_abandoned)
-        stream = AsyncJobStream(calls)
-        self._streams.add(stream)
-        return stream
+        self._streams.add(calls)
+        return AsyncJobStream(follow, calls.begin())
 
     async def _call(self, method: Callable[..., Awaitable[T]], wish: object) -> T:
         backoff = Backoff(self._retry)

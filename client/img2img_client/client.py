@@ -74,7 +74,7 @@ class Client:
         )
         self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
         self._silence = SilenceWatch(self._retry.silence_seconds)
-        self._streams: WeakSet[JobStream] = WeakSet()
+        self._streams: WeakSet[BlockingCalls] = WeakSet()
         self.admin = Admin(self._channel, self._call)
         _clients.add(self)
 
@@ -90,8 +90,8 @@ class Client:
         Calls and streams that another thread waits for end with ClientClosedError.
         """
         self._is_closed = True
-        for stream in list(self._streams):
-            stream.leave()
+        for calls in list(self._streams):
+            calls.leave()
         self._channel.close()
 
     def generate(
@@ -210,9 +210,8 @@ class Client:
         calls = BlockingCalls(
             follow, self.endpoint, self._open, self._cancel_abandoned, self._silence
         )
-        stream = JobStream(calls)
-        self._streams.add(stream)
-        return stream
+        self._streams.add(calls)
+        return JobStream(follow, calls.begin())
 
     def _call(self, method: Callable[..., T], wish: object) -> T:
         backoff = Backoff(self._retry)

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Self
+from weakref import ref
 
 import grpc
 
@@ -56,8 +57,8 @@ def is_task_cancelled() -> bool:
 class _Calls:
     """The calls that read one job, and what leaving them does.
 
-    Not part of the stream, which holds their generator: as soon as nobody holds the stream or its
-    iterator, the generator ends, and so does the job.
+    They hold neither the stream nor the generator of its events: as soon as nobody else holds the
+    generator, it ends, and so does the job.
     """
 
     def __init__(self, follow: Follow, endpoint: Endpoint, open_call: Open) -> None:
@@ -106,8 +107,30 @@ class BlockingCalls(_Calls):
         self._cancel = cancel
         self._silence = silence
         self._first: Future[Any] | None = None  # message of the newest call
+        self._events: Callable[[], Generator[Event, None, None] | None] = lambda: None
 
-    def run(self) -> Generator[Event, None, None]:
+    def begin(self) -> Generator[Event, None, None]:
+        """Returns the events. To be called once."""
+        events = self._run()
+        self._events = ref(events)
+        return events
+
+    def leave(self) -> None:
+        """Ends the events, also while another thread reads them, and cancels the job.
+
+        For a client that is closed: the other thread must find it so.
+        """
+        events = self._events()
+        with suppress(ValueError):  # another thread reads them
+            if events is not None:
+                events.close()
+        name = self.follow.abandon()  # first: the other thread would cancel it half way
+        if self._call is not None:
+            self._call.cancel()
+        if name:
+            self._cancel(name)
+
+    def _run(self) -> Generator[Event, None, None]:
         follow = self.follow
         try:
             while not follow.finished:
@@ -131,14 +154,6 @@ class BlockingCalls(_Calls):
         finally:
             if name := follow.abandon():
                 self._cancel(name)
-
-    def interrupt(self) -> None:
-        """Ends the call that another thread reads, and cancels the job."""
-        name = self.follow.abandon()  # first: the other thread may not cancel it half way
-        if self._call is not None:
-            self._call.cancel()
-        if name:
-            self._cancel(name)
 
     def _messages(self, call: Any) -> Iterator[Any]:
         """Yields the call's messages. Raises UnavailableError when it is silent for too long."""
@@ -187,8 +202,23 @@ class AsyncCalls(_Calls):
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
         self._first: asyncio.Future[Any] | None = None  # message of the newest call
+        self._events: Callable[[], AsyncGenerator[Event, None] | None] = lambda: None
 
-    async def run(self) -> AsyncGenerator[Event, None]:
+    def begin(self) -> AsyncGenerator[Event, None]:
+        """As BlockingCalls.begin."""
+        events = self._run()
+        self._events = ref(events)
+        return events
+
+    async def leave(self) -> None:
+        """As BlockingCalls.leave."""
+        events = self._events()  # None also while the loop still has to end it
+        with suppress(RuntimeError):  # another task reads them
+            if events is not None:
+                await events.aclose()
+        await self._leave()
+
+    async def _run(self) -> AsyncGenerator[Event, None]:
         follow = self.follow
         try:
             while not follow.finished:
@@ -210,7 +240,7 @@ class AsyncCalls(_Calls):
                 call.cancel()
                 await asyncio.sleep(pause)
         finally:
-            if self._call is not None and not follow.finished:
+            if not follow.finished:
                 # It goes on when the task that leaves is cancelled once more.
                 await asyncio.shield(asyncio.ensure_future(self._leave()))
 
@@ -239,21 +269,14 @@ class AsyncCalls(_Calls):
                 raise
             raise silent(limit) from None
 
-    async def interrupt(self) -> None:
-        """Ends the call that another task reads, and cancels the job."""
-        name = self.follow.abandon()
-        if self._call is not None:
-            self._call.cancel()
-        if name:
-            await self._cancel(name)
-
     async def _leave(self) -> None:
         follow, first = self.follow, self._first
         if follow.is_ours and not follow.job_name and first is not None:
             await asyncio.wait({first}, timeout=NAME_SECONDS)
             if first.done() and not first.cancelled() and first.exception() is None:
                 self._take(first.result())
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
         if name := follow.abandon():
             await self._cancel(name)
 
@@ -286,10 +309,9 @@ class JobStream(_Stream):
     Heartbeats of the service are not handed out.
     """
 
-    def __init__(self, calls: BlockingCalls) -> None:
-        super().__init__(calls.follow)
-        self._calls = calls
-        self._events = calls.run()
+    def __init__(self, follow: Follow, events: Generator[Event, None, None]) -> None:
+        super().__init__(follow)
+        self._events = events
 
     def __iter__(self) -> Iterator[Event]:
         return self._events
@@ -303,13 +325,6 @@ class JobStream(_Stream):
     def close(self) -> None:
         """Leaves the stream; cancels the job if it is ours, not detached and not ended."""
         self._events.close()
-
-    def leave(self) -> None:
-        """As close, also while another thread reads. For a client that is closed."""
-        try:
-            self._events.close()
-        except ValueError:  # that thread finds the client closed
-            self._calls.interrupt()
 
     def result(self) -> Result:
         """Waits for the job's end and returns its pictures.
@@ -327,10 +342,9 @@ class AsyncJobStream(_Stream):
     """Iterate over it, best inside `async with`; `result()` reads what is left and joins the
     pictures. Cancelling the task that reads leaves the stream. Heartbeats are not handed out."""
 
-    def __init__(self, calls: AsyncCalls) -> None:
-        super().__init__(calls.follow)
-        self._calls = calls
-        self._events = calls.run()
+    def __init__(self, follow: Follow, events: AsyncGenerator[Event, None]) -> None:
+        super().__init__(follow)
+        self._events = events
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self._events
@@ -344,13 +358,6 @@ class AsyncJobStream(_Stream):
     async def aclose(self) -> None:
         """As JobStream.close."""
         await self._events.aclose()
-
-    async def leave(self) -> None:
-        """As JobStream.leave."""
-        try:
-            await self._events.aclose()
-        except RuntimeError:
-            await self._calls.interrupt()
 
     async def result(self) -> Result:
         """As JobStream.result."""

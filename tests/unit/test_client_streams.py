@@ -320,14 +320,15 @@ def test_closing_the_client_leaves_its_streams(run: Run) -> None:
     service = FakeService(pause_after=3)
 
     def close(client: Any) -> Any:
-        stream = client.stream("p", b"photo")
         if isinstance(client, Client):
-            next(iter(stream))
+            events = iter(client.stream("p", b"photo"))  # the stream itself is held no more
+            next(events)
             client.close()
             return None
 
         async def closing() -> None:
-            await anext(aiter(stream))
+            events = aiter(client.stream("p", b"photo"))
+            await anext(events)
             await client.close()
 
         return closing()
@@ -394,6 +395,25 @@ def test_breaking_out_of_a_loop_cancels_the_job_without_with(run: Run) -> None:
         run(service, leave)
     finally:
         gc.enable()
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
+def test_an_exception_within_a_loop_cancels_the_job_when_the_client_is_left(run: Run) -> None:
+    service = FakeService(pause_after=3)
+
+    def fail(client: Any) -> Any:
+        if isinstance(client, Client):
+            for _ in client.stream("p", b"photo"):
+                raise LookupError
+
+        async def failing() -> None:
+            async for _ in client.stream("p", b"photo"):
+                raise LookupError
+
+        return failing()
+
+    with pytest.raises(LookupError):
+        run(service, fail)
     assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
 
 
