@@ -46,14 +46,14 @@ DECODE_GAP = 3.0
 CONVERT_MAX_PIXELS = 2**22
 CONVERT_GAP = 2.0
 
-UPRIGHT = {
+# What is left to do by EXIF orientation; from 5 on, rows and columns are swapped before.
+FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    6: Image.Transpose.FLIP_LEFT_RIGHT,
+    7: Image.Transpose.ROTATE_180,
+    8: Image.Transpose.FLIP_TOP_BOTTOM,
 }
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 
@@ -160,10 +160,13 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
         if transform and image.width * image.height > CONVERT_MAX_PIXELS:
             image, box = _averaged(image, box, width)
         image = _opaque_srgb(image, transform)
+        if turned >= 5:  # before the resize, whose two passes do not commute exactly
+            image, box = image.transpose(Image.Transpose.TRANSPOSE), (*box[1::-1], *box[:1:-1])
+            width, height = height, width
         if image.size != (width, height) or box != (0, 0, width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS, box)
-    if turned in UPRIGHT:
-        image = image.transpose(UPRIGHT[turned])
+    if turned in FLIPS:
+        image = image.transpose(FLIPS[turned])
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
