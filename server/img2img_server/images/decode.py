@@ -29,8 +29,6 @@ PLUGINS: dict[Container, type[ImageFile]] = {
 }
 # libjpeg-turbo's warnings about rows that are missing.
 _MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
-# What simplejpeg's refusal of an unusual subsampling contains.
-_NOT_JUDGED = "subsampling"
 # Bytes to put after the last scan; every table of Huffman codes reads them differently.
 _PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
 _MAX_COMPARED_PIXELS = 2**24  # each pad is one more decoding
@@ -80,7 +78,7 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
     """
     assert header.jpeg
     if header.jpeg.lossless:  # simplejpeg writes beyond its buffer when it is to decode one smaller
-        if not _may_be_whole(header, _NOT_JUDGED):
+        if not _may_be_whole(header, ""):
             raise HeaderError("rows are missing")
         return None
     # RGBX is how Pillow stores RGB, so its copy is fast.
@@ -110,17 +108,17 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
 def _may_be_whole(header: Header, warning: str) -> bool:
     """Returns whether a JPEG may hold all rows, given libjpeg-turbo's first warning.
 
-    Bytes after the last row are harmless. Without an end marker, or with a subsampling that the
-    decoder's simple interface does not know, missing bits are looked for by the pixels that they
-    change. With other warnings, and in large images of such a subsampling, Pillow decides.
+    Bytes after the last row are harmless. After any other warning, which may hide one about missing
+    rows, missing bits are looked for by the pixels that they change. In large images and in those
+    where missing bits count as zeros, the end marker decides.
     """
+    assert header.jpeg
     if any(sign in warning for sign in _MISSING_ROWS):
         return False
     if "extraneous bytes before marker 0xd9" in warning:
         return True
-    ended = check_scans(header) < len(header.data) - len(JPEG_END)
-    if ended and (_NOT_JUDGED not in warning or header.pixels > _MAX_COMPARED_PIXELS):
-        return True
+    if header.jpeg.arithmetic or header.pixels > _MAX_COMPARED_PIXELS:
+        return check_scans(header) < len(header.data) - len(JPEG_END)
     return _holds_all_bits(header)
 
 
@@ -129,8 +127,6 @@ def _holds_all_bits(header: Header) -> bool:
 
     Missing bits that change no pixel, as in an image of one colour, are not found.
     """
-    if header.pixels > _MAX_COMPARED_PIXELS:
-        return False
     end, size = check_scans(header), (header.width, header.height)
     without = _decode_with_pillow(header, size)
     for pad in _PADS:

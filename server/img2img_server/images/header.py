@@ -46,16 +46,29 @@ class JpegFrame(NamedTuple):
     """What a JPEG says about its scans.
 
     Attributes:
-        progressive: Each scan refines the image or one component of it.
-        lossless: Coded without a transform, so that it cannot be decoded at a smaller size.
+        marker: The last byte of its SOF marker, 0xC0 to 0xCF, which names the coding.
         components: One identifier each.
         first_scan: Where it begins in Header.data.
     """
 
-    progressive: bool
-    lossless: bool
+    marker: int
     components: bytes
     first_scan: int = 0
+
+    @property
+    def progressive(self) -> bool:
+        """Whether each scan refines the image or one component of it."""
+        return self.marker & 3 == 2
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it is coded without a transform, so that it cannot be decoded smaller."""
+        return self.marker & 3 == 3
+
+    @property
+    def arithmetic(self) -> bool:
+        """Whether missing bits count as zeros, which encoders may leave out."""
+        return self.marker >= 0xC8
 
 
 class PngFormat(NamedTuple):
@@ -219,11 +232,7 @@ def _read_jpeg(data: bytes) -> Header:
             bits, height, width, count = struct.unpack_from(">BHHB", content)
             if bits != 8:
                 raise HeaderError(f"it has {bits} bits for each sample, not 8")
-            frame = JpegFrame(
-                progressive=marker in (0xC2, 0xC6, 0xCA, 0xCE),
-                lossless=marker in (0xC3, 0xC7, 0xCB, 0xCF),
-                components=content[6 : 6 + 3 * count : 3],
-            )
+            frame = JpegFrame(marker, components=content[6 : 6 + 3 * count : 3])
             header = replace(header, width=width, height=height, jpeg=frame)
         if marker == 0xE1 and content.startswith(b"Exif\0\0"):
             metadata.append((b"exif", content[6:]))

@@ -21,14 +21,16 @@ def check_scans(header: Header) -> int:
 
     Raises:
         HeaderError: more than MAX_JPEG_SCANS, a component has no scan, a progressive image
-            without end marker lacks scans, or a scan is cut in its header.
+            without end marker lacks scans, a scan is cut in its header, or an arithmetic-coded
+            image has no end marker.
     """
-    assert header.jpeg
-    data, components = header.data, header.jpeg.components
+    frame = header.jpeg
+    assert frame
+    data, components = header.data, frame.components
     end_of_file = len(data) - len(JPEG_END)  # header.py added the marker
     # For each component the bits that each coefficient still lacks.
     missing = {component: bytearray([_MISSING] * _COEFFICIENTS) for component in components}
-    scans, start = 0, header.jpeg.first_scan
+    scans, start = 0, frame.first_scan
     for _ in range(MAX_PARTS):
         marker, end = data[start + 1], start + 2
         if marker not in (0x01, 0xD8, 0xD9):  # the others have a length
@@ -40,8 +42,8 @@ def check_scans(header: Header) -> int:
             scans += 1
             if scans > MAX_JPEG_SCANS:
                 raise HeaderError(f"it has more than {MAX_JPEG_SCANS} scans")
-            scanned = _record(missing, data[start + 4 : end], header.jpeg.progressive)
-            if scanned == len(components) and not header.jpeg.progressive:
+            scanned = _record(missing, data[start + 4 : end], frame.progressive)
+            if scanned == len(components) and not (frame.progressive or frame.arithmetic):
                 return data.find(JPEG_END, end)  # decoders stop after this scan
         found = _MARKER.search(data, end)
         assert found  # the end marker that was added
@@ -51,6 +53,8 @@ def check_scans(header: Header) -> int:
     ended = start < end_of_file and marker == 0xD9
     if any(bits[0] == _MISSING or (not ended and any(bits)) for bits in missing.values()):
         raise HeaderError("scans are missing")
+    if not ended and frame.arithmetic:  # no decoder tells its missing bits from zeros
+        raise HeaderError("its end marker is missing")
     if end > end_of_file and marker != 0xD9:
         raise HeaderError("it is cut off")
     return start
