@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import zlib
 from io import BytesIO
@@ -209,10 +210,11 @@ def text_bomb() -> bytes:
 
 
 def many_scans_jpeg(scans: int, between: bytes = b"") -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG whose first scan comes again and again, with its table."""
     data = saved(photo(64, 64), "JPEG", progressive=True)
-    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
-    return data[:end] + (between + data[start:end]) * scans + data[end:]
+    start, end = data.index(b"\xff\xc4"), data.rindex(b"\xff\xd9")
+    first = data[start : data.index(b"\xff\xc4", data.index(b"\xff\xda"))]
+    return data[:end] + (between + first) * scans + data[end:]
 
 
 def separate_scans_jpeg(pixels: Pixels) -> bytes:
@@ -229,6 +231,16 @@ def separate_scans_jpeg(pixels: Pixels) -> bytes:
         head = grey[:frame] + b"\xff\xc0\0\x11" + size + b"\x03" + components
         head += grey[frame + 2 + 11 : start]
     return head + b"".join(scans) + b"\xff\xd9"
+
+
+def arithmetic_jpeg() -> bytes:
+    """An arithmetic-coded JPEG of 8x24 pixels by cjpeg, whose chroma has a third of the rows."""
+    return base64.b64decode(
+        "/9j/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6jq62rZ4C8ybqmx5mo"
+        "q6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKT/yQARCAAYAAgDARMAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD9ZpSRB35ScHtTMYu0wiHdmZo0NCNl"
+        "JJaA/9k="
+    )
 
 
 def padded_png(size_bytes: int) -> bytes:

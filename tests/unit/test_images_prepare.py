@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pictures
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from img2img_server.domain.params import Limits
 from img2img_server.images.base import CheckedImage, InvalidImageError
@@ -22,6 +22,7 @@ from img2img_server.images.header import MAX_JPEG_SCANS, MAX_PARTS
 from img2img_server.images.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_image, prepare_image
 
 LIMITS = Limits()
+Size = tuple[int, int]
 NOT_VALID = "init_image is not a valid PNG, JPG or WebP image"
 TOO_LARGE = "init_image must not be larger than 20 MB"
 TOO_MANY_PIXELS = "init_image must not have more than 64 megapixels"
@@ -347,6 +348,30 @@ def test_a_jpeg_cut_in_a_scan_header_is_refused(progressive: bool, missing: int)
         assert refusal(cut + b"\xff\xd9") == NOT_VALID
 
 
+def test_an_arithmetic_coded_jpeg_needs_its_end_marker() -> None:
+    """Its encoder may leave out zeros at the end, so missing bits are no warning."""
+    data = pictures.arithmetic_jpeg()
+    with pictures.opened(data) as image:
+        expected = np.asarray(image.convert("RGB"))
+
+    assert differ(prepare(data, 8, 24), expected) == 0
+    assert check(data + bytes(99)).prepared is False
+    for missing in range(1, 9):
+        assert refusal(data[:-missing]) == NOT_VALID
+
+
+def test_a_jpeg_with_stray_bytes_is_accepted_whole_and_refused_cut() -> None:
+    """The decoder's warning about stray bytes comes before the one about missing bits."""
+    whole = pictures.saved(pictures.photo(96, 64), "JPEG", restart_marker_blocks=4)
+    place = whole.index(b"\xff\xd1")
+    data = whole[:place] + bytes(30) + whole[place:]
+
+    assert differ(prepare(data, 96, 64), prepare(whole, 96, 64)) == 0
+    for missing in (5, 9, 200):
+        for end in (b"", b"\xff\xd9"):
+            assert refusal(data[:-missing] + end) == NOT_VALID
+
+
 def test_a_progressive_jpeg_without_end_marker_needs_all_its_scans() -> None:
     data = pictures.saved(pictures.photo(96, 64), "JPEG", progressive=True)
     starts = [place.start() for place in re.finditer(b"\xff\xda", data)]
@@ -382,6 +407,18 @@ def test_exif_rotation_is_applied(orientation: int, size: tuple[int, int]) -> No
 
     assert differ(prepare(data, *size), upright) < 30
     assert differ(prepare(data, *size), prepare(pictures.jpeg(upright), *size)) < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (50, 90), (200, 300)])
+def test_a_rotated_image_is_resized_as_an_upright_one(orientation: int, size: Size) -> None:
+    """Lanczos along rows and then columns clips other pixels than the other way round."""
+    noise = np.random.default_rng(1).integers(0, 2, (128, 128, 3), np.uint8) * 255
+    data = pictures.saved(noise, "PNG", exif=pictures.exif(orientation))
+    with pictures.opened(data) as image:
+        upright = pictures.saved(ImageOps.exif_transpose(image), "PNG", exif=pictures.exif(1))
+
+    assert differ(prepare(data, *size), prepare(upright, *size)) <= 2
 
 
 @pytest.mark.parametrize("container", ["PNG", "WEBP"])
