@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import stat
 from pathlib import Path
@@ -11,7 +12,8 @@ MAX_BYTES: Final = 16 * 2**20  # a bundle of all public authorities has 250 kB
 
 
 def read_bytes(path: Path) -> bytes:
-    """Returns the content of a regular file.
+    """Returns the content of a regular file, without the byte order mark of Windows tools, which
+    gRPC and others do not take.
 
     A pipe would wait for its writer for ever, and a device such as /dev/zero never ends.
 
@@ -26,13 +28,13 @@ def read_bytes(path: Path) -> bytes:
     if len(content) > MAX_BYTES:
         limit = f"it has more than {MAX_BYTES // 2**20} MiB"
         raise OSError(errno.EFBIG, limit, str(path))
-    return content
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def read_text(path: Path) -> str:
-    """Returns the content of a file in UTF-8, without a byte order mark. Errors as `read_bytes`."""
+    """Returns the content of a file in UTF-8. Otherwise as `read_bytes`."""
     try:
-        return read_bytes(path).decode("utf-8-sig")
+        return read_bytes(path).decode()
     except UnicodeDecodeError as error:
         fault = f"it is no text in UTF-8 ({error.reason} at byte {error.start})"
         raise OSError(errno.EILSEQ, fault, str(path)) from error

@@ -203,7 +203,7 @@ async def tls_server(certificate: trustme.LeafCert) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-async def test_tls_that_does_not_fit_is_told_apart(
+async def test_tls_that_does_not_fit_is_distinguished(
     s3: FakeS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known, past = trustme.CA(), datetime(2020, 1, 1, tzinfo=UTC)

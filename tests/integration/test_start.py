@@ -164,7 +164,7 @@ async def test_wrong_settings_end_a_role_at_once_with_all_of_them_in_the_last_li
     assert cpu_seconds(before, after) < CPU_SECONDS * len(wrong)
 
 
-async def test_a_device_that_is_not_there_is_told_before_a_model_library_is_imported(
+async def test_a_device_that_is_not_there_is_reported_before_a_model_library_is_imported(
     engine_settings: Callable[..., Settings],
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -178,7 +178,7 @@ async def test_a_device_that_is_not_there_is_told_before_a_model_library_is_impo
     assert cpu_seconds(before, after) < TORCH_CPU_SECONDS
 
 
-async def test_a_store_or_bus_that_is_away_is_told_although_the_model_still_loads(
+async def test_a_store_or_bus_that_is_away_is_reported_although_the_model_still_loads(
     engine_settings: Callable[..., Settings],
 ) -> None:
     config = of(engine_settings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import grpc
 import pytest
 import trustme
 from cryptography.hazmat.primitives.serialization import (
@@ -37,6 +39,7 @@ from img2img_server.exit_reason import code_of, reasons_of
 from img2img_server.last_line import exit_with_reasons
 from img2img_server.ports import Listener, host_port, listeners, reachable, reserve
 from img2img_server.setting_checks import checked_settings, mistakes_of
+from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError, variable
 from tests.readme import ROOT
 
@@ -128,7 +131,7 @@ def test_all_settings_that_are_wrong_are_named_at_once(give: Callable[..., None]
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_what_is_wrong_in_files_and_ports_is_told_with_what_is_wrong_in_the_text(
+def test_what_is_wrong_in_files_and_ports_is_reported_with_what_is_wrong_in_the_text(
     give: Callable[..., None], role: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -197,7 +200,7 @@ def test_every_number_has_a_most(give: Callable[..., None], name: str) -> None:
         ("ZZZ", ""),
     ],
 )
-def test_an_unknown_name_is_told_with_the_nearest_one(
+def test_an_unknown_name_is_reported_with_the_nearest_one(
     monkeypatch: pytest.MonkeyPatch, name: str, near: str
 ) -> None:
     monkeypatch.setenv(f"IMG2IMG_{name}", "x")
@@ -213,7 +216,7 @@ def test_an_unknown_name_is_told_with_the_nearest_one(
         ("api_address", "api:50051 "),
     ],
 )
-def test_a_space_at_the_end_is_told_as_one(
+def test_a_space_at_the_end_is_reported_as_one(
     give: Callable[..., None], name: str, value: str
 ) -> None:
     give(**{name: value})
@@ -288,6 +291,19 @@ def test_a_wrong_tls_file_is_named_and_not_the_port(
         assert mistake.startswith(start)
 
 
+async def test_grpc_takes_a_certificate_and_a_key_with_a_byte_order_mark(
+    tmp_path: Path, authority: trustme.CA
+) -> None:
+    issued = authority.issue_cert("localhost")
+    cert, key = tmp_path / "cert", tmp_path / "key"
+    cert.write_bytes(codecs.BOM_UTF8 + issued.cert_chain_pems[0].bytes())
+    key.write_bytes(codecs.BOM_UTF8 + issued.private_key_pem.bytes())
+    assert pair_faults(cert, key) == ("", "")
+    pair = (read_bytes(key), read_bytes(cert))
+    credentials = grpc.ssl_server_credentials([pair])
+    assert grpc.aio.server().add_secure_port("127.0.0.1:0", credentials)
+
+
 FILES = {
     "api": [
         *("tls_cert_file", "tls_key_file", "api_keys_file"),
@@ -316,7 +332,7 @@ def test_what_never_ends_or_does_not_fit_is_not_read(
         assert all(each.endswith(f" cannot be read: {why}") for each in said)
 
 
-def test_a_chain_in_the_wrong_order_and_a_certificate_out_of_its_time_are_told(
+def test_a_chain_in_the_wrong_order_and_a_certificate_out_of_its_time_are_reported(
     tmp_path: Path, authority: trustme.CA
 ) -> None:
     between = authority.create_child_ca().issue_cert("localhost")
@@ -388,7 +404,7 @@ def test_a_bundle_with_comments_and_any_line_ends_is_trusted(authority: trustme.
 
 
 @pytest.mark.parametrize("role", ["api", "gateway", "worker"])
-def test_a_trust_bundle_that_openssl_would_ignore_is_told(
+def test_a_trust_bundle_that_openssl_would_ignore_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, role: str
 ) -> None:
     bundle = tmp_path / "bundle.pem"
@@ -401,7 +417,7 @@ def test_a_trust_bundle_that_openssl_would_ignore_is_told(
 # Ports and addresses.
 
 
-def test_every_port_of_local_is_told_at_once() -> None:
+def test_every_port_of_local_is_reported_at_once() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as grpc,
         socket.create_server(("127.0.0.1", 0)) as http,
@@ -417,7 +433,7 @@ def test_every_port_of_local_is_told_at_once() -> None:
     assert f"`local` needs 3 ports in a row from {ports[2] - 1} on" in text
 
 
-def test_ports_are_told_once_with_what_is_wrong_with_them() -> None:
+def test_ports_are_reported_once_with_what_is_wrong_with_them() -> None:
     said = {
         code: Listener("http_host", "http_port", "127.0.0.1", 80).mistake(OSError(code, "x"))
         for code in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL, errno.ENOBUFS)
@@ -442,7 +458,7 @@ def test_a_host_that_is_not_ours_is_named(host: str, said: str) -> None:
         reserve(listeners("api", Settings(grpc_host=host, grpc_port=0, metrics_port=0)))
 
 
-def test_two_settings_with_the_same_port_are_told() -> None:
+def test_two_settings_with_the_same_port_are_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(SettingsError, match=f"IMG2IMG_METRICS_PORT: 127.0.0.1:{port} is in use"):
@@ -619,7 +635,7 @@ def test_a_size_that_no_request_may_have_is_not_run_first(
     assert mistake.startswith(f"IMG2IMG_WARM_UP_SIZES: {size}: ")
 
 
-def test_a_link_that_leads_nowhere_is_told_so(give: Callable[..., None], tmp_path: Path) -> None:
+def test_a_link_that_leads_nowhere_is_reported(give: Callable[..., None], tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "none")
     give(model=link, compile_cache_dir=link, lora_dir=link)
@@ -630,7 +646,7 @@ def test_a_link_that_leads_nowhere_is_told_so(give: Callable[..., None], tmp_pat
     ]
 
 
-def test_a_model_that_is_a_file_is_told_so(give: Callable[..., None], tmp_path: Path) -> None:
+def test_a_model_that_is_a_file_is_reported(give: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "dreamy.safetensors").write_bytes(b"")
     give(model=tmp_path / "dreamy.safetensors")
     assert "is a file; a model is a directory" in "".join(refused("worker"))
