@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from img2img_server.domain.params import Limits
+from img2img_server.images import decode
 from img2img_server.images.base import CheckedImage, InvalidImageError
 from img2img_server.images.header import MAX_JPEG_SCANS, MAX_PARTS
 from img2img_server.images.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_image, prepare_image
@@ -370,6 +371,19 @@ def test_a_jpeg_with_stray_bytes_is_accepted_whole_and_refused_cut() -> None:
     for missing in (5, 9, 200):
         for end in (b"", b"\xff\xd9"):
             assert refusal(data[:-missing] + end) == NOT_VALID
+
+
+@pytest.mark.parametrize("bound", ["_MAX_COMPARED_PIXELS", "_MAX_COMPARED_SCANNED"])
+def test_the_end_marker_decides_where_looking_for_missing_bits_takes_long(
+    bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, bound, 0)
+    whole = pictures.saved(pictures.photo(96, 64), "JPEG", restart_marker_blocks=4)
+    place = whole.index(b"\xff\xd1")
+    data = whole[:place] + bytes(30) + whole[place:]
+
+    assert check(data).prepared is False
+    assert refusal(data.removesuffix(b"\xff\xd9")) == NOT_VALID
 
 
 def test_a_progressive_jpeg_without_end_marker_needs_all_its_scans() -> None:

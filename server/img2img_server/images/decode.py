@@ -31,7 +31,10 @@ PLUGINS: dict[Container, type[ImageFile]] = {
 _MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
 # Bytes to put after the last scan; every table of Huffman codes reads them differently.
 _PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
-_MAX_COMPARED_PIXELS = 2**24  # each pad is one more decoding
+# Each pad is one more decoding, whose time grows with the pixels and with the pixels of all scans.
+_MAX_COMPARED_PIXELS = 2**24
+_MAX_COMPARED_SCANNED = 2**27
+_SCAN = b"\xff\xda"
 _RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]
 # Rows of a 16-bit PNG compared with its colour key at once.
 _STRIP_ROWS = 256
@@ -109,7 +112,7 @@ def _may_be_whole(header: Header, warning: str) -> bool:
     """Returns whether a JPEG may hold all rows, given libjpeg-turbo's first warning.
 
     Bytes after the last row are harmless. After any other warning, which may hide one about missing
-    rows, missing bits are looked for by the pixels that they change. In large images and in those
+    rows, missing bits are looked for by the pixels that they change. Where that takes long, and
     where missing bits count as zeros, the end marker decides.
     """
     assert header.jpeg
@@ -117,17 +120,20 @@ def _may_be_whole(header: Header, warning: str) -> bool:
         return False
     if "extraneous bytes before marker 0xd9" in warning:
         return True
-    if header.jpeg.arithmetic or header.pixels > _MAX_COMPARED_PIXELS:
-        return check_scans(header) < len(header.data) - len(JPEG_END)
-    return _holds_all_bits(header)
+    end = check_scans(header)
+    scanned = header.pixels * header.data.count(_SCAN, header.jpeg.first_scan, end)
+    slow = header.pixels > _MAX_COMPARED_PIXELS or scanned > _MAX_COMPARED_SCANNED
+    if slow or header.jpeg.arithmetic:
+        return end < len(header.data) - len(JPEG_END)
+    return _holds_all_bits(header, end)
 
 
-def _holds_all_bits(header: Header) -> bool:
-    """Returns whether no pixel depends on what stands between the last scan and the end marker.
+def _holds_all_bits(header: Header, end: int) -> bool:
+    """Returns whether no pixel depends on what stands between the last scan and its end marker.
 
     Missing bits that change no pixel, as in an image of one colour, are not found.
     """
-    end, size = check_scans(header), (header.width, header.height)
+    size = (header.width, header.height)
     without = _decode_with_pillow(header, size)
     for pad in _PADS:
         padding = b"".join(pad + mark for mark in _RESTARTS)
