@@ -91,7 +91,7 @@ def _formatted(sentence: str, code: int) -> str:
         "event": sentence,
         "exit_code": code,
         "role": sentence.partition(": ")[0].split()[-1],
-        "level": "error",
+        "level": "error" if code < 128 else "info",  # a signal: somebody asked for it
         "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
     }
     return json.dumps(record, ensure_ascii=False)

@@ -74,6 +74,7 @@ async def serve_local(
             log.info("stopping the roles, then the engines")
     except EnginesError as error:
         raise UnavailableError(str(error)) from error
+    log.info("local stopped")
 
 
 def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:

@@ -273,7 +273,8 @@ async def test_a_process_that_is_stopped_before_its_packages_are_imported_says_s
     for name in ("SIGTERM", "SIGINT"):
         end = await ended("api", program=STOPPED.replace("SIGNAL", name))
         assert end.code == 128 + signal.Signals[name]
-        assert [each["event"] for each in end.records] == [f"img2img-server api: stopped by {name}"]
+        (line,) = end.records
+        assert (line["event"], line["level"]) == (f"img2img-server api: stopped by {name}", "info")
 
 
 NOISE = """
