@@ -289,6 +289,19 @@ def test_a_lossless_jpeg_is_decoded_whole() -> None:
     assert refusal(data[:-1000]) == NOT_VALID
 
 
+@pytest.mark.parametrize("scan", range(3))
+def test_no_second_frame_header_makes_a_jpeg_lossless(scan: int) -> None:
+    """The decoder that must not get lossless images would write beyond its buffer."""
+    data = pictures.separate_scans_jpeg(pictures.photo(96, 64))
+    frame = data[data.index(b"\xff\xc0") :][:19].replace(b"\xff\xc0", b"\xff\xc3")
+    place = [found.start() for found in re.finditer(b"\xff\xda", data)][scan]
+    hidden = data[:place] + frame + data[place:]
+
+    assert refusal(hidden) == NOT_VALID
+    with pytest.raises(InvalidImageError):
+        prepare_image(hidden, width=8, height=8)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "cause"),
     [(1, 0xC3, ""), (1, 0xF7, "JPEG-LS"), (4, 12, "12 bits for each sample"), (1, 0xCB, "")],
