@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
+import nats.errors
+import nats.js.errors
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from img2img_server.errors import UnavailableError
+from img2img_server.exit_reason import reasons_of
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.wire.access import Login, NatsAccess
+from img2img_server.wire.faults import unavailable
 
 PRINTABLE = st.text(st.characters(min_codepoint=1, max_codepoint=0x2FF, exclude_categories=["Cs"]))
 
@@ -127,3 +132,22 @@ def test_secrets_do_not_show() -> None:
 def test_a_certificate_file_that_is_missing_is_named_with_its_setting() -> None:
     with pytest.raises(SettingsError, match=r"IMG2IMG_NATS_CA_FILE: /nowhere/ca.pem"):
         _ = access("tls://h", nats_ca_file="/nowhere/ca.pem").tls
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (nats.errors.ConnectionClosedError(), "connection closed"),
+        (nats.js.errors.ServiceUnavailableError(description="no quorum"), "no quorum"),
+    ],
+)
+def test_an_operator_reads_why_nats_cannot_be_used_and_a_caller_does_not(
+    error: Exception, why: str
+) -> None:
+    with pytest.raises(UnavailableError) as caught, unavailable():
+        raise error
+    (reason,) = reasons_of(caught.value)
+    assert reason.startswith("IMG2IMG_NATS_URL: NATS cannot be used (")
+    assert why in reason
+    assert str(caught.value) == "Service temporarily unavailable."

@@ -67,10 +67,15 @@ def unavailable() -> Iterator[None]:
         if error.err_code == _STORE_FAILED and error.description == _SUBJECT_FULL:
             raise SubjectFullError from error
         if isinstance(error, DOWN):
-            raise UnavailableError from error
+            raise _unavailable(error) from error
         raise
     except DOWN as error:
-        raise UnavailableError from error
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> UnavailableError:
+    why = str(error).removeprefix("nats: ") or type(error).__name__
+    return UnavailableError(detail=f"IMG2IMG_NATS_URL: NATS cannot be used ({why})")
 
 
 @dataclass(frozen=True, slots=True)
