@@ -148,9 +148,13 @@ def test_what_does_not_fit_the_protocol_is_listed_before_any_call() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         job_spec("p", bytes(34 * 2**20), options)
     assert caught.value.violations == (
-        Violation("output_format", "output_format cannot be 'gif'"),
-        Violation("width", "width cannot be 1099511627776"),
-        Violation("strength", "strength cannot be 'much'"),
+        Violation(
+            "output_format", "output_format cannot be 'gif': it must be one of png, jpeg, webp"
+        ),
+        Violation(
+            "width", "width cannot be 1099511627776: it must be an integer of at most 32 bits"
+        ),
+        Violation("strength", "strength cannot be 'much': it must be a number"),
         Violation(
             "init_image", "init_image of 34 MiB is too large: a whole request has up to 34 MiB"
         ),
