@@ -108,6 +108,7 @@ class BlockingCalls(_Calls):
         self._silence = silence
         self._first: Future[Any] | None = None  # message of the newest call
         self._events: Callable[[], Generator[Event, None, None] | None] = lambda: None
+        self._leaving = threading.RLock()
 
     def begin(self) -> Generator[Event, None, None]:
         """Returns the events. To be called once."""
@@ -124,11 +125,14 @@ class BlockingCalls(_Calls):
         with suppress(ValueError):  # another thread reads them
             if events is not None:
                 events.close()
-        name = self.follow.abandon()  # first: the other thread would cancel it half way
         if self._call is not None:
             self._call.cancel()
-        if name:
-            self._cancel(name)
+        self._cancel_job()
+
+    def _cancel_job(self) -> None:
+        with self._leaving:  # who closes the connection waits for the thread that cancels
+            if name := self.follow.abandon():
+                self._cancel(name)
 
     def _run(self) -> Generator[Event, None, None]:
         follow = self.follow
@@ -152,8 +156,7 @@ class BlockingCalls(_Calls):
                     call.cancel()
                 time.sleep(pause)
         finally:
-            if name := follow.abandon():
-                self._cancel(name)
+            self._cancel_job()
 
     def _messages(self, call: Any) -> Iterator[Any]:
         """Yields the call's messages. Raises UnavailableError when it is silent for too long."""
@@ -203,6 +206,7 @@ class AsyncCalls(_Calls):
         self._cancel = cancel
         self._first: asyncio.Future[Any] | None = None  # message of the newest call
         self._events: Callable[[], AsyncGenerator[Event, None] | None] = lambda: None
+        self._leaving: asyncio.Future[None] | None = None
 
     def begin(self) -> AsyncGenerator[Event, None]:
         """As BlockingCalls.begin."""
@@ -216,7 +220,7 @@ class AsyncCalls(_Calls):
         with suppress(RuntimeError):  # another task reads them
             if events is not None:
                 await events.aclose()
-        await self._leave()
+        await self._left()
 
     async def _run(self) -> AsyncGenerator[Event, None]:
         follow = self.follow
@@ -240,9 +244,7 @@ class AsyncCalls(_Calls):
                 call.cancel()
                 await asyncio.sleep(pause)
         finally:
-            if not follow.finished:
-                # It goes on when the task that leaves is cancelled once more.
-                await asyncio.shield(asyncio.ensure_future(self._leave()))
+            await self._left()
 
     async def _messages(self, call: Any) -> AsyncIterator[Any]:
         """Yields the call's messages. Raises UnavailableError when it is silent for too long."""
@@ -268,6 +270,17 @@ class AsyncCalls(_Calls):
             if not waiting.expired():
                 raise
             raise silent(limit) from None
+
+    async def _left(self) -> None:
+        """Waits until the call is left, whoever began that.
+
+        It goes on when the task that waits is cancelled once more.
+        """
+        if self.follow.finished:
+            return
+        if self._leaving is None:
+            self._leaving = asyncio.ensure_future(self._leave())
+        await asyncio.shield(self._leaving)
 
     async def _leave(self) -> None:
         follow, first = self.follow, self._first

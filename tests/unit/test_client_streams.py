@@ -417,6 +417,33 @@ def test_an_exception_within_a_loop_cancels_the_job_when_the_client_is_left(run:
     assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
 
 
+async def test_closing_the_client_waits_for_a_task_that_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """asyncio.gather ends when the first of its cancelled tasks has."""
+    service, seen, leaves = FakeService(pause_after=3), asyncio.Event(), asyncio.Event()
+    cancel = AsyncClient._cancel_abandoned
+
+    async def cancel_slowly(client: AsyncClient, name: str) -> None:
+        leaves.set()
+        await asyncio.sleep(0.05)
+        await cancel(client, name)
+
+    async def read(client: AsyncClient) -> None:
+        async for event in client.stream("p", b"photo"):
+            if event.sequence == 3:
+                seen.set()
+
+    monkeypatch.setattr(AsyncClient, "_cancel_abandoned", cancel_slowly)
+    with serving(service) as port:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            reading = asyncio.create_task(read(client))
+            await seen.wait()
+            reading.cancel()
+            await leaves.wait()
+    assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
+
+
 async def test_a_task_that_is_cancelled_twice_still_cancels_its_job() -> None:
     service, seen = FakeService(pause_after=3), asyncio.Event()
 
