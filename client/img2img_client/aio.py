@@ -15,19 +15,14 @@ import grpc
 from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_client import convert, errors, request
 from img2img_client.admin import AsyncAdmin
+from img2img_client.calls import CANCEL_SECONDS, AsyncCalls, is_task_cancelled
 from img2img_client.channel import Endpoint
 from img2img_client.diagnosis import explain_async
 from img2img_client.request import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
-from img2img_client.stream import (
-    CANCEL_SECONDS,
-    AsyncCalls,
-    AsyncJobStream,
-    deadline,
-    is_task_cancelled,
-)
+from img2img_client.stream import AsyncJobStream, deadline
 
 if TYPE_CHECKING:
     from img2img.v1.service_pb2_grpc import Img2ImgServiceAsyncStub

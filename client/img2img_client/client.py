@@ -14,6 +14,7 @@ import grpc
 from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_client import convert, errors, request
 from img2img_client.admin import Admin
+from img2img_client.calls import CANCEL_SECONDS, BlockingCalls
 from img2img_client.channel import Endpoint
 from img2img_client.diagnosis import explain
 from img2img_client.request import ImageSource, Options
@@ -21,7 +22,7 @@ from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
 from img2img_client.silence import SilenceWatch
-from img2img_client.stream import CANCEL_SECONDS, BlockingCalls, JobStream, deadline
+from img2img_client.stream import JobStream, deadline
 
 T = TypeVar("T")
 
