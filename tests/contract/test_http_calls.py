@@ -122,6 +122,10 @@ async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway)
         ({"spec": {"seed": 2**63}}, "seed", f"seed must be between 0 and {2**63 - 1}"),
         ({"spec": {"seed": "x"}}, "seed", "seed must be an integer"),
         ({"spec": {"prompt": 3}}, "prompt", "prompt must be a string"),
+        ({"spec": {"strength": True}}, "strength", "strength must be a number"),
+        ({"spec": {"samples": False}}, "samples", "samples must be an integer"),
+        ({"spec": {"seed": "\u0663"}}, "seed", "seed must be an integer"),
+        ({"spec": {"lane": 2**40}}, "lane", "lane must be one of LANE_REALTIME, LANE_BATCH"),
         ({"spec": {"strength": []}}, "strength", "strength must be a number"),
         ({"spec": {"base64": 1}}, "base64", "base64 must be true or false"),
         ({"spec": {"lane": "FAST"}}, "lane", "lane must be one of LANE_REALTIME, LANE_BATCH"),
@@ -140,6 +144,7 @@ async def test_what_cannot_be_read_is_told_at_its_field(
 ) -> None:
     # httpx would not send an infinity.
     content = str(body).replace("'", '"').replace("inf}", "Infinity}")
+    content = content.replace("True", "true").replace("False", "false")
     answer = await gateway.http.post("/v1/jobs", content=content, headers=KEY)
     assert (answer.status_code, answer.json()["errors"]) == (400, {field: [text]})
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from img2img.v1 import job_pb2
@@ -25,6 +26,12 @@ _COMPLAINTS = {
     "spec": "must be an object",
     "init_image": 'must be an object with either "url" or "data" (base64)',
 }
+_NUMBERS = (
+    FieldDescriptor.CPPTYPE_INT32,
+    FieldDescriptor.CPPTYPE_INT64,
+    FieldDescriptor.CPPTYPE_DOUBLE,
+    FieldDescriptor.CPPTYPE_ENUM,
+)
 _BEYOND = 2**64  # larger than any limit
 # Where it is said: "Failed to parse spec field: Failed to parse width field: …" or
 # "… at CreateJobRequest.spec.width".
@@ -49,7 +56,7 @@ def fill(message: Message, body: dict[str, Any]) -> None:
     Raises:
         RefusedError: FIELDS, with the one field that cannot be read or is not known.
     """
-    if name := _no_object(body):
+    if name := _no_object(body) or _misread(message.DESCRIPTOR, body):
         del body
         raise RefusedError(Case.FIELDS, violations=[_unreadable(name)])
     try:
@@ -69,6 +76,27 @@ def _no_object(body: dict[str, Any]) -> str:
     init_image = spec.get("init_image") if isinstance(spec, dict) else None
     values = {"spec": spec, "init_image": init_image}
     return next((name for name, value in values.items() if not isinstance(value, dict | None)), "")
+
+
+def _misread(kind: Any, body: dict[str, Any]) -> str:
+    """Returns the name of a field that the library would read as something else: true as 1, digits
+    of other scripts as numbers, an enum's number beyond 32 bits as the default.
+
+    Args:
+        kind: the message's Descriptor.
+    """
+    for field in kind.fields:
+        value = body.get(field.name)
+        if isinstance(value, dict):
+            if inner := _misread(field.message_type, value) if field.message_type else "":
+                return inner
+        elif field.cpp_type in _NUMBERS and (
+            isinstance(value, bool)
+            or (isinstance(value, str) and not value.isascii())
+            or (field.enum_type and isinstance(value, int) and not -(2**31) <= value < 2**31)
+        ):
+            return str(field.name)
+    return ""
 
 
 def _violation(told: str) -> Violation:
