@@ -163,11 +163,11 @@ def _add_events(app: FastAPI, streams: EventStreams) -> None:
 
 
 def _add_probes(app: FastAPI, readiness: Readiness) -> None:
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def alive() -> Response:
         return JSONResponse({"status": "alive"})
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
     async def ready() -> Response:
         if troubles := await readiness.troubles():
             body = {"status": "not ready", **troubles}
