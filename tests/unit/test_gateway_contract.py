@@ -357,6 +357,7 @@ def test_an_inline_picture_may_come_in_these_forms(text: str) -> None:
 @pytest.mark.parametrize("url", ["http://a.example/x", "https://a.example/x", "HTTPS://a.example"])
 def test_an_address_begins_with_http_or_https(url: str) -> None:
     assert init_image(f" {url} ") == job_pb2.InitImage(url=url)
+    assert init_image(f"{url}\u00a0") == job_pb2.InitImage(url=f"{url}\u00a0")
 
 
 @pytest.mark.parametrize(

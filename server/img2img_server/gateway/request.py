@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ def drop_hints(spec: Message, names: Collection[str]) -> list[str]:
 
 def init_image(text: str) -> job_pb2.InitImage:
     """A URL, a data URI, or base64: either alphabet, padded or not (section 5)."""
-    text = text.strip()
+    text = text.strip(string.whitespace)  # a no-break space belongs to a URL
     if text[:8].lower().startswith(("http://", "https://")):
         return job_pb2.InitImage(url=text)
     try:
