@@ -306,7 +306,8 @@ class Settings(BaseSettings):
         15.0,
         ge=0,
         description="How long a job goes on after its Generate call broke. A WatchJob call within "
-        "this time keeps the job, otherwise it is cancelled; 0: it is cancelled at once.",
+        "this time keeps the job, otherwise it is cancelled; 0: it is cancelled at once, also when "
+        "another api has a stream of it open.",
     )
     ack_wait_seconds: float = Field(
         15.0, ge=0.5, description="Silence after which a worker's job goes to another one."
