@@ -202,7 +202,9 @@ async def test_local_says_where_it_is_and_the_command_for_it(
     assert command.startswith(f"command: img2img generate --server 127.0.0.1:4321{key} --prompt ")
     assert more == (["playground: http://127.0.0.1:8123/"] if playground else [])
     name, *words = shlex.split(command.removeprefix("command: img2img "))
-    assert cli.commands[name].make_context(name, words, resilient_parsing=False)
+    # click keeps the help option of a command from its first context, so that needs its parent.
+    with cli.make_context("img2img", [name, *words]) as parent:
+        assert cli.commands[name].make_context(name, words, parent=parent)
 
 
 async def test_the_command_for_a_service_with_tls_trusts_its_authority(
