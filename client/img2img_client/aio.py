@@ -83,7 +83,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """As Client.close."""
+        """Does the same as Client.close."""
         self._is_closed = True
         for calls in list(self._streams):
             await calls.leave()
@@ -214,7 +214,7 @@ class AsyncClient:
 
     async def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
-        # It has ended meanwhile or is out of reach, or the channel is closed.
+        # The job has ended meanwhile, or the service is out of reach, or the channel is closed.
         with suppress(grpc.RpcError, grpc.aio.UsageError):
             await self._stub.CancelJob(
                 wish,

@@ -79,7 +79,7 @@ class _Calls:
 
 
 class BlockingCalls(_Calls):
-    """Those of a JobStream."""
+    """The calls of a JobStream."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ def _read_one(call: Any, into: Future[Any]) -> None:
 
 
 class AsyncCalls(_Calls):
-    """Those of an AsyncJobStream."""
+    """The calls of an AsyncJobStream."""
 
     def __init__(
         self,
@@ -195,13 +195,13 @@ class AsyncCalls(_Calls):
         self._leaving: asyncio.Future[None] | None = None
 
     def begin(self) -> AsyncGenerator[Event, None]:
-        """As BlockingCalls.begin."""
+        """Does the same as BlockingCalls.begin."""
         events = self._run()
         self._events = ref(events)
         return events
 
     async def leave(self) -> None:
-        """As BlockingCalls.leave."""
+        """Does the same as BlockingCalls.leave."""
         events = self._events()  # None also while the loop still has to end it
         with suppress(RuntimeError):  # another task reads them
             if events is not None:

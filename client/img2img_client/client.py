@@ -249,7 +249,7 @@ class Client:
 
     def _cancel_abandoned(self, job_name: str) -> None:
         wish = service_pb2.CancelJobRequest(name=job_name)
-        # It has ended meanwhile or is out of reach, or the channel is closed.
+        # The job has ended meanwhile, or the service is out of reach, or the channel is closed.
         with suppress(grpc.RpcError, ValueError):
             self._stub.CancelJob(
                 wish,

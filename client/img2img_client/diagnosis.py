@@ -48,7 +48,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a probe found. `what` is a clause for the error; empty: the connection works now."""
+    """The result of a probe. `what` is a clause for the error; empty: the connection works now."""
 
     cause: Cause
     what: str = ""
@@ -80,7 +80,7 @@ def explain(error: errors.RpcError, endpoint: Endpoint) -> errors.RpcError:
 
 
 async def explain_async(error: errors.RpcError, endpoint: Endpoint) -> errors.RpcError:
-    """As `explain`, without blocking the event loop."""
+    """Does the same as `explain`, without blocking the event loop."""
     return await asyncio.to_thread(explain, error, endpoint)
 
 

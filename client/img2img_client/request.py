@@ -222,7 +222,7 @@ def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
 
 
 def _expected(message: Message, name: str) -> str:
-    """What the protocol's field takes."""
+    """Returns the values that the protobuf field takes, as a phrase."""
     described = message.DESCRIPTOR.fields_by_name[name]
     enum: EnumDescriptor | None = described.enum_type  # type: ignore[assignment]
     if enum is None:

@@ -1,4 +1,4 @@
-"""What is wrong with PEM files of certificates and keys, before a server or a channel gets them.
+"""Checks PEM files of certificates and keys before a server or a channel gets them.
 
 OpenSSL decides whether a file is good. The stricter `cryptography` only tells which of two files is
 the wrong one, and why.
@@ -24,7 +24,7 @@ _OUT_OF_TIME = (9, 10)
 
 
 def trusted_fault(content: bytes) -> str:
-    """What is wrong with certificates to trust, the end of a sentence; empty: nothing."""
+    """Returns the fault of trusted certificates, as the end of a sentence; empty: none."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
             cadata=content.decode("ascii", errors="ignore")
@@ -35,7 +35,7 @@ def trusted_fault(content: bytes) -> str:
 
 
 def refused_certificate(error: ssl.SSLCertVerificationError, ca_setting: str) -> str:
-    """What is wrong with the certificate of a server, the end of a sentence.
+    """Returns the fault of a server's certificate, as the end of a sentence.
 
     Args:
         ca_setting: names the authorities that are trusted.
@@ -49,7 +49,7 @@ def refused_certificate(error: ssl.SSLCertVerificationError, ca_setting: str) ->
 
 
 def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:
-    """What is wrong with each of two readable files that a server shall use, the ends of sentences;
+    """Returns the faults of a server's certificate and key file, as the ends of sentences;
     empty: nothing."""
     asked = False
 

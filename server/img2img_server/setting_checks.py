@@ -38,7 +38,7 @@ def checked_settings(role: str, **overrides: object) -> Settings:
 
 
 def mistakes_of(role: str, settings: Settings, skip: frozenset[str] = frozenset()) -> list[str]:
-    """What is wrong with the settings that a role uses, a sentence for each mistake.
+    """Checks the settings that a role uses; returns one sentence for each mistake.
 
     Args:
         skip: settings that are known to be wrong.
@@ -244,7 +244,7 @@ def _http_dev_key(checks: _Checks) -> None:
 
 
 def _local_keys(checks: _Checks) -> None:
-    """As for api and gateway, with the development key where no keys are configured."""
+    """Checks the API keys of `local`, which has the development key if no file is configured."""
     if "api_keys_file" in checks.skip:
         return
     ours = checks.settings.model_copy(update={"dev_key": checks.settings.api_keys_file is None})

@@ -1,4 +1,4 @@
-"""What the text of a setting must look like. Reads no file and opens no connection.
+"""Checks the text of settings. Reads no file and opens no connection.
 
 Each function returns what is wrong, as the end of a sentence that begins with the setting's name,
 and an empty string where nothing is. No function repeats the text: it may hold a password.
@@ -24,7 +24,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
 
 def fault_of(name: str, text: str) -> str:
-    """What is wrong with the text of the setting `name`."""
+    """Returns the fault in the text of the setting `name`."""
     # In every text: a line break at the end of a secret file is the usual one.
     if name not in _MULTI_LINE and _CONTROL.search(text):
         return "must not have line breaks or other control characters"
@@ -35,7 +35,7 @@ def fault_of(name: str, text: str) -> str:
 
 
 def number_fault(name: str, value: float) -> str:
-    """What is wrong with a number that is above its least: NATS, gRPC and timers have a most."""
+    """Returns the fault of a number above its upper bound, which NATS, gRPC and timers have."""
     most = _MOST.get(name.rpartition("_")[2], 2**31 - 1)
     return f"must be at most {most}" if value > most else ""
 
@@ -88,7 +88,7 @@ def _url_fault(text: str, schemes: tuple[str, ...]) -> str:
 
 
 def base_url(text: str) -> str:
-    """What paths are appended to; may be empty."""
+    """Accepts a URL that paths are appended to; may be empty."""
     if not text:
         return ""
     if fault := _url_fault(text, ("http", "https")):

@@ -517,7 +517,7 @@ def _name(fault: ErrorDetails) -> str:
 
 
 def _sentences(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
-    """An error of pydantic in our words. A value is shown only where it cannot be a secret."""
+    """Returns sentences for a pydantic error, with the value only where it cannot be a secret."""
     name, kind, context = _name(fault), fault["type"], fault.get("ctx", {})
     if kind == "value_error":
         lines = str(context["error"]).splitlines()
@@ -551,7 +551,7 @@ def _sentences(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
 
 
 def _choices(pattern: str) -> str:
-    """What a pattern such as ^(a|b|c)$ allows, in words."""
+    """Returns the values that a pattern such as ^(a|b|c)$ allows, as a phrase."""
     match = re.fullmatch(r"\^\(([\w|:()\[\]{},?-]+)\)\$", pattern)
     if not match:
         return ""

@@ -208,7 +208,7 @@ def _left(
 
 
 def _after_leaving(session: Session, name: str) -> tuple[str, str]:
-    """What became of a job of ours that was left, in words, and its state; "" when not known."""
+    """Returns a phrase about a job that was left, and the job's state; "" when it is not known."""
     try:
         job = session.client.get(name)
     except errors.Img2ImgError as error:

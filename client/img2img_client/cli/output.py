@@ -1,4 +1,4 @@
-"""What --json prints: jobs and errors, each in one shape for all commands."""
+"""The output of --json: jobs and errors, each in one shape for all commands."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def usage_facts(error: click.ClickException) -> dict[str, object]:
 
 
 def simple_facts(reason: str, message: str) -> dict[str, object]:
-    """What every error has."""
+    """The fields of every error."""
     return {"reason": reason, "message": message}
 
 

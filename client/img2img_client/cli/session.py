@@ -1,4 +1,4 @@
-"""What every command shares: how to reach the service, how to answer."""
+"""The options and the output that all commands share."""
 
 from __future__ import annotations
 

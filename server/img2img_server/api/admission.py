@@ -41,7 +41,7 @@ Fetch = Callable[[str], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, where links shall point to and how long the answer is of use.
+    """The caller of a request: its key, the base of its links and its deadline.
 
     `warning`: what the gateway ignored of the request, for Job.warning.
     """

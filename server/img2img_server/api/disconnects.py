@@ -1,4 +1,4 @@
-"""What becomes of a job whose Generate call broke: a grace period, then it is cancelled.
+"""Gives a job whose Generate call broke a grace period, then cancels it.
 
 A server cannot tell a caller who left from a connection that broke. So the api whose call broke
 starts a grace period and tells all apis. A stream of the job that is open, or opens, at any of them

@@ -231,7 +231,7 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials:
 
 
 def _link_base(settings: Settings) -> str:
-    """What the links of gRPC callers begin with."""
+    """Returns the base of the links that gRPC callers get."""
     if settings.public_base_url:
         return settings.public_base_url
     base = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"

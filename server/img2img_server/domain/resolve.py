@@ -1,4 +1,4 @@
-"""What a request leaves open is the model's, and what of it has no effect is said."""
+"""Fills a request with the model's defaults and warns about options without effect."""
 
 from __future__ import annotations
 

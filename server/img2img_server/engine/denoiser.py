@@ -65,7 +65,7 @@ class Conditioning:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences about what of the job's prompts was not encoded."""
+        """Returns a sentence for each prompt of the job that was not encoded whole."""
         texts = (self.prompt, self.negative) if self.negative else (self.prompt,)
         return tuple(text.warning for text in texts if text.warning)
 

@@ -19,7 +19,7 @@ _DTYPES: Final = {
 
 
 def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
-    """What the settings say. Raises SettingsError, with both mistakes where there are two."""
+    """Reads device and dtype from the settings. Raises SettingsError with every mistake."""
     mistakes: list[str] = []
     device = torch.device("cpu")
     try:

@@ -23,7 +23,7 @@ class _Prompt(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """How many tokens of a text an encoder reads, of how many, and what it does not read."""
+    """Counts of the tokens that an encoder reads and of all, and the words it does not read."""
 
     kept: int
     tokens: int
@@ -115,7 +115,7 @@ class TextEncoder:
         cuts = [_cut(tokenizer, prompt.text) for tokenizer in self._tokenizers]
         if None in cuts:  # an encoder reads all of it
             return ""
-        # What the encoder that reads most of it leaves out has no effect at all.
+        # Words have no effect at all if the encoder with the longest window does not read them.
         kept, tokens, rest = min((cut for cut in cuts if cut), key=lambda cut: len(cut.rest))
         return cut_warning(
             "negative prompt" if prompt.is_negative else "prompt", kept, tokens, rest
@@ -150,7 +150,7 @@ class TextEncoder:
 
 
 def _cut(tokenizer: Any, text: str) -> _Cut | None:
-    """What the tokenizer's own limit cuts off the text, as the pipeline has it cut; None: nothing.
+    """Returns the part of the text that the tokenizer cuts off, as in the pipeline; None: nothing.
 
     The beginning of a word that is cut in two is read.
     """

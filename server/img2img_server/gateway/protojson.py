@@ -114,6 +114,6 @@ def _unreadable(name: str) -> Violation:
 
 
 def _beyond_limit(name: str) -> Violation:
-    """What the api says of an integer that its message cannot hold."""
+    """Returns the violation of an integer that does not fit into its protobuf field."""
     beyond = validate(JobParams(prompt="p", **{name: _BEYOND}), ValidationContext())  # type: ignore[arg-type] # any integer field
     return beyond[0]

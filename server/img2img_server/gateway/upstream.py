@@ -229,7 +229,7 @@ class Upstream:
         return answer.status
 
 
-# What gRPC says of a failed connection, and what it mostly means.
+# Texts of gRPC about failed connections, with their usual causes.
 _HINTS = {
     "Hostname Verification": "the api's certificate has no name that IMG2IMG_API_ADDRESS names",
     "CERTIFICATE_VERIFY_FAILED": "IMG2IMG_API_CA_FILE does not hold what signed the api's "

@@ -59,7 +59,7 @@ class _TryFailedError(Exception):
 
 @dataclass(slots=True)
 class _Progress:
-    """What is known of a download when its time is over or its connection breaks."""
+    """The progress of a download, for the error if its time is over or its connection breaks."""
 
     url: URL | None = None
     redirects: int = 0

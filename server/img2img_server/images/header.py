@@ -43,7 +43,7 @@ class Container(Enum):
 
 
 class JpegFrame(NamedTuple):
-    """What a JPEG says about its scans.
+    """The scans of a JPEG, as its headers describe them.
 
     Attributes:
         marker: The last byte of its SOF marker, 0xC0 to 0xCF, which names the coding.

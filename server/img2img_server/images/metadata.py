@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 
 class Metadata(NamedTuple):
-    """What the metadata says.
+    """The facts that are read from the metadata.
 
     Attributes:
         orientation: EXIF's 1 (upright) to 8, from every place where Pillow looks for it.

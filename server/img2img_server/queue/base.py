@@ -179,7 +179,7 @@ class Order(StrEnum):
 
 
 class StreamState(StrEnum):
-    """What an api tells the others about the streams of a job.
+    """A notice to the other apis about the streams of a job.
 
     `BROKEN`: its Generate call broke and the grace period has begun. `SOUGHT`: the grace period is
     over; an api that streams the job answers. `OPEN`: an api streams it; the grace period ends.

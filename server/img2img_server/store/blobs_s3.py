@@ -125,7 +125,7 @@ class S3BlobStore:
             attempt += 1
 
     def _needs(self, error: BaseException | None) -> str:
-        """What the key lacks: only a put is denied here, all else may be."""
+        """Names the right that the key lacks; only a denied put tells which one it is."""
         denied = isinstance(error, S3Error) and error.code in DENIED
         return f": the key needs s3:PutObject in {self._bucket}" if denied else ""
 

@@ -26,7 +26,7 @@ _AWS: Final = re.compile(
 
 @dataclass(frozen=True)
 class S3Access:
-    """What is needed to talk to the store.
+    """Everything that a connection to the store needs.
 
     Args:
         host: host and port, for error messages.

@@ -1,4 +1,4 @@
-"""What an S3 store can answer, in words of ours and with the setting to correct."""
+"""Sentences for the errors of S3 stores, each with the setting to correct."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAULTS: Final = (
 )
 MISSING: Final = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket"})
 DENIED: Final = frozenset({"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"})
-# What another attempt may change; any other refusal is an answer.
+# Error codes that are retried; any other refusal is final.
 _TRANSIENT: Final = frozenset(
     {
         *("InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"),

@@ -20,7 +20,7 @@ _SCHEMES: Final = ("nats", "tls", *WEBSOCKET)
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """What a client tells a server about itself; `token` excludes the other two."""
+    """A client's credentials for a NATS server; `token` excludes the other two."""
 
     user: str = ""
     password: str = field(default="", repr=False)

@@ -20,7 +20,7 @@ from img2img_server.wire.connection import Link
 
 _EXISTS_DIFFERENTLY: Final = 10058
 _URL: Final = "IMG2IMG_NATS_URL"
-# What another attempt cannot change, by the error code of the server, and the setting for it:
+# Error codes that another attempt cannot change, each with its setting:
 # no JetStream at all or for the account, and more replicas than servers.
 _FINAL: Final = {
     10039: _URL,
