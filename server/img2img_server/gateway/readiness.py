@@ -66,7 +66,9 @@ class Readiness:
         if trouble and part not in self._answered and time.monotonic() < self._until:
             return
         self._logged[part] = trouble
-        if trouble:
+        if trouble and part == "model":
+            log.info("model_unavailable", reason=trouble)  # of every start: models load slowly
+        elif trouble:
             log.warning(f"{part}_unavailable", reason=trouble)
         else:
             log.info(f"{part}_available")
