@@ -31,7 +31,7 @@ import aiohttp
 
 from benchmarks.local_stack import free_port
 from img2img_client import AsyncClient
-from img2img_server.engines import LocalEngines
+from img2img_server.devstack import LocalEngines
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".img2img" / "image"

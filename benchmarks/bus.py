@@ -23,16 +23,16 @@ from typing import Any
 import psutil
 
 from img2img_client import AsyncClient
-from img2img_server.bus import Bus, connect_bus
+from img2img_server.devstack.nats import nats_server, nats_url
+from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.events import StepFinished
 from img2img_server.domain.params import JobParams, Lane
-from img2img_server.engine.fake import FakeEngine
-from img2img_server.engines.local import choose_ports
-from img2img_server.engines.nats import nats_server, nats_url
-from img2img_server.queue.base import QueuedJob
+from img2img_server.interfaces.queue import QueuedJob
+from img2img_server.nats import subjects
+from img2img_server.nats.bus import Bus, connect_bus
+from img2img_server.nats.connection import Link
 from img2img_server.settings import Settings
-from img2img_server.wire import names
-from img2img_server.wire.connection import Link
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.nats_cluster import nats_cluster
 from tests.stack import running_api, running_worker, settings
 
@@ -157,11 +157,13 @@ async def operations(config: Settings) -> dict[str, Any]:
                 pass
 
         async def write(number: int) -> None:
-            await link.publish(names.key_subject(names.RECORDS_BUCKET, f"t.{number}"), b"x" * 1000)
+            await link.publish(
+                subjects.key_subject(subjects.RECORDS_BUCKET, f"t.{number}"), b"x" * 1000
+            )
 
         async def read(_: int) -> None:
-            bucket = names.RECORDS_BUCKET
-            await link.last(names.bucket_stream(bucket), names.key_subject(bucket, "t.1000"))
+            bucket = subjects.RECORDS_BUCKET
+            await link.last(subjects.bucket_stream(bucket), subjects.key_subject(bucket, "t.1000"))
 
         todo = {
             "append an event": append,

@@ -21,8 +21,8 @@ from benchmarks.engine_load import Request
 from benchmarks.engine_servers import EngineServer
 from img2img_server.engine.denoiser import TextInput
 from img2img_server.engine.device import choose_device, choose_dtype
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
-from img2img_server.engine.diffusers_load import accelerate
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.load import accelerate
 from img2img_server.engine.options import Compile, ModelOptions
 
 Found = Iterator[tuple[str, dict[str, Any]]]

@@ -22,7 +22,7 @@ from benchmarks.engine import hardware
 from benchmarks.engine_stock import photo
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobError, JobStopped
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.load import keep_freed_memory
 from img2img_server.engine.model_spec import SCHEDULERS, read_model_spec

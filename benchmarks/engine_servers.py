@@ -13,7 +13,7 @@ from benchmarks.engine_load import Outcome, Request, Served
 from benchmarks.engine_stock import SCHEDULER, feed, photo
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobError, PreviewReady
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.options import ModelOptions

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from img2img_server.engine.fake import FakeEngine
 from img2img_server.gateway.server import serve
-from img2img_server.store.base import BlobStore
+from img2img_server.interfaces.records import BlobStore
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.http_stack import fetch_photo
 from tests.stack import Stack, running_stack, settings
 

@@ -27,8 +27,8 @@ from img2img_server.engine.base import (
     SampleReady,
 )
 from img2img_server.engine.denoiser import Denoiser
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
-from img2img_server.engine.diffusers_schedules import make_scheduler
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.schedules import make_scheduler
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.memory import Memory
 from img2img_server.engine.model_spec import ModelSpec

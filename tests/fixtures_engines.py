@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from img2img_server.bus import Bus, connect_bus, memory_bus
-from img2img_server.engines import LocalEngines
+from img2img_server.devstack import LocalEngines
+from img2img_server.interfaces.records import BlobStore
+from img2img_server.nats.bus import Bus, connect_bus, memory_bus
+from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings
-from img2img_server.store.base import BlobStore
-from img2img_server.store.blobs_s3 import connect_blobs
-from img2img_server.store.memory import MemoryBlobStore
-from img2img_server.wire.connection import connect
+from img2img_server.storage.s3_blobs import connect_blobs
+from img2img_server.testing.memory_records import MemoryBlobStore
 
 QUEUE_LIMIT = 3
 ACK_WAIT_SECONDS = 0.5

@@ -11,12 +11,12 @@ from typing import Any
 
 import httpx
 
-from img2img_server.engine.fake import FakeEngine
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import connect
-from img2img_server.images.base import FetchError
-from img2img_server.store.base import BlobStore
+from img2img_server.imaging.base import FetchError
+from img2img_server.interfaces.records import BlobStore
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.stack import WAIT_SECONDS, Stack, photo, running_stack, settings
 
 BASE = "http://img.example.com"

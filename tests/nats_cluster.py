@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from img2img_server.engines.child import HOST, Child, binary
-from img2img_server.engines.local import choose_ports
-from img2img_server.engines.nats import MAX_PAYLOAD_BYTES, STORE_BYTES
-from img2img_server.wire.connection import connect
+from img2img_server.devstack.child import HOST, Child, binary
+from img2img_server.devstack.nats import MAX_PAYLOAD_BYTES, STORE_BYTES
+from img2img_server.devstack.servers import choose_ports
+from img2img_server.nats.connection import connect
 
 NAMES = ("north", "east", "south")
 READY_SECONDS = 30.0

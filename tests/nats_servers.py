@@ -14,7 +14,7 @@ from pathlib import Path
 import trustme
 
 from benchmarks.local_stack import free_port
-from img2img_server.engines.child import HOST, Child, binary
+from img2img_server.devstack.child import HOST, Child, binary
 
 
 @dataclass

@@ -18,7 +18,7 @@ from receiver import SECRET
 
 from benchmarks.local_stack import free_port
 from img2img_client import AsyncClient
-from img2img_server.engines import LocalEngines
+from img2img_server.devstack import LocalEngines
 from tests.processes import Role
 from tests.tiny_models import ZERO_SNR_V, write_sd
 

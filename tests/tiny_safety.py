@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from img2img_server.images.base import Pixels
+from img2img_server.imaging.base import Pixels
 
 SIDE, WIDTH = 32, 16
 

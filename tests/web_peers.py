@@ -14,8 +14,8 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from img2img_server.domain.params import Limits
-from img2img_server.images.fetch import fetch_image
-from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.imaging.fetch import fetch_image
+from img2img_server.outbound.policy import OutboundPolicy
 
 PICTURE = pictures.jpeg()
 # Names under which a test's own server is a host like any other: listed, whatever it has.

@@ -28,9 +28,9 @@ from minio import Minio
 
 from img2img_server.engine.model_spec import ModelError
 from img2img_server.settings import Settings
-from img2img_server.store.blobs_s3 import CONNECT_SECONDS, READ_SECONDS
-from img2img_server.store.s3_access import BUCKET, S3Access
-from img2img_server.store.s3_faults import FAULTS, explain
+from img2img_server.storage.s3_access import BUCKET, S3Access
+from img2img_server.storage.s3_blobs import CONNECT_SECONDS, READ_SECONDS
+from img2img_server.storage.s3_faults import FAULTS, explain
 
 INDEX: Final = "model_index.json"
 THREADS: Final = 4

@@ -18,17 +18,17 @@ import aiohttp
 import structlog
 from pydantic import SecretStr
 
+from img2img_server.devstack import EngineDiedError, EnginesError, LocalEngines
+from img2img_server.devstack.child import Child
+from img2img_server.devstack.files import write_private
 from img2img_server.engine.model_spec import read_model_spec
-from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
-from img2img_server.engines.child import Child
-from img2img_server.engines.files import write_private
 from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import logs_reason
 from img2img_server.last_line import is_json
 from img2img_server.lifecycle import first_of
 from img2img_server.ports import METRICS_PORTS, host_port, listeners, reachable, reserve
 from img2img_server.settings import DEV_KEY, PREFIX, Settings
-from img2img_server.store.vault import new_key
+from img2img_server.storage.vault import new_key
 
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
 # Settings for a NATS and a bucket that are not ours.

@@ -173,7 +173,7 @@ def _s3(checks: _Checks) -> None:
     if not checks.settings.s3_endpoint_url:
         checks.add("s3_endpoint_url", "must name an S3 server, such as http://127.0.0.1:8333")
     elif not checks.skip & {"s3_endpoint_url", "s3_region", "s3_bucket"}:
-        from img2img_server.store.s3_access import S3Access
+        from img2img_server.storage.s3_access import S3Access
 
         with checks.raised():
             S3Access.from_settings(checks.settings)
@@ -196,7 +196,7 @@ def _nats(checks: _Checks) -> None:
         checks.add("nats_creds_file", f"{path} is no NATS credentials file: it has no {named}")
     if checks.skip & {"nats_url", "nats_user", "nats_password", "nats_token"}:
         return
-    from img2img_server.wire.access import NatsAccess
+    from img2img_server.nats.access import NatsAccess
 
     with checks.raised():
         access = NatsAccess.from_settings(checks.settings)
@@ -206,7 +206,7 @@ def _nats(checks: _Checks) -> None:
 
 def _storage_keys(checks: _Checks) -> None:
     if checks.settings.storage_keys.get_secret_value():
-        from img2img_server.store.vault import Vault
+        from img2img_server.storage.vault import Vault
 
         with checks.raised():
             Vault(checks.settings.storage_keys.get_secret_value())
@@ -222,7 +222,7 @@ def _webhook_secret(checks: _Checks) -> None:
 
 def _outbound_allow(checks: _Checks) -> None:
     if checks.settings.outbound_allow:
-        from img2img_server.images.outbound import OutboundPolicy
+        from img2img_server.outbound.policy import OutboundPolicy
 
         with checks.raised():
             OutboundPolicy.parse(checks.settings.outbound_allow)

@@ -1,7 +1,7 @@
 """Every setting of the service: nothing else reads IMG2IMG_ variables.
 
-Other variables are read where their libraries are used: AWS_* by store/s3_credentials.py and
-store/s3_access.py, SSL_CERT_FILE by OpenSSL, HF_* by the hub's library, OTEL_* by OpenTelemetry,
+Other variables are read where their libraries are used: AWS_* by storage/s3_credentials.py and
+storage/s3_access.py, SSL_CERT_FILE by OpenSSL, HF_* by the hub's library, OTEL_* by OpenTelemetry,
 GOMP_SPINCOUNT and OMP_* by OpenMP.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.browser_page import MARKS, browser, playground, playwright, start
 from tests.stack import Stack
 

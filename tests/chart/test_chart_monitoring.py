@@ -12,15 +12,15 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from img2img_server import telemetry
 from img2img_server.domain.params import Lane
-from img2img_server.gateway import front
-from img2img_server.wire import names
+from img2img_server.gateway.http import middleware
+from img2img_server.nats import subjects
 from tests.chart_render import ROOT, SETS, Object, of_kind, pods, render
 
 # Of Prometheus itself, with the labels that the operator gives to targets.
 TARGET_LABELS = {"namespace", "pod", "service"}
 KNOWN: dict[str, set[str]] = {"up": set()}
 SUFFIXES = {Counter: ("_total",), Gauge: ("",), Histogram: ("_bucket", "_sum", "_count")}
-for _metric in (*vars(telemetry).values(), *vars(front).values()):
+for _metric in (*vars(telemetry).values(), *vars(middleware).values()):
     if isinstance(_metric, (Counter, Gauge, Histogram)):
         for _suffix in SUFFIXES[type(_metric)]:
             KNOWN[_metric._name + _suffix] = {*_metric._labelnames, "le"}
@@ -103,9 +103,9 @@ def test_the_scaler_names_the_consumers_that_the_workers_share(
     )
     asked = {each["name"]: each["metadata"] for each in scaled["spec"]["triggers"]}
     assert {lane: each["consumer"] for lane, each in asked.items()} == {
-        lane.value: names.lane_consumer(model, lane) for lane in Lane
+        lane.value: subjects.lane_consumer(model, lane) for lane in Lane
     }
-    assert {each["stream"] for each in asked.values()} == {names.JOBS}
+    assert {each["stream"] for each in asked.values()} == {subjects.JOBS}
     assert int(asked["batch"]["lagThreshold"]) > int(asked["realtime"]["lagThreshold"])
 
 

@@ -13,9 +13,9 @@ from minio.commonconfig import ENABLED, Filter
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
 from img2img_server.errors import StorageError
+from img2img_server.interfaces.records import BlobInfo, BlobStore
 from img2img_server.settings import Settings
-from img2img_server.store.base import BlobInfo, BlobStore
-from img2img_server.store.blobs_s3 import connect_blobs
+from img2img_server.storage.s3_blobs import connect_blobs
 
 KEY = "generations/5f0c2a6e-0.png"
 
@@ -161,7 +161,7 @@ async def test_a_store_that_is_down_is_tried_three_times(
         calls += 1
         writer.close()
 
-    monkeypatch.setattr("img2img_server.store.blobs_s3.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("img2img_server.storage.s3_blobs.FIRST_PAUSE_SECONDS", 0.01)
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
         settings = Settings(

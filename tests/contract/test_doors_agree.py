@@ -11,11 +11,11 @@ import pytest
 import pytest_asyncio
 
 from img2img.v1 import job_pb2, service_pb2
-from img2img_server.bus import memory_bus
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import Limits
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.errors import NoModelError
+from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.http_stack import (
     ENTERPRISE,
     Gateway,

@@ -19,9 +19,9 @@ from img2img_server.engine.base import (
     StageDone,
     StepDone,
 )
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
-from img2img_server.engine.fake import FakeEngine
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.errors import EngineError
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.engine_bench import BOUND, Inbox, difference, job, load, pictures, run, running
 from tests.tiny_models import write_sd
 

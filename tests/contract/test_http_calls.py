@@ -10,7 +10,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.contract.test_http_contract_events import parse
 from tests.http_stack import (
     BASE,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from img2img_server.engine.fake import FakeEngine
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.http_stack import Gateway, error_body, gateway_before, running_gateway
 from tests.stack import read_until, settings
 

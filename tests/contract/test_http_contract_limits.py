@@ -20,13 +20,14 @@ from img2img.v1 import service_pb2
 from img2img_server.api.calls import OpenCalls
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.rate_limit import MISTAKES
-from img2img_server.bus import memory_bus
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
-from img2img_server.gateway import endpoints, upstream
-from img2img_server.gateway.incoming import MAX_VALUES
-from img2img_server.gateway.refusals import Case, RefusedError
+from img2img_server.gateway import upstream
+from img2img_server.gateway.http.http_request import MAX_VALUES
+from img2img_server.gateway.modelslab import endpoints
+from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.http_stack import (
     ENTERPRISE,
     PHOTO_URL,

@@ -15,11 +15,11 @@ from google.protobuf.duration_pb2 import Duration
 from img2img.v1 import admin_service_pb2
 from img2img_server import __version__
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.bus import memory_bus
 from img2img_server.domain.events import StepFinished
-from img2img_server.engine.fake import FakeEngine
-from img2img_server.gateway.management import system_details
+from img2img_server.gateway.modelslab.management import system_details
 from img2img_server.lifecycle import RestartError
+from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.contract.test_http_contract_sdk import call, realtime
 from tests.http_stack import (
     ENTERPRISE,

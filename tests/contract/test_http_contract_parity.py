@@ -16,12 +16,12 @@ from web_peers import answer, origin, redirect, serving
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.bus import memory_bus
 from img2img_server.domain.params import Limits
-from img2img_server.engine.fake import FakeEngine
-from img2img_server.gateway.contract import FIELDS
-from img2img_server.images.fetch import fetch_image
-from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.gateway.modelslab.fields import FIELDS
+from img2img_server.imaging.fetch import fetch_image
+from img2img_server.nats.bus import memory_bus
+from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.testing.fake_engine import FakeEngine
 from tests.http_stack import (
     ENTERPRISE,
     PHOTO_URL,

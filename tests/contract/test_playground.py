@@ -22,12 +22,12 @@ from img2img_server.gateway.openapi import document
 from img2img_server.gateway.upstream import connect
 from img2img_server.local import _announce
 from img2img_server.settings import Settings
-from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.testing.memory_records import MemoryBlobStore
 from tests.http_stack import BASE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "server/img2img_server/gateway/playground_page"
+PAGE = ROOT / "server/img2img_server/gateway/playground/static"
 ASSETS = sorted(file.name for file in (PAGE / "assets").iterdir())
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 import pytest
 from fixtures_engines import OpenBus
 
-from img2img_server.bus import Bus
 from img2img_server.domain.events import (
     Cancelled,
     EncodedImage,
@@ -24,7 +23,8 @@ from img2img_server.domain.events import (
     StepFinished,
     Succeeded,
 )
-from img2img_server.queue.base import Order, OwnershipLostError, StreamNotice, StreamState
+from img2img_server.interfaces.queue import Order, OwnershipLostError, StreamNotice, StreamState
+from img2img_server.nats.bus import Bus
 
 JOB = 10_000_001
 LONG = 10.0

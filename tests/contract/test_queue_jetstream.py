@@ -14,23 +14,22 @@ import pytest
 from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
-from img2img_server.bus import Bus, connect_bus
+from img2img_server.devstack.child import Child
+from img2img_server.devstack.nats import nats_server, nats_url
+from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
-from img2img_server.engine.fake import FAKE_MODEL
-from img2img_server.engines.child import Child
-from img2img_server.engines.local import choose_ports
-from img2img_server.engines.nats import nats_server, nats_url
 from img2img_server.errors import QueueFullError, UnavailableError
-from img2img_server.queue import follow
-from img2img_server.queue.base import QueuedJob
+from img2img_server.interfaces.queue import QueuedJob
+from img2img_server.interfaces.records import UnreadableError
+from img2img_server.nats import codec, connection, follow, subjects
+from img2img_server.nats.bus import Bus, connect_bus
+from img2img_server.nats.connection import Link, connect
+from img2img_server.nats.faults import WrongLastSequenceError
+from img2img_server.nats.kv import Bucket, Entry
 from img2img_server.settings import Settings
-from img2img_server.store.base import UnreadableError
-from img2img_server.wire import codec, connection, names
-from img2img_server.wire.bucket import Bucket, Entry
-from img2img_server.wire.connection import Link, connect
-from img2img_server.wire.faults import WrongLastSequenceError
+from img2img_server.testing.fake_engine import FAKE_MODEL
 
 MODEL = "atelier"
 JOB = 10_000_001
@@ -168,8 +167,8 @@ async def test_a_watch_whose_consumer_is_gone_reads_on_with_a_new_one(
         writer = await bus.events.open(JOB, fresh=True)
         await writer.append(step(1))
         assert (await anext(events)).event == step(1)
-        (consumer,) = await link.js.consumers_info(names.EVENTS)
-        await link.js.delete_consumer(names.EVENTS, consumer.name)
+        (consumer,) = await link.js.consumers_info(subjects.EVENTS)
+        await link.js.delete_consumer(subjects.EVENTS, consumer.name)
         await writer.append(step(2))
         async with asyncio.timeout(LONG):
             assert (await anext(events)).event == step(2)
@@ -178,8 +177,8 @@ async def test_a_watch_whose_consumer_is_gone_reads_on_with_a_new_one(
 async def test_a_watch_that_has_ended_leaves_no_consumer(nats: Nats) -> None:
     async with raw(nats.settings) as link, connect_bus(nats.settings) as bus:
         async with bus.events.watch(JOB):
-            assert len(await link.js.consumers_info(names.EVENTS)) == 1
-        assert await link.js.consumers_info(names.EVENTS) == []
+            assert len(await link.js.consumers_info(subjects.EVENTS)) == 1
+        assert await link.js.consumers_info(subjects.EVENTS) == []
 
 
 async def test_events_of_a_later_version_are_skipped(nats: Nats) -> None:
@@ -191,7 +190,7 @@ async def test_events_of_a_later_version_are_skipped(nats: Nats) -> None:
             b"\x85\xa8sequence\x02\xa4time\xcb" + bytes(8) + b"\xa6job_id\x01"
             b"\xa4type\xa6Paused\xa5event\x80"
         )
-        await link.publish(names.log_subject(JOB), stranger)
+        await link.publish(subjects.log_subject(JOB), stranger)
         successor = await bus.events.open(JOB)
         assert successor.sequence == 2
         await successor.append(Succeeded())
@@ -204,7 +203,7 @@ async def test_a_dead_letter_keeps_the_job_without_its_image_and_says_why(nats: 
         await bus.queue.put(a_job())
         (delivery,) = await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)
         await delivery.term("given up\nafter 5 attempts")
-        dead = await link.last(names.DEAD, "img2img.dead.>")
+        dead = await link.last(subjects.DEAD, "img2img.dead.>")
         assert dead is not None
         assert dead.subject == "img2img.dead.atelier.realtime.acme"
         assert codec.decode(dead.data or b"", QueuedJob) == replace(a_job(), init_image=b"")
@@ -214,7 +213,7 @@ async def test_a_dead_letter_keeps_the_job_without_its_image_and_says_why(nats: 
 
 async def test_a_record_that_cannot_be_read_says_so(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
-        subject = names.key_subject(names.RECORDS_BUCKET, f"{names.token('acme')}.{JOB}")
+        subject = subjects.key_subject(subjects.RECORDS_BUCKET, f"{subjects.token('acme')}.{JOB}")
         await link.publish(subject, b"\xc1 no MessagePack")
         assert await bus.jobs.list_ids("acme") == [JOB]
         with pytest.raises(UnreadableError, match=f"jobs/{JOB}: not a Job"):
@@ -229,7 +228,7 @@ async def test_a_job_that_cannot_be_read_is_buried_and_the_others_go_on(nats: Na
         while not deliveries:
             deliveries = await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)
         assert deliveries[0].job == a_job()
-        dead = await link.last(names.DEAD, "img2img.dead.>")
+        dead = await link.last(subjects.DEAD, "img2img.dead.>")
         assert dead is not None
         assert not dead.data
         assert dead.headers is not None
@@ -239,7 +238,7 @@ async def test_a_job_that_cannot_be_read_is_buried_and_the_others_go_on(nats: Na
 async def test_a_lost_consumer_is_made_anew(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
         assert await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05) == []
-        await link.js.delete_consumer(names.JOBS, names.lane_consumer(MODEL, Lane.REALTIME))
+        await link.js.delete_consumer(subjects.JOBS, subjects.lane_consumer(MODEL, Lane.REALTIME))
         with pytest.raises(UnavailableError):
             await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05)
         await bus.queue.put(a_job())
@@ -294,7 +293,7 @@ async def test_a_swap_whose_answer_was_lost_is_known_by_the_next_try(
     monkeypatch: pytest.MonkeyPatch, nats: Nats
 ) -> None:
     async with connect_bus(nats.settings), raw(nats.settings) as link:
-        bucket, lost = Bucket(link, names.RECORDS_BUCKET), LostAnswers(monkeypatch, 1)
+        bucket, lost = Bucket(link, subjects.RECORDS_BUCKET), LostAnswers(monkeypatch, 1)
         revision = await bucket.swap("a.1", b"one", 0)
         assert await bucket.get("a.1") == Entry(b"one", revision)
         assert lost.tries == 2
@@ -302,7 +301,7 @@ async def test_a_swap_whose_answer_was_lost_is_known_by_the_next_try(
 
 async def test_a_swap_that_was_answered_is_not_taken_for_a_strangers_equal_one(nats: Nats) -> None:
     async with connect_bus(nats.settings), raw(nats.settings) as link:
-        bucket = Bucket(link, names.RECORDS_BUCKET)
+        bucket = Bucket(link, subjects.RECORDS_BUCKET)
         await bucket.swap("a.1", b"one", 0)
         with pytest.raises(WrongLastSequenceError):
             await bucket.swap("a.1", b"one", 0)
@@ -315,7 +314,7 @@ async def test_a_swap_that_is_never_answered_ends_in_time(
         lost = LostAnswers(monkeypatch, 99, stored=False)
         monkeypatch.setattr(connection, "ELECTION_SECONDS", 0.5)
         with pytest.raises(UnavailableError):
-            await Bucket(link, names.RECORDS_BUCKET).swap("a.1", b"one", 0)
+            await Bucket(link, subjects.RECORDS_BUCKET).swap("a.1", b"one", 0)
         assert 1 < lost.tries < 9
 
 
@@ -323,7 +322,7 @@ async def test_a_writer_whose_log_has_expired_goes_on(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
         writer = await bus.events.open(JOB, fresh=True)
         await writer.append(Queued())
-        await link.js.purge_stream(names.EVENTS)
+        await link.js.purge_stream(subjects.EVENTS)
         assert (await writer.append(Succeeded())).sequence == 2
 
 
@@ -391,11 +390,13 @@ async def test_a_connection_closes_although_the_server_is_away(nats: Nats) -> No
 async def test_more_keys_are_listed_than_the_server_tells_at_once(nats: Nats) -> None:
     most_at_once, tenants = 100_000, ("acme", "busy")
     async with connect_bus(nats.settings), raw(nats.settings) as link:
-        bucket = Bucket(link, names.RECORDS_BUCKET)
+        bucket = Bucket(link, subjects.RECORDS_BUCKET)
         ids = range(JOB, JOB + most_at_once + 1)
         for tenant, its in zip(tenants, (range(JOB, JOB + 2), ids), strict=True):
             for job_id in its:
-                await link.nc.publish(names.key_subject(names.RECORDS_BUCKET, f"{tenant}.{job_id}"))
+                await link.nc.publish(
+                    subjects.key_subject(subjects.RECORDS_BUCKET, f"{tenant}.{job_id}")
+                )
         await bucket.put("busy.last", b"")  # answered once all before it are stored
         assert set(await bucket.keys("busy.*")) == {*(f"busy.{n}" for n in ids), "busy.last"}
         assert set(await bucket.keys("acme.*")) == {f"acme.{JOB}", f"acme.{JOB + 1}"}
@@ -430,8 +431,10 @@ async def test_an_announcement_that_cannot_be_read_hides_no_other(nats: Nats) ->
     worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
         await bus.workers.announce(worker)
-        for bucket in (names.MODELS_BUCKET, names.WORKERS_BUCKET):
-            await link.publish(names.key_subject(bucket, names.token("odd")), b"of a far version")
+        for bucket in (subjects.MODELS_BUCKET, subjects.WORKERS_BUCKET):
+            await link.publish(
+                subjects.key_subject(bucket, subjects.token("odd")), b"of a far version"
+            )
         assert await bus.workers.models() == [FAKE_MODEL]
         assert await bus.workers.workers() == [worker]
         assert await bus.workers.model("odd") is None

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from fixtures_engines import ACK_WAIT_SECONDS, QUEUE_LIMIT, OpenBus
 
-from img2img_server.bus import Bus
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.errors import QueueFullError
-from img2img_server.queue.base import Delivery, LaneLoad, QueuedJob
+from img2img_server.interfaces.queue import Delivery, LaneLoad, QueuedJob
+from img2img_server.nats.bus import Bus
 
 MODEL = "atelier"
 LANES = (Lane.REALTIME, Lane.BATCH)

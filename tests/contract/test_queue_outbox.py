@@ -11,11 +11,11 @@ import pytest
 
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
-from img2img_server.queue.jetstream_outbox import JetStreamOutbox
-from img2img_server.queue.memory_outbox import MemoryOutbox
-from img2img_server.queue.outbox import Outbox, OutboxFullError, PendingWebhook
-from img2img_server.wire.connection import connect
-from img2img_server.wire.topology import Bounds, prepare
+from img2img_server.interfaces.webhooks import Outbox, OutboxFullError, PendingWebhook
+from img2img_server.nats.connection import connect
+from img2img_server.nats.topology import Bounds, prepare
+from img2img_server.nats.webhooks import JetStreamOutbox
+from img2img_server.testing.memory_webhooks import MemoryOutbox
 
 LIMIT = 3
 ACK_WAIT_SECONDS = 0.5

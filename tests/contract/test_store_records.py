@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from fixtures_engines import OpenBus
 
-from img2img_server.bus import Bus
 from img2img_server.domain.job import (
     FIRST_JOB_ID,
     Determinism,
@@ -21,7 +20,8 @@ from img2img_server.domain.job import (
 )
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import ImageFormat, JobParams, Lane
-from img2img_server.store.base import ConflictError, Stored
+from img2img_server.interfaces.records import ConflictError, Stored
+from img2img_server.nats.bus import Bus
 
 TENANT = "acme"
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from img2img_server.nats import subjects
+from img2img_server.nats.connection import connect
+from img2img_server.nats.faults import WrongLastSequenceError
+from img2img_server.nats.kv import Bucket
+from img2img_server.nats.tenant_settings import TenantStorage, Values, kv_tenant_storage
+from img2img_server.nats.topology import Bounds, prepare
 from img2img_server.settings import Settings
-from img2img_server.store.tenants import TenantStorage, Values, kv_tenant_storage
-from img2img_server.store.vault import SealBrokenError, Vault, new_key
-from img2img_server.wire import names
-from img2img_server.wire.bucket import Bucket
-from img2img_server.wire.connection import connect
-from img2img_server.wire.faults import WrongLastSequenceError
-from img2img_server.wire.memory_bucket import MemoryBucket
-from img2img_server.wire.topology import Bounds, prepare
+from img2img_server.storage.vault import SealBrokenError, Vault, new_key
+from img2img_server.testing.memory_kv import MemoryBucket
 from tests.unit.test_storage import GOOD
 
 OTHER = replace(GOOD, image_directory="other", aws_secret_access_key="SK-OTHER")
@@ -57,7 +57,7 @@ def open_buckets(request: pytest.FixtureRequest) -> OpenBuckets:
         async with connect([settings.nats_url.get_secret_value()]) as link:
             await prepare(link, Bounds())
             yield Buckets(
-                Bucket(link, names.STORAGE_BUCKET), Bucket(link, names.RETIRED_STORAGE_BUCKET)
+                Bucket(link, subjects.STORAGE_BUCKET), Bucket(link, subjects.RETIRED_STORAGE_BUCKET)
             )
 
     return on_jetstream

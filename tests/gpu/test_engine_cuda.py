@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from img2img_server.domain.job import Determinism
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.host_copy import ReadOut
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import CudaMeter, Memory
 from img2img_server.engine.options import ModelOptions
-from img2img_server.engine.read_out import ReadOut
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, Inbox, difference, job, pictures, run, running
 from tests.tiny_models import write_sd

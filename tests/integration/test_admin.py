@@ -16,11 +16,11 @@ from img2img.v1 import admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server import __version__
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.webhooks import Webhooks
-from img2img_server.bus import Bus, memory_bus
 from img2img_server.domain.models import WorkerInfo
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.interfaces.records import ConflictError
 from img2img_server.lifecycle import RestartError
-from img2img_server.store.base import ConflictError
+from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.webhooks.post import Outcome
 from img2img_server.webhooks.signature import Signer
 from tests.stack import (

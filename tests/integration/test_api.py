@@ -19,12 +19,12 @@ from structlog.testing import capture_logs
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.api import admission
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.bus import memory_bus
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Limits
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
-from img2img_server.images.base import CheckedImage
-from img2img_server.safety.memory import FixedSafetyChecker
+from img2img_server.imaging.base import CheckedImage
+from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
+from img2img_server.testing.memory_safety import FixedSafetyChecker
 from tests.stack import (
     DEV,
     WAIT_SECONDS,

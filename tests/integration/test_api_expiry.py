@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from img2img.v1 import job_pb2, service_pb2
-from img2img_server.bus import Bus
-from img2img_server.store.base import Stored
+from img2img_server.interfaces.records import Stored
+from img2img_server.nats.bus import Bus
 from img2img_server.webhooks.record import SUCCESS, set_status
 from tests.http_stack import running_gateway
 from tests.stack import DEV, Api, read_until, refusal, running_api, running_worker, spec

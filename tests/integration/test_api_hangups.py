@@ -10,11 +10,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
-from img2img_server.bus import memory_bus
 from img2img_server.domain.params import Lane
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.errors import UnavailableError
-from img2img_server.store.base import UnreadableError
+from img2img_server.interfaces.records import UnreadableError
+from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.stack import (
     DEV,
     kinds,

@@ -10,7 +10,7 @@ import pytest
 
 from img2img.v1 import service_pb2
 from img2img_server.engine.base import EngineJob, Sink
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.stack import DEV, refusal, running_stack, spec
 
 

@@ -11,12 +11,12 @@ from prometheus_client import REGISTRY
 
 import img2img_server.api.backlog as backlog_module
 from img2img_server.api.backlog import UNMEASURED_PIXEL_STEP_SECONDS, Backlog
-from img2img_server.bus import Bus, memory_bus
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
 from img2img_server.errors import UnavailableError
-from img2img_server.queue.base import QueuedJob
+from img2img_server.interfaces.queue import QueuedJob
+from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.worker.parts import Pace
 from tests.stack import kinds, running_api, running_worker, spec
 

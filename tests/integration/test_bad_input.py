@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from img2img.v1 import job_pb2, service_pb2
-from img2img_server.images.base import FetchError
+from img2img_server.imaging.base import FetchError
 from tests.stack import DEV, kinds, photo, refusal, running_stack, spec
 
 NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"

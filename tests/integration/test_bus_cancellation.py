@@ -3,9 +3,9 @@
 import asyncio
 from pathlib import Path
 
-from img2img_server.bus import connect_bus
+from img2img_server.devstack import LocalEngines
 from img2img_server.domain.events import Queued
-from img2img_server.engines import LocalEngines
+from img2img_server.nats.bus import connect_bus
 from tests.stack import settings
 
 

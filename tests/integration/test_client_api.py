@@ -28,8 +28,8 @@ from img2img_client import (
     UnauthenticatedError,
     Violation,
 )
-from img2img_server.bus import memory_bus
-from img2img_server.engine.fake import FAKE_MODEL, FakeEngine
+from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.stack import photo, running_api, running_stack, running_worker, settings
 
 WISH: dict[str, Any] = {"prompt": "a harbour", "width": 256, "height": 256, "seed": 1}

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from img2img_server.engine.base import EngineJob, JobDone, JobError, Pixels
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
-from img2img_server.engine.diffusers_lora import _Change
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.lora import _Change
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import ModelError
 from img2img_server.engine.options import ModelOptions

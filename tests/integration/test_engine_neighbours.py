@@ -24,7 +24,7 @@ from img2img_server.engine.base import (
     StepDone,
 )
 from img2img_server.engine.denoiser import Conditioning, Picture, TextInput
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.model_spec import SCHEDULERS
 from img2img_server.errors import EngineError, OutOfMemoryError
 from tests.engine_bench import (

@@ -17,12 +17,12 @@ from img2img_server.domain.job import Determinism
 from img2img_server.engine.admit import admit
 from img2img_server.engine.base import EngineJob, JobError, Pixels, PreviewReady
 from img2img_server.engine.denoiser import Conditioning
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.executor import Stages
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import Memory, NoMeter
 from img2img_server.engine.model_spec import ModelError, ModelSpec
 from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
-from img2img_server.engine.stages import Stages
 from img2img_server.errors import OutOfMemoryError
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, Inbox, blocks, difference, job, pictures, run, running

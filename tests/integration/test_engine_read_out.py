@@ -26,7 +26,7 @@ from img2img_server.engine.base import (
     StepDone,
 )
 from img2img_server.engine.denoiser import Picture
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from tests.engine_bench import SECONDS, Inbox, job, pictures, run, running
 from tests.tiny_models import write_sd
 

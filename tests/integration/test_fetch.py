@@ -32,10 +32,10 @@ from web_peers import (
 
 from img2img_server import __version__
 from img2img_server.domain.params import Limits
-from img2img_server.images.base import FetchError, InvalidImageError
-from img2img_server.images.causes import cause_of
-from img2img_server.images.fetch import fetch_image
-from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.imaging.base import FetchError, InvalidImageError
+from img2img_server.imaging.fetch import fetch_image
+from img2img_server.outbound.causes import cause_of
+from img2img_server.outbound.policy import OutboundPolicy
 from tests.stack import settings
 
 PUBLIC_ONLY = OutboundPolicy()
@@ -43,7 +43,7 @@ PUBLIC_ONLY = OutboundPolicy()
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("img2img_server.images.fetch.FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("img2img_server.imaging.fetch.FIRST_PAUSE_SECONDS", 0.001)
 
 
 async def cause_of_failure(url: str, **more: object) -> str:
@@ -377,7 +377,7 @@ async def test_a_small_retry_after_is_waited_for_and_a_large_one_is_not() -> Non
         await sleep(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("img2img_server.images.fetch.asyncio.sleep", asked_for)
+        patch.setattr("img2img_server.imaging.fetch.asyncio.sleep", asked_for)
         async with origin(answer(429, b"", "Retry-After: 2"), answer(200, PICTURE)) as server:
             url = f"http://cdn.test:{server.port}/"
             assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE

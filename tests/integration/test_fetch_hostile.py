@@ -9,8 +9,8 @@ import pytest
 from aiohttp import web
 from web_peers import CDN, PICTURE, Names, fetch, listening, picture, redirect, serving
 
-from img2img_server.images.base import FetchError
-from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy
+from img2img_server.imaging.base import FetchError
+from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
 
 PUBLIC_ONLY = OutboundPolicy()
 SENTENCE = "Unable to fetch image from provided URL"

@@ -19,7 +19,7 @@ from minio import Minio
 from img2img_server.engine.model_spec import ModelError, packaged_model, read_model_spec
 from img2img_server.fetch_model import fetch_model
 from img2img_server.settings import PREFIX, Settings
-from img2img_server.store.s3_access import S3Access
+from img2img_server.storage.s3_access import S3Access
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {

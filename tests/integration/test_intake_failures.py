@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from img2img_server.bus import memory_bus
 from img2img_server.errors import MessageTooLargeError, UnavailableError
+from img2img_server.nats.bus import memory_bus
 from tests.stack import kinds, running_api, running_worker, spec
 
 

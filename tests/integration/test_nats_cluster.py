@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from img2img_client import AsyncClient, Result
-from img2img_server.bus import connect_bus
-from img2img_server.engine.fake import FakeEngine
+from img2img_server.nats import subjects
+from img2img_server.nats.bus import connect_bus
+from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings
-from img2img_server.wire import names
-from img2img_server.wire.connection import connect
+from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.worker.server import BUS_PATIENCE_SECONDS
 from tests.nats_cluster import NAMES, NatsCluster, nats_cluster
 from tests.stack import photo, running_api, running_worker, settings
@@ -61,14 +61,14 @@ async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
             for seed in range(CALLERS):
                 callers.create_task(caller(client, seed))
             await reached.wait()
-            dead = await cluster.leader(names.JOBS)
+            dead = await cluster.leader(subjects.JOBS)
             if end == "killed":
                 await cluster.kill(dead)
             else:
                 cluster.freeze(dead)
         if end == "frozen":
             await cluster.kill(dead)
-        assert await cluster.leader(names.JOBS) in set(NAMES) - {dead}
+        assert await cluster.leader(subjects.JOBS) in set(NAMES) - {dead}
         assert await replicas(cluster) == {3}
         async with connect_bus(config) as bus:  # with one of its addresses dead
             assert [model.name for model in await bus.workers.models()] == ["fake"]

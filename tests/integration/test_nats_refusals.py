@@ -16,11 +16,11 @@ from urllib.parse import quote
 import pytest
 
 from benchmarks.local_stack import free_port
-from img2img_server.bus import connect_bus
 from img2img_server.errors import MessageTooLargeError, UnavailableError
 from img2img_server.lifecycle import StoppedError
+from img2img_server.nats.bus import connect_bus
+from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.wire.connection import connect
 from tests.nats_servers import NatsServer, certificates, nats_configured
 from tests.stack import read_until, running_api, running_worker, spec
 

@@ -10,12 +10,12 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from img2img_server.bus import connect_bus
 from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import Upstream, connect
+from img2img_server.nats.bus import connect_bus
 from img2img_server.settings import Settings
-from img2img_server.store.blobs_s3 import connect_blobs
-from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.storage.s3_blobs import connect_blobs
+from img2img_server.testing.memory_records import MemoryBlobStore
 from tests.stack import running_stack, settings
 
 NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")

@@ -18,9 +18,9 @@ from PIL import Image
 
 from img2img_client import AsyncClient, Result
 from img2img_client.events import Event, SampleFinished, Started, StepFinished, Succeeded
-from img2img_server.wire.connection import connect
-from img2img_server.wire.names import DEAD
-from img2img_server.wire.names import JOBS as JOBS_STREAM
+from img2img_server.nats.connection import connect
+from img2img_server.nats.subjects import DEAD
+from img2img_server.nats.subjects import JOBS as JOBS_STREAM
 from tests.engine_bench import BOUND, difference
 from tests.processes import Role
 from tests.real_stack import RealStack, running_stack

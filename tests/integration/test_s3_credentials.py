@@ -17,8 +17,8 @@ from aiohttp import web
 from minio.credentials.credentials import Credentials
 
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.store.blobs_s3 import connect_blobs
-from img2img_server.store.s3_credentials import CredentialsError, RefreshingProvider, Source
+from img2img_server.storage.s3_blobs import connect_blobs
+from img2img_server.storage.s3_credentials import CredentialsError, RefreshingProvider, Source
 from tests.fake_s3 import FakeS3, fake_s3
 
 WORD = "eyJ-secret-token"

@@ -19,9 +19,9 @@ from benchmarks.local_stack import free_port
 from img2img_server.errors import StorageError
 from img2img_server.lifecycle import StoppedError, unless_stopped
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.store import blobs_s3
-from img2img_server.store.blobs_s3 import connect_blobs
-from img2img_server.store.watched_blobs import WatchedBlobs
+from img2img_server.storage import s3_blobs
+from img2img_server.storage.s3_blobs import connect_blobs
+from img2img_server.storage.watched_blobs import WatchedBlobs
 from tests.fake_s3 import Answer, FakeS3, fake_s3
 
 KEY = "generations/5f0c2a6e-0.png"
@@ -148,7 +148,7 @@ async def test_a_store_that_creates_no_buckets_says_that_it_is_missing(
 async def test_a_bucket_that_never_answers_for_its_rules_is_a_warning(
     s3: FakeS3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(blobs_s3, "RULES_SECONDS", 0.1)
+    monkeypatch.setattr(s3_blobs, "RULES_SECONDS", 0.1)
     s3.hangs.add("GET lifecycle")
     async with connect_blobs(Settings(**s3.settings())) as blobs:
         await blobs.prepare()
@@ -180,8 +180,8 @@ async def test_a_server_that_answers_everything_is_no_store_for_a_gateway_either
 async def test_a_store_that_never_answers_is_given_up_in_the_stated_time(
     s3: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blobs_s3, "ATTEMPT_SECONDS", 0.1)
-    monkeypatch.setattr(blobs_s3, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(s3_blobs, "ATTEMPT_SECONDS", 0.1)
+    monkeypatch.setattr(s3_blobs, "CLOSE_SECONDS", 0.1)
     s3.hangs |= {"PUT object", "GET object"}
     said = "does not answer in time; given up after 0.2 s"
     async with asyncio.timeout(5), connect_blobs(Settings(**s3.settings())) as blobs:
@@ -232,7 +232,7 @@ async def refused_start(s3: FakeS3, url: str) -> str:
 async def test_what_cannot_be_reached_is_tried_for_the_stated_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(blobs_s3, "RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr(s3_blobs, "RETRY_SECONDS", (0.01,))
     for host, why in (
         (f"127.0.0.1:{free_port()}", "refused"),
         ("no-such-host.invalid", "cannot be resolved"),
@@ -251,7 +251,7 @@ async def test_what_cannot_be_reached_is_tried_for_the_stated_time(
 async def test_a_store_that_comes_late_is_used_then(
     s3: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blobs_s3, "RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr(s3_blobs, "RETRY_SECONDS", (0.01,))
     s3.answers["any"] = Answer(503, "", HTML)
     async with connect_blobs(Settings(**s3.settings())) as blobs, asyncio.timeout(20):
         preparing = asyncio.create_task(blobs.prepare(60.0))

@@ -21,7 +21,7 @@ from typing import Any
 import trustme
 
 from benchmarks.local_stack import free_port
-from img2img_server.engines.child import last_words
+from img2img_server.devstack.child import last_words
 from img2img_server.settings import Settings
 from tests.processes import Role
 

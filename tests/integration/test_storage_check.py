@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from img2img.v1 import service_pb2
-from img2img_server.engines import LocalEngines
+from img2img_server.devstack import LocalEngines
 from tests.integration.test_tenant_s3 import running_shops
 from tests.stack import refusal
 

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from benchmarks.local_stack import free_port
 from img2img.v1 import service_pb2
 from img2img_server.settings import Settings
-from img2img_server.store.blobs_s3 import connect_blobs
+from img2img_server.storage.s3_blobs import connect_blobs
 from tests.http_stack import served_gateway
 from tests.processes import Role
 from tests.stack import DEV, photo, running_stack, settings, spec

@@ -14,15 +14,15 @@ import trustme
 from aiohttp import web
 
 from benchmarks.local_stack import free_port
-from img2img_server.engines.child import Child, binary
+from img2img_server.devstack.child import Child, binary
 from img2img_server.settings import PREFIX
 
 # As a role does it, in a process of its own: OpenSSL reads the variable when a context is made.
 ASK = """
 import asyncio, sys, urllib3
 from img2img_server.settings import Settings
-from img2img_server.store.s3_access import S3Access
-from img2img_server.wire.connection import connect
+from img2img_server.storage.s3_access import S3Access
+from img2img_server.nats.connection import connect
 
 async def main(settings):
     async with connect([settings.nats_url.get_secret_value()]) as link:

@@ -18,12 +18,12 @@ from web_peers import Names, answer, listening, origin
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server.api.webhooks import Webhooks
-from img2img_server.bus import Bus, memory_bus
 from img2img_server.domain.job import Job
-from img2img_server.engine.fake import FakeEngine
 from img2img_server.errors import UnavailableError
-from img2img_server.images.outbound import OutboundPolicy
-from img2img_server.queue.memory_outbox import MemoryOutbox
+from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.testing.fake_engine import FakeEngine
+from img2img_server.testing.memory_webhooks import MemoryOutbox
 from img2img_server.webhooks.pauses import Pauses
 from img2img_server.webhooks.post import open_post
 from img2img_server.webhooks.signature import Signer

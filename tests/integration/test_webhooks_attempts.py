@@ -8,7 +8,7 @@ import trustme
 from receiver import receiving
 from web_peers import RESET, Names, origin
 
-from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.webhooks.post import open_post
 
 

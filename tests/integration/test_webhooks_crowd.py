@@ -11,9 +11,9 @@ from dataclasses import replace
 from fixtures_engines import OpenBus
 from receiver import until
 
-from img2img_server.bus import Bus
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
+from img2img_server.nats.bus import Bus
 from img2img_server.webhooks.deliverer import MOST_OF_A_TENANT, Deliverer
 from img2img_server.webhooks.pauses import Pauses
 from img2img_server.webhooks.post import Outcome

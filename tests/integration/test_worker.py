@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from img2img.v1 import job_pb2
-from img2img_server.bus import Bus, memory_bus
 from img2img_server.domain.events import Started, Succeeded
 from img2img_server.domain.job import advance
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import JobError
-from img2img_server.engine.fake import FakeEngine
 from img2img_server.errors import SafetyCheckError, StorageError
-from img2img_server.images.base import InvalidImageError
-from img2img_server.queue.base import Delivery
-from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.imaging.base import InvalidImageError
+from img2img_server.interfaces.queue import Delivery
+from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.testing.fake_engine import FakeEngine
+from img2img_server.testing.memory_records import MemoryBlobStore
 from img2img_server.worker import run
 from img2img_server.worker.owned import DELIVERIES_OF_AN_ATTEMPT
 from tests.stack import (

@@ -11,12 +11,12 @@ import aiohttp
 import pytest
 
 from benchmarks.local_stack import free_port
-from img2img_server.engine.fake import FakeEngine
 from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import reasons_of
 from img2img_server.prompts.base import AsSent
 from img2img_server.settings import Settings
-from img2img_server.store.watched_blobs import WatchedBlobs
+from img2img_server.storage.watched_blobs import WatchedBlobs
+from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.worker import server as worker_server
 from tests.fake_s3 import Answer, FakeS3, fake_s3
 from tests.nats_servers import NatsServer, nats_configured

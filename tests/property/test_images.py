@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from img2img_server.domain.params import Limits
-from img2img_server.images.base import InvalidImageError
-from img2img_server.images.header import MAX_JPEG_SCANS
-from img2img_server.images.png_rows import INFLATED_BYTES
-from img2img_server.images.prepare import check_image, prepare_image
+from img2img_server.imaging.base import InvalidImageError
+from img2img_server.imaging.header import MAX_JPEG_SCANS
+from img2img_server.imaging.png_rows import INFLATED_BYTES
+from img2img_server.imaging.prepare import check_image, prepare_image
 
 Array = npt.NDArray[Any]
 EXAMPLES = int(os.environ.get("TEST_EXAMPLES", "40"))

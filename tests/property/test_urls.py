@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from web_peers import CDN, PICTURE, Names, answer, fetch, origin
 
 from img2img_server.domain.urls import join_url, parse_url
-from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy
+from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
 from img2img_server.webhooks.post import open_post
 
 # What RFC 3986 allows in a path, percent-encodings with digits of either case among it.

@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
+from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.domain.models import WorkerInfo
-from img2img_server.engine.fake import FAKE_MODEL
 from img2img_server.errors import UnavailableError
-from img2img_server.store.cached import CachedWorkerRegistry
-from img2img_server.store.memory import MemoryWorkerRegistry
+from img2img_server.testing.fake_engine import FAKE_MODEL
+from img2img_server.testing.memory_records import MemoryWorkerRegistry
 
 ONE = WorkerInfo(name="one", model=FAKE_MODEL, device="cpu", capacity_rows=8)
 TWO = WorkerInfo(name="two", model=FAKE_MODEL, device="cpu", capacity_rows=8)

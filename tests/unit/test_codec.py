@@ -38,8 +38,8 @@ from img2img_server.domain.job import (
 )
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import ImageFormat, JobParams, Lane
-from img2img_server.queue.base import QueuedJob
-from img2img_server.wire import codec, names
+from img2img_server.interfaces.queue import QueuedJob
+from img2img_server.nats import codec, subjects
 
 IMAGE = EncodedImage(
     data=b"\xff\xd8\x00", media_type="image/jpeg", sha256="ab" * 32, width=64, height=48
@@ -277,7 +277,7 @@ TEXTS = (
 
 
 def test_tokens_are_plain_and_no_two_names_share_one() -> None:
-    tokens = [names.token(text) for text in TEXTS]
+    tokens = [subjects.token(text) for text in TEXTS]
     assert len(set(tokens)) == len(TEXTS)
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=")
     assert all(token and set(token) <= allowed for token in tokens)
@@ -285,12 +285,12 @@ def test_tokens_are_plain_and_no_two_names_share_one() -> None:
 
 def test_subjects_look_as_documented() -> None:
     assert [
-        names.jobs_subject("sd 1.5", Lane.REALTIME, "acme"),
-        names.dead_subject(names.jobs_subject("sd 1.5", Lane.BATCH, "acme")),
-        names.lane_filter("sd 1.5", Lane.BATCH),
-        names.lane_consumer("sd 1.5", Lane.BATCH),
-        names.log_subject(10_000_001),
-        names.preview_subject(10_000_001, 3),
+        subjects.jobs_subject("sd 1.5", Lane.REALTIME, "acme"),
+        subjects.dead_subject(subjects.jobs_subject("sd 1.5", Lane.BATCH, "acme")),
+        subjects.lane_filter("sd 1.5", Lane.BATCH),
+        subjects.lane_consumer("sd 1.5", Lane.BATCH),
+        subjects.log_subject(10_000_001),
+        subjects.preview_subject(10_000_001, 3),
     ] == [
         "img2img.jobs.sd=201=2E5.realtime.acme",
         "img2img.dead.sd=201=2E5.batch.acme",

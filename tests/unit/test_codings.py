@@ -8,7 +8,7 @@ import zlib
 import pictures
 import pytest
 
-from img2img_server.images.codings import (
+from img2img_server.imaging.codings import (
     CodingError,
     DecodedTooLargeError,
     content_codings,

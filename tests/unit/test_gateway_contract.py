@@ -12,9 +12,9 @@ import pytest
 
 from img2img.v1 import job_pb2
 from img2img_server.domain.params import SEED_MAX, JobParams, Violation
-from img2img_server.gateway import contract, kinds
-from img2img_server.gateway.dialects import legacy_sentence
-from img2img_server.gateway.request import init_image, job_spec
+from img2img_server.gateway.modelslab import field_types, fields
+from img2img_server.gateway.modelslab.request import init_image, job_spec
+from img2img_server.gateway.modelslab.response_formats import legacy_sentence
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"prompt": "a harbour", "init_image": "https://files.example.org/a.png"}
@@ -36,7 +36,7 @@ NAN, INFINITY = float("nan"), float("inf")
     ],
 )
 def test_an_integer_may_be_a_whole_number_or_a_decimal_string(value: Any, expected: int) -> None:
-    assert kinds.read_integer(value) == expected
+    assert field_types.read_integer(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_an_integer_may_be_a_whole_number_or_a_decimal_string(value: Any, expect
 )
 def test_what_is_no_integer_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="not an integer"):
-        kinds.read_integer(value)
+        field_types.read_integer(value)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_what_is_no_integer_is_refused(value: Any) -> None:
     [(0.7, 0.7), (1, 1.0), ("0.7", 0.7), (" 1 ", 1.0), ("5e-1", 0.5), (".5", 0.5), ("0", 0.0)],
 )
 def test_a_number_may_be_a_decimal_string(value: Any, expected: float) -> None:
-    assert kinds.read_number(value) == expected
+    assert field_types.read_number(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_number_may_be_a_decimal_string(value: Any, expected: float) -> None:
 )
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="not a number"):
-        kinds.read_number(value)
+        field_types.read_number(value)
 
 
 MEGABYTE = 2**20
@@ -81,54 +81,56 @@ MEGABYTE = 2**20
     ],
     ids=lambda text: f"{text[:4]!r}…{text[-1]}",
 )
-@pytest.mark.parametrize("kind", [kinds.INTEGER, kinds.NUMBER, kinds.BOOLEAN, kinds.REFERENCE])
-def test_a_text_without_end_is_read_in_no_time(kind: kinds.Kind, text: str) -> None:
+@pytest.mark.parametrize(
+    "kind", [field_types.INTEGER, field_types.NUMBER, field_types.BOOLEAN, field_types.REFERENCE]
+)
+def test_a_text_without_end_is_read_in_no_time(kind: field_types.Kind, text: str) -> None:
     started = time.process_time()
     try:
         kind.read(text)
     except ValueError:
         pass
     else:
-        assert kind is kinds.REFERENCE  # any string is one
+        assert kind is field_types.REFERENCE  # any string is one
     assert time.process_time() - started < 1  # a few milliseconds; by trial and error, hours
 
 
 @pytest.mark.parametrize("value", [True, 1, "true", "TRUE", "yes", "Yes", "1"])
 def test_these_are_true(value: Any) -> None:
-    assert kinds.read_boolean(value) is True
+    assert field_types.read_boolean(value) is True
 
 
 @pytest.mark.parametrize("value", [False, 0, "false", "False", "no", "NO", "0"])
 def test_these_are_false(value: Any) -> None:
-    assert kinds.read_boolean(value) is False
+    assert field_types.read_boolean(value) is False
 
 
 @pytest.mark.parametrize("value", [2, -1, 1.0, "on", "off", "", [], {}, NAN])
 def test_what_is_no_boolean_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="not a boolean"):
-        kinds.read_boolean(value)
+        field_types.read_boolean(value)
 
 
 @pytest.mark.parametrize("value", [1, 1.5, True, [], {}, "\ud800"])
 def test_a_string_must_be_a_json_string_of_unicode_text(value: Any) -> None:
     with pytest.raises(ValueError, match=r"not a string|surrogates"):
-        kinds.read_string(value)
+        field_types.read_string(value)
 
 
 def test_a_body_without_options_reads_to_its_two_required_fields() -> None:
-    assert contract.read(GOOD) == contract.Reading(dict(GOOD), [])
+    assert fields.read(GOOD) == fields.Reading(dict(GOOD), [])
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_null_and_the_empty_string_equal_an_absent_optional_field(nothing: Any) -> None:
-    optional = [entry.name for entry in contract.FIELDS if not entry.required]
-    assert len(optional) == len(contract.FIELDS) - 2
-    assert contract.read(GOOD | dict.fromkeys(optional, nothing)) == contract.read(GOOD)
+    optional = [entry.name for entry in fields.FIELDS if not entry.required]
+    assert len(optional) == len(fields.FIELDS) - 2
+    assert fields.read(GOOD | dict.fromkeys(optional, nothing)) == fields.read(GOOD)
 
 
 def test_unknown_fields_are_ignored_and_named() -> None:
     extra = {"model_id": "x", "scheduler": "DDIM", "watermark": "no", "scale_down": [1]}
-    reading, plain = contract.read(GOOD | extra), contract.read(GOOD)
+    reading, plain = fields.read(GOOD | extra), fields.read(GOOD)
     assert (reading.values, reading.violations) == (plain.values, plain.violations)
     assert plain.warnings == []
     assert reading.warnings == [
@@ -156,7 +158,7 @@ def test_unknown_fields_are_ignored_and_named() -> None:
     ids=["one", "echoed", "absent or known", "odd", "long", "many"],
 )
 def test_a_warning_names_the_fields_without_effect(extra: dict[str, Any], named: list[str]) -> None:
-    assert contract.read(GOOD | extra).warnings == named
+    assert fields.read(GOOD | extra).warnings == named
 
 
 def test_every_violation_is_told_in_table_order() -> None:
@@ -168,7 +170,7 @@ def test_every_violation_is_told_in_table_order() -> None:
         "negative_prompt": "n" * 2001,
         "temp": "perhaps",
     }
-    assert contract.read(body).violations == [
+    assert fields.read(body).violations == [
         Violation("prompt", "prompt is required"),
         Violation("negative_prompt", "negative_prompt must not be longer than 2000 characters"),
         Violation("init_image", "init_image is required"),
@@ -182,11 +184,11 @@ def test_every_violation_is_told_in_table_order() -> None:
 
 @pytest.mark.parametrize("seed", [-1, "-1", -1.0])
 def test_seed_minus_one_means_random(seed: Any) -> None:
-    assert contract.read(GOOD | {"seed": seed}) == contract.read(GOOD)
+    assert fields.read(GOOD | {"seed": seed}) == fields.read(GOOD)
 
 
 def test_seed_zero_is_a_seed() -> None:
-    spec = job_spec(contract.read(GOOD | {"seed": "0"}).values, "http://a")
+    spec = job_spec(fields.read(GOOD | {"seed": "0"}).values, "http://a")
     assert (spec.HasField("seed"), spec.seed) == (True, 0)
 
 
@@ -227,12 +229,12 @@ def test_hints_are_clamped_or_ignored_with_a_warning_and_never_an_error(
     sent: dict[str, Any], kept: dict[str, Any], told: str
 ) -> None:
     warnings = [told] if told else []
-    assert contract.read(GOOD | sent) == contract.Reading(GOOD | kept, [], warnings)
+    assert fields.read(GOOD | sent) == fields.Reading(GOOD | kept, [], warnings)
 
 
 def test_length_is_counted_in_code_points() -> None:
-    assert contract.read(GOOD | {"prompt": "🎨" * 2000}).violations == []
-    assert len(contract.read(GOOD | {"prompt": "🎨" * 2001}).violations) == 1
+    assert fields.read(GOOD | {"prompt": "🎨" * 2000}).violations == []
+    assert len(fields.read(GOOD | {"prompt": "🎨" * 2001}).violations) == 1
 
 
 def test_a_full_body_becomes_this_job_spec() -> None:
@@ -280,20 +282,20 @@ def test_a_full_body_becomes_this_job_spec() -> None:
             "http.track_id_type": "integer",
         },
     )
-    assert job_spec(contract.read(body).values, "https://img.example.com") == expected
+    assert job_spec(fields.read(body).values, "https://img.example.com") == expected
 
 
 def test_the_table_has_every_field_of_the_spec_that_http_callers_may_set() -> None:
     ours = {"model", "scheduler", "output_format", "preview_interval_steps", "lane", "annotations"}
     ours |= {"lora", "lora_scale"}
-    in_spec = {entry.name for entry in contract.FIELDS if entry.in_spec}
+    in_spec = {entry.name for entry in fields.FIELDS if entry.in_spec}
     assert in_spec == set(job_pb2.JobSpec.DESCRIPTOR.fields_by_name) - ours
 
 
 def test_the_documented_defaults_are_those_of_the_domain() -> None:
     defaults = JobParams(prompt="")
     random_or_none = {"seed": None, "webhook": None, "track_id": None, "strength": None}
-    for entry in contract.FIELDS:
+    for entry in fields.FIELDS:
         if entry.in_spec and not entry.required:
             expected = random_or_none.get(entry.name, getattr(defaults, entry.name))
             assert (entry.name, entry.default) == (entry.name, expected)
@@ -308,15 +310,15 @@ def proto_comments() -> dict[str, str]:
     return {name: re.sub(r"\s*\n?  // ?", " ", comment) for comment, name in found}
 
 
-SHARED = [entry for entry in contract.FIELDS if entry.in_spec and entry.name != "init_image"]
+SHARED = [entry for entry in fields.FIELDS if entry.in_spec and entry.name != "init_image"]
 
 
 @pytest.mark.parametrize("entry", SHARED, ids=lambda entry: entry.name)
-def test_the_table_and_the_comments_of_the_proto_say_the_same(entry: contract.Field) -> None:
+def test_the_table_and_the_comments_of_the_proto_say_the_same(entry: fields.Field) -> None:
     said = proto_comments()[entry.name].lower()
     schema = entry.schema
     if "maximum" in schema and entry.name != "strength":
-        decimal = ".0" if entry.kind is kinds.NUMBER else ""
+        decimal = ".0" if entry.kind is field_types.NUMBER else ""
         bounds = schema["minimum"], schema["maximum"]
         low, high = (0, SEED_MAX) if entry.name == "seed" else bounds  # the contract's are narrower
         assert f"{low}{decimal} to {high}" in said

@@ -9,11 +9,11 @@ from grpc.aio import AioRpcError, Metadata
 from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.interceptors import status_of
-from img2img_server.contract import results
+from img2img_server.compat.modelslab import results
 from img2img_server.domain.params import Violation
-from img2img_server.gateway import answers
-from img2img_server.gateway.dialects import Legacy, Today
-from img2img_server.gateway.refusals import Case, refusal
+from img2img_server.gateway.modelslab import responses
+from img2img_server.gateway.modelslab.errors import Case, refusal
+from img2img_server.gateway.modelslab.response_formats import Legacy, Today
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -160,7 +160,7 @@ def test_a_failure_says_why(job: job_pb2.Job, message: str) -> None:
 
 
 def test_an_unknown_estimate_is_a_number_all_the_same() -> None:
-    assert answers.processing(job_pb2.Job(), "", "")["eta"] == 1.0
+    assert responses.processing(job_pb2.Job(), "", "")["eta"] == 1.0
 
 
 def test_links_come_in_sample_order() -> None:

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from img2img_server.domain.params import Limits
-from img2img_server.images.metadata import MAX_PROFILE_BYTES
-from img2img_server.images.prepare import CONVERT_MAX_PIXELS, check_image, prepare_image
+from img2img_server.imaging.metadata import MAX_PROFILE_BYTES
+from img2img_server.imaging.prepare import CONVERT_MAX_PIXELS, check_image, prepare_image
 
 Pixels = npt.NDArray[np.uint8]
 P3, ADOBE = profiles.rgb_profile(profiles.DISPLAY_P3), profiles.rgb_profile(profiles.ADOBE_RGB)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from img2img_server.domain.events import EncodedImage
 from img2img_server.domain.params import ImageFormat
-from img2img_server.images.encode import encode_image, encoded, preview_jpeg
+from img2img_server.imaging.encode import encode_image, encoded, preview_jpeg
 
 Pixels = npt.NDArray[np.uint8]
 

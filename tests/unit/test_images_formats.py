@@ -12,9 +12,9 @@ from PIL import Image
 
 from img2img_server.api.capabilities import capabilities
 from img2img_server.domain.params import Limits
-from img2img_server.images.base import NOT_VALID, InvalidImageError
-from img2img_server.images.formats import format_name
-from img2img_server.images.prepare import check_image
+from img2img_server.imaging.base import NOT_VALID, InvalidImageError
+from img2img_server.imaging.formats import format_name
+from img2img_server.imaging.prepare import check_image
 from img2img_server.settings import Settings
 
 IMAGE = Image.fromarray(pictures.quadrants())

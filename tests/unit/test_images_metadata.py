@@ -12,8 +12,8 @@ import pytest
 from PIL import ImageOps
 
 from img2img_server.domain.params import Limits
-from img2img_server.images.metadata import MAX_EXIF_BYTES
-from img2img_server.images.prepare import check_image, prepare_image
+from img2img_server.imaging.metadata import MAX_EXIF_BYTES
+from img2img_server.imaging.prepare import check_image, prepare_image
 
 Pixels = npt.NDArray[np.uint8]
 SIDEWAYS = 6

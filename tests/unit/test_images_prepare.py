@@ -17,10 +17,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from img2img_server.domain.params import Limits
-from img2img_server.images import decode
-from img2img_server.images.base import CheckedImage, InvalidImageError
-from img2img_server.images.header import MAX_JPEG_SCANS, MAX_PARTS
-from img2img_server.images.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_image, prepare_image
+from img2img_server.imaging import decode
+from img2img_server.imaging.base import CheckedImage, InvalidImageError
+from img2img_server.imaging.header import MAX_JPEG_SCANS, MAX_PARTS
+from img2img_server.imaging.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_image, prepare_image
 
 LIMITS = Limits()
 Size = tuple[int, int]
@@ -212,8 +212,8 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import pictures
 from img2img_server.domain.params import Limits
-from img2img_server.images.base import InvalidImageError
-from img2img_server.images.prepare import check_image
+from img2img_server.imaging.base import InvalidImageError
+from img2img_server.imaging.prepare import check_image
 huge, bomb = pictures.huge_png(), pictures.png(8, 8, bytes(200), more=((b"zTXt", b"c\\0\\0" + sys.stdin.buffer.read()),))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import reasons_of
+from img2img_server.nats.access import Login, NatsAccess
+from img2img_server.nats.faults import unavailable
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.wire.access import Login, NatsAccess
-from img2img_server.wire.faults import unavailable
 
 PRINTABLE = st.text(st.characters(min_codepoint=1, max_codepoint=0x2FF, exclude_categories=["Cs"]))
 

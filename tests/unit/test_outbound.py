@@ -10,8 +10,8 @@ import hostile_urls
 import pytest
 from yarl import URL
 
-from img2img_server.images.networks import is_public
-from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy, shown
+from img2img_server.outbound.networks import is_public
+from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy, shown
 from img2img_server.settings import SettingsError
 
 PUBLIC_ONLY = OutboundPolicy.parse("")

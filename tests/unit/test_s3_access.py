@@ -8,7 +8,7 @@ import pytest
 import urllib3
 
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.store.s3_access import S3Access
+from img2img_server.storage.s3_access import S3Access
 
 
 def access(url: str, *, env: dict[str, str] | None = None, **more: Any) -> S3Access:

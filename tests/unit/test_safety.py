@@ -16,12 +16,12 @@ from img2img_server.domain.job import Job
 from img2img_server.domain.params import ImageFormat, JobParams
 from img2img_server.engine.base import SampleReady
 from img2img_server.errors import SafetyCheckError
-from img2img_server.images.base import Pixels
+from img2img_server.imaging.base import Pixels
 from img2img_server.safety.base import SafetyChecker, blank
-from img2img_server.safety.memory import FixedSafetyChecker
 from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings
-from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_safety import FixedSafetyChecker
 from img2img_server.worker.sample import finish_sample
 
 THRESHOLD: float = Settings.model_fields["safety_threshold"].default

@@ -12,7 +12,7 @@ import pictures
 import pytest
 
 from img2img_server.errors import SafetyCheckError
-from img2img_server.images.base import Pixels
+from img2img_server.imaging.base import Pixels
 from img2img_server.safety.base import blank
 from img2img_server.safety.choose import safety_checker
 from img2img_server.safety.model import ModelChecker

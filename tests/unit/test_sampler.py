@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from img2img_server.engine.diffusers_schedules import Schedules, make_scheduler
+from img2img_server.engine.diffusers.schedules import Schedules, make_scheduler
 from img2img_server.engine.model_spec import SCHEDULERS
 from img2img_server.engine.sampler import (
     Schedule,

@@ -6,11 +6,11 @@ import pytest
 
 from benchmarks.local_stack import free_port
 from img2img_server.api.keys import load_keys
-from img2img_server.bus import connect_bus
 from img2img_server.errors import UnavailableError
 from img2img_server.gateway.server import serve
+from img2img_server.nats.bus import connect_bus
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.store.memory import MemoryBlobStore
+from img2img_server.testing.memory_records import MemoryBlobStore
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from cryptography.fernet import Fernet
 from img2img_server.domain.params import Violation
 from img2img_server.domain.storage import WITHOUT_EFFECT, StorageDetails, validate_storage
 from img2img_server.settings import SettingsError
-from img2img_server.store.vault import SealBrokenError, Vault, new_key
+from img2img_server.storage.vault import SealBrokenError, Vault, new_key
 
 GOOD = StorageDetails(
     public_url="https://cdn.example.com/renders/",

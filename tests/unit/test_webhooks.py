@@ -13,20 +13,20 @@ import pytest
 from standardwebhooks import Webhook
 
 from img2img.v1 import job_pb2
-from img2img_server.contract import results
+from img2img_server.compat.modelslab import results
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
-from img2img_server.images.retry_after import seconds_of
-from img2img_server.queue.memory_outbox import MemoryOutbox
+from img2img_server.interfaces.records import Stored
+from img2img_server.nats.codec import UndecodableError
+from img2img_server.outbound.retry_after import seconds_of
 from img2img_server.settings import SettingsError
-from img2img_server.store.base import Stored
-from img2img_server.store.memory import MemoryJobStore
+from img2img_server.testing.memory_records import MemoryJobStore
+from img2img_server.testing.memory_webhooks import MemoryOutbox
 from img2img_server.webhooks.deliverer import Deliverer
 from img2img_server.webhooks.pauses import DELAYS_SECONDS, Pauses
 from img2img_server.webhooks.post import Outcome
 from img2img_server.webhooks.record import announce, set_status
 from img2img_server.webhooks.signature import Signer
-from img2img_server.wire.codec import UndecodableError
 
 SECRET = "whsec_bG9jYWwtdGVzdC1zZWNyZXQtMzItYnl0ZXMtbG9uZyE="
 OTHER = "whsec_" + base64.b64encode(bytes(range(64))).decode()

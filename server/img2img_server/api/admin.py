@@ -14,8 +14,8 @@ from img2img_server.api.cancel import Canceller
 from img2img_server.api.convert import duration
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.interceptors import current_principal
-from img2img_server.queue.base import Control, Order
-from img2img_server.store.cached import CachedWorkerRegistry
+from img2img_server.api.worker_cache import CachedWorkerRegistry
+from img2img_server.interfaces.queue import Control, Order
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _CPU = "cpu"  # the device of workers without a GPU

@@ -25,14 +25,14 @@ from img2img_server.domain.params import (
 )
 from img2img_server.domain.resolve import resolve
 from img2img_server.domain.warnings import join_warnings
-from img2img_server.images.base import CheckedImage, InvalidImageError
-from img2img_server.images.outbound import OutboundPolicy
-from img2img_server.images.prepare import check_image, is_cheap
+from img2img_server.imaging.base import CheckedImage, InvalidImageError
+from img2img_server.imaging.prepare import check_image, is_cheap
+from img2img_server.interfaces.queue import JobQueue
+from img2img_server.interfaces.records import WorkerRegistry
+from img2img_server.nats.rates import Rates
+from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.prompts.choose import api_rewriter
-from img2img_server.queue.base import JobQueue
 from img2img_server.settings import Settings
-from img2img_server.store.base import WorkerRegistry
-from img2img_server.store.rates import Rates
 from img2img_server.tasks import beside
 
 # Downloads an init image. Raises InvalidImageError.

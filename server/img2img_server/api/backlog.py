@@ -17,8 +17,8 @@ import structlog
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams, Lane, denoising_steps
 from img2img_server.errors import UnavailableError
-from img2img_server.queue.base import JobQueue, LaneLoad
-from img2img_server.store.base import WorkerRegistry
+from img2img_server.interfaces.queue import JobQueue, LaneLoad
+from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.telemetry import QUEUED_GPU_SECONDS
 
 log = structlog.get_logger()

@@ -13,9 +13,9 @@ from img2img_server import errors
 from img2img_server.api.records import found, readable
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import Job, State, advance, terminal_event
-from img2img_server.queue.base import Control, EventLog, JobQueue, OwnershipLostError
-from img2img_server.queue.outbox import Outbox
-from img2img_server.store.base import ConflictError, JobStore
+from img2img_server.interfaces.queue import Control, EventLog, JobQueue, OwnershipLostError
+from img2img_server.interfaces.records import ConflictError, JobStore
+from img2img_server.interfaces.webhooks import Outbox
 from img2img_server.webhooks.record import announce
 
 _TRIES = 10

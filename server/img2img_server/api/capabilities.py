@@ -10,7 +10,7 @@ from img2img_server import __version__
 from img2img_server.api import convert
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import Limits
-from img2img_server.images.header import Container
+from img2img_server.imaging.header import Container
 from img2img_server.settings import Settings
 
 

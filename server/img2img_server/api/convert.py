@@ -22,7 +22,7 @@ from img2img_server.domain.params import (
     Violation,
 )
 from img2img_server.domain.urls import NotHttpError, UrlError, parse_url
-from img2img_server.images.base import FetchError, InvalidImageError
+from img2img_server.imaging.base import FetchError, InvalidImageError
 
 FORMATS = {
     job_pb2.IMAGE_FORMAT_UNSPECIFIED: ImageFormat.JPEG,

@@ -23,8 +23,8 @@ from img2img.v1 import event_pb2
 from img2img_server import errors
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.records import known
-from img2img_server.queue.base import Control, StreamNotice, StreamState
-from img2img_server.store.base import JobStore, Stored
+from img2img_server.interfaces.queue import Control, StreamNotice, StreamState
+from img2img_server.interfaces.records import JobStore, Stored
 
 _ANSWER_SECONDS: Final = 0.5  # how long apis may take to say that they stream a job
 _SUCCESSOR_SECONDS: Final = 3.0  # what the other apis wait longer, and as much again at random

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
-from img2img_server.queue.base import JobQueue
-from img2img_server.store.base import WorkerRegistry
+from img2img_server.interfaces.queue import JobQueue
+from img2img_server.interfaces.records import WorkerRegistry
 
 _BASE_PIXELS = 512 * 512
 

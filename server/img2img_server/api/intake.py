@@ -19,12 +19,12 @@ from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
 from img2img_server.domain.params import Violation
 from img2img_server.domain.warnings import join_warnings
-from img2img_server.queue.base import EventLog, JobQueue, OwnershipLostError, QueuedJob
+from img2img_server.interfaces.queue import EventLog, JobQueue, OwnershipLostError, QueuedJob
+from img2img_server.interfaces.records import ConflictError, JobStore, Stored, WorkerRegistry
+from img2img_server.nats.rates import Rates
+from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.settings import Settings
-from img2img_server.store.base import ConflictError, JobStore, Stored, WorkerRegistry
-from img2img_server.store.rates import Rates
-from img2img_server.store.tenants import TenantStorage
-from img2img_server.store.vault import SealBrokenError
+from img2img_server.storage.vault import SealBrokenError
 from img2img_server.tasks import beside
 from img2img_server.telemetry import JOBS_CREATED
 from img2img_server.tracing import injected

@@ -6,7 +6,7 @@ from typing import Final
 
 from img2img_server import errors
 from img2img_server.api.keys import Principal
-from img2img_server.store.rates import Rates
+from img2img_server.nats.rates import Rates
 
 MISTAKES: Final = 10  # a minute, that a key may make however few its jobs are
 

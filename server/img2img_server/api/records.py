@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from img2img_server import errors
-from img2img_server.store.base import JobStore, Stored, UnreadableError
+from img2img_server.interfaces.records import JobStore, Stored, UnreadableError
 
 UNREADABLE = "The job's record cannot be read by this server."
 

@@ -29,19 +29,19 @@ from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.api.webhooks import Texts, Webhooks
-from img2img_server.bus import Bus, connect_bus
+from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.certificates import validity_fault
-from img2img_server.contract import call_names
-from img2img_server.contract.files import inline
-from img2img_server.images.fetch import fetch_image
-from img2img_server.images.outbound import OutboundPolicy
+from img2img_server.compat.modelslab import call_names
+from img2img_server.compat.modelslab.files import inline
+from img2img_server.imaging.fetch import fetch_image
+from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import unless_stopped
+from img2img_server.nats.bus import Bus, connect_bus
+from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import host_port, is_wildcard, listeners, reachable
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.store.base import WorkerRegistry
-from img2img_server.store.blobs_s3 import connect_blobs
-from img2img_server.store.cached import CachedWorkerRegistry
+from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.telemetry import probe_server
 from img2img_server.webhooks.post import open_post
 from img2img_server.webhooks.signature import Signer

@@ -24,13 +24,13 @@ from img2img_server.api.interceptors import current_principal
 from img2img_server.api.records import found, readable
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
-from img2img_server.contract import call_names
+from img2img_server.compat.modelslab import call_names
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.params import Violation
 from img2img_server.domain.urls import is_http_url
-from img2img_server.queue.outbox import Outbox, OutboxFullError
+from img2img_server.interfaces.records import JobStore, Stored, WorkerRegistry
+from img2img_server.interfaces.webhooks import Outbox, OutboxFullError
 from img2img_server.settings import Settings
-from img2img_server.store.base import JobStore, Stored, WorkerRegistry
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

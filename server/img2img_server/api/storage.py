@@ -15,9 +15,9 @@ from img2img_server.domain.storage import (
     validate_deploy_type,
     validate_storage,
 )
-from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy
-from img2img_server.store.tenant_s3 import TenantS3
-from img2img_server.store.tenants import TenantStorage
+from img2img_server.nats.tenant_settings import TenantStorage
+from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
+from img2img_server.storage.tenant_s3 import TenantS3
 
 log = structlog.get_logger()
 

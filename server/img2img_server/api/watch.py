@@ -14,8 +14,8 @@ from img2img_server.api.estimate import Estimator
 from img2img_server.api.records import found
 from img2img_server.domain.events import Envelope
 from img2img_server.domain.job import Job, terminal_event
-from img2img_server.queue.base import EventLog
-from img2img_server.store.base import JobStore
+from img2img_server.interfaces.queue import EventLog
+from img2img_server.interfaces.records import JobStore
 from img2img_server.telemetry import WATCHERS
 
 SEQUENCE_MOST = 2**63 - 1  # int64; a caller may say that it has seen it

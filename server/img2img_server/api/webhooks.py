@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from img2img_server.api import convert
-from img2img_server.bus import Bus
-from img2img_server.contract import results
+from img2img_server.compat.modelslab import results
 from img2img_server.domain.job import Job
+from img2img_server.nats.bus import Bus
 from img2img_server.settings import Settings
 from img2img_server.webhooks.deliverer import Deliverer
 from img2img_server.webhooks.pauses import Pauses

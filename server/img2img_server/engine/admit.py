@@ -6,7 +6,7 @@ from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.memory import Memory
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.runs import Run
+from img2img_server.engine.rows import Run
 from img2img_server.errors import EngineError, OutOfMemoryError
 
 

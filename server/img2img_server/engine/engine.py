@@ -18,10 +18,10 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.dispatch import Outbox
 from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.outbox import Outbox
-from img2img_server.engine.runs import Run
+from img2img_server.engine.rows import Run
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
 

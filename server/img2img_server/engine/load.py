@@ -13,7 +13,7 @@ import torch
 
 from img2img_server.engine.cpu_threads import apart
 from img2img_server.engine.device import device_and_dtype
-from img2img_server.engine.diffusers_denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.memory import Memory, meter_of
 from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec

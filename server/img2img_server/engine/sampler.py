@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from img2img_server.engine.read_out import to_device
+from img2img_server.engine.host_copy import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,13 +26,13 @@ from img2img_server.engine.base import (
     StageDone,
 )
 from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.dispatch import Outbox
+from img2img_server.engine.executor import Stages
 from img2img_server.engine.isolation import device_works, failure_of
 from img2img_server.engine.memory import Memory
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.outbox import Outbox
-from img2img_server.engine.runs import Run, Sample, emit, runs_of
+from img2img_server.engine.rows import Run, Sample, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
-from img2img_server.engine.stages import Stages
 from img2img_server.engine.warm_up import exercise
 from img2img_server.errors import EngineError, JobFailedError
 

@@ -11,25 +11,25 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from img2img_server import __version__
-from img2img_server.gateway.bodies import Bodies
-from img2img_server.gateway.browsers import Cors, Origins
-from img2img_server.gateway.calls import Calls
-from img2img_server.gateway.dialects import Dialect, Legacy, Today
 from img2img_server.gateway.docs import add_docs
-from img2img_server.gateway.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
-from img2img_server.gateway.events import EventStreams
-from img2img_server.gateway.files import Files, is_file_path, missing
-from img2img_server.gateway.front import Bounded, Recorded, TidyPath
+from img2img_server.gateway.http.body_budget import Bodies
+from img2img_server.gateway.http.cors import Cors, Origins
+from img2img_server.gateway.http.files import Files, is_file_path, missing
+from img2img_server.gateway.http.middleware import Bounded, Recorded, TidyPath
 from img2img_server.gateway.index import add_index
-from img2img_server.gateway.management import Management
+from img2img_server.gateway.modelslab.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
+from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.management import Management
+from img2img_server.gateway.modelslab.response_formats import Dialect, Legacy, Today
+from img2img_server.gateway.modelslab.storage import Storage
 from img2img_server.gateway.openapi import document
-from img2img_server.gateway.playground import add_playground
+from img2img_server.gateway.playground.page import add_playground
 from img2img_server.gateway.readiness import Readiness
-from img2img_server.gateway.refusals import Case, RefusedError
-from img2img_server.gateway.storage import Storage
 from img2img_server.gateway.upstream import Upstream
+from img2img_server.gateway.v1.calls import Calls
+from img2img_server.gateway.v1.events import EventStreams
+from img2img_server.interfaces.records import BlobStore
 from img2img_server.settings import Settings
-from img2img_server.store.base import BlobStore
 
 
 def create_app(

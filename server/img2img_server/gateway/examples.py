@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from img2img_server.gateway import management, storage
-from img2img_server.gateway.refusals import Case
+from img2img_server.gateway.modelslab import management, storage
+from img2img_server.gateway.modelslab.errors import Case
 
 _META_EXAMPLE = {
     "base64": "no",

@@ -12,6 +12,7 @@ from img2img_server.gateway.examples import (
     STORAGE_EXAMPLES,
     error_example,
 )
+from img2img_server.gateway.modelslab.errors import Case
 from img2img_server.gateway.openapi_calls import calls
 from img2img_server.gateway.openapi_parts import (
     EVENTS,
@@ -22,7 +23,6 @@ from img2img_server.gateway.openapi_parts import (
     RETRY_AFTER,
     json_body,
 )
-from img2img_server.gateway.refusals import Case
 from img2img_server.gateway.schemas import (
     DETAILS,
     DONE,

@@ -9,10 +9,10 @@ from google.protobuf.descriptor import FieldDescriptor
 from img2img.v1 import job_pb2
 from img2img_server.domain.params import RANDOM_SEED, SEED_MAX
 from img2img_server.domain.urls import URL_MAX_CHARACTERS
-from img2img_server.gateway.contract import FIELDS, LIMITS
 from img2img_server.gateway.examples import error_example
+from img2img_server.gateway.modelslab.errors import Case
+from img2img_server.gateway.modelslab.fields import FIELDS, LIMITS
 from img2img_server.gateway.openapi_parts import JOB_ID, KEYS, RETRY_AFTER, json_body
-from img2img_server.gateway.refusals import Case
 from img2img_server.gateway.schemas import ERROR, Schema
 
 _ANYWHERE = (Case.BAD_KEY, Case.FAULT, Case.UNAVAILABLE)

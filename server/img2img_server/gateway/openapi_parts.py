@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from img2img_server.gateway.refusals import Case
+from img2img_server.gateway.modelslab.errors import Case
 from img2img_server.gateway.schemas import ERROR, Schema
 
 KEYS: list[Schema] = [{}, {"bearer": []}, {"key": []}, {"x_api_key": []}]

@@ -19,8 +19,8 @@ from img2img.v1 import (
     service_pb2,
     service_pb2_grpc,
 )
-from img2img_server.contract import call_names
-from img2img_server.gateway.refusals import Case, RefusedError, refusal
+from img2img_server.compat.modelslab import call_names
+from img2img_server.gateway.modelslab.errors import Case, RefusedError, refusal
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.tracing import injected

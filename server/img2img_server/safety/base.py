@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from img2img_server.images.base import Pixels
+from img2img_server.imaging.base import Pixels
 
 
 class SafetyChecker(Protocol):

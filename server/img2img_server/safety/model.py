@@ -11,7 +11,7 @@ import structlog
 from PIL import Image
 
 from img2img_server.errors import SafetyCheckError
-from img2img_server.images.base import Pixels
+from img2img_server.imaging.base import Pixels
 
 log = structlog.get_logger(__name__)
 

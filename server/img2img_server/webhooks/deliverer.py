@@ -11,9 +11,9 @@ import structlog
 
 from img2img_server import errors
 from img2img_server.domain.job import Job
-from img2img_server.images.outbound import shown
-from img2img_server.queue.outbox import Outbox, PendingWebhook
-from img2img_server.store.base import JobStore
+from img2img_server.interfaces.records import JobStore
+from img2img_server.interfaces.webhooks import Outbox, PendingWebhook
+from img2img_server.outbound.policy import shown
 from img2img_server.telemetry import WEBHOOKS
 from img2img_server.webhooks.pauses import Pauses
 from img2img_server.webhooks.post import Outcome, Post

@@ -12,9 +12,9 @@ import aiohttp
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from img2img_server.images.causes import cause_of
-from img2img_server.images.outbound import ForbiddenAddressError, OutboundPolicy
-from img2img_server.images.retry_after import seconds_of
+from img2img_server.outbound.causes import cause_of
+from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
+from img2img_server.outbound.retry_after import seconds_of
 
 TIMEOUT_SECONDS = 30.0
 _GONE = 410

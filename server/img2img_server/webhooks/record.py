@@ -7,8 +7,8 @@ from dataclasses import replace
 import structlog
 
 from img2img_server.domain.job import Job
-from img2img_server.queue.outbox import Outbox, OutboxFullError
-from img2img_server.store.base import ConflictError, JobStore
+from img2img_server.interfaces.records import ConflictError, JobStore
+from img2img_server.interfaces.webhooks import Outbox, OutboxFullError
 
 RETRYING, SUCCESS, FAILED = "retrying", "success", "failed"  # Job.webhook_status
 

@@ -17,7 +17,7 @@ from img2img_server.engine.base import (
     StageDone,
     StepDone,
 )
-from img2img_server.images.encode import preview_jpeg
+from img2img_server.imaging.encode import preview_jpeg
 from img2img_server.worker.spans import DeviceSpans
 
 

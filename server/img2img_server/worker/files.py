@@ -6,7 +6,7 @@ import structlog
 
 from img2img_server.domain.job import Job
 from img2img_server.errors import StorageError
-from img2img_server.store.vault import SealBrokenError
+from img2img_server.storage.vault import SealBrokenError
 from img2img_server.worker.parts import Parts
 
 log = structlog.get_logger()

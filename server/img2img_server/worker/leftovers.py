@@ -8,7 +8,7 @@ from contextlib import suppress
 import structlog
 
 from img2img_server.domain.job import Job, State
-from img2img_server.store.base import BlobStore, JobStore
+from img2img_server.interfaces.records import BlobStore, JobStore
 
 MOST_WAITING = 1000  # jobs; beyond them files stay until the bucket's lifecycle rules take them
 

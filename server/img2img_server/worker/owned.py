@@ -22,8 +22,8 @@ from img2img_server.domain.job import (
     terminal_event,
 )
 from img2img_server.domain.warnings import join_warnings
-from img2img_server.queue.base import Delivery, EventWriter, OwnershipLostError
-from img2img_server.store.base import ConflictError, Stored
+from img2img_server.interfaces.queue import Delivery, EventWriter, OwnershipLostError
+from img2img_server.interfaces.records import ConflictError, Stored
 from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
 from img2img_server.webhooks.record import announce
 from img2img_server.worker.parts import Parts

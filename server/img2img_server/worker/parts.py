@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import Engine
+from img2img_server.interfaces.queue import EventLog, JobQueue
+from img2img_server.interfaces.records import JobStore
+from img2img_server.interfaces.webhooks import Outbox
+from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.prompts.base import PromptRewriter
-from img2img_server.queue.base import EventLog, JobQueue
-from img2img_server.queue.outbox import Outbox
 from img2img_server.safety.base import SafetyChecker
-from img2img_server.store.base import JobStore
-from img2img_server.store.tenant_s3 import TenantS3
-from img2img_server.store.tenants import TenantStorage
-from img2img_server.store.watched_blobs import WatchedBlobs
+from img2img_server.storage.tenant_s3 import TenantS3
+from img2img_server.storage.watched_blobs import WatchedBlobs
 
 _BASE_PIXELS = 512 * 512
 _WEIGHT = 0.2

@@ -25,9 +25,9 @@ from img2img_server.engine.base import (
     SampleReady,
     StepDone,
 )
-from img2img_server.images.base import InvalidImageError
-from img2img_server.images.prepare import prepare_image
-from img2img_server.queue.base import Delivery, OwnershipLostError
+from img2img_server.imaging.base import InvalidImageError
+from img2img_server.imaging.prepare import prepare_image
+from img2img_server.interfaces.queue import Delivery, OwnershipLostError
 from img2img_server.tasks import beside
 from img2img_server.telemetry import STEPS
 from img2img_server.tracing import TRACER

@@ -13,7 +13,7 @@ from img2img_server.domain.events import SampleFinished, SampleStored
 from img2img_server.domain.job import Job, Timings
 from img2img_server.domain.params import ImageFormat
 from img2img_server.engine.base import EngineTimings, Pixels, SampleReady
-from img2img_server.images.encode import encode_image, encoded
+from img2img_server.imaging.encode import encode_image, encoded
 from img2img_server.safety.base import blank
 from img2img_server.tracing import TRACER
 from img2img_server.worker.files import store_file

@@ -8,7 +8,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from img2img_server.domain.events import Stage
 from img2img_server.engine.base import EngineEvent, SampleReady, StageDone, StepDone
-from img2img_server.queue.base import Delivery
+from img2img_server.interfaces.queue import Delivery
 from img2img_server.tracing import TRACER, enter, extracted
 
 

@@ -13,9 +13,9 @@ import structlog
 from img2img_server import errors
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
+from img2img_server.interfaces.queue import Control, Delivery, Order
+from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import RestartError, first_of
-from img2img_server.queue.base import Control, Delivery, Order
-from img2img_server.store.base import WorkerRegistry
 from img2img_server.telemetry import JOBS_RUNNING
 from img2img_server.worker.leftovers import Leftovers
 from img2img_server.worker.parts import Load, Parts

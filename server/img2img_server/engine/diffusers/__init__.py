@@ -1,0 +1,1 @@
+"""The adapter of the engine to the diffusers library."""

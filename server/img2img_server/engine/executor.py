@@ -1,0 +1,121 @@
+"""The work of the device thread, done for many rows at once; a failure stays with its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from img2img_server.engine.denoiser import Denoiser, Picture
+from img2img_server.engine.isolation import isolate
+from img2img_server.engine.rows import Run, Sample
+from img2img_server.engine.sampler import advance, scale_input, timesteps
+
+
+class Stages:
+    """Encode, step, preview, decode. Takes runs and samples of one size.
+
+    Every method returns what failed, with its error; for the rest the work is done.
+
+    Args:
+        on_split: told of samples that do not fit the device together.
+    """
+
+    def __init__(self, denoiser: Denoiser, on_split: Callable[[Sequence[Sample]], None]) -> None:
+        self._denoiser = denoiser
+        self._on_split = on_split
+        self._step_before: torch.cuda.Event | None = None
+
+    def read(self, runs: Sequence[Run]) -> None:
+        """Encodes prompts in one batch, for `encode` to find. Who fails here fails again there."""
+
+        def work(some: Sequence[Run]) -> None:
+            self._denoiser.encode_texts([run.text for run in some])
+
+        isolate(runs, work, self._free_memory)
+
+    def encode(self, runs: Sequence[Run]) -> list[tuple[Run, Exception]]:
+        """Encodes prompts and init images, and makes the samples."""
+
+        def work(some: Sequence[Run]) -> None:
+            conditionings = self._denoiser.encode_texts([run.text for run in some])
+            images = self._denoiser.encode_images([run.job.init_image for run in some])
+            for run, conditioning, image in zip(some, conditionings, images, strict=True):
+                run.prepare(conditioning, image)
+
+        return isolate(runs, work, self._free_memory)
+
+    def step(self, samples: Sequence[Sample]) -> list[tuple[Sample, Exception]]:
+        """Takes one step of every sample."""
+
+        def before_retry(some: Sequence[Sample], lacked_memory: bool) -> None:
+            self._free_memory()
+            if lacked_memory:
+                self._on_split(some)
+
+        failed = isolate(samples, self._step, before_retry)
+        self._keep_pace()
+        return failed
+
+    def preview(
+        self, samples: Sequence[Sample]
+    ) -> tuple[list[tuple[Sample, Picture]], list[tuple[Sample, Exception]]]:
+        """Rough pictures of what each sample is becoming."""
+        found: list[tuple[Sample, Picture]] = []
+
+        def work(some: Sequence[Sample]) -> None:
+            pictures = self._denoiser.preview(torch.cat([sample.clean for sample in some]))
+            found.extend(zip(some, pictures, strict=True))
+
+        failed = isolate(samples, work, self._free_memory)
+        return found, failed
+
+    def decode(
+        self, samples: Sequence[Sample]
+    ) -> tuple[list[tuple[Sample, Picture]], list[tuple[Sample, Exception]]]:
+        """The pictures."""
+        found: list[tuple[Sample, Picture]] = []
+
+        def work(some: Sequence[Sample]) -> None:
+            pictures = self._denoiser.decode(torch.cat([sample.latents for sample in some]))
+            found.extend(zip(some, pictures, strict=True))
+
+        failed = isolate(samples, work, self._free_memory)
+        return found, failed
+
+    def clear_cache(self) -> None:
+        """Forgets encoded prompts and gives cached memory back to the device."""
+        self._denoiser.clear_cache()
+        self._free_memory()
+
+    def _step(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            sample.draw()
+        conditionings = [s.run.conditioning for s in samples if s.run.conditioning is not None]
+        coefficients = torch.stack([sample.coefficients for sample in samples])
+        latents = torch.cat([sample.latents for sample in samples])
+        output = self._denoiser.denoise(
+            scale_input(latents, coefficients), timesteps(coefficients), conditionings
+        )
+        clean = torch.cat([sample.clean for sample in samples])
+        noise = None
+        if any(sample.noise is not None for sample in samples):
+            zeros = torch.zeros_like(samples[0].latents)
+            noise = torch.cat([zeros if s.noise is None else s.noise for s in samples])
+        latents, clean = advance(latents, output, clean, noise, coefficients)
+        for index, sample in enumerate(samples):
+            sample.advance(latents[index : index + 1], clean[index : index + 1])
+
+    def _keep_pace(self) -> None:
+        """Lets the host run one step ahead of a GPU and no more: times and cancels stay true."""
+        if self._denoiser.device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        if self._step_before is not None:
+            self._step_before.synchronize()
+        self._step_before = event
+
+    def _free_memory(self, *_: object) -> None:
+        if self._denoiser.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""ModelsLab's enterprise realtime img2img contract."""

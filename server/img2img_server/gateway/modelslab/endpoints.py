@@ -1,0 +1,198 @@
+"""The img2img and fetch calls of the contract: ask the api, put its answer into our words."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from img2img.v1 import event_pb2, job_pb2
+from img2img_server.compat.modelslab import annotation_keys, results
+from img2img_server.compat.modelslab.files import inline
+from img2img_server.domain.params import ValidationContext, Violation
+from img2img_server.domain.warnings import join_warnings
+from img2img_server.errors import StorageError
+from img2img_server.gateway.http.files import Files
+from img2img_server.gateway.http.http_request import find_key, forget_body, link_base, read_json
+from img2img_server.gateway.modelslab import fields
+from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.request import drop_hints, job_spec
+from img2img_server.gateway.modelslab.response_formats import Answer, Dialect
+from img2img_server.gateway.upstream import ENDED, Upstream
+from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.settings import Settings
+
+ENTERPRISE = "/api/v1/enterprise/realtime"
+V6 = "/api/v6/realtime"
+V6_IMAGES = "/api/v6/images"
+_ID = re.compile(r"[0-9]{1,12}", re.ASCII)
+WATCH_AGAIN_SECONDS = 1.0  # after a refusal
+_ID_LONGER = 13  # characters, one more than an id may have
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One authenticated question: the key to ask with, where links point to."""
+
+    key: str
+    base: str
+    family: str  # where fetch_result points to, below base
+
+
+class Endpoints:
+    """Answers img2img and fetch. One for the life of the gateway."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        upstream: Upstream,
+        files: Files,
+        dialect: Dialect,
+        stop: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._files = files
+        self._dialect = dialect
+        self._stop = stop
+        policy = OutboundPolicy.of(settings)
+        self._context = ValidationContext(fields.LIMITS, is_listed=policy.lists_host)
+
+    async def create(self, request: Request, family: str) -> JSONResponse:
+        """POST img2img: makes a job, waits for it when the caller wants the result."""
+        call, body = await self._call(request, family)
+        reading = fields.read(body, self._context)
+        del body  # what it holds beside the fields is not kept while we wait
+        if violations := reading.violations:
+            del reading
+            await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
+            raise RefusedError(Case.FIELDS, violations=violations)
+        spec, warnings = job_spec(reading.values, call.base), reading.warnings
+        at_once = bool(reading.values.get("instant_response") or spec.webhook)
+        del reading
+        job = await self._make(call, spec, warnings)
+        del spec  # the picture is not kept while its job runs
+        forget_body(request)
+        if self._settings.wait_seconds > 0 and not at_once:
+            job = await self._wait(call.key, job)
+        return await self._answer(job, call, fetched=False)
+
+    async def _make(self, call: Call, spec: job_pb2.JobSpec, warnings: list[str]) -> job_pb2.Job:
+        # Legacy callers know no other `warning` than those of the original.
+        warning = "" if self._settings.legacy else join_warnings(*warnings)
+        try:
+            return await self._upstream.create(call.key, spec, call.base, warning=warning)
+        except RefusedError as refused:
+            broken = {violation.field: violation.description for violation in refused.violations}
+            # The model's own limit is narrower than ours; a hint is never an error.
+            if dropped := drop_hints(spec, broken):
+                more = [
+                    fields.ignored(name, broken[name].replace(name, "it", 1)) for name in dropped
+                ]
+                return await self._make(call, spec, [*warnings, *more])
+            refused.violations = fields.in_table_order(refused.violations)
+            raise
+
+    async def fetch(self, request: Request, family: str, job_id: str) -> JSONResponse:
+        """State of a job, its id in the path."""
+        return await self._fetch((await self._call(request, family))[0], job_id)
+
+    async def fetch_by_body(self, request: Request, family: str) -> JSONResponse:
+        """State of a job, its id in the body field request_id."""
+        call, body = await self._call(request, family)
+        job_id = body.get("request_id")
+        del body
+        if job_id is None or job_id == "":
+            await self._upstream.check_key(call.key)
+            missing = Violation("request_id", "request_id is required")
+            raise RefusedError(Case.FIELDS, violations=[missing])
+        # A longer one is no more an id than its beginning, which is all that is kept of it.
+        job_id = str(job_id)[:_ID_LONGER] if type(job_id) in (int, str) else ""
+        return await self._fetch(call, job_id)
+
+    async def _call(self, request: Request, family: str) -> tuple[Call, dict[str, Any]]:
+        """The question and its body."""
+        body = await read_json(request) if request.method == "POST" else {}
+        key = find_key(request, body)
+        base = link_base(request, self._settings.public_base_url)
+        return Call(key, base, family), body
+
+    async def _fetch(self, call: Call, job_id: str) -> JSONResponse:
+        if not _ID.fullmatch(job_id):
+            await self._upstream.check_key(call.key)
+            raise RefusedError(Case.UNKNOWN_JOB)
+        job = await self._upstream.get(call.key, int(job_id))
+        return await self._answer(job, call, fetched=True)
+
+    async def _wait(self, key: str, job: job_pb2.Job) -> job_pb2.Job:
+        """The job when it ended in time, else as it is now. Does not care who still listens."""
+        watch = asyncio.ensure_future(self._ended(key, job.id))
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait(
+                {watch, stopping},
+                timeout=self._settings.wait_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if watch.done():
+                return watch.result()
+            return await self._upstream.get(key, job.id)
+        except RefusedError:  # the job exists: whatever is wrong now, the caller can fetch it later
+            return job
+        finally:
+            watch.cancel()
+            stopping.cancel()
+
+    async def _ended(self, key: str, job_id: int) -> job_pb2.Job:
+        """The job once it has ended, however often the api goes or has no room for a watcher."""
+        while True:
+            with suppress(RefusedError):
+                async with aclosing(self._upstream.watch(key, job_id)) as events:
+                    async for event in events:
+                        job = _final(event)
+                        if job is not None:
+                            return job
+            with suppress(RefusedError):
+                job = await self._upstream.get(key, job_id)
+                if job.state in ENDED:
+                    return job
+            await asyncio.sleep(WATCH_AGAIN_SECONDS)
+
+    async def _answer(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
+        if job.state in (job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED):
+            return respond(self._dialect.failed(job))
+        if job.state == job_pb2.Job.STATE_SUCCEEDED:
+            try:
+                output = await self._output(job)
+                return respond(self._dialect.success(job, output, fetched=fetched))
+            except StorageError:
+                if fetched:
+                    raise RefusedError(Case.UNAVAILABLE) from None
+                # The POST made a job: it must not be lost. A fetch will have it later.
+        base = job.spec.annotations.get(annotation_keys.LINK_BASE, call.base)
+        fetch_result = f"{base}{call.family}/fetch/{job.id}"
+        return respond(self._dialect.processing(job, fetch_result, fetched=fetched))
+
+    async def _output(self, job: job_pb2.Job) -> list[str]:
+        links = results.links(job)
+        if self._settings.base64_inline and job.spec.base64:
+            return await inline(self._files.blobs, links)
+        return links
+
+
+def respond(answer: Answer) -> JSONResponse:
+    """The answer on its way out."""
+    return JSONResponse(answer.body, answer.status, answer.headers)
+
+
+def _final(event: event_pb2.JobEvent) -> job_pb2.Job | None:
+    kind = event.WhichOneof("event")
+    if kind in ("succeeded", "failed", "cancelled"):
+        job: job_pb2.Job = getattr(event, kind).job
+        return job
+    return None

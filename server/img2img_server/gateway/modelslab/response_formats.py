@@ -1,0 +1,135 @@
+"""The two forms in which the contract's answers are given: today's, and `legacy` (section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from img2img.v1 import job_pb2
+from img2img_server.compat.modelslab import results
+from img2img_server.gateway.modelslab import responses
+from img2img_server.gateway.modelslab.errors import Case, RefusedError
+
+TIP = "Send the API key that the operator of this service gave you."
+TIPS = "Wait for your queued requests to finish, or ask the operator for a higher limit."
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes back to the caller."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Dialect(Protocol):
+    """One form of every answer. `fetched`: it answers a fetch, not the POST that made the job."""
+
+    def refused(self, why: RefusedError) -> Answer:
+        """Section 6.4, and fetch of an unknown job."""
+        ...
+
+    def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> Answer:
+        """Section 6.1."""
+        ...
+
+    def processing(self, job: job_pb2.Job, fetch_result: str, *, fetched: bool) -> Answer:
+        """Section 6.2."""
+        ...
+
+    def failed(self, job: job_pb2.Job) -> Answer:
+        """Section 6.3: HTTP 200, the question could be answered."""
+        ...
+
+
+class Today:
+    """Real HTTP codes, one `message`, a `reason` as over gRPC."""
+
+    def refused(self, why: RefusedError) -> Answer:
+        body: dict[str, Any] = {"status": "error", "message": why.message, "reason": why.reason}
+        if why.violations:
+            body["errors"] = _by_field([(v.field, v.text) for v in why.violations])
+        if why.case is Case.RATE_LIMIT:
+            body["retry_after"] = why.retry_seconds
+        return Answer(why.case.status, body, _headers(why))
+
+    def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> Answer:
+        return Answer(200, responses.success(job, output))
+
+    def processing(self, job: job_pb2.Job, fetch_result: str, *, fetched: bool) -> Answer:
+        message = "Your request is being processed"
+        return Answer(200, responses.processing(job, fetch_result, message))
+
+    def failed(self, job: job_pb2.Job) -> Answer:
+        message = results.failure(job)
+        return Answer(200, {"status": "failed", "id": job.id, "message": message, "output": []})
+
+
+class Legacy:
+    """HTTP 200 always (unknown routes and wrong methods apart), `messege`, short fetches."""
+
+    def refused(self, why: RefusedError) -> Answer:
+        if why.case is Case.UNKNOWN_JOB:
+            body = {"status": "failed", "id": "", "message": why.message, "output": "", "tip": ""}
+            return Answer(200, body)
+        message, extra = self._wording(why)
+        kept = why.case in (Case.NO_ROUTE, Case.WRONG_METHOD)
+        return Answer(
+            why.case.status if kept else 200,
+            {"status": "error", "message": message, "messege": message, **extra},
+            _headers(why),
+        )
+
+    def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> Answer:
+        body = responses.success(job, output)
+        if fetched:
+            body = {name: body[name] for name in ("status", "id", "output", "proxy_links")}
+        return Answer(200, body)
+
+    def processing(self, job: job_pb2.Job, fetch_result: str, *, fetched: bool) -> Answer:
+        if fetched:
+            message = "Request processing"
+            return Answer(
+                200, {"status": "processing", "message": message, "output": "", "tip": ""}
+            )
+        message = "Try to fetch request after seconds estimated"
+        return Answer(200, responses.processing(job, fetch_result, message))
+
+    def failed(self, job: job_pb2.Job) -> Answer:
+        message = "Failed, Try Again"
+        return Answer(200, {"status": "failed", "id": job.id, "message": message, "output": ""})
+
+    def _wording(self, why: RefusedError) -> tuple[Any, dict[str, Any]]:
+        if why.violations:
+            told = [(v.field, legacy_sentence(v.field, v.description)) for v in why.violations]
+            return _by_field(told), {}
+        if why.case is Case.BAD_KEY:
+            return "Invalid Api Key", {"tip": TIP}
+        if why.case is Case.RATE_LIMIT:
+            return Case.RATE_LIMIT.message, {"tips": TIPS, "retry_after": why.retry_seconds}
+        return why.message, {}
+
+
+def legacy_sentence(name: str, sentence: str) -> str:
+    """ "prompt is required" becomes "The prompt field is required."; see section 4."""
+    if sentence == f"{name} is required":
+        return f"The {name} field is required."
+    if sentence.startswith(f"{name} "):
+        return f"The {sentence}."
+    return f"{sentence}."
+
+
+def _by_field(told: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, sentence in told:
+        found.setdefault(name, []).append(sentence)
+    return found
+
+
+def _headers(why: RefusedError) -> dict[str, str]:
+    headers = dict(why.headers)
+    if why.case in (Case.RATE_LIMIT, Case.UNAVAILABLE):
+        headers["Retry-After"] = str(why.retry_seconds)
+    return headers

@@ -1,0 +1,1 @@
+"""Methods of the gRPC service as JSON, and job events as server-sent events."""

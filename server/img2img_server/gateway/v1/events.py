@@ -1,0 +1,106 @@
+"""A job's events as server-sent events, for browsers and other HTTP callers.
+
+`data` is the JobEvent of event.proto as JSON, see protojson.py; `event` is its kind, for example
+`step`; `id` its sequence, which EventSource sends back as Last-Event-ID to resume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+from fastapi.sse import EventSourceResponse, format_sse_event
+from starlette.requests import Request
+from starlette.responses import Response
+
+from img2img.v1 import event_pb2
+from img2img_server.domain.params import Violation
+from img2img_server.gateway.http.http_request import find_key
+from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.upstream import ENDED, Upstream
+from img2img_server.gateway.v1 import protojson
+
+PING_SECONDS = 15.0
+_PING = b": ping\n\n"
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_SEQUENCE_MOST = 2**63 - 1
+_TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+class EventStreams:
+    """Answers GET /v1/jobs/{id}/events. Streams end when `stop` is set; callers resume."""
+
+    def __init__(self, upstream: Upstream, stop: asyncio.Event) -> None:
+        self._upstream = upstream
+        self._stop = stop
+
+    async def serve(self, request: Request, job_id: str) -> Response:
+        """The events after Last-Event-ID or after_sequence, until the job has ended.
+
+        204 tells an EventSource that comes back after the last event to stop coming back.
+        """
+        key = find_key(request, {})
+        resumed = request.headers.get("last-event-id")
+        after = _sequence(resumed or request.query_params.get("after_sequence") or "0")
+        if after is None:
+            await self._upstream.check_key(key)
+            text = "after_sequence must be an integer of at least 0"
+            raise RefusedError(Case.FIELDS, violations=[Violation("after_sequence", text)])
+        if not (job_id.isascii() and job_id.isdigit() and len(job_id) <= 12):
+            await self._upstream.check_key(key)
+            raise RefusedError(Case.UNKNOWN_JOB)
+        if resumed and after and await self._has_seen_the_end(key, int(job_id), after):
+            return Response(status_code=204)
+        events = self._upstream.watch(key, int(job_id), after)
+        first = await anext(events)  # what is wrong is told before the stream begins
+        return EventSourceResponse(self._frames(first, events), headers=_HEADERS)
+
+    async def _has_seen_the_end(self, key: str, job_id: int, after: int) -> bool:
+        """Whether event number `after` was the terminal one."""
+        async with aclosing(self._upstream.watch(key, job_id, after - 1)) as events:
+            snapshot = await anext(events)
+            if snapshot.snapshot.job.state not in ENDED:
+                return False
+            async for event in events:
+                return event.WhichOneof("event") in _TERMINAL and event.sequence <= after
+        return True
+
+    async def _frames(
+        self, first: event_pb2.JobEvent, events: AsyncGenerator[event_pb2.JobEvent, None]
+    ) -> AsyncIterator[bytes]:
+        yield frame(first)
+        stopping = asyncio.ensure_future(self._stop.wait())
+        following = asyncio.ensure_future(anext(events))
+        try:
+            while not stopping.done():
+                await asyncio.wait(
+                    {following, stopping},
+                    timeout=PING_SECONDS,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if following.done():
+                    yield frame(following.result())
+                    following = asyncio.ensure_future(anext(events))
+                elif not stopping.done():
+                    yield _PING
+        except (StopAsyncIteration, RefusedError):  # ended, or the api goes: callers resume
+            return
+        finally:
+            following.cancel()
+            stopping.cancel()
+            await asyncio.gather(following, stopping, return_exceptions=True)
+            await events.aclose()
+
+
+def frame(event: event_pb2.JobEvent) -> bytes:
+    """One event as it goes over the wire."""
+    data = protojson.dump(event)
+    return format_sse_event(data_str=data, event=event.WhichOneof("event"), id=str(event.sequence))
+
+
+def _sequence(text: str) -> int | None:
+    if not (text.isascii() and text.isdigit() and len(text) <= 19):
+        return None
+    number = int(text)
+    return number if number <= _SEQUENCE_MOST else None

@@ -1,0 +1,1 @@
+"""Init images and results: reading, checking, preparing and encoding."""

@@ -1,0 +1,188 @@
+"""Decodes image files to Pillow images and refuses incomplete ones.
+
+Pillow and libjpeg-turbo do the work. What they leave silently unpainted is found here: rows that a
+PNG lacks, and bits that a JPEG lacks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from img2img_server.imaging.header import JPEG_END, Container, Header, HeaderError
+from img2img_server.imaging.jpeg_scans import check_scans
+
+# The plugins themselves, not Image.open: that one also warns by a global pixel limit.
+PLUGINS: dict[Container, type[ImageFile]] = {
+    Container.PNG: PngImageFile,
+    Container.JPEG: JpegImageFile,
+    Container.WEBP: WebPImageFile,
+}
+# libjpeg-turbo's warnings about rows that are missing.
+_MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
+# Bytes to put after the last scan; every table of Huffman codes reads them differently.
+_PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
+# Each pad is one more decoding, whose time grows with the pixels and with the pixels of all scans.
+_MAX_COMPARED_PIXELS = 2**24
+_MAX_COMPARED_SCANNED = 2**27
+_SCAN = b"\xff\xda"
+_RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]
+# Rows of a 16-bit PNG compared with its colour key at once.
+_STRIP_ROWS = 256
+
+
+def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
+    """Returns the first frame as L, LA, RGB, RGBA or CMYK, 8 bits each; turned as it is stored.
+
+    Args:
+        smallest: a JPEG may come back at a half, quarter or eighth, but not below this size.
+
+    Raises:
+        HeaderError: the image is damaged or incomplete.
+    """
+    try:
+        if header.jpeg:
+            image = _decode_jpeg(header, smallest) or _decode_with_pillow(header, smallest)
+        else:
+            image = _decode_with_pillow(header, smallest)
+        return _plain(image, header)
+    except (MemoryError, HeaderError):
+        raise
+    except Exception as error:  # decoders raise a dozen types on damaged files
+        raise HeaderError("its data is damaged or incomplete") from error
+
+
+def _decode_with_pillow(header: Header, smallest: tuple[int, int]) -> Image.Image:
+    image = PLUGINS[header.container](BytesIO(header.data))
+    if image.size != (header.width, header.height):
+        raise HeaderError("it states two sizes")
+    if not (header.jpeg and header.jpeg.lossless):
+        image.draft(None, smallest)
+    image.load()
+    return image
+
+
+def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | None:
+    """Decodes with libjpeg-turbo's warnings as errors; the pixels are the ones Pillow gives.
+
+    Pillow ignores these warnings, and one of them says that rows are missing.
+
+    Returns:
+        None where Pillow has to do it: CMYK, and what gives warnings of another kind.
+    """
+    assert header.jpeg
+    if header.jpeg.lossless:  # simplejpeg writes beyond its buffer when it is to decode one smaller
+        if not _may_be_whole(header, ""):
+            raise HeaderError("rows are missing")
+        return None
+    # RGBX is how Pillow stores RGB, so its copy is fast.
+    space = {1: "GRAY", 3: "RGBX"}.get(len(header.jpeg.components), "CMYK")
+    room = min(header.width // smallest[0], header.height // smallest[1])
+    divisor = next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            header.data,
+            space,
+            min_height=math.ceil(header.height / divisor),
+            min_width=math.ceil(header.width / divisor),
+            min_factor=divisor,
+        )
+    except ValueError as error:
+        if not _may_be_whole(header, str(error)):
+            raise HeaderError("rows are missing") from error
+        return None
+    if space == "CMYK":
+        return None
+    if space == "GRAY":
+        return Image.fromarray(pixels[..., 0])
+    height, width, _ = pixels.shape
+    return Image.frombytes("RGB", (width, height), pixels.data, "raw", "RGBX")
+
+
+def _may_be_whole(header: Header, warning: str) -> bool:
+    """Returns whether a JPEG may hold all rows, given libjpeg-turbo's first warning.
+
+    Bytes after the last row are harmless. After any other warning, which may hide one about missing
+    rows, missing bits are looked for by the pixels that they change. Where that takes long, and
+    where missing bits count as zeros, the end marker decides.
+    """
+    assert header.jpeg
+    if any(sign in warning for sign in _MISSING_ROWS):
+        return False
+    if "extraneous bytes before marker 0xd9" in warning:
+        return True
+    end = check_scans(header)
+    scanned = header.pixels * header.data.count(_SCAN, header.jpeg.first_scan, end)
+    slow = header.pixels > _MAX_COMPARED_PIXELS or scanned > _MAX_COMPARED_SCANNED
+    if slow or header.jpeg.arithmetic:
+        return end < len(header.data) - len(JPEG_END)
+    return _holds_all_bits(header, end)
+
+
+def _holds_all_bits(header: Header, end: int) -> bool:
+    """Returns whether no pixel depends on what stands between the last scan and its end marker.
+
+    Missing bits that change no pixel, as in an image of one colour, are not found.
+    """
+    size = (header.width, header.height)
+    without = _decode_with_pillow(header, size)
+    for pad in _PADS:
+        padding = b"".join(pad + mark for mark in _RESTARTS)
+        padded = replace(header, data=header.data[:end] + padding + header.data[end:])
+        if _decode_with_pillow(padded, size) != without:
+            return False
+    return True
+
+
+def _plain(image: Image.Image, header: Header) -> Image.Image:
+    if image.mode == "I;16":
+        return _grey8(image)
+    if header.colour_key:
+        image.putalpha(_key_mask(image, header))
+        return image
+    if image.mode in ("1", "L") and "transparency" in image.info:
+        key, image = image.info["transparency"], image.convert("L")
+        image.putalpha(image.point([0 if value == key else 255 for value in range(256)]))
+        return image
+    if image.has_transparency_data:
+        mode = "LA" if image.mode == "LA" else "RGBA"
+    else:
+        mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _grey8(image: Image.Image) -> Image.Image:
+    """Keeps the upper 8 bits of 16-bit grey, which Pillow would clip."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    key = image.info.get("transparency")
+    if key is not None:
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _key_mask(upper: Image.Image, header: Header) -> Image.Image:
+    """Returns an alpha channel: 0 where a PNG of 16-bit RGB has the transparent colour.
+
+    Pillow decodes the upper 8 bits, or the lower ones when it is told the other byte order.
+    """
+    lower = PngImageFile(BytesIO(header.data))
+    lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+    lower.load()
+    key = np.array(header.colour_key)
+    mask = np.empty((header.height, header.width), np.uint8)
+    for top in range(0, header.height, _STRIP_ROWS):
+        box = (0, top, header.width, min(top + _STRIP_ROWS, header.height))
+        is_key = np.asarray(upper.crop(box)) == key >> 8
+        is_key &= np.asarray(lower.crop(box)) == key & 0xFF
+        mask[top : box[3]] = np.where(is_key.all(-1), 0, 255)
+    return Image.fromarray(mask)

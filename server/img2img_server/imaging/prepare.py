@@ -1,0 +1,220 @@
+"""Checks init images and prepares them as section 5 of the HTTP contract says.
+
+Everything here computes and blocks: call it in a thread. Pillow, libjpeg-turbo and Little CMS
+release the GIL while they decode, resize, convert and encode.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from img2img_server.domain.params import ImageFormat, Limits
+from img2img_server.imaging.base import (
+    NOT_VALID,
+    CheckedImage,
+    InvalidImageError,
+    Pixels,
+    too_large,
+)
+from img2img_server.imaging.colour import apply_transform, srgb_transform
+from img2img_server.imaging.decode import decode
+from img2img_server.imaging.encode import encode_image
+from img2img_server.imaging.formats import PLAIN_TEXT, format_name
+from img2img_server.imaging.header import Container, Header, HeaderError, container_of, read_header
+from img2img_server.imaging.jpeg_scans import check_scans
+from img2img_server.imaging.metadata import read_metadata
+from img2img_server.imaging.png_rows import prove_rows
+
+# Up to here the caller's own bytes travel through the queue. Beyond, they cost the queue or the
+# worker (a small file may hold many pixels) more than encoding them once more.
+OWN_MAX_BYTES = 512 * 2**10
+OWN_MAX_PIXELS = 2**22
+# Beyond this, one image at a time: decoding takes up to 16 bytes a pixel (WebP; others 4 to 9).
+LARGE_PIXELS = 2**24
+ONE_LARGE = threading.Lock()
+# A JPEG may be decoded at a half, quarter or eighth when that leaves this many times the pixels
+# asked for along each side: Lanczos then cannot be told from one on the full image.
+DECODE_GAP = 3.0
+# Of an image with more pixels than this, the box is averaged down before its colours are converted
+# to sRGB, which takes 0.1 s for 4 megapixels. At least CONVERT_GAP times the pixels asked for along
+# each side are left: edges between saturated colours differ by a few of 255.
+CONVERT_MAX_PIXELS = 2**22
+CONVERT_GAP = 2.0
+
+# What is left to do by EXIF orientation; from 5 on, rows and columns are swapped before.
+FLIPS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    6: Image.Transpose.FLIP_LEFT_RIGHT,
+    7: Image.Transpose.ROTATE_180,
+    8: Image.Transpose.FLIP_TOP_BOTTOM,
+}
+Box = tuple[float, float, float, float]  # left, upper, right, lower
+
+
+def check_image(
+    data: bytes, *, width: int, height: int, limits: Limits, downloaded: bool = False
+) -> CheckedImage:
+    """Proves that an init image decodes completely within the limits.
+
+    Small images come back as they are, others prepared at width x height as JPEG.
+
+    Args:
+        downloaded: the data comes from a URL of the caller, for the words of the error.
+
+    Raises:
+        InvalidImageError: it is too large, has too many pixels, is damaged, incomplete or no image
+            of an accepted format.
+    """
+    if len(data) > limits.max_image_bytes:
+        raise too_large(limits)
+    header = _header(data, "the URL served" if downloaded else "the data is")
+    if header.pixels > limits.max_image_pixels:
+        raise _too_many_pixels(header, limits)
+    try:
+        if header.png:
+            prove_rows(header)
+        if header.jpeg:
+            check_scans(header)
+    except HeaderError as error:
+        raise _invalid(header.container, error) from error
+    if len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS:
+        # The smallest scale skips the inverse transform, not the reading of every coefficient.
+        _decode(header, smallest=(1, 1))
+        return CheckedImage(data=data, prepared=False)
+    pixels = _prepare(header, width, height)
+    return CheckedImage(data=encode_image(pixels, ImageFormat.JPEG), prepared=True)
+
+
+def is_cheap(data: bytes) -> bool:
+    """Whether check_image takes a few milliseconds at the most, going by size and header."""
+    try:
+        return len(data) <= OWN_MAX_BYTES and read_header(data).pixels <= OWN_MAX_PIXELS
+    except HeaderError:
+        return True
+
+
+def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = False) -> Pixels:
+    """Makes exactly height x width x 3 pixels of an init image: the same ones each time.
+
+    EXIF rotation, first frame, colours to sRGB, transparency on white, 8-bit RGB, the largest
+    centred box of the target's aspect ratio, one Lanczos resize.
+
+    Args:
+        data: an image that check_image let through; its limits are not checked again.
+        prepared: it must have the size already.
+
+    Raises:
+        InvalidImageError: it is damaged, or not of the size although prepared.
+    """
+    header = _header(data)
+    if prepared and (header.width, header.height) != (width, height):
+        raise InvalidImageError(NOT_VALID, "it was prepared at another size")
+    return _prepare(header, width, height)
+
+
+def _header(data: bytes, source: str = "the data is") -> Header:
+    container = container_of(data)
+    if container is None:
+        name = format_name(data)
+        advice = "send a PNG, JPEG or WebP image"
+        if name == PLAIN_TEXT and b"\n" not in data:  # perhaps a URL without its scheme, or a path
+            advice += ", or its URL with http:// or https://"
+        raise InvalidImageError(NOT_VALID, f"{source} {name}; {advice}")
+    try:
+        return read_header(data)
+    except HeaderError as error:
+        raise _invalid(container, error) from error
+
+
+def _invalid(container: Container, error: HeaderError) -> InvalidImageError:
+    return InvalidImageError(NOT_VALID, f"the {container.title} image cannot be used: {error}")
+
+
+def _too_many_pixels(header: Header, limits: Limits) -> InvalidImageError:
+    most = limits.max_image_pixels / 1_000_000
+    size = f"{header.width}x{header.height} pixels, {header.pixels / 1e6:.1f} megapixels"
+    return InvalidImageError(
+        f"init_image must not have more than {most:g} megapixels", f"the image has {size}"
+    )
+
+
+def _prepare(header: Header, width: int, height: int) -> Pixels:
+    turned, profile = read_metadata(header)
+    if turned >= 5:  # lies on its side: so does the box that is cut
+        width, height = height, width
+    box = _centred_box((header.width, header.height), width / height)
+    gap = DECODE_GAP * width / (box[2] - box[0])
+    smallest = (int(header.width * gap) + 1, int(header.height * gap) + 1)
+    with _turn(header):
+        image = _decode(header, smallest)
+        if image.size != (header.width, header.height):
+            box = _scaled(box, round(header.width / image.width), image.size)
+        transform = srgb_transform(profile, image.mode.removesuffix("A"))
+        if transform and image.width * image.height > CONVERT_MAX_PIXELS:
+            image, box = _averaged(image, box, width)
+        image = _opaque_srgb(image, transform)
+        if turned >= 5:  # before the resize, whose two passes do not commute exactly
+            image, box = image.transpose(Image.Transpose.TRANSPOSE), (*box[1::-1], *box[:1:-1])
+            width, height = height, width
+        if image.size != (width, height) or box != (0, 0, width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS, box)
+    if turned in FLIPS:
+        image = image.transpose(FLIPS[turned])
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
+    try:
+        return decode(header, smallest)
+    except HeaderError as error:
+        raise _invalid(header.container, error) from error
+
+
+def _turn(header: Header) -> AbstractContextManager[object]:
+    return ONE_LARGE if header.pixels > LARGE_PIXELS else nullcontext()
+
+
+def _centred_box(size: tuple[int, int], aspect: float) -> Box:
+    """The largest centred box with width / height = aspect; its edges may cut pixels."""
+    width, height = size
+    box_width = min(width, height * aspect)
+    box_height = min(height, width / aspect)
+    left, upper = (width - box_width) / 2, (height - box_height) / 2
+    return left, upper, left + box_width, upper + box_height
+
+
+def _scaled(box: Box, divisor: int, size: tuple[int, int]) -> Box:
+    left, upper, right, lower = (edge / divisor for edge in box)
+    return left, upper, min(right, size[0]), min(lower, size[1])
+
+
+def _averaged(image: Image.Image, box: Box, width: int) -> tuple[Image.Image, Box]:
+    """Cuts the box out and averages squares of its pixels; also returns where it is now."""
+    left, upper, right, lower = box
+    factor = max(1, int((right - left) / (width * CONVERT_GAP)))
+    cut = (int(left), int(upper), math.ceil(right), math.ceil(lower))
+    image = image.reduce(factor, cut)
+    moved = (left - cut[0], upper - cut[1], right - cut[0], lower - cut[1])
+    return image, _scaled(moved, factor, image.size)
+
+
+def _opaque_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:
+    """Returns grey or RGB: the colours converted, then transparent parts put on white."""
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colours = image.convert(image.mode.removesuffix("A")) if alpha else image
+    if transform:
+        colours = apply_transform(colours, transform)
+    elif colours.mode == "CMYK":
+        colours = colours.convert("RGB")
+    if alpha is None:
+        return colours
+    white = Image.new(colours.mode, colours.size, "white")
+    white.paste(colours, mask=alpha)
+    return white

@@ -1,0 +1,1 @@
+"""The seams: protocols that have a real and an in-memory implementation."""

@@ -1,0 +1,1 @@
+"""How the service speaks to NATS JetStream, and everything that lies there."""

@@ -1,0 +1,131 @@
+"""The parts of the bus that a role is handed, on one connection or in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from img2img_server.interfaces.queue import Control, EventLog, JobQueue
+from img2img_server.interfaces.records import JobStore, WorkerRegistry
+from img2img_server.interfaces.webhooks import Outbox
+from img2img_server.lifecycle import unless_stopped
+from img2img_server.nats.access import NatsAccess
+from img2img_server.nats.connection import PATIENCE_SECONDS, connect
+from img2img_server.nats.control import NatsControl
+from img2img_server.nats.events import JetStreamEventLog
+from img2img_server.nats.jobs import JetStreamJobQueue
+from img2img_server.nats.rates import Rates, kv_rates, memory_rates
+from img2img_server.nats.records import KvJobStore
+from img2img_server.nats.tenant_settings import (
+    TenantStorage,
+    kv_tenant_storage,
+    memory_tenant_storage,
+)
+from img2img_server.nats.topology import HOUR, NEEDED_PAYLOAD_BYTES, Bounds, prepare
+from img2img_server.nats.webhooks import JetStreamOutbox
+from img2img_server.nats.workers import KvWorkerRegistry
+from img2img_server.settings import Settings
+from img2img_server.storage.vault import Vault
+from img2img_server.testing.memory_control import MemoryControl
+from img2img_server.testing.memory_events import MemoryEventLog
+from img2img_server.testing.memory_jobs import MemoryJobQueue
+from img2img_server.testing.memory_records import MemoryJobStore, MemoryWorkerRegistry
+from img2img_server.testing.memory_webhooks import MemoryOutbox
+
+
+async def _is_ready(_: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bus:
+    """Everything that roles share."""
+
+    queue: JobQueue
+    events: EventLog
+    control: Control
+    jobs: JobStore
+    workers: WorkerRegistry
+    outbox: Outbox
+    storage: TenantStorage
+    rates: Rates
+    # Waits so many seconds until the bus can be used. Raises UnavailableError.
+    ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
+    # Why the bus cannot be used now; empty while it can.
+    trouble: Callable[[], str] = lambda: ""
+
+
+@asynccontextmanager
+async def connect_bus(
+    settings: Settings,
+    *,
+    name: str = "img2img",
+    patience_seconds: float = PATIENCE_SECONDS,
+    stop: asyncio.Event | None = None,
+) -> AsyncIterator[Bus]:
+    """The bus of settings.nats_url, its streams and buckets made when missing. It reconnects by
+    itself; while it is away its methods raise UnavailableError.
+
+    Args:
+        name: tells connections apart in the server's monitoring.
+        patience_seconds: how long a call waits for a connection that is away.
+        stop: ends the attempts to connect with StoppedError.
+
+    Raises:
+        UnavailableError: no usable NATS within settings.startup_timeout_seconds.
+        SettingsError: a storage key is malformed, or NATS refuses what the settings say.
+    """
+    vault = Vault(settings.storage_keys.get_secret_value())
+    ends_at = time.monotonic() + settings.startup_timeout_seconds
+    async with connect(
+        NatsAccess.from_settings(settings),
+        name=name,
+        patience_seconds=patience_seconds,
+        connect_seconds=settings.startup_timeout_seconds,
+        stop=stop,
+    ) as link:
+        link.check_max_payload(NEEDED_PAYLOAD_BYTES)
+        await unless_stopped(stop, prepare(link, _bounds(settings), ends_at))
+        yield Bus(
+            queue=JetStreamJobQueue(
+                link, limit=settings.queue_limit, ack_wait_seconds=settings.ack_wait_seconds
+            ),
+            events=JetStreamEventLog(link),
+            control=NatsControl(link),
+            jobs=KvJobStore(link, retention_seconds=settings.retention_hours * HOUR),
+            workers=KvWorkerRegistry(link),
+            outbox=JetStreamOutbox(link),
+            storage=kv_tenant_storage(link, vault),
+            rates=kv_rates(link),
+            trouble=lambda: link.trouble,
+            ready=link.ready,
+        )
+
+
+def _bounds(settings: Settings) -> Bounds:
+    return Bounds(
+        queue_limit=settings.queue_limit,
+        retention_seconds=settings.retention_hours * HOUR,
+        events_retention_seconds=settings.events_retention_seconds,
+        events_max_bytes=settings.events_max_bytes,
+        replicas=settings.nats_replicas,
+    )
+
+
+def memory_bus(
+    *, queue_limit: int = 15, ack_wait_seconds: float = 15.0, storage_keys: str = ""
+) -> Bus:
+    """A bus of one process, for tests."""
+    return Bus(
+        queue=MemoryJobQueue(limit=queue_limit, ack_wait_seconds=ack_wait_seconds),
+        events=MemoryEventLog(),
+        control=MemoryControl(),
+        jobs=MemoryJobStore(),
+        workers=MemoryWorkerRegistry(),
+        outbox=MemoryOutbox(),
+        storage=memory_tenant_storage(Vault(storage_keys)),
+        rates=memory_rates(),
+    )

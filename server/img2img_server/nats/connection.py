@@ -1,0 +1,366 @@
+"""One connection to NATS: it comes back by itself, and while it is away callers hear so quickly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Final, TypeVar
+from weakref import WeakSet
+
+import nats.errors
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.errors import SlowConsumerError
+from nats.js import JetStreamContext
+from nats.js.api import PubAck, RawStreamMsg
+
+from img2img_server.errors import UnavailableError
+from img2img_server.lifecycle import first_of, unless_stopped
+from img2img_server.nats import faults
+from img2img_server.nats.access import NatsAccess
+from img2img_server.nats.faults import ConnectFault, WrongLastSequenceError, unavailable
+from img2img_server.nats.inbox import Inbox
+from img2img_server.nats.patched_client import DENIED, ResilientClient
+from img2img_server.settings import SettingsError
+
+REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
+PATIENCE_SECONDS: Final = 2.0  # how long a call waits for a connection that is away
+RECONNECT_SECONDS: Final = 0.2  # between two tries to come back
+CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection, unless it is said
+REPORT_SECONDS: Final = 5.0  # until the same reason is logged again
+# A stream whose leader died has a new one within 4 to 9 s (the election timeouts of NATS).
+ELECTION_SECONDS: Final = 12.0
+ELECTION_PAUSE_SECONDS: Final = 0.25
+PENDING_BYTES: Final = 16 * 2**20  # what may wait to be sent
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Link:
+    """A connection that stands, or will again. Made by `connect`."""
+
+    def __init__(self, access: NatsAccess, patience_seconds: float) -> None:
+        self._access = access
+        self._patience_seconds = patience_seconds
+        self.nc = ResilientClient(access)
+        self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
+        self._up = asyncio.Event()
+        self._inboxes: WeakSet[Inbox] = WeakSet()
+        self._faults: dict[str, ConnectFault] = {}  # of the last attempt, by host and port
+        self._reported = ("", 0.0)  # the last reason that was logged, and when
+        self._hopeless = asyncio.Event()
+        self._denied = ""
+        self._needed_bytes = 0
+        self._is_denied = asyncio.Event()
+
+    async def open(self, name: str, seconds: float) -> None:
+        """Connects for the first time, trying again for as long as that may help.
+
+        Raises:
+            SettingsError: every server refused in a way that another attempt cannot change.
+            UnavailableError: no connection within `seconds`.
+        """
+        access = self._access
+        connecting = self.nc.connect(
+            [server.address for server in access.servers],
+            name=name,
+            user_credentials=str(access.creds_file) if access.creds_file else None,
+            tls=access.tls if access.needs_tls else None,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnect,
+            reconnected_cb=self._on_reconnect,
+            connect_timeout=2,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_SECONDS,  # type: ignore[arg-type]
+            ping_interval=3,  # a server that fell silent is given up after 6 to 9 s
+            pending_size=PENDING_BYTES,
+            drain_timeout=3,
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                await first_of(connecting, self._hopeless.wait())
+        except (*faults.DOWN, nats.errors.Error, ValueError) as error:
+            await self.nc.close()
+            why = self._why_not() or f"IMG2IMG_NATS_URL: {error}"
+            raise UnavailableError(f"{why}; no connection within {seconds:g} s") from error
+        if not self.nc.is_connected:
+            await self.nc.close()
+            raise SettingsError(self._why_not())
+        self._up.set()
+
+    def _why_not(self) -> str:
+        """The faults of the last attempts, each with its setting, or nothing."""
+        sentences = (f"{fault.setting}: {fault.sentence}" for fault in self._faults.values())
+        return "; ".join(dict.fromkeys(sentences))
+
+    @property
+    def trouble(self) -> str:
+        """Why the connection does not stand; empty while it does."""
+        if self.nc.is_connected:
+            return ""
+        return self._why_not() or "IMG2IMG_NATS_URL: the connection to NATS is away"
+
+    async def unless_denied(self, work: Awaitable[object]) -> None:
+        """Waits for `work`, which ends early once the server says what the user may not do.
+
+        Such a request gets no answer and would wait for its whole time.
+
+        Raises:
+            SettingsError: the user lacks a permission.
+        """
+        await first_of(work, self._is_denied.wait())
+        if self._denied:
+            raise SettingsError(f"{self._access.source}: {self._denied}")
+
+    async def has_jetstream(self) -> bool:
+        """Whether somebody answers JetStream calls; a server of a cluster may leave it to others.
+
+        Raises UnavailableError when no answer comes.
+        """
+        if self.nc.offers_jetstream:
+            return True
+        with unavailable():
+            try:
+                await self.nc.request("$JS.API.INFO", timeout=REQUEST_SECONDS)
+            except nats.errors.NoRespondersError:
+                return False
+        return True
+
+    def check_max_payload(self, needed_bytes: int) -> None:
+        """Raises SettingsError when the server does not take messages of that size."""
+        self._needed_bytes = needed_bytes
+        if why := self._too_small():
+            raise SettingsError(why)
+
+    def _too_small(self) -> str:
+        if self.nc.max_payload >= self._needed_bytes:
+            return ""
+        return (
+            f"IMG2IMG_NATS_URL: the NATS server at {self.nc.attempted} takes messages of at "
+            f"most {self.nc.max_payload} bytes (max_payload), and images need "
+            f"{self._needed_bytes}: set `max_payload: 8MB` in the configuration of the NATS server"
+        )
+
+    async def _on_error(self, error: Exception) -> None:
+        if DENIED in str(error).lower():
+            said = str(error).removeprefix("nats: ").strip("' ")
+            self._denied = f"the NATS server lets the user not do what it must ({said})"
+            self._is_denied.set()
+            log.warning("NATS permission is missing: %s", said)
+        elif self.nc.is_connected:
+            # Of dropped messages there are many; their readers notice and ask again.
+            level = logging.DEBUG if isinstance(error, SlowConsumerError) else logging.WARNING
+            log.log(level, "NATS error: %r", error)
+        else:
+            self._note_fault(error)
+
+    def _note_fault(self, error: Exception) -> None:
+        if self._hopeless.is_set():  # the reason is known
+            return
+        server = self.nc.attempted
+        fault = faults.explain_connect(error, server, self._access.source)
+        self._faults[server] = fault
+        reason, at = self._reported
+        now = time.monotonic()
+        if fault.sentence != reason or now - at > REPORT_SECONDS:
+            self._reported = (fault.sentence, now)
+            log.warning("NATS is not connected: %s: %s", fault.setting, fault.sentence)
+        ours = {server.netloc for server in self._access.servers}
+        final = {server for server, each in self._faults.items() if each.final}
+        if ours <= final and not self._up.is_set():
+            self._hopeless.set()
+
+    async def close(self) -> None:
+        """Sends what waits to be sent and ends the connection."""
+        with suppress(*faults.DOWN):
+            await self.nc.drain()
+        await self.nc.close()
+
+    async def _on_disconnect(self) -> None:
+        if self._up.is_set() and not self.nc.is_closed:
+            log.warning("lost the connection to the bus")
+        self._up.clear()
+
+    async def _on_reconnect(self) -> None:
+        log.warning("the connection to the bus is back")
+        if why := self._too_small():  # another server, or another configuration
+            log.error("%s", why)
+        self._faults.clear()
+        self._reported = ("", 0.0)
+        self._up.set()
+        for inbox in self._inboxes:
+            inbox.interrupt()
+
+    async def ready(self, seconds: float | None = None) -> None:
+        """Waits until the connection stands. Raises UnavailableError when it does not in time.
+
+        Nothing is sent while it is away: what a caller was told had failed must not happen later.
+
+        Args:
+            seconds: how long to wait; by default patience_seconds.
+        """
+        if self.nc.is_connected:
+            return
+        if not self.nc.is_closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._patience_seconds if seconds is None else seconds):
+                    await self._up.wait()
+                    return
+        raise UnavailableError(detail=f"{self.trouble}; no connection")
+
+    async def ask(self, call: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
+        """The answer of JetStream to `call`, also while streams elect their leaders.
+
+        Nobody leads, nothing was done: it is asked again for as long as an election takes.
+
+        Args:
+            repeatable: the call may be made again too when its answer did not come.
+
+        Raises:
+            UnavailableError: the connection is away, or nobody came to lead.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + ELECTION_SECONDS
+        while True:
+            await self.ready()
+            try:
+                with unavailable():
+                    return await call()
+            except UnavailableError as error:
+                silent = isinstance(error.__cause__, TimeoutError)
+                again = (repeatable and silent) or faults.is_leaderless(error.__cause__)
+                if not again or loop.time() > until:
+                    raise
+            await asyncio.sleep(ELECTION_PAUSE_SECONDS)
+
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        repeatable: bool = False,
+    ) -> PubAck:
+        """Stores a message in its stream. `repeatable`: storing it twice does no harm.
+
+        Raises:
+            UnavailableError: no answer; the message may be stored or not.
+            WrongLastSequenceError: the headers expect another last sequence.
+            SubjectFullError: the subject has its most messages.
+        """
+        known_once = "Nats-Msg-Id" in (headers or {})  # a second one is not stored
+        return await self.ask(
+            lambda: self.js.publish(subject, data, headers=headers),
+            repeatable=repeatable or known_once,
+        )
+
+    async def replace(self, stream: str, subject: str, data: bytes, last: int) -> int:
+        """Stores a message if `last` is the sequence of the subject's last one (0: there is none).
+
+        Returns its own sequence; also when its answer was lost and it is asked for again.
+
+        Raises:
+            UnavailableError: no answer; the message may be stored or not.
+            WrongLastSequenceError: the subject was written by somebody else.
+        """
+        expected = {"Nats-Expected-Last-Subject-Sequence": str(last)}
+        in_doubt = False
+
+        async def call() -> int:
+            nonlocal in_doubt
+            try:
+                return (await self.js.publish(subject, data, headers=expected)).seq
+            except TimeoutError:
+                in_doubt = True
+                raise
+
+        try:
+            return await self.ask(call)
+        except WrongLastSequenceError:
+            there = await self.last(stream, subject) if in_doubt else None
+            if there is None or there.data != data:
+                raise
+            return there.seq or 0
+
+    async def request(self, subject: str, data: bytes = b"") -> Msg:
+        """Sends a request that may arrive twice; returns the answer. Raises UnavailableError."""
+        return await self.ask(lambda: self.nc.request(subject, data, timeout=REQUEST_SECONDS))
+
+    async def send(self, subject: str, data: bytes, reply: str = "") -> None:
+        """Publishes without waiting for an answer. Raises UnavailableError."""
+        await self.ready()
+        with unavailable():
+            await self.nc.publish(subject, data, reply=reply)
+
+    async def last(self, stream: str, subject: str) -> RawStreamMsg | None:
+        """The last message of a subject (wildcards allowed), read from the stream's leader."""
+        try:
+            return await self.ask(lambda: self.js.get_last_msg(stream, subject))
+        except nats.js.errors.NotFoundError:
+            return None
+
+    async def delete(self, stream: str, sequence: int) -> bool:
+        """Deletes one message; False when there is none. Raises UnavailableError."""
+
+        async def call() -> bool:
+            try:
+                return await self.js.delete_msg(stream, sequence)
+            except nats.js.errors.APIError as error:
+                if error.err_code in faults.NO_MESSAGE:
+                    return False
+                raise
+
+        return await self.ask(call)
+
+    async def open_inbox(
+        self,
+        *,
+        max_bytes: int | None = None,
+        late: Callable[[Msg], Awaitable[None]] | None = None,
+    ) -> Inbox:
+        """A private subject that is listened to, until it is closed. Raises UnavailableError."""
+        await self.ready()
+        inbox = Inbox(self.nc, max_bytes=max_bytes, late=late)
+        await inbox.open()
+        self._inboxes.add(inbox)
+        return inbox
+
+
+def status_of(msg: Msg) -> str:
+    """Three digits when the message is a word of the server's own, empty for a stored message."""
+    return (msg.headers or {}).get("Status", "")
+
+
+@asynccontextmanager
+async def connect(
+    where: NatsAccess | Sequence[str],
+    *,
+    name: str = "img2img",
+    patience_seconds: float = PATIENCE_SECONDS,
+    connect_seconds: float = CONNECT_SECONDS,
+    stop: asyncio.Event | None = None,
+) -> AsyncIterator[Link]:
+    """A connection to NATS.
+
+    Args:
+        where: how to reach it, or only addresses in the form of IMG2IMG_NATS_URL.
+        patience_seconds: how long a call waits for a connection that is away.
+        connect_seconds: how long the first connection is tried for.
+        stop: ends these attempts with StoppedError.
+
+    Raises:
+        SettingsError: the servers refuse for good, or a TLS file cannot be used.
+        UnavailableError: no connection in time.
+    """
+    access = where if isinstance(where, NatsAccess) else NatsAccess.of(where)
+    link = Link(access, patience_seconds)
+    await unless_stopped(stop, link.open(name, connect_seconds))
+    try:
+        yield link
+    finally:
+        await link.close()

@@ -1,0 +1,133 @@
+"""Numbered events on the EVENTS stream: one subject a job for what stays, one a preview."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Self
+
+from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
+from img2img_server.interfaces.queue import OwnershipLostError
+from img2img_server.nats import codec, subjects
+from img2img_server.nats.connection import Link
+from img2img_server.nats.faults import WrongLastSequenceError
+from img2img_server.nats.follow import Follower
+
+
+class JetStreamEventLog:
+    """An EventLog on JetStream."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def open(self, job_id: int, *, fresh: bool = False) -> JetStreamEventWriter:
+        """Takes over the log of a job. Raises UnavailableError."""
+        writer = JetStreamEventWriter(self._link, job_id)
+        if not fresh:
+            await writer.catch_up()
+        return writer
+
+    @asynccontextmanager
+    async def watch(
+        self, job_id: int, after_sequence: int = 0
+    ) -> AsyncIterator[AsyncIterator[Envelope]]:
+        follower = Follower(self._link, subjects.EVENTS, subjects.events_filter(job_id))
+        async with follower:
+            yield _Envelopes(follower, after_sequence)
+
+
+class _Envelopes:
+    # A class, not a generator: one that is cancelled while it waits can be asked again.
+    def __init__(self, follower: Follower, last_sequence: int) -> None:
+        self._follower = follower
+        self._last_sequence = last_sequence
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Envelope:
+        while True:
+            envelope = codec.decode_event(await anext(self._follower))
+            if envelope is not None and envelope.sequence > self._last_sequence:
+                self._last_sequence = envelope.sequence
+                return envelope
+
+
+class JetStreamEventWriter:
+    """Appends to one log. The last sequence of its `.log` subject is the fence: who does not know
+    it has been overtaken. Previews are held against the same fence, though they lie beside it."""
+
+    def __init__(self, link: Link, job_id: int) -> None:
+        self._link = link
+        self._job_id = job_id
+        self._log_subject = subjects.log_subject(job_id)
+        self._sequence = 0
+        self._fence = 0
+        self._ended = False
+        self._turn = asyncio.Lock()
+
+    async def catch_up(self) -> None:
+        """Reads where the log ends."""
+        last = await self._link.last(subjects.EVENTS, subjects.events_filter(self._job_id))
+        if last is None:
+            return
+        self._sequence = codec.decode_head(last.data or b"").sequence
+        if last.subject != self._log_subject:
+            last = await self._link.last(subjects.EVENTS, self._log_subject)
+        if last is not None:
+            self._fence = last.seq or 0
+            self._ended = codec.decode_head(last.data or b"").is_terminal
+
+    @property
+    def sequence(self) -> int:
+        return self._sequence
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    async def append(self, event: Event) -> Envelope:
+        """Numbers and stores the event.
+
+        Raises:
+            OwnershipLostError: another writer has taken over.
+            UnavailableError: the bus is down; whether the event is stored is not known.
+        """
+        async with self._turn:
+            envelope = Envelope(
+                sequence=self._sequence + 1, time=time.time(), job_id=self._job_id, event=event
+            )
+            data = codec.encode_event(envelope)
+            if isinstance(event, Preview):
+                await self._store_preview(data, event.sample)
+            else:
+                self._fence = await self._store(data)
+            self._sequence = envelope.sequence
+            self._ended = self._ended or isinstance(event, TERMINAL)
+            return envelope
+
+    async def _store(self, data: bytes) -> int:
+        try:
+            return await self._link.replace(subjects.EVENTS, self._log_subject, data, self._fence)
+        except WrongLastSequenceError as error:
+            if not self._fence or await self._link.last(subjects.EVENTS, self._log_subject):
+                raise self._lost() from error
+            self._fence = 0  # the whole log has expired
+            return await self._store(data)
+
+    async def _store_preview(self, data: bytes, sample: int) -> None:
+        headers = {
+            "Nats-Rollup": "sub",
+            "Nats-Expected-Last-Subject-Sequence": str(self._fence),
+            "Nats-Expected-Last-Subject-Sequence-Subject": self._log_subject,
+        }
+        try:
+            subject = subjects.preview_subject(self._job_id, sample)
+            await self._link.publish(subject, data, headers, repeatable=True)
+        except WrongLastSequenceError as error:
+            raise self._lost() from error
+
+    def _lost(self) -> OwnershipLostError:
+        return OwnershipLostError(f"job {self._job_id}: another writer has the log")

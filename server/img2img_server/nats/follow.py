@@ -1,0 +1,136 @@
+"""Reads a subject of a stream in order and without gaps, through reconnects and lost messages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+from img2img_server.errors import UnavailableError
+from img2img_server.nats.connection import Link, status_of
+from img2img_server.nats.inbox import Inbox, Interrupted
+
+HEARTBEAT_SECONDS: Final = 2.0
+RETRY_SECONDS: Final = 1.0
+MAX_WAITING_BYTES: Final = 32 * 2**20  # what a slow reader may leave unread here
+_HEARTBEAT: Final = "100"
+
+log = logging.getLogger(__name__)
+
+
+class _GapError(Exception):
+    """Something was missed: the server counts further than what arrived."""
+
+
+class Follower:
+    """Everything stored under `subject`, from the first message on, then live; never ends.
+
+    Entering the context makes a push consumer without acks, so nothing stored later is missed. The
+    server numbers what it sends; a number left out, a silence or a reconnect makes a new consumer
+    from behind the last message that arrived. Raises UnavailableError on entering only.
+    """
+
+    def __init__(self, link: Link, stream: str, subject: str) -> None:
+        self._link = link
+        self._stream = stream
+        self._subject = subject
+        self._inbox: Inbox | None = None
+        self._consumer = ""
+        self._last_stream_sequence = 0
+        self._delivered = 0
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stop()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next message's data."""
+        while True:
+            try:
+                data = await self._next()
+            except (_GapError, Interrupted, TimeoutError) as reason:
+                log.debug("reading %s anew: %r", self._subject, reason)
+                await self._restart()
+            else:
+                if data is not None:
+                    return data
+
+    async def _next(self) -> bytes | None:
+        if self._inbox is None:  # a restart was cancelled half-way
+            raise Interrupted
+        async with asyncio.timeout(2.5 * HEARTBEAT_SECONDS):
+            msg = await self._inbox.get()
+        if status_of(msg):
+            self._check_heartbeat(msg)
+            return None
+        count = msg.metadata.sequence
+        if count.consumer != self._delivered + 1:
+            raise _GapError
+        self._delivered = count.consumer
+        self._last_stream_sequence = count.stream
+        return msg.data
+
+    def _check_heartbeat(self, msg: Msg) -> None:
+        headers = msg.headers or {}
+        sent = int(headers.get("Nats-Last-Consumer", self._delivered))
+        if status_of(msg) != _HEARTBEAT or sent != self._delivered:
+            raise _GapError
+
+    async def _start(self) -> None:
+        self._inbox = await self._link.open_inbox(max_bytes=MAX_WAITING_BYTES)
+        config = ConsumerConfig(
+            deliver_subject=self._inbox.subject,
+            filter_subject=self._subject,
+            ack_policy=AckPolicy.NONE,
+            max_deliver=1,
+            idle_heartbeat=HEARTBEAT_SECONDS,
+            inactive_threshold=2 * HEARTBEAT_SECONDS,
+            mem_storage=True,
+            num_replicas=1,
+        )
+        if self._last_stream_sequence:
+            config.deliver_policy = DeliverPolicy.BY_START_SEQUENCE
+            config.opt_start_seq = self._last_stream_sequence + 1
+        info = await self._link.ask(lambda: self._link.js.add_consumer(self._stream, config))
+        self._consumer, self._delivered = info.name, 0
+
+    async def _stop(self) -> None:
+        inbox, self._inbox = self._inbox, None
+        consumer, self._consumer = self._consumer, ""
+        if consumer and self._link.nc.is_connected:
+            # Without interest the server forgets the consumer by itself; telling it is only tidy.
+            api = f"$JS.API.CONSUMER.DELETE.{self._stream}.{consumer}"
+            with suppress(UnavailableError):
+                await self._link.send(api, b"", reply=self._link.nc.new_inbox())
+        if inbox:
+            await inbox.close()
+
+    async def _restart(self) -> None:
+        while True:
+            await self._stop()
+            try:
+                return await self._start()
+            except (UnavailableError, nats.js.errors.APIError) as error:
+                log.debug("cannot read %s yet: %r", self._subject, error)
+                await asyncio.sleep(RETRY_SECONDS)

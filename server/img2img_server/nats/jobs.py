@@ -1,0 +1,255 @@
+"""The work queue on the JOBS stream: one durable pull consumer for each model and lane."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
+
+from img2img_server.domain.params import Lane
+from img2img_server.errors import QueueFullError, UnavailableError
+from img2img_server.interfaces.queue import Delivery, LaneLoad, QueuedJob
+from img2img_server.nats import codec, subjects
+from img2img_server.nats.connection import Link, status_of
+from img2img_server.nats.faults import SubjectFullError
+from img2img_server.nats.inbox import Inbox, Interrupted
+
+MAX_ACK_PENDING: Final = 10_000  # jobs of one model and lane that workers may hold together
+INFO_SECONDS: Final = 0.2  # how old the numbers behind position and depth may be
+ANSWER_SECONDS: Final = 1.0  # how long the server may take to say that nothing came
+_NO_RESPONDERS: Final = "503"
+
+log = logging.getLogger(__name__)
+
+
+class JetStreamDelivery:
+    """A Delivery on JetStream. Every method raises UnavailableError when the bus is down."""
+
+    def __init__(self, link: Link, msg: Msg, job: QueuedJob) -> None:
+        self._link = link
+        self._msg = msg
+        self._job = job
+
+    @property
+    def job(self) -> QueuedJob:
+        return self._job
+
+    @property
+    def attempt(self) -> int:
+        return int(self._msg.metadata.num_delivered)
+
+    async def ack(self) -> None:
+        # With an answer: a lost ack would make another worker do the job again.
+        await self._link.request(self._msg.reply, Msg.Ack.Ack)
+
+    async def nak(self) -> None:
+        await self._link.send(self._msg.reply, Msg.Ack.Nak)
+
+    async def term(self, reason: str) -> None:
+        await bury(self._link, self._msg, codec.encode(self._job.without_image()), reason)
+
+    async def in_progress(self) -> None:
+        await self._link.send(self._msg.reply, Msg.Ack.Progress)
+
+
+async def bury(link: Link, msg: Msg, left: bytes, reason: str) -> None:
+    """Writes what is left of the message to the dead letters, then removes it from the queue."""
+    headers = {
+        "Nats-Msg-Id": f"dead-{msg.metadata.sequence.stream}",
+        "Img2img-Reason": " ".join(reason.split()),
+        "Img2img-Attempts": str(msg.metadata.num_delivered),
+    }
+    await link.publish(subjects.dead_subject(msg.subject), left, headers)
+    await link.request(msg.reply, Msg.Ack.Term)
+
+
+class JetStreamJobQueue:
+    """A JobQueue on JetStream."""
+
+    def __init__(self, link: Link, *, limit: int, ack_wait_seconds: float) -> None:
+        self._link = link
+        self._limit = limit
+        self._ack_wait_seconds = ack_wait_seconds
+        self._consumers: set[str] = set()
+        self._infos: dict[str, tuple[float, ConsumerInfo]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    @property
+    def ack_wait_seconds(self) -> float:
+        return self._ack_wait_seconds
+
+    async def put(self, job: QueuedJob) -> int:
+        subject = subjects.jobs_subject(job.params.model, job.params.lane, job.tenant)
+        # The id makes a caller's second try, after an answer that was lost, the same message.
+        headers = {"Nats-Msg-Id": str(job.job_id)}
+        try:
+            return (await self._link.publish(subject, codec.encode(job), headers)).seq
+        except SubjectFullError as error:
+            raise QueueFullError(self._limit) from error
+
+    async def remove(self, sequence: int) -> bool:
+        return await self._link.delete(subjects.JOBS, sequence)
+
+    async def position(self, model: str, lane: Lane, sequence: int) -> int:
+        load = await self.load(model, lane)
+        # Numbers run through all lanes, so their distance alone would be too much.
+        return max(0, min(sequence - load.last_taken - 1, load.waiting - 1))
+
+    async def depth(self, model: str, lane: Lane) -> int:
+        return (await self.load(model, lane)).waiting
+
+    async def load(self, model: str, lane: Lane) -> LaneLoad:
+        info = await self._info(model, lane)
+        if info is None:  # no worker has ever asked for it: everything waits
+            waiting = await self._messages(subjects.lane_filter(model, lane))
+            return LaneLoad(waiting=waiting, taken=0, last_taken=0)
+        return LaneLoad(
+            waiting=info.num_pending or 0,
+            taken=info.num_ack_pending or 0,
+            last_taken=(info.delivered.stream_seq or 0) if info.delivered else 0,
+        )
+
+    async def unfinished(self, tenant: str) -> int:
+        return await self._messages(subjects.tenant_filter(tenant))
+
+    async def _messages(self, subject: str) -> int:
+        """Messages in the stream under a subject, wildcards allowed."""
+        stream = await self._link.ask(lambda: self._link.js.stream_info(subjects.JOBS, subject))
+        return sum((stream.state.subjects or {}).values())
+
+    async def _info(self, model: str, lane: Lane) -> ConsumerInfo | None:
+        """The consumer's numbers, at most INFO_SECONDS old; None when there is no consumer."""
+        name = subjects.lane_consumer(model, lane)
+        now = asyncio.get_running_loop().time()
+        read_at, known = self._infos.get(name, (0.0, None))
+        if known is not None and now - read_at < INFO_SECONDS:
+            return known
+        try:
+            info: ConsumerInfo = await self._link.ask(
+                lambda: self._link.js.consumer_info(subjects.JOBS, name)
+            )
+        except nats.js.errors.NotFoundError:
+            return None
+        self._infos[name] = (now, info)
+        return info
+
+    async def pull(
+        self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
+    ) -> list[Delivery]:
+        """Takes jobs. Raises UnavailableError when the bus is down.
+
+        Lane by lane it asks for what is there; when that is nothing, all lanes are asked to send
+        what comes. What still comes while the other lanes are called off is taken too, or handed
+        back when it is too much: nothing that was taken is left lying here.
+        """
+        for lane in lanes:
+            await self._ensure_consumer(model, lane)
+        inbox = await self._link.open_inbox(late=self._hand_back)
+        taken: list[Msg] = []
+        keep = 0
+        try:
+            with suppress(Interrupted):
+                await self._take(inbox, taken, model, lanes, most, timeout_seconds)
+            if len(taken) < most:
+                await inbox.close()
+                taken += _jobs(inbox.rest())
+            keep = most
+        finally:  # cancelled, perhaps: what was taken still goes to others at once
+            # A full hand does not wait for the rest to be called off.
+            leaving = asyncio.create_task(self._leave(inbox, taken[keep:]))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            if not keep:
+                await asyncio.shield(leaving)
+        return await self._deliveries(taken[:keep])
+
+    async def _leave(self, inbox: Inbox, spare: list[Msg]) -> None:
+        """Stops listening and hands back what is too much."""
+        await inbox.close()
+        for msg in spare + _jobs(inbox.rest()):
+            await self._hand_back(msg)
+
+    async def _take(
+        self,
+        inbox: Inbox,
+        taken: list[Msg],
+        model: str,
+        lanes: Sequence[Lane],
+        most: int,
+        timeout_seconds: float,
+    ) -> None:
+        for lane in lanes:
+            await self._ask(inbox, model, lane, {"batch": most, "no_wait": True})
+            await self._collect(inbox, taken, most, asked=1, seconds=ANSWER_SECONDS)
+            if taken:
+                return
+        expires = max(1, int(timeout_seconds * 1e9))
+        for lane in lanes:
+            await self._ask(inbox, model, lane, {"batch": most, "expires": expires})
+        seconds = timeout_seconds + ANSWER_SECONDS
+        await self._collect(inbox, taken, 1, asked=len(lanes), seconds=seconds)
+
+    async def _ask(self, inbox: Inbox, model: str, lane: Lane, request: dict[str, int]) -> None:
+        api = f"$JS.API.CONSUMER.MSG.NEXT.{subjects.JOBS}.{subjects.lane_consumer(model, lane)}"
+        await self._link.send(api, json.dumps(request).encode(), reply=inbox.subject)
+
+    async def _collect(
+        self, inbox: Inbox, taken: list[Msg], most: int, *, asked: int, seconds: float
+    ) -> None:
+        """Takes messages until there are `most` or the server has ended all requests asked."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while len(taken) < most and asked:
+                    msg = await inbox.get()
+                    status = status_of(msg)
+                    if status == _NO_RESPONDERS:
+                        self._consumers.clear()  # they are gone; the next pull makes them anew
+                        raise UnavailableError
+                    if status:
+                        asked -= 1
+                    else:
+                        taken.append(msg)
+
+    async def _deliveries(self, taken: list[Msg]) -> list[Delivery]:
+        deliveries: list[Delivery] = []
+        for msg in taken:
+            try:
+                job = codec.decode(msg.data, QueuedJob)
+            except codec.UndecodableError as error:
+                log.warning("a job that cannot be read goes to the dead letters: %s", error)
+                await bury(self._link, msg, b"", str(error))  # there may be an image in it
+            else:
+                deliveries.append(JetStreamDelivery(self._link, msg, job))
+        return deliveries
+
+    async def _hand_back(self, msg: Msg) -> None:
+        with suppress(UnavailableError):
+            if not status_of(msg):
+                await self._link.send(msg.reply, Msg.Ack.Nak)
+
+    async def _ensure_consumer(self, model: str, lane: Lane) -> None:
+        name = subjects.lane_consumer(model, lane)
+        if name in self._consumers:
+            return
+        config = ConsumerConfig(
+            durable_name=name,
+            filter_subject=subjects.lane_filter(model, lane),
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=self._ack_wait_seconds,
+            max_deliver=-1,  # the worker bounds its attempts, and says why it gave up
+            max_ack_pending=MAX_ACK_PENDING,
+        )
+        await self._link.ask(lambda: self._link.js.add_consumer(subjects.JOBS, config))
+        self._consumers.add(name)
+
+
+def _jobs(messages: Sequence[Msg]) -> list[Msg]:
+    """Without the server's own words."""
+    return [msg for msg in messages if not status_of(msg)]

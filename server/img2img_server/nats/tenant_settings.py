@@ -1,0 +1,124 @@
+"""Storage details of tenants, sealed; each version lies as long as jobs may need it."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+
+from img2img_server.domain.storage import REALTIME, StorageDetails
+from img2img_server.nats import codec, subjects
+from img2img_server.nats.connection import Link
+from img2img_server.nats.faults import WrongLastSequenceError
+from img2img_server.nats.kv import Bucket, Values
+from img2img_server.storage.vault import SealBrokenError, Vault
+from img2img_server.testing.memory_kv import MemoryBucket
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    version: str
+    sealed: bytes  # StorageDetails, all of it: a public address tells who the tenant is
+
+
+class TenantStorage:
+    """Details by tenant and server type.
+
+    A job keeps the version that was current when it was accepted. What is replaced or reset moves
+    to a second bucket, where it lies as long as such jobs may run. Every method raises
+    UnavailableError when the bus is down, those that read SealBrokenError.
+    """
+
+    def __init__(self, vault: Vault, current: Values, retired: Values) -> None:
+        self._vault = vault
+        self._current = current
+        self._retired = retired
+
+    @property
+    def can_store(self) -> bool:
+        """Whether there is a key to seal with."""
+        return not self._vault.is_empty
+
+    async def current(self, tenant: str) -> tuple[str, StorageDetails] | None:
+        """The version and the details of the tenant's realtime jobs, or None."""
+        entry = await self._current.get(_key(tenant, REALTIME))
+        if entry is None:
+            return None
+        record = codec.decode(entry.value, _Record)
+        return record.version, self._open(record)
+
+    async def get(self, tenant: str, version: str) -> StorageDetails | None:
+        """One version, also when it was replaced or reset; None when it is too old."""
+        entry = await self._current.get(_key(tenant, REALTIME))
+        if entry is None or codec.decode(entry.value, _Record).version != version:
+            entry = await self._retired.get(_key(tenant, version))
+        return self._open(codec.decode(entry.value, _Record)) if entry else None
+
+    async def put(self, tenant: str, deploy_type: str, details: StorageDetails) -> str:
+        """Replaces what is stored; returns the new version. Only when `can_store`."""
+        record = _Record(uuid.uuid4().hex, self._vault.seal(codec.encode(details)))
+        key = _key(tenant, deploy_type)
+        while True:
+            there = await self._retire(tenant, key)
+            try:
+                await self._current.swap(key, codec.encode(record), there)
+            except WrongLastSequenceError:
+                continue  # somebody was quicker: theirs is replaced
+            return record.version
+
+    async def remove(self, tenant: str, deploy_type: str) -> None:
+        """Fine when nothing is stored."""
+        key = _key(tenant, deploy_type)
+        await self._retire(tenant, key)
+        await self._current.remove(key)
+
+    async def rotate(self) -> None:
+        """Seals with the first key what an older one sealed, so that the older may go.
+
+        What was retired is left: it expires soon.
+        """
+        for key in await self._current.keys():
+            entry = await self._current.get(key)
+            if entry is None:
+                continue
+            record = codec.decode(entry.value, _Record)
+            try:
+                if self._vault.is_empty or self._vault.is_current(record.sealed):
+                    continue
+                sealed = self._vault.seal(self._vault.open(record.sealed))
+                changed = codec.encode(_Record(record.version, sealed))
+                await self._current.swap(key, changed, entry.revision)
+            except WrongLastSequenceError:
+                continue  # written anew meanwhile, so with the first key
+            except SealBrokenError:
+                log.warning("the storage details of %s cannot be opened: no key fits", key)
+
+    async def _retire(self, tenant: str, key: str) -> int:
+        """Keeps what is there now for jobs that need it; returns its revision, 0 for nothing."""
+        entry = await self._current.get(key)
+        if entry is None:
+            return 0
+        record = codec.decode(entry.value, _Record)
+        await self._retired.put(_key(tenant, record.version), entry.value)
+        return entry.revision
+
+    def _open(self, record: _Record) -> StorageDetails:
+        return codec.decode(self._vault.open(record.sealed), StorageDetails)
+
+
+def kv_tenant_storage(link: Link, vault: Vault) -> TenantStorage:
+    """On JetStream; see topology.py for how long versions are kept."""
+    return TenantStorage(
+        vault, Bucket(link, subjects.STORAGE_BUCKET), Bucket(link, subjects.RETIRED_STORAGE_BUCKET)
+    )
+
+
+def memory_tenant_storage(vault: Vault) -> TenantStorage:
+    """In one process, for tests."""
+    return TenantStorage(vault, MemoryBucket(), MemoryBucket())
+
+
+def _key(tenant: str, rest: str) -> str:
+    return f"{subjects.token(tenant)}.{subjects.token(rest)}"

@@ -1,0 +1,199 @@
+"""Every stream and bucket with its bounds, made or brought up to date when a role connects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import nats.js.errors
+from nats.js import JetStreamContext
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+
+from img2img_server.errors import UnavailableError
+from img2img_server.nats import subjects
+from img2img_server.nats.connection import Link
+from img2img_server.settings import SettingsError
+
+_EXISTS_DIFFERENTLY: Final = 10058
+_URL: Final = "IMG2IMG_NATS_URL"
+# Error codes that another attempt cannot change, each with its setting:
+# no JetStream at all or for the account, and more replicas than servers.
+_FINAL: Final = {
+    10039: _URL,
+    10076: _URL,
+    10005: "IMG2IMG_NATS_REPLICAS",
+    10074: "IMG2IMG_NATS_REPLICAS",
+}
+_NO_STORAGE: Final = 10047
+_PAUSE_SECONDS: Final = 1.0
+# The largest message: an image of 1024x1024 that does not compress, with what belongs to it.
+NEEDED_PAYLOAD_BYTES: Final = 4_000_000
+HOUR: Final = 3600.0
+# The bucket keeps a record longer than it is shown: clocks differ, and the shown time counts.
+RECORD_MARGIN_SECONDS: Final = HOUR
+REQUEST_ID_SECONDS: Final = 24 * HOUR
+WORKER_SECONDS: Final = 20.0
+RATES_SECONDS: Final = 120.0  # longer than the minute that is counted
+DEAD_SECONDS: Final = 7 * 24 * HOUR
+DEAD_MAX_BYTES: Final = 2**28
+# Longer than all attempts at a webhook take together: 11 hours at most.
+WEBHOOKS_SECONDS: Final = 24 * HOUR
+WEBHOOK_REPEAT_SECONDS: Final = 600.0  # as REPEAT_SECONDS; a worker's death lies within it
+# Within this time a repeated publish with the same Nats-Msg-Id is stored once.
+REPEAT_SECONDS: Final = 20.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How much is kept and for how long. `replicas`: copies of everything."""
+
+    queue_limit: int = 15
+    retention_seconds: float = 24 * HOUR
+    events_retention_seconds: float = HOUR
+    events_max_bytes: int = 2**30
+    webhook_limit: int = 10_000
+    replicas: int = 1
+
+
+def streams(bounds: Bounds) -> list[StreamConfig]:
+    """The configurations of all streams, buckets included."""
+    return [
+        StreamConfig(
+            name=subjects.JOBS,
+            description="Jobs no worker has finished; each is removed by its ack.",
+            subjects=["img2img.jobs.>"],
+            retention=RetentionPolicy.WORK_QUEUE,
+            discard=DiscardPolicy.NEW,
+            discard_new_per_subject=True,
+            max_msgs_per_subject=bounds.queue_limit,
+            max_age=bounds.retention_seconds,
+            duplicate_window=REPEAT_SECONDS,
+        ),
+        StreamConfig(
+            name=subjects.EVENTS,
+            description="Numbered events by job; a preview replaces the one before.",
+            subjects=["img2img.events.>"],
+            retention=RetentionPolicy.LIMITS,
+            max_age=bounds.events_retention_seconds,
+            max_bytes=bounds.events_max_bytes,
+            allow_rollup_hdrs=True,
+            allow_direct=True,
+            duplicate_window=REPEAT_SECONDS,
+        ),
+        StreamConfig(
+            name=subjects.DEAD,
+            description="Jobs that can never work, without their images; the reason in a header.",
+            subjects=["img2img.dead.>"],
+            retention=RetentionPolicy.LIMITS,
+            max_age=DEAD_SECONDS,
+            max_bytes=DEAD_MAX_BYTES,
+            duplicate_window=REPEAT_SECONDS,
+        ),
+        StreamConfig(
+            name=subjects.WEBHOOKS,
+            description="Webhooks of ended jobs; each is removed when delivered or given up.",
+            subjects=["img2img.webhooks.>"],
+            retention=RetentionPolicy.WORK_QUEUE,
+            discard=DiscardPolicy.NEW,
+            discard_new_per_subject=True,
+            max_msgs_per_subject=bounds.webhook_limit,
+            max_age=WEBHOOKS_SECONDS,
+            duplicate_window=WEBHOOK_REPEAT_SECONDS,
+        ),
+        StreamConfig(
+            name=subjects.IDS,
+            description="The sequence of the last message is the last job id drawn.",
+            subjects=[subjects.IDS_SUBJECT],
+            retention=RetentionPolicy.LIMITS,
+            max_msgs=1,
+            duplicate_window=REPEAT_SECONDS,
+        ),
+        _bucket(subjects.RECORDS_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
+        # Never longer than the record of its job.
+        _bucket(subjects.REQUESTS_BUCKET, min(REQUEST_ID_SECONDS, bounds.retention_seconds)),
+        _bucket(subjects.WORKERS_BUCKET, WORKER_SECONDS),
+        _bucket(subjects.MODELS_BUCKET, 0.0),
+        _bucket(subjects.STORAGE_BUCKET, 0.0),
+        _bucket(subjects.RATES_BUCKET, RATES_SECONDS),
+        _bucket(subjects.PUT_OFF_BUCKET, WEBHOOKS_SECONDS),
+        # As long as a job may wait that was accepted when it was current.
+        _bucket(subjects.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
+    ]
+
+
+def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
+    # As the NATS clients lay out a key-value bucket, so that `nats kv` reads it.
+    return StreamConfig(
+        name=subjects.bucket_stream(name),
+        subjects=[subjects.key_subject(name, ">")],
+        retention=RetentionPolicy.LIMITS,
+        discard=DiscardPolicy.NEW,
+        max_msgs_per_subject=1,
+        max_age=ttl_seconds,
+        allow_rollup_hdrs=True,
+        allow_direct=True,
+        deny_delete=True,
+        duplicate_window=min(ttl_seconds or REPEAT_SECONDS, REPEAT_SECONDS),
+    )
+
+
+async def prepare(link: Link, bounds: Bounds, ends_at: float = 0.0) -> None:
+    """Makes or updates every stream and bucket.
+
+    Args:
+        ends_at: until when, in monotonic seconds, it is tried again while JetStream is not ready.
+
+    Raises:
+        SettingsError: NATS refuses it; the sentence names the setting.
+        UnavailableError: JetStream does not become ready.
+    """
+    while True:
+        try:
+            return await link.unless_denied(_prepare(link, bounds))
+        except UnavailableError as error:
+            cause = error.__cause__
+            why = getattr(cause, "description", "") or "JetStream does not answer"
+            sentence = f"{_URL}: the NATS server at {link.nc.attempted} is not ready: {why}"
+            if getattr(cause, "err_code", 0) == _NO_STORAGE:
+                sentence += f" (IMG2IMG_EVENTS_MAX_BYTES reserves {bounds.events_max_bytes} bytes)"
+            if time.monotonic() > ends_at:
+                raise UnavailableError(f"{sentence}; given up") from error
+            log.warning("%s, trying again", sentence)
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def _prepare(link: Link, bounds: Bounds) -> None:
+    if not await link.has_jetstream():
+        raise SettingsError(_refusal(link, _URL, "JetStream is not enabled there"))
+    for config in streams(bounds):
+        config.storage = StorageType.FILE
+        config.num_replicas = bounds.replicas
+        try:
+            await link.ask(partial(_ensure, link.js, config))
+        except (nats.js.errors.APIError, UnavailableError) as error:
+            said = error.__cause__ if isinstance(error, UnavailableError) else error
+            if isinstance(said, nats.js.errors.APIError):
+                setting = _FINAL.get(said.err_code or 0)
+                if setting or said is error:
+                    why = f"it refused the stream {config.name}: {said.description}"
+                    raise SettingsError(_refusal(link, setting or _URL, why)) from error
+            raise
+
+
+def _refusal(link: Link, setting: str, why: str) -> str:
+    return f"{setting}: the NATS server at {link.nc.attempted} cannot be used: {why}"
+
+
+async def _ensure(js: JetStreamContext, config: StreamConfig) -> None:
+    try:
+        await js.add_stream(config)
+    except nats.js.errors.BadRequestError as error:
+        if error.err_code != _EXISTS_DIFFERENTLY:
+            raise
+        await js.update_stream(config)

@@ -1,0 +1,60 @@
+"""Announcements of workers and models in key-value buckets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TypeVar
+
+from img2img_server.domain.models import ModelInfo, WorkerInfo
+from img2img_server.nats import codec, subjects
+from img2img_server.nats.connection import Link
+from img2img_server.nats.kv import Bucket, Entry
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class KvWorkerRegistry:
+    """A WorkerRegistry on JetStream. Every method raises UnavailableError when the bus is down.
+
+    A worker is forgotten 20 s after its last announcement (topology.py), a model never.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._workers = Bucket(link, subjects.WORKERS_BUCKET)
+        self._models = Bucket(link, subjects.MODELS_BUCKET)
+
+    async def announce(self, worker: WorkerInfo) -> None:
+        await self._models.put(subjects.token(worker.model.name), codec.encode(worker.model))
+        await self._workers.put(subjects.token(worker.name), codec.encode(worker))
+
+    async def withdraw(self, name: str) -> None:
+        await self._workers.remove(subjects.token(name))
+
+    async def workers(self) -> list[WorkerInfo]:
+        return sorted(await _all(self._workers, WorkerInfo), key=lambda worker: worker.name)
+
+    async def models(self) -> list[ModelInfo]:
+        return sorted(await _all(self._models, ModelInfo), key=lambda model: model.name)
+
+    async def model(self, name: str) -> ModelInfo | None:
+        entry = await self._models.get(subjects.token(name))
+        return _decoded(entry, ModelInfo) if entry else None
+
+
+async def _all(bucket: Bucket, kind: type[T]) -> list[T]:
+    entries = await asyncio.gather(*(bucket.get(key) for key in await bucket.keys()))
+    # A key may expire between the two reads.
+    found = [_decoded(entry, kind) for entry in entries if entry is not None]
+    return [value for value in found if value is not None]
+
+
+def _decoded(entry: Entry, kind: type[T]) -> T | None:
+    """None for what a worker of a far version said: it must not hide the others."""
+    try:
+        return codec.decode(entry.value, kind)
+    except codec.UndecodableError as error:
+        log.warning("an announcement that cannot be read is left out: %s", error)
+        return None

@@ -1,0 +1,1 @@
+"""The policy for every address that a caller supplies."""

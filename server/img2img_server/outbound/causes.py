@@ -1,0 +1,71 @@
+"""Says why a request to an address that a caller supplied failed, in words for that caller.
+
+The texts name no IP address and no port: an error's own text may hold what a name resolved to.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+
+import aiohttp
+
+from img2img_server.outbound.policy import ConnectionBrokenError, ForbiddenAddressError
+
+_MOST_CHARACTERS = 300
+
+
+def cause_of(error: Exception, host: str) -> str:
+    """Returns the cause as a clause, for example "the name files.example cannot be resolved".
+
+    Args:
+        error: What a request of an OutboundPolicy's session raised.
+        host: The host that was asked, as the caller may see it.
+    """
+    return _cause(error, host)[:_MOST_CHARACTERS]
+
+
+def _cause(error: Exception, host: str) -> str:
+    match error:
+        case ForbiddenAddressError():
+            return error.cause
+        case aiohttp.ClientConnectorCertificateError():
+            return f"the TLS certificate of {host} is not valid: {_certificate_fault(error)}"
+        case aiohttp.ClientConnectorDNSError():
+            return f"the name {host} cannot be resolved"
+        case aiohttp.ClientSSLError():
+            return f"the TLS connection to {host} failed: {_tls_fault(error.os_error)}"
+        case aiohttp.ClientConnectorError():
+            return f"no connection to {host}: {_system_fault(error.os_error)}"
+        case ConnectionBrokenError():
+            return "the connection broke before the server answered"
+        case aiohttp.ClientPayloadError():
+            return "the connection broke before the answer was complete"
+        case aiohttp.ClientResponseError():
+            return "the server did not answer with valid HTTP"
+        case TimeoutError():
+            return "the server did not answer in time"
+        case OSError():
+            return f"the connection to {host} broke: {_system_fault(error)}"
+        case _:
+            return f"the request to {host} failed ({type(error).__name__})"
+
+
+def _certificate_fault(error: aiohttp.ClientConnectorCertificateError) -> str:
+    inner = error.certificate_error
+    if isinstance(inner, ssl.SSLCertVerificationError):
+        # Behind a comma stands the host that was asked, which may be that of a redirect.
+        return inner.verify_message.partition(",")[0].rstrip(".") or "it cannot be verified"
+    return "it cannot be verified"
+
+
+def _tls_fault(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
+    return _system_fault(error)
+
+
+def _system_fault(error: OSError) -> str:
+    """The system's words for the number, which has no address in it."""
+    # asyncio gives one error without a number for several addresses that were all tried.
+    return os.strerror(error.errno).lower() if error.errno else "all its addresses failed"

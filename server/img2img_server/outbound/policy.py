@@ -1,0 +1,255 @@
+"""Which addresses that callers supply the service connects to: init images, webhooks, S3 endpoints.
+
+A URL is checked before each request, redirects included. A name is resolved once, every address it
+has is checked, and the connection goes to those very addresses: an answer that changes between
+check and connect changes nothing. The request line gets the caller's bytes, see domain/urls.py.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from img2img_server import __version__
+from img2img_server.domain.urls import (
+    HOST_NAME,
+    SCHEME_PORTS,
+    UrlError,
+    is_web_port,
+    join_url,
+    parse_url,
+)
+from img2img_server.outbound.networks import Address, is_public
+from img2img_server.settings import Settings, SettingsError
+
+DEFAULT_USER_AGENT = f"img2img/{__version__}"
+# Response headers up to the sizes that browsers accept: security policies and cookies of large
+# sites exceed aiohttp's 8190 bytes a header and 128 headers.
+MAX_HEADER_BYTES = 64 * 1024
+MAX_HEADERS = 512
+# A host whose last part is a number is an IPv4 address in some spelling (WHATWG URL, section 3.5):
+# 2130706433, 0x7f.1 and 0177.0.0.1 are 127.0.0.1 to one parser and a name to another.
+ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")
+
+
+class ForbiddenAddressError(Exception):
+    """The address must not be contacted.
+
+    Attributes:
+        cause: Why, as a clause for the caller. The exception's own text is for the log: it may
+            name addresses that only the service's name server knows.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(detail or cause)
+        self.cause = cause
+
+
+class ConnectionBrokenError(aiohttp.ClientError):
+    """The connection ended before the response headers; aiohttp would repeat such requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboundPolicy:
+    """Public addresses are allowed, and those that the operator lists.
+
+    `hosts`: names that may have any address. `networks`: addresses that any name may have.
+    `user_agent`: what requests name themselves.
+    """
+
+    hosts: frozenset[str] = frozenset()
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    user_agent: str = DEFAULT_USER_AGENT
+
+    @classmethod
+    def of(cls, settings: Settings) -> OutboundPolicy:
+        """Returns the policy that the settings describe. Raises SettingsError."""
+        policy = cls.parse(settings.outbound_allow)
+        return replace(policy, user_agent=settings.outbound_user_agent or DEFAULT_USER_AGENT)
+
+    @classmethod
+    def parse(cls, text: str) -> OutboundPolicy:
+        """Reads the setting outbound_allow, for example "files.internal, 10.2.0.0/16, ::1".
+
+        Raises:
+            SettingsError: an entry is neither host nor network.
+        """
+        hosts, networks = set(), []
+        for entry in filter(None, (part.strip() for part in text.split(","))):
+            try:
+                networks.append(ip_network(entry))
+            except ValueError:
+                host = entry.lower().removesuffix(".")
+                if not HOST_NAME.fullmatch(host) or ENDS_IN_NUMBER.fullmatch(host):
+                    name = "IMG2IMG_OUTBOUND_ALLOW"
+                    raise SettingsError(f"{name}: {entry!r} is neither host nor network") from None
+                hosts.add(host)
+        return cls(frozenset(hosts), tuple(networks))
+
+    def lists(self, url: URL) -> bool:
+        """Whether the operator listed the host of a checked URL; only there http webhooks go."""
+        host = url.raw_host or ""
+        address = _literal(host)
+        return host.removesuffix(".") in self.hosts if address is None else self._listed(address)
+
+    def lists_host(self, text: str) -> bool:
+        """Whether an address is good as far as can be told, and its host listed."""
+        try:
+            return self.lists(self.check_url(text))
+        except ForbiddenAddressError:
+            return False
+
+    def check_url(self, text: str, base: URL | None = None) -> URL:
+        """Checks everything about an address that can be told without resolving its name.
+
+        Args:
+            text: absolute http or https URL, or a reference relative to base.
+
+        Raises:
+            ForbiddenAddressError: it is malformed, has a user part, a port of another protocol,
+                or a host that is spelled oddly or is not public.
+        """
+        try:
+            parsed = parse_url(text) if base is None else join_url(parse_url(str(base)), text)
+            named = URL.build(scheme=parsed.scheme, host=parsed.host, port=parsed.port)
+        except UrlError as error:
+            raise ForbiddenAddressError(f"the address {error}") from error
+        except ValueError as error:  # an international name that is none
+            raise ForbiddenAddressError("the address has a host name that is not valid") from error
+        # yarl has no place for an empty query, so the path holds both, as they are sent.
+        authority = named.raw_authority
+        url = URL.build(scheme=parsed.scheme, authority=authority, path=parsed.target, encoded=True)
+        self._check_host(url.raw_host or "")
+        self._check_port(url)
+        return url
+
+    def _check_host(self, host: str) -> None:
+        """Checks the host of one request; of a name only its form."""
+        address = _literal(host)
+        if address is not None:
+            self.check_addresses(host, [address])
+        elif not HOST_NAME.fullmatch(host):
+            raise ForbiddenAddressError("the address has a host name that is not well formed")
+
+    def _check_port(self, url: URL) -> None:
+        port = url.port or 0
+        if not (is_web_port(port) or (port and self.lists(url))):
+            raise ForbiddenAddressError(f"port {port} is not a port for HTTP")
+
+    def check_addresses(self, host: str, addresses: Iterable[Address]) -> None:
+        """Refuses a host when any of its addresses is refused.
+
+        Raises:
+            ForbiddenAddressError: an address is not public and neither it nor the host is listed.
+        """
+        if host.removesuffix(".") in self.hosts:
+            return
+        for address in addresses:
+            if not is_public(address) and not self._listed(address):
+                detail = f"{host} has an address that is not public: {address}"
+                raise ForbiddenAddressError("the address is not public", detail)
+
+    def _listed(self, address: Address) -> bool:
+        return any(address in network for network in self.networks)
+
+    @asynccontextmanager
+    async def open_session(
+        self, resolver: AbstractResolver | None = None
+    ) -> AsyncIterator[aiohttp.ClientSession]:
+        """Opens a session that cannot connect to a forbidden address: no proxy, no cookies.
+
+        Its requests raise ForbiddenAddressError. Follow redirects by hand, with check_url: of a
+        redirect that the session follows by itself it does not see the user part.
+
+        Args:
+            resolver: asked for the addresses of names; DNS by default.
+        """
+        # c-ares rather than getaddrinfo: a slow name server holds no thread.
+        names = resolver or aiohttp.AsyncResolver()
+        try:
+            async with aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    resolver=_CheckingResolver(self, names), use_dns_cache=False
+                ),
+                middlewares=(self._guard,),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"Accept-Encoding": "identity", "User-Agent": self.user_agent},
+                auto_decompress=False,
+                max_line_size=MAX_HEADER_BYTES,
+                max_field_size=MAX_HEADER_BYTES,
+                max_headers=MAX_HEADERS,
+                trust_env=False,
+            ) as session:
+                yield session
+        finally:
+            await names.close()
+
+    async def _guard(
+        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        """Checks what the resolver does not see: hosts that are addresses already."""
+        url = request.url
+        if url.scheme not in SCHEME_PORTS:
+            raise ForbiddenAddressError("the address is not an http or https URL")
+        self._check_host(url.raw_host or "")
+        self._check_port(url)
+        try:
+            return await handler(request)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            raise ConnectionBrokenError from error
+
+
+class _CheckingResolver(AbstractResolver):
+    """Hands on the addresses that another resolver found, all of them or none."""
+
+    def __init__(self, policy: OutboundPolicy, names: AbstractResolver) -> None:
+        self._policy = policy
+        self._names = names
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        results = await self._names.resolve(host, port, family)
+        self._policy.check_addresses(host, [ip_address(result["host"]) for result in results])
+        return results
+
+    async def close(self) -> None:
+        await self._names.close()
+
+
+def shown(url: str) -> str:
+    """The URL as logs may show it: without query, fragment and user part."""
+    try:
+        parsed = URL(url.strip())
+        if not parsed.host:  # what stands before the host may be a password
+            return "malformed"
+        return str(parsed.with_user(None).with_query(None).with_fragment(None))
+    except ValueError:
+        return "malformed"
+
+
+def _literal(host: str) -> Address | None:
+    """The address that the host is, None when it is a name.
+
+    Raises:
+        ForbiddenAddressError: an address in an odd spelling.
+    """
+    try:
+        if ":" in host:
+            if "%" in host:
+                raise ForbiddenAddressError("the address has a zone")
+            return IPv6Address(host)
+        return IPv4Address(host) if ENDS_IN_NUMBER.fullmatch(host) else None
+    except ValueError as error:
+        cause = "the host is an IP address in a spelling that is not accepted"
+        raise ForbiddenAddressError(cause) from error

@@ -1,0 +1,1 @@
+"""Where files go: the bucket of the service and those of tenants."""

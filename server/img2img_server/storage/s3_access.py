@@ -1,0 +1,88 @@
+"""How S3 is reached: endpoint, region, bucket and credentials, read from the settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+import urllib3
+from minio import Minio
+
+from img2img_server.settings import Settings, SettingsError
+from img2img_server.storage.s3_credentials import RefreshingProvider, Source, choose_source
+
+ENDPOINT: Final = "IMG2IMG_S3_ENDPOINT_URL"
+REGION: Final = "IMG2IMG_S3_REGION"
+DEFAULT_REGION: Final = "us-east-1"
+BUCKET: Final = "IMG2IMG_S3_BUCKET"
+_AWS: Final = re.compile(
+    r"s3[.-](?:dualstack\.|fips\.)?(?P<region>[a-z]{2}(?:-[a-z]+)+-\d)\.amazonaws\.com(?:\.cn)?"
+)
+
+
+@dataclass(frozen=True)
+class S3Access:
+    """Everything that a connection to the store needs.
+
+    Args:
+        host: host and port, for error messages.
+    """
+
+    host: str
+    secure: bool
+    region: str
+    bucket: str
+    source: Source
+
+    @classmethod
+    def from_settings(cls, settings: Settings, env: Mapping[str, str] | None = None) -> S3Access:
+        """Raises SettingsError, which names the setting. `env`: by default our environment."""
+        env = os.environ if env is None else env
+        endpoint = urlsplit(settings.s3_endpoint_url)  # whose form the settings have checked
+        if not endpoint.hostname:
+            raise SettingsError(f"{ENDPOINT}: must name an S3 server")
+        access = cls(
+            endpoint.netloc,
+            endpoint.scheme == "https",
+            _region(settings, endpoint.hostname, env),
+            settings.s3_bucket,
+            choose_source(settings, env),
+        )
+        with urllib3.PoolManager() as connections:
+            access.client(connections)  # refuses what the SDK does not take
+        return access
+
+    def client(self, connections: urllib3.PoolManager) -> Minio:
+        """A client that connects with its first call. Raises SettingsError."""
+        try:
+            return Minio(
+                self.host,
+                secure=self.secure,
+                region=self.region,
+                credentials=RefreshingProvider(self.source),
+                http_client=connections,
+            )
+        except ValueError as error:  # what the SDK does not take, for example a bucket in the host
+            setting = REGION if "region" in str(error) else ENDPOINT
+            raise SettingsError(f"{setting}: {error}") from error
+
+
+def _region(settings: Settings, host: str, env: Mapping[str, str]) -> str:
+    """The region to sign for: the setting's; else at AWS the host's or AWS_REGION."""
+    found = _AWS.fullmatch(host)
+    ours = settings.s3_region if "s3_region" in settings.model_fields_set else ""
+    if found and ours and ours != found["region"]:
+        raise SettingsError(
+            f"{REGION}: {ours} is not the region of {host}; leave it empty or set {found['region']}"
+        )
+    if ours:
+        return ours
+    if found:
+        return found["region"]
+    if host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        return env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
+    return DEFAULT_REGION

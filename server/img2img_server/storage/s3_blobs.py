@@ -1,0 +1,367 @@
+"""Files in any S3 bucket, through the minio SDK on a few threads of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
+from io import BytesIO
+from typing import Any, Final, TypeVar
+
+import urllib3
+from minio import Minio
+from minio.commonconfig import ENABLED, Filter
+from minio.error import MinioException, S3Error
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+
+from img2img_server.errors import StorageError
+from img2img_server.interfaces.records import BlobInfo
+from img2img_server.settings import Settings, SettingsError
+from img2img_server.storage.s3_access import S3Access
+from img2img_server.storage.s3_faults import (
+    DENIED,
+    FAULTS,
+    MISSING,
+    NoBucketError,
+    NotAStoreError,
+    explain,
+    is_transient,
+)
+
+CHUNK_BYTES: Final = 64 * 1024
+PART_BYTES: Final = 64 * 2**20  # one request a file: what we store is far smaller
+THREADS: Final = 8
+TRIES: Final = 3
+FIRST_PAUSE_SECONDS: Final = 0.2
+CONNECT_SECONDS: Final = 3.0
+READ_SECONDS: Final = 30.0
+ATTEMPT_SECONDS: Final = 5.0  # least time for an attempt at the start; a silent store takes more
+CLOSE_SECONDS: Final = 2.0  # longest wait for calls whose callers have gone
+FOLDERS: Final = ("generations", "temp")
+
+CHECK_KEY: Final = "temp/img2img-check-{}.txt"  # below temp/: the bucket deletes what we may not
+CHECK_DATA: Final = b"A check of img2img whether files can be stored; it may be deleted.\n"
+RULES_SECONDS: Final = 20.0  # longest wait for the rules, which nothing depends on
+RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)  # between attempts at the start, the last one repeated
+_MINE_ALREADY: Final = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
+_NO_RULES: Final = "NoSuchLifecycleConfiguration"
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class S3BlobStore:
+    """A BlobStore in one bucket; made by `connect_blobs`."""
+
+    def __init__(
+        self, client: Minio, pool: ThreadPoolExecutor, access: S3Access, *, keep_days: int
+    ) -> None:
+        self._client = client
+        self._pool = pool
+        self._access = access
+        self._bucket = access.bucket
+        self._keep_days = keep_days
+        self._warned: set[str] = set()
+        self._putting: dict[Future[Any], str] = {}  # a thread goes on when its caller is cancelled
+        # A key is never written twice with different content: it holds a UUID.
+        self._cache_control = f"private, max-age={keep_days * 86400}, immutable"
+
+    async def prepare(self, seconds: float = 0.0) -> None:
+        """Proves that files can be stored, creating the bucket when it is missing; then asks the
+        bucket to delete old ones, and warns when it does not.
+
+        Args:
+            seconds: how long to try again while the store cannot be reached.
+
+        Raises:
+            SettingsError: the store refuses for good; the sentence names the setting.
+            StorageError: the store cannot be reached; the sentence names the setting.
+        """
+        await self._until(self._prove_writable, seconds)
+        try:
+            async with asyncio.timeout(RULES_SECONDS):
+                await self._try(self._make_rules)
+        except (StorageError, TimeoutError) as error:
+            why = f"no answer within {RULES_SECONDS:g} s"
+            if isinstance(error, StorageError):
+                why = explain(error.__cause__, self._access).sentence
+            log.warning(
+                "the bucket %s takes no lifecycle rules (%s): nothing deletes old files. Add rules "
+                "that expire generations/ and temp/ after %d days.",
+                self._bucket,
+                why,
+                self._keep_days,
+            )
+
+    async def start_reading(self, seconds: float = 0.0) -> None:
+        """Proves that files can be read. Arguments and errors as of `prepare`."""
+        await self._until(self._prove_readable, seconds)
+
+    async def _until(self, prove: Callable[[], None], seconds: float) -> None:
+        loop, attempt = asyncio.get_running_loop(), 0
+        ends_at = loop.time() + seconds
+        while True:
+            left = max(ends_at - loop.time(), ATTEMPT_SECONDS)
+            try:
+                async with asyncio.timeout(left):
+                    return await self._try(prove, tries=1)
+            except TimeoutError as error:
+                fault = explain(urllib3.exceptions.TimeoutError(), self._access)
+                raise StorageError(f"{fault}; given up after {seconds:g} s") from error
+            except StorageError as error:
+                fault = explain(error.__cause__, self._access)
+                if fault.final:
+                    raise SettingsError(f"{fault}{self._needs(error.__cause__)}") from error
+                if loop.time() >= ends_at:
+                    raise StorageError(f"{fault}; given up after {seconds:g} s") from error
+                log.warning("object store is not ready, trying again: %s", fault)
+            await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+            attempt += 1
+
+    def _needs(self, error: BaseException | None) -> str:
+        """Names the right that the key lacks; only a denied put tells which one it is."""
+        denied = isinstance(error, S3Error) and error.code in DENIED
+        return f": the key needs s3:PutObject in {self._bucket}" if denied else ""
+
+    async def prove_writable(self) -> None:
+        await self._try(self._prove_writable, tries=1)
+
+    async def prove_readable(self) -> None:
+        await self._try(self._prove_readable, tries=1)
+
+    def _prove_writable(self) -> None:
+        key = CHECK_KEY.format(uuid.uuid4())
+        try:
+            self._put(key, CHECK_DATA, "text/plain")
+        except S3Error as error:
+            if error.code != "NoSuchBucket":
+                raise
+            self._make_bucket()
+            self._put(key, CHECK_DATA, "text/plain")
+        try:
+            if self._content(key) != CHECK_DATA:
+                raise NotAStoreError("does not give back the file that it took")
+        except S3Error as error:
+            if error.code in MISSING:
+                self._warn_once("a file that was stored is not found at once: links may answer 404")
+            elif error.code in DENIED:
+                log.info("this key may store files and not read them: %s", error.code)
+            else:
+                raise
+        try:
+            self._client.remove_object(self._bucket, key)
+        except FAULTS as error:
+            self._warn_once(
+                "this key may not delete files, so those of failed jobs stay until the bucket "
+                f"expires them: {explain(error, self._access).sentence}"
+            )
+
+    def _prove_readable(self) -> None:
+        try:
+            self._content(CHECK_KEY.format(uuid.uuid4()))
+        except S3Error as error:
+            if error.code in DENIED:
+                self._warn_denied(error)
+            elif error.code not in MISSING:
+                raise
+        else:
+            raise NotAStoreError("answers with a file that nobody stored")
+
+    def _content(self, key: str) -> bytes:
+        response = self._client.get_object(self._bucket, key)
+        try:
+            return response.read(len(CHECK_DATA) + 1)
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _warn_denied(self, error: S3Error) -> None:
+        self._warn_once(
+            f"the store answers {error.code} for a file that is missing: without s3:ListBucket a "
+            "missing file cannot be told from one that must not be read"
+        )
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            log.warning("object store: %s", sentence)
+
+    def _make_bucket(self) -> None:
+        try:
+            self._client.make_bucket(self._bucket, location=self._access.region)
+        except FAULTS as error:
+            code = error.code if isinstance(error, S3Error) else type(error).__name__
+            if code in _MINE_ALREADY:  # another role was quicker
+                return
+            if is_transient(error):
+                raise
+            raise NoBucketError(f"this key cannot create it ({code})") from error
+        log.info("bucket created: %s", self._bucket)
+
+    def _make_rules(self) -> None:
+        ours = [self._rule(folder) for folder in FOLDERS]
+        there = self._rules()
+        missing = [rule for rule in ours if _facts(rule) not in map(_facts, there)]
+        if not missing:
+            return
+        ids = {rule.rule_id for rule in ours}
+        others = [rule for rule in there if rule.rule_id not in ids]
+        self._client.set_bucket_lifecycle(self._bucket, LifecycleConfig(others + ours))
+        if not ids <= {rule.rule_id for rule in self._rules()}:
+            raise MinioException("it took the rules and does not list them")
+
+    def _rules(self) -> list[Rule]:
+        try:
+            config = self._client.get_bucket_lifecycle(self._bucket)
+        except S3Error as error:
+            if error.code != _NO_RULES:
+                raise
+            return []
+        return list(config.rules) if config else []
+
+    def _rule(self, folder: str) -> Rule:
+        return Rule(
+            ENABLED,
+            rule_filter=Filter(prefix=f"{folder}/"),
+            rule_id=f"img2img-{folder}",
+            expiration=Expiration(days=self._keep_days),
+        )
+
+    async def put(self, key: str, data: bytes, media_type: str) -> None:
+        await self._try(lambda: self._put(key, data, media_type), putting=key)
+
+    def _put(self, key: str, data: bytes, media_type: str) -> None:
+        self._client.put_object(
+            self._bucket,
+            key,
+            BytesIO(data),
+            len(data),
+            content_type=media_type,
+            metadata={"Cache-Control": self._cache_control},
+            part_size=PART_BYTES,
+        )
+
+    async def stat(self, key: str) -> BlobInfo | None:
+        return await self._try(lambda: self._stat(key))
+
+    def _stat(self, key: str) -> BlobInfo | None:
+        try:
+            found = self._client.stat_object(self._bucket, key)
+        except S3Error as error:
+            if error.code in MISSING:
+                return None
+            # The answer to HEAD has no body: only GET tells a wrong key from a missing file.
+            return self._stat_by_get(key)
+        return BlobInfo(key=key, size_bytes=found.size or 0, media_type=found.content_type or "")
+
+    def _stat_by_get(self, key: str) -> BlobInfo | None:
+        try:
+            response = self._client.get_object(self._bucket, key)
+        except S3Error as error:
+            if error.code in DENIED:
+                self._warn_denied(error)
+            elif error.code not in MISSING:
+                raise
+            return None
+        try:
+            return BlobInfo(
+                key=key,
+                size_bytes=int(response.headers.get("Content-Length") or 0),
+                media_type=response.headers.get("Content-Type") or "",
+            )
+        finally:
+            response.close()
+            response.release_conn()
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        try:
+            response = await self._try(lambda: self._client.get_object(self._bucket, key))
+        except StorageError as error:
+            if isinstance(error.__cause__, S3Error) and error.__cause__.code in MISSING | DENIED:
+                raise KeyError(key) from error
+            raise
+        try:
+            while chunk := await self._run(lambda: response.read(CHUNK_BYTES)):
+                yield chunk
+        except FAULTS as error:
+            raise StorageError("the object store broke off") from error
+        finally:
+            response.close()
+            response.release_conn()
+
+    async def delete(self, key: str) -> None:
+        under_way = [future for future, its in list(self._putting.items()) if its == key]
+
+        def remove() -> None:
+            wait(under_way)
+            self._client.remove_object(self._bucket, key)
+
+        await self._try(remove)
+
+    async def _run(self, work: Callable[[], T], putting: str = "") -> T:
+        future = self._pool.submit(copy_context().run, work)  # its log lines have the role and job
+        if putting:
+            self._putting[future] = putting
+            future.add_done_callback(self._putting.pop)
+        return await asyncio.wrap_future(future)
+
+    async def _try(self, work: Callable[[], T], *, putting: str = "", tries: int = TRIES) -> T:
+        """Runs it on a thread, again after a pause when the fault may pass. Raises StorageError.
+
+        Args:
+            putting: the key that it stores, if any.
+        """
+        for left in reversed(range(tries)):
+            try:
+                return await self._run(work, putting)
+            except FAULTS as error:
+                fault = explain(error, self._access)
+                if not left or not is_transient(error):
+                    raise StorageError(_sentence(error), str(fault)) from error
+                log.warning("object store, %d attempts left: %s", left, fault)
+                pause = FIRST_PAUSE_SECONDS * 4 ** (TRIES - 1 - left)
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
+        raise AssertionError("unreachable")
+
+
+def _sentence(error: Exception) -> str:
+    # Becomes Job.error: no host, path or key in it.
+    if isinstance(error, S3Error):
+        return f"the object store refused: {error.code}"
+    return "the object store cannot be reached"
+
+
+def _facts(rule: Rule) -> tuple[object, ...]:
+    prefix = rule.rule_filter.prefix if rule.rule_filter else None
+    days = rule.expiration.days if rule.expiration else None
+    return rule.rule_id, rule.status, prefix, days
+
+
+@asynccontextmanager
+async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
+    """The bucket of settings.s3_*; connects with the first call. Call `prepare` before `put`.
+
+    Raises:
+        SettingsError: the endpoint, the region or the bucket cannot be used.
+    """
+    access = S3Access.from_settings(settings)
+    connections = urllib3.PoolManager(
+        maxsize=THREADS,
+        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+        retries=False,
+    )
+    client = access.client(connections)
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
+    try:
+        yield S3BlobStore(client, pool, access, keep_days=math.ceil(settings.retention_hours / 24))
+    finally:
+        with suppress(TimeoutError):  # a silent store holds a thread for READ_SECONDS
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.to_thread(pool.shutdown, cancel_futures=True)
+        connections.clear()

@@ -1,0 +1,219 @@
+"""Uploads to a tenant's own S3 storage, under the outbound policy.
+
+The minio SDK signs; the request itself goes through the session of the policy, which connects to
+the very addresses it has checked. So the bucket may also lie in the host name, and no client of the
+SDK is kept for each tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import re
+import uuid
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+from aiohttp.abc import AbstractResolver
+from minio.credentials.credentials import Credentials
+from minio.signer import sign_v4_s3
+from yarl import URL
+
+from img2img_server.domain.params import Violation
+from img2img_server.domain.storage import StorageDetails
+from img2img_server.errors import StorageError
+from img2img_server.outbound.causes import cause_of
+from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy, shown
+
+TRIES: Final = 3
+FIRST_PAUSE_SECONDS: Final = 0.2
+TRY_SECONDS: Final = 20.0
+_ANSWER_BYTES: Final = 4096  # of a refusal; its code is near the start
+_CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=TRY_SECONDS, sock_connect=3.0)
+
+_Headers: TypeAlias = dict[str, str | list[str] | tuple[str]]
+
+log = structlog.get_logger()
+
+
+CHECK_TEXT: Final = b"A connection check of img2img; it may be deleted.\n"
+_TO_BLAME: Final = {
+    "InvalidAccessKeyId": ("aws_access_key_id", "is not known to the storage"),
+    "SignatureDoesNotMatch": ("aws_secret_access_key", "does not fit the access key"),
+    "AccessDenied": ("aws_access_key_id", "may not store files in the bucket"),
+    "NoSuchBucket": ("bucket", "is not there"),
+    "InvalidBucketName": ("bucket", "is no name of a bucket"),
+    "AuthorizationHeaderMalformed": ("region_name", "is not that of the bucket"),
+    "PermanentRedirect": ("region_name", "is not that of the bucket"),
+    "TemporaryRedirect": ("region_name", "is not that of the bucket"),
+    "IllegalLocationConstraintException": ("region_name", "is not that of the bucket"),
+}
+
+
+class _RefusedError(Exception):
+    """The store answered, but did not take the file."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(f"{status} {code}".rstrip())
+        self.code = code
+
+
+class TenantS3:
+    """Puts files where storage details say.
+
+    Args:
+        resolver: asked for the addresses of names; DNS by default.
+    """
+
+    def __init__(self, policy: OutboundPolicy, resolver: AbstractResolver | None = None) -> None:
+        self._policy = policy
+        self._resolver = resolver
+
+    async def put(self, details: StorageDetails, name: str, data: bytes, media_type: str) -> None:
+        """Stores a file with ACL public-read; without it where the store refuses it.
+
+        Raises:
+            StorageError: three tries failed, or the address is forbidden; the log has the cause.
+        """
+        url = details.upload_url(name)
+        for left in reversed(range(TRIES)):
+            try:
+                await self._try(details, url, data, media_type)
+            except ForbiddenAddressError as error:
+                log.warning("upload refused by the outbound policy", why=str(error), url=shown(url))
+                raise StorageError("the tenant's store has a forbidden address") from error
+            except (_RefusedError, aiohttp.ClientError, TimeoutError, OSError) as error:
+                why = str(error) if isinstance(error, _RefusedError) else type(error).__name__
+                log.warning("upload to a tenant's store failed", why=why, left=left, url=shown(url))
+                if not left:
+                    raise StorageError("the tenant's store does not take the file") from error
+                pause = FIRST_PAUSE_SECONDS * 4 ** (TRIES - 1 - left)
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
+            else:
+                return
+
+    async def check(self, details: StorageDetails) -> tuple[Violation | None, str]:
+        """Stores a small file, reads it by its link and removes it.
+
+        Returns:
+            Which detail is to blame when the store does not take it, else None; and a warning when
+            its link does not serve it.
+        """
+        name = f"img2img-check-{uuid.uuid4()}.txt"
+        try:
+            await self._try(details, details.upload_url(name), CHECK_TEXT, "text/plain")
+        except ForbiddenAddressError:
+            return Violation("endpoint_url", "endpoint_url must be a public address"), ""
+        except _RefusedError as error:
+            field, why = _TO_BLAME.get(error.code, ("endpoint_url", f"refuses a file: {error}"))
+            return Violation(field, f"{field} {why}"), ""
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("storage check failed", why=type(error).__name__)
+            cause = cause_of(error, urlsplit(details.endpoint_url).hostname or "the host")
+            return Violation("endpoint_url", "endpoint_url does not answer", cause), ""
+        served = await self._serves(details.file_link(name))
+        await self._remove(details, details.upload_url(name))
+        return None, "" if served else "public_url does not serve the files"
+
+    def _sendable(self, url: str) -> str:
+        """Returns the URL as it is sent, its host in ASCII; what is signed must be that.
+
+        Raises:
+            ForbiddenAddressError: it must not be contacted.
+        """
+        return str(self._policy.check_url(url))
+
+    async def _serves(self, link: str) -> bool:
+        try:
+            target = URL(self._sendable(link), encoded=True)
+            async with (
+                self._policy.open_session(self._resolver) as session,
+                session.get(target, allow_redirects=False, timeout=_TIMEOUT) as answer,
+            ):
+                return answer.status == 200 and await answer.content.read(4096) == CHECK_TEXT
+        except (ForbiddenAddressError, aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def _remove(self, details: StorageDetails, url: str) -> None:
+        """As well as it goes: a key that may only write is a good key."""
+        try:
+            url = self._sendable(url)
+            headers = _headers(_signed(details, url, b"", "", acl=False, method="DELETE"))
+            async with (
+                self._policy.open_session(self._resolver) as session,
+                session.delete(
+                    URL(url, encoded=True), headers=headers, allow_redirects=False, timeout=_TIMEOUT
+                ),
+            ):
+                return
+        except (ForbiddenAddressError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("the file of a storage check stays", why=type(error).__name__)
+
+    async def _try(self, details: StorageDetails, url: str, data: bytes, media_type: str) -> None:
+        url = self._sendable(url)
+        async with self._policy.open_session(self._resolver) as session:
+            status, why = await _put(session, details, url, data, media_type, acl=True)
+            if 400 <= status < 500 or status == 501:  # it may be the ACL that it refuses
+                status, why = await _put(session, details, url, data, media_type, acl=False)
+        if not 200 <= status < 300:
+            raise _RefusedError(status, why)
+
+
+async def _put(
+    session: aiohttp.ClientSession,
+    details: StorageDetails,
+    url: str,
+    data: bytes,
+    media_type: str,
+    *,
+    acl: bool,
+) -> tuple[int, str]:
+    """One request. Returns the HTTP code and the store's own code for a refusal."""
+    headers = _headers(_signed(details, url, data, media_type, acl=acl))
+    target = URL(url, encoded=True)  # what was signed is what is sent
+    async with session.put(
+        target, data=data, headers=headers, allow_redirects=False, timeout=_TIMEOUT
+    ) as answer:
+        found = _CODE.search(await answer.content.read(_ANSWER_BYTES))
+        return answer.status, found[1].decode() if found else ""
+
+
+def _headers(signed: _Headers) -> dict[str, str]:
+    return {name: str(value) for name, value in signed.items()}
+
+
+def _signed(
+    details: StorageDetails,
+    url: str,
+    data: bytes,
+    media_type: str,
+    *,
+    acl: bool,
+    method: str = "PUT",
+) -> _Headers:
+    date = datetime.now(UTC)
+    parts = urlsplit(url)
+    digest = hashlib.sha256(data).hexdigest()
+    headers: _Headers = {
+        "Host": str(URL(url, encoded=True).host_port_subcomponent),
+        "x-amz-content-sha256": digest,
+        "x-amz-date": date.strftime("%Y%m%dT%H%M%SZ"),
+    }
+    if media_type:
+        headers["Content-Type"] = media_type
+    if acl:
+        headers["x-amz-acl"] = "public-read"
+    return sign_v4_s3(
+        method=method,
+        url=parts,
+        region=details.region_name,
+        headers=headers,
+        credentials=Credentials(details.aws_access_key_id, details.aws_secret_access_key),
+        content_sha256=digest,
+        date=date,
+    )

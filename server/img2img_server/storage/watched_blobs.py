@@ -1,0 +1,86 @@
+"""A file store that knows whether it takes files, so that no work is begun while it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from img2img_server.errors import StorageError
+from img2img_server.interfaces.records import BlobInfo, BlobStore
+
+PAUSES_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # between probes, the last one repeated
+
+log = logging.getLogger(__name__)
+
+
+class WatchedBlobs:
+    """A BlobStore around another one. While `watch` runs, a failed `put` makes it probe the store
+    until a file is taken again.
+
+    `healthy` is set while the store takes files. `trouble` says why it does not.
+    """
+
+    def __init__(self, blobs: BlobStore, pauses_seconds: Sequence[float] = PAUSES_SECONDS) -> None:
+        self._blobs = blobs
+        self._pauses_seconds = pauses_seconds
+        self._failed = asyncio.Event()
+        self.healthy = asyncio.Event()
+        self.healthy.set()
+        self.trouble = ""
+
+    async def watch(self) -> None:
+        """Probes the store whenever it is in trouble. Runs until it is cancelled."""
+        while True:
+            await self._failed.wait()
+            pauses = iter(self._pauses_seconds)
+            pause = 0.0
+            while not self.healthy.is_set():  # until a probe or a put has succeeded
+                pause = next(pauses, pause)
+                await asyncio.sleep(pause)
+                try:
+                    await self._blobs.prove_writable()
+                except StorageError as error:
+                    self._note(error)
+                else:
+                    self._recover()
+
+    def _note(self, error: StorageError) -> None:
+        self.trouble = error.detail or str(error)
+        self.healthy.clear()
+        self._failed.set()
+        log.warning("no jobs are taken, the object store takes no files: %s", self.trouble)
+
+    def _recover(self) -> None:
+        if not self.healthy.is_set():
+            log.warning("the object store takes files again, jobs are taken")
+        self.trouble = ""
+        self.healthy.set()
+        self._failed.clear()
+
+    async def prepare(self) -> None:
+        await self._blobs.prepare()
+
+    async def prove_writable(self) -> None:
+        await self._blobs.prove_writable()
+
+    async def prove_readable(self) -> None:
+        await self._blobs.prove_readable()
+
+    async def put(self, key: str, data: bytes, media_type: str) -> None:
+        try:
+            await self._blobs.put(key, data, media_type)
+        except StorageError as error:
+            self._note(error)
+            raise
+        self._recover()
+
+    async def stat(self, key: str) -> BlobInfo | None:
+        return await self._blobs.stat(key)
+
+    def read(self, key: str) -> AsyncIterator[bytes]:
+        return self._blobs.read(key)
+
+    async def delete(self, key: str) -> None:
+        await self._blobs.delete(key)

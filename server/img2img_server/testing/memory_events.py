@@ -1,0 +1,99 @@
+"""The event log inside one process: for tests, the same rules as JetStream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Self
+
+from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
+from img2img_server.interfaces.queue import OwnershipLostError
+from img2img_server.testing.notifier import Bell
+
+
+@dataclass(slots=True, eq=False)
+class _Log:
+    entries: list[Envelope] = field(default_factory=list)
+    # Counts what was not a preview; a writer that does not know the last count was overtaken.
+    revision: int = 0
+    bell: Bell = field(default_factory=Bell)
+
+
+class MemoryEventLog:
+    """An EventLog of one process; it keeps everything but replaced previews."""
+
+    def __init__(self) -> None:
+        self._logs: dict[int, _Log] = {}
+
+    def _log(self, job_id: int) -> _Log:
+        return self._logs.setdefault(job_id, _Log())
+
+    async def open(self, job_id: int, *, fresh: bool = False) -> _MemoryEventWriter:
+        return _MemoryEventWriter(job_id, self._log(job_id), fresh)
+
+    @asynccontextmanager
+    async def watch(
+        self, job_id: int, after_sequence: int = 0
+    ) -> AsyncIterator[AsyncIterator[Envelope]]:
+        yield _Envelopes(self._log(job_id), after_sequence)
+
+
+class _Envelopes:
+    # A class, not a generator: one that is cancelled while it waits can be asked again.
+    def __init__(self, log: _Log, last_sequence: int) -> None:
+        self._log = log
+        self._last_sequence = last_sequence
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Envelope:
+        while True:
+            changed = self._log.bell.next_ring()
+            for entry in self._log.entries:
+                if entry.sequence > self._last_sequence:
+                    self._last_sequence = entry.sequence
+                    return entry
+            await changed.wait()
+
+
+class _MemoryEventWriter:
+    def __init__(self, job_id: int, log: _Log, fresh: bool) -> None:
+        self._job_id = job_id
+        self._log = log
+        self._revision = 0 if fresh else log.revision
+        known = [] if fresh else log.entries
+        self._sequence = known[-1].sequence if known else 0
+        self._ended = any(entry.is_terminal for entry in known)
+
+    @property
+    def sequence(self) -> int:
+        return self._sequence
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    async def append(self, event: Event) -> Envelope:
+        log = self._log
+        if log.revision != self._revision:
+            raise OwnershipLostError(f"job {self._job_id}: another writer has the log")
+        self._sequence += 1
+        entry = Envelope(
+            sequence=self._sequence, time=time.time(), job_id=self._job_id, event=event
+        )
+        if isinstance(event, Preview):
+            log.entries = [e for e in log.entries if not _same_preview(e.event, event)]
+        else:
+            log.revision += 1
+            self._revision += 1
+        log.entries.append(entry)
+        self._ended = self._ended or isinstance(event, TERMINAL)
+        log.bell.ring()
+        return entry
+
+
+def _same_preview(old: Event, new: Preview) -> bool:
+    return isinstance(old, Preview) and old.sample == new.sample

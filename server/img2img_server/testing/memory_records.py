@@ -1,0 +1,133 @@
+"""Records, announcements and files inside one process: for tests, the same rules as the real."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+
+from img2img_server.domain.job import FIRST_JOB_ID, Job
+from img2img_server.domain.models import ModelInfo, WorkerInfo
+from img2img_server.errors import StorageError
+from img2img_server.interfaces.records import BlobInfo, ConflictError, Stored
+
+CHUNK_BYTES = 64 * 1024
+
+
+class MemoryJobStore:
+    """A JobStore of one process."""
+
+    def __init__(self, *, retention_seconds: float = 24 * 3600.0) -> None:
+        self._retention_seconds = retention_seconds
+        self._ids = itertools.count(FIRST_JOB_ID)
+        self._revisions = itertools.count(1)
+        self._records: dict[tuple[str, int], Stored] = {}
+        self._requests: dict[tuple[str, str], tuple[str, int]] = {}
+
+    async def next_id(self) -> int:
+        return next(self._ids)
+
+    async def create(self, job: Job) -> int:
+        if (job.tenant, job.id) in self._records:
+            raise ConflictError(f"{job.name} exists")
+        return self._store(job)
+
+    async def get(self, tenant: str, job_id: int) -> Stored | None:
+        stored = self._records.get((tenant, job_id))
+        if stored and stored.job.is_expired(self._retention_seconds, time.time()):
+            return None
+        return stored
+
+    async def update(self, job: Job, revision: int) -> int:
+        stored = self._records.get((job.tenant, job.id))
+        if stored is None or stored.revision != revision:
+            raise ConflictError(f"{job.name} was changed since revision {revision}")
+        return self._store(job)
+
+    def _store(self, job: Job) -> int:
+        stored = Stored(job, next(self._revisions))
+        self._records[job.tenant, job.id] = stored
+        return stored.revision
+
+    async def delete(self, tenant: str, job_id: int) -> None:
+        self._records.pop((tenant, job_id), None)
+
+    async def list_ids(self, tenant: str) -> list[int]:
+        return sorted((job_id for owner, job_id in self._records if owner == tenant), reverse=True)
+
+    async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:
+        return self._requests.get((tenant, request_id))
+
+    async def claim_request(
+        self, tenant: str, request_id: str, fingerprint: str, job_id: int
+    ) -> tuple[str, int]:
+        return self._requests.setdefault((tenant, request_id), (fingerprint, job_id))
+
+    async def release_request(self, tenant: str, request_id: str) -> None:
+        self._requests.pop((tenant, request_id), None)
+
+
+class MemoryWorkerRegistry:
+    """A WorkerRegistry of one process. `clock`: monotonic seconds."""
+
+    def __init__(
+        self, *, ttl_seconds: float = 20.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ttl_seconds = ttl_seconds
+        self._clock = clock
+        self._workers: dict[str, tuple[float, WorkerInfo]] = {}
+        self._models: dict[str, ModelInfo] = {}
+
+    async def announce(self, worker: WorkerInfo) -> None:
+        self._workers[worker.name] = (self._clock() + self._ttl_seconds, worker)
+        self._models[worker.model.name] = worker.model
+
+    async def withdraw(self, name: str) -> None:
+        self._workers.pop(name, None)
+
+    async def workers(self) -> list[WorkerInfo]:
+        now = self._clock()
+        alive = {name: worker for name, (until, worker) in self._workers.items() if now < until}
+        return [alive[name] for name in sorted(alive)]
+
+    async def models(self) -> list[ModelInfo]:
+        return [self._models[name] for name in sorted(self._models)]
+
+    async def model(self, name: str) -> ModelInfo | None:
+        return self._models.get(name)
+
+
+class MemoryBlobStore:
+    """A BlobStore of one process. Like a bucket it must be prepared before the first put."""
+
+    def __init__(self) -> None:
+        self._prepared = False
+        self._files: dict[str, tuple[BlobInfo, bytes]] = {}
+
+    async def prepare(self) -> None:
+        self._prepared = True
+
+    async def prove_writable(self) -> None:
+        if not self._prepared:
+            raise StorageError("the bucket does not exist")
+
+    async def prove_readable(self) -> None:
+        return
+
+    async def put(self, key: str, data: bytes, media_type: str) -> None:
+        if not self._prepared:
+            raise StorageError("the bucket does not exist")
+        info = BlobInfo(key=key, size_bytes=len(data), media_type=media_type)
+        self._files[key] = (info, bytes(data))
+
+    async def stat(self, key: str) -> BlobInfo | None:
+        found = self._files.get(key)
+        return found[0] if found else None
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        _, data = self._files[key]
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+    async def delete(self, key: str) -> None:
+        self._files.pop(key, None)

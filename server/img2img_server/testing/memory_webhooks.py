@@ -1,0 +1,99 @@
+"""The outbox inside one process: for tests, the same rules as JetStream."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+
+from img2img_server.domain.job import Job
+from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook
+from img2img_server.testing.notifier import Bell
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    job: Job
+    taken: int = 0
+    put_off: int = 0
+    due: asyncio.TimerHandle | None = None  # set while somebody has it and while it waits
+
+
+class MemoryOutbox:
+    """An Outbox of one process; it remembers for ever what was put once."""
+
+    def __init__(self, *, limit: int = 10_000, ack_wait_seconds: float = 60.0) -> None:
+        self._limit = limit
+        self._ack_wait_seconds = ack_wait_seconds
+        self._entries: list[_Entry] = []
+        self._known: set[int] = set()
+        self._bell = Bell()
+
+    async def put(self, job: Job, *, again: bool = False) -> None:
+        if job.id in self._known and not again:
+            return
+        if sum(entry.job.tenant == job.tenant for entry in self._entries) >= self._limit:
+            raise OutboxFullError(job.tenant)
+        self._known.add(job.id)
+        self._entries.append(_Entry(job))
+        self._bell.ring()
+
+    async def pull(self, most: int, timeout_seconds: float) -> list[PendingWebhook]:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                while True:
+                    changed = self._bell.next_ring()
+                    due = [entry for entry in self._entries if entry.due is None][:most]
+                    if due:
+                        return [self._take(entry) for entry in due]
+                    await changed.wait()
+        return []
+
+    def _take(self, entry: _Entry) -> PendingWebhook:
+        entry.taken += 1
+        self.come_again(entry, self._ack_wait_seconds)
+        return _MemoryPending(self, entry)
+
+    def come_again(self, entry: _Entry, delay_seconds: float) -> None:
+        """Makes the entry due after the delay."""
+        if entry.due is not None:
+            entry.due.cancel()
+        entry.due = asyncio.get_running_loop().call_later(delay_seconds, self._fall_due, entry)
+
+    def _fall_due(self, entry: _Entry) -> None:
+        entry.due = None
+        self._bell.ring()
+
+    def remove(self, entry: _Entry) -> None:
+        """Forgets the entry; fine when it is gone."""
+        if entry.due is not None:
+            entry.due.cancel()
+        if entry in self._entries:
+            self._entries.remove(entry)
+
+
+class _MemoryPending:
+    def __init__(self, outbox: MemoryOutbox, entry: _Entry) -> None:
+        self._outbox = outbox
+        self._entry = entry
+        self._taken = entry.taken
+        self.times_put_off = entry.put_off
+
+    @property
+    def job(self) -> Job:
+        return self._entry.job
+
+    @property
+    def attempt(self) -> int:
+        return self._taken - self.times_put_off
+
+    async def done(self) -> None:
+        self._outbox.remove(self._entry)
+
+    async def retry(self, delay_seconds: float) -> None:
+        if self._entry.taken == self._taken:  # else somebody else has it by now
+            self._outbox.come_again(self._entry, delay_seconds)
+
+    async def put_off(self, delay_seconds: float) -> None:
+        self._entry.put_off = self.times_put_off + 1
+        await self.retry(delay_seconds)
