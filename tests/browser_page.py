@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from img2img_server.gateway.server import serve
-from img2img_server.interfaces.records import BlobStore
+from img2img_server.storage.interface import BlobStore
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.http_stack import fetch_photo
 from tests.stack import Stack, running_stack, settings

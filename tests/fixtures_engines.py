@@ -12,12 +12,13 @@ import pytest
 import pytest_asyncio
 
 from img2img_server.devstack import LocalEngines
-from img2img_server.interfaces.records import BlobStore
-from img2img_server.nats.bus import Bus, connect_bus, memory_bus
+from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings
+from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.bus import memory_bus
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 
 QUEUE_LIMIT = 3
 ACK_WAIT_SECONDS = 0.5

@@ -15,7 +15,7 @@ from img2img_server.gateway.app import create_app
 from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import connect
 from img2img_server.imaging.base import FetchError
-from img2img_server.interfaces.records import BlobStore
+from img2img_server.storage.interface import BlobStore
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.stack import WAIT_SECONDS, Stack, photo, running_stack, settings
 

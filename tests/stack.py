@@ -22,12 +22,13 @@ from img2img_server.api.server import serve
 from img2img_server.api.webhooks import Webhooks
 from img2img_server.imaging.base import FetchError
 from img2img_server.lifecycle import RestartError
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
 from img2img_server.prompts.base import AsSent, PromptRewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.settings import Settings
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.testing.memory_safety import FixedSafetyChecker
 from img2img_server.webhooks.post import Outcome
 from img2img_server.webhooks.signature import Signer

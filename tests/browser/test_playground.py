@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.browser_page import (
     MARKS,
     browser,

@@ -13,8 +13,8 @@ from minio.commonconfig import ENABLED, Filter
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
 from img2img_server.errors import StorageError
-from img2img_server.interfaces.records import BlobInfo, BlobStore
 from img2img_server.settings import Settings
+from img2img_server.storage.interface import BlobInfo, BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
 
 KEY = "generations/5f0c2a6e-0.png"

@@ -14,7 +14,7 @@ from img2img.v1 import job_pb2, service_pb2
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import Limits
 from img2img_server.errors import NoModelError
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.http_stack import (
     ENTERPRISE,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from tests.http_stack import (
     ENTERPRISE,
     PHOTO_URL,

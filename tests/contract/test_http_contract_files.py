@@ -15,7 +15,7 @@ from img2img_server.errors import StorageError
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.modelslab.fields import FIELDS
 from img2img_server.gateway.upstream import connect
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import ENTERPRISE, Gateway, body, gateway_before, running_gateway
 from tests.stack import settings
 

@@ -26,7 +26,7 @@ from img2img_server.gateway import upstream
 from img2img_server.gateway.http.http_request import MAX_VALUES
 from img2img_server.gateway.modelslab import endpoints
 from img2img_server.gateway.modelslab.errors import Case, RefusedError
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.http_stack import (
     ENTERPRISE,

@@ -18,7 +18,7 @@ from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.domain.events import StepFinished
 from img2img_server.gateway.modelslab.management import system_details
 from img2img_server.lifecycle import RestartError
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.contract.test_http_contract_sdk import call, realtime
 from tests.http_stack import (

@@ -22,11 +22,11 @@ from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.gateway.server import serve
 from img2img_server.lifecycle import first_of
-from img2img_server.nats.bus import memory_bus
 from img2img_server.storage.vault import new_key as new_storage_key
 from img2img_server.tasks import beside
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import V6, body, fetch_photo, photo_base64
 from tests.stack import running_api, running_worker, settings
 

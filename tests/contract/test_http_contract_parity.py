@@ -19,8 +19,8 @@ from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.domain.params import Limits
 from img2img_server.gateway.modelslab.fields import FIELDS
 from img2img_server.imaging.fetch import fetch_image
-from img2img_server.nats.bus import memory_bus
 from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.http_stack import (
     ENTERPRISE,

@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import (
     ENTERPRISE,
     V6,

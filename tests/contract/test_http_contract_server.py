@@ -15,8 +15,8 @@ import trustme
 from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import Upstream, connect
 from img2img_server.gateway.v1 import events as event_streams
-from img2img_server.nats.bus import memory_bus
 from img2img_server.settings import SettingsError
+from img2img_server.testing.bus import memory_bus
 from tests.http_stack import ENTERPRISE, body, served_gateway
 from tests.stack import Stack, running_api, settings
 
@@ -183,7 +183,7 @@ def test_the_gateway_needs_no_numerics_and_little_memory() -> None:
 import asyncio, sys, psutil
 from img2img_server.gateway.server import serve, serve_gateway
 from img2img_server.settings import Settings
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 
 async def main():
     stop = asyncio.Event()

@@ -22,7 +22,7 @@ from img2img_server.gateway.openapi import document
 from img2img_server.gateway.upstream import connect
 from img2img_server.local import _announce
 from img2img_server.settings import Settings
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import BASE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

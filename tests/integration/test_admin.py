@@ -19,7 +19,8 @@ from img2img_server.api.webhooks import Webhooks
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.interfaces.records import ConflictError
 from img2img_server.lifecycle import RestartError
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.webhooks.post import Outcome
 from img2img_server.webhooks.signature import Signer

@@ -22,7 +22,7 @@ from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Limits
 from img2img_server.imaging.base import CheckedImage
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.testing.memory_safety import FixedSafetyChecker
 from tests.stack import (

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from img2img.v1 import job_pb2
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from tests.stack import Api, known_model, running_api, spec
 
 

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.errors import UnavailableError
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.stack import (
     DEV,

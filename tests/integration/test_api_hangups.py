@@ -13,7 +13,7 @@ from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, servi
 from img2img_server.domain.params import Lane
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.records import UnreadableError
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.stack import (
     DEV,

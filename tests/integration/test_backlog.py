@@ -15,7 +15,8 @@ from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import QueuedJob
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.worker.parts import Pace
 from tests.stack import kinds, running_api, running_worker, spec

@@ -28,7 +28,7 @@ from img2img_client import (
     UnauthenticatedError,
     Violation,
 )
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.stack import photo, running_api, running_stack, running_worker, settings
 

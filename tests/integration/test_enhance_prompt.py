@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from img2img.v1 import job_pb2
-from img2img_server.nats.bus import memory_bus
 from img2img_server.prompts.choose import NO_REWRITER
 from img2img_server.prompts.rules import RuleRewriter
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.worker.owned import REWRITER_FAILED
 from tests.http_stack import running_gateway

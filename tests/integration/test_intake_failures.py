@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from img2img_server.errors import MessageTooLargeError, UnavailableError
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from tests.stack import kinds, running_api, running_worker, spec
 
 

@@ -13,10 +13,10 @@ from web_peers import serving
 
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.webhooks import Webhooks
-from img2img_server.nats.bus import memory_bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.storage import tenant_s3
 from img2img_server.storage.vault import new_key as new_storage_key
+from img2img_server.testing.bus import memory_bus
 from img2img_server.webhooks.pauses import Pauses
 from img2img_server.webhooks.post import open_post
 from img2img_server.webhooks.signature import Signer

@@ -15,7 +15,7 @@ from img2img_server.gateway.upstream import Upstream, connect
 from img2img_server.nats.bus import connect_bus
 from img2img_server.settings import Settings
 from img2img_server.storage.s3_blobs import connect_blobs
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.stack import running_stack, settings
 
 NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")

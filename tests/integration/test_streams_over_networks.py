@@ -24,7 +24,7 @@ import pytest
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 from img2img_client import AsyncClient, Client, Retry, channel
 from img2img_server.api import server as api_server
-from img2img_server.nats.bus import memory_bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.networks import Relay, StreamProxy
 from tests.stack import (

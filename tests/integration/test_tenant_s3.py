@@ -22,14 +22,15 @@ from minio import Minio
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.devstack import LocalEngines
 from img2img_server.errors import StorageError
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.settings import Settings
 from img2img_server.storage import tenant_s3
 from img2img_server.storage.tenant_s3 import TenantS3
 from img2img_server.storage.vault import new_key as new_storage_key
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import Gateway, fetch_photo, gateway_before
 from tests.stack import Stack, running_api, running_worker, settings
 from tests.unit.test_storage import GOOD

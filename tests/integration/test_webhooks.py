@@ -20,8 +20,9 @@ from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, servi
 from img2img_server.api.webhooks import Webhooks
 from img2img_server.domain.job import Job
 from img2img_server.errors import UnavailableError
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
 from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.testing.memory_webhooks import MemoryOutbox
 from img2img_server.webhooks.pauses import Pauses

@@ -16,11 +16,12 @@ from img2img_server.api.server import serve_api
 from img2img_server.api.webhooks import Webhooks
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.errors import StorageError
-from img2img_server.nats.bus import connect_bus, memory_bus
+from img2img_server.nats.bus import connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.bus import memory_bus
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.webhooks.pauses import Pauses
 from img2img_server.webhooks.post import open_post
 from img2img_server.webhooks.signature import Signer

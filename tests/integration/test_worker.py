@@ -18,9 +18,10 @@ from img2img_server.engine.base import JobError
 from img2img_server.errors import SafetyCheckError, StorageError
 from img2img_server.imaging.base import InvalidImageError
 from img2img_server.interfaces.queue import Delivery
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker import run
 from img2img_server.worker.owned import DELIVERIES_OF_AN_ATTEMPT
 from tests.stack import (

@@ -14,10 +14,11 @@ from img2img_server.domain.job import Job, advance
 from img2img_server.domain.params import Lane
 from img2img_server.errors import StorageError
 from img2img_server.interfaces.queue import Delivery
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
 from img2img_server.tasks import beside
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker import worker as worker_module
 from img2img_server.worker.leftovers import Leftovers
 from tests.http_stack import running_gateway

@@ -9,9 +9,10 @@ import pytest
 
 from img2img.v1 import job_pb2
 from img2img_server.errors import UnavailableError
-from img2img_server.nats.bus import Bus, memory_bus
+from img2img_server.nats.bus import Bus
+from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.stack import Api, kinds, running_api, running_worker, settings, spec
 
 NO_TIME = settings(drain_seconds=0.0)

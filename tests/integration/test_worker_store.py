@@ -6,9 +6,9 @@ import asyncio
 
 from img2img.v1 import job_pb2
 from img2img_server.errors import StorageError
-from img2img_server.nats.bus import memory_bus
 from img2img_server.storage.watched_blobs import WatchedBlobs
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.bus import memory_bus
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.stack import kinds, read_until, running_api, running_worker, spec
 
 

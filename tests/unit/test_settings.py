@@ -10,7 +10,7 @@ from img2img_server.errors import UnavailableError
 from img2img_server.gateway.server import serve
 from img2img_server.nats.bus import connect_bus
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.testing.memory_records import MemoryBlobStore
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 
 
 @pytest.fixture(autouse=True)

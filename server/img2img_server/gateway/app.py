@@ -28,8 +28,8 @@ from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.gateway.v1.calls import Calls
 from img2img_server.gateway.v1.events import EventStreams
-from img2img_server.interfaces.records import BlobStore
 from img2img_server.settings import Settings
+from img2img_server.storage.interface import BlobStore
 
 
 def create_app(

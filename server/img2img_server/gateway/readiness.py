@@ -11,7 +11,7 @@ import structlog
 
 from img2img_server.gateway.http.files import Files
 from img2img_server.gateway.upstream import Upstream
-from img2img_server.interfaces.records import BlobStore
+from img2img_server.storage.interface import BlobStore
 
 WATCH_SECONDS: Final = 2.0
 START_SECONDS: Final = 4.0  # of roles that start together, one is ready before the other

@@ -13,10 +13,10 @@ import uvicorn
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import connect
-from img2img_server.interfaces.records import BlobStore
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.ports import host_port, listeners
 from img2img_server.settings import Settings
+from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import beside
 from img2img_server.telemetry import probe_server

@@ -18,23 +18,14 @@ from img2img_server.nats.connection import PATIENCE_SECONDS, connect
 from img2img_server.nats.control import NatsControl
 from img2img_server.nats.events import JetStreamEventLog
 from img2img_server.nats.jobs import JetStreamJobQueue
-from img2img_server.nats.rates import Rates, kv_rates, memory_rates
+from img2img_server.nats.rates import Rates, kv_rates
 from img2img_server.nats.records import KvJobStore
-from img2img_server.nats.tenant_settings import (
-    TenantStorage,
-    kv_tenant_storage,
-    memory_tenant_storage,
-)
+from img2img_server.nats.tenant_settings import TenantStorage, kv_tenant_storage
 from img2img_server.nats.topology import HOUR, NEEDED_PAYLOAD_BYTES, Bounds, prepare
 from img2img_server.nats.webhooks import JetStreamOutbox
 from img2img_server.nats.workers import KvWorkerRegistry
 from img2img_server.settings import Settings
 from img2img_server.storage.vault import Vault
-from img2img_server.testing.memory_control import MemoryControl
-from img2img_server.testing.memory_events import MemoryEventLog
-from img2img_server.testing.memory_jobs import MemoryJobQueue
-from img2img_server.testing.memory_records import MemoryJobStore, MemoryWorkerRegistry
-from img2img_server.testing.memory_webhooks import MemoryOutbox
 
 
 async def _is_ready(_: float) -> None: ...
@@ -112,20 +103,4 @@ def _bounds(settings: Settings) -> Bounds:
         events_retention_seconds=settings.events_retention_seconds,
         events_max_bytes=settings.events_max_bytes,
         replicas=settings.nats_replicas,
-    )
-
-
-def memory_bus(
-    *, queue_limit: int = 15, ack_wait_seconds: float = 15.0, storage_keys: str = ""
-) -> Bus:
-    """A bus of one process, for tests."""
-    return Bus(
-        queue=MemoryJobQueue(limit=queue_limit, ack_wait_seconds=ack_wait_seconds),
-        events=MemoryEventLog(),
-        control=MemoryControl(),
-        jobs=MemoryJobStore(),
-        workers=MemoryWorkerRegistry(),
-        outbox=MemoryOutbox(),
-        storage=memory_tenant_storage(Vault(storage_keys)),
-        rates=memory_rates(),
     )

@@ -19,7 +19,6 @@ from img2img_server.nats import subjects
 from img2img_server.nats.connection import Link
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket, Entry, Values
-from img2img_server.testing.memory_kv import MemoryBucket
 
 MINUTE = 60.0
 
@@ -84,8 +83,3 @@ class Rates:
 def kv_rates(link: Link) -> Rates:
     """On JetStream; see topology.py for how long a count is kept."""
     return Rates(Bucket(link, subjects.RATES_BUCKET))
-
-
-def memory_rates() -> Rates:
-    """In one process, for tests."""
-    return Rates(MemoryBucket())

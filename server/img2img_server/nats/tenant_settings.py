@@ -12,7 +12,6 @@ from img2img_server.nats.connection import Link
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket, Values
 from img2img_server.storage.vault import SealBrokenError, Vault
-from img2img_server.testing.memory_kv import MemoryBucket
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +112,6 @@ def kv_tenant_storage(link: Link, vault: Vault) -> TenantStorage:
     return TenantStorage(
         vault, Bucket(link, subjects.STORAGE_BUCKET), Bucket(link, subjects.RETIRED_STORAGE_BUCKET)
     )
-
-
-def memory_tenant_storage(vault: Vault) -> TenantStorage:
-    """In one process, for tests."""
-    return TenantStorage(vault, MemoryBucket(), MemoryBucket())
 
 
 def _key(tenant: str, rest: str) -> str:

@@ -21,8 +21,8 @@ from minio.error import MinioException, S3Error
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
 from img2img_server.errors import StorageError
-from img2img_server.interfaces.records import BlobInfo
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.storage.interface import BlobInfo
 from img2img_server.storage.s3_access import S3Access
 from img2img_server.storage.s3_faults import (
     DENIED,

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from img2img_server.errors import StorageError
-from img2img_server.interfaces.records import BlobInfo, BlobStore
+from img2img_server.storage.interface import BlobInfo, BlobStore
 
 PAUSES_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # between probes, the last one repeated
 

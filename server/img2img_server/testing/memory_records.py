@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from img2img_server.domain.job import FIRST_JOB_ID, Job
 from img2img_server.domain.models import ModelInfo, WorkerInfo
-from img2img_server.errors import StorageError
-from img2img_server.interfaces.records import BlobInfo, ConflictError, Stored
-
-CHUNK_BYTES = 64 * 1024
+from img2img_server.interfaces.records import ConflictError, Stored
 
 
 class MemoryJobStore:
@@ -95,39 +92,3 @@ class MemoryWorkerRegistry:
 
     async def model(self, name: str) -> ModelInfo | None:
         return self._models.get(name)
-
-
-class MemoryBlobStore:
-    """A BlobStore of one process. Like a bucket it must be prepared before the first put."""
-
-    def __init__(self) -> None:
-        self._prepared = False
-        self._files: dict[str, tuple[BlobInfo, bytes]] = {}
-
-    async def prepare(self) -> None:
-        self._prepared = True
-
-    async def prove_writable(self) -> None:
-        if not self._prepared:
-            raise StorageError("the bucket does not exist")
-
-    async def prove_readable(self) -> None:
-        return
-
-    async def put(self, key: str, data: bytes, media_type: str) -> None:
-        if not self._prepared:
-            raise StorageError("the bucket does not exist")
-        info = BlobInfo(key=key, size_bytes=len(data), media_type=media_type)
-        self._files[key] = (info, bytes(data))
-
-    async def stat(self, key: str) -> BlobInfo | None:
-        found = self._files.get(key)
-        return found[0] if found else None
-
-    async def read(self, key: str) -> AsyncIterator[bytes]:
-        _, data = self._files[key]
-        for start in range(0, len(data), CHUNK_BYTES):
-            yield data[start : start + CHUNK_BYTES]
-
-    async def delete(self, key: str) -> None:
-        self._files.pop(key, None)

@@ -8,7 +8,8 @@ from contextlib import suppress
 import structlog
 
 from img2img_server.domain.job import Job, State
-from img2img_server.interfaces.records import BlobStore, JobStore
+from img2img_server.interfaces.records import JobStore
+from img2img_server.storage.interface import BlobStore
 
 MOST_WAITING = 1000  # jobs; beyond them files stay until the bucket's lifecycle rules take them
 

@@ -16,7 +16,6 @@ from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.model_spec import ModelError, read_model_spec
 from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.exit_reason import logs_reason
-from img2img_server.interfaces.records import BlobStore
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
@@ -25,6 +24,7 @@ from img2img_server.prompts.choose import worker_rewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.choose import safety_checker
 from img2img_server.settings import Settings, SettingsError
+from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import S3BlobStore, connect_blobs
 from img2img_server.storage.tenant_s3 import TenantS3
 from img2img_server.storage.watched_blobs import WatchedBlobs

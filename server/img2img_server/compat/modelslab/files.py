@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from img2img_server.interfaces.records import BlobStore
+from img2img_server.storage.interface import BlobStore
 
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 KEY = re.compile(rf"(generations|temp)/{_UUID}-[0-9]{{1,2}}\.(png|base64)", re.ASCII)

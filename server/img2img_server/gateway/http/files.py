@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from img2img_server.compat.modelslab.files import KEY
 from img2img_server.errors import StorageError
 from img2img_server.gateway.modelslab.errors import RETRY_SECONDS, Case
-from img2img_server.interfaces.records import BlobStore
+from img2img_server.storage.interface import BlobStore
 
 _FOLDERS = ("generations/", "temp/")
 _MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}

@@ -1,4 +1,4 @@
-"""The playground: a page at / where a developer tries the service. Files in playground_page/.
+"""The playground: a page at / where a developer tries the service. Files in static/.
 
 It needs no build and nothing from elsewhere, and it runs under a policy that allows neither inline
 scripts nor other hosts. It calls the same addresses as everybody else.
@@ -54,7 +54,7 @@ def add_playground(app: FastAPI, settings: Settings) -> None:
     """Adds the page, unless the settings turn it off."""
     if not settings.playground:
         return
-    with as_file(files("img2img_server.gateway") / "playground_page") as folder:
+    with as_file(files("img2img_server.gateway.playground") / "static") as folder:
         page = (folder / "index.html").read_text(encoding="utf-8")
         assets = _Assets(directory=folder / "assets")
 

@@ -1,0 +1,51 @@
+"""The seam to the files of the service's own bucket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobInfo:
+    """A stored file."""
+
+    key: str
+    size_bytes: int
+    media_type: str
+
+
+class BlobStore(Protocol):
+    """Files by key, such as "generations/{uuid}-0.png", in the service's own bucket."""
+
+    async def prepare(self) -> None:
+        """Makes it ready for `put`. Raises StorageError, SettingsError."""
+        ...
+
+    async def prove_writable(self) -> None:
+        """Stores a small file and removes it again. Raises StorageError."""
+        ...
+
+    async def prove_readable(self) -> None:
+        """Asks for a file that is not there. Raises StorageError."""
+        ...
+
+    async def put(self, key: str, data: bytes, media_type: str) -> None:
+        """Stores a file in one step: never visible half written. Raises StorageError."""
+        ...
+
+    async def stat(self, key: str) -> BlobInfo | None:
+        """The file's facts, or None. Raises StorageError."""
+        ...
+
+    def read(self, key: str) -> AsyncIterator[bytes]:
+        """The file in chunks. Raises KeyError when there is none, StorageError."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Removes a file; fine when there is none. Raises StorageError.
+
+        Waits for puts of the file that were cancelled here and are still under way.
+        """
+        ...
