@@ -31,7 +31,7 @@ import aiohttp
 
 from benchmarks.local_stack import free_port
 from img2img_client import AsyncClient
-from img2img_server.devstack import LocalEngines
+from img2img_server.devstack import LocalServers
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".img2img" / "image"
@@ -179,11 +179,11 @@ async def running(container: Container) -> AsyncIterator[None]:
         print(f"{container.role} drained and ended with status 0", flush=True)
 
 
-async def try_out(slim: str, full: str | None) -> None:
+async def quickstart(slim: str, full: str | None) -> None:
     """One job through api, gateway and worker; api and gateway from the slim image."""
     grpc_port, http_port = free_port(), free_port()
     with tempfile.TemporaryDirectory() as folder:
-        async with LocalEngines(Path(folder)) as engines, AsyncExitStack() as stack:
+        async with LocalServers(Path(folder)) as engines, AsyncExitStack() as stack:
             keys, key = make_key(slim, Path(folder))
             environment = {
                 "IMG2IMG_GRPC_PORT": str(grpc_port),
@@ -262,7 +262,7 @@ def main() -> int:
         tags["full"] = build("full", chosen.base_image)
     for target, tag in tags.items():
         inspect(tag, torch=target == "full")
-    asyncio.run(try_out(tags["slim"], tags.get("full")))
+    asyncio.run(quickstart(tags["slim"], tags.get("full")))
     return 0
 
 

@@ -30,7 +30,7 @@ from img2img_server.domain.params import JobParams, Lane
 from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.nats import subjects
 from img2img_server.nats.bus import Bus, connect_bus
-from img2img_server.nats.connection import Link
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.settings import Settings
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.nats_cluster import nats_cluster
@@ -58,7 +58,7 @@ async def servers(folder: Path, *, cluster: bool) -> AsyncIterator[Settings]:
         await server.stop()
 
 
-def link_of(bus: Bus) -> Link:
+def link_of(bus: Bus) -> NatsConnection:
     return bus.queue._link  # type: ignore[attr-defined, no-any-return]
 
 

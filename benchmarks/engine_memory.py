@@ -21,7 +21,7 @@ import torch
 from benchmarks.engine import hardware
 from benchmarks.engine_stock import photo
 from img2img_server.domain.params import Lane
-from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobError, JobStopped
+from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, JobStopped
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.load import keep_freed_memory
@@ -56,7 +56,7 @@ def run_wave(engine: DiffusionEngine, first: int) -> None:
     ends: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
 
     def sink(event: EngineEvent) -> None:
-        if isinstance(event, JobDone | JobStopped | JobError):
+        if isinstance(event, JobDone | JobStopped | JobFailed):
             ends.put(event)
 
     for number in range(first, first + WAVE):
@@ -64,7 +64,7 @@ def run_wave(engine: DiffusionEngine, first: int) -> None:
     engine.cancel(first + WAVE - 1)
     for _ in range(WAVE):
         event = ends.get()
-        if isinstance(event, JobError):
+        if isinstance(event, JobFailed):
             raise event.error
 
 

@@ -12,7 +12,7 @@ from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Outcome, Request, Served
 from benchmarks.engine_stock import SCHEDULER, feed, photo
 from img2img_server.domain.params import Lane
-from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobError, PreviewReady
+from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, PreviewReady
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.model_spec import ModelSpec
@@ -54,7 +54,7 @@ class EngineServer:
                         looks.append(now)
                     case JobDone():
                         done.put(Outcome(request, looks[0] if looks else now, now))
-                    case JobError(error):
+                    case JobFailed(error):
                         done.put(error)
 
             self._engine.submit(job_of(request), sink)

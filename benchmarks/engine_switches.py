@@ -30,7 +30,7 @@ from benchmarks.engine import hardware
 from benchmarks.engine_load import Request
 from benchmarks.engine_report import facts, table, write
 from benchmarks.engine_servers import job_of
-from img2img_server.engine.base import EngineEvent, EngineTimings, JobDone, JobError
+from img2img_server.engine.base import EngineEvent, EngineTimings, JobDone, JobFailed
 from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.engine import DiffusionEngine
@@ -91,7 +91,7 @@ def _run(side: int) -> EngineTimings:
         match event:
             case JobDone(timings):
                 done.put(timings)
-            case JobError(error):
+            case JobFailed(error):
                 done.put(error)
 
     job = job_of(Request(1, 0.0, side, 1.0, _STEPS, 5.0, "a mosaic"))

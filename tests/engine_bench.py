@@ -21,7 +21,7 @@ from img2img_server.engine.base import (
     EngineEvent,
     EngineJob,
     JobDone,
-    JobError,
+    JobFailed,
     JobStopped,
     Pixels,
     SampleReady,
@@ -30,7 +30,7 @@ from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.schedules import make_scheduler
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.memory import Memory
+from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
 
 # Networks this small lose more to threads than they gain.
@@ -41,7 +41,7 @@ SECONDS = 30.0
 BOUND = 2
 
 
-class Inbox:
+class ReplyInbox:
     """A sink that can be waited on."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Inbox:
 
     def all(self) -> list[EngineEvent]:
         """Events up to and with the last one of the job."""
-        return self.until(JobDone, JobStopped, JobError, DeviceLost)
+        return self.until(JobDone, JobStopped, JobFailed, DeviceLost)
 
     def is_empty(self) -> bool:
         return self._events.empty()
@@ -95,7 +95,7 @@ def load(folder: Path) -> DiffusersDenoiser:
 
 @contextmanager
 def running(
-    denoiser: Denoiser, capacity_rows: int = 8, memory: Memory | None = None, **limits: Any
+    denoiser: Denoiser, capacity_rows: int = 8, memory: MemoryModel | None = None, **limits: Any
 ) -> Iterator[Engine]:
     """An engine on the denoiser; `limits`: of its ModelSpec."""
     spec = ModelSpec(source="", name="tiny", **{"max_num_inference_steps": 1000, **limits})
@@ -108,7 +108,7 @@ def running(
 
 def run(engine: Engine, wanted: EngineJob) -> list[EngineEvent]:
     """Runs one job to its end."""
-    inbox = Inbox()
+    inbox = ReplyInbox()
     engine.submit(wanted, inbox)
     return inbox.all()
 

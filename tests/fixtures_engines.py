@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from img2img_server.devstack import LocalEngines
+from img2img_server.devstack import LocalServers
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings
@@ -28,14 +28,14 @@ OpenBus = Callable[[], AbstractAsyncContextManager[Bus]]
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalEngines]:
+async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalServers]:
     """One nats-server and one S3 server for the whole test run."""
-    async with LocalEngines(tmp_path_factory.mktemp("state")) as running:
+    async with LocalServers(tmp_path_factory.mktemp("state")) as running:
         yield running
 
 
 @pytest.fixture
-async def engine_settings(engines: LocalEngines) -> Callable[..., Settings]:
+async def engine_settings(engines: LocalServers) -> Callable[..., Settings]:
     """Makes settings for the engines of the test run: the bus empty, the bucket a new one."""
     async with connect([engines.nats_url]) as link:
         for stream in await link.js.streams_info():

@@ -18,7 +18,7 @@ from receiver import SECRET
 
 from benchmarks.local_stack import free_port
 from img2img_client import AsyncClient
-from img2img_server.devstack import LocalEngines
+from img2img_server.devstack import LocalServers
 from tests.processes import Role
 from tests.tiny_models import ZERO_SNR_V, write_sd
 
@@ -73,7 +73,7 @@ async def running_stack(folder: Path, **changes: str) -> AsyncIterator[RealStack
     """Engines, api and gateway; workers are started by who uses it. `changes`: settings."""
     model = write_sd(folder / "tiny", tiny_vae=True, scheduler=ZERO_SNR_V)
     grpc_port, http_port = free_port(), free_port()
-    async with LocalEngines(folder / "state") as engines, AsyncExitStack() as exits:
+    async with LocalServers(folder / "state") as engines, AsyncExitStack() as exits:
         environment = {
             "IMG2IMG_GRPC_PORT": str(grpc_port),
             "IMG2IMG_HTTP_PORT": str(http_port),

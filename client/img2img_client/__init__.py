@@ -55,7 +55,7 @@ from img2img_client.events import (
     StepFinished,
     Succeeded,
 )
-from img2img_client.request import ImageSource, Options
+from img2img_client.requests import ImageSource, Options
 from img2img_client.resources import (
     Capabilities,
     DeterminismClass,

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2, service_pb2_grpc
-from img2img_client import convert, request
+from img2img_client import convert, requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +49,9 @@ class StorageUpdate:
 def _update_request(
     settings: StorageSettings, check_connection: bool
 ) -> service_pb2.UpdateStorageSettingsRequest:
-    return request.build(
+    return requests.build(
         service_pb2.UpdateStorageSettingsRequest,
-        settings=request.build(service_pb2.StorageSettings, **asdict(settings)),
+        settings=requests.build(service_pb2.StorageSettings, **asdict(settings)),
         check_connection=check_connection,
     )
 
@@ -66,8 +66,8 @@ class Admin:
 
     def system_details(self) -> SystemDetails:
         """How the service is doing."""
-        wish = admin_service_pb2.GetSystemDetailsRequest()
-        return convert.read(SystemDetails, self._call(self._stub.GetSystemDetails, wish))
+        request = admin_service_pb2.GetSystemDetailsRequest()
+        return convert.read(SystemDetails, self._call(self._stub.GetSystemDetails, request))
 
     def restart_server(self) -> None:
         """Restarts every worker; its running jobs start anew."""
@@ -83,8 +83,8 @@ class Admin:
 
     def clear_queue(self) -> int:
         """Ends the tenant's waiting jobs as failed; returns how many."""
-        wish = admin_service_pb2.ClearQueueRequest()
-        return int(self._call(self._stub.ClearQueue, wish).cleared_jobs)
+        request = admin_service_pb2.ClearQueueRequest()
+        return int(self._call(self._stub.ClearQueue, request).cleared_jobs)
 
     def update_storage(
         self, settings: StorageSettings, *, check_connection: bool = False
@@ -98,13 +98,13 @@ class Admin:
         Raises:
             InvalidRequestError: settings are wrong, or the check says so; `violations` names them.
         """
-        wish = _update_request(settings, check_connection)
-        return convert.read(StorageUpdate, self._call(self._storage.UpdateStorageSettings, wish))
+        request = _update_request(settings, check_connection)
+        return convert.read(StorageUpdate, self._call(self._storage.UpdateStorageSettings, request))
 
     def reset_storage(self, deploy_type: str = "") -> None:
         """Has the files of jobs accepted from now on stay with the service."""
-        wish = request.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
-        self._call(self._storage.ResetStorageSettings, wish)
+        request = requests.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
+        self._call(self._storage.ResetStorageSettings, request)
 
 
 class AsyncAdmin:
@@ -117,8 +117,8 @@ class AsyncAdmin:
 
     async def system_details(self) -> SystemDetails:
         """As Admin.system_details."""
-        wish = admin_service_pb2.GetSystemDetailsRequest()
-        return convert.read(SystemDetails, await self._call(self._stub.GetSystemDetails, wish))
+        request = admin_service_pb2.GetSystemDetailsRequest()
+        return convert.read(SystemDetails, await self._call(self._stub.GetSystemDetails, request))
 
     async def restart_server(self) -> None:
         """As Admin.restart_server."""
@@ -134,18 +134,18 @@ class AsyncAdmin:
 
     async def clear_queue(self) -> int:
         """As Admin.clear_queue."""
-        wish = admin_service_pb2.ClearQueueRequest()
-        return int((await self._call(self._stub.ClearQueue, wish)).cleared_jobs)
+        request = admin_service_pb2.ClearQueueRequest()
+        return int((await self._call(self._stub.ClearQueue, request)).cleared_jobs)
 
     async def update_storage(
         self, settings: StorageSettings, *, check_connection: bool = False
     ) -> StorageUpdate:
         """As Admin.update_storage."""
-        wish = _update_request(settings, check_connection)
-        told = await self._call(self._storage.UpdateStorageSettings, wish)
+        request = _update_request(settings, check_connection)
+        told = await self._call(self._storage.UpdateStorageSettings, request)
         return convert.read(StorageUpdate, told)
 
     async def reset_storage(self, deploy_type: str = "") -> None:
         """As Admin.reset_storage."""
-        wish = request.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
-        await self._call(self._storage.ResetStorageSettings, wish)
+        request = requests.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
+        await self._call(self._storage.ResetStorageSettings, request)

@@ -13,12 +13,12 @@ from weakref import WeakSet
 import grpc
 
 from img2img.v1 import service_pb2, service_pb2_grpc
-from img2img_client import convert, errors, request
+from img2img_client import convert, errors, requests
 from img2img_client.admin import AsyncAdmin
 from img2img_client.calls import CANCEL_SECONDS, AsyncCalls, is_task_cancelled
 from img2img_client.channel import Endpoint
 from img2img_client.diagnosis import explain_async
-from img2img_client.request import ImageSource, Options
+from img2img_client.requests import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
@@ -51,7 +51,7 @@ class AsyncClient:
         call_seconds: float = 60.0,
     ) -> None:
         self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
-        request.check_seconds("call_seconds", call_seconds)
+        requests.check_seconds("call_seconds", call_seconds)
         self._retry = checked(retry)
         self._call_seconds = call_seconds
         self._is_closed = False
@@ -121,7 +121,7 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> AsyncJobStream:
         """As Client.stream; cancelling the task that reads it leaves it."""
-        first = request.generate_request(
+        first = requests.generate_request(
             prompt, init_image, options, request_id=request_id, detach=detach
         )
         return self._stream(first, timeout_seconds)
@@ -130,7 +130,7 @@ class AsyncClient:
         self, job: Job | str | int, *, after_sequence: int = 0, timeout_seconds: float | None = None
     ) -> AsyncJobStream:
         """As Client.watch."""
-        first = request.watch_request(job, after_sequence)
+        first = requests.watch_request(job, after_sequence)
         return self._stream(first, timeout_seconds)
 
     async def create(
@@ -142,39 +142,39 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> Job:
         """As Client.create."""
-        wish = request.create_request(prompt, init_image, options, request_id=request_id)
-        return convert.job_from((await self._call(self._stub.CreateJob, wish)).job)
+        request = requests.create_request(prompt, init_image, options, request_id=request_id)
+        return convert.job_from((await self._call(self._stub.CreateJob, request)).job)
 
     async def get(self, job: Job | str | int) -> Job:
         """As Client.get."""
-        wish = service_pb2.GetJobRequest(name=request.job_name(job))
-        return convert.job_from((await self._call(self._stub.GetJob, wish)).job)
+        request = service_pb2.GetJobRequest(name=requests.job_name(job))
+        return convert.job_from((await self._call(self._stub.GetJob, request)).job)
 
     async def list(self, *states: State | str, page_size: int = 100) -> AsyncIterator[Job]:
         """As Client.list."""
-        wish = request.list_request(states, page_size)
+        request = requests.list_request(states, page_size)
         while True:
-            page = await self._call(self._stub.ListJobs, wish)
+            page = await self._call(self._stub.ListJobs, request)
             for job in page.jobs:
                 yield convert.job_from(job)
             if not page.next_page_token:
                 return
-            wish.page_token = page.next_page_token
+            request.page_token = page.next_page_token
 
     async def cancel(self, job: Job | str | int) -> Job:
         """As Client.cancel."""
-        wish = service_pb2.CancelJobRequest(name=request.job_name(job))
-        return convert.job_from((await self._call(self._stub.CancelJob, wish)).job)
+        request = service_pb2.CancelJobRequest(name=requests.job_name(job))
+        return convert.job_from((await self._call(self._stub.CancelJob, request)).job)
 
     async def redeliver_webhook(self, job: Job | str | int) -> Job:
         """As Client.redeliver_webhook."""
-        wish = service_pb2.RedeliverWebhookRequest(name=request.job_name(job))
-        return convert.job_from((await self._call(self._stub.RedeliverWebhook, wish)).job)
+        request = service_pb2.RedeliverWebhookRequest(name=requests.job_name(job))
+        return convert.job_from((await self._call(self._stub.RedeliverWebhook, request)).job)
 
     async def capabilities(self) -> Capabilities:
         """As Client.capabilities."""
-        wish = service_pb2.GetCapabilitiesRequest()
-        return convert.read(Capabilities, await self._call(self._stub.GetCapabilities, wish))
+        request = service_pb2.GetCapabilitiesRequest()
+        return convert.read(Capabilities, await self._call(self._stub.GetCapabilities, request))
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
@@ -182,11 +182,11 @@ class AsyncClient:
         self._streams.add(calls)
         return AsyncJobStream(follow, calls.begin())
 
-    async def _call(self, method: Callable[..., Awaitable[T]], wish: object) -> T:
+    async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         backoff = Backoff(self._retry)
         while True:
             try:
-                return await self._begin(method, wish, self._call_seconds)
+                return await self._begin(method, request, self._call_seconds)
             except grpc.RpcError as broken:
                 error = errors.from_call(broken, self.endpoint)
                 try:
@@ -201,23 +201,23 @@ class AsyncClient:
                     raise errors.ClientClosedError from cancelled
                 raise
 
-    def _open(self, wish: FirstRequest, timeout_seconds: float | None) -> Any:
-        generate = isinstance(wish, service_pb2.GenerateRequest)
+    def _open(self, request: FirstRequest, timeout_seconds: float | None) -> Any:
+        generate = isinstance(request, service_pb2.GenerateRequest)
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
-        return self._begin(method, wish, timeout_seconds)
+        return self._begin(method, request, timeout_seconds)
 
-    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
+    def _begin(self, method: Callable[..., T], request: object, timeout_seconds: float | None) -> T:
         """Begins a call. Raises ClientClosedError."""
         if self._is_closed:
             raise errors.ClientClosedError
-        return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+        return method(request, timeout=timeout_seconds, metadata=self.endpoint.metadata)
 
     async def _cancel_abandoned(self, job_name: str) -> None:
-        wish = service_pb2.CancelJobRequest(name=job_name)
+        request = service_pb2.CancelJobRequest(name=job_name)
         # The job has ended meanwhile, or the service is out of reach, or the channel is closed.
         with suppress(grpc.RpcError, grpc.aio.UsageError):
             await self._stub.CancelJob(
-                wish,
+                request,
                 timeout=CANCEL_SECONDS,
                 metadata=self.endpoint.metadata,
                 wait_for_ready=True,  # the connection may be the reason for leaving

@@ -14,7 +14,7 @@ from typing import Any, Self
 import grpc
 
 from img2img_client.errors import InvalidArgumentError, InvalidArgumentTypeError, Violation
-from img2img_client.request import MAX_MESSAGE_BYTES
+from img2img_client.requests import MAX_MESSAGE_BYTES
 
 SERVER_VARIABLE = "IMG2IMG_SERVER"
 KEY_VARIABLE = "IMG2IMG_API_KEY"

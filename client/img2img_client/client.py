@@ -12,12 +12,12 @@ from weakref import WeakSet
 import grpc
 
 from img2img.v1 import service_pb2, service_pb2_grpc
-from img2img_client import convert, errors, request
+from img2img_client import convert, errors, requests
 from img2img_client.admin import Admin
 from img2img_client.calls import CANCEL_SECONDS, BlockingCalls
 from img2img_client.channel import Endpoint
 from img2img_client.diagnosis import explain
-from img2img_client.request import ImageSource, Options
+from img2img_client.requests import ImageSource, Options
 from img2img_client.resources import Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
@@ -62,7 +62,7 @@ class Client:
         call_seconds: float = 60.0,
     ) -> None:
         self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
-        request.check_seconds("call_seconds", call_seconds)
+        requests.check_seconds("call_seconds", call_seconds)
         self._retry = checked(retry)
         self._call_seconds = call_seconds
         self._is_closed = False
@@ -145,7 +145,7 @@ class Client:
             timeout_seconds: until the job's end; one that cannot finish in time is refused.
             options: see Options.
         """
-        first = request.generate_request(
+        first = requests.generate_request(
             prompt, init_image, options, request_id=request_id, detach=detach
         )
         return self._stream(first, timeout_seconds)
@@ -157,7 +157,7 @@ class Client:
 
         Leaving early does not touch the job.
         """
-        first = request.watch_request(job, after_sequence)
+        first = requests.watch_request(job, after_sequence)
         return self._stream(first, timeout_seconds)
 
     def create(
@@ -169,28 +169,28 @@ class Client:
         **options: Unpack[Options],
     ) -> Job:
         """Queues a job and returns at once; follow it with `watch` or `get`."""
-        wish = request.create_request(prompt, init_image, options, request_id=request_id)
-        return convert.job_from(self._call(self._stub.CreateJob, wish).job)
+        request = requests.create_request(prompt, init_image, options, request_id=request_id)
+        return convert.job_from(self._call(self._stub.CreateJob, request).job)
 
     def get(self, job: Job | str | int) -> Job:
         """The job as it is now."""
-        wish = service_pb2.GetJobRequest(name=request.job_name(job))
-        return convert.job_from(self._call(self._stub.GetJob, wish).job)
+        request = service_pb2.GetJobRequest(name=requests.job_name(job))
+        return convert.job_from(self._call(self._stub.GetJob, request).job)
 
     def list(self, *states: State | str, page_size: int = 100) -> Iterator[Job]:
         """Jobs that have not expired, newest first; with `states`, only those in one of them."""
-        wish = request.list_request(states, page_size)
+        request = requests.list_request(states, page_size)
         while True:
-            page = self._call(self._stub.ListJobs, wish)
+            page = self._call(self._stub.ListJobs, request)
             yield from map(convert.job_from, page.jobs)
             if not page.next_page_token:
                 return
-            wish.page_token = page.next_page_token
+            request.page_token = page.next_page_token
 
     def cancel(self, job: Job | str | int) -> Job:
         """Cancels a job: at once when it waits, at its next step when it runs."""
-        wish = service_pb2.CancelJobRequest(name=request.job_name(job))
-        return convert.job_from(self._call(self._stub.CancelJob, wish).job)
+        request = service_pb2.CancelJobRequest(name=requests.job_name(job))
+        return convert.job_from(self._call(self._stub.CancelJob, request).job)
 
     def redeliver_webhook(self, job: Job | str | int) -> Job:
         """Sends the webhook of a job that has ended once more, whatever became of it before.
@@ -198,13 +198,13 @@ class Client:
         Raises:
             RpcError: with reason JOB_NOT_ENDED or NO_WEBHOOK.
         """
-        wish = service_pb2.RedeliverWebhookRequest(name=request.job_name(job))
-        return convert.job_from(self._call(self._stub.RedeliverWebhook, wish).job)
+        request = service_pb2.RedeliverWebhookRequest(name=requests.job_name(job))
+        return convert.job_from(self._call(self._stub.RedeliverWebhook, request).job)
 
     def capabilities(self) -> Capabilities:
         """The models being served and the limits in force."""
-        wish = service_pb2.GetCapabilitiesRequest()
-        return convert.read(Capabilities, self._call(self._stub.GetCapabilities, wish))
+        request = service_pb2.GetCapabilitiesRequest()
+        return convert.read(Capabilities, self._call(self._stub.GetCapabilities, request))
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> JobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))
@@ -214,11 +214,11 @@ class Client:
         self._streams.add(calls)
         return JobStream(follow, calls.begin())
 
-    def _call(self, method: Callable[..., T], wish: object) -> T:
+    def _call(self, method: Callable[..., T], request: object) -> T:
         backoff = Backoff(self._retry)
         while True:
             try:
-                return self._begin(method, wish, self._call_seconds)
+                return self._begin(method, request, self._call_seconds)
             except grpc.RpcError as broken:
                 if self._is_closed:
                     raise errors.ClientClosedError from broken
@@ -231,28 +231,28 @@ class Client:
                     raise explain(last, self.endpoint) from broken
                 time.sleep(pause)
 
-    def _open(self, wish: FirstRequest, timeout_seconds: float | None) -> Any:
-        generate = isinstance(wish, service_pb2.GenerateRequest)
+    def _open(self, request: FirstRequest, timeout_seconds: float | None) -> Any:
+        generate = isinstance(request, service_pb2.GenerateRequest)
         method: Any = self._stub.Generate if generate else self._stub.WatchJob
-        return self._begin(method, wish, timeout_seconds)
+        return self._begin(method, request, timeout_seconds)
 
-    def _begin(self, method: Callable[..., T], wish: object, timeout_seconds: float | None) -> T:
+    def _begin(self, method: Callable[..., T], request: object, timeout_seconds: float | None) -> T:
         """Makes a call, or begins one that streams. Raises ClientClosedError."""
         if self._is_closed:
             raise errors.ClientClosedError
         try:
-            return method(wish, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+            return method(request, timeout=timeout_seconds, metadata=self.endpoint.metadata)
         except ValueError as error:  # another thread has closed the channel meanwhile
             if self._is_closed:
                 raise errors.ClientClosedError from error
             raise
 
     def _cancel_abandoned(self, job_name: str) -> None:
-        wish = service_pb2.CancelJobRequest(name=job_name)
+        request = service_pb2.CancelJobRequest(name=job_name)
         # The job has ended meanwhile, or the service is out of reach, or the channel is closed.
         with suppress(grpc.RpcError, ValueError):
             self._stub.CancelJob(
-                wish,
+                request,
                 timeout=CANCEL_SECONDS,
                 metadata=self.endpoint.metadata,
                 wait_for_ready=True,  # the connection may be the reason for leaving

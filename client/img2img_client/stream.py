@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import Self
 
-from img2img_client import request
+from img2img_client import requests
 from img2img_client.events import Event
 from img2img_client.resources import Job
 from img2img_client.result import Result
@@ -22,7 +22,7 @@ def deadline(timeout_seconds: float | None) -> float:
     """
     if timeout_seconds is None:
         return math.inf
-    request.check_seconds("timeout_seconds", timeout_seconds)
+    requests.check_seconds("timeout_seconds", timeout_seconds)
     return time.monotonic() + timeout_seconds
 
 

@@ -18,7 +18,7 @@ import aiohttp
 import structlog
 from pydantic import SecretStr
 
-from img2img_server.devstack import EngineDiedError, EnginesError, LocalEngines
+from img2img_server.devstack import EnginesError, LocalServers, ServerExitedError
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.files import write_private
 from img2img_server.engine.model_spec import read_model_spec
@@ -57,7 +57,7 @@ async def serve_local(
     settings, metrics_ports = local_settings(settings)
     try:
         # In the background: the worker loads its model meanwhile.
-        engines = LocalEngines(settings.state_dir, background=True)
+        engines = LocalServers(settings.state_dir, background=True)
         async with engines, AsyncExitStack() as stack:
             settings = _with_storage_key(settings)
             roles = [_role(name, settings, engines, port) for name, port in metrics_ports.items()]
@@ -111,7 +111,7 @@ def _with_storage_key(settings: Settings) -> Settings:
     return settings.model_copy(update={"storage_keys": SecretStr(path.read_text().strip())})
 
 
-def _role(name: str, settings: Settings, engines: LocalEngines, metrics_port: int) -> Child:
+def _role(name: str, settings: Settings, engines: LocalServers, metrics_port: int) -> Child:
     probe_url = f"http://{host_port(reachable(settings.metrics_host), metrics_port)}/readyz"
     return Child(
         name,
@@ -124,7 +124,7 @@ def _role(name: str, settings: Settings, engines: LocalEngines, metrics_port: in
     )
 
 
-def _environment(settings: Settings, engines: LocalEngines, metrics_port: int) -> dict[str, str]:
+def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -> dict[str, str]:
     """Ours, with what was chosen here. Credentials travel by environment, not by command line."""
     chosen = {
         "GRPC_PORT": settings.grpc_port,
@@ -153,7 +153,7 @@ async def _start(roles: list[Child]) -> None:
         async with asyncio.timeout(_START_SECONDS), asyncio.TaskGroup() as starts:
             for role in roles:
                 starts.create_task(role.start())
-    except* EngineDiedError as deaths:
+    except* ServerExitedError as deaths:
         reason = str(deaths.exceptions[0])
     except* TimeoutError:
         reason = f"the roles were not ready in {_START_SECONDS:.0f} s"
@@ -165,7 +165,7 @@ async def _died(child: Child) -> None:
     raise UnavailableError(str(await child.ended()))
 
 
-async def _engine_died(engines: LocalEngines) -> None:
+async def _engine_died(engines: LocalServers) -> None:
     """Waits for the death of an engine. Raises UnavailableError with its last words, EnginesError
     when one does not even start."""
     await engines.serving()

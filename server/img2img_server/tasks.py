@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def beside(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+async def background_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
     """Starts work that the body may await; when the body ends first, the work is cancelled.
 
     Unlike a task group, an error of the work reaches only a body that awaits it, as it is.
@@ -25,7 +25,7 @@ async def beside(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]
 
 
 @contextmanager
-def heeding_cancel() -> Iterator[None]:
+def reraise_cancellation() -> Iterator[None]:
     """Raises the CancelledError that the body kept to itself.
 
     `asyncio.wait_for` of Python 3.11 drops a cancellation that comes together with its result, and

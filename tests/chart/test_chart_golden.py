@@ -17,6 +17,6 @@ def test_the_golden_render_of_a_value_set(name: str) -> None:
 
 def test_there_are_the_seven_value_sets() -> None:
     assert [
-        *("default", "everything", "gateway-only", "identity", "production", "try-out"),
+        *("default", "everything", "gateway-only", "identity", "production", "quickstart"),
         "two-pools",
     ] == SETS

@@ -57,8 +57,8 @@ def may_talk(objects: list[Object], source: Pod, target: Pod, port: int) -> bool
     return allowed(out, "to", target) and allowed(into, "from", source)
 
 
-def test_in_a_try_out_everybody_reaches_what_it_needs_and_nothing_else() -> None:
-    objects = render("try-out")
+def test_in_a_quickstart_everybody_reaches_what_it_needs_and_nothing_else() -> None:
+    objects = render("quickstart")
     found = {pod.labels["app.kubernetes.io/component"]: pod for pod in pods(objects)}
     ports = {50051: "grpc", 8080: "http", 4222: "client", 8333: "s3", 9333: "master"}
     talks = {

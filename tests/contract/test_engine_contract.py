@@ -22,7 +22,7 @@ from img2img_server.engine.base import (
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.errors import EngineError
 from img2img_server.testing.fake_engine import FakeEngine
-from tests.engine_bench import BOUND, Inbox, difference, job, load, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, difference, job, load, pictures, run, running
 from tests.tiny_models import write_sd
 
 
@@ -101,7 +101,7 @@ def test_previews_come_at_the_asked_interval_and_are_small(engine: Engine) -> No
 
 
 def test_a_cancelled_job_ends_stopped_and_says_nothing_after_it(engine: Engine) -> None:
-    inbox = Inbox()
+    inbox = ReplyInbox()
 
     def sink(event: EngineEvent) -> None:
         inbox(event)
@@ -123,7 +123,7 @@ def test_cancelling_an_unknown_job_does_nothing(engine: Engine) -> None:
 
 
 def test_jobs_submitted_together_all_end(engine: Engine) -> None:
-    inboxes = [Inbox() for _ in range(12)]
+    inboxes = [ReplyInbox() for _ in range(12)]
     for index, inbox in enumerate(inboxes):
         engine.submit(job(job_id=index, seeds=(index, index + 1)), inbox)
 
@@ -141,7 +141,7 @@ def test_a_sink_that_raises_harms_nobody(engine: Engine, caplog: pytest.LogCaptu
 
 
 def test_a_stopped_engine_ends_its_jobs_and_refuses_new_ones(engine: Engine) -> None:
-    inbox = Inbox()
+    inbox = ReplyInbox()
     engine.submit(job(num_inference_steps=900, strength=1.0), inbox)
     inbox.until(StepDone)
     engine.stop()

@@ -137,10 +137,10 @@ async def test_heartbeats_of_the_api_are_no_events_here() -> None:
         job_id = (await gateway.create(strength=0.5)).json()["id"]
         path = f"/v1/jobs/{job_id}/events"
         reading = asyncio.create_task(gateway.http.get(path, headers=KEY))
-        beside = gateway.stack.api.watch(f"jobs/{job_id}")
-        await read_until(beside, "step")
+        background_task = gateway.stack.api.watch(f"jobs/{job_id}")
+        await read_until(background_task, "step")
         for _ in range(3):
-            await read_until(beside, "heartbeat")
+            await read_until(background_task, "heartbeat")
         engine.release()
         text = (await reading).text
     assert [event["event"] for event in parse(text)] == KINDS

@@ -25,7 +25,7 @@ from img2img_server.domain.models import WorkerInfo
 from img2img_server.gateway import upstream
 from img2img_server.gateway.http.http_request import MAX_VALUES
 from img2img_server.gateway.modelslab import endpoints
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.http_stack import (
@@ -387,7 +387,7 @@ async def test_a_post_waits_on_when_its_job_cannot_be_watched(
         refused -= 1
         tried.release()
         if refused >= 0:
-            raise RefusedError(Case.UNAVAILABLE)
+            raise RequestError(ErrorKind.UNAVAILABLE)
         async for event in watch(*given):
             yield event
 
@@ -407,7 +407,7 @@ async def test_a_post_that_cannot_hear_of_its_job_says_processing_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refusing(*given: Any) -> Any:
-        raise RefusedError(Case.UNAVAILABLE)
+        raise RequestError(ErrorKind.UNAVAILABLE)
 
     monkeypatch.setattr(upstream.Upstream, "watch", refusing)
     monkeypatch.setattr(upstream.Upstream, "get", refusing)

@@ -23,7 +23,7 @@ from img2img_server.domain.models import WorkerInfo
 from img2img_server.gateway.server import serve
 from img2img_server.lifecycle import first_of
 from img2img_server.storage.vault import new_key as new_storage_key
-from img2img_server.tasks import beside
+from img2img_server.tasks import background_task
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL
 from img2img_server.testing.memory_blobs import MemoryBlobStore
@@ -61,12 +61,12 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
     api_settings = settings(queue_limit=100_000)
     keys = KeyRing(file, dev_key=False)
     async with (
-        beside(work()) as working,
+        background_task(work()) as working,
         running_api(bus, api_settings, fetch=fetch_photo, keys=keys) as api,
     ):
         address = asyncio.get_running_loop().create_future()
         config = settings(api_address=api.address, http_port=0, wait_seconds=1)
-        async with beside(serve(config, blobs, stop, address.set_result)) as serving:
+        async with background_task(serve(config, blobs, stop, address.set_result)) as serving:
             url = f"http://{await address}"
             known = {"url": url, "maker": maker, "manager": manager, "picture": photo_base64()}
             models = {"model": FAKE_MODEL.name, "idle": IDLE.name}

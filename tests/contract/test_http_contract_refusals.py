@@ -128,7 +128,7 @@ async def test_jobs_belong_to_the_tenant_of_the_key(tmp_path: Path) -> None:
         )
 
 
-# Bodies.
+# BodyBudget.
 
 
 @pytest.mark.parametrize(

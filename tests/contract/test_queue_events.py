@@ -23,7 +23,12 @@ from img2img_server.domain.events import (
     StepFinished,
     Succeeded,
 )
-from img2img_server.interfaces.queue import Order, OwnershipLostError, StreamNotice, StreamState
+from img2img_server.interfaces.queue import (
+    OwnershipLostError,
+    StreamNotice,
+    StreamState,
+    WorkerCommand,
+)
 from img2img_server.nats.bus import Bus
 
 JOB = 10_000_001
@@ -219,23 +224,23 @@ async def test_a_cancel_reaches_every_listener(open_bus: OpenBus) -> None:
 
 async def test_an_order_reaches_every_listener(open_bus: OpenBus) -> None:
     async with open_bus() as api, open_bus() as one, open_bus() as two:
-        heard: asyncio.Queue[tuple[str, Order]] = asyncio.Queue()
+        heard: asyncio.Queue[tuple[str, WorkerCommand]] = asyncio.Queue()
 
-        async def first(order: Order) -> None:
+        async def first(order: WorkerCommand) -> None:
             heard.put_nowait(("first", order))
 
-        async def second(order: Order) -> None:
+        async def second(order: WorkerCommand) -> None:
             heard.put_nowait(("second", order))
 
-        async with one.control.on_order(first):
-            async with two.control.on_order(second):
-                await api.control.order(Order.RESTART)
+        async with one.control.on_command(first):
+            async with two.control.on_command(second):
+                await api.control.broadcast(WorkerCommand.RESTART)
                 async with asyncio.timeout(LONG):
                     got = {await heard.get(), await heard.get()}
-                assert got == {("first", Order.RESTART), ("second", Order.RESTART)}
-            await api.control.order(Order.CLEAR_CACHE)
+                assert got == {("first", WorkerCommand.RESTART), ("second", WorkerCommand.RESTART)}
+            await api.control.broadcast(WorkerCommand.CLEAR_CACHE)
             async with asyncio.timeout(LONG):
-                assert await heard.get() == ("first", Order.CLEAR_CACHE)
+                assert await heard.get() == ("first", WorkerCommand.CLEAR_CACHE)
         assert heard.empty()
 
 

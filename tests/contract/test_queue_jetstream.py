@@ -25,9 +25,9 @@ from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.interfaces.records import UnreadableError
 from img2img_server.nats import codec, connection, follow, subjects
 from img2img_server.nats.bus import Bus, connect_bus
-from img2img_server.nats.connection import Link, connect
+from img2img_server.nats.connection import NatsConnection, connect
 from img2img_server.nats.faults import WrongLastSequenceError
-from img2img_server.nats.kv import Bucket, Entry
+from img2img_server.nats.kv import Bucket, KvEntry
 from img2img_server.settings import Settings
 from img2img_server.testing.fake_engine import FAKE_MODEL
 
@@ -64,7 +64,7 @@ async def nats(tmp_path: Path) -> AsyncIterator[Nats]:
 
 
 @asynccontextmanager
-async def raw(settings: Settings) -> AsyncIterator[Link]:
+async def raw(settings: Settings) -> AsyncIterator[NatsConnection]:
     """The bus as somebody else sees it."""
     async with connect([settings.nats_url.get_secret_value()]) as link:
         yield link
@@ -295,7 +295,7 @@ async def test_a_swap_whose_answer_was_lost_is_known_by_the_next_try(
     async with connect_bus(nats.settings), raw(nats.settings) as link:
         bucket, lost = Bucket(link, subjects.RECORDS_BUCKET), LostAnswers(monkeypatch, 1)
         revision = await bucket.swap("a.1", b"one", 0)
-        assert await bucket.get("a.1") == Entry(b"one", revision)
+        assert await bucket.get("a.1") == KvEntry(b"one", revision)
         assert lost.tries == 2
 
 

@@ -11,18 +11,18 @@ import pytest
 
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
-from img2img_server.interfaces.webhooks import Outbox, OutboxFullError, PendingWebhook
+from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook, WebhookOutbox
 from img2img_server.nats.connection import connect
 from img2img_server.nats.topology import Bounds, prepare
-from img2img_server.nats.webhooks import JetStreamOutbox
-from img2img_server.testing.memory_webhooks import MemoryOutbox
+from img2img_server.nats.webhooks import JetStreamWebhookOutbox
+from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
 
 LIMIT = 3
 ACK_WAIT_SECONDS = 0.5
 SOON = 0.05  # long enough to look, when nothing is expected
 LONG = 10.0  # never waited for in full
 
-OpenOutbox = Callable[[], AbstractAsyncContextManager[Outbox]]
+OpenOutbox = Callable[[], AbstractAsyncContextManager[WebhookOutbox]]
 
 
 def a_job(number: int = 1, *, tenant: str = "acme") -> Job:
@@ -41,31 +41,31 @@ def a_job(number: int = 1, *, tenant: str = "acme") -> Job:
 def open_outbox(request: pytest.FixtureRequest) -> OpenOutbox:
     """Connects to an empty outbox that holds 3 webhooks a tenant; twice is two connections."""
     if request.param == "memory":
-        shared = MemoryOutbox(limit=LIMIT, ack_wait_seconds=ACK_WAIT_SECONDS)
+        shared = MemoryWebhookOutbox(limit=LIMIT, ack_wait_seconds=ACK_WAIT_SECONDS)
         return lambda: nullcontext(shared)
     url = request.getfixturevalue("engine_settings")().nats_url.get_secret_value()
 
     @asynccontextmanager
-    async def on_jetstream() -> AsyncIterator[Outbox]:
+    async def on_jetstream() -> AsyncIterator[WebhookOutbox]:
         async with connect([url]) as link:
             await prepare(link, Bounds(webhook_limit=LIMIT))
-            yield JetStreamOutbox(link, ack_wait_seconds=ACK_WAIT_SECONDS)
+            yield JetStreamWebhookOutbox(link, ack_wait_seconds=ACK_WAIT_SECONDS)
 
     return on_jetstream
 
 
 @pytest.fixture
-async def outbox(open_outbox: OpenOutbox) -> AsyncIterator[Outbox]:
+async def outbox(open_outbox: OpenOutbox) -> AsyncIterator[WebhookOutbox]:
     async with open_outbox() as connected:
         yield connected
 
 
-async def pull_one(outbox: Outbox) -> PendingWebhook:
+async def pull_one(outbox: WebhookOutbox) -> PendingWebhook:
     (pending,) = await outbox.pull(1, LONG)
     return pending
 
 
-async def test_a_webhook_arrives_with_its_job_as_it_ended(outbox: Outbox) -> None:
+async def test_a_webhook_arrives_with_its_job_as_it_ended(outbox: WebhookOutbox) -> None:
     job = a_job()
     await outbox.put(job)
     pending = await pull_one(outbox)
@@ -80,7 +80,9 @@ async def test_a_waiting_pull_gets_what_is_put_later(open_outbox: OpenOutbox) ->
         assert (await waiting).job == a_job()
 
 
-async def test_the_webhook_of_a_job_is_stored_once_unless_asked_for_again(outbox: Outbox) -> None:
+async def test_the_webhook_of_a_job_is_stored_once_unless_asked_for_again(
+    outbox: WebhookOutbox,
+) -> None:
     await outbox.put(a_job())
     await outbox.put(a_job())
     await (await pull_one(outbox)).done()
@@ -91,13 +93,13 @@ async def test_the_webhook_of_a_job_is_stored_once_unless_asked_for_again(outbox
     assert (pending.job, pending.attempt) == (a_job(), 1)
 
 
-async def test_what_is_done_does_not_come_again(outbox: Outbox) -> None:
+async def test_what_is_done_does_not_come_again(outbox: WebhookOutbox) -> None:
     await outbox.put(a_job())
     await (await pull_one(outbox)).done()
     assert await outbox.pull(1, 1.4 * ACK_WAIT_SECONDS) == []
 
 
-async def test_a_webhook_comes_again_after_the_delay_and_not_before(outbox: Outbox) -> None:
+async def test_a_webhook_comes_again_after_the_delay_and_not_before(outbox: WebhookOutbox) -> None:
     await outbox.put(a_job())
     pending = await pull_one(outbox)
     started = time.monotonic()
@@ -111,26 +113,26 @@ async def test_a_webhook_that_is_put_off_comes_again_later_as_the_same_attempt(
     open_outbox: OpenOutbox,
 ) -> None:
     def counts(pending: PendingWebhook) -> tuple[Job, int, int]:
-        return pending.job, pending.attempt, pending.times_put_off
+        return pending.job, pending.attempt, pending.times_deferred
 
     async with open_outbox() as one:
         await one.put(a_job())
         pending = await pull_one(one)
         assert counts(pending) == (a_job(), 1, 0)
         started = time.monotonic()
-        await pending.put_off(2 * ACK_WAIT_SECONDS)
+        await pending.defer(2 * ACK_WAIT_SECONDS)
         async with open_outbox() as other:  # the count is not only in the head of who put it off
             pending = await pull_one(other)
             assert time.monotonic() - started > 1.9 * ACK_WAIT_SECONDS
             assert counts(pending) == (a_job(), 1, 1)
-            await pending.put_off(0.01)
+            await pending.defer(0.01)
         pending = await pull_one(one)
         assert counts(pending) == (a_job(), 1, 2)
         await pending.retry(0.01)
         assert counts(await pull_one(one)) == (a_job(), 2, 2)
 
 
-async def test_one_that_waits_does_not_hold_up_the_others(outbox: Outbox) -> None:
+async def test_one_that_waits_does_not_hold_up_the_others(outbox: WebhookOutbox) -> None:
     await outbox.put(a_job(1))
     await (await pull_one(outbox)).retry(LONG)
     await outbox.put(a_job(2))
@@ -158,7 +160,7 @@ async def test_none_is_taken_twice(open_outbox: OpenOutbox) -> None:
         assert sorted(taken) == [job.id for job in jobs]
 
 
-async def test_a_cancelled_pull_loses_none(outbox: Outbox) -> None:
+async def test_a_cancelled_pull_loses_none(outbox: WebhookOutbox) -> None:
     pulling = asyncio.create_task(pull_one(outbox))
     assert await outbox.pull(1, SOON) == []  # a round trip: by now the other pull waits too
     pulling.cancel()
@@ -169,7 +171,7 @@ async def test_a_cancelled_pull_loses_none(outbox: Outbox) -> None:
 
 
 async def test_a_tenant_may_have_so_many_waiting_and_others_are_not_touched(
-    outbox: Outbox,
+    outbox: WebhookOutbox,
 ) -> None:
     for number in range(LIMIT):
         await outbox.put(a_job(number))

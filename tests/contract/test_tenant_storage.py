@@ -12,7 +12,7 @@ from img2img_server.nats import subjects
 from img2img_server.nats.connection import connect
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket
-from img2img_server.nats.tenant_settings import TenantStorage, Values, kv_tenant_storage
+from img2img_server.nats.tenant_settings import KeyValue, TenantStorage, kv_tenant_storage
 from img2img_server.nats.topology import Bounds, prepare
 from img2img_server.settings import Settings
 from img2img_server.storage.vault import SealBrokenError, Vault, new_key
@@ -26,8 +26,8 @@ OTHER = replace(GOOD, image_directory="other", aws_secret_access_key="SK-OTHER")
 class Buckets:
     """Two empty buckets, and storage on them with any keys."""
 
-    current: Values
-    retired: Values
+    current: KeyValue
+    retired: KeyValue
 
     def storage(self, keys: str) -> TenantStorage:
         return TenantStorage(Vault(keys), self.current, self.retired)

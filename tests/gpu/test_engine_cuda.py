@@ -14,12 +14,12 @@ import torch
 
 from img2img_server.domain.job import Determinism
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
-from img2img_server.engine.host_copy import ReadOut
+from img2img_server.engine.host_copy import HostCopy
 from img2img_server.engine.load import load_engine
-from img2img_server.engine.memory import CudaMeter, Memory
+from img2img_server.engine.memory import CudaProbe, MemoryModel
 from img2img_server.engine.options import ModelOptions
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, Inbox, difference, job, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, difference, job, pictures, run, running
 from tests.tiny_models import write_sd
 
 pytestmark = [
@@ -44,11 +44,11 @@ class NoWaits(DiffusersDenoiser):
         with self._no_waits("denoise"):
             return super().denoise(*arguments)
 
-    def preview(self, latents: torch.Tensor) -> Sequence[ReadOut]:
+    def preview(self, latents: torch.Tensor) -> Sequence[HostCopy]:
         with self._no_waits("preview"):
             return super().preview(latents)
 
-    def decode(self, latents: torch.Tensor) -> Sequence[ReadOut]:
+    def decode(self, latents: torch.Tensor) -> Sequence[HostCopy]:
         with self._no_waits("decode"):
             return super().decode(latents)
 
@@ -97,7 +97,7 @@ def test_strangers_in_the_batch_change_a_picture_by_little(
     with running(denoiser) as engine:
         alone = pictures(run(engine, WANTED))
         strangers = [replace(WANTED, job_id=n, seeds=(n,), prompt="fog") for n in range(2, 6)]
-        inboxes = [Inbox() for _ in strangers]
+        inboxes = [ReplyInbox() for _ in strangers]
         for stranger, inbox in zip(strangers, inboxes, strict=True):
             engine.submit(stranger, inbox)
         packed = pictures(run(engine, replace(WANTED, job_id=9)))
@@ -111,7 +111,7 @@ def test_strangers_in_the_batch_change_a_picture_by_little(
 
 def test_peaks_are_measured(folder: Path) -> None:
     device = torch.device("cuda")
-    memory = Memory(CudaMeter(device))
+    memory = MemoryModel(CudaProbe(device))
     denoiser = DiffusersDenoiser.load(str(folder), device, torch.float32)
     with running(denoiser, memory=memory) as engine:
         assert len(pictures(run(engine, WANTED))) == 2
@@ -119,4 +119,4 @@ def test_peaks_are_measured(folder: Path) -> None:
     need = memory.need(64, 72, 4)
     assert need is not None
     assert need > 0
-    assert memory.lacking(64, 72, 4) is None
+    assert memory.shortfall(64, 72, 4) is None

@@ -22,7 +22,7 @@ from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
-from img2img_server.webhooks.post import Outcome
+from img2img_server.webhooks.sender import Outcome
 from img2img_server.webhooks.signature import Signer
 from tests.stack import (
     DEV,

@@ -18,7 +18,7 @@ from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.nats.bus import Bus
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
-from img2img_server.worker.parts import Pace
+from img2img_server.worker.deps import Throughput
 from tests.stack import kinds, running_api, running_worker, spec
 
 MODEL = replace(FAKE_MODEL, pixel_step_seconds=1e-6)
@@ -118,7 +118,7 @@ async def test_live_workers_say_how_fast_they_are_and_the_model_remembers_it() -
 
 
 def test_a_worker_measures_its_device_not_the_time_before_or_between() -> None:
-    pace = Pace()
+    pace = Throughput()
     pace.device_worked(100.0)  # compiling
     for _ in range(10):
         pace.step(small())

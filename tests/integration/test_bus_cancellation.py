@@ -3,14 +3,14 @@
 import asyncio
 from pathlib import Path
 
-from img2img_server.devstack import LocalEngines
+from img2img_server.devstack import LocalServers
 from img2img_server.domain.events import Queued
 from img2img_server.nats.bus import connect_bus
 from tests.stack import settings
 
 
 async def test_cancelled_watches_leave_the_connection_alive(tmp_path: Path) -> None:
-    async with LocalEngines(tmp_path) as engines:  # noqa: SIM117  the second needs the first
+    async with LocalServers(tmp_path) as engines:  # noqa: SIM117  the second needs the first
         async with connect_bus(settings(nats_url=engines.nats_url)) as bus:
             writer = await bus.events.open(1, fresh=True)
             await writer.append(Queued())

@@ -1,4 +1,4 @@
-"""The try-out that the chart renders, run: a job from gateway to S3, probes, drain."""
+"""The quickstart that the chart renders, run: a job from gateway to S3, probes, drain."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def kubelet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kubelet]:
-    """Every pod of the try-out, ready, and its model known."""
+    """Every pod of the quickstart, ready, and its model known."""
     if why := cannot_run_pods():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("pods")
     folder.chmod(0o755)
-    kubelet = Kubelet(render("try-out", f"--set={FETCHED}"), folder)
+    kubelet = Kubelet(render("quickstart", f"--set={FETCHED}"), folder)
     try:
         for names in (("nats", "s3"), ROLES):
             await asyncio.gather(*(start(pod(kubelet, name)) for name in names))
@@ -62,7 +62,7 @@ async def start(pod: RunningPod) -> None:
 
 async def post(kubelet: Kubelet, path: str, **fields: object) -> Object:
     """One request at the gateway, with the key that the chart made."""
-    key = config(kubelet.objects, "Secret", f"{NAME}-try-out")["api-key"].decode()
+    key = config(kubelet.objects, "Secret", f"{NAME}-quickstart")["api-key"].decode()
     url = f"http://{pod(kubelet, 'gateway').address}:8080{path}"
     body = json.dumps({"key": key, **fields})
     async with aiohttp.ClientSession() as session, session.post(url, data=body) as answer:
@@ -163,7 +163,7 @@ async def test_a_worker_that_is_stopped_finishes_its_job_within_its_grace_period
 
 def client(kubelet: Kubelet) -> AsyncClient:
     """A gRPC client of the api with the key that the chart made."""
-    key = config(kubelet.objects, "Secret", f"{NAME}-try-out")["api-key"].decode()
+    key = config(kubelet.objects, "Secret", f"{NAME}-quickstart")["api-key"].decode()
     return AsyncClient(f"{pod(kubelet, 'api').address}:50051", api_key=key)
 
 
@@ -178,7 +178,7 @@ async def until_served(caller: AsyncClient, model: str) -> None:
 
 async def until_running(kubelet: Kubelet, job_id: int) -> None:
     """Returns when a worker has the job, as the api's own events say."""
-    key = config(kubelet.objects, "Secret", f"{NAME}-try-out")["api-key"].decode()
+    key = config(kubelet.objects, "Secret", f"{NAME}-quickstart")["api-key"].decode()
     url = f"http://{pod(kubelet, 'gateway').address}:8080/v1/jobs/{job_id}/events"
     headers = {"Authorization": f"Bearer {key}"}
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as events:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from img2img_server.engine import step_loop
-from img2img_server.engine.base import DeviceLost, EngineEvent, JobDone, JobError, JobStopped
-from img2img_server.engine.memory import Memory, NoMeter
-from tests.engine_bench import Inbox, blocks, job, load, run, running
+from img2img_server.engine.base import DeviceLost, EngineEvent, JobDone, JobFailed, JobStopped
+from img2img_server.engine.memory import MemoryModel, NoProbe
+from tests.engine_bench import ReplyInbox, blocks, job, load, run, running
 from tests.tiny_models import write_sd
 
 
-class Breaking(NoMeter):
+class Breaking(NoProbe):
     """Of a device that can no longer tell its memory once it is broken."""
 
     is_broken = False
@@ -36,7 +36,7 @@ def test_the_job_in_the_step_is_told_and_all_others_are_given_back(
     monkeypatch.setattr(denoiser, "denoise", broken)
     monkeypatch.setattr(step_loop, "device_works", lambda _: False)
     with running(denoiser) as engine:
-        inboxes = {job_id: Inbox() for job_id in (1, 2, 3)}
+        inboxes = {job_id: ReplyInbox() for job_id in (1, 2, 3)}
         engine.submit(job(job_id=1, init_image=blocks(64, 64)), inboxes[1])
         engine.submit(job(job_id=2, init_image=blocks(64, 72)), inboxes[2])
         ends = {job_id: inboxes[job_id].all()[-1] for job_id in (1, 2)}
@@ -50,7 +50,7 @@ def test_a_device_that_broke_while_idle_fails_no_job_that_comes_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meter = Breaking()
-    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=Memory(meter)) as engine:
+    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=MemoryModel(meter)) as engine:
         ends = [run(engine, job(job_id=1))[-1]]
         meter.is_broken = True
         monkeypatch.setattr(step_loop, "device_works", lambda _: False)
@@ -61,9 +61,9 @@ def test_a_device_that_broke_while_idle_fails_no_job_that_comes_in(
 def test_a_device_found_broken_by_a_new_job_gives_back_the_running_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meter, first, second = Breaking(), Inbox(), Inbox()
+    meter, first, second = Breaking(), ReplyInbox(), ReplyInbox()
     monkeypatch.setattr(step_loop, "device_works", lambda _: False)
-    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=Memory(meter)) as engine:
+    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=MemoryModel(meter)) as engine:
 
         def break_when_it_runs(event: EngineEvent) -> None:
             if not meter.is_broken:
@@ -78,12 +78,12 @@ def test_a_device_found_broken_by_a_new_job_gives_back_the_running_one(
 
 def test_a_job_that_cannot_begin_on_a_device_that_works_fails_alone(tmp_path: Path) -> None:
     meter = Breaking()
-    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=Memory(meter)) as engine:
+    with running(load(write_sd(tmp_path, tiny_vae=True)), memory=MemoryModel(meter)) as engine:
         meter.is_broken = True
         ends = [run(engine, job(job_id=1))[-1]]
         meter.is_broken = False
         ends += [run(engine, job(job_id=2))[-1]]
-    assert [type(end) for end in ends] == [JobError, JobDone]
+    assert [type(end) for end in ends] == [JobFailed, JobDone]
 
 
 def test_a_refused_job_does_not_ask_the_device(
@@ -92,7 +92,7 @@ def test_a_refused_job_does_not_ask_the_device(
     monkeypatch.setattr(step_loop, "device_works", lambda _: False)
     with running(load(write_sd(tmp_path, tiny_vae=True))) as engine:
         ends = [run(engine, job(job_id=1, lora="none"))[-1], run(engine, job(job_id=2))[-1]]
-    assert [type(end) for end in ends] == [JobError, JobDone]
+    assert [type(end) for end in ends] == [JobFailed, JobDone]
 
 
 def test_a_cache_that_cannot_be_cleared_harms_no_job(

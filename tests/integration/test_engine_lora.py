@@ -11,14 +11,14 @@ from diffusers import AutoPipelineForImage2Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from img2img_server.engine.base import EngineJob, JobDone, JobError, Pixels
+from img2img_server.engine.base import EngineJob, JobDone, JobFailed, Pixels
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora import _Change
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import ModelError
 from img2img_server.engine.options import ModelOptions
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, Inbox, Stock, difference, job, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, Stock, difference, job, pictures, run, running
 from tests.tiny_models import write_sd, write_sdxl
 
 RANK = 2
@@ -122,7 +122,7 @@ def test_neighbours_with_other_loras_change_nothing(written: Written) -> None:
         job(job_id=place, lora=lora, seeds=(place,), **WANTED)
         for place, lora in enumerate(["", *denoiser.loras, "", *denoiser.loras])
     ]
-    inboxes = [Inbox() for _ in wanted]
+    inboxes = [ReplyInbox() for _ in wanted]
     with running(denoiser, loras=denoiser.loras) as engine:
         for each, inbox in zip(wanted, inboxes, strict=True):
             engine.submit(each, inbox)
@@ -156,7 +156,7 @@ def test_of_a_lora_that_was_written_in_half_nothing_stays(
             end = run(engine, inked)[-1]
         found = [pictures(run(engine, each))[0] for each in (plain, inked)]
 
-    assert (type(end), written_weights) == (JobError, 2)
+    assert (type(end), written_weights) == (JobFailed, 2)
     assert [difference(a, b) for a, b in zip(found, expected, strict=True)] == [0, 0]
     assert difference(expected[0], expected[1]) > 2 * BOUND, "it does change the picture"
 
@@ -171,7 +171,7 @@ def test_the_model_announces_its_loras_by_their_files_names(written: Written) ->
     finally:
         engine.stop()
 
-    assert isinstance(end, JobError)
+    assert isinstance(end, JobFailed)
     assert str(end.error) == "model has no LoRA oil paint"
 
 

@@ -9,7 +9,7 @@ import psutil
 from img2img_server.engine.base import Engine, JobDone
 from img2img_server.engine.denoiser import TextInput
 from img2img_server.engine.model_spec import SCHEDULERS
-from tests.engine_bench import Inbox, blocks, job, load, running
+from tests.engine_bench import ReplyInbox, blocks, job, load, running
 from tests.tiny_models import write_sd
 
 WARM_UP_JOBS, JOBS, WAVE = 144, 160, 16
@@ -19,7 +19,7 @@ def run_wave(engine: Engine, first_id: int) -> None:
     """Jobs of two sizes and all samplers, some cancelled, every prompt a new one."""
     inboxes = []
     for job_id in range(first_id, first_id + WAVE):
-        inboxes.append(Inbox())
+        inboxes.append(ReplyInbox())
         wanted = job(
             job_id=job_id,
             prompt=f"prompt {job_id}",

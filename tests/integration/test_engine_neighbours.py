@@ -17,7 +17,7 @@ from img2img_server.engine.base import (
     EngineEvent,
     EngineJob,
     JobDone,
-    JobError,
+    JobFailed,
     Pixels,
     PreviewReady,
     StageDone,
@@ -29,7 +29,7 @@ from img2img_server.engine.model_spec import SCHEDULERS
 from img2img_server.errors import EngineError, OutOfMemoryError
 from tests.engine_bench import (
     BOUND,
-    Inbox,
+    ReplyInbox,
     blocks,
     difference,
     job,
@@ -68,12 +68,12 @@ class Faulty(DiffusersDenoiser):
     def denoise(
         self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
     ) -> Tensor:
-        slots = sum(1 if row.negative is None else 2 for row in conditionings)
-        if slots > self.most_slots:
-            self.refused.append(slots)
+        forwards = sum(1 if row.negative is None else 2 for row in conditionings)
+        if forwards > self.most_slots:
+            self.refused.append(forwards)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
         self._maybe_fail("denoise", any(row is self.poison for row in conditionings))
-        self.slots_seen.append(slots)
+        self.slots_seen.append(forwards)
         return super().denoise(latents, timesteps, conditionings)
 
     def decode(self, latents: Tensor) -> Sequence[Picture]:
@@ -140,8 +140,8 @@ def worst(found: Sequence[Pixels], expected: Sequence[Pixels]) -> int:
     return max(difference(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def submit_all(engine: Engine, jobs: Sequence[EngineJob]) -> list[Inbox]:
-    inboxes = [Inbox() for _ in jobs]
+def submit_all(engine: Engine, jobs: Sequence[EngineJob]) -> list[ReplyInbox]:
+    inboxes = [ReplyInbox() for _ in jobs]
     for each, inbox in zip(jobs, inboxes, strict=True):
         engine.submit(each, inbox)
     return inboxes
@@ -164,14 +164,14 @@ def test_a_picture_is_the_same_alone_and_among_strangers(
 def test_a_picture_is_the_same_when_it_joins_midway(
     denoiser: Faulty, alone: list[list[Pixels]], case: int
 ) -> None:
-    inbox = Inbox()
+    inbox = ReplyInbox()
     with running(denoiser) as engine:
 
         def join(event: EngineEvent) -> None:
             if isinstance(event, StepDone) and event.step == 2:
                 engine.submit(WANTED[case], inbox)
 
-        engine.submit(strangers()[0], Inbox())
+        engine.submit(strangers()[0], ReplyInbox())
         engine.submit(job(job_id=50, strength=1.0, num_inference_steps=4), join)
         found = pictures(inbox.all())
 
@@ -215,7 +215,7 @@ def run_poisoned(denoiser: Faulty) -> tuple[Exception, list[list[Pixels]]]:
         jobs = [WANTED[0], job(job_id=66, prompt=POISON), job(job_id=2)]
         inboxes = submit_all(engine, jobs)
         end = inboxes[1].all()[-1]
-        assert isinstance(end, JobError)
+        assert isinstance(end, JobFailed)
         return end.error, [pictures(inboxes[0].all()), pictures(inboxes[2].all())]
 
 
@@ -249,7 +249,7 @@ def test_a_decode_that_fails_ends_the_job_and_not_the_engine(denoiser: Faulty) -
         denoiser.heal()
         second = run(engine, job(job_id=2))[-1]
 
-    assert (type(first), type(second)) == (JobError, JobDone)
+    assert (type(first), type(second)) == (JobFailed, JobDone)
 
 
 def test_a_fault_outside_every_stage_ends_the_batch_and_not_the_engine(
@@ -260,11 +260,11 @@ def test_a_fault_outside_every_stage_ends_the_batch_and_not_the_engine(
 
     with running(denoiser) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(denoiser, "pictures_at_once", broken)
+            patch.setattr(denoiser, "max_vae_batch", broken)
             (end,) = run(engine, job())
         assert isinstance(run(engine, job())[-1], JobDone)
 
-    assert isinstance(end, JobError)
+    assert isinstance(end, JobFailed)
     assert isinstance(end.error, LookupError)
 
 
@@ -281,7 +281,7 @@ def test_a_picture_of_no_finite_numbers_is_an_error(denoiser: Faulty) -> None:
     with running(denoiser) as engine:
         events = run(engine, job(guidance_scale=float("inf")))
 
-    assert isinstance(events[-1], JobError)
+    assert isinstance(events[-1], JobFailed)
     assert str(events[-1].error) == "the model's picture is not made of finite numbers"
 
 
@@ -289,7 +289,7 @@ def test_a_scheduler_that_cannot_run_the_steps_fails_the_job(denoiser: Faulty) -
     with running(denoiser) as engine:
         events = run(engine, job(scheduler="lcm", num_inference_steps=60))
 
-    assert [type(event) for event in events] == [JobError]
+    assert [type(event) for event in events] == [JobFailed]
     error = events[0].error
     assert isinstance(error, EngineError)
     assert str(error) == "scheduler lcm cannot run 60 steps of this model"
@@ -308,12 +308,12 @@ def test_the_models_own_limits_hold(
     with running(denoiser, **limits) as engine:
         (end,) = run(engine, job())
 
-    assert isinstance(end, JobError)
+    assert isinstance(end, JobFailed)
     assert str(end.error) == sentence
 
 
 def test_a_second_job_with_the_id_of_a_running_one_is_refused(denoiser: Faulty) -> None:
-    first, second = Inbox(), Inbox()
+    first, second = ReplyInbox(), ReplyInbox()
     with running(denoiser) as engine:
 
         def sink(event: EngineEvent) -> None:
@@ -323,7 +323,7 @@ def test_a_second_job_with_the_id_of_a_running_one_is_refused(denoiser: Faulty) 
 
         engine.submit(job(), sink)
         assert isinstance(first.all()[-1], JobDone)
-        assert [type(event) for event in second.all()] == [JobError]
+        assert [type(event) for event in second.all()] == [JobFailed]
 
 
 def test_a_prompt_is_encoded_once(denoiser: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:

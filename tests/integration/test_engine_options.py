@@ -15,17 +15,17 @@ from torch._inductor import config as inductor
 
 from img2img_server.domain.job import Determinism
 from img2img_server.engine.admit import admit
-from img2img_server.engine.base import EngineJob, JobError, Pixels, PreviewReady
+from img2img_server.engine.base import EngineJob, JobFailed, Pixels, PreviewReady
 from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
-from img2img_server.engine.executor import Stages
+from img2img_server.engine.executor import BatchExecutor
 from img2img_server.engine.load import load_engine
-from img2img_server.engine.memory import Memory, NoMeter
+from img2img_server.engine.memory import MemoryModel, NoProbe
 from img2img_server.engine.model_spec import ModelError, ModelSpec
 from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
 from img2img_server.errors import OutOfMemoryError
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, Inbox, blocks, difference, job, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, job, pictures, run, running
 from tests.tiny_models import write_sd
 
 WANTED = job(guidance_scale=4.0, seeds=(1, 2, 3), num_inference_steps=5, preview_interval_steps=1)
@@ -94,7 +94,7 @@ def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_pictures(
         found = made(denoiser)
 
     assert worst(found, plain) <= BOUND
-    assert denoiser.warm_up_slots == (1, 2, 4, 8)
+    assert denoiser.warm_up_forwards == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("how", ["regional", "whole"])
@@ -160,7 +160,7 @@ def test_what_does_not_fit_in_tiles_either_fails_the_job(
     with running(denoiser) as engine:
         end = run(engine, job())[-1]
 
-    assert isinstance(end, JobError)
+    assert isinstance(end, JobFailed)
     assert "needs about 2560 MiB" in str(end.error)
 
 
@@ -168,7 +168,7 @@ def test_a_tiny_autoencoder_makes_the_previews(
     folder: Path, plain: list[Pixels], tiny_vae: str
 ) -> None:
     denoiser = load(folder, ModelOptions(tiny_vae=tiny_vae))
-    inbox = Inbox()
+    inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(WANTED, inbox)
         events = inbox.all()
@@ -213,10 +213,10 @@ def test_prompts_of_jobs_that_begin_together_are_encoded_in_one_batch(folder: Pa
     denoiser, batches = load(folder), list[int]()
     encoder = denoiser._text._pipeline.text_encoder
     encoder.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
-    spec, memory = ModelSpec(source="", name="tiny"), Memory(NoMeter())
+    spec, memory = ModelSpec(source="", name="tiny"), MemoryModel(NoProbe())
     wanted = [job(job_id=n, prompt=f"prompt {n}", guidance_scale=4.0) for n in (1, 2, 3)]
     runs = [admit(one, print, denoiser, spec, memory) for one in wanted]
-    stages = Stages(denoiser, print)
+    stages = BatchExecutor(denoiser, print)
 
     stages.read(runs)
     for one in runs:
@@ -260,30 +260,30 @@ class SmallDevice(DiffusersDenoiser):
     free: int | None = 330 * 2**20
 
     def start(self) -> None:
-        self.forwards = 0
+        self.last_batch = 0
         self.batches: list[int] = getattr(self, "batches", [])
 
     def denoise(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditionings: Sequence[Conditioning]
     ) -> torch.Tensor:
-        self.forwards = sum(1 if row.negative is None else 2 for row in conditionings)
-        self.batches.append(self.forwards)
+        self.last_batch = sum(1 if row.negative is None else 2 for row in conditionings)
+        self.batches.append(self.last_batch)
         return super().denoise(latents, timesteps, conditionings)
 
     def peak(self) -> int:
-        return self.forwards * 100 * 2**20
+        return self.last_batch * 100 * 2**20
 
 
 def test_batches_and_jobs_are_held_against_the_peaks_that_were_measured(
     folder: Path, plain: list[Pixels]
 ) -> None:
     device = SmallDevice.load(str(folder), torch.device("cpu"), torch.float32)
-    with running(device, memory=Memory(device)) as engine:
+    with running(device, memory=MemoryModel(device)) as engine:
         assert len(pictures(run(engine, job()))) == 1
         assert worst(pictures(run(engine, WANTED)), plain) <= BOUND
         (end,) = run(engine, job(init_image=blocks(128, 144)))
 
     assert max(device.batches) == 2, "a guided row takes two; two of them would take four"
-    assert isinstance(end, JobError)
+    assert isinstance(end, JobFailed)
     assert isinstance(end.error, OutOfMemoryError)
     assert (end.error.width, end.error.needed_bytes) == (144, 400 * 2**20)

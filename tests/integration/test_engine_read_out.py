@@ -17,7 +17,7 @@ from img2img_server.engine import step_loop
 from img2img_server.engine.base import (
     DeviceLost,
     JobDone,
-    JobError,
+    JobFailed,
     JobStopped,
     Pixels,
     PreviewReady,
@@ -27,7 +27,7 @@ from img2img_server.engine.base import (
 )
 from img2img_server.engine.denoiser import Picture
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
-from tests.engine_bench import SECONDS, Inbox, job, pictures, run, running
+from tests.engine_bench import SECONDS, ReplyInbox, job, pictures, run, running
 from tests.tiny_models import write_sd
 
 
@@ -40,7 +40,7 @@ class Held:
     error: Exception | None = None
 
     @property
-    def is_here(self) -> bool:
+    def is_ready(self) -> bool:
         return self.gone.is_set()
 
     def pixels(self) -> Pixels:
@@ -89,7 +89,7 @@ def denoiser(loaded: SlowReading) -> Iterator[SlowReading]:
 
 
 def test_the_steps_go_on_while_a_picture_is_on_its_way(denoiser: SlowReading) -> None:
-    first, second = Inbox(), Inbox()
+    first, second = ReplyInbox(), ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(job_id=1), first)
         picture = denoiser.next()
@@ -109,7 +109,7 @@ def test_the_steps_go_on_while_a_picture_is_on_its_way(denoiser: SlowReading) ->
 
 
 def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> None:
-    inbox = Inbox()
+    inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(preview_interval_steps=1), inbox)
         preview, picture = denoiser.next(), denoiser.next()  # both steps are done
@@ -124,7 +124,7 @@ def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> N
 
 
 def test_the_times_of_a_job_end_with_its_picture(denoiser: SlowReading) -> None:
-    inbox = Inbox()
+    inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(), inbox)
         picture = denoiser.next()
@@ -137,7 +137,7 @@ def test_the_times_of_a_job_end_with_its_picture(denoiser: SlowReading) -> None:
 
 
 def test_a_picture_that_cannot_be_read_ends_its_job_and_no_other(denoiser: SlowReading) -> None:
-    cause, first, second = RuntimeError("boom"), Inbox(), Inbox()
+    cause, first, second = RuntimeError("boom"), ReplyInbox(), ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(seeds=(1, 2)), first)
         one, two = denoiser.next(), denoiser.next()
@@ -152,12 +152,12 @@ def test_a_picture_that_cannot_be_read_ends_its_job_and_no_other(denoiser: SlowR
         denoiser.next().let_go()
         assert len(pictures(first.all())) == 1
 
-    assert isinstance(end, JobError)
+    assert isinstance(end, JobFailed)
     assert end.error is cause
 
 
 def test_a_preview_that_cannot_be_read_costs_the_preview_only(denoiser: SlowReading) -> None:
-    inbox = Inbox()
+    inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(preview_interval_steps=1), inbox)
         denoiser.next().let_go(RuntimeError("boom"))
@@ -171,7 +171,7 @@ def test_a_preview_that_cannot_be_read_costs_the_preview_only(denoiser: SlowRead
 def test_a_device_that_breaks_under_a_picture_gives_back_all_other_jobs(
     denoiser: SlowReading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = Inbox(), Inbox()
+    first, second = ReplyInbox(), ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(), first)
         picture = denoiser.next()
@@ -185,11 +185,11 @@ def test_a_device_that_breaks_under_a_picture_gives_back_all_other_jobs(
     assert [type(end) for end in (*ends, late)] == [DeviceLost, JobStopped, JobStopped]
 
 
-@pytest.mark.parametrize(("error", "end"), [(None, JobDone), (RuntimeError("boom"), JobError)])
+@pytest.mark.parametrize(("error", "end"), [(None, JobDone), (RuntimeError("boom"), JobFailed)])
 def test_a_job_whose_picture_is_on_its_way_when_the_engine_stops_has_its_end(
     denoiser: SlowReading, error: Exception | None, end: type
 ) -> None:
-    inbox = Inbox()
+    inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(), inbox)
         picture = denoiser.next()

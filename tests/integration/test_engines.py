@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from img2img_server.devstack import EngineDiedError, EnginesError, LocalEngines
+from img2img_server.devstack import EnginesError, LocalServers, ServerExitedError
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.job import FIRST_JOB_ID
@@ -32,7 +32,7 @@ LONG = 20.0
 KEY = "generations/5f0c-0.png"
 
 
-def settings_of(engines: LocalEngines) -> Settings:
+def settings_of(engines: LocalServers) -> Settings:
     return Settings(
         nats_url=engines.nats_url,
         s3_endpoint_url=engines.s3_endpoint_url,
@@ -59,7 +59,7 @@ def sockets(state_dir: Path) -> list[Path]:
 
 
 async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_dir: Path) -> None:
-    async with LocalEngines(state_dir) as engines:
+    async with LocalServers(state_dir) as engines:
         settings = settings_of(engines)
         async with connect_blobs(settings) as blobs, connect_bus(settings) as bus:
             await blobs.prepare()
@@ -68,7 +68,7 @@ async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_di
         for process in running(state_dir).values():
             process.kill()
     for number in (1, 2):
-        async with LocalEngines(state_dir) as engines:
+        async with LocalServers(state_dir) as engines:
             assert settings_of(engines) == settings
             async with connect_blobs(settings) as blobs, connect_bus(settings) as bus:
                 assert b"".join([chunk async for chunk in blobs.read(KEY)]) == b"picture"
@@ -78,13 +78,13 @@ async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_di
 
 
 async def test_two_run_side_by_side_but_not_in_one_folder(
-    engines: LocalEngines, state_dir: Path
+    engines: LocalServers, state_dir: Path
 ) -> None:
-    async with LocalEngines(state_dir) as second:
+    async with LocalServers(state_dir) as second:
         assert second.nats_url != engines.nats_url
         assert second.s3_access_key != engines.s3_access_key
         with pytest.raises(EnginesError, match="in use by another process"):
-            async with LocalEngines(state_dir):
+            async with LocalServers(state_dir):
                 pass
         folder = state_dir / "engines"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -99,7 +99,7 @@ async def test_two_run_side_by_side_but_not_in_one_folder(
         assert addresses == {"127.0.0.1"}
 
 
-async def test_who_lacks_the_password_gets_nothing_from_the_bus(engines: LocalEngines) -> None:
+async def test_who_lacks_the_password_gets_nothing_from_the_bus(engines: LocalServers) -> None:
     without = "nats://" + engines.nats_url.rpartition("@")[2]
     with pytest.raises(SettingsError, match="refused the user"):
         async with connect([without]):
@@ -108,7 +108,7 @@ async def test_who_lacks_the_password_gets_nothing_from_the_bus(engines: LocalEn
 
 @pytest.mark.parametrize("name", ["nats-server", "weed"])
 async def test_a_death_is_told_with_its_last_words(state_dir: Path, name: str) -> None:
-    async with LocalEngines(state_dir) as engines:
+    async with LocalServers(state_dir) as engines:
         watching = asyncio.create_task(engines.died())
         await asyncio.sleep(0)
         assert not watching.done()
@@ -124,7 +124,7 @@ async def test_a_given_port_that_is_taken_is_named(state_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(EnginesError, match=f"port {port} for nats is in use"):
-            async with LocalEngines(state_dir, nats_port=port):
+            async with LocalServers(state_dir, nats_port=port):
                 pass
 
 
@@ -149,10 +149,10 @@ def test_a_port_of_the_last_start_that_is_taken_now_is_replaced(tmp_path: Path) 
 SUPERVISOR = """
 import asyncio, sys
 from pathlib import Path
-from img2img_server.devstack import LocalEngines
+from img2img_server.devstack import LocalServers
 
 async def main():
-    async with LocalEngines(Path(sys.argv[1])) as engines:
+    async with LocalServers(Path(sys.argv[1])) as engines:
         print("up", flush=True)
         await asyncio.Event().wait()
 
@@ -193,7 +193,7 @@ async def test_the_engines_die_with_a_killed_supervisor_and_start_again(state_di
         process.kill()
         await process.wait()
         await gone(engines)
-    async with LocalEngines(state_dir):
+    async with LocalServers(state_dir):
         pass
 
 
@@ -223,7 +223,7 @@ async def never() -> None:
 
 
 async def test_a_child_that_ends_while_it_starts_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(EngineDiedError) as death:
+    with pytest.raises(ServerExitedError) as death:
         await shell("echo no such flag >&2; exit 3", tmp_path, never).start()
     assert str(death.value) == "shell ended with exit code 3; it last said: no such flag"
 
@@ -256,7 +256,7 @@ async def test_a_missing_program_is_named_with_its_cure(
 ) -> None:
     monkeypatch.setattr("img2img_server.devstack.child.distribution", _no_distribution)
     with pytest.raises(EnginesError, match=r"nats-server is missing: pip install"):
-        async with LocalEngines(state_dir):
+        async with LocalServers(state_dir):
             pass
 
 

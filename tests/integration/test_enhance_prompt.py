@@ -12,7 +12,7 @@ from img2img_server.prompts.choose import NO_REWRITER
 from img2img_server.prompts.rules import RuleRewriter
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.worker.owned import REWRITER_FAILED
+from img2img_server.worker.lease import REWRITER_FAILED
 from tests.http_stack import running_gateway
 from tests.stack import Api, running_api, running_stack, running_worker, settings, spec
 

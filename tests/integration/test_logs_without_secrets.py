@@ -17,8 +17,8 @@ from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.storage import tenant_s3
 from img2img_server.storage.vault import new_key as new_storage_key
 from img2img_server.testing.bus import memory_bus
-from img2img_server.webhooks.pauses import Pauses
-from img2img_server.webhooks.post import open_post
+from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.sender import open_sender
 from img2img_server.webhooks.signature import Signer
 from tests.http_stack import ENTERPRISE, fetch_photo, gateway_before
 from tests.stack import Stack, running_api, running_worker, settings
@@ -46,12 +46,12 @@ async def test_logs_hold_no_s3_key_no_s3_secret_and_no_webhook_secret(
     keys_file.write_text(entry)
     config = settings(outbound_allow="127.0.0.1")
     bus = memory_bus(storage_keys=new_storage_key())
-    signer, once_more = Signer(f"whsec_{WEBHOOK_SECRET}"), Pauses(delays_seconds=(0.01,))
+    signer, once_more = Signer(f"whsec_{WEBHOOK_SECRET}"), BackoffPolicy(delays_seconds=(0.01,))
     with capture_logs() as logs:
         async with (
             serving(web.put("/{path:.*}", refuse)) as store,
             receiving(500) as receiver,
-            open_post(OutboundPolicy.parse("127.0.0.1")) as post,
+            open_sender(OutboundPolicy.parse("127.0.0.1")) as post,
             running_worker(bus, config=config) as worker,
             running_api(
                 bus,

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from img2img.v1 import service_pb2
-from img2img_server.devstack import LocalEngines
+from img2img_server.devstack import LocalServers
 from tests.integration.test_tenant_s3 import running_shops
 from tests.stack import refusal
 
@@ -17,7 +17,7 @@ UPDATED = "S3 details updated successfully"
 
 
 async def test_good_details_are_stored_and_the_file_of_the_check_is_gone(
-    engines: LocalEngines, tmp_path: Path
+    engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         answer = await shops.update(shops.a, check_connection="yes")
@@ -27,7 +27,7 @@ async def test_good_details_are_stored_and_the_file_of_the_check_is_gone(
         assert await shops.bus.storage.current("a") is not None
 
 
-async def test_links_that_do_not_work_are_a_warning(engines: LocalEngines, tmp_path: Path) -> None:
+async def test_links_that_do_not_work_are_a_warning(engines: LocalServers, tmp_path: Path) -> None:
     async with running_shops(engines, tmp_path) as shops:
         elsewhere = f"{engines.s3_endpoint_url}/no-such-bucket/"
         told = (await shops.update(shops.a, check_connection=True, public_url=elsewhere)).json()
@@ -55,7 +55,7 @@ BROKEN: list[tuple[dict[str, str], str, str]] = [
 
 @pytest.mark.parametrize(("wrong", "field", "why"), BROKEN, ids=lambda value: str(value)[:40])
 async def test_what_the_storage_does_not_take_is_told_and_not_stored(
-    wrong: dict[str, str], field: str, why: str, engines: LocalEngines, tmp_path: Path
+    wrong: dict[str, str], field: str, why: str, engines: LocalServers, tmp_path: Path
 ) -> None:
     listed = "127.0.0.1, nowhere.invalid"
     async with running_shops(engines, tmp_path, outbound_allow=listed) as shops:
@@ -73,7 +73,7 @@ async def test_what_the_storage_does_not_take_is_told_and_not_stored(
         assert await shops.bus.storage.current("a") is None
 
 
-async def test_a_private_address_is_not_contacted(engines: LocalEngines, tmp_path: Path) -> None:
+async def test_a_private_address_is_not_contacted(engines: LocalServers, tmp_path: Path) -> None:
     async with running_shops(engines, tmp_path, outbound_allow="files.internal") as shops:
         answer = await shops.update(shops.a, check_connection=True)
         assert answer.json()["message"] == "endpoint_url must be a public address"
@@ -81,7 +81,7 @@ async def test_a_private_address_is_not_contacted(engines: LocalEngines, tmp_pat
 
 @pytest.mark.parametrize("value", ["maybe", 2, [], {}])
 async def test_a_wish_that_cannot_be_read_is_told_with_all_else(
-    value: Any, engines: LocalEngines, tmp_path: Path
+    value: Any, engines: LocalServers, tmp_path: Path
 ) -> None:
     sentence = "check_connection must be true or false"
     async with running_shops(engines, tmp_path) as shops:
@@ -95,10 +95,10 @@ async def test_a_wish_that_cannot_be_read_is_told_with_all_else(
                 "errors": {"check_connection": [sentence]},
             },
         )
-        beside = await shops.update(
+        background_task = await shops.update(
             shops.a, check_connection=value, deploy_type="oven", region_name=None
         )
-        assert beside.json()["errors"] == {
+        assert background_task.json()["errors"] == {
             "deploy_type": ["deploy_type is invalid"],
             "region_name": ["region_name is required"],
             "check_connection": [sentence],

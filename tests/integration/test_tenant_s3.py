@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from minio import Minio
 
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.devstack import LocalEngines
+from img2img_server.devstack import LocalServers
 from img2img_server.errors import StorageError
 from img2img_server.nats.bus import Bus
 from img2img_server.outbound.policy import OutboundPolicy
@@ -75,7 +75,7 @@ class Shops:
         return await self.gateway.http.post(UPDATE, json=sent)
 
 
-def bucket_of(engines: LocalEngines, name: str) -> tuple[Minio, str]:
+def bucket_of(engines: LocalServers, name: str) -> tuple[Minio, str]:
     """A new bucket that everybody may read."""
     client = Minio(
         engines.s3_endpoint_url.removeprefix("http://"),
@@ -101,7 +101,7 @@ def bucket_of(engines: LocalEngines, name: str) -> tuple[Minio, str]:
     return client, bucket
 
 
-def shop(engines: LocalEngines, name: str, key: str) -> Shop:
+def shop(engines: LocalServers, name: str, key: str) -> Shop:
     client, bucket = bucket_of(engines, name)
     details = {
         "public_url": f"{engines.s3_endpoint_url}/{bucket}/",
@@ -117,7 +117,7 @@ def shop(engines: LocalEngines, name: str, key: str) -> Shop:
 
 @asynccontextmanager
 async def running_shops(
-    engines: LocalEngines, folder: Path, *, storage_keys: str | None = None, **changes: Any
+    engines: LocalServers, folder: Path, *, storage_keys: str | None = None, **changes: Any
 ) -> AsyncIterator[Shops]:
     key_a, entry_a = new_key("a", ["manage"])
     key_b, entry_b = new_key("b", ["manage"])
@@ -146,7 +146,7 @@ def own(link: str) -> str:
 
 
 async def test_two_tenants_get_their_files_in_their_own_buckets(
-    engines: LocalEngines, tmp_path: Path
+    engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         for each in (shops.a, shops.b):
@@ -167,7 +167,7 @@ async def test_two_tenants_get_their_files_in_their_own_buckets(
 
 
 async def test_future_links_are_the_later_output_and_dead_before(
-    engines: LocalEngines, tmp_path: Path
+    engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         await shops.update(shops.a)
@@ -194,7 +194,7 @@ async def test_future_links_are_the_later_output_and_dead_before(
 async def test_a_store_that_does_not_take_the_file_leaves_it_with_us_and_warns(
     what: str,
     changes: dict[str, str],
-    engines: LocalEngines,
+    engines: LocalServers,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,7 +217,7 @@ async def test_a_store_that_does_not_take_the_file_leaves_it_with_us_and_warns(
 
 
 @asynccontextmanager
-async def front(engines: LocalEngines, refuse: Callable[[web.Request], bool]) -> Any:
+async def front(engines: LocalServers, refuse: Callable[[web.Request], bool]) -> Any:
     """The S3 server behind one that refuses some requests. Yields its URL and what it saw."""
     seen: list[tuple[str, bool, int]] = []
 
@@ -250,7 +250,7 @@ async def front(engines: LocalEngines, refuse: Callable[[web.Request], bool]) ->
 
 
 async def test_a_bucket_without_acls_gets_the_file_without_one(
-    engines: LocalEngines, tmp_path: Path
+    engines: LocalServers, tmp_path: Path
 ) -> None:
     async with (
         front(engines, lambda request: "x-amz-acl" in request.headers) as (url, seen),
@@ -264,7 +264,7 @@ async def test_a_bucket_without_acls_gets_the_file_without_one(
 
 
 async def test_an_upload_is_tried_three_times(
-    engines: LocalEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: LocalServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tenant_s3, "FIRST_PAUSE_SECONDS", 0.001)
     refused = 0
@@ -284,7 +284,7 @@ async def test_an_upload_is_tried_three_times(
         assert [status for _, _, status in seen] == [400, 400, 400, 400, 200]
 
 
-async def test_temp_files_stay_with_us(engines: LocalEngines, tmp_path: Path) -> None:
+async def test_temp_files_stay_with_us(engines: LocalServers, tmp_path: Path) -> None:
     async with running_shops(engines, tmp_path) as shops:
         await shops.update(shops.a)
         job = (await shops.gateway.create(key=shops.a.key, temp=True)).json()
@@ -295,7 +295,7 @@ async def test_temp_files_stay_with_us(engines: LocalEngines, tmp_path: Path) ->
 
 
 async def test_a_job_keeps_the_details_that_it_was_accepted_with(
-    engines: LocalEngines, tmp_path: Path
+    engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         shops.engine._hold_after = 1
@@ -330,7 +330,7 @@ async def ended(bus: Bus, job_id: int) -> None:
                 return
 
 
-async def test_a_record_holds_no_secret(engines: LocalEngines, tmp_path: Path) -> None:
+async def test_a_record_holds_no_secret(engines: LocalServers, tmp_path: Path) -> None:
     async with running_shops(engines, tmp_path) as shops:
         await shops.update(shops.a)
         job = (await shops.gateway.create(key=shops.a.key)).json()
@@ -342,7 +342,7 @@ async def test_a_record_holds_no_secret(engines: LocalEngines, tmp_path: Path) -
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])
 async def test_update_s3_answers_without_the_secrets(
-    legacy: bool, engines: LocalEngines, tmp_path: Path
+    legacy: bool, engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path, legacy=legacy) as shops:
         answer = await shops.update(shops.a, deploy_type=None)
@@ -399,7 +399,7 @@ async def test_update_s3_answers_without_the_secrets(
     ],
 )
 async def test_wrong_details_are_refused_with_all_complaints(
-    changes: dict[str, Any], errors: dict[str, list[str]], engines: LocalEngines, tmp_path: Path
+    changes: dict[str, Any], errors: dict[str, list[str]], engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         sent = json.dumps({"key": shops.a.key, **shops.a.details, **changes})
@@ -411,7 +411,7 @@ async def test_wrong_details_are_refused_with_all_complaints(
 
 
 async def test_reset_s3_refuses_an_unknown_server_type(
-    engines: LocalEngines, tmp_path: Path
+    engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         for value in ("toaster", 5, ["realtime"], True):
@@ -423,7 +423,7 @@ async def test_reset_s3_refuses_an_unknown_server_type(
 
 @pytest.mark.parametrize("path", [UPDATE, RESET])
 async def test_the_key_is_told_before_its_right_and_that_before_the_fields(
-    path: str, engines: LocalEngines, tmp_path: Path
+    path: str, engines: LocalServers, tmp_path: Path
 ) -> None:
     key, entry = new_key("c", [])
     file = tmp_path / "others.toml"
@@ -444,7 +444,7 @@ async def test_the_key_is_told_before_its_right_and_that_before_the_fields(
         assert (answer.status_code, answer.json()) == (403, told)
 
 
-async def test_a_server_without_storage_keys_says_so(engines: LocalEngines, tmp_path: Path) -> None:
+async def test_a_server_without_storage_keys_says_so(engines: LocalServers, tmp_path: Path) -> None:
     async with running_shops(engines, tmp_path, storage_keys="") as shops:
         answer = await shops.update(shops.a)
         assert (answer.status_code, answer.json()) == (
@@ -459,7 +459,7 @@ async def test_a_server_without_storage_keys_says_so(engines: LocalEngines, tmp_
 
 
 async def test_details_that_no_key_opens_any_more_leave_the_files_with_us(
-    engines: LocalEngines, tmp_path: Path
+    engines: LocalServers, tmp_path: Path
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         await shops.update(shops.a)
@@ -539,7 +539,7 @@ async def test_a_store_that_moves_to_a_private_address_during_a_check_keeps_its_
 @pytest.mark.parametrize(
     "host", ["bücher.example", "XN--BCHER-KVA.Example", "Bu\u0308cher.example."]
 )
-async def test_a_host_may_be_spelled_as_people_do(host: str, engines: LocalEngines) -> None:
+async def test_a_host_may_be_spelled_as_people_do(host: str, engines: LocalServers) -> None:
     client, bucket = bucket_of(engines, "idn")
     port = engines.s3_endpoint_url.rpartition(":")[2]
     base = f"http://{host}:{port}"

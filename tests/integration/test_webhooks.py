@@ -24,9 +24,9 @@ from img2img_server.nats.bus import Bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_webhooks import MemoryOutbox
-from img2img_server.webhooks.pauses import Pauses
-from img2img_server.webhooks.post import open_post
+from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
+from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.sender import open_sender
 from img2img_server.webhooks.signature import Signer
 from tests.stack import (
     DEV,
@@ -40,17 +40,21 @@ from tests.stack import (
 )
 
 LOCAL = settings(outbound_allow="127.0.0.1")
-FAST = Pauses(delays_seconds=(0.02,) * 7)
+FAST = BackoffPolicy(delays_seconds=(0.02,) * 7)
 
 
 @asynccontextmanager
 async def api_that_delivers(
-    bus: Bus, *, pauses: Pauses = FAST, allow: str = "127.0.0.1", timeout_seconds: float = 30.0
+    bus: Bus,
+    *,
+    pauses: BackoffPolicy = FAST,
+    allow: str = "127.0.0.1",
+    timeout_seconds: float = 30.0,
 ) -> AsyncIterator[Api]:
     """An api whose webhooks go out for real."""
     policy = OutboundPolicy.parse(allow)
     async with (
-        open_post(policy, timeout_seconds=timeout_seconds, resolver=Names("127.0.0.1")) as post,
+        open_sender(policy, timeout_seconds=timeout_seconds, resolver=Names("127.0.0.1")) as post,
         running_api(bus, LOCAL, webhooks=Webhooks(post, Signer(SECRET), pauses)) as api,
     ):
         yield api
@@ -122,7 +126,7 @@ async def test_between_attempts_the_job_says_retrying() -> None:
     async with (
         receiving(500) as receiver,
         running_worker(bus),
-        api_that_delivers(bus, pauses=Pauses()) as api,
+        api_that_delivers(bus, pauses=BackoffPolicy()) as api,
     ):
         ended = await run_to_end(api, webhook=receiver.url)
         await receiver.next()
@@ -183,7 +187,7 @@ async def test_a_slow_receiver_holds_up_neither_the_job_nor_other_webhooks(bus: 
 async def test_what_an_api_leaves_behind_the_next_one_delivers(open_bus: OpenBus) -> None:
     async with open_bus() as worker_bus, receiving(500, 200) as receiver:
         async with running_worker(worker_bus), open_bus() as bus:
-            later = Pauses(delays_seconds=(1.0,) * 7)
+            later = BackoffPolicy(delays_seconds=(1.0,) * 7)
             async with api_that_delivers(bus, pauses=later) as first:
                 ended = await run_to_end(first, webhook=receiver.url)
                 failed = await receiver.next()
@@ -247,7 +251,7 @@ async def test_cancelled_and_failed_jobs_tell_too(bus: Bus) -> None:
             assert told["message"] == "Processing failed: the lamp broke"
 
 
-class FailsOnce(MemoryOutbox):
+class FailsOnce(MemoryWebhookOutbox):
     """An outbox whose bus is away the first time."""
 
     failed = False
@@ -302,7 +306,7 @@ async def test_a_webhook_is_delivered_again_on_request(bus: Bus) -> None:
 
 
 async def test_redelivery_is_refused_where_there_is_nothing_to_deliver() -> None:
-    bus = replace(memory_bus(), outbox=MemoryOutbox(limit=0))
+    bus = replace(memory_bus(), outbox=MemoryWebhookOutbox(limit=0))
     engine = FakeEngine(hold_after=1)
     async with running_worker(bus, engine), api_that_delivers(bus) as api:
         waiting = await api.create(spec(webhook="https://hooks.example.org/a"))
@@ -347,7 +351,7 @@ async def test_a_private_address_is_a_failed_attempt_without_a_connection(addres
     async with (
         listening() as listener,
         running_worker(bus),
-        api_that_delivers(bus, allow="", pauses=Pauses()) as api,
+        api_that_delivers(bus, allow="", pauses=BackoffPolicy()) as api,
     ):
         ended = await run_to_end(api, webhook=address.format(port=listener.port))
         await status_becomes(api, ended.name, "retrying")
@@ -380,7 +384,7 @@ async def test_the_job_says_that_redirects_of_webhooks_are_not_followed(status: 
     async with (
         receiving(redirected) as receiver,
         running_worker(bus),
-        api_that_delivers(bus, pauses=Pauses()) as api,
+        api_that_delivers(bus, pauses=BackoffPolicy()) as api,
     ):
         ended = await run_to_end(api, webhook=receiver.url)
         await status_becomes(api, ended.name, "retrying")

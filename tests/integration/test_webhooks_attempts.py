@@ -9,7 +9,7 @@ from receiver import receiving
 from web_peers import RESET, Names, origin
 
 from img2img_server.outbound.policy import OutboundPolicy
-from img2img_server.webhooks.post import open_post
+from img2img_server.webhooks.sender import open_sender
 
 
 async def test_an_attempt_says_why_the_server_was_not_reached() -> None:
@@ -19,7 +19,7 @@ async def test_an_attempt_says_why_the_server_was_not_reached() -> None:
     policy = OutboundPolicy.parse("cdn.test, no.test")
     reasons = []
     async with (
-        open_post(policy, resolver=names, timeout_seconds=5) as post,
+        open_sender(policy, resolver=names, timeout_seconds=5) as post,
         origin(RESET) as broken,
         origin(tls=context) as unknown,
     ):
@@ -42,7 +42,7 @@ async def test_an_attempt_says_why_the_server_was_not_reached() -> None:
 
 async def test_a_server_that_does_not_answer_is_told_with_the_time() -> None:
     policy = OutboundPolicy.parse("127.0.0.1")
-    async with receiving(held=True) as receiver, open_post(policy, timeout_seconds=0.1) as post:
+    async with receiving(held=True) as receiver, open_sender(policy, timeout_seconds=0.1) as post:
         outcome = await post(receiver.url, b"{}", {})
         receiver.may_answer.set()
     assert outcome.reason == "the server did not answer within 0.1 s"

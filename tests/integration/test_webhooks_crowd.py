@@ -14,14 +14,14 @@ from receiver import until
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
 from img2img_server.nats.bus import Bus
-from img2img_server.webhooks.deliverer import MOST_OF_A_TENANT, Deliverer
-from img2img_server.webhooks.pauses import Pauses
-from img2img_server.webhooks.post import Outcome
+from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.dispatcher import MOST_OF_A_TENANT, WebhookDispatcher
+from img2img_server.webhooks.sender import Outcome
 from img2img_server.webhooks.signature import Signer
 
 GREEDY, MODEST = "https://black.example/hole", "https://modest.example/hook"
 CROWD = 5 * MOST_OF_A_TENANT
-QUICK = Pauses(delays_seconds=(60.0,) * 7, crowded_seconds=0.02)
+QUICK = BackoffPolicy(delays_seconds=(60.0,) * 7, crowded_seconds=0.02)
 
 
 class Receivers:
@@ -55,7 +55,7 @@ async def delivering(bus: Bus, receivers: Receivers) -> AsyncIterator[None]:
         return b"{}"
 
     stop = asyncio.Event()
-    deliverer = Deliverer(
+    deliverer = WebhookDispatcher(
         bus.outbox, bus.jobs, payload, receivers.post, Signer(), QUICK, drain_seconds=1.0
     )
     running = asyncio.create_task(deliverer.run(stop))

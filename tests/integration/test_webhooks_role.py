@@ -22,8 +22,8 @@ from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.memory_blobs import MemoryBlobStore
-from img2img_server.webhooks.pauses import Pauses
-from img2img_server.webhooks.post import open_post
+from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.sender import open_sender
 from img2img_server.webhooks.signature import Signer
 from tests.stack import Api, running_api, running_worker, settings, spec
 
@@ -86,10 +86,12 @@ async def test_texts_that_cannot_be_read_now_are_a_failed_attempt() -> None:
     bus, blobs = memory_bus(), Away()
     async with (
         receiving() as receiver,
-        open_post(OutboundPolicy.parse("127.0.0.1")) as post,
+        open_sender(OutboundPolicy.parse("127.0.0.1")) as post,
         running_worker(bus, blobs=blobs),
     ):
-        webhooks = Webhooks(post, Signer(SECRET), Pauses((0.02,) * 7), partial(inline, blobs))
+        webhooks = Webhooks(
+            post, Signer(SECRET), BackoffPolicy((0.02,) * 7), partial(inline, blobs)
+        )
         config = settings(outbound_allow="127.0.0.1")
         async with running_api(bus, config, webhooks=webhooks) as api:
             await api.create(spec(webhook=receiver.url, base64=True))

@@ -14,7 +14,7 @@ from img2img.v1 import job_pb2
 from img2img_server.domain.events import Started, Succeeded
 from img2img_server.domain.job import advance
 from img2img_server.domain.params import Lane
-from img2img_server.engine.base import JobError
+from img2img_server.engine.base import JobFailed
 from img2img_server.errors import SafetyCheckError, StorageError
 from img2img_server.imaging.base import InvalidImageError
 from img2img_server.interfaces.queue import Delivery
@@ -22,8 +22,8 @@ from img2img_server.nats.bus import Bus
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.testing.memory_blobs import MemoryBlobStore
-from img2img_server.worker import run
-from img2img_server.worker.owned import DELIVERIES_OF_AN_ATTEMPT
+from img2img_server.worker import execution
+from img2img_server.worker.lease import DELIVERIES_OF_AN_ATTEMPT
 from tests.stack import (
     kinds,
     known_model,
@@ -238,7 +238,7 @@ class SurprisingEngine(FakeEngine):
     """An engine that fails with something nobody thought of."""
 
     def submit(self, job: Any, sink: Any) -> None:
-        sink(JobError(ZeroDivisionError("in /secret/path.py")))
+        sink(JobFailed(ZeroDivisionError("in /secret/path.py")))
 
 
 async def test_an_unforeseen_error_fails_the_job_without_telling_where() -> None:
@@ -324,7 +324,7 @@ async def test_a_job_whose_picture_cannot_be_prepared_began_before_it_failed(
     def broken(*_: object, **__: object) -> None:
         raise InvalidImageError("init_image is not a valid PNG, JPG or WebP image")
 
-    monkeypatch.setattr(run, "prepare_image", broken)
+    monkeypatch.setattr(execution, "prepare_image", broken)
     async with running_stack() as stack:
         messages = [message async for message in stack.api.generate(spec())]
     assert kinds(messages)[-2:] == ["started", "failed"]

@@ -15,12 +15,12 @@ from img2img_server.domain.params import Lane
 from img2img_server.errors import StorageError
 from img2img_server.interfaces.queue import Delivery
 from img2img_server.nats.bus import Bus
-from img2img_server.tasks import beside
+from img2img_server.tasks import background_task
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker import worker as worker_module
-from img2img_server.worker.leftovers import Leftovers
+from img2img_server.worker.orphan_cleanup import OrphanCleanup
 from tests.http_stack import running_gateway
 from tests.stack import kinds, known_model, read_until, running_api, running_worker, spec
 
@@ -153,9 +153,9 @@ async def test_a_worker_that_lost_a_job_deletes_its_files_only_where_nobody_want
         lost = await advanced(bus, job.id, STARTED)
         await advanced(bus, job.id, *(events[1:] or events))
     await blobs.put(lost.file_key(0), b"a picture", "image/png")
-    leftovers = Leftovers(bus.jobs, blobs)
+    leftovers = OrphanCleanup(bus.jobs, blobs)
     leftovers.add(lost)
-    async with beside(leftovers.run()):
+    async with background_task(leftovers.run()):
         await leftovers.finish(10.0)
     assert await blobs.kept() == ({lost.file_key(0)} if stays else set())
 

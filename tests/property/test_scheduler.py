@@ -52,7 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant=st.sampled_from("abc"),
         lane=st.sampled_from(Lane),
         side=st.sampled_from([256, 512]),
-        slots=st.integers(1, 2),
+        forwards=st.integers(1, 2),
         steps=st.integers(1, 5),
         adapter=st.sampled_from(["", "ink"]),
         patience=st.sampled_from([None, 0.5, 20.0]),
@@ -63,7 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant: str,
         lane: Lane,
         side: int,
-        slots: int,
+        forwards: int,
         steps: int,
         adapter: str,
         patience: float | None,
@@ -76,7 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 lane=lane,
                 height=side,
                 width=side,
-                slots=slots,
+                forwards=forwards,
                 steps=steps,
                 enqueue_time=self.now,
                 adapter=adapter,
@@ -111,7 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         keys = [row.key for row in batch.rows]
         assert len(set(keys)) == len(keys), "no row twice in a batch"
         assert set(keys) <= free, "no row runs twice at once, and none that was cancelled"
-        assert batch.slots <= self.capacity or len(keys) == 1
+        assert batch.forwards <= self.capacity or len(keys) == 1
         if self.overhead is not None:
             costs = (place * row.work for place, row in enumerate(batch.rows))
             assert all(cost < len(free) * self.overhead for cost in [*costs][1:])

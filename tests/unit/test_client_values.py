@@ -10,9 +10,9 @@ from typing import get_type_hints
 import pytest
 
 from img2img.v1 import event_pb2, job_pb2, service_pb2
-from img2img_client import convert, events, request, resources
+from img2img_client import convert, events, requests, resources
 from img2img_client.errors import InvalidRequestError, Violation
-from img2img_client.request import Options, job_spec
+from img2img_client.requests import Options, job_spec
 from tests.fake_job import NAME, State, job
 
 PAIRS = [
@@ -168,7 +168,7 @@ def test_an_option_that_does_not_exist_is_a_mistake_of_the_program() -> None:
 
 def test_every_generate_gets_its_own_request_id() -> None:
     first, second = (
-        request.generate_request("p", b"photo", {}, request_id=None, detach=False) for _ in "ab"
+        requests.generate_request("p", b"photo", {}, request_id=None, detach=False) for _ in "ab"
     )
     assert len(first.request_id) == 36
     assert first.request_id != second.request_id

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from img2img_server.engine.isolation import is_out_of_memory, isolate, needed_bytes
+from img2img_server.engine.isolation import bisect_failures, is_out_of_memory, needed_bytes
 
 
 def test_work_that_succeeds_is_done_once_for_all() -> None:
     calls: list[Sequence[int]] = []
 
-    assert isolate([1, 2, 3], calls.append, lambda *_: None) == []
+    assert bisect_failures([1, 2, 3], calls.append, lambda *_: None) == []
     assert calls == [[1, 2, 3]]
 
 
@@ -25,7 +25,7 @@ def test_only_the_culprits_fail_and_all_others_are_done_exactly_once() -> None:
             raise RuntimeError(f"{len(items)} items")
         done.extend(items)
 
-    failed = isolate(range(30), work, lambda *_: None)
+    failed = bisect_failures(range(30), work, lambda *_: None)
 
     assert [(item, str(error)) for item, error in failed] == [
         (7, "1 items"),
@@ -44,7 +44,9 @@ def test_before_each_retry_it_tells_what_failed_together_and_why() -> None:
         if 3 in items:
             raise RuntimeError("boom")
 
-    failed = isolate([1, 2, 3, 4], work, lambda items, lacked: told.append((list(items), lacked)))
+    failed = bisect_failures(
+        [1, 2, 3, 4], work, lambda items, lacked: told.append((list(items), lacked))
+    )
 
     assert [item for item, _ in failed] == [3]
     assert told == [([1, 2, 3, 4], True), ([3, 4], False)]
@@ -54,7 +56,7 @@ def test_nothing_to_do_is_not_tried() -> None:
     def work(items: Sequence[int]) -> None:
         raise AssertionError("called")
 
-    assert isolate([], work, lambda *_: None) == []
+    assert bisect_failures([], work, lambda *_: None) == []
 
 
 @pytest.mark.parametrize(

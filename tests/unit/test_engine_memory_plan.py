@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from img2img_server.engine.memory import Memory, NoMeter
+from img2img_server.engine.memory import MemoryModel, NoProbe
 
 GIB = 2**30
 
@@ -24,9 +24,9 @@ class Device:
         return self.next_peak
 
 
-def ran(memory: Memory, device: Device, side: int, slots: int, peak: int) -> None:
+def ran(memory: MemoryModel, device: Device, side: int, forwards: int, peak: int) -> None:
     device.next_peak = peak
-    with memory.measured(side, side, slots):
+    with memory.measured(side, side, forwards):
         pass
 
 
@@ -36,7 +36,7 @@ def device() -> Device:
 
 
 def test_what_ran_needs_what_was_measured_and_the_rest_its_proportion(device: Device) -> None:
-    memory = Memory(device)
+    memory = MemoryModel(device)
     ran(memory, device, 512, 1, GIB + 5)
     ran(memory, device, 512, 4, 4 * GIB)
 
@@ -46,7 +46,7 @@ def test_what_ran_needs_what_was_measured_and_the_rest_its_proportion(device: De
 
 
 def test_the_largest_peak_of_a_shape_counts(device: Device) -> None:
-    memory = Memory(device)
+    memory = MemoryModel(device)
     for peak in (3 * GIB, GIB):
         ran(memory, device, 512, 1, peak)
 
@@ -54,7 +54,7 @@ def test_the_largest_peak_of_a_shape_counts(device: Device) -> None:
 
 
 def test_a_batch_is_as_large_as_fits_what_is_free(device: Device) -> None:
-    memory = Memory(device)
+    memory = MemoryModel(device)
     ran(memory, device, 512, 1, GIB)
 
     assert memory.slots_that_fit(512, 512, 16) == 9
@@ -63,36 +63,36 @@ def test_a_batch_is_as_large_as_fits_what_is_free(device: Device) -> None:
 
 
 def test_a_batch_that_is_filled_up_is_held_against_what_it_is_filled_up_to(device: Device) -> None:
-    memory = Memory(device)
+    memory = MemoryModel(device)
     ran(memory, device, 512, 1, GIB)
 
-    assert memory.slots_that_fit(512, 512, 12, lambda slots: 8 if slots <= 8 else 16) == 8
+    assert memory.slots_that_fit(512, 512, 12, lambda forwards: 8 if forwards <= 8 else 16) == 8
 
 
 def test_what_can_never_fit_lacks_its_need(device: Device) -> None:
-    memory = Memory(device)
+    memory = MemoryModel(device)
     ran(memory, device, 512, 1, GIB)
 
-    assert memory.lacking(512, 512, 2) is None
-    assert memory.lacking(2048, 2048, 1) == 16 * GIB
+    assert memory.shortfall(512, 512, 2) is None
+    assert memory.shortfall(2048, 2048, 1) == 16 * GIB
 
 
 def test_a_limit_is_held_where_more_is_free(device: Device) -> None:
-    memory = Memory(device, limit_bytes=3 * GIB)
+    memory = MemoryModel(device, limit_bytes=3 * GIB)
     ran(memory, device, 512, 1, GIB)
 
     assert memory.slots_that_fit(512, 512, 16) == 3
 
 
 def test_nothing_is_refused_before_anything_was_measured(device: Device) -> None:
-    memory = Memory(device)
+    memory = MemoryModel(device)
 
-    assert memory.lacking(4096, 4096, 8) is None
+    assert memory.shortfall(4096, 4096, 8) is None
     assert memory.slots_that_fit(4096, 4096, 8) == 8
 
 
 def test_work_that_failed_is_not_noted(device: Device) -> None:
-    memory = Memory(device)
+    memory = MemoryModel(device)
     device.next_peak = GIB
     with pytest.raises(MemoryError), memory.measured(512, 512, 8):
         raise MemoryError
@@ -101,8 +101,8 @@ def test_work_that_failed_is_not_noted(device: Device) -> None:
 
 
 def test_without_a_meter_everything_is_let_in() -> None:
-    memory = Memory(NoMeter())
+    memory = MemoryModel(NoProbe())
     with memory.measured(512, 512, 1):
         pass
 
-    assert memory.lacking(8192, 8192, 8) is None
+    assert memory.shortfall(8192, 8192, 8) is None

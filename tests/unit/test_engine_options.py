@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from img2img_server.engine.options import Compile, ModelOptions, ladder, padded, sizes
+from img2img_server.engine.options import (
+    Compile,
+    ModelOptions,
+    batch_size_buckets,
+    pad_batch_size,
+    sizes,
+)
 from img2img_server.settings import Settings
 
 
@@ -13,12 +19,12 @@ from img2img_server.settings import Settings
     ("capacity", "expected"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
 )
 def test_the_ladder_ends_with_the_capacity(capacity: int, expected: tuple[int, ...]) -> None:
-    assert ladder(capacity) == expected
+    assert batch_size_buckets(capacity) == expected
 
 
-@pytest.mark.parametrize(("slots", "expected"), [(1, 1), (3, 4), (5, 6), (6, 6), (7, 7)])
-def test_a_batch_is_filled_up_to_a_size_of_the_ladder(slots: int, expected: int) -> None:
-    assert padded(slots, capacity=6) == expected
+@pytest.mark.parametrize(("forwards", "expected"), [(1, 1), (3, 4), (5, 6), (6, 6), (7, 7)])
+def test_a_batch_is_filled_up_to_a_size_of_the_ladder(forwards: int, expected: int) -> None:
+    assert pad_batch_size(forwards, capacity=6) == expected
 
 
 def test_sizes_are_written_width_first_and_read_height_first() -> None:

@@ -17,7 +17,7 @@ ROW = Row(
     lane=Lane.REALTIME,
     height=512,
     width=512,
-    slots=1,
+    forwards=1,
     steps=3,
     enqueue_time=0.0,
 )
@@ -56,23 +56,23 @@ def test_a_row_joins_at_the_next_step() -> None:
 def test_guided_rows_take_two_slots() -> None:
     scheduler = Scheduler(capacity=4)
     for job_id in (1, 2, 3):
-        scheduler.add(row(job_id, slots=2), now=0.0)
+        scheduler.add(row(job_id, forwards=2), now=0.0)
 
     assert step(scheduler) == [1, 2]
 
 
 def test_a_small_younger_row_fills_what_a_larger_one_leaves() -> None:
     scheduler = Scheduler(capacity=3)
-    scheduler.add(row(1, slots=2), now=0.0)
-    scheduler.add(row(2, slots=2, enqueue_time=1.0), now=0.0)
-    scheduler.add(row(3, slots=1, steps=9, enqueue_time=2.0), now=0.0)
+    scheduler.add(row(1, forwards=2), now=0.0)
+    scheduler.add(row(2, forwards=2, enqueue_time=1.0), now=0.0)
+    scheduler.add(row(3, forwards=1, steps=9, enqueue_time=2.0), now=0.0)
 
     assert step(scheduler) == [1, 3]
 
 
 def test_a_row_larger_than_the_capacity_runs_alone() -> None:
     scheduler = Scheduler(capacity=1)
-    scheduler.add(row(1, slots=2), now=0.0)
+    scheduler.add(row(1, forwards=2), now=0.0)
     scheduler.add(row(2, steps=9), now=0.0)
 
     assert step(scheduler) == [1]
@@ -99,7 +99,7 @@ def test_tenants_share_by_work_and_not_by_rows() -> None:
     scheduler = Scheduler(capacity=1)
     for job_id in (1, 2, 3, 4):
         scheduler.add(row(job_id, tenant="many", steps=50), now=0.0)
-    scheduler.add(row(9, tenant="one", steps=50, slots=2), now=0.0)
+    scheduler.add(row(9, tenant="one", steps=50, forwards=2), now=0.0)
 
     served = [step(scheduler)[0] for _ in range(30)]
     assert served.count(9) == 10, "its steps cost twice as much"
@@ -165,7 +165,7 @@ def test_a_long_row_that_has_waited_long_enough_goes_before_a_short_one() -> Non
 
 def test_company_joins_while_those_that_wait_gain_more_than_the_chosen_lose() -> None:
     """Four of one forward each wait; a step costs as much as half a row beyond its rows."""
-    scheduler = Scheduler(capacity=8, step_overhead=512 * 512 // 2)
+    scheduler = Scheduler(capacity=8, fixed_step_cost=512 * 512 // 2)
     for job_id in (1, 2, 3, 4):
         scheduler.add(row(job_id, steps=1), now=0.0)
 
@@ -177,7 +177,7 @@ def test_two_share_a_step_when_it_costs_more_than_a_row_beyond_them(
     overhead: float, batches: list[list[int]]
 ) -> None:
     """Else the first would lose more than the second gains."""
-    scheduler = Scheduler(capacity=8, step_overhead=int(overhead * 512 * 512))
+    scheduler = Scheduler(capacity=8, fixed_step_cost=int(overhead * 512 * 512))
     for job_id in (1, 2):
         scheduler.add(row(job_id, steps=1), now=0.0)
 
@@ -185,7 +185,7 @@ def test_two_share_a_step_when_it_costs_more_than_a_row_beyond_them(
 
 
 def test_a_step_that_costs_nothing_beyond_its_rows_is_not_shared() -> None:
-    scheduler = Scheduler(capacity=8, step_overhead=0)
+    scheduler = Scheduler(capacity=8, fixed_step_cost=0)
     for job_id in (1, 2):
         scheduler.add(row(job_id, steps=1), now=0.0)
 

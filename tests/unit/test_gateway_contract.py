@@ -118,7 +118,7 @@ def test_a_string_must_be_a_json_string_of_unicode_text(value: Any) -> None:
 
 
 def test_a_body_without_options_reads_to_its_two_required_fields() -> None:
-    assert fields.read(GOOD) == fields.Reading(dict(GOOD), [])
+    assert fields.read(GOOD) == fields.ParsedBody(dict(GOOD), [])
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
@@ -229,7 +229,7 @@ def test_hints_are_clamped_or_ignored_with_a_warning_and_never_an_error(
     sent: dict[str, Any], kept: dict[str, Any], told: str
 ) -> None:
     warnings = [told] if told else []
-    assert fields.read(GOOD | sent) == fields.Reading(GOOD | kept, [], warnings)
+    assert fields.read(GOOD | sent) == fields.ParsedBody(GOOD | kept, [], warnings)
 
 
 def test_length_is_counted_in_code_points() -> None:

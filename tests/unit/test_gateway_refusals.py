@@ -12,8 +12,8 @@ from img2img_server.api.interceptors import status_of
 from img2img_server.compat.modelslab import results
 from img2img_server.domain.params import Violation
 from img2img_server.gateway.modelslab import responses
-from img2img_server.gateway.modelslab.errors import Case, refusal
-from img2img_server.gateway.modelslab.response_formats import Legacy, Today
+from img2img_server.gateway.modelslab.errors import ErrorKind, refusal
+from img2img_server.gateway.modelslab.response_formats import Current, Legacy
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -28,68 +28,73 @@ def failed(error: errors.ServiceError) -> AioRpcError:
 @pytest.mark.parametrize(
     ("error", "case", "message", "retry_seconds"),
     [
-        (errors.UnauthenticatedError(), Case.BAD_KEY, "Invalid API key", 30),
+        (errors.UnauthenticatedError(), ErrorKind.BAD_KEY, "Invalid API key", 30),
         (
             errors.PermissionDeniedError("manage", "This key may not manage the server"),
-            Case.FORBIDDEN,
+            ErrorKind.FORBIDDEN,
             "This key may not manage the server",
             30,
         ),
-        (errors.JobNotFoundError("jobs/1"), Case.UNKNOWN_JOB, "Request not found", 30),
-        (errors.ModelNotFoundError("m", ()), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 30),
+        (errors.JobNotFoundError("jobs/1"), ErrorKind.UNKNOWN_JOB, "Request not found", 30),
+        (
+            errors.ModelNotFoundError("m", ()),
+            ErrorKind.UNAVAILABLE,
+            ErrorKind.UNAVAILABLE.message,
+            30,
+        ),
         (
             errors.QueueFullError(15, 4.2),
-            Case.RATE_LIMIT,
+            ErrorKind.RATE_LIMIT,
             "Rate limit exceeded. Maximum 15 queued requests allowed.",
             5,
         ),
-        (errors.QueueFullError(15, 0.0), Case.RATE_LIMIT, str(errors.QueueFullError(15)), 1),
+        (errors.QueueFullError(15, 0.0), ErrorKind.RATE_LIMIT, str(errors.QueueFullError(15)), 1),
         (
             errors.RateLimitedError(60, 0.4),
-            Case.RATE_LIMIT,
+            ErrorKind.RATE_LIMIT,
             "Rate limit exceeded. Maximum 60 requests per minute allowed.",
             1,
         ),
         (
             errors.TooManyCallsError(9),
-            Case.RATE_LIMIT,
+            ErrorKind.RATE_LIMIT,
             "Rate limit exceeded. Maximum 9 open calls allowed.",
             1,
         ),
-        (errors.TooManyWatchersError(9), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 5),
-        (errors.UnavailableError(), Case.UNAVAILABLE, Case.UNAVAILABLE.message, 1),
-        (errors.NoModelError(), Case.UNAVAILABLE, str(errors.NoModelError()), 5),
-        (errors.InternalError("x"), Case.FAULT, Case.FAULT.message, 30),
+        (errors.TooManyWatchersError(9), ErrorKind.UNAVAILABLE, ErrorKind.UNAVAILABLE.message, 5),
+        (errors.UnavailableError(), ErrorKind.UNAVAILABLE, ErrorKind.UNAVAILABLE.message, 1),
+        (errors.NoModelError(), ErrorKind.UNAVAILABLE, str(errors.NoModelError()), 5),
+        (errors.InternalError("x"), ErrorKind.FAULT, ErrorKind.FAULT.message, 30),
         (
             errors.StorageKeysMissingError(),
-            Case.UNAVAILABLE,
+            ErrorKind.UNAVAILABLE,
             str(errors.StorageKeysMissingError()),
             30,
         ),
         (
             errors.MessageTooLargeError(),
-            Case.UNAVAILABLE,
+            ErrorKind.UNAVAILABLE,
             str(errors.MessageTooLargeError()),
             30,
         ),
         (
             errors.RequestIdReusedError("x"),
-            Case.REQUEST_ID_REUSED,
-            Case.REQUEST_ID_REUSED.message,
+            ErrorKind.REQUEST_ID_REUSED,
+            ErrorKind.REQUEST_ID_REUSED.message,
             30,
         ),
         (
             errors.JobEndedError("jobs/1", "failed"),
-            Case.JOB_ENDED,
+            ErrorKind.JOB_ENDED,
             "jobs/1 has already failed",
             30,
         ),
-        (errors.NoWebhookError("jobs/1"), Case.FAULT, Case.FAULT.message, 30),
+        (errors.NoWebhookError("jobs/1"), ErrorKind.FAULT, ErrorKind.FAULT.message, 30),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_every_error_of_the_api_is_a_refusal(
-    error: errors.ServiceError, case: Case, message: str, retry_seconds: int
+    error: errors.ServiceError, case: ErrorKind, message: str, retry_seconds: int
 ) -> None:
     told = refusal(failed(error))
     assert (told.case, told.message, told.retry_seconds) == (case, message, retry_seconds)
@@ -125,21 +130,21 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
 def test_violations_keep_their_sentences() -> None:
     broken = [Violation("init_image", "one"), Violation("width", "two")]
     told = refusal(failed(errors.InvalidRequestError(broken)))
-    assert (told.case, told.message, told.violations) == (Case.FIELDS, "one", broken)
+    assert (told.case, told.message, told.violations) == (ErrorKind.FIELDS, "one", broken)
 
 
 @pytest.mark.parametrize(
     ("code", "case"),
     [
-        (grpc.StatusCode.UNAVAILABLE, Case.UNAVAILABLE),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, Case.UNAVAILABLE),
-        (grpc.StatusCode.CANCELLED, Case.UNAVAILABLE),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, Case.TOO_LARGE),
-        (grpc.StatusCode.INVALID_ARGUMENT, Case.FAULT),
-        (grpc.StatusCode.UNKNOWN, Case.FAULT),
+        (grpc.StatusCode.UNAVAILABLE, ErrorKind.UNAVAILABLE),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, ErrorKind.UNAVAILABLE),
+        (grpc.StatusCode.CANCELLED, ErrorKind.UNAVAILABLE),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, ErrorKind.TOO_LARGE),
+        (grpc.StatusCode.INVALID_ARGUMENT, ErrorKind.FAULT),
+        (grpc.StatusCode.UNKNOWN, ErrorKind.FAULT),
     ],
 )
-def test_statuses_of_grpc_itself_have_no_details(code: grpc.StatusCode, case: Case) -> None:
+def test_statuses_of_grpc_itself_have_no_details(code: grpc.StatusCode, case: ErrorKind) -> None:
     told = refusal(AioRpcError(code, Metadata(), Metadata(), "from gRPC"))
     assert (told.case, told.message) == (case, case.message)
 
@@ -183,7 +188,7 @@ def test_the_cause_is_told_beside_the_contracts_sentence() -> None:
     ]
     why = refusal(failed(errors.InvalidRequestError(violations)))
     assert why.violations == violations
-    told = Today().refused(why).body
+    told = Current().refused(why).body
     assert told["message"] == sentence
     assert told["errors"] == {
         "init_image": [f"{sentence}: the server answered 403: no"],

@@ -44,7 +44,7 @@ from img2img_server.settings import Settings, SettingsError, variable
 from tests.readme import ROOT
 
 ROLES = ("api", "gateway", "worker", "local")
-# A value that no role may accept. Texts that may be anything must at least be one line.
+# A value that no role may accept. InlineBase64 that may be anything must at least be one line.
 WRONG: dict[str, str] = {
     "grpc_host": "http://0.0.0.0",
     "http_host": "127.0.0.1:8080",

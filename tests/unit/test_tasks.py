@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from img2img_server.tasks import heeding_cancel
+from img2img_server.tasks import reraise_cancellation
 
 
 async def test_a_cancellation_that_comes_together_with_an_answer_is_heeded() -> None:
     answer = asyncio.get_running_loop().create_future()
 
     async def ask() -> None:
-        with heeding_cancel():
+        with reraise_cancellation():
             await asyncio.wait_for(answer, 60)
 
     asking = asyncio.create_task(ask())
@@ -31,7 +31,7 @@ async def test_what_a_cancelled_task_still_asks_for_is_answered() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            with heeding_cancel():
+            with reraise_cancellation():
                 said: str = await answer
             return said  # noqa: B012
 

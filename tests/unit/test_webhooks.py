@@ -21,11 +21,11 @@ from img2img_server.nats.codec import UndecodableError
 from img2img_server.outbound.retry_after import seconds_of
 from img2img_server.settings import SettingsError
 from img2img_server.testing.memory_records import MemoryJobStore
-from img2img_server.testing.memory_webhooks import MemoryOutbox
-from img2img_server.webhooks.deliverer import Deliverer
-from img2img_server.webhooks.pauses import DELAYS_SECONDS, Pauses
-from img2img_server.webhooks.post import Outcome
+from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
+from img2img_server.webhooks.backoff import DELAYS_SECONDS, BackoffPolicy
+from img2img_server.webhooks.dispatcher import WebhookDispatcher
 from img2img_server.webhooks.record import announce, set_status
+from img2img_server.webhooks.sender import Outcome
 from img2img_server.webhooks.signature import Signer
 
 SECRET = "whsec_bG9jYWwtdGVzdC1zZWNyZXQtMzItYnl0ZXMtbG9uZyE="
@@ -119,21 +119,21 @@ def test_a_secret_of_another_form_is_refused_without_being_shown(secret: str) ->
 
 
 def test_pauses_follow_the_contracts_table_for_eight_attempts() -> None:
-    shortest = Pauses(uniform=lambda low, high: low)
-    longest = Pauses(uniform=lambda low, high: high)
+    shortest = BackoffPolicy(uniform=lambda low, high: low)
+    longest = BackoffPolicy(uniform=lambda low, high: high)
     assert [shortest.after(n) for n in range(1, 9)] == [*(0.8 * d for d in DELAYS_SECONDS), None]
     assert [longest.after(n) for n in range(1, 9)] == [*(1.2 * d for d in DELAYS_SECONDS), None]
     assert DELAYS_SECONDS == (5, 30, 2 * 60, 10 * 60, 30 * 60, 2 * 3600, 6 * 3600)
 
 
 def test_pauses_differ_by_chance_within_a_fifth() -> None:
-    drawn = [Pauses().after(1) or 0.0 for _ in range(200)]
+    drawn = [BackoffPolicy().after(1) or 0.0 for _ in range(200)]
     assert 4.0 <= min(drawn) < 4.5
     assert 5.5 < max(drawn) <= 6.0
 
 
 def test_retry_after_lengthens_a_pause_up_to_an_hour_and_never_shortens_it() -> None:
-    pauses = Pauses(uniform=lambda low, high: 1.0)
+    pauses = BackoffPolicy(uniform=lambda low, high: 1.0)
     assert pauses.after(1, 2.0) == 5.0
     assert pauses.after(1, 60.0) == 60.0
     assert pauses.after(1, 90_000.0) == 3600.0
@@ -142,8 +142,8 @@ def test_retry_after_lengthens_a_pause_up_to_an_hour_and_never_shortens_it() -> 
 
 
 def test_what_finds_no_place_waits_twice_as_long_each_time_up_to_five_minutes() -> None:
-    pauses = Pauses(uniform=lambda low, high: high)
-    waits = [pauses.crowded(times) for times in (0, 1, 2, 5, 6, 7, 5000)]
+    pauses = BackoffPolicy(uniform=lambda low, high: high)
+    waits = [pauses.overflow_delay(times) for times in (0, 1, 2, 5, 6, 7, 5000)]
     assert waits == [6.0, 12.0, 24.0, 192.0, 360.0, 360.0, 360.0]
 
 
@@ -168,13 +168,17 @@ def test_retry_after_is_a_number_or_a_date(header: str, seconds: float) -> None:
 
 
 async def test_a_job_without_webhook_puts_nothing_into_the_outbox() -> None:
-    outbox, jobs = MemoryOutbox(), MemoryJobStore()
+    outbox, jobs = MemoryWebhookOutbox(), MemoryJobStore()
     await announce(outbox, jobs, ended())
     assert await outbox.pull(1, 0.01) == []
 
 
 async def test_a_full_outbox_gives_up_the_webhook_and_says_so() -> None:
-    outbox, jobs, job = MemoryOutbox(limit=0), MemoryJobStore(), ended(webhook="https://a.example")
+    outbox, jobs, job = (
+        MemoryWebhookOutbox(limit=0),
+        MemoryJobStore(),
+        ended(webhook="https://a.example"),
+    )
     await jobs.create(job)
     await announce(outbox, jobs, job)
     stored = await jobs.get(job.tenant, job.id)
@@ -227,9 +231,11 @@ async def test_a_record_that_cannot_be_read_holds_up_neither_webhooks_nor_the_se
 
     first = ended(webhook="https://a.example")
     second = replace(first, id=first.id + 1)
-    outbox, jobs, stop = MemoryOutbox(), Unreadable(), asyncio.Event()
+    outbox, jobs, stop = MemoryWebhookOutbox(), Unreadable(), asyncio.Event()
     await jobs.create(second)
-    deliverer = Deliverer(outbox, jobs, payload, post, Signer(), Pauses(), drain_seconds=5.0)
+    deliverer = WebhookDispatcher(
+        outbox, jobs, payload, post, Signer(), BackoffPolicy(), drain_seconds=5.0
+    )
     running = asyncio.create_task(deliverer.run(stop))
     for job in (first, second):
         await outbox.put(job)

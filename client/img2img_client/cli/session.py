@@ -22,7 +22,7 @@ from img2img_client.cli.output import INTERRUPTED, EndedError, job_facts, simple
 from img2img_client.client import Client
 from img2img_client.diagnosis import Cause
 from img2img_client.errors import InvalidArgumentError, UnauthenticatedError, UnavailableError
-from img2img_client.request import job_name
+from img2img_client.requests import job_name
 from img2img_client.resources import Job
 from img2img_client.resume import Retry
 

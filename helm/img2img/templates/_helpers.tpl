@@ -61,7 +61,7 @@ valueFrom:
 
 {{/* Addresses. */}}
 {{- define "img2img.natsUrl" -}}
-{{- if .Values.tryOut.nats.enabled -}}
+{{- if .Values.quickstart.nats.enabled -}}
 nats://{{ include "img2img.fullname" . }}-nats:4222
 {{- else -}}
 {{ .Values.nats.url }}
@@ -70,11 +70,11 @@ nats://{{ include "img2img.fullname" . }}-nats:4222
 
 {{- define "img2img.natsMonitoring" -}}
 {{- $own := printf "%s-nats.%s.svc:8222" (include "img2img.fullname" .) .Release.Namespace -}}
-{{- ternary $own .Values.nats.monitoringEndpoint .Values.tryOut.nats.enabled -}}
+{{- ternary $own .Values.nats.monitoringEndpoint .Values.quickstart.nats.enabled -}}
 {{- end -}}
 
 {{- define "img2img.s3Url" -}}
-{{- if .Values.tryOut.s3.enabled -}}
+{{- if .Values.quickstart.s3.enabled -}}
 http://{{ include "img2img.fullname" . }}-s3:8333
 {{- else -}}
 {{ .Values.s3.endpointUrl }}

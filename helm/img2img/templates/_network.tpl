@@ -7,8 +7,8 @@
 
 {{- define "img2img.toNats" -}}
 - ports:
-    - {port: {{ ternary 4222 .Values.nats.port (default false .Values.tryOut.nats.enabled) }}, protocol: TCP}
-{{- if .Values.tryOut.nats.enabled }}
+    - {port: {{ ternary 4222 .Values.nats.port (default false .Values.quickstart.nats.enabled) }}, protocol: TCP}
+{{- if .Values.quickstart.nats.enabled }}
   to:
     - podSelector:
         matchLabels: {{- include "img2img.selector" (list . "nats") | nindent 10 }}
@@ -22,7 +22,7 @@
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
 - ports:
     - {port: {{ default (ternary 443 80 (eq $url.scheme "https")) $port }}, protocol: TCP}
-{{- if .Values.tryOut.s3.enabled }}
+{{- if .Values.quickstart.s3.enabled }}
   to:
     - podSelector:
         matchLabels: {{- include "img2img.selector" (list . "s3") | nindent 10 }}

@@ -3,21 +3,21 @@
 {{- $mistakes := list -}}
 {{- $v := .Values -}}
 {{- $needsBus := or $v.api.enabled $v.workers -}}
-{{- if and $needsBus (not (or $v.nats.url $v.nats.existingSecret $v.tryOut.nats.enabled)) -}}
-{{- $mistakes = append $mistakes "nats.url or nats.existingSecret is missing (or set tryOut.nats.enabled)" -}}
+{{- if and $needsBus (not (or $v.nats.url $v.nats.existingSecret $v.quickstart.nats.enabled)) -}}
+{{- $mistakes = append $mistakes "nats.url or nats.existingSecret is missing (or set quickstart.nats.enabled)" -}}
 {{- end -}}
 {{- if and $v.nats.url $v.nats.existingSecret -}}
 {{- $mistakes = append $mistakes "nats.url and nats.existingSecret exclude each other" -}}
 {{- end -}}
-{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.endpointUrl $v.tryOut.s3.enabled)) -}}
-{{- $mistakes = append $mistakes "s3.endpointUrl is missing (or set tryOut.s3.enabled)" -}}
+{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.endpointUrl $v.quickstart.s3.enabled)) -}}
+{{- $mistakes = append $mistakes "s3.endpointUrl is missing (or set quickstart.s3.enabled)" -}}
 {{- end -}}
 {{- $s3Keys := and $v.s3.accessKey $v.s3.secretKey -}}
-{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.existingSecret $s3Keys $v.s3.identity $v.tryOut.s3.enabled)) -}}
+{{- if and (or $v.gateway.enabled $v.workers) (not (or $v.s3.existingSecret $s3Keys $v.s3.identity $v.quickstart.s3.enabled)) -}}
 {{- $mistakes = append $mistakes "s3.existingSecret is missing (or s3.identity, or s3.accessKey and s3.secretKey)" -}}
 {{- end -}}
-{{- if and $v.s3.identity (or $v.s3.existingSecret $v.s3.accessKey $v.s3.secretKey $v.tryOut.s3.enabled) -}}
-{{- $mistakes = append $mistakes "s3.identity excludes s3.existingSecret, s3.accessKey and tryOut.s3.enabled" -}}
+{{- if and $v.s3.identity (or $v.s3.existingSecret $v.s3.accessKey $v.s3.secretKey $v.quickstart.s3.enabled) -}}
+{{- $mistakes = append $mistakes "s3.identity excludes s3.existingSecret, s3.accessKey and quickstart.s3.enabled" -}}
 {{- end -}}
 {{- if and $v.s3.sessionTokenKey (not $v.s3.existingSecret) -}}
 {{- $mistakes = append $mistakes "s3.sessionTokenKey is an entry of s3.existingSecret, which is missing" -}}
@@ -28,21 +28,21 @@
 {{- if and $v.s3.existingSecret (or $v.s3.accessKey $v.s3.secretKey) -}}
 {{- $mistakes = append $mistakes "s3.existingSecret and s3.accessKey exclude each other" -}}
 {{- end -}}
-{{- if and $v.tryOut.s3.enabled (or $v.s3.existingSecret $v.s3.accessKey $v.s3.endpointUrl) -}}
-{{- $mistakes = append $mistakes "tryOut.s3.enabled brings its own address and keys: leave those in s3 empty" -}}
+{{- if and $v.quickstart.s3.enabled (or $v.s3.existingSecret $v.s3.accessKey $v.s3.endpointUrl) -}}
+{{- $mistakes = append $mistakes "quickstart.s3.enabled brings its own address and keys: leave those in s3 empty" -}}
 {{- end -}}
-{{- if and $v.tryOut.nats.enabled (or $v.nats.url $v.nats.existingSecret) -}}
-{{- $mistakes = append $mistakes "tryOut.nats.enabled brings its own address: leave that in nats empty" -}}
+{{- if and $v.quickstart.nats.enabled (or $v.nats.url $v.nats.existingSecret) -}}
+{{- $mistakes = append $mistakes "quickstart.nats.enabled brings its own address: leave that in nats empty" -}}
 {{- end -}}
-{{- if and $v.tryOut.nats.enabled (ne (int $v.nats.replicas) 1) -}}
-{{- $mistakes = append $mistakes "tryOut.nats.enabled is one server: nats.replicas must be 1" -}}
+{{- if and $v.quickstart.nats.enabled (ne (int $v.nats.replicas) 1) -}}
+{{- $mistakes = append $mistakes "quickstart.nats.enabled is one server: nats.replicas must be 1" -}}
 {{- end -}}
-{{- $keys := or $v.apiKeys.existingSecret $v.apiKeys.tenants $v.tryOut.apiKey.enabled -}}
+{{- $keys := or $v.apiKeys.existingSecret $v.apiKeys.tenants $v.quickstart.apiKey.enabled -}}
 {{- if and $v.api.enabled (not $keys) -}}
-{{- $mistakes = append $mistakes "apiKeys.existingSecret or apiKeys.tenants is missing (or set tryOut.apiKey.enabled)" -}}
+{{- $mistakes = append $mistakes "apiKeys.existingSecret or apiKeys.tenants is missing (or set quickstart.apiKey.enabled)" -}}
 {{- end -}}
-{{- if and $v.apiKeys.existingSecret (or $v.apiKeys.tenants $v.tryOut.apiKey.enabled) -}}
-{{- $mistakes = append $mistakes "apiKeys.existingSecret excludes apiKeys.tenants and tryOut.apiKey" -}}
+{{- if and $v.apiKeys.existingSecret (or $v.apiKeys.tenants $v.quickstart.apiKey.enabled) -}}
+{{- $mistakes = append $mistakes "apiKeys.existingSecret excludes apiKeys.tenants and quickstart.apiKey" -}}
 {{- end -}}
 {{- if and $v.gateway.enabled (not $v.api.enabled) (not $v.gateway.apiAddress) -}}
 {{- $mistakes = append $mistakes "gateway.apiAddress is missing: this release has no api of its own" -}}

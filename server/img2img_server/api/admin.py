@@ -15,7 +15,7 @@ from img2img_server.api.convert import duration
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.interceptors import current_principal
 from img2img_server.api.worker_cache import CachedWorkerRegistry
-from img2img_server.interfaces.queue import Control, Order
+from img2img_server.interfaces.queue import Control, WorkerCommand
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _CPU = "cpu"  # the device of workers without a GPU
@@ -58,19 +58,19 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     async def RestartServer(  # noqa: N802
         self, request: admin_service_pb2.RestartServerRequest, context: Context
     ) -> admin_service_pb2.RestartServerResponse:
-        await self._order(Order.RESTART)
+        await self._broadcast(WorkerCommand.RESTART)
         return admin_service_pb2.RestartServerResponse()
 
     async def UpdateServer(  # noqa: N802
         self, request: admin_service_pb2.UpdateServerRequest, context: Context
     ) -> admin_service_pb2.UpdateServerResponse:
-        await self._order(Order.RESTART)
+        await self._broadcast(WorkerCommand.RESTART)
         return admin_service_pb2.UpdateServerResponse()
 
     async def ClearCache(  # noqa: N802
         self, request: admin_service_pb2.ClearCacheRequest, context: Context
     ) -> admin_service_pb2.ClearCacheResponse:
-        await self._order(Order.CLEAR_CACHE)
+        await self._broadcast(WorkerCommand.CLEAR_CACHE)
         return admin_service_pb2.ClearCacheResponse()
 
     async def ClearQueue(  # noqa: N802
@@ -82,9 +82,9 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         log.info("queue cleared", tenant=principal.tenant, jobs=cleared)
         return admin_service_pb2.ClearQueueResponse(cleared_jobs=cleared)
 
-    async def _order(self, order: Order) -> None:
+    async def _broadcast(self, command: WorkerCommand) -> None:
         principal = current_principal()
         principal.require_manage()
-        await self._control.order(order)
+        await self._control.broadcast(command)
         self._workers.forget()
-        log.info("workers told", order=order, tenant=principal.tenant)
+        log.info("workers told", command=command, tenant=principal.tenant)

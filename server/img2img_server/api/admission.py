@@ -33,7 +33,7 @@ from img2img_server.nats.rates import Rates
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.prompts.choose import api_rewriter
 from img2img_server.settings import Settings
-from img2img_server.tasks import beside
+from img2img_server.tasks import background_task
 
 # Downloads an init image. Raises InvalidImageError.
 Fetch = Callable[[str], Awaitable[bytes]]
@@ -152,7 +152,7 @@ class Admission:
         self, request: convert.Request, caller: Caller
     ) -> tuple[CheckedImage, int, float | None]:
         """The dear checks: the picture, jobs before this one and seconds until it will end."""
-        async with beside(self._estimator.new_job(request.params)) as estimate:
+        async with background_task(self._estimator.new_job(request.params)) as estimate:
             image = await self._image_given_room(request, caller)
             position, eta, wait = await estimate
         remaining = caller.remaining_seconds
@@ -174,7 +174,7 @@ class Admission:
         if not request.init_image or not is_cheap(request.init_image):
             await self._check_room(request.params, caller)
             return await self._image(request)
-        async with beside(self._image(request)) as decoded:
+        async with background_task(self._image(request)) as decoded:
             await self._check_room(request.params, caller)
             return await decoded
 

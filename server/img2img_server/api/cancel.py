@@ -15,7 +15,7 @@ from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import Job, State, advance, terminal_event
 from img2img_server.interfaces.queue import Control, EventLog, JobQueue, OwnershipLostError
 from img2img_server.interfaces.records import ConflictError, JobStore
-from img2img_server.interfaces.webhooks import Outbox
+from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.webhooks.record import announce
 
 _TRIES = 10
@@ -28,7 +28,12 @@ class Canceller:
     """Cancels jobs, whoever has them, and clears queues."""
 
     def __init__(
-        self, jobs: JobStore, queue: JobQueue, events: EventLog, control: Control, outbox: Outbox
+        self,
+        jobs: JobStore,
+        queue: JobQueue,
+        events: EventLog,
+        control: Control,
+        outbox: WebhookOutbox,
     ) -> None:
         self._jobs = jobs
         self._queue = queue
@@ -46,7 +51,7 @@ class Canceller:
             stored = await found(self._jobs, tenant, job_id)
             job = stored.job
             if job.state is State.CANCELLED:
-                await self._last_word(job)
+                await self._ensure_terminal_event(job)
                 return job
             if job.state.is_terminal:
                 raise errors.JobEndedError(job.name, job.state)
@@ -84,14 +89,14 @@ class Canceller:
     async def _end(self, job: Job, revision: int, event: Cancelled | Failed) -> Job:
         job = advance(job, event, time.time())
         await self._jobs.update(job, revision)
-        await self._last_word(job)
+        await self._ensure_terminal_event(job)
         if job.queue_sequence:
             await self._queue.remove(job.queue_sequence)
         log.info("waiting job ended", job=job.id, state=job.state)
         return job
 
-    async def _last_word(self, job: Job) -> None:
-        """Outbox and log as the record says, unless a worker that took the message does both."""
+    async def _ensure_terminal_event(self, job: Job) -> None:
+        """Writes the record's end to outbox and log, unless the worker with the message does."""
         with suppress(OwnershipLostError):
             writer = await self._events.open(job.id)
             if not writer.ended:

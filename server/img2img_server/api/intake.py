@@ -25,7 +25,7 @@ from img2img_server.nats.rates import Rates
 from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.settings import Settings
 from img2img_server.storage.vault import SealBrokenError
-from img2img_server.tasks import beside
+from img2img_server.tasks import background_task
 from img2img_server.telemetry import JOBS_CREATED
 from img2img_server.tracing import injected
 
@@ -165,7 +165,7 @@ class Intake:
         addressed = self._addressed(job, caller)
         if job_id:
             return await addressed
-        async with beside(self._jobs.next_id()) as drawn:
+        async with background_task(self._jobs.next_id()) as drawn:
             return replace(await addressed, id=await drawn)
 
     async def _addressed(self, job: Job, caller: Caller) -> Job:

@@ -28,7 +28,7 @@ from img2img_server.api.keys import KeyRing, load_keys
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
-from img2img_server.api.webhooks import Texts, Webhooks
+from img2img_server.api.webhooks import InlineBase64, Webhooks
 from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.certificates import validity_fault
 from img2img_server.compat.modelslab import call_names
@@ -43,7 +43,7 @@ from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.telemetry import probe_server
-from img2img_server.webhooks.post import open_post
+from img2img_server.webhooks.sender import open_sender
 from img2img_server.webhooks.signature import Signer
 
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
@@ -68,7 +68,7 @@ async def serve_api(
     signer = Signer(settings.webhook_secret.get_secret_value())
     async with (
         connect_bus(settings, stop=stop) as bus,
-        open_post(policy) as post,
+        open_sender(policy) as post,
         _texts(settings, stop) as texts,
     ):
         webhooks = Webhooks(post, signer, texts=texts)
@@ -163,7 +163,7 @@ async def serve(
 
 
 @asynccontextmanager
-async def _texts(settings: Settings, stop: asyncio.Event) -> AsyncIterator[Texts | None]:
+async def _texts(settings: Settings, stop: asyncio.Event) -> AsyncIterator[InlineBase64 | None]:
     """Reads the texts that stand in place of links, where the operator wants that."""
     if not settings.base64_inline:
         yield None

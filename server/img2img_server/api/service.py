@@ -29,7 +29,7 @@ from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.params import Violation
 from img2img_server.domain.urls import is_http_url
 from img2img_server.interfaces.records import JobStore, Stored, WorkerRegistry
-from img2img_server.interfaces.webhooks import Outbox, OutboxFullError
+from img2img_server.interfaces.webhooks import OutboxFullError, WebhookOutbox
 from img2img_server.settings import Settings
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         storage: StorageCalls,
         *,
         link_base: str,
-        outbox: Outbox,
+        outbox: WebhookOutbox,
     ) -> None:
         self._settings = settings
         self._jobs = jobs

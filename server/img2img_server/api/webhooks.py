@@ -10,25 +10,25 @@ from img2img_server.compat.modelslab import results
 from img2img_server.domain.job import Job
 from img2img_server.nats.bus import Bus
 from img2img_server.settings import Settings
-from img2img_server.webhooks.deliverer import Deliverer
-from img2img_server.webhooks.pauses import Pauses
-from img2img_server.webhooks.post import Post
+from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.dispatcher import WebhookDispatcher
+from img2img_server.webhooks.sender import WebhookSender
 from img2img_server.webhooks.signature import Signer
 
 # The texts behind links. Raises StorageError.
-Texts = Callable[[Sequence[str]], Awaitable[list[str]]]
+InlineBase64 = Callable[[Sequence[str]], Awaitable[list[str]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Webhooks:
     """How webhooks are sent. `texts`: puts texts in place of links to base64 files, when set."""
 
-    post: Post
+    post: WebhookSender
     signer: Signer
-    pauses: Pauses = field(default_factory=Pauses)
-    texts: Texts | None = None
+    pauses: BackoffPolicy = field(default_factory=BackoffPolicy)
+    texts: InlineBase64 | None = None
 
-    def deliverer(self, settings: Settings, bus: Bus) -> Deliverer:
+    def deliverer(self, settings: Settings, bus: Bus) -> WebhookDispatcher:
         """The component that delivers what lies in the outbox."""
 
         async def payload(job: Job) -> bytes:
@@ -38,7 +38,7 @@ class Webhooks:
                 output = await self.texts(output)
             return results.webhook(message, output)
 
-        return Deliverer(
+        return WebhookDispatcher(
             bus.outbox,
             bus.jobs,
             payload,

@@ -1,6 +1,6 @@
 """The engines of `local`: nats-server and an S3 server as supervised child processes."""
 
-from img2img_server.devstack.child import EngineDiedError, EnginesError
-from img2img_server.devstack.servers import LocalEngines
+from img2img_server.devstack.child import EnginesError, ServerExitedError
+from img2img_server.devstack.servers import LocalServers
 
-__all__ = ["EngineDiedError", "EnginesError", "LocalEngines"]
+__all__ = ["EnginesError", "LocalServers", "ServerExitedError"]

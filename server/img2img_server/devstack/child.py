@@ -30,7 +30,7 @@ class EnginesError(OperatorError):
     """The engines cannot be started; the sentence says why."""
 
 
-class EngineDiedError(Exception):
+class ServerExitedError(Exception):
     """A child process ended although nobody asked it to.
 
     `exit_code`: negative for a signal. `log_tail`: the last lines it wrote.
@@ -89,7 +89,7 @@ class Child:
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        """Returns when it serves; bounded by the caller. Raises EngineDiedError."""
+        """Returns when it serves; bounded by the caller. Raises ServerExitedError."""
         self._folder.mkdir(exist_ok=True)
         launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
         with self._open_log() as log:
@@ -128,18 +128,18 @@ class Child:
             except Exception:  # whatever a half started server answers: ask again
                 await asyncio.sleep(PROBE_SECONDS)
 
-    async def ended(self) -> EngineDiedError:
+    async def ended(self) -> ServerExitedError:
         """Waits for its end, and tells how it came."""
         assert self._process is not None, "it was not started"
         return self._death(await self._process.wait())
 
-    def _death(self, exit_code: int) -> EngineDiedError:
+    def _death(self, exit_code: int) -> ServerExitedError:
         if self._log is None:
             assert self._relay is not None, "it was not started"
             lines = self._relay.last_lines()
         else:
             lines = self._log.read_text(errors="replace").splitlines()
-        return EngineDiedError(self.name, exit_code, "\n".join(lines[-TAIL_LINES:]))
+        return ServerExitedError(self.name, exit_code, "\n".join(lines[-TAIL_LINES:]))
 
     async def stop(self) -> None:
         """Asks it to end and, when it does not in time, kills it. Fine when it has ended."""

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from img2img_server.devstack import weed
-from img2img_server.devstack.child import HOST, Child, EngineDiedError, EnginesError
+from img2img_server.devstack.child import HOST, Child, EnginesError, ServerExitedError
 from img2img_server.devstack.files import kept_secret, write_private
 from img2img_server.devstack.nats import nats_server, nats_url
 
@@ -31,7 +31,7 @@ START_TRIES: Final = 3
 PORTS: Final = ("nats", *weed.PORTS)
 
 
-class LocalEngines:
+class LocalServers:
     """Both engines, running and answering while the context is open.
 
     Args:
@@ -79,7 +79,7 @@ class LocalEngines:
     def s3_secret_key(self) -> str:
         return self._keys[1]
 
-    async def died(self) -> EngineDiedError:
+    async def died(self) -> ServerExitedError:
         """Waits until an engine ends by itself, and tells which and why."""
         ends = [asyncio.ensure_future(child.ended()) for child in self._children]
         try:
@@ -133,7 +133,7 @@ class LocalEngines:
                 async with asyncio.timeout(START_SECONDS), asyncio.TaskGroup() as starts:
                     for child in self._children:
                         starts.create_task(child.start())
-            except* EngineDiedError as deaths:
+            except* ServerExitedError as deaths:
                 death = deaths.exceptions[0]
             except* TimeoutError:
                 death = TimeoutError(f"no answer in {START_SECONDS:.0f} s; {self._folder}/*.log")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
-from img2img_server.engine.memory import Memory
+from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import Run
+from img2img_server.engine.rows import EngineJobState
 from img2img_server.errors import EngineError, OutOfMemoryError
 
 
-def admit(job: EngineJob, sink: Sink, denoiser: Denoiser, spec: ModelSpec, memory: Memory) -> Run:
+def admit(
+    job: EngineJob, sink: Sink, denoiser: Denoiser, spec: ModelSpec, memory: MemoryModel
+) -> EngineJobState:
     """The run of a job.
 
     Raises:
@@ -23,8 +25,8 @@ def admit(job: EngineJob, sink: Sink, denoiser: Denoiser, spec: ModelSpec, memor
         raise EngineError(sentence)
     if job.lora and job.lora not in spec.loras:
         raise EngineError(f"{spec.name} has no LoRA {job.lora}")
-    slots = denoiser.slots(job.guidance_scale)
-    if need := memory.lacking(job.height, job.width, slots):
+    forwards = denoiser.forwards(job.guidance_scale)
+    if need := memory.shortfall(job.height, job.width, forwards):
         raise OutOfMemoryError(job.width, job.height, need)
     schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
-    return Run.begin(job, sink, schedule, slots, denoiser.device)
+    return EngineJobState.begin(job, sink, schedule, forwards, denoiser.device)

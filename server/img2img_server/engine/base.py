@@ -131,7 +131,7 @@ class JobStopped:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class JobError:
+class JobFailed:
     """Last event of a job that failed; its neighbours go on.
 
     `error`: a JobFailedError, or what else was raised.
@@ -149,7 +149,14 @@ class DeviceLost:
 
 
 EngineEvent = (
-    StageDone | StepDone | PreviewReady | SampleReady | JobDone | JobStopped | JobError | DeviceLost
+    StageDone
+    | StepDone
+    | PreviewReady
+    | SampleReady
+    | JobDone
+    | JobStopped
+    | JobFailed
+    | DeviceLost
 )
 Sink = Callable[[EngineEvent], None]
 

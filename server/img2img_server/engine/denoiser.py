@@ -85,7 +85,7 @@ class Picture(Protocol):
     """A picture that the device is to give: height x width x 3."""
 
     @property
-    def is_here(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether `pixels` gives it without waiting."""
         ...
 
@@ -115,22 +115,22 @@ class Denoiser(Protocol):
         """How alike its pictures of one request are, whatever shares the batches."""
         ...
 
-    def slots(self, guidance_scale: float) -> int:
+    def forwards(self, guidance_scale: float) -> int:
         """Forwards a step costs: 2 with guidance, 1 without."""
         ...
 
     @property
-    def step_overhead(self) -> int | None:
+    def fixed_step_cost(self) -> int | None:
         """What a step costs beyond its rows, in pixels x forwards; None: so much that company
         always pays."""
         ...
 
-    def filled_up(self, slots: int) -> int:
+    def padded_batch_size(self, forwards: int) -> int:
         """How many forwards a batch of so many slots runs: more where few sizes are compiled."""
         ...
 
     @property
-    def warm_up_slots(self) -> tuple[int, ...]:
+    def warm_up_forwards(self) -> tuple[int, ...]:
         """Batch sizes, in forwards, to run at every size before work comes."""
         ...
 
@@ -139,7 +139,7 @@ class Denoiser(Protocol):
         """How often each of them is to run until nothing more is built."""
         ...
 
-    def pictures_at_once(self, height: int, width: int) -> int:
+    def max_vae_batch(self, height: int, width: int) -> int:
         """How many pictures of a size to encode or decode together, at least 1."""
         ...
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from img2img_server.engine.base import EngineEvent, Pixels
 from img2img_server.engine.denoiser import Picture
-from img2img_server.engine.rows import Run, emit
+from img2img_server.engine.rows import EngineJobState, emit
 
 _log = logging.getLogger(__name__)
 
@@ -25,13 +25,13 @@ class _Item:
     """`make` may wait, and raise. `is_optional`: the job can do without it. `is_verdict`: goes out
     although the job is broken."""
 
-    run: Run
+    run: EngineJobState
     make: Callable[[], EngineEvent]
     is_optional: bool = False
     is_verdict: bool = False
 
 
-class Outbox:
+class EventDispatcher:
     """Tells sinks: on the thread of the caller, or on its own where there is something to wait for.
 
     A job whose picture cannot be read out tells nothing more but its verdict.
@@ -41,25 +41,25 @@ class Outbox:
             Whoever owns the run then says `verdict`.
     """
 
-    def __init__(self, failed: Callable[[Run, Exception], None]) -> None:
+    def __init__(self, failed: Callable[[EngineJobState, Exception], None]) -> None:
         self._failed = failed
         self._line: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._on_the_way: Counter[Run] = Counter()
+        self._on_the_way: Counter[EngineJobState] = Counter()
         self._lock = threading.Lock()
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._reader.start()
 
-    def tell(self, run: Run, event: EngineEvent) -> None:
+    def tell(self, run: EngineJobState, event: EngineEvent) -> None:
         """Hands an event out once what the job told before is out."""
         self._put(_Item(run, lambda: event))
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: EngineJobState) -> None:
         """The same with JobDone, made only then."""
         self._put(_Item(run, run.done))
 
     def show(
         self,
-        run: Run,
+        run: EngineJobState,
         picture: Picture,
         event: Callable[[Pixels], EngineEvent],
         *,
@@ -67,9 +67,9 @@ class Outbox:
     ) -> None:
         """Hands a picture out when it is read out."""
         item = _Item(run, lambda: event(picture.pixels()), is_optional)
-        self._put(item, must_wait=not picture.is_here)
+        self._put(item, must_wait=not picture.is_ready)
 
-    def verdict(self, run: Run, event: EngineEvent) -> None:
+    def verdict(self, run: EngineJobState, event: EngineEvent) -> None:
         """Hands out the last event of a job whose picture failed."""
         self._put(_Item(run, lambda: event, is_verdict=True))
 

@@ -18,10 +18,10 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
-from img2img_server.engine.dispatch import Outbox
-from img2img_server.engine.memory import Memory, meter_of
+from img2img_server.engine.dispatch import EventDispatcher
+from img2img_server.engine.memory import MemoryModel, meter_of
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import Run
+from img2img_server.engine.rows import EngineJobState
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
 
@@ -56,7 +56,7 @@ class _WarmUp:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unread:
-    run: Run
+    run: EngineJobState
     error: Exception
 
 
@@ -77,14 +77,14 @@ class DiffusionEngine:
         denoiser: Denoiser,
         spec: ModelSpec,
         capacity_rows: int,
-        memory: Memory | None = None,
+        memory: MemoryModel | None = None,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
         self._capacity_rows = capacity_rows
-        memory = memory or Memory(meter_of(denoiser.device))
+        memory = memory or MemoryModel(meter_of(denoiser.device))
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._outbox = Outbox(lambda run, error: self._commands.put(_Unread(run, error)))
+        self._outbox = EventDispatcher(lambda run, error: self._commands.put(_Unread(run, error)))
         self._loop = StepLoop(denoiser, spec, capacity_rows, memory, self._outbox)
         self._lock = threading.Lock()
         self._stopping = False

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from img2img_server.engine.denoiser import Denoiser, Picture
-from img2img_server.engine.isolation import isolate
-from img2img_server.engine.rows import Run, Sample
+from img2img_server.engine.isolation import bisect_failures
+from img2img_server.engine.rows import EngineJobState, SampleState
 from img2img_server.engine.sampler import advance, scale_input, timesteps
 
 
-class Stages:
+class BatchExecutor:
     """Encode, step, preview, decode. Takes runs and samples of one size.
 
     Every method returns what failed, with its error; for the rest the work is done.
@@ -21,66 +21,68 @@ class Stages:
         on_split: told of samples that do not fit the device together.
     """
 
-    def __init__(self, denoiser: Denoiser, on_split: Callable[[Sequence[Sample]], None]) -> None:
+    def __init__(
+        self, denoiser: Denoiser, on_split: Callable[[Sequence[SampleState]], None]
+    ) -> None:
         self._denoiser = denoiser
         self._on_split = on_split
         self._step_before: torch.cuda.Event | None = None
 
-    def read(self, runs: Sequence[Run]) -> None:
+    def read(self, runs: Sequence[EngineJobState]) -> None:
         """Encodes prompts in one batch, for `encode` to find. Who fails here fails again there."""
 
-        def work(some: Sequence[Run]) -> None:
+        def work(some: Sequence[EngineJobState]) -> None:
             self._denoiser.encode_texts([run.text for run in some])
 
-        isolate(runs, work, self._free_memory)
+        bisect_failures(runs, work, self._free_memory)
 
-    def encode(self, runs: Sequence[Run]) -> list[tuple[Run, Exception]]:
+    def encode(self, runs: Sequence[EngineJobState]) -> list[tuple[EngineJobState, Exception]]:
         """Encodes prompts and init images, and makes the samples."""
 
-        def work(some: Sequence[Run]) -> None:
+        def work(some: Sequence[EngineJobState]) -> None:
             conditionings = self._denoiser.encode_texts([run.text for run in some])
             images = self._denoiser.encode_images([run.job.init_image for run in some])
             for run, conditioning, image in zip(some, conditionings, images, strict=True):
                 run.prepare(conditioning, image)
 
-        return isolate(runs, work, self._free_memory)
+        return bisect_failures(runs, work, self._free_memory)
 
-    def step(self, samples: Sequence[Sample]) -> list[tuple[Sample, Exception]]:
+    def step(self, samples: Sequence[SampleState]) -> list[tuple[SampleState, Exception]]:
         """Takes one step of every sample."""
 
-        def before_retry(some: Sequence[Sample], lacked_memory: bool) -> None:
+        def before_retry(some: Sequence[SampleState], lacked_memory: bool) -> None:
             self._free_memory()
             if lacked_memory:
                 self._on_split(some)
 
-        failed = isolate(samples, self._step, before_retry)
+        failed = bisect_failures(samples, self._step, before_retry)
         self._keep_pace()
         return failed
 
     def preview(
-        self, samples: Sequence[Sample]
-    ) -> tuple[list[tuple[Sample, Picture]], list[tuple[Sample, Exception]]]:
+        self, samples: Sequence[SampleState]
+    ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
         """Rough pictures of what each sample is becoming."""
-        found: list[tuple[Sample, Picture]] = []
+        found: list[tuple[SampleState, Picture]] = []
 
-        def work(some: Sequence[Sample]) -> None:
+        def work(some: Sequence[SampleState]) -> None:
             pictures = self._denoiser.preview(torch.cat([sample.clean for sample in some]))
             found.extend(zip(some, pictures, strict=True))
 
-        failed = isolate(samples, work, self._free_memory)
+        failed = bisect_failures(samples, work, self._free_memory)
         return found, failed
 
     def decode(
-        self, samples: Sequence[Sample]
-    ) -> tuple[list[tuple[Sample, Picture]], list[tuple[Sample, Exception]]]:
+        self, samples: Sequence[SampleState]
+    ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
         """The pictures."""
-        found: list[tuple[Sample, Picture]] = []
+        found: list[tuple[SampleState, Picture]] = []
 
-        def work(some: Sequence[Sample]) -> None:
+        def work(some: Sequence[SampleState]) -> None:
             pictures = self._denoiser.decode(torch.cat([sample.latents for sample in some]))
             found.extend(zip(some, pictures, strict=True))
 
-        failed = isolate(samples, work, self._free_memory)
+        failed = bisect_failures(samples, work, self._free_memory)
         return found, failed
 
     def clear_cache(self) -> None:
@@ -88,7 +90,7 @@ class Stages:
         self._denoiser.clear_cache()
         self._free_memory()
 
-    def _step(self, samples: Sequence[Sample]) -> None:
+    def _step(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
             sample.draw()
         conditionings = [s.run.conditioning for s in samples if s.run.conditioning is not None]

@@ -13,7 +13,7 @@ from img2img_server.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ReadOut:
+class HostCopy:
     """Picture of denoiser.py in memory of the host.
 
     `host`: height x width x 3, uint8. `is_finite`: one bool, on the host too; None: not asked.
@@ -25,7 +25,7 @@ class ReadOut:
     arrived: torch.cuda.Event | None
 
     @property
-    def is_here(self) -> bool:
+    def is_ready(self) -> bool:
         return self.arrived is None or bool(self.arrived.query())  # type: ignore[no-untyped-call]
 
     def pixels(self) -> Pixels:
@@ -38,7 +38,7 @@ class ReadOut:
         return pixels if self.arrived is None else pixels.copy()
 
 
-def read_out(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[ReadOut]:
+def copy_to_host(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[HostCopy]:
     """Sends pictures to the host and does not wait for them.
 
     Args:
@@ -53,7 +53,7 @@ def read_out(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[ReadOu
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         arrived.record()
     return [
-        ReadOut(pixels[i], None if is_finite is None else is_finite[i], arrived)
+        HostCopy(pixels[i], None if is_finite is None else is_finite[i], arrived)
         for i in range(len(pixels))
     ]
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def isolate(
+def bisect_failures(
     items: Sequence[T],
     work: Callable[[Sequence[T]], None],
     before_retry: Callable[[Sequence[T], bool], None],
@@ -45,8 +45,8 @@ def isolate(
     before_retry(items, lacked_memory)
     middle = len(items) // 2
     return [
-        *isolate(items[:middle], work, before_retry),
-        *isolate(items[middle:], work, before_retry),
+        *bisect_failures(items[:middle], work, before_retry),
+        *bisect_failures(items[middle:], work, before_retry),
     ]
 
 

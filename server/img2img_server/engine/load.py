@@ -15,7 +15,7 @@ from img2img_server.engine.cpu_threads import apart
 from img2img_server.engine.device import device_and_dtype
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.memory import Memory, meter_of
+from img2img_server.engine.memory import MemoryModel, meter_of
 from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec
 from img2img_server.engine.options import ModelOptions, sizes
 from img2img_server.settings import Settings
@@ -46,7 +46,7 @@ def load_engine(settings: Settings) -> DiffusionEngine:
     options, most = ModelOptions.of(settings), settings.max_batch_rows
     denoiser = apart(lambda: DiffusersDenoiser.load(spec.source, device, dtype, options, most))
     spec = replace(spec, loras=denoiser.loras)
-    memory = Memory(meter_of(device), settings.memory_limit_bytes)
+    memory = MemoryModel(meter_of(device), settings.memory_limit_bytes)
     engine = DiffusionEngine(denoiser, spec, settings.max_batch_rows, memory)
     try:
         warm_up(engine, spec, settings)

@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]  # height, width, forwards
 _USABLE = 0.95
 
 
-class Meter(Protocol):
+class MemoryProbe(Protocol):
     """Looks at a device's memory, without waiting for it. Bytes."""
 
     @property
@@ -36,7 +36,7 @@ class Meter(Protocol):
         ...
 
 
-class NoMeter:
+class NoProbe:
     """Of a CPU, where memory is the system's and other processes have their part of it."""
 
     @property
@@ -50,7 +50,7 @@ class NoMeter:
         return 0
 
 
-class CudaMeter:
+class CudaProbe:
     """Of a GPU, by torch's allocator and the driver."""
 
     def __init__(self, device: torch.device) -> None:
@@ -71,47 +71,47 @@ class CudaMeter:
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
-def meter_of(device: torch.device) -> Meter:
+def meter_of(device: torch.device) -> MemoryProbe:
     """The meter of a device."""
-    return CudaMeter(device) if device.type == "cuda" else NoMeter()
+    return CudaProbe(device) if device.type == "cuda" else NoProbe()
 
 
-class Memory:
+class MemoryModel:
     """Peaks of one model on one device. For the engine's thread.
 
     Args:
         limit_bytes: of what is free, no more than this is used; 0: no such limit.
     """
 
-    def __init__(self, meter: Meter, limit_bytes: int = 0) -> None:
+    def __init__(self, meter: MemoryProbe, limit_bytes: int = 0) -> None:
         self._meter = meter
         self._limit_bytes = limit_bytes
         self._peaks: dict[Shape, int] = {}
 
     @contextmanager
-    def measured(self, height: int, width: int, slots: int) -> Iterator[None]:
+    def measured(self, height: int, width: int, forwards: int) -> Iterator[None]:
         """Notes the peak of what runs inside, if it ends well."""
         self._meter.start()
         yield
-        shape = (height, width, slots)
+        shape = (height, width, forwards)
         if peak := self._meter.peak():
             self._peaks[shape] = max(peak, self._peaks.get(shape, 0))
 
-    def need(self, height: int, width: int, slots: int) -> int | None:
+    def need(self, height: int, width: int, forwards: int) -> int | None:
         """Bytes that such a batch needs at its peak; None when nothing was measured yet."""
-        shape = (height, width, slots)
+        shape = (height, width, forwards)
         if shape in self._peaks or not self._peaks:
             return self._peaks.get(shape)
         largest = max(self._peaks, key=_work)
         return self._peaks[largest] * _work(shape) // _work(largest)
 
-    def lacking(self, height: int, width: int, slots: int) -> int | None:
+    def shortfall(self, height: int, width: int, forwards: int) -> int | None:
         """What such a batch needs if that is more than there is; None when it fits or who knows."""
-        need, usable = self.need(height, width, slots), self._usable()
+        need, usable = self.need(height, width, forwards), self._usable()
         return need if need is not None and usable is not None and need > usable else None
 
     def slots_that_fit(
-        self, height: int, width: int, most: int, filled_up: Callable[[int], int] = int
+        self, height: int, width: int, most: int, padded_batch_size: Callable[[int], int] = int
     ) -> int:
         """The largest batch up to `most` that fits; at least 1.
 
@@ -119,7 +119,9 @@ class Memory:
             filled_up: what a batch of so many is filled up to.
         """
         sizes = range(most, 1, -1)
-        return next((n for n in sizes if self.lacking(height, width, filled_up(n)) is None), 1)
+        return next(
+            (n for n in sizes if self.shortfall(height, width, padded_batch_size(n)) is None), 1
+        )
 
     def _usable(self) -> int | None:
         free = self._meter.free
@@ -130,5 +132,5 @@ class Memory:
 
 
 def _work(shape: Shape) -> int:
-    height, width, slots = shape
-    return height * width * slots
+    height, width, forwards = shape
+    return height * width * forwards

@@ -53,7 +53,7 @@ class ModelOptions:
         )
 
 
-def ladder(capacity: int) -> tuple[int, ...]:
+def batch_size_buckets(capacity: int) -> tuple[int, ...]:
     """Batch sizes to compile or capture: powers of two below the capacity, and the capacity."""
     sizes = [1]
     while sizes[-1] * 2 < capacity:
@@ -61,9 +61,9 @@ def ladder(capacity: int) -> tuple[int, ...]:
     return (*sizes, capacity) if capacity > 1 else (1,)
 
 
-def padded(slots: int, capacity: int) -> int:
+def pad_batch_size(forwards: int, capacity: int) -> int:
     """The size of the ladder that holds so many slots; their own number when none does."""
-    return next((size for size in ladder(capacity) if size >= slots), slots)
+    return next((size for size in batch_size_buckets(capacity) if size >= forwards), forwards)
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:

@@ -28,14 +28,14 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Sample:
+class SampleState:
     """One row on the device: latents and last predicted clean latents, 1 x c x h x w, float32.
 
     `noise`: drawn for the coming step; kept until the step succeeded, so that a second try of it
     gets the same numbers.
     """
 
-    run: Run
+    run: EngineJobState
     index: int
     generator: torch.Generator
     latents: Tensor
@@ -86,7 +86,7 @@ class Sample:
 
 
 @dataclass(slots=True, eq=False)
-class Run:
+class EngineJobState:
     """One job in the engine.
 
     `is_broken`: one of its pictures could not be read out.
@@ -95,10 +95,10 @@ class Run:
     job: EngineJob
     sink: Sink
     schedule: Schedule
-    slots: int
+    forwards: int
     table: Tensor
     conditioning: Conditioning | None = None
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[SampleState] = field(default_factory=list)
     unfinished: int = 0
     started: float = 0.0
     encode: float = 0.0
@@ -111,10 +111,10 @@ class Run:
 
     @classmethod
     def begin(
-        cls, job: EngineJob, sink: Sink, schedule: Schedule, slots: int, device: torch.device
-    ) -> Run:
+        cls, job: EngineJob, sink: Sink, schedule: Schedule, forwards: int, device: torch.device
+    ) -> EngineJobState:
         table = coefficient_table(schedule, device)
-        return cls(job, sink, schedule, slots, table, unfinished=len(job.seeds))
+        return cls(job, sink, schedule, forwards, table, unfinished=len(job.seeds))
 
     @property
     def text(self) -> TextInput:
@@ -143,7 +143,7 @@ class Run:
                 lane=job.lane,
                 height=job.height,
                 width=job.width,
-                slots=self.slots,
+                forwards=self.forwards,
                 steps=len(self.schedule.steps),
                 enqueue_time=job.enqueue_time or now,
                 adapter=f"{job.lora}:{job.lora_scale:g}" if job.lora else "",
@@ -162,7 +162,7 @@ class Run:
                 latents = latents + image.deviation * draw_noise(generator, latents)
             noise = draw_noise(generator, latents)
             latents = schedule.init_signal * latents + schedule.init_noise * noise
-            sample = Sample(self, index, generator, latents, torch.zeros_like(latents))
+            sample = SampleState(self, index, generator, latents, torch.zeros_like(latents))
             samples.append(sample)
         self.conditioning, self.samples = conditioning, samples
 
@@ -198,6 +198,6 @@ def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
         _log.exception("the sink of job %d failed", job.job_id)
 
 
-def runs_of(samples: Sequence[Sample]) -> list[Run]:
+def runs_of(samples: Sequence[SampleState]) -> list[EngineJobState]:
     """The jobs that some samples belong to, each once."""
     return list({sample.run.job.job_id: sample.run for sample in samples}.values())

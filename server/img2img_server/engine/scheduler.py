@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from img2img_server.domain.params import Lane
-from img2img_server.engine.tenant_work import TenantWork
+from img2img_server.engine.fair_share import FairShare
 
 Key = tuple[int, int]  # job id, sample
 
@@ -51,7 +51,7 @@ class Row:
     lane: Lane
     height: int
     width: int
-    slots: int
+    forwards: int
     steps: int
     enqueue_time: float
     adapter: str = ""
@@ -68,7 +68,7 @@ class Row:
     @property
     def work(self) -> int:
         """Pixels x forwards of one step."""
-        return self.height * self.width * self.slots
+        return self.height * self.width * self.forwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class Batch:
     rows: tuple[Row, ...]
 
     @property
-    def slots(self) -> int:
-        return sum(row.slots for row in self.rows)
+    def forwards(self) -> int:
+        return sum(row.forwards for row in self.rows)
 
 
 @dataclass(slots=True)
@@ -107,15 +107,15 @@ class Scheduler:
     """
 
     def __init__(
-        self, capacity: int, step_overhead: int | None = None, max_wait_seconds: float = 30.0
+        self, capacity: int, fixed_step_cost: int | None = None, max_wait_seconds: float = 30.0
     ) -> None:
         assert capacity >= 1
         self._capacity = capacity
-        self._step_overhead = step_overhead
+        self._step_overhead = fixed_step_cost
         self._max_wait_seconds = max_wait_seconds
         self._limits: dict[tuple[int, int], tuple[int, float]] = {}  # slots, until when
         self._entries: dict[Key, _Entry] = {}
-        self._work_of_tenant = TenantWork()
+        self._work_of_tenant = FairShare()
         self._seconds_per_work = 0.0
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class Scheduler:
         """Takes a row in. Its key must be new."""
         assert row.key not in self._entries
         assert row.steps >= 1
-        self._work_of_tenant.welcome(row.tenant, self._present())
+        self._work_of_tenant.activate(row.tenant, self._present())
         self._entries[row.key] = _Entry(row, row.steps, now)
 
     def cancel(self, job_id: int) -> tuple[Key, ...]:
@@ -135,10 +135,10 @@ class Scheduler:
             self._remove(key)
         return gone
 
-    def limit(self, height: int, width: int, slots: int, now: float) -> None:
+    def limit(self, height: int, width: int, forwards: int, now: float) -> None:
         """No batch of this size takes more slots than so, for a while: what is short may be less so
         later. A single row always runs."""
-        most = min(slots, self._limit(height, width, now))
+        most = min(forwards, self._limit(height, width, now))
         self._limits[height, width] = most, now + _LIMIT_SECONDS
 
     def next_batch(self, now: float) -> Batch | None:
@@ -183,26 +183,26 @@ class Scheduler:
         return tuple(finished)
 
     def _limit(self, height: int, width: int, now: float) -> int:
-        slots, until = self._limits.get((height, width), (self._capacity, now))
-        return slots if now < until else self._capacity
+        forwards, until = self._limits.get((height, width), (self._capacity, now))
+        return forwards if now < until else self._capacity
 
     def _choose(self, line: Sequence[_Entry], now: float) -> list[_Entry]:
         """The head of the line, and who joins it."""
         first = line[0].row
-        chosen, slots = [line[0]], first.slots
+        chosen, forwards = [line[0]], first.forwards
         most = self._limit(first.height, first.width, now)
         for entry in line[1:]:
             row = entry.row
             if (
                 row.bucket == first.bucket
-                and slots + row.slots <= most
-                and self._pays(row, len(chosen), len(line))
+                and forwards + row.forwards <= most
+                and self._is_worth_joining(row, len(chosen), len(line))
             ):
                 chosen.append(entry)
-                slots += row.slots
+                forwards += row.forwards
         return chosen
 
-    def _pays(self, row: Row, chosen: int, waiting: int) -> bool:
+    def _is_worth_joining(self, row: Row, chosen: int, waiting: int) -> bool:
         """Whether a row's joining saves it and those that wait on more than it costs the chosen,
         who pay for the step in any case."""
         if self._step_overhead is None:
@@ -234,7 +234,7 @@ class Scheduler:
 
     def _remove(self, key: Key) -> None:
         del self._entries[key]
-        self._work_of_tenant.forget(self._present())
+        self._work_of_tenant.evict(self._present())
 
     def _present(self) -> set[str]:
         return {entry.row.tenant for entry in self._entries.values()}

@@ -18,7 +18,7 @@ from img2img_server.engine.admit import admit
 from img2img_server.engine.base import (
     DeviceLost,
     EngineJob,
-    JobError,
+    JobFailed,
     JobStopped,
     PreviewReady,
     SampleReady,
@@ -26,12 +26,12 @@ from img2img_server.engine.base import (
     StageDone,
 )
 from img2img_server.engine.denoiser import Denoiser
-from img2img_server.engine.dispatch import Outbox
-from img2img_server.engine.executor import Stages
+from img2img_server.engine.dispatch import EventDispatcher
+from img2img_server.engine.executor import BatchExecutor
 from img2img_server.engine.isolation import device_works, failure_of
-from img2img_server.engine.memory import Memory
+from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import Run, Sample, emit, runs_of
+from img2img_server.engine.rows import EngineJobState, SampleState, emit, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.warm_up import exercise
 from img2img_server.errors import EngineError, JobFailedError
@@ -54,16 +54,16 @@ class StepLoop:
         denoiser: Denoiser,
         spec: ModelSpec,
         capacity_rows: int,
-        memory: Memory,
-        outbox: Outbox,
+        memory: MemoryModel,
+        outbox: EventDispatcher,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
         self._outbox = outbox
-        self._stages = Stages(denoiser, self._note_split)
-        self._scheduler = Scheduler(capacity_rows, denoiser.step_overhead)
+        self._stages = BatchExecutor(denoiser, self._note_split)
+        self._scheduler = Scheduler(capacity_rows, denoiser.fixed_step_cost)
         self._memory = memory
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, EngineJobState] = {}
         self._lost = False  # the device, for good
 
     @property
@@ -85,8 +85,8 @@ class StepLoop:
 
     def warm_up(self, height: int, width: int) -> None:
         """Runs everything once at this size, with every size of batch that is worth it."""
-        for slots in self._denoiser.warm_up_slots:
-            exercise(self._denoiser, self._memory, height, width, slots)
+        for forwards in self._denoiser.warm_up_forwards:
+            exercise(self._denoiser, self._memory, height, width, forwards)
 
     def begin(self, job: EngineJob, sink: Sink) -> None:
         """Takes a job in, or ends it at once: refused, with nothing to do, or on a lost device."""
@@ -103,7 +103,7 @@ class StepLoop:
                 self.stop_all()
                 return
             _log.exception("job %d cannot begin", job.job_id)
-            emit(sink, job, JobError(failure_of(error, job)))
+            emit(sink, job, JobFailed(failure_of(error, job)))
             return
         if not run.schedule.steps:
             for index in range(len(job.seeds)):
@@ -115,7 +115,7 @@ class StepLoop:
         for row in run.rows(now):
             self._scheduler.add(row, now)
 
-    def unread(self, run: Run, error: Exception) -> None:
+    def unread(self, run: EngineJobState, error: Exception) -> None:
         """Ends a job with a picture that could not be read out."""
         if self._runs.get(run.job.job_id) is run:
             del self._runs[run.job.job_id]
@@ -124,20 +124,20 @@ class StepLoop:
         if self._lost:
             self.stop_all()
 
-    def _end(self, job_id: int, event: JobStopped | JobError | DeviceLost) -> None:
+    def _end(self, job_id: int, event: JobStopped | JobFailed | DeviceLost) -> None:
         if run := self._runs.pop(job_id, None):
             self._scheduler.cancel(job_id)
             self._outbox.tell(run, event)
 
-    def _fail(self, run: Run, error: Exception) -> None:
+    def _fail(self, run: EngineJobState, error: Exception) -> None:
         if run.job.job_id in self._runs:
             self._end(run.job.job_id, self._verdict(run, error))
 
-    def _verdict(self, run: Run, error: Exception) -> JobError | DeviceLost:
+    def _verdict(self, run: EngineJobState, error: Exception) -> JobFailed | DeviceLost:
         if self._loses_device(error):
             return DeviceLost(error)
         _log.error("job %d failed", run.job.job_id, exc_info=error)
-        return JobError(failure_of(error, run.job))
+        return JobFailed(failure_of(error, run.job))
 
     def _loses_device(self, error: Exception) -> bool:
         """Asks the device after an error, and notes when it broke for good."""
@@ -164,10 +164,10 @@ class StepLoop:
     def _fitting(self, batch: Batch) -> Batch:
         """What of a batch fits the device; the rest goes back to wait. One row at least."""
         first = batch.rows[0]
-        shape = first.height, first.width, batch.slots
-        most = self._memory.slots_that_fit(*shape, self._denoiser.filled_up)
+        shape = first.height, first.width, batch.forwards
+        most = self._memory.slots_that_fit(*shape, self._denoiser.padded_batch_size)
         rows = list(batch.rows)
-        while len(rows) > 1 and sum(row.slots for row in rows) > most:
+        while len(rows) > 1 and sum(row.forwards for row in rows) > most:
             self._scheduler.put_back([rows.pop().key])
         return Batch(tuple(rows))
 
@@ -175,7 +175,7 @@ class StepLoop:
         runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
         new = [run for run in runs.values() if not run.is_prepared]
         first = batch.rows[0]
-        most = self._denoiser.pictures_at_once(first.height, first.width)
+        most = self._denoiser.max_vae_batch(first.height, first.width)
         if len(new) > most:
             self._stages.read(new)
         # Those that run already do not wait until the pictures of all new ones are encoded.
@@ -191,10 +191,10 @@ class StepLoop:
         for start in range(0, len(done), most):
             self._decode(done[start : start + most])
 
-    def _is_alive(self, sample: Sample) -> bool:
+    def _is_alive(self, sample: SampleState) -> bool:
         return sample.run.job.job_id in self._runs
 
-    def _encode(self, runs: Sequence[Run]) -> None:
+    def _encode(self, runs: Sequence[EngineJobState]) -> None:
         if not runs:
             return
         began = time.monotonic()
@@ -207,28 +207,30 @@ class StepLoop:
         for run, error in failed:
             self._fail(run, error)
 
-    def _step(self, samples: Sequence[Sample]) -> None:
+    def _step(self, samples: Sequence[SampleState]) -> None:
         if not samples:
             return
         began = time.monotonic()
-        slots, job = sum(sample.run.slots for sample in samples), samples[0].run.job
-        with self._memory.measured(job.height, job.width, self._denoiser.filled_up(slots)):
+        forwards, job = sum(sample.run.forwards for sample in samples), samples[0].run.job
+        with self._memory.measured(
+            job.height, job.width, self._denoiser.padded_batch_size(forwards)
+        ):
             failed = self._stages.step(samples)
         took = time.monotonic() - began
         for run in runs_of(samples):
-            own = sum(run.slots for sample in samples if sample.run is run)
-            run.note_step(took, own / slots)
+            own = sum(run.forwards for sample in samples if sample.run is run)
+            run.note_step(took, own / forwards)
         for sample, error in failed:
             self._fail(sample.run, error)
 
-    def _note_split(self, samples: Sequence[Sample]) -> None:
+    def _note_split(self, samples: Sequence[SampleState]) -> None:
         """Learns from an out-of-memory: later batches of that size are smaller from the start."""
         job = samples[0].run.job
-        slots = sum(sample.run.slots for sample in samples)
-        self._scheduler.limit(job.height, job.width, slots // 2, time.monotonic())
-        _log.warning("%d forwards of %dx%d do not fit the device", slots, job.width, job.height)
+        forwards = sum(sample.run.forwards for sample in samples)
+        self._scheduler.limit(job.height, job.width, forwards // 2, time.monotonic())
+        _log.warning("%d forwards of %dx%d do not fit the device", forwards, job.width, job.height)
 
-    def _report_steps(self, samples: Sequence[Sample]) -> None:
+    def _report_steps(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
             self._outbox.tell(sample.run, sample.step_done())
         previews, failed = self._stages.preview([s for s in samples if s.wants_preview])
@@ -239,7 +241,7 @@ class StepLoop:
             # A job can do without its previews.
             _log.warning("a preview of job %d failed", sample.run.job.job_id, exc_info=error)
 
-    def _decode(self, samples: Sequence[Sample]) -> None:
+    def _decode(self, samples: Sequence[SampleState]) -> None:
         if not samples:
             return
         began = time.monotonic()

@@ -6,20 +6,22 @@ import numpy as np
 import torch
 
 from img2img_server.engine.denoiser import Denoiser, TextInput
-from img2img_server.engine.memory import Memory
+from img2img_server.engine.memory import MemoryModel
 
 
-def exercise(denoiser: Denoiser, memory: Memory, height: int, width: int, slots: int) -> None:
+def exercise(
+    denoiser: Denoiser, memory: MemoryModel, height: int, width: int, forwards: int
+) -> None:
     """Encodes, denoises `slots` unguided rows in one forward, decodes and makes a preview."""
     text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=height, width=width)
     (conditioning,) = denoiser.encode_texts([text])
     images = [np.zeros((height, width, 3), np.uint8)]
-    images *= min(slots, denoiser.pictures_at_once(height, width))
+    images *= min(forwards, denoiser.max_vae_batch(height, width))
     latents = torch.stack([image.mean for image in denoiser.encode_images(images)])
-    rows = latents[:1].expand(slots, -1, -1, -1)
-    timesteps = torch.full((slots,), 500.0, device=denoiser.device)
+    rows = latents[:1].expand(forwards, -1, -1, -1)
+    timesteps = torch.full((forwards,), 500.0, device=denoiser.device)
     for _ in range(denoiser.warm_up_calls):
-        with memory.measured(height, width, slots):
-            denoiser.denoise(rows, timesteps, [conditioning] * slots)
+        with memory.measured(height, width, forwards):
+            denoiser.denoise(rows, timesteps, [conditioning] * forwards)
     denoiser.decode(latents)
     denoiser.preview(latents[:1])

@@ -12,15 +12,15 @@ from starlette.responses import JSONResponse, Response
 
 from img2img_server import __version__
 from img2img_server.gateway.docs import add_docs
-from img2img_server.gateway.http.body_budget import Bodies
+from img2img_server.gateway.http.body_budget import BodyBudget
 from img2img_server.gateway.http.cors import Cors, Origins
 from img2img_server.gateway.http.files import Files, is_file_path, missing
-from img2img_server.gateway.http.middleware import Bounded, Recorded, TidyPath
+from img2img_server.gateway.http.middleware import AccessLog, ConcurrencyLimit, NormalizePath
 from img2img_server.gateway.index import add_index
 from img2img_server.gateway.modelslab.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.management import Management
-from img2img_server.gateway.modelslab.response_formats import Dialect, Legacy, Today
+from img2img_server.gateway.modelslab.response_formats import Current, Legacy, ResponseFormat
 from img2img_server.gateway.modelslab.storage import Storage
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.playground.page import add_playground
@@ -46,7 +46,7 @@ def create_app(
         readiness: what /readyz tells; by default asked of `channel` and `blobs`.
     """
     stop = stop or asyncio.Event()
-    dialect: Dialect = Legacy() if settings.legacy else Today()
+    dialect: ResponseFormat = Legacy() if settings.legacy else Current()
     upstream, files = Upstream(channel), Files(blobs)
     app = FastAPI(
         title="img2img",
@@ -54,16 +54,18 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # `Recorded` makes the span and the metrics of a request: FastAPI's own would come twice.
+        # `AccessLog` makes the span and the metrics of a request: FastAPI's own would come twice.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.openapi = lambda: document(settings)  # type: ignore[method-assign]
     # The last one added is the first one passed.
-    bodies = Bodies(settings.max_http_body_bytes)
-    app.add_middleware(Bounded, most=settings.max_http_requests, bodies=bodies, dialect=dialect)
-    app.add_middleware(Recorded, dialect=dialect)
+    bodies = BodyBudget(settings.max_http_body_bytes)
+    app.add_middleware(
+        ConcurrencyLimit, most=settings.max_http_requests, bodies=bodies, dialect=dialect
+    )
+    app.add_middleware(AccessLog, dialect=dialect)
     app.add_middleware(Cors, origins=Origins(settings), dialect=dialect)
-    app.add_middleware(TidyPath)
+    app.add_middleware(NormalizePath)
     _add_refusals(app, dialect)
     _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
     _add_management(app, Management(upstream), Storage(upstream))
@@ -77,21 +79,21 @@ def create_app(
     return app
 
 
-def _add_refusals(app: FastAPI, dialect: Dialect) -> None:
-    @app.exception_handler(RefusedError)
+def _add_refusals(app: FastAPI, dialect: ResponseFormat) -> None:
+    @app.exception_handler(RequestError)
     async def refused(_: Request, why: Exception) -> JSONResponse:
-        assert isinstance(why, RefusedError)
+        assert isinstance(why, RequestError)
         return respond(dialect.refused(why))
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, why: Exception) -> Response:
         assert isinstance(why, HTTPException)
-        if why.status_code != Case.WRONG_METHOD.status:
+        if why.status_code != ErrorKind.WRONG_METHOD.status:
             if is_file_path(request.scope["path"]):  # a line feed in it: the route does not match
                 return missing()
-            return respond(dialect.refused(RefusedError(Case.NO_ROUTE)))
+            return respond(dialect.refused(RequestError(ErrorKind.NO_ROUTE)))
         allowed = {"Allow": f"{(why.headers or {}).get('Allow', 'GET')}, OPTIONS"}
-        return respond(dialect.refused(RefusedError(Case.WRONG_METHOD, headers=allowed)))
+        return respond(dialect.refused(RequestError(ErrorKind.WRONG_METHOD, headers=allowed)))
 
 
 def _add_contract(app: FastAPI, endpoints: Endpoints) -> None:

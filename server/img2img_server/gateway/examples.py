@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from img2img_server.gateway.modelslab import management, storage
-from img2img_server.gateway.modelslab.errors import Case
+from img2img_server.gateway.modelslab.errors import ErrorKind
 
 _META_EXAMPLE = {
     "base64": "no",
@@ -148,17 +148,17 @@ STORAGE_EXAMPLES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def error_example(case: Case) -> dict[str, Any]:
+def error_example(case: ErrorKind) -> dict[str, Any]:
     """What a refusal looks like."""
     body: dict[str, Any] = {
         "status": "error",
         "message": case.message,
         "reason": case.reason,
     }
-    if case is Case.FIELDS:
+    if case is ErrorKind.FIELDS:
         sentence = "width must be divisible by 8"
         body |= {"message": sentence, "errors": {"width": [sentence]}}
-    if case is Case.RATE_LIMIT:
+    if case is ErrorKind.RATE_LIMIT:
         sentence = "Rate limit exceeded. Maximum 15 queued requests allowed."
         body |= {"message": sentence, "reason": "QUEUE_FULL", "retry_after": 30}
     return body

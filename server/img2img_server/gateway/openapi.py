@@ -12,7 +12,7 @@ from img2img_server.gateway.examples import (
     STORAGE_EXAMPLES,
     error_example,
 )
-from img2img_server.gateway.modelslab.errors import Case
+from img2img_server.gateway.modelslab.errors import ErrorKind
 from img2img_server.gateway.openapi_calls import calls
 from img2img_server.gateway.openapi_parts import (
     EVENTS,
@@ -40,17 +40,17 @@ _DESCRIPTION = """Pictures out of pictures, compatible with the enterprise realt
 API of ModelsLab. The key goes into the body field `key`, or into one of the headers below. The same
 service over gRPC streams every denoising step; over HTTP `/v1/jobs/{job_id}/events` does."""
 _ANYWHERE = (
-    Case.INVALID_JSON,
-    Case.BAD_KEY,
-    Case.SLOW_BODY,
-    Case.TOO_LARGE,
-    Case.FAULT,
-    Case.UNAVAILABLE,
+    ErrorKind.INVALID_JSON,
+    ErrorKind.BAD_KEY,
+    ErrorKind.SLOW_BODY,
+    ErrorKind.TOO_LARGE,
+    ErrorKind.FAULT,
+    ErrorKind.UNAVAILABLE,
 )
-_CREATE = (*_ANYWHERE, Case.FIELDS, Case.FORBIDDEN, Case.RATE_LIMIT)
-_FETCH = (*_ANYWHERE, Case.UNKNOWN_JOB)
-_FETCH_BY_BODY = (*_FETCH, Case.FIELDS)
-_MANAGE = (*_ANYWHERE, Case.FORBIDDEN)
+_CREATE = (*_ANYWHERE, ErrorKind.FIELDS, ErrorKind.FORBIDDEN, ErrorKind.RATE_LIMIT)
+_FETCH = (*_ANYWHERE, ErrorKind.UNKNOWN_JOB)
+_FETCH_BY_BODY = (*_FETCH, ErrorKind.FIELDS)
+_MANAGE = (*_ANYWHERE, ErrorKind.FORBIDDEN)
 
 
 def document(settings: Settings) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _management(legacy: bool) -> dict[str, Any]:
         }
     for name, (summary, body, sent, told) in STORAGE_EXAMPLES.items():
         done = json_body("Done.", STORAGE_DONE, {"success": {"value": told}})
-        answer = _operation((*_MANAGE, Case.FIELDS), legacy, body, sent, done)
+        answer = _operation((*_MANAGE, ErrorKind.FIELDS), legacy, body, sent, done)
         paths[f"/api/v1/enterprise/{name}"] = {
             "post": {"summary": summary, **answer, "tags": ["management"]}
         }
@@ -160,7 +160,7 @@ def _management(legacy: bool) -> dict[str, Any]:
 
 
 def _operation(
-    cases: tuple[Case, ...],
+    cases: tuple[ErrorKind, ...],
     legacy: bool,
     body: str = "",
     example: dict[str, Any] | None = None,
@@ -180,7 +180,7 @@ def _operation(
     return operation
 
 
-def _responses(cases: tuple[Case, ...], legacy: bool, done: Schema | None) -> dict[str, Any]:
+def _responses(cases: tuple[ErrorKind, ...], legacy: bool, done: Schema | None) -> dict[str, Any]:
     if legacy:
         return {"200": json_body("Every answer; `status` says which.", LEGACY)}
     examples = {name: {"value": value} for name, value in JOB_EXAMPLES.items()}
@@ -192,6 +192,6 @@ def _responses(cases: tuple[Case, ...], legacy: bool, done: Schema | None) -> di
             responses[code]["content"]["application/json"]["examples"] |= shown
             continue
         responses[code] = json_body(error_example(case)["message"], ERROR, shown)
-        if case in (Case.RATE_LIMIT, Case.UNAVAILABLE):
+        if case in (ErrorKind.RATE_LIMIT, ErrorKind.UNAVAILABLE):
             responses[code]["headers"] = RETRY_AFTER
     return responses

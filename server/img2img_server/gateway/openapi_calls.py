@@ -10,13 +10,13 @@ from img2img.v1 import job_pb2
 from img2img_server.domain.params import RANDOM_SEED, SEED_MAX
 from img2img_server.domain.urls import URL_MAX_CHARACTERS
 from img2img_server.gateway.examples import error_example
-from img2img_server.gateway.modelslab.errors import Case
+from img2img_server.gateway.modelslab.errors import ErrorKind
 from img2img_server.gateway.modelslab.fields import FIELDS, LIMITS
 from img2img_server.gateway.openapi_parts import JOB_ID, KEYS, RETRY_AFTER, json_body
 from img2img_server.gateway.schemas import ERROR, Schema
 
-_ANYWHERE = (Case.BAD_KEY, Case.FAULT, Case.UNAVAILABLE)
-_WITH_BODY = (*_ANYWHERE, Case.INVALID_JSON, Case.SLOW_BODY, Case.TOO_LARGE)
+_ANYWHERE = (ErrorKind.BAD_KEY, ErrorKind.FAULT, ErrorKind.UNAVAILABLE)
+_WITH_BODY = (*_ANYWHERE, ErrorKind.INVALID_JSON, ErrorKind.SLOW_BODY, ErrorKind.TOO_LARGE)
 _OWN = {"description": "The model's own limits may be narrower, see /v1/capabilities."}
 _NARROWED = ("width", "height", "num_inference_steps")
 _LIMITS = {
@@ -91,10 +91,10 @@ def calls() -> dict[str, Any]:
                     {"type": "object", "properties": job, "required": ["job"]},
                     (
                         *_WITH_BODY,
-                        Case.FIELDS,
-                        Case.FORBIDDEN,
-                        Case.REQUEST_ID_REUSED,
-                        Case.RATE_LIMIT,
+                        ErrorKind.FIELDS,
+                        ErrorKind.FORBIDDEN,
+                        ErrorKind.REQUEST_ID_REUSED,
+                        ErrorKind.RATE_LIMIT,
                     ),
                 ),
                 "requestBody": _body(_request(), _EXAMPLE),
@@ -106,7 +106,7 @@ def calls() -> dict[str, Any]:
                     "CancelJob",
                     "Ends a queued job at once and a running one at its next step.",
                     {"type": "object", "properties": job, "required": ["job"]},
-                    (*_WITH_BODY, Case.UNKNOWN_JOB, Case.JOB_ENDED),
+                    (*_WITH_BODY, ErrorKind.UNKNOWN_JOB, ErrorKind.JOB_ENDED),
                 ),
                 "parameters": [JOB_ID],
             }
@@ -159,12 +159,14 @@ def _message(name: str) -> Schema:
     return {"type": "object", "description": description}
 
 
-def _call(method: str, does: str, answer: Schema, refusals: tuple[Case, ...]) -> dict[str, Any]:
+def _call(
+    method: str, does: str, answer: Schema, refusals: tuple[ErrorKind, ...]
+) -> dict[str, Any]:
     responses = {"200": json_body("Done.", answer)}
     for case in sorted(refusals, key=lambda case: case.status):
         told = error_example(case)
         entry = responses.setdefault(str(case.status), json_body(told["message"], ERROR))
-        if case in (Case.RATE_LIMIT, Case.UNAVAILABLE):
+        if case in (ErrorKind.RATE_LIMIT, ErrorKind.UNAVAILABLE):
             entry["headers"] = RETRY_AFTER
         content = entry["content"]["application/json"]
         content.setdefault("examples", {})[case.name.lower()] = {"value": told}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from img2img_server.gateway.modelslab.errors import Case
+from img2img_server.gateway.modelslab.errors import ErrorKind
 from img2img_server.gateway.schemas import ERROR, Schema
 
 KEYS: list[Schema] = [{}, {"bearer": []}, {"key": []}, {"x_api_key": []}]
@@ -97,12 +97,12 @@ EVENTS = {
                 **{
                     str(case.status): json_body(case.message or "Wrong number.", ERROR)
                     for case in (
-                        Case.FIELDS,
-                        Case.BAD_KEY,
-                        Case.UNKNOWN_JOB,
-                        Case.RATE_LIMIT,
-                        Case.FAULT,
-                        Case.UNAVAILABLE,
+                        ErrorKind.FIELDS,
+                        ErrorKind.BAD_KEY,
+                        ErrorKind.UNKNOWN_JOB,
+                        ErrorKind.RATE_LIMIT,
+                        ErrorKind.FAULT,
+                        ErrorKind.UNAVAILABLE,
                     )
                 },
             },

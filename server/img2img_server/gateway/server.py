@@ -18,7 +18,7 @@ from img2img_server.ports import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
-from img2img_server.tasks import beside
+from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
 
 _KEEP_ALIVE_SECONDS = 75  # longer than the idle time of usual load balancers
@@ -50,7 +50,7 @@ async def serve(
         probes = await open_parts.enter_async_context(probe_server(settings, readiness.why_not))
         app = create_app(settings, channel, blobs, stop, readiness)
         server = _Server(_config(app, settings))
-        await open_parts.enter_async_context(beside(readiness.watch()))
+        await open_parts.enter_async_context(background_task(readiness.watch()))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         log.info("gateway serves", address=address, probes=probes)
         if started:

@@ -20,7 +20,7 @@ from img2img.v1 import (
     service_pb2_grpc,
 )
 from img2img_server.compat.modelslab import call_names
-from img2img_server.gateway.modelslab.errors import Case, RefusedError, refusal
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError, refusal
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.tracing import injected
@@ -88,7 +88,7 @@ def connect(settings: Settings) -> grpc.aio.Channel:
 
 
 class Upstream:
-    """Calls the api with the caller's own key. Every method raises RefusedError."""
+    """Calls the api with the caller's own key. Every method raises RequestError."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = service_pb2_grpc.Img2ImgServiceStub(channel)
@@ -229,7 +229,7 @@ class Upstream:
         return answer.status
 
 
-# Texts of gRPC about failed connections, with their usual causes.
+# InlineBase64 of gRPC about failed connections, with their usual causes.
 _HINTS = {
     "Hostname Verification": "the api's certificate has no name that IMG2IMG_API_ADDRESS names",
     "CERTIFICATE_VERIFY_FAILED": "IMG2IMG_API_CA_FILE does not hold what signed the api's "
@@ -253,7 +253,7 @@ def _reason(details: str) -> str:
 def _metadata(key: str) -> tuple[tuple[str, str], ...]:
     """What cannot travel as metadata cannot be a key either."""
     if not key or len(key) > _KEY_MOST_CHARACTERS or not all("!" <= char <= "~" for char in key):
-        raise RefusedError(Case.BAD_KEY)
+        raise RequestError(ErrorKind.BAD_KEY)
     return (("authorization", f"Bearer {key}"), *injected().items())
 
 

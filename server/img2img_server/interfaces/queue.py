@@ -167,7 +167,7 @@ class EventLog(Protocol):
         ...
 
 
-class Order(StrEnum):
+class WorkerCommand(StrEnum):
     """What every worker can be told to do.
 
     `RESTART`: hand running jobs back, end and come again as a new process. `CLEAR_CACHE`: forget
@@ -213,12 +213,12 @@ class Control(Protocol):
         """Calls `handler` with the id of every job that shall be cancelled."""
         ...
 
-    async def order(self, order: Order) -> None:
+    async def broadcast(self, broadcast: WorkerCommand) -> None:
         """Tells every worker that listens now."""
         ...
 
-    def on_order(
-        self, handler: Callable[[Order], Awaitable[None]]
+    def on_command(
+        self, handler: Callable[[WorkerCommand], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
         """Calls `handler` with every order."""
         ...

@@ -25,7 +25,7 @@ class PendingWebhook(Protocol):
         ...
 
     @property
-    def times_put_off(self) -> int:
+    def times_deferred(self) -> int:
         """Times it was put off before."""
         ...
 
@@ -37,12 +37,12 @@ class PendingWebhook(Protocol):
         """Makes it come again after the delay, whoever takes it then."""
         ...
 
-    async def put_off(self, delay_seconds: float) -> None:
+    async def defer(self, delay_seconds: float) -> None:
         """As `retry`, but nothing was tried: the next time is the same attempt."""
         ...
 
 
-class Outbox(Protocol):
+class WebhookOutbox(Protocol):
     """Durable, at least once, in no order. Its methods raise UnavailableError."""
 
     async def put(self, job: Job, *, again: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from img2img_server.interfaces.queue import Control, EventLog, JobQueue
 from img2img_server.interfaces.records import JobStore, WorkerRegistry
-from img2img_server.interfaces.webhooks import Outbox
+from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.access import NatsAccess
 from img2img_server.nats.connection import PATIENCE_SECONDS, connect
@@ -22,7 +22,7 @@ from img2img_server.nats.rates import Rates, kv_rates
 from img2img_server.nats.records import KvJobStore
 from img2img_server.nats.tenant_settings import TenantStorage, kv_tenant_storage
 from img2img_server.nats.topology import HOUR, NEEDED_PAYLOAD_BYTES, Bounds, prepare
-from img2img_server.nats.webhooks import JetStreamOutbox
+from img2img_server.nats.webhooks import JetStreamWebhookOutbox
 from img2img_server.nats.workers import KvWorkerRegistry
 from img2img_server.settings import Settings
 from img2img_server.storage.vault import Vault
@@ -40,7 +40,7 @@ class Bus:
     control: Control
     jobs: JobStore
     workers: WorkerRegistry
-    outbox: Outbox
+    outbox: WebhookOutbox
     storage: TenantStorage
     rates: Rates
     # Waits so many seconds until the bus can be used. Raises UnavailableError.
@@ -88,7 +88,7 @@ async def connect_bus(
             control=NatsControl(link),
             jobs=KvJobStore(link, retention_seconds=settings.retention_hours * HOUR),
             workers=KvWorkerRegistry(link),
-            outbox=JetStreamOutbox(link),
+            outbox=JetStreamWebhookOutbox(link),
             storage=kv_tenant_storage(link, vault),
             rates=kv_rates(link),
             trouble=lambda: link.trouble,

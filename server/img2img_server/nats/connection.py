@@ -22,7 +22,7 @@ from img2img_server.lifecycle import first_of, unless_stopped
 from img2img_server.nats import faults
 from img2img_server.nats.access import NatsAccess
 from img2img_server.nats.faults import ConnectFault, WrongLastSequenceError, unavailable
-from img2img_server.nats.inbox import Inbox
+from img2img_server.nats.inbox import ReplyInbox
 from img2img_server.nats.patched_client import DENIED, ResilientClient
 from img2img_server.settings import SettingsError
 
@@ -41,7 +41,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Link:
+class NatsConnection:
     """A connection that stands, or will again. Made by `connect`."""
 
     def __init__(self, access: NatsAccess, patience_seconds: float) -> None:
@@ -50,7 +50,7 @@ class Link:
         self.nc = ResilientClient(access)
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
-        self._inboxes: WeakSet[Inbox] = WeakSet()
+        self._inboxes: WeakSet[ReplyInbox] = WeakSet()
         self._faults: dict[str, ConnectFault] = {}  # of the last attempt, by host and port
         self._reported = ("", 0.0)  # the last reason that was logged, and when
         self._hopeless = asyncio.Event()
@@ -322,10 +322,10 @@ class Link:
         *,
         max_bytes: int | None = None,
         late: Callable[[Msg], Awaitable[None]] | None = None,
-    ) -> Inbox:
+    ) -> ReplyInbox:
         """A private subject that is listened to, until it is closed. Raises UnavailableError."""
         await self.ready()
-        inbox = Inbox(self.nc, max_bytes=max_bytes, late=late)
+        inbox = ReplyInbox(self.nc, max_bytes=max_bytes, late=late)
         await inbox.open()
         self._inboxes.add(inbox)
         return inbox
@@ -344,7 +344,7 @@ async def connect(
     patience_seconds: float = PATIENCE_SECONDS,
     connect_seconds: float = CONNECT_SECONDS,
     stop: asyncio.Event | None = None,
-) -> AsyncIterator[Link]:
+) -> AsyncIterator[NatsConnection]:
     """A connection to NATS.
 
     Args:
@@ -358,7 +358,7 @@ async def connect(
         UnavailableError: no connection in time.
     """
     access = where if isinstance(where, NatsAccess) else NatsAccess.of(where)
-    link = Link(access, patience_seconds)
+    link = NatsConnection(access, patience_seconds)
     await unless_stopped(stop, link.open(name, connect_seconds))
     try:
         yield link

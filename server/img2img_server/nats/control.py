@@ -11,14 +11,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 import nats.errors
 from nats.aio.msg import Msg
 
-from img2img_server.interfaces.queue import Order, StreamNotice, StreamState
+from img2img_server.interfaces.queue import StreamNotice, StreamState, WorkerCommand
 from img2img_server.nats import subjects
-from img2img_server.nats.connection import Link
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import unavailable
 
 log = logging.getLogger(__name__)
 
-_ORDERS = frozenset(order.value for order in Order)
+_ORDERS = frozenset(broadcast.value for broadcast in WorkerCommand)
 _STREAM_STATES = frozenset(state.value for state in StreamState)
 
 
@@ -28,28 +28,28 @@ class NatsControl:
     Its methods raise UnavailableError, those that give a context on entering it.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: NatsConnection) -> None:
         self._link = link
 
     async def cancel(self, job_id: int) -> None:
         await self._tell(subjects.CANCEL_SUBJECT, str(job_id))
 
-    async def order(self, order: Order) -> None:
-        await self._tell(subjects.ORDER_SUBJECT, order.value)
+    async def broadcast(self, broadcast: WorkerCommand) -> None:
+        await self._tell(subjects.COMMAND_SUBJECT, broadcast.value)
 
     def on_cancel(
         self, handler: Callable[[int], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
         return self._listen(subjects.CANCEL_SUBJECT, lambda text: handler(int(text)))
 
-    def on_order(
-        self, handler: Callable[[Order], Awaitable[None]]
+    def on_command(
+        self, handler: Callable[[WorkerCommand], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
-        async def obey(text: str) -> None:
+        async def run(text: str) -> None:
             if text in _ORDERS:  # otherwise it is one of a later version
-                await handler(Order(text))
+                await handler(WorkerCommand(text))
 
-        return self._listen(subjects.ORDER_SUBJECT, obey)
+        return self._listen(subjects.COMMAND_SUBJECT, run)
 
     async def notify(self, notice: StreamNotice) -> None:
         fields = {

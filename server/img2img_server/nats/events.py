@@ -11,7 +11,7 @@ from typing import Self
 from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
 from img2img_server.interfaces.queue import OwnershipLostError
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import Link
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.follow import Follower
 
@@ -19,7 +19,7 @@ from img2img_server.nats.follow import Follower
 class JetStreamEventLog:
     """An EventLog on JetStream."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: NatsConnection) -> None:
         self._link = link
 
     async def open(self, job_id: int, *, fresh: bool = False) -> JetStreamEventWriter:
@@ -59,7 +59,7 @@ class JetStreamEventWriter:
     """Appends to one log. The last sequence of its `.log` subject is the fence: who does not know
     it has been overtaken. Previews are held against the same fence, though they lie beside it."""
 
-    def __init__(self, link: Link, job_id: int) -> None:
+    def __init__(self, link: NatsConnection, job_id: int) -> None:
         self._link = link
         self._job_id = job_id
         self._log_subject = subjects.log_subject(job_id)

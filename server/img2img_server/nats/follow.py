@@ -13,8 +13,8 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from img2img_server.errors import UnavailableError
-from img2img_server.nats.connection import Link, status_of
-from img2img_server.nats.inbox import Inbox, Interrupted
+from img2img_server.nats.connection import NatsConnection, status_of
+from img2img_server.nats.inbox import Interrupted, ReplyInbox
 
 HEARTBEAT_SECONDS: Final = 2.0
 RETRY_SECONDS: Final = 1.0
@@ -36,11 +36,11 @@ class Follower:
     from behind the last message that arrived. Raises UnavailableError on entering only.
     """
 
-    def __init__(self, link: Link, stream: str, subject: str) -> None:
+    def __init__(self, link: NatsConnection, stream: str, subject: str) -> None:
         self._link = link
         self._stream = stream
         self._subject = subject
-        self._inbox: Inbox | None = None
+        self._inbox: ReplyInbox | None = None
         self._consumer = ""
         self._last_stream_sequence = 0
         self._delivered = 0

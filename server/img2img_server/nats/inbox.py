@@ -21,7 +21,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error: look again
     """The connection was lost and is back: what was asked before will not be answered."""
 
 
-class Inbox:
+class ReplyInbox:
     """A private subject and what arrived there, in order. Made by `Link.open_inbox`.
 
     Args:

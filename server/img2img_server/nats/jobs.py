@@ -17,9 +17,9 @@ from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError, UnavailableError
 from img2img_server.interfaces.queue import Delivery, LaneLoad, QueuedJob
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import Link, status_of
+from img2img_server.nats.connection import NatsConnection, status_of
 from img2img_server.nats.faults import SubjectFullError
-from img2img_server.nats.inbox import Inbox, Interrupted
+from img2img_server.nats.inbox import Interrupted, ReplyInbox
 
 MAX_ACK_PENDING: Final = 10_000  # jobs of one model and lane that workers may hold together
 INFO_SECONDS: Final = 0.2  # how old the numbers behind position and depth may be
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class JetStreamDelivery:
     """A Delivery on JetStream. Every method raises UnavailableError when the bus is down."""
 
-    def __init__(self, link: Link, msg: Msg, job: QueuedJob) -> None:
+    def __init__(self, link: NatsConnection, msg: Msg, job: QueuedJob) -> None:
         self._link = link
         self._msg = msg
         self._job = job
@@ -59,7 +59,7 @@ class JetStreamDelivery:
         await self._link.send(self._msg.reply, Msg.Ack.Progress)
 
 
-async def bury(link: Link, msg: Msg, left: bytes, reason: str) -> None:
+async def bury(link: NatsConnection, msg: Msg, left: bytes, reason: str) -> None:
     """Writes what is left of the message to the dead letters, then removes it from the queue."""
     headers = {
         "Nats-Msg-Id": f"dead-{msg.metadata.sequence.stream}",
@@ -73,7 +73,7 @@ async def bury(link: Link, msg: Msg, left: bytes, reason: str) -> None:
 class JetStreamJobQueue:
     """A JobQueue on JetStream."""
 
-    def __init__(self, link: Link, *, limit: int, ack_wait_seconds: float) -> None:
+    def __init__(self, link: NatsConnection, *, limit: int, ack_wait_seconds: float) -> None:
         self._link = link
         self._limit = limit
         self._ack_wait_seconds = ack_wait_seconds
@@ -170,7 +170,7 @@ class JetStreamJobQueue:
                 await asyncio.shield(leaving)
         return await self._deliveries(taken[:keep])
 
-    async def _leave(self, inbox: Inbox, spare: list[Msg]) -> None:
+    async def _leave(self, inbox: ReplyInbox, spare: list[Msg]) -> None:
         """Stops listening and hands back what is too much."""
         await inbox.close()
         for msg in spare + _jobs(inbox.rest()):
@@ -178,7 +178,7 @@ class JetStreamJobQueue:
 
     async def _take(
         self,
-        inbox: Inbox,
+        inbox: ReplyInbox,
         taken: list[Msg],
         model: str,
         lanes: Sequence[Lane],
@@ -196,12 +196,14 @@ class JetStreamJobQueue:
         seconds = timeout_seconds + ANSWER_SECONDS
         await self._collect(inbox, taken, 1, asked=len(lanes), seconds=seconds)
 
-    async def _ask(self, inbox: Inbox, model: str, lane: Lane, request: dict[str, int]) -> None:
+    async def _ask(
+        self, inbox: ReplyInbox, model: str, lane: Lane, request: dict[str, int]
+    ) -> None:
         api = f"$JS.API.CONSUMER.MSG.NEXT.{subjects.JOBS}.{subjects.lane_consumer(model, lane)}"
         await self._link.send(api, json.dumps(request).encode(), reply=inbox.subject)
 
     async def _collect(
-        self, inbox: Inbox, taken: list[Msg], most: int, *, asked: int, seconds: float
+        self, inbox: ReplyInbox, taken: list[Msg], most: int, *, asked: int, seconds: float
     ) -> None:
         """Takes messages until there are `most` or the server has ended all requests asked."""
         with suppress(TimeoutError):

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 import nats.js.errors
 
 from img2img_server.nats import subjects
-from img2img_server.nats.connection import REQUEST_SECONDS, Link
+from img2img_server.nats.connection import REQUEST_SECONDS, NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
 
 _PAGES_OVERLAP: Final = 1000
@@ -18,17 +18,17 @@ _MARKER = "KV-Operation"  # header of what other clients leave where they delete
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KvEntry:
     """A value and the revision to compare and swap with."""
 
     value: bytes
     revision: int
 
 
-class Values(Protocol):
+class KeyValue(Protocol):
     """What Bucket and MemoryBucket have in common."""
 
-    async def get(self, key: str) -> Entry | None: ...
+    async def get(self, key: str) -> KvEntry | None: ...
 
     async def put(self, key: str, value: bytes) -> int: ...
 
@@ -42,17 +42,17 @@ class Values(Protocol):
 class Bucket:
     """Values by key. Every method raises UnavailableError when the bus is down."""
 
-    def __init__(self, link: Link, name: str) -> None:
+    def __init__(self, link: NatsConnection, name: str) -> None:
         self._link = link
         self._name = name
         self._stream = subjects.bucket_stream(name)
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> KvEntry | None:
         """What was written last, or None."""
         msg = await self._link.last(self._stream, subjects.key_subject(self._name, key))
         if msg is None or _MARKER in (msg.headers or {}):
             return None
-        return Entry(msg.data or b"", msg.seq or 0)
+        return KvEntry(msg.data or b"", msg.seq or 0)
 
     async def put(self, key: str, value: bytes) -> int:
         """Writes in any case; returns the revision."""
@@ -68,11 +68,11 @@ class Bucket:
         subject = subjects.key_subject(self._name, key)
         return await self._link.replace(self._stream, subject, value, revision)
 
-    async def claim(self, key: str, value: bytes) -> Entry:
+    async def claim(self, key: str, value: bytes) -> KvEntry:
         """Writes when there is nothing; returns what is there then."""
         while True:
             try:
-                return Entry(value, await self.swap(key, value, 0))
+                return KvEntry(value, await self.swap(key, value, 0))
             except WrongLastSequenceError:
                 entry = await self.get(key)
                 if entry is not None:

@@ -10,7 +10,7 @@ from nats.aio.client import Client, Srv
 from nats.aio.msg import Msg
 
 from img2img_server.nats.access import WEBSOCKET, NatsAccess
-from img2img_server.tasks import heeding_cancel
+from img2img_server.tasks import reraise_cancellation
 
 NO_INFO = "nats: something else when expecting INFO message"
 CLOSE_SECONDS = 1.0
@@ -98,7 +98,7 @@ class ResilientClient(Client):
         await self._process_op_err(error)
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
-        with heeding_cancel():
+        with reraise_cancellation():
             return await super().request(*args, **kwargs)
 
     async def _process_pong(self) -> None:

@@ -16,9 +16,9 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from img2img_server.nats import subjects
-from img2img_server.nats.connection import Link
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
-from img2img_server.nats.kv import Bucket, Entry, Values
+from img2img_server.nats.kv import Bucket, KeyValue, KvEntry
 
 MINUTE = 60.0
 
@@ -30,10 +30,10 @@ class Rates:
         clock: Unix seconds; those of the apis should agree within a second or so.
     """
 
-    def __init__(self, values: Values, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, values: KeyValue, clock: Callable[[], float] = time.time) -> None:
         self._values = values
         self._clock = clock
-        self._known: dict[str, Entry] = {}  # what was last read or written
+        self._known: dict[str, KvEntry] = {}  # what was last read or written
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def take(self, key_id: str, per_minute: int) -> float:
@@ -55,14 +55,14 @@ class Rates:
                 except WrongLastSequenceError:  # another api counted, or it has expired
                     await self._read(key_id)
                     continue
-                self._known[key_id] = Entry(value, revision)
+                self._known[key_id] = KvEntry(value, revision)
                 return 0.0
 
     def wait(self, key_id: str, per_minute: int) -> float:
         """What `take` would return, as far as this api knows; counts and asks nothing."""
         return self._next(key_id, per_minute)[2]
 
-    def _next(self, key_id: str, per_minute: int) -> tuple[Entry | None, float, float]:
+    def _next(self, key_id: str, per_minute: int) -> tuple[KvEntry | None, float, float]:
         """What is known, when the bucket is full again after one more, the wait for that one."""
         entry = self._known.get(key_id)
         now = self._clock()
@@ -80,6 +80,6 @@ class Rates:
             self._known[key_id] = entry
 
 
-def kv_rates(link: Link) -> Rates:
+def kv_rates(link: NatsConnection) -> Rates:
     """On JetStream; see topology.py for how long a count is kept."""
     return Rates(Bucket(link, subjects.RATES_BUCKET))

@@ -8,7 +8,7 @@ import time
 from img2img_server.domain.job import FIRST_JOB_ID, Job
 from img2img_server.interfaces.records import ConflictError, Stored, UnreadableError
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import Link
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket
 
@@ -20,7 +20,7 @@ class KvJobStore:
     Every write prolongs what the bucket keeps (topology.py), so the end of the job decides here.
     """
 
-    def __init__(self, link: Link, *, retention_seconds: float) -> None:
+    def __init__(self, link: NatsConnection, *, retention_seconds: float) -> None:
         self._retention_seconds = retention_seconds
         self._link = link
         self._records = Bucket(link, subjects.RECORDS_BUCKET)

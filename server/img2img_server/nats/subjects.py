@@ -32,11 +32,11 @@ MODELS_BUCKET: Final = "img2img-models"
 STORAGE_BUCKET: Final = "img2img-storage"
 RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 RATES_BUCKET: Final = "img2img-rates"
-PUT_OFF_BUCKET: Final = "img2img-webhooks-put-off"  # times, by the message's place in WEBHOOKS
+DEFERRED_BUCKET: Final = "img2img-webhooks-put-off"  # times, by the message's place in WEBHOOKS
 
 IDS_SUBJECT: Final = "img2img.ids"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
-ORDER_SUBJECT: Final = "img2img.control.order"
+COMMAND_SUBJECT: Final = "img2img.control.order"
 STREAMS_SUBJECT: Final = "img2img.control.streams"
 
 _PLAIN: Final = frozenset((string.ascii_letters + string.digits + "_-").encode())

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from img2img_server.domain.storage import REALTIME, StorageDetails
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import Link
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
-from img2img_server.nats.kv import Bucket, Values
+from img2img_server.nats.kv import Bucket, KeyValue
 from img2img_server.storage.vault import SealBrokenError, Vault
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class TenantStorage:
     UnavailableError when the bus is down, those that read SealBrokenError.
     """
 
-    def __init__(self, vault: Vault, current: Values, retired: Values) -> None:
+    def __init__(self, vault: Vault, current: KeyValue, retired: KeyValue) -> None:
         self._vault = vault
         self._current = current
         self._retired = retired
@@ -107,7 +107,7 @@ class TenantStorage:
         return codec.decode(self._vault.open(record.sealed), StorageDetails)
 
 
-def kv_tenant_storage(link: Link, vault: Vault) -> TenantStorage:
+def kv_tenant_storage(link: NatsConnection, vault: Vault) -> TenantStorage:
     """On JetStream; see topology.py for how long versions are kept."""
     return TenantStorage(
         vault, Bucket(link, subjects.STORAGE_BUCKET), Bucket(link, subjects.RETIRED_STORAGE_BUCKET)

@@ -15,7 +15,7 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 
 from img2img_server.errors import UnavailableError
 from img2img_server.nats import subjects
-from img2img_server.nats.connection import Link
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.settings import SettingsError
 
 _EXISTS_DIFFERENTLY: Final = 10058
@@ -121,7 +121,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         _bucket(subjects.MODELS_BUCKET, 0.0),
         _bucket(subjects.STORAGE_BUCKET, 0.0),
         _bucket(subjects.RATES_BUCKET, RATES_SECONDS),
-        _bucket(subjects.PUT_OFF_BUCKET, WEBHOOKS_SECONDS),
+        _bucket(subjects.DEFERRED_BUCKET, WEBHOOKS_SECONDS),
         # As long as a job may wait that was accepted when it was current.
         _bucket(subjects.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]
@@ -143,7 +143,7 @@ def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
     )
 
 
-async def prepare(link: Link, bounds: Bounds, ends_at: float = 0.0) -> None:
+async def prepare(link: NatsConnection, bounds: Bounds, ends_at: float = 0.0) -> None:
     """Makes or updates every stream and bucket.
 
     Args:
@@ -168,7 +168,7 @@ async def prepare(link: Link, bounds: Bounds, ends_at: float = 0.0) -> None:
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
-async def _prepare(link: Link, bounds: Bounds) -> None:
+async def _prepare(link: NatsConnection, bounds: Bounds) -> None:
     if not await link.has_jetstream():
         raise SettingsError(_refusal(link, _URL, "JetStream is not enabled there"))
     for config in streams(bounds):
@@ -186,7 +186,7 @@ async def _prepare(link: Link, bounds: Bounds) -> None:
             raise
 
 
-def _refusal(link: Link, setting: str, why: str) -> str:
+def _refusal(link: NatsConnection, setting: str, why: str) -> str:
     return f"{setting}: the NATS server at {link.nc.attempted} cannot be used: {why}"
 
 

@@ -16,9 +16,9 @@ from img2img_server.domain.job import Job
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import Link, status_of
+from img2img_server.nats.connection import NatsConnection, status_of
 from img2img_server.nats.faults import SubjectFullError
-from img2img_server.nats.inbox import Inbox, Interrupted
+from img2img_server.nats.inbox import Interrupted, ReplyInbox
 from img2img_server.nats.kv import Bucket
 
 # Longer than a delivery may take: an api that died in the middle of one leaves it for this long.
@@ -36,12 +36,14 @@ class JetStreamPending:
     The server counts deliveries; how many of them were no attempts is kept beside it.
     """
 
-    def __init__(self, link: Link, msg: Msg, job: Job, put_off: Bucket, times_put_off: int) -> None:
+    def __init__(
+        self, link: NatsConnection, msg: Msg, job: Job, defer: Bucket, times_deferred: int
+    ) -> None:
         self._link = link
         self._msg = msg
         self._job = job
-        self._put_off = put_off
-        self.times_put_off = times_put_off
+        self._deferred = defer
+        self.times_deferred = times_deferred
 
     @property
     def job(self) -> Job:
@@ -49,7 +51,7 @@ class JetStreamPending:
 
     @property
     def attempt(self) -> int:
-        return int(self._msg.metadata.num_delivered) - self.times_put_off
+        return int(self._msg.metadata.num_delivered) - self.times_deferred
 
     async def done(self) -> None:
         await self._link.request(self._msg.reply, Msg.Ack.Ack)
@@ -59,19 +61,19 @@ class JetStreamPending:
         delay = json.dumps({"delay": round(delay_seconds * 1e9)}).encode()
         await self._link.request(self._msg.reply, Msg.Ack.Nak + b" " + delay)
 
-    async def put_off(self, delay_seconds: float) -> None:
-        await self._put_off.put(_put_off_key(self._msg), codec.encode(self.times_put_off + 1))
+    async def defer(self, delay_seconds: float) -> None:
+        await self._deferred.put(_put_off_key(self._msg), codec.encode(self.times_deferred + 1))
         await self.retry(delay_seconds)
 
 
-class JetStreamOutbox:
-    """An Outbox on JetStream."""
+class JetStreamWebhookOutbox:
+    """An WebhookOutbox on JetStream."""
 
-    def __init__(self, link: Link, *, ack_wait_seconds: float = ACK_WAIT_SECONDS) -> None:
+    def __init__(self, link: NatsConnection, *, ack_wait_seconds: float = ACK_WAIT_SECONDS) -> None:
         self._link = link
         self._ack_wait_seconds = ack_wait_seconds
         self._has_consumer = False
-        self._put_off = Bucket(link, subjects.PUT_OFF_BUCKET)
+        self._deferred = Bucket(link, subjects.DEFERRED_BUCKET)
 
     async def put(self, job: Job, *, again: bool = False) -> None:
         message_id = f"webhook-{job.id}" + (f"-{uuid.uuid4()}" if again else "")
@@ -103,7 +105,7 @@ class JetStreamOutbox:
         return await self._pending([msg for msg in taken if not status_of(msg)])
 
     async def _take(
-        self, inbox: Inbox, taken: list[Msg], most: int, timeout_seconds: float
+        self, inbox: ReplyInbox, taken: list[Msg], most: int, timeout_seconds: float
     ) -> None:
         """Asks for up to `most` and returns at the first, or when the server has ended the wait."""
         request = {"batch": most, "expires": max(1, int(timeout_seconds * 1e9))}
@@ -118,11 +120,11 @@ class JetStreamOutbox:
 
     async def _pending(self, taken: list[Msg]) -> list[PendingWebhook]:
         pending: list[PendingWebhook] = []
-        times_put_off = await asyncio.gather(*map(self._times_put_off, taken))
-        for msg, times in zip(taken, times_put_off, strict=True):
+        times_deferred = await asyncio.gather(*map(self._times_put_off, taken))
+        for msg, times in zip(taken, times_deferred, strict=True):
             try:
                 job = codec.decode(msg.data, Job)
-                pending.append(JetStreamPending(self._link, msg, job, self._put_off, times))
+                pending.append(JetStreamPending(self._link, msg, job, self._deferred, times))
             except codec.UndecodableError as error:
                 log.warning("a webhook that cannot be read is dropped: %s", error)
                 await self._link.request(msg.reply, Msg.Ack.Term)
@@ -131,7 +133,7 @@ class JetStreamOutbox:
     async def _times_put_off(self, msg: Msg) -> int:
         if msg.metadata.num_delivered == 1:
             return 0
-        entry = await self._put_off.get(_put_off_key(msg))
+        entry = await self._deferred.get(_put_off_key(msg))
         return codec.decode(entry.value, int) if entry else 0
 
     async def _hand_back(self, msg: Msg) -> None:

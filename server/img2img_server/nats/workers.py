@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import Link
-from img2img_server.nats.kv import Bucket, Entry
+from img2img_server.nats.connection import NatsConnection
+from img2img_server.nats.kv import Bucket, KvEntry
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ class KvWorkerRegistry:
     A worker is forgotten 20 s after its last announcement (topology.py), a model never.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: NatsConnection) -> None:
         self._workers = Bucket(link, subjects.WORKERS_BUCKET)
         self._models = Bucket(link, subjects.MODELS_BUCKET)
 
@@ -51,7 +51,7 @@ async def _all(bucket: Bucket, kind: type[T]) -> list[T]:
     return [value for value in found if value is not None]
 
 
-def _decoded(entry: Entry, kind: type[T]) -> T | None:
+def _decoded(entry: KvEntry, kind: type[T]) -> T | None:
     """None for what a worker of a far version said: it must not hide the others."""
     try:
         return codec.decode(entry.value, kind)

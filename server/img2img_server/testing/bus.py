@@ -11,7 +11,7 @@ from img2img_server.testing.memory_events import MemoryEventLog
 from img2img_server.testing.memory_jobs import MemoryJobQueue
 from img2img_server.testing.memory_kv import MemoryBucket
 from img2img_server.testing.memory_records import MemoryJobStore, MemoryWorkerRegistry
-from img2img_server.testing.memory_webhooks import MemoryOutbox
+from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
 
 
 def memory_bus(
@@ -24,7 +24,7 @@ def memory_bus(
         control=MemoryControl(),
         jobs=MemoryJobStore(),
         workers=MemoryWorkerRegistry(),
-        outbox=MemoryOutbox(),
+        outbox=MemoryWebhookOutbox(),
         storage=memory_tenant_storage(Vault(storage_keys)),
         rates=memory_rates(),
     )

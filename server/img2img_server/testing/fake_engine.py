@@ -21,7 +21,7 @@ from img2img_server.engine.base import (
     EngineJob,
     EngineTimings,
     JobDone,
-    JobError,
+    JobFailed,
     JobStopped,
     Pixels,
     PreviewReady,
@@ -189,7 +189,7 @@ class FakeEngine:
             if run.total:
                 _emit(run, StageDone(Stage.TEXT_ENCODED))
             if job.prompt.startswith(FAIL_PROMPT):
-                return _emit(run, JobError(EngineError(job.prompt.removeprefix(FAIL_PROMPT))))
+                return _emit(run, JobFailed(EngineError(job.prompt.removeprefix(FAIL_PROMPT))))
             if run.total:
                 _emit(run, StageDone(Stage.IMAGE_ENCODED))
         if run.step < run.total:
@@ -255,4 +255,4 @@ def _emit(run: _Run, event: EngineEvent) -> bool:
         run.sink(event)
     except Exception:
         _log.exception("the sink of job %d failed", run.job.job_id)
-    return isinstance(event, JobDone | JobStopped | JobError | DeviceLost)
+    return isinstance(event, JobDone | JobStopped | JobFailed | DeviceLost)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
-from img2img_server.interfaces.queue import Order, StreamNotice
+from img2img_server.interfaces.queue import StreamNotice, WorkerCommand
 
 T = TypeVar("T")
 
@@ -16,16 +16,16 @@ class MemoryControl:
 
     def __init__(self) -> None:
         self._cancel_handlers: list[Callable[[int], Awaitable[None]]] = []
-        self._order_handlers: list[Callable[[Order], Awaitable[None]]] = []
+        self._order_handlers: list[Callable[[WorkerCommand], Awaitable[None]]] = []
         self._notice_handlers: list[Callable[[StreamNotice], Awaitable[None]]] = []
 
     async def cancel(self, job_id: int) -> None:
         for handler in list(self._cancel_handlers):
             await handler(job_id)
 
-    async def order(self, order: Order) -> None:
+    async def broadcast(self, broadcast: WorkerCommand) -> None:
         for handler in list(self._order_handlers):
-            await handler(order)
+            await handler(broadcast)
 
     @asynccontextmanager
     async def on_cancel(self, handler: Callable[[int], Awaitable[None]]) -> AsyncIterator[None]:
@@ -33,7 +33,9 @@ class MemoryControl:
             yield
 
     @asynccontextmanager
-    async def on_order(self, handler: Callable[[Order], Awaitable[None]]) -> AsyncIterator[None]:
+    async def on_command(
+        self, handler: Callable[[WorkerCommand], Awaitable[None]]
+    ) -> AsyncIterator[None]:
         with _listed(self._order_handlers, handler):
             yield
 

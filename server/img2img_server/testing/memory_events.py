@@ -10,7 +10,7 @@ from typing import Self
 
 from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
 from img2img_server.interfaces.queue import OwnershipLostError
-from img2img_server.testing.notifier import Bell
+from img2img_server.testing.notifier import Notifier
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +18,7 @@ class _Log:
     entries: list[Envelope] = field(default_factory=list)
     # Counts what was not a preview; a writer that does not know the last count was overtaken.
     revision: int = 0
-    bell: Bell = field(default_factory=Bell)
+    bell: Notifier = field(default_factory=Notifier)
 
 
 class MemoryEventLog:
@@ -51,7 +51,7 @@ class _Envelopes:
 
     async def __anext__(self) -> Envelope:
         while True:
-            changed = self._log.bell.next_ring()
+            changed = self._log.bell.wait_handle()
             for entry in self._log.entries:
                 if entry.sequence > self._last_sequence:
                     self._last_sequence = entry.sequence
@@ -91,7 +91,7 @@ class _MemoryEventWriter:
             self._revision += 1
         log.entries.append(entry)
         self._ended = self._ended or isinstance(event, TERMINAL)
-        log.bell.ring()
+        log.bell.notify()
         return entry
 
 

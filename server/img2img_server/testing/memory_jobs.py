@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError
 from img2img_server.interfaces.queue import Delivery, LaneLoad, QueuedJob
-from img2img_server.testing.notifier import Bell
+from img2img_server.testing.notifier import Notifier
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,7 @@ class MemoryJobQueue:
         self._known: dict[int, int] = {}  # sequence by job id: a job put twice is queued once
         self._sequences = itertools.count(1)
         self._delivered: dict[tuple[str, Lane], int] = {}
-        self._bell = Bell()
+        self._bell = Notifier()
         self.dead: list[tuple[QueuedJob, str]] = []
 
     @property
@@ -60,7 +60,7 @@ class MemoryJobQueue:
             raise QueueFullError(self._limit)
         sequence = self._known[job.job_id] = next(self._sequences)
         self._messages[sequence] = _Message(sequence, job)
-        self._bell.ring()
+        self._bell.notify()
         return sequence
 
     async def remove(self, sequence: int) -> bool:
@@ -90,7 +90,7 @@ class MemoryJobQueue:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 while True:
-                    changed = self._bell.next_ring()
+                    changed = self._bell.wait_handle()
                     waiting = [m for lane in lanes for m in self._waiting(model, lane)]
                     if waiting:
                         return [self._deliver(message) for message in waiting[:most]]
@@ -116,7 +116,7 @@ class MemoryJobQueue:
     def give_back(self, message: _Message) -> None:
         """Makes a taken message available again."""
         message.release()
-        self._bell.ring()
+        self._bell.notify()
 
     def finish(self, message: _Message, reason: str | None = None) -> None:
         """Removes the message; with a reason it goes to the dead letters."""

@@ -6,21 +6,21 @@ import itertools
 from fnmatch import fnmatchcase
 
 from img2img_server.nats.faults import WrongLastSequenceError
-from img2img_server.nats.kv import Entry
+from img2img_server.nats.kv import KvEntry
 
 
 class MemoryBucket:
     """Values by key; nothing expires."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, KvEntry] = {}
         self._revisions = itertools.count(1)
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> KvEntry | None:
         return self._entries.get(key)
 
     async def put(self, key: str, value: bytes) -> int:
-        self._entries[key] = Entry(value, next(self._revisions))
+        self._entries[key] = KvEntry(value, next(self._revisions))
         return self._entries[key].revision
 
     async def swap(self, key: str, value: bytes, revision: int) -> int:

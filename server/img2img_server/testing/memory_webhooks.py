@@ -8,26 +8,26 @@ from dataclasses import dataclass
 
 from img2img_server.domain.job import Job
 from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook
-from img2img_server.testing.notifier import Bell
+from img2img_server.testing.notifier import Notifier
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
     job: Job
     taken: int = 0
-    put_off: int = 0
+    defer: int = 0
     due: asyncio.TimerHandle | None = None  # set while somebody has it and while it waits
 
 
-class MemoryOutbox:
-    """An Outbox of one process; it remembers for ever what was put once."""
+class MemoryWebhookOutbox:
+    """An WebhookOutbox of one process; it remembers for ever what was put once."""
 
     def __init__(self, *, limit: int = 10_000, ack_wait_seconds: float = 60.0) -> None:
         self._limit = limit
         self._ack_wait_seconds = ack_wait_seconds
         self._entries: list[_Entry] = []
         self._known: set[int] = set()
-        self._bell = Bell()
+        self._bell = Notifier()
 
     async def put(self, job: Job, *, again: bool = False) -> None:
         if job.id in self._known and not again:
@@ -36,13 +36,13 @@ class MemoryOutbox:
             raise OutboxFullError(job.tenant)
         self._known.add(job.id)
         self._entries.append(_Entry(job))
-        self._bell.ring()
+        self._bell.notify()
 
     async def pull(self, most: int, timeout_seconds: float) -> list[PendingWebhook]:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 while True:
-                    changed = self._bell.next_ring()
+                    changed = self._bell.wait_handle()
                     due = [entry for entry in self._entries if entry.due is None][:most]
                     if due:
                         return [self._take(entry) for entry in due]
@@ -62,7 +62,7 @@ class MemoryOutbox:
 
     def _fall_due(self, entry: _Entry) -> None:
         entry.due = None
-        self._bell.ring()
+        self._bell.notify()
 
     def remove(self, entry: _Entry) -> None:
         """Forgets the entry; fine when it is gone."""
@@ -73,11 +73,11 @@ class MemoryOutbox:
 
 
 class _MemoryPending:
-    def __init__(self, outbox: MemoryOutbox, entry: _Entry) -> None:
+    def __init__(self, outbox: MemoryWebhookOutbox, entry: _Entry) -> None:
         self._outbox = outbox
         self._entry = entry
         self._taken = entry.taken
-        self.times_put_off = entry.put_off
+        self.times_deferred = entry.defer
 
     @property
     def job(self) -> Job:
@@ -85,7 +85,7 @@ class _MemoryPending:
 
     @property
     def attempt(self) -> int:
-        return self._taken - self.times_put_off
+        return self._taken - self.times_deferred
 
     async def done(self) -> None:
         self._outbox.remove(self._entry)
@@ -94,6 +94,6 @@ class _MemoryPending:
         if self._entry.taken == self._taken:  # else somebody else has it by now
             self._outbox.come_again(self._entry, delay_seconds)
 
-    async def put_off(self, delay_seconds: float) -> None:
-        self._entry.put_off = self.times_put_off + 1
+    async def defer(self, delay_seconds: float) -> None:
+        self._entry.defer = self.times_deferred + 1
         await self.retry(delay_seconds)

@@ -8,14 +8,14 @@ import structlog
 
 from img2img_server.domain.job import Job
 from img2img_server.interfaces.records import ConflictError, JobStore
-from img2img_server.interfaces.webhooks import Outbox, OutboxFullError
+from img2img_server.interfaces.webhooks import OutboxFullError, WebhookOutbox
 
 RETRYING, SUCCESS, FAILED = "retrying", "success", "failed"  # Job.webhook_status
 
 log = structlog.get_logger()
 
 
-async def announce(outbox: Outbox, jobs: JobStore, job: Job) -> None:
+async def announce(outbox: WebhookOutbox, jobs: JobStore, job: Job) -> None:
     """Puts the webhook of a job that has ended into the outbox, if it asked for one.
 
     To be called after the record says that the job has ended and before its log does: whoever dies

@@ -7,12 +7,12 @@ import structlog
 from img2img_server.domain.job import Job
 from img2img_server.errors import StorageError
 from img2img_server.storage.vault import SealBrokenError
-from img2img_server.worker.parts import Parts
+from img2img_server.worker.deps import WorkerDeps
 
 log = structlog.get_logger()
 
 
-async def store_file(parts: Parts, job: Job, index: int, data: bytes, media_type: str) -> str:
+async def store_file(parts: WorkerDeps, job: Job, index: int, data: bytes, media_type: str) -> str:
     """Stores one sample's file and returns its link.
 
     A tenant's storage that does not take it is no failure of the job: the file goes into our own

@@ -16,8 +16,8 @@ from img2img_server.engine.base import EngineTimings, Pixels, SampleReady
 from img2img_server.imaging.encode import encode_image, encoded
 from img2img_server.safety.base import blank
 from img2img_server.tracing import TRACER
+from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.files import store_file
-from img2img_server.worker.parts import Parts
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Stopwatch:
 
 
 async def finish_sample(
-    parts: Parts, job: Job, ready: SampleReady, watch: Stopwatch
+    parts: WorkerDeps, job: Job, ready: SampleReady, watch: Stopwatch
 ) -> AsyncIterator[SampleFinished | SampleStored]:
     """Yields the picture as soon as it is checked and encoded, then its link once it is stored.
 

@@ -28,10 +28,10 @@ from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import S3BlobStore, connect_blobs
 from img2img_server.storage.tenant_s3 import TenantS3
 from img2img_server.storage.watched_blobs import WatchedBlobs
-from img2img_server.tasks import beside
+from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
+from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.downloads import forget_downloads
-from img2img_server.worker.parts import Parts
 from img2img_server.worker.worker import Worker
 
 ENGINE_STOP_SECONDS = 2.0
@@ -94,7 +94,7 @@ async def _load_all(
 
     The bucket has a head start: a wrong key is told before torch takes the machine for seconds.
     """
-    async with beside(blobs.prepare(settings.startup_timeout_seconds)) as preparing:
+    async with background_task(blobs.prepare(settings.startup_timeout_seconds)) as preparing:
         await asyncio.wait({preparing}, timeout=HEAD_START_SECONDS)
         if preparing.done():
             preparing.result()
@@ -167,7 +167,7 @@ async def work(
     """Works on parts that exist already, until `stop` is set. `announced` is called once, when
     apis can know of it."""
     store = blobs if isinstance(blobs, WatchedBlobs) else WatchedBlobs(blobs)
-    parts = Parts(
+    parts = WorkerDeps(
         name=name,
         engine=engine,
         queue=bus.queue,

@@ -13,13 +13,13 @@ import structlog
 from img2img_server import errors
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
-from img2img_server.interfaces.queue import Control, Delivery, Order
+from img2img_server.interfaces.queue import Control, Delivery, WorkerCommand
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import RestartError, first_of
 from img2img_server.telemetry import JOBS_RUNNING
-from img2img_server.worker.leftovers import Leftovers
-from img2img_server.worker.parts import Load, Parts
-from img2img_server.worker.run import JobRun
+from img2img_server.worker.deps import Utilization, WorkerDeps
+from img2img_server.worker.execution import JobExecution
+from img2img_server.worker.orphan_cleanup import OrphanCleanup
 
 ANNOUNCE_SECONDS = 5.0
 PULL_END_SECONDS = 2.0
@@ -37,15 +37,15 @@ class Worker:
     """One engine's share of the queue. Jobs in flight are bounded by the engine's capacity."""
 
     def __init__(
-        self, parts: Parts, control: Control, registry: WorkerRegistry, *, drain_seconds: float
+        self, parts: WorkerDeps, control: Control, registry: WorkerRegistry, *, drain_seconds: float
     ) -> None:
         self._parts = parts
         self._control = control
         self._registry = registry
         self._drain_seconds = drain_seconds
-        self._runs: dict[int, JobRun] = {}
+        self._runs: dict[int, JobExecution] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._leftovers = Leftovers(parts.jobs, parts.blobs)
+        self._leftovers = OrphanCleanup(parts.jobs, parts.blobs)
         self._changed = asyncio.Event()
         self._restarting = asyncio.Event()
 
@@ -61,7 +61,7 @@ class Worker:
         """
         async with (
             self._control.on_cancel(self._on_cancel),
-            self._control.on_order(self._on_order),
+            self._control.on_command(self._on_command),
             asyncio.TaskGroup() as tasks,
         ):
             sweeping = tasks.create_task(self._leftovers.run())
@@ -109,17 +109,17 @@ class Worker:
                 elif run := self._take(delivery):
                     self._tasks[run.job_id] = tasks.create_task(self._run(run))
 
-    def _take(self, delivery: Delivery) -> JobRun | None:
+    def _take(self, delivery: Delivery) -> JobExecution | None:
         """Counts the job in at once; None when it is here already and goes on."""
         job_id = delivery.job.job_id
         if earlier := self._runs.get(job_id):
             earlier.adopt(delivery)
             return None
-        run = self._runs[job_id] = JobRun(self._parts, delivery)
+        run = self._runs[job_id] = JobExecution(self._parts, delivery)
         JOBS_RUNNING.set(len(self._runs))
         return run
 
-    async def _run(self, run: JobRun) -> None:
+    async def _run(self, run: JobExecution) -> None:
         try:
             with structlog.contextvars.bound_contextvars(job=run.job_id):
                 await run.run()
@@ -155,12 +155,12 @@ class Worker:
         if run := self._runs.get(job_id):
             run.cancel()
 
-    async def _on_order(self, order: Order) -> None:
+    async def _on_command(self, order: WorkerCommand) -> None:
         log.info("told by the operator", order=order)
         match order:
-            case Order.RESTART:
+            case WorkerCommand.RESTART:
                 self._restarting.set()
-            case Order.CLEAR_CACHE:
+            case WorkerCommand.CLEAR_CACHE:
                 self._parts.engine.clear_cache()
                 try:
                     await asyncio.to_thread(self._parts.forget_downloads)
@@ -169,7 +169,7 @@ class Worker:
 
     async def _announce(self, announced: Callable[[], None] | None) -> None:
         parts = self._parts
-        load = Load(parts.engine)
+        load = Utilization(parts.engine)
         with suppress(errors.UnavailableError):  # what workers before us have measured
             known = await self._registry.model(parts.engine.model.name)
             parts.pace.pixel_step_seconds = known.pixel_step_seconds if known else 0.0

@@ -18,8 +18,8 @@ from img2img_server.engine.diffusers.lora import LoraSet
 from img2img_server.engine.diffusers.schedules import Schedules
 from img2img_server.engine.diffusers.text import TextEncoder
 from img2img_server.engine.diffusers.vae import Autoencoder
-from img2img_server.engine.host_copy import ReadOut, read_out, to_device
-from img2img_server.engine.options import Compile, ModelOptions, ladder, padded
+from img2img_server.engine.host_copy import HostCopy, copy_to_host, to_device
+from img2img_server.engine.options import Compile, ModelOptions, batch_size_buckets, pad_batch_size
 from img2img_server.engine.sampler import Schedule
 
 # Measured with the packaged model at 256 and 320 pixels a side: a step takes 13 ms beyond what it
@@ -113,30 +113,30 @@ class DiffusersDenoiser:
         is_shown = self._device.type == "cpu" and self._unet_dtype == torch.float32
         return Determinism.BOUNDED if is_shown else Determinism.CLOSE
 
-    def slots(self, guidance_scale: float) -> int:
+    def forwards(self, guidance_scale: float) -> int:
         return 2 if guidance_scale > 1 and not self._is_guidance_embedded else 1
 
-    def filled_up(self, slots: int) -> int:
-        return padded(slots, self._capacity_rows) if self._is_compiled else slots
+    def padded_batch_size(self, forwards: int) -> int:
+        return pad_batch_size(forwards, self._capacity_rows) if self._is_compiled else forwards
 
     @property
-    def step_overhead(self) -> int | None:
+    def fixed_step_cost(self) -> int | None:
         if self.device.type != "cpu":
             return None
         return _CPU_STEP_OVERHEAD_PER_THREAD * torch.get_num_threads()
 
     @property
-    def warm_up_slots(self) -> tuple[int, ...]:
+    def warm_up_forwards(self) -> tuple[int, ...]:
         if self.device.type == "cpu" and not self._is_compiled:
             return (1,)
-        return ladder(self._capacity_rows)
+        return batch_size_buckets(self._capacity_rows)
 
     @property
     def warm_up_calls(self) -> int:
         # A CUDA graph is built in the first call, captured in the second, played in the third.
         return 3 if self.device.type == "cuda" and self._is_compiled else 1
 
-    def pictures_at_once(self, height: int, width: int) -> int:
+    def max_vae_batch(self, height: int, width: int) -> int:
         if self.device.type == "cpu":
             return 1
         return max(1, _MAX_AUTOENCODER_PIXELS // (height * width))
@@ -151,7 +151,7 @@ class DiffusersDenoiser:
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
         self._loras.use(texts[0].adapter)
-        return self._text.encode(texts, [self.slots(text.guidance_scale) for text in texts])
+        return self._text.encode(texts, [self.forwards(text.guidance_scale) for text in texts])
 
     def clear_cache(self) -> None:
         self._text.clear_cache()
@@ -178,7 +178,7 @@ class DiffusersDenoiser:
         count = len(forwards)
         if self._is_compiled:
             admit_shapes()
-            forwards += forwards[-1:] * (self.filled_up(count) - count)
+            forwards += forwards[-1:] * (self.padded_batch_size(count) - count)
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         rows = [forward.row for forward in forwards]
@@ -200,14 +200,14 @@ class DiffusersDenoiser:
             results[row] = without + scale * (results[row] - without)
         return torch.cat(results)
 
-    def decode(self, latents: Tensor) -> Sequence[ReadOut]:
+    def decode(self, latents: Tensor) -> Sequence[HostCopy]:
         images = self._autoencoder.decode(latents)
-        return read_out(_pixels(images), torch.isfinite(images).flatten(1).all(1))
+        return copy_to_host(_pixels(images), torch.isfinite(images).flatten(1).all(1))
 
-    def preview(self, latents: Tensor) -> Sequence[ReadOut]:
+    def preview(self, latents: Tensor) -> Sequence[HostCopy]:
         if self._tiny is not None:
-            return read_out(_pixels(preview.shrink(self._tiny.decode(latents))))
-        return read_out(preview.project(latents, self._projection))
+            return copy_to_host(_pixels(preview.shrink(self._tiny.decode(latents))))
+        return copy_to_host(preview.project(latents, self._projection))
 
     @torch.inference_mode()
     def _encode_for_fit(self, images: Tensor) -> Tensor:

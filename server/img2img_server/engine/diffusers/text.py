@@ -46,12 +46,12 @@ class TextEncoder:
         self._tokenizers = [getattr(pipeline, name) for name in names]
         self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
 
-    def encode(self, texts: Sequence[TextInput], slots: Sequence[int]) -> list[Conditioning]:
+    def encode(self, texts: Sequence[TextInput], forwards: Sequence[int]) -> list[Conditioning]:
         """One conditioning a text; those with two slots get their negative prompt too."""
         prompts = [_Prompt(text.prompt, False, text.adapter) for text in texts]
         negatives = [
             _Prompt(text.negative_prompt, True, text.adapter) if slot == 2 else None
-            for text, slot in zip(texts, slots, strict=True)
+            for text, slot in zip(texts, forwards, strict=True)
         ]
         known = self._look_up([*prompts, *(prompt for prompt in negatives if prompt)])
         return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Bodies:
+class BodyBudget:
     """Bytes of bodies that are held now by all requests together, at most `most`."""
 
     def __init__(self, most: int) -> None:
@@ -25,7 +25,7 @@ class Bodies:
 class Body:
     """The part of one request."""
 
-    def __init__(self, bodies: Bodies) -> None:
+    def __init__(self, bodies: BodyBudget) -> None:
         self._bodies = bodies
         self._size = 0
 

@@ -14,8 +14,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
-from img2img_server.gateway.modelslab.response_formats import Dialect
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.modelslab.response_formats import ResponseFormat
 from img2img_server.settings import Settings, is_loopback
 
 METHODS = "GET, POST, OPTIONS"
@@ -68,10 +68,10 @@ class Origins:
 class Cors:
     """Answers OPTIONS, which needs no key, and adds the headers to every other answer."""
 
-    def __init__(self, app: ASGIApp, origins: Origins, dialect: Dialect) -> None:
+    def __init__(self, app: ASGIApp, origins: Origins, dialect: ResponseFormat) -> None:
         self._app = app
         self._origins = origins
-        self._refused = dialect.refused(RefusedError(Case.FOREIGN_PAGE))
+        self._refused = dialect.refused(RequestError(ErrorKind.FOREIGN_PAGE))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from img2img_server.compat.modelslab.files import KEY
 from img2img_server.errors import StorageError
-from img2img_server.gateway.modelslab.errors import RETRY_SECONDS, Case
+from img2img_server.gateway.modelslab.errors import RETRY_SECONDS, ErrorKind
 from img2img_server.storage.interface import BlobStore
 
 _FOLDERS = ("generations/", "temp/")
@@ -56,7 +56,7 @@ class Files:
         except StorageError as error:
             log.warning("file not served", key=key, error=str(error))
             headers = {**_NO_STORE, "Retry-After": str(RETRY_SECONDS)}
-            return PlainTextResponse(Case.UNAVAILABLE.message, 503, headers)
+            return PlainTextResponse(ErrorKind.UNAVAILABLE.message, 503, headers)
 
     async def trouble(self) -> str:
         """Why the bucket cannot be read, or nothing."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
 # A body that is too long is read on for this much, so that ordinary clients, which read the answer
@@ -33,7 +33,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object, whatever Content-Type says; an empty body is {}.
 
     Raises:
-        RefusedError: TOO_LARGE, SLOW_BODY or INVALID_JSON, also of one of more than MAX_VALUES;
+        RequestError: TOO_LARGE, SLOW_BODY or INVALID_JSON, also of one of more than MAX_VALUES;
             INVALID_JSON has the reason UNSUPPORTED_MEDIA_TYPE when Content-Type is another one;
             UNAVAILABLE when all requests together hold as much as the gateway may.
         ClientDisconnect: nobody is left to answer.
@@ -42,7 +42,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         async with asyncio.timeout(_BODY_SECONDS):
             raw = await _read(request)
     except TimeoutError:
-        raise RefusedError(Case.SLOW_BODY, headers={"Connection": "close"}) from None
+        raise RequestError(ErrorKind.SLOW_BODY, headers={"Connection": "close"}) from None
     if not raw.strip():
         return {}
     if sum(map(raw.count, _BEFORE_VALUES)) > MAX_VALUES:
@@ -56,25 +56,25 @@ async def read_json(request: Request) -> dict[str, Any]:
     return body
 
 
-def _no_json(request: Request) -> RefusedError:
+def _no_json(request: Request) -> RequestError:
     """The refusal of a body that is not a JSON object. The contract fixes the message on its paths;
     on ours the message names the kind of body."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type in ("", "text/plain") or media_type.endswith("json"):
-        return RefusedError(Case.INVALID_JSON)
+        return RequestError(ErrorKind.INVALID_JSON)
     message = ""
     if request.scope["path"].startswith("/v1/") and _MEDIA_TYPE.fullmatch(media_type):
         message = f"This endpoint takes application/json; the body is {media_type}"
-    return RefusedError(Case.INVALID_JSON, message, reason="UNSUPPORTED_MEDIA_TYPE")
+    return RequestError(ErrorKind.INVALID_JSON, message, reason="UNSUPPORTED_MEDIA_TYPE")
 
 
 async def _read(request: Request) -> bytes:
     announced = request.headers.get("content-length", "")
-    refused: Case | None = None
+    refused: ErrorKind | None = None
     if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        refused = Case.TOO_LARGE
+        refused = ErrorKind.TOO_LARGE
         if "expect" in request.headers:  # the client waits for our word
-            raise RefusedError(refused)
+            raise RequestError(refused)
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
@@ -82,16 +82,16 @@ async def _read(request: Request) -> bytes:
         if size > MAX_BODY_BYTES + _DISCARD_BYTES:
             break
         if size > MAX_BODY_BYTES:
-            refused = Case.TOO_LARGE
+            refused = ErrorKind.TOO_LARGE
         elif refused is None and not request.state.body.take(len(chunk)):
-            refused = Case.UNAVAILABLE
+            refused = ErrorKind.UNAVAILABLE
         if refused:
             chunks.clear()
             forget_body(request)
         else:
             chunks.append(chunk)
     if refused:
-        raise RefusedError(refused, retry_seconds=1)
+        raise RequestError(refused, retry_seconds=1)
     return b"".join(chunks)
 
 

@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from img2img_server.gateway.http.body_budget import Bodies, Body
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
-from img2img_server.gateway.modelslab.response_formats import Dialect
+from img2img_server.gateway.http.body_budget import Body, BodyBudget
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.modelslab.response_formats import ResponseFormat
 from img2img_server.tracing import end, enter, extracted
 
 REQUESTS = Counter("img2img_http_requests_total", "Answered requests.", ["route", "method", "code"])
@@ -31,7 +31,7 @@ _PROBES = ("/healthz", "/readyz")  # asked every few seconds
 log = structlog.get_logger()
 
 
-class TidyPath:
+class NormalizePath:
     """Doubled slashes and one at the end are tolerated, in place: a redirect would turn a POST
     into a GET."""
 
@@ -45,16 +45,18 @@ class TidyPath:
         await self._app(scope, receive, send)
 
 
-class Bounded:
+class ConcurrencyLimit:
     """Refuses what comes beyond `most` open requests, probes excepted, and counts the bodies that
     they hold, see incoming.py."""
 
-    def __init__(self, app: ASGIApp, most: int, bodies: Bodies, dialect: Dialect) -> None:
+    def __init__(
+        self, app: ASGIApp, most: int, bodies: BodyBudget, dialect: ResponseFormat
+    ) -> None:
         self._app = app
         self._most = most
         self._bodies = bodies
         self._open = 0
-        self._full = dialect.refused(RefusedError(Case.UNAVAILABLE, retry_seconds=1))
+        self._full = dialect.refused(RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _PROBES:
@@ -73,13 +75,13 @@ class Bounded:
             body.forget()
 
 
-class Recorded:
+class AccessLog:
     """One log line and one count a request; a fault of ours becomes an answer.
 
     The line has the route's template, never the path, the query or a header: keys end up there.
     """
 
-    def __init__(self, app: ASGIApp, dialect: Dialect) -> None:
+    def __init__(self, app: ASGIApp, dialect: ResponseFormat) -> None:
         self._app = app
         self._dialect = dialect
 
@@ -110,7 +112,7 @@ class Recorded:
             log.error("http request broke", error_id=secrets.token_hex(8), exc_info=error)
             if code:  # too late to answer: the connection is closed
                 raise
-            answer = self._dialect.refused(RefusedError(Case.FAULT))
+            answer = self._dialect.refused(RequestError(ErrorKind.FAULT))
             response = JSONResponse(answer.body, answer.status, answer.headers)
             await response(scope, receive, send_noting_code)
         finally:

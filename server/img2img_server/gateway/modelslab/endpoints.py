@@ -20,9 +20,9 @@ from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
 from img2img_server.gateway.http.http_request import find_key, forget_body, link_base, read_json
 from img2img_server.gateway.modelslab import fields
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.request import drop_hints, job_spec
-from img2img_server.gateway.modelslab.response_formats import Answer, Dialect
+from img2img_server.gateway.modelslab.response_formats import Answer, ResponseFormat
 from img2img_server.gateway.upstream import ENDED, Upstream
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.settings import Settings
@@ -52,7 +52,7 @@ class Endpoints:
         settings: Settings,
         upstream: Upstream,
         files: Files,
-        dialect: Dialect,
+        dialect: ResponseFormat,
         stop: asyncio.Event,
     ) -> None:
         self._settings = settings
@@ -71,7 +71,7 @@ class Endpoints:
         if violations := reading.violations:
             del reading
             await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
-            raise RefusedError(Case.FIELDS, violations=violations)
+            raise RequestError(ErrorKind.FIELDS, violations=violations)
         spec, warnings = job_spec(reading.values, call.base), reading.warnings
         at_once = bool(reading.values.get("instant_response") or spec.webhook)
         del reading
@@ -87,7 +87,7 @@ class Endpoints:
         warning = "" if self._settings.legacy else join_warnings(*warnings)
         try:
             return await self._upstream.create(call.key, spec, call.base, warning=warning)
-        except RefusedError as refused:
+        except RequestError as refused:
             broken = {violation.field: violation.description for violation in refused.violations}
             # The model's own limit is narrower than ours; a hint is never an error.
             if dropped := drop_hints(spec, broken):
@@ -110,7 +110,7 @@ class Endpoints:
         if job_id is None or job_id == "":
             await self._upstream.check_key(call.key)
             missing = Violation("request_id", "request_id is required")
-            raise RefusedError(Case.FIELDS, violations=[missing])
+            raise RequestError(ErrorKind.FIELDS, violations=[missing])
         # A longer one is no more an id than its beginning, which is all that is kept of it.
         job_id = str(job_id)[:_ID_LONGER] if type(job_id) in (int, str) else ""
         return await self._fetch(call, job_id)
@@ -125,7 +125,7 @@ class Endpoints:
     async def _fetch(self, call: Call, job_id: str) -> JSONResponse:
         if not _ID.fullmatch(job_id):
             await self._upstream.check_key(call.key)
-            raise RefusedError(Case.UNKNOWN_JOB)
+            raise RequestError(ErrorKind.UNKNOWN_JOB)
         job = await self._upstream.get(call.key, int(job_id))
         return await self._answer(job, call, fetched=True)
 
@@ -142,7 +142,7 @@ class Endpoints:
             if watch.done():
                 return watch.result()
             return await self._upstream.get(key, job.id)
-        except RefusedError:  # the job exists: whatever is wrong now, the caller can fetch it later
+        except RequestError:  # the job exists: whatever is wrong now, the caller can fetch it later
             return job
         finally:
             watch.cancel()
@@ -151,13 +151,13 @@ class Endpoints:
     async def _ended(self, key: str, job_id: int) -> job_pb2.Job:
         """The job once it has ended, however often the api goes or has no room for a watcher."""
         while True:
-            with suppress(RefusedError):
+            with suppress(RequestError):
                 async with aclosing(self._upstream.watch(key, job_id)) as events:
                     async for event in events:
                         job = _final(event)
                         if job is not None:
                             return job
-            with suppress(RefusedError):
+            with suppress(RequestError):
                 job = await self._upstream.get(key, job_id)
                 if job.state in ENDED:
                     return job
@@ -172,7 +172,7 @@ class Endpoints:
                 return respond(self._dialect.success(job, output, fetched=fetched))
             except StorageError:
                 if fetched:
-                    raise RefusedError(Case.UNAVAILABLE) from None
+                    raise RequestError(ErrorKind.UNAVAILABLE) from None
                 # The POST made a job: it must not be lost. A fetch will have it later.
         base = job.spec.annotations.get(annotation_keys.LINK_BASE, call.base)
         fetch_result = f"{base}{call.family}/fetch/{job.id}"

@@ -26,7 +26,7 @@ _AWAY = (
 Detail = TypeVar("Detail", bound=Message)
 
 
-class Case(Enum):
+class ErrorKind(Enum):
     """HTTP code, reason and default message of every refusal. The api's own reason replaces it."""
 
     INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
@@ -55,7 +55,7 @@ class Case(Enum):
         self.message = message
 
 
-class RefusedError(Exception):
+class RequestError(Exception):
     """The request is refused. `message` and `reason` replace the case's own; `retry_seconds` are
     whole.
 
@@ -64,7 +64,7 @@ class RefusedError(Exception):
 
     def __init__(
         self,
-        case: Case,
+        case: ErrorKind,
         message: str = "",
         *,
         reason: str = "",
@@ -83,7 +83,7 @@ class RefusedError(Exception):
         super().__init__(self.message)
 
 
-def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RefusedError:
+def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RequestError:
     """What a failed call of the api means to the HTTP caller. `model`: the one that he named."""
     status = rpc_status.from_call(error) or status_pb2.Status()
     reason = _detail(status, error_details_pb2.ErrorInfo()).reason
@@ -94,41 +94,41 @@ def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RefusedError:
 
 def _refusal(
     error: grpc.aio.AioRpcError, status: status_pb2.Status, reason: str, model: str
-) -> RefusedError:
+) -> RequestError:
     retry = _retry_seconds(_detail(status, error_details_pb2.RetryInfo()))
     text = error.details() or ""
     match error.code(), reason:
         case grpc.StatusCode.INVALID_ARGUMENT, _ if violations := _violations(status):
-            return RefusedError(Case.FIELDS, violations=violations)
+            return RequestError(ErrorKind.FIELDS, violations=violations)
         case grpc.StatusCode.UNAUTHENTICATED, _:
-            return RefusedError(Case.BAD_KEY)
+            return RequestError(ErrorKind.BAD_KEY)
         case grpc.StatusCode.PERMISSION_DENIED, _:
-            return RefusedError(Case.FORBIDDEN, text)
+            return RequestError(ErrorKind.FORBIDDEN, text)
         case grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND":
-            return RefusedError(Case.UNKNOWN_JOB)
+            return RequestError(ErrorKind.UNKNOWN_JOB)
         case grpc.StatusCode.RESOURCE_EXHAUSTED, "":  # gRPC's own: the message is too large
-            return RefusedError(Case.TOO_LARGE)
+            return RequestError(ErrorKind.TOO_LARGE)
         case grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS":
-            return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)
+            return RequestError(ErrorKind.UNAVAILABLE, retry_seconds=retry)
         case grpc.StatusCode.RESOURCE_EXHAUSTED, _:
-            return RefusedError(Case.RATE_LIMIT, text, retry_seconds=retry)
+            return RequestError(ErrorKind.RATE_LIMIT, text, retry_seconds=retry)
         case grpc.StatusCode.FAILED_PRECONDITION, "JOB_ENDED":
-            return RefusedError(Case.JOB_ENDED, text)
+            return RequestError(ErrorKind.JOB_ENDED, text)
         case grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED":
-            return RefusedError(Case.REQUEST_ID_REUSED)
+            return RequestError(ErrorKind.REQUEST_ID_REUSED)
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND" if model:
-            return RefusedError(Case.FIELDS, violations=[Violation("model", text)])
+            return RequestError(ErrorKind.FIELDS, violations=[Violation("model", text)])
         # An api of an older version says so to the callers of the contract, who name no model.
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
-            return RefusedError(Case.UNAVAILABLE)
+            return RequestError(ErrorKind.UNAVAILABLE)
         case grpc.StatusCode.UNAVAILABLE, "NO_MODEL":
-            return RefusedError(Case.UNAVAILABLE, text, retry_seconds=retry)
+            return RequestError(ErrorKind.UNAVAILABLE, text, retry_seconds=retry)
         case grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_KEYS_MISSING" | "MESSAGE_TOO_LARGE":
-            return RefusedError(Case.UNAVAILABLE, text)
+            return RequestError(ErrorKind.UNAVAILABLE, text)
         case code, _ if code in _AWAY:
-            return RefusedError(Case.UNAVAILABLE, retry_seconds=retry)
+            return RequestError(ErrorKind.UNAVAILABLE, retry_seconds=retry)
         case _:
-            return RefusedError(Case.FAULT)
+            return RequestError(ErrorKind.FAULT)
 
 
 def _detail(status: status_pb2.Status, empty: Detail) -> Detail:

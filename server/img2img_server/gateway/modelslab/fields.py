@@ -146,7 +146,7 @@ _READ = frozenset(_ORDER) - {"enhance_style"} | {"key"}
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ParsedBody:
     """A body as understood: coerced values without the absent ones, every broken rule, and a
     sentence for everything that was ignored or changed."""
 
@@ -155,7 +155,7 @@ class Reading:
     warnings: list[str] = field(default_factory=list)
 
 
-def read(body: Mapping[str, Any], context: ValidationContext = _CONTEXT) -> Reading:
+def read(body: Mapping[str, Any], context: ValidationContext = _CONTEXT) -> ParsedBody:
     """Reads the body of img2img; never raises. Violations come in table order."""
     values: dict[str, Any] = {}
     violations = []
@@ -182,7 +182,7 @@ def read(body: Mapping[str, Any], context: ValidationContext = _CONTEXT) -> Read
         del values["seed"]
     refused = {violation.field for violation in violations}
     beyond = [broken for broken in _beyond_limits(values, context) if broken.field not in refused]
-    return Reading(values, in_table_order(violations + beyond), warnings)
+    return ParsedBody(values, in_table_order(violations + beyond), warnings)
 
 
 def ignored(name: str, why: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import results
 from img2img_server.gateway.modelslab import responses
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 
 TIP = "Send the API key that the operator of this service gave you."
 TIPS = "Wait for your queued requests to finish, or ask the operator for a higher limit."
@@ -24,10 +24,10 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-class Dialect(Protocol):
+class ResponseFormat(Protocol):
     """One form of every answer. `fetched`: it answers a fetch, not the POST that made the job."""
 
-    def refused(self, why: RefusedError) -> Answer:
+    def refused(self, why: RequestError) -> Answer:
         """Section 6.4, and fetch of an unknown job."""
         ...
 
@@ -44,14 +44,14 @@ class Dialect(Protocol):
         ...
 
 
-class Today:
+class Current:
     """Real HTTP codes, one `message`, a `reason` as over gRPC."""
 
-    def refused(self, why: RefusedError) -> Answer:
+    def refused(self, why: RequestError) -> Answer:
         body: dict[str, Any] = {"status": "error", "message": why.message, "reason": why.reason}
         if why.violations:
             body["errors"] = _by_field([(v.field, v.text) for v in why.violations])
-        if why.case is Case.RATE_LIMIT:
+        if why.case is ErrorKind.RATE_LIMIT:
             body["retry_after"] = why.retry_seconds
         return Answer(why.case.status, body, _headers(why))
 
@@ -70,12 +70,12 @@ class Today:
 class Legacy:
     """HTTP 200 always (unknown routes and wrong methods apart), `messege`, short fetches."""
 
-    def refused(self, why: RefusedError) -> Answer:
-        if why.case is Case.UNKNOWN_JOB:
+    def refused(self, why: RequestError) -> Answer:
+        if why.case is ErrorKind.UNKNOWN_JOB:
             body = {"status": "failed", "id": "", "message": why.message, "output": "", "tip": ""}
             return Answer(200, body)
         message, extra = self._wording(why)
-        kept = why.case in (Case.NO_ROUTE, Case.WRONG_METHOD)
+        kept = why.case in (ErrorKind.NO_ROUTE, ErrorKind.WRONG_METHOD)
         return Answer(
             why.case.status if kept else 200,
             {"status": "error", "message": message, "messege": message, **extra},
@@ -101,14 +101,14 @@ class Legacy:
         message = "Failed, Try Again"
         return Answer(200, {"status": "failed", "id": job.id, "message": message, "output": ""})
 
-    def _wording(self, why: RefusedError) -> tuple[Any, dict[str, Any]]:
+    def _wording(self, why: RequestError) -> tuple[Any, dict[str, Any]]:
         if why.violations:
             told = [(v.field, legacy_sentence(v.field, v.description)) for v in why.violations]
             return _by_field(told), {}
-        if why.case is Case.BAD_KEY:
+        if why.case is ErrorKind.BAD_KEY:
             return "Invalid Api Key", {"tip": TIP}
-        if why.case is Case.RATE_LIMIT:
-            return Case.RATE_LIMIT.message, {"tips": TIPS, "retry_after": why.retry_seconds}
+        if why.case is ErrorKind.RATE_LIMIT:
+            return ErrorKind.RATE_LIMIT.message, {"tips": TIPS, "retry_after": why.retry_seconds}
         return why.message, {}
 
 
@@ -128,8 +128,8 @@ def _by_field(told: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     return found
 
 
-def _headers(why: RefusedError) -> dict[str, str]:
+def _headers(why: RequestError) -> dict[str, str]:
     headers = dict(why.headers)
-    if why.case in (Case.RATE_LIMIT, Case.UNAVAILABLE):
+    if why.case in (ErrorKind.RATE_LIMIT, ErrorKind.UNAVAILABLE):
         headers["Retry-After"] = str(why.retry_seconds)
     return headers

@@ -12,7 +12,7 @@ from img2img.v1 import service_pb2
 from img2img_server.domain.params import Violation
 from img2img_server.domain.storage import MAX_CHARACTERS, REALTIME, validate_deploy_type
 from img2img_server.gateway.http.http_request import find_key, read_json
-from img2img_server.gateway.modelslab.errors import RefusedError
+from img2img_server.gateway.modelslab.errors import RequestError
 from img2img_server.gateway.modelslab.field_types import BOOLEAN
 from img2img_server.gateway.upstream import Upstream
 
@@ -45,7 +45,7 @@ class Storage:
         request_ = service_pb2.UpdateStorageSettingsRequest(settings=sent, check_connection=wanted)
         try:
             told = await self._upstream.update_storage(key, request_)
-        except RefusedError as refused:
+        except RequestError as refused:
             raise _reworded(refused, texts, wrong) from None
         return JSONResponse(
             {
@@ -100,8 +100,8 @@ def _is_text(value: str) -> bool:
 
 
 def _reworded(
-    refused: RefusedError, texts: Mapping[str, str], more: Sequence[Violation]
-) -> RefusedError:
+    refused: RequestError, texts: Mapping[str, str], more: Sequence[Violation]
+) -> RequestError:
     """In words of ours. A deploy_type that is no string is just another wrong one (section 10)."""
     if not refused.violations:
         return refused
@@ -114,4 +114,4 @@ def _reworded(
         else violation
         for violation in told
     ]
-    return RefusedError(refused.case, reason=refused.reason, violations=[*violations, *more])
+    return RequestError(refused.case, reason=refused.reason, violations=[*violations, *more])

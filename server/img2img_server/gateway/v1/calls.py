@@ -5,7 +5,7 @@ model, a scheduler, cancelling.
     POST /v1/jobs               CreateJob: answers at once; the events tell the rest
     POST /v1/jobs/{id}:cancel   CancelJob
 
-Bodies and answers are the methods' own messages, see protojson.py.
+BodyBudget and answers are the methods' own messages, see protojson.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.responses import Response
 from img2img.v1 import service_pb2
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
 from img2img_server.gateway.modelslab import fields
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.gateway.v1 import protojson
 from img2img_server.settings import Settings
@@ -42,23 +42,25 @@ class Calls:
         """POST jobs: a CreateJobRequest, all violations told at once."""
         body = await read_json(request)
         key = find_key(request, body)
-        wish = service_pb2.CreateJobRequest()
+        create_request = service_pb2.CreateJobRequest()
         try:
-            protojson.fill(wish, {name: body[name] for name in body if name != "key"})
-        except RefusedError:
+            protojson.fill(create_request, {name: body[name] for name in body if name != "key"})
+        except RequestError:
             del body
             await self._upstream.check_key(key)  # a wrong key is told before wrong fields
             raise
         del body
         base = link_base(request, self._settings.public_base_url)
         try:
-            job = await self._upstream.create(key, wish.spec, base, wish.request_id)
-        except RefusedError as refused:
-            if refused.case is not Case.FIELDS:
+            job = await self._upstream.create(
+                key, create_request.spec, base, create_request.request_id
+            )
+        except RequestError as refused:
+            if refused.case is not ErrorKind.FIELDS:
                 raise
             violations = fields.in_table_order(refused.violations)
             reason = refused.reason
-            raise RefusedError(Case.FIELDS, reason=reason, violations=violations) from None
+            raise RequestError(ErrorKind.FIELDS, reason=reason, violations=violations) from None
         return _json(service_pb2.CreateJobResponse(job=job))
 
     async def cancel(self, request: Request, job_id: str) -> Response:
@@ -66,7 +68,7 @@ class Calls:
         key = find_key(request, await read_json(request))
         if not _ID.fullmatch(job_id):
             await self._upstream.check_key(key)
-            raise RefusedError(Case.UNKNOWN_JOB)
+            raise RequestError(ErrorKind.UNKNOWN_JOB)
         job = await self._upstream.cancel(key, int(job_id))
         return _json(service_pb2.CancelJobResponse(job=job))
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from img2img.v1 import event_pb2
 from img2img_server.domain.params import Violation
 from img2img_server.gateway.http.http_request import find_key
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.upstream import ENDED, Upstream
 from img2img_server.gateway.v1 import protojson
 
@@ -46,10 +46,10 @@ class EventStreams:
         if after is None:
             await self._upstream.check_key(key)
             text = "after_sequence must be an integer of at least 0"
-            raise RefusedError(Case.FIELDS, violations=[Violation("after_sequence", text)])
+            raise RequestError(ErrorKind.FIELDS, violations=[Violation("after_sequence", text)])
         if not (job_id.isascii() and job_id.isdigit() and len(job_id) <= 12):
             await self._upstream.check_key(key)
-            raise RefusedError(Case.UNKNOWN_JOB)
+            raise RequestError(ErrorKind.UNKNOWN_JOB)
         if resumed and after and await self._has_seen_the_end(key, int(job_id), after):
             return Response(status_code=204)
         events = self._upstream.watch(key, int(job_id), after)
@@ -84,7 +84,7 @@ class EventStreams:
                     following = asyncio.ensure_future(anext(events))
                 elif not stopping.done():
                     yield _PING
-        except (StopAsyncIteration, RefusedError):  # ended, or the api goes: callers resume
+        except (StopAsyncIteration, RequestError):  # ended, or the api goes: callers resume
             return
         finally:
             following.cancel()

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from img2img.v1 import job_pb2
 from img2img_server.domain.params import JobParams, ValidationContext, Violation, validate
-from img2img_server.gateway.modelslab.errors import Case, RefusedError
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.fields import FIELDS
 
 _ENUMS = {
@@ -54,11 +54,11 @@ def fill(message: Message, body: dict[str, Any]) -> None:
     """Sets what the body has.
 
     Raises:
-        RefusedError: FIELDS, with the one field that cannot be read or is not known.
+        RequestError: FIELDS, with the one field that cannot be read or is not known.
     """
     if name := _no_object(body) or _misread(message.DESCRIPTOR, body):
         del body
-        raise RefusedError(Case.FIELDS, violations=[_unreadable(name)])
+        raise RequestError(ErrorKind.FIELDS, violations=[_unreadable(name)])
     try:
         json_format.ParseDict(body, message)
         return
@@ -67,7 +67,7 @@ def fill(message: Message, body: dict[str, Any]) -> None:
         wrong = _violation(str(error))
     # Raised here and without the body, which the errors' frames would keep while they are held.
     del body
-    raise RefusedError(Case.FIELDS, violations=[wrong])
+    raise RequestError(ErrorKind.FIELDS, violations=[wrong])
 
 
 def _no_object(body: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ MOST_WAITING = 1000  # jobs; beyond them files stay until the bucket's lifecycle
 log = structlog.get_logger()
 
 
-class Leftovers:
+class OrphanCleanup:
     """One for the life of the worker. One job at a time, so that uploads keep their threads.
 
     Only the record decides: what another worker has, or has brought to a good end, keeps its files.

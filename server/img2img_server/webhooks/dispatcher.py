@@ -12,12 +12,12 @@ import structlog
 from img2img_server import errors
 from img2img_server.domain.job import Job
 from img2img_server.interfaces.records import JobStore
-from img2img_server.interfaces.webhooks import Outbox, PendingWebhook
+from img2img_server.interfaces.webhooks import PendingWebhook, WebhookOutbox
 from img2img_server.outbound.policy import shown
 from img2img_server.telemetry import WEBHOOKS
-from img2img_server.webhooks.pauses import Pauses
-from img2img_server.webhooks.post import Outcome, Post
+from img2img_server.webhooks.backoff import BackoffPolicy
 from img2img_server.webhooks.record import FAILED, RETRYING, SUCCESS, set_status
+from img2img_server.webhooks.sender import Outcome, WebhookSender
 from img2img_server.webhooks.signature import Signer
 
 MOST_AT_ONCE = 64  # attempts of one api; a slow receiver has one of them for 30 s
@@ -32,17 +32,17 @@ Payload = Callable[[Job], Awaitable[bytes]]
 log = structlog.get_logger()
 
 
-class Deliverer:
+class WebhookDispatcher:
     """One for the life of the api. Several share an outbox; each webhook is with one at a time."""
 
     def __init__(
         self,
-        outbox: Outbox,
+        outbox: WebhookOutbox,
         jobs: JobStore,
         payload: Payload,
-        post: Post,
+        post: WebhookSender,
         signer: Signer,
-        pauses: Pauses,
+        pauses: BackoffPolicy,
         *,
         drain_seconds: float,
     ) -> None:
@@ -109,8 +109,8 @@ class Deliverer:
 
         Returns how many to take next: as many as places became free, or else some to look past.
         """
-        pauses = [self._pauses.crowded(pending.times_put_off) for pending in surplus]
-        handed_back = (each.put_off(pause) for each, pause in zip(surplus, pauses, strict=True))
+        pauses = [self._pauses.overflow_delay(pending.times_deferred) for pending in surplus]
+        handed_back = (each.defer(pause) for each, pause in zip(surplus, pauses, strict=True))
         try:
             await asyncio.gather(*handed_back)
         except errors.UnavailableError:

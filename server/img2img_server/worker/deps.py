@@ -10,7 +10,7 @@ from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import Engine
 from img2img_server.interfaces.queue import EventLog, JobQueue
 from img2img_server.interfaces.records import JobStore
-from img2img_server.interfaces.webhooks import Outbox
+from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.prompts.base import PromptRewriter
 from img2img_server.safety.base import SafetyChecker
@@ -21,7 +21,7 @@ _BASE_PIXELS = 512 * 512
 _WEIGHT = 0.2
 
 
-class Pace:
+class Throughput:
     """Moving means of what this worker measures; 0.0 before the first.
 
     `job_seconds`: the engine's seconds for one sample at 512x512, as its caller waits for it.
@@ -64,7 +64,7 @@ class Pace:
             self._pixel_steps *= 1 - _WEIGHT
 
 
-class Load:
+class Utilization:
     """How busy the engine's device was between two looks."""
 
     def __init__(self, engine: Engine) -> None:
@@ -85,7 +85,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class WorkerDeps:
     """The worker's seams and figures."""
 
     name: str
@@ -94,7 +94,7 @@ class Parts:
     events: EventLog
     jobs: JobStore
     blobs: WatchedBlobs
-    outbox: Outbox
+    outbox: WebhookOutbox
     storage: TenantStorage
     tenant_s3: TenantS3
     safety: SafetyChecker
@@ -104,5 +104,5 @@ class Parts:
     rewriter: PromptRewriter
     # Deletes cached downloads of the model, returns the bytes freed; blocks. Raises OSError.
     forget_downloads: Callable[[], int] = lambda: 0
-    pace: Pace = field(default_factory=Pace)
+    pace: Throughput = field(default_factory=Throughput)
     device_lost: asyncio.Event = field(default_factory=asyncio.Event)

@@ -19,7 +19,7 @@ from img2img_server.domain.warnings import join_warnings
 from img2img_server.engine.base import (
     DeviceLost,
     JobDone,
-    JobError,
+    JobFailed,
     JobStopped,
     Pixels,
     SampleReady,
@@ -28,13 +28,13 @@ from img2img_server.engine.base import (
 from img2img_server.imaging.base import InvalidImageError
 from img2img_server.imaging.prepare import prepare_image
 from img2img_server.interfaces.queue import Delivery, OwnershipLostError
-from img2img_server.tasks import beside
+from img2img_server.tasks import background_task
 from img2img_server.telemetry import STEPS
 from img2img_server.tracing import TRACER
-from img2img_server.worker.device import Inbox, engine_job, told
+from img2img_server.worker.deps import WorkerDeps
+from img2img_server.worker.engine_events import EngineEventStream, engine_job, to_domain_event
 from img2img_server.worker.files import storage_warning
-from img2img_server.worker.owned import OwnedJob
-from img2img_server.worker.parts import Parts
+from img2img_server.worker.lease import JobLease
 from img2img_server.worker.sample import Stopwatch, finish_sample
 from img2img_server.worker.spans import enter_run
 
@@ -52,17 +52,17 @@ class _DeviceLostError(Exception):
     """The device broke in a step of the job."""
 
 
-class JobRun:
+class JobExecution:
     """Takes one delivered job to its end. `cancel` and `hand_back` may be called meanwhile."""
 
-    def __init__(self, parts: Parts, delivery: Delivery) -> None:
+    def __init__(self, parts: WorkerDeps, delivery: Delivery) -> None:
         self._parts = parts
         self._delivery = delivery
         self._watch = Stopwatch()
         self._cancelled = False
         self._leaving = asyncio.Event()
         self._submitted = False
-        self._owned: OwnedJob | None = None
+        self._owned: JobLease | None = None
 
     @property
     def job_id(self) -> int:
@@ -96,7 +96,10 @@ class JobRun:
     async def run(self) -> None:
         """Returns when the job has ended or is no longer ours; never raises for the job's sake."""
         span = enter_run(self._delivery)
-        watching = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._hear())]
+        watching = [
+            asyncio.create_task(self._heartbeat()),
+            asyncio.create_task(self._poll_cancel()),
+        ]
         # Beside the records, not after them: it takes as long as they do.
         prepared = asyncio.create_task(self._prepare())
         try:
@@ -110,12 +113,12 @@ class JobRun:
             log.warning("job let go, the bus is away", why=str(error))
         except _DeviceLostError:  # for another worker, and counted: it may be the job's own doing
             await self._leaving.wait()  # or this worker would pull it again
-            await self._let_go()
+            await self._nak()
         except asyncio.CancelledError:  # the drain is over
-            await self._let_go()
+            await self._nak()
             raise
         except Exception as error:  # a record that cannot be read, a fault of ours: not its
-            await self._bury(error)  # neighbours' business
+            await self._dead_letter(error)  # neighbours' business
         finally:
             for task in watching:
                 task.cancel()
@@ -125,7 +128,7 @@ class JobRun:
                 self._parts.engine.cancel(self.job_id)
             span.end()
 
-    async def _bury(self, error: Exception) -> None:
+    async def _dead_letter(self, error: Exception) -> None:
         """Leaves the job to another try, and to the dead letters when there were enough."""
         log.error("run broke", attempt=self._delivery.attempt, exc_info=error)
         if self._delivery.attempt >= self._parts.max_attempts:
@@ -138,7 +141,7 @@ class JobRun:
             with suppress(errors.UnavailableError):
                 await self._delivery.in_progress()
 
-    async def _hear(self) -> None:
+    async def _poll_cancel(self) -> None:
         """Cancels a job whose record says so: the word itself may have come while the connection
         was away."""
         job = self._delivery.job
@@ -149,13 +152,13 @@ class JobRun:
                 if stored and stored.job.cancel_requested and not self._cancelled:
                     self.cancel()
 
-    async def _let_go(self) -> None:
+    async def _nak(self) -> None:
         """Gives the message to another worker at once, the record as it is."""
         with suppress(errors.UnavailableError, TimeoutError):
             async with asyncio.timeout(LET_GO_SECONDS):
                 await self._delivery.nak()
 
-    async def _open(self) -> OwnedJob | None:
+    async def _open(self) -> JobLease | None:
         stored, writer = await asyncio.gather(
             self._parts.jobs.get(self._delivery.job.tenant, self.job_id),
             self._parts.events.open(self.job_id),
@@ -163,13 +166,13 @@ class JobRun:
         if stored is None:
             await self._delivery.term("its record has expired")
             return None
-        return OwnedJob(self._parts, self._delivery, stored, writer)
+        return JobLease(self._parts, self._delivery, stored, writer)
 
-    async def _work(self, owned: OwnedJob, prepared: asyncio.Task[Pixels]) -> None:
+    async def _work(self, owned: JobLease, prepared: asyncio.Task[Pixels]) -> None:
         try:
-            async with beside(owned.announce()) as announced:
+            async with background_task(owned.announce()) as announced:
                 try:
-                    inbox = self._submit(owned.job, await _sound(prepared))
+                    inbox = self._submit(owned.job, await _checked_pixels(prepared))
                 except errors.InitImageError:
                     await announced  # a log in which it never began would be wrong
                     raise
@@ -200,15 +203,15 @@ class JobRun:
         self._watch.prepare = time.monotonic() - start
         return pixels
 
-    def _submit(self, job: Job, pixels: Pixels) -> Inbox:
-        engine, inbox = self._parts.engine, Inbox()
+    def _submit(self, job: Job, pixels: Pixels) -> EngineEventStream:
+        engine, inbox = self._parts.engine, EngineEventStream()
         engine.submit(engine_job(job, pixels, engine.model), inbox.post)
         self._submitted = True
         if self._leaving.is_set():  # asked while the image was prepared
             engine.cancel(job.id)
         return inbox
 
-    async def _follow(self, owned: OwnedJob, inbox: Inbox) -> JobDone:
+    async def _follow(self, owned: JobLease, inbox: EngineEventStream) -> JobDone:
         """Turns engine events into job events; returns when every picture is stored."""
         try:
             async with asyncio.TaskGroup() as finishing:
@@ -218,7 +221,7 @@ class JobRun:
                             finishing.create_task(self._finish(owned, event))
                         case JobDone():
                             return event
-                        case JobError():
+                        case JobFailed():
                             raise event.error
                         case JobStopped():
                             raise _StoppedError
@@ -228,17 +231,17 @@ class JobRun:
                         case _:
                             if isinstance(event, StepDone):
                                 self._parts.pace.step(owned.job.params)
-                            await owned.tell(await told(event))
+                            await owned.tell(await to_domain_event(event))
         except BaseExceptionGroup as group:
             raise _first(group) from group
         finally:
             inbox.close()
 
-    async def _finish(self, owned: OwnedJob, ready: SampleReady) -> None:
+    async def _finish(self, owned: JobLease, ready: SampleReady) -> None:
         async for event in finish_sample(self._parts, owned.job, ready, self._watch):
             await owned.note(event)
 
-    async def _succeed(self, owned: OwnedJob, done: JobDone) -> None:
+    async def _succeed(self, owned: JobLease, done: JobDone) -> None:
         engine, job = self._parts.engine, owned.job
         owned.job = replace(
             job,
@@ -254,7 +257,7 @@ class JobRun:
         await owned.end(Succeeded())
 
 
-async def _sound(prepared: asyncio.Task[Pixels]) -> Pixels:
+async def _checked_pixels(prepared: asyncio.Task[Pixels]) -> Pixels:
     try:
         return await prepared
     except InvalidImageError as error:

@@ -26,7 +26,7 @@ from img2img_server.interfaces.queue import Delivery, EventWriter, OwnershipLost
 from img2img_server.interfaces.records import ConflictError, Stored
 from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
 from img2img_server.webhooks.record import announce
-from img2img_server.worker.parts import Parts
+from img2img_server.worker.deps import WorkerDeps
 
 REWRITER_FAILED = "The prompt rewriter of enhance_prompt failed; the prompt was used as sent."
 
@@ -41,7 +41,7 @@ STAGES = (
 )
 
 
-class OwnedJob:
+class JobLease:
     """Every change of the job goes through here: the record, then the outbox, the log, the queue.
 
     Whoever crashes between leaves what the next worker needs to go on. Methods raise
@@ -50,7 +50,7 @@ class OwnedJob:
     """
 
     def __init__(
-        self, parts: Parts, delivery: Delivery, stored: Stored, writer: EventWriter
+        self, parts: WorkerDeps, delivery: Delivery, stored: Stored, writer: EventWriter
     ) -> None:
         self._parts = parts
         self._writer = writer
@@ -67,7 +67,7 @@ class OwnedJob:
         False when it has ended, now or before: then there is nothing to run.
         """
         if self.job.state.is_terminal:
-            await self._last_word()
+            await self._ensure_terminal_event()
             return False
         if cancelled or self.job.cancel_requested:
             await self.end(Cancelled())
@@ -161,7 +161,7 @@ class OwnedJob:
         await self.delivery.nak()
         log.info("job handed back")
 
-    async def _last_word(self) -> None:
+    async def _ensure_terminal_event(self) -> None:
         """The record has ended: says so in the log and the outbox if its writer died before it."""
         if not self._writer.ended:
             await announce(self._parts.outbox, self._parts.jobs, self.job)
@@ -179,12 +179,12 @@ class OwnedJob:
             try:
                 self._revision = await self._parts.jobs.update(job, self._revision)
             except ConflictError:
-                await self._look_again(event)
+                await self._reload(event)
             else:
                 self.job = job
                 return
 
-    async def _look_again(self, event: Event) -> None:
+    async def _reload(self, event: Event) -> None:
         stored = await self._parts.jobs.get(self.job.tenant, self.job.id)
         if stored is None or stored.job.attempt != self.job.attempt:
             raise OwnershipLostError(f"the record of job {self.job.id} moved on")

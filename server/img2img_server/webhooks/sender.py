@@ -37,16 +37,16 @@ class Outcome:
 
 
 # Posts a body to an address; never raises for the receiver's sake.
-Post = Callable[[str, bytes, Mapping[str, str]], Awaitable[Outcome]]
+WebhookSender = Callable[[str, bytes, Mapping[str, str]], Awaitable[Outcome]]
 
 
 @asynccontextmanager
-async def open_post(
+async def open_sender(
     policy: OutboundPolicy,
     *,
     timeout_seconds: float = TIMEOUT_SECONDS,
     resolver: AbstractResolver | None = None,
-) -> AsyncIterator[Post]:
+) -> AsyncIterator[WebhookSender]:
     """A Post that connects only to addresses the policy allows, and follows no redirect.
 
     Args:

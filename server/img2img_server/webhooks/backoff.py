@@ -16,7 +16,7 @@ _random = secrets.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True)
-class Pauses:
+class BackoffPolicy:
     """The table of pauses, so that one attempt more than it has entries is made.
 
     `spread`: share by which a pause is lengthened or shortened at random, so that what failed
@@ -39,7 +39,7 @@ class Pauses:
         pause = self._spread(self.delays_seconds[attempt - 1])
         return max(pause, min(retry_after_seconds, LONGEST_RETRY_AFTER_SECONDS))
 
-    def crowded(self, times: int) -> float:
+    def overflow_delay(self, times: int) -> float:
         """Seconds to wait for a place after so many times without one: twice as long each time."""
         longest = min(self.crowded_seconds * 2.0 ** min(times, 10), LONGEST_CROWDED_SECONDS)
         return self._spread(longest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 
-class TenantWork:
+class FairShare:
     """Work by tenant, of those who have rows and of those who would come back with a debt."""
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class TenantWork:
         """Counts work of a tenant that was welcomed."""
         self._work[tenant] += work
 
-    def welcome(self, tenant: str, present: Collection[str]) -> None:
+    def activate(self, tenant: str, present: Collection[str]) -> None:
         """A tenant that comes back starts level with the others: idle time earns no credit.
 
         Args:
@@ -28,7 +28,7 @@ class TenantWork:
             least = min((self._work[other] for other in present), default=0.0)
             self._work[tenant] = max(self._work.get(tenant, 0.0), least)
 
-    def forget(self, present: Collection[str]) -> None:
+    def evict(self, present: Collection[str]) -> None:
         """Forgets who left, unless he would come back with a debt."""
         least = min((self._work[tenant] for tenant in present), default=float("inf"))
         self._work = {

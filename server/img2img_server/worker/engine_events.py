@@ -21,7 +21,7 @@ from img2img_server.imaging.encode import preview_jpeg
 from img2img_server.worker.spans import DeviceSpans
 
 
-class Inbox:
+class EngineEventStream:
     """Engine events of one job, from the device's thread to this loop. Made when it begins."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def engine_job(job: Job, pixels: Pixels, model: ModelInfo) -> EngineJob:
     )
 
 
-async def told(
+async def to_domain_event(
     event: StageDone | StepDone | PreviewReady,
 ) -> StageFinished | StepFinished | Preview:
     """An engine event as callers see it."""
