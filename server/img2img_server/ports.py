@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from typing import Final
 
 from img2img_server.settings import Settings, SettingsError, variable
 
 METRICS_PORTS: Final = ("worker", "api", "gateway")  # of `local`, from metrics_port on
+_FREE_PORTS: Final = range(20_000, 32_000)  # Linux takes outgoing ones from 32,768 on
 _WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
@@ -85,7 +87,7 @@ def reserve(listeners: Sequence[Listener]) -> list[int]:
     with ExitStack() as stack:
         for listener in listeners:
             try:
-                found = stack.enter_context(listener.open())
+                found = stack.enter_context(_reserved(listener))
             except SettingsError as error:
                 mistakes += error.mistakes
             else:
@@ -93,6 +95,14 @@ def reserve(listeners: Sequence[Listener]) -> list[int]:
     if mistakes:
         raise SettingsError(*mistakes)
     return ports
+
+
+def _reserved(listener: Listener) -> socket.socket:
+    """Opens the port; for 0 one that no outgoing connection takes before the role does."""
+    for port in random.sample(_FREE_PORTS, 9) if listener.port == 0 else ():
+        with suppress(SettingsError):
+            return replace(listener, port=port).open()
+    return listener.open()
 
 
 def host_port(host: str, port: int) -> str:
