@@ -215,6 +215,12 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             server_version="0.1.0", models=[model], limits=limits
         )
 
+    def GetCaller(  # noqa: N802
+        self, request: service_pb2.GetCallerRequest, context: grpc.ServicerContext[Any, Any]
+    ) -> service_pb2.GetCallerResponse:
+        self.note(request, context)
+        return service_pb2.GetCallerResponse(tenant="shop", key_id="0a1b", permissions=["manage"])
+
     def _stream(
         self, after_sequence: int, context: grpc.ServicerContext[Any, Any]
     ) -> Iterator[event_pb2.JobEvent]:

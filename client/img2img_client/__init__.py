@@ -57,6 +57,7 @@ from img2img_client.events import (
 )
 from img2img_client.requests import ImageSource, Options
 from img2img_client.resources import (
+    Caller,
     Capabilities,
     DeterminismClass,
     Image,
@@ -79,6 +80,7 @@ from img2img_client.stream import AsyncJobStream, JobStream
 __all__ = [
     "AsyncClient",
     "AsyncJobStream",
+    "Caller",
     "Cancelled",
     "Capabilities",
     "Cause",

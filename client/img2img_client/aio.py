@@ -19,7 +19,7 @@ from img2img_client.calls import CANCEL_SECONDS, AsyncCalls, is_task_cancelled
 from img2img_client.channel import Endpoint
 from img2img_client.diagnosis import explain_async
 from img2img_client.requests import ImageSource, Options
-from img2img_client.resources import Capabilities, Job, State
+from img2img_client.resources import Caller, Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
 from img2img_client.stream import AsyncJobStream, deadline
@@ -175,6 +175,11 @@ class AsyncClient:
         """As Client.capabilities."""
         request = service_pb2.GetCapabilitiesRequest()
         return convert.read(Capabilities, await self._call(self._stub.GetCapabilities, request))
+
+    async def caller(self) -> Caller:
+        """As Client.caller."""
+        request = service_pb2.GetCallerRequest()
+        return convert.read(Caller, await self._call(self._stub.GetCaller, request))
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))

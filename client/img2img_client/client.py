@@ -18,7 +18,7 @@ from img2img_client.calls import CANCEL_SECONDS, BlockingCalls
 from img2img_client.channel import Endpoint
 from img2img_client.diagnosis import explain
 from img2img_client.requests import ImageSource, Options
-from img2img_client.resources import Capabilities, Job, State
+from img2img_client.resources import Caller, Capabilities, Job, State
 from img2img_client.result import Result
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
 from img2img_client.silence import SilenceWatch
@@ -205,6 +205,11 @@ class Client:
         """The models being served and the limits in force."""
         request = service_pb2.GetCapabilitiesRequest()
         return convert.read(Capabilities, self._call(self._stub.GetCapabilities, request))
+
+    def caller(self) -> Caller:
+        """Returns the tenant and the permissions of the API key."""
+        request = service_pb2.GetCallerRequest()
+        return convert.read(Caller, self._call(self._stub.GetCaller, request))
 
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> JobStream:
         follow = Follow(first, self._retry, deadline(timeout_seconds))

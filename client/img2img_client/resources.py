@@ -258,3 +258,12 @@ class Capabilities:
     server_version: str
     models: tuple[Model, ...]
     limits: Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Tenant and permissions of an API key. `key_id` is the id of the key in the server's log."""
+
+    tenant: str
+    key_id: str
+    permissions: tuple[str, ...]

@@ -553,6 +553,29 @@ async def test_capabilities_tell_the_validators_own_limits() -> None:
         assert [(m.name, m.workers, m.device) for m in told.models] == [("fake", 1, "fake")]
 
 
+async def test_a_key_learns_its_tenant_and_its_permissions(tmp_path: Path) -> None:
+    manager, entry = new_key("shop", ["unsafe", "manage"])
+    plain, plain_entry = new_key("press", [])
+    file = tmp_path / "keys.toml"
+    file.write_text(f"{entry}\n{plain_entry}")
+    async with running_api(memory_bus(), keys=KeyRing(file, dev_key=False)) as api:
+
+        async def caller(key: str) -> service_pb2.GetCallerResponse:
+            metadata = (("authorization", f"Bearer {key}"),)
+            return await api.stub.GetCaller(service_pb2.GetCallerRequest(), metadata=metadata)
+
+        found = await caller(manager)
+        assert found.tenant == "shop"
+        assert found.permissions == ["manage", "unsafe"]
+        other = await caller(plain)
+        assert (other.tenant, list(other.permissions)) == ("press", [])
+        assert found.key_id
+        assert found.key_id not in (other.key_id, manager)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await caller("i2i_unknown")
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_a_job_belongs_to_its_tenant(tmp_path: Path) -> None:
     ring, key_a, key_b = two_tenants(tmp_path)
     bus = memory_bus()

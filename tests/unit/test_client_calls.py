@@ -197,6 +197,11 @@ def test_a_list_reads_page_after_page(run: Run) -> None:
     ]
 
 
+def test_the_caller_is_read(run: Run) -> None:
+    found = run(FakeService(), lambda client: client.caller())
+    assert found == api.Caller(tenant="shop", key_id="0a1b", permissions=("manage",))
+
+
 def test_capabilities_are_read(run: Run) -> None:
     found = run(FakeService(), lambda client: client.capabilities())
     assert found == api.Capabilities(

@@ -25,6 +25,7 @@ PAIRS = [
     (resources.Model, service_pb2.Model),
     (resources.Limits, service_pb2.Limits),
     (resources.Capabilities, service_pb2.GetCapabilitiesResponse),
+    (resources.Caller, service_pb2.GetCallerResponse),
 ]
 
 

@@ -177,6 +177,14 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         models, workers = await self._workers.models(), await self._workers.workers()
         return capabilities(self._settings, self._intake.limits, models, workers)
 
+    async def GetCaller(  # noqa: N802
+        self, request: service_pb2.GetCallerRequest, context: Context
+    ) -> service_pb2.GetCallerResponse:
+        caller = current_principal()
+        return service_pb2.GetCallerResponse(
+            tenant=caller.tenant, key_id=caller.key_id, permissions=sorted(caller.permissions)
+        )
+
     async def UpdateStorageSettings(  # noqa: N802
         self, request: service_pb2.UpdateStorageSettingsRequest, context: Context
     ) -> service_pb2.UpdateStorageSettingsResponse:

@@ -37,6 +37,7 @@ _CHECK_SECONDS = 90.0  # a tenant's storage, which may be slow three times
 _READY_SECONDS = 2.0
 # Calls that change nothing are repeated while an api goes and another one comes.
 _RETRIED = (
+    (SERVICE, "GetCaller"),
     (SERVICE, "GetCapabilities"),
     (SERVICE, "GetJob"),
     (ADMIN_SERVICE, "GetSystemDetails"),
@@ -95,9 +96,11 @@ class Upstream:
         self._admin = admin_service_pb2_grpc.AdminServiceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
 
-    async def check_key(self, key: str) -> None:
-        """Returns when the key is good; for answers that need nothing else from the api."""
-        await self.capabilities(key)
+    async def caller(self, key: str) -> service_pb2.GetCallerResponse:
+        """Returns the tenant and the permissions of the key. Raises BAD_KEY for an unknown one."""
+        with _refusing():
+            request = service_pb2.GetCallerRequest()
+            return await self._stub.GetCaller(request, **_reading(key))
 
     async def capabilities(self, key: str) -> service_pb2.GetCapabilitiesResponse:
         """The models being served and the limits."""

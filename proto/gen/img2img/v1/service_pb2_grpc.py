@@ -84,6 +84,11 @@ class Img2ImgServiceStub:
                 request_serializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesResponse.FromString,
                 _registered_method=True)
+        self.GetCaller = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/GetCaller',
+                request_serializer=img2img_dot_v1_dot_service__pb2.GetCallerRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.GetCallerResponse.FromString,
+                _registered_method=True)
         self.UpdateStorageSettings = channel.unary_unary(
                 '/img2img.v1.Img2ImgService/UpdateStorageSettings',
                 request_serializer=img2img_dot_v1_dot_service__pb2.UpdateStorageSettingsRequest.SerializeToString,
@@ -203,6 +208,14 @@ class Img2ImgServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCaller(self, request, context):
+        """Returns the tenant and the permissions of the key that makes the call. It reads nothing but the
+        key, so it is the way to check one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateStorageSettings(self, request, context):
         """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
         stay as they are. Replaces everything that was stored. The storage is contacted only for
@@ -270,6 +283,11 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
                     servicer.GetCapabilities,
                     request_deserializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_service__pb2.GetCapabilitiesResponse.SerializeToString,
+            ),
+            'GetCaller': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCaller,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.GetCallerRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.GetCallerResponse.SerializeToString,
             ),
             'UpdateStorageSettings': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateStorageSettings,
@@ -508,6 +526,33 @@ class Img2ImgService:
             '/img2img.v1.Img2ImgService/GetCapabilities',
             img2img_dot_v1_dot_service__pb2.GetCapabilitiesRequest.SerializeToString,
             img2img_dot_v1_dot_service__pb2.GetCapabilitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCaller(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/GetCaller',
+            img2img_dot_v1_dot_service__pb2.GetCallerRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.GetCallerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -102,6 +102,10 @@ class Img2ImgServiceStub:
     """
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]
     """Returns the models being served and the very limits that the validator uses."""
+    GetCaller: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetCallerRequest, _service_pb2.GetCallerResponse]
+    """Returns the tenant and the permissions of the key that makes the call. It reads nothing but the
+    key, so it is the way to check one.
+    """
     UpdateStorageSettings: _grpc.UnaryUnaryMultiCallable[_service_pb2.UpdateStorageSettingsRequest, _service_pb2.UpdateStorageSettingsResponse]
     """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
     stay as they are. Replaces everything that was stored. The storage is contacted only for
@@ -194,6 +198,10 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     """
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_service_pb2.GetCapabilitiesRequest, _service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Returns the models being served and the very limits that the validator uses."""
+    GetCaller: _aio.UnaryUnaryMultiCallable[_service_pb2.GetCallerRequest, _service_pb2.GetCallerResponse]  # type: ignore[assignment]
+    """Returns the tenant and the permissions of the key that makes the call. It reads nothing but the
+    key, so it is the way to check one.
+    """
     UpdateStorageSettings: _aio.UnaryUnaryMultiCallable[_service_pb2.UpdateStorageSettingsRequest, _service_pb2.UpdateStorageSettingsResponse]  # type: ignore[assignment]
     """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
     stay as they are. Replaces everything that was stored. The storage is contacted only for
@@ -331,6 +339,16 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.GetCapabilitiesResponse, _abc.Awaitable[_service_pb2.GetCapabilitiesResponse]]:
         """Returns the models being served and the very limits that the validator uses."""
+
+    @_abc_1.abstractmethod
+    def GetCaller(
+        self,
+        request: _service_pb2.GetCallerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.GetCallerResponse, _abc.Awaitable[_service_pb2.GetCallerResponse]]:
+        """Returns the tenant and the permissions of the key that makes the call. It reads nothing but the
+        key, so it is the way to check one.
+        """
 
     @_abc_1.abstractmethod
     def UpdateStorageSettings(

@@ -70,7 +70,7 @@ class Endpoints:
         del body  # what it holds beside the fields is not kept while we wait
         if violations := reading.violations:
             del reading
-            await self._upstream.check_key(call.key)  # a wrong key is told before wrong fields
+            await self._upstream.caller(call.key)  # a wrong key is told before wrong fields
             raise RequestError(ErrorKind.FIELDS, violations=violations)
         spec, warnings = job_spec(reading.values, call.base), reading.warnings
         at_once = bool(reading.values.get("instant_response") or spec.webhook)
@@ -108,7 +108,7 @@ class Endpoints:
         job_id = body.get("request_id")
         del body
         if job_id is None or job_id == "":
-            await self._upstream.check_key(call.key)
+            await self._upstream.caller(call.key)
             missing = Violation("request_id", "request_id is required")
             raise RequestError(ErrorKind.FIELDS, violations=[missing])
         # A longer one is no more an id than its beginning, which is all that is kept of it.
@@ -124,7 +124,7 @@ class Endpoints:
 
     async def _fetch(self, call: Call, job_id: str) -> JSONResponse:
         if not _ID.fullmatch(job_id):
-            await self._upstream.check_key(call.key)
+            await self._upstream.caller(call.key)
             raise RequestError(ErrorKind.UNKNOWN_JOB)
         job = await self._upstream.get(call.key, int(job_id))
         return await self._answer(job, call, fetched=True)

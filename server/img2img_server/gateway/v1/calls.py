@@ -47,7 +47,7 @@ class Calls:
             protojson.fill(create_request, {name: body[name] for name in body if name != "key"})
         except RequestError:
             del body
-            await self._upstream.check_key(key)  # a wrong key is told before wrong fields
+            await self._upstream.caller(key)  # a wrong key is told before wrong fields
             raise
         del body
         base = link_base(request, self._settings.public_base_url)
@@ -67,7 +67,7 @@ class Calls:
         """POST jobs/{id}:cancel."""
         key = find_key(request, await read_json(request))
         if not _ID.fullmatch(job_id):
-            await self._upstream.check_key(key)
+            await self._upstream.caller(key)
             raise RequestError(ErrorKind.UNKNOWN_JOB)
         job = await self._upstream.cancel(key, int(job_id))
         return _json(service_pb2.CancelJobResponse(job=job))

@@ -44,11 +44,11 @@ class EventStreams:
         resumed = request.headers.get("last-event-id")
         after = _sequence(resumed or request.query_params.get("after_sequence") or "0")
         if after is None:
-            await self._upstream.check_key(key)
+            await self._upstream.caller(key)
             text = "after_sequence must be an integer of at least 0"
             raise RequestError(ErrorKind.FIELDS, violations=[Violation("after_sequence", text)])
         if not (job_id.isascii() and job_id.isdigit() and len(job_id) <= 12):
-            await self._upstream.check_key(key)
+            await self._upstream.caller(key)
             raise RequestError(ErrorKind.UNKNOWN_JOB)
         if resumed and after and await self._has_seen_the_end(key, int(job_id), after):
             return Response(status_code=204)
