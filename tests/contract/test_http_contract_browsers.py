@@ -1,4 +1,4 @@
-"""Section 14 of the HTTP contract: which pages may call from browsers, and what they are told."""
+"""Web pages that may call, and the responses to the others (docs/http-contract.md#cors)."""
 
 from __future__ import annotations
 

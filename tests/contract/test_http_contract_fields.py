@@ -1,4 +1,4 @@
-"""Section 4 of the HTTP contract: one case for each rule about a field, in both modes."""
+"""One case for each rule about a field, in both modes (docs/http-contract.md#fields)."""
 
 from __future__ import annotations
 

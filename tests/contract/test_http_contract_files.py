@@ -1,4 +1,4 @@
-"""Sections 7 and 14 of the HTTP contract: files, CORS, logs; and our probes and docs."""
+"""Files (docs/http-contract.md#files), CORS and logs; probes and pages of documentation."""
 
 from __future__ import annotations
 

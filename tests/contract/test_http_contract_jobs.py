@@ -1,4 +1,4 @@
-"""Sections 6 to 8 of the HTTP contract: what img2img and fetch answer about a job."""
+"""Responses of img2img and fetch about a job (docs/http-contract.md#responses)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 14 of the HTTP contract, limits: rates and open calls, over HTTP and over gRPC."""
+"""Rate limits and limits of open calls, over HTTP and gRPC (docs/http-contract.md#limits)."""
 
 from __future__ import annotations
 

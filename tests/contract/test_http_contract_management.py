@@ -1,4 +1,4 @@
-"""Section 13 of the HTTP contract: management calls, in both dialects and through the SDK."""
+"""Management calls in both modes and through the SDK (docs/http-contract.md#management)."""
 
 from __future__ import annotations
 

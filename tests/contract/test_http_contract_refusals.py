@@ -1,4 +1,4 @@
-"""Sections 2, 3, 5, 6.4 and 14 of the HTTP contract: routes, keys, order of checks, refusals."""
+"""Paths, keys, the order of checks and errors (docs/http-contract.md#errors)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Section 15 of the HTTP contract: the official Python SDK, unmodified, and a served gateway."""
+"""The unmodified official Python SDK against a served gateway (docs/http-contract.md#sdk)."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.http_stack import PHOTO_URL, ServedGateway, served_gateway
+from tests.readme import ROOT, blocks
 
 # The SDK is written for an older pydantic, which says so at every turn.
 with warnings.catch_warnings():
@@ -101,3 +104,26 @@ async def test_what_this_service_does_not_do_is_404() -> None:
     async with served_gateway() as gateway:
         with pytest.raises(Exception, match="status code 404"):
             await call(realtime(gateway).text_to_image, RealtimeText2ImageSchema(prompt="x"))
+
+
+async def printed(*command: str) -> str:
+    """Runs a command that must succeed; returns what it prints."""
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    return out.decode()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_the_examples_of_the_migration_page_run() -> None:
+    page = ROOT / "docs/migrating-from-modelslab.md"
+    [[curl], [sdk]] = blocks(page, "sh"), blocks(page, "python")
+    async with served_gateway() as gateway:
+        gateway.engine.release()
+        sh, python = (
+            block.text.replace("127.0.0.1:8080", gateway.address) for block in (curl, sdk)
+        )
+        response = json.loads(await printed("bash", "-c", sh))
+        assert (response["status"], response["meta"]["n_samples"]) == ("success", 1)
+        words = (await printed(sys.executable, "-W", "ignore", "-c", python)).split()
+        assert (words[0], int(words[1])) == ("success", response["id"] + 1)

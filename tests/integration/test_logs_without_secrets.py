@@ -1,4 +1,4 @@
-"""Section 14 of the HTTP contract: no log holds the S3 key and secret, nor the webhook secret."""
+"""No log contains the S3 secret or the webhook secret (docs/http-contract.md#logs)."""
 
 from __future__ import annotations
 

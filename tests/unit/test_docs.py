@@ -17,6 +17,7 @@ from tests.readme import ROOT, blocks, make_words, pages
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 # serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
 WORD = re.compile(r"^(?P<word>[a-z-]+):.*?## ", re.MULTILINE)
+CONTRACT = "docs/http-contract.md"
 PAGES = [page.relative_to(ROOT).as_posix() for page in pages()]
 
 
@@ -43,6 +44,46 @@ def test_every_link_of_a_page_leads_to_a_file(page: str) -> None:
     local = [target for target in targets if target and "://" not in target]
     missing = [target for target in local if not (path.parent / target).exists()]
     assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns what a link to a place in the page may name: explicit anchors and its headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = set(re.findall(r'<a id="([^"]+)"></a>', text))
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        found.add(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_place_in_a_page_names_an_anchor_of_it(page: str) -> None:
+    path = ROOT / page
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    missing = []
+    for match in LINK.finditer(text):
+        target, _, anchor = match["target"].partition("#")
+        there = path.parent / target if target else path
+        if anchor and there.suffix == ".md" and "://" not in target:
+            missing += [match["target"]] if anchor not in anchors(there) else []
+    assert missing == []
+
+
+def test_every_rule_of_the_http_contract_that_a_file_cites_exists() -> None:
+    known = anchors(ROOT / CONTRACT)
+    folders = ("server", "client", "proto", "tests", "benchmarks", "examples", "helm")
+    kinds = {".py", ".proto", ".yaml", ".md", ".js", ".toml"}
+    missing = []
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in kinds and path.is_file():
+                cited = re.findall(rf"{CONTRACT}#([\w-]*)", path.read_text(encoding="utf-8"))
+                missing += [f"{path.name}: {name}" for name in cited if name not in known]
+    assert missing == []
+
+
+def test_every_anchor_of_the_http_contract_is_there_once() -> None:
+    named = re.findall(r'<a id="([^"]+)"></a>', (ROOT / CONTRACT).read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(set(named))
 
 
 @pytest.mark.parametrize("page", PAGES)
