@@ -211,7 +211,7 @@ async def quickstart(slim: str, full: str | None) -> None:
                 result = await client.generate("an oil painting of a cat", photo, seed=1)
             async with aiohttp.ClientSession() as session:
                 url = f"http://127.0.0.1:{http_port}"
-                for path in ("/healthz", "/readyz", "/generations/" + result.pictures[0].url[-42:]):
+                for path in ("/healthz", "/readyz", "/generations/" + result.images[0].url[-42:]):
                     async with session.get(url + path) as answer:
                         assert answer.status == 200, f"{path}: {answer.status}"
             print(f"one job in {result.job.timings.total_seconds:.1f} s by {result.job.worker}")

@@ -87,7 +87,7 @@ async def jobs(config: Settings) -> dict[str, Any]:
                 nonlocal inline_bytes
                 async with gate:
                     result = await client.generate("a cat", PHOTO, seed=seed, **REQUEST)
-                inline_bytes = len(result.pictures[0].data)
+                inline_bytes = len(result.images[0].data)
 
             await one(0)
             before = {name: dict(link.nc.stats) for name, link in links.items()}

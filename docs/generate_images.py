@@ -43,7 +43,7 @@ def make(client: Client, prompt: str, photo: str) -> Image.Image:
     """One picture of the example photo."""
     path = ROOT / "examples" / photo
     result = client.generate(prompt, path, strength=0.7, seed=1)
-    return Image.open(io.BytesIO(result.pictures[0].data)).convert("RGB")
+    return Image.open(io.BytesIO(result.images[0].data)).convert("RGB")
 
 
 def save(picture: Image.Image, name: str) -> None:

@@ -7,7 +7,7 @@ with Client("127.0.0.1:50051", api_key="dev-key") as client:
     result = client.generate(
         prompt="a watercolour of a cat", init_image=Path("photo.jpg"), strength=0.7
     )
-    result.pictures[0].save("out.png")
+    result.images[0].save("out.png")
 """
 
 from img2img_client.admin import StorageSettings, StorageUpdate, SystemDetails
@@ -60,6 +60,7 @@ from img2img_client.resources import (
     Caller,
     Capabilities,
     DeterminismClass,
+    GeneratedImage,
     Image,
     ImageFormat,
     Job,
@@ -67,7 +68,6 @@ from img2img_client.resources import (
     Lane,
     Limits,
     Model,
-    Picture,
     Sample,
     Spec,
     State,
@@ -91,6 +91,7 @@ __all__ = [
     "DeterminismClass",
     "Event",
     "Failed",
+    "GeneratedImage",
     "Image",
     "ImageFormat",
     "ImageSource",
@@ -114,7 +115,6 @@ __all__ = [
     "NotFoundError",
     "Options",
     "PermissionDeniedError",
-    "Picture",
     "Preview",
     "QueueFullError",
     "Queued",

@@ -35,7 +35,7 @@ class AsyncClient:
 
         async with AsyncClient("127.0.0.1:50051", api_key="dev-key") as client:
             result = await client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
-            result.pictures[0].save("out.png")
+            result.images[0].save("out.png")
 
     Arguments as in Client.
     """

@@ -34,7 +34,7 @@ class Client:
 
         with Client("127.0.0.1:50051", api_key="dev-key") as client:
             result = client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
-            result.pictures[0].save("out.png")
+            result.images[0].save("out.png")
 
     Every method raises the errors of `img2img_client.errors` and no others. What a lost connection
     or a stopping server interrupts is tried again as `retry` says, without making anything twice.

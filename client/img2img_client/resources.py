@@ -91,7 +91,7 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture(Image):
+class GeneratedImage(Image):
     """One picture of a finished job. `url`: its PNG in the store."""
 
     index: int

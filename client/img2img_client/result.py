@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from img2img_client.errors import JobCancelledError, JobFailedError
 from img2img_client.events import Event, SampleFinished
-from img2img_client.resources import Image, Job, Picture, State
+from img2img_client.resources import GeneratedImage, Image, Job, State
 
 # In place of a picture whose event has expired: its link is all that is left.
 GONE = Image(data=b"", media_type="", size_bytes=0, sha256="", width=0, height=0)
@@ -17,7 +17,7 @@ class Result:
     """A job that succeeded and its pictures, one a sample, in order."""
 
     job: Job
-    pictures: tuple[Picture, ...]
+    images: tuple[GeneratedImage, ...]
 
 
 class Pictures:
@@ -45,7 +45,7 @@ class Pictures:
         for sample in job.samples:
             image = self._images.get(sample.index, GONE)
             pictures.append(
-                Picture(
+                GeneratedImage(
                     data=image.data,
                     media_type=image.media_type,
                     size_bytes=image.size_bytes,
@@ -58,4 +58,4 @@ class Pictures:
                     url=sample.url,
                 )
             )
-        return Result(job=job, pictures=tuple(pictures))
+        return Result(job=job, images=tuple(pictures))

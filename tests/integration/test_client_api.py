@@ -52,9 +52,9 @@ async def test_both_clients_get_the_same_picture_for_the_same_seed() -> None:
 
         second = await asyncio.to_thread(blocking)
         listed = [job.name async for job in ours.list(State.SUCCEEDED)]
-    assert [picture.seed for picture in first.pictures] == [1, 2]
-    assert [p.sha256 for p in first.pictures] == [p.sha256 for p in second.pictures]
-    for picture in first.pictures:
+    assert [picture.seed for picture in first.images] == [1, 2]
+    assert [p.sha256 for p in first.images] == [p.sha256 for p in second.images]
+    for picture in first.images:
         assert hashlib.sha256(picture.data).hexdigest() == picture.sha256
         assert picture.url.endswith(f"-{picture.index}.png")
     assert listed == [second.job.name, first.job.name]

@@ -72,12 +72,12 @@ async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
         assert await replicas(cluster) == {3}
         async with connect_bus(config) as bus:  # with one of its addresses dead
             assert [model.name for model in await bus.workers.models()] == ["fake"]
-    ended = [(result.job.state, len(result.pictures)) for result in results]
+    ended = [(result.job.state, len(result.images)) for result in results]
     assert ended == [("succeeded", 1)] * (CALLERS * JOBS_EACH)
     assert {result.job.attempt for result in results} == {1}
     assert len({result.job.name for result in results}) == len(results)
-    by_seed = {result.pictures[0].seed: result.pictures[0].sha256 for result in results}
-    assert all(by_seed[r.pictures[0].seed] == r.pictures[0].sha256 for r in results)
+    by_seed = {result.images[0].seed: result.images[0].sha256 for result in results}
+    assert all(by_seed[r.images[0].seed] == r.images[0].sha256 for r in results)
 
 
 async def replicas(cluster: NatsCluster) -> set[int]:

@@ -132,7 +132,7 @@ async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_
     assert set(load.ended_by()) == {*FIRST, ADDED}
     for number in range(JOBS):
         events, result = load.events[number], load.results[number]
-        assert (result.job.state, len(result.pictures)) == ("succeeded", 1)
+        assert (result.job.state, len(result.images)) == ("succeeded", 1)
         assert [event.sequence for event in events] == list(range(len(events)))
         assert sum(isinstance(event, Succeeded) for event in events) == 1
         assert isinstance(events[-1], Succeeded)
@@ -153,4 +153,4 @@ async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_
 
 
 def pixels(result: Result) -> npt.NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(result.pictures[0].data)))
+    return np.asarray(Image.open(io.BytesIO(result.images[0].data)))

@@ -46,12 +46,12 @@ async def test_a_killed_workers_job_is_finished_by_another_which_then_drains(
         assert dead != heir
         assert [event.sequence for event in events] == list(range(len(events)))
         assert (result.job.worker, result.job.attempt) == (heir, 2)
-        assert result.pictures[0].sha256 == calm.pictures[0].sha256
+        assert result.images[0].sha256 == calm.images[0].sha256
         exit_code, last = await drained(client, workers[heir], request)
     assert exit_code == 0
     assert last.job.state == "succeeded"
     assert (last.job.worker, last.job.attempt) == (heir, 1)
-    assert last.pictures[0].sha256 == calm.pictures[0].sha256
+    assert last.images[0].sha256 == calm.images[0].sha256
 
 
 async def drained(client: AsyncClient, role: Role, request: dict[str, Any]) -> tuple[int, Any]:
@@ -103,7 +103,7 @@ async def test_a_worker_that_is_told_to_restart_hands_its_job_back_and_finishes_
     assert started_by(events) == ["first", "first"]
     assert [type(event).__name__ for event in events].count("Queued") == 2
     assert (result.job.state, result.job.attempt) == ("succeeded", 2)
-    assert result.pictures[0].sha256 == calm.pictures[0].sha256
+    assert result.images[0].sha256 == calm.images[0].sha256
     assert worker.pid == pid
     assert worker.log.read_text().count("worker serves") == 2
     assert await worker.stop() == 0

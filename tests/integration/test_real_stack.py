@@ -55,7 +55,7 @@ async def test_a_streamed_job_ends_with_a_link_that_serves_the_picture(
     status, media_type, data = await get(sample.url)
     assert (status, media_type) == (200, "image/png")
     assert hashlib.sha256(data).hexdigest() == sample.sha256
-    assert data == result.pictures[0].data  # PNG was asked for inline, too
+    assert data == result.images[0].data  # PNG was asked for inline, too
 
 
 async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
@@ -72,8 +72,8 @@ async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
         while any(m.name == "strict" and m.workers for m in (await client.capabilities()).models):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert [checked.job.samples[0].nsfw, free.job.samples[0].nsfw] == [True, False]
-    assert not np.asarray(Image.open(io.BytesIO(checked.pictures[0].data))).any()
-    assert np.asarray(Image.open(io.BytesIO(free.pictures[0].data))).any()
+    assert not np.asarray(Image.open(io.BytesIO(checked.images[0].data))).any()
+    assert np.asarray(Image.open(io.BytesIO(free.images[0].data))).any()
 
 
 async def test_the_same_seed_gives_the_same_picture_by_bytes_and_by_url(
@@ -95,7 +95,7 @@ async def test_the_same_seed_gives_the_same_picture_by_bytes_and_by_url(
     try:
         async with stack.client() as client:
             pictures = [
-                (await client.generate("a cat", source, **SHORT)).pictures[0].sha256
+                (await client.generate("a cat", source, **SHORT)).images[0].sha256
                 for source in (PHOTO, f"{base}/photo.jpg", f"{base}/moved", PHOTO.read_bytes())
             ]
             other = await client.generate("a cat", PHOTO, **{**SHORT, "seed": 6})
@@ -104,7 +104,7 @@ async def test_the_same_seed_gives_the_same_picture_by_bytes_and_by_url(
     finally:
         await runner.cleanup()
     assert len(set(pictures)) == 1
-    assert other.pictures[0].sha256 not in pictures
+    assert other.images[0].sha256 not in pictures
     assert [v.field for v in caught.value.violations] == ["init_image"]
 
 
@@ -113,7 +113,7 @@ async def test_two_clients_at_once_get_what_each_gets_alone(stack: RealStack, wo
         async with stack.client() as client:
             result = await client.generate("a cat", PHOTO, **{**SHORT, "seed": seed})
             assert result.job.determinism == "bounded"
-            picture = Image.open(io.BytesIO(result.pictures[0].data))
+            picture = Image.open(io.BytesIO(result.images[0].data))
             return np.asarray(picture, dtype=np.int16)
 
     alone = [await one(seed) for seed in (1, 2)]

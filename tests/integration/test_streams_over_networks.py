@@ -69,12 +69,12 @@ def retry() -> Retry:
 def use_blocking(address: str) -> int:
     """Returns how many images came."""
     with Client(address, api_key="dev-key", retry=retry()) as client:
-        return len(client.generate(init_image=photo(), **WISH).pictures)
+        return len(client.generate(init_image=photo(), **WISH).images)
 
 
 async def use_async(address: str) -> int:
     async with AsyncClient(address, api_key="dev-key", retry=retry()) as client:
-        return len((await client.generate(init_image=photo(), **WISH)).pictures)
+        return len((await client.generate(init_image=photo(), **WISH)).images)
 
 
 async def use_raw(address: str) -> int:

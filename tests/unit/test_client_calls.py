@@ -111,7 +111,7 @@ def test_generate_joins_the_pictures_with_their_links(run: Run, tmp_path: Path) 
     sent = last(service.requests, service_pb2.GenerateRequest).spec
     assert sent.init_image.data == b"photo"
     assert sent.output_format == job_pb2.IMAGE_FORMAT_PNG
-    assert [(p.index, p.seed, p.data, p.url) for p in result.pictures] == [
+    assert [(p.index, p.seed, p.data, p.url) for p in result.images] == [
         (0, 7, b"\x89PNG picture of sample 0", "http://127.0.0.1:8080/generations/5e0c8a0e-0.png"),
         (1, 8, b"\x89PNG picture of sample 1", "http://127.0.0.1:8080/generations/5e0c8a0e-1.png"),
     ]
@@ -130,7 +130,7 @@ def test_pictures_of_an_expired_log_are_links_only(run: Run) -> None:
     end = events()[-1]
     service = FakeService(log=[end])
     stream_result = run(service, lambda client: client.watch(NAME).result())
-    (picture,) = stream_result.pictures
+    (picture,) = stream_result.images
     assert (picture.data, picture.url) == (
         b"",
         "http://127.0.0.1:8080/generations/5e0c8a0e-0.png",

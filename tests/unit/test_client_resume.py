@@ -58,7 +58,7 @@ def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.Dat
         return  # broke twenty times: nothing to say about the whole
     assert [event.sequence for event in seen] == [0, *(event.sequence for event in LOG)]
     assert follow.job is not None
-    assert [picture.seed for picture in follow.result().pictures] == [7, 8]
+    assert [picture.seed for picture in follow.result().images] == [7, 8]
 
 
 def test_pauses_grow_to_a_bound_and_start_anew_after_news() -> None:

@@ -38,7 +38,7 @@ class Files:
 
     output: Path | None
     by_id: bool = False
-    pictures: dict[int, Path] = field(default_factory=dict)
+    images: dict[int, Path] = field(default_factory=dict)
     previews: dict[int, Path] = field(default_factory=dict)
     _several: bool = False
 
@@ -64,7 +64,7 @@ class Files:
             return
         if isinstance(event, events.SampleFinished):
             path = self._path(event.sample, self.output.suffix)
-            self.pictures[event.sample] = event.image.save(path)
+            self.images[event.sample] = event.image.save(path)
         elif isinstance(event, events.Preview):
             path = self._path(event.sample, "-preview.jpg")
             self.previews[event.sample] = event.image.save(path)
@@ -122,10 +122,10 @@ def follow(
         raise _left(session, stream, error, ours, timeout_seconds) from error
     failure = ending_error(job)
     if session.as_json:
-        facts = job_facts(job, files.pictures, files.previews)
+        facts = job_facts(job, files.images, files.previews)
         click.echo(to_json(facts | ({"error": error_facts(failure)} if failure else {})))
     else:
-        show_ended(job, files.pictures, files.previews)
+        show_ended(job, files.images, files.previews)
     if job.state is not State.SUCCEEDED:
         raise click.exceptions.Exit(FAILED)
 
