@@ -6,7 +6,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from img2img_server.domain.params import denoising_steps
+from img2img_server.domain.strength import StrengthRule
 
 STEPS = (4, 8, 16, 30)
 # In tenths, as people set it: so that now and then two requests may share a call of the pipeline.
@@ -33,7 +33,7 @@ class Request:
     @property
     def forwards(self) -> int:
         """UNet forwards it needs."""
-        steps = denoising_steps(self.strength, self.num_inference_steps)
+        steps = StrengthRule.FLOOR.denoising_steps(self.strength, self.num_inference_steps)
         return steps * (2 if self.guidance_scale > 1 else 1)
 
     @property

@@ -13,6 +13,7 @@ import img2img_server.api.backlog as backlog_module
 from img2img_server.api.backlog import UNMEASURED_PIXEL_STEP_SECONDS, Backlog
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
+from img2img_server.domain.strength import StrengthRule
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.nats.bus import Bus
@@ -52,7 +53,7 @@ async def put(bus: Bus, backlog: Backlog | None, *jobs: JobParams) -> None:
         job = QueuedJob(job_id=next(_ids), tenant="t", params=params, init_image=b"")
         place = await bus.queue.put(job)
         if backlog:
-            backlog.note(params, place)
+            backlog.note(params, place, params.pixel_steps(StrengthRule.FLOOR))
 
 
 async def seconds(backlog: Backlog, state: str, lane: Lane = Lane.REALTIME) -> float:
@@ -60,7 +61,8 @@ async def seconds(backlog: Backlog, state: str, lane: Lane = Lane.REALTIME) -> f
 
 
 def test_the_work_of_a_job_is_its_pixels_times_the_steps_that_run() -> None:
-    assert (small().pixel_steps, large().pixel_steps) == (SMALL, LARGE)
+    rule = StrengthRule.FLOOR
+    assert (small().pixel_steps(rule), large().pixel_steps(rule)) == (SMALL, LARGE)
 
 
 async def test_what_waits_is_the_sum_of_what_each_job_costs() -> None:

@@ -5,13 +5,7 @@ import math
 
 import pytest
 
-from img2img_server.domain.params import (
-    JobParams,
-    ValidationContext,
-    Violation,
-    denoising_steps,
-    validate,
-)
+from img2img_server.domain.params import JobParams, ValidationContext, Violation, validate
 
 GOOD = JobParams(prompt="a cat")
 CONTEXT = ValidationContext(schedulers=("ddim", "euler"), loras=("ink", "oil"))
@@ -76,14 +70,6 @@ def test_all_violations_are_listed_at_once() -> None:
     bad = dataclasses.replace(GOOD, prompt="", width=513, height=1, samples=9, strength=2.0)
     fields = [violation.field for violation in validate(bad, CONTEXT)]
     assert fields == ["prompt", "width", "height", "samples", "strength"]
-
-
-@pytest.mark.parametrize(
-    ("strength", "steps", "run"),
-    [(0.0, 20, 0), (0.7, 6, 4), (0.3, 10, 3), (1.0, 7, 7), (0.1, 5, 0)],
-)
-def test_strength_decides_how_many_steps_run(strength: float, steps: int, run: int) -> None:
-    assert denoising_steps(strength, steps) == run
 
 
 @pytest.mark.parametrize(

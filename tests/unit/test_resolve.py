@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from diffusers import StableDiffusionImg2ImgPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
 from img2img_server.domain.models import ModelInfo
-from img2img_server.domain.params import JobParams, Limits, denoising_steps, least_inference_steps
+from img2img_server.domain.params import JobParams, Limits
 from img2img_server.domain.resolve import resolve
+from img2img_server.domain.strength import StrengthRule
 from img2img_server.domain.warnings import join_warnings
 
+FLOOR = StrengthRule.FLOOR
 MODEL = ModelInfo(
     name="m",
     family="sd",
@@ -27,28 +27,11 @@ MODEL = ModelInfo(
 STRENGTHS = st.floats(0.0, 1.0, exclude_min=True)
 
 
-def stock_steps(strength: float, steps: int) -> int:
-    """The steps that the pipeline of diffusers runs."""
-    pipeline = SimpleNamespace(scheduler=SimpleNamespace(order=1, timesteps=range(steps)))
-    timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
-    return len(timesteps)
-
-
 def resolved(
     model: ModelInfo = MODEL, given_names: tuple[str, ...] = (), **fields: Any
 ) -> tuple[JobParams, list[str]]:
     params = JobParams(prompt="p", **fields)
     return resolve(params, model, model.limits(Limits()), given_names)
-
-
-@given(STRENGTHS, st.integers(1, 1000))
-def test_as_many_steps_run_as_in_diffusers(strength: float, steps: int) -> None:
-    assert denoising_steps(strength, steps) == stock_steps(strength, steps)
-
-
-def test_the_product_is_rounded_as_floating_point_numbers_are() -> None:
-    assert denoising_steps(0.29, 100) == stock_steps(0.29, 100) == 28
-    assert least_inference_steps(0.29, 100) == 4
 
 
 @given(STRENGTHS, st.integers(1, 100))
@@ -58,11 +41,11 @@ def test_steps_are_raised_to_the_smallest_number_for_which_one_runs(
     params, warnings = resolved(strength=strength, num_inference_steps=steps)
     used = params.num_inference_steps
     assert used is not None
-    if denoising_steps(strength, steps):
+    if FLOOR.denoising_steps(strength, steps):
         assert (used, warnings) == (steps, [])
-    elif denoising_steps(strength, 100):
-        assert denoising_steps(strength, used) == 1
-        assert denoising_steps(strength, used - 1) == 0
+    elif FLOOR.denoising_steps(strength, 100):
+        assert FLOOR.denoising_steps(strength, used) == 1
+        assert FLOOR.denoising_steps(strength, used - 1) == 0
         assert warnings == [
             f"num_inference_steps was raised from {steps} to {used} so that one step runs at "
             f"strength {strength}."
@@ -91,7 +74,7 @@ def test_the_least_strength_that_is_named_runs_a_step(most: int, least: float) -
         "that the model allows: the prepared init image is returned. The least strength at which "
         f"a step runs is {least:g}."
     ]
-    assert denoising_steps(least, most) >= 1
+    assert FLOOR.denoising_steps(least, most) >= 1
 
 
 def test_what_is_open_is_the_models_own() -> None:

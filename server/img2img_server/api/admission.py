@@ -59,6 +59,7 @@ class Admitted:
     params: JobParams
     original_prompt: str
     warning: str
+    pixel_steps: int  # the work of the job
     image: CheckedImage
     fetch_seconds: float
     position: int  # jobs before it
@@ -126,7 +127,8 @@ class Admission:
         ignored = convert.unknown_fields(spec)
         warning = join_warnings(caller.warning, ignored, *resolving, rewriting)
         seconds = time.monotonic() - started
-        return Admitted(params, original_prompt, warning, image, seconds, position, eta)
+        work = params.pixel_steps(model.strength_rule)
+        return Admitted(params, original_prompt, warning, work, image, seconds, position, eta)
 
     def _context(self, model: ModelInfo | None, scheduler: str) -> ValidationContext:
         listed = self._outbound.lists_host

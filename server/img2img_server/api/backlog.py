@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from img2img_server.domain.models import ModelInfo
-from img2img_server.domain.params import JobParams, Lane, denoising_steps
+from img2img_server.domain.params import JobParams, Lane
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import JobQueue, LaneLoad
 from img2img_server.interfaces.records import WorkerRegistry
@@ -38,11 +38,11 @@ class Backlog:
         self._workers = workers
         self._costs: dict[tuple[str, Lane], deque[tuple[int, int]]] = {}
 
-    def note(self, params: JobParams, place: int) -> None:
+    def note(self, params: JobParams, place: int, pixel_steps: int) -> None:
         """Remembers what a job costs that was queued at `place`."""
         key = (params.model, params.lane)
         costs = self._costs.setdefault(key, deque(maxlen=REMEMBERED))
-        costs.append((place, params.pixel_steps))
+        costs.append((place, pixel_steps))
 
     async def measure(self) -> dict[tuple[str, Lane, str], float]:
         """Device seconds by model, lane and state: `waiting` or `taken`.
@@ -95,7 +95,9 @@ class Backlog:
 
 def _default_cost(model: ModelInfo) -> int:
     """Pixel-steps of a request that leaves everything to the model."""
-    steps = denoising_steps(model.default_strength, model.default_num_inference_steps)
+    steps = model.strength_rule.denoising_steps(
+        model.default_strength, model.default_num_inference_steps
+    )
     return model.native_size**2 * max(1, steps)
 
 

@@ -131,7 +131,7 @@ class Intake:
             with suppress(errors.ServiceError):
                 await self._jobs.delete(job.tenant, job.id)
             raise
-        self._backlog.note(params, place)
+        self._backlog.note(params, place, accepted.pixel_steps)
         JOBS_CREATED.labels(params.model, params.lane).inc()
         log.info(
             "job created",

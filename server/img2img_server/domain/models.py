@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from img2img_server.domain.params import DEFAULT_STRENGTH, Limits
+from img2img_server.domain.strength import StrengthRule
 
 # The samplers that we run, by the class in diffusers that each one is.
 SCHEDULER_OF_CLASS = {
@@ -14,7 +16,35 @@ SCHEDULER_OF_CLASS = {
     "EulerAncestralDiscreteScheduler": "euler_a",
     "LCMScheduler": "lcm",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "PNDMScheduler": "pndm",
+    "FlowMatchEulerDiscreteScheduler": "flow_match_euler",
 }
+
+
+class ModelKind(StrEnum):
+    """What a denoiser was trained for: noise of a variance schedule, or flow matching."""
+
+    DIFFUSION = "diffusion"
+    FLOW = "flow"
+
+
+class Guidance(StrEnum):
+    """What a model makes of guidance_scale.
+
+    CLASSIFIER_FREE: above 1 a second forward with the negative prompt, as in Stable Diffusion.
+    CLASSIFIER_FREE_FROM_ZERO: the same above 0, as in Z-Image. EMBEDDED: an input of the model.
+    NONE: it has no effect.
+    """
+
+    CLASSIFIER_FREE = "classifier_free"
+    CLASSIFIER_FREE_FROM_ZERO = "classifier_free_from_zero"
+    EMBEDDED = "embedded"
+    NONE = "none"
+
+    @property
+    def off_up_to(self) -> float:
+        """The largest scale at which there is no guidance."""
+        return 0.0 if self is Guidance.CLASSIFIER_FREE_FROM_ZERO else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +63,11 @@ class ModelInfo:
     # Schedulers that run fewer steps than max_num_inference_steps, and how many.
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()
     takes_negative_prompt: bool = True  # False: guidance is an input of the model, as with LCM
+    kind: ModelKind = ModelKind.DIFFUSION
+    strength_rule: StrengthRule = StrengthRule.FLOOR
+    guidance: Guidance = Guidance.CLASSIFIER_FREE
+    min_side_pixels: int = 0  # 0: no limit of the model's own
+    max_side_pixels: int = 0
     loras: tuple[str, ...] = ()
     # Measured device seconds a pixel-step, batches and encoders included; kept with the model while
     # no worker serves it. 0.0: nothing ran yet.
@@ -51,6 +86,10 @@ class ModelInfo:
                 by_scheduler.get(scheduler, service.max_num_inference_steps),
             ),
             side_multiple=math.lcm(service.side_multiple, self.side_multiple),
+            min_side_pixels=max(service.min_side_pixels, self.min_side_pixels),
+            max_side_pixels=min(
+                service.max_side_pixels, self.max_side_pixels or service.max_side_pixels
+            ),
         )
 
 

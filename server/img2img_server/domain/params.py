@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from img2img_server.domain.strength import StrengthRule
 from img2img_server.domain.urls import (
     URL_MAX_CHARACTERS,
     NotHttpError,
@@ -107,10 +106,9 @@ class JobParams:
         largest = NARROW_SEED_MAX if self.seed <= NARROW_SEED_MAX else SEED_MAX
         return (self.seed + index) % (largest + 1)
 
-    @property
-    def pixel_steps(self) -> int:
-        """The work of the job: pixels of all samples times the steps that really run."""
-        steps = denoising_steps(self.strength, self.num_inference_steps or 0)
+    def pixel_steps(self, rule: StrengthRule) -> int:
+        """Returns the work of the job: pixels of all samples times the steps that run."""
+        steps = rule.denoising_steps(self.strength, self.num_inference_steps or 0)
         return self.samples * self.width * self.height * steps
 
 
@@ -235,17 +233,3 @@ def _annotations(params: JobParams, limits: Limits) -> Iterator[Violation]:
     if any(len(value) > longest for _, value in params.annotations):
         text = f"annotations must not have values longer than {longest} characters"
         yield Violation("annotations", text)
-
-
-def denoising_steps(strength: float, num_inference_steps: int) -> int:
-    """Steps that really run: min(int(steps * strength), steps), as diffusers counts them."""
-    assert 0.0 <= strength <= 1.0
-    assert math.isfinite(strength)
-    return min(int(num_inference_steps * strength), num_inference_steps)
-
-
-def least_inference_steps(strength: float, most: int) -> int | None:
-    """Returns the smallest num_inference_steps up to `most` for which a step runs; None: none."""
-    schedules = range(1, most + 1)
-    place = bisect_left(schedules, 1, key=lambda steps: denoising_steps(strength, steps))
-    return schedules[place] if place < len(schedules) else None

@@ -7,12 +7,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from img2img_server.domain.models import ModelInfo
-from img2img_server.domain.params import (
-    JobParams,
-    Limits,
-    denoising_steps,
-    least_inference_steps,
-)
+from img2img_server.domain.params import JobParams, Limits
+from img2img_server.domain.strength import StrengthRule
 
 
 def resolve(
@@ -36,18 +32,20 @@ def resolve(
         guidance_scale=model.default_guidance_scale if guidance is None else guidance,
         scheduler=params.scheduler or model.schedulers[0],
     )
-    params, warnings = _with_a_step(params, limits)
+    params, warnings = _with_a_step(params, limits, model.strength_rule)
     return params, [*warnings, *_without_effect(params, model, given)]
 
 
-def _with_a_step(params: JobParams, limits: Limits) -> tuple[JobParams, list[str]]:
+def _with_a_step(
+    params: JobParams, limits: Limits, rule: StrengthRule
+) -> tuple[JobParams, list[str]]:
     steps, strength = params.num_inference_steps or 1, params.strength
     if strength == 0:
         return params, ["At strength 0 no step runs: the prepared init image is returned."]
-    if denoising_steps(strength, steps):
+    if rule.denoising_steps(strength, steps):
         return params, []
     most = limits.max_num_inference_steps
-    enough = least_inference_steps(strength, most)
+    enough = rule.least_inference_steps(strength, most)
     if enough is None:
         least = math.ceil(10_000 / most) / 10_000
         return params, [
@@ -63,14 +61,13 @@ def _with_a_step(params: JobParams, limits: Limits) -> tuple[JobParams, list[str
 
 
 def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str]) -> Iterator[str]:
-    scale, run = (
-        params.guidance_scale or 0.0,
-        denoising_steps(params.strength, params.num_inference_steps or 1),
-    )
-    if params.negative_prompt and scale <= 1:
+    schedule = params.num_inference_steps or 1
+    run = model.strength_rule.denoising_steps(params.strength, schedule)
+    scale, least = params.guidance_scale or 0.0, model.guidance.off_up_to
+    if params.negative_prompt and scale <= least:
         yield (
-            f"negative_prompt has no effect: guidance_scale is {scale:g}, and only above 1 is it "
-            "used."
+            f"negative_prompt has no effect: guidance_scale is {scale:g}, and only above "
+            f"{least:g} is it used."
         )
     elif params.negative_prompt and not model.takes_negative_prompt:
         yield f"negative_prompt has no effect: the model {model.name} uses none."

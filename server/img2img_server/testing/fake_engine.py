@@ -14,7 +14,7 @@ import numpy as np
 from img2img_server.domain.events import Stage
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
-from img2img_server.domain.params import denoising_steps
+from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.base import (
     DeviceLost,
     EngineEvent,
@@ -113,7 +113,7 @@ class FakeEngine:
         with self._changed:
             if self._stopping:
                 raise EngineError("the engine is stopped")
-            total = denoising_steps(job.strength, job.num_inference_steps)
+            total = StrengthRule.FLOOR.denoising_steps(job.strength, job.num_inference_steps)
             self._waiting.append(_Run(job, sink, total))
             self._changed.notify_all()
 
@@ -228,7 +228,7 @@ class FakeEngine:
 
 def picture(job: EngineJob, sample: int) -> Pixels:
     """The fake's picture of one sample: the init image mixed with noise, by strength."""
-    total = denoising_steps(job.strength, job.num_inference_steps)
+    total = StrengthRule.FLOOR.denoising_steps(job.strength, job.num_inference_steps)
     if total == 0:
         return job.init_image.copy()
     recipe: tuple[object, ...] = (

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from img2img_server.domain.params import denoising_steps
+from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.sampler import Schedule, Step, draw_noise
 
 # Clipping and thresholding are meant for pixels and are not linear; latents have no such range.
@@ -66,7 +66,7 @@ class Schedules:
         """
         if name not in _CLASSES:
             raise ValueError(f"there is no scheduler {name}")
-        run = denoising_steps(strength, num_inference_steps)
+        run = StrengthRule.FLOOR.denoising_steps(strength, num_inference_steps)
         try:
             return self._derive(name, num_inference_steps, num_inference_steps - run)
         except (ValueError, IndexError) as error:  # diffusers raises either

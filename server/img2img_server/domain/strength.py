@@ -1,0 +1,33 @@
+"""How many denoising steps run at a strength: the rules of the stock pipelines of diffusers."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from enum import StrEnum
+
+
+class StrengthRule(StrEnum):
+    """How a model family rounds steps x strength: FLOOR in UNet pipelines, CEIL in flow ones.
+
+    CEIL repeats the float expression of the pipelines: `math.ceil` gives 8 for 50 steps at
+    strength 0.14, where 7 run.
+    """
+
+    FLOOR = "floor"
+    CEIL = "ceil"
+
+    def denoising_steps(self, strength: float, num_inference_steps: int) -> int:
+        """Returns the number of steps of the schedule that run."""
+        assert 0.0 <= strength <= 1.0
+        assert math.isfinite(strength)
+        if self is StrengthRule.FLOOR:
+            return min(int(num_inference_steps * strength), num_inference_steps)
+        run = min(num_inference_steps * strength, num_inference_steps)
+        return num_inference_steps - int(max(num_inference_steps - run, 0))
+
+    def least_inference_steps(self, strength: float, most: int) -> int | None:
+        """Returns the smallest num_inference_steps up to `most` for which a step runs, or None."""
+        schedules = range(1, most + 1)
+        place = bisect_left(schedules, 1, key=lambda steps: self.denoising_steps(strength, steps))
+        return schedules[place] if place < len(schedules) else None
