@@ -23,7 +23,6 @@ from img2img_server.api.webhooks import Webhooks
 from img2img_server.imaging.base import FetchError
 from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus
-from img2img_server.prompts.base import AsSent, PromptRewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.settings import Settings
 from img2img_server.testing.bus import memory_bus
@@ -182,7 +181,6 @@ async def running_worker(
     name: str = "w1",
     blobs: MemoryBlobStore | None = None,
     safety: SafetyChecker | None = None,
-    rewriter: PromptRewriter | None = None,
     config: Settings | None = None,
 ) -> AsyncIterator[RunningWorker]:
     """A worker on the bus, announced and pulling."""
@@ -191,8 +189,7 @@ async def running_worker(
     stop = asyncio.Event()
     await blobs.prepare()
     checker = safety or FixedSafetyChecker(0.0)
-    writer = rewriter or AsSent()
-    working = work(config or settings(), name, bus, blobs, engine, checker, writer, stop)
+    working = work(config or settings(), name, bus, blobs, engine, checker, stop)
     task = asyncio.create_task(working)
     try:
         while all(worker.name != name for worker in await bus.workers.workers()):

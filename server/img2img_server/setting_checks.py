@@ -288,13 +288,11 @@ def _model_folders(checks: _Checks) -> None:
     settings = checks.settings
     checks.folder("lora_dir")
     checks.writable_folder("compile_cache_dir")
-    # A hub id is left to the libraries; the prompt model must be in their cache then.
-    for name, kind in (("tiny_vae", "autoencoder"), ("prompt_model", "language model")):
-        source = getattr(settings, name)
-        if name in checks.skip or not source or not _looks_like_a_path(source):
-            continue
-        if not (Path(source) / "config.json").is_file():
-            checks.add(name, f"{source} has no config.json, so it is no {kind}")
+    source = settings.tiny_vae
+    if "tiny_vae" in checks.skip or not source or not _looks_like_a_path(source):
+        return  # a hub id is left to the libraries
+    if not (Path(source) / "config.json").is_file():
+        checks.add("tiny_vae", f"{source} has no config.json, so it is no autoencoder")
 
 
 def _device_too(checks: _Checks) -> None:

@@ -26,7 +26,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 def fault_of(name: str, text: str) -> str:
     """Returns the fault in the text of the setting `name`."""
     # In every text: a line break at the end of a secret file is the usual one.
-    if name not in _MULTI_LINE and _CONTROL.search(text):
+    if _CONTROL.search(text):
         return "must not have line breaks or other control characters"
     if name in _NO_SPACES and any(char.isspace() for char in text):
         return "must not have spaces"
@@ -188,11 +188,6 @@ def sizes(text: str) -> str:
     return "must list sizes as WIDTHxHEIGHT, comma separated, such as 512x512, 768x512"
 
 
-def template(text: str) -> str:
-    """What a language model is asked."""
-    return "" if "{prompt}" in text else "must have {prompt} in it"
-
-
 RULES: Final[Mapping[str, Callable[[str], str]]] = {
     "grpc_host": listen_host,
     "http_host": listen_host,
@@ -203,8 +198,6 @@ RULES: Final[Mapping[str, Callable[[str], str]]] = {
     "s3_bucket": bucket_name,
     "otlp_endpoint": otlp_endpoint,
     "cors_origins": origins,
-    "prompt_template": template,
     "warm_up_sizes": sizes,
 }
-_MULTI_LINE: Final = frozenset({"prompt_template"})
-_NO_SPACES: Final = RULES.keys() - {"cors_origins", "prompt_template", "warm_up_sizes"}
+_NO_SPACES: Final = RULES.keys() - {"cors_origins", "warm_up_sizes"}

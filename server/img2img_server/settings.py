@@ -235,15 +235,9 @@ class Settings(BaseSettings):
     # Prompts.
     prompt_rewriter: str = Field(
         "rules",
-        pattern="^(off|rules|model)$",
-        description="What enhance_prompt does: nothing but a warning, terms added by rules, or a "
-        "language model on the worker. The same for api and worker.",
-    )
-    prompt_model: str = Field(
-        "", description="Directory of the language model: text-to-text or causal, by transformers."
-    )
-    prompt_template: str = Field(
-        "{prompt}", description="What the language model is asked, with {prompt} in it."
+        pattern="^(off|rules)$",
+        description="What enhance_prompt does: rules add terms to the prompt; off: the prompt is "
+        "used as sent, and the job has a warning.",
     )
 
     # Limits.
@@ -401,12 +395,6 @@ class Settings(BaseSettings):
             mistakes.append(
                 "IMG2IMG_S3_SESSION_TOKEN: belongs to IMG2IMG_S3_ACCESS_KEY, which is not set"
             )
-        if self.prompt_rewriter == "model" and not self.prompt_model:
-            mistakes.append(
-                "IMG2IMG_PROMPT_MODEL: is not set; IMG2IMG_PROMPT_REWRITER=model needs it"
-            )
-        if self.prompt_model and self.prompt_rewriter != "model":
-            mistakes.append("IMG2IMG_PROMPT_MODEL: is only used with IMG2IMG_PROMPT_REWRITER=model")
         if self.lora_dir and self.fuse_qkv:
             mistakes.append(
                 "IMG2IMG_LORA_DIR: does not work with IMG2IMG_FUSE_QKV, which fuses what a LoRA "

@@ -13,7 +13,6 @@ import pytest
 from benchmarks.local_stack import free_port
 from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import reasons_of
-from img2img_server.prompts.base import AsSent
 from img2img_server.settings import Settings
 from img2img_server.storage.watched_blobs import WatchedBlobs
 from img2img_server.testing.fake_engine import FakeEngine
@@ -60,7 +59,7 @@ async def test_a_worker_says_why_it_is_not_ready_and_goes_on_by_itself(
     engine = FakeEngine()
 
     async def load(*_: Any) -> Any:
-        return engine, AsSent()
+        return engine
 
     monkeypatch.setattr(worker_server, "_load_models", load)
     port, stop, started = free_port(), asyncio.Event(), asyncio.Event()
@@ -116,7 +115,7 @@ async def test_a_worker_waits_for_nats_that_went_away_while_its_model_was_loaded
         await nats.child.stop()
         while "lost the connection" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        return engine, AsSent()
+        return engine
 
     monkeypatch.setattr(worker_server, "_load_models", load)
     monkeypatch.setattr(worker_server, "BUS_PATIENCE_SECONDS", 0.1)

@@ -73,7 +73,6 @@ WRONG: dict[str, str] = {
     "safety_checker": "off",
     "safety_threshold": "2",
     "prompt_rewriter": "gpt",
-    "prompt_template": "Rewrite this.",
     "cors_origins": "https://shop.example.com/",
     "legacy": "older",
     "base64_inline": "x",

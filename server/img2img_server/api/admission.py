@@ -31,7 +31,7 @@ from img2img_server.interfaces.queue import JobQueue
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.nats.rates import Rates
 from img2img_server.outbound.policy import OutboundPolicy
-from img2img_server.prompts.choose import api_rewriter
+from img2img_server.prompts import NO_REWRITER, rewrite
 from img2img_server.settings import Settings
 from img2img_server.tasks import background_task
 
@@ -83,7 +83,6 @@ class Admission:
         self._fetch = fetch
         self._rate_limit = RateLimit(rates, settings.rate_limit)
         self._estimator = Estimator(queue, workers)
-        self._rewriter = api_rewriter(settings)
         self._outbound = OutboundPolicy.of(settings)
         self.limits = image_limits(settings)
 
@@ -117,9 +116,10 @@ class Admission:
             raise
         await self._rate_limit.count_job(caller.principal)
         original_prompt, rewriting = params.prompt, ""
-        if params.enhance_prompt:
-            prompt = self._rewriter.rewrite(params.prompt, params.seed)
-            params, rewriting = replace(params, prompt=prompt), self._rewriter.warning
+        if params.enhance_prompt and self._settings.prompt_rewriter == "rules":
+            params = replace(params, prompt=rewrite(params.prompt, params.seed))
+        elif params.enhance_prompt:
+            rewriting = NO_REWRITER
         given = [field.name for field, _ in spec.ListFields()]
         params, resolving = resolve(
             params, model, model.limits(self.limits, params.scheduler), given

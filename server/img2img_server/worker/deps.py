@@ -12,7 +12,6 @@ from img2img_server.interfaces.queue import EventLog, JobQueue
 from img2img_server.interfaces.records import JobStore
 from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.nats.tenant_settings import TenantStorage
-from img2img_server.prompts.base import PromptRewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.storage.tenant_s3 import TenantS3
 from img2img_server.storage.watched_blobs import WatchedBlobs
@@ -101,7 +100,6 @@ class WorkerDeps:
     safety_threshold: float
     max_attempts: int
     retention_hours: int
-    rewriter: PromptRewriter
     # Deletes cached downloads of the model, returns the bytes freed; blocks. Raises OSError.
     forget_downloads: Callable[[], int] = lambda: 0
     pace: Throughput = field(default_factory=Throughput)

@@ -21,14 +21,11 @@ from img2img_server.domain.job import (
     advance,
     terminal_event,
 )
-from img2img_server.domain.warnings import join_warnings
 from img2img_server.interfaces.queue import Delivery, EventWriter, OwnershipLostError
 from img2img_server.interfaces.records import ConflictError, Stored
 from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
 from img2img_server.webhooks.record import announce
 from img2img_server.worker.deps import WorkerDeps
-
-REWRITER_FAILED = "The prompt rewriter of enhance_prompt failed; the prompt was used as sent."
 
 # A job may end its workers before they can write down that they have it.
 DELIVERIES_OF_AN_ATTEMPT = 10
@@ -79,7 +76,6 @@ class JobLease:
             return False
         if self.job.state is State.RUNNING:
             REDELIVERIES.inc()
-        await self._rewrite_prompt()
         await self._swap(self._start())
         return True
 
@@ -93,19 +89,6 @@ class JobLease:
             model=self._parts.engine.model.name,
             attempt=self._attempt,
         )
-
-    async def _rewrite_prompt(self) -> None:
-        """Puts the text to use into the record, unless that has happened. Never fails the job."""
-        params, warning = self.job.params, self.job.warning
-        if not params.enhance_prompt or params.prompt != self.job.original_prompt:
-            return
-        rewriter, prompt = self._parts.rewriter, params.prompt
-        try:
-            prompt = await asyncio.to_thread(rewriter.rewrite, prompt, params.seed)
-        except Exception as error:
-            log.error("the prompt was not rewritten", exc_info=error)
-            warning = join_warnings(warning, REWRITER_FAILED)
-        self.job = replace(self.job, params=replace(params, prompt=prompt), warning=warning)
 
     async def tell(self, event: Event) -> None:
         """Appends an event that changes nothing in the record.

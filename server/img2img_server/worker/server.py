@@ -19,8 +19,6 @@ from img2img_server.exit_reason import logs_reason
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
-from img2img_server.prompts.base import PromptRewriter
-from img2img_server.prompts.choose import worker_rewriter
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.safety.choose import safety_checker
 from img2img_server.settings import Settings, SettingsError
@@ -65,7 +63,7 @@ async def serve_worker(
             safety = safety_checker(settings, _source(settings))
             # When it is stopped, its threads are left to the exit.
             loading = _load_all(safety, settings, blobs)
-            engine, rewriter = await unless_stopped(stop, loading)
+            engine = await unless_stopped(stop, loading)
         try:
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
 
@@ -79,7 +77,7 @@ async def serve_worker(
             with logs_reason():
                 # The bus may have gone away while the model was loaded.
                 await unless_stopped(stop, bus.ready(settings.startup_timeout_seconds))
-                await work(settings, name, bus, store, engine, safety, rewriter, stop, announced)
+                await work(settings, name, bus, store, engine, safety, stop, announced)
         finally:
             with suppress(TimeoutError):  # a step that hangs ends with the process
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
@@ -87,9 +85,7 @@ async def serve_worker(
     log.info("worker stopped")
 
 
-async def _load_all(
-    safety: SafetyChecker, settings: Settings, blobs: S3BlobStore
-) -> tuple[Engine, PromptRewriter]:
+async def _load_all(safety: SafetyChecker, settings: Settings, blobs: S3BlobStore) -> Engine:
     """Loads the models and makes the bucket ready at the same time. Raises the first error.
 
     The bucket has a head start: a wrong key is told before torch takes the machine for seconds.
@@ -102,16 +98,15 @@ async def _load_all(
         return loaded
 
 
-async def _load_models(safety: SafetyChecker, settings: Settings) -> tuple[Engine, PromptRewriter]:
+async def _load_models(safety: SafetyChecker, settings: Settings) -> Engine:
     """Loads one after the other where both import diffusers: two threads cannot do that at once."""
     await asyncio.to_thread(_check_device, settings)
-    rewriter = await asyncio.to_thread(worker_rewriter, settings)
     if settings.safety_checker == "model":
         engine = await asyncio.to_thread(_load_engine, settings)
         await _warm_up(safety)
-        return engine, rewriter
+        return engine
     engine, _ = await asyncio.gather(asyncio.to_thread(_load_engine, settings), _warm_up(safety))
-    return engine, rewriter
+    return engine
 
 
 async def _warm_up(safety: SafetyChecker) -> None:
@@ -160,7 +155,6 @@ async def work(
     blobs: BlobStore,
     engine: Engine,
     safety: SafetyChecker,
-    rewriter: PromptRewriter,
     stop: asyncio.Event,
     announced: Callable[[], None] | None = None,
 ) -> None:
@@ -180,7 +174,6 @@ async def work(
         safety=safety,
         safety_threshold=settings.safety_threshold,
         max_attempts=settings.max_attempts,
-        rewriter=rewriter,
         retention_hours=settings.retention_hours,
         forget_downloads=partial(forget_downloads, settings.model),
     )

@@ -1,7 +1,8 @@
-"""The default rewriter: adds medium, light, composition and quality terms by rules.
+"""Rewrites short prompts for requests with enhance_prompt, by rules.
 
-A term is added only where the prompt says nothing of its kind, and only one that fits what the
-prompt does say: a sketch gets no camera words, a night no sun, a monochrome picture no colours.
+Terms for medium, light, composition and quality are added. A term is added only where the prompt
+says nothing of its kind, and only one that fits the prompt: a sketch gets no camera terms, a night
+no sun, a monochrome image no colours.
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Final
 
-from img2img_server.prompts.base import MAX_CHARACTERS, is_elaborate
+MAX_CHARACTERS: Final = 2000
+NO_REWRITER: Final = "enhance_prompt has no effect: this service has no prompt rewriter."
+_MANY_WORDS: Final = 40
+_MANY_PARTS: Final = 4
+# (red hat:1.3), <lora:name:0.8>. Neither part may contain a bracket, nor the first a colon, so that
+# the expression has one way to match and never backtracks.
+_WEIGHTS: Final = re.compile(r"[(\[<][^()\[\]<>:]*:[^()\[\]<>]*[)\]>]")
 
 
 def _any(*words: str) -> re.Pattern[str]:
@@ -18,7 +26,7 @@ def _any(*words: str) -> re.Pattern[str]:
     return re.compile(rf"\b(?:{'|'.join(words)})(?:s|es)?\b", re.IGNORECASE)
 
 
-# The first that matches is the prompt's own medium.
+# The first entry that matches is the prompt's own medium.
 _MEDIA: Mapping[str, re.Pattern[str]] = {
     "flat": _any(
         *("pixel ?art", "logo", "icon", "vector", "flat design", "low[- ]poly", "sticker"),
@@ -58,7 +66,7 @@ _LIGHT = _any(
     *("light", "lighting", "lit", "sunlit", "moonlit", "backlit", "glow", "glowing", "shadow"),
     *("sunshine", "neon", "candle", "lamp", "silhouette", "bright", "dark", "dim", "ray"),
 )
-# What the prompt says of time and place, and the light that goes with it.
+# Time and place in the prompt, and the light that fits them.
 _SCENES: Sequence[tuple[re.Pattern[str], Sequence[str]]] = (
     (
         _any("night", "midnight", "moon", "star", "stars", "starry"),
@@ -112,23 +120,30 @@ _QUALITIES: Mapping[str, Sequence[str]] = {
 }
 
 
-class RuleRewriter:
-    """A PromptRewriter that costs microseconds, for the longest of prompts some milliseconds.
+def rewrite(prompt: str, seed: int) -> str:
+    """Returns the prompt with terms added; the same prompt and seed give the same text.
 
-    Prompts that are elaborate stay as they are.
+    Empty and elaborate prompts come back unchanged, and so do prompts that would exceed
+    MAX_CHARACTERS. The call takes microseconds, and milliseconds for the longest prompts.
     """
+    if not prompt.strip() or is_elaborate(prompt):
+        return prompt
+    text = ", ".join([prompt.rstrip(" \t\r\n.,;"), *_terms(prompt, seed)])
+    return text if len(text) <= MAX_CHARACTERS else prompt
 
-    warning = ""
 
-    def rewrite(self, prompt: str, seed: int) -> str:
-        if not prompt.strip() or is_elaborate(prompt):
-            return prompt
-        text = ", ".join([prompt.rstrip(" \t\r\n.,;"), *_terms(prompt, seed)])
-        return text if len(text) <= MAX_CHARACTERS else prompt
+def is_elaborate(prompt: str) -> bool:
+    """Returns whether the prompt is long, a list of tags, or has weighted words."""
+    parts = [part for part in re.split(r"[,;|\n]", prompt) if part.strip()]
+    return (
+        len(prompt.split()) > _MANY_WORDS
+        or len(parts) >= _MANY_PARTS
+        or _WEIGHTS.search(prompt) is not None
+    )
 
 
 def _terms(prompt: str, seed: int) -> list[str]:
-    """What the prompt does not say yet: medium, light, composition, quality, in this order."""
+    """Returns the terms to add: medium, light, composition and quality, in this order."""
     terms = []
     medium = next((name for name, words in _MEDIA.items() if words.search(prompt)), "")
     if not medium and not _STYLE_OF_ITS_OWN.search(prompt):
@@ -159,6 +174,6 @@ def _without_colour(prompt: str, terms: Sequence[str]) -> Sequence[str]:
 
 
 def _pick(options: Sequence[str], prompt: str, seed: int, kind: str) -> str:
-    """One of the options, the same on every machine and version."""
+    """Returns one of the options, the same one on every machine and version."""
     digest = hashlib.sha256(f"{seed}/{kind}/{prompt}".encode()).digest()
     return options[int.from_bytes(digest[:8]) % len(options)]

@@ -1,1 +1,0 @@
-"""Makes a better prompt out of a short one, for requests with enhance_prompt."""
