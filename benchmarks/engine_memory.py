@@ -24,8 +24,8 @@ from img2img_server.domain.params import Lane
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, JobStopped
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.load import keep_freed_memory
 from img2img_server.engine.model_spec import SCHEDULERS, read_model_spec
+from img2img_server.malloc import keep_freed_memory
 
 BOUND_BYTES = 20_000_000
 # Fills the caches of prompts (128) and schedules, and the allocator's own.

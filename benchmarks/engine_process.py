@@ -18,7 +18,7 @@ from benchmarks.engine_load import Request, Served
 from benchmarks.engine_servers import EngineServer
 from benchmarks.engine_stock import StockServer, load_pipeline
 from img2img_server.engine.cpu_threads import apart, wait_briefly
-from img2img_server.engine.load import keep_freed_memory
+from img2img_server.malloc import keep_freed_memory
 
 STOP_SECONDS = 10.0
 

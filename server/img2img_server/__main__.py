@@ -43,7 +43,7 @@ ROLES: Final = {
 def _run(name: str) -> None:
     extra, module, function = ROLES[name]
     with _ending(name, extra):
-        from img2img_server.lifecycle import RestartError, run_role, start_anew
+        from img2img_server.lifecycle import run_role
         from img2img_server.setting_checks import checked_settings
         from img2img_server.telemetry import configure_logging
         from img2img_server.tracing import exporting
@@ -51,11 +51,8 @@ def _run(name: str) -> None:
         settings = checked_settings(name)
         configure_logging(settings, name)
         serve = getattr(import_module(module), function)
-        try:
-            with exporting(settings, name):
-                code = run_role(partial(serve, settings))
-        except RestartError:
-            start_anew()
+        with exporting(settings, name):
+            code = run_role(partial(serve, settings))
     sys.exit(code)
 
 

@@ -16,13 +16,16 @@ import structlog
 
 from img2img_server.errors import JobFailedError, OperatorError, ServiceError
 from img2img_server.last_line import exit_with_reasons, log_format_of_environment
-from img2img_server.lifecycle import RestartError
+from img2img_server.lifecycle import RESTART_CODE, RestartError
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.telemetry import configure_logging
 
 SETTINGS_CODE: Final = 2
 ERROR_CODE: Final = 1
-_EXPECTED: Final = (OperatorError, ServiceError, JobFailedError, KeyboardInterrupt)
+_EXPECTED: Final = (
+    *(OperatorError, ServiceError, JobFailedError),
+    *(KeyboardInterrupt, RestartError),
+)
 
 log = structlog.get_logger()
 
@@ -79,12 +82,14 @@ def is_expected(error: BaseException) -> bool:
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code: 2 for wrong settings, 130 after Ctrl-C, 1 for everything else."""
+    """Returns the exit code: 2 for wrong settings, 75 for a restart, 130 after Ctrl-C, else 1."""
     if isinstance(error, BaseExceptionGroup):
         codes = {code_of(each) for each in error.exceptions}
         return codes.pop() if len(codes) == 1 else ERROR_CODE
     if isinstance(error, SettingsError):
         return SETTINGS_CODE
+    if isinstance(error, RestartError):
+        return RESTART_CODE
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else ERROR_CODE
 
 

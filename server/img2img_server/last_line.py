@@ -91,7 +91,8 @@ def _formatted(sentence: str, code: int) -> str:
         "event": sentence,
         "exit_code": code,
         "role": sentence.partition(": ")[0].split()[-1],
-        "level": "error" if code < 128 else "info",  # a signal: somebody asked for it
+        # An operator asked for an end by signal, and for a restart (lifecycle.RESTART_CODE).
+        "level": "info" if code >= 128 or code == 75 else "error",
         "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
     }
     return json.dumps(record, ensure_ascii=False)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
 import signal
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
-from img2img_server.last_line import exit_now, flush_output
+from img2img_server.last_line import exit_now
+from img2img_server.malloc import return_large_blocks
 
 EXIT_SECONDS: Final = 3.0
+RESTART_CODE: Final = 75  # EX_TEMPFAIL of sysexits.h: the same command may be started again
 
 T = TypeVar("T")
 
@@ -24,7 +22,7 @@ log = structlog.get_logger()
 
 
 class RestartError(Exception):
-    """The role has ended in order to come again as a new program in the same process."""
+    """The role has stopped so that its supervisor starts it again; see RESTART_CODE."""
 
 
 class StoppedError(Exception):
@@ -38,7 +36,7 @@ Role = Callable[[asyncio.Event], Awaitable[None]]
 def run_role(role: Role) -> int:
     """Runs a role to its end and returns the exit code: 0 after a clean stop.
 
-    Errors propagate, RestartError among them, and at once: threads that still work, such as one
+    Errors propagate at once: threads that still work, such as one
     that loads a model, are not waited for. `__main__` is the only place that turns errors into an
     exit code, and it ends the process without waiting for threads either.
     """
@@ -50,21 +48,6 @@ def run_role(role: Role) -> int:
     for timer in leaving:
         timer.cancel()
     return 0
-
-
-def return_large_blocks() -> None:
-    """Makes glibc give blocks from 2 MiB on back to the system as soon as they are freed.
-
-    Its default grows that bound to 32 MiB, and the heap keeps hundreds of megabytes after some
-    large requests. A picture of 512x512 stays in the heap, of which up to 8 MiB stay with us: new
-    pages for each one would cost a request 2 ms. Other C libraries have no such call and are left
-    alone.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 2 * 2**20)
-        libc.mallopt(trim_threshold, 8 * 2**20)
 
 
 async def _run(role: Role, leaving: list[threading.Timer]) -> None:
@@ -95,19 +78,6 @@ async def _run(role: Role, leaving: list[threading.Timer]) -> None:
         leaving[0].start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-
-
-def start_anew() -> NoReturn:
-    """Replaces this program by a fresh run of the same command; process id and environment stay.
-
-    So whoever supervises the process sees no end, and nothing of the old run is left in it: no
-    memory, no device context, no thread and no open file beyond the three standard ones.
-    """
-    flush_output()
-    for descriptor in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError):  # the one that listed them is closed by now
-            os.set_inheritable(descriptor, descriptor <= 2)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 async def unless_stopped(stop: asyncio.Event | None, work: Coroutine[Any, Any, T]) -> T:

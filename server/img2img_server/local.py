@@ -25,7 +25,7 @@ from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import logs_reason
 from img2img_server.last_line import is_json
-from img2img_server.lifecycle import first_of
+from img2img_server.lifecycle import RESTART_CODE, first_of
 from img2img_server.ports import METRICS_PORTS, host_port, listeners, reachable, reserve
 from img2img_server.settings import DEV_KEY, PREFIX, Settings
 from img2img_server.storage.vault import new_key
@@ -69,8 +69,8 @@ async def serve_local(
                     _announce(settings)
                     if started:
                         started(host_port(settings.grpc_host, settings.grpc_port))
-                    deaths = [_died(role) for role in roles]
-                    await first_of(stop.wait(), _engine_died(engines), *deaths)
+                    running = [_keep_running(role) for role in roles]
+                    await first_of(stop.wait(), _engine_died(engines), *running)
             log.info("stopping the roles, then the engines")
     except EnginesError as error:
         raise UnavailableError(str(error)) from error
@@ -161,8 +161,19 @@ async def _start(roles: list[Child]) -> None:
         raise UnavailableError(reason)
 
 
-async def _died(child: Child) -> None:
-    raise UnavailableError(str(await child.ended()))
+async def _keep_running(role: Child) -> None:
+    """Starts a role again each time it ends in order to be restarted.
+
+    Raises:
+        UnavailableError: it ended for another reason; with its last words.
+    """
+    while (death := await role.ended()).exit_code == RESTART_CODE:
+        log.info("restarting a role", role=role.name)
+        try:
+            await role.start()
+        except ServerExitedError as error:
+            raise UnavailableError(str(error)) from error
+    raise UnavailableError(str(death))
 
 
 async def _engine_died(engines: LocalServers) -> None:

@@ -115,6 +115,21 @@ async def test_it_makes_a_picture_and_stops_cleanly_with_all_its_children(tmp_pa
     assert [child for child in children if child.is_running()] == []
 
 
+async def test_it_starts_a_worker_again_that_was_told_to_restart(tmp_path: Path) -> None:
+    model = write_sd(tmp_path / "tiny", tiny_vae=True)
+    async with local_stack(tmp_path / "state", IMG2IMG_MODEL=str(model)) as stack:
+        old = role(stack.pid, "worker")
+        assert old is not None
+        async with AsyncClient(stack.grpc_address, api_key="dev-key") as client:
+            await client.admin.restart_server()
+            await asyncio.to_thread(old.wait, 60)
+            new = await eventually(lambda: role(stack.pid, "worker"))
+            await client.generate(
+                "a cat", PHOTO, width=256, height=256, strength=0.5, num_inference_steps=4
+            )
+        assert new.pid != old.pid
+
+
 async def eventually(find: Callable[[], psutil.Process | None]) -> psutil.Process:
     """Looks until the process is there; nobody announces it."""
     async with asyncio.timeout(60):

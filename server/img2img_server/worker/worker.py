@@ -56,7 +56,7 @@ class Worker:
             announced: called once, when it has been announced and takes jobs.
 
         Raises:
-            RestartError: it was told to restart, and has handed back what it had.
+            RestartError: an operator asked for a restart, and its jobs are handed back.
             UnavailableError: its device is lost; others have its jobs.
         """
         async with (
@@ -85,7 +85,7 @@ class Worker:
         if lost.is_set():
             raise errors.UnavailableError("the device is lost; only a new process can use it")
         if not stop.is_set():
-            raise RestartError
+            raise RestartError("an operator asked for a restart")
 
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts
