@@ -249,6 +249,7 @@ class Refusal:
     reason: str
     violations: dict[str, str] = field(default_factory=dict)
     retry_seconds: float | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def refusal(error: grpc.aio.AioRpcError) -> Refusal:
@@ -261,7 +262,7 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
         retry = error_details_pb2.RetryInfo()
         if packed.Unpack(info):
             assert info.domain == "img2img.v1"
-            found.reason = info.reason
+            found.reason, found.metadata = info.reason, dict(info.metadata)
         elif packed.Unpack(bad):
             found.violations = {v.field: v.description for v in bad.field_violations}
         elif packed.Unpack(retry):

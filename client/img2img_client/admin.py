@@ -1,4 +1,4 @@
-"""Managing a service, for keys with the permission `manage`: `client.admin`."""
+"""Managing a service, for keys with the permission `operate` or `storage`: `client.admin`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _update_request(
 
 
 class Admin:
-    """Every method raises PermissionDeniedError for a key that may not manage the service."""
+    """Methods raise PermissionDeniedError for a key without `storage` (storage) or `operate`."""
 
     def __init__(self, channel: grpc.Channel, call: Callable[..., Any]) -> None:
         self._stub = admin_service_pb2_grpc.AdminServiceStub(channel)

@@ -129,8 +129,9 @@ def local() -> None:
     "--permission",
     "permissions",
     multiple=True,
-    type=click.Choice(["manage", "unsafe"]),
-    help="What it may do beside making pictures; may be repeated.",
+    type=click.Choice(["storage", "operate", "manage", "unsafe"]),
+    help="storage: change the tenant's S3 settings. operate: restart workers, clear caches and the "
+    "queue. manage: both. unsafe: turn the safety checker off. May be repeated.",
 )
 @click.option(
     "--rate-limit",

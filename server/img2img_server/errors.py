@@ -98,14 +98,22 @@ class UnauthenticatedError(ServiceError):
         super().__init__("Invalid API key")
 
 
+_NEEDED_FOR = {
+    "operate": "manage the server",
+    "storage": "change storage settings",
+    "unsafe": "turn the safety checker off",
+}
+
+
 class PermissionDeniedError(ServiceError):
-    """The key may not do this."""
+    """The key lacks a permission that the call needs."""
 
     code = Code.PERMISSION_DENIED
     reason = "PERMISSION_DENIED"
 
-    def __init__(self, permission: str, sentence: str) -> None:
-        super().__init__(sentence)
+    def __init__(self, permission: str) -> None:
+        action = _NEEDED_FOR[permission]
+        super().__init__(f"This key may not {action}: it lacks the permission {permission}")
         self.permission = permission
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from img2img_server.errors import PermissionDeniedError
 from img2img_server.testing.bus import memory_bus
 from tests.http_stack import (
     ENTERPRISE,
@@ -268,7 +269,7 @@ async def test_a_key_without_the_right_is_told_so_and_may_leave_the_checker_on(
     tmp_path: Path,
 ) -> None:
     ring, _, key = two_tenants(tmp_path)
-    told = "This key may not turn the safety checker off"
+    told = str(PermissionDeniedError("unsafe"))
     bus = memory_bus()
     async with (
         running_worker(bus) as worker,

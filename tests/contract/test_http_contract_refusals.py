@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
+from img2img_server.errors import PermissionDeniedError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.testing.memory_blobs import MemoryBlobStore
@@ -124,7 +125,7 @@ async def test_jobs_belong_to_the_tenant_of_the_key(tmp_path: Path) -> None:
         unsafe = await gateway.create(key=key_b, safety_checker=False)
         assert (unsafe.status_code, unsafe.json()) == (
             403,
-            error_body("PERMISSION_DENIED", "This key may not turn the safety checker off"),
+            error_body("PERMISSION_DENIED", str(PermissionDeniedError("unsafe"))),
         )
 
 

@@ -48,16 +48,16 @@ async def call(api: Api, method: str, metadata: Any = DEV) -> Any:
 
 @dataclass
 class Shops:
-    """Two tenants: "a" may manage, "b" may not."""
+    """Two tenants: "a" may operate the service, "b" may not."""
 
     ring: KeyRing
     a: Any
     b: Any
 
 
-def shops(folder: Path) -> Shops:
-    key_a, entry_a = new_key("a", ["manage"])
-    key_b, entry_b = new_key("b", ["unsafe"])
+def shops(folder: Path, only_b: str = "unsafe") -> Shops:
+    key_a, entry_a = new_key("a", ["operate"])
+    key_b, entry_b = new_key("b", [only_b, "unsafe"])
     file = folder / "keys.toml"
     file.write_text(f"{entry_a}\n{entry_b}\n")
     metadata = [(("authorization", f"Bearer {key}"),) for key in (key_a, key_b)]
@@ -84,23 +84,53 @@ async def announced() -> AsyncIterator[Bus]:
 
 
 @pytest.mark.parametrize("method", CALLS)
-async def test_a_management_call_needs_a_key_and_its_permission(
+async def test_a_management_call_needs_a_key(method: str) -> None:
+    async with announced() as bus, running_api(bus) as api:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(api, method, metadata=())
+        assert refusal(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("method", CALLS)
+async def test_a_call_that_concerns_every_tenant_needs_the_permission_operate(
     method: str, tmp_path: Path
 ) -> None:
     keys = shops(tmp_path)
     async with announced() as bus, running_api(bus, keys=keys.ring) as api:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(api, method, metadata=())
-        assert refusal(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(api, method, keys.b)
         told = refusal(caught.value)
-        assert (told.code, told.reason, caught.value.details()) == (
+        assert (told.code, told.reason, told.metadata) == (
             grpc.StatusCode.PERMISSION_DENIED,
             "PERMISSION_DENIED",
-            "This key may not manage the server",
+            {"permission": "operate"},
         )
         await call(api, method, keys.a)
+
+
+@pytest.mark.parametrize("method", ["UpdateStorageSettings", "ResetStorageSettings"])
+async def test_a_tenants_storage_settings_need_the_permission_storage(
+    method: str, tmp_path: Path
+) -> None:
+    keys = shops(tmp_path, "storage")
+    request = getattr(service_pb2, f"{method}Request")()
+    async with announced() as bus, running_api(bus, keys=keys.ring) as api:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await getattr(api.stub, method)(request, metadata=keys.a)
+        assert refusal(caught.value).metadata == {"permission": "storage"}
+        if method == "ResetStorageSettings":
+            await api.stub.ResetStorageSettings(request, metadata=keys.b)
+
+
+async def test_system_details_count_only_the_own_jobs_of_a_key_without_operate(
+    tmp_path: Path,
+) -> None:
+    keys = shops(tmp_path, "storage")
+    async with announced() as bus, running_api(bus, keys=keys.ring) as api:
+        for metadata in (keys.a, keys.a, keys.b):
+            await create(api, metadata)
+        counts = [(await call(api, CALLS[0], key)).queued_jobs for key in (keys.a, keys.b)]
+    assert counts == [3, 1]
 
 
 async def test_clear_queue_ends_the_tenants_waiting_jobs_and_no_others(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from minio import Minio
 
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.devstack import LocalServers
-from img2img_server.errors import StorageError
+from img2img_server.errors import PermissionDeniedError, StorageError
 from img2img_server.nats.bus import Bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.settings import Settings
@@ -119,8 +119,8 @@ def shop(engines: LocalServers, name: str, key: str) -> Shop:
 async def running_shops(
     engines: LocalServers, folder: Path, *, storage_keys: str | None = None, **changes: Any
 ) -> AsyncIterator[Shops]:
-    key_a, entry_a = new_key("a", ["manage"])
-    key_b, entry_b = new_key("b", ["manage"])
+    key_a, entry_a = new_key("a", ["storage"])
+    key_b, entry_b = new_key("b", ["storage"])
     file = folder / "keys.toml"
     file.write_text(f"{entry_a}\n{entry_b}\n")
     config = settings(**{"outbound_allow": "127.0.0.1", **changes})
@@ -438,7 +438,7 @@ async def test_the_key_is_told_before_its_right_and_that_before_the_fields(
         answer = await gateway.http.post(path, json={"key": key, "deploy_type": 5})
         told = {
             "status": "error",
-            "message": "This key may not manage the server",
+            "message": str(PermissionDeniedError("storage")),
             "reason": "PERMISSION_DENIED",
         }
         assert (answer.status_code, answer.json()) == (403, told)

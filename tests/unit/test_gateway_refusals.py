@@ -30,9 +30,9 @@ def failed(error: errors.ServiceError) -> AioRpcError:
     [
         (errors.UnauthenticatedError(), ErrorKind.BAD_KEY, "Invalid API key", 30),
         (
-            errors.PermissionDeniedError("manage", "This key may not manage the server"),
+            errors.PermissionDeniedError("operate"),
             ErrorKind.FORBIDDEN,
-            "This key may not manage the server",
+            str(errors.PermissionDeniedError("operate")),
             30,
         ),
         (errors.JobNotFoundError("jobs/1"), ErrorKind.UNKNOWN_JOB, "Request not found", 30),

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from img2img_server.__main__ import main
-from img2img_server.api.keys import KeyRing, Principal, new_key
+from img2img_server.api.keys import PERMISSIONS, KeyRing, Principal, new_key
 from img2img_server.settings import SettingsError
 
 
 def held(key: str, tenant: str, *permissions: str, rate_limit: int | None = None) -> Principal:
-    """What a key opens."""
+    """Returns the principal of a key with these permissions in the file."""
+    if "manage" in permissions:
+        permissions += ("operate", "storage")
     key_id = hashlib.sha256(key.encode()).hexdigest()[:16]
     return Principal(tenant, frozenset(permissions), rate_limit, key_id)
 
@@ -66,7 +68,7 @@ def test_a_key_may_have_a_rate_limit_of_its_own(per_minute: int, tmp_path: Path)
 
 def test_the_development_key_works_only_where_it_is_on() -> None:
     ring = KeyRing(None, dev_key=True)
-    assert ring.authenticate("dev-key") == held("dev-key", "dev", "manage", "unsafe")
+    assert ring.authenticate("dev-key") == held("dev-key", "dev", *PERMISSIONS)
     off = KeyRing(None, dev_key=False)
     assert off.is_empty
     assert off.authenticate("dev-key") is None
@@ -145,13 +147,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_a_key_with_its_rate_limit(tmp_path: Path) -> None:
-    words = ["keys", "--tenant", "shop", "--permission", "manage", "--rate-limit", "60"]
+    words = ["keys", "--tenant", "shop", "--permission", "storage", "--rate-limit", "60"]
     made = CliRunner().invoke(main, words)
     file = tmp_path / "keys.toml"
     file.write_text(made.stdout)
     key = made.stderr.split()[-1]
     assert KeyRing(file, dev_key=False).authenticate(key) == held(
-        key, "shop", "manage", rate_limit=60
+        key, "shop", "storage", rate_limit=60
     )
 
 
@@ -165,7 +167,7 @@ TENANTS = st.one_of(
 @settings(deadline=None)  # a busy machine is not a failure
 @given(
     tenant=TENANTS,
-    permissions=st.lists(st.sampled_from(["manage", "unsafe", "fly", "Manage"]), max_size=2),
+    permissions=st.lists(st.sampled_from([*sorted(PERMISSIONS), "fly", "Manage"]), max_size=2),
     rate_limit=st.none() | st.integers(-1, 2**70),
 )
 def test_a_key_is_made_exactly_where_an_api_takes_its_entry(

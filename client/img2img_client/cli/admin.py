@@ -11,7 +11,7 @@ from img2img_client.cli.session import Session, command
 
 @click.group()
 def admin() -> None:
-    """Manage the service. Needs a key with the permission `manage`."""
+    """Manage the service. Needs a key with the permission `operate` or `storage`."""
 
 
 @admin.command()

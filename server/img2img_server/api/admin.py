@@ -42,9 +42,14 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     async def GetSystemDetails(  # noqa: N802
         self, request: admin_service_pb2.GetSystemDetailsRequest, context: Context
     ) -> admin_service_pb2.GetSystemDetailsResponse:
-        current_principal().require_manage()
+        principal = current_principal()
+        tenant = ""
+        if "storage" in principal.permissions and "operate" not in principal.permissions:
+            tenant = principal.tenant
+        else:
+            principal.require("operate")
         workers = await self._workers.workers()
-        queued, seconds = await self._estimator.backlog()
+        queued, seconds = await self._estimator.backlog(tenant)
         gpus = [worker.busy for worker in workers if worker.device != _CPU]
         return admin_service_pb2.GetSystemDetailsResponse(
             server_version=__version__,
@@ -77,14 +82,14 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: admin_service_pb2.ClearQueueRequest, context: Context
     ) -> admin_service_pb2.ClearQueueResponse:
         principal = current_principal()
-        principal.require_manage()
+        principal.require("operate")
         cleared = await self._canceller.clear(principal.tenant)
         log.info("queue cleared", tenant=principal.tenant, jobs=cleared)
         return admin_service_pb2.ClearQueueResponse(cleared_jobs=cleared)
 
     async def _broadcast(self, command: WorkerCommand) -> None:
         principal = current_principal()
-        principal.require_manage()
+        principal.require("operate")
         await self._control.broadcast(command)
         self._workers.forget()
         log.info("workers told", command=command, tenant=principal.tenant)

@@ -103,9 +103,8 @@ class Admission:
         violations = request.violations + validate(params, self._context(model, params.scheduler))
         if violations:
             raise errors.InvalidRequestError(violations)
-        if not params.safety_checker and "unsafe" not in caller.principal.permissions:
-            sentence = "This key may not turn the safety checker off"
-            raise errors.PermissionDeniedError("unsafe", sentence)
+        if not params.safety_checker:
+            caller.principal.require("unsafe")
         if model is None:
             raise await self._no_model(spec.model, name)
         started = time.monotonic()

@@ -42,17 +42,23 @@ class Estimator:
         before = await self._queue.position(job.params.model, job.params.lane, job.queue_sequence)
         return before, await self._seconds(job.params, max(0, before))
 
-    async def backlog(self) -> tuple[int, float]:
-        """Jobs of all models and tenants that nobody has taken, and seconds until they have ended.
+    async def backlog(self, tenant: str = "") -> tuple[int, float]:
+        """Returns how many jobs wait, and the seconds until they have ended.
 
-        The seconds are those of the model that takes longest; 0.0 when nothing is known.
+        The seconds are those of the model that takes longest; 0.0 if no model was measured.
+
+        Args:
+            tenant: counts only the unfinished jobs of this tenant, running ones included. Empty:
+                counts the jobs of all tenants that no worker has taken.
         """
-        jobs, seconds = 0, 0.0
+        jobs, seconds = await self._queue.unfinished(tenant) if tenant else 0, 0.0
         for model in await self._workers.models():
-            depths = [await self._queue.depth(model.name, lane) for lane in Lane]
-            jobs += sum(depths)
+            depth = jobs
+            if not tenant:
+                depth = sum([await self._queue.depth(model.name, lane) for lane in Lane])
+                jobs += depth
             if serving := await self._serving(model.name):
-                seconds = max(seconds, _mean_seconds(serving) * sum(depths) / len(serving))
+                seconds = max(seconds, _mean_seconds(serving) * depth / len(serving))
         return jobs, seconds
 
     async def _serving(self, model: str) -> list[WorkerInfo]:

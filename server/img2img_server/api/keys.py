@@ -3,12 +3,13 @@
     [[keys]]
     sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     tenant = "shop"
-    permissions = ["manage", "unsafe"]
+    permissions = ["storage", "unsafe"]
     rate_limit = 60
 
-`manage`: the management calls. `unsafe`: may turn the safety checker off. `rate_limit`: jobs a
-minute, 0 for any number; without it the setting of that name holds. Keys are random and long (make
-one with `img2img-server keys`), so a plain SHA-256 needs no salt.
+`storage`: may change the tenant's S3 settings. `operate`: may make the calls that concern every
+tenant, like a restart of the workers. `manage`: both. `unsafe`: may turn the safety checker off.
+`rate_limit`: jobs a minute, 0 for any number; without it the setting of that name holds. Keys are
+random and long (`img2img-server keys` makes one), so a plain SHA-256 needs no salt.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from img2img_server.errors import PermissionDeniedError
 from img2img_server.setting_files import read_text
 from img2img_server.settings import DEV_KEY, Settings, SettingsError
 
-PERMISSIONS = frozenset({"manage", "unsafe"})
+_MANAGE = frozenset({"storage", "operate"})  # what the permission "manage" stands for
+PERMISSIONS = _MANAGE | {"manage", "unsafe"}
 _NAMES = frozenset({"sha256", "tenant", "permissions", "rate_limit"})
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -38,17 +40,17 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whoever holds a key. `rate_limit` None: that of the settings."""
+    """The tenant and the rights of a key. `rate_limit` None: that of the settings."""
 
     tenant: str
     permissions: frozenset[str] = frozenset()
     rate_limit: int | None = None
     key_id: str = ""  # tells keys apart; opens nothing
 
-    def require_manage(self) -> None:
-        """Raises PermissionDeniedError."""
-        if "manage" not in self.permissions:
-            raise PermissionDeniedError("manage", "This key may not manage the server")
+    def require(self, permission: str) -> None:
+        """Raises PermissionDeniedError if the key lacks the permission."""
+        if permission not in self.permissions:
+            raise PermissionDeniedError(permission)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,5 +222,7 @@ def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
     rate_limit = item.get("rate_limit")
     if rate_limit is not None and not (type(rate_limit) is int and rate_limit >= 0):
         mistakes.append(f"{where}rate_limit must be an integer of at least 0")
+    if "manage" in permissions:
+        permissions |= _MANAGE
     key = bytes.fromhex(digest)
     return _Entry(key, Principal(tenant, permissions, rate_limit, _key_id(key)))

@@ -34,7 +34,7 @@ class StorageCalls:
         self, principal: Principal, request: service_pb2.UpdateStorageSettingsRequest
     ) -> service_pb2.UpdateStorageSettingsResponse:
         """Raises PermissionDeniedError, InvalidRequestError, StorageKeysMissingError."""
-        principal.require_manage()
+        principal.require("storage")
         deploy_type = request.settings.deploy_type or REALTIME
         details = storage_details(request.settings)
         violations = validate_storage(details, deploy_type)
@@ -64,7 +64,7 @@ class StorageCalls:
         self, principal: Principal, request: service_pb2.ResetStorageSettingsRequest
     ) -> service_pb2.ResetStorageSettingsResponse:
         """Raises PermissionDeniedError, InvalidRequestError."""
-        principal.require_manage()
+        principal.require("storage")
         deploy_type = request.deploy_type or REALTIME
         if violations := validate_deploy_type(deploy_type):
             raise errors.InvalidRequestError(violations)

@@ -51,7 +51,9 @@ class GetSystemDetailsResponse(_message.Message):
     model_count: _builtins.int
     """Models that a live worker serves."""
     queued_jobs: _builtins.int
-    """Jobs of all tenants that no worker has taken yet."""
+    """Jobs of all tenants that no worker has taken yet. For a key without "operate":
+    unfinished jobs of its tenant, running ones included.
+    """
     gpu_usage: _builtins.float
     """Share of the last seconds that the workers' GPUs were busy, on average: 0 to 1. 0 without GPU."""
     @_builtins.property

@@ -26,10 +26,11 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Manages a running service. Every method needs a key with the permission "manage".
+    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
+    includes it).
 
     Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
     UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
     may be repeated.
     """
@@ -68,16 +69,18 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """Manages a running service. Every method needs a key with the permission "manage".
+    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
+    includes it).
 
     Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
     UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
     may be repeated.
     """
 
     def GetSystemDetails(self, request, context):
-        """Tells how the service is doing.
+        """Returns the state of the service. A key with the permission "storage" and without "operate" may call
+        it, too, and gets the number of its own tenant's jobs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,10 +156,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Manages a running service. Every method needs a key with the permission "manage".
+    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
+    includes it).
 
     Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
     UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
     may be repeated.
     """

@@ -27,10 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Manages a running service. Every method needs a key with the permission "manage".
+    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
+    includes it).
 
     Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
     UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
     may be repeated.
     """
@@ -40,7 +41,9 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetSystemDetails: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetSystemDetailsRequest, _admin_service_pb2.GetSystemDetailsResponse]
-    """Tells how the service is doing."""
+    """Returns the state of the service. A key with the permission "storage" and without "operate" may call
+    it, too, and gets the number of its own tenant's jobs.
+    """
     RestartServer: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RestartServerRequest, _admin_service_pb2.RestartServerResponse]
     """Restarts every worker. The jobs that they run go back to the queue and start anew; api and
     gateway stay up. Returns once the workers were told, not when they are back.
@@ -61,17 +64,20 @@ class AdminServiceStub:
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Manages a running service. Every method needs a key with the permission "manage".
+    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
+    includes it).
 
     Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
     UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
     may be repeated.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSystemDetails: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetSystemDetailsRequest, _admin_service_pb2.GetSystemDetailsResponse]  # type: ignore[assignment]
-    """Tells how the service is doing."""
+    """Returns the state of the service. A key with the permission "storage" and without "operate" may call
+    it, too, and gets the number of its own tenant's jobs.
+    """
     RestartServer: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RestartServerRequest, _admin_service_pb2.RestartServerResponse]  # type: ignore[assignment]
     """Restarts every worker. The jobs that they run go back to the queue and start anew; api and
     gateway stay up. Returns once the workers were told, not when they are back.
@@ -91,10 +97,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages a running service. Every method needs a key with the permission "manage".
+    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
+    includes it).
 
     Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
     UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
     may be repeated.
     """
@@ -105,7 +112,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetSystemDetailsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetSystemDetailsResponse, _abc.Awaitable[_admin_service_pb2.GetSystemDetailsResponse]]:
-        """Tells how the service is doing."""
+        """Returns the state of the service. A key with the permission "storage" and without "operate" may call
+        it, too, and gets the number of its own tenant's jobs.
+        """
 
     @_abc_1.abstractmethod
     def RestartServer(

@@ -462,8 +462,9 @@ class GetCallerResponse(_message.Message):
     """Id of the key, as the server's log lines have it. It is not secret and does not authenticate."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Permissions of the key, in alphabetical order, as the operator's file of API keys names them.
-        Empty: the key may only work with its tenant's jobs.
+        """Permissions of the key, in alphabetical order: any of "manage", "operate", "storage" and "unsafe".
+        "manage" comes with the two that it includes, "operate" and "storage". Empty: the key may only work
+        with its tenant's jobs.
         """
 
     def __init__(

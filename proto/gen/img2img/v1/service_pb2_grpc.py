@@ -222,7 +222,7 @@ class Img2ImgServiceServicer:
         check_connection. A job whose files it does not take keeps them in the service's own bucket, and
         its warning says so.
 
-        PERMISSION_DENIED: the key may not manage the server; use another one.
+        PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
         INVALID_ARGUMENT: correct every field that BadRequest names.
         FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
         """
@@ -234,7 +234,7 @@ class Img2ImgServiceServicer:
         """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
         Removing what is not there is not an error.
 
-        PERMISSION_DENIED: the key may not manage the server; use another one.
+        PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
         INVALID_ARGUMENT: deploy_type is not known.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -112,7 +112,7 @@ class Img2ImgServiceStub:
     check_connection. A job whose files it does not take keeps them in the service's own bucket, and
     its warning says so.
 
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
     INVALID_ARGUMENT: correct every field that BadRequest names.
     FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
     """
@@ -120,7 +120,7 @@ class Img2ImgServiceStub:
     """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
     Removing what is not there is not an error.
 
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
     INVALID_ARGUMENT: deploy_type is not known.
     """
 
@@ -208,7 +208,7 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     check_connection. A job whose files it does not take keeps them in the service's own bucket, and
     its warning says so.
 
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
     INVALID_ARGUMENT: correct every field that BadRequest names.
     FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
     """
@@ -216,7 +216,7 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
     Removing what is not there is not an error.
 
-    PERMISSION_DENIED: the key may not manage the server; use another one.
+    PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
     INVALID_ARGUMENT: deploy_type is not known.
     """
 
@@ -361,7 +361,7 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         check_connection. A job whose files it does not take keeps them in the service's own bucket, and
         its warning says so.
 
-        PERMISSION_DENIED: the key may not manage the server; use another one.
+        PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
         INVALID_ARGUMENT: correct every field that BadRequest names.
         FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
         """
@@ -375,7 +375,7 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
         Removing what is not there is not an error.
 
-        PERMISSION_DENIED: the key may not manage the server; use another one.
+        PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
         INVALID_ARGUMENT: deploy_type is not known.
         """
 

@@ -32,7 +32,7 @@ class ErrorKind(Enum):
     INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
     FIELDS = 400, "INVALID_REQUEST", ""  # the sentence of the first field
     BAD_KEY = 401, "INVALID_API_KEY", "Invalid API key"
-    FORBIDDEN = 403, "PERMISSION_DENIED", "This key may not manage the server"
+    FORBIDDEN = 403, "PERMISSION_DENIED", "This key lacks a permission"
     FOREIGN_PAGE = 403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not call this service"
     JOB_ENDED = 400, "JOB_ENDED", "The job has already ended"
     UNKNOWN_JOB = 404, "JOB_NOT_FOUND", "Request not found"
