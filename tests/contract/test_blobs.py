@@ -7,12 +7,16 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
+import httpx
 import pytest
 from minio import Minio
 from minio.commonconfig import ENABLED, Filter
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from img2img_server.errors import StorageError
+from img2img_server.gateway.http.files import Files
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobInfo, BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
@@ -139,16 +143,22 @@ async def test_the_bucket_expires_our_files_and_keeps_the_rules_of_others(
     ]
 
 
-async def test_the_file_says_how_it_may_be_cached(
+async def test_shared_caches_may_not_keep_a_file_whether_it_comes_from_the_bucket_or_the_gateway(
     engine_settings: Callable[..., Settings],
 ) -> None:
-    settings = engine_settings()
+    key = "generations/3f8a1c52-6d0e-4b7a-9c41-5e2d7f90ab16-0.png"
+    settings = engine_settings(retention_hours=1)
     async with connect_blobs(settings) as store:
         await store.prepare()
-        await store.put(KEY, b"x", "image/png")
-    headers = minio(settings).stat_object(settings.s3_bucket, KEY).metadata
-    assert headers is not None
-    assert headers["Cache-Control"] == "private, max-age=86400, immutable"
+        await store.put(key, b"x", "image/png")
+        app = Starlette(routes=[Route("/generations/{name}", Files(store).serve)])
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            gateway = (await http.get(f"/{key}")).headers
+    bucket = minio(settings).stat_object(settings.s3_bucket, key).metadata
+    assert bucket is not None
+    assert bucket["Cache-Control"] == "private, max-age=3600, immutable"
+    assert gateway["Cache-Control"] == bucket["Cache-Control"]
 
 
 async def test_a_store_that_is_down_is_tried_three_times(

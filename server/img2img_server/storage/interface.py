@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+# Header of every file, from the bucket and from the gateway. A link needs no key, so a shared cache
+# would show the image to others, and keep it after it was deleted. A file never changes.
+CACHE_CONTROL: Final = "private, max-age=3600, immutable"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

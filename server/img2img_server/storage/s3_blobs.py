@@ -22,7 +22,7 @@ from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
 from img2img_server.errors import StorageError
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.storage.interface import BlobInfo
+from img2img_server.storage.interface import CACHE_CONTROL, BlobInfo
 from img2img_server.storage.s3_access import S3Access
 from img2img_server.storage.s3_faults import (
     DENIED,
@@ -69,8 +69,6 @@ class S3BlobStore:
         self._keep_days = keep_days
         self._warned: set[str] = set()
         self._putting: dict[Future[Any], str] = {}  # a thread goes on when its caller is cancelled
-        # A key is never written twice with different content: it holds a UUID.
-        self._cache_control = f"private, max-age={keep_days * 86400}, immutable"
 
     async def prepare(self, seconds: float = 0.0) -> None:
         """Proves that files can be stored, creating the bucket when it is missing; then asks the
@@ -243,7 +241,7 @@ class S3BlobStore:
             BytesIO(data),
             len(data),
             content_type=media_type,
-            metadata={"Cache-Control": self._cache_control},
+            metadata={"Cache-Control": CACHE_CONTROL},
             part_size=PART_BYTES,
         )
 

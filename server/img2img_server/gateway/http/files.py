@@ -1,4 +1,5 @@
-"""The files behind the links: /generations/ and /temp/, streamed from the bucket (section 7)."""
+"""Serves the files behind the links, /generations/ and /temp/, from the bucket
+(docs/http-contract.md#files)."""
 
 from __future__ import annotations
 
@@ -12,17 +13,11 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from img2img_server.compat.modelslab.files import KEY
 from img2img_server.errors import StorageError
 from img2img_server.gateway.modelslab.errors import RETRY_SECONDS, ErrorKind
-from img2img_server.storage.interface import BlobStore
+from img2img_server.storage.interface import CACHE_CONTROL, BlobStore
 
-_FOLDERS = ("generations/", "temp/")
 _MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}
 _READY_SECONDS = 2.0
 _NO_STORE = {"Cache-Control": "no-store"}
-# A file never changes, but it goes a day after its job.
-_HEADERS = {
-    "Cache-Control": "public, max-age=3600, immutable",
-    "X-Content-Type-Options": "nosniff",
-}
 log = structlog.get_logger()
 
 
@@ -33,10 +28,8 @@ class Files:
         self.blobs = blobs
 
     async def serve(self, request: Request) -> Response:
-        """GET and HEAD of one file. A file that is not there (yet) is an uncached 404, never HTML.
-
-        Only names of our own making are looked up.
-        """
+        """Answers GET and HEAD of one file: 404 in plain text while it is not there, 503 while the
+        bucket cannot be read. Looks up only names that the service gives."""
         key = request.scope["path"].removeprefix("/")
         if not KEY.fullmatch(key):
             return missing()
@@ -45,11 +38,15 @@ class Files:
             if info is None:
                 return missing()
             media_type = _MEDIA_TYPES[key.rpartition(".")[2]]
-            headers = {**_HEADERS, "Content-Length": str(info.size_bytes)}
+            headers = {
+                "Cache-Control": CACHE_CONTROL,
+                "X-Content-Type-Options": "nosniff",
+                "Content-Length": str(info.size_bytes),
+            }
             if request.method == "HEAD":
                 return Response(headers=headers, media_type=media_type)
             chunks = self.blobs.read(key)
-            first = await anext(chunks, b"")  # errors come before the first byte of the answer
+            first = await anext(chunks, b"")  # raises before the response begins
             return StreamingResponse(_chain(first, chunks), headers=headers, media_type=media_type)
         except KeyError:
             return missing()
@@ -59,7 +56,7 @@ class Files:
             return PlainTextResponse(ErrorKind.UNAVAILABLE.message, 503, headers)
 
     async def trouble(self) -> str:
-        """Why the bucket cannot be read, or nothing."""
+        """Returns why the bucket cannot be read, or ""."""
         try:
             async with asyncio.timeout(_READY_SECONDS):
                 await self.blobs.prove_readable()
@@ -77,10 +74,10 @@ async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 
 def is_file_path(path: str) -> bool:
-    """Whether a path lies where files are."""
-    return path.removeprefix("/").startswith(_FOLDERS)
+    """Returns whether the path is below a folder of files."""
+    return path.startswith(("/generations/", "/temp/"))
 
 
 def missing() -> Response:
-    """What a file link answers before the file is there and after it has gone."""
+    """Returns the response of a link whose file is not there yet, or not any more."""
     return PlainTextResponse("Not found\n", 404, _NO_STORE)
