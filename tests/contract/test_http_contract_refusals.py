@@ -346,7 +346,7 @@ async def test_a_fault_of_ours_is_500_and_names_nothing(today: Gateway) -> None:
             gateway_before(today.stack, blobs=BrokenBlobs(), legacy=True) as old,
         ):
             answers = [await each.http.get("/readyz") for each in (gateway, old)]
-    broken = [line for line in logs if line["event"] == "http request broke"]
+    broken = [line for line in logs if line["event"] == "http_request_failed"]
     assert [str(line["exc_info"]) for line in broken] == ["a fault", "a fault"]
     message = "Internal server error. Please try again."
     assert (answers[0].status_code, answers[0].json()) == (500, error_body("INTERNAL", message))

@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from img2img_server import __version__
 from img2img_server.gateway.docs import add_docs
-from img2img_server.gateway.http.body_budget import BodyBudget
-from img2img_server.gateway.http.cors import Cors, Origins
+from img2img_server.gateway.http.cors import Cors
 from img2img_server.gateway.http.files import Files, is_file_path, missing
-from img2img_server.gateway.http.middleware import AccessLog, ConcurrencyLimit, NormalizePath
+from img2img_server.gateway.http.limits import Refuse, RequestLimits
+from img2img_server.gateway.http.middleware import AccessLog, NormalizePath
 from img2img_server.gateway.index import add_index
 from img2img_server.gateway.modelslab.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
@@ -58,15 +58,21 @@ def create_app(
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.openapi = lambda: document(settings)  # type: ignore[method-assign]
-    # The last one added is the first one passed.
-    bodies = BodyBudget(settings.max_http_body_bytes)
+
+    def refuse(error: RequestError) -> JSONResponse:
+        return respond(dialect.refused(error))
+
+    # A request passes the last one first.
     app.add_middleware(
-        ConcurrencyLimit, most=settings.max_http_requests, bodies=bodies, dialect=dialect
+        RequestLimits,
+        max_requests=settings.max_http_requests,
+        max_body_bytes=settings.max_http_body_bytes,
+        refuse=refuse,
     )
-    app.add_middleware(AccessLog, dialect=dialect)
-    app.add_middleware(Cors, origins=Origins(settings), dialect=dialect)
+    app.add_middleware(AccessLog, refuse=refuse)
+    app.add_middleware(Cors, settings=settings, refuse=refuse)
     app.add_middleware(NormalizePath)
-    _add_refusals(app, dialect)
+    _add_refusals(app, refuse)
     _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
     _add_management(app, Management(upstream), Storage(upstream))
     _add_files(app, files)
@@ -79,11 +85,11 @@ def create_app(
     return app
 
 
-def _add_refusals(app: FastAPI, dialect: ResponseFormat) -> None:
+def _add_refusals(app: FastAPI, refuse: Refuse) -> None:
     @app.exception_handler(RequestError)
-    async def refused(_: Request, why: Exception) -> JSONResponse:
+    async def refused(_: Request, why: Exception) -> Response:
         assert isinstance(why, RequestError)
-        return respond(dialect.refused(why))
+        return refuse(why)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, why: Exception) -> Response:
@@ -91,9 +97,9 @@ def _add_refusals(app: FastAPI, dialect: ResponseFormat) -> None:
         if why.status_code != ErrorKind.WRONG_METHOD.status:
             if is_file_path(request.scope["path"]):  # a line feed in it: the route does not match
                 return missing()
-            return respond(dialect.refused(RequestError(ErrorKind.NO_ROUTE)))
+            return refuse(RequestError(ErrorKind.NO_ROUTE))
         allowed = {"Allow": f"{(why.headers or {}).get('Allow', 'GET')}, OPTIONS"}
-        return respond(dialect.refused(RequestError(ErrorKind.WRONG_METHOD, headers=allowed)))
+        return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allowed))
 
 
 def _add_contract(app: FastAPI, endpoints: Endpoints) -> None:

@@ -1,110 +1,78 @@
-"""Which pages may call from browsers (HTTP contract, section 14).
+"""Which web pages may call the gateway from browsers (docs/http-contract.md#cors).
 
-A page can send a POST without asking first, and a name of its own can point to 127.0.0.1. Whoever
-must know a key is not harmed by that; with the development key, which everybody knows, any page on
-the web could give jobs and orders to the service of whoever looks at it. So with that key the pages
-of other machines are refused, unless the operator says which ones may call.
+A page may send a POST without a preflight request, and the page's own host name may resolve to
+127.0.0.1. Neither helps a page that does not know an API key, but everybody knows the development
+key. While that key works, requests from pages of other machines are therefore refused, unless
+`cors_origins` is set.
 """
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from img2img_server.gateway.http.limits import Refuse
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
-from img2img_server.gateway.modelslab.response_formats import ResponseFormat
-from img2img_server.settings import Settings, is_loopback
+from img2img_server.settings import Settings
 
-METHODS = "GET, POST, OPTIONS"
-HEADERS = "Content-Type, Authorization, key, X-API-Key, X-Requested-With"
-EXPOSED = "Retry-After"
-
-
-class Origins:
-    """The setting cors_origins, read once."""
-
-    def __init__(self, settings: Settings) -> None:
-        origins = settings.browser_origins
-        self._listed = [origin.strip() for origin in origins.split(",") if origin.strip()]
-        self._any = "*" in self._listed
-        self._guarded = settings.has_open_dev_key and not self._any
-        self._own_host = _host(settings.public_base_url)
-
-    def headers(self, origin: str) -> dict[str, str]:
-        """What the answer to a page of this origin tells its browser."""
-        exposed = {"Access-Control-Expose-Headers": EXPOSED}
-        if self._any:
-            return {"Access-Control-Allow-Origin": "*", **exposed}
-        if self._lists(origin):
-            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **exposed}
-        return {"Vary": "Origin"}
-
-    def refuses(self, headers: Headers) -> bool:
-        """Whether the request may come from a page that has no business here."""
-        if not self._guarded:
-            return False
-        host = _host(f"http://{headers.get('host', '')}")
-        if host and not self._is_here(host):
-            return True
-        origin = headers.get("origin")
-        if origin is None or self._lists(origin):
-            return False
-        # A page that a proxy of this machine shows under the proxy's name. Pages cannot set this
-        # header, and a name of theirs that points here stands in Host, above.
-        return headers.get("sec-fetch-site") != "same-origin"
-
-    def _lists(self, origin: str) -> bool:
-        if origin in self._listed:
-            return True
-        return "loopback" in self._listed and self._is_here(_host(origin))
-
-    def _is_here(self, host: str) -> bool:
-        return bool(host) and (is_loopback(host) or host == self._own_host)
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization, key, X-API-Key, X-Requested-With",
+}
+_LOOPBACK = r"localhost|127(\.\d{1,3}){3}|\[::1\]"
 
 
-class Cors:
-    """Answers OPTIONS, which needs no key, and adds the headers to every other answer."""
+class Cors(CORSMiddleware):
+    """Adds CORS headers to every response, answers OPTIONS, and refuses pages of other machines
+    while the development key works."""
 
-    def __init__(self, app: ASGIApp, origins: Origins, dialect: ResponseFormat) -> None:
-        self._app = app
-        self._origins = origins
-        self._refused = dialect.refused(RequestError(ErrorKind.FOREIGN_PAGE))
+    def __init__(self, app: ASGIApp, settings: Settings, refuse: Refuse) -> None:
+        origins = [o.strip() for o in settings.browser_origins.split(",") if o.strip()]
+        public = re.sub(r":\d*$", "", urlsplit(settings.public_base_url).netloc) or "localhost"
+        host = rf"(?i:{_LOOPBACK}|{re.escape(public)})(:\d*)?"
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_origin_regex=f"https?://{host}" if "loopback" in origins else None,
+            expose_headers=["Retry-After"],
+        )
+        self._local_host = re.compile(host)
+        self._is_guarded = settings.has_open_dev_key and not self.allow_all_origins
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        cors = self._origins.headers(headers.get("origin", ""))
-
-        async def send_with_cors(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(cors)
-            await send(message)
-
+        app = self.app
         if scope["method"] == "OPTIONS":
-            await _preflight(send_with_cors)
-        elif self._origins.refuses(headers):
-            response = JSONResponse(self._refused.body, self._refused.status)
-            await response(scope, receive, send_with_cors)
+            app = Response(status_code=204, headers=_PREFLIGHT)
+        elif self._is_guarded and self._is_foreign(headers):
+            app = self._refuse(RequestError(ErrorKind.FOREIGN_PAGE))
+        await app(scope, receive, partial(self.send, send=send, request_headers=headers))
+
+    async def send(self, message: Message, send: Send, request_headers: Headers) -> None:
+        # Starlette adds these only to responses to requests with an Origin.
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(self.simple_headers)
+        if self.allow_all_origins:
+            await send(message)
         else:
-            await self._app(scope, receive, send_with_cors)
+            await super().send(message, send, request_headers)
 
-
-async def _preflight(send: Send) -> None:
-    allowed = {"Access-Control-Allow-Methods": METHODS, "Access-Control-Allow-Headers": HEADERS}
-    start: Message = {"type": "http.response.start", "status": 204, "headers": []}
-    MutableHeaders(scope=start).update(allowed)
-    await send(start)
-    await send({"type": "http.response.body", "body": b""})
-
-
-def _host(url: str) -> str:
-    """The host of an address; nothing when it has none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+    def _is_foreign(self, headers: Headers) -> bool:
+        host, origin = headers.get("host"), headers.get("origin")
+        if host and not self._local_host.fullmatch(host):
+            return True
+        if origin is None or self.is_allowed_origin(origin):
+            return False
+        # A proxy on this machine may serve the page under the proxy's own name. Pages cannot set
+        # this header, and a name of theirs that resolves to this machine is in Host, see above.
+        return headers.get("sec-fetch-site") != "same-origin"

@@ -1,4 +1,5 @@
-"""What a request says: its body, the key and the address it was sent to (section 3)."""
+"""Reads a request's JSON body, its key and the address that it was sent to
+(docs/http-contract.md#key-body-and-order-of-checks)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -15,14 +17,14 @@ from starlette.requests import Request
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
-# A body that is too long is read on for this much, so that ordinary clients, which read the answer
-# only after they have sent everything, get it instead of a reset connection.
-_DISCARD_BYTES = 32 * 2**20
+# Most clients read the response only after they have sent the whole body. Up to this many bytes of
+# a body that is too large are read and dropped, so that they get the response and not a reset.
+_MAX_DISCARDED_BYTES = 32 * 2**20
 _BODY_SECONDS = 120.0
-# Values are many times larger parsed than written. Each has one of these before it, the first one
-# of its object excepted; those inside of texts count too: all prompts and annotations of the
-# longest lengths could have 36 000.
-_BEFORE_VALUES = (b"{", b"[", b",")
+# A parsed value takes far more memory than its text, so the values are counted before parsing. One
+# of these bytes stands before each, the first of an object excepted. Those inside strings count,
+# too: all prompts and annotations of the greatest lengths could have 36,000.
+_VALUE_STARTS = (b"{", b"[", b",")
 MAX_VALUES = 40_000
 _MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,63}/[a-z0-9!#$&^_.+-]{1,63}")
 _SALT = secrets.token_bytes(16)
@@ -30,35 +32,30 @@ _HOST = re.compile(r"[A-Za-z0-9._\-\[\]:]{1,255}")
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object, whatever Content-Type says; an empty body is {}.
+    """Reads the body as a JSON object, whatever Content-Type says; an empty body is {}.
 
     Raises:
-        RequestError: TOO_LARGE, SLOW_BODY or INVALID_JSON, also of one of more than MAX_VALUES;
-            INVALID_JSON has the reason UNSUPPORTED_MEDIA_TYPE when Content-Type is another one;
-            UNAVAILABLE when all requests together hold as much as the gateway may.
-        ClientDisconnect: nobody is left to answer.
+        RequestError: TOO_LARGE, SLOW_BODY, INVALID_JSON (with the reason UNSUPPORTED_MEDIA_TYPE if
+            Content-Type names another type), or UNAVAILABLE if the gateway holds too many bodies.
+        ClientDisconnect: the client closed the connection.
     """
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             raw = await _read(request)
     except TimeoutError:
         raise RequestError(ErrorKind.SLOW_BODY, headers={"Connection": "close"}) from None
-    if not raw.strip():
-        return {}
-    if sum(map(raw.count, _BEFORE_VALUES)) > MAX_VALUES:
-        raise _no_json(request)
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise _no_json(request) from None
+    body: Any = None
+    if sum(map(raw.count, _VALUE_STARTS)) <= MAX_VALUES:
+        with suppress(ValueError, RecursionError):
+            body = json.loads(raw) if raw.strip() else {}
     if not isinstance(body, dict):
-        raise _no_json(request)
+        raise _not_json(request)
     return body
 
 
-def _no_json(request: Request) -> RequestError:
-    """The refusal of a body that is not a JSON object. The contract fixes the message on its paths;
-    on ours the message names the kind of body."""
+def _not_json(request: Request) -> RequestError:
+    """Returns the error for a body that is not a JSON object. On our own paths its message names
+    the body's media type; on the contract's paths the message is fixed."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type in ("", "text/plain") or media_type.endswith("json"):
         return RequestError(ErrorKind.INVALID_JSON)
@@ -70,41 +67,37 @@ def _no_json(request: Request) -> RequestError:
 
 async def _read(request: Request) -> bytes:
     announced = request.headers.get("content-length", "")
-    refused: ErrorKind | None = None
+    error: ErrorKind | None = None
     if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        refused = ErrorKind.TOO_LARGE
-        if "expect" in request.headers:  # the client waits for our word
-            raise RequestError(refused)
+        error = ErrorKind.TOO_LARGE
+        if "expect" in request.headers:  # the client has not sent the body yet
+            raise RequestError(error)
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > MAX_BODY_BYTES + _DISCARD_BYTES:
+        if size > MAX_BODY_BYTES + _MAX_DISCARDED_BYTES:
             break
         if size > MAX_BODY_BYTES:
-            refused = ErrorKind.TOO_LARGE
-        elif refused is None and not request.state.body.take(len(chunk)):
-            refused = ErrorKind.UNAVAILABLE
-        if refused:
+            error = ErrorKind.TOO_LARGE
+        elif not error and not request.state.body.reserve(len(chunk)):
+            error = ErrorKind.UNAVAILABLE
+        if error:
             chunks.clear()
-            forget_body(request)
+            request.state.body.release()
         else:
             chunks.append(chunk)
-    if refused:
-        raise RequestError(refused, retry_seconds=1)
+    if error:
+        raise RequestError(error, retry_seconds=1)
     return b"".join(chunks)
 
 
-def forget_body(request: Request) -> None:
-    """For who has let go of the body and goes on: others may have its room."""
-    request.state.body.forget()
-
-
 def find_key(request: Request, body: Mapping[str, Any]) -> str:
-    """The first key that is not empty: body, bearer token, header key, header X-API-Key.
+    """Returns the first key that is not empty: of the body, the bearer token, the header `key`, the
+    header X-API-Key. Returns "" if there is none, or if the body's key is not a string.
 
-    Empty when there is none. A key of the body that is no string is a wrong key, not an absent one.
-    The request's log line gets a salted hash of it, so that a caller's lines can be told apart.
+    The request's log line gets a salted hash of the key, so that the requests of one caller can be
+    told apart from others.
     """
     key = _find_key(request, body)
     request.state.caller = hashlib.blake2s(key.encode(errors="replace"), key=_SALT).hexdigest()[:8]
@@ -122,7 +115,7 @@ def _find_key(request: Request, body: Mapping[str, Any]) -> str:
 
 
 def link_base(request: Request, public_base_url: str) -> str:
-    """The setting, else scheme and host of the request; without a slash at the end."""
+    """Returns `public_base_url`, else scheme and host of the request, with no slash at the end."""
     if public_base_url:
         return public_base_url.rstrip("/")
     host = request.headers.get("host", "")

@@ -18,7 +18,7 @@ from img2img_server.domain.params import ValidationContext, Violation
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
-from img2img_server.gateway.http.http_request import find_key, forget_body, link_base, read_json
+from img2img_server.gateway.http.http_request import find_key, link_base, read_json
 from img2img_server.gateway.modelslab import fields
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.request import drop_hints, job_spec
@@ -77,7 +77,7 @@ class Endpoints:
         del reading
         job = await self._make(call, spec, warnings)
         del spec  # the picture is not kept while its job runs
-        forget_body(request)
+        request.state.body.release()
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(call.key, job)
         return await self._answer(job, call, fetched=False)
