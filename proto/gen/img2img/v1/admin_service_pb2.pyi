@@ -36,7 +36,7 @@ Global___GetSystemDetailsRequest: _TypeAlias = GetSystemDetailsRequest  # noqa: 
 
 @_typing.final
 class GetSystemDetailsResponse(_message.Message):
-    """Answer of GetSystemDetails."""
+    """Response of GetSystemDetails."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -47,22 +47,22 @@ class GetSystemDetailsResponse(_message.Message):
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     GPU_USAGE_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
-    """Version of the server."""
+    """Version of the server, for example "0.1.0"."""
     model_count: _builtins.int
-    """Models that a live worker serves."""
+    """Number of models that a live worker serves."""
     queued_jobs: _builtins.int
-    """Jobs of all tenants that no worker has taken yet. For a key without "operate":
-    unfinished jobs of its tenant, running ones included.
+    """Number of waiting jobs of all tenants. For a key without "operate": number of unfinished jobs of
+    its tenant, running ones included.
     """
     gpu_usage: _builtins.float
-    """Share of the last seconds that the workers' GPUs were busy, on average: 0 to 1. 0 without GPU."""
+    """Mean share of the last seconds in which the workers' GPUs were busy: 0 to 1. 0 without GPUs."""
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration:
-        """How long the api that answers has been up."""
+        """Time since the api process that responds started."""
 
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
-        """Estimate until these have ended; 0 when nothing is known yet."""
+        """Estimated time until these jobs have ended. 0 if unknown."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ Global___RestartServerRequest: _TypeAlias = RestartServerRequest  # noqa: Y015
 
 @_typing.final
 class RestartServerResponse(_message.Message):
-    """Answer of RestartServer."""
+    """Response of RestartServer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -135,7 +135,7 @@ Global___UpdateServerRequest: _TypeAlias = UpdateServerRequest  # noqa: Y015
 
 @_typing.final
 class UpdateServerResponse(_message.Message):
-    """Answer of UpdateServer."""
+    """Response of UpdateServer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -169,7 +169,7 @@ Global___ClearCacheRequest: _TypeAlias = ClearCacheRequest  # noqa: Y015
 
 @_typing.final
 class ClearCacheResponse(_message.Message):
-    """Answer of ClearCache."""
+    """Response of ClearCache."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -203,13 +203,13 @@ Global___ClearQueueRequest: _TypeAlias = ClearQueueRequest  # noqa: Y015
 
 @_typing.final
 class ClearQueueResponse(_message.Message):
-    """Answer of ClearQueue."""
+    """Response of ClearQueue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLEARED_JOBS_FIELD_NUMBER: _builtins.int
     cleared_jobs: _builtins.int
-    """Jobs that were ended by this call."""
+    """Number of jobs that this call ended."""
     def __init__(
         self,
         *,

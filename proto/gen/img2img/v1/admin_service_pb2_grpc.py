@@ -26,13 +26,14 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
-    includes it).
+    """Manages a running service.
 
-    Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
-    UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
-    may be repeated.
+    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
+    every method can fail with:
+    - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
+    includes it). Use another key.
+
+    Idempotency: every method can be called again.
     """
 
     def __init__(self, channel):
@@ -69,50 +70,53 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
-    includes it).
+    """Manages a running service.
 
-    Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
-    UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
-    may be repeated.
+    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
+    every method can fail with:
+    - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
+    includes it). Use another key.
+
+    Idempotency: every method can be called again.
     """
 
     def GetSystemDetails(self, request, context):
-        """Returns the state of the service. A key with the permission "storage" and without "operate" may call
-        it, too, and gets the number of its own tenant's jobs.
+        """Returns the state of the service. A key with the permission "storage" but not "operate" can call
+        this method too; it gets the number of its own tenant's jobs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RestartServer(self, request, context):
-        """Restarts every worker. The jobs that they run go back to the queue and start anew; api and
-        gateway stay up. Returns once the workers were told, not when they are back.
+        """Restarts every worker. Running jobs return to the queue and start again from the beginning. The api
+        and gateway keep running. The method returns once the command is sent, not when the workers are
+        ready again. The command reaches the workers that are connected now; it is not stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateServer(self, request, context):
-        """Has configuration and model files read again: workers restart as with RestartServer, API keys
-        are read again by themselves whenever their file changes. No code is downloaded.
+        """Restarts every worker so that it reads settings and model files again. It has the effect of
+        RestartServer. No code is downloaded. API keys need no call: their file is read again whenever it
+        changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClearCache(self, request, context):
-        """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
-        from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
-        inputs and outputs, and models in directories of the operator stay.
+        """Empties the caches of every worker: encoded prompts, cached device memory, and the downloaded files
+        of a model that the operator named by its hub id, which the next start downloads again. Jobs, their
+        init images and results, and models in directories of the operator stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClearQueue(self, request, context):
-        """Ends the tenant's waiting jobs as failed, with reason QUEUE_CLEARED. Running ones finish, no
+        """Ends the tenant's waiting jobs as failed, with the reason QUEUE_CLEARED. Running jobs finish. No
         worker restarts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -156,13 +160,14 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
-    includes it).
+    """Manages a running service.
 
-    Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
-    UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
-    may be repeated.
+    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
+    every method can fail with:
+    - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
+    includes it). Use another key.
+
+    Idempotency: every method can be called again.
     """
 
     @staticmethod

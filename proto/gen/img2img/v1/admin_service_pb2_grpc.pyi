@@ -27,13 +27,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
-    includes it).
+    """Manages a running service.
 
-    Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
-    UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
-    may be repeated.
+    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
+    every method can fail with:
+    - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
+      includes it). Use another key.
+
+    Idempotency: every method can be called again.
     """
 
     @_typing.overload
@@ -41,69 +42,75 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetSystemDetails: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetSystemDetailsRequest, _admin_service_pb2.GetSystemDetailsResponse]
-    """Returns the state of the service. A key with the permission "storage" and without "operate" may call
-    it, too, and gets the number of its own tenant's jobs.
+    """Returns the state of the service. A key with the permission "storage" but not "operate" can call
+    this method too; it gets the number of its own tenant's jobs.
     """
     RestartServer: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RestartServerRequest, _admin_service_pb2.RestartServerResponse]
-    """Restarts every worker. The jobs that they run go back to the queue and start anew; api and
-    gateway stay up. Returns once the workers were told, not when they are back.
+    """Restarts every worker. Running jobs return to the queue and start again from the beginning. The api
+    and gateway keep running. The method returns once the command is sent, not when the workers are
+    ready again. The command reaches the workers that are connected now; it is not stored.
     """
     UpdateServer: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateServerRequest, _admin_service_pb2.UpdateServerResponse]
-    """Has configuration and model files read again: workers restart as with RestartServer, API keys
-    are read again by themselves whenever their file changes. No code is downloaded.
+    """Restarts every worker so that it reads settings and model files again. It has the effect of
+    RestartServer. No code is downloaded. API keys need no call: their file is read again whenever it
+    changes.
     """
     ClearCache: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ClearCacheRequest, _admin_service_pb2.ClearCacheResponse]
-    """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
-    from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
-    inputs and outputs, and models in directories of the operator stay.
+    """Empties the caches of every worker: encoded prompts, cached device memory, and the downloaded files
+    of a model that the operator named by its hub id, which the next start downloads again. Jobs, their
+    init images and results, and models in directories of the operator stay.
     """
     ClearQueue: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ClearQueueRequest, _admin_service_pb2.ClearQueueResponse]
-    """Ends the tenant's waiting jobs as failed, with reason QUEUE_CLEARED. Running ones finish, no
+    """Ends the tenant's waiting jobs as failed, with the reason QUEUE_CLEARED. Running jobs finish. No
     worker restarts.
     """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
-    includes it).
+    """Manages a running service.
 
-    Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
-    UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
-    may be repeated.
+    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
+    every method can fail with:
+    - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
+      includes it). Use another key.
+
+    Idempotency: every method can be called again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSystemDetails: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetSystemDetailsRequest, _admin_service_pb2.GetSystemDetailsResponse]  # type: ignore[assignment]
-    """Returns the state of the service. A key with the permission "storage" and without "operate" may call
-    it, too, and gets the number of its own tenant's jobs.
+    """Returns the state of the service. A key with the permission "storage" but not "operate" can call
+    this method too; it gets the number of its own tenant's jobs.
     """
     RestartServer: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RestartServerRequest, _admin_service_pb2.RestartServerResponse]  # type: ignore[assignment]
-    """Restarts every worker. The jobs that they run go back to the queue and start anew; api and
-    gateway stay up. Returns once the workers were told, not when they are back.
+    """Restarts every worker. Running jobs return to the queue and start again from the beginning. The api
+    and gateway keep running. The method returns once the command is sent, not when the workers are
+    ready again. The command reaches the workers that are connected now; it is not stored.
     """
     UpdateServer: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateServerRequest, _admin_service_pb2.UpdateServerResponse]  # type: ignore[assignment]
-    """Has configuration and model files read again: workers restart as with RestartServer, API keys
-    are read again by themselves whenever their file changes. No code is downloaded.
+    """Restarts every worker so that it reads settings and model files again. It has the effect of
+    RestartServer. No code is downloaded. API keys need no call: their file is read again whenever it
+    changes.
     """
     ClearCache: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearCacheRequest, _admin_service_pb2.ClearCacheResponse]  # type: ignore[assignment]
-    """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
-    from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
-    inputs and outputs, and models in directories of the operator stay.
+    """Empties the caches of every worker: encoded prompts, cached device memory, and the downloaded files
+    of a model that the operator named by its hub id, which the next start downloads again. Jobs, their
+    init images and results, and models in directories of the operator stay.
     """
     ClearQueue: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearQueueRequest, _admin_service_pb2.ClearQueueResponse]  # type: ignore[assignment]
-    """Ends the tenant's waiting jobs as failed, with reason QUEUE_CLEARED. Running ones finish, no
+    """Ends the tenant's waiting jobs as failed, with the reason QUEUE_CLEARED. Running jobs finish. No
     worker restarts.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages a running service. Every method needs a key with the permission "operate" (or "manage", which
-    includes it).
+    """Manages a running service.
 
-    Key, errors and their details as in Img2ImgService. Of every method:
-    PERMISSION_DENIED: the key lacks the permission that ErrorInfo names; use another key.
-    UNAVAILABLE: the service or its queue is down or stopping; retry with backoff. All of these calls
-    may be repeated.
+    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
+    every method can fail with:
+    - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
+      includes it). Use another key.
+
+    Idempotency: every method can be called again.
     """
 
     @_abc_1.abstractmethod
@@ -112,8 +119,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetSystemDetailsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetSystemDetailsResponse, _abc.Awaitable[_admin_service_pb2.GetSystemDetailsResponse]]:
-        """Returns the state of the service. A key with the permission "storage" and without "operate" may call
-        it, too, and gets the number of its own tenant's jobs.
+        """Returns the state of the service. A key with the permission "storage" but not "operate" can call
+        this method too; it gets the number of its own tenant's jobs.
         """
 
     @_abc_1.abstractmethod
@@ -122,8 +129,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RestartServerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.RestartServerResponse, _abc.Awaitable[_admin_service_pb2.RestartServerResponse]]:
-        """Restarts every worker. The jobs that they run go back to the queue and start anew; api and
-        gateway stay up. Returns once the workers were told, not when they are back.
+        """Restarts every worker. Running jobs return to the queue and start again from the beginning. The api
+        and gateway keep running. The method returns once the command is sent, not when the workers are
+        ready again. The command reaches the workers that are connected now; it is not stored.
         """
 
     @_abc_1.abstractmethod
@@ -132,8 +140,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.UpdateServerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.UpdateServerResponse, _abc.Awaitable[_admin_service_pb2.UpdateServerResponse]]:
-        """Has configuration and model files read again: workers restart as with RestartServer, API keys
-        are read again by themselves whenever their file changes. No code is downloaded.
+        """Restarts every worker so that it reads settings and model files again. It has the effect of
+        RestartServer. No code is downloaded. API keys need no call: their file is read again whenever it
+        changes.
         """
 
     @_abc_1.abstractmethod
@@ -142,9 +151,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ClearCacheRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ClearCacheResponse, _abc.Awaitable[_admin_service_pb2.ClearCacheResponse]]:
-        """Empties the caches of every worker: encoded prompts, cached device memory, and what was downloaded
-        from a hub of a model that was named by its hub id; the next start fetches it anew. Jobs, their
-        inputs and outputs, and models in directories of the operator stay.
+        """Empties the caches of every worker: encoded prompts, cached device memory, and the downloaded files
+        of a model that the operator named by its hub id, which the next start downloads again. Jobs, their
+        init images and results, and models in directories of the operator stay.
         """
 
     @_abc_1.abstractmethod
@@ -153,7 +162,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ClearQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ClearQueueResponse, _abc.Awaitable[_admin_service_pb2.ClearQueueResponse]]:
-        """Ends the tenant's waiting jobs as failed, with reason QUEUE_CLEARED. Running ones finish, no
+        """Ends the tenant's waiting jobs as failed, with the reason QUEUE_CLEARED. Running jobs finish. No
         worker restarts.
         """
 

@@ -22,9 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class JobEvent(_message.Message):
-    """One message of a job's stream: an entry of its event log, a snapshot or a heartbeat. A stream
-    begins with a snapshot and ends after the terminal event (succeeded, failed or cancelled).
-    Heartbeats may come anywhere, also before the snapshot. Skip unknown kinds of event.
+    """One message of the stream of a job: an entry of its event log, a snapshot or a heartbeat. A stream
+    begins with a snapshot and ends after the terminal event: succeeded, failed or cancelled. Heartbeats
+    can occur anywhere, also before the snapshot. Clients must skip unknown kinds of event.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -45,15 +45,15 @@ class JobEvent(_message.Message):
     CANCELLED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Number within the job, from 1. A snapshot carries the number it was asked to resume after, a
-    heartbeat the number of the last event of this stream. Numbers that are missing were previews
-    replaced by later ones.
+    """Number of the event within the job, from 1. A snapshot has the number that the stream resumes
+    after, a heartbeat that of the last event of this stream. Missing numbers were previews that later
+    ones replaced.
     """
     job: _builtins.str
-    """Resource name of the job: "jobs/{id}". Empty in a heartbeat that comes before the snapshot."""
+    """Resource name of the job: "jobs/{id}". Empty in a heartbeat before the snapshot."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
-        """When it happened, by the clock of the process that wrote it."""
+        """When the event happened, by the clock of the process that wrote it."""
 
     @_builtins.property
     def snapshot(self) -> Global___JobSnapshot:
@@ -61,47 +61,47 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def queued(self) -> Global___JobQueued:
-        """It waits in the queue, or came back to it."""
+        """The job waits in the queue, for the first time or again."""
 
     @_builtins.property
     def started(self) -> Global___JobStarted:
-        """A worker took it."""
+        """A worker started the job."""
 
     @_builtins.property
     def stage(self) -> Global___StageFinished:
-        """A stage before denoising is done."""
+        """A stage before denoising is finished."""
 
     @_builtins.property
     def step(self) -> Global___StepFinished:
-        """A denoising step of one sample is done."""
+        """A denoising step of one sample is finished."""
 
     @_builtins.property
     def preview(self) -> Global___Preview:
-        """A rough look at one sample."""
+        """A preview of one sample."""
 
     @_builtins.property
     def sample_finished(self) -> Global___SampleFinished:
-        """A picture is ready."""
+        """The image of a sample is finished."""
 
     @_builtins.property
     def sample_stored(self) -> Global___SampleStored:
-        """A picture is completely stored."""
+        """The file of a sample is completely stored."""
 
     @_builtins.property
     def succeeded(self) -> Global___JobSucceeded:
-        """Terminal: every picture is stored."""
+        """Terminal: all images are stored."""
 
     @_builtins.property
     def failed(self) -> Global___JobFailed:
-        """Terminal: it could not be done."""
+        """Terminal: the job failed."""
 
     @_builtins.property
     def cancelled(self) -> Global___JobCancelled:
-        """Terminal: ended on request."""
+        """Terminal: the job was cancelled."""
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:
-        """Nothing happened; the stream is alive. Not part of the log."""
+        """The stream is silent but alive. Not part of the event log."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class JobSnapshot(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The whole record."""
+        """The job."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ Global___JobSnapshot: _TypeAlias = JobSnapshot  # noqa: Y015
 
 @_typing.final
 class JobQueued(_message.Message):
-    """The job waits."""
+    """The job waits in the queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -166,12 +166,12 @@ class JobQueued(_message.Message):
     ETA_FIELD_NUMBER: _builtins.int
     REQUEUE_REASON_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Jobs before it in its lane, 0 when it is next; -1 when unknown."""
+    """Number of jobs before this one in its lane. 0: it is next. -1: unknown."""
     requeue_reason: _builtins.str
-    """Why it is in the queue again, for example "worker lost"; empty the first time."""
+    """Why the job is in the queue again, for example "worker lost". Empty the first time."""
     @_builtins.property
     def eta(self) -> _duration_pb2.Duration:
-        """Estimated time until it ends; absent when unknown."""
+        """Estimated time until the job ends. Absent if unknown."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ Global___JobQueued: _TypeAlias = JobQueued  # noqa: Y015
 
 @_typing.final
 class JobStarted(_message.Message):
-    """A worker has the job."""
+    """A worker started the job."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -202,7 +202,9 @@ class JobStarted(_message.Message):
     model: _builtins.str
     """Name of the model."""
     attempt: _builtins.int
-    """Times a worker has taken it, from 1. Samples begin again from their first step."""
+    """Number of times a worker has started the job, from 1. In each attempt, the samples start from
+    their first step.
+    """
     def __init__(
         self,
         *,
@@ -220,7 +222,7 @@ Global___JobStarted: _TypeAlias = JobStarted  # noqa: Y015
 
 @_typing.final
 class StageFinished(_message.Message):
-    """A stage before denoising is done."""
+    """A stage before denoising is finished."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -238,7 +240,7 @@ class StageFinished(_message.Message):
         """The init image is encoded to latents."""
 
     class Stage(_Stage, metaclass=_StageEnumTypeWrapper):
-        """The stages."""
+        """The stages before denoising."""
 
     STAGE_UNSPECIFIED: StageFinished.Stage.ValueType  # 0
     """Never sent."""
@@ -249,7 +251,7 @@ class StageFinished(_message.Message):
 
     STAGE_FIELD_NUMBER: _builtins.int
     stage: Global___StageFinished.Stage.ValueType
-    """Which one."""
+    """The stage."""
     def __init__(
         self,
         *,
@@ -265,7 +267,7 @@ Global___StageFinished: _TypeAlias = StageFinished  # noqa: Y015
 
 @_typing.final
 class StepFinished(_message.Message):
-    """A denoising step is done."""
+    """A denoising step of one sample is finished."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -276,11 +278,11 @@ class StepFinished(_message.Message):
     sample: _builtins.int
     """Index of the sample."""
     step: _builtins.int
-    """Steps done, from 1."""
+    """Number of steps of the sample that are finished, from 1."""
     total: _builtins.int
-    """Steps this sample will run: about strength x num_inference_steps."""
+    """Number of steps that run for the sample: about strength x num_inference_steps."""
     sigma: _builtins.float
-    """Noise level the sample is at now: ratio of noise to signal, 0 when done."""
+    """Noise level of the sample after the step: the ratio of noise to signal. 0 after the last step."""
     def __init__(
         self,
         *,
@@ -299,7 +301,9 @@ Global___StepFinished: _TypeAlias = StepFinished  # noqa: Y015
 
 @_typing.final
 class Preview(_message.Message):
-    """A rough look at a sample; a later preview of the same sample replaces it in the log."""
+    """A small image of a sample that is still being denoised. In the event log, a later preview of the
+    same sample replaces it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -309,10 +313,10 @@ class Preview(_message.Message):
     sample: _builtins.int
     """Index of the sample."""
     step: _builtins.int
-    """Steps done when it was taken."""
+    """Number of steps of the sample that were finished."""
     @_builtins.property
     def image(self) -> _job_pb2.Image:
-        """A JPEG of at most 256 pixels on its longer side."""
+        """A JPEG image with at most 256 pixels on its longer side."""
 
     def __init__(
         self,
@@ -331,7 +335,7 @@ Global___Preview: _TypeAlias = Preview  # noqa: Y015
 
 @_typing.final
 class SampleFinished(_message.Message):
-    """A picture is ready, before it is stored."""
+    """The image of a sample is finished. Its file is not stored yet."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -342,12 +346,12 @@ class SampleFinished(_message.Message):
     sample: _builtins.int
     """Index of the sample."""
     seed: _builtins.int
-    """The seed it was made with."""
+    """Seed of the sample."""
     nsfw: _builtins.bool
-    """The safety checker replaced it by a black picture."""
+    """Whether the safety checker replaced the image by a black one."""
     @_builtins.property
     def image(self) -> _job_pb2.Image:
-        """The picture in the format that was asked for."""
+        """The image, in the requested format."""
 
     def __init__(
         self,
@@ -367,7 +371,7 @@ Global___SampleFinished: _TypeAlias = SampleFinished  # noqa: Y015
 
 @_typing.final
 class SampleStored(_message.Message):
-    """A picture is completely stored."""
+    """The file of a sample is completely stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,7 +384,7 @@ class SampleStored(_message.Message):
     url: _builtins.str
     """Link to the file."""
     sha256: _builtins.str
-    """SHA-256 of the file, 64 hexadecimal digits."""
+    """SHA-256 of the file as 64 hexadecimal digits."""
     size_bytes: _builtins.int
     """Length of the file in bytes."""
     def __init__(
@@ -401,14 +405,14 @@ Global___SampleStored: _TypeAlias = SampleStored  # noqa: Y015
 
 @_typing.final
 class JobSucceeded(_message.Message):
-    """Terminal: every picture is stored."""
+    """Terminal: all images are stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The whole record, timings included."""
+        """The job, with its timings."""
 
     def __init__(
         self,
@@ -425,14 +429,14 @@ Global___JobSucceeded: _TypeAlias = JobSucceeded  # noqa: Y015
 
 @_typing.final
 class JobFailed(_message.Message):
-    """Terminal: it could not be done."""
+    """Terminal: the job failed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The whole record, error included."""
+        """The job, with its error."""
 
     def __init__(
         self,
@@ -449,14 +453,14 @@ Global___JobFailed: _TypeAlias = JobFailed  # noqa: Y015
 
 @_typing.final
 class JobCancelled(_message.Message):
-    """Terminal: ended on request."""
+    """Terminal: the job was cancelled."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The whole record."""
+        """The job."""
 
     def __init__(
         self,
@@ -473,9 +477,9 @@ Global___JobCancelled: _TypeAlias = JobCancelled  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Sent when the stream was silent for as long as the server's heartbeat interval, 15 s by default, so
-    that proxies keep the stream open and callers notice a broken connection. Skip it. A caller who
-    receives nothing for several intervals should end the call and resume with WatchJob.
+    """The stream was silent for the heartbeat interval of the server, 15 s by default. Heartbeats let proxies
+    keep the stream open and let callers notice a broken connection. A caller that receives nothing for
+    several intervals ends the call and resumes with WatchJob.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

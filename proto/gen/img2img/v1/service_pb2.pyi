@@ -31,14 +31,15 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     DETACH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Idempotency: a UUID chosen by the caller. The same id with the same request within 24 hours gives
-    the same job again. Default none.
+    """A UUID that the caller draws to make retries safe. Within 24 hours, the same request_id with an
+    equal request returns the job that exists; with a different request it fails with ALREADY_EXISTS.
+    Default: empty, every call creates a job.
     """
     detach: _builtins.bool
-    """Let the job go on when the call ends early, for whatever reason. Default false."""
+    """Whether the job continues when the call ends early, for any reason. Default false."""
     @_builtins.property
     def spec(self) -> _job_pb2.JobSpec:
-        """What to make. Required."""
+        """The requested images. Required."""
 
     def __init__(
         self,
@@ -57,14 +58,14 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """One message of Generate's stream."""
+    """One message of the stream of Generate."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> _event_pb2.JobEvent:
-        """The event."""
+        """An event of the job, a snapshot or a heartbeat."""
 
     def __init__(
         self,
@@ -88,10 +89,10 @@ class CreateJobRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """As in GenerateRequest."""
+    """See GenerateRequest.request_id."""
     @_builtins.property
     def spec(self) -> _job_pb2.JobSpec:
-        """What to make. Required."""
+        """The requested images. Required."""
 
     def __init__(
         self,
@@ -109,14 +110,14 @@ Global___CreateJobRequest: _TypeAlias = CreateJobRequest  # noqa: Y015
 
 @_typing.final
 class CreateJobResponse(_message.Message):
-    """Answer of CreateJob."""
+    """Response of CreateJob."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The job, in STATE_QUEUED unless request_id named an older one."""
+        """The job. Its state is STATE_QUEUED, unless request_id belongs to a job that exists."""
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ class GetJobRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"jobs/{id}". Required."""
+    """Name of the job: "jobs/{id}". Required."""
     def __init__(
         self,
         *,
@@ -155,14 +156,14 @@ Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
 
 @_typing.final
 class GetJobResponse(_message.Message):
-    """Answer of GetJob."""
+    """Response of GetJob."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The job."""
+        """The job as it is now."""
 
     def __init__(
         self,
@@ -187,12 +188,12 @@ class ListJobsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Jobs a page: 1 to 100, default 20."""
+    """Largest number of jobs in the response: 1 to 100, default 20."""
     page_token: _builtins.str
-    """next_page_token of the page before; empty for the first."""
+    """next_page_token of the previous response. Default: empty, the first page."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_job_pb2.Job.State.ValueType]:
-        """Only jobs in one of these states; empty: all."""
+        """Only jobs in one of these states are returned. Default: empty, jobs in any state."""
 
     def __init__(
         self,
@@ -211,17 +212,17 @@ Global___ListJobsRequest: _TypeAlias = ListJobsRequest  # noqa: Y015
 
 @_typing.final
 class ListJobsResponse(_message.Message):
-    """Answer of ListJobs."""
+    """Response of ListJobs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOBS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; empty at the end."""
+    """page_token of the next page; empty on the last page."""
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Job]:
-        """The jobs, newest first."""
+        """The jobs of this page, newest first. A page can have fewer jobs than page_size."""
 
     def __init__(
         self,
@@ -246,9 +247,11 @@ class WatchJobRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"jobs/{id}". Required."""
+    """Name of the job: "jobs/{id}". Required."""
     after_sequence: _builtins.int
-    """Leave out events up to this number. Default 0: everything."""
+    """Only events with a larger sequence are sent, besides the snapshot. At least 0, default 0: all
+    events.
+    """
     def __init__(
         self,
         *,
@@ -265,14 +268,14 @@ Global___WatchJobRequest: _TypeAlias = WatchJobRequest  # noqa: Y015
 
 @_typing.final
 class WatchJobResponse(_message.Message):
-    """One message of WatchJob's stream."""
+    """One message of the stream of WatchJob."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> _event_pb2.JobEvent:
-        """The event."""
+        """An event of the job, a snapshot or a heartbeat."""
 
     def __init__(
         self,
@@ -295,7 +298,7 @@ class CancelJobRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"jobs/{id}". Required."""
+    """Name of the job: "jobs/{id}". Required."""
     def __init__(
         self,
         *,
@@ -311,14 +314,14 @@ Global___CancelJobRequest: _TypeAlias = CancelJobRequest  # noqa: Y015
 
 @_typing.final
 class CancelJobResponse(_message.Message):
-    """Answer of CancelJob."""
+    """Response of CancelJob."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The job: STATE_CANCELLED, or STATE_RUNNING until its next step."""
+        """The job. Its state is STATE_CANCELLED, or STATE_RUNNING if it ends at its next denoising step."""
 
     def __init__(
         self,
@@ -341,7 +344,7 @@ class RedeliverWebhookRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"jobs/{id}". Required."""
+    """Name of the job: "jobs/{id}". Required."""
     def __init__(
         self,
         *,
@@ -357,14 +360,14 @@ Global___RedeliverWebhookRequest: _TypeAlias = RedeliverWebhookRequest  # noqa: 
 
 @_typing.final
 class RedeliverWebhookResponse(_message.Message):
-    """Answer of RedeliverWebhook."""
+    """Response of RedeliverWebhook."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """The job; its webhook_status is that before the first new attempt."""
+        """The job, with the webhook_status from before the first new attempt."""
 
     def __init__(
         self,
@@ -398,7 +401,7 @@ Global___GetCapabilitiesRequest: _TypeAlias = GetCapabilitiesRequest  # noqa: Y0
 
 @_typing.final
 class GetCapabilitiesResponse(_message.Message):
-    """Answer of GetCapabilities."""
+    """Response of GetCapabilities."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -406,14 +409,14 @@ class GetCapabilitiesResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
-    """Version of the server."""
+    """Version of the server, for example "0.1.0"."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """The models being served, the default one first."""
+        """The models that are served, the default model first."""
 
     @_builtins.property
     def limits(self) -> Global___Limits:
-        """The limits in force."""
+        """The limits of the service. A model can have narrower ones, see Model."""
 
     def __init__(
         self,
@@ -459,12 +462,12 @@ class GetCallerResponse(_message.Message):
     tenant: _builtins.str
     """Tenant of the key. Jobs, limits and storage settings belong to it."""
     key_id: _builtins.str
-    """Id of the key, as the server's log lines have it. It is not secret and does not authenticate."""
+    """Id of the key, as it appears in the server's log. It is not secret and does not authenticate."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Permissions of the key, in alphabetical order: any of "manage", "operate", "storage" and "unsafe".
-        "manage" comes with the two that it includes, "operate" and "storage". Empty: the key may only work
-        with its tenant's jobs.
+        "manage" includes "operate" and "storage", which are listed as well. Empty: the key can only create
+        and read jobs of its tenant.
         """
 
     def __init__(
@@ -484,7 +487,7 @@ Global___GetCallerResponse: _TypeAlias = GetCallerResponse  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """A model being served."""
+    """A model that is served, with its defaults and limits."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -503,29 +506,29 @@ class Model(_message.Message):
     MAX_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     SIDE_MULTIPLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name for JobSpec.model."""
+    """Name of the model, for JobSpec.model."""
     family: _builtins.str
-    """Pipeline family: "sd" or "sdxl"."""
+    """Family of the model, for example "sd" or "sdxl"."""
     default_num_inference_steps: _builtins.int
-    """Default of num_inference_steps."""
+    """Default of JobSpec.num_inference_steps."""
     default_guidance_scale: _builtins.float
-    """Default of guidance_scale."""
+    """Default of JobSpec.guidance_scale."""
     workers: _builtins.int
-    """Workers that serve it now."""
+    """Number of workers that serve the model now. 0: its jobs wait until a worker starts."""
     device: _builtins.str
-    """Device of the first of them, for example "cpu"."""
+    """Device of the first of these workers, for example "cpu"; empty without workers."""
     native_size: _builtins.int
-    """Side in pixels it draws best at."""
+    """Width and height in pixels that the model was trained for."""
     default_strength: _builtins.float
-    """Default of strength."""
+    """Default of JobSpec.strength."""
     max_num_inference_steps: _builtins.int
-    """Most steps of a schedule with this model."""
+    """Largest JobSpec.num_inference_steps with this model."""
     min_side_pixels: _builtins.int
     """Smallest width and height in pixels with this model."""
     max_side_pixels: _builtins.int
     """Largest width and height in pixels with this model."""
     side_multiple: _builtins.int
-    """Width and height are multiples of this with this model."""
+    """Width and height must be multiples of this number of pixels with this model."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers for JobSpec.scheduler, the default one first."""
@@ -562,7 +565,9 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """The limits in force for the calling tenant. A model may have narrower ones, see Model."""
+    """The limits that requests of the calling tenant are validated against. A model can have narrower
+    limits, see Model.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -591,57 +596,57 @@ class Limits(_message.Message):
     MIN_STRENGTH_FIELD_NUMBER: _builtins.int
     MAX_STRENGTH_FIELD_NUMBER: _builtins.int
     max_prompt_characters: _builtins.int
-    """Longest prompt in characters."""
+    """Longest prompt, in Unicode code points."""
     min_side_pixels: _builtins.int
-    """Smallest width and height in pixels."""
+    """Smallest width and height, in pixels."""
     max_side_pixels: _builtins.int
-    """Largest width and height in pixels."""
+    """Largest width and height, in pixels."""
     side_multiple: _builtins.int
-    """Width and height are multiples of this."""
+    """Width and height must be multiples of this number of pixels."""
     max_samples: _builtins.int
-    """Most samples of a job."""
+    """Largest number of samples of a job."""
     max_num_inference_steps: _builtins.int
-    """Most steps of a schedule."""
+    """Largest number of steps of a schedule."""
     max_guidance_scale: _builtins.float
     """Largest guidance scale."""
     max_image_bytes: _builtins.int
-    """Largest init image in bytes."""
+    """Largest init image, in bytes."""
     max_image_pixels: _builtins.int
-    """Largest init image in pixels."""
+    """Largest init image, in pixels."""
     max_message_bytes: _builtins.int
-    """Largest gRPC message in bytes, in and out."""
+    """Largest gRPC message, in bytes, in both directions."""
     max_queued_jobs: _builtins.int
-    """Most unfinished jobs of the tenant."""
+    """Largest number of unfinished jobs of a tenant."""
     max_negative_prompt_characters: _builtins.int
-    """Longest negative prompt in characters."""
+    """Longest negative prompt, in Unicode code points."""
     max_lora_scale: _builtins.float
     """Largest LoRA scale."""
     max_preview_interval_steps: _builtins.int
-    """Most steps between two previews."""
+    """Largest number of steps between two previews."""
     max_annotations: _builtins.int
-    """Most annotations of a job."""
+    """Largest number of annotations of a job."""
     max_annotation_name_characters: _builtins.int
-    """Longest name of an annotation in characters."""
+    """Longest name of an annotation, in Unicode code points."""
     max_annotation_characters: _builtins.int
-    """Longest value of an annotation in characters."""
+    """Longest value of an annotation, in Unicode code points."""
     max_track_id_characters: _builtins.int
-    """Longest track_id in characters."""
+    """Longest track_id, in Unicode code points."""
     max_url_characters: _builtins.int
-    """Longest address of an init image or a webhook in characters."""
+    """Longest URL of an init image or a webhook, in Unicode code points."""
     max_seed: _builtins.int
-    """Largest seed. The HTTP contract's own endpoints take seeds up to 4294967295."""
+    """Largest seed. The endpoints of the HTTP contract accept seeds up to 4294967295."""
     min_strength: _builtins.float
     """Smallest strength."""
     max_strength: _builtins.float
     """Largest strength."""
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
-        """How long ended jobs are kept."""
+        """Time for which a job is kept after its end."""
 
     @_builtins.property
     def init_image_media_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Media types of the formats that an init image may have, for example "image/png". The bytes
-        decide, not a name or a header.
+        """Media types that an init image can have, for example "image/png". The content of the file decides,
+        not its name or a header.
         """
 
     def __init__(
@@ -682,9 +687,9 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class StorageSettings(_message.Message):
-    """A tenant's own S3 storage. Files are PUT to endpoint_url/bucket/image_directory/NAME, path style:
-    the bucket is in the host name, in bucket, or the first part of image_directory. Texts have at
-    most 1024 characters.
+    """The S3 storage of a tenant. Files are sent by PUT to endpoint_url/bucket/image_directory/NAME in
+    path style: the bucket is in the host name, in bucket, or the first part of image_directory. Each
+    string has at most 1024 characters and no control characters.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -698,25 +703,27 @@ class StorageSettings(_message.Message):
     IMAGE_DIRECTORY_FIELD_NUMBER: _builtins.int
     BUCKET_FIELD_NUMBER: _builtins.int
     deploy_type: _builtins.str
-    """Server type the settings are for. Only "realtime", the default, has an effect; the other types
-    of the HTTP contract are kept.
+    """Type of server that the settings are for. Default "realtime", the only type with an effect. The
+    other types of the HTTP contract are stored and not used. Any other value is invalid.
     """
     public_url: _builtins.str
-    """Base of the links: public_url/image_directory/NAME; image_directory is left out when the path
-    ends with it already. http or https. Required.
+    """Base of the links to the files, http or https: a link is public_url/image_directory/NAME.
+    image_directory is left out if the path of public_url ends with it. Required.
     """
     region_name: _builtins.str
-    """Region for the signature. Required."""
+    """Region that requests are signed for. Required."""
     endpoint_url: _builtins.str
-    """Where files are sent: http or https, a public host unless the operator lists it. Required."""
+    """Address of the storage, http or https. It must be a public address, unless the operator lists its
+    host. Required.
+    """
     aws_access_key_id: _builtins.str
-    """Access key. Required; never given back."""
+    """Access key of the storage. Required. No response contains it."""
     aws_secret_access_key: _builtins.str
-    """Secret key. Required; never given back."""
+    """Secret key of the storage. Required. No response contains it."""
     image_directory: _builtins.str
     """Folder of the files. Required."""
     bucket: _builtins.str
-    """Bucket, where neither endpoint_url nor image_directory names it. Default none."""
+    """Bucket, if neither endpoint_url nor image_directory contains it. Default: empty."""
     def __init__(
         self,
         *,
@@ -746,9 +753,10 @@ class UpdateStorageSettingsRequest(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     CHECK_CONNECTION_FIELD_NUMBER: _builtins.int
     check_connection: _builtins.bool
-    """Try them first: store a small file, read it through public_url, remove it. When the storage does
-    not take it, nothing is changed and INVALID_ARGUMENT names the field to blame; when public_url does
-    not serve it, warning says so. Takes up to a minute. Default false.
+    """Whether to store, read (through public_url) and delete a small file before anything is changed. If
+    the storage refuses the file, the call fails with INVALID_ARGUMENT and names the field to correct.
+    If public_url does not serve the file, the call succeeds with a warning. The check takes up to a
+    minute. Default false.
     """
     @_builtins.property
     def settings(self) -> Global___StorageSettings:
@@ -770,17 +778,17 @@ Global___UpdateStorageSettingsRequest: _TypeAlias = UpdateStorageSettingsRequest
 
 @_typing.final
 class UpdateStorageSettingsResponse(_message.Message):
-    """Answer of UpdateStorageSettings."""
+    """Response of UpdateStorageSettings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SETTINGS_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
     warning: _builtins.str
-    """Text for people, when the settings have no effect or the links may not work; mostly empty."""
+    """Sentences for people if the settings have no effect or links do not work; empty otherwise."""
     @_builtins.property
     def settings(self) -> Global___StorageSettings:
-        """What is stored now, without access key and secret."""
+        """The stored settings, without access key and secret key."""
 
     def __init__(
         self,
@@ -804,7 +812,7 @@ class ResetStorageSettingsRequest(_message.Message):
 
     DEPLOY_TYPE_FIELD_NUMBER: _builtins.int
     deploy_type: _builtins.str
-    """Server type whose settings are removed. Default "realtime"."""
+    """Type of server whose settings are deleted. Default "realtime"."""
     def __init__(
         self,
         *,
@@ -820,13 +828,13 @@ Global___ResetStorageSettingsRequest: _TypeAlias = ResetStorageSettingsRequest  
 
 @_typing.final
 class ResetStorageSettingsResponse(_message.Message):
-    """Answer of ResetStorageSettings."""
+    """Response of ResetStorageSettings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DEPLOY_TYPE_FIELD_NUMBER: _builtins.int
     deploy_type: _builtins.str
-    """Server type whose settings are removed."""
+    """Type of server whose settings were deleted."""
     def __init__(
         self,
         *,

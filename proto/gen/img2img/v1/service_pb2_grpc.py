@@ -26,16 +26,25 @@ if _version_not_supported:
 
 
 class Img2ImgServiceStub:
-    """Makes pictures out of pictures.
+    """Creates images from an init image and a prompt, and reports the progress of each job.
 
-    The API key travels as metadata "authorization: Bearer KEY"; jobs belong to the tenant of the key.
-    Every error carries google.rpc.ErrorInfo (reason, domain "img2img.v1", metadata); branch on reason,
-    never on the text. INVALID_ARGUMENT also carries google.rpc.BadRequest with every violated field,
-    and what may be tried again carries google.rpc.RetryInfo.
+    Authentication: send the API key as metadata "authorization: Bearer KEY". Jobs, limits and storage
+    settings belong to the tenant of the key.
 
-    Of every method: UNAUTHENTICATED (no or unknown key: correct it), UNAVAILABLE (the service or its
-    queue is down or stopping: retry with backoff), DEADLINE_EXCEEDED (the call took longer than the
-    caller allowed), INTERNAL (a fault of ours, logged under the id in the metadata).
+    Errors: every status carries google.rpc.ErrorInfo with a reason, the domain "img2img.v1" and
+    metadata. Branch on the reason, never on the text. INVALID_ARGUMENT also carries
+    google.rpc.BadRequest, which lists every invalid field. An error that a retry can resolve carries
+    google.rpc.RetryInfo with the time to wait.
+
+    Every method can fail with:
+    - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
+    backoff.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server. Retry after
+    the time in RetryInfo.
+    - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
+    - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
+    metadata.
     """
 
     def __init__(self, channel):
@@ -102,140 +111,188 @@ class Img2ImgServiceStub:
 
 
 class Img2ImgServiceServicer:
-    """Makes pictures out of pictures.
+    """Creates images from an init image and a prompt, and reports the progress of each job.
 
-    The API key travels as metadata "authorization: Bearer KEY"; jobs belong to the tenant of the key.
-    Every error carries google.rpc.ErrorInfo (reason, domain "img2img.v1", metadata); branch on reason,
-    never on the text. INVALID_ARGUMENT also carries google.rpc.BadRequest with every violated field,
-    and what may be tried again carries google.rpc.RetryInfo.
+    Authentication: send the API key as metadata "authorization: Bearer KEY". Jobs, limits and storage
+    settings belong to the tenant of the key.
 
-    Of every method: UNAUTHENTICATED (no or unknown key: correct it), UNAVAILABLE (the service or its
-    queue is down or stopping: retry with backoff), DEADLINE_EXCEEDED (the call took longer than the
-    caller allowed), INTERNAL (a fault of ours, logged under the id in the metadata).
+    Errors: every status carries google.rpc.ErrorInfo with a reason, the domain "img2img.v1" and
+    metadata. Branch on the reason, never on the text. INVALID_ARGUMENT also carries
+    google.rpc.BadRequest, which lists every invalid field. An error that a retry can resolve carries
+    google.rpc.RetryInfo with the time to wait.
+
+    Every method can fail with:
+    - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
+    backoff.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server. Retry after
+    the time in RetryInfo.
+    - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
+    - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
+    metadata.
     """
 
     def Generate(self, request, context):
-        """Creates a job and streams its events until it has ended.
+        """Creates a job and streams its events until the job ends.
 
-        The server cannot tell a caller who leaves from a connection that breaks. When the call ends
-        before the job does, a grace period starts, 15 s by default. WatchJob for the same job, or Generate
-        with the same request_id, ends the grace period for good: the job goes on, also when that stream
-        ends early. The same holds for such a stream that is already open. When the grace period passes
-        without one, the job is cancelled. A passed deadline cancels the job at once. With detach set, the
-        end of the call does not touch the job. To leave on purpose, call CancelJob.
+        The stream begins with a snapshot of the job and ends after the terminal event. A job that fails
+        while it runs ends the stream with the event "failed" and status OK.
 
-        INVALID_ARGUMENT: the request breaks limits; correct every field that BadRequest names.
-        PERMISSION_DENIED: the key may not ask for this, for example no safety checker.
-        NOT_FOUND: the model is not known; see GetCapabilities.
-        UNAVAILABLE with the reason NO_MODEL: no worker has loaded a model yet; retry after RetryInfo.
-        ALREADY_EXISTS: request_id was used for another request; choose a new one.
-        RESOURCE_EXHAUSTED: the tenant's queue is full (QUEUE_FULL), the key makes jobs too fast
-        (RATE_LIMITED), the tenant has too many calls open (TOO_MANY_CALLS) or the server too many streams
-        (TOO_MANY_WATCHERS); retry after RetryInfo.
-        FAILED_PRECONDITION: the job cannot finish within the call's deadline (DEADLINE_TOO_SHORT);
-        retry with a later deadline, or after RetryInfo, which is there only if waiting can help. Or the job
-        is larger than the queue takes (MESSAGE_TOO_LARGE), which only the server's operator can change.
-        A job that fails while running ends the stream with a failed event and status OK.
+        When the call ends before the job: the server cannot distinguish a caller that leaves from a
+        connection that breaks, so a grace period begins, 15 s by default. The job continues if, within
+        that time, WatchJob is called for it or Generate is called with the same request_id, or if such a
+        stream is already open; otherwise the job is cancelled. When the deadline of the call passes, the
+        job is cancelled at once. With detach, the job continues in all of these cases. To cancel the job
+        on purpose, call CancelJob.
+
+        Idempotency: set request_id, and a retry returns the job that the first call created. Without it,
+        every call creates a job.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid. Correct every field that BadRequest lists.
+        - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks a permission, for example "unsafe", which is
+        needed to turn the safety checker off. Use another key or remove the option.
+        - NOT_FOUND, MODEL_NOT_FOUND: no worker serves this model. Choose one from GetCapabilities.
+        - ALREADY_EXISTS, REQUEST_ID_REUSED: request_id belongs to a different request. Use a new one.
+        - FAILED_PRECONDITION, DEADLINE_TOO_SHORT: the job is not expected to finish within the call's
+        deadline. Use a longer deadline. RetryInfo is set if waiting can help as well.
+        - FAILED_PRECONDITION, MESSAGE_TOO_LARGE: the job is larger than the messages of the queue. Only
+        the operator can change that.
+        - RESOURCE_EXHAUSTED, QUEUE_FULL: the tenant has too many unfinished jobs. Retry after the time in
+        RetryInfo.
+        - RESOURCE_EXHAUSTED, RATE_LIMITED: the key creates jobs too fast. Retry after the time in
+        RetryInfo.
+        - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
+        in RetryInfo.
+        - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateJob(self, request, context):
-        """Creates a job and returns at once; follow it with WatchJob or GetJob. Status codes as Generate.
+        """Creates a job and returns without waiting for it. Follow the job with WatchJob, GetJob or a
+        webhook. The job continues whatever happens to the caller.
+
+        Idempotency and errors are those of Generate, except DEADLINE_TOO_SHORT and TOO_MANY_WATCHERS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """Returns a job. NOT_FOUND: no such job of this tenant, or it has expired.
+        """Returns a job of the tenant.
+
+        Errors:
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """Lists the tenant's jobs that have not expired, newest first.
-        INVALID_ARGUMENT: page_size or page_token is malformed.
+        """Returns the tenant's jobs that have not expired, newest first, page by page.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
+        ListJobs returned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Streams a job's events: a snapshot, then everything after after_sequence, until it has ended.
-        Resume with the last sequence seen. Ending the call does not touch the job. Ends the grace period
-        that started when the job's Generate call broke; see Generate.
+        """Streams the events of a job: a snapshot, then every event after after_sequence, until the job ends.
 
-        NOT_FOUND: no such job of this tenant, or it has expired.
-        UNAVAILABLE: this server is stopping; call again with the last sequence seen.
-        RESOURCE_EXHAUSTED: the tenant has too many calls open (TOO_MANY_CALLS) or the server too many
-        streams (TOO_MANY_WATCHERS); retry after RetryInfo.
+        To resume a stream that broke, call WatchJob with the last sequence that was received; any server
+        can resume it, without gaps and duplicates. A job that has ended returns its past events, then the
+        stream ends. Events are kept for an hour by default; later the stream has only the snapshot and the
+        terminal event. The end of this call does not affect the job. The call ends the grace period of a
+        broken Generate call, see Generate.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+        - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
+        - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
+        in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Cancels a queued job at once and a running one at its next step. Cancelling a cancelled job is
-        not an error.
+        """Cancels a job: a queued one at once, a running one at its next denoising step.
 
-        NOT_FOUND: no such job of this tenant, or it has expired.
-        FAILED_PRECONDITION: the job has already succeeded or failed.
+        Idempotency: cancelling a cancelled job returns it.
+
+        Errors:
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+        - FAILED_PRECONDITION, JOB_ENDED: the job has already succeeded or failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RedeliverWebhook(self, request, context):
-        """Delivers the webhook of a job that has ended once more, whatever became of it before; the
-        receiver knows it by the same webhook-id. The job itself is not touched but for webhook_status,
-        which follows the new attempts.
+        """Starts the delivery of a job's webhook again, whether or not it was delivered before. The header
+        webhook-id stays the same, so that the receiver can recognise a duplicate. Of the job, only
+        webhook_status and webhook_error change.
 
-        NOT_FOUND: no such job of this tenant, or it has expired.
-        FAILED_PRECONDITION: the job has not ended yet, or asked for no webhook.
-        RESOURCE_EXHAUSTED: too many webhooks of this tenant wait; retry after RetryInfo.
+        Errors:
+        - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
+        - FAILED_PRECONDITION, JOB_NOT_ENDED: the job has not ended yet.
+        - FAILED_PRECONDITION, NO_WEBHOOK: the request had no webhook.
+        - RESOURCE_EXHAUSTED, TOO_MANY_WEBHOOKS: too many webhooks of the tenant are undelivered. Retry after
+        the time in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCapabilities(self, request, context):
-        """Returns the models being served and the very limits that the validator uses.
+        """Returns the models that are served and the limits that requests are validated against.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCaller(self, request, context):
-        """Returns the tenant and the permissions of the key that makes the call. It reads nothing but the
-        key, so it is the way to check one.
+        """Returns the tenant and the permissions of the API key that makes the call. Use it to check a key:
+        the call reads nothing else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateStorageSettings(self, request, context):
-        """Has the files of the tenant's jobs go to its own S3 storage from now on; jobs accepted before
-        stay as they are. Replaces everything that was stored. The storage is contacted only for
-        check_connection. A job whose files it does not take keeps them in the service's own bucket, and
-        its warning says so.
+        """Sets the tenant's own S3 storage for the results of jobs that are accepted from now on. The new
+        settings replace all stored ones; jobs that were accepted before keep theirs. The storage is
+        contacted only with check_connection. If the storage refuses the files of a job, they are stored in
+        the service's own bucket and Job.warning says so.
 
-        PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
-        INVALID_ARGUMENT: correct every field that BadRequest names.
-        FAILED_PRECONDITION: the operator gave the server no key to keep secrets with.
+        Idempotency: the same call has the same effect.
+
+        Errors:
+        - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "storage". Use another key.
+        - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid, or the storage refused the test file.
+        Correct every field that BadRequest lists.
+        - FAILED_PRECONDITION, STORAGE_KEYS_MISSING: the operator has not set IMG2IMG_STORAGE_KEYS, so the
+        server cannot encrypt the settings.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResetStorageSettings(self, request, context):
-        """Removes the tenant's storage settings; jobs accepted from now on use the service's own bucket.
-        Removing what is not there is not an error.
+        """Deletes the tenant's storage settings. Jobs that are accepted from now on use the service's own
+        bucket.
 
-        PERMISSION_DENIED: the key lacks the permission "storage"; use another key.
-        INVALID_ARGUMENT: deploy_type is not known.
+        Idempotency: deleting settings that do not exist succeeds.
+
+        Errors:
+        - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "storage". Use another key.
+        - INVALID_ARGUMENT, INVALID_REQUEST: deploy_type is unknown.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -308,16 +365,25 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Img2ImgService:
-    """Makes pictures out of pictures.
+    """Creates images from an init image and a prompt, and reports the progress of each job.
 
-    The API key travels as metadata "authorization: Bearer KEY"; jobs belong to the tenant of the key.
-    Every error carries google.rpc.ErrorInfo (reason, domain "img2img.v1", metadata); branch on reason,
-    never on the text. INVALID_ARGUMENT also carries google.rpc.BadRequest with every violated field,
-    and what may be tried again carries google.rpc.RetryInfo.
+    Authentication: send the API key as metadata "authorization: Bearer KEY". Jobs, limits and storage
+    settings belong to the tenant of the key.
 
-    Of every method: UNAUTHENTICATED (no or unknown key: correct it), UNAVAILABLE (the service or its
-    queue is down or stopping: retry with backoff), DEADLINE_EXCEEDED (the call took longer than the
-    caller allowed), INTERNAL (a fault of ours, logged under the id in the metadata).
+    Errors: every status carries google.rpc.ErrorInfo with a reason, the domain "img2img.v1" and
+    metadata. Branch on the reason, never on the text. INVALID_ARGUMENT also carries
+    google.rpc.BadRequest, which lists every invalid field. An error that a retry can resolve carries
+    google.rpc.RetryInfo with the time to wait.
+
+    Every method can fail with:
+    - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
+    backoff.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server. Retry after
+    the time in RetryInfo.
+    - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
+    - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
+    metadata.
     """
 
     @staticmethod

@@ -1,5 +1,5 @@
 """Reads a request's JSON body, its key and the address that it was sent to
-(docs/http-contract.md#key-body-and-order-of-checks)."""
+(docs/http-contract.md#keys)."""
 
 from __future__ import annotations
 
