@@ -77,6 +77,15 @@ async def test_events_are_numbered_from_one_and_come_back_whole(bus: Bus) -> Non
         assert [await anext(events) for _ in written] == written
 
 
+async def test_the_last_number_is_read_without_taking_the_log_over(bus: Bus) -> None:
+    assert await bus.events.last_sequence(JOB) == 0
+    writer = await bus.events.open(JOB, fresh=True)
+    for number, event in enumerate((STARTED, step(1), preview(1), Succeeded()), start=1):
+        await writer.append(event)
+        assert await bus.events.last_sequence(JOB) == number
+    assert await bus.events.last_sequence(JOB + 1) == 0
+
+
 async def test_a_watch_sees_what_is_written_after_it_was_entered(open_bus: OpenBus) -> None:
     async with open_bus() as worker, open_bus() as api:
         writer = await worker.events.open(JOB, fresh=True)

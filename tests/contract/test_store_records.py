@@ -70,9 +70,9 @@ def a_worker(name: str, model: str = "atelier") -> WorkerInfo:
 
 async def test_ids_grow_and_are_never_drawn_twice(open_bus: OpenBus) -> None:
     async with open_bus() as bus:
-        first = [await bus.jobs.next_id() for _ in range(3)]
+        first = [await bus.jobs.next_id(TENANT) for _ in range(3)]
     async with open_bus() as bus:
-        at_once = await asyncio.gather(*(bus.jobs.next_id() for _ in range(5)))
+        at_once = await asyncio.gather(*(bus.jobs.next_id(TENANT) for _ in range(5)))
     assert first + sorted(at_once) == list(range(FIRST_JOB_ID, FIRST_JOB_ID + 8))
 
 
@@ -128,7 +128,6 @@ async def test_a_deleted_record_is_gone_and_may_be_created_anew(bus: Bus) -> Non
     await bus.jobs.delete(TENANT, FIRST_JOB_ID)
     await bus.jobs.delete(TENANT, FIRST_JOB_ID)
     assert await bus.jobs.get(TENANT, FIRST_JOB_ID) is None
-    assert await bus.jobs.list_ids(TENANT) == []
     with pytest.raises(ConflictError):
         await bus.jobs.update(a_job(), revision)
     await bus.jobs.create(a_job())
@@ -159,13 +158,17 @@ async def test_a_record_of_a_job_that_has_not_ended_does_not_go_with_the_retenti
 
 
 async def test_a_list_has_the_tenants_own_ids_newest_first(bus: Bus) -> None:
-    for job_id in (99, 10_000_002, 10_000_010, 10_000_001):
-        await bus.jobs.create(a_job(job_id))
-    await bus.jobs.create(a_job(10_000_003, tenant="acme.labs"))
-    await bus.jobs.create(a_job(10_000_004, tenant="*"))
-    assert await bus.jobs.list_ids(TENANT) == [10_000_010, 10_000_002, 10_000_001, 99]
-    assert await bus.jobs.list_ids("*") == [10_000_004]
+    drawn: dict[str, list[int]] = {}
+    for tenant in (TENANT, "acme.labs", TENANT, "*", TENANT):
+        drawn.setdefault(tenant, []).insert(0, await bus.jobs.next_id(tenant))
+    for tenant, ids in drawn.items():
+        assert await bus.jobs.list_ids(tenant) == ids
     assert await bus.jobs.list_ids("nobody") == []
+    newest, middle, oldest = drawn[TENANT]
+    assert await bus.jobs.list_ids(TENANT, most=2) == [newest, middle]
+    assert await bus.jobs.list_ids(TENANT, newest, most=1) == [middle]
+    assert await bus.jobs.list_ids(TENANT, middle) == [oldest]
+    assert await bus.jobs.list_ids(TENANT, oldest) == []
 
 
 async def test_a_request_id_belongs_to_its_first_job(open_bus: OpenBus) -> None:

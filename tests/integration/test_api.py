@@ -24,6 +24,7 @@ from img2img_server.domain.params import Limits
 from img2img_server.imaging.base import CheckedImage
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
+from img2img_server.testing.memory_events import MemoryEventLog
 from img2img_server.testing.memory_safety import FixedSafetyChecker
 from tests.stack import (
     DEV,
@@ -145,6 +146,15 @@ async def test_a_watch_of_an_ended_job_replays_it_and_ends() -> None:
         replay = [m async for m in stack.api.watch(live[0].event.job)]
         assert replay[0].event.snapshot.job.state == job_pb2.Job.STATE_SUCCEEDED
         assert [m.event for m in replay[1:]] == [m.event for m in live[1:]]
+
+
+async def test_a_watch_of_an_ended_job_does_not_take_over_its_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_stack() as stack:
+        messages = [message async for message in stack.api.generate(spec())]
+        monkeypatch.delattr(MemoryEventLog, "open")
+        assert kinds([m async for m in stack.api.watch(messages[0].event.job)]) == kinds(messages)
 
 
 async def test_previews_come_when_asked_for() -> None:
@@ -566,7 +576,7 @@ async def test_a_key_learns_its_tenant_and_its_permissions(tmp_path: Path) -> No
 
         found = await caller(manager)
         assert found.tenant == "shop"
-        assert found.permissions == ["manage", "unsafe"]
+        assert found.permissions == ["manage", "operate", "storage", "unsafe"]
         other = await caller(plain)
         assert (other.tenant, list(other.permissions)) == ("press", [])
         assert found.key_id

@@ -67,4 +67,5 @@ async def test_a_job_that_cannot_be_queued_leaves_no_record(
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await api.create(spec())
         assert refused.value.code() is code
-        assert await bus.jobs.list_ids("dev") == []
+        (drawn,) = await bus.jobs.list_ids("dev")
+        assert await bus.jobs.get("dev", drawn) is None

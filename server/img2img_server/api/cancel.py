@@ -12,7 +12,7 @@ import structlog
 from img2img_server import errors
 from img2img_server.api.records import found, readable
 from img2img_server.domain.events import Cancelled, Failed
-from img2img_server.domain.job import Job, State, advance, terminal_event
+from img2img_server.domain.job import LAST_JOB_ID, Job, State, advance, terminal_event
 from img2img_server.interfaces.queue import Control, EventLog, JobQueue, OwnershipLostError
 from img2img_server.interfaces.records import ConflictError, JobStore
 from img2img_server.interfaces.webhooks import WebhookOutbox
@@ -67,11 +67,10 @@ class Canceller:
         Raises:
             UnavailableError: some may have ended.
         """
-        ids = await self._jobs.list_ids(tenant)
-        cleared = 0
-        for start in range(0, len(ids), _AT_ONCE):
-            some = ids[start : start + _AT_ONCE]
-            cleared += sum(await asyncio.gather(*(self._clear(tenant, each) for each in some)))
+        cleared, before = 0, LAST_JOB_ID + 1
+        while ids := await self._jobs.list_ids(tenant, before, _AT_ONCE):
+            cleared += sum(await asyncio.gather(*(self._clear(tenant, each) for each in ids)))
+            before = ids[-1]
         return cleared
 
     async def _clear(self, tenant: str, job_id: int) -> bool:

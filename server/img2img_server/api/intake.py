@@ -165,7 +165,7 @@ class Intake:
         addressed = self._addressed(job, caller)
         if job_id:
             return await addressed
-        async with background_task(self._jobs.next_id()) as drawn:
+        async with background_task(self._jobs.next_id(job.tenant)) as drawn:
             return replace(await addressed, id=await drawn)
 
     async def _addressed(self, job: Job, caller: Caller) -> Job:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Container
+from typing import Final
+
 import structlog
 
 from img2img_server import errors
+from img2img_server.domain.job import Job, State
 from img2img_server.interfaces.records import JobStore, Stored, UnreadableError
 
+PAGE_READS: Final = 100  # records that one call reads, which is the largest page
 UNREADABLE = "The job's record cannot be read by this server."
 
 log = structlog.get_logger()
@@ -36,6 +42,40 @@ async def found(jobs: JobStore, tenant: str, job_id: int) -> Stored:
     if stored is None:
         raise errors.JobNotFoundError(f"jobs/{job_id}")
     return stored
+
+
+async def page_of(
+    jobs: JobStore, tenant: str, before: int, size: int, states: Container[State] | None = None
+) -> tuple[list[Job], int]:
+    """Returns up to `size` jobs of a tenant, newest first, and the `before` of the next page.
+
+    Reads at most PAGE_READS records, so a page may have fewer jobs, or none, although others
+    follow.
+
+    Args:
+        before: only jobs with lower ids.
+        states: only jobs in these states; None: in any.
+
+    Returns:
+        The jobs, and the lowest id that was read, or 0 when there are no lower ones.
+
+    Raises:
+        UnavailableError.
+    """
+    listed: list[Job] = []
+    for _ in range(max(1, PAGE_READS // size)):
+        ids = await jobs.list_ids(tenant, before, size + 1)
+        reading = [readable(jobs, tenant, job_id) for job_id in ids[:size]]
+        for job_id, stored in zip(ids, await asyncio.gather(*reading), strict=False):
+            before = job_id
+            if stored is None or (states is not None and stored.job.state not in states):
+                continue
+            listed.append(stored.job)
+            if len(listed) == size:
+                return listed, before if before != ids[-1] else 0
+        if len(ids) <= size:
+            return listed, 0
+    return listed, before
 
 
 async def readable(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 import structlog
 
-from img2img.v1 import event_pb2, job_pb2, service_pb2, service_pb2_grpc
+from img2img.v1 import event_pb2, service_pb2, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.admission import Caller
@@ -21,7 +21,7 @@ from img2img_server.api.capabilities import capabilities
 from img2img_server.api.disconnects import Disconnects, GenerateCall
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import current_principal
-from img2img_server.api.records import found, readable
+from img2img_server.api.records import found, page_of
 from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.compat.modelslab import call_names
@@ -118,21 +118,16 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def ListJobs(  # noqa: N802
         self, request: service_pb2.ListJobsRequest, context: Context
     ) -> service_pb2.ListJobsResponse:
-        tenant = current_principal().tenant
         size, before = _page(request)
-        wanted = set(request.states)
-        listed: list[job_pb2.Job] = []
-        for job_id in await self._jobs.list_ids(tenant):
-            if job_id >= before:
-                continue
-            stored = await readable(self._jobs, tenant, job_id)
-            if stored is None or (wanted and convert.STATES[stored.job.state] not in wanted):
-                continue
-            if len(listed) == size:  # there is at least one more
-                token = _token(listed[-1].id)
-                return service_pb2.ListJobsResponse(jobs=listed, next_page_token=token)
-            listed.append(await self._watcher.message(stored.job))
-        return service_pb2.ListJobsResponse(jobs=listed)
+        states = {state for state, number in convert.STATES.items() if number in request.states}
+        tenant = current_principal().tenant
+        jobs, before = await page_of(
+            self._jobs, tenant, before, size, states if request.states else None
+        )
+        return service_pb2.ListJobsResponse(
+            jobs=[await self._watcher.message(job) for job in jobs],
+            next_page_token=_token(before) if before else "",
+        )
 
     async def WatchJob(  # noqa: N802
         self, request: service_pb2.WatchJobRequest, context: Context

@@ -79,7 +79,9 @@ class Watcher:
             async with self._events.watch(job_id, after_sequence) as log:
                 job = await self._get(tenant, job_id)
                 yield await self._snapshot(job, after_sequence)
-                last = await self._log_end(job) if job.state.is_terminal else None
+                last = None
+                if job.state.is_terminal:
+                    last = await self._events.last_sequence(job_id)
                 if last is None or last > after_sequence:
                     while True:
                         envelope = await self._next(log)
@@ -123,9 +125,6 @@ class Watcher:
 
     async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
         return convert_events.snapshot(await self.message(job), sequence=sequence, time=time.time())
-
-    async def _log_end(self, job: Job) -> int:
-        return (await self._events.open(job.id)).sequence
 
     async def _message(self, tenant: str, envelope: Envelope) -> event_pb2.JobEvent:
         if not envelope.is_terminal:

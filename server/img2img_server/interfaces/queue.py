@@ -157,6 +157,10 @@ class EventLog(Protocol):
         """Takes over the log of a job; `fresh` says that it is known to be empty."""
         ...
 
+    async def last_sequence(self, job_id: int) -> int:
+        """Returns the number of the last event, 0 for an empty log. Its writer keeps the log."""
+        ...
+
     def watch(
         self, job_id: int, after_sequence: int = 0
     ) -> AbstractAsyncContextManager[AsyncIterator[Envelope]]:

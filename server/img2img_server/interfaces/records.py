@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from img2img_server.domain.job import Job
+from img2img_server.domain.job import LAST_JOB_ID, Job
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 
 
@@ -31,8 +31,8 @@ class JobStore(Protocol):
     Those that never end expire as well, some time after their last change.
     """
 
-    async def next_id(self) -> int:
-        """Draws a job id: growing, never used twice. Raises UnavailableError."""
+    async def next_id(self, tenant: str) -> int:
+        """Draws a job id of the tenant: growing, never used twice. Raises UnavailableError."""
         ...
 
     async def create(self, job: Job) -> int:
@@ -55,8 +55,14 @@ class JobStore(Protocol):
         """Removes a record; for jobs that never reached the queue."""
         ...
 
-    async def list_ids(self, tenant: str) -> list[int]:
-        """Ids of the tenant's records, newest first; some may have expired since."""
+    async def list_ids(
+        self, tenant: str, before: int = LAST_JOB_ID + 1, most: int = 100
+    ) -> list[int]:
+        """Returns up to `most` ids that the tenant drew below `before`, newest first.
+
+        An id may have no record, or none any more. The cost grows with `most`, and hardly with the
+        number of the tenant's jobs. Raises UnavailableError.
+        """
         ...
 
     async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,7 +23,7 @@ from img2img_server.lifecycle import first_of, unless_stopped
 from img2img_server.nats import faults
 from img2img_server.nats.access import NatsAccess
 from img2img_server.nats.faults import ConnectFault, WrongLastSequenceError, unavailable
-from img2img_server.nats.inbox import ReplyInbox
+from img2img_server.nats.inbox import Interrupted, ReplyInbox
 from img2img_server.nats.patched_client import DENIED, ResilientClient
 from img2img_server.settings import SettingsError
 
@@ -34,6 +35,7 @@ REPORT_SECONDS: Final = 5.0  # until the same reason is logged again
 # A stream whose leader died has a new one within 4 to 9 s (the election timeouts of NATS).
 ELECTION_SECONDS: Final = 12.0
 ELECTION_PAUSE_SECONDS: Final = 0.25
+NO_RESPONDERS: Final = "503"
 PENDING_BYTES: Final = 16 * 2**20  # what may wait to be sent
 
 T = TypeVar("T")
@@ -303,6 +305,31 @@ class NatsConnection:
             return await self.ask(lambda: self.js.get_last_msg(stream, subject))
         except nats.js.errors.NotFoundError:
             return None
+
+    async def sequences(self, stream: str, subject: str, start: int, most: int) -> list[int]:
+        """Returns the sequences of the subject's first messages from `start` on, up to `most`.
+
+        One request reads them all, from any replica of the stream. Raises UnavailableError.
+        """
+        request = json.dumps({"seq": start, "next_by_subj": subject, "batch": most}).encode()
+
+        async def call() -> list[int]:
+            inbox = await self.open_inbox()
+            found: list[int] = []
+            try:
+                await self.send(f"$JS.API.DIRECT.GET.{stream}", request, reply=inbox.subject)
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    while not (status := status_of(msg := await inbox.get())):
+                        found.append(int((msg.headers or {})["Nats-Sequence"]))
+            except Interrupted as error:
+                raise TimeoutError from error
+            finally:
+                await inbox.close()
+            if status == NO_RESPONDERS:
+                raise nats.errors.NoRespondersError
+            return found
+
+        return await self.ask(call)
 
     async def delete(self, stream: str, sequence: int) -> bool:
         """Deletes one message; False when there is none. Raises UnavailableError."""

@@ -29,6 +29,11 @@ class JetStreamEventLog:
             await writer.catch_up()
         return writer
 
+    async def last_sequence(self, job_id: int) -> int:
+        """Returns the number of the last event, 0 for an empty log. Raises UnavailableError."""
+        last = await self._link.last(subjects.EVENTS, subjects.events_filter(job_id))
+        return codec.decode_head(last.data or b"").sequence if last else 0
+
     @asynccontextmanager
     async def watch(
         self, job_id: int, after_sequence: int = 0

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Awaitable, Callable
+from typing import Final
 
-from img2img_server.domain.job import FIRST_JOB_ID, Job
+from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID, Job
 from img2img_server.interfaces.records import ConflictError, Stored, UnreadableError
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket
 
+_WINDOW_GROWTH: Final = 4
+
 
 class KvJobStore:
     """A JobStore on JetStream. Every method raises UnavailableError when the bus is down.
 
-    Records lie under `<tenant>.<id>`, idempotency keys under `<tenant>.<SHA-256 of the key>`.
+    Records lie under `<tenant>.<id>`, idempotency keys under `<tenant>.<SHA-256 of the key>`. The
+    stream that numbers jobs has an empty message for each job, by tenant: lists are read from it.
     Every write prolongs what the bucket keeps (topology.py), so the end of the job decides here.
     """
 
@@ -26,9 +31,9 @@ class KvJobStore:
         self._records = Bucket(link, subjects.RECORDS_BUCKET)
         self._requests = Bucket(link, subjects.REQUESTS_BUCKET)
 
-    async def next_id(self) -> int:
+    async def next_id(self, tenant: str) -> int:
         # The stream counts every message it ever had, also through restarts: no number comes twice.
-        drawn = await self._link.publish(subjects.IDS_SUBJECT, b"", repeatable=True)
+        drawn = await self._link.publish(subjects.ids_subject(tenant), b"", repeatable=True)
         return FIRST_JOB_ID - 1 + drawn.seq
 
     async def create(self, job: Job) -> int:
@@ -58,9 +63,18 @@ class KvJobStore:
     async def delete(self, tenant: str, job_id: int) -> None:
         await self._records.remove(_key(tenant, job_id))
 
-    async def list_ids(self, tenant: str) -> list[int]:
-        keys = await self._records.keys(f"{subjects.token(tenant)}.*")
-        return sorted((int(key.rpartition(".")[2]) for key in keys), reverse=True)
+    async def list_ids(
+        self, tenant: str, before: int = LAST_JOB_ID + 1, most: int = 100
+    ) -> list[int]:
+        async def read(start: int, most: int) -> list[int]:
+            subject = subjects.ids_subject(tenant)
+            return await self._link.sequences(subjects.IDS, subject, start, most)
+
+        last = await self._link.last(subjects.IDS, subjects.ids_subject(tenant))
+        if last is None:
+            return []
+        end = min(before - FIRST_JOB_ID, last.seq or 0) + 1
+        return [FIRST_JOB_ID - 1 + drawn for drawn in await newest(read, end, most)]
 
     async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:
         entry = await self._requests.get(_request_key(tenant, request_id))
@@ -75,6 +89,30 @@ class KvJobStore:
 
     async def release_request(self, tenant: str, request_id: str) -> None:
         await self._requests.remove(_request_key(tenant, request_id))
+
+
+async def newest(
+    read: Callable[[int, int], Awaitable[list[int]]], before: int, most: int
+) -> list[int]:
+    """Returns up to `most` numbers below `before`, highest first, from a stream that reads upwards.
+
+    Looks through windows below `before`, which grow until one holds more numbers than are read at
+    once, and from then on shrink: about the logarithm of `before` reads, whatever there is.
+
+    Args:
+        read: returns the first numbers from a start on, ascending: `read(start, most)`.
+    """
+    found: list[int] = []
+    width, growth = most, _WINDOW_GROWTH
+    while before > 1 and len(found) < most:
+        start = max(1, before - width)
+        numbers = [number for number in await read(start, most) if number < before]
+        if len(numbers) == most and before - start > most:  # the newest may lie behind them
+            width, growth = max(most, width // _WINDOW_GROWTH), 1
+            continue
+        found += reversed(numbers)
+        before, width = start, width * growth
+    return found[:most]
 
 
 def _key(tenant: str, job_id: int) -> str:

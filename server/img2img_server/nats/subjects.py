@@ -5,7 +5,7 @@ img2img.dead.<model>.<lane>.<tenant>     what can never work
 img2img.events.<job id>.log              a job's numbered events
 img2img.events.<job id>.preview.<sample> its newest preview
 img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
-img2img.ids                              one empty message a job id
+img2img.ids.<tenant>                     one empty message a job id
 img2img.control.cancel                   not stored
 img2img.control.order                    not stored
 img2img.control.streams                  between apis, not stored
@@ -34,7 +34,6 @@ RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 RATES_BUCKET: Final = "img2img-rates"
 DEFERRED_BUCKET: Final = "img2img-webhooks-put-off"  # times, by the message's place in WEBHOOKS
 
-IDS_SUBJECT: Final = "img2img.ids"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 COMMAND_SUBJECT: Final = "img2img.control.order"
 STREAMS_SUBJECT: Final = "img2img.control.streams"
@@ -75,6 +74,10 @@ def dead_subject(jobs_subject: str) -> str:
 
 def webhooks_subject(tenant: str) -> str:
     return f"img2img.webhooks.{token(tenant)}"
+
+
+def ids_subject(tenant: str) -> str:
+    return f"img2img.ids.{token(tenant)}"
 
 
 def log_subject(job_id: int) -> str:

@@ -35,6 +35,7 @@ NEEDED_PAYLOAD_BYTES: Final = 4_000_000
 HOUR: Final = 3600.0
 # The bucket keeps a record longer than it is shown: clocks differ, and the shown time counts.
 RECORD_MARGIN_SECONDS: Final = HOUR
+IDS_MARGIN_SECONDS: Final = 24 * HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
 RATES_SECONDS: Final = 120.0  # longer than the minute that is counted
@@ -108,10 +109,13 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         ),
         StreamConfig(
             name=subjects.IDS,
-            description="The sequence of the last message is the last job id drawn.",
-            subjects=[subjects.IDS_SUBJECT],
+            description="Job ids by tenant: the sequence of a message is a number of a job.",
+            # Without a tenant: apis of an older version, while they are replaced.
+            subjects=["img2img.ids", "img2img.ids.*"],
             retention=RetentionPolicy.LIMITS,
-            max_msgs=1,
+            # A job may wait for one retention and run before it is kept for another one.
+            max_age=2 * bounds.retention_seconds + IDS_MARGIN_SECONDS,
+            allow_direct=True,
             duplicate_window=REPEAT_SECONDS,
         ),
         _bucket(subjects.RECORDS_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),

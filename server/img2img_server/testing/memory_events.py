@@ -33,6 +33,10 @@ class MemoryEventLog:
     async def open(self, job_id: int, *, fresh: bool = False) -> _MemoryEventWriter:
         return _MemoryEventWriter(job_id, self._log(job_id), fresh)
 
+    async def last_sequence(self, job_id: int) -> int:
+        entries = self._log(job_id).entries
+        return entries[-1].sequence if entries else 0
+
     @asynccontextmanager
     async def watch(
         self, job_id: int, after_sequence: int = 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 
-from img2img_server.domain.job import FIRST_JOB_ID, Job
+from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID, Job
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.interfaces.records import ConflictError, Stored
 
@@ -17,12 +18,15 @@ class MemoryJobStore:
     def __init__(self, *, retention_seconds: float = 24 * 3600.0) -> None:
         self._retention_seconds = retention_seconds
         self._ids = itertools.count(FIRST_JOB_ID)
+        self._drawn: dict[str, list[int]] = {}  # ids by tenant, oldest first
         self._revisions = itertools.count(1)
         self._records: dict[tuple[str, int], Stored] = {}
         self._requests: dict[tuple[str, str], tuple[str, int]] = {}
 
-    async def next_id(self) -> int:
-        return next(self._ids)
+    async def next_id(self, tenant: str) -> int:
+        job_id = next(self._ids)
+        self._drawn.setdefault(tenant, []).append(job_id)
+        return job_id
 
     async def create(self, job: Job) -> int:
         if (job.tenant, job.id) in self._records:
@@ -49,8 +53,12 @@ class MemoryJobStore:
     async def delete(self, tenant: str, job_id: int) -> None:
         self._records.pop((tenant, job_id), None)
 
-    async def list_ids(self, tenant: str) -> list[int]:
-        return sorted((job_id for owner, job_id in self._records if owner == tenant), reverse=True)
+    async def list_ids(
+        self, tenant: str, before: int = LAST_JOB_ID + 1, most: int = 100
+    ) -> list[int]:
+        drawn = self._drawn.get(tenant, [])
+        end = bisect_left(drawn, before)
+        return drawn[max(0, end - most) : end][::-1]
 
     async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:
         return self._requests.get((tenant, request_id))

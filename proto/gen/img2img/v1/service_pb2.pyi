@@ -219,10 +219,12 @@ class ListJobsResponse(_message.Message):
     JOBS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """page_token of the next page; empty on the last page."""
+    """page_token of the next page; empty on the last page. Newer jobs do not change that page."""
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Job]:
-        """The jobs of this page, newest first. A page can have fewer jobs than page_size."""
+        """The jobs of this page, newest first. A page can have fewer jobs than page_size, or none, although
+        others follow: one call reads at most 100 jobs of the tenant, whatever their state.
+        """
 
     def __init__(
         self,
