@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Self
 
@@ -40,21 +40,35 @@ class JetStreamEventLog:
     ) -> AsyncIterator[AsyncIterator[Envelope]]:
         follower = Follower(self._link, subjects.EVENTS, subjects.events_filter(job_id))
         async with follower:
-            yield _Envelopes(follower, after_sequence)
+
+            async def read(_: int) -> Envelope | None:
+                return codec.decode_event(await anext(follower))
+
+            yield Envelopes(read, after_sequence)
 
 
-class _Envelopes:
-    # A class, not a generator: one that is cancelled while it waits can be asked again.
-    def __init__(self, follower: Follower, last_sequence: int) -> None:
-        self._follower = follower
-        self._last_sequence = last_sequence
+class Envelopes:
+    """Iterates over envelopes with rising numbers.
+
+    Unlike a generator it can be asked again after a wait that was cancelled.
+
+    Args:
+        read: Given the last number, returns a later envelope, or one to skip: an earlier or unknown
+            one.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Awaitable[Envelope | None]], after_sequence: int
+    ) -> None:
+        self._read = read
+        self._last_sequence = after_sequence
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Envelope:
         while True:
-            envelope = codec.decode_event(await anext(self._follower))
+            envelope = await self._read(self._last_sequence)
             if envelope is not None and envelope.sequence > self._last_sequence:
                 self._last_sequence = envelope.sequence
                 return envelope

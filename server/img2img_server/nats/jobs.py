@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Final
 
 import nats.js.errors
@@ -14,17 +12,15 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
 
 from img2img_server.domain.params import Lane
-from img2img_server.errors import QueueFullError, UnavailableError
+from img2img_server.errors import QueueFullError
 from img2img_server.interfaces.queue import Delivery, LaneLoad, QueuedJob
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import NatsConnection, status_of
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import SubjectFullError
-from img2img_server.nats.inbox import Interrupted, ReplyInbox
+from img2img_server.nats.pull import Puller
 
 MAX_ACK_PENDING: Final = 10_000  # jobs of one model and lane that workers may hold together
 INFO_SECONDS: Final = 0.2  # how old the numbers behind position and depth may be
-ANSWER_SECONDS: Final = 1.0  # how long the server may take to say that nothing came
-_NO_RESPONDERS: Final = "503"
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +73,8 @@ class JetStreamJobQueue:
         self._link = link
         self._limit = limit
         self._ack_wait_seconds = ack_wait_seconds
-        self._consumers: set[str] = set()
+        self._puller = Puller(link, subjects.JOBS)
         self._infos: dict[str, tuple[float, ConsumerInfo]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def ack_wait_seconds(self) -> float:
@@ -143,81 +138,9 @@ class JetStreamJobQueue:
     async def pull(
         self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
     ) -> list[Delivery]:
-        """Takes jobs. Raises UnavailableError when the bus is down.
-
-        Lane by lane it asks for what is there; when that is nothing, all lanes are asked to send
-        what comes. What still comes while the other lanes are called off is taken too, or handed
-        back when it is too much: nothing that was taken is left lying here.
-        """
-        for lane in lanes:
-            await self._ensure_consumer(model, lane)
-        inbox = await self._link.open_inbox(late=self._hand_back)
-        taken: list[Msg] = []
-        keep = 0
-        try:
-            with suppress(Interrupted):
-                await self._take(inbox, taken, model, lanes, most, timeout_seconds)
-            if len(taken) < most:
-                await inbox.close()
-                taken += _jobs(inbox.rest())
-            keep = most
-        finally:  # cancelled, perhaps: what was taken still goes to others at once
-            # A full hand does not wait for the rest to be called off.
-            leaving = asyncio.create_task(self._leave(inbox, taken[keep:]))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
-            if not keep:
-                await asyncio.shield(leaving)
-        return await self._deliveries(taken[:keep])
-
-    async def _leave(self, inbox: ReplyInbox, spare: list[Msg]) -> None:
-        """Stops listening and hands back what is too much."""
-        await inbox.close()
-        for msg in spare + _jobs(inbox.rest()):
-            await self._hand_back(msg)
-
-    async def _take(
-        self,
-        inbox: ReplyInbox,
-        taken: list[Msg],
-        model: str,
-        lanes: Sequence[Lane],
-        most: int,
-        timeout_seconds: float,
-    ) -> None:
-        for lane in lanes:
-            await self._ask(inbox, model, lane, {"batch": most, "no_wait": True})
-            await self._collect(inbox, taken, most, asked=1, seconds=ANSWER_SECONDS)
-            if taken:
-                return
-        expires = max(1, int(timeout_seconds * 1e9))
-        for lane in lanes:
-            await self._ask(inbox, model, lane, {"batch": most, "expires": expires})
-        seconds = timeout_seconds + ANSWER_SECONDS
-        await self._collect(inbox, taken, 1, asked=len(lanes), seconds=seconds)
-
-    async def _ask(
-        self, inbox: ReplyInbox, model: str, lane: Lane, request: dict[str, int]
-    ) -> None:
-        api = f"$JS.API.CONSUMER.MSG.NEXT.{subjects.JOBS}.{subjects.lane_consumer(model, lane)}"
-        await self._link.send(api, json.dumps(request).encode(), reply=inbox.subject)
-
-    async def _collect(
-        self, inbox: ReplyInbox, taken: list[Msg], most: int, *, asked: int, seconds: float
-    ) -> None:
-        """Takes messages until there are `most` or the server has ended all requests asked."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while len(taken) < most and asked:
-                    msg = await inbox.get()
-                    status = status_of(msg)
-                    if status == _NO_RESPONDERS:
-                        self._consumers.clear()  # they are gone; the next pull makes them anew
-                        raise UnavailableError
-                    if status:
-                        asked -= 1
-                    else:
-                        taken.append(msg)
+        """Takes up to `most` jobs, earlier lanes first. Raises UnavailableError."""
+        consumers = [self._consumer(model, lane) for lane in lanes]
+        return await self._deliveries(await self._puller.pull(consumers, most, timeout_seconds))
 
     async def _deliveries(self, taken: list[Msg]) -> list[Delivery]:
         deliveries: list[Delivery] = []
@@ -231,27 +154,12 @@ class JetStreamJobQueue:
                 deliveries.append(JetStreamDelivery(self._link, msg, job))
         return deliveries
 
-    async def _hand_back(self, msg: Msg) -> None:
-        with suppress(UnavailableError):
-            if not status_of(msg):
-                await self._link.send(msg.reply, Msg.Ack.Nak)
-
-    async def _ensure_consumer(self, model: str, lane: Lane) -> None:
-        name = subjects.lane_consumer(model, lane)
-        if name in self._consumers:
-            return
-        config = ConsumerConfig(
-            durable_name=name,
+    def _consumer(self, model: str, lane: Lane) -> ConsumerConfig:
+        return ConsumerConfig(
+            durable_name=subjects.lane_consumer(model, lane),
             filter_subject=subjects.lane_filter(model, lane),
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=self._ack_wait_seconds,
             max_deliver=-1,  # the worker bounds its attempts, and says why it gave up
             max_ack_pending=MAX_ACK_PENDING,
         )
-        await self._link.ask(lambda: self._link.js.add_consumer(subjects.JOBS, config))
-        self._consumers.add(name)
-
-
-def _jobs(messages: Sequence[Msg]) -> list[Msg]:
-    """Without the server's own words."""
-    return [msg for msg in messages if not status_of(msg)]

@@ -6,26 +6,21 @@ import asyncio
 import json
 import logging
 import uuid
-from contextlib import suppress
 from typing import Final
 
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from img2img_server.domain.job import Job
-from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook
 from img2img_server.nats import codec, subjects
-from img2img_server.nats.connection import NatsConnection, status_of
+from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import SubjectFullError
-from img2img_server.nats.inbox import Interrupted, ReplyInbox
 from img2img_server.nats.kv import Bucket
+from img2img_server.nats.pull import Puller
 
 # Longer than a delivery may take: an api that died in the middle of one leaves it for this long.
 ACK_WAIT_SECONDS: Final = 60.0
-ANSWER_SECONDS: Final = 1.0  # how long the server may take to say that nothing came
-_NEXT: Final = f"$JS.API.CONSUMER.MSG.NEXT.{subjects.WEBHOOKS}.{subjects.WEBHOOKS_CONSUMER}"
-_NO_RESPONDERS: Final = "503"
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +66,14 @@ class JetStreamWebhookOutbox:
 
     def __init__(self, link: NatsConnection, *, ack_wait_seconds: float = ACK_WAIT_SECONDS) -> None:
         self._link = link
-        self._ack_wait_seconds = ack_wait_seconds
-        self._has_consumer = False
+        self._puller = Puller(link, subjects.WEBHOOKS)
+        self._config = ConsumerConfig(
+            durable_name=subjects.WEBHOOKS_CONSUMER,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ack_wait_seconds,
+            max_deliver=-1,  # the dispatcher bounds the attempts
+            max_ack_pending=-1,  # webhooks that wait for their next attempt do not delay others
+        )
         self._deferred = Bucket(link, subjects.DEFERRED_BUCKET)
 
     async def put(self, job: Job, *, again: bool = False) -> None:
@@ -87,36 +88,7 @@ class JetStreamWebhookOutbox:
             raise OutboxFullError(job.tenant) from error
 
     async def pull(self, most: int, timeout_seconds: float) -> list[PendingWebhook]:
-        await self._ensure_consumer()
-        inbox = await self._link.open_inbox(late=self._hand_back)
-        taken: list[Msg] = []
-        complete = False
-        try:
-            await self._take(inbox, taken, most, timeout_seconds)
-            await inbox.close()  # this ends the request; what was sent until then is ours
-            complete = True
-        finally:  # cancelled, perhaps twice: what was taken still goes to others at once
-            try:
-                await inbox.close()
-            finally:
-                taken += inbox.rest()
-                for msg in [] if complete else taken:
-                    await self._hand_back(msg)
-        return await self._pending([msg for msg in taken if not status_of(msg)])
-
-    async def _take(
-        self, inbox: ReplyInbox, taken: list[Msg], most: int, timeout_seconds: float
-    ) -> None:
-        """Asks for up to `most` and returns at the first, or when the server has ended the wait."""
-        request = {"batch": most, "expires": max(1, int(timeout_seconds * 1e9))}
-        await self._link.send(_NEXT, json.dumps(request).encode(), reply=inbox.subject)
-        with suppress(Interrupted, TimeoutError):
-            async with asyncio.timeout(timeout_seconds + ANSWER_SECONDS):
-                msg = await inbox.get()
-                if status_of(msg) == _NO_RESPONDERS:
-                    self._has_consumer = False  # it is gone; the next pull makes it anew
-                    raise UnavailableError
-                taken.append(msg)
+        return await self._pending(await self._puller.pull([self._config], most, timeout_seconds))
 
     async def _pending(self, taken: list[Msg]) -> list[PendingWebhook]:
         pending: list[PendingWebhook] = []
@@ -135,24 +107,6 @@ class JetStreamWebhookOutbox:
             return 0
         entry = await self._deferred.get(_put_off_key(msg))
         return codec.decode(entry.value, int) if entry else 0
-
-    async def _hand_back(self, msg: Msg) -> None:
-        with suppress(UnavailableError):
-            if not status_of(msg):
-                await self._link.send(msg.reply, Msg.Ack.Nak)
-
-    async def _ensure_consumer(self) -> None:
-        if self._has_consumer:
-            return
-        config = ConsumerConfig(
-            durable_name=subjects.WEBHOOKS_CONSUMER,
-            ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=self._ack_wait_seconds,
-            max_deliver=-1,  # whoever delivers bounds the attempts
-            max_ack_pending=-1,  # what waits for its next attempt must not hold up the others
-        )
-        await self._link.ask(lambda: self._link.js.add_consumer(subjects.WEBHOOKS, config))
-        self._has_consumer = True
 
 
 def _put_off_key(msg: Msg) -> str:

@@ -6,10 +6,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Self
 
 from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
 from img2img_server.interfaces.queue import OwnershipLostError
+from img2img_server.nats.events import Envelopes
 from img2img_server.testing.notifier import Notifier
 
 
@@ -19,6 +19,15 @@ class _Log:
     # Counts what was not a preview; a writer that does not know the last count was overtaken.
     revision: int = 0
     bell: Notifier = field(default_factory=Notifier)
+
+    async def read(self, last_sequence: int) -> Envelope:
+        """Waits for the first entry after the last sequence."""
+        while True:
+            changed = self.bell.wait_handle()
+            for entry in self.entries:
+                if entry.sequence > last_sequence:
+                    return entry
+            await changed.wait()
 
 
 class MemoryEventLog:
@@ -41,26 +50,7 @@ class MemoryEventLog:
     async def watch(
         self, job_id: int, after_sequence: int = 0
     ) -> AsyncIterator[AsyncIterator[Envelope]]:
-        yield _Envelopes(self._log(job_id), after_sequence)
-
-
-class _Envelopes:
-    # A class, not a generator: one that is cancelled while it waits can be asked again.
-    def __init__(self, log: _Log, last_sequence: int) -> None:
-        self._log = log
-        self._last_sequence = last_sequence
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Envelope:
-        while True:
-            changed = self._log.bell.wait_handle()
-            for entry in self._log.entries:
-                if entry.sequence > self._last_sequence:
-                    self._last_sequence = entry.sequence
-                    return entry
-            await changed.wait()
+        yield Envelopes(self._log(job_id).read, after_sequence)
 
 
 class _MemoryEventWriter:
