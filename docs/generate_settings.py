@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import SecretStr
@@ -26,8 +26,7 @@ the last line on stderr holds all of them. Only whether a GPU is there is seen l
 was imported and before a model is loaded. An empty path means that no path is set. A name that
 begins with `IMG2IMG_` and is not listed here is a mistake. (`IMG2IMG_SERVER` and `IMG2IMG_API_KEY`
 belong to the client and may be set beside them.) Sizes are in bytes, times in the unit that ends
-the name. Without another bound a time is at most 31 days (`_HOURS`: 10 years), a size 2^53 and any
-other number 2^31 - 1. Files are regular files of at most 16 MiB, not pipes.
+the name. Files are regular files of at most 16 MiB, not pipes.
 """
 # A heading is a comment line of its own inside the class, a field follows it:
 #     # Addresses.
@@ -85,10 +84,9 @@ def sections(settings: type[BaseSettings]) -> dict[str, list[str]]:
 
 def kind(field: FieldInfo) -> str:
     """Type and range, for example "integer, from 0 to 65535" or "`auto`, `json` or `console`"."""
-    for rule in field.metadata:  # a pattern such as ^(auto|json|console)$ lists the choices
-        if choices := re.fullmatch(r"\^\(([\w|]+)\)\$", str(getattr(rule, "pattern", ""))):
-            *others, last = (f"`{choice}`" for choice in choices[1].split("|"))
-            return f"{', '.join(others)} or {last}"
+    if get_origin(field.annotation) is Literal:
+        *others, last = (f"`{choice}`" for choice in get_args(field.annotation))
+        return f"{', '.join(others)} or {last}"
     annotations = get_args(field.annotation) or (field.annotation,)
     name = next((NAMES[each] for each in annotations if each in NAMES), "text")
     bounds = [

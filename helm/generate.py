@@ -109,7 +109,7 @@ def needed(value: dict[str, Any], path: Path_, comments: Comments) -> dict[str, 
 def settings_schema() -> dict[str, Any]:
     """What may stand in `settings`: every setting that the chart does not make itself."""
     known = Settings.model_json_schema()["properties"]
-    kept = ("type", "minimum", "maximum", "exclusiveMinimum", "pattern", "description")
+    kept = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "pattern", "description")
     free = {
         PREFIX + name.upper(): {key: known[name][key] for key in kept if key in known[name]}
         for name in known

@@ -1,203 +1,177 @@
-"""Checks the text of settings. Reads no file and opens no connection.
+"""The types of settings that are more than a number or a text. Reads no file, opens no connection.
 
-Each function returns what is wrong, as the end of a sentence that begins with the setting's name,
-and an empty string where nothing is. No function repeats the text: it may hold a password.
+Each rule returns the text or raises ValueError with the end of a sentence that begins with the
+setting's name. No rule repeats the whole text: it may hold a password.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from ipaddress import IPv6Address, ip_address
-from typing import Final
-from urllib.parse import urlsplit
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Final
 
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_HOST_NAME = re.compile(rf"(?=.{{1,254}}$){_LABEL}(?:\.{_LABEL})*\.?")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_GRPC_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
-# By the last word of a setting's name: 31 days, 10 years, what JSON holds exactly.
-_MOST: Final = {"seconds": 2_678_400, "hours": 87_600, "bytes": 2**53}
-# Of the minio client, which refuses other names.
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_:]{1,61}[A-Za-z0-9]")
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from img2img_server.domain.urls import HOST_NAME, parse_url
+
+_GRPC_SCHEME: Final = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_:]{1,61}[A-Za-z0-9]")  # as minio has it
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
+_SIZE: Final = r"[1-9]\d{0,4}x[1-9]\d{0,4}\s*"
 
 
-def fault_of(name: str, text: str) -> str:
-    """Returns the fault in the text of the setting `name`."""
-    # In every text: a line break at the end of a secret file is the usual one.
-    if _CONTROL.search(text):
-        return "must not have line breaks or other control characters"
-    if name in _NO_SPACES and any(char.isspace() for char in text):
-        return "must not have spaces"
-    rule = RULES.get(name)
-    return rule(text) if rule else ""
+def _no_spaces(text: str) -> str:
+    if any(char.isspace() for char in text):
+        raise ValueError("must not have spaces")
+    return text
 
 
-def number_fault(name: str, value: float) -> str:
-    """Returns the fault of a number above its upper bound, which NATS, gRPC and timers have."""
-    most = _MOST.get(name.rpartition("_")[2], 2**31 - 1)
-    return f"must be at most {most}" if value > most else ""
+def _address(text: str) -> int:
+    """Returns the version of an IP address; 0 if it is none."""
+    try:
+        return ip_address(text.strip("[]").partition("%")[0]).version
+    except ValueError:
+        return 0
 
 
 def _is_host(text: str) -> bool:
-    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    try:
-        address = ip_address(bare.partition("%")[0])
-    except ValueError:
-        return bool(_HOST_NAME.fullmatch(text)) and not re.fullmatch(r"[0-9.]+", text)
-    return bare == text or isinstance(address, IPv6Address)
+    is_name = HOST_NAME.fullmatch(text.lower()) and not re.fullmatch(r"[0-9.]+", text)
+    return bool(is_name or _address(text))
 
 
-def _port_fault(text: str) -> str:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 65535:
-        return "has a port that is not a number from 1 to 65535"
-    return ""
-
-
-def _host_port_fault(text: str) -> str:
-    """Of "host", "host:port", "[IPv6]:port"."""
-    if text.count(":") > 1 and _is_address(text, 6):
-        return ""
-    match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(.*))?", text)
-    if not match:
-        return "" if _is_host(text) else "must name a host (write an IPv6 address as [::1]:port)"
-    if not _is_host(match[1]):
-        return "must name a host"
-    return "" if match[2] is None else _port_fault(match[2])
+def _check_host_port(text: str) -> None:
+    """Checks "host", "host:port", "[IPv6]:port"."""
+    if _address(text) != 6 and (
+        text.endswith(":") or not _is_host(parse_url(f"http://{text}").host)
+    ):
+        raise ValueError("must name a host and a port, such as api:50051 or [::1]:50051")
 
 
 def listen_host(text: str) -> str:
-    """An IP address of this machine, or a name of it."""
-    if _is_host(text):
-        return ""
-    return "must be an IP address or a host name without scheme and port, such as 127.0.0.1"
-
-
-def _url_fault(text: str, schemes: tuple[str, ...]) -> str:
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        return "is not a URL: its host or port is malformed"
-    if url.scheme not in schemes or not url.netloc:
-        return f"must be a URL that begins with {' or '.join(f'{name}://' for name in schemes)}"
-    if not _is_host(url.hostname or "") or port == 0:
-        return "is not a URL: its host or port is malformed"
-    return ""
+    """Accepts an IP address of this machine, or a name of it."""
+    if not _is_host(text):
+        example = "such as 127.0.0.1"
+        raise ValueError(f"must be an IP address or a host name without scheme and port, {example}")
+    return text
 
 
 def base_url(text: str) -> str:
-    """Accepts a URL that paths are appended to; may be empty."""
-    if not text:
-        return ""
-    if fault := _url_fault(text, ("http", "https")):
-        return fault
-    url = urlsplit(text)
-    if url.query or url.fragment or "@" in url.netloc:
-        return "must not have a user, a query or a fragment: paths are appended to it"
-    return ""
+    """Accepts a URL that paths are appended to, and an empty text."""
+    if text and parse_url(text) and ("?" in text or "#" in text):
+        raise ValueError("must not have a query or a fragment: paths are appended to it")
+    return text
 
 
 def s3_endpoint(text: str) -> str:
-    """Where an S3 server answers; may be empty for a role that uses none."""
-    if not text:
-        return ""
-    if fault := _url_fault(text, ("http", "https")):
-        return fault
-    url = urlsplit(text)
-    if "@" in url.netloc:
-        return "must not have keys; set IMG2IMG_S3_ACCESS_KEY and IMG2IMG_S3_SECRET_KEY"
-    if url.query or url.fragment:
-        return "must not have a query or a fragment"
-    if url.path.strip("/"):
-        return (
-            f"must not have a path ({url.path}): the path of a request is the bucket; give the "
-            "store a host name of its own"
+    """Accepts the address of an S3 server, and an empty text for a role that uses none."""
+    if text and (path := parse_url(text).target) != "/":
+        raise ValueError(
+            f"must not have a path or query ({path}): the path of a request is the bucket; give "
+            "the store a host name of its own"
         )
-    return ""
+    return text
 
 
 def bucket_name(text: str) -> str:
-    """A name that the S3 client takes."""
-    if _BUCKET.fullmatch(text) and ".." not in text:
-        return ""
-    return "must be the name of a bucket: 3 to 63 letters, digits, dots and hyphens"
+    """Accepts a name that the S3 client takes."""
+    if not _BUCKET.fullmatch(text) or ".." in text:
+        raise ValueError("must be the name of a bucket: 3 to 63 letters, digits, dots and hyphens")
+    return text
 
 
 def otlp_endpoint(text: str) -> str:
-    """May be empty."""
-    return _url_fault(text, ("http", "https")) if text else ""
+    """Accepts a URL and an empty text."""
+    if text:
+        parse_url(text)
+    return text
 
 
 def api_address(text: str) -> str:
-    """A gRPC target: host:port, or with one of gRPC's schemes."""
+    """Accepts a gRPC target: host:port, or with one of gRPC's schemes."""
     scheme = _GRPC_SCHEME.match(text)
     if not scheme:
-        if "://" in text or "/" in text:
-            return (
+        if "/" in text:
+            raise ValueError(
                 "must be a gRPC address without http://, such as api.internal:50051 or "
                 "dns:///api.internal:50051"
             )
-        return _host_port_fault(text)
+        _check_host_port(text)
+        return text
     rest = text[scheme.end() :]
+    target = re.sub(r"^//[^/]*/", "", rest)
     if scheme[1] == "dns":
-        return _host_port_fault(re.sub(r"^//[^/]*/", "", rest).lstrip("/"))
-    if scheme[1] in ("ipv4", "ipv6"):
-        for place in re.sub(r"^//[^/]*/", "", rest).split(","):
-            host, colon, port = place.rpartition(":")
-            if not colon or not _is_address(host, 4 if scheme[1] == "ipv4" else 6):
-                return f"must list addresses as {scheme[1]}:ADDRESS:PORT,ADDRESS:PORT"
-            if fault := _port_fault(port):
-                return fault
-        return ""
-    return "" if rest.strip("/") else "must name something after its scheme"
-
-
-def _is_address(text: str, version: int) -> bool:
-    try:
-        return ip_address(text.strip("[]").partition("%")[0]).version == version
-    except ValueError:
-        return False
+        _check_host_port(target.lstrip("/"))
+    elif scheme[1] in ("ipv4", "ipv6"):
+        for place in target.split(","):
+            host, colon, _ = place.rpartition(":")
+            if not colon or _address(host) != int(scheme[1][-1]):
+                raise ValueError(f"must list addresses as {scheme[1]}:ADDRESS:PORT,ADDRESS:PORT")
+            _check_host_port(place)
+    elif not rest.strip("/"):
+        raise ValueError("must name something after its scheme")
+    return text
 
 
 def lists_addresses(text: str) -> bool:
-    """Whether a gRPC target names more than one address by number."""
+    """Returns whether a gRPC target names more than one address by number."""
     return text.startswith(("ipv4:", "ipv6:")) and "," in text
 
 
 def origins(text: str) -> str:
-    """Origins of web pages, comma separated; may be empty."""
+    """Accepts origins of web pages, comma separated, and an empty text."""
     for origin in filter(None, (part.strip() for part in text.split(","))):
         if origin in ("*", "loopback", "null"):
             continue
         if not _ORIGIN.fullmatch(origin):
-            return (
+            raise ValueError(
                 f"has the entry {origin!r}: an origin is a scheme and a host in lower case, "
                 "without a path or a slash at the end, such as https://shop.example.com"
             )
         if "*" in origin:
-            return f"has the entry {origin!r}: `*` is only possible alone, for all origins"
-    return ""
+            raise ValueError(f"has the entry {origin!r}: `*` is only possible alone")
+    return text
 
 
 def sizes(text: str) -> str:
-    """Sizes of images, comma separated; may be empty."""
-    if re.fullmatch(r"\s*([1-9]\d{0,4}x[1-9]\d{0,4}\s*(,\s*[1-9]\d{0,4}x[1-9]\d{0,4}\s*)*)?", text):
-        return ""
-    return "must list sizes as WIDTHxHEIGHT, comma separated, such as 512x512, 768x512"
+    """Accepts sizes of images, comma separated, and an empty text."""
+    if not re.fullmatch(rf"\s*({_SIZE}(,\s*{_SIZE})*)?", text):
+        raise ValueError(
+            "must list sizes as WIDTHxHEIGHT, comma separated, such as 512x512, 768x512"
+        )
+    return text
 
 
-RULES: Final[Mapping[str, Callable[[str], str]]] = {
-    "grpc_host": listen_host,
-    "http_host": listen_host,
-    "metrics_host": listen_host,
-    "api_address": api_address,
-    "public_base_url": base_url,
-    "s3_endpoint_url": s3_endpoint,
-    "s3_bucket": bucket_name,
-    "otlp_endpoint": otlp_endpoint,
-    "cors_origins": origins,
-    "warm_up_sizes": sizes,
-}
-_NO_SPACES: Final = RULES.keys() - {"cors_origins", "warm_up_sizes"}
+def device(text: str) -> str:
+    """Accepts a device as torch names it, and auto."""
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", text):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _default_if_empty(default: str | None) -> BeforeValidator:
+    """Path("") would be the working directory."""
+
+    def check(value: Any) -> Any:
+        return default if isinstance(value, str) and not value.strip() else value
+
+    return BeforeValidator(check)
+
+
+_NO_SPACES: Final = AfterValidator(_no_spaces)
+ListenHost = Annotated[str, _NO_SPACES, AfterValidator(listen_host)]
+ApiAddress = Annotated[str, _NO_SPACES, AfterValidator(api_address)]
+BaseUrl = Annotated[str, _NO_SPACES, AfterValidator(base_url)]
+S3Endpoint = Annotated[str, _NO_SPACES, AfterValidator(s3_endpoint)]
+BucketName = Annotated[str, _NO_SPACES, AfterValidator(bucket_name)]
+OtlpEndpoint = Annotated[str, _NO_SPACES, AfterValidator(otlp_endpoint)]
+Origins = Annotated[str, AfterValidator(origins)]
+Sizes = Annotated[str, AfterValidator(sizes)]
+Device = Annotated[str, AfterValidator(device)]
+# Their upper bounds are those of sockets, NATS, gRPC, timers and JSON.
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(le=2**31 - 1)]
+Bytes = Annotated[int, Field(le=2**53)]
+Seconds = Annotated[float, Field(le=31 * 86_400)]
+OptionalPath = Annotated[Path | None, _default_if_empty(None)]
+StateDir = Annotated[Path, _default_if_empty(".img2img")]
