@@ -506,7 +506,8 @@ def _sentences(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
     if fault["type"] == "value_error":
         lines = str(fault["ctx"]["error"]).splitlines()
         return [f"{variable(name)}: {line}" for line in lines] if name else lines
-    sentence = f"{variable(name)}: {re.sub('^(Input|String|Value) should', 'must', fault['msg'])}"
+    message = fault["msg"].partition(", unable to")[0]
+    sentence = f"{variable(name)}: {re.sub('^(Input|String|Value) should', 'must', message)}"
     field = fields.get(name)
     if field is None or SecretStr in (get_args(field.annotation) or (field.annotation,)):
         return [sentence]

@@ -122,7 +122,7 @@ async def test_wrong_settings_end_a_role_at_once_with_all_of_them_in_the_last_li
         wrong: dict[str, dict[str, tuple[object, str]]] = {
             "api": {
                 "grpc_port": (port, taken),
-                "max_watchers": ("many", "must be a whole number, not 'many'"),
+                "max_watchers": ("many", "must be a valid integer, not 'many'"),
                 "tls_cert_file": (none, f"{none} cannot be read: No such file or directory"),
                 "tls_key_file": (none, f"{none} cannot be read: No such file or directory"),
                 "api_keys_file": (none, f"{none}: cannot be read: No such file or directory"),
@@ -130,12 +130,15 @@ async def test_wrong_settings_end_a_role_at_once_with_all_of_them_in_the_last_li
             "gateway": {"api_ca_file": (none, f"{none} cannot be read: No such file or directory")},
             "worker": {
                 "metrics_port": (port, taken),
-                "dtype": ("float8", "must be auto, float32, float16 or bfloat16, not 'float8'"),
+                "dtype": (
+                    "float8",
+                    "must be 'auto', 'float32', 'float16' or 'bfloat16', not 'float8'",
+                ),
                 "model": (none, f"there is no model at {none}"),
             },
             "local": {
                 "state_dir": ("/proc/none", "folder /proc is not writable: No such file"),
-                "log_level": ("x", "must be debug, info, warning or error, not 'x'"),
+                "log_level": ("x", "must be 'debug', 'info', 'warning' or 'error', not 'x'"),
             },
         }
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
