@@ -1,24 +1,33 @@
 """Checks the settings of a role before anything slow starts, and reports all mistakes at once.
 
-Here is what `Settings` cannot tell from the text: files, folders, keys and ports. A role is only
-checked for what it uses. Nothing here opens a connection to another machine.
+`Settings` checks their text; here are files, folders, keys and ports. Only the settings that a role
+uses are checked. No check opens a connection to another machine.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Final
 
+from img2img_server.api.keys import load_keys
+from img2img_server.certificates import pair_faults, trusted_fault
 from img2img_server.domain.params import Limits
+from img2img_server.engine.model_spec import ModelError, read_model_spec
+from img2img_server.engine.options import sizes
+from img2img_server.nats.access import NatsAccess
+from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import listeners, reserve
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError, variable
+from img2img_server.storage.s3_access import S3Access
+from img2img_server.storage.vault import Vault
+from img2img_server.webhooks.signature import Signer
+
+_CREDS_PARTS: Final = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
 
 
 def checked_settings(role: str, **overrides: object) -> Settings:
@@ -43,14 +52,15 @@ def mistakes_of(role: str, settings: Settings, skip: frozenset[str] = frozenset(
     Args:
         skip: settings that are known to be wrong.
     """
-    checks = _Checks(settings, skip)
-    for check in _OF_ROLE.get(role, ()):
+    checks = _Checks(role, settings, skip)
+    for check in _CHECKS.get(role, ()):
         check(checks)
     return list(dict.fromkeys(checks.mistakes))
 
 
 @dataclass
 class _Checks:
+    role: str
     settings: Settings
     skip: frozenset[str]
     mistakes: list[str] = field(default_factory=list)
@@ -58,39 +68,31 @@ class _Checks:
     def add(self, name: str, fault: str) -> None:
         self.mistakes.append(f"{variable(name)}: {fault}")
 
-    @contextmanager
-    def raised(self) -> Iterator[None]:
-        """Takes the mistakes of a SettingsError that the body raises."""
-        try:
-            yield
-        except SettingsError as error:
-            self.mistakes += error.mistakes
+    def run(self, check: Callable[[], object], *names: str) -> None:
+        """Collects the mistakes of a SettingsError, unless one of the settings is wrong already."""
+        if self.skip.isdisjoint(names):
+            try:
+                check()
+            except SettingsError as error:
+                self.mistakes += error.mistakes
+
+    def path(self, name: str) -> Path | None:
+        """Returns the path of a setting, None where it is not set or known to be wrong."""
+        found: Path | None = getattr(self.settings, name)
+        return None if name in self.skip else found
 
     def read(self, name: str) -> bytes | None:
-        """The content of the file that a setting names; None where there is none to look at."""
-        path: Path | None = getattr(self.settings, name)
-        if path is None or name in self.skip:
-            return None
-        try:
-            return read_bytes(path)
-        except OSError as error:
-            self.add(name, f"{path} cannot be read: {error.strerror or error}")
-            return None
-
-    def folder(self, name: str) -> None:
-        """A folder that must be there."""
-        path: Path | None = getattr(self.settings, name)
-        if path is None or name in self.skip:
-            return
-        try:
-            os.scandir(path).close()
-        except OSError as error:
-            self.add(name, f"folder {path} cannot be read: {error.strerror or error}")
+        """Returns the content of a setting's file, None where there is none."""
+        if path := self.path(name):
+            try:
+                return read_bytes(path)
+            except OSError as error:
+                self.add(name, f"{path} cannot be read: {error.strerror or error}")
+        return None
 
     def writable_folder(self, name: str) -> None:
-        """A folder that is there or can be made, and takes files. Makes nothing."""
-        path: Path | None = getattr(self.settings, name)
-        if path is None or name in self.skip:
+        """Checks a folder that exists or can be created. Creates nothing."""
+        if not (path := self.path(name)):
             return
         there = path.absolute()
         while not os.path.lexists(there) and there != there.parent:
@@ -102,81 +104,61 @@ class _Checks:
             made = "" if there == path.absolute() else f", so {path} cannot be made"
             self.add(name, f"folder {there} is not writable: {error.strerror or error}{made}")
 
+    def pair(self, *names: str) -> None:
+        """Checks a certificate and its key."""
+        if None not in [self.read(name) for name in names]:
+            certificate, key = paths = [getattr(self.settings, name) for name in names]
+            faults = pair_faults(certificate, key)
+            for name, path, fault in zip(names, paths, faults, strict=True):
+                if fault:
+                    self.add(name, f"{path} {fault}")
 
-def _ports(role: str, checks: _Checks) -> None:
-    wanted = [
-        listener
-        for listener in listeners(role, checks.settings)
-        if not {listener.host_setting, listener.port_setting} & checks.skip
-    ]
-    with checks.raised():
-        reserve(wanted)
-
-
-def _pair(checks: _Checks, cert_name: str, key_name: str) -> None:
-    """A certificate and its key."""
-    found = checks.read(cert_name), checks.read(key_name)
-    if None in found:
-        return
-    from img2img_server.certificates import pair_faults
-
-    names = cert_name, key_name
-    paths = [getattr(checks.settings, name) for name in names]
-    for name, path, fault in zip(names, paths, pair_faults(*paths), strict=True):
-        if fault:
-            checks.add(name, f"{path} {fault}")
+    def trusted(self, name: str) -> None:
+        """Checks certificates to trust."""
+        content = self.read(name)
+        if content is not None and (fault := trusted_fault(content)):
+            self.add(name, f"{getattr(self.settings, name)} {fault}")
 
 
-def _trusted(checks: _Checks, name: str) -> None:
-    """Certificates to trust."""
-    content = checks.read(name)
-    if content is None:
-        return
-    from img2img_server.certificates import trusted_fault
+def _ports(checks: _Checks) -> None:
+    found = listeners(checks.role, checks.settings)
+    wanted = [each for each in found if not {each.host_setting, each.port_setting} & checks.skip]
+    checks.run(lambda: reserve(wanted))
 
-    if fault := trusted_fault(content):
-        checks.add(name, f"{getattr(checks.settings, name)} {fault}")
+
+def _state(checks: _Checks) -> None:
+    checks.writable_folder("state_dir")
 
 
 def _trust_bundle(checks: _Checks) -> None:
-    """The authorities that OpenSSL trusts: it ignores a file that it cannot read."""
-    if not (named := os.environ.get("SSL_CERT_FILE")):
-        return
-    from img2img_server.certificates import trusted_fault
-
-    try:
-        fault = trusted_fault(read_bytes(Path(named)))
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror or error}"
-    if fault:
-        checks.mistakes.append(f"SSL_CERT_FILE: {named} {fault}")
+    """Checks the authorities that OpenSSL trusts: it ignores a file that it cannot read."""
+    if named := os.environ.get("SSL_CERT_FILE"):
+        try:
+            fault = trusted_fault(read_bytes(Path(named)))
+        except OSError as error:
+            fault = f"cannot be read: {error.strerror or error}"
+        if fault:
+            checks.mistakes.append(f"SSL_CERT_FILE: {named} {fault}")
 
 
 def _tls(checks: _Checks) -> None:
-    _pair(checks, "tls_cert_file", "tls_key_file")
+    checks.pair("tls_cert_file", "tls_key_file")
 
 
 def _api_ca(checks: _Checks) -> None:
-    _trusted(checks, "api_ca_file")
-
-
-def _local_tls(checks: _Checks) -> None:
+    checks.trusted("api_ca_file")
     settings = checks.settings
-    if settings.tls_cert_file and not settings.api_ca_file and "api_ca_file" not in checks.skip:
-        checks.add(
-            "api_ca_file",
-            "is not set; the gateway of `local` needs it where IMG2IMG_TLS_CERT_FILE is set",
-        )
+    if checks.role == "local" and settings.tls_cert_file and not settings.api_ca_file:
+        fault = "is not set; the gateway of `local` needs it where IMG2IMG_TLS_CERT_FILE is set"
+        checks.run(lambda: checks.add("api_ca_file", fault), "api_ca_file")
 
 
 def _s3(checks: _Checks) -> None:
     if not checks.settings.s3_endpoint_url:
         checks.add("s3_endpoint_url", "must name an S3 server, such as http://127.0.0.1:8333")
-    elif not checks.skip & {"s3_endpoint_url", "s3_region", "s3_bucket"}:
-        from img2img_server.storage.s3_access import S3Access
-
-        with checks.raised():
-            S3Access.from_settings(checks.settings)
+    else:
+        names = "s3_endpoint_url", "s3_region", "s3_bucket"
+        checks.run(lambda: S3Access.from_settings(checks.settings), *names)
 
 
 def _api_s3(checks: _Checks) -> None:
@@ -186,81 +168,59 @@ def _api_s3(checks: _Checks) -> None:
 
 def _nats(checks: _Checks) -> None:
     before = len(checks.mistakes)
-    _pair(checks, "nats_cert_file", "nats_key_file")
-    _trusted(checks, "nats_ca_file")
+    checks.pair("nats_cert_file", "nats_key_file")
+    checks.trusted("nats_ca_file")
     content = checks.read("nats_creds_file")
-    parts = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
-    if content is not None and (missing := [part for part in parts if part not in content]):
+    if content is not None and (missing := [part for part in _CREDS_PARTS if part not in content]):
         named = " and no ".join(part.decode() for part in missing)
         path = checks.settings.nats_creds_file
         checks.add("nats_creds_file", f"{path} is no NATS credentials file: it has no {named}")
-    if checks.skip & {"nats_url", "nats_user", "nats_password", "nats_token"}:
-        return
-    from img2img_server.nats.access import NatsAccess
 
-    with checks.raised():
-        access = NatsAccess.from_settings(checks.settings)
+    def access() -> None:
+        found = NatsAccess.from_settings(checks.settings)
         if len(checks.mistakes) == before:
-            access.tls  # noqa: B018 - reads the files as a connection does
+            found.tls  # noqa: B018 - reads the files as a connection does
+
+    checks.run(access, "nats_url", "nats_user", "nats_password", "nats_token")
 
 
 def _storage_keys(checks: _Checks) -> None:
-    if checks.settings.storage_keys.get_secret_value():
-        from img2img_server.storage.vault import Vault
-
-        with checks.raised():
-            Vault(checks.settings.storage_keys.get_secret_value())
+    checks.run(lambda: Vault(checks.settings.storage_keys.get_secret_value()))
 
 
 def _webhook_secret(checks: _Checks) -> None:
-    if checks.settings.webhook_secret.get_secret_value():
-        from img2img_server.webhooks.signature import Signer
-
-        with checks.raised():
-            Signer(checks.settings.webhook_secret.get_secret_value())
+    checks.run(lambda: Signer(checks.settings.webhook_secret.get_secret_value()))
 
 
 def _outbound_allow(checks: _Checks) -> None:
-    if checks.settings.outbound_allow:
-        from img2img_server.outbound.policy import OutboundPolicy
-
-        with checks.raised():
-            OutboundPolicy.parse(checks.settings.outbound_allow)
+    checks.run(lambda: OutboundPolicy.parse(checks.settings.outbound_allow))
 
 
 def _api_keys(checks: _Checks) -> None:
-    """The keys file, and that nothing listens beyond loopback without one."""
-    from img2img_server.api.keys import load_keys
-
-    if not {"api_keys_file", "dev_key", "grpc_host"} & checks.skip:
-        with checks.raised():
-            load_keys(checks.settings)
+    """Checks the keys file, and that the api does not listen beyond loopback without one."""
+    checks.run(lambda: load_keys(checks.settings), "api_keys_file", "dev_key", "grpc_host")
 
 
 def _http_dev_key(checks: _Checks) -> None:
-    if not {"api_keys_file", "dev_key", "http_host"} & checks.skip:
-        with checks.raised():
-            checks.settings.refuse_open_dev_key(checks.settings.http_host)
+    settings = checks.settings
+    refuse = settings.refuse_open_dev_key
+    checks.run(lambda: refuse(settings.http_host), "api_keys_file", "dev_key", "http_host")
 
 
 def _local_keys(checks: _Checks) -> None:
     """Checks the API keys of `local`, which has the development key if no file is configured."""
-    if "api_keys_file" in checks.skip:
-        return
-    ours = checks.settings.model_copy(update={"dev_key": checks.settings.api_keys_file is None})
-    others = _Checks(ours, checks.skip)
-    _api_keys(others)
-    _http_dev_key(others)
-    checks.mistakes += others.mistakes
+    if "api_keys_file" not in checks.skip:
+        dev_key = checks.settings.api_keys_file is None
+        ours = checks.settings.model_copy(update={"dev_key": dev_key})
+        others = _Checks(checks.role, ours, checks.skip, checks.mistakes)
+        _api_keys(others)
+        _http_dev_key(others)
 
 
 def _model(checks: _Checks) -> None:
     settings = checks.settings
     if "model" in checks.skip:
         return
-    from img2img_server.engine.model_spec import ModelError, read_model_spec
-    from img2img_server.engine.options import sizes
-
     try:
         spec = read_model_spec(settings.model)
     except (ModelError, ValueError) as error:
@@ -276,67 +236,44 @@ def _model(checks: _Checks) -> None:
         if max(height, width) > (most := Limits().max_side_pixels):
             checks.add("warm_up_sizes", f"{width}x{height}: requests have sides of at most {most}")
     folder = Path(spec.source)
-    if (
-        settings.safety_checker == "model"
-        and folder.is_dir()
-        and not (folder / "safety_checker" / "config.json").is_file()
-    ):
+    lacking = folder.is_dir() and not (folder / "safety_checker" / "config.json").is_file()
+    if settings.safety_checker == "model" and lacking:
         checks.add("safety_checker", f"is model, but {folder} has no folder safety_checker")
 
 
 def _model_folders(checks: _Checks) -> None:
-    settings = checks.settings
-    checks.folder("lora_dir")
+    if path := checks.path("lora_dir"):
+        try:
+            os.scandir(path).close()
+        except OSError as error:
+            checks.add("lora_dir", f"folder {path} cannot be read: {error.strerror or error}")
     checks.writable_folder("compile_cache_dir")
-    source = settings.tiny_vae
-    if "tiny_vae" in checks.skip or not source or not _looks_like_a_path(source):
-        return  # a hub id is left to the libraries
-    if not (Path(source) / "config.json").is_file():
-        checks.add("tiny_vae", f"{source} has no config.json, so it is no autoencoder")
+    source = checks.settings.tiny_vae
+    # A hub id, owner/name, is left to the libraries.
+    is_path = Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if source and is_path and not (Path(source) / "config.json").is_file():
+        fault = f"{source} has no config.json, so it is no autoencoder"
+        checks.run(lambda: checks.add("tiny_vae", fault), "tiny_vae")
 
 
 def _device_too(checks: _Checks) -> None:
-    """Says with a wrong dtype that the device is not there, and the other way round. Only then is
-    torch imported here; the worker looks at the device before it loads anything else."""
-    settings = checks.settings
-    if "dtype" not in checks.skip or not settings.device.startswith("cuda"):
-        return
-    from img2img_server.engine.device import choose_device
+    """Reports a missing device together with a wrong dtype. Only then is torch imported here; the
+    worker checks the device before it loads anything else."""
+    if "dtype" in checks.skip and checks.settings.device.startswith("cuda"):
+        from img2img_server.engine.device import choose_device
 
-    with checks.raised():
-        choose_device(settings.device)
-
-
-def _looks_like_a_path(source: str) -> bool:
-    """Whether a model is a folder rather than a hub id, owner/name."""
-    return Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
-
-
-def _state(checks: _Checks) -> None:
-    checks.writable_folder("state_dir")
+        checks.run(lambda: choose_device(checks.settings.device))
 
 
 _Check = Callable[[_Checks], None]
-_BUS: Final[tuple[_Check, ...]] = (_nats, _trust_bundle, _storage_keys)
-_API: Final[tuple[_Check, ...]] = (_tls, _api_keys, _webhook_secret, _outbound_allow, _api_s3)
-_GATEWAY: Final[tuple[_Check, ...]] = (_http_dev_key, _api_ca, _trust_bundle, _s3)
-_WORKER: Final[tuple[_Check, ...]] = (_s3, _outbound_allow, _model, _model_folders, _device_too)
-_OF_ROLE: Final[dict[str, Iterable[_Check]]] = {
-    "api": (partial(_ports, "api"), *_BUS, *_API),
-    "gateway": (partial(_ports, "gateway"), *_GATEWAY),
-    "worker": (partial(_ports, "worker"), *_BUS, *_WORKER),
+_NATS: Final = (_nats, _trust_bundle, _storage_keys)
+_MODEL: Final = (_model, _model_folders, _device_too)
+_CHECKS: Final[dict[str, tuple[_Check, ...]]] = {
+    "api": (_ports, *_NATS, _tls, _api_keys, _webhook_secret, _outbound_allow, _api_s3),
+    "gateway": (_ports, _http_dev_key, _api_ca, _trust_bundle, _s3),
+    "worker": (_ports, *_NATS, _s3, _outbound_allow, *_MODEL),
     "local": (
-        _state,
-        partial(_ports, "local"),
-        _storage_keys,
-        _tls,
-        _local_keys,
-        _webhook_secret,
-        _outbound_allow,
-        _api_ca,
-        _model,
-        _model_folders,
-        _local_tls,
-        _device_too,
+        *(_state, _ports, _storage_keys, _tls, _local_keys, _webhook_secret, _outbound_allow),
+        *(_api_ca, *_MODEL),
     ),
 }
