@@ -553,8 +553,7 @@ def test_no_text_breaks_a_rule(text: str) -> None:
 def accepts(rule: Callable[[str], str], text: str) -> bool:
     try:
         return rule(text) == text
-    except ValueError as error:
-        assert str(error)
+    except ValueError:
         return False
 
 
