@@ -1,7 +1,7 @@
-"""Makes the pictures of the README with a running service: `make serve`, then run this.
+"""Makes the images of the README with a running service: `make serve`, then run this.
 
-after.jpg is what `make demo` makes; looks.jpg shows one photo in several looks, each named only by
-its prompt.
+after.jpg is the result of `make demo`; styles.jpg shows one photo in several styles, each named
+only by its prompt.
 """
 
 import io
@@ -14,7 +14,7 @@ from img2img_client import Client
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images"
 DEMO = "an oil painting of a cat"
-LOOKS = (
+STYLES = (
     "a watercolour",
     "a pencil sketch",
     "a comic",
@@ -22,33 +22,33 @@ LOOKS = (
     "stained glass",
     "neon at night",
 )
-SIDE = 256  # pixels of one picture in looks.jpg
+SIDE = 256  # pixels of one image in styles.jpg
 
 
 def main() -> None:
-    """Writes both pictures."""
+    """Writes both files."""
     OUT.mkdir(exist_ok=True)
     with Client(api_key="dev-key") as client:
-        save(make(client, DEMO, "cat.jpg"), "after.jpg")
+        save(generate(client, DEMO, "cat.jpg"), "after.jpg")
         strip = Image.new("RGB", (SIDE * 3, SIDE * 2))
-        for number, look in enumerate(LOOKS):
-            picture = make(client, look, "coffee.jpg").resize(
+        for number, style in enumerate(STYLES):
+            image = generate(client, style, "coffee.jpg").resize(
                 (SIDE, SIDE), Image.Resampling.LANCZOS
             )
-            strip.paste(picture, (number % 3 * SIDE, number // 3 * SIDE))
-        save(strip, "looks.jpg")
+            strip.paste(image, (number % 3 * SIDE, number // 3 * SIDE))
+        save(strip, "styles.jpg")
 
 
-def make(client: Client, prompt: str, photo: str) -> Image.Image:
-    """One picture of the example photo."""
+def generate(client: Client, prompt: str, photo: str) -> Image.Image:
+    """Returns an image made of the example photo."""
     path = ROOT / "examples" / photo
     result = client.generate(prompt, path, strength=0.7, seed=1)
     return Image.open(io.BytesIO(result.images[0].data)).convert("RGB")
 
 
-def save(picture: Image.Image, name: str) -> None:
-    """JPEG, so that the repository stays small."""
-    picture.save(OUT / name, quality=90, subsampling=0)
+def save(image: Image.Image, name: str) -> None:
+    """Writes a JPEG file, which keeps the repository small."""
+    image.save(OUT / name, quality=90, subsampling=0)
 
 
 if __name__ == "__main__":
