@@ -9,19 +9,27 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 import trustme
 
+from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.server import serve
-from img2img_server.gateway.upstream import Upstream, connect
+from img2img_server.gateway.upstream import connect
 from img2img_server.gateway.v1 import events as event_streams
 from img2img_server.settings import SettingsError
 from img2img_server.testing.bus import memory_bus
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import ENTERPRISE, body, served_gateway
 from tests.stack import Stack, running_api, settings
 
 KEY = {"Authorization": "Bearer dev-key"}
 SECONDS = 20.0
+
+
+async def api_trouble(channel: grpc.aio.Channel) -> str:
+    """Returns what a gateway with this channel says of its api."""
+    return await Readiness(channel, MemoryBlobStore(), asyncio.Event()).api_trouble()
 
 
 async def lines_until(lines: AsyncIterator[str], wanted: str) -> list[str]:
@@ -145,21 +153,21 @@ async def test_the_gateway_talks_tls_to_an_api_that_has_it(tmp_path: Path) -> No
         ):
             trusting = settings(api_address=api.address, api_ca_file=trusted)
             async with connect(trusting) as channel:
-                trouble = await Upstream(channel).trouble()
+                trouble = await api_trouble(channel)
             assert hint in trouble
             assert bool(hint) == bool(trouble)
             assert "127.0.0.1" not in trouble, "callers need not know where the api is"
     async with running_api(memory_bus(), settings()) as plain:
         trusting = settings(api_address=plain.address, api_ca_file=roots)
         async with connect(trusting) as channel:
-            assert "the api has no TLS" in await Upstream(channel).trouble()
+            assert "the api has no TLS" in await api_trouble(channel)
     elsewhere = authority.issue_cert("api.internal")
     elsewhere.cert_chain_pems[0].write_to_path(str(chain))
     elsewhere.private_key_pem.write_to_path(str(private))
     async with running_api(memory_bus(), config) as api:
         trusting = settings(api_address=api.address, api_ca_file=roots)
         async with connect(trusting) as channel:
-            trouble = await Upstream(channel).trouble()
+            trouble = await api_trouble(channel)
     assert "has no name that IMG2IMG_API_ADDRESS names" in trouble
 
 

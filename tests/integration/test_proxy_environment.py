@@ -10,8 +10,9 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.server import serve
-from img2img_server.gateway.upstream import Upstream, connect
+from img2img_server.gateway.upstream import connect
 from img2img_server.nats.bus import connect_bus
 from img2img_server.settings import Settings
 from img2img_server.storage.s3_blobs import connect_blobs
@@ -45,7 +46,8 @@ async def test_the_gateway_reaches_the_api_directly_unless_asked_to_use_the_prox
             monkeypatch.setenv(spelling(name), proxy)
         config = settings(api_address=stack.api.address, use_proxy_environment=use)
         async with connect(config) as channel:
-            trouble = await Upstream(channel).trouble()
+            readiness = Readiness(channel, MemoryBlobStore(), asyncio.Event())
+            trouble = await readiness.api_trouble()
     obeyed = use and spelling is str.lower  # gRPC knows the lower case ones only
     assert (trouble.partition(":")[0], sorted(set(asked))) == (
         ("UNAVAILABLE", [f"CONNECT {stack.api.address} HTTP/1.1"]) if obeyed else ("", [])

@@ -16,14 +16,13 @@ from img2img_server.gateway.http.cors import Cors
 from img2img_server.gateway.http.files import Files, is_file_path, missing
 from img2img_server.gateway.http.limits import Refuse, RequestLimits
 from img2img_server.gateway.http.middleware import AccessLog, NormalizePath
-from img2img_server.gateway.index import add_index
 from img2img_server.gateway.modelslab.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.management import Management
 from img2img_server.gateway.modelslab.response_formats import Current, Legacy, ResponseFormat
 from img2img_server.gateway.modelslab.storage import Storage
 from img2img_server.gateway.openapi import document
-from img2img_server.gateway.playground.page import add_playground
+from img2img_server.gateway.playground.page import add_root
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.gateway.v1.calls import Calls
@@ -80,8 +79,7 @@ def create_app(
     _add_events(app, EventStreams(upstream, stop))
     _add_probes(app, readiness or Readiness(channel, blobs, stop))
     add_docs(app, settings)
-    add_playground(app, settings)
-    add_index(app, settings)
+    add_root(app, settings)
     return app
 
 

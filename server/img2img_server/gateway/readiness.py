@@ -1,39 +1,53 @@
-"""Whether the gateway may get traffic; the probe port answers the same, the missing model apart."""
+"""Checks whether the gateway can serve requests, for /readyz and the probe port."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import Final
 
 import grpc
 import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from img2img_server.gateway.http.files import Files
-from img2img_server.gateway.upstream import Upstream
+from img2img_server.compat.modelslab import call_names
+from img2img_server.errors import StorageError
+from img2img_server.gateway.upstream import SERVICE
 from img2img_server.storage.interface import BlobStore
 
 WATCH_SECONDS: Final = 2.0
 START_SECONDS: Final = 4.0  # of roles that start together, one is ready before the other
+_CHECK_SECONDS: Final = 2.0
+_SERVING: Final = health_pb2.HealthCheckResponse.SERVING
+_STATUS_NAME: Final = health_pb2.HealthCheckResponse.ServingStatus.Name
+# Parts of gRPC's messages about failed connections, and their usual causes.
+_CAUSES: Final = {
+    "Hostname Verification": "the api's certificate has no name that IMG2IMG_API_ADDRESS names",
+    "CERTIFICATE_VERIFY_FAILED": "IMG2IMG_API_CA_FILE does not hold what signed the api's "
+    "certificate",
+    "WRONG_VERSION_NUMBER": "the api has no TLS, so IMG2IMG_API_CA_FILE must be unset",
+    "Socket closed": "it may have TLS, which needs IMG2IMG_API_CA_FILE here",
+    "Deadline Exceeded": f"no answer in {_CHECK_SECONDS:g} s",
+}
 log = structlog.get_logger()
 
 
 class Readiness:
-    """Asks the api, also whether a worker has ever announced a model, and the bucket, each for two
-    seconds at most, and logs when they begin or cease to answer."""
+    """Checks the api, the models and the bucket, and logs when one begins or ceases to be ready."""
 
     def __init__(self, channel: grpc.aio.Channel, blobs: BlobStore, stop: asyncio.Event) -> None:
-        self._upstream = Upstream(channel)
-        self._files = Files(blobs)
+        self._health = health_pb2_grpc.HealthStub(channel)
+        self._blobs = blobs
         self._stop = stop
-        self._logged: dict[str, str] = {}  # the last trouble that was logged, by part
-        self._answered: set[str] = set()
-        self._until = time.monotonic() + START_SECONDS
+        self._logged: dict[str, str] = {}  # the last reason that was logged, by part
+        self._were_ready: set[str] = set()
+        self._quiet_until = time.monotonic() + START_SECONDS
 
     async def troubles(self) -> dict[str, str]:
-        """Returns why requests cannot be served, by part; empty: they can."""
+        """Returns why requests cannot be served, by part. Empty: they can be."""
         api, model, bucket = await asyncio.gather(
-            self._upstream.trouble(), self._upstream.model_trouble(), self._files.trouble()
+            self.api_trouble(), self._model_trouble(), self._bucket_trouble()
         )
         self._note("api", api)
         self._note("bucket", bucket)
@@ -41,34 +55,72 @@ class Readiness:
             self._note("model", model)
         gateway = "stopping" if self._stop.is_set() else ""
         troubles = {"api": api, "model": "" if api else model, "bucket": bucket, "gateway": gateway}
-        return {name: trouble for name, trouble in troubles.items() if trouble}
+        return {part: why for part, why in troubles.items() if why}
 
     async def why_not(self) -> str:
-        """Returns why the role cannot do its part, in a sentence; empty: it can.
+        """Returns why the gateway is not ready, in one sentence. Empty: it is ready.
 
-        A missing model is left out: whoever starts one role after the other waits for this answer,
-        and starts the workers last.
+        Leaves out a missing model: workers are often started only after the gateway is ready.
         """
         troubles = await self.troubles()
         return "; ".join(f"{part}: {why}" for part, why in troubles.items() if part != "model")
 
     async def watch(self) -> None:
-        """Looks every two seconds, so that the log tells also where nobody asks for readiness."""
+        """Checks every two seconds, so that the log tells of changes even if nothing probes."""
         while True:
             await self.troubles()
             await asyncio.sleep(WATCH_SECONDS)
 
-    def _note(self, part: str, trouble: str) -> None:
-        if not trouble:
-            self._answered.add(part)
-        if trouble == self._logged.get(part, "") or self._stop.is_set():
+    async def api_trouble(self) -> str:
+        """Returns why the api cannot be used, without its address. Empty: it can be."""
+        try:
+            status = await self._status(SERVICE)
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {_reason(error.details() or '')}"
+        return "" if status == _SERVING else _STATUS_NAME(status)
+
+    async def _model_trouble(self) -> str:
+        try:
+            status = await self._status(call_names.MODELS_SERVICE)
+        except grpc.aio.AioRpcError:  # also of an api of an older version, which does not tell
+            return ""
+        return "" if status == _SERVING else "none announced yet"
+
+    async def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return (await self._health.Check(request, timeout=_CHECK_SECONDS)).status
+
+    async def _bucket_trouble(self) -> str:
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                await self._blobs.prove_readable()
+        except TimeoutError:
+            return "no answer in time"
+        except StorageError as error:
+            return str(error)
+        return ""
+
+    def _note(self, part: str, why: str) -> None:
+        if not why:
+            self._were_ready.add(part)
+        if why == self._logged.get(part, "") or self._stop.is_set():
             return
-        if trouble and part not in self._answered and time.monotonic() < self._until:
+        if why and part not in self._were_ready and time.monotonic() < self._quiet_until:
             return
-        self._logged[part] = trouble
-        if trouble and part == "model":
-            log.info("model_unavailable", reason=trouble)  # of every start: models load slowly
-        elif trouble:
-            log.warning(f"{part}_unavailable", reason=trouble)
-        else:
+        self._logged[part] = why
+        if not why:
             log.info(f"{part}_available")
+        elif part == "model":
+            log.info("model_unavailable", reason=why)  # at every start: models load slowly
+        else:
+            log.warning(f"{part}_unavailable", reason=why)
+
+
+def _reason(details: str) -> str:
+    """Returns the last error of a connection and its usual cause, without the api's address."""
+    text = details.rpartition("last error: ")[2]
+    text = re.sub(r"\b(?:ipv[46]|unix):\S+: ", "", text).removeprefix("UNKNOWN: ")
+    text = re.sub(r"(DNS resolution failed) for \S+:", r"\1:", text)
+    cause = next((cause for part, cause in _CAUSES.items() if part in text), "")
+    text = text.removesuffix(": OK").rstrip(".")
+    return f"{text} ({cause})" if cause else text or "no reason given"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 
@@ -28,7 +27,7 @@ log = structlog.get_logger()
 async def serve_gateway(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
-    """Serves until `stop` is set. `started` is called with the address, "host:port"."""
+    """Serves until `stop` is set. Calls `started` with the address, "host:port"."""
     async with connect_blobs(settings) as blobs:
         await unless_stopped(stop, blobs.start_reading(settings.startup_timeout_seconds))
         await serve(settings, blobs, stop, started)
@@ -40,24 +39,29 @@ async def serve(
     stop: asyncio.Event,
     started: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves on a store that exists already; the order of stopping stands at the end."""
+    """Serves files from an existing store. Raises SettingsError if the address is taken.
+
+    `stop` ends waiting requests and event streams. Then no new connections are accepted, and the
+    other requests finish.
+    """
     settings.refuse_open_dev_key(settings.http_host)
-    listener = _listen(settings)
-    address = host_port(settings.http_host, listener.getsockname()[1])
-    async with AsyncExitStack() as open_parts:
-        channel = await open_parts.enter_async_context(connect(settings))
+    (listener, *_) = listeners("gateway", settings)
+    opened = listener.open()
+    opened.setblocking(False)
+    address = host_port(settings.http_host, opened.getsockname()[1])
+    async with AsyncExitStack() as stack:
+        channel = await stack.enter_async_context(connect(settings))
         readiness = Readiness(channel, blobs, stop)
-        probes = await open_parts.enter_async_context(probe_server(settings, readiness.why_not))
+        probes = await stack.enter_async_context(probe_server(settings, readiness.why_not))
         app = create_app(settings, channel, blobs, stop, readiness)
         server = _Server(_config(app, settings))
-        await open_parts.enter_async_context(background_task(readiness.watch()))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await stack.enter_async_context(background_task(readiness.watch()))
+        serving = asyncio.create_task(server.serve(sockets=[opened]))
         log.info("gateway serves", address=address, probes=probes)
         if started:
             started(address)
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        # `stop` has ended waits and event streams -> no new connections -> the rest finishes.
         stopping.cancel()
         server.should_exit = True
         await serving
@@ -65,19 +69,11 @@ async def serve(
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the role's own lifecycle."""
+    """Leaves signals to the lifecycle of the role."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _listen(settings: Settings) -> socket.socket:
-    """Raises SettingsError when the address is taken."""
-    (listener, *_) = listeners("gateway", settings)
-    opened = listener.open()
-    opened.setblocking(False)
-    return opened
 
 
 def _config(app: object, settings: Settings) -> uvicorn.Config:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import structlog
@@ -16,7 +15,6 @@ from img2img_server.gateway.modelslab.errors import RETRY_SECONDS, ErrorKind
 from img2img_server.storage.interface import CACHE_CONTROL, BlobStore
 
 _MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}
-_READY_SECONDS = 2.0
 _NO_STORE = {"Cache-Control": "no-store"}
 log = structlog.get_logger()
 
@@ -54,17 +52,6 @@ class Files:
             log.warning("file not served", key=key, error=str(error))
             headers = {**_NO_STORE, "Retry-After": str(RETRY_SECONDS)}
             return PlainTextResponse(ErrorKind.UNAVAILABLE.message, 503, headers)
-
-    async def trouble(self) -> str:
-        """Returns why the bucket cannot be read, or ""."""
-        try:
-            async with asyncio.timeout(_READY_SECONDS):
-                await self.blobs.prove_readable()
-        except TimeoutError:
-            return "no answer in time"
-        except StorageError as error:
-            return str(error)
-        return ""
 
 
 async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

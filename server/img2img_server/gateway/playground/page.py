@@ -1,7 +1,8 @@
-"""The playground: a page at / where a developer tries the service. Files in static/.
+"""The path /: the playground for browsers, a JSON index for other clients.
 
-It needs no build and nothing from elsewhere, and it runs under a policy that allows neither inline
-scripts nor other hosts. It calls the same addresses as everybody else.
+The playground, in static/, is a page on which a developer tries the service. It needs no build step
+and no other host, and its Content-Security-Policy allows no inline scripts. It calls the same paths
+as every client.
 """
 
 from __future__ import annotations
@@ -10,39 +11,45 @@ from importlib.resources import as_file, files
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from img2img_server.gateway.index import RootRoute
+from img2img_server import __version__
 from img2img_server.settings import DEV_KEY, Settings
 
+_PATHS = {
+    "docs": "/docs",
+    "openapi": "/openapi.json",
+    "jobs": "/v1/jobs",
+    "capabilities": "/v1/capabilities",
+    "health": "/healthz",
+    "readiness": "/readyz",
+}
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'"
     ),
-    "Cache-Control": "no-cache",  # a new version is seen at once
+    "Cache-Control": "no-cache",  # browsers revalidate, so that an upgrade takes effect at once
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
-class _PageRoute(RootRoute):
-    """Serves requests that accept HTML; all others go to the next route of the path."""
+class _RootRoute(Route):
+    """Matches GET and HEAD only. Other methods get 404, since / is no path of the HTTP contract."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if scope["type"] == "http" and "text/html" in Headers(scope=scope).get("accept", ""):
-            return super().matches(scope)
-        return Match.NONE, {}
+        match, child_scope = super().matches(scope)
+        return (match, child_scope) if match is Match.FULL else (Match.NONE, {})
 
 
 class _Assets(StaticFiles):
-    """The page's own files, with its headers."""
+    """The files of the page, with its headers."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -50,27 +57,34 @@ class _Assets(StaticFiles):
         return response
 
 
-def add_playground(app: FastAPI, settings: Settings) -> None:
-    """Adds the page, unless the settings turn it off."""
+def add_root(app: FastAPI, settings: Settings) -> None:
+    """Adds the index and, if the setting `playground` is on, the playground."""
+    base = settings.public_base_url.rstrip("/")
+    links = {name: base + path for name, path in _PATHS.items()}
+    page = ""
+
+    async def root(request: Request) -> Response:
+        headers = {"Vary": "Accept"}
+        if page and "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(page, headers=_HEADERS | headers)
+        index = {"name": "img2img", "version": __version__, **links}
+        return JSONResponse(index, headers=headers)
+
+    app.router.routes.append(_RootRoute("/", root))
     if not settings.playground:
         return
     with as_file(files("img2img_server.gateway.playground") / "static") as folder:
         page = (folder / "index.html").read_text(encoding="utf-8")
         assets = _Assets(directory=folder / "assets")
 
-    async def playground(_: Request) -> HTMLResponse:
-        return HTMLResponse(page, headers=_HEADERS | {"Vary": "Accept"})
-
-    app.router.routes.append(_PageRoute("/", playground))
-
     @app.get("/playground/settings.json", include_in_schema=False)
-    async def told(_: Request) -> JSONResponse:
-        # Only the key that everybody knows, and only where it works.
-        opened = settings.has_open_dev_key
-        known = {
-            "api_key": DEV_KEY if opened else "",
-            "grpc_address": settings.api_address if opened else "",
+    async def page_settings(_: Request) -> JSONResponse:
+        # The development key is the only key that the page gets, and only where that key works.
+        works = settings.has_open_dev_key
+        values = {
+            "api_key": DEV_KEY if works else "",
+            "grpc_address": settings.api_address if works else "",
         }
-        return JSONResponse(known, headers=_HEADERS | {"Cache-Control": "no-store"})
+        return JSONResponse(values, headers=_HEADERS | {"Cache-Control": "no-store"})
 
     app.mount("/playground", assets)
