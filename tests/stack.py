@@ -248,6 +248,7 @@ class Refusal:
     code: grpc.StatusCode
     reason: str
     violations: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     retry_seconds: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -265,6 +266,7 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
             found.reason, found.metadata = info.reason, dict(info.metadata)
         elif packed.Unpack(bad):
             found.violations = {v.field: v.description for v in bad.field_violations}
+            found.reasons = {v.field: v.reason for v in bad.field_violations}
         elif packed.Unpack(retry):
             found.retry_seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
     return found

@@ -36,7 +36,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import ClassVar
 
-from img2img_server.domain.params import Violation
+from img2img_server.domain.violations import Violation
 
 DOMAIN = "img2img.v1"
 
@@ -85,7 +85,14 @@ class InvalidRequestError(ServiceError):
 
     @property
     def metadata(self) -> dict[str, str]:
-        return {"fields": ",".join(dict.fromkeys(violation.field for violation in self.violations))}
+        """The names of the fields, and the values of each violation as "{field}_{name}"."""
+        fields = ",".join(dict.fromkeys(violation.field for violation in self.violations))
+        return {"fields": fields} | {
+            f"{violation.field}_{name}": value
+            for violation in self.violations
+            for name, value in {**violation.values, "cause": violation.cause}.items()
+            if value
+        }
 
 
 class UnauthenticatedError(ServiceError):
@@ -277,7 +284,7 @@ class QueueFullError(ServiceError):
 
     def __init__(self, limit: int, retry_seconds: float | None = None) -> None:
         """`retry_seconds` until a place is expected; None: unknown, half a minute."""
-        super().__init__(f"Rate limit exceeded. Maximum {limit} queued requests allowed.")
+        super().__init__(f"the tenant already has {limit} unfinished jobs, which is its limit")
         self.limit = limit
         self.retry_seconds = 30.0 if retry_seconds is None else retry_seconds
 
@@ -293,7 +300,7 @@ class RateLimitedError(ServiceError):
     reason = "RATE_LIMITED"
 
     def __init__(self, per_minute: int, retry_seconds: float) -> None:
-        super().__init__(f"Rate limit exceeded. Maximum {per_minute} requests per minute allowed.")
+        super().__init__(f"the API key may not create more than {per_minute} jobs per minute")
         self.per_minute = per_minute
         self.retry_seconds = retry_seconds
 
@@ -310,7 +317,7 @@ class TooManyCallsError(ServiceError):
     retry_seconds = 1.0
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"Rate limit exceeded. Maximum {limit} open calls allowed.")
+        super().__init__(f"the tenant already has {limit} open calls, which is its limit")
         self.limit = limit
 
     @property
@@ -356,7 +363,7 @@ class UnavailableError(ServiceError):
     retry_seconds = 1.0
 
     def __init__(
-        self, sentence: str = "Service temporarily unavailable.", detail: str = ""
+        self, sentence: str = "the service is temporarily unavailable", detail: str = ""
     ) -> None:
         super().__init__(sentence)
         self.detail = detail
@@ -457,7 +464,7 @@ class QueueClearedError(JobFailedError):
     reason = "QUEUE_CLEARED"
 
     def __init__(self) -> None:
-        super().__init__("Queue cleared")
+        super().__init__("the queue was cleared before the job started")
 
 
 class EngineError(JobFailedError):

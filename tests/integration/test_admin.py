@@ -149,11 +149,8 @@ async def test_clear_queue_ends_the_tenants_waiting_jobs_and_no_others(tmp_path:
         assert (await call(api, "ClearQueue", keys.a)).cleared_jobs == 2
         for job in waiting:
             ended = await get(api, job, keys.a)
-            assert (ended.state, ended.error.reason, ended.error.message) == (
-                job_pb2.Job.STATE_FAILED,
-                "QUEUE_CLEARED",
-                "Queue cleared",
-            )
+            assert ended.state == job_pb2.Job.STATE_FAILED
+            assert ended.error.reason == "QUEUE_CLEARED"
             request = service_pb2.WatchJobRequest(name=job.name)
             events = [m async for m in api.stub.WatchJob(request, metadata=keys.a)]
             assert kinds(events) == ["snapshot", "queued", "failed"]

@@ -13,7 +13,6 @@ from img2img_server.imaging.base import FetchError
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
 
 PUBLIC_ONLY = OutboundPolicy()
-SENTENCE = "Unable to fetch image from provided URL"
 
 
 async def test_no_address_of_the_corpus_is_contacted() -> None:
@@ -21,7 +20,7 @@ async def test_no_address_of_the_corpus_is_contacted() -> None:
         for text in hostile_urls.ALL:
             url = text.replace("PORT", str(listener.port))
             names = Names("127.0.0.1")
-            with pytest.raises(FetchError, match=SENTENCE):
+            with pytest.raises(FetchError):
                 await fetch(url, PUBLIC_ONLY, names, timeout_seconds=2)
             assert names.asked == [] or text in hostile_urls.NAMES, text
         assert listener.connections == 0
@@ -64,7 +63,7 @@ async def test_no_redirect_to_the_corpus_is_followed() -> None:
     async with server, listening() as listener:
         for text in hostile_urls.ALL:
             location = text.replace("PORT", str(listener.port)).encode()
-            with pytest.raises(FetchError, match=SENTENCE):
+            with pytest.raises(FetchError):
                 await fetch(start, CDN, names, timeout_seconds=2)
         assert listener.connections == 0
 

@@ -16,7 +16,7 @@ from img2img_server.domain.job import advance
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import JobFailed
 from img2img_server.errors import SafetyCheckError, StorageError
-from img2img_server.imaging.base import InvalidImageError
+from img2img_server.imaging.base import not_an_image
 from img2img_server.interfaces.queue import Delivery
 from img2img_server.nats.bus import Bus
 from img2img_server.testing.bus import memory_bus
@@ -322,7 +322,7 @@ async def test_a_job_whose_picture_cannot_be_prepared_began_before_it_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise InvalidImageError("init_image is not a valid PNG, JPG or WebP image")
+        raise not_an_image("it is damaged")
 
     monkeypatch.setattr(execution, "prepare_image", broken)
     async with running_stack() as stack:

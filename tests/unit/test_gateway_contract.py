@@ -11,10 +11,19 @@ from typing import Any
 import pytest
 
 from img2img.v1 import job_pb2
-from img2img_server.domain.params import SEED_MAX, JobParams, Violation
+from img2img_server.compat.modelslab.sentences import legacy_field_sentence
+from img2img_server.domain.params import SEED_MAX, JobParams
+from img2img_server.domain.violations import (
+    Reason,
+    Violation,
+    invalid_type,
+    out_of_range,
+    required,
+    too_long,
+)
 from img2img_server.gateway.modelslab import field_types, fields
 from img2img_server.gateway.modelslab.request import init_image, job_spec
-from img2img_server.gateway.modelslab.response_formats import legacy_sentence
+from img2img_server.imaging.base import FetchError
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"prompt": "a harbour", "init_image": "https://files.example.org/a.png"}
@@ -171,14 +180,19 @@ def test_every_violation_is_told_in_table_order() -> None:
         "temp": "perhaps",
     }
     assert fields.read(body).violations == [
-        Violation("prompt", "prompt is required"),
-        Violation("negative_prompt", "negative_prompt must not be longer than 2000 characters"),
-        Violation("init_image", "init_image is required"),
-        Violation("width", "width must be an integer"),
-        Violation("height", "height must be divisible by 8"),
-        Violation("seed", "seed must be between 0 and 4294967295"),
-        Violation("temp", "temp must be true or false"),
-        Violation("track_id", "track_id must not be longer than 191 characters"),
+        required("prompt"),
+        too_long("negative_prompt", 2000),
+        required("init_image"),
+        invalid_type("width", "an integer"),
+        Violation(
+            "height",
+            Reason.NOT_DIVISIBLE,
+            "height must be divisible by 8",
+            values={"divisor": "8"},
+        ),
+        out_of_range("seed", 0, 2**32 - 1),
+        invalid_type("temp", "true or false"),
+        too_long("track_id", 191),
     ]
 
 
@@ -380,8 +394,7 @@ def test_the_api_gets_the_text_that_is_not_base64_and_names_its_format(
 
 
 def test_legacy_sentences_follow_the_pattern_of_the_old_validator() -> None:
-    assert legacy_sentence("prompt", "prompt is required") == "The prompt field is required."
-    sentence = "width must be between 256 and 1024"
-    assert legacy_sentence("width", sentence) == "The width must be between 256 and 1024."
-    sentence = "Unable to fetch image from provided URL"
-    assert legacy_sentence("init_image", sentence) == "Unable to fetch image from provided URL."
+    sentence = legacy_field_sentence
+    assert sentence(required("prompt")) == "The prompt field is required."
+    assert sentence(out_of_range("width", 256, 1024)) == "The width must be between 256 and 1024."
+    assert sentence(FetchError().violation) == "Unable to fetch image from provided URL."

@@ -10,10 +10,11 @@ from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.interceptors import status_of
 from img2img_server.compat.modelslab import results
-from img2img_server.domain.params import Violation
+from img2img_server.domain.violations import out_of_range, required
 from img2img_server.gateway.modelslab import responses
 from img2img_server.gateway.modelslab.errors import ErrorKind, refusal
-from img2img_server.gateway.modelslab.response_formats import Current, Legacy
+from img2img_server.gateway.modelslab.response_formats import Current, Legacy, Plain
+from img2img_server.imaging.base import FetchError
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -45,20 +46,20 @@ def failed(error: errors.ServiceError) -> AioRpcError:
         (
             errors.QueueFullError(15, 4.2),
             ErrorKind.RATE_LIMIT,
-            "Rate limit exceeded. Maximum 15 queued requests allowed.",
+            str(errors.QueueFullError(15)),
             5,
         ),
         (errors.QueueFullError(15, 0.0), ErrorKind.RATE_LIMIT, str(errors.QueueFullError(15)), 1),
         (
             errors.RateLimitedError(60, 0.4),
             ErrorKind.RATE_LIMIT,
-            "Rate limit exceeded. Maximum 60 requests per minute allowed.",
+            str(errors.RateLimitedError(60, 0.4)),
             1,
         ),
         (
             errors.TooManyCallsError(9),
             ErrorKind.RATE_LIMIT,
-            "Rate limit exceeded. Maximum 9 open calls allowed.",
+            str(errors.TooManyCallsError(9)),
             1,
         ),
         (errors.TooManyWatchersError(9), ErrorKind.UNAVAILABLE, ErrorKind.UNAVAILABLE.message, 5),
@@ -128,9 +129,27 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
 
 
 def test_violations_keep_their_sentences() -> None:
-    broken = [Violation("init_image", "one"), Violation("width", "two")]
+    broken = [FetchError("the server answered 403: no").violation, out_of_range("width", 8, 9)]
     told = refusal(failed(errors.InvalidRequestError(broken)))
-    assert (told.case, told.message, told.violations) == (ErrorKind.FIELDS, "one", broken)
+    assert (told.case, told.violations) == (ErrorKind.FIELDS, broken)
+    assert Plain().refused(told).body["message"] == broken[0].message
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (errors.QueueFullError(15), "Rate limit exceeded. Maximum 15 queued requests allowed."),
+        (
+            errors.RateLimitedError(60, 1.0),
+            "Rate limit exceeded. Maximum 60 requests per minute allowed.",
+        ),
+        (errors.TooManyCallsError(9), "Rate limit exceeded. Maximum 9 open calls allowed."),
+    ],
+)
+def test_the_contract_keeps_its_sentences(error: errors.ServiceError, sentence: str) -> None:
+    why = refusal(failed(error))
+    assert Current().refused(why).body["message"] == sentence
+    assert Plain().refused(why).body["message"] == str(error)
 
 
 @pytest.mark.parametrize(
@@ -182,17 +201,14 @@ def test_a_job_made_over_grpc_has_all_28_keys_of_meta_too() -> None:
 
 def test_the_cause_is_told_beside_the_contracts_sentence() -> None:
     sentence = "Unable to fetch image from provided URL"
-    violations = [
-        Violation("init_image", sentence, "the server answered 403: no"),
-        Violation("width", "width must be divisible by 8"),
-    ]
+    violations = [FetchError("the server answered 403: no").violation, required("width")]
     why = refusal(failed(errors.InvalidRequestError(violations)))
     assert why.violations == violations
     told = Current().refused(why).body
     assert told["message"] == sentence
     assert told["errors"] == {
         "init_image": [f"{sentence}: the server answered 403: no"],
-        "width": ["width must be divisible by 8"],
+        "width": ["width is required"],
     }
-    wanted = {"init_image": [f"{sentence}."], "width": ["The width must be divisible by 8."]}
+    wanted = {"init_image": [f"{sentence}."], "width": ["The width field is required."]}
     assert Legacy().refused(why).body["message"] == wanted

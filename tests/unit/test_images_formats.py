@@ -12,7 +12,8 @@ from PIL import Image
 
 from img2img_server.api.capabilities import capabilities
 from img2img_server.domain.params import Limits
-from img2img_server.imaging.base import NOT_VALID, InvalidImageError
+from img2img_server.domain.violations import Reason
+from img2img_server.imaging.base import InvalidImageError
 from img2img_server.imaging.formats import format_name
 from img2img_server.imaging.prepare import check_image
 from img2img_server.settings import Settings
@@ -86,9 +87,10 @@ def test_the_format_is_named(data: bytes, name: str) -> None:
     with pytest.raises(InvalidImageError) as caught:
         check_image(data, width=512, height=512, limits=Limits())
 
-    assert str(caught.value) == NOT_VALID
-    assert caught.value.cause.startswith(f"the data is {name}")
-    assert "; send a PNG, JPEG or WebP image" in caught.value.cause
+    found = caught.value.violation
+    assert (found.field, found.reason) == ("init_image", Reason.INVALID_IMAGE)
+    assert found.cause.startswith(f"the data is {name}")
+    assert "; send a PNG, JPEG or WebP image" in found.cause
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -100,8 +102,9 @@ def test_every_other_image_format_that_pillow_writes_is_refused() -> None:
             IMAGE.save(file, container)
         except (OSError, ValueError, KeyError, AttributeError):
             continue  # not from RGB, or not without another library
-        with pytest.raises(InvalidImageError, match="is not a valid PNG, JPG or WebP image"):
+        with pytest.raises(InvalidImageError) as caught:
             check_image(file.getvalue(), width=512, height=512, limits=Limits())
+        assert caught.value.violation.reason == Reason.INVALID_IMAGE
         assert format_name(file.getvalue()), container
         refused += 1
     assert refused > 10
@@ -120,4 +123,4 @@ def test_apples_variant_of_png_is_named() -> None:
 
     with pytest.raises(InvalidImageError) as caught:
         check_image(data, width=512, height=512, limits=Limits())
-    assert "CgBI" in caught.value.cause
+    assert "CgBI" in caught.value.violation.cause

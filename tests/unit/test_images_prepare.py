@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from img2img_server.domain.params import Limits
+from img2img_server.domain.violations import Reason
 from img2img_server.imaging import decode
 from img2img_server.imaging.base import CheckedImage, InvalidImageError
 from img2img_server.imaging.header import MAX_JPEG_SCANS, MAX_PARTS
@@ -24,9 +25,8 @@ from img2img_server.imaging.prepare import OWN_MAX_BYTES, OWN_MAX_PIXELS, check_
 
 LIMITS = Limits()
 Size = tuple[int, int]
-NOT_VALID = "init_image is not a valid PNG, JPG or WebP image"
-TOO_LARGE = "init_image must not be larger than 20 MB"
-TOO_MANY_PIXELS = "init_image must not have more than 64 megapixels"
+NOT_VALID, TOO_LARGE = Reason.INVALID_IMAGE, Reason.TOO_MANY_BYTES
+TOO_MANY_PIXELS = Reason.TOO_MANY_PIXELS
 
 
 def check(data: bytes, width: int = 512, height: int = 512) -> CheckedImage:
@@ -36,7 +36,7 @@ def check(data: bytes, width: int = 512, height: int = 512) -> CheckedImage:
 def refusal(data: bytes) -> str:
     with pytest.raises(InvalidImageError) as caught:
         check(data)
-    return str(caught.value)
+    return caught.value.violation.reason
 
 
 def prepare(data: bytes, width: int, height: int) -> npt.NDArray[np.uint8]:
@@ -312,7 +312,7 @@ def test_a_jpeg_of_another_process_is_refused(place: int, value: int, cause: str
 
     with pytest.raises(InvalidImageError, match="is not a valid") as caught:
         check(bytes(data))
-    assert cause in caught.value.cause
+    assert cause in caught.value.violation.cause
 
 
 def test_images_that_a_phone_appends_to_a_jpeg_may_be_cut() -> None:
@@ -415,8 +415,8 @@ def test_the_refusal_says_what_the_image_lacks_and_its_size() -> None:
     with pytest.raises(InvalidImageError) as huge:
         check(pictures.huge_png())
 
-    assert cut.value.cause == "the JPEG image cannot be used: rows are missing"
-    assert huge.value.cause == "the image has 10000x7000 pixels, 70.0 megapixels"
+    assert cut.value.violation.cause == "the JPEG image cannot be used: rows are missing"
+    assert huge.value.violation.cause == "the image has 10000x7000 pixels, 70.0 megapixels"
 
 
 @pytest.mark.parametrize("size", [(8160, 6144), (6144, 8160), (8064, 6048)])

@@ -150,4 +150,4 @@ def test_an_operator_reads_why_nats_cannot_be_used_and_a_caller_does_not(
     (reason,) = reasons_of(caught.value)
     assert reason.startswith("IMG2IMG_NATS_URL: NATS cannot be used (")
     assert why in reason
-    assert str(caught.value) == "Service temporarily unavailable."
+    assert str(caught.value) == "the service is temporarily unavailable"

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from img2img_server.domain.params import JobParams, ValidationContext, Violation, validate
+from img2img_server.domain.params import JobParams, ValidationContext, validate
+from img2img_server.domain.violations import Reason, invalid_url
 
 GOOD = JobParams(prompt="a cat")
 CONTEXT = ValidationContext(schedulers=("ddim", "euler"), loras=("ink", "oil"))
@@ -26,42 +27,41 @@ def test_the_limits_themselves_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "reason", "values"),
     [
-        ({"prompt": ""}, "prompt is required"),
-        ({"prompt": "x" * 2001}, "prompt must not be longer than 2000 characters"),
-        (
-            {"negative_prompt": "x" * 2001},
-            "negative_prompt must not be longer than 2000 characters",
-        ),
-        ({"width": 255}, "width must be between 256 and 1024"),
-        ({"width": 513}, "width must be divisible by 8"),
-        ({"height": 1032}, "height must be between 256 and 1024"),
-        ({"samples": 0}, "samples must be between 1 and 4"),
-        ({"samples": 9}, "samples must be between 1 and 4"),
-        ({"strength": 1.5}, "strength must be between 0 and 1"),
-        ({"strength": math.nan}, "strength must be between 0 and 1"),
-        ({"seed": -2}, "seed must be between 0 and 9223372036854775807"),
-        ({"seed": 2**63}, "seed must be between 0 and 9223372036854775807"),
-        ({"track_id": "x" * 192}, "track_id must not be longer than 191 characters"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 100"),
-        ({"guidance_scale": math.inf}, "guidance_scale must be between 0 and 30"),
-        ({"scheduler": "nope"}, "scheduler must be one of ddim, euler"),
-        ({"lora": "wool"}, "lora must be one of ink, oil"),
-        ({"lora_scale": 2.1}, "lora_scale must be between 0 and 2"),
-        ({"lora_scale": math.nan}, "lora_scale must be between 0 and 2"),
-        ({"preview_interval_steps": -1}, "preview_interval_steps must be between 0 and 100"),
+        ({"prompt": ""}, Reason.REQUIRED, {}),
+        ({"prompt": "x" * 2001}, Reason.TOO_LONG, {"max": "2000"}),
+        ({"negative_prompt": "x" * 2001}, Reason.TOO_LONG, {"max": "2000"}),
+        ({"width": 255}, Reason.OUT_OF_RANGE, {"min": "256", "max": "1024"}),
+        ({"width": 513}, Reason.NOT_DIVISIBLE, {"divisor": "8"}),
+        ({"height": 1032}, Reason.OUT_OF_RANGE, {"min": "256", "max": "1024"}),
+        ({"samples": 0}, Reason.OUT_OF_RANGE, {"min": "1", "max": "4"}),
+        ({"samples": 9}, Reason.OUT_OF_RANGE, {"min": "1", "max": "4"}),
+        ({"strength": 1.5}, Reason.OUT_OF_RANGE, {"min": "0", "max": "1"}),
+        ({"strength": math.nan}, Reason.OUT_OF_RANGE, {"min": "0", "max": "1"}),
+        ({"seed": -2}, Reason.OUT_OF_RANGE, {"min": "0", "max": "9223372036854775807"}),
+        ({"seed": 2**63}, Reason.OUT_OF_RANGE, {"min": "0", "max": "9223372036854775807"}),
+        ({"track_id": "x" * 192}, Reason.TOO_LONG, {"max": "191"}),
+        ({"num_inference_steps": 0}, Reason.OUT_OF_RANGE, {"min": "1", "max": "100"}),
+        ({"guidance_scale": math.inf}, Reason.OUT_OF_RANGE, {"min": "0", "max": "30"}),
+        ({"scheduler": "nope"}, Reason.NOT_SUPPORTED, {}),
+        ({"lora": "wool"}, Reason.NOT_SUPPORTED, {}),
+        ({"lora_scale": 2.1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "2"}),
+        ({"lora_scale": math.nan}, Reason.OUT_OF_RANGE, {"min": "0", "max": "2"}),
+        ({"preview_interval_steps": -1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "100"}),
     ],
 )
-def test_each_broken_rule_is_named(changes: dict[str, object], sentence: str) -> None:
+def test_each_broken_rule_is_named(
+    changes: dict[str, object], reason: Reason, values: dict[str, str]
+) -> None:
     (field,) = changes
-    found = validate(dataclasses.replace(GOOD, **changes), CONTEXT)
-    assert found == [Violation(field, sentence)]
+    (found,) = validate(dataclasses.replace(GOOD, **changes), CONTEXT)
+    assert (found.field, found.reason, found.values) == (field, reason, values)
 
 
 def test_a_lora_of_a_model_without_any_is_refused() -> None:
     (found,) = validate(dataclasses.replace(GOOD, lora="ink"), ValidationContext())
-    assert found.description == "lora: the model offers none"
+    assert (found.field, found.reason) == ("lora", Reason.NOT_SUPPORTED)
     unknown = ValidationContext(loras=None)  # the model is refused later, with its name
     assert validate(dataclasses.replace(GOOD, lora="ink"), unknown) == []
 
@@ -116,9 +116,8 @@ def test_plain_http_webhooks_go_where_the_context_says() -> None:
 )
 def test_a_webhook_is_refused_with_its_cause(webhook: str, cause: str) -> None:
     found = validate(JobParams(prompt="a", webhook=webhook), ValidationContext())
-    assert found == [Violation("webhook", "webhook must be a valid URL", cause)]
-    text = f"webhook must be a valid URL: {cause}"
-    assert found[0].text == (text if cause else "webhook must be a valid URL")
+    assert found == [invalid_url("webhook", cause)]
+    assert found[0].text.endswith(f": {cause}" if cause else found[0].message)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from cryptography.fernet import Fernet
 
-from img2img_server.domain.params import Violation
-from img2img_server.domain.storage import WITHOUT_EFFECT, StorageDetails, validate_storage
+from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT, validate_server_type
+from img2img_server.domain.storage import StorageDetails, validate_storage
+from img2img_server.domain.violations import Reason, required
 from img2img_server.settings import SettingsError
 from img2img_server.storage.vault import SealBrokenError, Vault, new_key
 
@@ -92,9 +93,14 @@ def test_an_upload_goes_to_endpoint_bucket_directory_and_name(
 
 
 @pytest.mark.parametrize("deploy_type", ["realtime", *sorted(WITHOUT_EFFECT)])
-def test_good_details_break_no_rule(deploy_type: str) -> None:
+def test_modelslabs_server_types_are_known(deploy_type: str) -> None:
     assert len(WITHOUT_EFFECT) == 16
-    assert validate_storage(GOOD, deploy_type) == []
+    assert validate_server_type(deploy_type) == []
+
+
+def test_another_server_type_is_not_supported() -> None:
+    (found,) = validate_server_type("toaster")
+    assert (found.field, found.reason) == ("deploy_type", Reason.NOT_SUPPORTED)
 
 
 def test_every_missing_detail_is_told_at_once() -> None:
@@ -114,34 +120,29 @@ def test_every_missing_detail_is_told_at_once() -> None:
         "aws_secret_access_key",
         "image_directory",
     ]
-    assert validate_storage(nothing, "toaster") == [
-        Violation("deploy_type", "deploy_type is invalid"),
-        *(Violation(name, f"{name} is required") for name in names),
-    ]
+    assert validate_storage(nothing) == [required(name) for name in names]
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "reason"),
     [
-        ({"public_url": "ftp://cdn.example.com"}, "public_url must be a valid URL"),
-        ({"public_url": "cdn.example.com"}, "public_url must be a valid URL"),
-        ({"public_url": "https://me:pw@cdn.example.com"}, "public_url must be a valid URL"),
-        ({"public_url": "https://cdn.example.com/#x"}, "public_url must be a valid URL"),
-        ({"endpoint_url": "s3://bucket"}, "endpoint_url must be a valid URL"),
-        ({"endpoint_url": "https://s3.example.com/?x=1"}, "endpoint_url must be a valid URL"),
-        ({"image_directory": "a/../b"}, "image_directory must not contain . or .. as a folder"),
-        ({"bucket": ".."}, "bucket must not contain . or .. as a folder"),
-        ({"region_name": "eu\nx"}, "region_name must not contain control characters"),
-        ({"bucket": "\x00"}, "bucket must not contain control characters"),
-        (
-            {"aws_secret_access_key": "x" * 1025},
-            "aws_secret_access_key must not be longer than 1024 characters",
-        ),
+        ({"public_url": "ftp://cdn.example.com"}, Reason.INVALID_URL),
+        ({"public_url": "cdn.example.com"}, Reason.INVALID_URL),
+        ({"public_url": "https://me:pw@cdn.example.com"}, Reason.INVALID_URL),
+        ({"public_url": "https://cdn.example.com/#x"}, Reason.INVALID_URL),
+        ({"endpoint_url": "s3://bucket"}, Reason.INVALID_URL),
+        ({"endpoint_url": "https://s3.example.com/?x=1"}, Reason.INVALID_URL),
+        ({"image_directory": "a/../b"}, Reason.INVALID_FORMAT),
+        ({"bucket": ".."}, Reason.INVALID_FORMAT),
+        ({"region_name": "eu\nx"}, Reason.INVALID_FORMAT),
+        ({"bucket": "\x00"}, Reason.INVALID_FORMAT),
+        ({"aws_secret_access_key": "x" * 1025}, Reason.TOO_LONG),
     ],
 )
-def test_a_broken_rule_is_told(changes: dict[str, str], sentence: str) -> None:
-    (violation,) = validate_storage(replace(GOOD, **changes), "realtime")
-    assert (violation.field, violation.description) == (next(iter(changes)), sentence)
+def test_a_broken_rule_is_told(changes: dict[str, str], reason: Reason) -> None:
+    (violation,) = validate_storage(replace(GOOD, **changes))
+    assert (violation.field, violation.reason) == (next(iter(changes)), reason)
+    assert validate_storage(GOOD) == []
 
 
 def test_details_show_no_secret_when_they_are_printed() -> None:

@@ -20,7 +20,6 @@ from img2img_server.domain.params import (
     JobParams,
     Limits,
     ValidationContext,
-    Violation,
     validate,
 )
 from img2img_server.domain.resolve import resolve
@@ -192,8 +191,7 @@ class Admission:
                 downloaded=not request.init_image,
             )
         except InvalidImageError as error:
-            violation = Violation("init_image", str(error), error.cause)
-            raise errors.InvalidRequestError([violation]) from error
+            raise errors.InvalidRequestError([error.violation]) from error
 
 
 def image_limits(settings: Settings) -> Limits:

@@ -19,9 +19,9 @@ from img2img_server.domain.params import (
     JobParams,
     Lane,
     Limits,
-    Violation,
 )
 from img2img_server.domain.urls import NotHttpError, UrlError, parse_url
+from img2img_server.domain.violations import Violation, not_supported, required
 from img2img_server.imaging.base import FetchError, InvalidImageError
 
 FORMATS = {
@@ -76,11 +76,11 @@ def request(
     try:
         url, data = _init_image(spec.init_image)
     except InvalidImageError as error:
-        violations.append(Violation("init_image", str(error), error.cause))
+        violations.append(error.violation)
         url, data = "", b""
     for name, table in (("output_format", FORMATS), ("lane", LANES)):
         if getattr(spec, name) not in table:
-            violations.append(Violation(name, f"{name} {getattr(spec, name)} is not known"))
+            violations.append(not_supported(name, dict.fromkeys(table.values())))
     default_strength = model.default_strength if model else DEFAULT_STRENGTH
     params = JobParams(
         prompt=spec.prompt,
@@ -118,7 +118,7 @@ def _init_image(image: job_pb2.InitImage) -> tuple[str, bytes]:
     if image.data:
         return "", image.data
     if not image.url:
-        raise InvalidImageError("init_image is required")
+        raise InvalidImageError(required("init_image"))
     try:
         if is_data_uri(image.url):
             return "", decode_data_uri(image.url) or NO_IMAGE

@@ -17,7 +17,7 @@ from img2img_server.api.backlog import Backlog
 from img2img_server.api.records import known
 from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
-from img2img_server.domain.params import Violation
+from img2img_server.domain.violations import Reason, Violation
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.interfaces.queue import EventLog, JobQueue, OwnershipLostError, QueuedJob
 from img2img_server.interfaces.records import ConflictError, JobStore, Stored, WorkerRegistry
@@ -201,5 +201,5 @@ def _uuid(request_id: str) -> str:
     try:
         return str(uuid.UUID(request_id))
     except ValueError:
-        violation = Violation("request_id", "request_id must be a UUID")
+        violation = Violation("request_id", Reason.INVALID_FORMAT, "request_id must be a UUID")
         raise errors.InvalidRequestError([violation]) from None

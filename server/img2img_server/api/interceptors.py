@@ -22,7 +22,7 @@ from img2img_server import errors
 from img2img_server.api.calls import OpenCalls
 from img2img_server.api.convert import duration
 from img2img_server.api.keys import KeyRing, Principal
-from img2img_server.domain.params import Violation
+from img2img_server.domain.violations import Violation
 from img2img_server.telemetry import RPC_SECONDS, RPCS
 from img2img_server.tracing import end, enter, extracted
 
@@ -60,14 +60,9 @@ def status_of(error: errors.ServiceError) -> status_pb2.Status:
 
 
 def _field_violation(violation: Violation) -> error_details_pb2.BadRequest.FieldViolation:
-    """The violation with its cause; localized_message is then the sentence without the cause."""
-    message = error_details_pb2.BadRequest.FieldViolation(
-        field=violation.field, description=violation.text
+    return error_details_pb2.BadRequest.FieldViolation(
+        field=violation.field, description=violation.text, reason=violation.reason
     )
-    if violation.cause:
-        message.localized_message.locale = "en"
-        message.localized_message.message = violation.description
-    return message
 
 
 async def abort(context: Context, status: status_pb2.Status) -> NoReturn:

@@ -26,8 +26,8 @@ from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.compat.modelslab import call_names
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
-from img2img_server.domain.params import Violation
 from img2img_server.domain.urls import is_http_url
+from img2img_server.domain.violations import Reason, Violation, out_of_range
 from img2img_server.interfaces.records import JobStore, Stored, WorkerRegistry
 from img2img_server.interfaces.webhooks import OutboxFullError, WebhookOutbox
 from img2img_server.settings import Settings
@@ -133,8 +133,9 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self, request: service_pb2.WatchJobRequest, context: Context
     ) -> AsyncIterator[service_pb2.WatchJobResponse]:
         if request.after_sequence < 0:
-            text = "after_sequence must not be negative"
-            raise errors.InvalidRequestError([Violation("after_sequence", text)])
+            message = "after_sequence must not be negative"
+            violation = Violation("after_sequence", Reason.OUT_OF_RANGE, message)
+            raise errors.InvalidRequestError([violation])
         tenant, job_id = current_principal().tenant, _job_id(request.name)
         events = self._watcher.stream(tenant, job_id, request.after_sequence)
         snapshot = await anext(events)  # from here on it is known to be a job of this tenant
@@ -244,14 +245,14 @@ def _page(request: service_pb2.ListJobsRequest) -> tuple[int, int]:
     """Page size, and the id that the page lies below."""
     violations = []
     if not 0 <= request.page_size <= _PAGE_MOST:
-        text = f"page_size must be between 1 and {_PAGE_MOST}"
-        violations.append(Violation("page_size", text))
+        violations.append(out_of_range("page_size", 1, _PAGE_MOST))
     before = LAST_JOB_ID + 1
     if request.page_token:
         try:
             before = int(base64.urlsafe_b64decode(request.page_token).decode("ascii"))
         except (binascii.Error, ValueError):
-            violations.append(Violation("page_token", "page_token is not one of ours"))
+            message = "page_token is not one that this service returned"
+            violations.append(Violation("page_token", Reason.INVALID_FORMAT, message))
     if violations:
         raise errors.InvalidRequestError(violations)
     return request.page_size or _PAGE_DEFAULT, before

@@ -8,13 +8,12 @@ from img2img.v1 import service_pb2
 from img2img_server import errors
 from img2img_server.api.convert_storage import storage_details, storage_settings
 from img2img_server.api.keys import Principal
-from img2img_server.domain.params import Violation
+from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT, validate_server_type
 from img2img_server.domain.storage import (
     REALTIME,
-    WITHOUT_EFFECT,
-    validate_deploy_type,
     validate_storage,
 )
+from img2img_server.domain.violations import Reason, Violation
 from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
 from img2img_server.storage.tenant_s3 import TenantS3
@@ -37,7 +36,7 @@ class StorageCalls:
         principal.require("storage")
         deploy_type = request.settings.deploy_type or REALTIME
         details = storage_details(request.settings)
-        violations = validate_storage(details, deploy_type)
+        violations = validate_server_type(deploy_type) + validate_storage(details)
         if all(violation.field != "endpoint_url" for violation in violations):
             violations += self._forbidden(details.endpoint_url)
         if violations:
@@ -66,7 +65,7 @@ class StorageCalls:
         """Raises PermissionDeniedError, InvalidRequestError."""
         principal.require("storage")
         deploy_type = request.deploy_type or REALTIME
-        if violations := validate_deploy_type(deploy_type):
+        if violations := validate_server_type(deploy_type):
             raise errors.InvalidRequestError(violations)
         await self._storage.remove(principal.tenant, deploy_type)
         log.info("S3 details reset", tenant=principal.tenant, type=deploy_type)
@@ -77,5 +76,6 @@ class StorageCalls:
         try:
             self._policy.check_url(endpoint_url)
         except ForbiddenAddressError:
-            return [Violation("endpoint_url", "endpoint_url must be a public address")]
+            message = "endpoint_url must be a public address"
+            return [Violation("endpoint_url", Reason.FORBIDDEN_ADDRESS, message)]
         return []

@@ -14,6 +14,15 @@ from img2img_server.domain.urls import (
     is_web_port,
     parse_url,
 )
+from img2img_server.domain.violations import (
+    Reason,
+    Violation,
+    invalid_url,
+    not_supported,
+    out_of_range,
+    required,
+    too_long,
+)
 
 DEFAULT_STRENGTH = 0.7  # of a model that names none
 SEED_MAX = 2**63 - 1
@@ -113,26 +122,6 @@ class JobParams:
 
 
 @dataclass(frozen=True, slots=True)
-class Violation:
-    """One broken rule.
-
-    Attributes:
-        field: Name of the field in JobSpec.
-        description: A sentence that is complete by itself; the HTTP contract fixes its wording.
-        cause: What exactly was wrong, as a clause, where the description does not say it.
-    """
-
-    field: str
-    description: str
-    cause: str = ""
-
-    @property
-    def text(self) -> str:
-        """The description with the cause."""
-        return f"{self.description}: {self.cause}" if self.cause else self.description
-
-
-@dataclass(frozen=True, slots=True)
 class ValidationContext:
     """What validation needs to know beside the limits."""
 
@@ -150,86 +139,85 @@ def validate(params: JobParams, context: ValidationContext) -> list[Violation]:
 def _violations(params: JobParams, context: ValidationContext) -> Iterator[Violation]:
     limits = context.limits
     if not params.prompt:
-        yield Violation("prompt", "prompt is required")
+        yield required("prompt")
     for name in ("prompt", "negative_prompt"):
-        most = getattr(limits, f"max_{name}_characters")
-        if len(getattr(params, name)) > most:
-            yield Violation(name, f"{name} must not be longer than {most} characters")
+        yield from _length(name, getattr(params, name), getattr(limits, f"max_{name}_characters"))
     for name in ("width", "height"):
         yield from _side(name, getattr(params, name), limits)
-    if not 1 <= params.samples <= limits.max_samples:
-        yield Violation("samples", f"samples must be between 1 and {limits.max_samples}")
-    least, largest = limits.min_strength, limits.max_strength
-    if not least <= params.strength <= largest:  # also refuses NaN
-        yield Violation("strength", f"strength must be between {least:g} and {largest:g}")
-    if not 0 <= params.seed <= limits.max_seed:
-        yield Violation("seed", f"seed must be between 0 and {limits.max_seed}")
+    yield from _range("samples", params.samples, 1, limits.max_samples)
+    yield from _range("strength", params.strength, limits.min_strength, limits.max_strength)
+    yield from _range("seed", params.seed, 0, limits.max_seed)
     if params.webhook:
         yield from _webhook(params.webhook, context)
-    if len(params.track_id) > limits.max_track_id_characters:
-        most = limits.max_track_id_characters
-        yield Violation("track_id", f"track_id must not be longer than {most} characters")
-    steps, most_steps = params.num_inference_steps, limits.max_num_inference_steps
-    if steps is not None and not 1 <= steps <= most_steps:
-        text = f"num_inference_steps must be between 1 and {most_steps}"
-        yield Violation("num_inference_steps", text)
-    scale = params.guidance_scale
-    if scale is not None and not 0.0 <= scale <= limits.max_guidance_scale:
-        text = f"guidance_scale must be between 0 and {limits.max_guidance_scale:g}"
-        yield Violation("guidance_scale", text)
+    yield from _length("track_id", params.track_id, limits.max_track_id_characters)
+    steps, scale = params.num_inference_steps, params.guidance_scale
+    if steps is not None:
+        yield from _range("num_inference_steps", steps, 1, limits.max_num_inference_steps)
+    if scale is not None:
+        yield from _range("guidance_scale", scale, 0.0, limits.max_guidance_scale)
     if params.scheduler and context.schedulers and params.scheduler not in context.schedulers:
-        known = ", ".join(context.schedulers)
-        yield Violation("scheduler", f"scheduler must be one of {known}")
-    if not 0 <= params.preview_interval_steps <= limits.max_preview_interval_steps:
-        most = limits.max_preview_interval_steps
-        text = f"preview_interval_steps must be between 0 and {most}"
-        yield Violation("preview_interval_steps", text)
+        yield not_supported("scheduler", context.schedulers)
+    every, most = params.preview_interval_steps, limits.max_preview_interval_steps
+    yield from _range("preview_interval_steps", every, 0, most)
     yield from _annotations(params, limits)
     if params.lora and context.loras is not None and params.lora not in context.loras:
-        known = ", ".join(context.loras)
-        text = f"lora must be one of {known}" if known else "lora: the model offers none"
-        yield Violation("lora", text)
-    if not 0.0 <= params.lora_scale <= limits.max_lora_scale:
-        text = f"lora_scale must be between 0 and {limits.max_lora_scale:g}"
-        yield Violation("lora_scale", text)
+        if context.loras:
+            yield not_supported("lora", context.loras)
+        else:
+            yield Violation(
+                "lora", Reason.NOT_SUPPORTED, "lora is not supported: the model has none"
+            )
+    yield from _range("lora_scale", params.lora_scale, 0.0, limits.max_lora_scale)
+
+
+def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:
+    if not least <= value <= most:  # true for NaN
+        yield out_of_range(name, least, most)
+
+
+def _length(name: str, text: str, most: int) -> Iterator[Violation]:
+    if len(text) > most:
+        yield too_long(name, most)
+
+
+def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:
+    divisor = limits.side_multiple
+    if not limits.min_side_pixels <= value <= limits.max_side_pixels:
+        yield out_of_range(name, limits.min_side_pixels, limits.max_side_pixels)
+    elif value % divisor:
+        message = f"{name} must be divisible by {divisor}"
+        yield Violation(name, Reason.NOT_DIVISIBLE, message, values={"divisor": str(divisor)})
 
 
 def _webhook(text: str, context: ValidationContext) -> Iterator[Violation]:
     try:
         url = parse_url(text)
     except NotHttpError:
-        yield Violation("webhook", "webhook must be a valid URL")
+        yield invalid_url("webhook")
         return
     except UrlError as error:
-        yield Violation("webhook", "webhook must be a valid URL", f"it {error}")
+        yield invalid_url("webhook", f"it {error}")
         return
     if context.is_listed(text):
         return
     if url.scheme != "https":
         cause = "it must begin with https://, since the operator does not list its host"
-        yield Violation("webhook", "webhook must be a valid URL", cause)
+        yield invalid_url("webhook", cause)
     elif not is_web_port(url.port):
-        cause = f"port {url.port} is not a port for HTTP"
-        yield Violation("webhook", "webhook must be a valid URL", cause)
-
-
-def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:
-    low, high = limits.min_side_pixels, limits.max_side_pixels
-    if not low <= value <= high:
-        yield Violation(name, f"{name} must be between {low} and {high}")
-    elif value % limits.side_multiple:
-        yield Violation(name, f"{name} must be divisible by {limits.side_multiple}")
+        yield invalid_url("webhook", f"port {url.port} is not a port for HTTP")
 
 
 def _annotations(params: JobParams, limits: Limits) -> Iterator[Violation]:
-    if len(params.annotations) > limits.max_annotations:
-        yield Violation(
-            "annotations", f"annotations must not have more than {limits.max_annotations} entries"
-        )
-    longest_name, longest = limits.max_annotation_name_characters, limits.max_annotation_characters
-    if not all(1 <= len(name) <= longest_name for name, _ in params.annotations):
-        text = f"annotations must have names of 1 to {longest_name} characters"
-        yield Violation("annotations", text)
-    if any(len(value) > longest for _, value in params.annotations):
-        text = f"annotations must not have values longer than {longest} characters"
-        yield Violation("annotations", text)
+    name, most = "annotations", limits.max_annotations
+    if len(params.annotations) > most:
+        message = f"annotations must not have more than {most} entries"
+        yield Violation(name, Reason.TOO_MANY, message, values={"max_entries": str(most)})
+    most = limits.max_annotation_name_characters
+    if not all(1 <= len(key) <= most for key, _ in params.annotations):
+        message = f"annotations must have names of 1 to {most} characters"
+        values = {"max_name_characters": str(most)}
+        yield Violation(name, Reason.INVALID_FORMAT, message, values=values)
+    most = limits.max_annotation_characters
+    if any(len(value) > most for _, value in params.annotations):
+        message = f"annotations must not have values longer than {most} characters"
+        yield Violation(name, Reason.TOO_LONG, message, values={"max_characters": str(most)})

@@ -1,40 +1,17 @@
-"""A tenant's own S3 storage: its details, their rules, and where files and links of it lie.
+"""A tenant's own S3 storage: its details, their rules, and the addresses of its files and links.
 
-HTTP contract, section 10. Joining: slashes are trimmed and parts joined with single ones, in the
-path only.
+Parts of an address are joined with single slashes, in the path only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from img2img_server.domain.params import Violation
 from img2img_server.domain.urls import encode_path, encode_query, is_http_url
+from img2img_server.domain.violations import Reason, Violation, invalid_url, required, too_long
 
-REALTIME = "realtime"  # the only server type that this service runs
-# Other types of the contract: their details are kept, nothing uses them.
-WITHOUT_EFFECT = frozenset(
-    {
-        "text_to_image",
-        "image_editing",
-        "voice_cloning",
-        "text_to_3d",
-        "video",
-        "face_gen",
-        "deepfake",
-        "super_resolution",
-        "flux",
-        "flux_headshot",
-        "interior",
-        "qwen",
-        "qwen_tts",
-        "flux_kontext_dev",
-        "image_to_video_ultra",
-        "z_image_turbo",
-    }
-)
+REALTIME = "realtime"  # server type of the details that this service uses
 MAX_CHARACTERS = 1024
 _UNRESERVED = "-_.~"  # beside letters and digits: what SigV4 does not encode
 
@@ -72,33 +49,27 @@ class StorageDetails:
         return _with_path(base, [*_parts(base.path), *map(_quoted, inside)])
 
 
-def validate_storage(details: StorageDetails, deploy_type: str) -> list[Violation]:
-    """Every broken rule; empty when there is none."""
-    return list(_violations(details, deploy_type))
+def validate_storage(details: StorageDetails) -> list[Violation]:
+    """Returns every broken rule, in the order of the fields; empty when there is none."""
+    found = (_violation(field.name, getattr(details, field.name)) for field in fields(details))
+    return [violation for violation in found if violation]
 
 
-def _violations(details: StorageDetails, deploy_type: str) -> Iterator[Violation]:
-    yield from validate_deploy_type(deploy_type)
-    for field in fields(details):
-        name, value = field.name, getattr(details, field.name)
-        if not value:
-            if name != "bucket":
-                yield Violation(name, f"{name} is required")
-        elif len(value) > MAX_CHARACTERS:
-            yield Violation(name, f"{name} must not be longer than {MAX_CHARACTERS} characters")
-        elif not value.isprintable():
-            yield Violation(name, f"{name} must not contain control characters")
-        elif name in ("public_url", "endpoint_url") and not _is_base_url(value, name):
-            yield Violation(name, f"{name} must be a valid URL")
-        elif name in ("image_directory", "bucket") and {".", ".."} & set(_parts(value)):
-            yield Violation(name, f"{name} must not contain . or .. as a folder")
-
-
-def validate_deploy_type(deploy_type: str) -> list[Violation]:
-    """Whether it is a type of the contract."""
-    if deploy_type == REALTIME or deploy_type in WITHOUT_EFFECT:
-        return []
-    return [Violation("deploy_type", "deploy_type is invalid")]
+def _violation(name: str, value: str) -> Violation | None:
+    if not value:
+        return None if name == "bucket" else required(name)
+    if len(value) > MAX_CHARACTERS:
+        return too_long(name, MAX_CHARACTERS)
+    if not value.isprintable():
+        message = f"{name} must not contain control characters"
+        return Violation(name, Reason.INVALID_FORMAT, message)
+    if name in ("public_url", "endpoint_url") and not _is_base_url(value, name):
+        return invalid_url(name)
+    if name in ("image_directory", "bucket") and {".", ".."} & set(_parts(value)):
+        return Violation(
+            name, Reason.INVALID_FORMAT, f"{name} must not contain . or .. as a folder"
+        )
+    return None
 
 
 def _is_base_url(text: str, name: str) -> bool:

@@ -19,7 +19,12 @@ from img2img_server.gateway.http.middleware import AccessLog, NormalizePath
 from img2img_server.gateway.modelslab.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.management import Management
-from img2img_server.gateway.modelslab.response_formats import Current, Legacy, ResponseFormat
+from img2img_server.gateway.modelslab.response_formats import (
+    Current,
+    Legacy,
+    Plain,
+    ResponseFormat,
+)
 from img2img_server.gateway.modelslab.storage import Storage
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.playground.page import add_root
@@ -61,6 +66,11 @@ def create_app(
     def refuse(error: RequestError) -> JSONResponse:
         return respond(dialect.refused(error))
 
+    v1_dialect = dialect if settings.legacy else Plain()
+
+    def refuse_v1(error: RequestError) -> JSONResponse:
+        return respond(v1_dialect.refused(error))
+
     # A request passes the last one first.
     app.add_middleware(
         RequestLimits,
@@ -71,7 +81,7 @@ def create_app(
     app.add_middleware(AccessLog, refuse=refuse)
     app.add_middleware(Cors, settings=settings, refuse=refuse)
     app.add_middleware(NormalizePath)
-    _add_refusals(app, refuse)
+    _add_refusals(app, refuse, refuse_v1)
     _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
     _add_management(app, Management(upstream), Storage(upstream))
     _add_files(app, files)
@@ -83,11 +93,12 @@ def create_app(
     return app
 
 
-def _add_refusals(app: FastAPI, refuse: Refuse) -> None:
+def _add_refusals(app: FastAPI, refuse: Refuse, refuse_v1: Refuse) -> None:
     @app.exception_handler(RequestError)
-    async def refused(_: Request, why: Exception) -> Response:
+    async def refused(request: Request, why: Exception) -> Response:
         assert isinstance(why, RequestError)
-        return refuse(why)
+        is_v1 = request.scope["path"].startswith("/v1/")
+        return (refuse_v1 if is_v1 else refuse)(why)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, why: Exception) -> Response:

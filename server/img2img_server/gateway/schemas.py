@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from img2img_server.domain.storage import MAX_CHARACTERS, REALTIME, WITHOUT_EFFECT
+from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT
+from img2img_server.domain.storage import MAX_CHARACTERS, REALTIME
 from img2img_server.gateway.modelslab.field_types import BOOLEAN
 from img2img_server.gateway.modelslab.fields import FIELDS, Field
 from img2img_server.gateway.modelslab.storage import FIELDS as STORAGE_FIELDS

@@ -8,45 +8,45 @@ import numpy as np
 import numpy.typing as npt
 
 from img2img_server.domain.params import Limits
+from img2img_server.domain.violations import Reason, Violation
 
 Pixels = npt.NDArray[np.uint8]  # height x width x 3, RGB
-NOT_VALID = "init_image is not a valid PNG, JPG or WebP image"
 
 
 class InvalidImageError(Exception):
-    """The init image breaks a rule.
+    """The init image breaks a rule; `violation` says which one."""
 
-    Attributes:
-        cause: What exactly is wrong, as a clause, where the sentence does not say it.
-    """
+    def __init__(self, violation: Violation) -> None:
+        super().__init__(violation.message)
+        self.violation = violation
 
-    def __init__(self, sentence: str, cause: str = "") -> None:
+
+class FetchError(InvalidImageError):
+    """The init image could not be downloaded."""
+
+    def __init__(self, cause: str = "") -> None:
         """Creates the error.
 
         Args:
-            sentence: the HTTP contract's own words.
-            cause: see the attribute.
+            cause: why, as a clause for the caller, for example "the server answered 403". It names
+                no IP address and no port that the caller did not send.
         """
-        super().__init__(sentence)
-        self.cause = cause
+        message = "init_image cannot be downloaded"
+        super().__init__(Violation("init_image", Reason.DOWNLOAD_FAILED, message, cause))
+
+
+def not_an_image(cause: str) -> InvalidImageError:
+    """Returns the error of data that cannot be decoded."""
+    message = "init_image is not a valid PNG, JPEG or WebP image"
+    return InvalidImageError(Violation("init_image", Reason.INVALID_IMAGE, message, cause))
 
 
 def too_large(limits: Limits) -> InvalidImageError:
     """Returns the error of an image over the byte limit."""
-    most = limits.max_image_bytes / 2**20
-    return InvalidImageError(f"init_image must not be larger than {most:g} MB")
-
-
-class FetchError(InvalidImageError):
-    """The init image could not be fetched from its address.
-
-    Attributes:
-        cause: Why, as a clause for the caller, for example "the server answered 403". Names no
-            IP address and no port that the caller did not send.
-    """
-
-    def __init__(self, cause: str = "") -> None:
-        super().__init__("Unable to fetch image from provided URL", cause)
+    most = f"{limits.max_image_bytes / 2**20:g}"
+    message = f"init_image must not be larger than {most} MB"
+    values = {"max_megabytes": most}
+    return InvalidImageError(Violation("init_image", Reason.TOO_MANY_BYTES, message, values=values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

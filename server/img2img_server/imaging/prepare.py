@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from img2img_server.domain.params import ImageFormat, Limits
+from img2img_server.domain.violations import Reason, Violation
 from img2img_server.imaging.base import (
-    NOT_VALID,
     CheckedImage,
     InvalidImageError,
     Pixels,
+    not_an_image,
     too_large,
 )
 from img2img_server.imaging.colour import apply_transform, srgb_transform
@@ -115,7 +116,7 @@ def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = Fals
     """
     header = _header(data)
     if prepared and (header.width, header.height) != (width, height):
-        raise InvalidImageError(NOT_VALID, "it was prepared at another size")
+        raise not_an_image("it was prepared at another size")
     return _prepare(header, width, height)
 
 
@@ -126,7 +127,7 @@ def _header(data: bytes, source: str = "the data is") -> Header:
         advice = "send a PNG, JPEG or WebP image"
         if name == PLAIN_TEXT and b"\n" not in data:  # perhaps a URL without its scheme, or a path
             advice += ", or its URL with http:// or https://"
-        raise InvalidImageError(NOT_VALID, f"{source} {name}; {advice}")
+        raise not_an_image(f"{source} {name}; {advice}")
     try:
         return read_header(data)
     except HeaderError as error:
@@ -134,14 +135,16 @@ def _header(data: bytes, source: str = "the data is") -> Header:
 
 
 def _invalid(container: Container, error: HeaderError) -> InvalidImageError:
-    return InvalidImageError(NOT_VALID, f"the {container.title} image cannot be used: {error}")
+    return not_an_image(f"the {container.title} image cannot be used: {error}")
 
 
 def _too_many_pixels(header: Header, limits: Limits) -> InvalidImageError:
-    most = limits.max_image_pixels / 1_000_000
+    most = f"{limits.max_image_pixels / 1_000_000:g}"
     size = f"{header.width}x{header.height} pixels, {header.pixels / 1e6:.1f} megapixels"
+    message = f"init_image must not have more than {most} megapixels"
+    cause, values = f"the image has {size}", {"max_megapixels": most}
     return InvalidImageError(
-        f"init_image must not have more than {most:g} megapixels", f"the image has {size}"
+        Violation("init_image", Reason.TOO_MANY_PIXELS, message, cause, values)
     )
 
 

@@ -23,8 +23,8 @@ from minio.credentials.credentials import Credentials
 from minio.signer import sign_v4_s3
 from yarl import URL
 
-from img2img_server.domain.params import Violation
 from img2img_server.domain.storage import StorageDetails
+from img2img_server.domain.violations import Reason, Violation
 from img2img_server.errors import StorageError
 from img2img_server.outbound.causes import cause_of
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy, shown
@@ -108,14 +108,16 @@ class TenantS3:
         try:
             await self._try(details, details.upload_url(name), CHECK_TEXT, "text/plain")
         except ForbiddenAddressError:
-            return Violation("endpoint_url", "endpoint_url must be a public address"), ""
+            message = "endpoint_url must be a public address"
+            return Violation("endpoint_url", Reason.FORBIDDEN_ADDRESS, message), ""
         except _RefusedError as error:
             field, why = _TO_BLAME.get(error.code, ("endpoint_url", f"refuses a file: {error}"))
-            return Violation(field, f"{field} {why}"), ""
+            return Violation(field, Reason.STORE_REFUSED, f"{field} {why}"), ""
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             log.info("storage check failed", why=type(error).__name__)
             cause = cause_of(error, urlsplit(details.endpoint_url).hostname or "the host")
-            return Violation("endpoint_url", "endpoint_url does not answer", cause), ""
+            message = "endpoint_url does not answer"
+            return Violation("endpoint_url", Reason.UNREACHABLE, message, cause), ""
         served = await self._serves(details.file_link(name))
         await self._remove(details, details.upload_url(name))
         return None, "" if served else "public_url does not serve the files"

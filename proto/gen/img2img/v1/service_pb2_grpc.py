@@ -33,8 +33,8 @@ class Img2ImgServiceStub:
 
     Errors: every status carries google.rpc.ErrorInfo with a reason, the domain "img2img.v1" and
     metadata. Branch on the reason, never on the text. INVALID_ARGUMENT also carries
-    google.rpc.BadRequest, which lists every invalid field. An error that a retry can resolve carries
-    google.rpc.RetryInfo with the time to wait.
+    google.rpc.BadRequest, which lists every invalid field with a reason. An error that a retry can
+    resolve carries google.rpc.RetryInfo with the time to wait.
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
@@ -118,8 +118,8 @@ class Img2ImgServiceServicer:
 
     Errors: every status carries google.rpc.ErrorInfo with a reason, the domain "img2img.v1" and
     metadata. Branch on the reason, never on the text. INVALID_ARGUMENT also carries
-    google.rpc.BadRequest, which lists every invalid field. An error that a retry can resolve carries
-    google.rpc.RetryInfo with the time to wait.
+    google.rpc.BadRequest, which lists every invalid field with a reason. An error that a retry can
+    resolve carries google.rpc.RetryInfo with the time to wait.
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
@@ -372,8 +372,8 @@ class Img2ImgService:
 
     Errors: every status carries google.rpc.ErrorInfo with a reason, the domain "img2img.v1" and
     metadata. Branch on the reason, never on the text. INVALID_ARGUMENT also carries
-    google.rpc.BadRequest, which lists every invalid field. An error that a retry can resolve carries
-    google.rpc.RetryInfo with the time to wait.
+    google.rpc.BadRequest, which lists every invalid field with a reason. An error that a retry can
+    resolve carries google.rpc.RetryInfo with the time to wait.
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.

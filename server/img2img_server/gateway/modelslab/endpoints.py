@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse
 from img2img.v1 import event_pb2, job_pb2
 from img2img_server.compat.modelslab import annotation_keys, results
 from img2img_server.compat.modelslab.files import inline
-from img2img_server.domain.params import ValidationContext, Violation
+from img2img_server.domain.params import ValidationContext
+from img2img_server.domain.violations import required
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
@@ -88,7 +89,7 @@ class Endpoints:
         try:
             return await self._upstream.create(call.key, spec, call.base, warning=warning)
         except RequestError as refused:
-            broken = {violation.field: violation.description for violation in refused.violations}
+            broken = {violation.field: violation.message for violation in refused.violations}
             # The model's own limit is narrower than ours; a hint is never an error.
             if dropped := drop_hints(spec, broken):
                 more = [
@@ -109,8 +110,7 @@ class Endpoints:
         del body
         if job_id is None or job_id == "":
             await self._upstream.caller(call.key)
-            missing = Violation("request_id", "request_id is required")
-            raise RequestError(ErrorKind.FIELDS, violations=[missing])
+            raise RequestError(ErrorKind.FIELDS, violations=[required("request_id")])
         # A longer one is no more an id than its beginning, which is all that is kept of it.
         job_id = str(job_id)[:_ID_LONGER] if type(job_id) in (int, str) else ""
         return await self._fetch(call, job_id)

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from img2img_server.domain.params import Violation
+from img2img_server.domain.violations import Reason, Violation
 
 RETRY_SECONDS = 30  # without an estimate
 
@@ -59,7 +59,9 @@ class RequestError(Exception):
     """The request is refused. `message` and `reason` replace the case's own; `retry_seconds` are
     whole.
 
-    `violations` come with FIELDS only, in the order in which they are to be told.
+    `violations` come with FIELDS only, in the order in which they are to be told. `metadata` is
+    that of the api's ErrorInfo. Message and violations are in our own words; response_formats.py
+    puts them into those of the contract.
     """
 
     def __init__(
@@ -71,13 +73,13 @@ class RequestError(Exception):
         violations: list[Violation] | None = None,
         retry_seconds: int = RETRY_SECONDS,
         headers: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.case = case
         self.reason = reason or case.reason
         self.violations = violations or []
-        self.message = message or (
-            self.violations[0].description if self.violations else case.message
-        )
+        self.message = message or (self.violations[0].message if self.violations else case.message)
+        self.metadata = metadata or {}
         self.retry_seconds = retry_seconds
         self.headers = dict(headers or {})
         super().__init__(self.message)
@@ -86,9 +88,10 @@ class RequestError(Exception):
 def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RequestError:
     """What a failed call of the api means to the HTTP caller. `model`: the one that he named."""
     status = rpc_status.from_call(error) or status_pb2.Status()
-    reason = _detail(status, error_details_pb2.ErrorInfo()).reason
-    refused = _refusal(error, status, reason, model)
-    refused.reason = reason or refused.reason
+    info = _detail(status, error_details_pb2.ErrorInfo())
+    refused = _refusal(error, status, info.reason, model)
+    refused.reason = info.reason or refused.reason
+    refused.metadata = dict(info.metadata)
     return refused
 
 
@@ -117,7 +120,9 @@ def _refusal(
         case grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED":
             return RequestError(ErrorKind.REQUEST_ID_REUSED)
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND" if model:
-            return RequestError(ErrorKind.FIELDS, violations=[Violation("model", text)])
+            return RequestError(
+                ErrorKind.FIELDS, violations=[Violation("model", Reason.NOT_SUPPORTED, text)]
+            )
         # An api of an older version says so to the callers of the contract, who name no model.
         case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
             return RequestError(ErrorKind.UNAVAILABLE)
@@ -139,16 +144,24 @@ def _detail(status: status_pb2.Status, empty: Detail) -> Detail:
 
 
 def _violations(status: status_pb2.Status) -> list[Violation]:
+    metadata = _detail(status, error_details_pb2.ErrorInfo()).metadata
     request = _detail(status, error_details_pb2.BadRequest())
-    return [_violation(item) for item in request.field_violations]
+    return [_violation(item, metadata) for item in request.field_violations]
 
 
-def _violation(item: error_details_pb2.BadRequest.FieldViolation) -> Violation:
-    """With a cause, localized_message is the contract's sentence, which the description begins."""
-    sentence = item.localized_message.message
-    if sentence and item.description.startswith(f"{sentence}: "):
-        return Violation(item.field, sentence, item.description[len(sentence) + 2 :])
-    return Violation(item.field, item.description)
+def _violation(
+    item: error_details_pb2.BadRequest.FieldViolation, metadata: Mapping[str, str]
+) -> Violation:
+    """Returns the violation as the api had it: the error's metadata has its values and cause."""
+    prefix = f"{item.field}_"
+    values = {
+        name.removeprefix(prefix): value
+        for name, value in metadata.items()
+        if name.startswith(prefix)
+    }
+    cause = values.pop("cause", "")
+    message = item.description.removesuffix(f": {cause}")
+    return Violation(item.field, item.reason, message, cause, values)
 
 
 def _retry_seconds(info: error_details_pb2.RetryInfo) -> int:

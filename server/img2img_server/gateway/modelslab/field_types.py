@@ -23,13 +23,13 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 class Kind:
     """A kind of field.
 
-    `read` returns the coerced value or raises ValueError; `complaint` ends the sentence that the
-    caller then gets; `schemas` are the JSON Schemas of every spelling that is accepted, the
-    preferred one first.
+    `read` returns the coerced value or raises ValueError; `expected` ends the sentence "it must
+    be …" that the caller then gets; `schemas` are the JSON Schemas of every spelling that is
+    accepted, the preferred one first.
     """
 
     read: Callable[[Any], Any]
-    complaint: str
+    expected: str
     schemas: tuple[dict[str, Any], ...]
 
 
@@ -84,15 +84,15 @@ def read_reference(value: Any) -> str | int:
     return read_string(value) if isinstance(value, str) else read_integer(value)
 
 
-STRING = Kind(read_string, "must be a string", ({"type": "string"},))
+STRING = Kind(read_string, "a string", ({"type": "string"},))
 INTEGER = Kind(
     read_integer,
-    "must be an integer",
+    "an integer",
     ({"type": "integer"}, {"type": "string", "pattern": r"^\s*[+-]?[0-9]{1,400}\s*$"}),
 )
 NUMBER = Kind(
     read_number,
-    "must be a number",
+    "a number",
     (
         {"type": "number"},
         {"type": "string", "pattern": r"^\s*[+-]?[0-9]{1,400}(\.[0-9]{1,400})?\s*$"},
@@ -100,7 +100,7 @@ NUMBER = Kind(
 )
 BOOLEAN = Kind(
     read_boolean,
-    "must be true or false",
+    "true or false",
     (
         {"type": "boolean"},
         {"type": "integer", "enum": [0, 1]},
@@ -108,5 +108,5 @@ BOOLEAN = Kind(
     ),
 )
 REFERENCE = Kind(
-    read_reference, "must be a string or an integer", ({"type": "string"}, {"type": "integer"})
+    read_reference, "a string or an integer", ({"type": "string"}, {"type": "integer"})
 )

@@ -17,10 +17,10 @@ from img2img_server.domain.params import (
     JobParams,
     Limits,
     ValidationContext,
-    Violation,
     validate,
 )
 from img2img_server.domain.urls import URL_MAX_CHARACTERS
+from img2img_server.domain.violations import Violation, invalid_type, required
 from img2img_server.gateway.modelslab.field_types import (
     BOOLEAN,
     INTEGER,
@@ -164,15 +164,15 @@ def read(body: Mapping[str, Any], context: ValidationContext = _CONTEXT) -> Pars
         value = body.get(entry.name)
         if value is None or value == "":
             if entry.required:
-                violations.append(Violation(entry.name, f"{entry.name} is required"))
+                violations.append(required(entry.name))
             continue
         try:
             read_value = entry.kind.read(value)
         except ValueError:
             if entry.hint and entry.in_spec:
-                warnings.append(ignored(entry.name, f"it {entry.kind.complaint}"))
+                warnings.append(ignored(entry.name, f"it must be {entry.kind.expected}"))
             elif not entry.hint:
-                violations.append(Violation(entry.name, f"{entry.name} {entry.kind.complaint}"))
+                violations.append(invalid_type(entry.name, entry.kind.expected))
             continue
         values[entry.name] = within = _clamped(entry, read_value)
         if within != read_value:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from img2img.v1 import job_pb2
-from img2img_server.compat.modelslab import results
+from img2img_server.compat.modelslab import results, sentences
+from img2img_server.domain.violations import Violation
 from img2img_server.gateway.modelslab import responses
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 
@@ -48,9 +49,14 @@ class Current:
     """Real HTTP codes, one `message`, a `reason` as over gRPC."""
 
     def refused(self, why: RequestError) -> Answer:
-        body: dict[str, Any] = {"status": "error", "message": why.message, "reason": why.reason}
-        if why.violations:
-            body["errors"] = _by_field([(v.field, v.text) for v in why.violations])
+        told = [replace(v, message=sentences.field_sentence(v)) for v in why.violations]
+        message = sentences.error_sentence(why.reason, why.metadata) or why.message
+        return self._refused(why, told[0].message if told else message, told)
+
+    def _refused(self, why: RequestError, message: str, violations: Sequence[Violation]) -> Answer:
+        body: dict[str, Any] = {"status": "error", "message": message, "reason": why.reason}
+        if violations:
+            body["errors"] = _by_field([(v.field, v.text) for v in violations])
         if why.case is ErrorKind.RATE_LIMIT:
             body["retry_after"] = why.retry_seconds
         return Answer(why.case.status, body, _headers(why))
@@ -65,6 +71,13 @@ class Current:
     def failed(self, job: job_pb2.Job) -> Answer:
         message = results.failure(job)
         return Answer(200, {"status": "failed", "id": job.id, "message": message, "output": []})
+
+
+class Plain(Current):
+    """Refusals of /v1: as the contract's, in our own words."""
+
+    def refused(self, why: RequestError) -> Answer:
+        return self._refused(why, why.message, why.violations)
 
 
 class Legacy:
@@ -103,22 +116,13 @@ class Legacy:
 
     def _wording(self, why: RequestError) -> tuple[Any, dict[str, Any]]:
         if why.violations:
-            told = [(v.field, legacy_sentence(v.field, v.description)) for v in why.violations]
+            told = [(v.field, sentences.legacy_field_sentence(v)) for v in why.violations]
             return _by_field(told), {}
         if why.case is ErrorKind.BAD_KEY:
             return "Invalid Api Key", {"tip": TIP}
         if why.case is ErrorKind.RATE_LIMIT:
             return ErrorKind.RATE_LIMIT.message, {"tips": TIPS, "retry_after": why.retry_seconds}
-        return why.message, {}
-
-
-def legacy_sentence(name: str, sentence: str) -> str:
-    """ "prompt is required" becomes "The prompt field is required."; see section 4."""
-    if sentence == f"{name} is required":
-        return f"The {name} field is required."
-    if sentence.startswith(f"{name} "):
-        return f"The {sentence}."
-    return f"{sentence}."
+        return sentences.error_sentence(why.reason, why.metadata) or why.message, {}
 
 
 def _by_field(told: Sequence[tuple[str, str]]) -> dict[str, list[str]]:

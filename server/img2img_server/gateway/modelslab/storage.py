@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from img2img.v1 import service_pb2
-from img2img_server.domain.params import Violation
-from img2img_server.domain.storage import MAX_CHARACTERS, REALTIME, validate_deploy_type
+from img2img_server.compat.modelslab.server_types import validate_server_type
+from img2img_server.domain.storage import MAX_CHARACTERS, REALTIME
+from img2img_server.domain.violations import Violation, invalid_type
 from img2img_server.gateway.http.http_request import find_key, read_json
 from img2img_server.gateway.modelslab.errors import RequestError
 from img2img_server.gateway.modelslab.field_types import BOOLEAN
@@ -78,7 +79,7 @@ def _check(body: Mapping[str, Any]) -> tuple[bool, list[Violation]]:
     try:
         return BOOLEAN.read(value), []
     except ValueError:
-        return False, [Violation("check_connection", f"check_connection {BOOLEAN.complaint}")]
+        return False, [invalid_type("check_connection", BOOLEAN.expected)]
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:
@@ -106,10 +107,10 @@ def _reworded(
     if not refused.violations:
         return refused
     told = refused.violations
-    if more and not validate_deploy_type(texts["deploy_type"] or REALTIME):
+    if more and not validate_server_type(texts["deploy_type"] or REALTIME):
         told = [violation for violation in told if violation.field != "deploy_type"]
     violations = [
-        Violation(violation.field, f"{violation.field} must be a string")
+        invalid_type(violation.field, "a string")
         if violation.field != "deploy_type" and texts.get(violation.field) == _NO_STRING
         else violation
         for violation in told

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from img2img.v1 import event_pb2
-from img2img_server.domain.params import Violation
+from img2img_server.domain.violations import Reason, Violation
 from img2img_server.gateway.http.http_request import find_key
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.upstream import ENDED, Upstream
@@ -45,8 +45,9 @@ class EventStreams:
         after = _sequence(resumed or request.query_params.get("after_sequence") or "0")
         if after is None:
             await self._upstream.caller(key)
-            text = "after_sequence must be an integer of at least 0"
-            raise RequestError(ErrorKind.FIELDS, violations=[Violation("after_sequence", text)])
+            message = "after_sequence must be an integer of at least 0"
+            wrong = Violation("after_sequence", Reason.OUT_OF_RANGE, message)
+            raise RequestError(ErrorKind.FIELDS, violations=[wrong])
         if not (job_id.isascii() and job_id.isdigit() and len(job_id) <= 12):
             await self._upstream.caller(key)
             raise RequestError(ErrorKind.UNKNOWN_JOB)

@@ -11,7 +11,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from img2img.v1 import job_pb2
-from img2img_server.domain.params import JobParams, ValidationContext, Violation, validate
+from img2img_server.domain.params import JobParams, ValidationContext, validate
+from img2img_server.domain.violations import Reason, Violation, invalid_type
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.fields import FIELDS
 
@@ -20,11 +21,11 @@ _ENUMS = {
     for field in job_pb2.JobSpec.DESCRIPTOR.fields
     if field.enum_type
 }
-_COMPLAINTS = {
-    **{entry.name: entry.kind.complaint for entry in FIELDS},
-    **{name: f"must be one of {', '.join(values)}" for name, values in _ENUMS.items()},
-    "spec": "must be an object",
-    "init_image": 'must be an object with either "url" or "data" (base64)',
+_EXPECTED = {
+    **{entry.name: entry.kind.expected for entry in FIELDS},
+    **{name: f"one of {', '.join(values)}" for name, values in _ENUMS.items()},
+    "spec": "an object",
+    "init_image": 'an object with either "url" or "data" (base64)',
 }
 _NUMBERS = (
     FieldDescriptor.CPPTYPE_INT32,
@@ -102,7 +103,7 @@ def _misread(kind: Any, body: dict[str, Any]) -> str:
 def _violation(told: str) -> Violation:
     """In words of ours: the library's have Python's types and its own class names in them."""
     if unknown := _UNKNOWN.search(told):
-        return Violation(unknown[1], f"there is no field {unknown[1]}")
+        return Violation(unknown[1], Reason.UNKNOWN_FIELD, f"there is no field {unknown[1]}")
     place = _PLACE.search(told)
     path = place[1].split(".") if place else _STEPS.findall(told)
     name = (path[1:2] or path[:1] or ["body"])[0]
@@ -110,7 +111,9 @@ def _violation(told: str) -> Violation:
 
 
 def _unreadable(name: str) -> Violation:
-    return Violation(name, f"{name} {_COMPLAINTS.get(name, 'is not well formed')}")
+    if name in _EXPECTED:
+        return invalid_type(name, _EXPECTED[name])
+    return Violation(name, Reason.INVALID_FORMAT, f"{name} is not well formed")
 
 
 def _beyond_limit(name: str) -> Violation:
