@@ -37,7 +37,7 @@ class Violation:
         field: Name of the field in the request.
         reason: A Reason; a text of the same kind where another version sent it.
         message: A plain sentence that is complete by itself.
-        cause: What exactly was wrong, as a clause, where the message does not say it.
+        cause: The exact fault, as a clause, where the message does not name it.
         values: Every number and name of the message that a caller may want to show differently.
     """
 

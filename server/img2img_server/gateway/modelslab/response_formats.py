@@ -49,9 +49,9 @@ class Current:
     """Real HTTP codes, one `message`, a `reason` as over gRPC."""
 
     def refused(self, why: RequestError) -> Answer:
-        told = [replace(v, message=sentences.field_sentence(v)) for v in why.violations]
+        named = [replace(v, message=sentences.field_sentence(v)) for v in why.violations]
         message = sentences.error_sentence(why.reason, why.metadata) or why.message
-        return self._refused(why, told[0].message if told else message, told)
+        return self._refused(why, named[0].message if named else message, named)
 
     def _refused(self, why: RequestError, message: str, violations: Sequence[Violation]) -> Answer:
         body: dict[str, Any] = {"status": "error", "message": message, "reason": why.reason}
