@@ -439,7 +439,6 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
         "IDS": (28 * hour, -1),
         "KV_img2img-jobs": (3 * hour, -1),
         "KV_img2img-rates": (120.0, -1),
-        "KV_img2img-webhooks-put-off": (24 * hour, -1),
         "KV_img2img-requests": (2 * hour, -1),
         "KV_img2img-workers": (20.0, -1),
         "KV_img2img-models": (0.0, -1),

@@ -17,7 +17,7 @@ from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.storage import tenant_s3
 from img2img_server.storage.vault import new_key as new_storage_key
 from img2img_server.testing.bus import memory_bus
-from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.dispatcher import BackoffPolicy
 from img2img_server.webhooks.sender import open_sender
 from img2img_server.webhooks.signature import Signer
 from tests.http_stack import ENTERPRISE, fetch_photo, gateway_before

@@ -25,7 +25,7 @@ from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
-from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.dispatcher import BackoffPolicy
 from img2img_server.webhooks.sender import open_sender
 from img2img_server.webhooks.signature import Signer
 from tests.stack import (

@@ -14,14 +14,13 @@ from receiver import until
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
 from img2img_server.nats.bus import Bus
-from img2img_server.webhooks.backoff import BackoffPolicy
-from img2img_server.webhooks.dispatcher import MOST_OF_A_TENANT, WebhookDispatcher
+from img2img_server.webhooks.dispatcher import MOST_OF_A_TENANT, BackoffPolicy, WebhookDispatcher
 from img2img_server.webhooks.sender import Outcome
 from img2img_server.webhooks.signature import Signer
 
 GREEDY, MODEST = "https://black.example/hole", "https://modest.example/hook"
 CROWD = 5 * MOST_OF_A_TENANT
-QUICK = BackoffPolicy(delays_seconds=(60.0,) * 7, crowded_seconds=0.02)
+QUICK = BackoffPolicy(delays_seconds=(60.0,) * 7, overflow_seconds=0.02)
 
 
 class Receivers:
@@ -106,4 +105,4 @@ async def test_a_tenant_whose_receiver_is_silent_holds_up_nobody_else_and_loses_
         assert receivers.most_under_way == MOST_OF_A_TENANT
         record = await bus.jobs.get("greedy", crowd[0].id)
         assert record is not None
-        assert record.job == replace(crowd[0], webhook_status="success")
+        assert record.job == replace(crowd[0], webhook_status="success", webhook_attempts=1)

@@ -22,7 +22,7 @@ from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.memory_blobs import MemoryBlobStore
-from img2img_server.webhooks.backoff import BackoffPolicy
+from img2img_server.webhooks.dispatcher import BackoffPolicy
 from img2img_server.webhooks.sender import open_sender
 from img2img_server.webhooks.signature import Signer
 from tests.stack import Api, running_api, running_worker, settings, spec

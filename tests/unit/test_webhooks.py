@@ -11,6 +11,7 @@ from email.utils import formatdate
 
 import pytest
 from standardwebhooks import Webhook
+from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import results
@@ -22,8 +23,7 @@ from img2img_server.outbound.retry_after import seconds_of
 from img2img_server.settings import SettingsError
 from img2img_server.testing.memory_records import MemoryJobStore
 from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
-from img2img_server.webhooks.backoff import DELAYS_SECONDS, BackoffPolicy
-from img2img_server.webhooks.dispatcher import WebhookDispatcher
+from img2img_server.webhooks.dispatcher import DELAYS_SECONDS, BackoffPolicy, WebhookDispatcher
 from img2img_server.webhooks.record import announce, set_status
 from img2img_server.webhooks.sender import Outcome
 from img2img_server.webhooks.signature import Signer
@@ -143,7 +143,7 @@ def test_retry_after_lengthens_a_pause_up_to_an_hour_and_never_shortens_it() -> 
 
 def test_what_finds_no_place_waits_twice_as_long_each_time_up_to_five_minutes() -> None:
     pauses = BackoffPolicy(uniform=lambda low, high: high)
-    waits = [pauses.overflow_delay(times) for times in (0, 1, 2, 5, 6, 7, 5000)]
+    waits = [pauses.overflow_delay(times) for times in (1, 2, 3, 6, 7, 8, 5000)]
     assert waits == [6.0, 12.0, 24.0, 192.0, 360.0, 360.0, 360.0]
 
 
@@ -203,6 +203,35 @@ async def test_the_status_is_written_past_a_change_under_way() -> None:
     stored = await MemoryJobStore.get(jobs, job.tenant, job.id)
     assert stored is not None
     assert stored.job == replace(job, warning="changed", webhook_status="success")
+
+
+async def test_a_webhook_that_was_deferred_has_lost_no_attempt() -> None:
+    async def post(address: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+        return Outcome(delivered=False, reason="the server answered 500")
+
+    async def payload(job: Job) -> bytes:
+        return BODY
+
+    outbox, jobs, stop = MemoryWebhookOutbox(), MemoryJobStore(), asyncio.Event()
+    job = ended(webhook="https://a.example")
+    await jobs.create(job)
+    await outbox.put(job)
+    for _ in range(9):
+        (pending,) = await outbox.pull(1, 5.0)
+        await pending.retry(0.0)
+    backoff = BackoffPolicy(delays_seconds=(0.0,) * 7)
+    dispatcher = WebhookDispatcher(outbox, jobs, payload, post, Signer(), backoff, drain_seconds=5)
+    with capture_logs() as logs:
+        running = asyncio.create_task(dispatcher.run(stop))
+        async with asyncio.timeout(10):
+            while not (logs and logs[-1].get("status") == "failed"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        stop.set()
+        await running
+    assert [line["attempt"] for line in logs if line["event"] == "webhook"] == list(range(1, 9))
+    stored = await jobs.get(job.tenant, job.id)
+    assert stored is not None
+    assert (stored.job.webhook_status, stored.job.webhook_attempts) == ("failed", 8)
 
 
 async def test_a_record_that_has_expired_is_left_alone() -> None:

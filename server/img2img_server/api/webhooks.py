@@ -10,8 +10,7 @@ from img2img_server.compat.modelslab import results
 from img2img_server.domain.job import Job
 from img2img_server.nats.bus import Bus
 from img2img_server.settings import Settings
-from img2img_server.webhooks.backoff import BackoffPolicy
-from img2img_server.webhooks.dispatcher import WebhookDispatcher
+from img2img_server.webhooks.dispatcher import BackoffPolicy, WebhookDispatcher
 from img2img_server.webhooks.sender import WebhookSender
 from img2img_server.webhooks.signature import Signer
 

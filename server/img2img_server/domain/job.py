@@ -119,6 +119,7 @@ class Job:
     warning: str = ""
     webhook_status: str = ""
     webhook_error: str = ""
+    webhook_attempts: int = 0
     cancel_requested: bool = False
     # Place in the work queue, to withdraw the job or tell its position; 0: not queued yet.
     queue_sequence: int = 0

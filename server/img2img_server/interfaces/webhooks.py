@@ -12,7 +12,7 @@ class OutboxFullError(Exception):
 
 
 class PendingWebhook(Protocol):
-    """One taken webhook. `done`, `retry` or `put_off` ends it; else it comes again by itself."""
+    """One taken webhook. `done` or `retry` ends it; otherwise the outbox returns it again."""
 
     @property
     def job(self) -> Job:
@@ -20,13 +20,8 @@ class PendingWebhook(Protocol):
         ...
 
     @property
-    def attempt(self) -> int:
-        """Times it was taken and not put off, from 1."""
-        ...
-
-    @property
-    def times_deferred(self) -> int:
-        """Times it was put off before."""
+    def deliveries(self) -> int:
+        """Times it was taken, from 1."""
         ...
 
     async def done(self) -> None:
@@ -34,11 +29,7 @@ class PendingWebhook(Protocol):
         ...
 
     async def retry(self, delay_seconds: float) -> None:
-        """Makes it come again after the delay, whoever takes it then."""
-        ...
-
-    async def defer(self, delay_seconds: float) -> None:
-        """As `retry`, but nothing was tried: the next time is the same attempt."""
+        """Makes it due again after the delay, for this or another api."""
         ...
 
 

@@ -32,7 +32,6 @@ MODELS_BUCKET: Final = "img2img-models"
 STORAGE_BUCKET: Final = "img2img-storage"
 RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 RATES_BUCKET: Final = "img2img-rates"
-DEFERRED_BUCKET: Final = "img2img-webhooks-put-off"  # times, by the message's place in WEBHOOKS
 
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 COMMAND_SUBJECT: Final = "img2img.control.order"

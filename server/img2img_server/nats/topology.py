@@ -125,7 +125,6 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         _bucket(subjects.MODELS_BUCKET, 0.0),
         _bucket(subjects.STORAGE_BUCKET, 0.0),
         _bucket(subjects.RATES_BUCKET, RATES_SECONDS),
-        _bucket(subjects.DEFERRED_BUCKET, WEBHOOKS_SECONDS),
         # As long as a job may wait that was accepted when it was current.
         _bucket(subjects.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import uuid
@@ -16,7 +15,6 @@ from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import SubjectFullError
-from img2img_server.nats.kv import Bucket
 from img2img_server.nats.pull import Puller
 
 # Longer than a delivery may take: an api that died in the middle of one leaves it for this long.
@@ -26,27 +24,20 @@ log = logging.getLogger(__name__)
 
 
 class JetStreamPending:
-    """A PendingWebhook on JetStream.
+    """A PendingWebhook on JetStream."""
 
-    The server counts deliveries; how many of them were no attempts is kept beside it.
-    """
-
-    def __init__(
-        self, link: NatsConnection, msg: Msg, job: Job, defer: Bucket, times_deferred: int
-    ) -> None:
+    def __init__(self, link: NatsConnection, msg: Msg, job: Job) -> None:
         self._link = link
         self._msg = msg
         self._job = job
-        self._deferred = defer
-        self.times_deferred = times_deferred
 
     @property
     def job(self) -> Job:
         return self._job
 
     @property
-    def attempt(self) -> int:
-        return int(self._msg.metadata.num_delivered) - self.times_deferred
+    def deliveries(self) -> int:
+        return int(self._msg.metadata.num_delivered)
 
     async def done(self) -> None:
         await self._link.request(self._msg.reply, Msg.Ack.Ack)
@@ -55,10 +46,6 @@ class JetStreamPending:
         # The server keeps the time at which it is due: it outlives a restart of either side.
         delay = json.dumps({"delay": round(delay_seconds * 1e9)}).encode()
         await self._link.request(self._msg.reply, Msg.Ack.Nak + b" " + delay)
-
-    async def defer(self, delay_seconds: float) -> None:
-        await self._deferred.put(_put_off_key(self._msg), codec.encode(self.times_deferred + 1))
-        await self.retry(delay_seconds)
 
 
 class JetStreamWebhookOutbox:
@@ -74,7 +61,6 @@ class JetStreamWebhookOutbox:
             max_deliver=-1,  # the dispatcher bounds the attempts
             max_ack_pending=-1,  # webhooks that wait for their next attempt do not delay others
         )
-        self._deferred = Bucket(link, subjects.DEFERRED_BUCKET)
 
     async def put(self, job: Job, *, again: bool = False) -> None:
         message_id = f"webhook-{job.id}" + (f"-{uuid.uuid4()}" if again else "")
@@ -88,26 +74,12 @@ class JetStreamWebhookOutbox:
             raise OutboxFullError(job.tenant) from error
 
     async def pull(self, most: int, timeout_seconds: float) -> list[PendingWebhook]:
-        return await self._pending(await self._puller.pull([self._config], most, timeout_seconds))
-
-    async def _pending(self, taken: list[Msg]) -> list[PendingWebhook]:
         pending: list[PendingWebhook] = []
-        times_deferred = await asyncio.gather(*map(self._times_put_off, taken))
-        for msg, times in zip(taken, times_deferred, strict=True):
+        for msg in await self._puller.pull([self._config], most, timeout_seconds):
             try:
                 job = codec.decode(msg.data, Job)
-                pending.append(JetStreamPending(self._link, msg, job, self._deferred, times))
+                pending.append(JetStreamPending(self._link, msg, job))
             except codec.UndecodableError as error:
                 log.warning("a webhook that cannot be read is dropped: %s", error)
                 await self._link.request(msg.reply, Msg.Ack.Term)
         return pending
-
-    async def _times_put_off(self, msg: Msg) -> int:
-        if msg.metadata.num_delivered == 1:
-            return 0
-        entry = await self._deferred.get(_put_off_key(msg))
-        return codec.decode(entry.value, int) if entry else 0
-
-
-def _put_off_key(msg: Msg) -> str:
-    return str(msg.metadata.sequence.stream)

@@ -15,7 +15,6 @@ from img2img_server.testing.notifier import Notifier
 class _Entry:
     job: Job
     taken: int = 0
-    defer: int = 0
     due: asyncio.TimerHandle | None = None  # set while somebody has it and while it waits
 
 
@@ -77,15 +76,14 @@ class _MemoryPending:
         self._outbox = outbox
         self._entry = entry
         self._taken = entry.taken
-        self.times_deferred = entry.defer
 
     @property
     def job(self) -> Job:
         return self._entry.job
 
     @property
-    def attempt(self) -> int:
-        return self._taken - self.times_deferred
+    def deliveries(self) -> int:
+        return self._taken
 
     async def done(self) -> None:
         self._outbox.remove(self._entry)
@@ -93,7 +91,3 @@ class _MemoryPending:
     async def retry(self, delay_seconds: float) -> None:
         if self._entry.taken == self._taken:  # else somebody else has it by now
             self._outbox.come_again(self._entry, delay_seconds)
-
-    async def defer(self, delay_seconds: float) -> None:
-        self._entry.defer = self.times_deferred + 1
-        await self.retry(delay_seconds)

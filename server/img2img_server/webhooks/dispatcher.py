@@ -1,11 +1,13 @@
-"""Takes webhooks out of the outbox and brings them to their receivers, as often as it takes."""
+"""Takes webhooks out of the outbox and posts each until it is delivered or given up."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -15,51 +17,91 @@ from img2img_server.interfaces.records import JobStore
 from img2img_server.interfaces.webhooks import PendingWebhook, WebhookOutbox
 from img2img_server.outbound.policy import shown
 from img2img_server.telemetry import WEBHOOKS
-from img2img_server.webhooks.backoff import BackoffPolicy
 from img2img_server.webhooks.record import FAILED, RETRYING, SUCCESS, set_status
 from img2img_server.webhooks.sender import Outcome, WebhookSender
 from img2img_server.webhooks.signature import Signer
 
-MOST_AT_ONCE = 64  # attempts of one api; a slow receiver has one of them for 30 s
-MOST_OF_A_TENANT = 16  # of these; the rest of its webhooks is put off
-_CROWDED_LOOK_SECONDS = 0.05  # between two looks for webhooks of others
+DELAYS_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 21600.0)
+SPREAD = 0.2
+LONGEST_RETRY_AFTER_SECONDS = 3600.0
+OVERFLOW_SECONDS = 5.0
+LONGEST_OVERFLOW_SECONDS = 300.0
+MOST_AT_ONCE = 64  # attempts of one api; a slow receiver takes one of them for 30 s
+MOST_OF_A_TENANT = 16  # attempts of one tenant at one api
+_ROOM_SECONDS = 0.05  # how long webhooks above the tenant's limit wait for one of its attempts
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 
 # Makes the body of a job's webhook, as JSON in UTF-8. Raises StorageError.
 Payload = Callable[[Job], Awaitable[bytes]]
 
+_random = secrets.SystemRandom()
 log = structlog.get_logger()
 
 
+@dataclass(frozen=True, slots=True)
+class BackoffPolicy:
+    """The delays between attempts. One more attempt is made than there are delays.
+
+    `spread`: share by which each delay is changed at random, so that webhooks that failed together
+    are not sent together again. `overflow_seconds`: the first delay of a webhook above the limit of
+    its tenant.
+    """
+
+    delays_seconds: tuple[float, ...] = DELAYS_SECONDS
+    spread: float = SPREAD
+    uniform: Callable[[float, float], float] = _random.uniform
+    overflow_seconds: float = OVERFLOW_SECONDS
+
+    def after(self, attempt: int, retry_after_seconds: float = 0.0) -> float | None:
+        """Returns the seconds to wait after a failed attempt, or None after the last one.
+
+        Args:
+            attempt: from 1.
+            retry_after_seconds: what the receiver asked for; it lengthens a delay, up to an hour.
+        """
+        if attempt > len(self.delays_seconds):
+            return None
+        delay = self._spread(self.delays_seconds[attempt - 1])
+        return max(delay, min(retry_after_seconds, LONGEST_RETRY_AFTER_SECONDS))
+
+    def overflow_delay(self, deliveries: int) -> float:
+        """Returns the seconds to defer a webhook for that was taken so many times, from 1."""
+        seconds = self.overflow_seconds * 2.0 ** min(deliveries - 1, 10)
+        return self._spread(min(seconds, LONGEST_OVERFLOW_SECONDS))
+
+    def _spread(self, seconds: float) -> float:
+        return seconds * self.uniform(1 - self.spread, 1 + self.spread)
+
+
 class WebhookDispatcher:
-    """One for the life of the api. Several share an outbox; each webhook is with one at a time."""
+    """Delivers webhooks. Each api has one; they share the outbox."""
 
     def __init__(
         self,
         outbox: WebhookOutbox,
         jobs: JobStore,
         payload: Payload,
-        post: WebhookSender,
+        sender: WebhookSender,
         signer: Signer,
-        pauses: BackoffPolicy,
+        backoff: BackoffPolicy,
         *,
         drain_seconds: float,
     ) -> None:
         self._outbox = outbox
         self._jobs = jobs
         self._payload = payload
-        self._post = post
+        self._sender = sender
         self._signer = signer
-        self._pauses = pauses
+        self._backoff = backoff
         self._drain_seconds = drain_seconds
         self._attempts: set[asyncio.Task[None]] = set()
         self._by_tenant: Counter[str] = Counter()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Delivers until `stop` is set; what is under way then gets `drain_seconds` more.
+        """Delivers until `stop` is set; running attempts then have `drain_seconds` to end.
 
-        What is broken off comes again from the outbox, here or elsewhere.
+        The outbox returns an attempt that was cancelled, to this or another api.
         """
         async with asyncio.TaskGroup() as tasks:
             pulling = tasks.create_task(self._pull(tasks))
@@ -71,23 +113,35 @@ class WebhookDispatcher:
                 attempt.cancel()
 
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
-        most = MOST_AT_ONCE
         while True:
             free = MOST_AT_ONCE - len(self._attempts)
             if not free:
                 await asyncio.wait(self._attempts, return_when=asyncio.FIRST_COMPLETED)
                 continue
             try:
-                taken = await self._outbox.pull(min(free, most), _PULL_SECONDS)
+                taken = await self._outbox.pull(min(free, MOST_OF_A_TENANT), _PULL_SECONDS)
+                await self._defer(await self._start(tasks, taken))
             except errors.UnavailableError:
                 await asyncio.sleep(_RETRY_SECONDS)
-                continue
-            surplus = [pending for pending in taken if not self._start(tasks, pending)]
-            # As a crowd that goes makes room, more of it may come at once.
-            most = await self._put_off(surplus) if surplus else min(2 * most, MOST_AT_ONCE)
 
-    def _start(self, tasks: asyncio.TaskGroup, pending: PendingWebhook) -> bool:
-        """Begins an attempt; False when the tenant has all that it may have."""
+    async def _start(
+        self, tasks: asyncio.TaskGroup, waiting: list[PendingWebhook]
+    ) -> list[PendingWebhook]:
+        """Begins attempts; returns the webhooks whose tenants have reached their limit.
+
+        Waits a moment for attempts to end, so that a tenant whose receiver is quick is not
+        deferred.
+        """
+        ends_at = time.monotonic() + _ROOM_SECONDS
+        while True:
+            waiting = [each for each in waiting if not self._begin(tasks, each)]
+            seconds = ends_at - time.monotonic()
+            if not waiting or seconds <= 0:
+                return waiting
+            await asyncio.wait(self._attempts, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+    def _begin(self, tasks: asyncio.TaskGroup, pending: PendingWebhook) -> bool:
+        """Begins an attempt and returns True, if the tenant's limit allows one more."""
         tenant = pending.job.tenant
         if self._by_tenant[tenant] >= MOST_OF_A_TENANT:
             return False
@@ -104,65 +158,74 @@ class WebhookDispatcher:
         attempt.add_done_callback(ended)
         return True
 
-    async def _put_off(self, surplus: list[PendingWebhook]) -> int:
-        """Hands back what has no place, so that the next look finds what others have.
-
-        Returns how many to take next: as many as places became free, or else some to look past.
-        """
-        pauses = [self._pauses.overflow_delay(pending.times_deferred) for pending in surplus]
-        handed_back = (each.defer(pause) for each, pause in zip(surplus, pauses, strict=True))
-        try:
-            await asyncio.gather(*handed_back)
-        except errors.UnavailableError:
-            log.warning("webhooks let go, the bus is away")  # they come again
-        if not self._attempts:
-            return MOST_AT_ONCE
-        done, _ = await asyncio.wait(
-            self._attempts, timeout=_CROWDED_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-        )
-        return len(done) or MOST_OF_A_TENANT
+    async def _defer(self, surplus: list[PendingWebhook]) -> None:
+        delay = self._backoff.overflow_delay
+        await asyncio.gather(*(each.retry(delay(each.deliveries)) for each in surplus))
 
     async def _deliver(self, pending: PendingWebhook) -> None:
         job = pending.job
-        outcome = await self._attempt(job)
-        pause = None
-        if not (outcome.delivered or outcome.final):
-            pause = self._pauses.after(pending.attempt, outcome.retry_after_seconds)
-        status = SUCCESS if outcome.delivered else FAILED if pause is None else RETRYING
-        WEBHOOKS.labels(status).inc()
-        log.info(
-            "webhook",
-            job=job.id,
-            status=status,
-            attempt=pending.attempt,
-            url=shown(job.params.webhook),
-            reason=outcome.detail or outcome.reason,
-        )
         try:
-            await self._note(job, status, "" if outcome.delivered else outcome.reason)
-            if pause is None:
+            attempt = await self._attempt_number(pending)
+            outcome = await self._post(job)
+            delay = None
+            if not (outcome.delivered or outcome.final):
+                delay = self._backoff.after(attempt, outcome.retry_after_seconds)
+            status = SUCCESS if outcome.delivered else FAILED if delay is None else RETRYING
+            WEBHOOKS.labels(status).inc()
+            log.info(
+                "webhook",
+                job=job.id,
+                status=status,
+                attempt=attempt,
+                url=shown(job.params.webhook),
+                reason=outcome.detail or outcome.reason,
+            )
+            error = "" if outcome.delivered else outcome.reason
+            await self._record(job, status, error, job.webhook_attempts + attempt)
+            if delay is None:
                 await pending.done()
             else:
-                await pending.retry(pause)
+                await pending.retry(delay)
         except errors.UnavailableError:
-            log.warning("webhook let go, the bus is away", job=job.id)  # it comes again
+            log.warning("nats_unavailable_webhook_will_be_redelivered", job=job.id)
 
-    async def _note(self, job: Job, status: str, error: str) -> None:
-        """A record that cannot be read must hold up neither its webhook nor the service."""
+    async def _attempt_number(self, pending: PendingWebhook) -> int:
+        """Returns the number of the next attempt, from 1.
+
+        The job's record counts attempts, since the outbox counts deferrals, too. Without a record
+        that can be read, each delivery counts.
+        """
+        job = pending.job
         try:
-            await set_status(self._jobs, job, status, error)
+            stored = await self._jobs.get(job.tenant, job.id)
+        except errors.UnavailableError:
+            raise
+        except Exception:
+            stored = None
+        if stored is None:
+            return pending.deliveries
+        return stored.job.webhook_attempts - job.webhook_attempts + 1
+
+    async def _record(self, job: Job, status: str, error: str, attempts: int) -> None:
+        """Writes the status. A record that cannot be read delays no webhook.
+
+        Raises:
+            UnavailableError.
+        """
+        try:
+            await set_status(self._jobs, job, status, error, attempts)
         except errors.UnavailableError:
             raise
         except Exception as fault:
-            log.error("webhook status not written", job=job.id, exc_info=fault)
+            log.error("webhook_status_not_written", job=job.id, exc_info=fault)
 
-    async def _attempt(self, job: Job) -> Outcome:
+    async def _post(self, job: Job) -> Outcome:
         try:
             body = await self._payload(job)
             headers = self._signer.headers(job.id, int(time.time()), body)
-            return await self._post(job.params.webhook, body, headers)
+            return await self._sender(job.params.webhook, body, headers)
         except errors.StorageError as error:
             return Outcome(delivered=False, reason=str(error))
         except Exception as error:
-            log.error("webhook broke", job=job.id, exc_info=error)
-            return Outcome(delivered=False, reason="broke inside the service")
+            log.error("webhook_attempt_failed", job=job.id, exc_info=error)
+            return Outcome(delivered=False, reason="an internal error of the service")

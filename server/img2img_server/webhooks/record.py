@@ -1,4 +1,4 @@
-"""What the job's record and the outbox are told of a webhook."""
+"""Puts webhooks of ended jobs into the outbox and writes their status into the job's record."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ log = structlog.get_logger()
 
 
 async def announce(outbox: WebhookOutbox, jobs: JobStore, job: Job) -> None:
-    """Puts the webhook of a job that has ended into the outbox, if it asked for one.
+    """Puts the webhook of an ended job into the outbox, if the job has one.
 
-    To be called after the record says that the job has ended and before its log does: whoever dies
-    between is followed by one who calls again, and the outbox keeps one of both.
-    A full outbox gives up the webhook, never the job. Raises UnavailableError.
+    Call it after the record of the job has ended and before its log does: if the process dies in
+    between, the next owner of the job calls it again, and the outbox keeps one of the two webhooks.
+    If the outbox is full, the webhook is given up and the job is not. Raises UnavailableError.
     """
     if not job.params.webhook:
         return
     try:
         await outbox.put(job)
     except OutboxFullError:
-        log.warning("webhook given up, the tenant has too many waiting", job=job.id)
+        log.warning("webhook_given_up_outbox_full", job=job.id, tenant=job.tenant)
         await set_status(jobs, job, FAILED, "too many webhooks of the tenant are waiting")
 
 
-async def set_status(jobs: JobStore, job: Job, status: str, error: str = "") -> None:
-    """Writes webhook_status and webhook_error and nothing else; fine when the record is gone.
+async def set_status(
+    jobs: JobStore, job: Job, status: str, error: str = "", attempts: int = 0
+) -> None:
+    """Writes the webhook's status, error and attempts into the job's record, if there is one.
 
     Raises:
-        UnavailableError: the bus is down.
+        UnavailableError: NATS is not available.
     """
     while True:
         stored = await jobs.get(job.tenant, job.id)
         if stored is None:
             return
-        changed = replace(stored.job, webhook_status=status, webhook_error=error)
+        changed = replace(
+            stored.job, webhook_status=status, webhook_error=error, webhook_attempts=attempts
+        )
         if changed == stored.job:
             return
         try:
             await jobs.update(changed, stored.revision)
         except ConflictError:
-            continue  # somebody else wrote: look again
+            continue  # the record has changed meanwhile
         return
