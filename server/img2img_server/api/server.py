@@ -91,7 +91,7 @@ async def serve(
     canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control, bus.outbox)
     estimator = Estimator(bus.queue, bus.workers)
     disconnects = Disconnects(
-        bus.jobs, canceller, bus.control, stop, grace_seconds=settings.disconnect_grace_seconds
+        canceller, bus.control, stop, grace_seconds=settings.disconnect_grace_seconds
     )
     watcher = Watcher(
         bus.jobs,

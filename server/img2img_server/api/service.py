@@ -76,8 +76,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._watcher.check_room()  # before there is a job that nobody could watch
         caller = self._caller(context)
         call = GenerateCall(
-            self._disconnects,
-            self._create(request, caller),
+            disconnects=self._disconnects,
+            creation=self._create(request, caller),
             detach=request.detach,
             is_repeatable=bool(request.request_id),
             remaining_seconds=caller.remaining_seconds,

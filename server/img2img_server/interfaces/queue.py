@@ -186,12 +186,13 @@ class StreamState(StrEnum):
     """A notice to the other apis about the streams of a job.
 
     `BROKEN`: its Generate call broke and the grace period has begun. `SOUGHT`: the grace period is
-    over; an api that streams the job answers. `OPEN`: an api streams it; the grace period ends.
+    over. An api that streams the job replies to both. `SETTLED`: an api streams the job, or has
+    cancelled it; the grace period ends.
     """
 
     BROKEN = "broken"
     SOUGHT = "sought"
-    OPEN = "open"
+    SETTLED = "settled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
