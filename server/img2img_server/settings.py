@@ -117,8 +117,8 @@ class Settings(BaseSettings):
     # Engines beside us.
     nats_url: SecretStr = Field(
         SecretStr("nats://127.0.0.1:4222"),
-        description="NATS servers, comma separated: nats://, tls://, ws:// or wss://. Each may "
-        "hold `user:password@` or `token@`, percent-encoded.",
+        description="NATS servers, comma separated: nats://, tls://, ws:// or wss://, with "
+        "`user:password@` or `token@`, percent-encoded, which is the same for all.",
     )
     nats_user: str = Field("", description="User at NATS. Empty: that of nats_url, or none.")
     nats_password: SecretStr = Field(SecretStr(""), description="Password of nats_user.")

@@ -47,34 +47,28 @@ def access(url: str, **more: Any) -> NatsAccess:
     ],
 )
 def test_a_server_is_read_with_its_credentials(url: str, address: str, login: Login) -> None:
-    (server,) = access(url).servers
-    assert (server.address, server.login) == (address, login)
+    found = access(url)
+    assert (found.servers, found.login) == ((address,), login)
 
 
 @given(user=PRINTABLE, password=PRINTABLE)
 def test_any_credentials_can_be_expressed_in_the_address(user: str, password: str) -> None:
     url = f"nats://{quote(user, safe='')}:{quote(password, safe='')}@h"
-    assert access(url).servers[0].login == Login(user, password)
+    assert access(url).login == Login(user, password)
 
 
-def test_every_server_of_the_list_has_its_own_credentials() -> None:
-    found = access(" nats://a:1%2F@north , nats://b:2@south:4223,nats://east ")
-    assert [server.login for server in found.servers] == [
-        Login("a", "1/"),
-        Login("b", "2"),
-        Login(),
-    ]
-    assert found.login_at("south:4223") == Login("b", "2")
-    # The cluster tells about servers without credentials.
-    assert found.login_at("10.0.0.7:4222") == Login("a", "1/")
+def test_credentials_of_one_server_are_those_of_all() -> None:
+    found = access(" nats://a:1%2F@north , nats://a:1%2F@south:4223,nats://east ")
+    assert found.servers == ("nats://north:4222", "nats://south:4223", "nats://east:4222")
+    assert found.login == Login("a", "1/")
 
 
 def test_credentials_of_the_settings_hold_for_every_server() -> None:
     found = access("nats://north,nats://south", nats_user="u", nats_password="p@/#%41")
-    assert [server.login for server in found.servers] == [Login("u", "p@/#%41")] * 2
+    assert found.login == Login("u", "p@/#%41")
     assert found.source == "IMG2IMG_NATS_PASSWORD"
     found = access("nats://north", nats_token="t")
-    assert found.servers[0].login == Login(token="t")
+    assert found.login == Login(token="t")
     assert found.source == "IMG2IMG_NATS_TOKEN"
 
 
@@ -93,6 +87,7 @@ def test_credentials_of_the_settings_hold_for_every_server() -> None:
         ("nats://h,wss://h", {}, "cannot be mixed"),
         ("ws://h", {"nats_ca_file": "ca.pem"}, "write wss://"),
         ("nats://u:secret-1@h", {"nats_token": "t"}, "not in both"),
+        ("nats://u:secret-1@h,nats://u:p@i", {}, "the same credentials"),
     ],
 )
 def test_what_is_no_address_is_refused_without_showing_it(

@@ -30,30 +30,19 @@ class Login:
         return bool(self.user or self.password or self.token)
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """One server: its address without credentials, as nats-py takes it, and its credentials."""
-
-    address: str
-    login: Login = Login()
-
-    @property
-    def netloc(self) -> str:
-        """Host and port, by which nats-py knows a server; for error messages too."""
-        return urlsplit(self.address).netloc
-
-
 @dataclass(frozen=True)
 class NatsAccess:
-    """All servers, and what holds for each of them.
+    """The servers of a cluster, and how to log in to each of them.
 
-    Args:
-        source: the setting that holds the credentials, for error messages.
+    Attributes:
+        servers: URLs without credentials.
+        source: The setting that holds the credentials, for error messages.
         ca_file: PEM certificates to trust instead of the system's.
-        cert_file, key_file: the client's own certificate.
+        cert_file, key_file: The client's own certificate.
     """
 
-    servers: tuple[Server, ...]
+    servers: tuple[str, ...]
+    login: Login = Login()
     source: str = URL
     creds_file: Path | None = None
     ca_file: Path | None = None
@@ -63,8 +52,8 @@ class NatsAccess:
     @property
     def needs_tls(self) -> bool:
         """Whether a connection without TLS must be refused."""
-        schemes = {urlsplit(server.address).scheme for server in self.servers}
-        return bool(self.ca_file or self.cert_file) or not schemes.isdisjoint({"tls", "wss"})
+        secure = any(server.startswith(("tls:", "wss:")) for server in self.servers)
+        return secure or bool(self.ca_file or self.cert_file)
 
     @cached_property
     def tls(self) -> ssl.SSLContext:
@@ -80,48 +69,48 @@ class NatsAccess:
                 raise _unusable("IMG2IMG_NATS_CERT_FILE", self.cert_file, error) from error
         return context
 
-    def login_at(self, netloc: str) -> Login:
-        """The credentials for a server; those of the first for one that the cluster told about."""
-        logins = {server.netloc: server.login for server in self.servers}
-        return logins.get(netloc, self.servers[0].login)
-
     @classmethod
-    def of(cls, addresses: Sequence[str]) -> NatsAccess:
-        """Addresses in the form of IMG2IMG_NATS_URL, and nothing else. Raises SettingsError."""
-        return cls(tuple(_server(address) for address in addresses))
+    def of(cls, urls: Sequence[str]) -> NatsAccess:
+        """Reads URLs in the form of IMG2IMG_NATS_URL. Raises SettingsError."""
+        found = [_server(url.strip()) for url in urls if url.strip()]
+        if not found:
+            raise SettingsError(f"{URL}: no server is named, for example nats://nats:4222")
+        servers = tuple(server for server, _ in found)
+        if len({server.startswith("ws") for server in servers}) > 1:
+            raise SettingsError(f"{URL}: ws:// and nats:// servers cannot be mixed")
+        logins = {login for _, login in found if login}
+        if len(logins) > 1:
+            raise SettingsError(f"{URL}: all servers must have the same credentials")
+        return cls(servers, logins.pop() if logins else Login())
 
     @classmethod
     def from_settings(cls, settings: Settings) -> NatsAccess:
         """Raises SettingsError, which names the setting and no password."""
-        urls = settings.nats_url.get_secret_value().split(",")
-        servers = [_server(url.strip()) for url in urls if url.strip()]
-        if not servers:
-            raise SettingsError(f"{URL}: no server is named, for example nats://nats:4222")
-        if len({urlsplit(server.address).scheme in WEBSOCKET for server in servers}) > 1:
-            raise SettingsError(f"{URL}: ws:// and nats:// servers cannot be mixed")
-        plain = any(server.address.startswith("ws:") for server in servers)
+        access = cls.of(settings.nats_url.get_secret_value().split(","))
+        plain = any(server.startswith("ws:") for server in access.servers)
         if plain and (settings.nats_ca_file or settings.nats_cert_file):
             raise SettingsError(
                 f"{URL}: ws:// has no TLS, which the certificates need: write wss://"
             )
-        login = Login(
+        login, source = access.login, URL
+        ours = Login(
             settings.nats_user,
             settings.nats_password.get_secret_value(),
             settings.nats_token.get_secret_value(),
         )
-        source = URL
-        if login:
-            if any(server.login for server in servers):
-                raise SettingsError(
-                    f"{URL}: give the credentials either there or in IMG2IMG_NATS_USER, "
-                    "IMG2IMG_NATS_PASSWORD and IMG2IMG_NATS_TOKEN, not in both"
-                )
-            source = "IMG2IMG_NATS_TOKEN" if login.token else "IMG2IMG_NATS_PASSWORD"
-            servers = [Server(server.address, login) for server in servers]
+        if ours and login:
+            raise SettingsError(
+                f"{URL}: give the credentials either there or in IMG2IMG_NATS_USER, "
+                "IMG2IMG_NATS_PASSWORD and IMG2IMG_NATS_TOKEN, not in both"
+            )
+        if ours:
+            login = ours
+            source = "IMG2IMG_NATS_TOKEN" if ours.token else "IMG2IMG_NATS_PASSWORD"
         elif settings.nats_creds_file:
             source = "IMG2IMG_NATS_CREDS_FILE"
         return cls(
-            tuple(servers),
+            access.servers,
+            login,
             source,
             settings.nats_creds_file,
             settings.nats_ca_file,
@@ -135,8 +124,8 @@ def _unusable(setting: str, path: Path | None, error: OSError) -> SettingsError:
     return SettingsError(f"{setting}: {path} cannot be used: {why}")
 
 
-def _server(url: str) -> Server:
-    """One entry of IMG2IMG_NATS_URL. Raises SettingsError, which does not show the entry."""
+def _server(url: str) -> tuple[str, Login]:
+    """Splits an entry of IMG2IMG_NATS_URL. Raises SettingsError, which does not show the entry."""
     try:
         parts = urlsplit(url if "://" in url else f"nats://{url}")
         port = parts.port
@@ -159,7 +148,7 @@ def _server(url: str) -> Server:
     if port is None and not websocket:
         host = f"{host}:{DEFAULT_PORT}"
     address = parts._replace(netloc=host, path=parts.path if websocket else "").geturl()
-    return Server(address, _login(parts))
+    return address, _login(parts)
 
 
 def _login(parts: SplitResult) -> Login:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import nats.errors
@@ -24,7 +25,7 @@ from img2img_server.nats import faults
 from img2img_server.nats.access import NatsAccess
 from img2img_server.nats.faults import ConnectFault, WrongLastSequenceError, unavailable
 from img2img_server.nats.inbox import Interrupted, ReplyInbox
-from img2img_server.nats.patched_client import DENIED, ResilientClient
+from img2img_server.nats.patched_client import DENIED, PatchedClient
 from img2img_server.settings import SettingsError
 
 REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
@@ -49,7 +50,7 @@ class NatsConnection:
     def __init__(self, access: NatsAccess, patience_seconds: float) -> None:
         self._access = access
         self._patience_seconds = patience_seconds
-        self.nc = ResilientClient(access)
+        self.nc = PatchedClient(needs_tls=access.needs_tls)
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
         self._inboxes: WeakSet[ReplyInbox] = WeakSet()
@@ -67,10 +68,13 @@ class NatsConnection:
             SettingsError: every server refused in a way that another attempt cannot change.
             UnavailableError: no connection within `seconds`.
         """
-        access = self._access
+        access, login = self._access, self._access.login
         connecting = self.nc.connect(
-            [server.address for server in access.servers],
+            list(access.servers),
             name=name,
+            user=login.user if login.user or login.password else None,
+            password=login.password if login.user or login.password else None,
+            token=login.token or None,
             user_credentials=str(access.creds_file) if access.creds_file else None,
             tls=access.tls if access.needs_tls else None,
             error_cb=self._on_error,
@@ -172,7 +176,7 @@ class NatsConnection:
         if fault.sentence != reason or now - at > REPORT_SECONDS:
             self._reported = (fault.sentence, now)
             log.warning("NATS is not connected: %s: %s", fault.setting, fault.sentence)
-        ours = {server.netloc for server in self._access.servers}
+        ours = {urlsplit(server).netloc for server in self._access.servers}
         final = {server for server, each in self._faults.items() if each.final}
         if ours <= final and not self._up.is_set():
             self._hopeless.set()

@@ -15,7 +15,7 @@ import nats.js.errors
 from img2img_server.certificates import refused_certificate
 from img2img_server.errors import MessageTooLargeError, UnavailableError
 
-# Error codes of the server, and the one text that tells two meanings of a code apart.
+# Error codes of the server. 10077 says that storing failed; only its text says why.
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _STORE_FAILED: Final = 10077
 _SUBJECT_FULL: Final = "maximum messages per subject exceeded"
