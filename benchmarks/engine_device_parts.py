@@ -77,14 +77,14 @@ def compiled_request(name: str, arguments: argparse.Namespace) -> Found:
     """Single requests, as the engine compiles them."""
     bench = Bench(name, arguments)
     options = ModelOptions(compile=Compile.WHOLE)
-    accelerate(bench.pipeline, options)
+    accelerate(bench.pipeline.unet, options)
     yield from bench.requests("one request by steps, compiled", options)
 
 
 def compiled_steps(name: str, arguments: argparse.Namespace) -> Found:
     """Steps, as the engine compiles them."""
     bench = Bench(name, arguments)
-    accelerate(bench.pipeline, ModelOptions(compile=Compile.WHOLE))
+    accelerate(bench.pipeline.unet, ModelOptions(compile=Compile.WHOLE))
     yield from bench.steps("UNet step by rows, compiled", arguments.compiled_batches)
 
 
@@ -158,4 +158,4 @@ class Bench:
         conditionings = denoiser.encode_texts([text])
         latents = torch.randn(batch, channels, side // 8, side // 8, device=self._device)
         timesteps = torch.full((batch,), 500.0, device=self._device)
-        return latents, timesteps, list(conditionings) * batch
+        return torch.split(latents, 1), timesteps, list(conditionings) * batch

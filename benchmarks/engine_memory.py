@@ -23,8 +23,9 @@ from benchmarks.engine_stock import photo
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, JobStopped
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.engine import DiffusionEngine
-from img2img_server.engine.model_spec import SCHEDULERS, read_model_spec
+from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.malloc import keep_freed_memory
 
 BOUND_BYTES = 20_000_000
@@ -46,7 +47,7 @@ def job(number: int) -> EngineJob:
         seeds=(number, number + 1) if number % 7 == 0 else (number,),
         num_inference_steps=2,
         guidance_scale=4.0 if number % 2 else 1.0,
-        scheduler=SCHEDULERS[number % len(SCHEDULERS)],
+        scheduler=DIFFUSION_SAMPLERS[number % len(DIFFUSION_SAMPLERS)],
         preview_interval_steps=number % 2,
     )
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 from img2img_server.domain.params import Lane
@@ -28,8 +28,10 @@ from img2img_server.engine.base import (
 )
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.schedules import make_scheduler
 from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
 
@@ -124,7 +126,10 @@ class Stock:
     """The pipeline of diffusers as anyone would call it, one sample at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._pipeline = AutoPipelineForImage2Image.from_pretrained(folder, safety_checker=None)
+        files = ModelFiles.read(folder)
+        self._family = detect(files, str(folder))
+        pipeline_class = getattr(diffusers, self._family.pipelines[files.class_name])
+        self._pipeline = pipeline_class.from_pretrained(folder, **self._family.load_options)
         self._pipeline.set_progress_bar_config(disable=True)
         self._config = dict(self._pipeline.scheduler.config)
 

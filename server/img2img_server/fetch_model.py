@@ -26,7 +26,7 @@ import structlog
 import urllib3
 from minio import Minio
 
-from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.family import ModelError
 from img2img_server.settings import Settings
 from img2img_server.storage.s3_access import BUCKET, S3Access
 from img2img_server.storage.s3_blobs import CONNECT_SECONDS, READ_SECONDS

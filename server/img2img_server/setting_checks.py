@@ -16,7 +16,8 @@ from typing import Final
 from img2img_server.api.keys import load_keys
 from img2img_server.certificates import pair_faults, trusted_fault
 from img2img_server.domain.params import Limits
-from img2img_server.engine.model_spec import ModelError, read_model_spec
+from img2img_server.engine.family import ModelError
+from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engine.options import sizes
 from img2img_server.nats.access import NatsAccess
 from img2img_server.outbound.policy import OutboundPolicy

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from img2img_server.engine.device import choose_device, choose_dtype
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
-from img2img_server.engine.model_spec import ModelError
 from img2img_server.settings import Settings, SettingsError
 from tests.engine_bench import job, pictures, run
 from tests.tiny_models import write_sd

@@ -14,8 +14,8 @@ from torch import Tensor
 from img2img_server.engine.base import EngineJob, JobDone, JobFailed, Pixels
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora import _Change
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
-from img2img_server.engine.model_spec import ModelError
 from img2img_server.engine.options import ModelOptions
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, ReplyInbox, Stock, difference, job, pictures, run, running

@@ -8,7 +8,7 @@ import psutil
 
 from img2img_server.engine.base import Engine, JobDone
 from img2img_server.engine.denoiser import TextInput
-from img2img_server.engine.model_spec import SCHEDULERS
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from tests.engine_bench import ReplyInbox, blocks, job, load, running
 from tests.tiny_models import write_sd
 
@@ -24,7 +24,7 @@ def run_wave(engine: Engine, first_id: int) -> None:
             job_id=job_id,
             prompt=f"prompt {job_id}",
             init_image=blocks(64, 72 if job_id % 3 else 64),
-            scheduler=SCHEDULERS[job_id % len(SCHEDULERS)],
+            scheduler=DIFFUSION_SAMPLERS[job_id % len(DIFFUSION_SAMPLERS)],
             guidance_scale=4.0 if job_id % 2 else 1.0,
             preview_interval_steps=1,
             num_inference_steps=2,

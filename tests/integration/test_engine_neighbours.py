@@ -25,7 +25,7 @@ from img2img_server.engine.base import (
 )
 from img2img_server.engine.denoiser import Conditioning, Picture, TextInput
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
-from img2img_server.engine.model_spec import SCHEDULERS
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.errors import EngineError, OutOfMemoryError
 from tests.engine_bench import (
     BOUND,
@@ -66,8 +66,11 @@ class Faulty(DiffusersDenoiser):
         return found
 
     def denoise(
-        self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
-    ) -> Tensor:
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        conditionings: Sequence[Conditioning],
+    ) -> Sequence[Tensor]:
         forwards = sum(1 if row.negative is None else 2 for row in conditionings)
         if forwards > self.most_slots:
             self.refused.append(forwards)
@@ -118,7 +121,7 @@ def strangers(first_id: int = 100) -> list[EngineJob]:
             num_inference_steps=5 + 3 * index,
             init_image=blocks(64, 72, seed=index),
         )
-        for index, scheduler in enumerate(SCHEDULERS)
+        for index, scheduler in enumerate(DIFFUSION_SAMPLERS)
     ]
     return [*found, job(job_id=first_id + 9, init_image=blocks(72, 64))]
 
@@ -328,7 +331,7 @@ def test_a_second_job_with_the_id_of_a_running_one_is_refused(denoiser: Faulty) 
 
 def test_a_prompt_is_encoded_once(denoiser: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    pipeline = denoiser._text._pipeline
+    pipeline = denoiser._model.pipeline
     encode: Callable[..., Any] = pipeline.encode_prompt
 
     def spy(prompts: list[str], **options: Any) -> Any:

@@ -19,9 +19,10 @@ from img2img_server.engine.base import EngineJob, JobFailed, Pixels, PreviewRead
 from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.executor import BatchExecutor
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import MemoryModel, NoProbe
-from img2img_server.engine.model_spec import ModelError, ModelSpec
+from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
 from img2img_server.errors import OutOfMemoryError
 from img2img_server.settings import Settings
@@ -85,8 +86,9 @@ def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_pictures(
         return forward(self, sample, *arguments, **options)
 
     denoiser = load(folder, ModelOptions(compile=Compile(how)))
+    network = denoiser._model.network
     if how == "regional":
-        monkeypatch.setattr(denoiser._unet, "forward", functools.partial(noting, denoiser._unet))
+        monkeypatch.setattr(network, "forward", functools.partial(noting, network))
         found = made(denoiser)
         assert set(batches) <= {1, 2, 4, 8}
         assert max(batches) == 8, "six forwards are filled up"
@@ -132,7 +134,7 @@ def test_a_picture_that_does_not_fit_whole_is_decoded_in_tiles(
 ) -> None:
     denoiser = load(folder)
     tries: list[bool] = []
-    vae = denoiser._autoencoder._vae
+    vae = denoiser._codec._vae
     decode = vae.decode
 
     def small_device(latents: torch.Tensor) -> Any:
@@ -156,7 +158,7 @@ def test_what_does_not_fit_in_tiles_either_fails_the_job(
     def no_memory(latents: torch.Tensor) -> Any:
         raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB.")
 
-    monkeypatch.setattr(denoiser._autoencoder._vae, "decode", no_memory)
+    monkeypatch.setattr(denoiser._codec._vae, "decode", no_memory)
     with running(denoiser) as engine:
         end = run(engine, job())[-1]
 
@@ -211,7 +213,7 @@ def test_only_what_tests_hold_is_promised_with_a_bound(folder: Path) -> None:
 
 def test_prompts_of_jobs_that_begin_together_are_encoded_in_one_batch(folder: Path) -> None:
     denoiser, batches = load(folder), list[int]()
-    encoder = denoiser._text._pipeline.text_encoder
+    encoder = denoiser._model.pipeline.text_encoder
     encoder.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
     spec, memory = ModelSpec(source="", name="tiny"), MemoryModel(NoProbe())
     wanted = [job(job_id=n, prompt=f"prompt {n}", guidance_scale=4.0) for n in (1, 2, 3)]
@@ -235,8 +237,8 @@ def test_announced_sizes_run_before_the_worker_is_ready(
     seen: list[tuple[int, ...]] = []
     denoise = DiffusersDenoiser.denoise
 
-    def noting(self: Any, latents: torch.Tensor, *arguments: Any) -> Any:
-        seen.append(tuple(latents.shape))
+    def noting(self: Any, latents: Sequence[torch.Tensor], *arguments: Any) -> Any:
+        seen.append((len(latents), *latents[0].shape[1:]))
         return denoise(self, latents, *arguments)
 
     monkeypatch.setattr(DiffusersDenoiser, "denoise", noting)
@@ -264,8 +266,11 @@ class SmallDevice(DiffusersDenoiser):
         self.batches: list[int] = getattr(self, "batches", [])
 
     def denoise(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, conditionings: Sequence[Conditioning]
-    ) -> torch.Tensor:
+        self,
+        latents: Sequence[torch.Tensor],
+        timesteps: torch.Tensor,
+        conditionings: Sequence[Conditioning],
+    ) -> Sequence[torch.Tensor]:
         self.last_batch = sum(1 if row.negative is None else 2 for row in conditionings)
         self.batches.append(self.last_batch)
         return super().denoise(latents, timesteps, conditionings)

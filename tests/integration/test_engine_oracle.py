@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from img2img_server.engine.base import Engine
-from img2img_server.engine.model_spec import SCHEDULERS
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from tests.engine_bench import BOUND, Stock, difference, job, load, pictures, run, running
 from tests.tiny_models import EPSILON, TURBO, ZERO_SNR_V, write_sd, write_sdxl
 
@@ -67,7 +67,7 @@ def engine(folder: Path) -> Iterator[Engine]:
         yield opened
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", DIFFUSION_SAMPLERS)
 def test_a_picture_is_the_stock_pipelines_picture(
     engine: Engine, stock: Stock, scheduler: str
 ) -> None:

@@ -16,7 +16,8 @@ import urllib3
 from aiohttp import web
 from minio import Minio
 
-from img2img_server.engine.model_spec import ModelError, packaged_model, read_model_spec
+from img2img_server.engine.family import ModelError
+from img2img_server.engine.model_spec import packaged_model, read_model_spec
 from img2img_server.fetch_model import fetch_model
 from img2img_server.settings import PREFIX, Settings
 from img2img_server.storage.s3_access import S3Access

@@ -79,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 forwards=forwards,
                 steps=steps,
                 enqueue_time=self.now,
-                adapter=adapter,
+                batch_key=(side, adapter),
                 deadline=None if patience is None else self.now + patience,
             )
             self.scheduler.add(row, self.now)
@@ -115,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.overhead is not None:
             costs = (place * row.work for place, row in enumerate(batch.rows))
             assert all(cost < len(free) * self.overhead for cost in [*costs][1:])
-        assert len({row.bucket for row in batch.rows}) == 1
+        assert len({row.batch_key for row in batch.rows}) == 1
         self._check_overdue(free - set(keys))
         self.in_flight |= set(keys)
         return batch

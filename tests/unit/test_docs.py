@@ -11,7 +11,8 @@ import pytest
 
 from img2img_server import errors
 from img2img_server.domain.violations import Reason
-from img2img_server.engine.model_spec import SCHEDULERS, read_model_spec
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
+from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
 from tests.readme import ROOT, blocks, make_words, pages
 
@@ -140,11 +141,13 @@ def test_every_python_block_of_the_readme_compiles() -> None:
 def test_the_model_file_of_the_operations_page_is_a_valid_one(tmp_path: Path) -> None:
     [block] = blocks(ROOT / "docs/operations.md", "toml")
     (tmp_path / "img2img.toml").write_text(block.text, encoding="utf-8")
-    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline"}', encoding="utf-8"
+    )
     info = read_model_spec(str(tmp_path)).info
     assert (info.name, info.default_num_inference_steps) == ("sd-turbo", 2)
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    assert [name for name in SCHEDULERS if f"`{name}`" not in page] == []
+    assert [name for name in DIFFUSION_SAMPLERS if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from img2img_server.domain.models import ModelInfo
-from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec
+from img2img_server.engine.family import ModelError
+from img2img_server.engine.model_spec import ModelSpec, read_model_spec
 
 
 def write_model(folder: Path, toml: str = "", **files: dict[str, object]) -> Path:
@@ -41,13 +42,53 @@ def test_a_plain_diffusers_directory_is_described_by_its_own_files(tmp_path: Pat
         max_num_inference_steps=100,
         native_size=1024,
         multiple=8,
+        max_side=2048,
+        scheduler_max_steps=(("lcm", 50),),
     )
 
 
-def test_a_scheduler_we_do_not_offer_becomes_ddim(tmp_path: Path) -> None:
+def test_a_scheduler_that_is_not_offered_is_refused_with_its_name_and_those_that_are(
+    tmp_path: Path,
+) -> None:
+    config = {"_class_name": "KDPM2DiscreteScheduler"}
+    folder = write_model(tmp_path, scheduler__scheduler_config=config)
+
+    sentence = r"scheduler KDPM2DiscreteScheduler is not offered. Choose one of ddim, .*pndm"
+    with pytest.raises(ModelError, match=sentence):
+        read_model_spec(str(folder))
+    (folder / "img2img.toml").write_text("[defaults]\nscheduler = 'euler'", encoding="utf-8")
+    assert read_model_spec(str(folder)).scheduler == "euler"
+
+
+def test_the_scheduler_of_stable_diffusion_as_published_is_served(tmp_path: Path) -> None:
     folder = write_model(tmp_path, scheduler__scheduler_config={"_class_name": "PNDMScheduler"})
 
-    assert read_model_spec(str(folder)).scheduler == "ddim"
+    assert read_model_spec(str(folder)).scheduler == "pndm"
+
+
+@pytest.mark.parametrize("name", ["FluxKontextPipeline", "StableDiffusionUpscalePipeline", ""])
+def test_a_model_of_no_family_is_refused_with_its_class(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        ModelError, match=f"pipeline {name or r'.none named.'}, which is not served"
+    ):
+        read_model_spec(str(write_model(tmp_path, model_index={"_class_name": name})))
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_a_unet_that_takes_more_than_the_image_is_refused(tmp_path: Path, channels: int) -> None:
+    folder = write_model(tmp_path, unet__config={"in_channels": channels})
+
+    with pytest.raises(ModelError, match=f"UNet has {channels} input channels instead of 4"):
+        read_model_spec(str(folder))
+
+
+def test_the_refiner_of_sdxl_is_refused_by_name(tmp_path: Path) -> None:
+    index = {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "requires_aesthetics_score": True,
+    }
+    with pytest.raises(ModelError, match="the SDXL refiner is not served"):
+        read_model_spec(str(write_model(tmp_path, model_index=index)))
 
 
 def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
@@ -72,13 +113,14 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
     assert spec.info == ModelInfo(
         name="atelier",
         family="sd-turbo",
-        schedulers=("lcm", "ddim", "euler", "euler_a", "dpmpp_2m"),
+        schedulers=("lcm", "ddim", "euler", "euler_a", "dpmpp_2m", "pndm"),
         default_num_inference_steps=4,
         default_guidance_scale=1.5,
         default_strength=0.55,
         native_size=384,
         max_num_inference_steps=50,
         side_multiple=16,
+        max_side_pixels=2048,
         scheduler_max_steps=(("lcm", 50),),
     )
     assert spec.multiple == 16

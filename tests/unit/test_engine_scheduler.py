@@ -24,7 +24,10 @@ ROW = Row(
 
 
 def row(job_id: int, **changes: Any) -> Row:
-    return replace(ROW, job_id=job_id, **changes)
+    found = replace(ROW, job_id=job_id, **changes)
+    return (
+        found if "batch_key" in changes else replace(found, batch_key=(found.height, found.width))
+    )
 
 
 def step(scheduler: Scheduler, now: float = 0.0) -> list[int]:
@@ -192,10 +195,10 @@ def test_a_step_that_costs_nothing_beyond_its_rows_is_not_shared() -> None:
     assert [step(scheduler) for _ in range(2)] == [[1], [2]]
 
 
-def test_rows_with_different_adapters_share_no_batch() -> None:
+def test_rows_with_different_batch_keys_share_no_batch() -> None:
     scheduler = Scheduler(capacity=8)
-    for job_id, adapter in ((1, "ink"), (2, ""), (3, "ink"), (4, "oil")):
-        scheduler.add(row(job_id, adapter=adapter, steps=1), now=0.0)
+    for job_id, batch_key in ((1, "ink"), (2, ""), (3, "ink"), (4, "oil")):
+        scheduler.add(row(job_id, batch_key=batch_key, steps=1), now=0.0)
 
     assert [step(scheduler) for _ in range(3)] == [[1, 3], [2], [4]]
 

@@ -6,7 +6,7 @@ from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import EngineJobState
+from img2img_server.engine.rows import EngineJobState, text_of
 from img2img_server.errors import EngineError, OutOfMemoryError
 
 
@@ -25,8 +25,13 @@ def admit(
         raise EngineError(sentence)
     if job.lora and job.lora not in spec.loras:
         raise EngineError(f"{spec.name} has no LoRA {job.lora}")
-    forwards = denoiser.forwards(job.guidance_scale)
+    text = text_of(job)
+    forwards = denoiser.forwards(text)
     if need := memory.shortfall(job.height, job.width, forwards):
         raise OutOfMemoryError(job.width, job.height, need)
-    schedule = denoiser.schedule(job.scheduler, job.num_inference_steps, job.strength)
-    return EngineJobState.begin(job, sink, schedule, forwards, denoiser.device)
+    schedule = denoiser.schedule(
+        job.scheduler, job.num_inference_steps, job.strength, job.height, job.width
+    )
+    return EngineJobState.begin(
+        job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text)
+    )

@@ -1,13 +1,14 @@
 """The seam between the step loop and a model: encode, denoise, decode. Tensors, but no diffusers.
 
-Latents are float32, n x channels x height/8 x width/8, on the model's device, scaled as the
-sampler expects them. Every method takes a batch of one size and one adapter.
+Latents are float32, n x channels x height x width of the autoencoder's latents, on the model's
+device, scaled as the sampler expects them. What the tensors of a conditioning mean is known to the
+model's family only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -40,11 +41,14 @@ class TextInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextEmbedding:
-    """An encoded prompt. `tokens`: length x width; `pooled`: width, of models that have one;
-    `warning`: a sentence about what of the prompt was not encoded."""
+    """An encoded prompt.
 
-    tokens: Tensor
-    pooled: Tensor | None = None
+    Attributes:
+        tensors: What the family makes of it, by name, without a batch dimension.
+        warning: A sentence about what of the prompt was not encoded.
+    """
+
+    tensors: Mapping[str, Tensor]
     warning: str = ""
 
 
@@ -52,16 +56,17 @@ class TextEmbedding:
 class Conditioning:
     """What steers the rows of one job, on the device.
 
-    `negative` is None for rows without guidance. `guidance_scale`: a tensor of one number.
-    `guidance_embedding`: of models that take the scale as an input. `time_ids`: SDXL's sizes.
+    Attributes:
+        negative: None for rows that need no second forward.
+        guidance_scale: A tensor of one number.
+        extras: Further inputs of the family, by name, with a batch dimension of 1.
     """
 
     prompt: TextEmbedding
     negative: TextEmbedding | None
     guidance_scale: Tensor
     adapter: Adapter | None = None
-    guidance_embedding: Tensor | None = None
-    time_ids: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -72,7 +77,7 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageLatents:
-    """An encoded init image, channels x height/8 x width/8.
+    """An encoded init image: channels x height x width of its latents.
 
     `deviation`: the autoencoder's own spread, to be sampled once a row; None: it has none.
     """
@@ -115,8 +120,12 @@ class Denoiser(Protocol):
         """How alike its pictures of one request are, whatever shares the batches."""
         ...
 
-    def forwards(self, guidance_scale: float) -> int:
-        """Forwards a step costs: 2 with guidance, 1 without."""
+    def forwards(self, text: TextInput) -> int:
+        """Returns how many forwards a step of a row costs: 2 with guidance that needs them."""
+        ...
+
+    def batch_key(self, text: TextInput) -> Hashable:
+        """Returns what rows must agree on to share a forward: their size, in most families."""
         ...
 
     @property
@@ -143,8 +152,14 @@ class Denoiser(Protocol):
         """How many pictures of a size to encode or decode together, at least 1."""
         ...
 
-    def schedule(self, name: str, num_inference_steps: int, strength: float) -> Schedule:
-        """The sampler's numbers. Raises ValueError when it cannot run so many steps."""
+    def schedule(
+        self, name: str, num_inference_steps: int, strength: float, height: int, width: int
+    ) -> Schedule:
+        """Returns the sampler's numbers.
+
+        Raises:
+            ValueError: It cannot run so many steps.
+        """
         ...
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
@@ -160,9 +175,17 @@ class Denoiser(Protocol):
         ...
 
     def denoise(
-        self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]
-    ) -> Tensor:
-        """The model's output for every row, guidance applied."""
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        conditionings: Sequence[Conditioning],
+    ) -> Sequence[Tensor]:
+        """Returns the model's output for every row, guidance applied: 1 x c x h x w, float32.
+
+        Args:
+            latents: A tensor of 1 x c x h x w a row.
+            timesteps: One number a row.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Sequence[Picture]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from img2img_server.engine.denoiser import Denoiser, Picture
 from img2img_server.engine.isolation import bisect_failures
-from img2img_server.engine.rows import EngineJobState, SampleState
+from img2img_server.engine.rows import EngineJobState, SampleState, by_size
 from img2img_server.engine.sampler import advance, scale_input, timesteps
 
 
@@ -93,20 +94,29 @@ class BatchExecutor:
     def _step(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
             sample.draw()
-        conditionings = [s.run.conditioning for s in samples if s.run.conditioning is not None]
+        groups = by_size(samples)
+        samples = [sample for group in groups for sample in group]
         coefficients = torch.stack([sample.coefficients for sample in samples])
-        latents = torch.cat([sample.latents for sample in samples])
-        output = self._denoiser.denoise(
-            scale_input(latents, coefficients), timesteps(coefficients), conditionings
-        )
-        clean = torch.cat([sample.clean for sample in samples])
-        noise = None
-        if any(sample.noise is not None for sample in samples):
-            zeros = torch.zeros_like(samples[0].latents)
-            noise = torch.cat([zeros if s.noise is None else s.noise for s in samples])
-        latents, clean = advance(latents, output, clean, noise, coefficients)
-        for index, sample in enumerate(samples):
-            sample.advance(latents[index : index + 1], clean[index : index + 1])
+        lines = torch.split(coefficients, [len(group) for group in groups])
+        inputs: list[Tensor] = []
+        for group, own in zip(groups, lines, strict=True):
+            latents = torch.cat([sample.latents for sample in group])
+            inputs += torch.split(scale_input(latents, own), 1)
+        conditionings = [s.run.conditioning for s in samples if s.run.conditioning is not None]
+        outputs = iter(self._denoiser.denoise(inputs, timesteps(coefficients), conditionings))
+        results = [
+            advance(
+                [sample.next_step for sample in group],
+                [sample.slots for sample in group],
+                torch.cat([next(outputs) for _ in group]),
+                [sample.noise for sample in group],
+                own,
+            )
+            for group, own in zip(groups, lines, strict=True)
+        ]
+        for group, (slots, clean) in zip(groups, results, strict=True):
+            for index, sample in enumerate(group):
+                sample.advance(slots[index], clean[index : index + 1])
 
     def _keep_pace(self) -> None:
         """Lets the host run one step ahead of a GPU and no more: times and cancels stay true."""

@@ -6,15 +6,18 @@ import logging
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from img2img_server.engine.cpu_threads import apart
 from img2img_server.engine.device import device_and_dtype
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.load import read_files
 from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, meter_of
-from img2img_server.engine.model_spec import ModelError, ModelSpec, read_model_spec
+from img2img_server.engine.model_spec import ModelSpec, read_model_spec
 from img2img_server.engine.options import ModelOptions, sizes
 from img2img_server.malloc import keep_freed_memory
 from img2img_server.settings import Settings
@@ -31,6 +34,8 @@ def load_engine(settings: Settings) -> DiffusionEngine:
     """
     device, dtype = device_and_dtype(settings)
     spec = read_model_spec(settings.model)
+    if not Path(spec.source).is_dir():
+        spec = read_model_spec(settings.model, read_files(spec.source))
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     _log.info("loading model %s on %s as %s", spec.name, device, dtype)

@@ -4,11 +4,11 @@ Beside diffusers' own files it may hold an `img2img.toml`; every entry has a def
 
     name = "atelier"                  # default: the directory's name
     family = "sd"                     # default: by the pipeline class of model_index.json
-    description = "Restyles photos."  # for who reads the file
+    description = "Restyles photos."  # for whoever reads the file
 
     [defaults]
     scheduler = "ddim"                # default: by scheduler/scheduler_config.json
-    num_inference_steps = 20
+    num_inference_steps = 20          # default of this and the next two: by the family
     guidance_scale = 7.5
     strength = 0.7
 
@@ -16,50 +16,28 @@ Beside diffusers' own files it may hold an `img2img.toml`; every entry has a def
     max_num_inference_steps = 100
 
     [sizes]
-    native = 512                      # default: unet/config.json's sample_size x 8
+    native = 512                      # default of this and the next one: by the family
     multiple = 8
 """
 
 from __future__ import annotations
 
-import json
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from img2img_server.domain.models import SCHEDULER_OF_CLASS, ModelInfo
+from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
 from img2img_server.domain.params import DEFAULT_STRENGTH
-from img2img_server.errors import OperatorError
+from img2img_server.domain.strength import StrengthRule
+from img2img_server.engine.diffusers.families import detect
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
+from img2img_server.engine.family import ModelError, ModelFiles
 from img2img_server.setting_files import read_text
-from img2img_server.settings import variable
 
-SCHEDULERS = ("ddim", "euler", "euler_a", "lcm", "dpmpp_2m")
 DEFAULT_MODEL = "atelier"
-
-_LCM_STEPS = 50  # of the schedule that LCM picks its steps from, the default of diffusers
-# Schedulers that we do not offer are answered by the nearest deterministic one.
-_FALLBACK_SCHEDULER = "ddim"
-
-
-class ModelError(OperatorError):
-    """The model cannot be used; the sentence says why.
-
-    `setting`: the one to change, when it is not the model itself.
-    """
-
-    def __init__(self, sentence: str, setting: str = "model") -> None:
-        super().__init__(sentence)
-        self.setting = setting
-
-    @property
-    def mistake(self) -> str:
-        """The sentence with its setting in front."""
-        return f"{variable(self.setting)}: {self}"
 
 
 class _Part(BaseModel):
@@ -68,8 +46,8 @@ class _Part(BaseModel):
 
 class _Defaults(_Part):
     scheduler: str = ""
-    num_inference_steps: int = Field(default=20, ge=1, le=1000)
-    guidance_scale: float = Field(default=7.5, ge=0)
+    num_inference_steps: int = Field(default=0, ge=0, le=1000)  # 0: the family's
+    guidance_scale: float | None = Field(default=None, ge=0)
     strength: float = Field(default=DEFAULT_STRENGTH, ge=0, le=1)
 
 
@@ -79,15 +57,15 @@ class _Limits(_Part):
 
 class _Sizes(_Part):
     native: int = Field(default=0, ge=0)
-    multiple: int = Field(default=8, ge=1)
+    multiple: int = Field(default=0, ge=0)
 
 
 class _File(_Part):
-    """The format of img2img.toml."""
+    """The content of img2img.toml."""
 
     name: str = ""
     family: str = ""
-    description: str = ""  # for who reads the file
+    description: str = ""  # for whoever reads the file
     defaults: _Defaults = _Defaults()
     limits: _Limits = _Limits()
     sizes: _Sizes = _Sizes()
@@ -95,29 +73,44 @@ class _File(_Part):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A model and its defaults. `source`: what from_pretrained takes, a directory or a hub id."""
+    """A model and its defaults.
+
+    Attributes:
+        source: What from_pretrained takes, a directory or a hub id.
+        multiple: What width and height must be divisible by.
+        min_side, max_side: The limits of width and height; 0 for none.
+    """
 
     source: str
     name: str
     family: str = "sd"
+    kind: ModelKind = ModelKind.DIFFUSION
+    strength_rule: StrengthRule = StrengthRule.FLOOR
+    guidance: Guidance = Guidance.CLASSIFIER_FREE
     scheduler: str = "ddim"
+    schedulers: tuple[str, ...] = DIFFUSION_SAMPLERS
+    scheduler_max_steps: tuple[tuple[str, int], ...] = ()
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
     strength: float = DEFAULT_STRENGTH
     max_num_inference_steps: int = 100
     native_size: int = 512
     multiple: int = 8
+    min_side: int = 0
+    max_side: int = 0
     takes_negative_prompt: bool = True
-    lcm_max_steps: int = _LCM_STEPS
     loras: tuple[str, ...] = ()
 
     @property
     def info(self) -> ModelInfo:
-        """What callers are told."""
-        others = tuple(name for name in SCHEDULERS if name != self.scheduler)
+        """The model as callers see it."""
+        others = tuple(name for name in self.schedulers if name != self.scheduler)
         return ModelInfo(
             name=self.name,
             family=self.family,
+            kind=self.kind,
+            strength_rule=self.strength_rule,
+            guidance=self.guidance,
             schedulers=(self.scheduler, *others),
             default_num_inference_steps=self.num_inference_steps,
             default_guidance_scale=self.guidance_scale,
@@ -125,13 +118,15 @@ class ModelSpec:
             native_size=self.native_size,
             max_num_inference_steps=self.max_num_inference_steps,
             side_multiple=self.multiple,
-            scheduler_max_steps=(("lcm", self.lcm_max_steps),),
+            min_side_pixels=self.min_side,
+            max_side_pixels=self.max_side,
+            scheduler_max_steps=self.scheduler_max_steps,
             takes_negative_prompt=self.takes_negative_prompt,
             loras=self.loras,
         )
 
     def refusal(self, height: int, width: int, num_inference_steps: int) -> str:
-        """Why the model cannot do this, a sentence; empty when it can.
+        """Returns why the model cannot do this; empty if it can.
 
         The api has checked it with what the model announced, which may have changed since.
         """
@@ -143,17 +138,19 @@ class ModelSpec:
 
 
 def packaged_model() -> Path:
-    """Where the model inside the package is."""
+    """Returns the directory of the model inside the package."""
     return Path(str(resources.files("img2img_server"))) / "models" / DEFAULT_MODEL
 
 
-def read_model_spec(source: str) -> ModelSpec:
+def read_model_spec(source: str, files: ModelFiles | None = None) -> ModelSpec:
     """Reads a model directory; an empty source is the model inside the package.
 
-    A source that is no directory is taken for a hub id with nothing known but its name.
+    Args:
+        files: What is known of a hub id; None: nothing but its name.
 
     Raises:
-        ModelError: the directory is not one of diffusers', or its img2img.toml is wrong.
+        ModelError: The directory is not one of diffusers', the model cannot be served, or its
+            img2img.toml is wrong.
     """
     folder = Path(source) if source else packaged_model()
     if not folder.is_dir():
@@ -163,47 +160,45 @@ def read_model_spec(source: str) -> ModelSpec:
             raise ModelError(f"{folder} is a link to {folder.readlink()}, which is not there")
         if not source or source.startswith(("/", ".", "~")) or source.count("/") != 1:
             raise ModelError(f"there is no model at {source or folder}")
-        return _spec(source, folder.name, _File(), {}, {}, {})
+        if files is None:
+            return ModelSpec(source=source, name=folder.name)
+        return _spec(source, folder.name, _File(), files)
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is no diffusers model: it has no model_index.json")
-    return _spec(
-        str(folder),
-        folder.resolve().name,
-        _read_toml(folder / "img2img.toml"),
-        _read_json(folder / "model_index.json"),
-        _read_json(folder / "scheduler" / "scheduler_config.json"),
-        _read_json(folder / "unet" / "config.json"),
-    )
+    toml = _read_toml(folder / "img2img.toml")
+    return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder))
 
 
-def _spec(
-    source: str,
-    name: str,
-    file: _File,
-    index: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
-    unet: Mapping[str, Any],
-) -> ModelSpec:
-    found = SCHEDULER_OF_CLASS.get(str(scheduler.get("_class_name")), _FALLBACK_SCHEDULER)
-    chosen = file.defaults.scheduler or found
-    if chosen not in SCHEDULERS:
-        known = ", ".join(SCHEDULERS)
+def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
+    family = detect(files, source)
+    chosen = file.defaults.scheduler
+    if chosen and chosen not in family.schedulers:
+        known = ", ".join(family.schedulers)
         raise ModelError(f"scheduler {chosen!r} of {source} is not one of {known}")
-    sample_size = unet.get("sample_size")
-    native = sample_size * 8 if isinstance(sample_size, int) else 512
+    try:
+        traits = family.traits(files, chosen)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
+    scale = file.defaults.guidance_scale
     return ModelSpec(
         source=source,
         name=file.name or name,
-        family=file.family or ("sdxl" if "XL" in str(index.get("_class_name")) else "sd"),
-        scheduler=chosen,
-        num_inference_steps=file.defaults.num_inference_steps,
-        guidance_scale=file.defaults.guidance_scale,
+        family=file.family or traits.family,
+        kind=traits.kind,
+        strength_rule=traits.strength_rule,
+        guidance=traits.guidance,
+        scheduler=traits.scheduler,
+        schedulers=traits.schedulers,
+        scheduler_max_steps=traits.scheduler_max_steps,
+        num_inference_steps=file.defaults.num_inference_steps or traits.num_inference_steps,
+        guidance_scale=traits.guidance_scale if scale is None else scale,
         strength=file.defaults.strength,
         max_num_inference_steps=file.limits.max_num_inference_steps,
-        native_size=file.sizes.native or native,
-        multiple=file.sizes.multiple,
-        takes_negative_prompt=unet.get("time_cond_proj_dim") is None,
-        lcm_max_steps=int(scheduler.get("original_inference_steps") or _LCM_STEPS),
+        native_size=file.sizes.native or traits.native_size,
+        multiple=file.sizes.multiple or traits.side_multiple,
+        min_side=traits.min_side,
+        max_side=traits.max_side,
+        takes_negative_prompt=traits.takes_negative_prompt,
     )
 
 
@@ -222,17 +217,3 @@ def _read_toml(path: Path) -> _File:
             for fault in error.errors(include_input=False, include_url=False)
         )
         raise ModelError(f"{path}: {'; '.join(faults)}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(read_text(path))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} is no JSON object")
-    return found

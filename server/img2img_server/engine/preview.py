@@ -42,12 +42,16 @@ def fit_projection(encode: Callable[[Tensor], Tensor]) -> Tensor:
     return projection
 
 
-def project(latents: Tensor, projection: Tensor) -> Tensor:
-    """Rough pictures: uint8, n x height x width x 3, the longer side at most 256."""
+def project(latents: Tensor, projection: Tensor, side_scale: int = 8) -> Tensor:
+    """Returns rough images: uint8, n x height x width x 3, the longer side at most 256.
+
+    Args:
+        side_scale: Pixels of the image's side per latent.
+    """
     colours = _with_offset(latents.permute(0, 2, 3, 1)) @ projection
     colours = colours.permute(0, 3, 1, 2)
     height, width = colours.shape[2:]
-    scale = min(8.0, MAX_SIDE / max(height, width))
+    scale = min(float(side_scale), MAX_SIDE / max(height, width))
     size = (max(1, int(height * scale)), max(1, int(width * scale)))
     colours = functional.interpolate(colours, size, mode="bilinear", align_corners=False)
     pixels = (colours.clamp(-1, 1) + 1) * 127.5

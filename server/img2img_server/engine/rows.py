@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,16 +29,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class SampleState:
-    """One row on the device: latents and last predicted clean latents, 1 x c x h x w, float32.
+    """One row on the device.
 
-    `noise`: drawn for the coming step; kept until the step succeeded, so that a second try of it
-    gets the same numbers.
+    Attributes:
+        slots: What the sampler keeps, 1 x c x h x w each, float32; the latents first.
+        clean: The clean latents that the last step predicted, of the same shape.
+        noise: Drawn for the coming step; kept until the step succeeded, so that a second try of it
+            gets the same numbers.
     """
 
     run: EngineJobState
     index: int
     generator: torch.Generator
-    latents: Tensor
+    slots: tuple[Tensor, ...]
     clean: Tensor
     steps_done: int = 0
     noise: Tensor | None = None
@@ -46,6 +49,10 @@ class SampleState:
     @property
     def key(self) -> Key:
         return self.run.job.job_id, self.index
+
+    @property
+    def latents(self) -> Tensor:
+        return self.slots[0]
 
     @property
     def next_step(self) -> Step:
@@ -61,9 +68,9 @@ class SampleState:
         if self.next_step.draws_noise and self.noise is None:
             self.noise = draw_noise(self.generator, self.latents)
 
-    def advance(self, latents: Tensor, clean: Tensor) -> None:
+    def advance(self, slots: tuple[Tensor, ...], clean: Tensor) -> None:
         """Takes the result of the coming step."""
-        self.latents, self.clean, self.noise = latents, clean, None
+        self.slots, self.clean, self.noise = slots, clean, None
         self.steps_done += 1
 
     def step_done(self) -> StepDone:
@@ -97,6 +104,7 @@ class EngineJobState:
     schedule: Schedule
     forwards: int
     table: Tensor
+    batch_key: Hashable
     conditioning: Conditioning | None = None
     samples: list[SampleState] = field(default_factory=list)
     unfinished: int = 0
@@ -111,22 +119,20 @@ class EngineJobState:
 
     @classmethod
     def begin(
-        cls, job: EngineJob, sink: Sink, schedule: Schedule, forwards: int, device: torch.device
+        cls,
+        job: EngineJob,
+        sink: Sink,
+        schedule: Schedule,
+        forwards: int,
+        device: torch.device,
+        batch_key: Hashable,
     ) -> EngineJobState:
         table = coefficient_table(schedule, device)
-        return cls(job, sink, schedule, forwards, table, unfinished=len(job.seeds))
+        return cls(job, sink, schedule, forwards, table, batch_key, unfinished=len(job.seeds))
 
     @property
     def text(self) -> TextInput:
-        job = self.job
-        return TextInput(
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            guidance_scale=job.guidance_scale,
-            height=job.height,
-            width=job.width,
-            adapter=Adapter(job.lora, job.lora_scale) if job.lora else None,
-        )
+        return text_of(self.job)
 
     @property
     def is_prepared(self) -> bool:
@@ -146,7 +152,7 @@ class EngineJobState:
                 forwards=self.forwards,
                 steps=len(self.schedule.steps),
                 enqueue_time=job.enqueue_time or now,
-                adapter=f"{job.lora}:{job.lora_scale:g}" if job.lora else "",
+                batch_key=(self.batch_key, job.lora, job.lora_scale if job.lora else 0.0),
                 deadline=job.deadline,
             )
             for sample in range(len(job.seeds))
@@ -162,7 +168,7 @@ class EngineJobState:
                 latents = latents + image.deviation * draw_noise(generator, latents)
             noise = draw_noise(generator, latents)
             latents = schedule.init_signal * latents + schedule.init_noise * noise
-            sample = SampleState(self, index, generator, latents, torch.zeros_like(latents))
+            sample = SampleState(self, index, generator, (latents,), latents)
             samples.append(sample)
         self.conditioning, self.samples = conditioning, samples
 
@@ -190,12 +196,32 @@ class EngineJobState:
         return JobDone(timings, self.conditioning.warnings if self.conditioning else ())
 
 
+def text_of(job: EngineJob) -> TextInput:
+    """Returns what a job says to the model."""
+    return TextInput(
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        guidance_scale=job.guidance_scale,
+        height=job.height,
+        width=job.width,
+        adapter=Adapter(job.lora, job.lora_scale) if job.lora else None,
+    )
+
+
 def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
     """Hands an event out. A sink that raises harms nobody but itself."""
     try:
         sink(event)
     except Exception:
         _log.exception("the sink of job %d failed", job.job_id)
+
+
+def by_size(samples: Sequence[SampleState]) -> list[list[SampleState]]:
+    """Returns the samples in groups whose latents have one size."""
+    groups: dict[torch.Size, list[SampleState]] = {}
+    for sample in samples:
+        groups.setdefault(sample.latents.shape, []).append(sample)
+    return list(groups.values())
 
 
 def runs_of(samples: Sequence[SampleState]) -> list[EngineJobState]:

@@ -1,7 +1,8 @@
 """Which samples take the next denoising step together. Pure: no torch, no clock, no threads.
 
-A sample is a row. Rows join and leave at every step. Each batch holds rows of one bucket only (one
-size, one adapter), and is put together anew for each step, in this order:
+A sample is a row. Rows join and leave at every step. Each batch holds rows of one
+batch key only (one size in most families, one adapter), and is put together anew for each step, in
+this order:
 
 1. rows that have waited for longer than `max_wait_seconds`, longest wait first;
 2. the realtime lane before the batch lane;
@@ -18,7 +19,7 @@ that is time saved for those that join and those that wait on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from img2img_server.domain.params import Lane
@@ -40,9 +41,9 @@ class Row:
     """One sample to denoise.
 
     `slots`: forwards each of its steps costs; 2 with guidance, since the unguided prediction is a
-    forward of its own. `steps`: how many it still needs, at least 1. `adapter`: what changes the
-    model for it; rows with different ones share no batch. `deadline`: when its picture is of no
-    more use, of the same clock as `enqueue_time`; None: never.
+    forward of its own. `steps`: how many it still needs, at least 1. `batch_key`: rows with
+    different ones share no batch. `deadline`: when its picture is of no more use, of the same clock
+    as `enqueue_time`; None: never.
     """
 
     job_id: int
@@ -54,16 +55,12 @@ class Row:
     forwards: int
     steps: int
     enqueue_time: float
-    adapter: str = ""
+    batch_key: Hashable = ()
     deadline: float | None = None
 
     @property
     def key(self) -> Key:
         return self.job_id, self.sample
-
-    @property
-    def bucket(self) -> tuple[int, int, str]:
-        return self.height, self.width, self.adapter
 
     @property
     def work(self) -> int:
@@ -194,7 +191,7 @@ class Scheduler:
         for entry in line[1:]:
             row = entry.row
             if (
-                row.bucket == first.bucket
+                row.batch_key == first.batch_key
                 and forwards + row.forwards <= most
                 and self._is_worth_joining(row, len(chosen), len(line))
             ):

@@ -18,7 +18,7 @@ def exercise(
     images = [np.zeros((height, width, 3), np.uint8)]
     images *= min(forwards, denoiser.max_vae_batch(height, width))
     latents = torch.stack([image.mean for image in denoiser.encode_images(images)])
-    rows = latents[:1].expand(forwards, -1, -1, -1)
+    rows = [latents[:1]] * forwards
     timesteps = torch.full((forwards,), 500.0, device=denoiser.device)
     for _ in range(denoiser.warm_up_calls):
         with memory.measured(height, width, forwards):

@@ -13,7 +13,8 @@ import structlog
 
 from img2img_server.engine.base import Engine
 from img2img_server.engine.cpu_threads import wait_briefly
-from img2img_server.engine.model_spec import ModelError, read_model_spec
+from img2img_server.engine.family import ModelError
+from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.exit_reason import logs_reason
 from img2img_server.lifecycle import unless_stopped

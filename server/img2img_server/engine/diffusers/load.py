@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
-from img2img_server.engine.model_spec import ModelError
+from img2img_server.domain.models import ModelKind
+from img2img_server.engine.diffusers.families.base import Family
+from img2img_server.engine.family import ModelError, ModelFiles
 from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
 
 _log = logging.getLogger(__name__)
 
 _MOST_SHAPES = 4096  # sizes x sizes of batches x kinds of block
+# What says which family a model is of, and how it is configured.
+_CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 
 
 def load_pipeline(
-    source: str, device: torch.device, dtype: torch.dtype, options: ModelOptions
+    family: Family,
+    files: ModelFiles,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: ModelOptions,
 ) -> tuple[Any, Any]:
-    """An image-to-image pipeline of a directory or hub id, and the tiny autoencoder of previews.
+    """Loads a pipeline, and the tiny autoencoder of previews if there is one.
 
-    fp16 files are widened where dtype says so. The autoencoder is None when there is none.
+    fp16 files are widened where dtype says so.
 
     Raises:
-        ModelError: it cannot be loaded, is of another family, or nothing can be compiled here.
+        ModelError: It cannot be loaded, or nothing can be compiled on this machine.
     """
     for quiet in (diffusers_logging, transformers_logging):
         quiet.set_verbosity_error()  # they would log prompts that are too long
         quiet.disable_progress_bar()
-    # Only now: the import alone logs what none of our models needs.
-    from diffusers import AutoPipelineForImage2Image
-
     if options.compile is not Compile.OFF:  # before what takes long
         _try_compiler(device, options.compile)
     try:
@@ -41,38 +50,51 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {options.tiny_vae}: {error}", setting="tiny_vae") from error
     try:
-        pipeline = AutoPipelineForImage2Image.from_pretrained(  # type: ignore[no-untyped-call]
-            source, dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
+        # Classes of diffusers are imported when they are asked for.
+        pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
+        pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **family.load_options)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
-    if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
-        raise ModelError(f"{source} is not of the Stable Diffusion or SDXL family")
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.PICTURES:
         pipeline.vae, tiny = tiny, None
     pipeline.to(device)
-    if options.channels_last:
-        for part in filter(None, (pipeline.unet, pipeline.vae, tiny)):
+    if options.channels_last and family.kind is ModelKind.DIFFUSION:
+        for part in filter(None, (getattr(pipeline, family.denoiser), pipeline.vae, tiny)):
             part.to(memory_format=torch.channels_last)
-    if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+    if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)  # it overflows in half precision
     return pipeline, tiny.to(device) if tiny is not None else None
 
 
-def accelerate(pipeline: Any, options: ModelOptions) -> None:
-    """Fuses and compiles the UNet. What is compiled is built when a shape first comes up."""
-    unet = pipeline.unet
+def read_files(source: str) -> ModelFiles:
+    """Reads the JSON files of a directory or hub id; of a hub id nothing else is downloaded.
+
+    Raises:
+        ModelError: They cannot be read.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=list(_CONFIGS)))
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())  # the hub's sentences have several lines
+            raise ModelError(f"cannot load {source}: {why}") from error
+    return ModelFiles.read(folder)
+
+
+def accelerate(network: Any, options: ModelOptions) -> None:
+    """Fuses and compiles the denoiser. What is compiled is built when a shape first comes up."""
     if options.fuse_qkv:
-        unet.fuse_qkv_projections()
+        network.fuse_qkv_projections()
     if options.compile is Compile.OFF:
         return
     # On a GPU each shape is captured as a CUDA graph: one launch a step.
-    graphs = {"mode": "reduce-overhead"} if unet.device.type == "cuda" else {}
+    graphs = {"mode": "reduce-overhead"} if network.device.type == "cuda" else {}
     if options.compile is Compile.REGIONAL:
         # Graphs of many small regions would cost more launches than they save.
-        unet.compile_repeated_blocks(dynamic=False)
+        network.compile_repeated_blocks(dynamic=False)
     else:
-        unet.compile(dynamic=False, **graphs)
+        network.compile(dynamic=False, **graphs)
 
 
 def admit_shapes() -> None:

@@ -13,24 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers.utils.state_dict_utils import (
-    StateDictType,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
 from torch import Tensor
 
 from img2img_server.engine.denoiser import Adapter
-from img2img_server.engine.model_spec import ModelError
+from img2img_server.engine.diffusers.families.base import Family, LoadedModel, LoraFile
+from img2img_server.engine.family import ModelError
 
-_PARTS = ("unet", "text_encoder", "text_encoder_2")
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 # Names of alphas are those of a module or of one of its factors: to_q.lora_A.weight.alpha
 _ALPHA = re.compile(r"(\.lora_[AB])?(\.weight)?\.alpha$")
 
 
 class _Change(NamedTuple):
-    """What an adapter does to one weight, by its low-rank factors."""
+    """The low-rank factors that an adapter adds to one weight."""
 
     weight: Tensor
     down: Tensor
@@ -38,14 +33,14 @@ class _Change(NamedTuple):
     factor: float  # alpha / rank
 
     def delta(self) -> Tensor:
-        """Float32, of the weight's shape. The down of a convolution has its kernel."""
+        """Returns the product of the factors: float32, of the weight's shape."""
         product = self.up.flatten(1).float() @ self.down.flatten(1).float()
         return (product * self.factor).reshape(self.weight.shape)
 
 
 @dataclass(slots=True)
 class _Kept:
-    """A weight as the model came with it."""
+    """A weight and its value without any adapter."""
 
     weight: Tensor
     original: Tensor
@@ -55,16 +50,15 @@ class LoraSet:
     """The adapters that callers may name.
 
     Args:
-        pipeline: of diffusers, on its device.
-        folder: every .safetensors file in it is one, named after the file; None: there are none.
+        folder: Every .safetensors file in it is an adapter, named after the file; None for none.
 
     Raises:
-        ModelError: a file is no LoRA, or of another model.
+        ModelError: A file is no LoRA, or of another model.
     """
 
-    def __init__(self, pipeline: Any, folder: Path | None) -> None:
+    def __init__(self, model: LoadedModel, family: Family, folder: Path | None) -> None:
         files = sorted(folder.glob("*.safetensors")) if folder else []
-        self._changes = {file.stem: _read(pipeline, file) for file in files}
+        self._changes = {file.stem: _read(model, family, file) for file in files}
         self._kept: dict[int, _Kept] = {}
         self._applied: Adapter | None = None
         self._is_half_written = False
@@ -74,9 +68,9 @@ class LoraSet:
         return tuple(self._changes)
 
     def use(self, adapter: Adapter | None) -> None:
-        """Makes the networks those of this adapter; None: as the model came.
+        """Writes the weights of this adapter; None restores those of the model.
 
-        Where it raises, for want of memory say, the next use writes all weights anew.
+        If it raises, for example for lack of memory, the next use writes all weights again.
         """
         if adapter == self._applied and not self._is_half_written:
             return
@@ -96,16 +90,14 @@ class LoraSet:
             change.weight.copy_(original.float() + adapter.scale * change.delta())
 
 
-def _read(pipeline: Any, file: Path) -> list[_Change]:
+def _read(model: LoadedModel, family: Family, file: Path) -> list[_Change]:
     try:
-        weights, alphas, metadata = pipeline.lora_state_dict(
-            str(file), unet_config=pipeline.unet.config, return_lora_metadata=True
-        )
+        content = family.read_lora(model, file)
         found = [
             change
-            for part in _PARTS
-            if (network := getattr(pipeline, part, None)) is not None
-            for change in _changes(part, network, weights, alphas or {}, metadata or {})
+            for part in family.lora_parts
+            if (network := getattr(model.pipeline, part, None)) is not None
+            for change in _changes(family, part, network, content)
         ]
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(
@@ -118,26 +110,18 @@ def _read(pipeline: Any, file: Path) -> list[_Change]:
     return found
 
 
-def _changes(
-    part: str,
-    network: Any,
-    weights: Mapping[str, Tensor],
-    alphas: Mapping[str, float],
-    metadata: Mapping[str, Any],
-) -> list[_Change]:
-    """What one network's share of a file changes."""
+def _changes(family: Family, part: str, network: Any, content: LoraFile) -> list[_Change]:
+    """Returns what a file changes in one part of the pipeline."""
     prefix = part + "."
-    own: dict[str, Any] = {}
-    for entries in (weights, alphas):
-        own |= {key.removeprefix(prefix): w for key, w in entries.items() if key.startswith(prefix)}
-    if part == "unet":
-        own = convert_unet_state_dict_to_peft(own)  # type: ignore[no-untyped-call]
-    elif own and not any(_DOWN in key for key in own):
-        is_old = any("_lora." in key for key in own)
-        form = StateDictType.DIFFUSERS_OLD if is_old else StateDictType.DIFFUSERS
-        own = convert_state_dict_to_peft(own, form)  # type: ignore[no-untyped-call]
+    own: Mapping[str, Any] = {
+        key.removeprefix(prefix): value
+        for entries in (content.weights, content.alphas)
+        for key, value in entries.items()
+        if key.startswith(prefix)
+    }
+    own = family.lora_keys(part, own)
     own_alphas = {_ALPHA.sub("", key): alpha for key, alpha in own.items() if _ALPHA.search(key)}
-    default = metadata.get(f"{prefix}lora_alpha")
+    default = content.metadata.get(f"{prefix}lora_alpha")
     found = []
     for key, down in own.items():
         if not key.endswith(_DOWN):
@@ -154,7 +138,7 @@ def _changes(
 
 
 def _module(network: Any, name: str) -> Any:
-    """The module of a name, also where newer versions of transformers have a level less."""
+    """Returns the module of a name, also where newer versions of transformers drop a level."""
     try:
         return network.get_submodule(name)
     except AttributeError:

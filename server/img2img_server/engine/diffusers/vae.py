@@ -1,4 +1,4 @@
-"""The autoencoder of a diffusers pipeline: pictures to latents and back, large ones in tiles."""
+"""The autoencoder of a diffusers pipeline: images to latents and back, large ones in tiles."""
 
 from __future__ import annotations
 
@@ -12,39 +12,65 @@ from img2img_server.engine.isolation import is_out_of_memory
 
 
 class Autoencoder:
-    """Latents as the sampler wants them: scaled, float32.
+    """Converts images to latents as the sampler expects them (scaled, float32) and back.
 
-    A picture of more pixels than `tile_pixels` passes in tiles of the model's own size, which
+    An image of more pixels than `tile_pixels` passes in tiles of the model's own size, which
     overlap and are blended: bounded memory for small differences. The same is tried when one
-    picture alone does not fit the device, and kept for its size and larger ones.
+    image alone does not fit the device, and kept for its size and larger ones.
+
+    Families with another autoencoder override `run_encode`, `run_decode` and `scaling`.
 
     Args:
-        vae: an AutoencoderKL or AutoencoderTiny, on its device.
+        vae: An autoencoder of diffusers, on its device.
+
+    Attributes:
+        side_scale: Pixels of an image's side per latent.
     """
 
     def __init__(self, vae: Any, tile_pixels: int) -> None:
         self._vae = vae
         self._tile_pixels = tile_pixels
         self._dtype = vae.dtype
-        self._shift, self._scale = _latent_scaling(vae.config, torch.device(vae.device))
+        self._shift, self._scale = self.scaling(vae.config, torch.device(vae.device))
+        self.side_scale = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and deviation of the latents; None: it has no spread.
+        """Returns mean and deviation of the latents; None if the autoencoder has no spread.
 
         Args:
             images: n x 3 x h x w in -1..1.
         """
-        encoded = self._tiled_when_large(self._vae.encode, images.to(self._dtype), pixels_per=1)
+        encoded = self._tiled_when_large(self.run_encode, images.to(self._dtype), pixels_per=1)
         if hasattr(encoded, "latent_dist"):
             mean, deviation = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
             return (mean - self._shift) * self._scale, deviation * self._scale
         return (encoded.latents.float() - self._shift) * self._scale, None
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures in about -1..1, float32."""
+        """Returns images in about -1..1, float32."""
         scaled = (latents / self._scale + self._shift).to(self._dtype)
-        images: Tensor = self._tiled_when_large(self._vae.decode, scaled, pixels_per=64).sample
+        pixels_per = self.side_scale**2
+        images: Tensor = self._tiled_when_large(self.run_decode, scaled, pixels_per=pixels_per)
         return images.float()
+
+    def run_encode(self, images: Tensor) -> Any:
+        """Returns what the autoencoder makes of images, in the classes of diffusers."""
+        return self._vae.encode(images)
+
+    def run_decode(self, latents: Tensor) -> Tensor:
+        """Returns what the autoencoder makes of its own latents."""
+        images: Tensor = self._vae.decode(latents).sample
+        return images
+
+    def scaling(self, config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns shift and scale: latents = (encoded - shift) * scale."""
+        scale = torch.tensor(float(config.get("scaling_factor") or 1.0), device=device)
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            shift = float(config.get("shift_factor") or 0.0)
+            return torch.tensor(shift, device=device), scale
+        by_channel = torch.tensor(mean, device=device).reshape(1, -1, 1, 1)
+        return by_channel, scale / torch.tensor(deviation, device=device).reshape(1, -1, 1, 1)
 
     def _tiled_when_large(
         self, work: Callable[[Tensor], Any], inputs: Tensor, pixels_per: int
@@ -62,13 +88,3 @@ class Autoencoder:
             torch.cuda.empty_cache()
         self._tile_pixels, self._vae.use_tiling = pixels - 1, True
         return work(inputs)
-
-
-def _latent_scaling(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Shift and scale: latents = (encoded - shift) * scale. Only a few SDXL models shift."""
-    scale = torch.tensor(float(config.scaling_factor), device=device)
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or deviation is None:
-        return torch.zeros((), device=device), scale
-    shift = torch.tensor(mean, device=device).reshape(1, -1, 1, 1)
-    return shift, scale / torch.tensor(deviation, device=device).reshape(1, -1, 1, 1)

@@ -1,0 +1,294 @@
+"""The base of all model families: everything that one family of models does in its own way.
+
+A family has no state; the model that it works on is an argument. Importing a family must not import
+torch or diffusers: the api and `check` read models without them. So functions that need torch
+import it themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from img2img_server.domain.models import SCHEDULER_OF_CLASS, Guidance, ModelKind
+from img2img_server.domain.strength import StrengthRule
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
+from img2img_server.engine.family import ModelError, ModelFiles, ModelTraits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from img2img_server.engine.denoiser import Conditioning, TextEmbedding, TextInput
+    from img2img_server.engine.diffusers.vae import Autoencoder
+    from img2img_server.engine.sampler import Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A pipeline of diffusers on its device.
+
+    Attributes:
+        network: The part that denoises.
+        device, dtype: Those of the network, which takes milliseconds to tell them.
+        memory_format: The layout of the inputs, one for all steps: a compiled network is compiled
+            for the strides of its inputs.
+    """
+
+    pipeline: Any
+    network: Any
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """One forward of the denoiser: a row with its prompt or its negative prompt.
+
+    Attributes:
+        latents: 1 x c x h x w, float32; sizes differ only if the family's batch key allows it.
+        timestep: Of the sampler, one number, float32.
+        text: What of the conditioning this forward is for.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    text: TextEmbedding
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """The content of a LoRA file, as diffusers reads it."""
+
+    weights: Mapping[str, Tensor]
+    alphas: Mapping[str, float]
+    metadata: Mapping[str, Any]
+
+
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: Its name in ModelInfo; empty in bases that several families share.
+        pipelines: Classes that model_index.json may name, with the image-to-image class that
+            loads such a model.
+        load_options: Further arguments of from_pretrained.
+        denoiser: The part of the pipeline that denoises.
+        tokenizers: The parts of the pipeline that read prompts.
+        lora_parts: The parts of the pipeline that a LoRA may change.
+        default_scheduler: The scheduler of models that name none.
+    """
+
+    name: ClassVar[str] = ""
+    pipelines: ClassVar[Mapping[str, str]] = {}
+    load_options: ClassVar[Mapping[str, Any]] = {}
+    kind: ClassVar[ModelKind]
+    strength_rule: ClassVar[StrengthRule]
+    schedulers: ClassVar[tuple[str, ...]]
+    default_scheduler: ClassVar[str]
+    denoiser: ClassVar[str]
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    lora_parts: ClassVar[tuple[str, ...]]
+    side_multiple: ClassVar[int] = 16
+    native_size: ClassVar[int] = 1024
+    max_side: ClassVar[int] = 2048
+    num_inference_steps: ClassVar[int] = 20
+    guidance_scale: ClassVar[float] = 7.5
+
+    # Before a model is loaded: from its JSON files, without torch.
+
+    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
+        """Returns what the files say of a model of this family.
+
+        Raises:
+            ModelError: The model cannot be served, or comes with a scheduler that is not offered.
+        """
+        if reason := self.refusal(files):
+            raise ModelError(reason)
+        config = files.config(self.denoiser)
+        return ModelTraits(
+            family=self.name,
+            kind=self.kind,
+            strength_rule=self.strength_rule,
+            guidance=self.guidance(config),
+            takes_negative_prompt=self.guidance(config)
+            in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO),
+            scheduler=scheduler or self.own_scheduler(files.scheduler),
+            schedulers=self.schedulers,
+            scheduler_max_steps=self.scheduler_max_steps(files.scheduler),
+            native_size=self.native_side(config),
+            side_multiple=self.side_multiple,
+            max_side=self.max_side,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+        )
+
+    def refusal(self, files: ModelFiles) -> str:
+        """Returns why a model of this family cannot be served; empty if it can."""
+        return ""
+
+    def guidance(self, config: Mapping[str, Any]) -> Guidance:
+        """Returns what a model makes of guidance_scale.
+
+        Args:
+            config: The configuration of the denoiser.
+        """
+        return Guidance.CLASSIFIER_FREE
+
+    def native_side(self, config: Mapping[str, Any]) -> int:
+        """Returns the side of the images that a model was trained for."""
+        return self.native_size
+
+    def own_scheduler(self, config: Mapping[str, Any]) -> str:
+        """Returns our name of the scheduler that a model comes with.
+
+        Raises:
+            ModelError: It is not offered; it is not replaced by another one either.
+        """
+        class_name = str(config.get("_class_name", ""))
+        if not class_name:
+            return self.default_scheduler
+        name = SCHEDULER_OF_CLASS.get(class_name, "")
+        if name not in self.schedulers:
+            raise ModelError(
+                f"the model's own scheduler {class_name} is not offered. Choose one of "
+                f"{', '.join(self.schedulers)} in its img2img.toml: [defaults] scheduler"
+            )
+        return name
+
+    def scheduler_max_steps(self, config: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+        """Returns schedulers that run fewer steps than the model's limit, and how many."""
+        return ()
+
+    # Schedules.
+
+    def timestep_arguments(
+        self, config: Mapping[str, Any], num_inference_steps: int, height: int, width: int
+    ) -> Mapping[str, Hashable]:
+        """Returns further arguments of the scheduler's set_timesteps.
+
+        Args:
+            config: The model's scheduler configuration.
+        """
+        return {}
+
+    def derive_schedule(self, scheduler: Any, run: int, num_inference_steps: int) -> Schedule:
+        """Returns the run of a scheduler whose timesteps are set: its last `run` steps."""
+        from img2img_server.engine.diffusers.schedules import derive_schedule
+
+        return derive_schedule(scheduler, run, num_inference_steps)
+
+    # Batches.
+
+    def batch_key(self, text: TextInput) -> Hashable:
+        """Returns what rows must agree on to share a forward, apart from the LoRA."""
+        return text.height, text.width
+
+    def forwards(self, config: Mapping[str, Any], text: TextInput) -> int:
+        """Returns how many forwards a step of a row costs: 2 with classifier-free guidance.
+
+        Args:
+            config: The configuration of the denoiser.
+        """
+        guidance = self.guidance(config)
+        is_free = guidance in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO)
+        return 2 if is_free and text.guidance_scale > guidance.off_up_to else 1
+
+    def combine(self, prompted: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+        """Returns the guided output of one row from its two forwards."""
+        return negative + scale * (prompted - negative)
+
+    def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
+        """Runs the network once; returns the output of each forward.
+
+        The outputs are 1 x c x h x w, float32, in the form that the family's schedulers take.
+        """
+        raise NotImplementedError
+
+    # Text.
+
+    def encode_prompts(
+        self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
+    ) -> list[Mapping[str, Tensor]]:
+        """Encodes prompts in one batch; returns the tensors of each by name.
+
+        Each tensor belongs to one prompt and has no batch dimension. Lengths may differ.
+        """
+        raise NotImplementedError
+
+    def token_limit(self, tokenizer: Any) -> int:
+        """Returns how many tokens of a prompt are read, special ones included."""
+        return int(tokenizer.model_max_length)
+
+    def extras(self, model: LoadedModel, text: TextInput) -> Mapping[str, Tensor]:
+        """Returns further tensors that steer the rows of one job, with a batch dimension of 1."""
+        return {}
+
+    # Autoencoder.
+
+    def codec(self, vae: Any, tile_pixels: int) -> Autoencoder:
+        """Returns the autoencoder between images and latents."""
+        from img2img_server.engine.diffusers.vae import Autoencoder
+
+        return Autoencoder(vae, tile_pixels)
+
+    # LoRA.
+
+    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
+        """Reads a LoRA file with the pipeline's own reader, which knows the common formats."""
+        weights, metadata = model.pipeline.lora_state_dict(str(file), return_lora_metadata=True)
+        return LoraFile(weights, {}, metadata or {})
+
+    def lora_keys(self, part: str, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the weights of one part by the names of modules: NAME.lora_A.weight."""
+        return weights
+
+
+class FlowFamily(Family):
+    """What families with flow matching share: their schedules."""
+
+    kind = ModelKind.FLOW
+    strength_rule = StrengthRule.CEIL
+    schedulers = FLOW_SAMPLERS
+    default_scheduler = "flow_match_euler"
+    denoiser = "transformer"
+    lora_parts = ("transformer",)
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Returns the number of tokens of an image, which dynamic shifting depends on."""
+        return (height // 16) * (width // 16)
+
+    def timestep_arguments(
+        self, config: Mapping[str, Any], num_inference_steps: int, height: int, width: int
+    ) -> Mapping[str, Hashable]:
+        """Returns sigmas from 1 to 1/n and the shift for the size, as the pipelines do."""
+        import numpy as np
+
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        found: dict[str, Hashable] = {"sigmas": tuple(sigmas.tolist())}
+        if config.get("use_dynamic_shifting"):
+            found["mu"] = dynamic_shift(config, self.image_tokens(height, width))
+        return found
+
+
+class DiffusionFamily(Family):
+    """What families with a variance schedule share."""
+
+    kind = ModelKind.DIFFUSION
+    strength_rule = StrengthRule.FLOOR
+    schedulers = DIFFUSION_SAMPLERS
+    default_scheduler = "ddim"
+    denoiser = "unet"
+
+
+def dynamic_shift(config: Mapping[str, Any], tokens: int, default_max_shift: float = 1.15) -> float:
+    """Returns the shift of a schedule for the number of image tokens, linear between two points."""
+    fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", default_max_shift)
+    slope = (high - low) / (most - fewest)
+    return float(tokens * slope + (low - slope * fewest))

@@ -1,0 +1,146 @@
+"""Stable Diffusion 1.x and 2.x with their Turbo and LCM models; the base of SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from img2img_server.domain.models import Guidance
+from img2img_server.engine.diffusers.families.base import (
+    DiffusionFamily,
+    Forward,
+    LoadedModel,
+    LoraFile,
+)
+from img2img_server.engine.family import ModelFiles
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from img2img_server.engine.denoiser import TextInput
+
+_LCM_STEPS = 50  # of the schedule that LCM picks its steps from, the default of diffusers
+
+
+class StableDiffusion(DiffusionFamily):
+    """Models with a UNet and one CLIP text encoder."""
+
+    name = "sd"
+    pipelines = dict.fromkeys(
+        (
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "LatentConsistencyModelPipeline",
+            "LatentConsistencyModelImg2ImgPipeline",
+        ),
+        "StableDiffusionImg2ImgPipeline",
+    )
+    load_options: ClassVar[Mapping[str, Any]] = {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
+    lora_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    side_multiple = 8
+    native_size = 512
+
+    def refusal(self, files: ModelFiles) -> str:
+        unet = files.config("unet")
+        taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
+        if taken == given:
+            return ""
+        return (
+            f"the model's UNet has {taken} input channels instead of {given}: models for "
+            "inpainting, for instructions or for upscaling are not served"
+        )
+
+    def guidance(self, config: Mapping[str, Any]) -> Guidance:
+        # Models distilled with guidance take the scale as an input and need no second forward.
+        is_embedded = config.get("time_cond_proj_dim") is not None
+        return Guidance.EMBEDDED if is_embedded else Guidance.CLASSIFIER_FREE
+
+    def native_side(self, config: Mapping[str, Any]) -> int:
+        sample_size = config.get("sample_size")
+        return sample_size * 8 if isinstance(sample_size, int) else self.native_size
+
+    def scheduler_max_steps(self, config: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+        return (("lcm", int(config.get("original_inference_steps") or _LCM_STEPS)),)
+
+    def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
+        import torch
+
+        output = model.network(
+            torch.cat([forward.latents for forward in forwards]).to(
+                model.dtype, memory_format=model.memory_format
+            ),
+            torch.cat([forward.timestep for forward in forwards]),
+            encoder_hidden_states=torch.stack([it.text.tensors["tokens"] for it in forwards]),
+            timestep_cond=cat_extras(forwards, "guidance_embedding"),
+            added_cond_kwargs=self.added_conditions(forwards),
+            return_dict=False,
+        )[0]
+        return torch.split(output.float(), 1)
+
+    def added_conditions(self, forwards: Sequence[Forward]) -> Mapping[str, Tensor] | None:
+        """Returns further inputs of the UNet."""
+        return None
+
+    def encode_prompts(
+        self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
+    ) -> list[Mapping[str, Tensor]]:
+        encoded = encode(model, prompts)[0].to(model.dtype)
+        return [{"tokens": tokens.clone()} for tokens in encoded]
+
+    def extras(self, model: LoadedModel, text: TextInput) -> Mapping[str, Tensor]:
+        import torch
+
+        from img2img_server.engine.host_copy import to_device
+
+        if (width := model.network.config.time_cond_proj_dim) is None:
+            return {}
+        embedding = model.pipeline.get_guidance_scale_embedding(
+            torch.tensor([text.guidance_scale - 1]), embedding_dim=width
+        )
+        return {"guidance_embedding": to_device(embedding, model.device).to(model.dtype)}
+
+    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
+        weights, alphas, metadata = model.pipeline.lora_state_dict(
+            str(file), unet_config=model.network.config, return_lora_metadata=True
+        )
+        return LoraFile(weights, alphas or {}, metadata or {})
+
+    def lora_keys(self, part: str, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        from diffusers.utils.state_dict_utils import (
+            StateDictType,
+            convert_state_dict_to_peft,
+            convert_unet_state_dict_to_peft,
+        )
+
+        if part == "unet":
+            return dict(convert_unet_state_dict_to_peft(weights))  # type: ignore[no-untyped-call]
+        if not weights or any(".lora_A.weight" in key for key in weights):
+            return weights
+        is_old = any("_lora." in key for key in weights)
+        form = StateDictType.DIFFUSERS_OLD if is_old else StateDictType.DIFFUSERS
+        return dict(convert_state_dict_to_peft(weights, form))  # type: ignore[no-untyped-call]
+
+
+def encode(model: LoadedModel, prompts: Sequence[str]) -> Any:
+    """Returns what the pipeline makes of prompts, without their negative ones."""
+    return model.pipeline.encode_prompt(
+        list(prompts),
+        device=model.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+
+
+def cat_extras(forwards: Sequence[Forward], name: str) -> Tensor | None:
+    """Returns a further input of all forwards, or None for models that do not have it."""
+    import torch
+
+    found = [forward.conditioning.extras.get(name) for forward in forwards]
+    present = [tensor for tensor in found if tensor is not None]
+    return torch.cat(present) if present else None

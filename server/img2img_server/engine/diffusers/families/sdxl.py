@@ -1,0 +1,70 @@
+"""Stable Diffusion XL: two text encoders and the image's size as further inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from img2img_server.engine.diffusers.families.base import Forward, LoadedModel
+from img2img_server.engine.diffusers.families.sd import StableDiffusion, cat_extras, encode
+from img2img_server.engine.family import ModelFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from img2img_server.engine.denoiser import TextInput
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Models with a UNet, two CLIP text encoders and size inputs."""
+
+    name = "sdxl"
+    pipelines = dict.fromkeys(
+        (
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+        ),
+        "StableDiffusionXLImg2ImgPipeline",
+    )
+    load_options: ClassVar[Mapping[str, Any]] = {}
+    tokenizers = ("tokenizer", "tokenizer_2")
+    lora_parts = ("unet", "text_encoder", "text_encoder_2")
+    native_size = 1024
+
+    def refusal(self, files: ModelFiles) -> str:
+        if files.index.get("requires_aesthetics_score"):
+            return "the SDXL refiner is not served: use an SDXL base model"
+        return super().refusal(files)
+
+    def added_conditions(self, forwards: Sequence[Forward]) -> Mapping[str, Tensor] | None:
+        import torch
+
+        sizes = cat_extras(forwards, "time_ids")
+        assert sizes is not None
+        pooled = torch.stack([forward.text.tensors["pooled"] for forward in forwards])
+        return {"text_embeds": pooled, "time_ids": sizes}
+
+    def encode_prompts(
+        self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
+    ) -> list[Mapping[str, Tensor]]:
+        encoded, dtype = encode(model, prompts), model.dtype
+        tokens, pooled = encoded[0].to(dtype), encoded[2].to(dtype)
+        zeros_for_empty = model.pipeline.config.force_zeros_for_empty_prompt
+        found: list[Mapping[str, Tensor]] = []
+        for i, (prompt, is_negative) in enumerate(zip(prompts, are_negative, strict=True)):
+            # SDXL was trained with zeros, not with the encoding of "", for an empty prompt.
+            keep = 0.0 if zeros_for_empty and is_negative and not prompt else 1.0
+            found.append({"tokens": tokens[i] * keep, "pooled": pooled[i] * keep})
+        return found
+
+    def extras(self, model: LoadedModel, text: TextInput) -> Mapping[str, Tensor]:
+        import torch
+
+        from img2img_server.engine.host_copy import to_device
+
+        # The defaults of diffusers: original size = target size, no crop.
+        size = (text.height, text.width)
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=model.dtype)
+        sizes = to_device(sizes, model.device)
+        return {**super().extras(model, text), "time_ids": sizes}

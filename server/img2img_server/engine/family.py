@@ -1,0 +1,157 @@
+"""What the engine knows of a model family before a model is loaded. No torch here.
+
+A family is the architecture that a model directory holds: Stable Diffusion, SDXL, FLUX.1 and so on.
+What belongs to a family is in one module of engine/diffusers/families. The step loop, the scheduler
+and the memory model do not know families: they see ModelSpec and Denoiser.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from img2img_server.domain.models import Guidance, ModelKind
+from img2img_server.domain.strength import StrengthRule
+from img2img_server.errors import OperatorError
+from img2img_server.setting_files import read_text
+from img2img_server.settings import variable
+
+
+class ModelError(OperatorError):
+    """The model cannot be used; the sentence says why.
+
+    Attributes:
+        setting: The setting to change, when it is not the model itself.
+    """
+
+    def __init__(self, sentence: str, setting: str = "model") -> None:
+        super().__init__(sentence)
+        self.setting = setting
+
+    @property
+    def mistake(self) -> str:
+        """The sentence with its setting in front."""
+        return f"{variable(self.setting)}: {self}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The JSON files of a model: model_index.json and the configuration of each part."""
+
+    index: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelFiles:
+        """Reads the files of a directory in diffusers' layout.
+
+        Raises:
+            ModelError: One of the files cannot be read.
+        """
+        index = read_json(folder / "model_index.json")
+        configs = {}
+        for name in index:
+            for file in ("config.json", "scheduler_config.json"):
+                if (folder / name / file).is_file():
+                    configs[name] = read_json(folder / name / file)
+        for name in ("scheduler", "unet"):  # also where the index does not list them
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            configs.setdefault(name, read_json(folder / name / file))
+        return cls(index, configs)
+
+    @classmethod
+    def of_pipeline(cls, pipeline: Any) -> ModelFiles:
+        """Returns what the files of a loaded pipeline would say."""
+        parts = pipeline.components.items()
+        configs = {name: part.config for name, part in parts if hasattr(part, "config")}
+        return cls({**pipeline.config, "_class_name": type(pipeline).__name__}, configs)
+
+    @property
+    def class_name(self) -> str:
+        """The pipeline class of diffusers that the model names."""
+        return str(self.index.get("_class_name", ""))
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The configuration of the model's own scheduler."""
+        return self.config("scheduler")
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """Returns the configuration of a part of the pipeline; empty if there is none."""
+        return self.configs.get(part, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelTraits:
+    """What a family says of one model, from its JSON files alone.
+
+    Attributes:
+        scheduler: Our name of the model's own scheduler.
+        schedulers: The names of all that the family offers.
+        scheduler_max_steps: Schedulers that run fewer steps than the model's limit, and how many.
+        native_size: The side of the images that the model was trained for.
+        side_multiple: What width and height must be divisible by.
+        min_side, max_side: The limits of width and height; 0 for none.
+    """
+
+    family: str
+    kind: ModelKind
+    strength_rule: StrengthRule
+    guidance: Guidance
+    takes_negative_prompt: bool
+    scheduler: str
+    schedulers: tuple[str, ...]
+    scheduler_max_steps: tuple[tuple[str, int], ...] = ()
+    native_size: int
+    side_multiple: int
+    min_side: int = 0
+    max_side: int = 0
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+
+
+class ModelFamily(Protocol):
+    """A family as ModelSpec sees it."""
+
+    @property
+    def name(self) -> str:
+        """Its name in ModelInfo, for example "sdxl"."""
+        ...
+
+    @property
+    def schedulers(self) -> tuple[str, ...]:
+        """The names of the schedulers that it offers."""
+        ...
+
+    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
+        """Returns what the files say of a model of this family.
+
+        Args:
+            scheduler: The default scheduler that the operator chose; empty for the model's own.
+
+        Raises:
+            ModelError: The model is of the family, but cannot be served.
+        """
+        ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an absent file is an empty one.
+
+    Raises:
+        ModelError: The file cannot be read or holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(read_text(path))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is no JSON object")
+    return found
