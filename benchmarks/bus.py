@@ -26,7 +26,7 @@ from img2img_client import AsyncClient
 from img2img_server.devstack.nats import nats_server, nats_url
 from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.events import StepFinished
-from img2img_server.domain.params import JobParams, Lane
+from img2img_server.domain.params import Lane
 from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.nats import subjects
 from img2img_server.nats.bus import Bus, connect_bus
@@ -144,9 +144,8 @@ async def operations(config: Settings) -> dict[str, Any]:
             await (await bus.events.open(number, fresh=True)).append(step)
 
         async def put(number: int) -> None:
-            params = JobParams(prompt="p", model="m", lane=Lane.BATCH)
-            job = QueuedJob(job_id=number, tenant="t", params=params, init_image=picture)
-            await bus.queue.put(job)
+            job = QueuedJob(job_id=number, tenant="t", init_image=picture)
+            await bus.queue.put(job, "m", Lane.BATCH)
 
         async def pull(_: int) -> None:
             (delivery,) = await bus.queue.pull("m", [Lane.BATCH], 1, 5.0)

@@ -19,7 +19,7 @@ from img2img_server.devstack.nats import nats_server, nats_url
 from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
 from img2img_server.domain.models import WorkerInfo
-from img2img_server.domain.params import JobParams, Lane
+from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError, UnavailableError
 from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.interfaces.records import UnreadableError
@@ -71,8 +71,7 @@ async def raw(settings: Settings) -> AsyncIterator[NatsConnection]:
 
 
 def a_job(job_id: int = JOB) -> QueuedJob:
-    params = JobParams(prompt="p", model=MODEL)
-    return QueuedJob(job_id=job_id, tenant="acme", params=params, init_image=b"picture")
+    return QueuedJob(job_id=job_id, tenant="acme", init_image=b"image")
 
 
 def step(number: int) -> StepFinished:
@@ -96,7 +95,7 @@ async def test_while_the_server_is_away_callers_hear_so_and_later_all_works(
         await nats.stop()
         began = time.monotonic()
         calls = await asyncio.gather(
-            bus.queue.put(a_job()),
+            bus.queue.put(a_job(), MODEL, Lane.REALTIME),
             bus.queue.pull(MODEL, [Lane.REALTIME], 1, 30.0),
             bus.queue.depth(MODEL, Lane.REALTIME),
             bus.queue.remove(1),
@@ -111,7 +110,7 @@ async def test_while_the_server_is_away_callers_hear_so_and_later_all_works(
         assert [type(call) for call in calls] == [UnavailableError] * len(calls)
         assert time.monotonic() - began < LONG
         await nats.start()
-        await later(lambda: bus.queue.put(a_job()))
+        await later(lambda: bus.queue.put(a_job(), MODEL, Lane.REALTIME))
         (delivery,) = await bus.queue.pull(MODEL, [Lane.REALTIME], 5, LONG)
         assert delivery.job == a_job()  # once: what had failed was not sent after all
         assert (await writer.append(Queued())).sequence == 1
@@ -222,7 +221,7 @@ async def test_events_of_a_later_version_are_skipped(nats: Nats) -> None:
 
 async def test_a_dead_letter_keeps_the_job_without_its_image_and_says_why(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
-        await bus.queue.put(a_job())
+        await bus.queue.put(a_job(), MODEL, Lane.REALTIME)
         (delivery,) = await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)
         await delivery.term("given up\nafter 5 attempts")
         dead = await link.last(subjects.DEAD, "img2img.dead.>")
@@ -244,7 +243,7 @@ async def test_a_record_that_cannot_be_read_says_so(nats: Nats) -> None:
 async def test_a_job_that_cannot_be_read_is_buried_and_the_others_go_on(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
         await link.publish("img2img.jobs.atelier.realtime.acme", b"\xc1 no MessagePack, a picture")
-        await bus.queue.put(a_job())
+        await bus.queue.put(a_job(), MODEL, Lane.REALTIME)
         deliveries = []
         while not deliveries:
             deliveries = await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)
@@ -262,16 +261,16 @@ async def test_a_lost_consumer_is_made_anew(nats: Nats) -> None:
         await link.js.delete_consumer(subjects.JOBS, subjects.lane_consumer(MODEL, Lane.REALTIME))
         with pytest.raises(UnavailableError):
             await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05)
-        await bus.queue.put(a_job())
+        await bus.queue.put(a_job(), MODEL, Lane.REALTIME)
         assert len(await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)) == 1
 
 
 async def test_a_changed_limit_holds_from_the_next_connection_on(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus:
-        await bus.queue.put(a_job(JOB))
+        await bus.queue.put(a_job(JOB), MODEL, Lane.REALTIME)
     async with connect_bus(nats.settings.model_copy(update={"queue_limit": 1})) as bus:
         with pytest.raises(QueueFullError):
-            await bus.queue.put(a_job(JOB + 1))
+            await bus.queue.put(a_job(JOB + 1), MODEL, Lane.REALTIME)
 
 
 class LostAnswers:
@@ -357,7 +356,7 @@ async def ack_all(bus: Bus) -> list[int]:
 
 async def test_queued_jobs_and_records_survive_a_restart(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus:
-        await bus.queue.put(a_job())
+        await bus.queue.put(a_job(), MODEL, Lane.REALTIME)
         assert await bus.jobs.claim_request("acme", "r", "print", JOB) == ("print", JOB)
     await nats.stop()
     await nats.start()
@@ -388,7 +387,7 @@ async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Na
         for turn in range(90):
             job = a_job(JOB + turn)
             pulling = asyncio.create_task(worker.queue.pull(MODEL, list(Lane), 4, LONG))
-            putting = asyncio.create_task(api.queue.put(job))
+            putting = asyncio.create_task(api.queue.put(job, MODEL, Lane.REALTIME))
             for _ in range(turn % 45):
                 await asyncio.sleep(0)
             pulling.cancel()

@@ -44,10 +44,10 @@ class GatedQueue(Through):
         super().__init__(inner)
         self.reached, self.open = asyncio.Event(), asyncio.Event()
 
-    async def put(self, job: Any) -> int:
+    async def put(self, *job: Any) -> int:
         self.reached.set()
         await self.open.wait()
-        return int(await self.inner.put(job))
+        return int(await self.inner.put(*job))
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ async def announce(bus: Bus, model: ModelInfo = MODEL, name: str = "w") -> None:
 
 async def put(bus: Bus, backlog: Backlog | None, *jobs: JobParams) -> None:
     for params in jobs:
-        job = QueuedJob(job_id=next(_ids), tenant="t", params=params, init_image=b"")
-        place = await bus.queue.put(job)
+        job = QueuedJob(job_id=next(_ids), tenant="t", init_image=b"")
+        place = await bus.queue.put(job, params.model, params.lane)
         if backlog:
             backlog.note(params, place, params.pixel_steps(StrengthRule.FLOOR))
 

@@ -303,6 +303,32 @@ async def test_a_worker_takes_no_more_than_it_can_run() -> None:
             await read_until(api.watch(job.name), "succeeded")
 
 
+async def test_the_samples_of_a_job_count_which_only_its_record_has() -> None:
+    bus = memory_bus()
+    async with (
+        running_worker(bus, FakeEngine(hold_after=1, capacity_rows=4)) as worker,
+        running_api(bus) as api,
+    ):
+        large, small = await api.create(spec(samples=4)), await api.create(spec())
+        await read_until(api.watch(large.name), "step")
+        assert await bus.queue.depth("fake", Lane.REALTIME) == 1
+        assert (await api.get(small.name)).state == job_pb2.Job.STATE_QUEUED
+        worker.engine.release()
+        await read_until(api.watch(small.name), "succeeded")
+
+
+async def test_the_queue_holds_the_init_image_and_no_parameters() -> None:
+    bus = memory_bus()
+    await known_model(bus)
+    async with running_api(bus) as api:
+        job = await api.create(spec(prompt="a lighthouse"))
+    delivery = await take(bus)
+    assert delivery is not None
+    assert (delivery.job.job_id, delivery.job.tenant) == (job.id, "dev")
+    assert delivery.job.init_image
+    assert "lighthouse" not in repr(delivery.job)
+
+
 @pytest.mark.parametrize(("temp", "folder"), [(False, "generations"), (True, "temp")])
 async def test_base64_files_are_stored_as_text_under_their_own_name(
     temp: bool, folder: str

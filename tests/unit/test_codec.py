@@ -97,9 +97,7 @@ MODEL = ModelInfo(
 )
 GOLDEN: dict[str, Any] = {
     "job": JOB,
-    "queued_job": QueuedJob(
-        job_id=JOB.id, tenant="acme", params=PARAMS, init_image=bytes(range(256))
-    ),
+    "queued_job": QueuedJob(job_id=JOB.id, tenant="acme", init_image=bytes(range(256))),
     "worker": WorkerInfo(name="w", model=MODEL, device="cpu", capacity_rows=8, job_seconds=1.5),
     "model": MODEL,
 }

@@ -101,7 +101,7 @@ class Intake:
 
     async def _enqueue(self, job: Job, accepted: Admitted, *, begun: bool = False) -> Stored:
         """Record, event, queue. `begun`: somebody was at it before, and may have left a log."""
-        params, created = accepted.params, True
+        created = True
         try:
             revision = await self._jobs.create(job)
         except ConflictError:
@@ -119,11 +119,12 @@ class Intake:
                 QueuedJob(
                     job_id=job.id,
                     tenant=job.tenant,
-                    params=params,
                     init_image=accepted.image.data,
                     init_image_prepared=accepted.image.prepared,
                     trace=injected(),
-                )
+                ),
+                job.params.model,
+                job.params.lane,
             )
         except OwnershipLostError:  # a repeated call of the same request was quicker
             raise errors.UnavailableError(TAKING) from None
@@ -131,6 +132,7 @@ class Intake:
             with suppress(errors.ServiceError):
                 await self._jobs.delete(job.tenant, job.id)
             raise
+        params = job.params
         self._backlog.note(params, place, accepted.pixel_steps)
         JOBS_CREATED.labels(params.model, params.lane).inc()
         log.info(

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from img2img_server.domain.events import Envelope, Event
-from img2img_server.domain.params import JobParams, Lane
+from img2img_server.domain.params import Lane
 
 
 class OwnershipLostError(Exception):
@@ -18,22 +18,24 @@ class OwnershipLostError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedJob:
-    """What a worker needs to begin, as it travels through the work queue.
+    """One message of the work queue: which job to run, and its init image.
 
-    `init_image`: an encoded PNG, JPEG or WebP that was proven to decode within the limits.
-    `init_image_prepared`: it already has the requested size and needs decoding only.
-    `trace`: W3C trace context of the call that made the job.
+    The parameters of the job are in its record only.
+
+    Attributes:
+        init_image: An encoded PNG, JPEG or WebP that was proven to decode within the limits.
+        init_image_prepared: The init image already has the requested size and needs decoding only.
+        trace: W3C trace context of the call that created the job.
     """
 
     job_id: int
     tenant: str
-    params: JobParams
     init_image: bytes
     init_image_prepared: bool = False
     trace: dict[str, str] = field(default_factory=dict)
 
     def without_image(self) -> QueuedJob:
-        """What may be kept of it when the job has ended."""
+        """Returns the message as the dead letters keep it."""
         return replace(self, init_image=b"")
 
 
@@ -84,8 +86,8 @@ class JobQueue(Protocol):
     @property
     def ack_wait_seconds(self) -> float: ...
 
-    async def put(self, job: QueuedJob) -> int:
-        """Queues the job, returns its place: a growing number above 0.
+    async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
+        """Queues the job for workers of the model and returns its place: a growing number above 0.
 
         A job id is queued once: putting it again within 20 s returns the place it got.
 

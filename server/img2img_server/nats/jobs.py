@@ -80,8 +80,8 @@ class JetStreamJobQueue:
     def ack_wait_seconds(self) -> float:
         return self._ack_wait_seconds
 
-    async def put(self, job: QueuedJob) -> int:
-        subject = subjects.jobs_subject(job.params.model, job.params.lane, job.tenant)
+    async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
+        subject = subjects.jobs_subject(model, lane, job.tenant)
         # The id makes a caller's second try, after an answer that was lost, the same message.
         headers = {"Nats-Msg-Id": str(job.job_id)}
         try:

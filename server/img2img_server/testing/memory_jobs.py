@@ -18,15 +18,16 @@ from img2img_server.testing.notifier import Notifier
 class _Message:
     sequence: int
     job: QueuedJob
+    place: tuple[str, Lane]
     deliveries: int = 0
-    redelivery: asyncio.TimerHandle | None = None  # set while somebody has it
+    redelivery: asyncio.TimerHandle | None = None  # set while a worker has the message
 
     @property
     def taken(self) -> bool:
         return self.redelivery is not None
 
     def is_for(self, model: str, lane: Lane) -> bool:
-        return self.job.params.model == model and self.job.params.lane == lane
+        return self.place == (model, lane)
 
     def release(self) -> None:
         if self.redelivery is not None:
@@ -51,15 +52,14 @@ class MemoryJobQueue:
     def ack_wait_seconds(self) -> float:
         return self._ack_wait_seconds
 
-    async def put(self, job: QueuedJob) -> int:
+    async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
         if job.job_id in self._known:
             return self._known[job.job_id]
-        place = (job.params.model, job.params.lane)
         mine = [m for m in self._messages.values() if m.job.tenant == job.tenant]
-        if sum(m.is_for(*place) for m in mine) >= self._limit:
+        if sum(m.is_for(model, lane) for m in mine) >= self._limit:
             raise QueueFullError(self._limit)
         sequence = self._known[job.job_id] = next(self._sequences)
-        self._messages[sequence] = _Message(sequence, job)
+        self._messages[sequence] = _Message(sequence, job, (model, lane))
         self._bell.notify()
         return sequence
 
@@ -102,8 +102,8 @@ class MemoryJobQueue:
 
     def _deliver(self, message: _Message) -> Delivery:
         message.deliveries += 1
-        lane = (message.job.params.model, message.job.params.lane)
-        self._delivered[lane] = max(self._delivered.get(lane, 0), message.sequence)
+        delivered = self._delivered.get(message.place, 0)
+        self._delivered[message.place] = max(delivered, message.sequence)
         self.restart_clock(message)
         return _MemoryDelivery(self, message, message.deliveries)
 

@@ -15,6 +15,7 @@ from img2img_server.domain.events import (
     Succeeded,
 )
 from img2img_server.domain.job import IllegalTransitionError, Job
+from img2img_server.domain.params import JobParams
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.engine.base import (
     DeviceLost,
@@ -60,6 +61,7 @@ class JobExecution:
         self._delivery = delivery
         self._watch = Stopwatch()
         self._cancelled = False
+        self.opened = asyncio.Event()  # the record was read, or the run has ended
         self._leaving = asyncio.Event()
         self._submitted = False
         self._owned: JobLease | None = None
@@ -69,13 +71,14 @@ class JobExecution:
         return self._delivery.job.job_id
 
     @property
-    def samples(self) -> int:
-        return self._delivery.job.params.samples
-
-    @property
     def job(self) -> Job | None:
         """The job as this run knows it; None while its record was not read."""
         return self._owned.job if self._owned else None
+
+    @property
+    def samples(self) -> int:
+        """Samples that the job has in the engine; 0 when there is no record of it."""
+        return self.job.params.samples if self.job else 0
 
     def cancel(self) -> None:
         """Ends the job as cancelled at its next step."""
@@ -95,17 +98,19 @@ class JobExecution:
 
     async def run(self) -> None:
         """Returns when the job has ended or is no longer ours; never raises for the job's sake."""
-        span = enter_run(self._delivery)
+        span = enter_run(self._delivery, self._parts.engine.model.name)
         watching = [
             asyncio.create_task(self._heartbeat()),
             asyncio.create_task(self._poll_cancel()),
         ]
-        # Beside the records, not after them: it takes as long as they do.
-        prepared = asyncio.create_task(self._prepare())
         try:
             self._owned = await self._open()
-            if self._owned and await self._owned.take(cancelled=self._cancelled):
-                await self._work(self._owned, prepared)
+            self.opened.set()
+            if self._owned:
+                # Preparing the init image takes as long as taking the record: both run together.
+                async with background_task(self._prepare(self._owned.job.params)) as prepared:
+                    if await self._owned.take(cancelled=self._cancelled):
+                        await self._work(self._owned, prepared)
         except _NOT_OURS as error:
             log.warning("job lost to another worker", why=str(error))
         except errors.UnavailableError as error:
@@ -120,10 +125,9 @@ class JobExecution:
         except Exception as error:  # a record that cannot be read, a fault of ours: not its
             await self._dead_letter(error)  # neighbours' business
         finally:
+            self.opened.set()
             for task in watching:
                 task.cancel()
-            prepared.cancel()
-            await asyncio.gather(prepared, return_exceptions=True)
             if self._submitted:
                 self._parts.engine.cancel(self.job_id)
             span.end()
@@ -190,14 +194,14 @@ class JobExecution:
         else:
             await self._succeed(owned, done)
 
-    async def _prepare(self) -> Pixels:
+    async def _prepare(self, params: JobParams) -> Pixels:
         queued, start = self._delivery.job, time.monotonic()
         with TRACER.start_as_current_span("prepare"):
             pixels = await asyncio.to_thread(
                 prepare_image,
                 queued.init_image,
-                width=queued.params.width,
-                height=queued.params.height,
+                width=params.width,
+                height=params.height,
                 prepared=queued.init_image_prepared,
             )
         self._watch.prepare = time.monotonic() - start

@@ -12,13 +12,13 @@ from img2img_server.interfaces.queue import Delivery
 from img2img_server.tracing import TRACER, enter, extracted
 
 
-def enter_run(delivery: Delivery) -> Span:
+def enter_run(delivery: Delivery, model: str) -> Span:
     """The span of a whole run, current from now on in this task and in what it starts."""
     job = delivery.job
     attributes = {
         "img2img.job": f"jobs/{job.job_id}",
         "img2img.tenant": job.tenant,
-        "img2img.model": job.params.model,
+        "img2img.model": model,
         "img2img.attempt": delivery.attempt,
     }
     return enter("run job", extracted(job.trace.items()), SpanKind.CONSUMER, attributes)

@@ -108,6 +108,7 @@ class Worker:
                         await delivery.nak()
                 elif run := self._take(delivery):
                     self._tasks[run.job_id] = tasks.create_task(self._run(run))
+                    await run.opened.wait()  # now `run.samples` is known
 
     def _take(self, delivery: Delivery) -> JobExecution | None:
         """Counts the job in at once; None when it is here already and goes on."""
