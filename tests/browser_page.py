@@ -1,5 +1,5 @@
-"""A real browser before the gateway of a test. Whoever imports this is skipped, with the reason,
-where playwright or a Chromium is missing."""
+"""A real browser and the gateway of a test. Modules that import this are skipped, with the reason,
+if playwright or a Chromium is missing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def browser() -> AsyncIterator[playwright.Browser]:
 async def gateway(
     address: str, blobs: BlobStore, port: int = 0, **changes: Any
 ) -> AsyncIterator[str]:
-    """A gateway before the api at `address`: where it is. Changes are settings."""
+    """Runs a gateway of the api at `address` and yields its URL. `changes` are settings."""
     stop, started = asyncio.Event(), asyncio.get_running_loop().create_future()
     config = settings(
         api_address=address, http_port=port, drain_seconds=1, cors_origins="loopback", **changes
@@ -55,7 +55,7 @@ async def gateway(
 
 @asynccontextmanager
 async def opened(browser: playwright.Browser, url: str) -> AsyncIterator[playwright.Page]:
-    """The page; whatever the browser complains about fails the test."""
+    """Yields the page. A complaint of the browser fails the test."""
     complaints: list[str] = []
     page = await browser.new_page()
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -75,7 +75,7 @@ async def stack_of(engine: FakeEngine) -> AsyncIterator[Stack]:
 
 @dataclass(frozen=True)
 class Playground:
-    """The open page and what is behind it."""
+    """The open page, its URL and the service."""
 
     page: playwright.Page
     url: str
@@ -93,7 +93,7 @@ async def playground(browser: playwright.Browser, engine: FakeEngine) -> AsyncIt
 
 
 async def start(page: playwright.Page, **fields: str) -> None:
-    """Fills the form with the example picture and sends it."""
+    """Fills the form with the example image and sends it."""
     await page.get_by_role("button", name="Use the example").click()
     await page.get_by_text("cat.jpg, 451 x 300").wait_for()
     for label, value in fields.items():

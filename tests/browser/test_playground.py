@@ -33,14 +33,14 @@ def engine() -> FakeEngine:
     return FakeEngine(hold_after=1)
 
 
-async def test_a_picture_is_watched_and_shown_beside_the_one_before(
+async def test_a_job_shows_its_preview_and_then_the_image_next_to_the_init_image(
     browser: playwright.Browser, engine: FakeEngine
 ) -> None:
     async with playground(browser, engine) as shown:
         page = shown.page
         await start(page, Samples="2", Seed="7")
         await page.get_by_text("Step 2 of 4.").wait_for()
-        after = page.get_by_alt_text("After: the picture made of it")
+        after = page.get_by_alt_text("After: the generated image")
         assert (await after.get_attribute("src") or "").startswith("blob:")  # a preview
         bar = page.get_by_role("progressbar", name="Denoising")
         assert await bar.evaluate("bar => bar.value") == pytest.approx(2 / 4)
@@ -49,19 +49,19 @@ async def test_a_picture_is_watched_and_shown_beside_the_one_before(
         await page.get_by_text("Done in").wait_for()
         assert await after.get_attribute("src") != preview
         assert await after.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
-        await page.get_by_role("button", name="Picture 2").click()
+        await page.get_by_role("button", name="Image 2").click()
         await page.get_by_text("Seed8").wait_for()
         link = await page.get_by_role("link", name="Stored PNG").get_attribute("href")
         assert link is not None
         assert link.startswith(f"{shown.url}generations/")
-        split = page.get_by_label("How much of the picture before is shown")
+        split = page.get_by_label("How much of the init image is shown")
         await split.press("Home")
         assert await split.input_value() == "0"
         assert await page.locator("#history li").count() == 1
         assert await page.get_by_text("Denoise", exact=True).is_visible()
 
 
-async def test_refusals_stand_at_their_fields_with_the_page_s_labels(
+async def test_errors_are_shown_at_their_fields_with_the_labels_of_the_page(
     browser: playwright.Browser, engine: FakeEngine
 ) -> None:
     async with playground(browser, engine) as shown:
@@ -75,7 +75,7 @@ async def test_refusals_stand_at_their_fields_with_the_page_s_labels(
         )
         steps = await page.locator('[data-field="num_inference_steps"] .error').inner_text()
         assert steps.startswith("Steps must be between")
-        await prompt.fill("a cat")  # what was said about a field is gone with its old value
+        await prompt.fill("a cat")  # a new value clears the error of the field
         assert await prompt.get_attribute("aria-invalid") is None
         assert await page.get_by_text("Prompt is required").count() == 0
         assert await page.locator('[data-field="width"] .error').count() == 1
@@ -94,7 +94,7 @@ async def test_a_running_job_is_cancelled(browser: playwright.Browser, engine: F
         assert await page.get_by_role("button", name="Generate").is_enabled()
 
 
-async def test_a_reload_goes_on_with_the_running_job_and_keeps_what_was_made(
+async def test_a_reload_resumes_the_running_job_and_keeps_the_history(
     browser: playwright.Browser, engine: FakeEngine
 ) -> None:
     async with playground(browser, engine) as shown:
@@ -108,15 +108,17 @@ async def test_a_reload_goes_on_with_the_running_job_and_keeps_what_was_made(
         engine.release()
         await page.get_by_text("Done in").wait_for()
         for _ in range(2):
-            picture = page.locator("#history img")
-            assert await picture.count() == 1
+            image = page.locator("#history img")
+            assert await image.count() == 1
             await page.reload()
             await page.locator('#history img[src^="blob:"][alt*="Done in"]').wait_for()
-            await picture.click()
+            await image.click()
             await page.get_by_text("Done in").wait_for()
             for which in ("#before", "#after"):
-                made = page.locator(which)
-                assert await made.evaluate("image => image.decode().then(() => image.naturalWidth)")
+                shown_image = page.locator(which)
+                assert await shown_image.evaluate(
+                    "image => image.decode().then(() => image.naturalWidth)"
+                )
             assert await page.locator("#after").evaluate("image => image.naturalWidth") == 512
             assert await page.get_by_role("button", name="Generate").is_enabled()
 
@@ -133,7 +135,7 @@ async def test_a_job_can_be_cancelled_after_a_reload(
         await page.get_by_role("status").get_by_text("Cancelled.").wait_for()
 
 
-async def test_a_job_that_is_gone_after_a_reload_is_said_to_be_gone(
+async def test_a_reload_reports_a_job_that_no_longer_exists(
     browser: playwright.Browser,
 ) -> None:
     async with playground(browser, FakeEngine()) as shown:
@@ -141,19 +143,19 @@ async def test_a_job_that_is_gone_after_a_reload_is_said_to_be_gone(
         stored = '[{"id": "99", "spec": {"prompt": "p"}}, {"id": "98", "spec": {}, "ended": true}]'
         await page.evaluate("text => sessionStorage.setItem('img2img-jobs', text)", stored)
         await page.reload()
-        await page.get_by_text("This job is not there any more.").wait_for()
-        await page.get_by_text("What you make shows up here").wait_for()
+        await page.get_by_text("This job no longer exists.").wait_for()
+        await page.get_by_text("Images that you generate are listed here").wait_for()
         await page.evaluate("sessionStorage.setItem('img2img-jobs', 'of another version')")
         await page.reload()
         await page.get_by_text("version 0").wait_for()
 
 
-async def test_what_was_refused_about_a_picture_is_gone_with_the_picture(
+async def test_a_new_init_image_clears_the_error_of_the_one_before(
     browser: playwright.Browser,
 ) -> None:
     async def refuse(route: playwright.Route) -> None:
-        told = {"status": "error", "message": "Request body too large"}
-        await route.fulfill(json=told, status=413)
+        error = {"status": "error", "message": "Request body too large"}
+        await route.fulfill(json=error, status=413)
 
     async with playground(browser, FakeEngine()) as shown:
         page = shown.page
@@ -166,14 +168,14 @@ async def test_what_was_refused_about_a_picture_is_gone_with_the_picture(
 
 
 @pytest.mark.parametrize("height", [900, 720, 500])
-async def test_nothing_of_the_form_lies_below_its_buttons(
+async def test_the_buttons_cover_no_field_of_the_form(
     browser: playwright.Browser, height: int
 ) -> None:
     async with playground(browser, FakeEngine()) as shown:
         page = shown.page
         await page.set_viewport_size({"width": 1280, "height": height})
         await page.get_by_text("version").wait_for()
-        names = ("Safety checker", "Enhance the prompt", "Generate")
+        names = ("Safety checker", "Enhance prompt", "Generate")
         for place in (
             *map(page.get_by_label, names[:2]),
             page.get_by_role("button", name=names[2]),
@@ -199,9 +201,9 @@ async def test_the_docs_are_authorized_with_the_development_key(
         call = page.locator("#operations-tag-jobs, .opblock").filter(has_text="/v1/capabilities")
         await call.first.locator(".opblock-summary-control").click()
         await page.get_by_role("button", name="Try it out").click()
-        async with page.expect_response("**/v1/capabilities") as answer:
+        async with page.expect_response("**/v1/capabilities") as response:
             await page.get_by_role("button", name="Execute").click()
-        assert (await answer.value).status == 200
+        assert (await response.value).status == 200
 
 
 async def test_a_stream_that_breaks_is_resumed(
@@ -216,7 +218,7 @@ async def test_a_stream_that_breaks_is_resumed(
             await page.goto(url)
             await start(page)
             await page.get_by_text("Step 1 of 2.").wait_for()
-        await page.get_by_text("The connection broke; going on after event").wait_for()
+        await page.get_by_text("Connection lost; resuming after event").wait_for()
         engine.release()
         async with gateway(address, blobs, port):
             await page.get_by_text("Done in").wait_for()

@@ -1,4 +1,4 @@
-"""What the playground offers beside a job: a model's LoRAs, and the request as code that runs."""
+"""The playground offers a model's LoRAs and defaults, and the request as code that runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = MARKS
 
 
 async def test_loras_are_offered_where_the_model_has_some(browser: playwright.Browser) -> None:
-    async def told(route: playwright.Route) -> None:
+    async def with_lora(route: playwright.Route) -> None:
         body = await (await route.fetch()).json()
         body["models"][0]["loras"] = ["sketch"]
         await route.fulfill(json=body)
@@ -35,7 +35,7 @@ async def test_loras_are_offered_where_the_model_has_some(browser: playwright.Br
         lora = page.get_by_label("LoRA", exact=True)
         assert not await lora.is_visible()
         assert "lora" not in await page.locator("#code").inner_text()
-        await page.route("**/v1/capabilities", told)
+        await page.route("**/v1/capabilities", with_lora)
         await page.reload()
         await lora.select_option("sketch")
         await page.get_by_label("LoRA scale").fill("0.5")
@@ -74,14 +74,16 @@ async def test_the_request_as_code_is_the_same_request(
         await start(page, Prompt=PROMPT, Seed="7", Width="256", Height="256")
         await page.get_by_text("Done in").wait_for()
         first = max(await shown.stack.bus.jobs.list_ids("dev"))
-        asked = await params(shown.stack, first)
+        request = await params(shown.stack, first)
         for language, command in (
             ("python", [sys.executable, "-"]),
             ("curl", ["bash", "-eu"]),
             ("contract", ["bash", "-eu"]),
         ):
             await page.get_by_label("Language").select_option(language)
-            text = (await page.locator("#code").inner_text()).partition("# and the events")[0]
+            text = (await page.locator("#code").inner_text()).partition("# The events of the job")[
+                0
+            ]
             process = await asyncio.create_subprocess_exec(
                 *command,
                 cwd=tmp_path,
@@ -90,13 +92,13 @@ async def test_the_request_as_code_is_the_same_request(
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
             )
-            told, _ = await process.communicate(text.encode())
-            assert process.returncode == 0, told.decode()
+            printed_text, _ = await process.communicate(text.encode())
+            assert process.returncode == 0, printed_text.decode()
             made = max(await shown.stack.bus.jobs.list_ids("dev"))
-            assert made > first, told.decode()
+            assert made > first, printed_text.decode()
             first = made
             known = await params(shown.stack, made)
-            different = {name for name in asked if asked[name] != known[name]}
+            different = {name for name in request if request[name] != known[name]}
             more = {"scheduler"} if language == "contract" else set()
             assert different <= {"preview_interval_steps", "annotations", *more}, language
 
@@ -132,7 +134,7 @@ async def test_a_file_that_is_no_image_is_not_shown_as_a_broken_one(
         page = shown.page
         file = {"name": "notes.md", "mimeType": "text/markdown", "buffer": b"# Notes\n\nNone."}
         await page.locator("#file").set_input_files(file)  # type: ignore[arg-type]
-        await page.get_by_text("notes.md, which this browser cannot show").wait_for()
+        await page.get_by_text("notes.md (this browser cannot display it)").wait_for()
         assert await page.locator("#chosen").is_hidden()
         assert await page.locator("#before").get_attribute("src") is None
         await page.get_by_role("button", name="Generate").click()
@@ -140,7 +142,7 @@ async def test_a_file_that_is_no_image_is_not_shown_as_a_broken_one(
 
 
 async def printed(page: playwright.Page, folder: Path) -> bytes:
-    """What the code on the page prints with the curl of the folder."""
+    """Returns the output of the code on the page, run with the curl of the folder."""
     text = await page.locator("#code").text_content() or ""
     process = await asyncio.create_subprocess_exec(
         "bash",

@@ -24,7 +24,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 @pytest.mark.parametrize("path", [f"{ENTERPRISE}/img2img", "/generations/x.png", "/nowhere"])
-async def test_options_needs_no_key_and_answers_204(path: str, gateway: Gateway) -> None:
+async def test_options_needs_no_key_and_returns_204(path: str, gateway: Gateway) -> None:
     answer = await gateway.http.options(path, headers={"Origin": "https://app.example"})
     assert (answer.status_code, answer.content) == (204, b"")
     assert {
@@ -39,7 +39,7 @@ async def test_options_needs_no_key_and_answers_204(path: str, gateway: Gateway)
     }
 
 
-async def test_answers_and_errors_may_be_read_by_browsers(gateway: Gateway) -> None:
+async def test_browsers_may_read_responses_and_errors(gateway: Gateway) -> None:
     for answer in (await gateway.create(), await gateway.create(key="x"), await gateway.fetch(1)):
         assert answer.headers["access-control-allow-origin"] == "*"
         assert answer.headers["access-control-expose-headers"] == "Retry-After"
@@ -60,7 +60,7 @@ async def test_only_listed_origins_may_read_when_there_is_a_list(gateway: Gatewa
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def local(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    """A gateway as `local` starts it: with the key that everybody knows."""
+    """A gateway as `local` starts it: with the development key."""
     config = Settings(api_address=gateway.stack.api.address, dev_key=True)
     async with connect(config) as channel:
         app = create_app(config, channel, gateway.stack.worker.blobs)
@@ -92,7 +92,7 @@ async def test_with_the_development_key_pages_of_this_machine_may_call(
         {"Origin": "null"},
         {"Origin": ""},
         {"Origin": "http://[::1"},
-        # A name of theirs that points to this machine: to the browser it is their own page.
+        # A host name of the page that resolves to this machine: the origin is the same.
         {"Origin": "http://evil.example:8080", "Host": "evil.example:8080"},
         {"Host": "evil.example:8080"},
     ],
@@ -116,7 +116,7 @@ async def test_with_the_development_key_other_pages_are_refused(
 
 
 @pytest.mark.parametrize(("site", "code"), [("same-origin", 200), ("same-site", 403)])
-async def test_a_page_that_a_proxy_here_shows_under_its_own_name_may_call(
+async def test_a_page_that_a_local_proxy_serves_under_its_own_name_may_call(
     site: str, code: int, local: httpx.AsyncClient
 ) -> None:
     headers = {"Origin": "https://notebook.example", "Sec-Fetch-Site": site}
@@ -130,19 +130,19 @@ async def test_a_page_that_a_proxy_here_shows_under_its_own_name_may_call(
     ).status_code == 403
 
 
-async def test_callers_that_are_no_browsers_need_no_origin(local: httpx.AsyncClient) -> None:
-    assert (await local.post(f"{ENTERPRISE}/img2img", json=body())).json()["status"] == "success"
+@pytest.mark.parametrize("host", ["127.0.0.1:8080", "LOCALHOST", "[::1]:80", "127.9.9.9"])
+async def test_clients_without_an_origin_may_call(host: str, local: httpx.AsyncClient) -> None:
+    answer = await local.post(f"{ENTERPRISE}/img2img", json=body(), headers={"Host": host})
+    assert answer.json()["status"] == "success"
 
 
-async def test_a_page_at_the_public_address_may_call(gateway: Gateway) -> None:
+@pytest.mark.parametrize("base", ["https://tunnel.example", "http://[2001:db8::1]:8080"])
+async def test_a_page_at_the_public_address_may_call(base: str, gateway: Gateway) -> None:
     config = Settings(
-        api_address=gateway.stack.api.address,
-        dev_key=True,
-        public_base_url="https://tunnel.example/img",
+        api_address=gateway.stack.api.address, dev_key=True, public_base_url=f"{base}/img"
     )
     async with connect(config) as channel:
         app = create_app(config, channel, gateway.stack.worker.blobs)
-        base = "https://tunnel.example"
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=base) as http:
             answer = await http.post(f"{ENTERPRISE}/img2img", json=body(), headers={"Origin": base})
     assert answer.json()["status"] == "success"

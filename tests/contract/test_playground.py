@@ -1,4 +1,4 @@
-"""The playground page: who gets it, under which policy, and that it calls what exists."""
+"""The playground: its headers, its files, and the paths that it calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def page_of(config: Settings) -> httpx.AsyncClient:
-    """A gateway without an api behind it: the page needs none."""
+    """Returns a client of a gateway without an api, which the page does not need."""
     app = create_app(config, connect(config), MemoryBlobStore())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE)
 
@@ -53,15 +53,15 @@ async def test_browsers_get_a_page_and_others_an_index(
     for headers in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
         answer = await http.get("/", headers=headers)
         assert (answer.status_code, answer.headers["vary"]) == (200, "Accept")
-        told = answer.json()
-        assert (told.pop("name"), told.pop("version")) == ("img2img", __version__)
-        assert set(told) == {"docs", "openapi", "jobs", "capabilities", "health", "readiness"}
-        for path in (told["docs"], told["openapi"], told["health"]):
+        index = answer.json()
+        assert (index.pop("name"), index.pop("version")) == ("img2img", __version__)
+        assert set(index) == {"docs", "openapi", "jobs", "capabilities", "health", "readiness"}
+        for path in (index["docs"], index["openapi"], index["health"]):
             assert (await http.get(path)).status_code == 200
         config = Settings()
         app = create_app(config, connect(config), MemoryBlobStore())
         routes = {route.path for route in app.routes if isinstance(route, Route)}
-        assert set(told.values()) <= routes | {"/openapi.json"}
+        assert set(index.values()) <= routes | {"/openapi.json"}
     assert page.headers["vary"] == "Accept"
     assert (await http.post("/", headers=BROWSER)).status_code == 404
 
@@ -98,7 +98,7 @@ async def test_every_file_of_the_page_is_served_as_what_it_is(
     assert (again.status_code, again.content) == (304, b"")
 
 
-async def test_the_page_names_its_files_and_nothing_from_elsewhere(http: httpx.AsyncClient) -> None:
+async def test_the_page_refers_to_its_own_files_only(http: httpx.AsyncClient) -> None:
     text = (await http.get("/", headers=BROWSER)).text
     for name in re.findall(r'(?:src|href)="playground/([^"]+)"', text):
         assert name in ASSETS
@@ -106,7 +106,7 @@ async def test_the_page_names_its_files_and_nothing_from_elsewhere(http: httpx.A
         assert not re.search(r"(https?:)?//[a-z0-9-]+\.", file.read_text())
 
 
-async def test_every_address_that_the_page_calls_is_a_route() -> None:
+async def test_every_path_that_the_page_calls_is_a_route() -> None:
     table = re.search(
         r"const PATHS = {(.*?)};", (PAGE / "assets/service.js").read_text(), re.DOTALL
     )
@@ -126,7 +126,7 @@ async def test_every_address_that_the_page_calls_is_a_route() -> None:
         assert any(route.matches(scope)[0] is Match.FULL for route in app.routes), path
 
 
-async def test_the_docs_can_be_tried_out_as_they_stand_with_the_development_key() -> None:
+async def test_the_examples_of_the_docs_work_with_the_development_key() -> None:
     path, jobs = "/api/v1/enterprise/realtime/img2img", "/v1/jobs"
     config = Settings(dev_key=True, http_port=8123, outbound_allow="127.0.0.0/8")
     url = "http://127.0.0.1:8123/playground/cat.jpg"
@@ -137,7 +137,7 @@ async def test_the_docs_can_be_tried_out_as_they_stand_with_the_development_key(
     }
     assert example_of(config, jobs)["spec"]["init_image"] == {"url": url}
     assert example_of(config, "/api/v1/enterprise/update_s3")["key"] == "my-key"
-    for other in (Settings(), Settings(dev_key=True)):  # nothing that the api could not fetch
+    for other in (Settings(), Settings(dev_key=True)):  # the api could not fetch the example image
         assert example_of(other, jobs)["spec"]["init_image"]["url"].startswith("https://files.")
     assert example_of(Settings(), path)["key"] == "my-key"
     async with page_of(config) as http:
@@ -156,12 +156,12 @@ async def test_the_example_is_the_one_of_the_repository() -> None:
     assert (PAGE / "assets/cat.jpg").read_bytes() == (ROOT / "examples/cat.jpg").read_bytes()
 
 
-async def test_the_key_is_told_only_where_everybody_knows_it(tmp_path: Path) -> None:
+async def test_the_page_gets_the_development_key_and_no_other_key(tmp_path: Path) -> None:
     key, entry = new_key("shop", [])
     file = tmp_path / "keys.toml"
     file.write_text(entry)
     nothing = {"api_key": "", "grpc_address": ""}
-    for config, told in (
+    for config, expected in (
         (Settings(), nothing),
         (Settings(api_keys_file=file, dev_key=True), nothing),
         (Settings(dev_key=True), {"api_key": "dev-key", "grpc_address": "127.0.0.1:50051"}),
@@ -169,7 +169,7 @@ async def test_the_key_is_told_only_where_everybody_knows_it(tmp_path: Path) -> 
         async with page_of(config) as http:
             headers = {"Host": "127.0.0.1"}
             answer = await http.get("/playground/settings.json", headers=headers)
-            assert (answer.json(), answer.headers["cache-control"]) == (told, "no-store")
+            assert (answer.json(), answer.headers["cache-control"]) == (expected, "no-store")
             page = await http.get("/", headers=BROWSER | headers)
             texts = [page.text] + [
                 (await http.get(f"/playground/{name}", headers=headers)).text for name in ASSETS
@@ -177,7 +177,7 @@ async def test_the_key_is_told_only_where_everybody_knows_it(tmp_path: Path) -> 
             assert not any("dev-key" in text or key in text for text in texts)
 
 
-async def test_with_the_development_key_no_other_page_learns_it() -> None:
+async def test_no_other_page_gets_the_development_key() -> None:
     async with page_of(Settings(dev_key=True)) as http:
         answer = await http.get("/playground/settings.json", headers={"Host": "evil.example"})
         assert answer.status_code == 403

@@ -28,7 +28,7 @@ _CAUSES: Final = {
     "certificate",
     "WRONG_VERSION_NUMBER": "the api has no TLS, so IMG2IMG_API_CA_FILE must be unset",
     "Socket closed": "it may have TLS, which needs IMG2IMG_API_CA_FILE here",
-    "Deadline Exceeded": f"no answer in {_CHECK_SECONDS:g} s",
+    "Deadline Exceeded": f"no response within {_CHECK_SECONDS:g} s",
 }
 log = structlog.get_logger()
 
@@ -66,7 +66,7 @@ class Readiness:
         return "; ".join(f"{part}: {why}" for part, why in troubles.items() if part != "model")
 
     async def watch(self) -> None:
-        """Checks every two seconds, so that the log tells of changes even if nothing probes."""
+        """Checks every two seconds, so that changes are logged even if nothing probes."""
         while True:
             await self.troubles()
             await asyncio.sleep(WATCH_SECONDS)
@@ -82,7 +82,7 @@ class Readiness:
     async def _model_trouble(self) -> str:
         try:
             status = await self._status(call_names.MODELS_SERVICE)
-        except grpc.aio.AioRpcError:  # also of an api of an older version, which does not tell
+        except grpc.aio.AioRpcError:  # also of an api of an older version, which lacks this check
             return ""
         return "" if status == _SERVING else "none announced yet"
 
@@ -95,7 +95,7 @@ class Readiness:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self._blobs.prove_readable()
         except TimeoutError:
-            return "no answer in time"
+            return f"no response within {_CHECK_SECONDS:g} s"
         except StorageError as error:
             return str(error)
         return ""

@@ -1,1 +1,1 @@
-"""What every HTTP request passes, whatever it asks for."""
+"""Middleware, request parsing and files of the gateway, whatever the path."""

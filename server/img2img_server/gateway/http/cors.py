@@ -1,8 +1,8 @@
 """Which web pages may call the gateway from browsers (docs/http-contract.md#cors).
 
 A page may send a POST without a preflight request, and the page's own host name may resolve to
-127.0.0.1. Neither helps a page that does not know an API key, but everybody knows the development
-key. While that key works, requests from pages of other machines are therefore refused, unless
+127.0.0.1. Neither helps a page that does not know an API key, but the development key is public.
+While that key works, requests from pages of other machines are therefore refused, unless
 `cors_origins` is set.
 """
 

@@ -22,7 +22,7 @@ MAX_BODY_BYTES = 32 * 2**20
 _MAX_DISCARDED_BYTES = 32 * 2**20
 _BODY_SECONDS = 120.0
 # A parsed value takes far more memory than its text, so the values are counted before parsing. One
-# of these bytes stands before each, the first of an object excepted. Those inside strings count,
+# of these bytes precedes each value, the first of an object excepted. Those inside strings count,
 # too: all prompts and annotations of the greatest lengths could have 36,000.
 _VALUE_STARTS = (b"{", b"[", b",")
 MAX_VALUES = 40_000
@@ -96,8 +96,8 @@ def find_key(request: Request, body: Mapping[str, Any]) -> str:
     """Returns the first key that is not empty: of the body, the bearer token, the header `key`, the
     header X-API-Key. Returns "" if there is none, or if the body's key is not a string.
 
-    The request's log line gets a salted hash of the key, so that the requests of one caller can be
-    told apart from others.
+    The request's log line gets a salted hash of the key, so that the lines of one caller can be
+    found.
     """
     key = _find_key(request, body)
     request.state.caller = hashlib.blake2s(key.encode(errors="replace"), key=_SALT).hexdigest()[:8]

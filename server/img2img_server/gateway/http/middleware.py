@@ -18,10 +18,10 @@ from img2img_server.gateway.http.limits import PROBES, Refuse
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.tracing import end, enter, extracted
 
-REQUESTS = Counter("img2img_http_requests_total", "Answered requests.", ["route", "method", "code"])
+REQUESTS = Counter("img2img_http_requests_total", "HTTP requests.", ["route", "method", "code"])
 SECONDS = Histogram(
     "img2img_http_request_seconds",
-    "Time until the answer was sent completely.",
+    "Time until the response was sent completely.",
     ["route"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
@@ -76,7 +76,7 @@ class AccessLog:
             pass
         except Exception as error:
             log.error("http_request_failed", error_id=secrets.token_hex(8), exc_info=error)
-            if code:  # the response has begun: only closing the connection tells the client
+            if code:  # the response has begun: the connection is closed
                 raise
             response = self._refuse(RequestError(ErrorKind.FAULT))
             await response(scope, receive, send_noting_code)

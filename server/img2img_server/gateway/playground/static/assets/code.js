@@ -1,13 +1,14 @@
-// The request of the form as code. The key is read from the environment, never written down.
+// Writes the request of the form as code. The code reads the key from the environment.
 const KEY = 'export IMG2IMG_API_KEY=';
 const FORMATS = { IMAGE_FORMAT_JPEG: "jpeg", IMAGE_FORMAT_PNG: "png", IMAGE_FORMAT_WEBP: "webp" };
 const NOT_IN_CONTRACT = ["model", "scheduler", "output_format", "preview_interval_steps", "lora", "lora_scale"];
 
-const PLACE = crypto.getRandomValues(new Uint32Array(4)).join(); // where the picture goes: in no prompt
+// Stands for the init image in the JSON text. It is random, so no prompt contains it.
+const PLACEHOLDER = crypto.getRandomValues(new Uint32Array(4)).join();
 
-// `about`: file (name of the picture), origin, grpc (address), key (what to show for it).
-export function code(language, spec, about) {
-  return { python, curl, contract }[language](spec, about);
+// `context` has the file name of the init image, the origin, the gRPC address and the key to print.
+export function code(language, spec, context) {
+  return { python, curl, contract }[language](spec, context);
 }
 
 function python(spec, { file, grpc, key }) {
@@ -25,38 +26,38 @@ with Client(${JSON.stringify(grpc)}, api_key=os.environ["IMG2IMG_API_KEY"]) as c
         Path(${JSON.stringify(file)}),
 ${lines.join("\n")}
     )
-    for index, picture in enumerate(result.pictures):
-        picture.save(f"picture-{index}.${FORMATS[spec.output_format] ?? "png"}")
-        print(picture.url, picture.seed)
+    for index, image in enumerate(result.images):
+        image.save(f"image-{index}.${FORMATS[spec.output_format] ?? "png"}")
+        print(image.url, image.seed)
 `;
 }
 
 function literal(name, value) {
   if (typeof value === "boolean") return value ? "True" : "False";
-  if (name === "seed") return String(value); // a number, however long
+  if (name === "seed") return String(value); // an integer of any length
   return JSON.stringify(name === "output_format" ? FORMATS[value] : value);
 }
 
-function curl(spec, about) {
-  const body = { spec: { ...spec, init_image: { data: PLACE } } };
-  return `${post(body, "v1/jobs", about)}
-# and the events of the job, by the id in the answer:
-curl -sN ${about.origin}/v1/jobs/ID/events \\
+function curl(spec, context) {
+  const body = { spec: { ...spec, init_image: { data: PLACEHOLDER } } };
+  return `${post(body, "v1/jobs", context)}
+# The events of the job. ID is the id in the response:
+curl -sN ${context.origin}/v1/jobs/ID/events \\
   -H "Authorization: Bearer $IMG2IMG_API_KEY"
 `;
 }
 
-function contract(spec, about) {
+function contract(spec, context) {
   const kept = Object.entries(spec).filter(([name]) => !NOT_IN_CONTRACT.includes(name));
-  const body = { ...Object.fromEntries(kept), init_image: PLACE };
-  return `# Model, scheduler, LoRA, format and previews are not in this contract: the service's own are used.
-${post(body, "api/v6/realtime/img2img", about)}`;
+  const body = { ...Object.fromEntries(kept), init_image: PLACEHOLDER };
+  return `# ModelsLab's API has no model, scheduler, LoRA, format or previews: the service's defaults apply.
+${post(body, "api/v6/realtime/img2img", context)}`;
 }
 
-// printf's only %s is the picture's place; everything else is taken literally.
+// The only %s of the printf format stands for the init image; the rest is escaped.
 function post(body, path, { file, origin, key }) {
   const plain = (text) => quoted(text.replaceAll("\\", "\\\\").replaceAll("%", "%%"));
-  const [head, tail] = JSON.stringify(body).split(JSON.stringify(PLACE)).map(plain);
+  const [head, tail] = JSON.stringify(body).split(JSON.stringify(PLACEHOLDER)).map(plain);
   return `${KEY}${key}
 printf '${head}"%s"${tail}' "$(base64 -w0 -- '${quoted(file)}')" |
   curl -s ${origin}/${path} \\

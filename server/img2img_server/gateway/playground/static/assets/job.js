@@ -1,11 +1,11 @@
-// What each event of a job does to the result on the page.
-import { worded } from "./view.js";
+// Applies the events of a job to the result that the page shows.
+import { withLabels } from "./view.js";
 
-export function apply(result, told) {
-  const sample = told.sample === undefined ? null : (result.samples[told.sample] ??= {});
-  const at = { snapshot, queued, started, step, preview, sample_finished, sample_stored };
-  if (["succeeded", "failed", "cancelled"].includes(told.kind)) ended(result, told);
-  else at[told.kind]?.(result, told, sample);
+export function apply(result, event) {
+  const sample = event.sample === undefined ? null : (result.samples[event.sample] ??= {});
+  const handlers = { snapshot, queued, started, step, preview, sample_finished, sample_stored };
+  if (["succeeded", "failed", "cancelled"].includes(event.kind)) ended(result, event);
+  else handlers[event.kind]?.(result, event, sample);
 }
 
 function snapshot(result, { job }) {
@@ -14,32 +14,32 @@ function snapshot(result, { job }) {
 }
 
 function queued(result, { position, eta, requeue_reason: reason }) {
-  const place = { "-1": "waiting", 0: "next in line" }[position] ?? `${position} before it`;
+  const place = { "-1": "waiting", 0: "next", 1: "1 job ahead" }[position] ?? `${position} jobs ahead`;
   const about = eta ? `, about ${Number.parseFloat(eta).toFixed(1)} s` : "";
   Object.assign(result, { waiting: true, text: `Queued: ${place}${about}${reason ? ` (${reason})` : ""}.` });
 }
 
 function started(result, { worker, model }) {
-  result.imagesAfter = undefined; // a new attempt makes them again
+  result.imagesAfter = undefined; // a new attempt generates the images again
   for (const sample of result.samples) Object.assign(sample, { step: 0, total: 0 });
   Object.assign(result, { waiting: false, text: `Running ${model} on ${worker}.` });
 }
 
-function step(result, told, sample) {
-  Object.assign(sample, { step: told.step, total: told.total });
+function step(result, event, sample) {
+  Object.assign(sample, { step: event.step, total: event.total });
   result.waiting = false;
 }
 
 function preview(_, { image }, sample) {
-  if (sample.url && !sample.rough) return;
+  if (sample.url && !sample.isPreview) return;
   if (sample.url) URL.revokeObjectURL(sample.url);
-  Object.assign(sample, { url: blobUrl(image), rough: true });
+  Object.assign(sample, { url: blobUrl(image), isPreview: true });
 }
 
 function sample_finished(result, { sequence, image, seed, nsfw }, sample) {
-  result.imagesAfter ??= sequence - 1; // where to read the pictures again
+  result.imagesAfter ??= sequence - 1; // where a reload resumes to get the images
   if (sample.url) URL.revokeObjectURL(sample.url);
-  Object.assign(sample, { url: blobUrl(image), rough: false, mediaType: image.media_type, seed, nsfw });
+  Object.assign(sample, { url: blobUrl(image), isPreview: false, mediaType: image.media_type, seed, nsfw });
 }
 
 function sample_stored(_, { url }, sample) {
@@ -47,13 +47,13 @@ function sample_stored(_, { url }, sample) {
 }
 
 function ended(result, { kind, job }) {
-  job.samples.forEach((told, index) => {
+  job.samples.forEach((stored, index) => {
     const sample = (result.samples[index] ??= {});
-    Object.assign(sample, { link: told.url || sample.link, seed: told.seed, nsfw: told.nsfw });
-    if (kind === "succeeded") sample.url ??= told.url; // its event has expired: the stored file
+    Object.assign(sample, { link: stored.url || sample.link, seed: stored.seed, nsfw: stored.nsfw });
+    if (kind === "succeeded") sample.url ??= stored.url; // the event with the image has expired
   });
   const seconds = Number.parseFloat(job.timings?.total ?? 0).toFixed(2);
-  const text = { succeeded: `Done in ${seconds} s.`, failed: `Failed: ${worded(job.error?.message)}`, cancelled: "Cancelled." }[kind];
+  const text = { succeeded: `Done in ${seconds} s.`, failed: `Failed: ${withLabels(job.error?.message)}`, cancelled: "Cancelled." }[kind];
   Object.assign(result, { job, text, waiting: undefined });
 }
 

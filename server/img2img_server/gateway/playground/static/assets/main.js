@@ -1,63 +1,63 @@
-// The page: a form, one job at a time, and what this session has made.
+// The page: a form, one job at a time, and the history of the tab.
 import { code } from "./code.js";
 import { apply } from "./job.js";
 import * as service from "./service.js";
 import * as store from "./store.js";
-import { $, alarm, clearErrors, clearField, draw, element, thumb } from "./view.js";
+import { $, clearErrors, clearField, draw, element, showError, thumb } from "./view.js";
 
 const NUMBERS = ["strength", "width", "height", "num_inference_steps", "guidance_scale", "samples", "seed", "lora_scale"];
 const FLAGS = ["safety_checker", "enhance_prompt"];
 const STORED_KEY = "img2img-key";
-const HISTORY_MOST = 24;
+const MAX_HISTORY = 24;
 const form = $("form");
 const history = [];
 let grpc = `${location.hostname}:50051`;
-let openKey = ""; // the key that everybody knows, where the service says that it takes it
+let devKey = ""; // the development key, if the service accepts it
 let models = [];
-let picture = null; // {blob, name, url, width, height}
-let strengthChosen = false; // until then the slider shows the model's own strength, and none is sent
+let initImage = null; // {blob, name, url, width, height, thumbnail}
+let strengthChosen = false; // until then the slider shows the model's default, and none is sent
 let running = null; // an AbortController while a job runs
 let shown = null;
-let loaded = false; // whether what the tab made before a reload is shown again
+let loaded = false; // whether the jobs from before a reload are shown again
 
 // ---- key, models
 
 async function begin() {
   try {
-    const told = await service.settings();
-    openKey = told.api_key;
-    grpc = told.grpc_address || grpc;
+    const settings = await service.settings();
+    devKey = settings.api_key;
+    grpc = settings.grpc_address || grpc;
   } catch (error) {
-    alarm(error);
+    showError(error);
   }
-  $("key").value = sessionStorage.getItem(STORED_KEY) ?? openKey;
-  if (openKey) $("key-hint").textContent = `For development: this service takes ${openKey}.`;
-  await learn();
-  describe();
+  $("key").value = sessionStorage.getItem(STORED_KEY) ?? devKey;
+  if (devKey) $("key-hint").textContent = `This service accepts the development key, ${devKey}.`;
+  await loadCapabilities();
+  drawCode();
 }
 
-async function learn() {
+async function loadCapabilities() {
   clearErrors();
   if (!$("key").value.trim()) return;
   try {
-    const told = await service.capabilities(key());
-    models = told.models;
-    $("server").textContent = `version ${told.server_version}`;
-    bound(told.limits);
-    options($("model"), models.map((model) => [model.name, `${model.name}${model.workers ? ` (${model.device})` : " (no worker now)"}`]));
-    adapt();
+    const capabilities = await service.capabilities(key());
+    models = capabilities.models;
+    $("server").textContent = `version ${capabilities.server_version}`;
+    setLimits(capabilities.limits);
+    options($("model"), models.map((model) => [model.name, `${model.name}${model.workers ? ` (${model.device})` : " (no worker)"}`]));
+    adaptToModel();
     reload();
   } catch (error) {
-    alarm(error);
+    showError(error);
   }
 }
 
-function bound(limits) {
+function setLimits(limits) {
   $("samples").max = limits.max_samples;
   $("guidance").max = limits.max_guidance_scale;
 }
 
-function adapt() {
+function adaptToModel() {
   const model = models.find(({ name }) => name === $("model").value);
   if (!model) return;
   for (const side of [$("width"), $("height")]) {
@@ -72,7 +72,7 @@ function adapt() {
   options($("lora"), [["", "none"], ...loras.map((name) => [name, name])]);
   $("loras").hidden = !loras.length;
   if (!loras.length) $("lora-scale").value = "";
-  describe();
+  drawCode();
 }
 
 function options(select, pairs) {
@@ -83,30 +83,30 @@ function options(select, pairs) {
 
 const key = () => $("key").value.trim();
 
-// ---- picture
+// ---- init image
 
 async function choose(blob, name) {
   clearErrors();
-  const size = await createImageBitmap(blob).catch(() => ({})); // the service says what is wrong
+  const size = await createImageBitmap(blob).catch(() => ({})); // the service reports the fault
   const url = size.width ? URL.createObjectURL(blob) : "";
-  picture = { blob, name, url, width: size.width, height: size.height, small: size.width && store.small(size) };
+  initImage = { blob, name, url, width: size.width, height: size.height, thumbnail: size.width && store.thumbnail(size) };
   if (url) $("chosen").src = url;
   $("chosen").hidden = !url;
-  $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : `${name}, which this browser cannot show`;
+  $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : `${name} (this browser cannot display it)`;
   $("fit").disabled = !size.width;
   if (!running) draw((shown = { spec: spec(), before: url, samples: [], shown: 0, text: "Ready." }));
-  describe();
+  drawCode();
 }
 
 function fit() {
   const multiple = Number($("width").step) || 8;
-  const [least, most] = [Number($("width").min) || 256, Number($("width").max) || 1024];
+  const [min, max] = [Number($("width").min) || 256, Number($("width").max) || 1024];
   const area = 512 * 512;
-  const side = (length) => Math.min(most, Math.max(least, multiple * Math.round(length / multiple)));
-  const width = Math.sqrt((area * picture.width) / picture.height);
+  const side = (length) => Math.min(max, Math.max(min, multiple * Math.round(length / multiple)));
+  const width = Math.sqrt((area * initImage.width) / initImage.height);
   $("width").value = side(width);
   $("height").value = side(area / width);
-  describe();
+  drawCode();
 }
 
 // ---- the request
@@ -120,12 +120,12 @@ function spec() {
   for (const name of FLAGS) found[name] = form.elements[name].checked;
   const model = models.find(({ name }) => name === found.model);
   const steps = found.num_inference_steps ?? model?.default_num_inference_steps;
-  // Of a single step there is no preview to ask for.
+  // A job of one step has no previews.
   if (steps * (found.strength ?? model?.default_strength) < 2) delete found.preview_interval_steps;
   return found;
 }
 
-// A seed may have 64 bits, of which a number of JavaScript is exact up to 2^53; JSON takes it as text.
+// A seed may have 64 bits, and a JavaScript number is exact up to 2^53, so a long seed is sent as text.
 const number = (text) => (/^\d{16,}$/.test(text) ? text : Number(text));
 
 function restore(earlier) {
@@ -135,14 +135,14 @@ function restore(earlier) {
     if (FLAGS.includes(name)) form.elements[name].checked = earlier[name];
     else form.elements[name].value = earlier[name] ?? "";
   }
-  adapt();
-  describe();
+  adaptToModel();
+  drawCode();
 }
 
-function describe() {
+function drawCode() {
   $("strength-value").value = $("strength").value;
-  const about = { file: picture?.name ?? "picture.jpg", origin: new URL(".", location.href).href.slice(0, -1), grpc, key: key() === openKey && openKey ? openKey : "YOUR-KEY" };
-  $("code").textContent = code($("language").value, spec(), about);
+  const context = { file: initImage?.name ?? "image.jpg", origin: new URL(".", location.href).href.slice(0, -1), grpc, key: devKey && key() === devKey ? devKey : "YOUR-KEY" };
+  $("code").textContent = code($("language").value, spec(), context);
 }
 
 // ---- a job
@@ -151,21 +151,21 @@ async function generate(event) {
   event.preventDefault();
   if (running) return;
   clearErrors();
-  const asked = spec();
-  const result = { spec: asked, before: picture?.url, small: picture?.small, samples: [], shown: 0, waiting: true, text: "Sending the picture…" };
+  const request = spec();
+  const result = { spec: request, before: initImage?.url, thumbnail: initImage?.thumbnail, samples: [], shown: 0, waiting: true, text: "Sending the request…" };
   show(result);
   if (matchMedia("(max-width: 860px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
   await run(result, async (signal) => {
-    if (picture) asked.init_image = { data: await base64(picture.blob) };
-    result.id = (await service.create(asked, key(), signal)).id;
-    delete asked.init_image;
-    store.keep([result, ...history]); // a reload finds it again
+    if (initImage) request.init_image = { data: await base64(initImage.blob) };
+    result.id = (await service.create(request, key(), signal)).id;
+    delete request.init_image;
+    store.save([result, ...history]); // so that a reload finds the job
     await watch(result, signal);
   });
-  delete asked.init_image;
+  delete request.init_image;
 }
 
-// The one job of the form, from `work` until its end.
+// Runs the form's job: disables the form until `work` has ended.
 async function run(result, work) {
   const control = (running = new AbortController());
   busy(true);
@@ -173,11 +173,11 @@ async function run(result, work) {
     await work(control.signal);
     remember(result);
   } catch (error) {
-    const known = control.signal.aborted ? "Cancelled." : error.status === 404 && "This job is not there any more.";
-    Object.assign(result, { waiting: undefined, text: known || "Not done; the form says why." });
+    const known = control.signal.aborted ? "Cancelled." : error.status === 404 && "This job no longer exists.";
+    Object.assign(result, { waiting: undefined, text: known || "The request failed; see the form." });
     if (shown === result) draw(result);
-    if (!known) alarm(error);
-    store.keep(history);
+    if (!known) showError(error);
+    store.save(history);
   } finally {
     running = null;
     busy(false);
@@ -186,15 +186,15 @@ async function run(result, work) {
 
 // Draws a job's events until it has ended.
 async function watch(result, signal, after) {
-  const broken = (last) => lost(result, last);
-  for await (const told of service.follow(result.id, key(), signal, broken, after)) {
-    apply(result, told);
+  const onLost = (last) => showLost(result, last);
+  for await (const event of service.follow(result.id, key(), signal, onLost, after)) {
+    apply(result, event);
     if (shown === result) draw(result);
   }
 }
 
-function lost(result, last) {
-  result.text = `The connection broke; going on after event ${last}…`;
+function showLost(result, last) {
+  result.text = `Connection lost; resuming after event ${last}…`;
   if (shown === result) draw(result);
 }
 
@@ -202,17 +202,17 @@ function base64(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(new service.ServiceError("The picture cannot be read.", {}, 400));
+    reader.onerror = () => reject(new service.ServiceError("The file cannot be read.", {}, 400));
     reader.readAsDataURL(blob);
   });
 }
 
 async function stop() {
-  if (!shown?.id || shown.job) return running?.abort(); // no job yet: what is being sent is given up
+  if (!shown?.id || shown.job) return running?.abort(); // there is no job yet: abort the request
   try {
     await service.cancel(shown.id, key());
   } catch (error) {
-    alarm(error);
+    showError(error);
   }
 }
 
@@ -231,8 +231,8 @@ function show(result) {
 
 function remember(result) {
   history.unshift(result);
-  for (const old of history.splice(HISTORY_MOST)) old.samples.forEach(({ url }) => URL.revokeObjectURL(url));
-  store.keep(history);
+  for (const old of history.splice(MAX_HISTORY)) old.samples.forEach(({ url }) => URL.revokeObjectURL(url));
+  store.save(history);
   drawHistory();
 }
 
@@ -251,11 +251,11 @@ function drawHistory() {
   }));
 }
 
-// Shows again what this tab made before it was reloaded, and goes on with a job that still runs.
+// Shows the tab's jobs from before a reload, and follows one that still runs.
 async function reload() {
   if (loaded) return;
   loaded = true;
-  const found = store.kept();
+  const found = store.load();
   history.push(...found.filter(({ ended }) => ended));
   drawHistory();
   const open = found.find(({ ended }) => !ended);
@@ -268,32 +268,32 @@ async function reload() {
     try {
       await watch(result, new AbortController().signal, result.imagesAfter ?? 0);
     } catch {
-      const place = history.indexOf(result); // it has expired, or it is another key's
-      if (place >= 0) history.splice(place, 1);
+      const index = history.indexOf(result); // the job has expired, or another key created it
+      if (index >= 0) history.splice(index, 1);
     }
     drawHistory();
   }
 }
 
-// ---- wiring
+// ---- listeners
 
 form.addEventListener("submit", generate);
 $("strength").addEventListener("input", () => (strengthChosen = true));
 form.addEventListener("input", ({ target }) => {
   clearField(target);
-  describe();
+  drawCode();
 });
 $("cancel").addEventListener("click", stop);
 $("fit").addEventListener("click", fit);
-$("language").addEventListener("change", describe);
-$("model").addEventListener("change", adapt);
+$("language").addEventListener("change", drawCode);
+$("model").addEventListener("change", adaptToModel);
 $("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText($("code").textContent);
   $("copy").textContent = "Copied";
 });
 $("key").addEventListener("change", () => {
   sessionStorage.setItem(STORED_KEY, key());
-  learn();
+  loadCapabilities();
 });
 $("file").addEventListener("change", ({ target }) => target.files[0] && choose(target.files[0], target.files[0].name));
 $("example").addEventListener("click", async () => choose(await service.example(), "cat.jpg"));

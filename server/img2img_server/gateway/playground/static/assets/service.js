@@ -1,5 +1,4 @@
-// The service as this page calls it. Addresses are relative to the page, so that it also works
-// below a path of a proxy.
+// Calls the service. The paths are relative to the page, so that it also works below a path of a proxy.
 const PATHS = {
   settings: "playground/settings.json",
   example: "playground/cat.jpg",
@@ -8,12 +7,12 @@ const PATHS = {
   cancel: "v1/jobs/{job_id}:cancel",
   events: "v1/jobs/{job_id}/events",
 };
-const ENDS = { STATE_SUCCEEDED: "succeeded", STATE_FAILED: "failed", STATE_CANCELLED: "cancelled" };
+const END_KINDS = { STATE_SUCCEEDED: "succeeded", STATE_FAILED: "failed", STATE_CANCELLED: "cancelled" };
 const ENVELOPE = ["sequence", "event_time", "job"];
 const SILENCE_MS = 40_000; // the service sends something every 15 seconds
-const PAUSE_MS = { first: 500, most: 8_000 };
+const PAUSE_MS = { first: 500, max: 8_000 };
 
-// A refusal in the service's own words; `fields` has sentences by the name of the field.
+// An error response: the service's message, and messages by the name of the field in `fields`.
 export class ServiceError extends Error {
   constructor(message, fields = {}, status = 0) {
     super(message);
@@ -22,21 +21,21 @@ export class ServiceError extends Error {
   }
 }
 
-export const settings = async () => (await ask(PATHS.settings, "")).json();
-export const example = async () => (await ask(PATHS.example, "")).blob();
-export const capabilities = async (key) => (await ask(PATHS.capabilities, key)).json();
+export const settings = async () => (await call(PATHS.settings, "")).json();
+export const example = async () => (await call(PATHS.example, "")).blob();
+export const capabilities = async (key) => (await call(PATHS.capabilities, key)).json();
 
 export async function create(spec, key, signal) {
   const body = JSON.stringify({ spec });
   const headers = { "Content-Type": "application/json" };
-  return (await (await ask(PATHS.jobs, key, { method: "POST", body, headers, signal })).json()).job;
+  return (await (await call(PATHS.jobs, key, { method: "POST", body, headers, signal })).json()).job;
 }
 
-export const cancel = (id, key) => ask(PATHS.cancel.replace("{job_id}", id), key, { method: "POST" });
+export const cancel = (id, key) => call(PATHS.cancel.replace("{job_id}", id), key, { method: "POST" });
 
-// A job's events after number `last` as {kind, sequence, …} until it has ended. A stream that breaks
-// is resumed after the last event that came; `lost` is called with its number before each pause.
-export async function* follow(id, key, signal, lost, last = 0) {
+// Yields a job's events after sequence number `last` as {kind, sequence, …}, until the job has ended.
+// Resumes a stream that breaks after the last event; before each pause, calls `onLost` with its number.
+export async function* follow(id, key, signal, onLost, last = 0) {
   let pause = PAUSE_MS.first;
   for (;;) {
     let ended = null;
@@ -48,9 +47,9 @@ export async function* follow(id, key, signal, lost, last = 0) {
         pause = PAUSE_MS.first;
         ended = kind === "snapshot" ? event.snapshot.job : null;
         yield { kind, sequence: last, ...event[kind] };
-        if (Object.values(ENDS).includes(kind)) return;
+        if (Object.values(END_KINDS).includes(kind)) return;
       }
-      const kind = ENDS[ended?.state]; // the record is there, its events have expired
+      const kind = END_KINDS[ended?.state]; // the job's events have expired, its record has not
       if (kind) {
         yield { kind, sequence: last, job: ended };
         return;
@@ -58,22 +57,22 @@ export async function* follow(id, key, signal, lost, last = 0) {
     } catch (error) {
       if (signal.aborted || (error.status >= 400 && error.status < 500)) throw error;
     }
-    lost(last);
+    onLost(last);
     await new Promise((resolve) => setTimeout(resolve, pause));
     if (signal.aborted) throw new DOMException("", "AbortError");
-    pause = Math.min(2 * pause, PAUSE_MS.most);
+    pause = Math.min(2 * pause, PAUSE_MS.max);
   }
 }
 
-// EventSource cannot send the key in a header, so the stream is read by hand.
+// Reads server-sent events. EventSource cannot send the key in a header.
 async function* stream(path, key, signal) {
   const inner = new AbortController();
   const stop = () => inner.abort();
   signal.addEventListener("abort", stop);
   let silence = setTimeout(stop, SILENCE_MS);
   try {
-    const answer = await ask(path, key, { signal: inner.signal });
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    const response = await call(path, key, { signal: inner.signal });
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
       const { value, done } = await reader.read();
@@ -94,24 +93,24 @@ async function* stream(path, key, signal) {
   }
 }
 
-async function ask(path, key, options = {}) {
+async function call(path, key, options = {}) {
   if (!/^[!-~]*$/.test(key)) throw new ServiceError("Invalid API key", {}, 401);
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { cache: "no-store", ...options, headers });
+    response = await fetch(path, { cache: "no-store", ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServiceError("The service cannot be reached.");
   }
-  const isJson = answer.headers.get("Content-Type")?.startsWith("application/json");
-  if (answer.ok && !isJson) return answer;
-  const body = await answer.clone().json().catch(() => ({}));
-  // In legacy mode a refusal is HTTP 200 too, and `message` holds the fields.
-  if (answer.ok && !["error", "failed"].includes(body.status)) return answer;
+  const isJson = response.headers.get("Content-Type")?.startsWith("application/json");
+  if (response.ok && !isJson) return response;
+  const body = await response.clone().json().catch(() => ({}));
+  // In legacy mode errors have HTTP status 200, too, and `message` may hold the fields.
+  if (response.ok && !["error", "failed"].includes(body.status)) return response;
   const inMessage = typeof body.message === "object" ? body.message : {};
   const fields = body.errors ?? inMessage ?? {};
-  const first = Object.values(fields).flat()[0] ?? `The service answered ${answer.status}.`;
+  const first = Object.values(fields).flat()[0] ?? `The service responded with HTTP status ${response.status}.`;
   const message = typeof body.message === "string" ? body.message : first;
-  throw new ServiceError(message, fields, answer.ok ? 400 : answer.status);
+  throw new ServiceError(message, fields, response.ok ? 400 : response.status);
 }

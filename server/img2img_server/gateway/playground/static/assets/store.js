@@ -1,40 +1,40 @@
-// What this tab has made, kept over a reload in the tab's session storage: ids, requests and small
-// copies of the pictures before. The pictures after are read again from the service.
+// Keeps the tab's jobs over a reload, in its session storage: ids, requests and thumbnails of the init
+// images. The generated images are read from the service again.
 const STORED = "img2img-jobs";
-const SMALL_SIDE = 320; // pixels
+const THUMBNAIL_SIDE = 320; // pixels
 
-// `results`: newest first, see view.js.
-export function keep(results) {
-  const kept = results.filter(({ id }) => id).map(({ id, spec, small, imagesAfter, job, ended }) => {
+// Saves `results`, the newest first; see view.js.
+export function save(results) {
+  const saved = results.filter(({ id }) => id).map(({ id, spec, thumbnail, imagesAfter, job, ended }) => {
     const { init_image: _, ...rest } = spec;
-    return { id, spec: rest, small, imagesAfter, ended: ended || Boolean(job) };
+    return { id, spec: rest, thumbnail, imagesAfter, ended: ended || Boolean(job) };
   });
   for (;;) {
     try {
-      sessionStorage.setItem(STORED, JSON.stringify(kept));
+      sessionStorage.setItem(STORED, JSON.stringify(saved));
       return;
     } catch { // the storage is full
-      if (!kept.length) return;
-      kept.pop();
+      if (!saved.length) return;
+      saved.pop();
     }
   }
 }
 
-// The results as `keep` was given them, without their samples.
-export function kept() {
+// Returns the saved results, without their samples.
+export function load() {
   try {
     const found = JSON.parse(sessionStorage.getItem(STORED) ?? "[]");
     return found.map((each) => ({
-      ...each, before: each.small && blobUrl(each.small), samples: [], shown: 0, text: "Loading…",
+      ...each, before: each.thumbnail && blobUrl(each.thumbnail), samples: [], shown: 0, text: "Loading…",
     }));
   } catch {
-    return []; // of another version of this page
+    return []; // saved by another version of this page
   }
 }
 
-// A small JPEG of a bitmap as base64.
-export function small(bitmap) {
-  const scale = Math.min(1, SMALL_SIDE / Math.max(bitmap.width, bitmap.height));
+// Returns a small JPEG of a bitmap as base64.
+export function thumbnail(bitmap) {
+  const scale = Math.min(1, THUMBNAIL_SIDE / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));

@@ -1,19 +1,19 @@
-// Draws one result (the two pictures, the progress, what is known about it) and what was refused.
+// Draws one result (both images, the progress, the facts) and errors.
 const STAGES = {
   queue: "Queue", fetch: "Fetch", prepare: "Prepare", encode: "Encode", denoise: "Denoise",
-  decode: "Decode", safety: "Safety check", image_encode: "Picture file", upload: "Upload",
+  decode: "Decode", safety: "Safety check", image_encode: "Encode file", upload: "Upload",
 };
 
 export const $ = (id) => document.getElementById(id);
 
-// An element with properties and children; text only, never HTML.
+// Returns an element with properties and children, which are text, never HTML.
 export function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...children);
   return made;
 }
 
-export function say(text) {
+export function setStatus(text) {
   if ($("status").textContent !== text) $("status").textContent = text;
 }
 
@@ -21,13 +21,13 @@ export function say(text) {
 export function draw(result) {
   const sample = result.samples[result.shown];
   $("compare").classList.toggle("empty", !result.before);
-  $("compare").classList.toggle("made", Boolean(sample?.url));
-  $("compare").classList.toggle("rough", Boolean(sample?.rough));
+  $("compare").classList.toggle("generated", Boolean(sample?.url));
+  $("compare").classList.toggle("preview", Boolean(sample?.isPreview));
   const shape = (result.spec.width ?? 512) / (result.spec.height ?? 512);
   $("compare").style.setProperty("--shape", shape > 0.1 && shape < 10 ? shape : 1);
   source($("before"), result.before);
   source($("after"), sample?.url);
-  say(result.text);
+  setStatus(result.text);
   drawProgress(result);
   drawSamples(result);
   drawFacts(result, sample);
@@ -44,7 +44,7 @@ function drawProgress({ samples, job, waiting }) {
   const total = samples.length * Math.max(0, ...samples.map((sample) => sample.total ?? 0));
   const done = samples.reduce((sum, sample) => sum + (sample.step ?? 0), 0);
   $("step").hidden = bar.hidden || waiting || !total;
-  $("step").textContent = `Step ${done} of ${total}.`; // not in the status: it would be read aloud
+  $("step").textContent = `Step ${done} of ${total}.`; // in the status, it would be read aloud
   if (waiting || !total) bar.removeAttribute("value");
   else bar.value = done / total;
 }
@@ -53,7 +53,7 @@ function drawSamples(result) {
   const list = $("samples-shown");
   list.hidden = result.samples.length < 2;
   if (list.children.length !== result.samples.length) {
-    list.replaceChildren(...result.samples.map((_, index) => element("li", {}, thumb(`Picture ${index + 1}`))));
+    list.replaceChildren(...result.samples.map((_, index) => element("li", {}, thumb(`Image ${index + 1}`))));
   }
   [...list.children].forEach(({ firstChild: button }, index) => {
     source(button.firstChild, result.samples[index].url ?? result.before);
@@ -67,7 +67,7 @@ function drawFacts({ id, job, samples }, sample) {
   if (!job) return;
   const links = element("p", { className: "row" });
   if (sample?.link) links.append(element("a", { href: sample.link, target: "_blank", rel: "noreferrer" }, "Stored PNG"));
-  if (sample?.url && !sample.rough) {
+  if (sample?.url && !sample.isPreview) {
     const type = sample.mediaType?.split("/")[1] ?? "png";
     const download = `img2img-${id}-${samples.indexOf(sample)}.${type}`;
     links.append(element("a", { href: sample.url, download }, `Save ${type.toUpperCase()}`));
@@ -79,7 +79,7 @@ function drawFacts({ id, job, samples }, sample) {
     ["Model", job.spec.model],
     ["Device", job.device],
     ["Prompt used", job.spec.prompt === job.original_prompt ? "" : job.spec.prompt],
-    ["Warning", worded(job.warning)],
+    ["Warning", withLabels(job.warning)],
     ["Safety", sample?.nsfw ? "blanked by the safety checker" : ""],
   ];
   const list = element("dl");
@@ -89,10 +89,10 @@ function drawFacts({ id, job, samples }, sample) {
   $("facts").replaceChildren(links, list, ...timings(job.timings));
 }
 
-function timings(told) {
-  const total = Number.parseFloat(told?.total);
+function timings(stages) {
+  const total = Number.parseFloat(stages?.total);
   if (!total) return [];
-  const rows = Object.entries(STAGES).map(([name, title]) => [title, Number.parseFloat(told[name] ?? 0)]);
+  const rows = Object.entries(STAGES).map(([name, title]) => [title, Number.parseFloat(stages[name] ?? 0)]);
   const body = element("tbody");
   for (const [name, seconds] of rows.filter(([, seconds]) => seconds > 0)) {
     const bar = element("span", { className: "bar" });
@@ -100,24 +100,24 @@ function timings(told) {
     const cells = [element("td", {}, milliseconds(seconds)), element("td", {}, bar)];
     body.append(element("tr", {}, element("th", { scope: "row" }, name), ...cells));
   }
-  const caption = element("caption", {}, `Where ${milliseconds(total)} went`);
+  const caption = element("caption", {}, `Time by stage, ${milliseconds(total)} in total`);
   return [element("table", {}, caption, body)];
 }
 
 const milliseconds = (seconds) => `${Math.round(1000 * seconds).toLocaleString("en")} ms`;
 
-// A button with a picture in it.
+// Returns a button with an image in it.
 export function thumb(name) {
   return element("button", { type: "button", className: "thumb", title: name }, element("img", { alt: name }));
 }
 
 export function clearErrors() {
   $("alert").hidden = true;
-  for (const told of $("form").querySelectorAll(".error")) told.remove();
+  for (const error of $("form").querySelectorAll(".error")) error.remove();
   for (const input of $("form").querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
 }
 
-// What was refused about one field is no longer known once that field has changed.
+// Removes the error of a field whose value has changed.
 export function clearField(input) {
   $("alert").hidden = true;
   const field = input.closest("[data-field]");
@@ -125,38 +125,38 @@ export function clearField(input) {
   field?.querySelector("[aria-invalid]")?.removeAttribute("aria-invalid");
 }
 
-// The service's sentence with the page's labels in place of the names of fields.
-export function worded(text) {
-  let told = text ?? "";
+// Returns the service's sentence with the page's labels in place of the names of fields.
+export function withLabels(text) {
+  let sentence = text ?? "";
   for (const field of $("form").querySelectorAll("[data-field]")) {
     const name = field.dataset.field;
     const label = field.querySelector("label").firstChild.textContent.trim();
-    // "prompt" or "width" may be a word of the sentence, except where it begins.
+    // "prompt" and "width" are also plain words, except at the start of a sentence.
     const known = new RegExp(name.includes("_") ? `\\b${name}\\b` : `^${name}\\b`, "g");
-    told = told.replaceAll(known, label);
+    sentence = sentence.replaceAll(known, label);
   }
-  return told;
+  return sentence;
 }
 
-// A refusal: its sentences at their fields, the rest below the form.
-export function alarm(error) {
+// Shows an error: sentences about a field next to it, the others below the form.
+export function showError(error) {
   const fields = error.status === 401 ? { key: [error.message] } : (error.fields ?? {});
   const elsewhere = [];
   for (const [name, sentences] of Object.entries(fields)) {
     const field = $("form").querySelector(`[data-field="${CSS.escape(name)}"]`);
-    if (!field) elsewhere.push(...sentences.map(worded));
-    else mark(field, name, sentences.map(worded));
+    if (!field) elsewhere.push(...sentences.map(withLabels));
+    else mark(field, name, sentences.map(withLabels));
   }
-  if (!Object.keys(fields).length) elsewhere.push(worded(error.message));
+  if (!Object.keys(fields).length) elsewhere.push(withLabels(error.message));
   $("alert").hidden = !elsewhere.length;
   $("alert").textContent = elsewhere.join(" ");
   $("form").querySelector("[aria-invalid]")?.focus();
 }
 
 function mark(field, name, sentences) {
-  const told = element("p", { className: "error", id: `${name}-error` }, sentences.join(" "));
-  field.append(told);
+  const message = element("p", { className: "error", id: `${name}-error` }, sentences.join(" "));
+  field.append(message);
   const input = field.querySelector("input, textarea, select");
   input.setAttribute("aria-invalid", "true");
-  input.setAttribute("aria-errormessage", told.id);
+  input.setAttribute("aria-errormessage", message.id);
 }
