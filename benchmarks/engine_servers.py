@@ -30,13 +30,13 @@ class EngineServer:
         self,
         pipeline: Any,
         clock: Clock | None,
-        max_batch_size: int,
+        capacity_rows: int,
         options: ModelOptions | None = None,
     ) -> None:
         self._clock = clock
-        denoiser = DiffusersDenoiser(pipeline, options, max_batch_size=max_batch_size)
+        denoiser = DiffusersDenoiser(pipeline, options, capacity_rows=capacity_rows)
         spec = ModelSpec(source="", name="bench")
-        self._engine = DiffusionEngine(denoiser, spec, max_batch_size)
+        self._engine = DiffusionEngine(denoiser, spec, capacity_rows)
 
     def serve(self, load: Sequence[Request]) -> Served:
         """Runs a load in real time."""

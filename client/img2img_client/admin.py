@@ -1,20 +1,21 @@
-"""Managing a service, for keys with the permission `operate` or `storage`: `client.admin`."""
+"""The calls that manage a service: `client.admin`."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-import grpc
-
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2, service_pb2_grpc
-from img2img_client import convert, requests
+from img2img_client import requests
+from img2img_client.convert import read
+from img2img_client.unary import Asyncio, Blocking, Rpc, Unary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemDetails:
-    """How the service is doing. `gpu_usage`: share of the last seconds, 0 to 1."""
+    """The state of the service. `gpu_usage`: mean of the last seconds, 0 to 1."""
 
     server_version: str
     uptime_seconds: float
@@ -26,7 +27,7 @@ class SystemDetails:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageSettings:
-    """A tenant's own S3 storage; see img2img/v1/service.proto. The keys are never given back."""
+    """A tenant's own S3 storage; see img2img/v1/service.proto. Responses never contain the keys."""
 
     public_url: str
     region_name: str
@@ -40,112 +41,85 @@ class StorageSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageUpdate:
-    """What is stored now, without the keys, and what to know about it; mostly nothing."""
+    """The stored settings without the keys, and a warning, which is usually empty."""
 
     settings: StorageSettings
     warning: str
 
 
-def _update_request(
-    settings: StorageSettings, check_connection: bool
-) -> service_pb2.UpdateStorageSettingsRequest:
-    return requests.build(
-        service_pb2.UpdateStorageSettingsRequest,
-        settings=requests.build(service_pb2.StorageSettings, **asdict(settings)),
-        check_connection=check_connection,
-    )
+def _nothing(_: object) -> None:
+    return None
 
 
-class Admin:
-    """Methods raise PermissionDeniedError for a key without `storage` (storage) or `operate`."""
+class _Admin:
+    """Methods raise PermissionDeniedError for a key without the permission `operate`; for
+    system_details, update_storage and reset_storage `storage` is enough."""
 
-    def __init__(self, channel: grpc.Channel, call: Callable[..., Any]) -> None:
+    def __init__(self, channel: Any, call: Callable[..., Any]) -> None:
         self._stub = admin_service_pb2_grpc.AdminServiceStub(channel)
         self._storage = service_pb2_grpc.Img2ImgServiceStub(channel)
         self._call = call
 
-    def system_details(self) -> SystemDetails:
-        """How the service is doing."""
+    @Unary
+    def system_details(self) -> Rpc[SystemDetails]:
+        """Returns the state of the service."""
         request = admin_service_pb2.GetSystemDetailsRequest()
-        return convert.read(SystemDetails, self._call(self._stub.GetSystemDetails, request))
+        return Rpc(self._stub.GetSystemDetails, request, partial(read, SystemDetails))
 
-    def restart_server(self) -> None:
-        """Restarts every worker; its running jobs start anew."""
-        self._call(self._stub.RestartServer, admin_service_pb2.RestartServerRequest())
+    @Unary
+    def restart_server(self) -> Rpc[None]:
+        """Restarts every worker. Running jobs go back to the queue and start again."""
+        request = admin_service_pb2.RestartServerRequest()
+        return Rpc(self._stub.RestartServer, request, _nothing)
 
-    def update_server(self) -> None:
-        """Has workers read settings and model files again, which restarts them."""
-        self._call(self._stub.UpdateServer, admin_service_pb2.UpdateServerRequest())
+    @Unary
+    def update_server(self) -> Rpc[None]:
+        """Restarts every worker, which reads its settings and model files again."""
+        request = admin_service_pb2.UpdateServerRequest()
+        return Rpc(self._stub.UpdateServer, request, _nothing)
 
-    def clear_cache(self) -> None:
+    @Unary
+    def clear_cache(self) -> Rpc[None]:
         """Empties the workers' caches."""
-        self._call(self._stub.ClearCache, admin_service_pb2.ClearCacheRequest())
+        request = admin_service_pb2.ClearCacheRequest()
+        return Rpc(self._stub.ClearCache, request, _nothing)
 
-    def clear_queue(self) -> int:
-        """Ends the tenant's waiting jobs as failed; returns how many."""
+    @Unary
+    def clear_queue(self) -> Rpc[int]:
+        """Fails all queued jobs of the tenant and returns their number."""
         request = admin_service_pb2.ClearQueueRequest()
-        return int(self._call(self._stub.ClearQueue, request).cleared_jobs)
+        return Rpc(self._stub.ClearQueue, request, lambda response: int(response.cleared_jobs))
 
+    @Unary
     def update_storage(
         self, settings: StorageSettings, *, check_connection: bool = False
-    ) -> StorageUpdate:
-        """Has the files of jobs accepted from now on go to the tenant's own S3 storage.
+    ) -> Rpc[StorageUpdate]:
+        """Stores the files of jobs accepted from now on in the tenant's own S3 storage.
 
         Args:
-            check_connection: store and read a small file first; nothing is changed when the
-                storage does not take it.
+            check_connection: write and read a small file first. If that fails, nothing changes.
 
         Raises:
-            InvalidRequestError: settings are wrong, or the check says so; `violations` names them.
+            InvalidRequestError: settings are invalid or the check failed; see `violations`.
         """
-        request = _update_request(settings, check_connection)
-        return convert.read(StorageUpdate, self._call(self._storage.UpdateStorageSettings, request))
+        request = requests.build(
+            service_pb2.UpdateStorageSettingsRequest,
+            settings=requests.build(service_pb2.StorageSettings, **asdict(settings)),
+            check_connection=check_connection,
+        )
+        update = partial(read, StorageUpdate)
+        return Rpc(self._storage.UpdateStorageSettings, request, update)
 
-    def reset_storage(self, deploy_type: str = "") -> None:
-        """Has the files of jobs accepted from now on stay with the service."""
+    @Unary
+    def reset_storage(self, deploy_type: str = "") -> Rpc[None]:
+        """Stores the files of jobs accepted from now on in the service's own storage."""
         request = requests.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
-        self._call(self._storage.ResetStorageSettings, request)
+        return Rpc(self._storage.ResetStorageSettings, request, _nothing)
 
 
-class AsyncAdmin:
-    """Every method takes, returns and raises what its namesake in Admin does."""
+class Admin(_Admin, Blocking):
+    """The calls that manage a service, blocking."""
 
-    def __init__(self, channel: grpc.aio.Channel, call: Callable[..., Awaitable[Any]]) -> None:
-        self._stub = admin_service_pb2_grpc.AdminServiceStub(channel)
-        self._storage = service_pb2_grpc.Img2ImgServiceStub(channel)
-        self._call = call
 
-    async def system_details(self) -> SystemDetails:
-        """As Admin.system_details."""
-        request = admin_service_pb2.GetSystemDetailsRequest()
-        return convert.read(SystemDetails, await self._call(self._stub.GetSystemDetails, request))
-
-    async def restart_server(self) -> None:
-        """As Admin.restart_server."""
-        await self._call(self._stub.RestartServer, admin_service_pb2.RestartServerRequest())
-
-    async def update_server(self) -> None:
-        """As Admin.update_server."""
-        await self._call(self._stub.UpdateServer, admin_service_pb2.UpdateServerRequest())
-
-    async def clear_cache(self) -> None:
-        """As Admin.clear_cache."""
-        await self._call(self._stub.ClearCache, admin_service_pb2.ClearCacheRequest())
-
-    async def clear_queue(self) -> int:
-        """As Admin.clear_queue."""
-        request = admin_service_pb2.ClearQueueRequest()
-        return int((await self._call(self._stub.ClearQueue, request)).cleared_jobs)
-
-    async def update_storage(
-        self, settings: StorageSettings, *, check_connection: bool = False
-    ) -> StorageUpdate:
-        """As Admin.update_storage."""
-        request = _update_request(settings, check_connection)
-        told = await self._call(self._storage.UpdateStorageSettings, request)
-        return convert.read(StorageUpdate, told)
-
-    async def reset_storage(self, deploy_type: str = "") -> None:
-        """As Admin.reset_storage."""
-        request = requests.build(service_pb2.ResetStorageSettingsRequest, deploy_type=deploy_type)
-        await self._call(self._storage.ResetStorageSettings, request)
+class AsyncAdmin(_Admin, Asyncio):
+    """The calls that manage a service, on asyncio."""

@@ -1,55 +1,60 @@
-"""The blocking client."""
+"""The blocking and the asyncio client."""
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Self, TypeVar, Unpack
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 from weakref import WeakSet
 
 import grpc
+import grpc.aio
 
 from img2img.v1 import service_pb2, service_pb2_grpc
-from img2img_client import convert, errors, requests
-from img2img_client.admin import Admin
-from img2img_client.calls import CANCEL_SECONDS, BlockingCalls
+from img2img_client import errors, requests
+from img2img_client.admin import Admin, AsyncAdmin
 from img2img_client.channel import Endpoint
-from img2img_client.diagnosis import explain
-from img2img_client.requests import ImageSource, Options
-from img2img_client.resources import Caller, Capabilities, Job, State
-from img2img_client.result import Result
-from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked, may_repeat
-from img2img_client.silence import SilenceWatch
-from img2img_client.stream import JobStream, deadline
+from img2img_client.convert import read
+from img2img_client.diagnosis import explain, explain_async
+from img2img_client.requests import CreateOptions, ImageSource, StreamOptions
+from img2img_client.resources import Caller, Capabilities, Job, Result, State
+from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked
+from img2img_client.stream import (
+    AsyncCalls,
+    AsyncJobStream,
+    BlockingCalls,
+    JobStream,
+    is_task_cancelled,
+)
+from img2img_client.unary import Asyncio, Blocking, Rpc, Unary
+
+if TYPE_CHECKING:
+    from img2img.v1.service_pb2_grpc import Img2ImgServiceAsyncStub
+
+    Interceptor = grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor
 
 T = TypeVar("T")
+ChannelT = TypeVar("ChannelT")
+InterceptorT = TypeVar("InterceptorT")
+
+CANCEL_SECONDS = 5.0  # how long leaving a stream may take to cancel its job
 
 _clients: WeakSet[Client] = WeakSet()
 
 
-class Client:
-    """Makes pictures through the img2img service. Safe to share between threads.
+def _job(response: Any) -> Job:
+    return read(Job, response.job)
 
-        with Client("127.0.0.1:50051", api_key="dev-key") as client:
-            result = client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
-            result.images[0].save("out.png")
 
-    Every method raises the errors of `img2img_client.errors` and no others. What a lost connection
-    or a stopping server interrupts is tried again as `retry` says, without making anything twice.
+class _Client(Generic[ChannelT, InterceptorT]):
+    """The arguments of both clients, and their calls with a single response."""
 
-    Args:
-        server: "host:port"; see Endpoint. Left out: IMG2IMG_SERVER, else 127.0.0.1:50051.
-        api_key: key of the tenant. Left out: IMG2IMG_API_KEY. White space around it is dropped.
-        tls: encrypt, and check the server against the system's certificate authorities.
-        root_certificates: PEM of the authorities to trust instead; turns TLS on.
-        retry: how long to try again.
-        call_seconds: longest single call, streams excepted.
-
-    Raises:
-        InvalidArgumentError: an argument can never work.
-    """
+    _channel_class: type
+    _stub: Any
 
     def __init__(
         self,
@@ -60,24 +65,141 @@ class Client:
         root_certificates: bytes | None = None,
         retry: Retry | None = None,
         call_seconds: float = 60.0,
+        channel: ChannelT | None = None,
+        interceptors: Sequence[InterceptorT] = (),
     ) -> None:
-        self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
+        if channel is None:
+            self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
+        else:
+            if not isinstance(channel, self._channel_class):
+                expected = f"{self._channel_class.__module__.partition('._')[0]}.Channel"
+                raise errors.invalid_type("channel", f"a {expected}", channel)
+            self.endpoint = Endpoint.of_channel(
+                api_key,
+                server=server,
+                tls=tls,
+                root_certificates=root_certificates,
+                interceptors=interceptors,
+            )
         requests.check_seconds("call_seconds", call_seconds)
         self._retry = checked(retry)
         self._call_seconds = call_seconds
+        self._interceptors = interceptors
+        self._given_channel = channel
         self._is_closed = False
+        self._start()
+
+    def _start(self) -> None:
+        """Is called at the end of __init__."""
+
+    @Unary
+    def create(
+        self, prompt: str, init_image: ImageSource, **options: Unpack[CreateOptions]
+    ) -> Rpc[Job]:
+        """Queues a job and returns at once; follow it with `watch` or `get`."""
+        request = requests.new_job(service_pb2.CreateJobRequest, prompt, init_image, options)
+        return Rpc(self._stub.CreateJob, request, _job)
+
+    @Unary
+    def get(self, job: Job | str | int) -> Rpc[Job]:
+        """Returns the current record of a job."""
+        request = service_pb2.GetJobRequest(name=requests.job_name(job))
+        return Rpc(self._stub.GetJob, request, _job)
+
+    @Unary
+    def cancel(self, job: Job | str | int) -> Rpc[Job]:
+        """Cancels a job: a queued one at once, a running one at its next step."""
+        request = service_pb2.CancelJobRequest(name=requests.job_name(job))
+        return Rpc(self._stub.CancelJob, request, _job)
+
+    @Unary
+    def redeliver_webhook(self, job: Job | str | int) -> Rpc[Job]:
+        """Sends the webhook of an ended job again, whether it was delivered or not.
+
+        Raises:
+            RpcError: with reason JOB_NOT_ENDED or NO_WEBHOOK.
+        """
+        request = service_pb2.RedeliverWebhookRequest(name=requests.job_name(job))
+        return Rpc(self._stub.RedeliverWebhook, request, _job)
+
+    @Unary
+    def capabilities(self) -> Rpc[Capabilities]:
+        """Returns the models that the service serves, and its limits."""
+        request = service_pb2.GetCapabilitiesRequest()
+        return Rpc(self._stub.GetCapabilities, request, partial(read, Capabilities))
+
+    @Unary
+    def caller(self) -> Rpc[Caller]:
+        """Returns the tenant and the permissions of the API key."""
+        request = service_pb2.GetCallerRequest()
+        return Rpc(self._stub.GetCaller, request, partial(read, Caller))
+
+    def _follow(self, first: FirstRequest, timeout_seconds: float | None) -> Follow:
+        return Follow(first, self._retry, requests.deadline(timeout_seconds))
+
+    def _open(self, request: FirstRequest, timeout_seconds: float | None) -> Any:
+        """Starts a call that streams the events of a job."""
+        is_generate = isinstance(request, service_pb2.GenerateRequest)
+        method = self._stub.Generate if is_generate else self._stub.WatchJob
+        return self._begin(method, request, timeout_seconds)
+
+    def _begin(self, method: Callable[..., T], request: object, timeout_seconds: float | None) -> T:
+        """Starts a call. Raises ClientClosedError."""
+        if self._is_closed:
+            raise errors.ClientClosedError
+        try:
+            return method(request, timeout=timeout_seconds, metadata=self.endpoint.metadata)
+        except (ValueError, grpc.aio.UsageError) as error:
+            if "channel" in str(error).lower():  # gRPC has no error of its own for a closed channel
+                raise errors.ClientClosedError from error
+            raise
+
+
+class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
+    """Generates images with the img2img service. Threads may share it.
+
+        with Client("127.0.0.1:50051", api_key="dev-key") as client:
+            result = client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
+            result.images[0].save("out.png")
+
+    Every method raises the errors of `img2img_client.errors` and no others. Calls that fail because
+    of a lost connection or a stopping server are retried as `retry` says, without creating a job
+    twice.
+
+    Args:
+        server: "host:port"; see Endpoint. Default: IMG2IMG_SERVER, else 127.0.0.1:50051.
+        api_key: the tenant's key. Default: IMG2IMG_API_KEY. Surrounding white space is removed.
+        tls: encrypt, and check the server against the system's certificate authorities.
+        root_certificates: PEM of the authorities to trust instead; turns TLS on.
+        retry: how long to retry.
+        call_seconds: timeout of a single call, streams excepted.
+        channel: a channel of yours, instead of server, tls, root_certificates and interceptors. The
+            client does not close it. Open it with `CHANNEL_OPTIONS`: gRPC's default limit of 4 MB a
+            message is too small for images.
+        interceptors: gRPC client interceptors for the channel that the client opens.
+
+    Raises:
+        InvalidArgumentError: an argument can never work.
+    """
+
+    _channel_class = grpc.Channel
+
+    def _start(self) -> None:
+        self._channel = self._given_channel or self._open_channel()
+        self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
+        self._streams: WeakSet[BlockingCalls] = WeakSet()
+        self.admin = Admin(self._channel, self._call)
+        _clients.add(self)
+
+    def _open_channel(self) -> grpc.Channel:
         target, options = self.endpoint.target, self.endpoint.options
         credentials = self.endpoint.credentials
-        self._channel = (
+        channel = (
             grpc.secure_channel(target, credentials, options)
             if credentials
             else grpc.insecure_channel(target, options)
         )
-        self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
-        self._silence = SilenceWatch(self._retry.silence_seconds)
-        self._streams: WeakSet[BlockingCalls] = WeakSet()
-        self.admin = Admin(self._channel, self._call)
-        _clients.add(self)
+        return grpc.intercept_channel(channel, *self._interceptors)
 
     def __enter__(self) -> Self:
         return self
@@ -86,181 +208,94 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Leaves all open streams, see JobStream.close, and closes the connection.
+        """Leaves all open streams, see JobStream.close, and closes the channel that it opened.
 
-        Calls and streams that another thread waits for end with ClientClosedError.
+        Streams, and calls on that channel, that another thread waits for raise ClientClosedError.
         """
         self._is_closed = True
         for calls in list(self._streams):
             calls.leave()
-        self._channel.close()
+        if self._given_channel is None:
+            self._channel.close()
 
     def generate(
-        self,
-        prompt: str,
-        init_image: ImageSource,
-        *,
-        detach: bool = False,
-        request_id: str | None = None,
-        timeout_seconds: float | None = None,
-        **options: Unpack[Options],
+        self, prompt: str, init_image: ImageSource, **options: Unpack[StreamOptions]
     ) -> Result:
-        """Makes pictures and waits until they are stored. Arguments as in `stream`.
+        """Generates images and waits until they are stored. Arguments as in `stream`.
 
         Raises:
-            JobFailedError, JobCancelledError: the job ended without pictures.
+            JobFailedError, JobCancelledError: the job ended without images.
         """
-        with self.stream(
-            prompt,
-            init_image,
-            detach=detach,
-            request_id=request_id,
-            timeout_seconds=timeout_seconds,
-            **options,
-        ) as stream:
+        with self.stream(prompt, init_image, **options) as stream:
             return stream.result()
 
     def stream(
-        self,
-        prompt: str,
-        init_image: ImageSource,
-        *,
-        detach: bool = False,
-        request_id: str | None = None,
-        timeout_seconds: float | None = None,
-        **options: Unpack[Options],
+        self, prompt: str, init_image: ImageSource, **options: Unpack[StreamOptions]
     ) -> JobStream:
-        """Makes pictures and tells about it, event by event, until the job has ended.
+        """Generates images and returns the events of the job until it has ended.
 
-        Leaving the stream early (close, break, the end of its `with`, an exception, Ctrl-C, the
-        end of the program) cancels the job unless `detach`. A connection that breaks is bridged:
-        the stream goes on behind the last event. When it cannot be made again within the service's
-        grace period, 15 seconds by default, the service cancels a job that is not detached.
+        Leaving the stream early (close, break, the end of its `with`, an exception, Ctrl-C, the end
+        of the program) cancels the job unless `detach`. A broken stream resumes after the last
+        event. If that takes longer than the service's grace period, 15 seconds by default, the
+        service cancels the job unless it is detached.
 
         Args:
-            prompt: what the picture shall show.
+            prompt: what the image must show.
             init_image: a file, its bytes, an http(s) URL, or a data URI.
-            detach: let the job go on without us.
-            request_id: a UUID of yours: the same one gives the same job within 24 hours.
-            timeout_seconds: until the job's end; one that cannot finish in time is refused.
-            options: see Options.
+            options: see StreamOptions and Options.
         """
-        first = requests.generate_request(
-            prompt, init_image, options, request_id=request_id, detach=detach
-        )
-        return self._stream(first, timeout_seconds)
+        timeout_seconds = options.pop("timeout_seconds", None)
+        request = requests.new_job(service_pb2.GenerateRequest, prompt, init_image, options)
+        return self._stream(request, timeout_seconds)
 
     def watch(
         self, job: Job | str | int, *, after_sequence: int = 0, timeout_seconds: float | None = None
     ) -> JobStream:
-        """Follows a job: a snapshot, then all events after `after_sequence`, until it has ended.
+        """Returns a snapshot of a job, then its events after `after_sequence` until it has ended.
 
-        Leaving early does not touch the job.
+        Leaving early does not affect the job.
         """
-        first = requests.watch_request(job, after_sequence)
-        return self._stream(first, timeout_seconds)
-
-    def create(
-        self,
-        prompt: str,
-        init_image: ImageSource,
-        *,
-        request_id: str | None = None,
-        **options: Unpack[Options],
-    ) -> Job:
-        """Queues a job and returns at once; follow it with `watch` or `get`."""
-        request = requests.create_request(prompt, init_image, options, request_id=request_id)
-        return convert.job_from(self._call(self._stub.CreateJob, request).job)
-
-    def get(self, job: Job | str | int) -> Job:
-        """The job as it is now."""
-        request = service_pb2.GetJobRequest(name=requests.job_name(job))
-        return convert.job_from(self._call(self._stub.GetJob, request).job)
+        return self._stream(requests.watch_job(job, after_sequence), timeout_seconds)
 
     def list(self, *states: State | str, page_size: int = 100) -> Iterator[Job]:
-        """Jobs that have not expired, newest first; with `states`, only those in one of them."""
-        request = requests.list_request(states, page_size)
+        """Yields the jobs that have not expired, newest first; with `states`, only those."""
+        request = requests.list_jobs(states, page_size)
         while True:
             page = self._call(self._stub.ListJobs, request)
-            yield from map(convert.job_from, page.jobs)
+            yield from (read(Job, job) for job in page.jobs)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
-    def cancel(self, job: Job | str | int) -> Job:
-        """Cancels a job: at once when it waits, at its next step when it runs."""
-        request = service_pb2.CancelJobRequest(name=requests.job_name(job))
-        return convert.job_from(self._call(self._stub.CancelJob, request).job)
-
-    def redeliver_webhook(self, job: Job | str | int) -> Job:
-        """Sends the webhook of a job that has ended once more, whatever became of it before.
-
-        Raises:
-            RpcError: with reason JOB_NOT_ENDED or NO_WEBHOOK.
-        """
-        request = service_pb2.RedeliverWebhookRequest(name=requests.job_name(job))
-        return convert.job_from(self._call(self._stub.RedeliverWebhook, request).job)
-
-    def capabilities(self) -> Capabilities:
-        """The models being served and the limits in force."""
-        request = service_pb2.GetCapabilitiesRequest()
-        return convert.read(Capabilities, self._call(self._stub.GetCapabilities, request))
-
-    def caller(self) -> Caller:
-        """Returns the tenant and the permissions of the API key."""
-        request = service_pb2.GetCallerRequest()
-        return convert.read(Caller, self._call(self._stub.GetCaller, request))
-
     def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> JobStream:
-        follow = Follow(first, self._retry, deadline(timeout_seconds))
-        calls = BlockingCalls(
-            follow, self.endpoint, self._open, self._cancel_abandoned, self._silence
-        )
+        follow = self._follow(first, timeout_seconds)
+        calls = BlockingCalls(follow, self.endpoint, self._open, self._cancel_abandoned)
         self._streams.add(calls)
-        return JobStream(follow, calls.begin())
+        return JobStream(follow, calls.start())
 
     def _call(self, method: Callable[..., T], request: object) -> T:
         backoff = Backoff(self._retry)
         while True:
             try:
                 return self._begin(method, request, self._call_seconds)
-            except grpc.RpcError as broken:
+            except grpc.RpcError as failure:
                 if self._is_closed:
-                    raise errors.ClientClosedError from broken
-                error = errors.from_call(broken, self.endpoint)
+                    raise errors.ClientClosedError from failure
+                error = errors.from_call(failure, self.endpoint)
                 try:
-                    if not may_repeat(error):
-                        raise error
-                    pause = backoff.pause(error, time.monotonic())
+                    delay = backoff.delay(error, time.monotonic())
                 except errors.RpcError as last:
-                    raise explain(last, self.endpoint) from broken
-                time.sleep(pause)
-
-    def _open(self, request: FirstRequest, timeout_seconds: float | None) -> Any:
-        generate = isinstance(request, service_pb2.GenerateRequest)
-        method: Any = self._stub.Generate if generate else self._stub.WatchJob
-        return self._begin(method, request, timeout_seconds)
-
-    def _begin(self, method: Callable[..., T], request: object, timeout_seconds: float | None) -> T:
-        """Makes a call, or begins one that streams. Raises ClientClosedError."""
-        if self._is_closed:
-            raise errors.ClientClosedError
-        try:
-            return method(request, timeout=timeout_seconds, metadata=self.endpoint.metadata)
-        except ValueError as error:  # another thread has closed the channel meanwhile
-            if self._is_closed:
-                raise errors.ClientClosedError from error
-            raise
+                    raise explain(last, self.endpoint) from failure
+                time.sleep(delay)
 
     def _cancel_abandoned(self, job_name: str) -> None:
-        request = service_pb2.CancelJobRequest(name=job_name)
-        # The job has ended meanwhile, or the service is out of reach, or the channel is closed.
+        # Ignored: the job has ended, the service cannot be reached, or the channel is closed.
         with suppress(grpc.RpcError, ValueError):
             self._stub.CancelJob(
-                request,
+                service_pb2.CancelJobRequest(name=job_name),
                 timeout=CANCEL_SECONDS,
                 metadata=self.endpoint.metadata,
-                wait_for_ready=True,  # the connection may be the reason for leaving
+                wait_for_ready=True,  # the stream may be left because the connection is lost
             )
 
 
@@ -268,3 +303,124 @@ class Client:
 def _close_all() -> None:
     for client in list(_clients):
         client.close()
+
+
+class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio):
+    """Generates images with the img2img service, on asyncio. It belongs to one event loop.
+
+        async with AsyncClient("127.0.0.1:50051", api_key="dev-key") as client:
+            result = await client.generate("a watercolour", Path("photo.jpg"), strength=0.7)
+            result.images[0].save("out.png")
+
+    Arguments as in Client, but `channel` and `interceptors` are those of grpc.aio. Every method
+    takes, returns and raises what the method of the same name in Client does.
+    """
+
+    _channel_class = grpc.aio.Channel
+
+    def _start(self) -> None:
+        self._streams: WeakSet[AsyncCalls] = WeakSet()
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        # Opened at the first call: a channel binds to the running event loop, and a client may be
+        # created before the loop runs.
+        if self._given_channel is not None:
+            return self._given_channel
+        target, options = self.endpoint.target, self.endpoint.options
+        if credentials := self.endpoint.credentials:
+            return grpc.aio.secure_channel(
+                target, credentials, options, interceptors=self._interceptors
+            )
+        return grpc.aio.insecure_channel(target, options, interceptors=self._interceptors)
+
+    @cached_property
+    def _stub(self) -> Img2ImgServiceAsyncStub:
+        return service_pb2_grpc.Img2ImgServiceStub(self._channel)
+
+    @cached_property
+    def admin(self) -> AsyncAdmin:
+        """The calls that manage the service, as in Client.admin."""
+        return AsyncAdmin(self._channel, self._call)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Leaves all streams and closes the channel that it opened, as Client.close."""
+        self._is_closed = True
+        for calls in list(self._streams):
+            await calls.leave()
+        if self._given_channel is None:
+            await self._channel.close()
+
+    async def generate(
+        self, prompt: str, init_image: ImageSource, **options: Unpack[StreamOptions]
+    ) -> Result:
+        """Generates images and waits until they are stored, as Client.generate."""
+        async with self.stream(prompt, init_image, **options) as stream:
+            return await stream.result()
+
+    def stream(
+        self, prompt: str, init_image: ImageSource, **options: Unpack[StreamOptions]
+    ) -> AsyncJobStream:
+        """Generates images and returns the events of the job, as Client.stream.
+
+        Cancelling the task that reads the stream leaves it.
+        """
+        timeout_seconds = options.pop("timeout_seconds", None)
+        request = requests.new_job(service_pb2.GenerateRequest, prompt, init_image, options)
+        return self._stream(request, timeout_seconds)
+
+    def watch(
+        self, job: Job | str | int, *, after_sequence: int = 0, timeout_seconds: float | None = None
+    ) -> AsyncJobStream:
+        """Returns a snapshot of a job, then its events, as Client.watch."""
+        return self._stream(requests.watch_job(job, after_sequence), timeout_seconds)
+
+    async def list(self, *states: State | str, page_size: int = 100) -> AsyncIterator[Job]:
+        """Yields the jobs that have not expired, newest first, as Client.list."""
+        request = requests.list_jobs(states, page_size)
+        while True:
+            page = await self._call(self._stub.ListJobs, request)
+            for job in page.jobs:
+                yield read(Job, job)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def _stream(self, first: FirstRequest, timeout_seconds: float | None) -> AsyncJobStream:
+        follow = self._follow(first, timeout_seconds)
+        calls = AsyncCalls(follow, self.endpoint, self._open, self._cancel_abandoned)
+        self._streams.add(calls)
+        return AsyncJobStream(follow, calls.start())
+
+    async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+        backoff = Backoff(self._retry)
+        while True:
+            try:
+                return await self._begin(method, request, self._call_seconds)
+            except grpc.RpcError as failure:
+                error = errors.from_call(failure, self.endpoint)
+                try:
+                    delay = backoff.delay(error, time.monotonic())
+                except errors.RpcError as last:
+                    raise await explain_async(last, self.endpoint) from failure
+                await asyncio.sleep(delay)
+            except asyncio.CancelledError as cancelled:
+                if not is_task_cancelled():  # closing the channel cancelled the call
+                    raise errors.ClientClosedError from cancelled
+                raise
+
+    async def _cancel_abandoned(self, job_name: str) -> None:
+        # Ignored: the job has ended, the service cannot be reached, or the channel is closed.
+        with suppress(grpc.RpcError, grpc.aio.UsageError):
+            await self._stub.CancelJob(
+                service_pb2.CancelJobRequest(name=job_name),
+                timeout=CANCEL_SECONDS,
+                metadata=self.endpoint.metadata,
+                wait_for_ready=True,  # the stream may be left because the connection is lost
+            )

@@ -1,6 +1,7 @@
-"""Why a connection cannot be made: gRPC's own texts name the last layer ("OK", "Socket closed"), so
-after a failure the same address is tried once more with Python's own sockets, and what they find is
-said. Nothing here runs while calls succeed.
+"""Finds out why a connection cannot be established.
+
+gRPC's own messages name only the lowest layer ("OK", "Socket closed"). So after a failure this
+module connects to the same address with Python's sockets and reports what it finds.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from img2img_client import errors
 from img2img_client.channel import GRPC_ROOTS_VARIABLE, Endpoint
 
 PROBE_SECONDS = 2.0
-# The client's first bytes in HTTP/2: the preface, then an empty SETTINGS frame.
+# The first bytes of an HTTP/2 client: the preface, then an empty SETTINGS frame.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SETTINGS_FRAME, FRAME_HEADER_BYTES = 4, 9
 TLS_ALERT = b"\x15\x03"
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 GRPC_ROOTS = "_cython/_credentials/roots.pem"
-# OpenSSL's codes for what is wrong with a certificate, and its reasons for bytes that are not TLS.
+# OpenSSL's codes of certificate errors, and its reasons for bytes that are not TLS.
 NOT_YET_VALID, EXPIRED, WRONG_HOST, WRONG_ADDRESS = 9, 10, 62, 64
 NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
 
 
 class Cause(StrEnum):
-    """Why there is no connection, as in `UnavailableError.metadata["cause"]`."""
+    """Why a connection failed, as in `UnavailableError.metadata["cause"]`."""
 
     UNKNOWN = "UNKNOWN"
     HOST_NOT_FOUND = "HOST_NOT_FOUND"
@@ -48,57 +49,57 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of a probe. `what` is a clause for the error; empty: the connection works now."""
+    """The result of a probe. `text`: a clause for the error; empty: the connection works now."""
 
     cause: Cause
-    what: str = ""
+    text: str = ""
 
 
-NO_ANSWER = f"no answer within {PROBE_SECONDS:g} s: is a firewall in between?"
+CONNECT_TIMEOUT = Finding(
+    Cause.NO_ANSWER, f"no answer within {PROBE_SECONDS:g} s: is a firewall in between?"
+)
+SILENT = Finding(Cause.NO_ANSWER, "it accepts connections but does not answer")
 WORKS = Finding(Cause.UNKNOWN)
-SILENT = Finding(Cause.NO_ANSWER, "it takes connections but does not answer")
 
 
 def explain(error: errors.RpcError, endpoint: Endpoint) -> errors.RpcError:
-    """The error with a better reason when it is a connection that failed, else as it is.
+    """Returns the error with the cause if a connection failed, otherwise unchanged.
 
     Blocks for up to PROBE_SECONDS.
     """
     if not isinstance(error, errors.UnavailableError) or error.reason != errors.TRANSPORT:
         return error
-    proxy = _proxy(endpoint)
-    if proxy:
-        text = f"{error} (through the proxy that {proxy} names)"
-        return errors.UnavailableError(
-            text, code=error.code, reason=error.reason, metadata={"cause": Cause.UNKNOWN.value}
-        )
+    if proxy := _proxy(endpoint):
+        text = f"{error} (through the proxy in the environment variable {proxy})"
+        return errors.unavailable(text, cause=Cause.UNKNOWN.value)
     found = probe(endpoint)
-    if not found.what:
-        error.metadata.setdefault("cause", found.cause.value)
-        return error
-    return errors.unavailable(endpoint.target, found.what, found.cause.value)
+    if found.text:
+        text = f"cannot reach {endpoint.description}: {found.text}"
+        return errors.unavailable(text, cause=found.cause.value)
+    error.metadata.setdefault("cause", found.cause.value)
+    return error
 
 
 async def explain_async(error: errors.RpcError, endpoint: Endpoint) -> errors.RpcError:
-    """Does the same as `explain`, without blocking the event loop."""
+    """Does what `explain` does, without blocking the event loop."""
     return await asyncio.to_thread(explain, error, endpoint)
 
 
 def probe(endpoint: Endpoint, seconds: float = PROBE_SECONDS) -> Finding:
-    """Connects to the endpoint as a call would and returns what it finds within `seconds`."""
+    """Connects to the endpoint as a call would, and returns the result within `seconds`."""
     address = endpoint.host_and_port
-    if address is None:  # a unix socket, or a scheme that only gRPC knows
+    if address is None:  # a given channel, a unix socket, or a scheme that only gRPC knows
         return WORKS
-    job = _Probe(endpoint, *address, deadline=time.monotonic() + seconds)
-    # The resolver cannot be interrupted, so a thread that nobody waits for longer.
-    thread = threading.Thread(target=job.run, name="img2img-probe", daemon=True)
+    probing = _Probe(endpoint, *address, deadline=time.monotonic() + seconds)
+    # Resolving a name cannot be interrupted, so it runs in a thread that may outlive this function.
+    thread = threading.Thread(target=probing.run, name="img2img-probe", daemon=True)
     thread.start()
     thread.join(seconds + 0.2)
-    return job.found
+    return probing.found
 
 
 class _Probe:
-    """One look at one endpoint. `found` is what is known so far."""
+    """One probe of one endpoint. `found` is the result so far."""
 
     def __init__(self, endpoint: Endpoint, host: str, port: int, *, deadline: float) -> None:
         self._endpoint = endpoint
@@ -107,34 +108,40 @@ class _Probe:
         self.found = Finding(Cause.HOST_NOT_FOUND, f"the host name {host} is not resolved in time")
 
     def run(self) -> None:
-        """Sets `found`; raises nothing."""
+        """Sets `found`; raises nothing, so that gRPC's own error is never hidden."""
         try:
-            self.found = self._look()
-        except Exception as error:  # whatever else there is must not hide gRPC's own error
+            self.found = self._probe_host()
+        except TimeoutError:
+            self.found = SILENT
+        except Exception as error:
             self.found = Finding(Cause.UNKNOWN, f"the connection fails: {error}")
 
-    def _look(self) -> Finding:
+    def _probe_host(self) -> Finding:
         try:
             found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             text = f"the host name {self._host} cannot be resolved: {_text(error)}"
             return Finding(Cause.HOST_NOT_FOUND, text)
-        failures = []
+        failures: list[OSError] = []
         addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
         for number, ip in enumerate(addresses):
-            self.found = Finding(Cause.NO_ANSWER, NO_ANSWER)
+            self.found = CONNECT_TIMEOUT
             try:
-                with self._connect(ip, share=len(addresses) - number):
-                    pass
+                self._connect(ip, share=len(addresses) - number).close()
             except OSError as error:
                 failures.append(error)
-            else:  # this one answers: the others (::1 of localhost) must not hide what it says
-                self.found = SILENT
-                look = self._look_with_tls if self._endpoint.uses_tls else self._look_without_tls
-                return look(ip)
-        return _not_connected(failures)
+                continue
+            # This address accepts connections. Failures of others (::1 of localhost) do not matter.
+            self.found = SILENT
+            return self._probe_tls(ip) if self._endpoint.uses_tls else self._probe_plain(ip)
+        if any(isinstance(error, ConnectionRefusedError) for error in failures):
+            return Finding(Cause.REFUSED, "nothing listens there (connection refused)")
+        if any(isinstance(error, TimeoutError) for error in failures):
+            return CONNECT_TIMEOUT
+        text = _text(failures[0]) if failures else "the host name has no address"
+        return Finding(Cause.UNREACHABLE, text)
 
-    def _look_with_tls(self, ip: str) -> Finding:
+    def _probe_tls(self, ip: str) -> Finding:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=_trusted(self._endpoint))
         context.set_alpn_protocols(["h2"])
@@ -146,66 +153,52 @@ class _Probe:
                 if connection.selected_alpn_protocol() != "h2":
                     text = "it speaks TLS but not HTTP/2, which gRPC needs: is the port right?"
                     return Finding(Cause.NOT_GRPC, text)
-                # With TLS 1.3 a refusal (no client certificate) arrives with the first read.
+                # In TLS 1.3 a server that requires a client certificate rejects the first read.
                 connection.sendall(PREFACE)
                 if not connection.recv(FRAME_HEADER_BYTES):
-                    text = (
-                        "the server ends the TLS session: does it ask for a certificate of yours?"
-                    )
+                    text = "the server ends the TLS session: does it require a client certificate?"
                     return Finding(Cause.TLS_FAILED, text)
         except ssl.SSLCertVerificationError as error:
             return Finding(Cause.CERTIFICATE_REJECTED, self._certificate_text(error))
         except (ssl.SSLError, ConnectionError) as error:
-            return self._tls_failed(ip, error)
-        except TimeoutError:
-            return SILENT
+            reason = getattr(error, "reason", None) or ""
+            # A TLS alert proves that the server speaks TLS. Other failures prove nothing.
+            if reason in NOT_TLS or ("ALERT" not in reason and self._answers_plain(ip)):
+                text = "the server does not speak TLS: leave out tls and root_certificates"
+                return Finding(Cause.NO_TLS, f"{text} (--tls, --ca-file), or check the port")
+            return Finding(Cause.TLS_FAILED, f"the TLS handshake fails: {_text(error)}")
         return WORKS
-
-    def _tls_failed(self, ip: str, error: OSError) -> Finding:
-        reason = getattr(error, "reason", None) or ""
-        is_refused = "ALERT" in reason  # in TLS itself
-        if reason in NOT_TLS or (not is_refused and self._speaks_plainly(ip)):
-            text = "the server does not speak TLS: leave out tls and root_certificates"
-            return Finding(Cause.NO_TLS, f"{text} (--tls, --ca-file), or check the port")
-        return Finding(Cause.TLS_FAILED, f"the TLS handshake fails: {_text(error)}")
 
     def _certificate_text(self, error: ssl.SSLCertVerificationError) -> str:
         message = error.verify_message.rstrip(".")
-        if error.verify_code in (WRONG_HOST, WRONG_ADDRESS):
-            return (
-                f"the certificate of {self._host} is for another name: {message}; "
-                "use a name that stands in the certificate as server"
-            )
-        cure = {
+        is_other_name = error.verify_code in (WRONG_HOST, WRONG_ADDRESS)
+        problem = "for another name" if is_other_name else "not trusted"
+        remedy = {
             NOT_YET_VALID: "check the clocks of this machine and of the server",
             EXPIRED: "the server needs a new one",
-        }.get(
-            error.verify_code,
-            "pass the certificate of its authority as root_certificates (--ca-file)",
-        )
-        return f"the certificate of {self._host} is not trusted: {message}; {cure}"
+            WRONG_HOST: "use a name of the certificate as server",
+            WRONG_ADDRESS: "use a name of the certificate as server",
+        }.get(error.verify_code, "pass its authority as root_certificates (--ca-file)")
+        return f"the certificate of {self._host} is {problem}: {message}; {remedy}"
 
-    def _look_without_tls(self, ip: str) -> Finding:
-        try:
-            first = self._read(ip)
-        except TimeoutError:
-            return SILENT
+    def _probe_plain(self, ip: str) -> Finding:
+        first = self._first_bytes(ip)
         if _is_http2(first):
             return WORKS
-        # Some servers with TLS answer plain bytes with an alert, some with a page, some by closing.
-        if first.startswith(TLS_ALERT) or self._takes_tls(ip):
+        # A server with TLS answers plain bytes with an alert, an HTTP page, or by closing.
+        if first.startswith(TLS_ALERT) or self._accepts_tls(ip):
             text = "the server seems to expect TLS: use tls=True or root_certificates"
             return Finding(Cause.TLS_EXPECTED, f"{text} (--tls, --ca-file)")
         if _is_http1(first):
-            text = "it answers in HTTP/1, not in gRPC: is this the port of the HTTP gateway?"
-            return Finding(Cause.NOT_GRPC, text)
-        if not first:
-            return Finding(Cause.NOT_GRPC, "it takes connections and closes them at once")
-        text = f"something else than gRPC listens there: it answers {first[:16]!r}"
+            text = "it answers with HTTP/1, not gRPC: is this the port of the HTTP gateway?"
+        elif first:
+            text = f"another kind of server listens there: it answers {first[:16]!r}"
+        else:
+            text = "it accepts connections and closes them at once"
         return Finding(Cause.NOT_GRPC, text)
 
-    def _read(self, ip: str) -> bytes:
-        """The first bytes of a server that is spoken to without TLS; none when it closes."""
+    def _first_bytes(self, ip: str) -> bytes:
+        """Returns a server's first bytes without TLS, none if it closes. Raises TimeoutError."""
         try:
             with self._connect(ip) as connection:
                 connection.sendall(PREFACE)
@@ -213,17 +206,16 @@ class _Probe:
         except ConnectionError:
             return b""
 
-    def _speaks_plainly(self, ip: str) -> bool:
-        """Whether the server answers without TLS."""
+    def _answers_plain(self, ip: str) -> bool:
         try:
-            first = self._read(ip)
+            first = self._first_bytes(ip)
         except TimeoutError:
             return False
         return _is_http2(first) or _is_http1(first)
 
-    def _takes_tls(self, ip: str) -> bool:
+    def _accepts_tls(self, ip: str) -> bool:
         context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # no data is sent
         try:
             with self._connect(ip) as plain, context.wrap_socket(plain):
                 return True
@@ -231,17 +223,9 @@ class _Probe:
             return False
 
     def _connect(self, ip: str, share: int = 1) -> socket.socket:
-        """A connection made within the time that is left, divided by `share`."""
+        """Connects within the remaining time divided by `share`."""
         left = max(0.05, (self._deadline - time.monotonic()) / share)
         return socket.create_connection((ip, self._port), timeout=left)
-
-
-def _not_connected(failures: list[OSError]) -> Finding:
-    if any(isinstance(error, ConnectionRefusedError) for error in failures):
-        return Finding(Cause.REFUSED, "nothing listens there (connection refused)")
-    if any(isinstance(error, TimeoutError) for error in failures):
-        return Finding(Cause.NO_ANSWER, NO_ANSWER)
-    return Finding(Cause.UNREACHABLE, _text(failures[0]) if failures else "it has no address")
 
 
 def _is_http2(first: bytes) -> bool:
@@ -249,7 +233,7 @@ def _is_http2(first: bytes) -> bool:
 
 
 def _is_http1(first: bytes) -> bool:
-    return first.startswith((b"HTTP/", b"<"))  # a page alone: how HTTP/0.9 answers
+    return first.startswith((b"HTTP/", b"<"))  # HTTP/0.9 answers with the page alone
 
 
 def _text(error: Exception) -> str:
@@ -259,7 +243,7 @@ def _text(error: Exception) -> str:
 
 
 def _trusted(endpoint: Endpoint) -> str:
-    """The authorities that gRPC trusts for this endpoint, as PEM."""
+    """Returns the PEM of the authorities that gRPC trusts for this endpoint."""
     pem = endpoint.trusted_certificates
     if pem is None and (path := os.environ.get(GRPC_ROOTS_VARIABLE)):
         pem = Path(path).read_bytes()
@@ -267,13 +251,11 @@ def _trusted(endpoint: Endpoint) -> str:
 
 
 def _proxy(endpoint: Endpoint) -> str:
-    """The variable that makes gRPC use a proxy for this endpoint; empty when it uses none."""
+    """Returns the variable that makes gRPC use a proxy for this endpoint; empty: no proxy."""
     address = endpoint.host_and_port
     if endpoint.is_loopback or address is None:
         return ""
-    exempt = ""
-    for name in ("no_grpc_proxy", "no_proxy"):
-        exempt = exempt or os.environ.get(name, "")
+    exempt = next(filter(None, map(os.environ.get, ("no_grpc_proxy", "no_proxy"))), "")
     if any(address[0].endswith(end) for end in exempt.replace(",", " ").split()):
         return ""
     return next((name for name in PROXY_VARIABLES if os.environ.get(name)), "")

@@ -1,27 +1,27 @@
 """Every error that a call can raise. Branch on the class or on `reason`, never on the text.
 
 Img2ImgError
-├── RpcError                     the call was refused or broke
+├── RpcError                     the service rejected the call, or the connection failed
 │   ├── InvalidRequestError      the request breaks rules; `violations` lists all of them
-│   │   └── InvalidArgumentError        found by this client, nothing was sent; also a ValueError
-│   │       ├── InvalidArgumentTypeError    no such option, or a wrong type; also a TypeError
+│   │   └── InvalidArgumentError        rejected by this client before sending; also a ValueError
+│   │       ├── InvalidArgumentTypeError    unknown option or wrong type; also a TypeError
 │   │       └── InitImageFileError          its file cannot be read; also an OSError
-│   │           └── InitImageNotFoundError      there is no such file; also a FileNotFoundError
-│   ├── UnauthenticatedError     no API key, or one that is not known
-│   ├── PermissionDeniedError    the key may not ask for this
-│   ├── NotFoundError            no such job (JOB_NOT_FOUND) or model (MODEL_NOT_FOUND)
+│   │           └── InitImageNotFoundError      its file does not exist; also a FileNotFoundError
+│   ├── UnauthenticatedError     the API key is missing or unknown
+│   ├── PermissionDeniedError    the API key lacks the permission
+│   ├── NotFoundError            the job (JOB_NOT_FOUND) or model (MODEL_NOT_FOUND) does not exist
 │   ├── RequestIdReusedError     the request_id was used for another request
-│   ├── JobEndedError            the job can no longer be cancelled
+│   ├── JobEndedError            the job has ended, so it cannot be cancelled
 │   ├── DeadlineTooShortError    the job cannot finish within the deadline
 │   ├── QueueFullError           too many unfinished jobs or watchers; wait `retry_seconds`
 │   ├── RateLimitedError         too many jobs in a minute; wait `retry_seconds`
 │   ├── DeadlineExceededError    the caller's timeout passed
-│   ├── UnavailableError         the service cannot be reached, also after trying again
-│   └── InternalError            a fault of the service, logged there under metadata["error_id"]
-├── JobEndError                  the job ended without pictures; `job` is its record
-│   ├── JobFailedError           it could not be done; `reason` says why
-│   └── JobCancelledError        it was cancelled
-├── ClientClosedError            the client was closed before or during the call; also a ValueError
+│   ├── UnavailableError         the service cannot be reached, retries included
+│   └── InternalError            a bug in the service, logged there under metadata["error_id"]
+├── JobEndError                  the job ended without images; `job` is its record
+│   ├── JobFailedError           the job failed; `reason` says why
+│   └── JobCancelledError        the job was cancelled
+├── ClientClosedError            the client or its channel is closed; also a ValueError
 └── StreamClosedError            the stream was closed before its job ended; also a RuntimeError
 """
 
@@ -42,35 +42,34 @@ if TYPE_CHECKING:
 
 DETAILS_KEY = "grpc-status-details-bin"
 
-# Reasons of this client; all others are the service's.
-INVALID_REQUEST = "INVALID_REQUEST"  # as the service calls it
+# Reasons that this client sets; all others come from the service.
+INVALID_REQUEST = "INVALID_REQUEST"  # the service uses the same reason
 NO_API_KEY = "NO_API_KEY"
-TRANSPORT = "TRANSPORT"  # the status came from the connection, the service said nothing
+TRANSPORT = "TRANSPORT"  # the connection failed; the service sent no status
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
-CLIENT_CLOSED = "CLIENT_CLOSED"
-STREAM_CLOSED = "STREAM_CLOSED"
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken rule: the field as named in JobSpec and a sentence about it."""
+    """One broken rule: the field as named in JobSpec, a sentence, and a reason to branch on."""
 
     field: str
     description: str
+    reason: str = ""
 
 
 class Img2ImgError(Exception):
-    """Root of everything that this client raises on purpose."""
+    """Base class of all errors of this client."""
 
     reason: str = ""
 
 
 class RpcError(Img2ImgError):
-    """A call was refused or broke.
+    """The service rejected the call, or the connection failed.
 
-    `code`: the gRPC status, for example "INVALID_ARGUMENT". `reason`: the service's word for it,
-    TRANSPORT when the status came from the connection and not from the service. `retry_seconds`:
-    when to try again, None when that would not help or is not known.
+    `code`: the gRPC status, for example "INVALID_ARGUMENT". `reason`: the service's reason, or
+    TRANSPORT when the connection failed. `retry_seconds`: when to try again; None when a retry does
+    not help or the time is unknown.
     """
 
     def __init__(
@@ -96,14 +95,12 @@ class InvalidRequestError(RpcError):
 
 
 class InvalidArgumentError(InvalidRequestError, ValueError):
-    """Arguments that this client refuses by itself: nothing was sent."""
+    """This client rejects an argument; nothing was sent."""
 
     def __init__(self, *violations: Violation) -> None:
+        text = "; ".join(violation.description for violation in violations)
         super().__init__(
-            "; ".join(violation.description for violation in violations),
-            code="INVALID_ARGUMENT",
-            reason=INVALID_REQUEST,
-            violations=violations,
+            text, code="INVALID_ARGUMENT", reason=INVALID_REQUEST, violations=violations
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,7 +108,7 @@ class InvalidArgumentError(InvalidRequestError, ValueError):
 
 
 class InvalidArgumentTypeError(InvalidArgumentError, TypeError):
-    """There is no such option, or an argument has a type that it cannot have."""
+    """The option does not exist, or an argument has the wrong type."""
 
 
 class InitImageFileError(InvalidArgumentError, OSError):
@@ -119,7 +116,7 @@ class InitImageFileError(InvalidArgumentError, OSError):
 
     def __init__(self, path: Path, error: OSError) -> None:
         text = f"cannot read the init image {path}: {error.strerror or error}"
-        super().__init__(Violation("init_image", text))
+        super().__init__(Violation("init_image", text, "INVALID_IMAGE"))
         self.errno, self.strerror, self.filename = error.errno, error.strerror, str(path)
 
     def __str__(self) -> str:
@@ -130,23 +127,23 @@ class InitImageFileError(InvalidArgumentError, OSError):
 
 
 class InitImageNotFoundError(InitImageFileError, FileNotFoundError):
-    """There is no such file."""
+    """The init image's file does not exist."""
 
 
 class UnauthenticatedError(RpcError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown."""
 
 
 class PermissionDeniedError(RpcError):
-    """The key may not ask for this."""
+    """The API key lacks the permission."""
 
 
 class NotFoundError(RpcError):
-    """No such job of this tenant, or no such model."""
+    """The tenant has no such job, or no worker serves such a model."""
 
 
 class RequestIdReusedError(RpcError):
-    """The request_id was used for a request with another content."""
+    """The request_id was used for a request with different content."""
 
 
 class JobEndedError(RpcError):
@@ -154,15 +151,15 @@ class JobEndedError(RpcError):
 
 
 class DeadlineTooShortError(RpcError):
-    """The job cannot finish within the deadline; `retry_seconds` may help, more time will."""
+    """The job cannot finish within the deadline. Give more time, or wait `retry_seconds`."""
 
 
 class QueueFullError(RpcError):
-    """The tenant has as many unfinished jobs, or the server as many watchers, as it may have."""
+    """The tenant reached its limit of unfinished jobs, or the server its limit of watchers."""
 
 
 class RateLimitedError(RpcError):
-    """The key makes jobs faster than it may; `retry_seconds` says when there is room."""
+    """The key creates jobs too fast; retry after `retry_seconds`."""
 
 
 class DeadlineExceededError(RpcError):
@@ -170,36 +167,36 @@ class DeadlineExceededError(RpcError):
 
 
 class UnavailableError(RpcError):
-    """The service cannot be reached or is stopping, also after trying again.
+    """The service cannot be reached or is stopping, retries included.
 
-    When the connection fails, `reason` is TRANSPORT and metadata["cause"] is a word of
-    `img2img_client.diagnosis.Cause`.
+    When the connection failed, `reason` is TRANSPORT and metadata["cause"] is a value of
+    `img2img_client.Cause`.
     """
 
 
 class InternalError(RpcError):
-    """A fault of the service, logged there under metadata["error_id"]."""
+    """A bug in the service, logged there under metadata["error_id"]."""
 
 
 class JobEndError(Img2ImgError):
-    """The job ended without succeeding; `job` is its record."""
+    """The job ended without images; `job` is its record."""
 
-    def __init__(self, message: str, job: Job) -> None:
-        super().__init__(message)
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
         self.job = job
 
 
 class JobFailedError(JobEndError):
-    """The job could not be done. `retryable`: the same request may work later."""
+    """The job failed. `retryable`: the same request may succeed later."""
 
     def __init__(self, job: Job) -> None:
-        error = job.error
-        super().__init__(f"{job.name} failed: {error.message if error else 'no reason given'}", job)
-        self.reason = error.reason if error else ""
-        self.retryable = bool(error and error.retryable)
+        super().__init__(job)
+        self.reason = job.error.reason if job.error else ""
+        self.retryable = bool(job.error and job.error.retryable)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job,)
+    def __str__(self) -> str:
+        message = self.job.error.message if self.job.error else "no reason given"
+        return f"{self.job.name} failed: {message}"
 
 
 class JobCancelledError(JobEndError):
@@ -207,35 +204,26 @@ class JobCancelledError(JobEndError):
 
     reason = "CANCELLED"
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(f"{job.name} was cancelled", job)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job,)
+    def __str__(self) -> str:
+        return f"{self.job.name} was cancelled"
 
 
 class ClientClosedError(Img2ImgError, ValueError):
-    """The client was closed before or during the call."""
+    """The client or its channel was closed before or during the call."""
 
-    reason = CLIENT_CLOSED
+    reason = "CLIENT_CLOSED"
 
-    def __init__(self) -> None:
-        super().__init__("this client is closed: make a new one")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+    def __str__(self) -> str:
+        return "the client or its channel is closed: create a new client"
 
 
 class StreamClosedError(Img2ImgError, RuntimeError):
-    """The stream was closed before its job had ended, so there is no result."""
+    """The stream was closed before its job ended, so there is no result."""
 
-    reason = STREAM_CLOSED
+    reason = "STREAM_CLOSED"
 
-    def __init__(self) -> None:
-        super().__init__("the stream was closed before the job had ended")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+    def __str__(self) -> str:
+        return "the stream was closed before the job had ended"
 
 
 BY_REASON: dict[str, type[RpcError]] = {
@@ -257,26 +245,23 @@ BY_CODE: dict[str, type[RpcError]] = {
 
 
 def from_call(error: grpc.RpcError, endpoint: Endpoint) -> RpcError:
-    """Turns what gRPC raised, sync or async, into a typed error."""
-    call: Any = error  # what a failed call raises is the call itself, with code and details
+    """Returns the typed error for an error that gRPC raised, blocking or asyncio."""
+    call: Any = error  # gRPC raises the failed call itself, which has code and details
     code = call.code().name
     details = call.details() or ""
-    status = _rich_status(call.trailing_metadata())
-    reason, metadata = "", {}
-    retry_seconds: float | None = None
-    violations: list[Violation] = []
-    for detail in status.details:
-        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-            info = error_details_pb2.ErrorInfo.FromString(detail.value)
-            reason, metadata = info.reason, dict(info.metadata)
-        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
-            retry_seconds = delay.seconds + delay.nanos / 1e9
-        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-            broken = error_details_pb2.BadRequest.FromString(detail.value).field_violations
-            violations += [Violation(one.field, one.description) for one in broken]
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    bad_request = error_details_pb2.BadRequest()
+    for detail in _rich_status(call.trailing_metadata()).details:
+        for message in (info, retry, bad_request):
+            detail.Unpack(message)  # does nothing for a detail of another type
+    delay = retry.retry_delay
+    violations = tuple(
+        Violation(broken.field, broken.description, broken.reason)
+        for broken in bad_request.field_violations
+    )
+    reason = info.reason
     if not reason:
-        text = _transport_sentence(code, details, endpoint.target)
+        text = _transport_text(code, details, endpoint.description)
         reason = DEADLINE_EXCEEDED if code == DEADLINE_EXCEEDED else TRANSPORT
     elif code == "UNAUTHENTICATED" and not endpoint.api_key:
         text = "no API key was given: pass api_key or set IMG2IMG_API_KEY"
@@ -287,38 +272,42 @@ def from_call(error: grpc.RpcError, endpoint: Endpoint) -> RpcError:
         text,
         code=code,
         reason=reason,
-        metadata=metadata,
-        retry_seconds=retry_seconds,
-        violations=tuple(violations),
+        metadata=info.metadata,
+        retry_seconds=delay.seconds + delay.nanos / 1e9 if retry.HasField("retry_delay") else None,
+        violations=violations,
     )
 
 
-def unavailable(server: str, what: str, cause: str) -> UnavailableError:
-    """The error of a connection that cannot be made. `what`: a clause that says why."""
-    return UnavailableError(
-        f"cannot reach the service at {server}: {what}",
-        code="UNAVAILABLE",
-        reason=TRANSPORT,
-        metadata={"cause": cause},
-    )
+def invalid(field: str, reason: str, description: str) -> InvalidArgumentError:
+    """Returns the error of an argument that this client rejects."""
+    return InvalidArgumentError(Violation(field, description, reason))
 
 
-def _transport_sentence(code: str, details: str, server: str) -> str:
+def invalid_type(field: str, expected: str, value: object) -> InvalidArgumentTypeError:
+    """Returns the error of an argument with the wrong type."""
+    text = f"{field} must be {expected}, not {type(value).__name__}"
+    return InvalidArgumentTypeError(Violation(field, text, "INVALID_TYPE"))
+
+
+def unavailable(text: str, **metadata: str) -> UnavailableError:
+    """Returns the error of a connection that failed."""
+    return UnavailableError(text, code="UNAVAILABLE", reason=TRANSPORT, metadata=metadata)
+
+
+def _transport_text(code: str, details: str, service: str) -> str:
     if code == "UNAVAILABLE":
-        return f"cannot reach the service at {server}: {details or 'gRPC does not say why'}"
+        return f"cannot reach {service}: {details or 'gRPC gives no reason'}"
     if code == "DEADLINE_EXCEEDED":
-        return f"{server} did not finish within the given time"
+        return f"{service} did not finish within the given time"
     if code == "UNIMPLEMENTED":
-        return f"{server} answers, but does not offer this call ({details}): is it img2img?"
+        return f"{service} does not offer this call ({details}): is it img2img?"
     return details or f"the call ended with {code}"
 
 
 def _rich_status(trailing_metadata: Any) -> status_pb2.Status:
-    """google.rpc.Status of a failed call; empty when it has none or a proxy garbled it."""
-    for key, value in trailing_metadata or ():
-        if key == DETAILS_KEY:
-            try:
-                return status_pb2.Status.FromString(value)
-            except DecodeError:
-                break
-    return status_pb2.Status()
+    """Returns the google.rpc.Status of a failed call, empty if it is missing or damaged."""
+    encoded = dict(trailing_metadata or ()).get(DETAILS_KEY, b"")
+    try:
+        return status_pb2.Status.FromString(encoded)
+    except DecodeError:
+        return status_pb2.Status()

@@ -1,4 +1,4 @@
-"""What happens to a job, one dataclass a kind; see img2img/v1/event.proto."""
+"""A job's events: one dataclass for each kind; see img2img/v1/event.proto."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One entry of a job's log. `sequence` counts from 1 within the job; missing numbers were
-    previews that a later one replaced."""
+    """One event of a job. `sequence` counts from 1 within the job; missing numbers were previews
+    that a later preview replaced."""
 
     sequence: int
     event_time: datetime | None
@@ -29,14 +29,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot(Event):
-    """The job when the stream began; its sequence is where the stream begins."""
+    """The job's record when the stream began; `sequence`: the stream goes on after it."""
 
     job: Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued(Event):
-    """It waits. `position`: jobs before it, -1 when unknown. `eta_seconds`: until its end."""
+    """The job waits. `position`: jobs ahead, -1: unknown. `eta_seconds`: time until it ends."""
 
     position: int
     eta_seconds: float | None
@@ -45,7 +45,7 @@ class Queued(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
-    """A worker took it for the attempt-th time; samples begin again from their first step."""
+    """A worker started the job; `attempt` counts from 1. All samples start at their first step."""
 
     worker: str
     model: str
@@ -54,14 +54,14 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFinished(Event):
-    """A stage before denoising is done."""
+    """A stage before denoising has finished."""
 
     stage: Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished(Event):
-    """Step `step` of `total` of one sample is done; `sigma` is its noise-to-signal ratio now."""
+    """Step `step` of `total` of a sample has finished; `sigma` is its noise-to-signal ratio."""
 
     sample: int
     step: int
@@ -71,7 +71,7 @@ class StepFinished(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview(Event):
-    """A rough look at one sample after `step` steps: a JPEG of at most 256 pixels a side."""
+    """A preview of one sample after `step` steps: a JPEG of at most 256 pixels a side."""
 
     sample: int
     step: int
@@ -80,7 +80,7 @@ class Preview(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleFinished(Event):
-    """A picture is ready, not yet stored."""
+    """An image is ready but not yet stored."""
 
     sample: int
     seed: int
@@ -90,7 +90,7 @@ class SampleFinished(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleStored(Event):
-    """A picture is completely stored behind `url`."""
+    """An image is stored; `url` is its link."""
 
     sample: int
     url: str
@@ -99,24 +99,19 @@ class SampleStored(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Succeeded(Event):
-    """Terminal: every picture is stored."""
+class Ended(Event):
+    """Base class of the terminal events, with the job's final record."""
 
     job: Job
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed(Event):
-    """Terminal: it could not be done; see `job.error`."""
-
-    job: Job
+class Succeeded(Ended):
+    """Terminal: all images are stored."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancelled(Event):
-    """Terminal: ended on request."""
-
-    job: Job
+class Failed(Ended):
+    """Terminal: the job failed; see `job.error`."""
 
 
-TERMINAL = (Succeeded, Failed, Cancelled)
+class Cancelled(Ended):
+    """Terminal: the job was cancelled."""

@@ -1,10 +1,11 @@
-"""What a caller may ask for, and the protobuf requests made of it."""
+"""The options of a request, and the protobuf requests built from them."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,16 @@ from img2img_client.errors import (
     InvalidArgumentError,
     InvalidArgumentTypeError,
     Violation,
+    invalid,
+    invalid_type,
 )
 from img2img_client.resources import Job, State
 
-# A file or its bytes, an http(s) URL that the service fetches, or a data URI. A str is one of the
-# latter two when is_address says so, otherwise a path.
+# A file or its bytes, an http(s) URL that the service fetches, or a data URI. A str is a URL or a
+# data URI when is_address says so, otherwise a path.
 ImageSource = str | os.PathLike[str] | bytes
 
-MAX_MESSAGE_BYTES = 34 * 2**20  # what the service takes, see Limits.max_message_bytes
+MAX_MESSAGE_BYTES = 34 * 2**20  # the service's limit, see Limits.max_message_bytes
 OTHER_URL = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})", re.ASCII)
 
@@ -36,31 +39,44 @@ M = TypeVar("M", bound=Message)
 
 
 class Options(TypedDict, total=False):
-    """Everything beside prompt and init image. Absent or None: the service's default."""
+    """The fields of JobSpec except prompt and init image. Absent or None: the service's default."""
 
-    negative_prompt: str | None  # what not to show; needs guidance_scale above 1
+    negative_prompt: str | None  # what the image must not show; needs guidance_scale above 1
     width: int | None  # pixels, a multiple of 8, default 512
     height: int | None  # pixels, a multiple of 8, default 512
-    samples: int | None  # number of pictures, default 1; picture i uses seed + i
-    # 0.0 keeps the init image, 1.0 nothing of it; default: the model's, see capabilities()
+    samples: int | None  # number of images, default 1; image i uses seed + i
+    # 0.0 returns the init image, 1.0 ignores it; default: the model's, see capabilities()
     strength: float | None
     seed: int | None  # 0 to 2**63 - 1; absent or -1: drawn at random
     safety_checker: bool | None  # default True
     enhance_prompt: bool | None  # let the service improve the prompt
-    base64: bool | None  # store the pictures as base64 text files
+    base64: bool | None  # store the images as base64 text files
     temp: bool | None  # keep the files under temp/ for 24 hours
-    webhook: str | None  # https address that gets one POST when the job has ended
+    webhook: str | None  # https URL that receives one POST when the job has ended
     track_id: str | None  # your own reference, returned unchanged
     model: str | None  # see capabilities()
-    num_inference_steps: int | None  # of which strength x steps run, and at least one
+    num_inference_steps: int | None  # steps of the schedule; strength x steps run, at least one
     guidance_scale: float | None  # 1.0 and below turn guidance off
     scheduler: str | None  # see capabilities()
-    lora: str | None  # a LoRA that the model offers
-    lora_scale: float | None  # how much of it, default 1.0
+    lora: str | None  # a LoRA of the model, see capabilities()
+    lora_scale: float | None  # weight of the LoRA, default 1.0
     output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
     preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
     lane: str | None  # "realtime" (default) or "batch"
     annotations: Mapping[str, str] | None  # your own notes, returned unchanged
+
+
+class CreateOptions(Options, total=False):
+    """Options of `create`."""
+
+    request_id: str | None  # a UUID; the same one returns the same job for 24 hours
+
+
+class StreamOptions(CreateOptions, total=False):
+    """Options of `generate` and `stream`."""
+
+    detach: bool | None  # the job outlives this stream
+    timeout_seconds: float | None  # until the job ends; rejected if the job cannot end in time
 
 
 _KINDS = {
@@ -68,54 +84,63 @@ _KINDS = {
     FieldDescriptor.CPPTYPE_INT64: "an integer of at most 64 bits",
     FieldDescriptor.CPPTYPE_DOUBLE: "a number",
     FieldDescriptor.CPPTYPE_BOOL: "True or False",
-    FieldDescriptor.CPPTYPE_STRING: "a text",
-    FieldDescriptor.CPPTYPE_MESSAGE: "a mapping of texts to texts",  # the annotations
+    FieldDescriptor.CPPTYPE_STRING: "a str",
+    FieldDescriptor.CPPTYPE_MESSAGE: "a mapping of str to str",  # the annotations
 }
 
 
 def is_address(text: str) -> bool:
-    """Returns whether the text begins with http://, https:// or data:, in any case.
-
-    White space before it does not count.
-    """
+    """Returns whether the text starts with http://, https:// or data:, ignoring case and leading
+    white space."""
     return text.lstrip()[:8].lower().startswith(("http://", "https://", "data:"))
 
 
-def job_spec(prompt: str, init_image: ImageSource, options: Options) -> job_pb2.JobSpec:
-    """Builds the spec; reads the init image's file.
+def new_job(
+    kind: type[M], prompt: str, init_image: ImageSource, options: CreateOptions | StreamOptions
+) -> M:
+    """Returns the request that creates a job; reads the init image's file.
+
+    Without a request_id one is drawn, so that the request can be repeated.
 
     Raises:
-        InvalidArgumentError: values that do not fit the protocol, all of them; the service checks
+        InvalidArgumentError: values that do not fit the protocol, all of them. The service checks
             everything else.
-        InvalidArgumentTypeError: an option does not exist, or init_image is none of the three.
+        InvalidArgumentTypeError: an option does not exist, or init_image has the wrong type.
         InitImageFileError: the file cannot be read.
     """
-    unknown = sorted(set(options) - set(get_type_hints(Options)))
-    if unknown:
-        violations = [Violation(name, f"there is no option {name}") for name in unknown]
-        raise InvalidArgumentTypeError(*violations)
+    own = {"request_id", "detach"} & set(kind.DESCRIPTOR.fields_by_name)
+    if unknown := sorted(set(options) - own - set(get_type_hints(Options))):
+        raise InvalidArgumentTypeError(
+            *(Violation(name, f"there is no option {name}", "UNKNOWN_FIELD") for name in unknown)
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    values = {name: given.pop(name) for name in own if name in given}
+    values["request_id"] = values.get("request_id") or str(uuid.uuid4())
+    return build(kind, spec=_job_spec(prompt, init_image, given), **values)
+
+
+def _job_spec(
+    prompt: str, init_image: ImageSource, options: Mapping[str, object]
+) -> job_pb2.JobSpec:
     spec = job_pb2.JobSpec()
-    values: dict[str, Any] = {"prompt": prompt, "output_format": "png", **_given(options)}
-    violations = _set_fields(spec, values)
+    violations = _set_fields(spec, {"prompt": prompt, "output_format": "png", **options})
     if isinstance(init_image, str) and is_address(init_image):
         if _set_fields(spec.init_image, {"url": init_image}):
-            text = "init_image is a URL with characters that are no Unicode text"
-            violations.append(Violation("init_image", text))
+            text = "init_image is a URL with characters that are not valid Unicode"
+            violations.append(Violation("init_image", text, "INVALID_URL"))
     else:
         spec.init_image.data = _bytes(init_image)
-    if len(spec.init_image.data) > MAX_MESSAGE_BYTES - 2**16:  # room for everything else
-        size, most = len(spec.init_image.data) / 2**20, MAX_MESSAGE_BYTES / 2**20
-        text = (
-            f"init_image of {size:.0f} MiB is too large: a whole request has up to {most:.0f} MiB"
-        )
-        violations.append(Violation("init_image", text))
+    size, limit = len(spec.init_image.data), MAX_MESSAGE_BYTES - 2**16  # room for other fields
+    if size > limit:
+        text = f"init_image has {size} bytes, more than the {limit} bytes that fit into a request"
+        violations.append(Violation("init_image", text, "TOO_MANY_BYTES"))
     if violations:
         raise InvalidArgumentError(*violations)
     return spec
 
 
 def build(kind: type[M], **values: Any) -> M:
-    """A request with these fields.
+    """Returns a request with these fields.
 
     Raises:
         InvalidArgumentError: values that do not fit the protocol.
@@ -127,51 +152,35 @@ def build(kind: type[M], **values: Any) -> M:
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Raises InvalidArgumentError unless `value` is a time to wait."""
+    """Raises InvalidArgumentError unless `value` is a finite number above 0."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and math.isfinite(value) and value > 0):  # type: ignore[arg-type,operator]
         text = f"{name} must be a number of seconds above 0, not {value!r}"
-        raise InvalidArgumentError(Violation(name, text))
+        raise invalid(name, "OUT_OF_RANGE" if is_number else "INVALID_TYPE", text)
 
 
-def generate_request(
-    prompt: str,
-    init_image: ImageSource,
-    options: Options,
-    *,
-    request_id: str | None,
-    detach: bool,
-) -> service_pb2.GenerateRequest:
-    """Request of Generate; draws a request_id when none is given, so that it may be repeated."""
-    return build(
-        service_pb2.GenerateRequest,
-        spec=job_spec(prompt, init_image, options),
-        request_id=request_id or str(uuid.uuid4()),
-        detach=detach,
-    )
+def deadline(timeout_seconds: float | None) -> float:
+    """Returns the end of the timeout on the monotonic clock; infinity without one.
+
+    Raises:
+        InvalidArgumentError: it is not a finite number above 0.
+    """
+    if timeout_seconds is None:
+        return math.inf
+    check_seconds("timeout_seconds", timeout_seconds)
+    return time.monotonic() + timeout_seconds
 
 
-def create_request(
-    prompt: str, init_image: ImageSource, options: Options, *, request_id: str | None
-) -> service_pb2.CreateJobRequest:
-    """Request of CreateJob; draws a request_id when none is given, so that it may be repeated."""
-    return build(
-        service_pb2.CreateJobRequest,
-        spec=job_spec(prompt, init_image, options),
-        request_id=request_id or str(uuid.uuid4()),
-    )
-
-
-def watch_request(job: Job | str | int, after_sequence: int) -> service_pb2.WatchJobRequest:
-    """Request of WatchJob."""
+def watch_job(job: Job | str | int, after_sequence: int) -> service_pb2.WatchJobRequest:
+    """Returns the request to follow a job. Raises InvalidArgumentError."""
     return build(service_pb2.WatchJobRequest, name=job_name(job), after_sequence=after_sequence)
 
 
-def list_request(states: Sequence[State | str], page_size: int) -> service_pb2.ListJobsRequest:
-    """Request of the first page.
+def list_jobs(states: Sequence[State | str], page_size: int) -> service_pb2.ListJobsRequest:
+    """Returns the request of the first page.
 
     Raises:
-        InvalidArgumentError: a state does not exist, or page_size is no such number.
+        InvalidArgumentError: a state does not exist, or page_size does not fit the protocol.
     """
     numbers = []
     for state in states:
@@ -180,30 +189,26 @@ def list_request(states: Sequence[State | str], page_size: int) -> service_pb2.L
         except ValueError as error:
             known = ", ".join(one for one in State if one is not State.UNSPECIFIED)
             text = f"there is no state {state!r}; the states are {known}"
-            raise InvalidArgumentError(Violation("states", text)) from error
+            raise invalid("states", "NOT_SUPPORTED", text) from error
     return build(service_pb2.ListJobsRequest, page_size=page_size, states=numbers)
 
 
 def job_name(job: Job | str | int) -> str:
-    """ "jobs/10000001" from a Job, that name, "10000001" or 10000001.
+    """Returns "jobs/10000001" for a Job, for that name, for "10000001" or for 10000001.
 
     Raises:
-        InvalidArgumentError: it is none of these.
+        InvalidArgumentError: `job` is none of these.
     """
     text = job.name if isinstance(job, Job) else str(job)
     match = JOB_NAME.fullmatch(text)
     if match is None:
-        text = f"{text!r} names no job; a job is jobs/10000001 or 10000001"
-        raise InvalidArgumentError(Violation("name", text))
+        text = f"{text!r} is not the name of a job, such as jobs/10000001 or 10000001"
+        raise invalid("name", "INVALID_FORMAT", text)
     return f"jobs/{match[1]}"
 
 
-def _given(options: Options) -> dict[str, object]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
-    """Sets the fields and returns what does not fit them."""
+    """Sets the fields and returns a violation for each value that does not fit its field."""
     violations = []
     for name, value in values.items():
         try:
@@ -216,25 +221,29 @@ def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
             else:
                 setattr(message, name, _wire(message, name, value))
         except (TypeError, ValueError, AttributeError):
-            expected = _expected(message, name)
-            violations.append(Violation(name, f"{name} cannot be {value!r}: it must be {expected}"))
+            text = f"{name} cannot be {value!r}: it must be {_expected(message, name)}"
+            reason = "NOT_SUPPORTED" if _enum(message, name) else "INVALID_TYPE"
+            violations.append(Violation(name, text, reason))
     return violations
 
 
+def _enum(message: Message, name: str) -> EnumDescriptor | None:
+    return message.DESCRIPTOR.fields_by_name[name].enum_type  # type: ignore[return-value]
+
+
 def _expected(message: Message, name: str) -> str:
-    """Returns the values that the protobuf field takes, as a phrase."""
-    described = message.DESCRIPTOR.fields_by_name[name]
-    enum: EnumDescriptor | None = described.enum_type  # type: ignore[assignment]
+    """Returns a phrase for the values that the protobuf field accepts."""
+    enum = _enum(message, name)
     if enum is None:
-        return _KINDS[described.cpp_type]
+        return _KINDS[message.DESCRIPTOR.fields_by_name[name].cpp_type]
     prefix = enum_prefix(enum)
     words = [value.name.removeprefix(prefix).lower() for value in enum.values if value.number]
     return f"one of {', '.join(words)}"
 
 
 def _wire(message: Message, name: str, value: Any) -> Any:
-    """The value as protobuf wants it: an enum's word becomes its number."""
-    enum: EnumDescriptor | None = message.DESCRIPTOR.fields_by_name[name].enum_type  # type: ignore[assignment]
+    """Returns the value for protobuf; a word of an enum becomes its number."""
+    enum = _enum(message, name)
     if enum is None:
         return value
     word = "jpeg" if value == "jpg" else str(value)
@@ -248,8 +257,7 @@ def _bytes(source: ImageSource) -> bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if not isinstance(source, (str, os.PathLike)):
-        text = f"init_image must be a path, bytes or a URL, not {type(source).__name__}"
-        raise InvalidArgumentTypeError(Violation("init_image", text))
+        raise invalid_type("init_image", "a path, bytes or a URL", source)
     path = _path(source)
     try:
         data = path.read_bytes()
@@ -258,25 +266,23 @@ def _bytes(source: ImageSource) -> bytes:
     except OSError as error:
         raise InitImageFileError(path, error) from error
     except ValueError as error:  # a NUL in the path
-        raise _wrong_image(f"init_image {str(path)!r} is no path: {error}") from error
+        text = f"init_image {str(path)!r} is not a path: {error}"
+        raise invalid("init_image", "INVALID_FORMAT", text) from error
     if not data:
-        raise _wrong_image(f"the init image {path} is an empty file")
+        raise invalid("init_image", "INVALID_IMAGE", f"the init image {path} is an empty file")
     return data
 
 
 def _path(source: str | os.PathLike[str]) -> Path:
     if isinstance(source, str) and OTHER_URL.match(source):
-        raise _wrong_image(
-            f"init_image {source!r} cannot be fetched: a URL begins with http://, https:// or "
+        text = (
+            f"init_image {source!r} cannot be fetched: a URL must start with http://, https:// or "
             "data:, and a file is given by its path"
         )
+        raise invalid("init_image", "INVALID_URL", text)
     if isinstance(source, str) and not source.strip():
-        raise _wrong_image("init_image is an empty text, neither a path nor a URL")
+        raise invalid("init_image", "REQUIRED", "init_image is empty: give a path or a URL")
     try:
         return Path(source).expanduser()
-    except RuntimeError:  # there is no such user
+    except RuntimeError:  # the user in ~user does not exist
         return Path(source)
-
-
-def _wrong_image(text: str) -> InvalidArgumentError:
-    return InvalidArgumentError(Violation("init_image", text))

@@ -1,24 +1,31 @@
-"""What the service answers with, as plain frozen dataclasses.
+"""The service's resources as frozen dataclasses.
 
-Fields are called what img2img/v1/job.proto calls them; durations are seconds and say so in their
-name. None means that the service did not set the field.
+Fields have the names of img2img/v1/job.proto. Durations are in seconds and end in `_seconds`. None
+means that the service did not set the field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
-from img2img_client.errors import InvalidArgumentError, Violation
+from img2img.v1 import event_pb2
+from img2img_client.errors import JobCancelledError, JobFailedError, invalid
 
+# The kinds of event that carry a job's record: the snapshot, and one for each terminal state.
+RECORD_EVENTS = frozenset(
+    kind.name
+    for kind in event_pb2.JobEvent.DESCRIPTOR.oneofs_by_name["event"].fields
+    if kind.message_type and "job" in kind.message_type.fields_by_name
+)
 SUFFIX_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 class State(StrEnum):
-    """Where a job is in its life. UNSPECIFIED: a state that this client does not know."""
+    """State of a job. UNSPECIFIED: a state that this client does not know."""
 
     UNSPECIFIED = "unspecified"
     QUEUED = "queued"
@@ -29,11 +36,12 @@ class State(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+        """Whether the job has ended: the terminal event has the name of the state."""
+        return self.value in RECORD_EVENTS
 
 
 class ImageFormat(StrEnum):
-    """Format of the inline pictures; the file behind a link is always PNG."""
+    """Format of the inline images; the stored file behind a link is always PNG."""
 
     UNSPECIFIED = "unspecified"
     PNG = "png"
@@ -50,7 +58,7 @@ class Lane(StrEnum):
 
 
 class DeterminismClass(StrEnum):
-    """How a picture compares with the one the same request gives again."""
+    """How closely an image matches the one that the same request generates again."""
 
     UNSPECIFIED = "unspecified"
     EXACT = "exact"
@@ -60,7 +68,7 @@ class DeterminismClass(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """An encoded picture. `sha256`: of `data`, 64 hexadecimal digits. Sides in pixels."""
+    """An encoded image. `sha256`: of `data`, 64 hexadecimal digits. Sides in pixels."""
 
     data: bytes = field(repr=False)
     media_type: str
@@ -73,26 +81,25 @@ class Image:
         """Writes the file and returns its path.
 
         Raises:
-            InvalidArgumentError: the suffix names another format than the picture has, or the
-                picture's bytes are not here (a job that ended too long ago: fetch its link
-                instead).
+            InvalidArgumentError: the suffix names another format than the image has, or `data` is
+                empty because the job's events have expired; download the image's link instead.
             OSError: the file cannot be written.
         """
         path = Path(path)
         if not self.data:
-            text = "the picture came without its bytes; download its link instead"
-            raise InvalidArgumentError(Violation("data", text))
+            text = "data is empty because the job's events have expired: download the link instead"
+            raise invalid("data", "REQUIRED", text)
         wanted = SUFFIX_FORMATS.get(path.suffix.lower())
         if wanted is not None and self.media_type != f"image/{wanted}":
-            text = f"{path.name} would hold {self.media_type}; ask for output_format={wanted!r}"
-            raise InvalidArgumentError(Violation("path", text))
+            text = f"{path.name} cannot hold {self.media_type}: request output_format={wanted!r}"
+            raise invalid("path", "INVALID_FORMAT", text)
         path.write_bytes(self.data)
         return path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedImage(Image):
-    """One picture of a finished job. `url`: its PNG in the store."""
+    """One image of a finished job. `url`: the link to its stored PNG file."""
 
     index: int
     seed: int
@@ -102,7 +109,7 @@ class GeneratedImage(Image):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One picture of a job as its record has it; `url` and `sha256` are empty until stored."""
+    """One sample in a job's record; `url` and `sha256` are empty until its image is stored."""
 
     index: int
     seed: int
@@ -114,8 +121,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time of an ended job went. `steps` are summed over the samples, `batch_share` is
-    the mean share of the device batch, 0 to 1."""
+    """Duration of each stage of an ended job. `steps` are summed over the samples; `batch_share` is
+    the job's mean share of the device batch, 0 to 1."""
 
     queue_seconds: float
     fetch_seconds: float
@@ -134,7 +141,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobError:
-    """Why a job failed. Branch on `reason`; `retryable`: the same request may work later."""
+    """Why a job failed. Branch on `reason`; `retryable`: the same request may succeed later."""
 
     reason: str
     message: str
@@ -143,7 +150,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """The request as the service understood it: defaults filled in, seed drawn."""
+    """The request with the service's defaults and the drawn seed filled in."""
 
     prompt: str
     negative_prompt: str
@@ -173,7 +180,8 @@ class Spec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One request and its life. `name` is "jobs/{id}"; `future_urls` are known before the files."""
+    """The record of a job. `name` is "jobs/{id}"; `future_urls` are the links that will work once
+    the images are stored."""
 
     name: str
     id: int
@@ -201,8 +209,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model being served; the default scheduler is the first. The limits are those of requests
-    for this model; 0: the service is too old to tell them."""
+    """A model that the service serves; the first scheduler is the default. Its limits apply to
+    requests for this model; 0: the service is too old to report the limit."""
 
     name: str
     family: str
@@ -222,8 +230,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits that a request is held against; a model may have narrower ones. 0: the service is
-    too old to tell them."""
+    """The limits of a request; a model may have narrower ones. 0: the service is too old to report
+    the limit."""
 
     max_prompt_characters: int
     min_side_pixels: int
@@ -253,7 +261,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What the service can do now; the default model is the first."""
+    """The models that the service serves and its limits; the first model is the default."""
 
     server_version: str
     models: tuple[Model, ...]
@@ -267,3 +275,33 @@ class Caller:
     tenant: str
     key_id: str
     permissions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A job that succeeded, and its images ordered by sample."""
+
+    job: Job
+    images: tuple[GeneratedImage, ...]
+
+
+# In place of an image whose event has expired: only its link is left.
+_EXPIRED = Image(data=b"", media_type="", size_bytes=0, sha256="", width=0, height=0)
+
+
+def result_of(job: Job, images: Mapping[int, Image]) -> Result:
+    """Joins an ended job's record with the inline images of its samples.
+
+    Raises:
+        JobFailedError, JobCancelledError: the job did not succeed.
+    """
+    if job.state is State.FAILED:
+        raise JobFailedError(job)
+    if job.state is State.CANCELLED:
+        raise JobCancelledError(job)
+    joined = []
+    for sample in job.samples:
+        inline = asdict(images.get(sample.index, _EXPIRED))
+        facts = {name: getattr(sample, name) for name in ("index", "seed", "nsfw", "url")}
+        joined.append(GeneratedImage(**inline, **facts))
+    return Result(job=job, images=tuple(joined))

@@ -1,58 +1,307 @@
-"""A job's events, each exactly once, also when the connection breaks in between."""
+"""The events of one job, each exactly once, even when the connection breaks in between.
+
+`Follow` makes every decision. The classes here do the I/O, blocking and on asyncio.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from typing import Self
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, Self
+from weakref import ref
 
-from img2img_client import requests
+import grpc
+
+from img2img_client import errors
+from img2img_client.channel import Endpoint
+from img2img_client.diagnosis import explain, explain_async
 from img2img_client.events import Event
-from img2img_client.resources import Job
-from img2img_client.result import Result
-from img2img_client.resume import Follow
+from img2img_client.resources import Job, Result
+from img2img_client.resume import FirstRequest, Follow
+
+log = logging.getLogger("img2img_client")
+
+NAME_SECONDS = 2.0  # how long leaving a stream waits for the job's name, which cancelling needs
+
+# Starts a call: its request and its timeout in seconds.
+Open = Callable[[FirstRequest, float | None], Any]
 
 
-def deadline(timeout_seconds: float | None) -> float:
-    """The moment on the monotonic clock when the timeout has passed; infinity without one.
+def is_task_cancelled() -> bool:
+    """Returns whether the current CancelledError is for the running task, not for its call."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
-    Raises:
-        InvalidArgumentError: it is no time to wait.
+
+class _Calls:
+    """The calls that read one job's events.
+
+    They hold neither the stream nor the generator of its events. The generator so ends, and its job
+    is cancelled, as soon as the caller drops it.
     """
-    if timeout_seconds is None:
-        return math.inf
-    requests.check_seconds("timeout_seconds", timeout_seconds)
-    return time.monotonic() + timeout_seconds
+
+    def __init__(self, follow: Follow, endpoint: Endpoint, open_call: Open) -> None:
+        self.follow = follow
+        self._endpoint = endpoint
+        self._open_call = open_call
+        self._is_lost = False
+        self._call: Any = None  # the newest call
+        self._message: Any = None  # future of its newest message
+        limit = follow.silence_seconds
+        self._silence_seconds = None if math.isinf(limit) else limit
+
+    def _open(self) -> Any:
+        left = max(0.0, self.follow.deadline - time.monotonic())
+        self._call = self._open_call(self.follow.next_request(), None if math.isinf(left) else left)
+        return self._call
+
+    def _take(self, message: Any) -> Event | None:
+        if self._is_lost:
+            self._is_lost = False
+            log.info("connected again")
+        return self.follow.take(message.event)
+
+    def _delay(self, failure: grpc.RpcError | errors.RpcError) -> float:
+        """Returns the seconds to wait before the next call. Raises RpcError when there is none."""
+        error = (
+            failure
+            if isinstance(failure, errors.RpcError)
+            else errors.from_call(failure, self._endpoint)
+        )
+        delay = self.follow.delay_after(error, time.monotonic())
+        if not self.follow.finished:
+            self._is_lost = True
+            log.info("connection lost, retrying: %s", error)
+        return delay
+
+    def _silent(self) -> errors.UnavailableError:
+        text = f"no message from the service for {self._silence_seconds:g} seconds"
+        return errors.unavailable(text)
+
+
+class BlockingCalls(_Calls):
+    """The calls of a JobStream. `cancel` cancels the job with the given name."""
+
+    def __init__(
+        self, follow: Follow, endpoint: Endpoint, open_call: Open, cancel: Callable[[str], None]
+    ) -> None:
+        super().__init__(follow, endpoint, open_call)
+        self._cancel = cancel
+        self._events: Callable[[], Generator[Event, None, None] | None] = lambda: None
+        self._leaving = threading.RLock()
+
+    def start(self) -> Generator[Event, None, None]:
+        """Returns the events. Call it once."""
+        events = self._run()
+        self._events = ref(events)
+        return events
+
+    def leave(self) -> None:
+        """Ends the events, even while another thread reads them, and cancels the job.
+
+        The client must be marked as closed before, so that the other thread makes no further call.
+        """
+        events = self._events()
+        with suppress(ValueError):  # another thread reads them
+            if events is not None:
+                events.close()
+        if self._call is not None:
+            self._call.cancel()
+        self._cancel_job()
+
+    def _cancel_job(self) -> None:
+        with self._leaving:  # closing the client waits for a thread that is cancelling
+            if name := self.follow.abandon():
+                self._cancel(name)
+
+    def _run(self) -> Generator[Event, None, None]:
+        follow = self.follow
+        try:
+            while not follow.finished:
+                call = self._open()
+                try:
+                    for message in self._messages(call):
+                        if (event := self._take(message)) is not None:
+                            yield event
+                    delay = follow.delay_after_end(time.monotonic())
+                except (grpc.RpcError, errors.UnavailableError) as failure:
+                    try:
+                        delay = self._delay(failure)
+                    except errors.RpcError as last:
+                        raise explain(last, self._endpoint) from failure
+                except BaseException:
+                    self._learn_name()
+                    raise
+                finally:
+                    call.cancel()
+                time.sleep(delay)
+        finally:
+            self._cancel_job()
+
+    def _messages(self, call: Any) -> Iterator[Any]:
+        """Yields the call's messages. Raises UnavailableError when none arrives for too long.
+
+        gRPC's blocking calls wait without a limit, and a read that Ctrl-C interrupts cannot be
+        continued. So a thread reads each message when it is asked for.
+        """
+        requests: SimpleQueue[Future[Any] | None] = SimpleQueue()
+        threading.Thread(target=_read, args=(call, requests), daemon=True).start()
+        try:
+            while True:
+                self._message = Future()
+                requests.put(self._message)
+                try:
+                    message = self._message.result(self._silence_seconds)
+                except TimeoutError:
+                    raise self._silent() from None
+                if message is None:
+                    return
+                yield message
+        finally:
+            requests.put(None)
+
+    def _learn_name(self) -> None:
+        """Waits a short time for the name of the job, which must be cancelled."""
+        if self.follow.is_ours and not self.follow.job_name and self._message is not None:
+            with suppress(grpc.RpcError, TimeoutError):
+                message = self._message.result(NAME_SECONDS)
+                if message is not None:
+                    self._take(message)
+
+
+def _read(call: Any, requests: SimpleQueue[Future[Any] | None]) -> None:
+    """Reads one message of a blocking call for each future, and sets None at the call's end."""
+    while (future := requests.get()) is not None:
+        try:
+            future.set_result(next(call, None))
+        except Exception as error:  # passed on to the thread that waits
+            future.set_exception(error)
+
+
+class AsyncCalls(_Calls):
+    """The calls of an AsyncJobStream; methods as in BlockingCalls."""
+
+    def __init__(
+        self,
+        follow: Follow,
+        endpoint: Endpoint,
+        open_call: Open,
+        cancel: Callable[[str], Awaitable[None]],
+    ) -> None:
+        super().__init__(follow, endpoint, open_call)
+        self._cancel = cancel
+        self._events: Callable[[], AsyncGenerator[Event, None] | None] = lambda: None
+        self._leaving: asyncio.Future[None] | None = None
+
+    def start(self) -> AsyncGenerator[Event, None]:
+        """Returns the events. Call it once."""
+        events = self._run()
+        self._events = ref(events)
+        return events
+
+    async def leave(self) -> None:
+        """Ends the events, even while another task reads them, and cancels the job."""
+        events = self._events()  # None also while the event loop still has to end the generator
+        with suppress(RuntimeError):  # another task reads them
+            if events is not None:
+                await events.aclose()
+        await self._left()
+
+    async def _run(self) -> AsyncGenerator[Event, None]:
+        follow = self.follow
+        try:
+            while not follow.finished:
+                call = self._open()
+                try:
+                    async for message in self._messages(call):
+                        if (event := self._take(message)) is not None:
+                            yield event
+                    delay = follow.delay_after_end(time.monotonic())
+                except (grpc.RpcError, errors.UnavailableError) as failure:
+                    try:
+                        delay = self._delay(failure)
+                    except errors.RpcError as last:
+                        raise await explain_async(last, self._endpoint) from failure
+                except asyncio.CancelledError as cancelled:
+                    if not is_task_cancelled():  # closing the client cancelled the call
+                        raise errors.ClientClosedError from cancelled
+                    raise
+                call.cancel()
+                await asyncio.sleep(delay)
+        finally:
+            await self._left()
+
+    async def _messages(self, call: Any) -> AsyncIterator[Any]:
+        """Yields the call's messages. Raises UnavailableError when none arrives for too long.
+
+        gRPC cancels a call together with the task that reads it. So another task reads, and leaving
+        the stream can still wait for the job's name.
+        """
+        messages = aiter(call)
+        while True:
+            self._message = asyncio.ensure_future(anext(messages))
+            self._message.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.wait({self._message}, timeout=self._silence_seconds)
+            if not self._message.done():
+                raise self._silent()
+            try:
+                message = await self._message
+            except StopAsyncIteration:
+                return
+            yield message
+
+    async def _left(self) -> None:
+        """Waits until the stream is left, even if the waiting task is cancelled once more."""
+        if self.follow.finished:
+            return
+        if self._leaving is None:
+            self._leaving = asyncio.ensure_future(self._leave())
+        await asyncio.shield(self._leaving)
+
+    async def _leave(self) -> None:
+        follow, message = self.follow, self._message
+        if follow.is_ours and not follow.job_name and message is not None:
+            await asyncio.wait({message}, timeout=NAME_SECONDS)
+            if message.done() and not message.cancelled() and message.exception() is None:
+                self._take(message.result())
+        if self._call is not None:
+            self._call.cancel()
+        if name := follow.abandon():
+            await self._cancel(name)
 
 
 class _Stream:
-    """What both streams know about their job."""
+    """What both streams tell about their job."""
 
     def __init__(self, follow: Follow) -> None:
         self._follow = follow
 
     @property
     def job_name(self) -> str:
-        """ "jobs/{id}"; empty until the first event came."""
+        """ "jobs/{id}"; empty until the first event has arrived."""
         return self._follow.job_name
 
     @property
     def sequence(self) -> int:
-        """Number of the last event; `watch` goes on after it."""
+        """Number of the last event; `watch` can resume after it."""
         return self._follow.sequence
 
     @property
     def job(self) -> Job | None:
-        """The newest record that came by: of the snapshot, then of the end."""
+        """The newest record of the job that an event has brought."""
         return self._follow.job
 
 
 class JobStream(_Stream):
-    """Iterate over it, best inside `with`; `result()` reads what is left and joins the pictures.
-
-    Heartbeats of the service are not handed out.
-    """
+    """Iterate over it, best inside `with`. `result()` reads the remaining events and returns the
+    images. The service's heartbeats are not returned."""
 
     def __init__(self, follow: Follow, events: Generator[Event, None, None]) -> None:
         super().__init__(follow)
@@ -68,15 +317,16 @@ class JobStream(_Stream):
         self.close()
 
     def close(self) -> None:
-        """Leaves the stream; cancels the job if it is ours, not detached and not ended."""
+        """Leaves the stream. Cancels the job if this stream created it, unless it is detached or
+        has ended."""
         self._events.close()
 
     def result(self) -> Result:
-        """Waits for the job's end and returns its pictures.
+        """Waits for the end of the job and returns its images.
 
         Raises:
-            JobFailedError, JobCancelledError: the job ended without pictures.
-            StreamClosedError: the stream was closed before that.
+            JobFailedError, JobCancelledError: the job ended without images.
+            StreamClosedError: the stream was closed before the job ended.
         """
         for _ in self._events:
             pass
@@ -84,8 +334,8 @@ class JobStream(_Stream):
 
 
 class AsyncJobStream(_Stream):
-    """Iterate over it, best inside `async with`; `result()` reads what is left and joins the
-    pictures. Cancelling the task that reads leaves the stream. Heartbeats are not handed out."""
+    """Iterate over it, best inside `async with`. Methods as in JobStream. Cancelling the task that
+    reads it leaves the stream."""
 
     def __init__(self, follow: Follow, events: AsyncGenerator[Event, None]) -> None:
         super().__init__(follow)
@@ -101,11 +351,11 @@ class AsyncJobStream(_Stream):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """As JobStream.close."""
+        """Leaves the stream, as JobStream.close."""
         await self._events.aclose()
 
     async def result(self) -> Result:
-        """As JobStream.result."""
+        """Waits for the end of the job and returns its images, as JobStream.result."""
         async for _ in self._events:
             pass
         return self._follow.result()

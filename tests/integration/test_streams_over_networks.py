@@ -59,7 +59,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         api_server, "server_options", lambda config: [*({**dict(options(config)), **fast}).items()]
     )
-    monkeypatch.setattr(channel, "OPTIONS", tuple({**dict(channel.OPTIONS), **KEEPALIVE}.items()))
+    monkeypatch.setattr(
+        channel, "CHANNEL_OPTIONS", tuple({**dict(channel.CHANNEL_OPTIONS), **KEEPALIVE}.items())
+    )
 
 
 def retry() -> Retry:

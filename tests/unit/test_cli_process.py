@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_a_watched_job_alone(wish: list[str]) -> None:
         wait_for_preview(wish)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=WAIT_SECONDS)
-    assert (process.returncode, stderr) == (130, f"{NAME} goes on\n")
+    assert (process.returncode, stderr) == (130, f"{NAME} keeps running\n")
     assert service.requests == [service_pb2.WatchJobRequest(name=NAME)]
 
 
@@ -142,7 +142,7 @@ def test_a_terminal_tells_that_the_connection_is_lost_and_there_again(wish: list
         process = start(port, *wish, stderr=theirs)
         os.close(theirs)
         shown = read_until(ours, "denoising")
-    shown += read_until(ours, "connection lost, trying again: cannot reach")
+    shown += read_until(ours, "connection lost, retrying: cannot reach")
     with serving(second, port):
         shown += read_until(ours, "connected again")
         process.send_signal(signal.SIGINT)

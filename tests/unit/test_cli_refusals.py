@@ -34,14 +34,14 @@ def refuse(*words: str) -> Result:
     ("words", "sentence"),
     [
         ((*WISH, "--output", "out.gif"), "out.gif must end in one of .png, .jpg, .jpeg, .webp"),
-        ((*WISH, "--output", "photo.jpg/out.png"), "cannot make the folder photo.jpg"),
+        ((*WISH, "--output", "photo.jpg/out.png"), "cannot create the folder photo.jpg"),
         (
             ("generate", "--prompt", "p", "--init-image", "none.jpg"),
             "cannot read the init image none.jpg",
         ),
-        ((*WISH, "--detach", "--timeout", "5"), "--timeout has no meaning with --detach"),
+        ((*WISH, "--detach", "--timeout", "5"), "--timeout cannot be combined with --detach"),
         (("generate", "--prompt", "p"), "Missing option '--init-image'"),
-        (("get", "cat"), "'cat' names no job; a job is jobs/10000001 or 10000001"),
+        (("get", "cat"), "'cat' is not the name of a job"),
         ((*WISH, "--samples", "two"), "'two' is not a valid integer"),
         ((*WISH, "--width", "99999999999"), "width cannot be 99999999999"),
     ],
@@ -60,8 +60,8 @@ def invalid() -> Iterator[FakeService]:
     violation = error_details_pb2.BadRequest.FieldViolation
     bad = error_details_pb2.BadRequest(
         field_violations=[
-            violation(field="strength", description="strength must be between 0 and 1"),
-            violation(field="width", description="width must be divisible by 8"),
+            violation(field="strength", description="too high", reason="OUT_OF_RANGE"),
+            violation(field="width", description="not a multiple", reason="NOT_DIVISIBLE"),
         ]
     )
     wrong = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "bad", "INVALID_REQUEST", (bad,))
@@ -72,9 +72,7 @@ def test_an_invalid_request_is_one_sentence_a_violation(invalid: FakeService) ->
     result = run(invalid, *WISH, "--strength", "1.5", "--width", "513")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == (
-        "Error: strength must be between 0 and 1\nError: width must be divisible by 8\n"
-    )
+    assert result.stderr == "Error: too high\nError: not a multiple\n"
 
 
 def test_an_invalid_request_as_json_is_in_the_golden_file(invalid: FakeService) -> None:
@@ -84,7 +82,7 @@ def test_an_invalid_request_as_json_is_in_the_golden_file(invalid: FakeService) 
 
 
 UNKNOWN_KEY = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
-GIVE_KEY = "Give your key with --api-key or IMG2IMG_API_KEY."
+GIVE_KEY = "Set your key with --api-key or IMG2IMG_API_KEY."
 DEFAULT_KEY = f"No key was given, so dev-key was used. {GIVE_KEY}"
 
 
@@ -126,7 +124,7 @@ def test_a_job_that_is_lost_from_sight_can_be_followed_again() -> None:
     result = run(service, *WISH)
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        f"{NAME} may still be running; follow it: img2img watch 10000001 --after 3",
+        f"{NAME} may still be running; follow it with: img2img watch 10000001 --after 3",
         "Error: Invalid API key",
         DEFAULT_KEY,
     ]
@@ -182,7 +180,7 @@ def test_the_hint_is_only_for_a_service_that_does_not_run() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("photo.jpg", "photo.jpg holds no usable PEM certificate"),
+        ("photo.jpg", "photo.jpg contains no valid PEM certificate"),
         ("none.pem", "'none.pem' does not exist"),
         (".", "'.' is a directory"),
     ],

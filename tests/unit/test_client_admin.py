@@ -11,7 +11,7 @@ import pytest
 import img2img_client as api
 from img2img.v1 import admin_service_pb2, service_pb2
 from img2img_client import StorageSettings, StorageUpdate, SystemDetails
-from img2img_client.cli.output import count
+from img2img_client.cli.program import count
 from tests import cli_runs
 from tests.cli_runs import in_a_folder_with_a_photo
 from tests.client_runs import BOTH, Run
@@ -96,7 +96,7 @@ def test_a_key_that_may_not_is_told(run: Run) -> None:
         (
             "admin details",
             admin_service_pb2.GetSystemDetailsRequest(),
-            "version 0.1.0, up 90 s\n2 models\n3 jobs wait, about 4.5 s\n",
+            "version 0.1.0, up 90 s\n2 models\n3 queued jobs, about 4.5 s\n",
             {
                 "server_version": "0.1.0",
                 "uptime_seconds": 90.0,
@@ -109,31 +109,31 @@ def test_a_key_that_may_not_is_told(run: Run) -> None:
         (
             "admin restart",
             admin_service_pb2.RestartServerRequest(),
-            "workers restart\n",
+            "the workers are restarting\n",
             {"done": True},
         ),
         (
             "admin update",
             admin_service_pb2.UpdateServerRequest(),
-            "workers restart and read everything again\n",
+            "the workers are restarting and read their settings and models again\n",
             {"done": True},
         ),
         (
             "admin clear-cache",
             admin_service_pb2.ClearCacheRequest(),
-            "caches are emptied\n",
+            "the workers are emptying their caches\n",
             {"done": True},
         ),
         (
             "admin clear-queue",
             admin_service_pb2.ClearQueueRequest(),
-            "3 jobs ended\n",
+            "3 queued jobs failed\n",
             {"cleared_jobs": 3},
         ),
         (
             "admin reset-storage",
             service_pb2.ResetStorageSettingsRequest(),
-            "files stay with the service\n",
+            "images of new jobs are stored by the service\n",
             {"done": True},
         ),
     ],
@@ -164,12 +164,12 @@ def test_set_storage_reads_the_keys_from_the_environment(monkeypatch: pytest.Mon
     service = FakeService()
     told = cli_runs.run(service, "admin", "set-storage", *words.split())
     assert (told.exit_code, told.stderr) == (0, "Warning: mind the gap\n")
-    assert told.stdout == "files go to https://my-bucket.s3.amazonaws.com\n"
+    assert told.stdout == "images of new jobs are stored at https://my-bucket.s3.amazonaws.com\n"
     assert service.requests == [UPDATE]
 
 
 def test_redeliver_asks_for_the_webhook_once_more() -> None:
     service = FakeService()
     told = cli_runs.run(service, "redeliver", "10000001")
-    assert (told.exit_code, told.stdout) == (0, "jobs/10000001: its webhook is sent again\n")
+    assert (told.exit_code, told.stdout) == (0, "jobs/10000001: the webhook will be sent again\n")
     assert service.requests == [service_pb2.RedeliverWebhookRequest(name="jobs/10000001")]

@@ -10,7 +10,7 @@ import pytest
 import trustme
 
 from img2img_client import Client, Retry
-from img2img_client.channel import OPTIONS, Endpoint
+from img2img_client.channel import CHANNEL_OPTIONS, Endpoint
 from img2img_server.api.server import server_options
 from img2img_server.settings import Settings
 from tests.fake_service import FakeService, serving
@@ -32,11 +32,6 @@ from tests.fake_service import FakeService, serving
 def test_a_server_is_named_by_host_and_port(server: str, target: str, is_loopback: bool) -> None:
     endpoint = Endpoint(server)
     assert (endpoint.target, endpoint.is_loopback) == (target, is_loopback)
-
-
-def test_a_web_address_is_no_server() -> None:
-    with pytest.raises(ValueError, match="server is host:port without http://"):
-        Client("http://127.0.0.1:8080")
 
 
 def test_the_channel_is_encrypted_when_asked() -> None:
@@ -66,7 +61,7 @@ def test_importing_the_client_brings_nothing_heavy(module: str) -> None:
 
 def test_a_client_is_back_before_the_server_gives_its_job_up() -> None:
     """On a connection that dies silently, the side that notices first decides."""
-    ours, theirs = dict(OPTIONS), dict(server_options(Settings()))
+    ours, theirs = dict(CHANNEL_OPTIONS), dict(server_options(Settings()))
     noticed = ours["grpc.keepalive_time_ms"] + ours["grpc.http2.ping_timeout_ms"]
     back = noticed / 1000 + Retry().longest_delay_seconds
     earliest = min(theirs["grpc.keepalive_timeout_ms"], theirs["grpc.http2.ping_timeout_ms"]) / 1000

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from img2img.v1 import service_pb2
-from img2img_client.errors import QueueFullError, UnavailableError
+from img2img_client.errors import UnavailableError
 from img2img_client.resume import Backoff, Follow, Retry
 from tests.fake_job import NAME, events
 
@@ -53,7 +53,7 @@ def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.Dat
         seen += [event for message in messages[:upto] if (event := follow.take(message))]
         if follow.finished:
             break
-        now += follow.broke(LOST, now) + 0.01
+        now += follow.delay_after(LOST, now) + 0.01
     else:
         return  # broke twenty times: nothing to say about the whole
     assert [event.sequence for event in seen] == [0, *(event.sequence for event in LOG)]
@@ -63,45 +63,45 @@ def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.Dat
 
 def test_pauses_grow_to_a_bound_and_start_anew_after_news() -> None:
     backoff = Backoff(RETRY, draw=Longest())
-    backoff.heard(news=True)
-    assert [backoff.pause(LOST, 0.0) for _ in range(5)] == [0.5, 1.0, 2.0, 4.0, 4.0]
-    backoff.heard(news=False)
-    assert backoff.pause(LOST, 0.0) == 4.0  # contact alone does not make the next try sooner
-    backoff.heard(news=True)
-    assert backoff.pause(LOST, 0.0) == 0.5
+    backoff.connected(new_event=True)
+    assert [backoff.delay(LOST, 0.0) for _ in range(5)] == [0.5, 1.0, 2.0, 4.0, 4.0]
+    backoff.connected(new_event=False)
+    assert backoff.delay(LOST, 0.0) == 4.0  # contact alone does not make the next try sooner
+    backoff.connected(new_event=True)
+    assert backoff.delay(LOST, 0.0) == 0.5
 
 
 def test_a_first_call_is_given_up_sooner_than_a_job_that_has_begun() -> None:
     first = Backoff(RETRY, draw=Longest())
-    assert first.pause(LOST, 100.0) == 0.5
+    assert first.delay(LOST, 100.0) == 0.5
     with pytest.raises(UnavailableError, match="lost"):
-        first.pause(LOST, 100.6)
+        first.delay(LOST, 100.6)
     begun = Backoff(RETRY, draw=Longest())
-    begun.heard(news=True)
-    assert begun.pause(LOST, 100.0) == 0.5
-    assert begun.pause(LOST, 105.0) == 1.0
+    begun.connected(new_event=True)
+    assert begun.delay(LOST, 100.0) == 0.5
+    assert begun.delay(LOST, 105.0) == 1.0
     with pytest.raises(UnavailableError, match="lost"):
-        begun.pause(LOST, 109.0)
+        begun.delay(LOST, 109.0)
 
 
 def test_a_pause_that_the_service_asks_for_is_the_least() -> None:
     backoff = Backoff(RETRY, draw=Longest())
-    backoff.heard(news=True)
-    assert backoff.pause(QueueFullError("full", retry_seconds=3.0), 0.0) == 3.0
+    backoff.connected(new_event=True)
+    assert backoff.delay(UnavailableError("full", retry_seconds=3.0), 0.0) == 3.0
 
 
 def test_no_pause_goes_beyond_the_deadline() -> None:
     backoff = Backoff(RETRY, deadline=0.4, draw=Longest())
     with pytest.raises(UnavailableError):
-        backoff.pause(LOST, 0.0)
+        backoff.delay(LOST, 0.0)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 30))
 def test_pauses_are_drawn_between_nothing_and_the_bound(seed: int) -> None:
     backoff = Backoff(RETRY, draw=random.Random(seed))
-    backoff.heard(news=True)
-    pauses = [backoff.pause(LOST, 0.0) for _ in range(4)]
+    backoff.connected(new_event=True)
+    pauses = [backoff.delay(LOST, 0.0) for _ in range(4)]
     bounds = [0.5, 1.0, 2.0, 4.0]
     assert all(0.0 <= pause <= bound for pause, bound in zip(pauses, bounds, strict=True))
 
@@ -111,7 +111,7 @@ def test_a_stream_that_ends_with_an_ended_job_is_finished_without_its_events() -
     message = snapshot(0)
     message.snapshot.job.CopyFrom(LOG[-1].succeeded.job)
     follow.take(message)
-    assert follow.ended(0.0) == 0.0
+    assert follow.delay_after_end(0.0) == 0.0
     assert follow.finished
     assert follow.result().job.id == 10000001
 

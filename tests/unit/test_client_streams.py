@@ -198,7 +198,7 @@ def test_leaving_a_detached_stream_leaves_its_job_alone(run: Run) -> None:
 
 def test_a_timeout_ends_the_stream_and_cancels_its_job(run: Run) -> None:
     service = FakeService(pause_after=3)
-    with pytest.raises(api.DeadlineExceededError, match="did not finish within the given time"):
+    with pytest.raises(api.DeadlineExceededError):
         run(service, lambda client: client.generate("p", b"photo", timeout_seconds=0.3))
     assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
 
@@ -237,7 +237,7 @@ def test_a_closed_stream_has_no_result(run: Run) -> None:
 
         return close_then_ask()
 
-    with pytest.raises(RuntimeError, match="closed before the job had ended"):
+    with pytest.raises(api.StreamClosedError):
         run(service, use)
 
 

@@ -1,7 +1,8 @@
 """The command `img2img`.
 
-Exit codes: 0 done, 1 the job failed or the service could not do it, 2 the request is wrong,
-130 stopped by Ctrl-C. With --json one object goes to stdout, and nothing else does.
+Exit codes: 0 success, 1 the job failed or the service is unavailable or rejects the call, 2 the
+request is invalid, 130 interrupted by Ctrl-C. With --json, stdout contains one object and nothing
+else.
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ from __future__ import annotations
 import click
 
 from img2img_client.cli.admin import admin
-from img2img_client.cli.generate import generate
-from img2img_client.cli.jobs import cancel, capabilities, get, list_jobs, redeliver, watch
+from img2img_client.cli.jobs import (
+    cancel,
+    capabilities,
+    generate,
+    get,
+    list_jobs,
+    redeliver,
+    watch,
+)
 from img2img_client.cli.program import Program
 
 
@@ -19,7 +27,15 @@ from img2img_client.cli.program import Program
 )
 @click.version_option(package_name="img2img-service")
 def main() -> None:
-    """Turn pictures into new pictures with the img2img service."""
+    """Generate images from images with the img2img service.
+
+    \b
+    Example:
+      img2img generate --prompt "an oil painting of a cat" --init-image photo.jpg
+
+    The exit code is 0 for success, 1 if the job failed or the service is unavailable, 2 if the
+    request is invalid, and 130 after Ctrl-C.
+    """
 
 
 for command in (generate, watch, get, list_jobs, cancel, redeliver, capabilities, admin):

@@ -1,32 +1,35 @@
-"""`img2img admin ...`: manages the service, with a key that may."""
+"""`img2img admin ...`: manages the service."""
 
 from __future__ import annotations
 
 import click
 
 from img2img_client.admin import StorageSettings
-from img2img_client.cli.output import count
+from img2img_client.cli.program import count
 from img2img_client.cli.session import Session, command
 
 
 @click.group()
 def admin() -> None:
-    """Manage the service. Needs a key with the permission `operate` or `storage`."""
+    """Manage the service.
+
+    The API key needs the permission `operate`; for details, set-storage and reset-storage the
+    permission `storage` is enough.
+    """
 
 
 @admin.command()
 @command
 def details(session: Session) -> None:
-    """Show how the service is doing."""
+    """Show the version, the models, the queue and the GPU usage of the service."""
     found = session.client.admin.system_details()
 
     def show() -> None:
         click.echo(f"version {found.server_version}, up {found.uptime_seconds:.0f} s")
         busy = f", GPUs {found.gpu_usage:.0%} busy" if _has_gpus(session) else ""
         click.echo(f"{count(found.model_count, 'model')}{busy}")
-        wait = "waits" if found.queued_jobs == 1 else "wait"
         seconds = found.queue_duration_seconds
-        click.echo(f"{count(found.queued_jobs, 'job')} {wait}, about {seconds:.1f} s")
+        click.echo(f"{count(found.queued_jobs, 'queued job')}, about {seconds:.1f} s")
 
     session.answer(found, show)
 
@@ -34,48 +37,51 @@ def details(session: Session) -> None:
 @admin.command()
 @command
 def restart(session: Session) -> None:
-    """Restart every worker. Running jobs start anew."""
+    """Restart every worker. Running jobs go back to the queue and start again."""
     session.client.admin.restart_server()
-    _done(session, "workers restart")
+    _done(session, "the workers are restarting")
 
 
 @admin.command()
 @command
 def update(session: Session) -> None:
-    """Have workers read settings and model files again, which restarts them."""
+    """Restart every worker, so that it reads its settings and model files again."""
     session.client.admin.update_server()
-    _done(session, "workers restart and read everything again")
+    _done(session, "the workers are restarting and read their settings and models again")
 
 
 @admin.command("clear-cache")
 @command
 def clear_cache(session: Session) -> None:
-    """Empty the workers' caches."""
+    """Empty the caches of all workers."""
     session.client.admin.clear_cache()
-    _done(session, "caches are emptied")
+    _done(session, "the workers are emptying their caches")
 
 
 @admin.command("clear-queue")
 @command
 def clear_queue(session: Session) -> None:
-    """End your waiting jobs as failed."""
+    """Fail all your queued jobs."""
     cleared = session.client.admin.clear_queue()
-    session.answer({"cleared_jobs": cleared}, lambda: click.echo(f"{count(cleared, 'job')} ended"))
+    text = f"{count(cleared, 'queued job')} failed"
+    session.answer({"cleared_jobs": cleared}, lambda: click.echo(text))
 
 
 @admin.command("set-storage")
-@click.option("--public-url", required=True, help="Base of the links.")
-@click.option("--endpoint-url", required=True, help="Where files are sent.")
-@click.option("--region", "region_name", required=True, help="Region for the signature.")
-@click.option("--directory", "image_directory", required=True, help="Folder of the files.")
-@click.option("--bucket", default="", help="Bucket, if neither address nor folder names it.")
+@click.option("--public-url", required=True, help="Base URL of the links to the images.")
+@click.option("--endpoint-url", required=True, help="URL of the S3 server.")
+@click.option("--region", "region_name", required=True, help="Region of the S3 server.")
+@click.option("--directory", "image_directory", required=True, help="Folder in the bucket.")
+@click.option(
+    "--bucket", default="", help="Bucket, unless the endpoint URL or the directory names it."
+)
 @click.option(
     "--access-key",
     "aws_access_key_id",
     required=True,
     envvar="AWS_ACCESS_KEY_ID",
     show_envvar=True,
-    help="Access key.",
+    help="S3 access key.",
 )
 @click.option(
     "--secret-key",
@@ -83,28 +89,30 @@ def clear_queue(session: Session) -> None:
     required=True,
     envvar="AWS_SECRET_ACCESS_KEY",
     show_envvar=True,
-    help="Secret key; better in the environment than on the command line.",
+    help="S3 secret key. Prefer the environment variable: other users can see command lines.",
 )
-@click.option("--check", is_flag=True, help="Store and read a small file first.")
+@click.option("--check", is_flag=True, help="Write and read a small file first, as a test.")
 @command
 def set_storage(session: Session, *, check: bool, **settings: str) -> None:
-    """Have the files of your jobs go to your own S3 storage from now on."""
-    told = session.client.admin.update_storage(StorageSettings(**settings), check_connection=check)
+    """Store the images of new jobs in your own S3 storage."""
+    updated = session.client.admin.update_storage(
+        StorageSettings(**settings), check_connection=check
+    )
 
     def show() -> None:
-        click.echo(f"files go to {told.settings.endpoint_url}")
-        if told.warning:
-            click.echo(f"Warning: {told.warning}", err=True)
+        click.echo(f"images of new jobs are stored at {updated.settings.endpoint_url}")
+        if updated.warning:
+            click.echo(f"Warning: {updated.warning}", err=True)
 
-    session.answer({"warning": told.warning}, show)
+    session.answer({"warning": updated.warning}, show)
 
 
 @admin.command("reset-storage")
 @command
 def reset_storage(session: Session) -> None:
-    """Have the files of your jobs stay with the service from now on."""
+    """Store the images of new jobs in the storage of the service."""
     session.client.admin.reset_storage()
-    _done(session, "files stay with the service")
+    _done(session, "images of new jobs are stored by the service")
 
 
 def _has_gpus(session: Session) -> bool:

@@ -1,10 +1,12 @@
-"""The live display of a job on a terminal: what happens now, and a bar for every sample."""
+"""The live display of a job on a terminal: its status, and a progress bar for every sample."""
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,51 +16,21 @@ from rich.table import Table
 from rich.text import Text
 
 from img2img_client import events
+from img2img_client.cli.program import count
+from img2img_client.cli.report import COLOURS
 from img2img_client.resources import State
 
 log = logging.getLogger("img2img_client")
 
-ENDS = {
-    events.Succeeded: ("✓", "green", "done"),
-    events.Failed: ("✗", "red", "failed"),
-    events.Cancelled: ("✗", "yellow", "cancelled"),
-}
 STAGES = {
-    events.Stage.TEXT_ENCODED: "encoding the picture",
+    events.Stage.TEXT_ENCODED: "encoding the init image",
     events.Stage.IMAGE_ENCODED: "denoising",
 }
-
-
-BESIDE_THE_BAR = 36  # columns: "  sample 0 ", " 10/10 " and "seed 4294967295"
-
-
-class Display(Protocol):
-    """Shows events as they come."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def show(self, event: events.Event) -> None:
-        """Shows one event."""
-        ...
-
-
-class NoDisplay:
-    """Where nobody looks: no terminal."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def show(self, event: events.Event) -> None:
-        """Shows nothing."""
+OTHER_COLUMNS = 36  # beside the bar: "  sample 0 ", " 10/10 " and "seed 4294967295"
 
 
 class LiveDisplay:
-    """A status line with the elapsed time and one bar a sample, on stderr."""
+    """A status line with the elapsed time, and one progress bar for each sample."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -69,7 +41,7 @@ class LiveDisplay:
         self._unfinished: set[int] = set()
         self._bars = Progress(
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=max(4, min(40, console.width - BESIDE_THE_BAR))),
+            BarColumn(bar_width=max(4, min(40, console.width - OTHER_COLUMNS))),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
@@ -77,24 +49,24 @@ class LiveDisplay:
         self._tasks: dict[int, TaskID] = {}
         self._spinner = Spinner("dots")
         self._live = Live(self, console=console, refresh_per_second=10)
-        self._trouble = _Trouble(self)
+        self._log_handler = _LogHandler(self)
 
     def __enter__(self) -> Self:
-        log.addHandler(self._trouble)
+        log.addHandler(self._log_handler)
         log.setLevel(logging.INFO)
         self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end = self._end or ("-", "dim")  # left before the job's end
-        self._live.transient = not self._job_name  # refused: nothing worth keeping
+        self._end = self._end or ("-", "dim")  # left before the job ended
+        self._live.transient = not self._job_name  # the request was rejected: leave no output
         self._live.stop()
-        log.removeHandler(self._trouble)
+        log.removeHandler(self._log_handler)
 
     def __rich__(self) -> Group:
         """Called by Live at every refresh."""
         line = Table.grid(padding=(0, 1))
-        for is_fixed in (True, True, False, True):  # only the status gives way
+        for is_fixed in (True, True, False, True):  # only the status may be cut
             line.add_column(no_wrap=is_fixed, ratio=None if is_fixed else 1)
         seconds = time.monotonic() - self._started
         head: Spinner | Text = Text(*self._end) if self._end else self._spinner
@@ -140,9 +112,10 @@ class LiveDisplay:
                 task = self._task(event.sample)
                 note = self._bars.tasks[task].fields["note"]
                 self._bars.update(task, note=f"{note}, stored".lstrip(", "))
-            case events.Succeeded() | events.Failed() | events.Cancelled():
-                symbol, colour, self._status = ENDS[type(event)]
-                self._end = (symbol, colour)
+            case events.Ended(job=job):
+                succeeded = job.state is State.SUCCEEDED
+                self.note("done" if succeeded else str(job.state))
+                self._end = ("✓" if succeeded else "✗", COLOURS.get(job.state, "red"))
 
     def _begin(self, event: events.Snapshot) -> None:
         self._unfinished = set(range(event.job.spec.samples))
@@ -159,8 +132,8 @@ class LiveDisplay:
         return self._tasks[sample]
 
 
-class _Trouble(logging.Handler):
-    """Shows what the client logs: that the connection is lost, that it is there again."""
+class _LogHandler(logging.Handler):
+    """Shows the client's log messages: the connection is lost or established again."""
 
     def __init__(self, display: LiveDisplay) -> None:
         super().__init__(logging.INFO)
@@ -171,17 +144,22 @@ class _Trouble(logging.Handler):
 
 
 def queued_text(event: events.Queued) -> str:
-    """For example "queued again (worker lost), 2 jobs before it, about 5 s"."""
+    """Returns for example "queued again (worker lost), 2 jobs ahead, about 5 s"."""
     parts = [f"queued again ({event.requeue_reason})" if event.requeue_reason else "queued"]
     if event.position >= 0:
-        jobs = "1 job" if event.position == 1 else f"{event.position} jobs"
-        parts.append("next" if event.position == 0 else f"{jobs} before it")
+        ahead = f"{count(event.position, 'job')} ahead"
+        parts.append("next" if event.position == 0 else ahead)
     if event.eta_seconds is not None:
         parts.append(f"about {event.eta_seconds:.0f} s")
     return ", ".join(parts)
 
 
-def display() -> Display:
-    """The live display when stderr is a terminal, otherwise none."""
+@contextmanager
+def display() -> Iterator[Callable[[events.Event], None]]:
+    """Yields a function that shows an event on stderr; it does nothing without a terminal."""
     console = Console(stderr=True)
-    return LiveDisplay(console) if console.is_terminal else NoDisplay()
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with LiveDisplay(console) as live:
+        yield live.show

@@ -1,45 +1,47 @@
-"""What the commands show to a person, on stdout."""
+"""The text that the commands print for a person, on stdout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from img2img_client.cli.output import count
+from img2img_client.cli.program import count
 from img2img_client.resources import Capabilities, Job, Limits, Model, State, Timings
 
-STAGES = (
-    ("queue", "waiting for a worker"),
-    ("fetch", "downloading the init image, before acceptance"),
-    ("prepare", "preparing the init image"),
-    ("encode", "prompt and init image to latents"),
-    ("denoise", "denoising steps"),
-    ("decode", "latents to pixels"),
-    ("safety", "safety check"),
-    ("image_encode", "encoding the inline pictures"),
-    ("upload", "encoding and storing the files"),
-    ("total", "from acceptance to the end"),
-)
-PIPE_COLUMNS = 200  # where no terminal says how wide it is
+# What the stages of Timings do.
+STAGES = {
+    "queue": "waiting for a worker",
+    "fetch": "downloading the init image, before acceptance",
+    "prepare": "preparing the init image",
+    "encode": "prompt and init image to latents",
+    "denoise": "denoising steps",
+    "decode": "latents to pixels",
+    "safety": "safety check",
+    "image_encode": "encoding the inline images",
+    "upload": "encoding and storing the files",
+    "engine": "from the first encode to the last decode",
+    "total": "from acceptance to the end",
+}
+PIPE_COLUMNS = 200  # the width without a terminal
 JOB_COLUMNS = ("job", "state", "created", "model", "size", "prompt")
-JOB_COLUMNS_BY_USE = ("state", "prompt", "created", "size", "model")  # the last ones go first
-PROMPT_LEAST, GAP = 12, 2
+JOB_COLUMNS_BY_USE = ("state", "prompt", "created", "size", "model")  # the last is hidden first
+MIN_PROMPT_WIDTH, GAP = 12, 2
 COLOURS = {State.SUCCEEDED: "green", State.FAILED: "red", State.CANCELLED: "yellow"}
 
 
 def show_ended(job: Job, files: Mapping[int, Path], previews: Mapping[int, Path]) -> None:
-    """Paths, links and seeds of an ended job, and where its time went."""
+    """Prints the paths, links and seeds of an ended job, and its timings."""
     for sample in job.samples:
         path = files.get(sample.index)
         size = f"{job.spec.width}x{job.spec.height}"
-        blank = ", blanked by the safety checker" if sample.nsfw else ""
+        blank = ", replaced by the safety checker" if sample.nsfw else ""
         click.echo(f"{path or f'sample {sample.index}'}  {size}, seed {sample.seed}{blank}")
         if sample.index in previews:
             click.echo(f"  preview {previews[sample.index]}")
@@ -56,28 +58,28 @@ def show_ended(job: Job, files: Mapping[int, Path], previews: Mapping[int, Path]
 
 
 def timings_table(timings: Timings) -> Table:
-    """One row a stage that took time: milliseconds and the share of the total."""
+    """Returns a row for each stage that took time: milliseconds and the share of the total."""
     table = _table("stage", "ms", "share", "")
     for column in (1, 2):
         table.columns[column].justify = "right"
-    for stage, meaning in STAGES:
-        seconds: float = getattr(timings, f"{stage}_seconds")
-        if not seconds:
+    for name, seconds in asdict(timings).items():
+        stage = name.removesuffix("_seconds")
+        if stage == name or not seconds:  # a count, or a stage that took no time
             continue
         share = seconds / timings.total_seconds if timings.total_seconds else 0.0
-        text = f"{meaning}, {timings.steps} in all" if stage == "denoise" else meaning
-        inside = "" if stage == "fetch" else f"{share:.0%}"  # fetch comes before the total begins
-        table.add_row(stage.replace("_", " "), f"{seconds * 1000:.0f}", inside, text)
+        text = STAGES.get(stage, "")
+        text += f", {timings.steps} in all" if stage == "denoise" else ""
+        percent = "" if stage == "fetch" else f"{share:.0%}"  # the total does not contain fetch
+        table.add_row(stage.replace("_", " "), f"{seconds * 1000:.0f}", percent, text)
     return table
 
 
 def show_job(job: Job) -> None:
-    """One job in detail."""
+    """Prints one job in detail."""
     table = Table.grid(padding=(0, 2))
-    colour = COLOURS.get(job.state, "cyan")
     rows = {
         "job": job.name,
-        "state": f"[{colour}]{job.state}[/]",
+        "state": job.state,
         "prompt": job.spec.prompt,
         "model": job.spec.model,
         "size": f"{job.spec.width}x{job.spec.height}, " + count(job.spec.samples, "sample"),
@@ -96,7 +98,8 @@ def show_job(job: Job) -> None:
     }
     for name, text in rows.items():
         if text:
-            table.add_row(f"[dim]{name}[/]", text if name == "state" else _literal(text))
+            style = COLOURS.get(job.state, "cyan") if name == "state" else ""
+            table.add_row(Text(name, style="dim"), Text(text, style=style))
     _print(table)
     for url in [sample.url for sample in job.samples if sample.url]:
         click.echo(url)
@@ -105,7 +108,7 @@ def show_job(job: Job) -> None:
 
 
 def show_jobs(jobs: Iterable[Job]) -> None:
-    """One line a job, with as many columns as the terminal has room for; always the whole id."""
+    """Prints a line for each job, with the columns that fit the terminal; never cuts the id."""
     columns: dict[str, list[Text]] = {name: [] for name in JOB_COLUMNS}
     for job in jobs:
         size = f"{job.spec.width}x{job.spec.height}"
@@ -127,7 +130,7 @@ def show_jobs(jobs: Iterable[Job]) -> None:
     shown = _columns_that_fit(columns, console.width)
     table = _table(*shown)
     for name, column in zip(shown, table.columns, strict=True):
-        if name != "prompt":  # only the prompt gives way
+        if name != "prompt":  # only the prompt may be cut
             column.no_wrap, column.min_width = True, _width(name, columns[name])
     for row_texts in zip(*(columns[name] for name in shown), strict=True):
         table.add_row(*row_texts)
@@ -135,11 +138,11 @@ def show_jobs(jobs: Iterable[Job]) -> None:
 
 
 def _columns_that_fit(columns: Mapping[str, list[Text]], width: int) -> list[str]:
-    """The names of the columns to show, in their order."""
+    """Returns the names of the columns to show, in order."""
     left = width - _width("job", columns["job"])
     chosen = {"job"}
     for name in JOB_COLUMNS_BY_USE:
-        needed = PROMPT_LEAST if name == "prompt" else _width(name, columns[name])
+        needed = MIN_PROMPT_WIDTH if name == "prompt" else _width(name, columns[name])
         if needed + GAP > left:
             break
         left -= needed + GAP
@@ -152,7 +155,7 @@ def _width(name: str, texts: Iterable[Text]) -> int:
 
 
 def show_capabilities(found: Capabilities) -> None:
-    """Models and limits."""
+    """Prints the models and the limits."""
     click.echo(f"server {found.server_version}")
     table = _table(
         *("model", "family", "workers", "device", "size", "steps", "strength", "guidance"),
@@ -176,14 +179,14 @@ def show_capabilities(found: Capabilities) -> None:
 
 
 def _sizes(model: Model, limits: Limits) -> str:
-    """The model's native side, and what sides must be multiples of where the model needs more."""
+    """Returns the model's native size, and its side multiple if it is larger than the service's."""
     multiple = model.side_multiple
     text = str(model.native_size)
     return f"{text} (multiples of {multiple})" if multiple > limits.side_multiple else text
 
 
 def _steps(model: Model) -> str:
-    most = model.max_num_inference_steps  # 0: the service is too old to tell it
+    most = model.max_num_inference_steps  # 0: the service is too old to report it
     return f"{model.default_num_inference_steps}" + (f" (at most {most})" if most else "")
 
 
@@ -236,11 +239,6 @@ def _table(*columns: str) -> Table:
 
 def _time(moment: datetime | None) -> str:
     return "" if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _literal(text: str) -> str:
-    """Text that rich must not read as markup."""
-    return escape(text)
 
 
 def _print(table: Table) -> None:

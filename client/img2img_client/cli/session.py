@@ -18,7 +18,7 @@ from img2img_client.channel import (
     Endpoint,
     check_certificates,
 )
-from img2img_client.cli.output import INTERRUPTED, EndedError, job_facts, simple_facts, to_json
+from img2img_client.cli.program import job_facts, to_json
 from img2img_client.client import Client
 from img2img_client.diagnosis import Cause
 from img2img_client.errors import InvalidArgumentError, UnauthenticatedError, UnavailableError
@@ -29,7 +29,7 @@ from img2img_client.resume import Retry
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEV_KEY = "dev-key"
-RETRY = Retry(connect_seconds=3.0)  # somebody waits at the terminal for the first answer
+RETRY = Retry(connect_seconds=3.0)  # shorter than the default: a person waits at the terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,8 @@ class Session:
     client: Client
     as_json: bool
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the service is on this machine."""
-        return self.client.endpoint.is_loopback
-
     def answer(self, value: object, show: Callable[[], None]) -> None:
-        """Prints the value as JSON, or shows it to a person."""
+        """Prints the value as JSON, or calls `show`, which prints it for a person."""
         if self.as_json:
             click.echo(to_json(job_facts(value) if isinstance(value, Job) else value))
         else:
@@ -53,14 +48,14 @@ class Session:
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg] # generic since click 8.5
-    """A time to wait: a number above 0."""
+    """A number of seconds above 0."""
 
     name = "seconds"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Reads the number. Raises click.BadParameter."""
+        """Returns the number. Raises click.BadParameter."""
         try:
             seconds = float(value)
         except ValueError:
@@ -71,7 +66,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg] # generic since click 
 
 
 def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
-    """Callback of the JOB argument: jobs/10000001 or 10000001."""
+    """Callback of the JOB argument: returns jobs/10000001 for that name or for 10000001."""
     try:
         return job_name(value)
     except ValueError as error:
@@ -79,7 +74,7 @@ def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> st
 
 
 def command(function: F) -> F:
-    """Gives a command the connection options and --json, and calls it with a Session."""
+    """Adds the connection options and --json to a command, and passes it a Session."""
 
     @functools.wraps(function)
     def run(
@@ -95,17 +90,16 @@ def command(function: F) -> F:
             with session.client:
                 function(session, **parameters)
         except UnavailableError as error:
-            if error.metadata.get("cause") == Cause.REFUSED and session.is_local:
+            is_local = session.client.endpoint.is_loopback
+            if error.metadata.get("cause") == Cause.REFUSED and is_local:
                 error.add_note("Is it running? `img2img-server local` starts it on this machine.")
             raise
         except UnauthenticatedError as error:
             used = "" if api_key else f"No key was given, so {DEV_KEY} was used. "
-            error.add_note(f"{used}Give your key with --api-key or {KEY_VARIABLE}.")
+            error.add_note(f"{used}Set your key with --api-key or {KEY_VARIABLE}.")
             raise
         except KeyboardInterrupt:
-            raise EndedError(
-                INTERRUPTED, simple_facts("INTERRUPTED", "stopped by Ctrl-C")
-            ) from None
+            raise click.Abort from None
 
     options = (
         click.option(
@@ -115,23 +109,29 @@ def command(function: F) -> F:
             default=DEFAULT_SERVER,
             show_default=True,
             show_envvar=True,
-            help="Where the service is.",
+            help="Address of the service.",
         ),
         click.option(
             "--api-key",
             metavar="KEY",
             envvar=KEY_VARIABLE,
             show_envvar=True,
-            help=f"Your key. Default for a server on this machine: {DEV_KEY}",
+            help=f"Your API key. Default for a service on this machine: {DEV_KEY}.",
         ),
-        click.option("--tls", is_flag=True, help="Encrypt; trust the system's authorities."),
+        click.option(
+            "--tls",
+            is_flag=True,
+            help="Encrypt the connection and trust the system's certificate authorities.",
+        ),
         click.option(
             "--ca-file",
             metavar="FILE",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Encrypt; trust the authorities of this PEM file instead.",
+            help="Encrypt the connection and trust the certificate authorities of this PEM file.",
         ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+        ),
     )
     decorated: Any = run
     for option in reversed(options):
@@ -140,24 +140,23 @@ def command(function: F) -> F:
 
 
 def _client(server: str, api_key: str | None, tls: bool, ca_file: Path | None) -> Client:
-    """The client that the options ask for. Raises click.UsageError."""
+    """Returns the client for the options. Raises click.UsageError."""
     root_certificates = None
-    if ca_file is not None:
-        try:
+    hint = "--ca-file"
+    try:
+        if ca_file is not None:
             root_certificates = ca_file.read_bytes()
             check_certificates(root_certificates, str(ca_file))
-        except OSError as error:
-            text = f"cannot read {ca_file}: {error.strerror}"
-            raise click.BadParameter(text, param_hint="--ca-file") from error
-        except InvalidArgumentError as error:
-            raise click.BadParameter(str(error), param_hint="--ca-file") from error
-    try:
+        hint = ""
         key = api_key or _default_key(server)
         return Client(
             server, api_key=key, tls=tls, root_certificates=root_certificates, retry=RETRY
         )
+    except OSError as error:
+        text = f"cannot read {ca_file}: {error.strerror}"
+        raise click.BadParameter(text, param_hint=hint) from error
     except InvalidArgumentError as error:
-        hint = "--" + error.violations[0].field.replace("_", "-")
+        hint = hint or "--" + error.violations[0].field.replace("_", "-")
         raise click.BadParameter(str(error), param_hint=hint) from error
 
 
@@ -165,6 +164,5 @@ def _default_key(server: str) -> str:
     endpoint = Endpoint(server)
     if endpoint.is_loopback:
         return DEV_KEY
-    raise click.UsageError(
-        f"{endpoint.server} needs an API key: give --api-key or set {KEY_VARIABLE}"
-    )
+    text = f"{endpoint.server} needs an API key: set it with --api-key or {KEY_VARIABLE}"
+    raise click.UsageError(text)

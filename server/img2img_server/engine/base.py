@@ -176,8 +176,8 @@ class Engine(Protocol):
     def determinism(self) -> Determinism: ...
 
     @property
-    def max_batch_size(self) -> int:
-        """Largest batch of a denoising step, in forwards: a sample costs one, with guidance two."""
+    def capacity_rows(self) -> int:
+        """Samples it denoises at once."""
         ...
 
     @property

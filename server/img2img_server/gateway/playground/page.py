@@ -7,7 +7,7 @@ as every client.
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.resources import as_file, files
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,7 +20,6 @@ from starlette.types import Scope
 from img2img_server import __version__
 from img2img_server.settings import DEV_KEY, Settings
 
-_STATIC = Path(__file__).with_name("static")
 _PATHS = {
     "docs": "/docs",
     "openapi": "/openapi.json",
@@ -74,7 +73,9 @@ def add_root(app: FastAPI, settings: Settings) -> None:
     app.router.routes.append(_RootRoute("/", root))
     if not settings.playground:
         return
-    page = (_STATIC / "index.html").read_text(encoding="utf-8")
+    with as_file(files("img2img_server.gateway.playground") / "static") as folder:
+        page = (folder / "index.html").read_text(encoding="utf-8")
+        assets = _Assets(directory=folder / "assets")
 
     @app.get("/playground/settings.json", include_in_schema=False)
     async def page_settings(_: Request) -> JSONResponse:
@@ -86,4 +87,4 @@ def add_root(app: FastAPI, settings: Settings) -> None:
         }
         return JSONResponse(values, headers=_HEADERS | {"Cache-Control": "no-store"})
 
-    app.mount("/playground", _Assets(directory=_STATIC / "assets"))
+    app.mount("/playground", assets)
