@@ -77,7 +77,7 @@ async def jobs(config: Settings) -> dict[str, Any]:
     async with connect_bus(config) as api_bus, connect_bus(config) as worker_bus:
         links = {"api": link_of(api_bus), "worker": link_of(worker_bus)}
         async with (
-            running_worker(worker_bus, FakeEngine(capacity_rows=AT_ONCE), config=config),
+            running_worker(worker_bus, FakeEngine(max_batch_size=AT_ONCE), config=config),
             running_api(api_bus, config) as api,
             AsyncClient(api.address, api_key="dev-key") as client,
         ):

@@ -30,13 +30,13 @@ class EngineServer:
         self,
         pipeline: Any,
         clock: Clock | None,
-        capacity_rows: int,
+        max_batch_size: int,
         options: ModelOptions | None = None,
     ) -> None:
         self._clock = clock
-        denoiser = DiffusersDenoiser(pipeline, options, capacity_rows=capacity_rows)
+        denoiser = DiffusersDenoiser(pipeline, options, max_batch_size=max_batch_size)
         spec = ModelSpec(source="", name="bench")
-        self._engine = DiffusionEngine(denoiser, spec, capacity_rows)
+        self._engine = DiffusionEngine(denoiser, spec, max_batch_size)
 
     def serve(self, load: Sequence[Request]) -> Served:
         """Runs a load in real time."""

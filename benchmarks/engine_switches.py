@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "device": arguments.device,
         "warm_up_sizes": sizes,
-        "max_batch_rows": 2,  # of one guided sample
+        "max_batch_size": 2,  # one guided sample
     }
     engines: dict[str, Switched] = {}
     with tempfile.TemporaryDirectory() as folder:

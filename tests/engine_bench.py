@@ -97,11 +97,11 @@ def load(folder: Path) -> DiffusersDenoiser:
 
 @contextmanager
 def running(
-    denoiser: Denoiser, capacity_rows: int = 8, memory: MemoryModel | None = None, **limits: Any
+    denoiser: Denoiser, max_batch_size: int = 8, memory: MemoryModel | None = None, **limits: Any
 ) -> Iterator[Engine]:
     """An engine on the denoiser; `limits`: of its ModelSpec."""
     spec = ModelSpec(source="", name="tiny", **{"max_num_inference_steps": 1000, **limits})
-    engine = DiffusionEngine(denoiser, spec, capacity_rows, memory)
+    engine = DiffusionEngine(denoiser, spec, max_batch_size, memory)
     try:
         yield engine
     finally:

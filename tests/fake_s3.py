@@ -11,6 +11,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.web_peers import every_request, serving
+
 LIFECYCLE = "lifecycle"
 
 
@@ -102,14 +104,6 @@ class FakeS3:
 async def fake_s3() -> AsyncIterator[FakeS3]:
     """The server on a free port, with an empty bucket `img2img`."""
     store = FakeS3()
-    app = web.Application(client_max_size=2**26)
-    app.router.add_route("*", "/{path:.*}", store.handle)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        host, port = runner.addresses[0][:2]
-        store.url = f"http://{host}:{port}"
+    async with serving(every_request(store.handle)) as port:
+        store.url = f"http://127.0.0.1:{port}"
         yield store
-    finally:
-        await runner.cleanup()

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pictures
@@ -90,7 +90,7 @@ async def listening(host: str | None = None, port: int = 0) -> AsyncIterator[Lis
 @asynccontextmanager
 async def serving(*routes: web.RouteDef) -> AsyncIterator[int]:
     """An HTTP server on 127.0.0.1; gives its port."""
-    app = web.Application()
+    app = web.Application(client_max_size=2**26)
     app.add_routes(routes)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
@@ -100,6 +100,11 @@ async def serving(*routes: web.RouteDef) -> AsyncIterator[int]:
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
+
+
+def every_request(handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.RouteDef:
+    """A route that gives every request to one handler."""
+    return web.route("*", "/{path:.*}", handle)
 
 
 class Origin:

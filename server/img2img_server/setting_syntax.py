@@ -65,10 +65,10 @@ def base_url(text: str) -> str:
 
 def s3_endpoint(text: str) -> str:
     """Accepts the address of an S3 server, and an empty text for a role that uses none."""
-    if text and (path := parse_url(text).target) != "/":
+    if text and (parse_url(text).target != "/" or "#" in text):
         raise ValueError(
-            f"must not have a path or query ({path}): the path of a request is the bucket; give "
-            "the store a host name of its own"
+            "must not have a path, a query or a fragment: the path of a request is the bucket; "
+            "give the store a host name of its own"
         )
     return text
 

@@ -187,7 +187,13 @@ class Settings(BaseSettings):
         "auto",
         description="Number type of the model; auto: float32 on a CPU, bfloat16 on a GPU.",
     )
-    max_batch_rows: int = Field(8, ge=1, le=256, description="Most samples denoised at once.")
+    max_batch_size: int = Field(
+        8,
+        ge=1,
+        le=256,
+        description="Largest batch of a denoising step, in forwards of the model: a sample costs "
+        "one, with guidance two. A worker stops pulling jobs when those it has fill a batch.",
+    )
     torch_threads: Count = Field(0, ge=0, description="CPU threads of torch; 0: its own choice.")
     channels_last: bool = Field(
         True, description="Keep the networks' tensors channels last: faster where it was measured."

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
 from img2img_server.settings import Settings
+from img2img_server.storage import s3_blobs
 from img2img_server.storage.interface import BlobInfo, BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
 
@@ -171,7 +172,8 @@ async def test_a_store_that_is_down_is_tried_three_times(
         calls += 1
         writer.close()
 
-    monkeypatch.setattr("img2img_server.storage.s3_blobs.FIRST_PAUSE_SECONDS", 0.01)
+    quick = s3_blobs.RETRIES.new(backoff_factor=0.0, backoff_jitter=0.0)
+    monkeypatch.setattr(s3_blobs, "RETRIES", quick)
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
         settings = Settings(

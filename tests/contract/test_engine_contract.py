@@ -155,7 +155,7 @@ def test_it_says_what_it_is(engine: Engine) -> None:
     assert engine.model.name
     assert engine.model.schedulers
     assert engine.device
-    assert engine.capacity_rows >= 1
+    assert engine.max_batch_size >= 1
 
 
 def test_a_cleared_cache_changes_no_picture(engine: Engine) -> None:

@@ -420,9 +420,7 @@ async def test_a_post_that_cannot_hear_of_its_job_says_processing_in_time(
 async def test_retry_after_says_when_a_place_is_expected() -> None:
     async with limited(hold=True, queue_limit=2) as gateway:
         # A worker that takes 40 s for 512x512 has 10 s for a quarter of it.
-        seconds = WorkerInfo(
-            name="w2", model=FAKE_MODEL, device="cpu", capacity_rows=1, job_seconds=40.0
-        )
+        seconds = WorkerInfo(name="w2", model=FAKE_MODEL, device="cpu", job_seconds=40.0)
         await gateway.stack.bus.workers.announce(seconds)
         for _ in range(2):
             await gateway.create(instant_response=True)

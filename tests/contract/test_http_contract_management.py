@@ -143,7 +143,7 @@ async def test_other_methods_are_405(gateway: Gateway) -> None:
 @asynccontextmanager
 async def busy_gateway() -> AsyncIterator[tuple[Gateway, int]]:
     """A gateway whose only worker is busy with a job, and the job's id."""
-    engine = FakeEngine(hold_after=1, capacity_rows=1)
+    engine = FakeEngine(hold_after=1, max_batch_size=1)
     async with running_gateway({"engine": engine}) as gateway:
         running = (await gateway.create(instant_response=True)).json()["id"]
         async with gateway.stack.bus.events.watch(running) as log:

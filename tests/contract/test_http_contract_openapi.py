@@ -56,7 +56,7 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
             async with running_worker(bus, blobs=blobs) as worker:
                 await first_of(stop.wait(), asyncio.wait([worker.task]))
 
-    nobody = WorkerInfo(name="nobody", model=IDLE, device="cpu", capacity_rows=1)
+    nobody = WorkerInfo(name="nobody", model=IDLE, device="cpu")
     await bus.workers.announce(nobody)
     api_settings = settings(queue_limit=100_000)
     keys = KeyRing(file, dev_key=False)

@@ -280,7 +280,7 @@ async def refusing(
     file.write_text("\n".join(entry for _, entry in made.values()))
     keys = {name: key for name, (key, _) in made.items()} | {"nobody": "i2i_nobody"}
     bus = memory_bus(queue_limit=1)
-    engine = FakeEngine(hold_after=1, capacity_rows=1)
+    engine = FakeEngine(hold_after=1, max_batch_size=1)
     config = settings(queue_limit=1)
     ring = KeyRing(file, dev_key=False)
     async with (

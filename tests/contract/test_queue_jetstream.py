@@ -447,7 +447,7 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
 
 
 async def test_an_announcement_that_cannot_be_read_hides_no_other(nats: Nats) -> None:
-    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu")
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
         await bus.workers.announce(worker)
         for bucket in (subjects.MODELS_BUCKET, subjects.WORKERS_BUCKET):

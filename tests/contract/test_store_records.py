@@ -65,7 +65,7 @@ def a_worker(name: str, model: str = "atelier") -> WorkerInfo:
         default_num_inference_steps=20,
         default_guidance_scale=7.5,
     )
-    return WorkerInfo(name=name, model=info, device="cpu", capacity_rows=4, job_seconds=1.5)
+    return WorkerInfo(name=name, model=info, device="cpu", job_seconds=1.5)
 
 
 async def test_ids_grow_and_are_never_drawn_twice(open_bus: OpenBus) -> None:

@@ -76,7 +76,7 @@ def test_captured_graphs_draw_the_same_pictures(folder: Path) -> None:
     found = {}
     for how in ("off", "whole"):
         settings = Settings(
-            model=str(folder), dtype="float32", compile=how, warm_up_sizes="72x64", max_batch_rows=4
+            model=str(folder), dtype="float32", compile=how, warm_up_sizes="72x64", max_batch_size=4
         )
         engine = load_engine(settings)
         try:

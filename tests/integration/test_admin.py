@@ -78,7 +78,7 @@ async def get(api: Api, job: job_pb2.Job, metadata: Any) -> job_pb2.Job:
 async def announced() -> AsyncIterator[Bus]:
     """A bus that knows the fake model although no worker runs."""
     bus = memory_bus()
-    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+    worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu")
     await bus.workers.announce(worker)
     yield bus
 
@@ -136,7 +136,7 @@ async def test_system_details_count_only_the_own_jobs_of_a_key_without_operate(
 async def test_clear_queue_ends_the_tenants_waiting_jobs_and_no_others(tmp_path: Path) -> None:
     keys = shops(tmp_path)
     bus = memory_bus(queue_limit=3)
-    engine = FakeEngine(hold_after=1, capacity_rows=1)
+    engine = FakeEngine(hold_after=1, max_batch_size=1)
     async with running_worker(bus, engine), running_api(bus, keys=keys.ring) as api:
         running = await create(api, keys.a)
         watch = service_pb2.WatchJobRequest(name=running.name)
@@ -164,9 +164,7 @@ async def test_clear_queue_ends_the_tenants_waiting_jobs_and_no_others(tmp_path:
 
 async def test_clear_queue_ends_more_jobs_than_are_read_together() -> None:
     bus = memory_bus(queue_limit=80)
-    await bus.workers.announce(
-        WorkerInfo(name="w", model=FAKE_MODEL, device="cpu", capacity_rows=8)
-    )
+    await bus.workers.announce(WorkerInfo(name="w", model=FAKE_MODEL, device="cpu"))
     async with running_api(bus, settings(queue_limit=80)) as api:
         for _ in range(70):
             await api.create(spec())
@@ -276,13 +274,9 @@ async def test_system_details_tell_models_queue_and_use() -> None:
     bus = memory_bus()
     other = replace(FAKE_MODEL, name="other")
     for info in (
-        WorkerInfo(name="c", model=other, device="cpu", capacity_rows=8, busy=1.0),
-        WorkerInfo(
-            name="g1", model=FAKE_MODEL, device="H100", capacity_rows=8, job_seconds=2.0, busy=0.8
-        ),
-        WorkerInfo(
-            name="g2", model=FAKE_MODEL, device="H100", capacity_rows=8, job_seconds=4.0, busy=0.1
-        ),
+        WorkerInfo(name="c", model=other, device="cpu", busy=1.0),
+        WorkerInfo(name="g1", model=FAKE_MODEL, device="H100", job_seconds=2.0, busy=0.8),
+        WorkerInfo(name="g2", model=FAKE_MODEL, device="H100", job_seconds=4.0, busy=0.1),
     ):
         await bus.workers.announce(info)
     async with running_api(bus) as api:

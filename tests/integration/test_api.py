@@ -652,9 +652,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_and_retried_only_if_wait
     await known_model(bus)
     async with running_api(bus) as api:
         # A worker that takes 4 s for 512x512, so 1 s for each of these.
-        worker = WorkerInfo(
-            name="w1", model=FAKE_MODEL, device="cpu", capacity_rows=1, job_seconds=4.0
-        )
+        worker = WorkerInfo(name="w1", model=FAKE_MODEL, device="cpu", job_seconds=4.0)
         await bus.workers.announce(worker)
         for _ in range(waiting):
             await api.create(spec())

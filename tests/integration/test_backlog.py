@@ -44,7 +44,7 @@ def large() -> JobParams:
 
 
 async def announce(bus: Bus, model: ModelInfo = MODEL, name: str = "w") -> None:
-    info = WorkerInfo(name=name, model=model, device="cpu", capacity_rows=8)
+    info = WorkerInfo(name=name, model=model, device="cpu")
     await bus.workers.announce(info)
 
 

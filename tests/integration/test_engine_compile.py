@@ -41,7 +41,7 @@ def test_every_announced_shape_is_compiled_before_the_first_job_and_none_after_i
         model=str(write_sd(tmp_path / "sd")),
         compile="whole",
         warm_up_sizes=announced,
-        max_batch_rows=2,
+        max_batch_size=2,
     )
     engine = load_engine(settings)
     try:

@@ -28,10 +28,10 @@ guidance_scale = 2.0
 def test_an_engine_comes_up_warm_with_the_models_own_defaults(tmp_path: Path) -> None:
     folder = write_sd(tmp_path / "model", tiny_vae=True)
     (folder / "img2img.toml").write_text(TOML, encoding="utf-8")
-    engine = load_engine(Settings(model=str(folder), max_batch_rows=3))
+    engine = load_engine(Settings(model=str(folder), max_batch_size=3))
     try:
         assert (engine.model.name, engine.model.schedulers[0]) == ("pebble", "euler")
-        assert (engine.device, engine.capacity_rows) == ("cpu", 3)
+        assert (engine.device, engine.max_batch_size) == ("cpu", 3)
         assert [picture.shape for picture in pictures(run(engine, job()))] == [(64, 72, 3)]
     finally:
         engine.stop()

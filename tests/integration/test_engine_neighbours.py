@@ -50,9 +50,9 @@ class Faulty(DiffusersDenoiser):
         self.heal()
 
     def heal(self) -> None:
-        self.slots_seen: list[int] = []
+        self.forwards_seen: list[int] = []
         self.refused: list[int] = []
-        self.most_slots = self.most_pictures = 100
+        self.most_forwards = self.most_pictures = 100
         self.fails: dict[str, Exception] = {}
         self.poison: Conditioning | None = None
 
@@ -72,11 +72,11 @@ class Faulty(DiffusersDenoiser):
         conditionings: Sequence[Conditioning],
     ) -> Sequence[Tensor]:
         forwards = sum(1 if row.negative is None else 2 for row in conditionings)
-        if forwards > self.most_slots:
+        if forwards > self.most_forwards:
             self.refused.append(forwards)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
         self._maybe_fail("denoise", any(row is self.poison for row in conditionings))
-        self.slots_seen.append(forwards)
+        self.forwards_seen.append(forwards)
         return super().denoise(latents, timesteps, conditionings)
 
     def decode(self, latents: Tensor) -> Sequence[Picture]:
@@ -160,7 +160,7 @@ def test_a_picture_is_the_same_alone_and_among_strangers(
         assert all(isinstance(other.all()[-1], JobDone) for other in others)
 
     assert worst(found, alone[case]) <= BOUND
-    assert max(denoiser.slots_seen) >= 6, "they did share batches"
+    assert max(denoiser.forwards_seen) >= 6, "they did share batches"
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -185,7 +185,7 @@ def test_a_picture_is_the_same_when_it_joins_midway(
 def test_a_picture_is_the_same_after_an_out_of_memory_split(
     denoiser: Faulty, alone: list[list[Pixels]], case: int
 ) -> None:
-    denoiser.most_slots = 3
+    denoiser.most_forwards = 3
     with running(denoiser) as engine:
         *others, inbox = submit_all(engine, [*strangers(), WANTED[case]])
         found = pictures(inbox.all())
@@ -195,7 +195,7 @@ def test_a_picture_is_the_same_after_an_out_of_memory_split(
 
 
 def test_an_out_of_memory_makes_later_batches_smaller(denoiser: Faulty) -> None:
-    denoiser.most_slots = 3
+    denoiser.most_forwards = 3
     jobs = [job(job_id=i, seeds=(1, 2, 3, 4), num_inference_steps=10) for i in (1, 2)]
     with running(denoiser) as engine:
         for inbox in submit_all(engine, jobs):
@@ -205,11 +205,11 @@ def test_an_out_of_memory_makes_later_batches_smaller(denoiser: Faulty) -> None:
 
 
 def test_batches_stay_within_the_capacity(denoiser: Faulty) -> None:
-    with running(denoiser, capacity_rows=5) as engine:
+    with running(denoiser, max_batch_size=5) as engine:
         for inbox in submit_all(engine, strangers()):
             inbox.all()
 
-    assert max(denoiser.slots_seen) <= 5
+    assert max(denoiser.forwards_seen) <= 5
 
 
 def run_poisoned(denoiser: Faulty) -> tuple[Exception, list[list[Pixels]]]:

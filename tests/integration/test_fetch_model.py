@@ -21,6 +21,7 @@ from img2img_server.engine.model_spec import packaged_model, read_model_spec
 from img2img_server.fetch_model import fetch_model
 from img2img_server.settings import PREFIX, Settings
 from img2img_server.storage.s3_access import S3Access
+from tests.web_peers import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {
@@ -169,17 +170,12 @@ async def hub(files: dict[str, bytes]) -> AsyncIterator[tuple[str, list[str]]]:
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(files[name])}"'}
         return web.Response(body=files[name], headers=headers)
 
-    app = web.Application()
-    app.router.add_get("/api/models/owner/tiny/revision/{revision}", info)
-    app.router.add_get("/api/models/owner/tiny/tree/{revision}", tree)
-    app.router.add_get("/owner/tiny/resolve/{revision}/{name:.+}", resolve)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", asked
-    finally:
-        await runner.cleanup()
+    async with serving(
+        web.get("/api/models/owner/tiny/revision/{revision}", info),
+        web.get("/api/models/owner/tiny/tree/{revision}", tree),
+        web.get("/owner/tiny/resolve/{revision}/{name:.+}", resolve),
+    ) as port:
+        yield f"http://127.0.0.1:{port}", asked
 
 
 def digest(data: bytes) -> str:

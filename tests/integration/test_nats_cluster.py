@@ -26,7 +26,7 @@ BEFORE = 24  # jobs that have ended when the server dies
 @asynccontextmanager
 async def service(config: Settings) -> AsyncIterator[AsyncClient]:
     """An api and a worker, each with a connection of its own."""
-    engine = FakeEngine(step_seconds=0.02, capacity_rows=4)
+    engine = FakeEngine(step_seconds=0.02, max_batch_size=4)
     async with (
         connect_bus(config) as api_bus,
         connect_bus(config, patience_seconds=BUS_PATIENCE_SECONDS) as worker_bus,

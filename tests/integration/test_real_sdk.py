@@ -45,7 +45,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
     async with local_stack(
         folder / "state",
         IMG2IMG_MODEL=str(model),
-        IMG2IMG_MAX_BATCH_ROWS="1",
+        IMG2IMG_MAX_BATCH_SIZE="1",
         IMG2IMG_TORCH_THREADS="1",
         IMG2IMG_WARM_UP_SIZES="256x256",
     ) as running:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.storage.s3_credentials import CredentialsError, RefreshingProvider, Source
 from tests.fake_s3 import FakeS3, fake_s3
+from tests.web_peers import every_request, serving
 
 WORD = "eyJ-secret-token"
 
@@ -59,25 +59,11 @@ class Identity:
         return web.json_response(found | {"Expiration": ends, "Code": "Success"})
 
 
-@asynccontextmanager
-async def identity_service() -> AsyncIterator[Identity]:
-    service = Identity()
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", service.handle)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        host, port = runner.addresses[0][:2]
-        service.url = f"http://{host}:{port}"
-        yield service
-    finally:
-        await runner.cleanup()
-
-
 @pytest.fixture
 async def identity() -> AsyncIterator[Identity]:
-    async with identity_service() as service:
+    service = Identity()
+    async with serving(every_request(service.handle)) as port:
+        service.url = f"http://127.0.0.1:{port}"
         yield service
 
 

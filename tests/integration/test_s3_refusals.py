@@ -233,6 +233,9 @@ async def test_what_cannot_be_reached_is_tried_for_the_stated_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(s3_blobs, "RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr(
+        s3_blobs, "RETRIES", s3_blobs.RETRIES.new(backoff_factor=0.0, backoff_jitter=0.0)
+    )
     for host, why in (
         (f"127.0.0.1:{free_port()}", "refused"),
         ("no-such-host.invalid", "cannot be resolved"),
@@ -252,6 +255,9 @@ async def test_a_store_that_comes_late_is_used_then(
     s3: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_blobs, "RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr(
+        s3_blobs, "RETRIES", s3_blobs.RETRIES.new(backoff_factor=0.0, backoff_jitter=0.0)
+    )
     s3.answers["any"] = Answer(503, "", HTML)
     async with connect_blobs(Settings(**s3.settings())) as blobs, asyncio.timeout(20):
         preparing = asyncio.create_task(blobs.prepare(60.0))

@@ -34,6 +34,7 @@ from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import Gateway, fetch_photo, gateway_before
 from tests.stack import Stack, running_api, running_worker, settings
 from tests.unit.test_storage import GOOD
+from tests.web_peers import every_request, serving
 
 PNG = b"\x89PNG\r\n\x1a\n"
 UPDATE, RESET = "/api/v1/enterprise/update_s3", "/api/v1/enterprise/reset_s3"
@@ -236,17 +237,8 @@ async def front(engines: LocalServers, refuse: Callable[[web.Request], bool]) ->
             seen.append((request.path, acl, answer.status))
             return web.Response(status=answer.status, body=await answer.read())
 
-    app = web.Application(client_max_size=2**26)
-    app.router.add_route("*", "/{path:.*}", handle)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        host, port = runner.addresses[0][:2]
-        yield f"http://{host}:{port}", seen
-    finally:
-        await runner.cleanup()
+    async with serving(every_request(handle)) as port:
+        yield f"http://127.0.0.1:{port}", seen
 
 
 async def test_a_bucket_without_acls_gets_the_file_without_one(
@@ -498,15 +490,8 @@ async def listener(answer: Callable[[], web.Response]) -> AsyncIterator[tuple[in
         asked.append(request.path)
         return answer()
 
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", handle)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield runner.addresses[0][1], asked
-    finally:
-        await runner.cleanup()
+    async with serving(every_request(handle)) as port:
+        yield port, asked
 
 
 async def test_an_endpoint_that_comes_to_a_private_address_is_never_contacted() -> None:

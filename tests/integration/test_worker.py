@@ -87,7 +87,7 @@ class SilentQueue:
 async def test_a_worker_that_came_back_from_the_dead_cannot_write_any_more() -> None:
     bus = memory_bus(ack_wait_seconds=0.3)
     silent = dataclasses.replace(bus, queue=SilentQueue(bus.queue))
-    frozen = FakeEngine(hold_after=1, capacity_rows=1)
+    frozen = FakeEngine(hold_after=1, max_batch_size=1)
     async with running_api(bus) as api, running_worker(silent, frozen, name="frozen") as first:
         call = api.generate(spec(strength=1.0))
         messages = await read_until(call, "step")
@@ -272,7 +272,7 @@ async def test_a_job_whose_record_has_expired_goes_to_the_dead_letters() -> None
 
 async def test_realtime_jobs_are_taken_before_batch_jobs() -> None:
     bus = memory_bus()
-    engine = FakeEngine(hold_after=1, capacity_rows=1)
+    engine = FakeEngine(hold_after=1, max_batch_size=1)
     async with running_worker(bus, engine), running_api(bus) as api:
         await api.create(spec(strength=1.0))  # keeps the worker busy
         batch = await api.create(spec(lane=job_pb2.LANE_BATCH))
@@ -289,7 +289,7 @@ async def test_realtime_jobs_are_taken_before_batch_jobs() -> None:
 async def test_a_worker_takes_no_more_than_it_can_run() -> None:
     bus = memory_bus()
     async with (
-        running_worker(bus, FakeEngine(hold_after=1, capacity_rows=2)) as worker,
+        running_worker(bus, FakeEngine(hold_after=1, max_batch_size=2)) as worker,
         running_api(bus) as api,
     ):
         jobs = [await api.create(spec(strength=1.0)) for _ in range(4)]
@@ -303,13 +303,17 @@ async def test_a_worker_takes_no_more_than_it_can_run() -> None:
             await read_until(api.watch(job.name), "succeeded")
 
 
-async def test_the_samples_of_a_job_count_which_only_its_record_has() -> None:
+@pytest.mark.parametrize(("samples", "guidance_scale"), [(4, 1.0), (2, 7.5)])
+async def test_a_worker_counts_forwards_of_which_a_guided_sample_costs_two(
+    samples: int, guidance_scale: float
+) -> None:
     bus = memory_bus()
     async with (
-        running_worker(bus, FakeEngine(hold_after=1, capacity_rows=4)) as worker,
+        running_worker(bus, FakeEngine(hold_after=1, max_batch_size=4)) as worker,
         running_api(bus) as api,
     ):
-        large, small = await api.create(spec(samples=4)), await api.create(spec())
+        large = await api.create(spec(samples=samples, guidance_scale=guidance_scale))
+        small = await api.create(spec())
         await read_until(api.watch(large.name), "step")
         assert await bus.queue.depth("fake", Lane.REALTIME) == 1
         assert (await api.get(small.name)).state == job_pb2.Job.STATE_QUEUED

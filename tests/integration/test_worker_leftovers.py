@@ -187,7 +187,7 @@ async def test_a_store_that_does_not_delete_holds_up_no_end_no_job_and_no_stop(
     monkeypatch.setattr(worker_module, "LEFTOVERS_SECONDS", 0.05)
     bus, blobs = memory_bus(), kind()
     blobs.refuse.set()
-    one_at_a_time = FakeEngine(capacity_rows=1)
+    one_at_a_time = FakeEngine(max_batch_size=1)
     async with running_worker(bus, one_at_a_time, blobs=blobs) as worker, running_api(bus) as api:
         failed = [m async for m in api.generate(spec(samples=2))]
         assert failed[-1].event.failed.job.error.reason == "STORAGE_UNAVAILABLE"

@@ -10,8 +10,8 @@ from img2img_server.errors import UnavailableError
 from img2img_server.testing.fake_engine import FAKE_MODEL
 from img2img_server.testing.memory_records import MemoryWorkerRegistry
 
-ONE = WorkerInfo(name="one", model=FAKE_MODEL, device="cpu", capacity_rows=8)
-TWO = WorkerInfo(name="two", model=FAKE_MODEL, device="cpu", capacity_rows=8)
+ONE = WorkerInfo(name="one", model=FAKE_MODEL, device="cpu")
+TWO = WorkerInfo(name="two", model=FAKE_MODEL, device="cpu")
 
 
 class Registry(MemoryWorkerRegistry):

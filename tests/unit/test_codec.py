@@ -98,7 +98,7 @@ MODEL = ModelInfo(
 GOLDEN: dict[str, Any] = {
     "job": JOB,
     "queued_job": QueuedJob(job_id=JOB.id, tenant="acme", init_image=bytes(range(256))),
-    "worker": WorkerInfo(name="w", model=MODEL, device="cpu", capacity_rows=8, job_seconds=1.5),
+    "worker": WorkerInfo(name="w", model=MODEL, device="cpu", job_seconds=1.5),
     "model": MODEL,
 }
 

@@ -57,16 +57,16 @@ def test_a_batch_is_as_large_as_fits_what_is_free(device: Device) -> None:
     memory = MemoryModel(device)
     ran(memory, device, 512, 1, GIB)
 
-    assert memory.slots_that_fit(512, 512, 16) == 9
-    assert memory.slots_that_fit(512, 512, 4) == 4
-    assert memory.slots_that_fit(2048, 2048, 16) == 1
+    assert memory.max_forwards(512, 512, 16) == 9
+    assert memory.max_forwards(512, 512, 4) == 4
+    assert memory.max_forwards(2048, 2048, 16) == 1
 
 
 def test_a_batch_that_is_filled_up_is_held_against_what_it_is_filled_up_to(device: Device) -> None:
     memory = MemoryModel(device)
     ran(memory, device, 512, 1, GIB)
 
-    assert memory.slots_that_fit(512, 512, 12, lambda forwards: 8 if forwards <= 8 else 16) == 8
+    assert memory.max_forwards(512, 512, 12, lambda forwards: 8 if forwards <= 8 else 16) == 8
 
 
 def test_what_can_never_fit_lacks_its_need(device: Device) -> None:
@@ -81,14 +81,14 @@ def test_a_limit_is_held_where_more_is_free(device: Device) -> None:
     memory = MemoryModel(device, limit_bytes=3 * GIB)
     ran(memory, device, 512, 1, GIB)
 
-    assert memory.slots_that_fit(512, 512, 16) == 3
+    assert memory.max_forwards(512, 512, 16) == 3
 
 
 def test_nothing_is_refused_before_anything_was_measured(device: Device) -> None:
     memory = MemoryModel(device)
 
     assert memory.shortfall(4096, 4096, 8) is None
-    assert memory.slots_that_fit(4096, 4096, 8) == 8
+    assert memory.max_forwards(4096, 4096, 8) == 8
 
 
 def test_work_that_failed_is_not_noted(device: Device) -> None:

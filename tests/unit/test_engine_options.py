@@ -16,15 +16,15 @@ from img2img_server.settings import Settings
 
 
 @pytest.mark.parametrize(
-    ("capacity", "expected"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
+    ("most", "expected"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
 )
-def test_the_ladder_ends_with_the_capacity(capacity: int, expected: tuple[int, ...]) -> None:
-    assert batch_size_buckets(capacity) == expected
+def test_the_buckets_end_with_the_largest_batch(most: int, expected: tuple[int, ...]) -> None:
+    assert batch_size_buckets(most) == expected
 
 
 @pytest.mark.parametrize(("forwards", "expected"), [(1, 1), (3, 4), (5, 6), (6, 6), (7, 7)])
 def test_a_batch_is_filled_up_to_a_size_of_the_ladder(forwards: int, expected: int) -> None:
-    assert pad_batch_size(forwards, capacity=6) == expected
+    assert pad_batch_size(forwards, max_batch_size=6) == expected
 
 
 def test_sizes_are_written_width_first_and_read_height_first() -> None:

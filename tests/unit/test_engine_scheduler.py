@@ -39,7 +39,7 @@ def step(scheduler: Scheduler, now: float = 0.0) -> list[int]:
 
 
 def test_rows_of_different_step_counts_share_a_batch_and_leave_one_by_one() -> None:
-    scheduler = Scheduler(capacity=8)
+    scheduler = Scheduler(max_batch_size=8)
     for job_id, steps in ((1, 1), (2, 3), (3, 2)):
         scheduler.add(row(job_id, steps=steps), now=0.0)
 
@@ -48,7 +48,7 @@ def test_rows_of_different_step_counts_share_a_batch_and_leave_one_by_one() -> N
 
 
 def test_a_row_joins_at_the_next_step() -> None:
-    scheduler = Scheduler(capacity=8)
+    scheduler = Scheduler(max_batch_size=8)
     scheduler.add(row(1), now=0.0)
     first = step(scheduler)
     scheduler.add(row(2), now=1.0)
@@ -56,8 +56,8 @@ def test_a_row_joins_at_the_next_step() -> None:
     assert (first, step(scheduler)) == ([1], [1, 2])
 
 
-def test_guided_rows_take_two_slots() -> None:
-    scheduler = Scheduler(capacity=4)
+def test_guided_rows_cost_two_forwards() -> None:
+    scheduler = Scheduler(max_batch_size=4)
     for job_id in (1, 2, 3):
         scheduler.add(row(job_id, forwards=2), now=0.0)
 
@@ -65,7 +65,7 @@ def test_guided_rows_take_two_slots() -> None:
 
 
 def test_a_small_younger_row_fills_what_a_larger_one_leaves() -> None:
-    scheduler = Scheduler(capacity=3)
+    scheduler = Scheduler(max_batch_size=3)
     scheduler.add(row(1, forwards=2), now=0.0)
     scheduler.add(row(2, forwards=2, enqueue_time=1.0), now=0.0)
     scheduler.add(row(3, forwards=1, steps=9, enqueue_time=2.0), now=0.0)
@@ -74,7 +74,7 @@ def test_a_small_younger_row_fills_what_a_larger_one_leaves() -> None:
 
 
 def test_a_row_larger_than_the_capacity_runs_alone() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, forwards=2), now=0.0)
     scheduler.add(row(2, steps=9), now=0.0)
 
@@ -82,7 +82,7 @@ def test_a_row_larger_than_the_capacity_runs_alone() -> None:
 
 
 def test_sizes_do_not_mix_and_the_older_one_goes_first() -> None:
-    scheduler = Scheduler(capacity=8)
+    scheduler = Scheduler(max_batch_size=8)
     scheduler.add(row(1, height=256, enqueue_time=1.0), now=0.0)
     scheduler.add(row(2, enqueue_time=0.0, steps=1), now=0.0)
     scheduler.add(row(3, enqueue_time=2.0, steps=1), now=0.0)
@@ -91,7 +91,7 @@ def test_sizes_do_not_mix_and_the_older_one_goes_first() -> None:
 
 
 def test_realtime_goes_before_batch_until_batch_has_waited_too_long() -> None:
-    scheduler = Scheduler(capacity=1, max_wait_seconds=5.0)
+    scheduler = Scheduler(max_batch_size=1, max_wait_seconds=5.0)
     scheduler.add(row(1, lane=Lane.BATCH, steps=9), now=0.0)
     scheduler.add(row(2, enqueue_time=1.0, steps=9), now=0.0)
 
@@ -99,7 +99,7 @@ def test_realtime_goes_before_batch_until_batch_has_waited_too_long() -> None:
 
 
 def test_tenants_share_by_work_and_not_by_rows() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     for job_id in (1, 2, 3, 4):
         scheduler.add(row(job_id, tenant="many", steps=50), now=0.0)
     scheduler.add(row(9, tenant="one", steps=50, forwards=2), now=0.0)
@@ -109,7 +109,7 @@ def test_tenants_share_by_work_and_not_by_rows() -> None:
 
 
 def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, tenant="a", steps=100), now=0.0)
     for _ in range(50):
         step(scheduler)
@@ -120,7 +120,7 @@ def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
 
 
 def test_a_tenant_cannot_shed_its_debt_by_leaving() -> None:
-    scheduler = Scheduler(capacity=2)
+    scheduler = Scheduler(max_batch_size=2)
     scheduler.add(row(1, tenant="a", height=2048), now=0.0)
     scheduler.add(row(2, tenant="b", steps=20), now=0.0)
     first = step(scheduler)
@@ -131,7 +131,7 @@ def test_a_tenant_cannot_shed_its_debt_by_leaving() -> None:
 
 
 def test_cancelling_a_job_in_flight_removes_its_rows() -> None:
-    scheduler = Scheduler(capacity=8)
+    scheduler = Scheduler(max_batch_size=8)
     scheduler.add(row(1), now=0.0)
     scheduler.add(row(1, sample=1), now=0.0)
     batch = scheduler.next_batch(0.0)
@@ -143,7 +143,7 @@ def test_cancelling_a_job_in_flight_removes_its_rows() -> None:
 
 
 def test_among_equals_the_older_one_runs_to_its_end_first() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     for job_id in (1, 2):
         scheduler.add(row(job_id, enqueue_time=float(job_id)), now=2.0)
 
@@ -151,7 +151,7 @@ def test_among_equals_the_older_one_runs_to_its_end_first() -> None:
 
 
 def test_a_short_row_that_just_came_goes_before_a_long_one_that_has_waited() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, steps=30, enqueue_time=0.0), now=0.0)
     scheduler.add(row(2, steps=2, enqueue_time=10.0), now=10.0)
 
@@ -159,7 +159,7 @@ def test_a_short_row_that_just_came_goes_before_a_long_one_that_has_waited() -> 
 
 
 def test_a_long_row_that_has_waited_long_enough_goes_before_a_short_one() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, steps=10, enqueue_time=0.0), now=0.0)
     scheduler.add(row(2, steps=2, enqueue_time=10.0), now=10.0)
 
@@ -168,7 +168,7 @@ def test_a_long_row_that_has_waited_long_enough_goes_before_a_short_one() -> Non
 
 def test_company_joins_while_those_that_wait_gain_more_than_the_chosen_lose() -> None:
     """Four of one forward each wait; a step costs as much as half a row beyond its rows."""
-    scheduler = Scheduler(capacity=8, fixed_step_cost=512 * 512 // 2)
+    scheduler = Scheduler(max_batch_size=8, fixed_step_cost=512 * 512 // 2)
     for job_id in (1, 2, 3, 4):
         scheduler.add(row(job_id, steps=1), now=0.0)
 
@@ -180,7 +180,7 @@ def test_two_share_a_step_when_it_costs_more_than_a_row_beyond_them(
     overhead: float, batches: list[list[int]]
 ) -> None:
     """Else the first would lose more than the second gains."""
-    scheduler = Scheduler(capacity=8, fixed_step_cost=int(overhead * 512 * 512))
+    scheduler = Scheduler(max_batch_size=8, fixed_step_cost=int(overhead * 512 * 512))
     for job_id in (1, 2):
         scheduler.add(row(job_id, steps=1), now=0.0)
 
@@ -188,7 +188,7 @@ def test_two_share_a_step_when_it_costs_more_than_a_row_beyond_them(
 
 
 def test_a_step_that_costs_nothing_beyond_its_rows_is_not_shared() -> None:
-    scheduler = Scheduler(capacity=8, fixed_step_cost=0)
+    scheduler = Scheduler(max_batch_size=8, fixed_step_cost=0)
     for job_id in (1, 2):
         scheduler.add(row(job_id, steps=1), now=0.0)
 
@@ -196,7 +196,7 @@ def test_a_step_that_costs_nothing_beyond_its_rows_is_not_shared() -> None:
 
 
 def test_rows_with_different_batch_keys_share_no_batch() -> None:
-    scheduler = Scheduler(capacity=8)
+    scheduler = Scheduler(max_batch_size=8)
     for job_id, batch_key in ((1, "ink"), (2, ""), (3, "ink"), (4, "oil")):
         scheduler.add(row(job_id, batch_key=batch_key, steps=1), now=0.0)
 
@@ -212,7 +212,7 @@ def timed_step(scheduler: Scheduler, now: float) -> list[int]:
 
 
 def test_a_row_goes_first_when_it_would_miss_its_deadline_otherwise() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, steps=4, deadline=12.0), now=0.0)
     scheduler.add(row(2, steps=3), now=0.0)
 
@@ -232,7 +232,7 @@ def test_a_row_goes_first_when_it_would_miss_its_deadline_otherwise() -> None:
 
 
 def test_a_deadline_that_has_passed_hurries_nobody() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, steps=40, deadline=3.0), now=0.0)
     timed_step(scheduler, 0.0)
     scheduler.add(row(2, steps=2, enqueue_time=4.0), now=4.0)
@@ -241,7 +241,7 @@ def test_a_deadline_that_has_passed_hurries_nobody() -> None:
 
 
 def test_a_deadline_buys_nobody_the_turn_of_another_tenant() -> None:
-    scheduler = Scheduler(capacity=1)
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, steps=9, tenant="hasty", deadline=5.0), now=0.0)
     scheduler.add(row(2, steps=9, tenant="calm"), now=0.0)
 
@@ -250,7 +250,7 @@ def test_a_deadline_buys_nobody_the_turn_of_another_tenant() -> None:
 
 
 def test_a_learned_limit_holds_for_its_size_and_lets_a_single_row_run() -> None:
-    scheduler = Scheduler(capacity=8)
+    scheduler = Scheduler(max_batch_size=8)
     scheduler.limit(512, 512, 2, now=0.0)
     scheduler.limit(512, 512, 3, now=0.0)
     scheduler.limit(256, 256, 0, now=0.0)
@@ -262,7 +262,7 @@ def test_a_learned_limit_holds_for_its_size_and_lets_a_single_row_run() -> None:
 
 
 def test_a_learned_limit_is_tried_again_after_ten_minutes() -> None:
-    scheduler = Scheduler(capacity=8)
+    scheduler = Scheduler(max_batch_size=8)
     scheduler.limit(512, 512, 1, now=0.0)
     for job_id in (1, 2):
         scheduler.add(row(job_id, steps=9), now=0.0)

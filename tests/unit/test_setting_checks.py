@@ -61,7 +61,7 @@ WRONG: dict[str, str] = {
     "dev_key": "dev-key",
     "device": "gpu",
     "dtype": "float8",
-    "max_batch_rows": "0",
+    "max_batch_size": "0",
     "torch_threads": "many",
     "channels_last": "2.5",
     "fuse_qkv": "",

@@ -46,6 +46,12 @@ class Guidance(StrEnum):
         """The largest scale at which there is no guidance."""
         return 0.0 if self is Guidance.CLASSIFIER_FREE_FROM_ZERO else 1.0
 
+    def forwards(self, scale: float) -> int:
+        """Returns how many forwards of the model one step of a sample costs: 2 with
+        classifier-free guidance."""
+        is_free = self in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO)
+        return 2 if is_free and scale > self.off_up_to else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
@@ -97,7 +103,7 @@ class ModelInfo:
 class WorkerInfo:
     """A live worker, announced again and again; it is gone when the announcement expires.
 
-    `capacity_rows`: samples it denoises at once. `job_seconds`: recent mean time of one sample at
+    `job_seconds`: recent mean time of one sample at
     512x512, the base of estimates; 0.0 when nothing ran yet. `busy`: share of the time since the
     announcement before in which the device worked, 0 to 1.
     """
@@ -105,6 +111,5 @@ class WorkerInfo:
     name: str
     model: ModelInfo
     device: str
-    capacity_rows: int
     job_seconds: float = 0.0
     busy: float = 0.0

@@ -176,8 +176,8 @@ class Engine(Protocol):
     def determinism(self) -> Determinism: ...
 
     @property
-    def capacity_rows(self) -> int:
-        """Samples it denoises at once."""
+    def max_batch_size(self) -> int:
+        """Largest batch of a denoising step, in forwards: a sample costs one, with guidance two."""
         ...
 
     @property

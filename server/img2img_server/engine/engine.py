@@ -68,7 +68,7 @@ class DiffusionEngine:
 
     Args:
         spec: the model's name, defaults and limits.
-        capacity_rows: most forwards of a batch; a guided sample takes two of them.
+        max_batch_size: the largest batch, in forwards; a guided sample costs two.
         memory: what is known of the device's memory; None: that of the denoiser's device.
     """
 
@@ -76,16 +76,16 @@ class DiffusionEngine:
         self,
         denoiser: Denoiser,
         spec: ModelSpec,
-        capacity_rows: int,
+        max_batch_size: int,
         memory: MemoryModel | None = None,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
-        self._capacity_rows = capacity_rows
+        self._max_batch_size = max_batch_size
         memory = memory or MemoryModel(meter_of(denoiser.device))
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox = EventDispatcher(lambda run, error: self._commands.put(_Unread(run, error)))
-        self._loop = StepLoop(denoiser, spec, capacity_rows, memory, self._outbox)
+        self._loop = StepLoop(denoiser, spec, max_batch_size, memory, self._outbox)
         self._lock = threading.Lock()
         self._stopping = False
         self._busy_seconds = 0.0
@@ -105,8 +105,8 @@ class DiffusionEngine:
         return self._denoiser.determinism
 
     @property
-    def capacity_rows(self) -> int:
-        return self._capacity_rows
+    def max_batch_size(self) -> int:
+        return self._max_batch_size
 
     @property
     def busy_seconds(self) -> float:

@@ -44,11 +44,11 @@ def load_engine(settings: Settings) -> DiffusionEngine:
     if settings.compile_cache_dir:
         # Where torch keeps what it has compiled; it has no other way to be told.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(settings.compile_cache_dir.absolute())
-    options, most = ModelOptions.of(settings), settings.max_batch_rows
+    options, most = ModelOptions.of(settings), settings.max_batch_size
     denoiser = apart(lambda: DiffusersDenoiser.load(spec.source, device, dtype, options, most))
     spec = replace(spec, loras=denoiser.loras)
     memory = MemoryModel(meter_of(device), settings.memory_limit_bytes)
-    engine = DiffusionEngine(denoiser, spec, settings.max_batch_rows, memory)
+    engine = DiffusionEngine(denoiser, spec, settings.max_batch_size, memory)
     try:
         warm_up(engine, spec, settings)
     except BaseException:

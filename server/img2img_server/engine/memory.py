@@ -110,13 +110,13 @@ class MemoryModel:
         need, usable = self.need(height, width, forwards), self._usable()
         return need if need is not None and usable is not None and need > usable else None
 
-    def slots_that_fit(
+    def max_forwards(
         self, height: int, width: int, most: int, padded_batch_size: Callable[[int], int] = int
     ) -> int:
-        """The largest batch up to `most` that fits; at least 1.
+        """Returns the most forwards up to `most` that fit in one batch; at least 1.
 
         Args:
-            filled_up: what a batch of so many is filled up to.
+            padded_batch_size: how many forwards run for a batch of so many.
         """
         sizes = range(most, 1, -1)
         return next(

@@ -53,17 +53,17 @@ class ModelOptions:
         )
 
 
-def batch_size_buckets(capacity: int) -> tuple[int, ...]:
-    """Batch sizes to compile or capture: powers of two below the capacity, and the capacity."""
+def batch_size_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """Returns the batch sizes to compile or capture: powers of two below the largest, and it."""
     sizes = [1]
-    while sizes[-1] * 2 < capacity:
+    while sizes[-1] * 2 < max_batch_size:
         sizes.append(sizes[-1] * 2)
-    return (*sizes, capacity) if capacity > 1 else (1,)
+    return (*sizes, max_batch_size) if max_batch_size > 1 else (1,)
 
 
-def pad_batch_size(forwards: int, capacity: int) -> int:
-    """The size of the ladder that holds so many slots; their own number when none does."""
-    return next((size for size in batch_size_buckets(capacity) if size >= forwards), forwards)
+def pad_batch_size(forwards: int, max_batch_size: int) -> int:
+    """Returns the smallest bucket that holds so many forwards; their number when none does."""
+    return next((size for size in batch_size_buckets(max_batch_size) if size >= forwards), forwards)
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:

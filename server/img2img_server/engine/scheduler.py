@@ -40,7 +40,7 @@ _LIMIT_SECONDS = 600.0
 class Row:
     """One sample to denoise.
 
-    `slots`: forwards each of its steps costs; 2 with guidance, since the unguided prediction is a
+    `forwards`: what each of its steps costs; 2 with guidance, since the unguided prediction is a
     forward of its own. `steps`: how many it still needs, at least 1. `batch_key`: rows with
     different ones share no batch. `deadline`: when its picture is of no more use, of the same clock
     as `enqueue_time`; None: never.
@@ -96,21 +96,24 @@ class Scheduler:
     """Picks the rows of every step.
 
     Args:
-        capacity: most slots of a batch. A row that is larger than it runs alone.
-        step_overhead: what a step costs beyond its rows, in pixels x forwards; None: so much that
-            company always pays, as on a GPU.
+        max_batch_size: the largest batch, in forwards. A row that costs more than that runs alone.
+        fixed_step_cost: what a step costs beyond its rows, in pixels x forwards; None: a larger
+            batch is always worthwhile, as on a GPU.
         max_wait_seconds: a row that has waited for so long since its last step goes before every
             row that has not. Then no more than the rows before it in that line run first.
     """
 
     def __init__(
-        self, capacity: int, fixed_step_cost: int | None = None, max_wait_seconds: float = 30.0
+        self,
+        max_batch_size: int,
+        fixed_step_cost: int | None = None,
+        max_wait_seconds: float = 30.0,
     ) -> None:
-        assert capacity >= 1
-        self._capacity = capacity
-        self._step_overhead = fixed_step_cost
+        assert max_batch_size >= 1
+        self._max_batch_size = max_batch_size
+        self._fixed_step_cost = fixed_step_cost
         self._max_wait_seconds = max_wait_seconds
-        self._limits: dict[tuple[int, int], tuple[int, float]] = {}  # slots, until when
+        self._limits: dict[tuple[int, int], tuple[int, float]] = {}  # forwards, until when
         self._entries: dict[Key, _Entry] = {}
         self._work_of_tenant = FairShare()
         self._seconds_per_work = 0.0
@@ -133,8 +136,7 @@ class Scheduler:
         return gone
 
     def limit(self, height: int, width: int, forwards: int, now: float) -> None:
-        """No batch of this size takes more slots than so, for a while: what is short may be less so
-        later. A single row always runs."""
+        """Bounds the forwards of batches of this size for a while. A single row always runs."""
         most = min(forwards, self._limit(height, width, now))
         self._limits[height, width] = most, now + _LIMIT_SECONDS
 
@@ -180,8 +182,8 @@ class Scheduler:
         return tuple(finished)
 
     def _limit(self, height: int, width: int, now: float) -> int:
-        forwards, until = self._limits.get((height, width), (self._capacity, now))
-        return forwards if now < until else self._capacity
+        forwards, until = self._limits.get((height, width), (self._max_batch_size, now))
+        return forwards if now < until else self._max_batch_size
 
     def _choose(self, line: Sequence[_Entry], now: float) -> list[_Entry]:
         """The head of the line, and who joins it."""
@@ -202,9 +204,9 @@ class Scheduler:
     def _is_worth_joining(self, row: Row, chosen: int, waiting: int) -> bool:
         """Whether a row's joining saves it and those that wait on more than it costs the chosen,
         who pay for the step in any case."""
-        if self._step_overhead is None:
+        if self._fixed_step_cost is None:
             return True
-        return (waiting - chosen) * self._step_overhead > chosen * row.work
+        return (waiting - chosen) * self._fixed_step_cost > chosen * row.work
 
     def _order(self, entry: _Entry, now: float) -> tuple[float, ...]:
         row = entry.row

@@ -44,7 +44,7 @@ class StepLoop:
 
     Args:
         spec: the model's name, defaults and limits.
-        capacity_rows: most forwards of a batch; a guided sample takes two of them.
+        max_batch_size: the largest batch, in forwards; a guided sample costs two.
         memory: knows which batches fit the device.
         outbox: takes what jobs are told; its failures come back to `unread`.
     """
@@ -53,7 +53,7 @@ class StepLoop:
         self,
         denoiser: Denoiser,
         spec: ModelSpec,
-        capacity_rows: int,
+        max_batch_size: int,
         memory: MemoryModel,
         outbox: EventDispatcher,
     ) -> None:
@@ -61,7 +61,7 @@ class StepLoop:
         self._spec = spec
         self._outbox = outbox
         self._stages = BatchExecutor(denoiser, self._note_split)
-        self._scheduler = Scheduler(capacity_rows, denoiser.fixed_step_cost)
+        self._scheduler = Scheduler(max_batch_size, denoiser.fixed_step_cost)
         self._memory = memory
         self._runs: dict[int, EngineJobState] = {}
         self._lost = False  # the device, for good
@@ -165,7 +165,7 @@ class StepLoop:
         """What of a batch fits the device; the rest goes back to wait. One row at least."""
         first = batch.rows[0]
         shape = first.height, first.width, batch.forwards
-        most = self._memory.slots_that_fit(*shape, self._denoiser.padded_batch_size)
+        most = self._memory.max_forwards(*shape, self._denoiser.padded_batch_size)
         rows = list(batch.rows)
         while len(rows) > 1 and sum(row.forwards for row in rows) > most:
             self._scheduler.put_back([rows.pop().key])

@@ -12,7 +12,7 @@ from img2img_server.engine.memory import MemoryModel
 def exercise(
     denoiser: Denoiser, memory: MemoryModel, height: int, width: int, forwards: int
 ) -> None:
-    """Encodes, denoises `slots` unguided rows in one forward, decodes and makes a preview."""
+    """Encodes, denoises `forwards` unguided rows in one forward, decodes and makes a preview."""
     text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=height, width=width)
     (conditioning,) = denoiser.encode_texts([text])
     images = [np.zeros((height, width, 3), np.uint8)]

@@ -12,7 +12,7 @@ import uvicorn
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import connect
-from img2img_server.lifecycle import unless_stopped
+from img2img_server.lifecycle import first_of, unless_stopped
 from img2img_server.ports import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
@@ -60,9 +60,7 @@ async def serve(
         log.info("gateway serves", address=address, probes=probes)
         if started:
             started(address)
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await first_of(asyncio.wait([serving]), stop.wait())
         server.should_exit = True
         await serving
     log.info("gateway stopped")
@@ -80,6 +78,7 @@ def _config(app: object, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         lifespan="off",
+        ws="none",  # so that the middleware gets HTTP requests only
         log_config=None,
         access_log=False,
         server_header=False,

@@ -25,7 +25,6 @@ from img2img_server.settings import Settings, SettingsError
 from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
-ADMIN_SERVICE = "img2img.v1.AdminService"
 ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
 _MAX_KEY_CHARACTERS = 1024  # longer ones would exceed the limit on metadata
 _CREATE_SECONDS = 60.0  # includes the download of the init image
@@ -33,10 +32,8 @@ _CALL_SECONDS = 10.0
 _STORAGE_CHECK_SECONDS = 90.0  # three requests to the tenant's storage
 # Methods that change nothing are retried while one api stops and another one starts.
 _RETRIED = [
-    {"service": SERVICE, "method": "GetCaller"},
-    {"service": SERVICE, "method": "GetCapabilities"},
-    {"service": SERVICE, "method": "GetJob"},
-    {"service": ADMIN_SERVICE, "method": "GetSystemDetails"},
+    {"service": "img2img.v1.AdminService", "method": "GetSystemDetails"},
+    *({"service": SERVICE, "method": f"Get{name}"} for name in ("Caller", "Capabilities", "Job")),
 ]
 _RETRY_POLICY = {
     "maxAttempts": 4,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,8 +36,17 @@ from img2img_server.storage.s3_faults import (
 CHUNK_BYTES: Final = 64 * 1024
 PART_BYTES: Final = 64 * 2**20  # one request a file: what we store is far smaller
 THREADS: Final = 8
-TRIES: Final = 3
-FIRST_PAUSE_SECONDS: Final = 0.2
+# A request is repeated at once and after a second where the connection fails or the store is
+# overloaded or broken; not where TLS fails.
+RETRIES: Final = urllib3.Retry(
+    total=2,
+    other=0,
+    backoff_factor=0.5,
+    backoff_jitter=0.2,
+    allowed_methods=None,
+    status_forcelist=(429, 500, 502, 503, 504),
+    raise_on_status=False,
+)
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 30.0
 ATTEMPT_SECONDS: Final = 5.0  # least time for an attempt at the start; a silent store takes more
@@ -84,7 +92,7 @@ class S3BlobStore:
         await self._until(self._prove_writable, seconds)
         try:
             async with asyncio.timeout(RULES_SECONDS):
-                await self._try(self._make_rules)
+                await self._call(self._make_rules)
         except (StorageError, TimeoutError) as error:
             why = f"no answer within {RULES_SECONDS:g} s"
             if isinstance(error, StorageError):
@@ -108,7 +116,7 @@ class S3BlobStore:
             left = max(ends_at - loop.time(), ATTEMPT_SECONDS)
             try:
                 async with asyncio.timeout(left):
-                    return await self._try(prove, tries=1)
+                    return await self._call(prove)
             except TimeoutError as error:
                 fault = explain(urllib3.exceptions.TimeoutError(), self._access)
                 raise StorageError(f"{fault}; given up after {seconds:g} s") from error
@@ -128,10 +136,10 @@ class S3BlobStore:
         return f": the key needs s3:PutObject in {self._bucket}" if denied else ""
 
     async def prove_writable(self) -> None:
-        await self._try(self._prove_writable, tries=1)
+        await self._call(self._prove_writable)
 
     async def prove_readable(self) -> None:
-        await self._try(self._prove_readable, tries=1)
+        await self._call(self._prove_readable)
 
     def _prove_writable(self) -> None:
         key = CHECK_KEY.format(uuid.uuid4())
@@ -232,7 +240,7 @@ class S3BlobStore:
         )
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:
-        await self._try(lambda: self._put(key, data, media_type), putting=key)
+        await self._call(lambda: self._put(key, data, media_type), key)
 
     def _put(self, key: str, data: bytes, media_type: str) -> None:
         self._client.put_object(
@@ -246,7 +254,7 @@ class S3BlobStore:
         )
 
     async def stat(self, key: str) -> BlobInfo | None:
-        return await self._try(lambda: self._stat(key))
+        return await self._call(lambda: self._stat(key))
 
     def _stat(self, key: str) -> BlobInfo | None:
         try:
@@ -279,7 +287,7 @@ class S3BlobStore:
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         try:
-            response = await self._try(lambda: self._client.get_object(self._bucket, key))
+            response = await self._call(lambda: self._client.get_object(self._bucket, key))
         except StorageError as error:
             if isinstance(error.__cause__, S3Error) and error.__cause__.code in MISSING | DENIED:
                 raise KeyError(key) from error
@@ -300,7 +308,7 @@ class S3BlobStore:
             wait(under_way)
             self._client.remove_object(self._bucket, key)
 
-        await self._try(remove)
+        await self._call(remove)
 
     async def _run(self, work: Callable[[], T], putting: str = "") -> T:
         future = self._pool.submit(copy_context().run, work)  # its log lines have the role and job
@@ -309,23 +317,16 @@ class S3BlobStore:
             future.add_done_callback(self._putting.pop)
         return await asyncio.wrap_future(future)
 
-    async def _try(self, work: Callable[[], T], *, putting: str = "", tries: int = TRIES) -> T:
-        """Runs it on a thread, again after a pause when the fault may pass. Raises StorageError.
+    async def _call(self, work: Callable[[], T], putting: str = "") -> T:
+        """Runs a call of the SDK on a thread. Raises StorageError.
 
         Args:
-            putting: the key that it stores, if any.
+            putting: The key that the call stores, if any.
         """
-        for left in reversed(range(tries)):
-            try:
-                return await self._run(work, putting)
-            except FAULTS as error:
-                fault = explain(error, self._access)
-                if not left or not is_transient(error):
-                    raise StorageError(_sentence(error), str(fault)) from error
-                log.warning("object store, %d attempts left: %s", left, fault)
-                pause = FIRST_PAUSE_SECONDS * 4 ** (TRIES - 1 - left)
-                await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
-        raise AssertionError("unreachable")
+        try:
+            return await self._run(work, putting)
+        except FAULTS as error:
+            raise StorageError(_sentence(error), str(explain(error, self._access))) from error
 
 
 def _sentence(error: Exception) -> str:
@@ -352,7 +353,7 @@ async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
     connections = urllib3.PoolManager(
         maxsize=THREADS,
         timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
-        retries=False,
+        retries=RETRIES,
     )
     client = access.client(connections)
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")

@@ -2,7 +2,7 @@
 
 The sources of the chain and their variables are those of the AWS SDKs: environment, web identity
 (IRSA, workload identity), credentials file, container (ECS, EKS pod identity), EC2 metadata. The
-first one that is configured is used; when it fails, that is an error, not a reason to go on.
+first one that is configured is used; when it fails, that is an error, and no other one is tried.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from urllib.parse import urlsplit
 
 import urllib3
 from minio.credentials.credentials import Credentials
-from minio.credentials.providers import (
-    IamAwsProvider,
-    Provider,
-    StaticProvider,
-    WebIdentityProvider,
-)
+from minio.credentials.providers import IamAwsProvider, Provider, WebIdentityProvider
 
 from img2img_server.setting_files import read_text
 from img2img_server.settings import Settings
 
 REFRESH: Final = timedelta(minutes=5)  # before they expire; AWS has new ones by then
-RETRY: Final = timedelta(seconds=30)  # between two attempts to refresh what still works
-LEAST: Final = timedelta(seconds=10)  # less than this left counts as expired
+RETRY: Final = timedelta(seconds=30)  # between two attempts to refresh valid credentials
+LEAST: Final = timedelta(seconds=10)  # credentials that last less long count as expired
+_OURS: Final = "IMG2IMG_S3_ACCESS_KEY"
+_IDENTITY_FILE: Final = "AWS_WEB_IDENTITY_TOKEN_FILE"
+_TOKEN_FILE: Final = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"  # noqa: S105
+_CONTAINER: Final = (
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
 METADATA_URL: Final = "http://169.254.169.254"
-_CONTAINER_HOST: Final = "http://169.254.170.2"
+_CONTAINER_URL: Final = "http://169.254.170.2"
 # Where credentials may be asked for without TLS: ECS and EKS, and this machine.
-_CONTAINER_HOSTS: Final = frozenset({"169.254.170.2", "169.254.170.23", "fd00:ec2::23"})
+_CONTAINER_HOSTS: Final = ("localhost", "169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 _TIMEOUT: Final = urllib3.Timeout(connect=2.0, read=5.0)
-_METADATA_TIMEOUT: Final = urllib3.Timeout(connect=1.0, read=2.0)
 _STATUS: Final = re.compile(r"HTTP status code (\d+)")
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 class CredentialsError(Exception):
     """There are no credentials; the sentence says why. `setting`: what to correct."""
 
-    def __init__(self, setting: str, sentence: str, *, final: bool) -> None:
+    def __init__(self, setting: str, sentence: str, *, final: bool = True) -> None:
         super().__init__(sentence)
         self.setting = setting
         self.final = final
@@ -59,8 +60,8 @@ class Source:
     """One place for credentials.
 
     Args:
-        access, secret, token: the settings that hold them, for error messages.
-        fetch: gets them; blocks. Raises CredentialsError.
+        access, secret, token: The settings that hold them, for error messages.
+        fetch: Gets them; blocks. Raises CredentialsError.
     """
 
     access: str
@@ -73,7 +74,7 @@ class RefreshingProvider(Provider):
     """Hands out a source's credentials and renews them before they expire; for many threads.
 
     Args:
-        now: the clock, in UTC.
+        now: The clock, in UTC.
     """
 
     def __init__(self, source: Source, now: Callable[[], datetime] | None = None) -> None:
@@ -84,7 +85,7 @@ class RefreshingProvider(Provider):
         self._fetched_at = datetime.min.replace(tzinfo=UTC)
 
     def retrieve(self) -> Credentials:
-        """Raises CredentialsError when there are none that hold."""
+        """Raises CredentialsError when there are none that are valid."""
         with self._lock:
             left = self._left()
             now = self._now()
@@ -106,74 +107,59 @@ class RefreshingProvider(Provider):
 
 
 def choose_source(settings: Settings, env: Mapping[str, str]) -> Source:
-    """The source that is configured. `env`: the environment with the variables of AWS."""
-    if settings.s3_access_key.get_secret_value():
-        return _static(
-            *("IMG2IMG_S3_ACCESS_KEY", "IMG2IMG_S3_SECRET_KEY", "IMG2IMG_S3_SESSION_TOKEN"),
-            settings.s3_access_key.get_secret_value(),
-            settings.s3_secret_key.get_secret_value(),
-            settings.s3_session_token.get_secret_value(),
-        )
-    if env.get("AWS_ACCESS_KEY_ID") or env.get("AWS_SECRET_ACCESS_KEY"):
-        return _static(
-            *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-            env.get("AWS_ACCESS_KEY_ID", ""),
-            env.get("AWS_SECRET_ACCESS_KEY", ""),
-            env.get("AWS_SESSION_TOKEN", ""),
-        )
-    if env.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
-        return _one("AWS_WEB_IDENTITY_TOKEN_FILE", lambda: _by_web_identity(settings, env))
-    file = _credentials_file(env)
-    if env.get("AWS_PROFILE") or env.get("AWS_SHARED_CREDENTIALS_FILE") or file.is_file():
-        return _one("AWS_PROFILE", lambda: _by_file(file, env.get("AWS_PROFILE") or "default"))
-    for name in ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"):
-        if env.get(name):
-            return _one(name, lambda name=name: _by_container(name, env))  # type: ignore[misc]
-    return _one("IMG2IMG_S3_ACCESS_KEY", lambda: _by_metadata(env, file))
+    """Returns the source that is configured. `env`: the environment with the variables of AWS."""
+    if key := settings.s3_access_key.get_secret_value():
+        names = _OURS, "IMG2IMG_S3_SECRET_KEY", "IMG2IMG_S3_SESSION_TOKEN"
+        secret = settings.s3_secret_key.get_secret_value()
+        return _static(names, key, secret, settings.s3_session_token.get_secret_value())
+    names = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
+    if env.get(names[0]) or env.get(names[1]):
+        return _static(names, *(env.get(name, "") for name in names))
+    file = Path(
+        env.get("AWS_SHARED_CREDENTIALS_FILE")
+        or Path(env.get("HOME") or "/") / ".aws" / "credentials"
+    )
+    profile = env.get("AWS_PROFILE")
+    if env.get(_IDENTITY_FILE):
+        return _one(_IDENTITY_FILE, lambda: _by_web_identity(env))
+    if profile or env.get("AWS_SHARED_CREDENTIALS_FILE") or file.is_file():
+        return _one("AWS_PROFILE", lambda: _by_file(file, profile or "default"))
+    if name := next((name for name in _CONTAINER if env.get(name)), ""):
+        return _one(name, lambda: _by_container(name, env))
+    return _one(_OURS, lambda: _by_metadata(env, file))
 
 
 def _one(name: str, fetch: Callable[[], Credentials]) -> Source:
     return Source(name, name, name, fetch)
 
 
-def _static(
-    access: str, secret: str, token: str, access_key: str, secret_key: str, session_token: str
-) -> Source:
+def _static(names: tuple[str, str, str], key: str, secret: str, token: str) -> Source:
     def fetch() -> Credentials:
-        for name, value in ((access, access_key), (secret, secret_key)):
+        for name, value in zip(names, (key, secret), strict=False):
             if not value:
-                raise CredentialsError(name, f"{access} and {secret} belong together", final=True)
-        return StaticProvider(access_key, secret_key, session_token or None).retrieve()
+                raise CredentialsError(name, f"{names[0]} and {names[1]} belong together")
+        return Credentials(key, secret, token or None)
 
-    return Source(access, secret, token, fetch)
+    return Source(*names, fetch)
 
 
-def _by_web_identity(settings: Settings, env: Mapping[str, str]) -> Credentials:
-    name, role = "AWS_WEB_IDENTITY_TOKEN_FILE", env.get("AWS_ROLE_ARN")
-    path = Path(env[name])
-    try:
-        token = read_text(path).strip()
-    except OSError as error:
-        why = f"{path} cannot be read: {error.strerror}"
-        raise CredentialsError(name, why, final=True) from None
-    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or ""
+def _by_web_identity(env: Mapping[str, str]) -> Credentials:
+    token = _text(_IDENTITY_FILE, env)
+    region, role = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "", "AWS_ROLE_ARN"
     own = f"https://sts.{region}.amazonaws.com" if region else "https://sts.amazonaws.com"
     endpoint = env.get("AWS_ENDPOINT_URL_STS") or own + (".cn" if region.startswith("cn-") else "")
-    with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as http:
-        provider = WebIdentityProvider(
+    hint = f"the role {env.get(role) or f'({role} is not set)'} must trust this identity"
+
+    def fetch(http: urllib3.PoolManager) -> Credentials:
+        return WebIdentityProvider(
             jwt_provider_func=lambda: {"access_token": token, "expires_in": "0"},
             sts_endpoint=endpoint.rstrip("/"),
-            role_arn=role,
+            role_arn=env.get(role),
             role_session_name=env.get("AWS_ROLE_SESSION_NAME") or "img2img",
             http_client=http,
-        )
-        hint = f"the role {role or '(AWS_ROLE_ARN is not set)'} must trust this identity"
-        return _fetched(name, f"STS at {urlsplit(endpoint).netloc}", hint, provider.retrieve)
+        ).retrieve()
 
-
-def _credentials_file(env: Mapping[str, str]) -> Path:
-    home = Path(env.get("HOME") or "/")
-    return Path(env.get("AWS_SHARED_CREDENTIALS_FILE") or home / ".aws" / "credentials")
+    return _fetched(_IDENTITY_FILE, f"STS at {urlsplit(endpoint).netloc}", hint, fetch)
 
 
 def _by_file(path: Path, profile: str) -> Credentials:
@@ -183,79 +169,77 @@ def _by_file(path: Path, profile: str) -> Credentials:
         parser.read_string(read_text(path))
     except (OSError, configparser.Error) as error:
         why = getattr(error, "strerror", "") or "it is not in the form of AWS"
-        raise CredentialsError("AWS_PROFILE", f"{path} cannot be read: {why}", final=True) from None
-    key = parser.get(profile, "aws_access_key_id", fallback="")
-    secret = parser.get(profile, "aws_secret_access_key", fallback="")
+        raise CredentialsError("AWS_PROFILE", f"{path} cannot be read: {why}") from None
+    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    key, secret, token = (parser.get(profile, name, fallback="") for name in names)
     if not (key and secret):
         why = (
             f"profile {profile} of {path} has no aws_access_key_id and aws_secret_access_key; "
             "profiles with SSO, role_arn or credential_process are not supported"
         )
-        raise CredentialsError("AWS_PROFILE", why, final=True)
-    return Credentials(key, secret, parser.get(profile, "aws_session_token", fallback="") or None)
+        raise CredentialsError("AWS_PROFILE", why)
+    return Credentials(key, secret, token or None)
 
 
 def _by_container(name: str, env: Mapping[str, str]) -> Credentials:
-    url = env[name] if name.endswith("FULL_URI") else f"{_CONTAINER_HOST}/{env[name].lstrip('/')}"
+    url = env[name] if name.endswith("FULL_URI") else f"{_CONTAINER_URL}/{env[name].lstrip('/')}"
     parts = urlsplit(url)
-    if not (parts.scheme == "https" or (parts.scheme == "http" and _is_near(parts.hostname))):
+    if not (parts.scheme == "https" or (parts.scheme == "http" and _is_near(parts.hostname or ""))):
         why = f"{parts.netloc} must have https or be an address of this machine, of ECS or of EKS"
-        raise CredentialsError(name, why, final=True)
-    token = env.get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
-    if file := env.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"):
-        try:
-            token = read_text(Path(file)).strip()
-        except OSError as error:
-            why = f"{file} cannot be read: {error.strerror}"
-            other = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
-            raise CredentialsError(other, why, final=True) from None
-    with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as http:
-        provider = IamAwsProvider(http_client=http)
-        hint = "the service account or task must have a role"
-        headers: dict[str, str | list[str] | tuple[str]] | None = (
-            {"Authorization": token} if token else None
-        )
-        return _fetched(name, parts.netloc, hint, lambda: provider.fetch(url, headers))
+        raise CredentialsError(name, why)
+    token = _text(_TOKEN_FILE, env) or env.get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
+    hint = "the service account or task must have a role"
+    # Not by `retrieve`: it sends a token to any host, and the line break at the end of its file.
+    headers: dict[str, str | list[str] | tuple[str]] = {"Authorization": token} if token else {}
+    return _fetched(
+        name, parts.netloc, hint, lambda http: IamAwsProvider(http_client=http).fetch(url, headers)
+    )
 
 
-def _is_near(host: str | None) -> bool:
-    if host in _CONTAINER_HOSTS or host == "localhost":
-        return True
+def _is_near(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host or "").is_loopback
+        return host in _CONTAINER_HOSTS or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
 def _by_metadata(env: Mapping[str, str], file: Path) -> Credentials:
-    setting = "IMG2IMG_S3_ACCESS_KEY"
     url = (env.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or METADATA_URL).rstrip("/")
-    tried = (
-        "AWS_ACCESS_KEY_ID, AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONTAINER_CREDENTIALS_RELATIVE_URI "
-        f"and AWS_CONTAINER_CREDENTIALS_FULL_URI are not set, {file} does not exist"
-    )
-    cure = "there are no credentials for S3: set IMG2IMG_S3_ACCESS_KEY and IMG2IMG_S3_SECRET_KEY"
-    if env.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
-        why = f"{cure}. Of the AWS chain, {tried} and AWS_EC2_METADATA_DISABLED is true"
-        raise CredentialsError(setting, why, final=True)
-    with urllib3.PoolManager(retries=False, timeout=_METADATA_TIMEOUT) as http:
-        try:
-            return _fetched(
-                setting,
-                f"the EC2 metadata service at {urlsplit(url).netloc}",
-                "the instance must have a role",
-                IamAwsProvider(custom_endpoint=url, http_client=http).retrieve,
-            )
-        except CredentialsError as error:
-            why = f"{cure}. Of the AWS chain, {tried} and {error}"
-            raise CredentialsError(setting, why, final=True) from None
+    where = f"the EC2 metadata service at {urlsplit(url).netloc}"
+    try:
+        if env.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+            raise CredentialsError(_OURS, "AWS_EC2_METADATA_DISABLED is true")
+        hint = "the instance must have a role"
+        return _fetched(
+            *(_OURS, where, hint),
+            lambda http: IamAwsProvider(custom_endpoint=url, http_client=http).retrieve(),
+        )
+    except CredentialsError as error:
+        tried = ", ".join(("AWS_ACCESS_KEY_ID", _IDENTITY_FILE, *_CONTAINER))
+        why = (
+            "there are no credentials for S3: set IMG2IMG_S3_ACCESS_KEY and IMG2IMG_S3_SECRET_KEY. "
+            f"Of the AWS chain, {tried} are not set, {file} does not exist and {error}"
+        )
+        raise CredentialsError(_OURS, why) from None
 
 
-def _fetched(setting: str, where: str, hint: str, fetch: Callable[[], Credentials]) -> Credentials:
-    """What `fetch` returns. Its errors hold tokens, in the addresses: none of them goes on."""
+def _text(name: str, env: Mapping[str, str]) -> str:
+    """Returns the content of the file that a variable names; empty where it is not set."""
+    path = env.get(name)
+    try:
+        return read_text(Path(path)).strip() if path else ""
+    except OSError as error:
+        raise CredentialsError(name, f"{path} cannot be read: {error.strerror}") from None
+
+
+def _fetched(
+    setting: str, where: str, hint: str, fetch: Callable[[urllib3.PoolManager], Credentials]
+) -> Credentials:
+    """Returns what `fetch` gets. Its errors hold tokens, in URLs: none of them is passed on."""
     why, final = "", False
     try:
-        return fetch()
+        with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as http:
+            return fetch(http)
     except urllib3.exceptions.TimeoutError:
         why = f"{where} does not answer"
     except (urllib3.exceptions.HTTPError, OSError) as error:

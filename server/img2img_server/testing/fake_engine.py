@@ -65,7 +65,7 @@ class FakeEngine:
         model: what it says it serves.
         step_seconds: how long a step takes.
         hold_after: every job waits after this many steps until `release` is called.
-        capacity_rows: what it says it can denoise at once; it takes more all the same.
+        max_batch_size: the value of the property; the fake takes more all the same.
         max_prompt_words: how many words of a prompt it reads; it says what it does not read.
     """
 
@@ -75,13 +75,13 @@ class FakeEngine:
         *,
         step_seconds: float = 0.0,
         hold_after: int | None = None,
-        capacity_rows: int = 8,
+        max_batch_size: int = 8,
         max_prompt_words: int = 2000,
     ) -> None:
         self._model = model
         self._step_seconds = step_seconds
         self._hold_after = hold_after
-        self._capacity_rows = capacity_rows
+        self._max_batch_size = max_batch_size
         self._max_prompt_words = max_prompt_words
         self._changed = threading.Condition()
         self._waiting: deque[_Run] = deque()
@@ -106,8 +106,8 @@ class FakeEngine:
         return Determinism.EXACT
 
     @property
-    def capacity_rows(self) -> int:
-        return self._capacity_rows
+    def max_batch_size(self) -> int:
+        return self._max_batch_size
 
     def submit(self, job: EngineJob, sink: Sink) -> None:
         with self._changed:

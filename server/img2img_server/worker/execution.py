@@ -76,9 +76,12 @@ class JobExecution:
         return self._owned.job if self._owned else None
 
     @property
-    def samples(self) -> int:
-        """Samples that the job has in the engine; 0 when there is no record of it."""
-        return self.job.params.samples if self.job else 0
+    def forwards(self) -> int:
+        """Returns the forwards of one step of all samples; 0 without a record of the job."""
+        if self.job is None:
+            return 0
+        params, model = self.job.params, self._parts.engine.model
+        return params.samples * model.guidance.forwards(params.guidance_scale or 0.0)
 
     def cancel(self) -> None:
         """Ends the job as cancelled at its next step."""

@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """One engine's share of the queue. Jobs in flight are bounded by the engine's capacity."""
+    """One engine's share of the queue. It stops pulling when its jobs fill a batch."""
 
     def __init__(
         self, parts: WorkerDeps, control: Control, registry: WorkerRegistry, *, drain_seconds: float
@@ -90,8 +90,8 @@ class Worker:
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts
         while True:
-            free = parts.engine.capacity_rows - sum(run.samples for run in self._runs.values())
-            if free <= 0:
+            running = sum(run.forwards for run in self._runs.values())
+            if running >= parts.engine.max_batch_size:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
@@ -108,7 +108,7 @@ class Worker:
                         await delivery.nak()
                 elif run := self._take(delivery):
                     self._tasks[run.job_id] = tasks.create_task(self._run(run))
-                    await run.opened.wait()  # now `run.samples` is known
+                    await run.opened.wait()  # now `run.forwards` is known
 
     def _take(self, delivery: Delivery) -> JobExecution | None:
         """Counts the job in at once; None when it is here already and goes on."""
@@ -181,7 +181,6 @@ class Worker:
                 name=parts.name,
                 model=replace(parts.engine.model, pixel_step_seconds=pace),
                 device=parts.engine.device,
-                capacity_rows=parts.engine.capacity_rows,
                 job_seconds=parts.pace.job_seconds,
                 busy=load.measure(time.monotonic()),
             )

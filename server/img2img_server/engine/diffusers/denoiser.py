@@ -48,7 +48,7 @@ class DiffusersDenoiser:
         pipeline: An image-to-image pipeline of diffusers, on its device.
         tiny_vae: An AutoencoderTiny for previews, on the same device.
         lora_dir: The folder of the LoRAs that requests may name.
-        capacity_rows: The largest batch, in forwards; batches of compiled models are padded to one
+        max_batch_size: The largest batch, in forwards; batches of compiled models are padded to one
             of a few sizes below it.
         family: None for the one that serves the pipeline's class.
 
@@ -63,7 +63,7 @@ class DiffusersDenoiser:
         *,
         tiny_vae: Any = None,
         lora_dir: Path | None = None,
-        capacity_rows: int = 8,
+        max_batch_size: int = 8,
         family: Family | None = None,
     ) -> None:
         options = options or ModelOptions()
@@ -78,7 +78,7 @@ class DiffusersDenoiser:
             memory_format=torch.channels_last if is_last else torch.contiguous_format,
         )
         self._is_compiled = options.compile is not Compile.OFF
-        self._capacity_rows = capacity_rows
+        self._max_batch_size = max_batch_size
         self._schedules = Schedules(self._family, pipeline.scheduler.config)
         self._text = TextEncoder(self._model, self._family)
         self._loras = LoraSet(self._model, self._family, lora_dir)
@@ -93,7 +93,7 @@ class DiffusersDenoiser:
         device: torch.device,
         dtype: torch.dtype,
         options: ModelOptions | None = None,
-        capacity_rows: int = 8,
+        max_batch_size: int = 8,
     ) -> Self:
         """Loads a directory or hub id of diffusers.
 
@@ -108,7 +108,7 @@ class DiffusersDenoiser:
             options,
             tiny_vae=tiny,
             lora_dir=options.lora_dir,
-            capacity_rows=capacity_rows,
+            max_batch_size=max_batch_size,
             family=family,
         )
         accelerate(denoiser._model.network, options)
@@ -137,7 +137,7 @@ class DiffusersDenoiser:
         return self._family.batch_key(text)
 
     def padded_batch_size(self, forwards: int) -> int:
-        return pad_batch_size(forwards, self._capacity_rows) if self._is_compiled else forwards
+        return pad_batch_size(forwards, self._max_batch_size) if self._is_compiled else forwards
 
     @property
     def fixed_step_cost(self) -> int | None:
@@ -149,7 +149,7 @@ class DiffusersDenoiser:
     def warm_up_forwards(self) -> tuple[int, ...]:
         if self.device.type == "cpu" and not self._is_compiled:
             return (1,)
-        return batch_size_buckets(self._capacity_rows)
+        return batch_size_buckets(self._max_batch_size)
 
     @property
     def warm_up_calls(self) -> int:

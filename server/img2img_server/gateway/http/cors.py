@@ -47,9 +47,6 @@ class Cors(CORSMiddleware):
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         headers = Headers(scope=scope)
         app = self.app
         if scope["method"] == "OPTIONS":

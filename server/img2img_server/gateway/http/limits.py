@@ -23,12 +23,7 @@ class RequestLimits:
     as `request.state.body`, of which all together hold at most `max_body_bytes`."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        max_requests: int,
-        max_body_bytes: int,
-        refuse: Refuse,
+        self, app: ASGIApp, *, max_requests: int, max_body_bytes: int, refuse: Refuse
     ) -> None:
         self._app = app
         self._free_requests = max_requests
@@ -36,7 +31,7 @@ class RequestLimits:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PROBES:
+        if scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
         if self._free_requests == 0:

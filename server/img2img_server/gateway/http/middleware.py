@@ -1,4 +1,4 @@
-"""Middleware for every HTTP request: the path, the log line, metrics and the span."""
+"""Middleware of all requests: the path, the log line, metrics and the span."""
 
 from __future__ import annotations
 
@@ -36,10 +36,8 @@ class NormalizePath:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path = re.sub("/{2,}", "/", scope["path"])
-            scope = {**scope, "path": path.removesuffix("/") or "/"}
-        await self._app(scope, receive, send)
+        path = re.sub("/{2,}", "/", scope["path"]).removesuffix("/") or "/"
+        await self._app({**scope, "path": path}, receive, send)
 
 
 class AccessLog:
@@ -53,9 +51,6 @@ class AccessLog:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         code = 0
         started = time.monotonic()
         is_probe = scope["path"] in PROBES

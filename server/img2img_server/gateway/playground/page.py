@@ -7,7 +7,7 @@ as every client.
 
 from __future__ import annotations
 
-from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,6 +20,7 @@ from starlette.types import Scope
 from img2img_server import __version__
 from img2img_server.settings import DEV_KEY, Settings
 
+_STATIC = Path(__file__).with_name("static")
 _PATHS = {
     "docs": "/docs",
     "openapi": "/openapi.json",
@@ -73,9 +74,7 @@ def add_root(app: FastAPI, settings: Settings) -> None:
     app.router.routes.append(_RootRoute("/", root))
     if not settings.playground:
         return
-    with as_file(files("img2img_server.gateway.playground") / "static") as folder:
-        page = (folder / "index.html").read_text(encoding="utf-8")
-        assets = _Assets(directory=folder / "assets")
+    page = (_STATIC / "index.html").read_text(encoding="utf-8")
 
     @app.get("/playground/settings.json", include_in_schema=False)
     async def page_settings(_: Request) -> JSONResponse:
@@ -87,4 +86,4 @@ def add_root(app: FastAPI, settings: Settings) -> None:
         }
         return JSONResponse(values, headers=_HEADERS | {"Cache-Control": "no-store"})
 
-    app.mount("/playground", assets)
+    app.mount("/playground", _Assets(directory=_STATIC / "assets"))

@@ -195,9 +195,7 @@ class Family:
         Args:
             config: The configuration of the denoiser.
         """
-        guidance = self.guidance(config)
-        is_free = guidance in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO)
-        return 2 if is_free and text.guidance_scale > guidance.off_up_to else 1
+        return self.guidance(config).forwards(text.guidance_scale)
 
     def combine(self, prompted: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         """Returns the guided output of one row from its two forwards."""
