@@ -81,16 +81,19 @@ async def _run(role: Role, leaving: list[threading.Timer]) -> None:
 
 
 async def unless_stopped(stop: asyncio.Event | None, work: Coroutine[Any, Any, T]) -> T:
-    """Returns what `work` returns. Cancels it and raises StoppedError once `stop` is set."""
+    """Returns what `work` returns. Raises StoppedError once `stop` is set. Cancels `work` then, and
+    when it is cancelled itself."""
     if stop is None:
         return await work
     task = asyncio.ensure_future(work)
-    await first_of(asyncio.wait([task]), stop.wait())
-    if task.done():
-        return task.result()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    raise StoppedError
+    try:
+        await first_of(asyncio.wait([task]), stop.wait())
+        if task.done():
+            return task.result()
+        raise StoppedError
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def first_of(*waits: Awaitable[object]) -> None:

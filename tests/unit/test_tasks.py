@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from img2img_server.lifecycle import unless_stopped
 from img2img_server.tasks import reraise_cancellation
 
 
@@ -40,3 +41,18 @@ async def test_what_a_cancelled_task_still_asks_for_is_answered() -> None:
     asking.cancel()
     answer.set_result("yes")
     assert await asking == "yes"
+
+
+async def test_work_that_a_timeout_cancels_does_not_continue_in_the_background() -> None:
+    cancelled = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await unless_stopped(asyncio.Event(), work())
+    assert cancelled.is_set()
