@@ -24,7 +24,6 @@ from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.gateway import upstream
 from img2img_server.gateway.http.http_request import MAX_VALUES
-from img2img_server.gateway.modelslab import endpoints
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
@@ -392,7 +391,7 @@ async def test_a_post_waits_on_when_its_job_cannot_be_watched(
             yield event
 
     monkeypatch.setattr(upstream.Upstream, "watch", watching)
-    monkeypatch.setattr(endpoints, "WATCH_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(upstream, "WATCH_AGAIN_SECONDS", 0.01)
     async with limited(hold=True) as gateway:
         waiting = asyncio.create_task(gateway.create())
         # At the second try it was refused before.
@@ -411,7 +410,7 @@ async def test_a_post_that_cannot_hear_of_its_job_says_processing_in_time(
 
     monkeypatch.setattr(upstream.Upstream, "watch", refusing)
     monkeypatch.setattr(upstream.Upstream, "get", refusing)
-    monkeypatch.setattr(endpoints, "WATCH_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(upstream, "WATCH_AGAIN_SECONDS", 0.01)
     async with limited(hold=True, wait_seconds=1) as gateway:
         answer = await gateway.create()
         assert (answer.status_code, answer.json()["status"]) == (200, "processing")

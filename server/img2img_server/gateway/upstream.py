@@ -3,8 +3,10 @@ RequestError for every status but OK."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -27,6 +29,7 @@ from img2img_server.tracing import injected
 SERVICE = "img2img.v1.Img2ImgService"
 ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
 _MAX_KEY_CHARACTERS = 1024  # longer ones would exceed the limit on metadata
+WATCH_AGAIN_SECONDS = 1.0  # after a stream that broke or was refused
 _CREATE_SECONDS = 60.0  # includes the download of the init image
 _CALL_SECONDS = 10.0
 _STORAGE_CHECK_SECONDS = 90.0  # three requests to the tenant's storage
@@ -145,6 +148,22 @@ class Upstream:
             raise refusal(error) from error
         finally:
             call.cancel()
+
+    async def ended(self, key: str, job_id: int) -> job_pb2.Job:
+        """Returns the job once it has ended, whatever happens to the api or its streams."""
+        while True:
+            job = job_pb2.Job()
+            with suppress(RequestError):
+                async for event in self.watch(key, job_id):
+                    kind = event.WhichOneof("event")
+                    if kind in ("snapshot", "succeeded", "failed", "cancelled"):
+                        job = getattr(event, kind).job
+            if job.state not in ENDED:
+                with suppress(RequestError):
+                    job = await self.get(key, job_id)
+            if job.state in ENDED:
+                return job
+            await asyncio.sleep(WATCH_AGAIN_SECONDS)
 
     async def update_storage(
         self, key: str, request: service_pb2.UpdateStorageSettingsRequest

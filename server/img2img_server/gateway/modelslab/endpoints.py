@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from img2img.v1 import event_pb2, job_pb2
+from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import annotation_keys, results
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.domain.params import ValidationContext
@@ -24,7 +24,8 @@ from img2img_server.gateway.modelslab import fields
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.request import drop_hints, job_spec
 from img2img_server.gateway.modelslab.response_formats import Answer, ResponseFormat
-from img2img_server.gateway.upstream import ENDED, Upstream
+from img2img_server.gateway.upstream import Upstream
+from img2img_server.lifecycle import StoppedError, unless_stopped
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.settings import Settings
 
@@ -32,7 +33,6 @@ ENTERPRISE = "/api/v1/enterprise/realtime"
 V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
 _ID = re.compile(r"[0-9]{1,12}", re.ASCII)
-WATCH_AGAIN_SECONDS = 1.0  # after a refusal
 _ID_LONGER = 13  # characters, one more than an id may have
 
 
@@ -130,38 +130,13 @@ class Endpoints:
         return await self._answer(job, call, fetched=True)
 
     async def _wait(self, key: str, job: job_pb2.Job) -> job_pb2.Job:
-        """The job when it ended in time, else as it is now. Does not care who still listens."""
-        watch = asyncio.ensure_future(self._ended(key, job.id))
-        stopping = asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait(
-                {watch, stopping},
-                timeout=self._settings.wait_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if watch.done():
-                return watch.result()
+        """Returns the job once it has ended, or as it is after `wait_seconds` or at a stop."""
+        with suppress(TimeoutError, StoppedError):
+            async with asyncio.timeout(self._settings.wait_seconds):
+                return await unless_stopped(self._stop, self._upstream.ended(key, job.id))
+        with suppress(RequestError):  # the job exists, so the caller can fetch it later
             return await self._upstream.get(key, job.id)
-        except RequestError:  # the job exists: whatever is wrong now, the caller can fetch it later
-            return job
-        finally:
-            watch.cancel()
-            stopping.cancel()
-
-    async def _ended(self, key: str, job_id: int) -> job_pb2.Job:
-        """The job once it has ended, however often the api goes or has no room for a watcher."""
-        while True:
-            with suppress(RequestError):
-                async with aclosing(self._upstream.watch(key, job_id)) as events:
-                    async for event in events:
-                        job = _final(event)
-                        if job is not None:
-                            return job
-            with suppress(RequestError):
-                job = await self._upstream.get(key, job_id)
-                if job.state in ENDED:
-                    return job
-            await asyncio.sleep(WATCH_AGAIN_SECONDS)
+        return job
 
     async def _answer(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
         if job.state in (job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED):
@@ -188,11 +163,3 @@ class Endpoints:
 def respond(answer: Answer) -> JSONResponse:
     """The answer on its way out."""
     return JSONResponse(answer.body, answer.status, answer.headers)
-
-
-def _final(event: event_pb2.JobEvent) -> job_pb2.Job | None:
-    kind = event.WhichOneof("event")
-    if kind in ("succeeded", "failed", "cancelled"):
-        job: job_pb2.Job = getattr(event, kind).job
-        return job
-    return None
