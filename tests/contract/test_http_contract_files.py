@@ -32,7 +32,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 # Files.
 
 
-async def test_a_picture_is_served_by_get_and_head(gateway: Gateway) -> None:
+async def test_an_image_is_served_by_get_and_head(gateway: Gateway) -> None:
     made = (await gateway.create()).json()
     link = made["output"][0]
     got = await gateway.http.get(link)
@@ -63,7 +63,7 @@ async def test_a_picture_is_served_by_get_and_head(gateway: Gateway) -> None:
         "a%0ab",
     ],
 )
-async def test_what_is_not_there_is_an_uncached_plain_404(
+async def test_a_missing_file_is_an_uncached_plain_404(
     folder: str, name: str, gateway: Gateway
 ) -> None:
     for method in ("GET", "HEAD"):
@@ -138,7 +138,7 @@ async def test_inline_base64_that_cannot_be_read_is_503_on_fetch_and_never_loses
 # Logs.
 
 
-async def test_logs_hold_no_key_no_prompt_no_picture_and_no_query(gateway: Gateway) -> None:
+async def test_logs_have_no_key_no_prompt_no_image_and_no_query(gateway: Gateway) -> None:
     secrets = {
         "key": "secret-key-1",
         "prompt": "secret-prompt-2",
@@ -211,7 +211,7 @@ async def test_the_docs_page_needs_nothing_from_elsewhere(gateway: Gateway) -> N
 
 
 async def test_openapi_has_every_route_and_every_field(gateway: Gateway) -> None:
-    told = (await gateway.http.get("/openapi.json")).json()
+    openapi = (await gateway.http.get("/openapi.json")).json()
     config = settings(api_address=gateway.stack.api.address)
     async with connect(config) as channel:
         app = create_app(config, channel, MemoryBlobStore())
@@ -225,10 +225,10 @@ async def test_openapi_has_every_route_and_every_field(gateway: Gateway) -> None
     }
     routes -= {("/healthz", "HEAD"), ("/readyz", "HEAD")}  # of a GET that is documented
     documented = {
-        (path, method.upper()) for path, methods in told["paths"].items() for method in methods
+        (path, method.upper()) for path, methods in openapi["paths"].items() for method in methods
     }
     assert documented == routes
-    fields = told["components"]["schemas"]["Img2ImgRequest"]["properties"]
+    fields = openapi["components"]["schemas"]["Img2ImgRequest"]["properties"]
     assert list(fields) == ["key", *(entry.name for entry in FIELDS)]
     assert fields["width"]["anyOf"][0] == {
         "type": "integer",

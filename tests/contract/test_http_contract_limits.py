@@ -68,20 +68,20 @@ async def test_a_key_that_makes_jobs_too_fast_is_429_with_when_to_come_back() ->
         }
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway.stack.api.create(spec())
-        told = refusal(caught.value)
-        assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
-        assert told.retry_seconds is not None
-        assert 29 < told.retry_seconds <= 30
+        found = refusal(caught.value)
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
+        assert found.retry_seconds is not None
+        assert 29 < found.retry_seconds <= 30
 
 
-async def test_a_rate_is_told_the_old_way() -> None:
+async def test_a_rate_limit_in_legacy_mode() -> None:
     async with limited(rate_limit=1, legacy=True) as gateway:
         await gateway.create()
         refused = await gateway.create()
-        told = refused.json()
+        found = refused.json()
         assert (refused.status_code, refused.headers["retry-after"]) == (200, "60")
-        assert told.pop("tips")
-        assert told == {
+        assert found.pop("tips")
+        assert found == {
             "status": "error",
             "message": "Rate limit exceeded",
             "messege": "Rate limit exceeded",
@@ -89,7 +89,7 @@ async def test_a_rate_is_told_the_old_way() -> None:
         }
 
 
-async def test_what_is_wrong_does_not_count_and_fetch_is_not_limited() -> None:
+async def test_rejected_requests_do_not_count_and_fetch_is_not_limited() -> None:
     async with limited(rate_limit=1) as gateway:
         for wrong in ({"width": 5}, {"key": "x"}):
             assert (await gateway.create(**wrong)).status_code in (400, 401)
@@ -100,25 +100,26 @@ async def test_what_is_wrong_does_not_count_and_fetch_is_not_limited() -> None:
 
 
 NOWHERE = "https://files.example.org/none.png"
-NO_PICTURE = base64.b64encode(b"no picture").decode()
+NOT_AN_IMAGE = base64.b64encode(b"not an image").decode()
 
 
-async def test_a_picture_that_cannot_be_had_or_read_costs_no_job() -> None:
+async def test_an_init_image_that_cannot_be_downloaded_or_read_costs_no_job() -> None:
     async with limited(rate_limit=1) as gateway:
-        for wrong in (NOWHERE, NO_PICTURE):
+        for wrong in (NOWHERE, NOT_AN_IMAGE):
             assert (await gateway.create(init_image=wrong)).status_code == 400
         assert (await gateway.create()).json()["status"] == "success"
         # The job of this minute is made: nothing is downloaded for one that cannot be.
         assert (await gateway.create(init_image=NOWHERE)).status_code == 429
 
 
-async def test_a_flood_of_pictures_that_cannot_be_had_is_told_so_before_they_are_asked_for() -> (
-    None
-):
+async def test_a_flood_of_bad_init_images_is_rejected_before_their_download() -> None:
     async with limited(rate_limit=1) as gateway:
         codes = [(await gateway.create(init_image=NOWHERE)).status_code for _ in range(MISTAKES)]
         assert codes == [400] * MISTAKES
-        for next_one in (NOWHERE, PHOTO_URL):  # nobody can tell before
+        for next_one in (
+            NOWHERE,
+            PHOTO_URL,
+        ):  # the gateway cannot tell them apart before the download
             refused = await gateway.create(init_image=next_one)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "6")
             limit = f"Maximum {MISTAKES} requests per minute allowed."
@@ -145,7 +146,7 @@ async def test_a_repeated_request_id_does_not_count() -> None:
         assert again.id == first.id
 
 
-async def test_each_key_has_its_rate_whoever_it_belongs_to(tmp_path: Path) -> None:
+async def test_each_key_has_its_own_rate_limit(tmp_path: Path) -> None:
     slow, slow_entry = new_key("shop", [], 1)
     free, free_entry = new_key("shop", [], 0)
     other, other_entry = new_key("shop", [])
@@ -159,7 +160,7 @@ async def test_each_key_has_its_rate_whoever_it_belongs_to(tmp_path: Path) -> No
     assert codes == {"slow": [200, 429, 429], "free": [200] * 3, "other": [200, 200, 429]}
 
 
-async def test_a_tenant_has_so_many_open_calls_and_the_others_have_theirs(tmp_path: Path) -> None:
+async def test_each_tenant_has_its_own_limit_of_open_calls(tmp_path: Path) -> None:
     (a, entry_a), (b, entry_b) = new_key("a", []), new_key("b", [])
     file = tmp_path / "keys.toml"
     file.write_text(f"{entry_a}\n{entry_b}")
@@ -179,9 +180,9 @@ async def test_a_tenant_has_so_many_open_calls_and_the_others_have_theirs(tmp_pa
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await refused.read()
-            told = refusal(caught.value)
-            assert told.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert (told.reason, told.retry_seconds) == ("TOO_MANY_CALLS", 1.0)
+            found = refusal(caught.value)
+            assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert (found.reason, found.retry_seconds) == ("TOO_MANY_CALLS", 1.0)
         over_http = await gateway.create(key=a)
         assert (over_http.status_code, over_http.headers["retry-after"]) == (429, "1")
         assert over_http.json()["message"] == "Rate limit exceeded. Maximum 1 open calls allowed."
@@ -189,7 +190,7 @@ async def test_a_tenant_has_so_many_open_calls_and_the_others_have_theirs(tmp_pa
             f"/v1/jobs/{jobs[0].id}/events", headers={"Authorization": f"Bearer {a}"}
         )
         assert events.status_code == 429
-        # What is short is not counted: fetch is never limited.
+        # Short calls are not counted: fetch is never limited.
         assert (await gateway.fetch(jobs[0].id, key=a)).json()["status"] == "processing"
         gateway.stack.worker.engine.release()
         ended = [kinds([message async for message in stream])[-1] for stream in streams]
@@ -198,7 +199,7 @@ async def test_a_tenant_has_so_many_open_calls_and_the_others_have_theirs(tmp_pa
 
 
 @pytest.mark.parametrize("method", ["CreateJob", "Generate"])
-async def test_a_request_that_is_still_on_its_way_counts_as_open(
+async def test_a_request_that_is_still_being_received_counts_as_open(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, count = asyncio.Event(), OpenCalls.count
@@ -231,7 +232,7 @@ async def answer_of(api: Api) -> str:
     return "created"
 
 
-async def test_a_call_that_breaks_off_gives_its_place_back() -> None:
+async def test_a_cancelled_call_no_longer_counts_as_open() -> None:
     async with limited(hold=True, max_tenant_calls=1) as gateway:
         api = gateway.stack.api
         stream = api.generate(spec(), detach=True)
@@ -241,7 +242,7 @@ async def test_a_call_that_breaks_off_gives_its_place_back() -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])
-async def test_a_gateway_that_is_full_is_503_and_its_probes_answer(legacy: bool) -> None:
+async def test_a_full_gateway_returns_503_and_its_probes_respond(legacy: bool) -> None:
     async with limited(hold=True, legacy=legacy, max_http_requests=1) as gateway:
         waiting = asyncio.create_task(gateway.http.post(f"{ENTERPRISE}/img2img", json=body()))
         bus = gateway.stack.bus
@@ -257,12 +258,12 @@ async def test_a_gateway_that_is_full_is_503_and_its_probes_answer(legacy: bool)
 
 
 def filled(megabytes: int, **fields: Any) -> bytes:
-    """A body of that size: a field that nobody knows is long."""
+    """Returns a body of that size, most of it in an unknown field."""
     return json.dumps(body(**fields, filling="x" * megabytes * 2**20)).encode()
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])
-async def test_bodies_that_are_held_together_are_bounded_before_anybody_knows_their_keys(
+async def test_the_bodies_of_all_requests_are_bounded_before_their_keys_are_known(
     legacy: bool,
 ) -> None:
     read, go_on = asyncio.Event(), asyncio.Event()
@@ -313,7 +314,7 @@ async def test_a_body_may_have_as_many_values_as_the_longest_texts_have_commas()
 
 @asynccontextmanager
 async def measuring() -> AsyncIterator[Callable[[], int]]:
-    """Gives a function: the bytes allocated since and not freed."""
+    """Yields a function that returns the bytes allocated since and not freed."""
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -339,7 +340,7 @@ HELD: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("path", "fields"), HELD, ids=lambda given: str(given)[:60])
-async def test_the_parsed_body_is_let_go_of_before_the_api_is_asked(
+async def test_the_parsed_body_is_freed_before_the_call_of_the_api(
     path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Written in ASCII; one character beyond it makes four bytes of each.
@@ -402,7 +403,7 @@ async def test_a_post_waits_on_when_its_job_cannot_be_watched(
         assert (await waiting).json()["status"] == "success"
 
 
-async def test_a_post_that_cannot_hear_of_its_job_says_processing_in_time(
+async def test_a_post_that_cannot_watch_or_get_its_job_returns_processing_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refusing(*given: Any) -> Any:
@@ -432,11 +433,11 @@ async def test_a_hint_beyond_the_models_own_limit_is_ignored() -> None:
     engine = FakeEngine(replace(FAKE_MODEL, max_num_inference_steps=6, default_strength=0.4))
     async with running_gateway({"engine": engine}) as gateway:
         answer = await gateway.create(num_inference_steps=50)
-        told = answer.json()
-        assert (answer.status_code, told["status"]) == (200, "success")
-        job = await gateway.stack.api.get(f"jobs/{told['id']}")
+        found = answer.json()
+        assert (answer.status_code, found["status"]) == (200, "success")
+        job = await gateway.stack.api.get(f"jobs/{found['id']}")
         assert job.spec.num_inference_steps == FAKE_MODEL.default_num_inference_steps
-        assert told["meta"]["strength"] == 0.4  # the model's own default, as over gRPC
-        assert told["warning"] == ("num_inference_steps was ignored: it must be between 1 and 6.")
+        assert found["meta"]["strength"] == 0.4  # the model's own default, as over gRPC
+        assert found["warning"] == ("num_inference_steps was ignored: it must be between 1 and 6.")
         wrong = await gateway.create(num_inference_steps=50, width=5)
         assert list(wrong.json()["errors"]) == ["width"]

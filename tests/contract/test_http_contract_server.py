@@ -28,12 +28,12 @@ SECONDS = 20.0
 
 
 async def api_trouble(channel: grpc.aio.Channel) -> str:
-    """Returns what a gateway with this channel says of its api."""
+    """Returns why a gateway with this channel cannot use its api."""
     return await Readiness(channel, MemoryBlobStore(), asyncio.Event()).api_trouble()
 
 
 async def lines_until(lines: AsyncIterator[str], wanted: str) -> list[str]:
-    """Reads a stream up to a line."""
+    """Reads a stream up to a line, and returns the lines."""
     found: list[str] = []
     async for line in lines:
         found.append(line)
@@ -53,8 +53,8 @@ async def test_links_point_to_the_port_that_was_called() -> None:
         gateway.engine.release()
         made = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=body())).json()
         assert made["output"][0].startswith(f"http://{gateway.address}/generations/")
-        picture = await gateway.http.get(made["output"][0])
-        assert picture.content.startswith(b"\x89PNG")
+        image = await gateway.http.get(made["output"][0])
+        assert image.content.startswith(b"\x89PNG")
         assert (await gateway.http.get("/readyz")).json() == {"status": "ready"}
 
 
@@ -114,14 +114,14 @@ async def test_a_stop_answers_waiting_posts_ends_streams_and_returns() -> None:
             await gateway.task
 
 
-async def test_a_body_that_is_too_long_is_answered_and_not_cut_off() -> None:
+async def test_a_body_that_is_too_large_gets_a_response_and_no_reset() -> None:
     async with served_gateway() as gateway:
         answer = await gateway.http.post(f"{ENTERPRISE}/img2img", content=b" " * (40 * 2**20))
         assert (answer.status_code, answer.json()["message"]) == (413, "Request body too large")
         assert (await gateway.http.get("/healthz")).status_code == 200
 
 
-async def test_a_client_that_asks_first_is_told_before_it_sends_too_much() -> None:
+async def test_a_client_that_expects_100_continue_gets_413_before_it_sends_the_body() -> None:
     async with served_gateway() as gateway:
         host, port = gateway.address.split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -156,7 +156,7 @@ async def test_the_gateway_talks_tls_to_an_api_that_has_it(tmp_path: Path) -> No
                 trouble = await api_trouble(channel)
             assert hint in trouble
             assert bool(hint) == bool(trouble)
-            assert "127.0.0.1" not in trouble, "callers need not know where the api is"
+            assert "127.0.0.1" not in trouble, "/readyz must not reveal the address of the api"
     async with running_api(memory_bus(), settings()) as plain:
         trusting = settings(api_address=plain.address, api_ca_file=roots)
         async with connect(trusting) as channel:
@@ -171,7 +171,7 @@ async def test_the_gateway_talks_tls_to_an_api_that_has_it(tmp_path: Path) -> No
     assert "has no name that IMG2IMG_API_ADDRESS names" in trouble
 
 
-async def test_a_file_of_certificates_that_is_not_there_is_told(tmp_path: Path) -> None:
+async def test_a_missing_file_of_certificates_is_an_error_of_the_start(tmp_path: Path) -> None:
     with pytest.raises(
         SettingsError, match=r"IMG2IMG_API_CA_FILE: .*nothing\.pem cannot be read: No such"
     ):

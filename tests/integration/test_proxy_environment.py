@@ -1,4 +1,4 @@
-"""Proxy variables of the environment: the service's own connections do not obey them unasked."""
+"""The service's own connections use no proxy of the environment, unless a setting says so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 
 @asynccontextmanager
 async def recording_proxy() -> AsyncIterator[tuple[str, list[str]]]:
-    """A proxy that refuses everybody: its address, and the first line of every request."""
+    """Yields the address of a proxy that refuses clients, and the first lines of its requests."""
     asked: list[str] = []
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -48,9 +48,9 @@ async def test_the_gateway_reaches_the_api_directly_unless_asked_to_use_the_prox
         async with connect(config) as channel:
             readiness = Readiness(channel, MemoryBlobStore(), asyncio.Event())
             trouble = await readiness.api_trouble()
-    obeyed = use and spelling is str.lower  # gRPC knows the lower case ones only
+    is_used = use and spelling is str.lower  # gRPC knows the lower case ones only
     assert (trouble.partition(":")[0], sorted(set(asked))) == (
-        ("UNAVAILABLE", [f"CONNECT {stack.api.address} HTTP/1.1"]) if obeyed else ("", [])
+        ("UNAVAILABLE", [f"CONNECT {stack.api.address} HTTP/1.1"]) if is_used else ("", [])
     )
 
 
