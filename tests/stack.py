@@ -18,8 +18,7 @@ from PIL import Image
 
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.api.server import serve
-from img2img_server.api.webhooks import Webhooks
+from img2img_server.api.server import Webhooks, serve
 from img2img_server.imaging.base import FetchError
 from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus

@@ -17,9 +17,9 @@ import pytest
 from receiver import until
 
 from img2img.v1 import service_pb2
-from img2img_server.api.calls import OpenCalls
+from img2img_server.api.admission import MISTAKES
+from img2img_server.api.interceptors import OpenCalls
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.api.rate_limit import MISTAKES
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.gateway import upstream

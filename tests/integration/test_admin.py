@@ -15,7 +15,7 @@ from img2img.v1 import admin_service_pb2 as admin
 from img2img.v1 import admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_server import __version__
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.api.webhooks import Webhooks
+from img2img_server.api.server import Webhooks
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.interfaces.records import ConflictError
 from img2img_server.lifecycle import RestartError

@@ -15,6 +15,8 @@ from fixtures_engines import OpenBus
 from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2, service_pb2
+from img2img_server.api.records import page_of
+from img2img_server.domain.job import LAST_JOB_ID
 from img2img_server.errors import UnavailableError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
@@ -220,9 +222,9 @@ async def test_a_call_that_breaks_before_its_job_has_a_name_is_cancelled_at_once
         await asyncio.gather(reading, return_exceptions=True)
         goes_on.set()
         async with asyncio.timeout(10):
-            while not (ids := await bus.jobs.list_ids("dev")):  # noqa: ASYNC110
+            while not (jobs := (await page_of(bus.jobs, "dev", LAST_JOB_ID + 1, 1))[0]):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-        await api.reaches(f"jobs/{ids[0]}", CANCELLED)
+        await api.reaches(jobs[0].name, CANCELLED)
 
 
 async def test_a_call_that_is_closed_after_the_jobs_end_has_not_broken() -> None:

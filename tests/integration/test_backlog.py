@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from prometheus_client import REGISTRY
 
-import img2img_server.api.backlog as backlog_module
-from img2img_server.api.backlog import UNMEASURED_PIXEL_STEP_SECONDS, Backlog
+import img2img_server.api.estimate as backlog_module
+from img2img_server.api.estimate import UNMEASURED_PIXEL_STEP_SECONDS, Backlog
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.domain.strength import StrengthRule
@@ -135,7 +135,7 @@ def test_a_worker_measures_its_device_not_the_time_before_or_between() -> None:
 async def test_the_metric_follows_a_job_with_the_pace_that_its_worker_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("img2img_server.api.backlog.REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr("img2img_server.api.estimate.REFRESH_SECONDS", 0.01)
     monkeypatch.setattr("img2img_server.worker.worker.ANNOUNCE_SECONDS", 0.01)
     bus = memory_bus(queue_limit=100)
     engine = FakeEngine(step_seconds=0.02, hold_after=6)

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from web_peers import serving
 
 from img2img_server.api.keys import KeyRing, new_key
-from img2img_server.api.webhooks import Webhooks
+from img2img_server.api.server import Webhooks
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.storage import tenant_s3
 from img2img_server.storage.vault import new_key as new_storage_key
@@ -90,7 +90,7 @@ async def test_logs_hold_no_s3_key_no_s3_secret_and_no_webhook_secret(
             job = told.json()
             await until(state, ("success", "failed"))
     said = {str(line["event"]) for line in logs}
-    assert {"S3 details stored", "upload to a tenant's store failed", "webhook"} <= said
+    assert {"storage_settings_stored", "upload to a tenant's store failed", "webhook"} <= said
     everything = repr(logs) + caplog.text + "".join(answer.text for answer in answers)
     assert f"{ENTERPRISE}/fetch" in everything
     for hidden in (ACCESS_KEY, SECRET_KEY, WEBHOOK_SECRET, api_key):

@@ -17,7 +17,7 @@ from standardwebhooks import Webhook
 from web_peers import Names, answer, listening, origin
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
-from img2img_server.api.webhooks import Webhooks
+from img2img_server.api.server import Webhooks
 from img2img_server.domain.job import Job
 from img2img_server.errors import UnavailableError
 from img2img_server.nats.bus import Bus

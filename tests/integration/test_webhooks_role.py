@@ -12,8 +12,7 @@ import pytest
 from receiver import SECRET, receiving
 from standardwebhooks import Webhook
 
-from img2img_server.api.server import serve_api
-from img2img_server.api.webhooks import Webhooks
+from img2img_server.api.server import Webhooks, serve_api
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.errors import StorageError
 from img2img_server.nats.bus import connect_bus

@@ -8,7 +8,7 @@ from grpc.aio import AioRpcError, Metadata
 
 from img2img.v1 import job_pb2
 from img2img_server import errors
-from img2img_server.api.interceptors import status_of
+from img2img_server.api.convert_service import status_of
 from img2img_server.compat.modelslab import results
 from img2img_server.domain.violations import out_of_range, required
 from img2img_server.gateway.modelslab import responses

@@ -10,7 +10,7 @@ import pictures
 import pytest
 from PIL import Image
 
-from img2img_server.api.capabilities import capabilities
+from img2img_server.api.convert_service import capabilities
 from img2img_server.domain.params import Limits
 from img2img_server.domain.violations import Reason
 from img2img_server.imaging.base import InvalidImageError

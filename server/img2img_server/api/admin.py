@@ -1,4 +1,4 @@
-"""The management calls: a word to every worker, or to the tenant's waiting jobs."""
+"""The calls that manage the service and the storage settings of tenants."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc
-from img2img_server import __version__
+from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2
+from img2img_server import __version__, errors
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.convert import duration
+from img2img_server.api.convert_service import storage_details, storage_settings
+from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.interceptors import current_principal
-from img2img_server.api.worker_cache import CachedWorkerRegistry
-from img2img_server.interfaces.queue import Control, WorkerCommand
+from img2img_server.api.keys import Principal
+from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT, validate_server_type
+from img2img_server.domain.storage import REALTIME, validate_storage
+from img2img_server.domain.violations import Reason, Violation
+from img2img_server.interfaces.queue import WorkerCommand
+from img2img_server.outbound.policy import ForbiddenAddressError
+from img2img_server.storage.tenant_s3 import TenantS3
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _CPU = "cpu"  # the device of workers without a GPU
@@ -26,15 +33,9 @@ log = structlog.get_logger()
 class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     """Implements img2img.v1.AdminService; see admin_service.proto for the promises."""
 
-    def __init__(
-        self,
-        control: Control,
-        workers: CachedWorkerRegistry,
-        estimator: Estimator,
-        canceller: Canceller,
-    ) -> None:
-        self._control = control
-        self._workers = workers
+    def __init__(self, deps: ApiDeps, estimator: Estimator, canceller: Canceller) -> None:
+        self._control = deps.bus.control
+        self._workers = deps.workers
         self._estimator = estimator
         self._canceller = canceller
         self._started_at = time.monotonic()
@@ -84,7 +85,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         principal = current_principal()
         principal.require("operate")
         cleared = await self._canceller.clear(principal.tenant)
-        log.info("queue cleared", tenant=principal.tenant, jobs=cleared)
+        log.info("queue_cleared", tenant=principal.tenant, jobs=cleared)
         return admin_service_pb2.ClearQueueResponse(cleared_jobs=cleared)
 
     async def _broadcast(self, command: WorkerCommand) -> None:
@@ -92,4 +93,70 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         principal.require("operate")
         await self._control.broadcast(command)
         self._workers.forget()
-        log.info("workers told", command=command, tenant=principal.tenant)
+        log.info("worker_command_sent", command=command, tenant=principal.tenant)
+
+
+class StorageCalls:
+    """Implements UpdateStorageSettings and ResetStorageSettings."""
+
+    def __init__(self, deps: ApiDeps) -> None:
+        self._storage = deps.bus.storage
+        self._policy = deps.policy
+        self._s3 = TenantS3(deps.policy)
+
+    async def update(
+        self, principal: Principal, request: service_pb2.UpdateStorageSettingsRequest
+    ) -> service_pb2.UpdateStorageSettingsResponse:
+        """Stores the settings, after a check if the request asks for one.
+
+        Raises:
+            PermissionDeniedError, InvalidRequestError, StorageKeysMissingError, UnavailableError.
+        """
+        principal.require("storage")
+        deploy_type = request.settings.deploy_type or REALTIME
+        details = storage_details(request.settings)
+        violations = validate_server_type(deploy_type) + validate_storage(details)
+        if all(violation.field != "endpoint_url" for violation in violations):
+            violations += self._forbidden(details.endpoint_url)
+        if violations:
+            raise errors.InvalidRequestError(violations)
+        if not self._storage.can_store:
+            raise errors.StorageKeysMissingError
+        warnings = []
+        if deploy_type in WITHOUT_EFFECT:
+            text = f"deploy_type {deploy_type} is stored without effect: only realtime runs here"
+            warnings.append(text)
+        if request.check_connection:
+            wrong, warning = await self._s3.check(details)
+            if wrong:
+                raise errors.InvalidRequestError([wrong])
+            warnings.append(warning)
+        version = await self._storage.put(principal.tenant, deploy_type, details)
+        log.info(
+            "storage_settings_stored", tenant=principal.tenant, type=deploy_type, version=version
+        )
+        return service_pb2.UpdateStorageSettingsResponse(
+            settings=storage_settings(details, deploy_type),
+            warning="; ".join(filter(None, warnings)),
+        )
+
+    async def reset(
+        self, principal: Principal, request: service_pb2.ResetStorageSettingsRequest
+    ) -> service_pb2.ResetStorageSettingsResponse:
+        """Removes the settings. Raises PermissionDeniedError, InvalidRequestError."""
+        principal.require("storage")
+        deploy_type = request.deploy_type or REALTIME
+        if violations := validate_server_type(deploy_type):
+            raise errors.InvalidRequestError(violations)
+        await self._storage.remove(principal.tenant, deploy_type)
+        log.info("storage_settings_removed", tenant=principal.tenant, type=deploy_type)
+        return service_pb2.ResetStorageSettingsResponse(deploy_type=deploy_type)
+
+    def _forbidden(self, endpoint_url: str) -> list[Violation]:
+        """Checks what needs no name resolution; workers resolve the name and check again."""
+        try:
+            self._policy.check_url(endpoint_url)
+        except ForbiddenAddressError:
+            message = "endpoint_url must be a public address"
+            return [Violation("endpoint_url", Reason.FORBIDDEN_ADDRESS, message)]
+        return []

@@ -1,24 +1,23 @@
-"""Whether a request may become a job: fields, rights, room in the queue, the picture, the time."""
+"""Decides whether a request may become a job: fields, permissions, queue, init image, deadline."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api import convert
+from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
-from img2img_server.api.rate_limit import RateLimit
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import (
     NARROW_SEED_MAX,
     JobParams,
-    Limits,
     ValidationContext,
     validate,
 )
@@ -26,23 +25,18 @@ from img2img_server.domain.resolve import resolve
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.imaging.base import CheckedImage, InvalidImageError
 from img2img_server.imaging.prepare import check_image, is_cheap
-from img2img_server.interfaces.queue import JobQueue
-from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.nats.rates import Rates
-from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.prompts import NO_REWRITER, rewrite
-from img2img_server.settings import Settings
 from img2img_server.tasks import background_task
 
-# Downloads an init image. Raises InvalidImageError.
-Fetch = Callable[[str], Awaitable[bytes]]
+MISTAKES: Final = 10  # a minute, that a key may make at least
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The caller of a request: its key, the base of its links and its deadline.
+    """The caller of a request: the key, the base of the links and the time until the deadline.
 
-    `warning`: what the gateway ignored of the request, for Job.warning.
+    `warning`: for Job.warning, what the gateway ignored in the request.
     """
 
     principal: Principal
@@ -53,7 +47,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that may become a job: as understood, with its picture and what is known."""
+    """A request that may become a job, with its init image and its estimates."""
 
     params: JobParams
     original_prompt: str
@@ -65,36 +59,68 @@ class Admitted:
     eta_seconds: float | None
 
 
-class Admission:
-    """Admits requests. One for the life of the api."""
+class RateLimit:
+    """Limits what each key may ask for in a minute.
 
-    def __init__(
-        self,
-        settings: Settings,
-        queue: JobQueue,
-        workers: WorkerRegistry,
-        fetch: Fetch,
-        rates: Rates,
-    ) -> None:
-        self._settings = settings
-        self._queue = queue
-        self._workers = workers
-        self._fetch = fetch
-        self._rate_limit = RateLimit(rates, settings.rate_limit)
-        self._estimator = Estimator(queue, workers)
-        self._outbound = OutboundPolicy.of(settings)
-        self.limits = image_limits(settings)
+    A job is counted when nothing speaks against it any more. Requests that are refused after their
+    init image was downloaded or decoded have a count of their own: such a mistake does not cost the
+    caller a job, and a flood of them is refused before the next download.
+
+    Args:
+        per_minute: the limit of keys that have none of their own; 0: no limit.
+    """
+
+    def __init__(self, rates: Rates, per_minute: int) -> None:
+        self._rates = rates
+        self._per_minute = per_minute
+
+    def check(self, key: Principal) -> None:
+        """Checks both limits with the counts that this api has read; counts nothing.
+
+        Raises:
+            RateLimitedError.
+        """
+        for refused in (False, True):
+            name, most = self._count_of(key, refused)
+            if most and (wait := self._rates.wait(name, most)):
+                raise errors.RateLimitedError(most, wait)
+
+    async def count(self, key: Principal, *, refused: bool = False) -> None:
+        """Counts a job or a refused request.
+
+        Raises:
+            RateLimitedError: for a job above the limit.
+            UnavailableError.
+        """
+        name, most = self._count_of(key, refused)
+        if most and (wait := await self._rates.take(name, most)) and not refused:
+            raise errors.RateLimitedError(most, wait)
+
+    def _count_of(self, key: Principal, refused: bool) -> tuple[str, int]:
+        most = self._per_minute if key.rate_limit is None else key.rate_limit
+        if most and refused:
+            return f"{key.key_id}.refused", max(most, MISTAKES)
+        return key.key_id, most
+
+
+class Admission:
+    """Admits requests."""
+
+    def __init__(self, deps: ApiDeps, estimator: Estimator) -> None:
+        self._deps = deps
+        self._estimator = estimator
+        self._rate_limit = RateLimit(deps.bus.rates, deps.settings.rate_limit)
 
     async def admit(self, spec: job_pb2.JobSpec, caller: Caller) -> Admitted:
-        """Checks in the order of the contract, the cheap before the dear.
+        """Checks a request in the order of the HTTP contract, the cheapest checks first.
 
         Raises:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, QueueFullError,
             RateLimitedError, DeadlineTooShortError, UnavailableError.
         """
-        default = self._settings.default_model or await self._announced_model()
+        default = self._deps.settings.default_model or await self._announced_model()
         name = spec.model or default
-        model = await self._workers.model(name)
+        model = await self._deps.workers.model(name)
         request = convert.request(
             spec, name, model, random_seed=secrets.randbelow(NARROW_SEED_MAX + 1)
         )
@@ -108,19 +134,19 @@ class Admission:
             raise await self._no_model(spec.model, name)
         started = time.monotonic()
         try:
-            image, position, eta = await self._examined(request, caller)
+            image, position, eta = await self._examine(request, caller)
         except (errors.InvalidRequestError, errors.DeadlineTooShortError):
-            await self._rate_limit.count_refused(caller.principal)
+            await self._rate_limit.count(caller.principal, refused=True)
             raise
-        await self._rate_limit.count_job(caller.principal)
+        await self._rate_limit.count(caller.principal)
         original_prompt, rewriting = params.prompt, ""
-        if params.enhance_prompt and self._settings.prompt_rewriter == "rules":
+        if params.enhance_prompt and self._deps.settings.prompt_rewriter == "rules":
             params = replace(params, prompt=rewrite(params.prompt, params.seed))
         elif params.enhance_prompt:
             rewriting = NO_REWRITER
         given = [field.name for field, _ in spec.ListFields()]
         params, resolving = resolve(
-            params, model, model.limits(self.limits, params.scheduler), given
+            params, model, model.limits(self._deps.limits, params.scheduler), given
         )
         ignored = convert.unknown_fields(spec)
         warning = join_warnings(caller.warning, ignored, *resolving, rewriting)
@@ -129,29 +155,33 @@ class Admission:
         return Admitted(params, original_prompt, warning, work, image, seconds, position, eta)
 
     def _context(self, model: ModelInfo | None, scheduler: str) -> ValidationContext:
-        listed = self._outbound.lists_host
+        listed = self._deps.policy.lists_host
         if model is None:
-            return ValidationContext(self.limits, loras=None, is_listed=listed)
-        limits = model.limits(self.limits, scheduler)
+            return ValidationContext(self._deps.limits, loras=None, is_listed=listed)
+        limits = model.limits(self._deps.limits, scheduler)
         return ValidationContext(limits, model.schedulers, model.loras, listed)
 
     async def _no_model(self, named: str, name: str) -> errors.ServiceError:
-        """Why there is no model of that name; `named`: the one in the request, mostly empty."""
-        known = tuple(info.name for info in await self._workers.models())
+        """Returns the error for an unknown model; `named`: the model in the request, if any."""
+        known = tuple(info.name for info in await self._deps.workers.models())
         if known and named:
             return errors.ModelNotFoundError(name, known)
         return errors.NoModelError(name, known)
 
     async def _announced_model(self) -> str:
-        """The first by name that is served now, or ever was."""
-        serving = sorted(worker.model.name for worker in await self._workers.workers())
-        known = serving or [model.name for model in await self._workers.models()]
+        """Returns the first model by name that is served now, or else that was served before."""
+        serving = sorted(worker.model.name for worker in await self._deps.workers.workers())
+        known = serving or [model.name for model in await self._deps.workers.models()]
         return known[0] if known else ""
 
-    async def _examined(
+    async def _examine(
         self, request: convert.Request, caller: Caller
     ) -> tuple[CheckedImage, int, float | None]:
-        """The dear checks: the picture, jobs before this one and seconds until it will end."""
+        """Makes the expensive checks.
+
+        Returns:
+            The init image, the number of jobs before this one and the seconds until it ends.
+        """
         async with background_task(self._estimator.new_job(request.params)) as estimate:
             image = await self._image_given_room(request, caller)
             position, eta, wait = await estimate
@@ -161,16 +191,19 @@ class Admission:
         return image, position, eta
 
     async def _check_room(self, params: JobParams, caller: Caller) -> None:
-        """What is too much is told before the picture is downloaded and decoded."""
-        limit, tenant = self._settings.queue_limit, caller.principal.tenant
-        unfinished = await self._queue.unfinished(tenant)
+        """Raises QueueFullError, RateLimitedError."""
+        limit, tenant = self._deps.settings.queue_limit, caller.principal.tenant
+        unfinished = await self._deps.bus.queue.unfinished(tenant)
         if unfinished >= limit:
             raise errors.QueueFullError(limit, await self._estimator.place(params, unfinished))
         self._rate_limit.check(caller.principal)
 
     async def _image_given_room(self, request: convert.Request, caller: Caller) -> CheckedImage:
-        """The checked picture. A small inline one is decoded while the queue is asked; a full queue
-        is told first all the same, and nothing is downloaded or takes long to decode for it."""
+        """Returns the checked init image, if the queue and the rate limit have room.
+
+        A small inline image is decoded while the queue is asked; its errors come second. Otherwise
+        nothing is downloaded or decoded before there is room.
+        """
         if not request.init_image or not is_cheap(request.init_image):
             await self._check_room(request.params, caller)
             return await self._image(request)
@@ -181,21 +214,14 @@ class Admission:
     async def _image(self, request: convert.Request) -> CheckedImage:
         params = request.params
         try:
-            data = request.init_image or await self._fetch(params.init_image_url)
+            data = request.init_image or await self._deps.fetch(params.init_image_url)
             return await asyncio.to_thread(
                 check_image,
                 data,
                 width=params.width,
                 height=params.height,
-                limits=self.limits,
+                limits=self._deps.limits,
                 downloaded=not request.init_image,
             )
         except InvalidImageError as error:
             raise errors.InvalidRequestError([error.violation]) from error
-
-
-def image_limits(settings: Settings) -> Limits:
-    """The limits of the contract, with those of pictures as set."""
-    return Limits(
-        max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
-    )

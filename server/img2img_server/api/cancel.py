@@ -1,4 +1,4 @@
-"""Ending jobs early: a queued one ends here, a running one is told to end at its next step."""
+"""Cancels jobs: queued jobs end here, running jobs at the next step of their worker."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from img2img_server import errors
 from img2img_server.api.records import found, readable
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import LAST_JOB_ID, Job, State, advance, terminal_event
-from img2img_server.interfaces.queue import Control, EventLog, JobQueue, OwnershipLostError
-from img2img_server.interfaces.records import ConflictError, JobStore
-from img2img_server.interfaces.webhooks import WebhookOutbox
+from img2img_server.interfaces.queue import OwnershipLostError
+from img2img_server.interfaces.records import ConflictError
+from img2img_server.nats.bus import Bus
 from img2img_server.webhooks.record import announce
 
 _TRIES = 10
@@ -25,24 +25,17 @@ log = structlog.get_logger()
 
 
 class Canceller:
-    """Cancels jobs, whoever has them, and clears queues."""
+    """Cancels queued and running jobs, and clears queues."""
 
-    def __init__(
-        self,
-        jobs: JobStore,
-        queue: JobQueue,
-        events: EventLog,
-        control: Control,
-        outbox: WebhookOutbox,
-    ) -> None:
-        self._jobs = jobs
-        self._queue = queue
-        self._events = events
-        self._control = control
-        self._outbox = outbox
+    def __init__(self, bus: Bus) -> None:
+        self._jobs = bus.jobs
+        self._queue = bus.queue
+        self._events = bus.events
+        self._control = bus.control
+        self._outbox = bus.outbox
 
     async def cancel(self, tenant: str, job_id: int) -> Job:
-        """Returns the job: cancelled, or running until its next step.
+        """Cancels a job and returns it: cancelled, or running until its next step.
 
         Raises:
             JobNotFoundError, JobEndedError, UnavailableError.
@@ -55,14 +48,14 @@ class Canceller:
                 return job
             if job.state.is_terminal:
                 raise errors.JobEndedError(job.name, job.state)
-            with suppress(ConflictError):  # it moved on under us: look again
+            with suppress(ConflictError):  # the record has changed: read it again
                 if job.state is State.QUEUED:
                     return await self._end(job, stored.revision, Cancelled())
                 return await self._ask(job, stored.revision)
         raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be cancelled.")
 
     async def clear(self, tenant: str) -> int:
-        """Ends every waiting job of the tenant as failed; returns how many.
+        """Ends every queued job of the tenant as failed; returns how many.
 
         Raises:
             UnavailableError: some may have ended.
@@ -80,7 +73,7 @@ class Canceller:
             stored = await readable(self._jobs, tenant, job_id)
             if stored is None or stored.job.state is not State.QUEUED:
                 return False
-            with suppress(ConflictError):  # it moved on under us: look again
+            with suppress(ConflictError):  # the record has changed: read it again
                 await self._end(stored.job, stored.revision, event)
                 return True
         raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be ended.")
@@ -91,11 +84,11 @@ class Canceller:
         await self._ensure_terminal_event(job)
         if job.queue_sequence:
             await self._queue.remove(job.queue_sequence)
-        log.info("waiting job ended", job=job.id, state=job.state)
+        log.info("queued_job_ended", job=job.id, state=job.state)
         return job
 
     async def _ensure_terminal_event(self, job: Job) -> None:
-        """Writes the record's end to outbox and log, unless the worker with the message does."""
+        """Appends the terminal event and queues the webhook, unless a worker owns the log."""
         with suppress(OwnershipLostError):
             writer = await self._events.open(job.id)
             if not writer.ended:

@@ -20,10 +20,10 @@ from typing import Any, Final
 
 import structlog
 
-from img2img.v1 import event_pb2
 from img2img_server import errors
 from img2img_server.api.cancel import Canceller
-from img2img_server.interfaces.queue import Control, StreamNotice, StreamState
+from img2img_server.api.deps import ApiDeps
+from img2img_server.interfaces.queue import StreamNotice, StreamState
 from img2img_server.interfaces.records import Stored
 
 _ANSWER_SECONDS: Final = 0.5  # how long apis may take to say that they stream a job
@@ -41,18 +41,11 @@ class Disconnects:
     Methods that are not coroutines return at once; the tasks that they start end with `listening`.
     """
 
-    def __init__(
-        self,
-        canceller: Canceller,
-        control: Control,
-        stop: asyncio.Event,
-        *,
-        grace_seconds: float,
-    ) -> None:
+    def __init__(self, deps: ApiDeps, canceller: Canceller) -> None:
         self._canceller = canceller
-        self._control = control
-        self._stop = stop
-        self._grace_seconds = grace_seconds
+        self._control = deps.bus.control
+        self._stop = deps.stop
+        self._grace_seconds = deps.settings.disconnect_grace_seconds
         self._streams: Counter[int] = Counter()  # open streams by job
         self._graces: dict[int, asyncio.Task[None]] = {}  # the grace periods by job
         self._tasks: set[asyncio.Task[None]] = set()
@@ -193,10 +186,10 @@ class GenerateCall:
         self._is_open = True
         self.disconnects.opened(tenant, job_id)
 
-    def sends(self, event: event_pb2.JobEvent) -> None:
-        """Notes an event that is sent next: the caller may learn the job's name, or its end."""
+    def sends(self, kind: str | None) -> None:
+        """Notes the kind of the next event: from it the caller knows the job's name, or its end."""
         self._is_named = True
-        self.has_ended |= event.WhichOneof("event") in _TERMINAL
+        self.has_ended |= kind in _TERMINAL
 
     def done(self) -> None:
         """Handles the end of the call, which gRPC reports."""

@@ -1,4 +1,4 @@
-"""From a request to a queued job: validate, fetch, record, enqueue."""
+"""Makes queued jobs of requests: admits them, creates the records and queues the jobs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import structlog
 
 from img2img.v1 import job_pb2
 from img2img_server import errors
-from img2img_server.api.admission import Admission, Admitted, Caller, Fetch
-from img2img_server.api.backlog import Backlog
+from img2img_server.api.admission import Admission, Admitted, Caller
+from img2img_server.api.deps import ApiDeps
+from img2img_server.api.estimate import Backlog
 from img2img_server.api.records import known
 from img2img_server.domain.events import Queued
 from img2img_server.domain.job import Job, State, Timings
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.domain.warnings import join_warnings
-from img2img_server.interfaces.queue import EventLog, JobQueue, OwnershipLostError, QueuedJob
-from img2img_server.interfaces.records import ConflictError, JobStore, Stored, WorkerRegistry
-from img2img_server.nats.rates import Rates
-from img2img_server.nats.tenant_settings import TenantStorage
-from img2img_server.settings import Settings
+from img2img_server.interfaces.queue import OwnershipLostError, QueuedJob
+from img2img_server.interfaces.records import ConflictError, Stored
 from img2img_server.storage.vault import SealBrokenError
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import JOBS_CREATED
@@ -31,36 +29,24 @@ from img2img_server.tracing import injected
 
 log = structlog.get_logger()
 
-TAKING = "This request is being taken in."
+CREATING = "The job of this request_id is being created; try again."
 SEALED = "Your S3 details cannot be read at the moment; this service keeps the files."
 
 
 class Intake:
-    """Takes requests in. One for the life of the api."""
+    """Creates jobs."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        jobs: JobStore,
-        queue: JobQueue,
-        events: EventLog,
-        workers: WorkerRegistry,
-        fetch: Fetch,
-        storage: TenantStorage,
-        backlog: Backlog,
-        rates: Rates,
-    ) -> None:
-        self._settings = settings
-        self._jobs = jobs
-        self._queue = queue
-        self._events = events
-        self._storage = storage
+    def __init__(self, deps: ApiDeps, admission: Admission, backlog: Backlog) -> None:
+        self._settings = deps.settings
+        self._jobs = deps.jobs
+        self._queue = deps.bus.queue
+        self._events = deps.bus.events
+        self._storage = deps.bus.storage
+        self._admission = admission
         self._backlog = backlog
-        self._admission = Admission(settings, queue, workers, fetch, rates)
-        self.limits = self._admission.limits
 
     async def create(self, spec: job_pb2.JobSpec, request_id: str, caller: Caller) -> Stored:
-        """Creates the job, or returns the one that the request_id already made.
+        """Creates a job, or returns the job of an earlier request with the same request_id.
 
         Raises:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, RequestIdReusedError,
@@ -70,7 +56,7 @@ class Intake:
             accepted = await self._admission.admit(spec, caller)
             return await self._enqueue(await self._record(accepted, caller), accepted)
         tenant, request_id, fingerprint = caller.principal.tenant, _uuid(request_id), _digest(spec)
-        # Looked for before anything is checked: a repeated request is answered in a full queue too.
+        # Before any check: a repeated request gets its job even when the queue is full.
         bound = await self._jobs.find_request(tenant, request_id)
         job: Job | None = None
         if bound is None:
@@ -94,13 +80,16 @@ class Intake:
         stored = await known(self._jobs, tenant, job_id)
         if stored is not None and not _is_stranded(stored.job):
             return stored
-        # Whoever began it died before it was queued, or is at it now: both may finish it.
+        # The api that began it died before the job was queued, or is queueing it now: both may.
         accepted = await self._admission.admit(spec, caller)
         job = await self._record(accepted, caller, job_id)
         return await self._enqueue(job, accepted, begun=True)
 
     async def _enqueue(self, job: Job, accepted: Admitted, *, begun: bool = False) -> Stored:
-        """Record, event, queue. `begun`: somebody was at it before, and may have left a log."""
+        """Creates the record, appends the first event and queues the job.
+
+        `begun`: an earlier call may have done a part of that and left a log.
+        """
         created = True
         try:
             revision = await self._jobs.create(job)
@@ -108,7 +97,7 @@ class Intake:
             created = False
             stored = await known(self._jobs, job.tenant, job.id)
             if stored is None or not _is_stranded(stored.job):
-                raise errors.UnavailableError(TAKING) from None
+                raise errors.UnavailableError(CREATING) from None
             job, revision = stored.job, stored.revision
         try:
             writer = await self._events.open(job.id, fresh=created and not begun)
@@ -126,9 +115,9 @@ class Intake:
                 job.params.model,
                 job.params.lane,
             )
-        except OwnershipLostError:  # a repeated call of the same request was quicker
-            raise errors.UnavailableError(TAKING) from None
-        except Exception:  # whatever it is: a record without a job would be queued for ever
+        except OwnershipLostError:  # a repeated call of the same request was faster
+            raise errors.UnavailableError(CREATING) from None
+        except Exception:  # a record without a queued job would never end
             with suppress(errors.ServiceError):
                 await self._jobs.delete(job.tenant, job.id)
             raise
@@ -136,7 +125,7 @@ class Intake:
         self._backlog.note(params, place, accepted.pixel_steps)
         JOBS_CREATED.labels(params.model, params.lane).inc()
         log.info(
-            "job created",
+            "job_created",
             job=job.id,
             tenant=job.tenant,
             model=params.model,
@@ -145,12 +134,12 @@ class Intake:
             image_bytes=len(accepted.image.data),
         )
         job = replace(job, queue_sequence=place)
-        with suppress(ConflictError):  # a worker was quicker: the place no longer matters
+        with suppress(ConflictError):  # a worker has started it: the place no longer matters
             revision = await self._jobs.update(job, revision)
         return Stored(job, revision)
 
     async def _record(self, accepted: Admitted, caller: Caller, job_id: int = 0) -> Job:
-        """A new job's record, with a number of its own unless it has one."""
+        """Returns the record of a new job. Draws an id if `job_id` is 0."""
         remaining = caller.remaining_seconds
         job = Job(
             id=job_id,
@@ -171,7 +160,7 @@ class Intake:
             return replace(await addressed, id=await drawn)
 
     async def _addressed(self, job: Job, caller: Caller) -> Job:
-        """The job with the links that its files will have, fixed from now on."""
+        """Returns the job with the links that its files will have."""
         base = (self._settings.public_base_url or caller.link_base).rstrip("/")
         keys = [job.file_key(index) for index in range(job.params.samples)]
         own_urls = tuple(f"{base}/{key}" for key in keys)
@@ -181,7 +170,7 @@ class Intake:
         try:
             stored = await self._storage.current(job.tenant)
         except SealBrokenError as error:
-            log.error("storage details cannot be opened", tenant=job.tenant, why=str(error))
+            log.error("storage_settings_unreadable", tenant=job.tenant, error=str(error))
             return replace(job, warning=join_warnings(job.warning, SEALED))
         if stored is None:
             return job
@@ -191,7 +180,7 @@ class Intake:
 
 
 def _is_stranded(job: Job) -> bool:
-    """Recorded, but as far as the record knows never put into the queue."""
+    """Returns True for a job that has a record and, by that record, was never queued."""
     return job.state is State.QUEUED and not (job.queue_sequence or job.attempt)
 
 

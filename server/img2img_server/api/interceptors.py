@@ -1,32 +1,31 @@
-"""What every RPC passes through: the key, errors made into statuses, metrics and a log line."""
+"""Authenticates every RPC, limits open calls, turns errors into statuses, measures and logs."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import structlog
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import status_pb2
 from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
 from img2img_server import errors
-from img2img_server.api.calls import OpenCalls
-from img2img_server.api.convert import duration
+from img2img_server.api.convert_service import status_of
 from img2img_server.api.keys import KeyRing, Principal
-from img2img_server.domain.violations import Violation
 from img2img_server.telemetry import RPC_SECONDS, RPCS
 from img2img_server.tracing import end, enter, extracted
 
-PACKAGE = "/img2img.v1."  # of our services
+PACKAGE = "/img2img.v1."  # of the api's services
+# The calls that need memory or hold a stream. The HTTP contract promises not to limit fetch.
+_COUNTED = frozenset({"Generate", "CreateJob", "WatchJob"})
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _principal: ContextVar[Principal] = ContextVar("principal")
@@ -35,34 +34,8 @@ log = structlog.get_logger()
 
 
 def current_principal() -> Principal:
-    """Who calls; set for every method of our services."""
+    """Returns the principal of the key that makes the call."""
     return _principal.get()
-
-
-def status_of(error: errors.ServiceError) -> status_pb2.Status:
-    """The status with its details: ErrorInfo always, BadRequest or RetryInfo where they apply."""
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(
-            reason=error.reason, domain=errors.DOMAIN, metadata=error.metadata
-        )
-    ]
-    if isinstance(error, errors.InvalidRequestError):
-        fields = [_field_violation(violation) for violation in error.violations]
-        details.append(error_details_pb2.BadRequest(field_violations=fields))
-    if error.retry_seconds is not None:
-        details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_seconds)))
-    status = status_pb2.Status(code=error.code.value, message=str(error))
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
-
-
-def _field_violation(violation: Violation) -> error_details_pb2.BadRequest.FieldViolation:
-    return error_details_pb2.BadRequest.FieldViolation(
-        field=violation.field, description=violation.text, reason=violation.reason
-    )
 
 
 async def abort(context: Context, status: status_pb2.Status) -> NoReturn:
@@ -73,8 +46,43 @@ async def abort(context: Context, status: status_pb2.Status) -> NoReturn:
     raise AssertionError  # abort raises
 
 
+class OpenCalls:
+    """Limits the open calls of each tenant at this api to `most`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def counted(self, method: str, tenant: str) -> Iterator[None]:
+        """Counts a call during the body. Raises TooManyCallsError."""
+        if method not in _COUNTED:
+            yield
+            return
+        if self._open[tenant] >= self._most:
+            raise errors.TooManyCallsError(self._most)
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]
+
+    def count(self, method: str, tenant: str, rpc: asyncio.Task[Any]) -> ExitStack:
+        """Counts a call until the stack is closed, or its task has ended.
+
+        Raises:
+            TooManyCallsError.
+        """
+        held = ExitStack()
+        held.enter_context(self.counted(method, tenant))
+        rpc.add_done_callback(lambda _: held.close())
+        return held
+
+
 class _Rpc:
-    """What a call is known by, without its request."""
+    """A call without its request."""
 
     def __init__(self, method: str, details: grpc.HandlerCallDetails) -> None:
         self.method = method
@@ -84,7 +92,7 @@ class _Rpc:
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates, maps errors, counts. Other services (health, reflection) pass untouched."""
+    """Authenticates, maps errors, counts. Does not touch other services: health, reflection."""
 
     def __init__(self, keys: KeyRing, calls: OpenCalls) -> None:
         self._keys = keys
@@ -107,7 +115,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             return _refusing(rpc, errors.UnauthenticatedError())
         rpc.principal = principal
         try:
-            # grpc runs the whole call in this task: a request that is still on its way counts.
+            # grpc runs the whole call in this task, so a request that is being received counts.
             task = asyncio.current_task()
             assert task is not None
             held = self._calls.count(method, principal.tenant, task)
@@ -126,8 +134,8 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-# grpc keeps the exception of an abort in a cycle with the call's context. What its frames hold
-# lives until the collector comes by: the request, of megabytes, must be gone before.
+# grpc keeps the exception of an abort in a cycle with the call's context until the next garbage
+# collection. The frames of that exception must not hold the request, which can have megabytes.
 
 
 def _refusing(rpc: _Rpc, error: errors.ServiceError) -> Handler:
@@ -135,7 +143,7 @@ def _refusing(rpc: _Rpc, error: errors.ServiceError) -> Handler:
         with _Measured(rpc, context.peer()) as measured:
             await abort(context, measured.failed(error))
 
-    # As a stream of requests, of which none is read: who is refused makes us hold no megabytes.
+    # As a stream of requests, of which none is read, so that the request takes no memory.
     return grpc.stream_stream_rpc_method_handler(call)
 
 
@@ -180,7 +188,7 @@ def _streaming(
 
 
 def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """The key of "authorization: Bearer KEY"; empty when there is none."""
+    """Returns the key of "authorization: Bearer KEY"; empty if there is none."""
     for name, value in metadata or ():
         if name == "authorization" and isinstance(value, str):
             scheme, _, key = value.partition(" ")
@@ -190,11 +198,11 @@ def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 
 class _Measured:
-    """Times one RPC and says how it ended, in metrics and in one line of the log.
+    """Times one RPC and records how it ended, in metrics and in one log line.
 
-    The line names the tenant, the id of its key and the reason of a refusal, so that an operator
-    finds who is refused and why. A call without a known key has its peer instead. Neither a key nor
-    anything of the request is in it.
+    The line has the tenant, the id of the key and the reason of an error, so that an operator finds
+    which caller gets errors and why; without a valid key, the peer. It never has the key or a part
+    of the request.
     """
 
     def __init__(self, rpc: _Rpc, peer: str = "") -> None:
@@ -206,10 +214,12 @@ class _Measured:
             self._facts = {"tenant": rpc.principal.tenant, "key_id": rpc.principal.key_id}
 
     def failed(self, error: Exception) -> status_pb2.Status:
-        """The status to answer with; the unexpected becomes INTERNAL with a logged id."""
+        """Returns the status of an error; an unexpected error becomes INTERNAL with a logged id."""
         if not isinstance(error, errors.ServiceError):
             error_id = secrets.token_hex(8)
-            log.error("rpc broke", method=self._method, error_id=error_id, exc_info=error)
+            log.error(
+                "unhandled_error_in_rpc", method=self._method, error_id=error_id, exc_info=error
+            )
             error = errors.InternalError(error_id)
         self._code = error.code.name
         self._facts["reason"] = error.reason

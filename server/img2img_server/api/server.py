@@ -1,11 +1,11 @@
-"""The api role: builds its parts, serves, stops."""
+"""The api role: builds the gRPC server, starts it, serves and stops it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
@@ -15,26 +15,24 @@ from grpc_reflection.v1alpha import reflection
 
 from img2img.v1 import admin_service_pb2_grpc, service_pb2_grpc
 from img2img_server import errors
+from img2img_server.api import convert
 from img2img_server.api.admin import AdminServicer
-from img2img_server.api.admission import Fetch, image_limits
-from img2img_server.api.backlog import Backlog
-from img2img_server.api.calls import OpenCalls
+from img2img_server.api.admission import Admission
 from img2img_server.api.cancel import Canceller
+from img2img_server.api.deps import ApiDeps, Fetch, image_limits
 from img2img_server.api.disconnects import Disconnects
-from img2img_server.api.estimate import Estimator
+from img2img_server.api.estimate import Backlog, Estimator
 from img2img_server.api.intake import Intake
-from img2img_server.api.interceptors import ServiceInterceptor
+from img2img_server.api.interceptors import OpenCalls, ServiceInterceptor
 from img2img_server.api.keys import KeyRing, load_keys
 from img2img_server.api.service import Img2ImgServicer
-from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
-from img2img_server.api.webhooks import InlineBase64, Webhooks
 from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.certificates import validity_fault
-from img2img_server.compat.modelslab import call_names
+from img2img_server.compat.modelslab import call_names, results
 from img2img_server.compat.modelslab.files import inline
+from img2img_server.domain.job import Job
 from img2img_server.imaging.fetch import fetch_image
-from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
@@ -42,21 +40,37 @@ from img2img_server.ports import host_port, is_wildcard, listeners, reachable
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
+from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
-from img2img_server.webhooks.sender import open_sender
+from img2img_server.webhooks.dispatcher import BackoffPolicy, WebhookDispatcher
+from img2img_server.webhooks.sender import WebhookSender, open_sender
 from img2img_server.webhooks.signature import Signer
 
+_Status = health_pb2.HealthCheckResponse
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
 _HEALTH_SECONDS = 2.0
 CONNECTION_AGE_MS = 300_000
 
+# Returns the texts behind links. Raises StorageError.
+InlineBase64 = Callable[[Sequence[str]], Awaitable[list[str]]]
+
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Webhooks:
+    """How webhooks are sent. `inline_base64`: replaces links to base64 files by their text."""
+
+    sender: WebhookSender
+    signer: Signer
+    backoff: BackoffPolicy = field(default_factory=BackoffPolicy)
+    inline_base64: InlineBase64 | None = None
 
 
 async def serve_api(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
-    """Serves until `stop` is set. `started` is called with the address, "host:port"."""
+    """Serves until `stop` is set. Calls `started` with the address, "host:port"."""
     keys = load_keys(settings)
     policy = OutboundPolicy.of(settings)
     fetch = partial(
@@ -68,10 +82,10 @@ async def serve_api(
     signer = Signer(settings.webhook_secret.get_secret_value())
     async with (
         connect_bus(settings, stop=stop) as bus,
-        open_sender(policy) as post,
-        _texts(settings, stop) as texts,
+        open_sender(policy) as sender,
+        _inline_base64(settings, stop) as inline_base64,
     ):
-        webhooks = Webhooks(post, signer, texts=texts)
+        webhooks = Webhooks(sender, signer, inline_base64=inline_base64)
         await serve(settings, bus, fetch, webhooks, keys, stop, started)
 
 
@@ -84,87 +98,109 @@ async def serve(
     stop: asyncio.Event,
     started: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves on parts that exist already; the order of stopping stands at the end."""
-    backlog = Backlog(bus.queue, bus.workers)
-    registry, workers = bus.workers, CachedWorkerRegistry(bus.workers)
-    bus = replace(bus, workers=workers)
-    canceller = Canceller(bus.jobs, bus.queue, bus.events, bus.control, bus.outbox)
-    estimator = Estimator(bus.queue, bus.workers)
-    disconnects = Disconnects(
-        canceller, bus.control, stop, grace_seconds=settings.disconnect_grace_seconds
-    )
-    watcher = Watcher(
-        bus.jobs,
-        bus.events,
-        estimator,
-        stop,
-        most=settings.max_watchers,
-        retention_hours=settings.retention_hours,
-        heartbeat_seconds=settings.heartbeat_seconds,
-    )
-    servicer = Img2ImgServicer(
-        settings,
-        bus.jobs,
-        bus.workers,
-        Intake(
-            settings,
-            bus.jobs,
-            bus.queue,
-            bus.events,
-            bus.workers,
-            fetch,
-            bus.storage,
-            backlog,
-            bus.rates,
-        ),
-        watcher,
-        canceller,
-        disconnects,
-        StorageCalls(bus.storage, OutboundPolicy.of(settings)),
+    """Serves with dependencies that exist already; see `serve_api`."""
+    deps = ApiDeps(
+        settings=settings,
+        bus=bus,
+        workers=CachedWorkerRegistry(bus.workers),
+        fetch=fetch,
+        policy=OutboundPolicy.of(settings),
+        limits=image_limits(settings),
         link_base=_link_base(settings),
-        outbox=bus.outbox,
+        stop=stop,
     )
-    await bus.storage.rotate()
-    server = grpc.aio.server(
-        interceptors=[ServiceInterceptor(keys, OpenCalls(settings.max_tenant_calls))],
-        options=server_options(settings),
-    )
-    service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-        AdminServicer(bus.control, workers, estimator, canceller), server
-    )
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    port = _listen(server, settings)
-    await server.start()
-    async with (
-        disconnects.listening(),
-        _health(health_servicer, bus, registry, stop) as why_not_ready,
-        probe_server(settings, why_not_ready) as probes,
-    ):
+    await ApiServer(deps, webhooks, keys).serve(started)
+
+
+class ApiServer:
+    """The gRPC server of the api with everything that runs next to it."""
+
+    def __init__(self, deps: ApiDeps, webhooks: Webhooks, keys: KeyRing) -> None:
+        self._deps = deps
+        estimator = Estimator(deps.bus.queue, deps.workers)
+        canceller = Canceller(deps.bus)
+        self._backlog = Backlog(deps.bus.queue, deps.bus.workers)
+        self._watcher = Watcher(deps, estimator)
+        self._disconnects = Disconnects(deps, canceller)
+        self._dispatcher = _dispatcher(deps, webhooks)
+        intake = Intake(deps, Admission(deps, estimator), self._backlog)
+        servicer = Img2ImgServicer(deps, intake, self._watcher, canceller, self._disconnects)
+        self._health = health.aio.HealthServicer()
+        self._server = server = grpc.aio.server(
+            interceptors=[ServiceInterceptor(keys, OpenCalls(deps.settings.max_tenant_calls))],
+            options=server_options(deps.settings),
+        )
+        service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)
+        admin = AdminServicer(deps, estimator, canceller)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+    async def serve(self, started: Callable[[str], None] | None = None) -> None:
+        """Serves until the api stops. Calls `started` with the address, "host:port"."""
+        async with AsyncExitStack() as resources:
+            address = await self._start(resources)
+            if started:
+                started(address)
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(self._backlog.publish())
+                tasks.create_task(self._dispatcher.run(self._deps.stop))
+                tasks.create_task(self._watcher.end_streams_at_stop())
+                tasks.create_task(self._disconnects.end_grace_periods_at_stop())
+                await self._deps.stop.wait()
+                publishing.cancel()
+                await self._shut_down()
+        log.info("api_stopped")
+
+    async def _start(self, resources: AsyncExitStack) -> str:
+        settings, bus = self._deps.settings, self._deps.bus
+        await bus.storage.rotate()
+        port = _listen(self._server, settings)
+        await self._server.start()
+        await resources.enter_async_context(self._disconnects.listening())
+        why_not_ready = await resources.enter_async_context(
+            _updated_health(self._health, bus, self._deps.stop)
+        )
+        probes = await resources.enter_async_context(probe_server(settings, why_not_ready))
         address = host_port(settings.grpc_host, port)
-        log.info("api serves", address=address, probes=probes)
-        if started:
-            started(address)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(webhooks.deliverer(settings, bus).run(stop))
-            publishing = tasks.create_task(backlog.publish())
-            tasks.create_task(watcher.end_streams_at_stop())
-            tasks.create_task(disconnects.end_grace_periods_at_stop())
-            await stop.wait()
-            publishing.cancel()
-            # Not serving -> streams end with a hint to resume -> calls and attempts at webhooks
-            # under way finish -> closed.
-            await health_servicer.enter_graceful_shutdown()
-            await server.stop(settings.drain_seconds)
-    log.info("api stopped")
+        log.info("api_listening", address=address, probes=probes)
+        return address
+
+    async def _shut_down(self) -> None:
+        """Reports NOT_SERVING and gives open calls `drain_seconds` to end.
+
+        The watcher and the dispatcher stop at the same time: streams end with a hint to resume, and
+        attempts at webhooks finish.
+        """
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._deps.settings.drain_seconds)
+
+
+def _dispatcher(deps: ApiDeps, webhooks: Webhooks) -> WebhookDispatcher:
+    async def payload(job: Job) -> bytes:
+        message = convert.job(job, retention_hours=deps.settings.retention_hours)
+        output = results.links(message)
+        if webhooks.inline_base64 and job.params.base64:
+            output = await webhooks.inline_base64(output)
+        return results.webhook(message, output)
+
+    return WebhookDispatcher(
+        deps.bus.outbox,
+        deps.jobs,
+        payload,
+        webhooks.sender,
+        webhooks.signer,
+        webhooks.backoff,
+        drain_seconds=deps.settings.drain_seconds,
+    )
 
 
 @asynccontextmanager
-async def _texts(settings: Settings, stop: asyncio.Event) -> AsyncIterator[InlineBase64 | None]:
-    """Reads the texts that stand in place of links, where the operator wants that."""
+async def _inline_base64(
+    settings: Settings, stop: asyncio.Event
+) -> AsyncIterator[InlineBase64 | None]:
+    """Yields a function that reads base64 files, if the setting base64_inline is on."""
     if not settings.base64_inline:
         yield None
         return
@@ -174,13 +210,13 @@ async def _texts(settings: Settings, stop: asyncio.Event) -> AsyncIterator[Inlin
 
 
 def server_options(settings: Settings) -> list[tuple[str, int]]:
-    """Message limits and keepalive: dead callers are noticed after 30 to 90 seconds.
+    """Returns message limits and keepalive: a dead connection is noticed after 30 to 90 seconds.
 
-    Not sooner: our own client needs up to 30 seconds to notice the same and to come back, and the
-    answer to a ping waits behind a large image on a slow line.
+    Not sooner: the client of this project needs up to 30 seconds to notice the same and to
+    reconnect, and the response to a ping waits behind a large image on a slow line.
 
-    A connection takes new calls for five minutes; those under way go on for as long as they last.
-    So callers look for apis anew, and one that was added gets its share.
+    A connection takes new calls for five minutes; open calls keep it. So callers resolve the name
+    of the api again, and a new api gets its share of the calls.
     """
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -188,9 +224,9 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 30_000),  # how long sent data may stay unacknowledged
-        ("grpc.http2.ping_timeout_ms", 60_000),  # how long the answer to a ping may take
+        ("grpc.http2.ping_timeout_ms", 60_000),  # how long the response to a ping may take
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # our client sends one every 10 s
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # the client sends one every 10 s
         ("grpc.so_reuseport", 0),
     ]
 
@@ -202,9 +238,9 @@ def _listen(server: grpc.aio.Server, settings: Settings) -> int:
         if settings.tls_cert_file and settings.tls_key_file:
             return server.add_secure_port(address, _credentials(settings))
         return server.add_insecure_port(address)
-    except RuntimeError as error:  # without the reason
+    except RuntimeError as error:  # it has no reason
         (listener, *_) = listeners("api", settings)
-        listener.open().close()  # raises it
+        listener.open().close()  # raises SettingsError with the reason
         fault = f"IMG2IMG_GRPC_PORT: cannot listen on {address}: {error}"
         if settings.tls_cert_file:
             files = f"{settings.tls_cert_file} with {settings.tls_key_file}"
@@ -245,44 +281,35 @@ def _link_base(settings: Settings) -> str:
     return base
 
 
-_STATES = {
-    True: health_pb2.HealthCheckResponse.SERVING,
-    False: health_pb2.HealthCheckResponse.NOT_SERVING,
-}
-
-
 @asynccontextmanager
-async def _health(
-    servicer: health.aio.HealthServicer, bus: Bus, registry: WorkerRegistry, stop: asyncio.Event
+async def _updated_health(
+    servicer: health.aio.HealthServicer, bus: Bus, stop: asyncio.Event
 ) -> AsyncIterator[Callable[[], str]]:
-    """Keeps the health service true: serving while the bus answers. Yields why it does not."""
-    serving = has_models = False
+    """Reports SERVING while NATS responds. Yields a function that returns why it does not."""
+    is_serving = has_models = False
 
-    def trouble() -> str:
+    def why_not_ready() -> str:
         if stop.is_set():
             return "stopping"
-        return "" if serving else bus.trouble() or "NATS does not answer"
+        return "" if is_serving else bus.trouble() or "NATS does not respond"
 
     async def update() -> None:
-        nonlocal serving, has_models
+        nonlocal is_serving, has_models
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
-                has_models = bool(await registry.models())
-            serving = True
+                has_models = bool(await bus.workers.models())
+            is_serving = True
         except (errors.UnavailableError, TimeoutError):
-            serving = False
-        for name in ("", *SERVICE_NAMES):
-            await servicer.set(name, _STATES[serving])
-        await servicer.set(call_names.MODELS_SERVICE, _STATES[has_models])
+            is_serving = False
+        states = dict.fromkeys(("", *SERVICE_NAMES), is_serving)
+        for name, serving in (states | {call_names.MODELS_SERVICE: has_models}).items():
+            await servicer.set(name, _Status.SERVING if serving else _Status.NOT_SERVING)
 
     async def repeat() -> None:
         while True:
-            await update()
             await asyncio.sleep(_HEALTH_SECONDS)
+            await update()
 
     await update()
-    task = asyncio.create_task(repeat())
-    try:
-        yield trouble
-    finally:
-        task.cancel()
+    async with background_task(repeat()):
+        yield why_not_ready

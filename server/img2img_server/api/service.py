@@ -1,4 +1,4 @@
-"""The gRPC service: every method in a few lines, the work is in intake, watch and cancel."""
+"""The gRPC service img2img.v1.Img2ImgService; intake, watch and cancel do the work."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ import structlog
 from img2img.v1 import event_pb2, service_pb2, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api import convert
+from img2img_server.api.admin import StorageCalls
 from img2img_server.api.admission import Caller
-from img2img_server.api.calls import OpenCalls
 from img2img_server.api.cancel import Canceller
-from img2img_server.api.capabilities import capabilities
+from img2img_server.api.convert_service import capabilities
+from img2img_server.api.deps import ApiDeps
 from img2img_server.api.disconnects import Disconnects, GenerateCall
 from img2img_server.api.intake import Intake
-from img2img_server.api.interceptors import current_principal
+from img2img_server.api.interceptors import OpenCalls, current_principal
 from img2img_server.api.records import found, page_of
-from img2img_server.api.storage import StorageCalls
 from img2img_server.api.watch import Watcher
 from img2img_server.compat.modelslab import call_names
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.urls import is_http_url
 from img2img_server.domain.violations import Reason, Violation, out_of_range
-from img2img_server.interfaces.records import JobStore, Stored, WorkerRegistry
-from img2img_server.interfaces.webhooks import OutboxFullError, WebhookOutbox
-from img2img_server.settings import Settings
+from img2img_server.interfaces.records import Stored
+from img2img_server.interfaces.webhooks import OutboxFullError
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -45,35 +44,25 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
 
     def __init__(
         self,
-        settings: Settings,
-        jobs: JobStore,
-        workers: WorkerRegistry,
+        deps: ApiDeps,
         intake: Intake,
         watcher: Watcher,
         canceller: Canceller,
         disconnects: Disconnects,
-        storage: StorageCalls,
-        *,
-        link_base: str,
-        outbox: WebhookOutbox,
     ) -> None:
-        self._settings = settings
-        self._jobs = jobs
-        self._workers = workers
+        self._deps = deps
         self._intake = intake
         self._watcher = watcher
         self._canceller = canceller
         self._disconnects = disconnects
-        self._storage = storage
-        self._link_base = link_base
+        self._storage = StorageCalls(deps)
+        self._creations = OpenCalls(deps.settings.max_tenant_calls)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._creations = OpenCalls(settings.max_tenant_calls)
-        self._outbox = outbox
 
     async def Generate(  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[service_pb2.GenerateResponse]:
-        self._watcher.check_room()  # before there is a job that nobody could watch
+        self._watcher.check_room()  # before there is a job that could not be streamed
         caller = self._caller(context)
         call = GenerateCall(
             disconnects=self._disconnects,
@@ -87,7 +76,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             async for event in self._generate(call):
                 yield service_pb2.GenerateResponse(event=event)
         except errors.TooManyWatchersError:
-            raise  # there is a job, and its caller has not seen its name
+            raise  # there is a job, and the caller does not know its name
         except Exception:
             call.has_ended = True
             raise
@@ -99,7 +88,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         job = call.creation.result().job
         call.opened(job.tenant, job.id)
         async for event in self._watcher.stream(job.tenant, job.id, 0):
-            call.sends(event)
+            call.sends(event.WhichOneof("event"))
             yield event
 
     async def CreateJob(  # noqa: N802
@@ -112,7 +101,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def GetJob(  # noqa: N802
         self, request: service_pb2.GetJobRequest, context: Context
     ) -> service_pb2.GetJobResponse:
-        stored = await found(self._jobs, current_principal().tenant, _job_id(request.name))
+        stored = await found(self._deps.jobs, current_principal().tenant, _job_id(request.name))
         return service_pb2.GetJobResponse(job=await self._watcher.message(stored.job))
 
     async def ListJobs(  # noqa: N802
@@ -122,7 +111,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         states = {state for state, number in convert.STATES.items() if number in request.states}
         tenant = current_principal().tenant
         jobs, before = await page_of(
-            self._jobs, tenant, before, size, states if request.states else None
+            self._deps.jobs, tenant, before, size, states if request.states else None
         )
         return service_pb2.ListJobsResponse(
             jobs=[await self._watcher.message(job) for job in jobs],
@@ -138,7 +127,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             raise errors.InvalidRequestError([violation])
         tenant, job_id = current_principal().tenant, _job_id(request.name)
         events = self._watcher.stream(tenant, job_id, request.after_sequence)
-        snapshot = await anext(events)  # from here on it is known to be a job of this tenant
+        snapshot = await anext(events)  # raises unless it is a job of this tenant
         self._disconnects.opened(tenant, job_id)
         _when_done(context, lambda: self._disconnects.closed(job_id))
         yield service_pb2.WatchJobResponse(event=snapshot)
@@ -155,14 +144,14 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def RedeliverWebhook(  # noqa: N802
         self, request: service_pb2.RedeliverWebhookRequest, context: Context
     ) -> service_pb2.RedeliverWebhookResponse:
-        stored = await found(self._jobs, current_principal().tenant, _job_id(request.name))
+        stored = await found(self._deps.jobs, current_principal().tenant, _job_id(request.name))
         job = stored.job
         if not job.state.is_terminal:
             raise errors.JobNotEndedError(job.name, job.state)
         if not job.params.webhook:
             raise errors.NoWebhookError(job.name)
         try:
-            await self._outbox.put(job, again=True)
+            await self._deps.bus.outbox.put(job, again=True)
         except OutboxFullError as error:
             raise errors.TooManyWebhooksError from error
         return service_pb2.RedeliverWebhookResponse(job=await self._watcher.message(job))
@@ -170,8 +159,9 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def GetCapabilities(  # noqa: N802
         self, request: service_pb2.GetCapabilitiesRequest, context: Context
     ) -> service_pb2.GetCapabilitiesResponse:
-        models, workers = await self._workers.models(), await self._workers.workers()
-        return capabilities(self._settings, self._intake.limits, models, workers)
+        registry = self._deps.workers
+        models, workers = await registry.models(), await registry.workers()
+        return capabilities(self._deps.settings, self._deps.limits, models, workers)
 
     async def GetCaller(  # noqa: N802
         self, request: service_pb2.GetCallerRequest, context: Context
@@ -196,15 +186,15 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         request: service_pb2.GenerateRequest | service_pb2.CreateJobRequest,
         caller: Caller,
     ) -> asyncio.Task[Stored]:
-        """Begins to take the request in. A caller who hangs up must not stop it half way."""
-        return self._spawn(self._take_in(request, caller))
+        """Begins to create the job. The end of the call does not stop it."""
+        return self._spawn(self._create_counted(request, caller))
 
-    async def _take_in(
+    async def _create_counted(
         self,
         request: service_pb2.GenerateRequest | service_pb2.CreateJobRequest,
         caller: Caller,
     ) -> Stored:
-        # Counted here again: it goes on, and holds its picture, when the call itself has ended.
+        # Counted once more: it holds its image in memory after the call has ended.
         with self._creations.counted("CreateJob", caller.principal.tenant):
             return await self._intake.create(request.spec, request.request_id, caller)
 
@@ -216,23 +206,23 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
 
     def _caller(self, context: Context, *, with_deadline: bool = True) -> Caller:
         metadata = dict(context.invocation_metadata() or ())
-        base, told = str(metadata.get(call_names.LINK_BASE, "")), metadata.get(call_names.WARNING)
-        warning = told.decode(errors="replace") if isinstance(told, bytes) else ""
+        base, sent = str(metadata.get(call_names.LINK_BASE, "")), metadata.get(call_names.WARNING)
+        warning = sent.decode(errors="replace") if isinstance(sent, bytes) else ""
         return Caller(
             current_principal(),
-            base if is_http_url(base) else self._link_base,
+            base if is_http_url(base) else self._deps.link_base,
             context.time_remaining() if with_deadline else None,
             warning[:_WARNING_MOST_CHARACTERS],
         )
 
 
 def _when_done(context: Context, callback: Callable[[], None]) -> None:
-    """Has gRPC call `callback` once the call has ended, whoever ended it."""
+    """Makes gRPC call `callback` once the call has ended, at either side."""
     context.add_done_callback(lambda _: callback())  # type: ignore[arg-type] # the stub wants a class
 
 
 def _job_id(name: str) -> int:
-    """Reads "jobs/{id}". Raises JobNotFoundError: a name of another form names no job."""
+    """Returns the id in "jobs/{id}". Raises JobNotFoundError for a name of another form."""
     prefix, _, number = name.partition("/")
     if prefix == "jobs" and number.isascii() and number.isdigit() and len(number) < 12:
         job_id = int(number)
@@ -242,7 +232,7 @@ def _job_id(name: str) -> int:
 
 
 def _page(request: service_pb2.ListJobsRequest) -> tuple[int, int]:
-    """Page size, and the id that the page lies below."""
+    """Returns the page size, and the id below which the page begins."""
     violations = []
     if not 0 <= request.page_size <= _PAGE_MOST:
         violations.append(out_of_range("page_size", 1, _PAGE_MOST))

@@ -1,4 +1,4 @@
-"""A job's stream: a snapshot, its log from where the caller left off, heartbeats, its end."""
+"""Streams the events of jobs: a snapshot, the log after a sequence, heartbeats and the end."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 from img2img.v1 import event_pb2, job_pb2
 from img2img_server import errors
 from img2img_server.api import convert, convert_events
+from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.records import found
 from img2img_server.domain.events import Envelope
 from img2img_server.domain.job import Job, terminal_event
-from img2img_server.interfaces.queue import EventLog
-from img2img_server.interfaces.records import JobStore
 from img2img_server.telemetry import WATCHERS
 
 SEQUENCE_MOST = 2**63 - 1  # int64; a caller may say that it has seen it
@@ -23,30 +22,20 @@ STOPPING = "This server is stopping; watch again with the last sequence seen."
 
 
 class Watcher:
-    """Streams logs to callers, bounds the number of streams, and ends them when the server stops.
+    """Streams logs to callers, limits the number of streams, and ends them when the server stops.
 
     Streams end early only while `end_streams_at_stop` runs.
     """
 
-    def __init__(
-        self,
-        jobs: JobStore,
-        events: EventLog,
-        estimator: Estimator,
-        stop: asyncio.Event,
-        *,
-        most: int,
-        retention_hours: int,
-        heartbeat_seconds: float,
-    ) -> None:
-        self._jobs = jobs
-        self._events = events
+    def __init__(self, deps: ApiDeps, estimator: Estimator) -> None:
+        self._jobs = deps.jobs
+        self._events = deps.bus.events
         self._estimator = estimator
-        self._stop = stop
-        self._most = most
+        self._stop = deps.stop
+        self._most = deps.settings.max_watchers
+        self._retention_hours = deps.settings.retention_hours
+        self._heartbeat_seconds = deps.settings.heartbeat_seconds
         self._open = 0
-        self._retention_hours = retention_hours
-        self._heartbeat_seconds = heartbeat_seconds
         self._waits: set[asyncio.Timeout] = set()
 
     async def end_streams_at_stop(self) -> None:
@@ -96,7 +85,7 @@ class Watcher:
                         after_sequence = envelope.sequence
                         if last is not None and after_sequence >= last:
                             break
-                # The log has expired, or its writer died before the last word: the record knows.
+                # The log has expired, or its writer died before the terminal event.
                 ending = Envelope(
                     sequence=min(after_sequence + 1, SEQUENCE_MOST),
                     time=job.end_time,
@@ -114,10 +103,8 @@ class Watcher:
             raise errors.TooManyWatchersError(self._most)
 
     async def message(self, job: Job) -> job_pb2.Job:
-        """A record as callers see it, with its estimate."""
-        eta = None
-        if not job.state.is_terminal:
-            _, eta = await self._estimator.job(job)
+        """Returns the record as callers see it, with its estimate."""
+        eta = await self._estimator.job(job)
         return convert.job(job, retention_hours=self._retention_hours, eta_seconds=eta)
 
     async def _get(self, tenant: str, job_id: int) -> Job:

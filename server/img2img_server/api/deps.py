@@ -1,0 +1,46 @@
+"""The dependencies that the components of the api share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from img2img_server.api.worker_cache import CachedWorkerRegistry
+from img2img_server.domain.params import Limits
+from img2img_server.interfaces.records import JobStore
+from img2img_server.nats.bus import Bus
+from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.settings import Settings
+
+# Downloads an init image. Raises InvalidImageError.
+Fetch = Callable[[str], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiDeps:
+    """The interfaces of the api, its settings and what follows from them.
+
+    `workers`: those of `bus`, cached. `link_base`: the base of the links of gRPC callers.
+    `limits`: those of the service. `stop`: set when the api stops.
+    """
+
+    settings: Settings
+    bus: Bus
+    workers: CachedWorkerRegistry
+    fetch: Fetch
+    policy: OutboundPolicy
+    limits: Limits
+    link_base: str
+    stop: asyncio.Event
+
+    @property
+    def jobs(self) -> JobStore:
+        return self.bus.jobs
+
+
+def image_limits(settings: Settings) -> Limits:
+    """Returns the limits of the service with the settings for init images."""
+    return Limits(
+        max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
+    )
