@@ -20,9 +20,9 @@ from img2img_client.admin import Admin, AsyncAdmin
 from img2img_client.channel import Endpoint
 from img2img_client.convert import read
 from img2img_client.diagnosis import explain, explain_async
-from img2img_client.requests import CreateOptions, ImageSource, StreamOptions
 from img2img_client.resources import Caller, Capabilities, Job, Result, State
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked
+from img2img_client.spec import CreateOptions, ImageSource, StreamOptions
 from img2img_client.stream import (
     AsyncCalls,
     AsyncJobStream,
@@ -90,7 +90,7 @@ class _Client(Generic[ChannelT, InterceptorT]):
         self._start()
 
     def _start(self) -> None:
-        """Is called at the end of __init__."""
+        """Completes __init__."""
 
     @Unary
     def create(
@@ -240,7 +240,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         service cancels the job unless it is detached.
 
         Args:
-            prompt: what the image must show.
+            prompt: description of the image.
             init_image: a file, its bytes, an http(s) URL, or a data URI.
             options: see StreamOptions and Options.
         """

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from img2img.v1 import event_pb2
 from img2img_client import events
-from img2img_client.resources import Spec
+from img2img_client.spec import Spec
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot(Event):
-    """The job's record when the stream began; `sequence`: the stream goes on after it."""
+    """The job's record when the stream began; the events after `sequence` follow."""
 
     job: Job
 

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -26,57 +26,13 @@ from img2img_client.errors import (
     invalid_type,
 )
 from img2img_client.resources import Job, State
-
-# A file or its bytes, an http(s) URL that the service fetches, or a data URI. A str is a URL or a
-# data URI when is_address says so, otherwise a path.
-ImageSource = str | os.PathLike[str] | bytes
+from img2img_client.spec import CreateOptions, ImageSource, Options, StreamOptions
 
 MAX_MESSAGE_BYTES = 34 * 2**20  # the service's limit, see Limits.max_message_bytes
 OTHER_URL = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})", re.ASCII)
 
 M = TypeVar("M", bound=Message)
-
-
-class Options(TypedDict, total=False):
-    """The fields of JobSpec except prompt and init image. Absent or None: the service's default."""
-
-    negative_prompt: str | None  # what the image must not show; needs guidance_scale above 1
-    width: int | None  # pixels, a multiple of 8, default 512
-    height: int | None  # pixels, a multiple of 8, default 512
-    samples: int | None  # number of images, default 1; image i uses seed + i
-    # 0.0 returns the init image, 1.0 ignores it; default: the model's, see capabilities()
-    strength: float | None
-    seed: int | None  # 0 to 2**63 - 1; absent or -1: drawn at random
-    safety_checker: bool | None  # default True
-    enhance_prompt: bool | None  # let the service improve the prompt
-    base64: bool | None  # store the images as base64 text files
-    temp: bool | None  # keep the files under temp/ for 24 hours
-    webhook: str | None  # https URL that receives one POST when the job has ended
-    track_id: str | None  # your own reference, returned unchanged
-    model: str | None  # see capabilities()
-    num_inference_steps: int | None  # steps of the schedule; strength x steps run, at least one
-    guidance_scale: float | None  # 1.0 and below turn guidance off
-    scheduler: str | None  # see capabilities()
-    lora: str | None  # a LoRA of the model, see capabilities()
-    lora_scale: float | None  # weight of the LoRA, default 1.0
-    output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
-    preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
-    lane: str | None  # "realtime" (default) or "batch"
-    annotations: Mapping[str, str] | None  # your own notes, returned unchanged
-
-
-class CreateOptions(Options, total=False):
-    """Options of `create`."""
-
-    request_id: str | None  # a UUID; the same one returns the same job for 24 hours
-
-
-class StreamOptions(CreateOptions, total=False):
-    """Options of `generate` and `stream`."""
-
-    detach: bool | None  # the job outlives this stream
-    timeout_seconds: float | None  # until the job ends; rejected if the job cannot end in time
 
 
 _KINDS = {
@@ -242,7 +198,7 @@ def _expected(message: Message, name: str) -> str:
 
 
 def _wire(message: Message, name: str, value: Any) -> Any:
-    """Returns the value for protobuf; a word of an enum becomes its number."""
+    """Returns the value for protobuf; the name of an enum value becomes its number."""
     enum = _enum(message, name)
     if enum is None:
         return value

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from img2img.v1 import event_pb2
 from img2img_client.errors import JobCancelledError, JobFailedError, invalid
+from img2img_client.spec import Spec
 
 # The kinds of event that carry a job's record: the snapshot, and one for each terminal state.
 RECORD_EVENTS = frozenset(
@@ -38,23 +39,6 @@ class State(StrEnum):
     def is_terminal(self) -> bool:
         """Whether the job has ended: the terminal event has the name of the state."""
         return self.value in RECORD_EVENTS
-
-
-class ImageFormat(StrEnum):
-    """Format of the inline images; the stored file behind a link is always PNG."""
-
-    UNSPECIFIED = "unspecified"
-    PNG = "png"
-    JPEG = "jpeg"
-    WEBP = "webp"
-
-
-class Lane(StrEnum):
-    """Queue lane: realtime is served before batch."""
-
-    UNSPECIFIED = "unspecified"
-    REALTIME = "realtime"
-    BATCH = "batch"
 
 
 class DeterminismClass(StrEnum):
@@ -146,36 +130,6 @@ class JobError:
     reason: str
     message: str
     retryable: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
-    """The request with the service's defaults and the drawn seed filled in."""
-
-    prompt: str
-    negative_prompt: str
-    init_image_url: str
-    width: int
-    height: int
-    samples: int
-    strength: float
-    seed: int
-    safety_checker: bool
-    enhance_prompt: bool
-    base64: bool
-    temp: bool
-    webhook: str
-    track_id: str
-    model: str
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    scheduler: str
-    output_format: ImageFormat
-    preview_interval_steps: int
-    lane: Lane
-    annotations: Mapping[str, str]
-    lora: str
-    lora_scale: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,6 +56,16 @@ class _Calls:
         self._message: Any = None  # future of its newest message
         limit = follow.silence_seconds
         self._silence_seconds = None if math.isinf(limit) else limit
+        self._events: Callable[[], Any] = lambda: None  # a weak reference once it has started
+
+    def start(self) -> Any:
+        """Returns the generator of the events. Call it once."""
+        events = self._run()
+        self._events = ref(events)
+        return events
+
+    def _run(self) -> Any:
+        raise NotImplementedError
 
     def _open(self) -> Any:
         left = max(0.0, self.follow.deadline - time.monotonic())
@@ -94,14 +104,7 @@ class BlockingCalls(_Calls):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
-        self._events: Callable[[], Generator[Event, None, None] | None] = lambda: None
         self._leaving = threading.RLock()
-
-    def start(self) -> Generator[Event, None, None]:
-        """Returns the events. Call it once."""
-        events = self._run()
-        self._events = ref(events)
-        return events
 
     def leave(self) -> None:
         """Ends the events, even while another thread reads them, and cancels the job.
@@ -197,14 +200,7 @@ class AsyncCalls(_Calls):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
-        self._events: Callable[[], AsyncGenerator[Event, None] | None] = lambda: None
         self._leaving: asyncio.Future[None] | None = None
-
-    def start(self) -> AsyncGenerator[Event, None]:
-        """Returns the events. Call it once."""
-        events = self._run()
-        self._events = ref(events)
-        return events
 
     async def leave(self) -> None:
         """Ends the events, even while another task reads them, and cancels the job."""
@@ -278,7 +274,7 @@ class AsyncCalls(_Calls):
 
 
 class _Stream:
-    """What both streams tell about their job."""
+    """The properties of both streams."""
 
     def __init__(self, follow: Follow) -> None:
         self._follow = follow

@@ -10,14 +10,14 @@ from typing import get_type_hints
 import pytest
 
 from img2img.v1 import event_pb2, job_pb2, service_pb2
-from img2img_client import convert, events, requests, resources
+from img2img_client import convert, events, requests, resources, spec
 from img2img_client.errors import InvalidArgumentError, InvalidRequestError
-from img2img_client.requests import Options
+from img2img_client.spec import Options
 from tests.fake_job import NAME, State, job
 
 PAIRS = [
     (resources.Job, job_pb2.Job),
-    (resources.Spec, job_pb2.JobSpec),
+    (spec.Spec, job_pb2.JobSpec),
     (resources.Sample, job_pb2.Sample),
     (resources.Image, job_pb2.Image),
     (resources.Timings, job_pb2.Timings),
@@ -56,8 +56,8 @@ def test_every_field_of_a_spec_is_an_option() -> None:
     ("cls", "enum"),
     [
         (resources.State, job_pb2.Job.State),
-        (resources.ImageFormat, job_pb2.ImageFormat),
-        (resources.Lane, job_pb2.Lane),
+        (spec.ImageFormat, job_pb2.ImageFormat),
+        (spec.Lane, job_pb2.Lane),
         (resources.DeterminismClass, job_pb2.DeterminismClass),
         (events.Stage, event_pb2.StageFinished.Stage),
     ],
@@ -77,7 +77,7 @@ def test_a_job_is_read_whole() -> None:
     found = convert.read(resources.Job, message)
     timings = dict.fromkeys((one.name for one in fields(resources.Timings)), 0.0)
     timings |= {"queue_seconds": 0.012, "denoise_seconds": 2.5, "total_seconds": 3.0}
-    spec = {
+    others = {
         **dict.fromkeys(("negative_prompt", "webhook", "track_id", "scheduler", "lora"), ""),
         **dict.fromkeys(("safety_checker", "enhance_prompt", "base64", "temp"), False),
     }
@@ -85,7 +85,7 @@ def test_a_job_is_read_whole() -> None:
         name=NAME,
         id=10000001,
         state=resources.State.FAILED,
-        spec=resources.Spec(
+        spec=spec.Spec(
             prompt="an oil painting [of] a cat",
             init_image_url="https://example.com/cat.jpg",
             width=512,
@@ -96,12 +96,12 @@ def test_a_job_is_read_whole() -> None:
             model="atelier",
             num_inference_steps=4,
             guidance_scale=None,
-            output_format=resources.ImageFormat.PNG,
+            output_format=spec.ImageFormat.PNG,
             preview_interval_steps=0,
-            lane=resources.Lane.UNSPECIFIED,
+            lane=spec.Lane.UNSPECIFIED,
             annotations={"shelf": "3"},
             lora_scale=None,
-            **spec,  # type: ignore[arg-type]
+            **others,  # type: ignore[arg-type]
         ),
         samples=(),
         future_urls=(),
@@ -165,7 +165,7 @@ def test_every_generate_gets_its_own_request_id() -> None:
     assert first.request_id != second.request_id
 
 
-def spec_of(init_image: requests.ImageSource, options: Options) -> job_pb2.JobSpec:
+def spec_of(init_image: spec.ImageSource, options: Options) -> job_pb2.JobSpec:
     return requests.new_job(service_pb2.CreateJobRequest, "p", init_image, options).spec  # type: ignore[arg-type]
 
 

@@ -25,7 +25,8 @@ from img2img_client.cli.program import (
     to_json,
 )
 from img2img_client.cli.session import Session
-from img2img_client.resources import SUFFIX_FORMATS, ImageFormat, Job, State
+from img2img_client.resources import SUFFIX_FORMATS, Job, State
+from img2img_client.spec import ImageFormat
 from img2img_client.stream import JobStream
 
 
@@ -167,7 +168,7 @@ def _read(stream: JobStream, files: Files) -> Job:
 
 
 def _interrupted(session: Session, stream: JobStream, ours: bool) -> NoReturn:
-    """Reports what Ctrl-C did. Leaving the stream has already cancelled a job of ours."""
+    """Reports what Ctrl-C did. Leaving a stream that created its job cancels the job."""
     name, state, text = stream.job_name, "", "stopped by Ctrl-C"
     if name:
         text, state = _after_leaving(session, name) if ours else (f"{name} keeps running", "")

@@ -17,7 +17,7 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
 
 
 @click.command()
-@click.option("--prompt", required=True, help="What the image must show.")
+@click.option("--prompt", required=True, help="Description of the image.")
 @click.option(
     "--init-image",
     required=True,
@@ -43,7 +43,7 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
     help="File of the image, such as out.png, out.jpg or out.webp. Several samples are saved as "
     "out-0.png, out-1.png and so on. Default: the id of the job, such as 10000001.png.",
 )
-@click.option("--negative-prompt", help="What the image must not show. Needs --guidance above 1.")
+@click.option("--negative-prompt", help="Description of things to avoid. Needs --guidance above 1.")
 @click.option(
     "--steps",
     "num_inference_steps",

@@ -26,7 +26,7 @@ STAGES = {
     events.Stage.TEXT_ENCODED: "encoding the init image",
     events.Stage.IMAGE_ENCODED: "denoising",
 }
-OTHER_COLUMNS = 36  # beside the bar: "  sample 0 ", " 10/10 " and "seed 4294967295"
+OTHER_COLUMNS = 36  # columns of the other fields: "  sample 0 ", " 10/10 " and "seed 4294967295"
 
 
 class LiveDisplay:

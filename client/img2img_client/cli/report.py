@@ -15,7 +15,7 @@ from rich.text import Text
 from img2img_client.cli.program import count
 from img2img_client.resources import Capabilities, Job, Limits, Model, State, Timings
 
-# What the stages of Timings do.
+# The work of each stage of Timings.
 STAGES = {
     "queue": "waiting for a worker",
     "fetch": "downloading the init image, before acceptance",

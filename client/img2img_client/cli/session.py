@@ -66,7 +66,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg] # generic since click 
 
 
 def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
-    """Callback of the JOB argument: returns jobs/10000001 for that name or for 10000001."""
+    """Returns jobs/10000001 for that name or for 10000001; the callback of the JOB argument."""
     try:
         return job_name(value)
     except ValueError as error:

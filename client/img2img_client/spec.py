@@ -1,0 +1,105 @@
+"""The fields of a request: the options that callers pass, and the spec that the service returns.
+
+A new field of JobSpec needs one line in Options and one in Spec. Tests compare both with the
+protocol.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypedDict
+
+# A file or its bytes, an http(s) URL that the service fetches, or a data URI. A str is a URL or a
+# data URI when is_address says so, otherwise a path.
+ImageSource = str | os.PathLike[str] | bytes
+
+
+class Options(TypedDict, total=False):
+    """The fields of JobSpec except prompt and init image. Absent or None: the service's default."""
+
+    negative_prompt: str | None  # things to avoid; needs guidance_scale above 1
+    width: int | None  # pixels, a multiple of 8, default 512
+    height: int | None  # pixels, a multiple of 8, default 512
+    samples: int | None  # number of images, default 1; image i uses seed + i
+    # 0.0 returns the init image, 1.0 ignores it; default: the model's, see capabilities()
+    strength: float | None
+    seed: int | None  # 0 to 2**63 - 1; absent or -1: drawn at random
+    safety_checker: bool | None  # default True
+    enhance_prompt: bool | None  # let the service improve the prompt
+    base64: bool | None  # store the images as base64 text files
+    temp: bool | None  # keep the files under temp/ for 24 hours
+    webhook: str | None  # https URL that receives one POST when the job has ended
+    track_id: str | None  # your own reference, returned unchanged
+    model: str | None  # see capabilities()
+    num_inference_steps: int | None  # steps of the schedule; strength x steps run, at least one
+    guidance_scale: float | None  # 1.0 and below turn guidance off
+    scheduler: str | None  # see capabilities()
+    lora: str | None  # a LoRA of the model, see capabilities()
+    lora_scale: float | None  # weight of the LoRA, default 1.0
+    output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
+    preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
+    lane: str | None  # "realtime" (default) or "batch"
+    annotations: Mapping[str, str] | None  # your own notes, returned unchanged
+
+
+class CreateOptions(Options, total=False):
+    """Options of `create`."""
+
+    request_id: str | None  # a UUID; the same one returns the same job for 24 hours
+
+
+class StreamOptions(CreateOptions, total=False):
+    """Options of `generate` and `stream`."""
+
+    detach: bool | None  # the job outlives this stream
+    timeout_seconds: float | None  # until the job ends; rejected if the job cannot end in time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """The request with the service's defaults and the drawn seed filled in."""
+
+    prompt: str
+    negative_prompt: str
+    init_image_url: str
+    width: int
+    height: int
+    samples: int
+    strength: float
+    seed: int
+    safety_checker: bool
+    enhance_prompt: bool
+    base64: bool
+    temp: bool
+    webhook: str
+    track_id: str
+    model: str
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    scheduler: str
+    output_format: ImageFormat
+    preview_interval_steps: int
+    lane: Lane
+    annotations: Mapping[str, str]
+    lora: str
+    lora_scale: float | None
+
+
+class ImageFormat(StrEnum):
+    """Format of the inline images; the stored file behind a link is always PNG."""
+
+    UNSPECIFIED = "unspecified"
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+class Lane(StrEnum):
+    """Queue lane: realtime is served before batch."""
+
+    UNSPECIFIED = "unspecified"
+    REALTIME = "realtime"
+    BATCH = "batch"
