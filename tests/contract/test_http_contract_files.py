@@ -149,7 +149,7 @@ async def test_logs_have_no_key_no_prompt_no_image_and_no_query(gateway: Gateway
         for sent in (body(**secrets), body(**(secrets | {"key": "dev-key"})), {"key": []}):
             await gateway.http.post(f"{ENTERPRISE}/img2img?q=secret-7", json=sent, headers=headers)
         await gateway.http.get("/secret-8?secret-9", headers=headers)
-    lines = [line for line in logs if line["event"] == "http request"]
+    lines = [line for line in logs if line["event"] == "http_request"]
     assert [line["route"] for line in lines] == [f"{ENTERPRISE}/img2img"] * 3 + ["unmatched"]
     shown = repr(logs)
     for hidden in ("secret", "dev-key", "pass-3", "user-3", "signature", "Bearer", "prompt"):

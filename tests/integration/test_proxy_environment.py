@@ -66,7 +66,7 @@ async def test_the_probe_port_says_what_readyz_says() -> None:
             with capture_logs() as logs:
                 gateway = asyncio.create_task(serve(config, blobs, stop, started.set_result))
                 public = await started
-            probes = next(line["probes"] for line in logs if line["event"] == "gateway serves")
+            probes = next(line["probes"] for line in logs if line["event"] == "gateway_listening")
             answers = [await http.get(f"http://{at}/readyz") for at in (public, probes)]
             ready[is_there] = [answer.status_code for answer in answers]
             stop.set()

@@ -57,13 +57,13 @@ async def serve(
         server = _Server(_config(app, settings))
         await stack.enter_async_context(background_task(readiness.watch()))
         serving = asyncio.create_task(server.serve(sockets=[opened]))
-        log.info("gateway serves", address=address, probes=probes)
+        log.info("gateway_listening", address=address, probes=probes)
         if started:
             started(address)
         await first_of(asyncio.wait([serving]), stop.wait())
         server.should_exit = True
         await serving
-    log.info("gateway stopped")
+    log.info("gateway_stopped")
 
 
 class _Server(uvicorn.Server):

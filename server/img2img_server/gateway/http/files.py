@@ -49,7 +49,7 @@ class Files:
         except KeyError:
             return missing()
         except StorageError as error:
-            log.warning("file not served", key=key, error=str(error))
+            log.warning("file_unavailable", key=key, error=str(error))
             headers = {**_NO_STORE, "Retry-After": str(RETRY_SECONDS)}
             return PlainTextResponse(ErrorKind.UNAVAILABLE.message, 503, headers)
 

@@ -83,7 +83,7 @@ class AccessLog:
             SECONDS.labels(route).observe(seconds)
             caller = scope.get("state", {}).get("caller", "")
             (log.debug if is_probe else log.info)(
-                "http request",
+                "http_request",
                 route=route,
                 method=method,
                 code=code or "gone",
