@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test bench image-test
+.PHONY: help setup gen check fix test gold chart demo serve images-test oracle bench image-test
 
 help: ## Show these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
 
 images-test: setup ## Test the image check against Pillow on 10,000 files of each kind
 	TEST_EXAMPLES=$${TEST_EXAMPLES:-10000} $(BIN)/python -m pytest tests/property/test_images.py $(ARGS)
+
+oracle: setup ## Compare every family and sampler with the stock pipelines, every combination
+	ORACLE=full $(BIN)/python -m pytest tests/oracle/test_stock.py $(ARGS)
 
 bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -122,29 +122,44 @@ def pictures(events: list[EngineEvent]) -> list[Pixels]:
     return [found[sample] for sample in sorted(found)]
 
 
-class Stock:
-    """The pipeline of diffusers as anyone would call it, one sample at a time."""
+def stock_call(wanted: EngineJob) -> dict[str, Any]:
+    """Returns the arguments of a stock image-to-image pipeline for a request."""
+    return {
+        "prompt": wanted.prompt,
+        "negative_prompt": wanted.negative_prompt or None,
+        "image": Image.fromarray(wanted.init_image),
+        "strength": wanted.strength,
+        "num_inference_steps": wanted.num_inference_steps,
+        "guidance_scale": wanted.guidance_scale,
+    }
 
-    def __init__(self, folder: Path) -> None:
+
+class Stock:
+    """The image-to-image pipeline of diffusers as anyone would call it, one sample at a time.
+
+    Args:
+        call: Returns the pipeline's arguments for a request.
+    """
+
+    def __init__(
+        self, folder: Path, call: Callable[[EngineJob], dict[str, Any]] = stock_call
+    ) -> None:
         files = ModelFiles.read(folder)
-        self._family = detect(files, str(folder))
-        pipeline_class = getattr(diffusers, self._family.pipelines[files.class_name])
-        self._pipeline = pipeline_class.from_pretrained(folder, **self._family.load_options)
+        family = detect(files, str(folder))
+        pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
+        self._pipeline = pipeline_class.from_pretrained(folder, **family.load_options)
         self._pipeline.set_progress_bar_config(disable=True)
         self._config = dict(self._pipeline.scheduler.config)
+        self._call = call
 
     def pictures(self, wanted: EngineJob) -> list[Pixels]:
+        """Returns the images of all samples."""
         self._pipeline.scheduler = make_scheduler(wanted.scheduler, self._config)
         return [self._picture(wanted, seed) for seed in wanted.seeds]
 
     def _picture(self, wanted: EngineJob, seed: int) -> Pixels:
         images = self._pipeline(
-            prompt=wanted.prompt,
-            negative_prompt=wanted.negative_prompt or None,
-            image=Image.fromarray(wanted.init_image),
-            strength=wanted.strength,
-            num_inference_steps=wanted.num_inference_steps,
-            guidance_scale=wanted.guidance_scale,
+            **self._call(wanted),
             generator=torch.Generator().manual_seed(seed),
             output_type="pil",
         ).images

@@ -41,6 +41,12 @@ ZERO_SNR_V: dict[str, Any] = {
 }
 TURBO: dict[str, Any] = {**EPSILON, "timestep_spacing": "trailing"}
 WIDTH, LENGTH = 16, 16
+DEEP: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32, 32),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",) * 2,
+    "up_block_types": ("UpBlock2D",) * 2 + ("CrossAttnUpBlock2D",) * 2,
+}
 
 
 def write_sd(
@@ -50,10 +56,13 @@ def write_sd(
     takes_guidance: bool = False,
     scheduler: dict[str, Any] = EPSILON,
     dtype: torch.dtype = torch.float32,
+    is_deep: bool = False,
 ) -> Path:
-    """A model of the SD 1.x kind; returns its folder.
+    """Writes a model of the SD 1.x kind; returns its folder.
 
-    `takes_guidance`: the guidance scale is an input, as in models distilled for LCM.
+    Args:
+        takes_guidance: The guidance scale is an input, as in models distilled for LCM.
+        is_deep: The UNet has two blocks of each kind with two layers each.
     """
     torch.manual_seed(1)
     tokenizer = _tokenizer(folder / "words")
@@ -63,7 +72,7 @@ def write_sd(
         tokenizer=tokenizer,
         unet=_lively(
             UNet2DConditionModel(
-                **_unet(cross_attention_dim=WIDTH),
+                **_unet(cross_attention_dim=WIDTH, **(DEEP if is_deep else {})),
                 time_cond_proj_dim=8 if takes_guidance else None,
             )
         ),
@@ -75,13 +84,13 @@ def write_sd(
     return _save(pipeline.to(dtype), folder)
 
 
-def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON) -> Path:
+def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bool = False) -> Path:
     """A model of the SDXL kind, with two text encoders and size inputs; returns its folder."""
     torch.manual_seed(2)
     tokenizer = _tokenizer(folder / "words")
     time_width = 8
     unet = UNet2DConditionModel(
-        **_unet(cross_attention_dim=2 * WIDTH),
+        **_unet(cross_attention_dim=2 * WIDTH, **(DEEP if is_deep else {})),
         addition_embed_type="text_time",
         addition_time_embed_dim=time_width,
         projection_class_embeddings_input_dim=WIDTH + 6 * time_width,
@@ -148,10 +157,20 @@ def _autoencoder(tiny: bool) -> Any:
 
 
 @torch.no_grad()
+def perturb_norms(module: torch.nn.Module) -> None:
+    """Moves the weights of norms away from 1 and all biases away from 0."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn_like(parameter)
+
+
+@torch.no_grad()
 def _lively(unet: Any) -> Any:
-    """Makes the text matter: random weights hardly listen to it."""
+    """Strengthens the effect of the text, which is weak with random weights, and moves norms away
+    from their initial values."""
+    perturb_norms(unet)
     for name, parameter in unet.named_parameters():
-        if "attn2.to_v" in name or "attn2.to_out" in name:
+        if "attn2.to_v" in name or "attn2.to_out" in name or "cond_proj" in name:
             parameter *= 6
     return unet.eval()
 

@@ -21,7 +21,6 @@ from img2img_server.engine.base import (
     Pixels,
     PreviewReady,
     StageDone,
-    StepDone,
 )
 from img2img_server.engine.denoiser import Conditioning, Picture, TextInput
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
@@ -148,50 +147,6 @@ def submit_all(engine: Engine, jobs: Sequence[EngineJob]) -> list[ReplyInbox]:
     for each, inbox in zip(jobs, inboxes, strict=True):
         engine.submit(each, inbox)
     return inboxes
-
-
-@pytest.mark.parametrize("case", [0, 1])
-def test_a_picture_is_the_same_alone_and_among_strangers(
-    denoiser: Faulty, alone: list[list[Pixels]], case: int
-) -> None:
-    with running(denoiser) as engine:
-        *others, inbox = submit_all(engine, [*strangers(), WANTED[case]])
-        found = pictures(inbox.all())
-        assert all(isinstance(other.all()[-1], JobDone) for other in others)
-
-    assert worst(found, alone[case]) <= BOUND
-    assert max(denoiser.forwards_seen) >= 6, "they did share batches"
-
-
-@pytest.mark.parametrize("case", [0, 1])
-def test_a_picture_is_the_same_when_it_joins_midway(
-    denoiser: Faulty, alone: list[list[Pixels]], case: int
-) -> None:
-    inbox = ReplyInbox()
-    with running(denoiser) as engine:
-
-        def join(event: EngineEvent) -> None:
-            if isinstance(event, StepDone) and event.step == 2:
-                engine.submit(WANTED[case], inbox)
-
-        engine.submit(strangers()[0], ReplyInbox())
-        engine.submit(job(job_id=50, strength=1.0, num_inference_steps=4), join)
-        found = pictures(inbox.all())
-
-    assert worst(found, alone[case]) <= BOUND
-
-
-@pytest.mark.parametrize("case", [0, 1])
-def test_a_picture_is_the_same_after_an_out_of_memory_split(
-    denoiser: Faulty, alone: list[list[Pixels]], case: int
-) -> None:
-    denoiser.most_forwards = 3
-    with running(denoiser) as engine:
-        *others, inbox = submit_all(engine, [*strangers(), WANTED[case]])
-        found = pictures(inbox.all())
-        assert all(isinstance(other.all()[-1], JobDone) for other in others)
-
-    assert worst(found, alone[case]) <= BOUND
 
 
 def test_an_out_of_memory_makes_later_batches_smaller(denoiser: Faulty) -> None:
