@@ -24,13 +24,13 @@ import psutil
 
 from img2img_client import AsyncClient
 from img2img_server.devstack.nats import nats_server, nats_url
-from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.events import StepFinished
 from img2img_server.domain.params import Lane
 from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.nats import subjects
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.nats.connection import NatsConnection
+from img2img_server.ports import free_ports
 from img2img_server.settings import Settings
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.nats_cluster import nats_cluster
@@ -49,7 +49,7 @@ async def servers(folder: Path, *, cluster: bool) -> AsyncIterator[Settings]:
         async with nats_cluster(folder) as running:
             yield settings(nats_url=running.url, nats_replicas=3, queue_limit=2 * OPERATIONS)
         return
-    port = choose_ports(folder / "ports.json", ["nats"], {})["nats"]
+    port = free_ports(1)[0]
     server = nats_server(folder, port, "benchmark")
     await server.start()
     try:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from img2img_server.devstack.child import HOST, Child, binary
 from img2img_server.devstack.nats import MAX_PAYLOAD_BYTES, STORE_BYTES
-from img2img_server.devstack.servers import choose_ports
 from img2img_server.nats.connection import connect
+from img2img_server.ports import free_ports
 
 NAMES = ("north", "east", "south")
 READY_SECONDS = 30.0
@@ -26,7 +26,7 @@ class NatsCluster:
         folder.mkdir(exist_ok=True)
         self._folder = folder
         wanted = [f"{kind} {name}" for kind in ("clients", "routes") for name in NAMES]
-        self._ports = choose_ports(folder / "ports.json", wanted, {})
+        self._ports = dict(zip(wanted, free_ports(len(wanted)), strict=True))
         self._servers: dict[str, Child] = {}
 
     @property

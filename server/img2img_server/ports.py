@@ -97,6 +97,11 @@ def reserve(listeners: Sequence[Listener]) -> list[int]:
     return ports
 
 
+def free_ports(count: int) -> list[int]:
+    """Returns different ports of loopback on which nothing listens now."""
+    return reserve([Listener("grpc_host", "grpc_port", "127.0.0.1", 0)] * count)
+
+
 def _reserved(listener: Listener) -> socket.socket:
     """Opens the port; for 0 one that no outgoing connection takes before the role does."""
     for port in random.sample(_FREE_PORTS, 9) if listener.port == 0 else ():

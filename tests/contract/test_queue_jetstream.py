@@ -16,7 +16,6 @@ from nats.js.api import PubAck
 
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.nats import nats_server, nats_url
-from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
@@ -28,6 +27,7 @@ from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.nats.connection import NatsConnection, connect
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket, KvEntry
+from img2img_server.ports import free_ports
 from img2img_server.settings import Settings
 from img2img_server.testing.fake_engine import FAKE_MODEL
 
@@ -42,7 +42,7 @@ class Nats:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._port = choose_ports(folder / "ports.json", ["nats"], {})["nats"]
+        self._port = free_ports(1)[0]
         self.settings = Settings(nats_url=nats_url(self._port, PASSWORD), queue_limit=3)
         self._server: Child | None = None
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,7 +19,6 @@ import pytest
 
 from img2img_server.devstack import EnginesError, LocalServers, ServerExitedError
 from img2img_server.devstack.child import Child
-from img2img_server.devstack.servers import choose_ports
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.nats.bus import connect_bus
 from img2img_server.nats.connection import connect
@@ -52,13 +49,13 @@ def running(state_dir: Path, parent: int | None = None) -> dict[str, psutil.Proc
     }
 
 
-def sockets(state_dir: Path) -> list[Path]:
+def sockets(engines: LocalServers) -> list[Path]:
     """What weed has left where it puts its sockets."""
-    ports = json.loads((state_dir / "engines" / "ports.json").read_text()).values()
+    ports = engines._ports.values()
     return [file for port in ports for file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
 
 
-async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_dir: Path) -> None:
+async def test_data_and_keys_survive_a_crash_and_a_clean_stop(state_dir: Path) -> None:
     async with LocalServers(state_dir) as engines:
         settings = settings_of(engines)
         async with connect_blobs(settings) as blobs, connect_bus(settings) as bus:
@@ -71,12 +68,13 @@ async def test_data_keys_and_addresses_survive_a_crash_and_a_clean_stop(state_di
             process.kill()
     for number in (1, 2):
         async with LocalServers(state_dir) as engines:
-            assert settings_of(engines) == settings
+            assert engines.s3_secret_key == settings.s3_secret_key.get_secret_value()
+            settings = settings_of(engines)
             async with connect_blobs(settings) as blobs, connect_bus(settings) as bus:
                 assert b"".join([chunk async for chunk in blobs.read(KEY)]) == b"picture"
                 assert await bus.jobs.next_id("acme") == FIRST_JOB_ID + number
     assert running(state_dir) == {}
-    assert sockets(state_dir) == []
+    assert sockets(engines) == []
 
 
 async def test_two_run_side_by_side_but_not_in_one_folder(
@@ -120,32 +118,6 @@ async def test_a_death_is_told_with_its_last_words(state_dir: Path, name: str) -
     assert (death.name, death.exit_code) == (name, -signal.SIGKILL)
     assert death.log_tail
     assert str(death).endswith(" ".join(death.log_tail.splitlines()[-1].split()))
-
-
-async def test_a_given_port_that_is_taken_is_named(state_dir: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(EnginesError, match=f"port {port} for nats is in use"):
-            async with LocalServers(state_dir, nats_port=port):
-                pass
-
-
-def test_ports_are_given_or_those_of_the_last_start_or_free_ones(tmp_path: Path) -> None:
-    file = tmp_path / "ports.json"
-    first = choose_ports(file, ["nats", "s3"], {})
-    assert len(set(first.values())) == 2
-    assert choose_ports(file, ["nats", "s3"], {}) == first
-    assert choose_ports(file, ["other"], {"other": first["s3"], "nats": 0}) == {
-        "other": first["s3"]
-    }
-
-
-def test_a_port_of_the_last_start_that_is_taken_now_is_replaced(tmp_path: Path) -> None:
-    file = tmp_path / "ports.json"
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        file.write_text(json.dumps({"nats": port}))
-        assert choose_ports(file, ["nats"], {})["nats"] != port
 
 
 SUPERVISOR = """

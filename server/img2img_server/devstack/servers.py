@@ -1,7 +1,6 @@
 """nats-server and weed (SeaweedFS) for one machine, their data under one folder.
 
 <state_dir>/engines/lock           one supervisor at a time
-<state_dir>/engines/ports.json     ports of the last start, taken again while they are free
 <state_dir>/engines/s3.json        made once, mode 600: weed's users, that is our key pair
 <state_dir>/engines/nats.conf      made at every start, mode 600
 <state_dir>/engines/nats.password  made once, mode 600
@@ -13,18 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from img2img_server.devstack import weed
 from img2img_server.devstack.child import HOST, Child, EnginesError, ServerExitedError
-from img2img_server.devstack.files import kept_secret, write_private
+from img2img_server.devstack.files import kept_secret
 from img2img_server.devstack.nats import nats_server, nats_url
+from img2img_server.ports import free_ports
 
 START_SECONDS: Final = 30.0
 START_TRIES: Final = 3
@@ -36,26 +34,21 @@ class LocalServers:
 
     Args:
         state_dir: everything they keep lies in its folder `engines`.
-        nats_port, s3_port: 0 for the last one used or any free one.
         background: entering only chooses the addresses; `serving` waits for the rest.
 
     Raises on entering:
-        EnginesError: a binary is missing, the folder or a given port is in use, or an engine does
-            not come up.
+        EnginesError: a binary is missing, the folder is in use, or a server does not come up.
     """
 
     def __init__(
         self,
         state_dir: Path,
         *,
-        nats_port: int = 0,
-        s3_port: int = 0,
         background: bool = False,
     ) -> None:
         self._background = background
         self._serving: asyncio.Task[None] | None = None
         self._folder = state_dir.absolute() / "engines"
-        self._given = {"nats": nats_port, "s3": s3_port}
         self._ports: dict[str, int] = {}
         self._keys = ("", "")
         self._password = ""
@@ -119,7 +112,7 @@ class LocalServers:
         await self._stack.aclose()
 
     def _choose(self) -> None:
-        self._ports = choose_ports(self._folder / "ports.json", PORTS, self._given)
+        self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self._children = [
             nats_server(self._folder, self._ports["nats"], self._password),
             weed.weed(self._folder, self._ports),
@@ -141,7 +134,6 @@ class LocalServers:
                 return
             # Mostly a port that somebody took after we looked: other ports, another try.
             await self._stop_children()
-            (self._folder / "ports.json").unlink(missing_ok=True)
             if not left:
                 raise EnginesError(str(death)) from death
             self._choose()
@@ -169,22 +161,3 @@ def _lock(path: Path) -> Iterator[None]:
                 "to another folder"
             ) from error
         yield
-
-
-def choose_ports(path: Path, names: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
-    """A port by name: the given one, else the one of the last start, else any free one."""
-    last: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
-    ports = {}
-    with ExitStack() as held:  # all at once, so that no two are the same
-        for name in names:
-            probe = held.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, given.get(name) or last.get(name, 0)))
-            except OSError as error:
-                if given.get(name):
-                    raise EnginesError(f"port {given[name]} for {name} is in use") from error
-                probe.bind((HOST, 0))
-            ports[name] = probe.getsockname()[1]
-    write_private(path, json.dumps(ports))
-    return ports
