@@ -20,8 +20,8 @@ from PIL import Image
 
 from img2img_server.domain.params import Limits
 from img2img_server.imaging.base import InvalidImageError
+from img2img_server.imaging.completeness import INFLATED_BYTES
 from img2img_server.imaging.header import MAX_JPEG_SCANS
-from img2img_server.imaging.png_rows import INFLATED_BYTES
 from img2img_server.imaging.prepare import check_image, prepare_image
 
 Array = npt.NDArray[Any]

@@ -18,8 +18,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from img2img_server.imaging.completeness import check_scans
 from img2img_server.imaging.header import JPEG_END, Container, Header, HeaderError
-from img2img_server.imaging.jpeg_scans import check_scans
 
 # The plugins themselves, not Image.open: that one also warns by a global pixel limit.
 PLUGINS: dict[Container, type[ImageFile]] = {

@@ -72,11 +72,12 @@ class JpegFrame(NamedTuple):
 
 
 class PngFormat(NamedTuple):
-    """How a PNG stores its rows."""
+    """How a PNG stores its rows. `rows`: all of them, compressed, a part of Header.data."""
 
     depth: int
     colour: int
     interlaced: bool
+    rows: memoryview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ def _read_png(data: bytes) -> Header:
     """Chunks: length (4 bytes, big-endian), type (4), content, CRC-32 (4); IHDR first, IEND last.
 
     The contents of all IDAT chunks come back as one. Of an animated PNG the default image stays;
-    its other frames (fdAT) are dropped. A missing IEND is no fault: png_rows counts the rows.
+    its other frames (fdAT) are dropped. A missing IEND is no fault, for the rows are counted.
     """
     kind, width, height, depth, colour, method, filters, interlace = struct.unpack_from(
         ">4sII5B", data, 12
@@ -177,14 +178,17 @@ def _read_png(data: bytes) -> Header:
         offset = end
     else:
         raise HeaderError(f"it has more than {MAX_PARTS} chunks")
+    start = sum(map(len, kept)) + 8
     kept += [png_chunk(b"IDAT", b"".join(rows)), png_chunk(b"IEND", b"")]
+    file = b"".join(kept)
+    packed = memoryview(file)[start : start + sum(map(len, rows))]
     return Header(
         container=Container.PNG,
         width=width,
         height=height,
-        data=b"".join(kept),
+        data=file,
         metadata=tuple((kind, content) for (kind, _), content in metadata.items()),
-        png=PngFormat(depth, colour, bool(interlace)),
+        png=PngFormat(depth, colour, bool(interlace), packed),
         colour_key=colour_key,
     )
 
@@ -215,7 +219,7 @@ def _read_jpeg(data: bytes) -> Header:
 
     APP0 (JFIF) and APP14 (Adobe: colour transform) say how to read the pixels; the other
     application segments and comments are not kept. The end marker is added, in case it is
-    missing: jpeg_scans and the decoder see what is not there.
+    missing: completeness.py and the decoder find missing scans.
     """
     kept, metadata = [data[:2]], []
     header = Header(container=Container.JPEG, width=0, height=0)

@@ -23,13 +23,12 @@ from img2img_server.imaging.base import (
     too_large,
 )
 from img2img_server.imaging.colour import apply_transform, srgb_transform
+from img2img_server.imaging.completeness import check_scans, prove_rows
 from img2img_server.imaging.decode import decode
 from img2img_server.imaging.encode import encode_image
 from img2img_server.imaging.formats import PLAIN_TEXT, format_name
 from img2img_server.imaging.header import Container, Header, HeaderError, container_of, read_header
-from img2img_server.imaging.jpeg_scans import check_scans
 from img2img_server.imaging.metadata import read_metadata
-from img2img_server.imaging.png_rows import prove_rows
 
 # Up to here the caller's own bytes travel through the queue. Beyond, they cost the queue or the
 # worker (a small file may hold many pixels) more than encoding them once more.

@@ -1,12 +1,29 @@
-"""Bounds the scans of a JPEG and finds missing ones; both need no decoding."""
+"""Proves that a file holds all of its image, without keeping a pixel.
+
+Pillow leaves the missing rows of a PNG black, and libjpeg-turbo the missing scans of a JPEG grey.
+"""
 
 from __future__ import annotations
 
 import re
 import struct
 
+from isal import igzip_lib
+
 from img2img_server.imaging.header import JPEG_END, MAX_JPEG_SCANS, MAX_PARTS, Header, HeaderError
 
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+# First column, first row, column step, row step of each pass of an interlaced PNG.
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+INFLATED_BYTES = 2**18  # at once
 # In a scan's data 0xFF is followed by 0x00, a restart marker (0xD0 to 0xD7) or another 0xFF.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _COEFFICIENTS = 64
@@ -14,10 +31,49 @@ _MISSING = 0xFF
 _MOST_BITS = 13  # as libjpeg has it
 
 
+def prove_rows(header: Header) -> None:
+    """Unpacks and counts the rows of a PNG, without keeping them.
+
+    Raises:
+        HeaderError: rows are missing or damaged.
+    """
+    assert header.png
+    missing = _row_bytes(header)
+    # Pillow judges zlib's header (2 bytes) and checksum.
+    unpacker = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE)
+    packed = header.png.rows[2:]
+    while missing > 0 and not unpacker.eof:
+        try:
+            rows = unpacker.decompress(packed, INFLATED_BYTES)
+        except igzip_lib.IsalError as error:  # type: ignore[misc]  # its stub is wrong
+            raise HeaderError("its rows are damaged") from error
+        packed = b""  # the unpacker keeps what it has not used
+        missing -= len(rows)
+        if not rows and unpacker.needs_input:
+            break
+    if missing > 0:
+        raise HeaderError("rows are missing")
+
+
+def _row_bytes(header: Header) -> int:
+    """Returns the bytes of all rows, each with its filter type in front."""
+    assert header.png
+    if header.png.colour not in PNG_CHANNELS:
+        raise HeaderError("its colour type is invalid")
+    bits = header.png.depth * PNG_CHANNELS[header.png.colour]
+    total = 0
+    for left, upper, across, down in ADAM7 if header.png.interlaced else ((0, 0, 1, 1),):
+        columns = -(-(header.width - left) // across)
+        rows = -(-(header.height - upper) // down)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + (columns * bits + 7) // 8)
+    return total
+
+
 def check_scans(header: Header) -> int:
     """Walks over the scans as the decoder does and returns where the end marker is in header.data.
 
-    That is the one which header.py added where the file has none.
+    header.py adds that marker where the file has none.
 
     Raises:
         HeaderError: more than MAX_JPEG_SCANS, a component has no scan, a progressive image
@@ -61,7 +117,7 @@ def check_scans(header: Header) -> int:
 
 
 def _record(missing: dict[int, bytearray], scan: bytes, progressive: bool) -> int:
-    """Notes what a scan brings and returns the number of its components.
+    """Records the bits that a scan holds and returns the number of its components.
 
     A scan header: number of components, identifier and tables of each (2 bytes), first and last
     coefficient, bits that were known before and are still missing (4 bits each).
