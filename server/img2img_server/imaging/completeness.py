@@ -47,7 +47,7 @@ def prove_rows(header: Header) -> None:
             rows = unpacker.decompress(packed, INFLATED_BYTES)
         except igzip_lib.IsalError as error:  # type: ignore[misc]  # its stub is wrong
             raise HeaderError("its rows are damaged") from error
-        packed = b""  # the unpacker keeps what it has not used
+        packed = packed[:0]  # the unpacker keeps what it has not used
         missing -= len(rows)
         if not rows and unpacker.needs_input:
             break
