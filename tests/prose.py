@@ -58,7 +58,7 @@ PHRASES = {
     r"the bus": "NATS",
     r"he|him|his|she|her|hers": "the caller, they",
     r"(a|the|our|last|first|final) word (of|for|from|to|itself|is|may)": "the message",
-    r"(in|of|without)( a| our| its)?( own)? words?( of)?": "as a sentence",
+    r"(in|without)( a| our| its)?( own)? words?( of)?": "as a sentence",
     r"last words?": "last message, last log line",
     r"(five|six|twenty|one|several|other|many|each) looks?": "style",
     r"in vain": "without effect",
@@ -70,7 +70,7 @@ PHRASES = {
     r"(become|becomes|became) of": "happens to",
     r"the dear|the cheap": "name the thing",
     r"foreseen": "expected",
-    r"what is": "name the thing",
+    r"what is(?! wrong)": "name the thing",
 }
 ALLOWED = re.compile(r"dead[ _-]?letters?|key ring|keyring|string|ringing", re.IGNORECASE)
 # A function's docstring begins with a verb in the third person; these words look like one.
