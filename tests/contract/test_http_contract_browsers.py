@@ -56,6 +56,8 @@ async def test_only_listed_origins_may_read_when_there_is_a_list(gateway: Gatewa
             answer = await strict.http.post("/nowhere", headers={"Origin": origin})
             assert answer.headers.get("access-control-allow-origin") == allowed
             assert answer.headers["vary"] == "Origin"
+        index = await strict.http.get("/", headers={"Host": "127.0.0.1"})
+        assert index.headers["vary"] == "Accept, Origin"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
