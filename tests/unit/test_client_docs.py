@@ -15,11 +15,14 @@ from img2img_client.cli import main
 from tests.fake_job import events
 from tests.fake_service import FakeService, serving
 from tests.readme import ROOT, blocks
+from tests.stack import photo
 
 PAGE = ROOT / "docs/client.md"
 LINES = "".join(block.text for block in blocks(PAGE, "sh")).replace("\\\n", "").splitlines()
 COMMANDS = [shlex.split(line)[1:] for line in LINES]
-SNIPPETS = [block.text for block in blocks(PAGE, "python")]
+BLOCKS = [block.text for block in blocks(PAGE, "python")]
+OWN_SERVICE = [text for text in BLOCKS if "running_service" in text]
+SNIPPETS = [text for text in BLOCKS if text not in OWN_SERVICE]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -67,6 +70,15 @@ def test_every_python_block_of_the_page_runs(
         text = SNIPPETS[number].replace("127.0.0.1:50051", f"127.0.0.1:{port}")
         exec(compile(text, f"{PAGE.name} block {number}", "exec"), {"__name__": "__main__"})
     assert len(service.request_ids) == text.count("seed=n") + 1
+
+
+def test_the_example_of_a_test_on_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(photo())
+    monkeypatch.chdir(tmp_path)
+    [text] = OWN_SERVICE
+    exec(compile(text, PAGE.name, "exec"), {"__name__": "__main__"})
 
 
 def test_every_error_stands_in_the_table_and_is_exported() -> None:
