@@ -6,7 +6,6 @@ click are imported before that is checked.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Final
 import click
 
 from img2img_server import __version__
-from img2img_server.last_line import exit_on_signals, exit_with_reasons
+from img2img_server.last_line import exit_now, exit_on_signals, exit_with_reasons
 
 PROGRAM: Final = "img2img-server"
 # Modules without which a role cannot start, by the extra of pyproject.toml that brings them.
@@ -52,8 +51,8 @@ def _run(name: str) -> None:
         configure_logging(settings, name)
         serve = getattr(import_module(module), function)
         with exporting(settings, name):
-            code = run_role(partial(serve, settings))
-    sys.exit(code)
+            run_role(partial(serve, settings))
+        exit_now(0)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
@@ -13,7 +12,6 @@ import structlog
 from img2img_server.last_line import exit_now
 from img2img_server.malloc import return_large_blocks
 
-EXIT_SECONDS: Final = 3.0
 RESTART_CODE: Final = 75  # EX_TEMPFAIL of sysexits.h: the same command may be started again
 
 T = TypeVar("T")
@@ -33,26 +31,17 @@ class StoppedError(Exception):
 Role = Callable[[asyncio.Event], Awaitable[None]]
 
 
-def run_role(role: Role) -> int:
-    """Runs a role to its end and returns the exit code: 0 after a clean stop.
+def run_role(role: Role) -> None:
+    """Runs a role to its end; returns after a clean stop. Errors propagate at once.
 
-    Errors propagate at once: threads that still work, such as one
-    that loads a model, are not waited for. `__main__` is the only place that turns errors into an
-    exit code, and it ends the process without waiting for threads either.
+    Threads that still work, such as one that loads a model, are not waited for: the caller must end
+    the process with `exit_now`.
     """
     return_large_blocks()
-    leaving: list[threading.Timer] = []
-    runner = asyncio.Runner()
-    runner.run(_run(role, leaving))
-    runner.close()
-    for timer in leaving:
-        timer.cancel()
-    return 0
+    asyncio.Runner().run(_run(role))
 
 
-async def _run(role: Role, leaving: list[threading.Timer]) -> None:
-    """Runs the role. What its threads still do after a clean stop, the loading of a model or an
-    upload, is waited for EXIT_SECONDS and no longer: a timer in `leaving` sees to it."""
+async def _run(role: Role) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -65,17 +54,11 @@ async def _run(role: Role, leaving: list[threading.Timer]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    exit_code = 1
     try:
-        try:
-            await role(stop)
-        except StoppedError:
-            log.info("stopped before it was ready")
-        exit_code = 0
+        await role(stop)
+    except StoppedError:
+        log.info("stopped before it was ready")
     finally:
-        leaving.append(threading.Timer(EXIT_SECONDS, exit_now, [exit_code]))
-        leaving[0].daemon = True
-        leaving[0].start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 

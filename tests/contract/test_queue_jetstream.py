@@ -20,7 +20,7 @@ from img2img_server.domain.events import Queued, Started, StepFinished, Succeede
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError, UnavailableError
-from img2img_server.interfaces.queue import QueuedJob
+from img2img_server.interfaces.queue import QueuedJob, WorkerCommand
 from img2img_server.interfaces.records import UnreadableError
 from img2img_server.nats import codec, connection, follow, subjects
 from img2img_server.nats.bus import Bus, connect_bus
@@ -457,3 +457,17 @@ async def test_an_announcement_that_cannot_be_read_hides_no_other(nats: Nats) ->
         assert await bus.workers.models() == [FAKE_MODEL]
         assert await bus.workers.workers() == [worker]
         assert await bus.workers.model("odd") is None
+
+
+async def test_a_command_of_a_later_version_is_ignored_and_the_next_one_is_handled(
+    nats: Nats,
+) -> None:
+    heard: asyncio.Queue[WorkerCommand] = asyncio.Queue()
+    url = nats.settings.nats_url.get_secret_value()
+    async with connect_bus(nats.settings) as bus, connect([url]) as link:
+        async with bus.control.on_command(heard.put):
+            await link.send(subjects.COMMAND_SUBJECT, codec.encode("fly"))
+            await link.send(subjects.COMMAND_SUBJECT, b"\xc1 not a message")
+            await bus.control.broadcast(WorkerCommand.CLEAR_CACHE)
+            assert await asyncio.wait_for(heard.get(), LONG) is WorkerCommand.CLEAR_CACHE
+        assert heard.empty()

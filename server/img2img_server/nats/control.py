@@ -3,98 +3,78 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import TypeVar
 
 import nats.errors
 from nats.aio.msg import Msg
 
-from img2img_server.interfaces.queue import StreamNotice, StreamState, WorkerCommand
-from img2img_server.nats import subjects
+from img2img_server.interfaces.queue import StreamNotice, WorkerCommand
+from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import unavailable
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_ORDERS = frozenset(broadcast.value for broadcast in WorkerCommand)
-_STREAM_STATES = frozenset(state.value for state in StreamState)
+log = logging.getLogger(__name__)
 
 
 class NatsControl:
-    """A Control on core NATS: who listens hears it, nothing is kept.
+    """A Control on core NATS: messages reach those who are connected, and are not stored.
 
-    Its methods raise UnavailableError, those that give a context on entering it.
+    Its methods raise UnavailableError, those that return a context on entering it.
     """
 
     def __init__(self, link: NatsConnection) -> None:
         self._link = link
 
     async def cancel(self, job_id: int) -> None:
-        await self._tell(subjects.CANCEL_SUBJECT, str(job_id))
+        await self._send(subjects.CANCEL_SUBJECT, job_id)
 
     async def broadcast(self, broadcast: WorkerCommand) -> None:
-        await self._tell(subjects.COMMAND_SUBJECT, broadcast.value)
+        await self._send(subjects.COMMAND_SUBJECT, broadcast)
+
+    async def notify(self, notice: StreamNotice) -> None:
+        await self._send(subjects.STREAMS_SUBJECT, notice)
 
     def on_cancel(
         self, handler: Callable[[int], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
-        return self._listen(subjects.CANCEL_SUBJECT, lambda text: handler(int(text)))
+        return self._receive(subjects.CANCEL_SUBJECT, int, handler)
 
     def on_command(
         self, handler: Callable[[WorkerCommand], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
-        async def run(text: str) -> None:
-            if text in _ORDERS:  # otherwise it is one of a later version
-                await handler(WorkerCommand(text))
-
-        return self._listen(subjects.COMMAND_SUBJECT, run)
-
-    async def notify(self, notice: StreamNotice) -> None:
-        fields = {
-            "state": notice.state.value,
-            "tenant": notice.tenant,
-            "job_id": notice.job_id,
-            "grace_seconds": notice.grace_seconds,
-        }
-        await self._tell(subjects.STREAMS_SUBJECT, json.dumps(fields))
+        return self._receive(subjects.COMMAND_SUBJECT, WorkerCommand, handler)
 
     def on_notice(
         self, handler: Callable[[StreamNotice], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
-        async def receive(text: str) -> None:
-            fields = json.loads(text)
-            if fields["state"] in _STREAM_STATES:  # otherwise it is one of a later version
-                notice = StreamNotice(
-                    state=StreamState(fields["state"]),
-                    tenant=fields["tenant"],
-                    job_id=fields["job_id"],
-                    grace_seconds=fields["grace_seconds"],
-                )
-                await handler(notice)
+        return self._receive(subjects.STREAMS_SUBJECT, StreamNotice, handler)
 
-        return self._listen(subjects.STREAMS_SUBJECT, receive)
-
-    async def _tell(self, subject: str, text: str) -> None:
-        await self._link.send(subject, text.encode())
+    async def _send(self, subject: str, message: object) -> None:
+        await self._link.send(subject, codec.encode(message))
         with unavailable():
             await self._link.nc.flush(timeout=2)
 
     @asynccontextmanager
-    async def _listen(
-        self, subject: str, handler: Callable[[str], Awaitable[None]]
+    async def _receive(
+        self, subject: str, kind: type[T], handler: Callable[[T], Awaitable[None]]
     ) -> AsyncIterator[None]:
         async def receive(msg: Msg) -> None:
             try:
-                await handler(msg.data.decode())
-            except Exception:  # the next command must still be heard
-                log.exception("%s %r", subject, msg.data)
+                await handler(codec.decode(msg.data, kind))
+            except codec.UndecodableError as error:  # of a later version
+                log.info("a message on %s is ignored: %s", subject, error)
+            except Exception:  # the next message must still be handled
+                log.exception("the message on %s was not handled: %r", subject, msg.data)
 
         await self._link.ready()
         with unavailable():
             subscription = await self._link.nc.subscribe(subject, cb=receive)
-            await self._link.nc.flush(timeout=2)  # from here on the server knows us
+            await self._link.nc.flush(timeout=2)  # the server knows the subscription
         try:
             yield
         finally:

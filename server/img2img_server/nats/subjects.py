@@ -7,7 +7,7 @@ img2img.events.<job id>.preview.<sample> its newest preview
 img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
 img2img.ids.<tenant>                     one empty message a job id
 img2img.control.cancel                   not stored
-img2img.control.order                    not stored
+img2img.control.command                  not stored
 img2img.control.streams                  between apis, not stored
 """
 
@@ -34,7 +34,7 @@ RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 RATES_BUCKET: Final = "img2img-rates"
 
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
-COMMAND_SUBJECT: Final = "img2img.control.order"
+COMMAND_SUBJECT: Final = "img2img.control.command"
 STREAMS_SUBJECT: Final = "img2img.control.streams"
 
 _PLAIN: Final = frozenset((string.ascii_letters + string.digits + "_-").encode())
