@@ -1,4 +1,4 @@
-"""Checks the chart with other people's eyes: helm's lint, Kubernetes' own schemas, checkov.
+"""Checks the chart with other tools: helm's lint, Kubernetes' own schemas, checkov.
 
 Run by `make chart` after tests/chart. Ends with 1 at the first finding.
 """
@@ -21,7 +21,7 @@ KUBERNETES = ("1.31.0", "1.37.0")
 
 
 def main() -> int:
-    """Returns 1 when something was found."""
+    """Returns 0; the first finding ends the program with 1."""
     sets = sorted(CHART.glob("ci/*-values.yaml"))
     lint(sets)
     with tempfile.TemporaryDirectory() as folder:
@@ -32,14 +32,14 @@ def main() -> int:
 
 
 def lint(sets: list[Path]) -> None:
-    """helm lint --strict on each value set."""
+    """Runs helm lint --strict on each value set."""
     for values in sets:
         run(TOOLS / "helm", "lint", "--strict", "--quiet", CHART, "--values", values)
     print(f"helm lint --strict: {len(sets)} value sets")
 
 
 def render(values: Path, folder: Path) -> Path:
-    """Writes what the chart makes of a value set."""
+    """Writes the manifests that the chart renders for a value set."""
     target = folder / values.name
     command = ("template", "img2img", CHART, "--namespace", "img2img", "--values", values)
     target.write_text(run(TOOLS / "helm", *command), encoding="utf-8")
@@ -47,7 +47,7 @@ def render(values: Path, folder: Path) -> Path:
 
 
 def validate(manifests: list[Path]) -> None:
-    """Strict validation against two Kubernetes versions; says what has no schema there."""
+    """Validates strictly against two Kubernetes versions; prints the kinds without a schema."""
     program = TOOLS / "checks" / "bin" / "kubernetes-validate"
     for version in KUBERNETES:
         said = run(program, "--strict", "--kubernetes-version", version, *manifests)
@@ -58,15 +58,15 @@ def validate(manifests: list[Path]) -> None:
 
 
 def scan(folder: Path) -> None:
-    """checkov, less what helm/checkov.yaml argues."""
+    """Runs checkov without the checks that helm/checkov.yaml excludes with a reason."""
     config = ROOT / "helm" / "checkov.yaml"
     run(TOOLS / "checks" / "bin" / "checkov", "--config-file", config, "--directory", folder)
     skipped = yaml.safe_load(config.read_text(encoding="utf-8"))["skip-check"]
-    print(f"checkov: no findings; {', '.join(skipped)} are argued in {config.relative_to(ROOT)}")
+    print(f"checkov: no findings; {', '.join(skipped)} are explained in {config.relative_to(ROOT)}")
 
 
 def run(*command: object) -> str:
-    """Both outputs of a command; ends the program with them when it fails."""
+    """Returns both outputs of a command; ends the program with them if it fails."""
     done = subprocess.run(  # noqa: S603
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -1,8 +1,9 @@
-"""Writes what follows from values.yaml and `Settings`: the chart's values.schema.json and the table
-in its README. Run by `make gen`; `make check` passes --check.
+"""Writes the values.schema.json of the chart and the table in its README from values and settings.
 
-    # -- What it is, for the table and the schema.
-    # @schema {"minimum": 1}      what its default does not say: merged into the schema
+Run by `make gen`; `make check` passes --check.
+
+    # -- The meaning, for the table and the schema.
+    # @schema {"minimum": 1}      rules beyond the type of the default, merged into the schema
     replicas: 2
 """
 
@@ -25,7 +26,7 @@ KEY = re.compile(r"^( *)([\w./-]+):")
 COMMENT = re.compile(r"^ *# ?(.*)$")
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
 
-# Made by the chart from other values; said nowhere else, so that there is one place for each.
+# Settings that the chart derives from other values, so that each has one place.
 # fmt: off
 OWNED = frozenset({
     "grpc_host", "grpc_port", "http_host", "http_port", "metrics_host", "metrics_port",
@@ -36,7 +37,7 @@ OWNED = frozenset({
     "webhook_secret", "model", "device", "worker_name", "drain_seconds", "compile_cache_dir",
 })
 # fmt: on
-# Of `local` alone.
+# Settings that only `local` uses.
 LOCAL = frozenset({"dev_key", "state_dir"})
 NEVER_NULL = {("settings",), ("env",)}  # maps that templates read without a default
 POOL = "workerDefaults"  # a pool in `workers` has some of the same values
@@ -79,7 +80,7 @@ class Comments:
 
 
 def schema_of(value: Any, path: Path_, comments: Comments) -> dict[str, Any]:
-    """The schema of one value; objects are closed unless their comment opens them."""
+    """Returns the schema of a value; objects are closed unless their comment opens them."""
     said = comments.schemas.get(path, {})
     described = {"description": comments.docs[path]} if path in comments.docs else {}
     if "$ref" in said:
@@ -95,8 +96,8 @@ def schema_of(value: Any, path: Path_, comments: Comments) -> dict[str, Any]:
 
 
 def needed(value: dict[str, Any], path: Path_, comments: Comments) -> dict[str, Any]:
-    """Refuses a null for a group of values, whose inner values templates read. Maps that a comment
-    opens may be null."""
+    """Returns a schema that refuses a null for a group of values, because templates read its inner
+    values. Maps that a comment opens can be null."""
     groups = [
         key
         for key, inner in value.items()
@@ -107,7 +108,7 @@ def needed(value: dict[str, Any], path: Path_, comments: Comments) -> dict[str, 
 
 
 def settings_schema() -> dict[str, Any]:
-    """What may stand in `settings`: every setting that the chart does not make itself."""
+    """Returns the schema of `settings`: every setting that the chart does not set itself."""
     known = Settings.model_json_schema()["properties"]
     kept = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "pattern", "description")
     free = {
@@ -119,8 +120,8 @@ def settings_schema() -> dict[str, Any]:
 
 
 def definitions() -> dict[str, Any]:
-    """What several values share."""
-    # A null takes a default out.
+    """Returns the schemas that several values share."""
+    # A null removes a default.
     amounts = {
         "type": ["object", "null"],
         "additionalProperties": {"type": ["string", "number", "null"]},
@@ -145,7 +146,7 @@ def definitions() -> dict[str, Any]:
 
 
 def render_schema(text: str) -> str:
-    """The text of values.schema.json."""
+    """Returns the text of values.schema.json."""
     comments, values = Comments(text), yaml.safe_load(text)
     properties = {key: schema_of(values[key], (key,), comments) for key in values}
     pool = properties[POOL]
@@ -166,7 +167,7 @@ def render_schema(text: str) -> str:
 
 
 def render_table(text: str) -> str:
-    """The table of the README: name, default, meaning."""
+    """Returns the table of the README: name, default, meaning."""
     comments, values = Comments(text), yaml.safe_load(text)
     lines = ["| value | default | meaning |", "| --- | --- | --- |"]
     for path in comments.order:
@@ -183,7 +184,7 @@ def render_table(text: str) -> str:
 
 
 def render_readme(text: str, readme: str) -> str:
-    """The README with its table renewed."""
+    """Returns the README with the new table."""
     head, rest = readme.split(BEGIN)
     return f"{head}{BEGIN}\n{render_table(text)}\n{END}{rest.split(END)[1]}"
 

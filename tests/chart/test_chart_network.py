@@ -97,7 +97,7 @@ def test_policies_follow_the_ports_of_the_addresses() -> None:
 
     assert egress_ports("two-pools", "demo-img2img-worker") == {53, 4222, 9000}
     assert egress_ports("production", "demo-img2img-worker") == {53, 4222, 443}
-    assert egress_ports("everything", "pictures-gateway") == {53, 4317, "grpc", 9000}
+    assert egress_ports("everything", "images-gateway") == {53, 4317, "grpc", 9000}
     assert egress_ports("gateway-only", "demo-img2img-gateway") == {53, 443}
 
 

@@ -147,7 +147,7 @@ def test_without_keys_pods_have_the_roles_of_their_service_accounts() -> None:
 
 def test_large_numbers_reach_the_environment_as_digits() -> None:
     objects = render("everything")
-    container = next(pod for pod in pods(objects) if pod.name == "pictures-api").containers()[0]
+    container = next(pod for pod in pods(objects) if pod.name == "images-api").containers()[0]
     assert environment(objects, container)["IMG2IMG_MAX_IMAGE_PIXELS"] == "100000000"
 
 

@@ -23,7 +23,7 @@ from tests.tiny_models import ZERO_SNR_V, write_sd
 
 NAME = "demo-img2img"
 ROLES = ("api", "gateway", "worker-default")
-PICTURE = CHART / "files" / "picture.jpg"
+PICTURE = CHART / "files" / "cat.jpg"
 # One more pool, which the last tests start.
 FETCHED = (
     "workers.fetched.model.source=s3://img2img/models/tiny,workers.fetched.modelCache.type=emptyDir"

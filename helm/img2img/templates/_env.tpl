@@ -1,4 +1,4 @@
-{{/* The settings that all roles share, for the ConfigMap. What the operator says wins. */}}
+{{/* The settings that all roles share, for the ConfigMap. Settings of the operator take precedence. */}}
 {{- define "img2img.settings" -}}
 {{- $ours := dict
   "IMG2IMG_METRICS_HOST" .Values.bindAddress
@@ -25,7 +25,7 @@
 {{- end }}
 {{- end -}}
 
-{{/* Environment of a role: the ConfigMap, then (dict root values) what is its own. */}}
+{{/* (dict root values): the environment of a role, first the ConfigMap, then its own settings. */}}
 {{- define "img2img.envFrom" -}}
 - configMapRef:
     name: {{ include "img2img.fullname" . }}-settings

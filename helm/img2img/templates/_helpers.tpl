@@ -2,11 +2,11 @@
 {{- define "img2img.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
-{{- /* The longest suffix, -worker-<pool>, must fit behind it. */ -}}
+{{- /* Leaves room for the longest suffix, -worker-<pool>. */ -}}
 {{- default $full .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* (list $ component): what selects the pods of a component; for ever the same. */}}
+{{/* (list $ component): the labels that select the pods of a component; they must never change. */}}
 {{- define "img2img.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
@@ -37,7 +37,7 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- if $digest }}@{{ $digest }}{{ else }}:{{ $tag }}{{ if $slim }}{{ $image.slimSuffix }}{{ end }}{{ end }}
 {{- end -}}
 
-{{/* (list secret key): where an environment variable comes from. */}}
+{{/* (list secret key): the source of an environment variable. */}}
 {{- define "img2img.fromSecret" -}}
 valueFrom:
   secretKeyRef:
@@ -45,7 +45,7 @@ valueFrom:
     key: {{ index . 1 }}
 {{- end -}}
 
-{{/* Names of Secrets: the existing one or the one that this release makes. */}}
+{{/* Names of Secrets: the existing one or the one that this release creates. */}}
 {{- define "img2img.s3Secret" -}}
 {{- default (printf "%s-s3" (include "img2img.fullname" .)) .Values.s3.existingSecret -}}
 {{- end -}}
@@ -81,7 +81,7 @@ http://{{ include "img2img.fullname" . }}-s3:8333
 {{- end -}}
 {{- end -}}
 
-{{/* Headless: the gateway's gRPC client sees every api pod and takes them in turn. */}}
+{{/* The headless Service: the gateway's gRPC client sees every api pod and balances its calls. */}}
 {{- define "img2img.apiAddress" -}}
 {{- $own := printf "%s-api-headless:50051" (include "img2img.fullname" .) -}}
 {{- default $own .Values.gateway.apiAddress -}}
@@ -96,7 +96,7 @@ http://{{ include "img2img.fullname" . }}-s3:8333
 {{- end -}}
 {{- end -}}
 
-{{/* A number or truth as the environment holds it: 100000000 and not 1e+08. */}}
+{{/* A number or boolean as text of an environment variable: 100000000, not 1e+08. */}}
 {{- define "img2img.text" -}}
 {{- if and (kindIs "float64" .) (eq . (floor .)) -}}
 {{ int64 . }}

@@ -31,7 +31,7 @@
 {{- end }}{{ end }}
 {{- end -}}
 
-{{/* Where pods with an identity get credentials: STS, EKS pod identity, EC2. */}}
+{{/* The addresses where pods with an identity get credentials: STS, EKS pod identity, EC2. */}}
 {{- define "img2img.toIdentity" -}}
 {{- if .Values.s3.identity }}
 - ports:
@@ -55,7 +55,7 @@
 {{- end }}
 {{- end -}}
 
-{{/* The collector of traces, wherever it is. */}}
+{{/* The collector of traces, at any address. */}}
 {{- define "img2img.toCollector" -}}
 {{- with .Values.settings.IMG2IMG_OTLP_ENDPOINT }}
 - ports:

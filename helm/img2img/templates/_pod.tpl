@@ -1,5 +1,5 @@
 {{/*
-What all pods share. A dict of
+The parts that all pods share. A dict of
   root
   component  api, gateway, worker …
   selector   labels that select the pods, as YAML
@@ -10,7 +10,7 @@ What all pods share. A dict of
 {{- define "img2img.pod" -}}
 serviceAccountName: {{ include "img2img.fullname" .root }}-{{ .component }}
 automountServiceAccountToken: false
-# Kubernetes would set IMG2IMG_API_SERVICE_HOST and the like, which are no settings of ours.
+# Kubernetes would set IMG2IMG_API_SERVICE_HOST and the like, which are not settings of the service.
 enableServiceLinks: false
 securityContext:
   runAsNonRoot: true
@@ -65,7 +65,7 @@ topologySpreadConstraints:
 {{- end -}}
 {{- end -}}
 
-{{/* The container's own limits; what it writes goes to volumes. */}}
+{{/* The container's security context; it writes to volumes only. */}}
 {{- define "img2img.containerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
@@ -74,14 +74,14 @@ capabilities:
 {{- end -}}
 
 {{/*
-Seconds that Kubernetes waits for a pod: until nobody sends it anything, its drain, and 20 more for
-the last uploads, the end of the connections and the start of all that.
+Seconds that Kubernetes waits for a pod: until clients no longer send it requests, its drain, and 20 more
+for the last uploads and the end of the connections.
 */}}
 {{- define "img2img.grace" -}}
 {{- add (default 0 .preStopSeconds | int64) (.drainSeconds | float64 | ceil | int64) 20 -}}
 {{- end -}}
 
-{{/* (dict root values): annotations of pods; they change with the settings, and so the pods do. */}}
+{{/* (dict root values): annotations of pods; they change with the settings, so that pods restart. */}}
 {{- define "img2img.podAnnotations" -}}
 checksum/settings: {{ list (include "img2img.settings" .root) .root.Values.s3 .root.Values.nats | toJson | sha256sum }}
 {{- with .on.podAnnotations }}
@@ -89,7 +89,7 @@ checksum/settings: {{ list (include "img2img.settings" .root) .root.Values.s3 .r
 {{- end }}
 {{- end -}}
 
-{{/* A live process answers; the same for all roles. */}}
+{{/* The liveness probe of all roles. */}}
 {{- define "img2img.livez" -}}
 httpGet:
   path: /livez
@@ -97,7 +97,7 @@ httpGet:
 timeoutSeconds: 5
 {{- end -}}
 
-{{/* Keeps serving until endpoints and load balancers have heard that the pod goes. */}}
+{{/* Keeps serving until endpoints and load balancers no longer list the pod. */}}
 {{- define "img2img.preStop" -}}
 {{- if gt (int64 .preStopSeconds) 0 }}
 lifecycle:
@@ -107,7 +107,7 @@ lifecycle:
 {{- end }}
 {{- end -}}
 
-{{/* Volumes and mounts that all roles have. */}}
+{{/* Volumes and mounts of all roles. */}}
 {{- define "img2img.commonVolumes" -}}
 - name: tmp
   emptyDir:
@@ -154,7 +154,7 @@ lifecycle:
 {{- end }}
 {{- end -}}
 
-{{/* The resources of a container, with its key. A null, on any level, takes a default out. */}}
+{{/* The resources of a container, with the key. A null, on any level, removes a default. */}}
 {{- define "img2img.resources" -}}
 {{- $kept := dict -}}
 {{- range $part, $amounts := default dict . -}}

@@ -1,5 +1,5 @@
 {{/*
-(list $ name): a pool of workers as YAML: workerDefaults under what the pool says itself, with
+(list $ name): a pool of workers as YAML: its own values over workerDefaults, with
 
   fullname   of its objects
   fetch      whether its model is fetched into the cache
@@ -28,8 +28,8 @@
 {{- end -}}
 
 {{/*
-(list defaults said): the resources of a pool. Not by mergeOverwrite, for which a null says nothing:
-here it takes a default out.
+(list defaults own): the resources of a pool. mergeOverwrite is not used, because it ignores a null,
+which removes a default here.
 */}}
 {{- define "img2img.poolResources" -}}
 {{- $said := index . 1 -}}
@@ -63,7 +63,7 @@ img2img/pool: {{ (index . 1).name }}
 img2img/pool: {{ (index . 1).name }}
 {{- end -}}
 
-{{/* The volume that models lie in. */}}
+{{/* The volume of the models. */}}
 {{- define "img2img.modelVolume" -}}
 {{- $cache := .modelCache -}}
 - name: models

@@ -1,4 +1,4 @@
-{{/* What a schema cannot see. All mistakes at once. */}}
+{{/* Checks that a schema cannot make. Reports all mistakes at once. */}}
 {{- define "img2img.validate" -}}
 {{- $mistakes := list -}}
 {{- $v := .Values -}}
