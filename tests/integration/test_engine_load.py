@@ -87,7 +87,8 @@ def test_an_unknown_dtype_is_refused() -> None:
 def test_what_the_front_roles_import_leaves_torch_out() -> None:
     engine = "from img2img_server.engine import base, model_spec, scheduler"
     twin = "from img2img_server.testing import fake_engine"
-    code = f"import sys; {engine}; {twin}; print('torch' in sys.modules)"
+    read = "model_spec.read_model_spec('')"  # imports all model families
+    code = f"import sys; {engine}; {twin}; {read}; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
     assert answer.stdout.strip() == b"False"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,53 @@ def test_batches_stay_within_the_capacity(denoiser: Faulty) -> None:
             inbox.all()
 
     assert max(denoiser.forwards_seen) <= 5
+
+
+class Mixing(DiffusersDenoiser):
+    """A model that takes rows of several sizes in one call."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.sizes_seen: list[set[torch.Size]] = []
+
+    @property
+    def fixed_step_cost(self) -> None:
+        """Batching always helps, as on a GPU."""
+
+    def max_vae_batch(self, height: int, width: int) -> int:
+        return 16
+
+    def batch_key(self, text: TextInput) -> Hashable:
+        return ()
+
+    def denoise(
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        conditionings: Sequence[Conditioning],
+    ) -> Sequence[Tensor]:
+        self.sizes_seen.append({row.shape for row in latents})
+        rows = zip(latents, torch.split(timesteps, 1), conditionings, strict=True)
+        return [super(Mixing, self).denoise([x], t, [row])[0] for x, t, row in rows]
+
+
+def test_rows_of_several_sizes_share_a_batch_where_the_model_takes_them(
+    tmp_path: Path, alone: list[list[Pixels]]
+) -> None:
+    folder = write_sd(tmp_path / "sd")
+    denoiser = Mixing.load(str(folder), torch.device("cpu"), torch.float32)
+    large = [
+        replace(one, job_id=70 + index, seeds=(3,), init_image=blocks(80, 64))
+        for index, one in enumerate(WANTED)
+    ]
+    jobs = [*strangers(), *large, *(replace(one, job_id=50 + i) for i, one in enumerate(WANTED))]
+    with running(denoiser, max_batch_size=64) as engine:
+        ends = [inbox.all() for inbox in submit_all(engine, jobs)]
+
+    assert all(isinstance(events[-1], JobDone) for events in ends)
+    assert pictures(ends[-3])[0].shape == (80, 64, 3)
+    assert max(map(len, denoiser.sizes_seen)) >= 3
+    assert [worst(pictures(ends[i - 2]), alone[i]) <= BOUND for i in (0, 1)] == [True, True]
 
 
 def run_poisoned(denoiser: Faulty) -> tuple[Exception, list[list[Pixels]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -208,6 +209,28 @@ async def test_a_model_is_fetched_from_the_hub_without_pickles_and_second_precis
     assert content(folder) == SMALL
     again, said = await run("owner/tiny", folder, HF_ENDPOINT=address, **home)  # nobody there now
     assert again == 0, said
+
+
+async def test_a_model_of_no_family_on_the_hub_is_refused_before_its_weights_are_downloaded(
+    tmp_path: Path,
+) -> None:
+    index = json.dumps({"_class_name": "FluxKontextPipeline", "unet": ["diffusers", "X"]})
+    code = (
+        "from img2img_server.engine.load import load_engine\n"
+        "from img2img_server.settings import Settings\n"
+        "load_engine(Settings(model='owner/tiny', device='cpu'))\n"
+    )
+    async with hub({**SMALL, "model_index.json": index.encode()}) as (address, asked):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code),
+            env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, said = await process.communicate()
+    sentence = "owner/tiny is made for the pipeline FluxKontextPipeline, which is not served"
+    assert sentence in said.decode()
+    assert [name for name in asked if not name.endswith(".json")] == []
+    assert "model_index.json" in asked
 
 
 async def test_the_command_says_in_one_sentence_what_went_wrong(tmp_path: Path) -> None:

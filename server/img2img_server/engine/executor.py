@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from img2img_server.engine.denoiser import Denoiser, Picture
 from img2img_server.engine.isolation import bisect_failures
-from img2img_server.engine.rows import EngineJobState, SampleState, by_size
+from img2img_server.engine.rows import EngineJobState, SampleState
 from img2img_server.engine.sampler import advance, scale_input, timesteps
+
+T = TypeVar("T")
 
 
 class BatchExecutor:
-    """Encode, step, preview, decode. Takes runs and samples of one size.
+    """Encodes, steps, previews and decodes runs and samples, also of several sizes.
 
     Every method returns what failed, with its error; for the rest the work is done.
 
@@ -46,7 +49,10 @@ class BatchExecutor:
             for run, conditioning, image in zip(some, conditionings, images, strict=True):
                 run.prepare(conditioning, image)
 
-        return bisect_failures(runs, work, self._free_memory)
+        groups = grouped(runs, lambda run: (run.job.height, run.job.width))
+        return [
+            failed for group in groups for failed in bisect_failures(group, work, self._free_memory)
+        ]
 
     def step(self, samples: Sequence[SampleState]) -> list[tuple[SampleState, Exception]]:
         """Takes one step of every sample."""
@@ -63,27 +69,33 @@ class BatchExecutor:
     def preview(
         self, samples: Sequence[SampleState]
     ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
-        """Rough pictures of what each sample is becoming."""
-        found: list[tuple[SampleState, Picture]] = []
-
-        def work(some: Sequence[SampleState]) -> None:
-            pictures = self._denoiser.preview(torch.cat([sample.clean for sample in some]))
-            found.extend(zip(some, pictures, strict=True))
-
-        failed = bisect_failures(samples, work, self._free_memory)
-        return found, failed
+        """Makes rough images of what each sample is becoming."""
+        return self._images(
+            samples, lambda some: self._denoiser.preview(torch.cat([it.clean for it in some]))
+        )
 
     def decode(
         self, samples: Sequence[SampleState]
     ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
-        """The pictures."""
+        """Makes the images."""
+        return self._images(
+            samples, lambda some: self._denoiser.decode(torch.cat([it.latents for it in some]))
+        )
+
+    def _images(
+        self,
+        samples: Sequence[SampleState],
+        make: Callable[[Sequence[SampleState]], Sequence[Picture]],
+    ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
+        """Makes an image of each sample, those of one size together."""
         found: list[tuple[SampleState, Picture]] = []
+        failed: list[tuple[SampleState, Exception]] = []
 
         def work(some: Sequence[SampleState]) -> None:
-            pictures = self._denoiser.decode(torch.cat([sample.latents for sample in some]))
-            found.extend(zip(some, pictures, strict=True))
+            found.extend(zip(some, make(some), strict=True))
 
-        failed = bisect_failures(samples, work, self._free_memory)
+        for group in grouped(samples, lambda sample: sample.latents.shape):
+            failed += bisect_failures(group, work, self._free_memory)
         return found, failed
 
     def clear_cache(self) -> None:
@@ -94,7 +106,7 @@ class BatchExecutor:
     def _step(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
             sample.draw()
-        groups = by_size(samples)
+        groups = grouped(samples, lambda sample: sample.latents.shape)
         samples = [sample for group in groups for sample in group]
         coefficients = torch.stack([sample.coefficients for sample in samples])
         lines = torch.split(coefficients, [len(group) for group in groups])
@@ -131,3 +143,11 @@ class BatchExecutor:
     def _free_memory(self, *_: object) -> None:
         if self._denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def grouped(items: Sequence[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Returns the items in groups of one key."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())

@@ -34,7 +34,7 @@ from img2img_server.domain.params import DEFAULT_STRENGTH
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
-from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles
 from img2img_server.setting_files import read_text
 
 DEFAULT_MODEL = "atelier"
@@ -170,7 +170,7 @@ def read_model_spec(source: str, files: ModelFiles | None = None) -> ModelSpec:
 
 
 def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
-    family = detect(files, source)
+    family: ModelFamily = detect(files, source)
     chosen = file.defaults.scheduler
     if chosen and chosen not in family.schedulers:
         known = ", ".join(family.schedulers)

@@ -216,12 +216,10 @@ def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
         _log.exception("the sink of job %d failed", job.job_id)
 
 
-def by_size(samples: Sequence[SampleState]) -> list[list[SampleState]]:
-    """Returns the samples in groups whose latents have one size."""
-    groups: dict[torch.Size, list[SampleState]] = {}
-    for sample in samples:
-        groups.setdefault(sample.latents.shape, []).append(sample)
-    return list(groups.values())
+def largest_size(samples: Sequence[SampleState]) -> tuple[int, int]:
+    """Returns height and width of the largest image."""
+    job = max((sample.run.job for sample in samples), key=lambda job: job.height * job.width)
+    return job.height, job.width
 
 
 def runs_of(samples: Sequence[SampleState]) -> list[EngineJobState]:

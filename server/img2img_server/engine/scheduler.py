@@ -70,9 +70,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one bucket that take their next step together."""
+    """Rows with one batch key that take their next step together."""
 
     rows: tuple[Row, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the largest row: smaller ones are padded to it, if they differ."""
+        row = max(self.rows, key=lambda row: row.height * row.width)
+        return row.height, row.width
 
     @property
     def forwards(self) -> int:

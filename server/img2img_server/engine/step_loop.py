@@ -31,7 +31,7 @@ from img2img_server.engine.executor import BatchExecutor
 from img2img_server.engine.isolation import device_works, failure_of
 from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import EngineJobState, SampleState, emit, runs_of
+from img2img_server.engine.rows import EngineJobState, SampleState, emit, largest_size, runs_of
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.engine.warm_up import exercise
 from img2img_server.errors import EngineError, JobFailedError
@@ -163,9 +163,9 @@ class StepLoop:
 
     def _fitting(self, batch: Batch) -> Batch:
         """What of a batch fits the device; the rest goes back to wait. One row at least."""
-        first = batch.rows[0]
-        shape = first.height, first.width, batch.forwards
-        most = self._memory.max_forwards(*shape, self._denoiser.padded_batch_size)
+        most = self._memory.max_forwards(
+            *batch.size, batch.forwards, self._denoiser.padded_batch_size
+        )
         rows = list(batch.rows)
         while len(rows) > 1 and sum(row.forwards for row in rows) > most:
             self._scheduler.put_back([rows.pop().key])
@@ -174,8 +174,7 @@ class StepLoop:
     def _run_batch(self, batch: Batch) -> None:
         runs = {row.job_id: self._runs[row.job_id] for row in batch.rows}
         new = [run for run in runs.values() if not run.is_prepared]
-        first = batch.rows[0]
-        most = self._denoiser.max_vae_batch(first.height, first.width)
+        most = self._denoiser.max_vae_batch(*batch.size)
         if len(new) > most:
             self._stages.read(new)
         # Those that run already do not wait until the pictures of all new ones are encoded.
@@ -211,10 +210,8 @@ class StepLoop:
         if not samples:
             return
         began = time.monotonic()
-        forwards, job = sum(sample.run.forwards for sample in samples), samples[0].run.job
-        with self._memory.measured(
-            job.height, job.width, self._denoiser.padded_batch_size(forwards)
-        ):
+        forwards, size = sum(sample.run.forwards for sample in samples), largest_size(samples)
+        with self._memory.measured(*size, self._denoiser.padded_batch_size(forwards)):
             failed = self._stages.step(samples)
         took = time.monotonic() - began
         for run in runs_of(samples):
@@ -225,10 +222,10 @@ class StepLoop:
 
     def _note_split(self, samples: Sequence[SampleState]) -> None:
         """Learns from an out-of-memory: later batches of that size are smaller from the start."""
-        job = samples[0].run.job
+        height, width = largest_size(samples)
         forwards = sum(sample.run.forwards for sample in samples)
-        self._scheduler.limit(job.height, job.width, forwards // 2, time.monotonic())
-        _log.warning("%d forwards of %dx%d do not fit the device", forwards, job.width, job.height)
+        self._scheduler.limit(height, width, forwards // 2, time.monotonic())
+        _log.warning("%d forwards of %dx%d do not fit the device", forwards, width, height)
 
     def _report_steps(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
