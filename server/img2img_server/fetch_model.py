@@ -16,7 +16,6 @@ import hashlib
 import re
 import shutil
 import socket
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +125,7 @@ def _objects(access: S3Access, endpoint_url: str, prefix: str, target: Path) -> 
     files = [(each.object_name or "", each.size or 0) for each in listed]
     with ThreadPoolExecutor(THREADS) as pool:
         wanted = [(name, size, _place(draft, name.removeprefix(prefix))) for name, size in files]
-        _all(pool.map(lambda each: _file(client, bucket, *each), wanted))
+        list(pool.map(lambda each: _file(client, bucket, *each), wanted))  # raises their errors
     connections.clear()
     return draft
 
@@ -144,11 +143,6 @@ def _place(draft: Path, name: str) -> Path:
     if not path.is_relative_to(draft.resolve()):
         raise ModelError(f"{name!r} is no name for a file of a model")
     return path
-
-
-def _all(results: Iterable[None]) -> None:
-    for _ in results:
-        pass
 
 
 def _from_hub(source: str, revision: str, draft: Path) -> None:

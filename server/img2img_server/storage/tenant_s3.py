@@ -13,7 +13,7 @@ import random
 import re
 import uuid
 from datetime import UTC, datetime
-from typing import Final, TypeAlias
+from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -35,8 +35,6 @@ TRY_SECONDS: Final = 20.0
 _ANSWER_BYTES: Final = 4096  # of a refusal; its code is near the start
 _CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=TRY_SECONDS, sock_connect=3.0)
-
-_Headers: TypeAlias = dict[str, str | list[str] | tuple[str]]
 
 log = structlog.get_logger()
 
@@ -142,80 +140,63 @@ class TenantS3:
             return False
 
     async def _remove(self, details: StorageDetails, url: str) -> None:
-        """As well as it goes: a key that may only write is a good key."""
+        """Removes a file if the key may do so: a key that may only write is a good key."""
         try:
-            url = self._sendable(url)
-            headers = _headers(_signed(details, url, b"", "", acl=False, method="DELETE"))
-            async with (
-                self._policy.open_session(self._resolver) as session,
-                session.delete(
-                    URL(url, encoded=True), headers=headers, allow_redirects=False, timeout=_TIMEOUT
-                ),
-            ):
-                return
+            await self._request(details, url, method="DELETE")
         except (ForbiddenAddressError, aiohttp.ClientError, TimeoutError, OSError) as error:
             log.info("the file of a storage check stays", why=type(error).__name__)
 
     async def _try(self, details: StorageDetails, url: str, data: bytes, media_type: str) -> None:
-        url = self._sendable(url)
-        async with self._policy.open_session(self._resolver) as session:
-            status, why = await _put(session, details, url, data, media_type, acl=True)
-            if 400 <= status < 500 or status == 501:  # it may be the ACL that it refuses
-                status, why = await _put(session, details, url, data, media_type, acl=False)
+        status, code = await self._request(details, url, data, media_type, acl=True)
+        if 400 <= status < 500 or status == 501:  # the store may refuse the ACL
+            status, code = await self._request(details, url, data, media_type)
         if not 200 <= status < 300:
-            raise _RefusedError(status, why)
+            raise _RefusedError(status, code)
 
-
-async def _put(
-    session: aiohttp.ClientSession,
-    details: StorageDetails,
-    url: str,
-    data: bytes,
-    media_type: str,
-    *,
-    acl: bool,
-) -> tuple[int, str]:
-    """One request. Returns the HTTP code and the store's own code for a refusal."""
-    headers = _headers(_signed(details, url, data, media_type, acl=acl))
-    target = URL(url, encoded=True)  # what was signed is what is sent
-    async with session.put(
-        target, data=data, headers=headers, allow_redirects=False, timeout=_TIMEOUT
-    ) as answer:
-        found = _CODE.search(await answer.content.read(_ANSWER_BYTES))
-        return answer.status, found[1].decode() if found else ""
-
-
-def _headers(signed: _Headers) -> dict[str, str]:
-    return {name: str(value) for name, value in signed.items()}
+    async def _request(
+        self,
+        details: StorageDetails,
+        url: str,
+        data: bytes = b"",
+        media_type: str = "",
+        *,
+        method: str = "PUT",
+        acl: bool = False,
+    ) -> tuple[int, str]:
+        """Sends a signed request. Returns the HTTP status and the store's code for a refusal."""
+        target = URL(self._sendable(url), encoded=True)  # the URL that is signed is the one sent
+        more = {"Content-Type": media_type} if media_type else {}
+        if acl:
+            more["x-amz-acl"] = "public-read"
+        headers = _signed(details, method, target, data, more)
+        async with (
+            self._policy.open_session(self._resolver) as session,
+            session.request(
+                method, target, data=data, headers=headers, allow_redirects=False, timeout=_TIMEOUT
+            ) as answer,
+        ):
+            found = _CODE.search(await answer.content.read(_ANSWER_BYTES))
+            return answer.status, found[1].decode() if found else ""
 
 
 def _signed(
-    details: StorageDetails,
-    url: str,
-    data: bytes,
-    media_type: str,
-    *,
-    acl: bool,
-    method: str = "PUT",
-) -> _Headers:
+    details: StorageDetails, method: str, url: URL, data: bytes, more: dict[str, str]
+) -> dict[str, str]:
+    """Returns the headers `more` and those that sign the request."""
     date = datetime.now(UTC)
-    parts = urlsplit(url)
     digest = hashlib.sha256(data).hexdigest()
-    headers: _Headers = {
-        "Host": str(URL(url, encoded=True).host_port_subcomponent),
-        "x-amz-content-sha256": digest,
-        "x-amz-date": date.strftime("%Y%m%dT%H%M%SZ"),
-    }
-    if media_type:
-        headers["Content-Type"] = media_type
-    if acl:
-        headers["x-amz-acl"] = "public-read"
-    return sign_v4_s3(
+    signed = sign_v4_s3(
         method=method,
-        url=parts,
+        url=urlsplit(str(url)),
         region=details.region_name,
-        headers=headers,
+        headers={
+            "Host": str(url.host_port_subcomponent),
+            "x-amz-content-sha256": digest,
+            "x-amz-date": date.strftime("%Y%m%dT%H%M%SZ"),
+            **more,
+        },
         credentials=Credentials(details.aws_access_key_id, details.aws_secret_access_key),
         content_sha256=digest,
         date=date,
     )
+    return {name: str(value) for name, value in signed.items()}
