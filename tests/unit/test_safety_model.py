@@ -13,8 +13,8 @@ import pytest
 
 from img2img_server.errors import SafetyCheckError
 from img2img_server.imaging.base import Pixels
+from img2img_server.safety import safety_checker
 from img2img_server.safety.base import blank
-from img2img_server.safety.choose import safety_checker
 from img2img_server.safety.model import ModelChecker
 from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings
@@ -75,7 +75,7 @@ async def test_pictures_that_wait_for_the_checker_hold_no_thread(
 
 async def test_a_model_without_a_checker_fails_the_start_and_the_check(tmp_path: Path) -> None:
     checker = ModelChecker(str(tmp_path))
-    with pytest.raises(SafetyCheckError, match="the model's safety checker cannot be loaded"):
+    with pytest.raises(SafetyCheckError, match="the safety checker cannot be loaded"):
         await checker.warm_up()
     with pytest.raises(SafetyCheckError, match="cannot be loaded"):
         checker.check(pictures.photo())

@@ -1,1 +1,13 @@
-"""Is a finished picture safe for work?"""
+"""Safety checkers of finished images."""
+
+from __future__ import annotations
+
+from img2img_server.safety.base import SafetyChecker
+from img2img_server.safety.model import ModelChecker
+from img2img_server.safety.nsfw import NsfwChecker
+from img2img_server.settings import Settings
+
+
+def safety_checker(settings: Settings, source: str) -> SafetyChecker:
+    """Returns the checker of the settings, not loaded yet. `source`: model directory or hub id."""
+    return ModelChecker(source) if settings.safety_checker == "model" else NsfwChecker()

@@ -1,29 +1,37 @@
-"""The seam between the worker and what judges pictures (HTTP contract, section 12)."""
+"""The interface of safety checkers, and what their implementations share."""
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import numpy as np
+import structlog
 
+from img2img_server.errors import SafetyCheckError
 from img2img_server.imaging.base import Pixels
+
+log = structlog.get_logger(__name__)
 
 
 class SafetyChecker(Protocol):
-    """Scores finished pictures. May be called from several threads."""
+    """Scores finished images. May be called from several threads."""
 
     async def warm_up(self) -> None:
         """Loads what the first check would have to wait for.
 
         Raises:
-            SafetyCheckError: it cannot run on this machine.
+            SafetyCheckError: the checker cannot run on this machine.
         """
         ...
 
     @property
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """To be entered for a check, before it is given a thread: waiting there holds none."""
+        """The context of a check, entered before it takes a thread: waiting there needs none."""
         ...
 
     def check(self, pixels: Pixels) -> float:
@@ -33,11 +41,48 @@ class SafetyChecker(Protocol):
             pixels: height x width x 3, RGB.
 
         Raises:
-            SafetyCheckError: it cannot run; the job must fail.
+            SafetyCheckError: the checker cannot run; the job must fail.
         """
         ...
 
 
+class LazyChecker(ABC):
+    """A SafetyChecker that loads its model before the first check."""
+
+    def __init__(self) -> None:
+        self.turn: AbstractAsyncContextManager[None] = nullcontext()  # checks run in parallel
+        self._score: Callable[[Pixels], float] | None = None
+        self._loading = threading.Lock()
+
+    @abstractmethod
+    def load(self) -> Callable[[Pixels], float]:
+        """Imports the libraries and loads the model; returns the function that scores an image."""
+
+    async def warm_up(self) -> None:
+        await asyncio.to_thread(self._loaded)
+
+    def check(self, pixels: Pixels) -> float:
+        score = self._loaded()
+        with _safety_check_error("the safety check cannot run"):
+            return score(pixels)
+
+    def _loaded(self) -> Callable[[Pixels], float]:
+        with self._loading, _safety_check_error("the safety checker cannot be loaded"):
+            if self._score is None:
+                self._score = self.load()
+            return self._score
+
+
+@contextmanager
+def _safety_check_error(sentence: str) -> Iterator[None]:
+    """Logs an error of the body and raises SafetyCheckError with the sentence instead."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("safety_check_failed", error=sentence)
+        raise SafetyCheckError(sentence) from error
+
+
 def blank(pixels: Pixels) -> Pixels:
-    """The black picture of the same size that takes a flagged one's place."""
+    """Returns a black image of the same size, which replaces a flagged one."""
     return np.zeros(pixels.shape, np.uint8)

@@ -1,25 +1,23 @@
-"""The safety checker that a model directory brings: diffusers' own, in folder safety_checker."""
+"""The safety checker in the directory of a model: diffusers' own, in the folder safety_checker."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import structlog
 from PIL import Image
 
-from img2img_server.errors import SafetyCheckError
 from img2img_server.imaging.base import Pixels
+from img2img_server.safety.base import LazyChecker
 
-log = structlog.get_logger(__name__)
 
+class ModelChecker(LazyChecker):
+    """Returns 1.0 for an image that the model's checker would blank and 0.0 for any other.
 
-class ModelChecker:
-    """Gives 1.0 to a picture that the model's checker would blank and 0.0 to any other.
-
-    Runs on the CPU, in full precision and one picture at a time: the device belongs to the engine's
+    Runs on the CPU, in full precision and one image at a time: the device belongs to the engine's
     thread.
 
     Args:
@@ -27,43 +25,28 @@ class ModelChecker:
     """
 
     def __init__(self, source: str) -> None:
+        super().__init__()
         self._source = source
-        self._parts: tuple[Any, Any] | None = None  # the checker, and what prepares its input
-        self._lock = threading.Lock()  # also against a check whose caller has gone
-        self.turn = asyncio.Lock()  # those who wait take no thread from anybody else
+        self.turn = asyncio.Lock()
 
-    async def warm_up(self) -> None:
-        await asyncio.to_thread(self._load)
+    def load(self) -> Callable[[Pixels], float]:
+        from diffusers.pipelines.stable_diffusion.safety_checker import (
+            StableDiffusionSafetyChecker,  # torch takes seconds
+        )
+        from transformers import CLIPImageProcessorPil
 
-    def check(self, pixels: Pixels) -> float:
-        checker, prepare = self._load()
-        with self._lock:
-            try:
+        checker: Any = StableDiffusionSafetyChecker.from_pretrained(
+            self._source, subfolder="safety_checker"
+        )
+        checker.eval()
+        prepare = CLIPImageProcessorPil.from_pretrained(self._source, subfolder="feature_extractor")
+        one_at_a_time = threading.Lock()  # also after a check whose caller was cancelled
+
+        def score(pixels: Pixels) -> float:
+            with one_at_a_time:
                 ready = prepare(images=Image.fromarray(pixels), return_tensors="pt").pixel_values
-                # What it blanks is its second argument; its answer is all that we want.
+                # It blanks the images that it gets; only the flags are needed.
                 _, flagged = checker(clip_input=ready, images=[np.zeros(1)])
                 return float(bool(flagged[0]))
-            except Exception as error:
-                log.exception("safety check cannot run")
-                raise SafetyCheckError("the safety check cannot run") from error
 
-    def _load(self) -> tuple[Any, Any]:
-        with self._lock:
-            if self._parts is None:
-                try:
-                    self._parts = _load(self._source)
-                except Exception as error:
-                    log.exception("safety checker not loaded")
-                    text = "the model's safety checker cannot be loaded"
-                    raise SafetyCheckError(text) from error
-            return self._parts
-
-
-def _load(source: str) -> tuple[Any, Any]:
-    """Imports late: torch takes seconds."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPImageProcessorPil
-
-    checker: Any = StableDiffusionSafetyChecker.from_pretrained(source, subfolder="safety_checker")
-    prepare = CLIPImageProcessorPil.from_pretrained(source, subfolder="feature_extractor")
-    return checker.eval(), prepare
+        return score

@@ -20,8 +20,8 @@ from img2img_server.exit_reason import logs_reason
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.safety import safety_checker
 from img2img_server.safety.base import SafetyChecker
-from img2img_server.safety.choose import safety_checker
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import S3BlobStore, connect_blobs
