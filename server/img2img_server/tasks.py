@@ -1,4 +1,4 @@
-"""Work that runs beside other work and never outlives it."""
+"""Runs work in the background of other work, which it never outlives."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def background_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
-    """Starts work that the body may await; when the body ends first, the work is cancelled.
+    """Starts work that the body may await; cancels it if the body ends first.
 
-    Unlike a task group, an error of the work reaches only a body that awaits it, as it is.
+    Unlike with a task group, an error of the work is raised only in a body that awaits it.
     """
     task = asyncio.create_task(work)
     try:
@@ -26,10 +26,10 @@ async def background_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio
 
 @contextmanager
 def reraise_cancellation() -> Iterator[None]:
-    """Raises the CancelledError that the body kept to itself.
+    """Raises the CancelledError that the body swallowed.
 
-    `asyncio.wait_for` of Python 3.11 drops a cancellation that comes together with its result, and
-    a loop that was told to end once goes on for ever.
+    `asyncio.wait_for` of Python 3.11 drops a cancellation that comes together with its result, so
+    that a loop that was cancelled once never ends.
     """
     task = asyncio.current_task()
     known = task.cancelling() if task else 0

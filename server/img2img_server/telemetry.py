@@ -1,4 +1,4 @@
-"""Logs, metrics and probes of a role."""
+"""Configures logs, metrics and probes of a role."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a wo
 
 
 def configure_logging(settings: Settings, role: str) -> None:
-    """Structured logs on stderr: JSON, or coloured lines on a terminal.
+    """Configures structured logs on stderr: JSON, or coloured lines on a terminal.
 
-    In JSON every line is an object: Python's warnings and uncaught errors are log records, what
-    libraries log goes the same way, their progress bars are off, and the core of gRPC is silent
-    unless GRPC_VERBOSITY says otherwise. Only what native code writes when it crashes is plain
-    text. Call it before the libraries are imported.
+    In JSON every line is an object: Python's warnings, uncaught errors and the records of libraries
+    are log records, progress bars of libraries are off, and the core of gRPC logs nothing unless
+    GRPC_VERBOSITY is set. Only crashes in native code write plain text. Call it before the
+    libraries are imported.
     """
     as_json = is_json(settings.log_format)
     renderer: structlog.types.Processor = (
@@ -77,10 +77,10 @@ def configure_logging(settings: Settings, role: str) -> None:
         )
     )
     logging.root.handlers = [handler]
-    # Libraries speak at warning and above: some log whole requests at info.
+    # Libraries log at warning and above: some log whole requests at info.
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("img2img_server").setLevel(settings.log_level.upper())
-    _only_one_way_out()
+    _redirect_to_root()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if as_json:
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -88,10 +88,10 @@ def configure_logging(settings: Settings, role: str) -> None:
 
 
 class _LibraryLogger(logging.Logger):
-    """A logger of a library that writes nowhere but through the root logger.
+    """A logger of a library that writes only through the root logger.
 
-    Some libraries give their loggers a handler for stderr of their own, with or without cutting
-    them off from the root logger: a line would come twice, or in another format.
+    Some libraries add a handler for stderr to their loggers, with or without propagation to the
+    root logger: a line would be written twice, or in another format.
     """
 
     @property
@@ -111,12 +111,12 @@ def _writes_to_console(handler: logging.Handler) -> bool:
     return isinstance(handler, logging.StreamHandler) and handler.stream in streams
 
 
-def _only_one_way_out() -> None:
-    """Makes log records of warnings, uncaught errors and what libraries log by themselves."""
+def _redirect_to_root() -> None:
+    """Makes log records of warnings, uncaught errors and the lines of libraries."""
     logging.captureWarnings(True)
     logging.setLoggerClass(_LibraryLogger)
     for logger in logging.root.manager.loggerDict.values():
-        if type(logger) is logging.Logger:  # made before
+        if type(logger) is logging.Logger:  # it exists already
             logger.__class__ = _LibraryLogger
             logger.handlers = [each for each in logger.handlers if not _writes_to_console(each)]
 
@@ -134,7 +134,7 @@ def _only_one_way_out() -> None:
 
 
 def _add_trace(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """The id by which a line is found beside its trace."""
+    """Adds the id of the current trace."""
     if found := trace_id():
         event["trace_id"] = found
     return event
@@ -142,18 +142,18 @@ def _add_trace(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappi
 
 @asynccontextmanager
 async def probe_server(
-    settings: Settings, trouble: Callable[[], str | Awaitable[str]]
+    settings: Settings, why_not_ready: Callable[[], str | Awaitable[str]]
 ) -> AsyncIterator[str]:
-    """Serves /metrics, /livez (the event loop turns) and /readyz (may get traffic).
+    """Serves /metrics, /livez (the event loop runs) and /readyz (the role may get traffic).
 
     Args:
-        trouble: says why the role is not ready; empty while it is.
+        why_not_ready: returns why the role is not ready; empty while it is.
 
     Yields:
         The address it listens on, "host:port".
 
     Raises:
-        SettingsError: the port cannot be listened on.
+        SettingsError: the port cannot be used.
     """
 
     async def metrics(_: web.Request) -> web.Response:
@@ -163,8 +163,9 @@ async def probe_server(
         return web.Response(text="alive\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        answer = trouble()
-        why = answer if isinstance(answer, str) else await answer
+        why = why_not_ready()
+        if not isinstance(why, str):
+            why = await why
         return web.Response(status=503 if why else 200, text=f"{why or 'ready'}\n")
 
     app = web.Application()

@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry, from the caller through api and queue to the steps on the device.
 
-Spans cost next to nothing until an endpoint is set; a caller's context is passed on all the same.
-The queue and the metadata of calls carry it as W3C trace context.
+Spans cost almost nothing until an endpoint is set; the caller's context is passed on anyway. The
+queue and the metadata of calls carry it as W3C trace context.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ _LAST_SPANS_SECONDS: Final = 1.0
 
 @contextmanager
 def exporting(settings: Settings, role: str) -> Iterator[None]:
-    """Sends the spans of the body to the collector that the settings name, the last ones at its
-    end. Sampling and the rest follow the OTEL_ variables of the SDK."""
+    """Sends the spans of the body to the collector in the settings, the last ones at its end.
+
+    The OTEL_ variables of the SDK set sampling and the rest.
+    """
     if not settings.otlp_endpoint:
         yield
         return
-    # Here, for 25 MB are a lot to one who does not trace.
+    # Imported here, since the SDK takes 25 MB.
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -42,7 +44,7 @@ def exporting(settings: Settings, role: str) -> Iterator[None]:
         endpoint=settings.otlp_endpoint,
         insecure=plain,
         timeout=5,
-        # The SDK's type says text; gRPC itself takes numbers for numbers.
+        # The SDK's type is text, but gRPC takes numbers for numbers.
         channel_options=(("grpc.enable_http_proxy", int(settings.use_proxy_environment)),),  # type: ignore[arg-type]
     )
     resource = Resource.create({"service.name": f"img2img-{role}", "service.version": __version__})
@@ -52,14 +54,14 @@ def exporting(settings: Settings, role: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # A collector that does not answer must not hold up the end of the process.
+        # A collector that does not respond must not delay the end of the process.
         sending = threading.Thread(target=provider.shutdown, daemon=True)
         sending.start()
         sending.join(_LAST_SPANS_SECONDS)
 
 
 def extracted(fields: Iterable[tuple[str, str | bytes]]) -> Context:
-    """The caller's context out of metadata, headers or a message; empty when there is none."""
+    """Returns the caller's context from metadata, headers or a message; empty if there is none."""
     known = {
         name: value for name, value in fields if name in _FIELDS.fields and isinstance(value, str)
     }
@@ -67,7 +69,7 @@ def extracted(fields: Iterable[tuple[str, str | bytes]]) -> Context:
 
 
 def injected() -> dict[str, str]:
-    """The current context as fields to send along."""
+    """Returns the current context as fields of a message."""
     carrier: dict[str, str] = {}
     _FIELDS.inject(carrier)
     return carrier
@@ -76,9 +78,9 @@ def injected() -> dict[str, str]:
 def enter(
     name: str, parent: Context, kind: SpanKind, attributes: Mapping[str, Any] | None = None
 ) -> Span:
-    """Starts a span and makes it the current one of this task for good, and of what it starts.
+    """Starts a span and makes it the current span of this task and the tasks that it starts.
 
-    For whole tasks only: nothing resets it.
+    Use it for whole tasks only: nothing resets the current span.
     """
     span = TRACER.start_span(name, parent, kind, attributes)
     context.attach(trace.set_span_in_context(span, parent))
@@ -86,7 +88,7 @@ def enter(
 
 
 def end(span: Span, error: str = "") -> None:
-    """Ends a span, with an error's name when there was one."""
+    """Ends a span, with the name of an error if there was one."""
     if error:
         span.set_attribute("error.type", error)
         span.set_status(Status(StatusCode.ERROR))
@@ -94,6 +96,6 @@ def end(span: Span, error: str = "") -> None:
 
 
 def trace_id() -> str:
-    """Of the current span in hexadecimal, for logs; empty outside of any."""
+    """Returns the id of the current trace in hexadecimal, for logs; empty outside of a span."""
     found = trace.get_current_span().get_span_context()
     return trace.format_trace_id(found.trace_id) if found.is_valid else ""

@@ -211,46 +211,46 @@ async def test_appends_at_the_same_time_take_turns(bus: Bus) -> None:
 
 async def test_a_cancel_reaches_every_listener(open_bus: OpenBus) -> None:
     async with open_bus() as api, open_bus() as one, open_bus() as two:
-        heard: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        received: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
 
         async def first(job_id: int) -> None:
-            heard.put_nowait(("first", job_id))
+            received.put_nowait(("first", job_id))
 
         async def second(job_id: int) -> None:
-            heard.put_nowait(("second", job_id))
+            received.put_nowait(("second", job_id))
 
         async with one.control.on_cancel(first):
             async with two.control.on_cancel(second):
                 await api.control.cancel(JOB)
                 async with asyncio.timeout(LONG):
-                    got = {await heard.get(), await heard.get()}
+                    got = {await received.get(), await received.get()}
                 assert got == {("first", JOB), ("second", JOB)}
             await api.control.cancel(JOB + 1)
             async with asyncio.timeout(LONG):
-                assert await heard.get() == ("first", JOB + 1)
-        assert heard.empty()
+                assert await received.get() == ("first", JOB + 1)
+        assert received.empty()
 
 
 async def test_an_order_reaches_every_listener(open_bus: OpenBus) -> None:
     async with open_bus() as api, open_bus() as one, open_bus() as two:
-        heard: asyncio.Queue[tuple[str, WorkerCommand]] = asyncio.Queue()
+        received: asyncio.Queue[tuple[str, WorkerCommand]] = asyncio.Queue()
 
         async def first(order: WorkerCommand) -> None:
-            heard.put_nowait(("first", order))
+            received.put_nowait(("first", order))
 
         async def second(order: WorkerCommand) -> None:
-            heard.put_nowait(("second", order))
+            received.put_nowait(("second", order))
 
         async with one.control.on_command(first):
             async with two.control.on_command(second):
                 await api.control.broadcast(WorkerCommand.RESTART)
                 async with asyncio.timeout(LONG):
-                    got = {await heard.get(), await heard.get()}
+                    got = {await received.get(), await received.get()}
                 assert got == {("first", WorkerCommand.RESTART), ("second", WorkerCommand.RESTART)}
             await api.control.broadcast(WorkerCommand.CLEAR_CACHE)
             async with asyncio.timeout(LONG):
-                assert await heard.get() == ("first", WorkerCommand.CLEAR_CACHE)
-        assert heard.empty()
+                assert await received.get() == ("first", WorkerCommand.CLEAR_CACHE)
+        assert received.empty()
 
 
 async def test_a_notice_reaches_every_api_the_sender_included(open_bus: OpenBus) -> None:
@@ -258,16 +258,16 @@ async def test_a_notice_reaches_every_api_the_sender_included(open_bus: OpenBus)
         state=StreamState.BROKEN, tenant="a tenant", job_id=JOB, grace_seconds=1.5
     )
     async with open_bus() as one, open_bus() as two:
-        heard: asyncio.Queue[tuple[str, StreamNotice]] = asyncio.Queue()
+        received: asyncio.Queue[tuple[str, StreamNotice]] = asyncio.Queue()
 
         async def first(notice: StreamNotice) -> None:
-            heard.put_nowait(("first", notice))
+            received.put_nowait(("first", notice))
 
         async def second(notice: StreamNotice) -> None:
-            heard.put_nowait(("second", notice))
+            received.put_nowait(("second", notice))
 
         async with one.control.on_notice(first), two.control.on_notice(second):
             await one.control.notify(notice)
             async with asyncio.timeout(LONG):
-                got = [await heard.get(), await heard.get()]
+                got = [await received.get(), await received.get()]
         assert sorted(got, key=str) == [("first", notice), ("second", notice)]

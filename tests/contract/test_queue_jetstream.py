@@ -65,7 +65,7 @@ async def nats(tmp_path: Path) -> AsyncIterator[Nats]:
 
 @asynccontextmanager
 async def raw(settings: Settings) -> AsyncIterator[NatsConnection]:
-    """The bus as somebody else sees it."""
+    """A second connection to NATS."""
     async with connect([settings.nats_url.get_secret_value()]) as link:
         yield link
 
@@ -85,7 +85,7 @@ async def test_without_a_server_nothing_connects(tmp_path: Path) -> None:
             pass
 
 
-async def test_while_the_server_is_away_callers_hear_so_and_later_all_works(
+async def test_while_the_server_is_away_calls_fail_quickly_and_work_again_later(
     monkeypatch: pytest.MonkeyPatch, nats: Nats
 ) -> None:
     monkeypatch.setattr(connection, "REQUEST_SECONDS", 1.0)
@@ -140,7 +140,7 @@ async def test_a_page_of_ids_costs_what_it_holds_and_not_what_there_is(
 
 
 async def later(call: Callable[[], object]) -> None:
-    """Calls until the bus is there again."""
+    """Calls until NATS responds again."""
     async with asyncio.timeout(LONG):
         while True:
             try:
@@ -240,7 +240,9 @@ async def test_a_record_that_cannot_be_read_says_so(nats: Nats) -> None:
             await bus.jobs.get("acme", JOB)
 
 
-async def test_a_job_that_cannot_be_read_is_buried_and_the_others_go_on(nats: Nats) -> None:
+async def test_a_job_that_cannot_be_read_goes_to_the_dead_letters_and_the_others_run(
+    nats: Nats,
+) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
         await link.publish("img2img.jobs.atelier.realtime.acme", b"\xc1 no MessagePack, a picture")
         await bus.queue.put(a_job(), MODEL, Lane.REALTIME)
@@ -255,7 +257,7 @@ async def test_a_job_that_cannot_be_read_is_buried_and_the_others_go_on(nats: Na
         assert "not a QueuedJob" in dead.headers["Img2img-Reason"]
 
 
-async def test_a_lost_consumer_is_made_anew(nats: Nats) -> None:
+async def test_a_lost_consumer_is_created_again(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
         assert await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05) == []
         await link.js.delete_consumer(subjects.JOBS, subjects.lane_consumer(MODEL, Lane.REALTIME))
@@ -462,12 +464,12 @@ async def test_an_announcement_that_cannot_be_read_hides_no_other(nats: Nats) ->
 async def test_a_command_of_a_later_version_is_ignored_and_the_next_one_is_handled(
     nats: Nats,
 ) -> None:
-    heard: asyncio.Queue[WorkerCommand] = asyncio.Queue()
+    received: asyncio.Queue[WorkerCommand] = asyncio.Queue()
     url = nats.settings.nats_url.get_secret_value()
     async with connect_bus(nats.settings) as bus, connect([url]) as link:
-        async with bus.control.on_command(heard.put):
+        async with bus.control.on_command(received.put):
             await link.send(subjects.COMMAND_SUBJECT, codec.encode("fly"))
             await link.send(subjects.COMMAND_SUBJECT, b"\xc1 not a message")
             await bus.control.broadcast(WorkerCommand.CLEAR_CACHE)
-            assert await asyncio.wait_for(heard.get(), LONG) is WorkerCommand.CLEAR_CACHE
-        assert heard.empty()
+            assert await asyncio.wait_for(received.get(), LONG) is WorkerCommand.CLEAR_CACHE
+        assert received.empty()

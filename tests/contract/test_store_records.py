@@ -123,7 +123,7 @@ async def test_one_of_many_updates_at_once_wins(open_bus: OpenBus) -> None:
     assert [isinstance(result, ConflictError) for result in results].count(True) == 3
 
 
-async def test_a_deleted_record_is_gone_and_may_be_created_anew(bus: Bus) -> None:
+async def test_a_deleted_record_is_gone_and_may_be_created_again(bus: Bus) -> None:
     revision = await bus.jobs.create(a_job())
     await bus.jobs.delete(TENANT, FIRST_JOB_ID)
     await bus.jobs.delete(TENANT, FIRST_JOB_ID)

@@ -1,4 +1,4 @@
-"""The management calls over real gRPC: who may make them and what they do."""
+"""Management calls over real gRPC: their permissions and effects."""
 
 import asyncio
 import json
@@ -99,8 +99,8 @@ async def test_a_call_that_concerns_every_tenant_needs_the_permission_operate(
     async with announced() as bus, running_api(bus, keys=keys.ring) as api:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(api, method, keys.b)
-        told = refusal(caught.value)
-        assert (told.code, told.reason, told.metadata) == (
+        found = refusal(caught.value)
+        assert (found.code, found.reason, found.metadata) == (
             grpc.StatusCode.PERMISSION_DENIED,
             "PERMISSION_DENIED",
             {"permission": "operate"},
@@ -172,10 +172,10 @@ async def test_clear_queue_ends_more_jobs_than_are_read_together() -> None:
 
 
 async def test_a_cleared_job_sends_its_webhook() -> None:
-    told: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+    found: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
     async def post(address: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
-        told.put_nowait((address, json.loads(body)))
+        found.put_nowait((address, json.loads(body)))
         return Outcome(delivered=True)
 
     hook = "https://hooks.example.org/a"
@@ -185,7 +185,7 @@ async def test_a_cleared_job_sends_its_webhook() -> None:
     ):
         job = await api.create(spec(webhook=hook))
         await call(api, "ClearQueue")
-        address, body = await asyncio.wait_for(told.get(), WAIT_SECONDS)
+        address, body = await asyncio.wait_for(found.get(), WAIT_SECONDS)
     assert address == hook
     assert (body["status"], body["id"], body["message"]) == ("failed", job.id, "Queue cleared")
 
@@ -282,15 +282,15 @@ async def test_system_details_tell_models_queue_and_use() -> None:
     async with running_api(bus) as api:
         for _ in range(3):
             await api.create(spec())
-        told = await call(api, "GetSystemDetails")
-    assert (told.server_version, told.model_count, told.queued_jobs) == (__version__, 2, 3)
-    assert told.queue_duration.ToTimedelta().total_seconds() == 4.5  # 3 jobs, 3 s, 2 workers
-    assert told.gpu_usage == pytest.approx(0.45)
-    assert 0.0 < told.uptime.ToTimedelta().total_seconds() < WAIT_SECONDS
+        found = await call(api, "GetSystemDetails")
+    assert (found.server_version, found.model_count, found.queued_jobs) == (__version__, 2, 3)
+    assert found.queue_duration.ToTimedelta().total_seconds() == 4.5  # 3 jobs, 3 s, 2 workers
+    assert found.gpu_usage == pytest.approx(0.45)
+    assert 0.0 < found.uptime.ToTimedelta().total_seconds() < WAIT_SECONDS
 
 
 async def test_system_details_without_any_worker_are_zero() -> None:
     async with running_api(memory_bus()) as api:
-        told = await call(api, "GetSystemDetails")
-    assert (told.model_count, told.queued_jobs, told.gpu_usage) == (0, 0, 0.0)
-    assert told.queue_duration.ToTimedelta().total_seconds() == 0.0
+        found = await call(api, "GetSystemDetails")
+    assert (found.model_count, found.queued_jobs, found.gpu_usage) == (0, 0, 0.0)
+    assert found.queue_duration.ToTimedelta().total_seconds() == 0.0

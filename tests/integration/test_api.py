@@ -71,7 +71,7 @@ async def test_generate_streams_from_the_snapshot_to_the_stored_link() -> None:
         assert (info.media_type, info.size_bytes) == ("image/png", job.samples[0].size_bytes)
 
 
-async def test_the_picture_travels_before_it_is_stored_in_the_asked_format() -> None:
+async def test_the_image_is_sent_before_it_is_stored_in_the_asked_format() -> None:
     async with running_stack() as stack:
         for number, media_type in (
             (job_pb2.IMAGE_FORMAT_UNSPECIFIED, "image/jpeg"),
@@ -85,10 +85,10 @@ async def test_the_picture_travels_before_it_is_stored_in_the_asked_format() -> 
             assert image.size_bytes == len(image.data) > 100
 
 
-async def test_the_same_seed_gives_the_same_picture_and_samples_count_up() -> None:
+async def test_the_same_seed_gives_the_same_image_and_samples_count_up() -> None:
     async with running_stack() as stack:
 
-        async def pictures(**changes: object) -> dict[int, str]:
+        async def images(**changes: object) -> dict[int, str]:
             call = stack.api.generate(spec(output_format=job_pb2.IMAGE_FORMAT_PNG, **changes))
             return {
                 m.event.sample_finished.seed: m.event.sample_finished.image.sha256
@@ -96,15 +96,15 @@ async def test_the_same_seed_gives_the_same_picture_and_samples_count_up() -> No
                 if m.event.HasField("sample_finished")
             }
 
-        first = await pictures(seed=7, samples=2)
+        first = await images(seed=7, samples=2)
         assert sorted(first) == [7, 8]
         assert first[7] != first[8]
-        assert await pictures(seed=8) == {8: first[8]}
-        wrapped = await pictures(seed=2**32 - 1, samples=2)
+        assert await images(seed=8) == {8: first[8]}
+        wrapped = await images(seed=2**32 - 1, samples=2)
         assert sorted(wrapped) == [0, 2**32 - 1]
 
 
-async def test_an_absent_seed_is_drawn_once_and_told() -> None:
+async def test_an_absent_seed_is_drawn_once_and_returned() -> None:
     async with running_stack() as stack:
         request = spec()
         request.ClearField("seed")
@@ -264,7 +264,7 @@ async def test_a_stopping_api_lets_watchers_resume_on_another_one() -> None:
         assert kinds(rest)[-1] == "succeeded"
 
 
-async def test_a_draining_worker_hands_its_job_back_and_another_makes_the_same_picture() -> None:
+async def test_a_draining_worker_hands_its_job_back_and_another_makes_the_same_image() -> None:
     bus = memory_bus()
     request = spec(strength=1.0, output_format=job_pb2.IMAGE_FORMAT_PNG)
     async with running_api(bus) as api:
@@ -297,7 +297,7 @@ async def test_a_failing_job_ends_its_stream_and_its_neighbour_goes_on() -> None
         assert kinds(good)[-1] == "succeeded"
 
 
-async def test_a_flagged_picture_becomes_black_with_its_flag_set() -> None:
+async def test_a_flagged_image_becomes_black_with_its_flag_set() -> None:
     async with running_stack(safety=FixedSafetyChecker(0.9)) as stack:
         messages = [m async for m in stack.api.generate(spec())]
         assert messages[-3].event.sample_finished.nsfw
@@ -407,7 +407,7 @@ async def test_the_jobs_of_a_tenant_count_together_whatever_their_lane() -> None
         await api.create(spec())
 
 
-async def test_a_full_queue_refuses_before_the_picture_is_fetched_or_decoded() -> None:
+async def test_a_full_queue_refuses_before_the_init_image_is_fetched_or_decoded() -> None:
     fetched = []
 
     async def fetch(url: str) -> bytes:
@@ -431,7 +431,7 @@ async def test_a_full_queue_refuses_before_the_picture_is_fetched_or_decoded() -
     assert len(fetched) == 1
 
 
-async def test_a_picture_that_takes_long_is_not_decoded_for_a_full_queue_or_beside_wrong_fields(
+async def test_an_image_that_takes_long_is_not_decoded_for_a_full_queue_or_with_wrong_fields(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoded: list[int] = []
@@ -483,7 +483,7 @@ async def test_requests_whose_callers_hung_up_count_until_they_are_taken_in() ->
         await asked.wait()
         call.cancel()
         async with asyncio.timeout(WAIT_SECONDS):
-            # The call itself counts until the api has heard of it; only the metric tells.
+            # The call counts until the api has noticed its end, which only the metric shows.
             while (REGISTRY.get_sample_value("img2img_rpcs_total", labels) or 0.0) == before:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -553,13 +553,13 @@ async def test_jobs_are_listed_newest_first_in_pages_by_state() -> None:
 async def test_capabilities_tell_the_validators_own_limits() -> None:
     async with running_stack() as stack:
         request = service_pb2.GetCapabilitiesRequest()
-        told = await stack.api.stub.GetCapabilities(request, metadata=DEV)
+        found = await stack.api.stub.GetCapabilities(request, metadata=DEV)
         limits = Limits()
-        assert told.limits.max_side_pixels == limits.max_side_pixels
-        assert told.limits.max_prompt_characters == limits.max_prompt_characters
-        assert told.limits.max_image_bytes == limits.max_image_bytes
-        assert told.limits.max_queued_jobs == settings().queue_limit
-        assert [(m.name, m.workers, m.device) for m in told.models] == [("fake", 1, "fake")]
+        assert found.limits.max_side_pixels == limits.max_side_pixels
+        assert found.limits.max_prompt_characters == limits.max_prompt_characters
+        assert found.limits.max_image_bytes == limits.max_image_bytes
+        assert found.limits.max_queued_jobs == settings().queue_limit
+        assert [(m.name, m.workers, m.device) for m in found.models] == [("fake", 1, "fake")]
 
 
 async def test_a_key_learns_its_tenant_and_its_permissions(tmp_path: Path) -> None:
@@ -611,7 +611,9 @@ async def test_a_job_belongs_to_its_tenant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "metadata", [(), (("authorization", "Bearer wrong"),), (("authorization", "Basic dev-key"),)]
 )
-async def test_without_a_good_key_nothing_is_told(metadata: tuple[tuple[str, str], ...]) -> None:
+async def test_without_a_valid_key_nothing_is_sent(
+    metadata: tuple[tuple[str, str], ...],
+) -> None:
     async with running_stack() as stack:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stack.api.stub.GetJob(

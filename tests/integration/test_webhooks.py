@@ -1,4 +1,4 @@
-"""Webhooks from a job's end to a real receiver, on the bus in memory and on the real one."""
+"""Webhooks from a job's end to a real receiver, in memory and on NATS."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ async def test_a_signed_webhook_tells_what_fetch_tells(bus: Bus) -> None:
     async with receiving() as receiver, running_worker(bus), api_that_delivers(bus) as api:
         ended = await run_to_end(api, webhook=receiver.url, track_id="order-77")
         got = await receiver.next()
-        told = Webhook(SECRET).verify(got.body, got.headers)
+        found = Webhook(SECRET).verify(got.body, got.headers)
         assert got.headers["webhook-id"] == f"msg_{ended.id}"
         assert got.headers["Content-Type"] == "application/json"
-        assert told["meta"]["webhook"] == receiver.url
-        assert len(told.pop("meta")) == 28
-        assert told == {
+        assert found["meta"]["webhook"] == receiver.url
+        assert len(found.pop("meta")) == 28
+        assert found == {
             "status": "success",
             "id": ended.id,
             "output": list(ended.future_urls),
@@ -233,8 +233,8 @@ async def test_cancelled_and_failed_jobs_tell_too(bus: Bus) -> None:
         cleared = await api.create(spec(webhook=receiver.url))
         admin = admin_service_pb2_grpc.AdminServiceStub(api.channel)
         await admin.ClearQueue(admin_service_pb2.ClearQueueRequest(), metadata=DEV)
-        told = json.loads((await receiver.next()).body)
-        assert (told["id"], told["message"]) == (cleared.id, "Queue cleared")
+        found = json.loads((await receiver.next()).body)
+        assert (found["id"], found["message"]) == (cleared.id, "Queue cleared")
         engine = FakeEngine(hold_after=1)
         async with running_worker(bus, engine):
             running = await api.create(spec(webhook=receiver.url))
@@ -242,13 +242,13 @@ async def test_cancelled_and_failed_jobs_tell_too(bus: Bus) -> None:
                 if message.event.WhichOneof("event") == "step":
                     await api.cancel(running.name)
                     engine.release()
-            told = json.loads((await receiver.next()).body)
-            assert (told["id"], told["message"]) == (running.id, "Cancelled")
+            found = json.loads((await receiver.next()).body)
+            assert (found["id"], found["message"]) == (running.id, "Cancelled")
         async with running_worker(bus, FakeEngine(), name="w2"):
             failed = await api.create(spec(prompt="fail:the lamp broke", webhook=receiver.url))
-            told = json.loads((await receiver.next()).body)
-            assert (told["id"], told["status"]) == (failed.id, "failed")
-            assert told["message"] == "Processing failed: the lamp broke"
+            found = json.loads((await receiver.next()).body)
+            assert (found["id"], found["status"]) == (failed.id, "failed")
+            assert found["message"] == "Processing failed: the lamp broke"
 
 
 class FailsOnce(MemoryWebhookOutbox):
@@ -281,8 +281,8 @@ async def test_a_cancellation_without_its_webhook_is_completed_by_a_worker() -> 
         with pytest.raises(grpc.aio.AioRpcError):
             await api.cancel(job.name)
         async with running_worker(bus):
-            told = json.loads((await receiver.next()).body)
-            assert (told["id"], told["message"]) == (job.id, "Cancelled")
+            found = json.loads((await receiver.next()).body)
+            assert (found["id"], found["message"]) == (job.id, "Cancelled")
 
 
 async def redeliver(api: Api, name: str) -> job_pb2.Job:
@@ -357,8 +357,8 @@ async def test_a_private_address_is_a_failed_attempt_without_a_connection(addres
         await status_becomes(api, ended.name, "retrying")
         assert ended.state == job_pb2.Job.STATE_SUCCEEDED
         assert listener.connections == 0
-        told = (await api.get(ended.name)).webhook_error
-        assert told in WHY_PRIVATE
+        found = (await api.get(ended.name)).webhook_error
+        assert found in WHY_PRIVATE
 
 
 async def test_a_redirect_is_not_followed() -> None:
@@ -388,8 +388,8 @@ async def test_the_job_says_that_redirects_of_webhooks_are_not_followed(status: 
     ):
         ended = await run_to_end(api, webhook=receiver.url)
         await status_becomes(api, ended.name, "retrying")
-        told = (await api.get(ended.name)).webhook_error
-        assert told == f"the server answered {status}; redirects are not followed"
+        found = (await api.get(ended.name)).webhook_error
+        assert found == f"the server answered {status}; redirects are not followed"
 
 
 async def test_a_webhook_is_posted_to_the_bytes_that_the_caller_sent() -> None:

@@ -1,4 +1,4 @@
-"""One attempt at a webhook against real sockets: what its outcome tells the caller."""
+"""One attempt at a webhook against real sockets: the outcome that the caller gets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_an_attempt_says_why_the_server_was_not_reached() -> None:
     ]
 
 
-async def test_a_server_that_does_not_answer_is_told_with_the_time() -> None:
+async def test_a_server_that_does_not_respond_is_reported_with_the_time() -> None:
     policy = OutboundPolicy.parse("127.0.0.1")
     async with receiving(held=True) as receiver, open_sender(policy, timeout_seconds=0.1) as post:
         outcome = await post(receiver.url, b"{}", {})

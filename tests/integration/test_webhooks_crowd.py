@@ -24,11 +24,14 @@ QUICK = BackoffPolicy(delays_seconds=(60.0,) * 7, overflow_seconds=0.02)
 
 
 class Receivers:
-    """One of two receivers answers only after a word. What they got by job, and at once."""
+    """Two receivers, of which one responds only once `may_answer` is set.
+
+    Counts the deliveries by job, and the largest number of them at once.
+    """
 
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()
-        self.modest_was_told = asyncio.Event()
+        self.modest_got_one = asyncio.Event()
         self.got: Counter[str] = Counter()
         self.under_way = 0
         self.most_under_way = 0
@@ -36,7 +39,7 @@ class Receivers:
     async def post(self, address: str, _body: bytes, headers: Mapping[str, str]) -> Outcome:
         self.got[headers["webhook-id"]] += 1
         if address == MODEST:
-            self.modest_was_told.set()
+            self.modest_got_one.set()
             return Outcome(delivered=True)
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
@@ -44,7 +47,7 @@ class Receivers:
         self.under_way -= 1
         return Outcome(delivered=True)
 
-    async def told(self) -> int:
+    async def received(self) -> int:
         return len(self.got)
 
 
@@ -78,7 +81,7 @@ def a_job(number: int, tenant: str, webhook: str) -> Job:
     )
 
 
-async def test_a_tenant_whose_receiver_is_silent_holds_up_nobody_else_and_loses_nothing(
+async def test_a_tenant_whose_receiver_is_silent_delays_no_other_tenant_and_loses_nothing(
     open_bus: OpenBus,
 ) -> None:
     receivers = Receivers()
@@ -90,10 +93,10 @@ async def test_a_tenant_whose_receiver_is_silent_holds_up_nobody_else_and_loses_
             await bus.outbox.put(job)
         async with delivering(bus, receivers):
             async with asyncio.timeout(10):
-                await receivers.modest_was_told.wait()
+                await receivers.modest_got_one.wait()
             assert receivers.most_under_way == MOST_OF_A_TENANT
             receivers.may_answer.set()
-            await until(receivers.told, CROWD + 1)
+            await until(receivers.received, CROWD + 1)
 
             async def waiting() -> list[str]:
                 stored = [await bus.jobs.get(job.tenant, job.id) for job in crowd]

@@ -58,13 +58,13 @@ async def test_the_role_signs_with_its_secret_and_puts_texts_where_the_operator_
             got = await receiver.next()
         stop.set()
         await serving
-    told = Webhook(SECRET).verify(got.body, got.headers)
-    (output,) = told["output"]
+    found = Webhook(SECRET).verify(got.body, got.headers)
+    (output,) = found["output"]
     if as_text:
         assert base64.b64decode(output, validate=True).startswith(b"\x89PNG")
     else:
-        assert told["output"] == list(job.future_urls)
-    assert told["proxy_links"] == told["output"]
+        assert found["output"] == list(job.future_urls)
+    assert found["proxy_links"] == found["output"]
 
 
 async def test_a_bad_secret_is_a_mistake_in_the_settings() -> None:
@@ -95,6 +95,6 @@ async def test_texts_that_cannot_be_read_now_are_a_failed_attempt() -> None:
         async with running_api(bus, config, webhooks=webhooks) as api:
             await api.create(spec(webhook=receiver.url, base64=True))
             got = await receiver.next()  # the first attempt did not come as far
-            told = Webhook(SECRET).verify(got.body, got.headers)
-            assert base64.b64decode(told["output"][0]).startswith(b"\x89PNG")
+            found = Webhook(SECRET).verify(got.body, got.headers)
+            assert base64.b64decode(found["output"][0]).startswith(b"\x89PNG")
             assert not Away.away

@@ -197,10 +197,10 @@ def _toml(text: str) -> str:
 
 @pytest.mark.parametrize("tenant", ["a b/c", "Shop_1", "-shop", "", "ä"])
 def test_the_command_refuses_a_tenant_that_an_api_refuses(tenant: str) -> None:
-    told = CliRunner().invoke(main, ["keys", f"--tenant={tenant}"])
-    assert (told.exit_code, told.stdout) == (2, "")
+    found = CliRunner().invoke(main, ["keys", f"--tenant={tenant}"])
+    assert (found.exit_code, found.stdout) == (2, "")
     rule = "tenant must have 1 to 63 of the characters a-z, 0-9 and -, and must not begin with -"
-    assert f"{rule}; it is {tenant!r}" in told.stderr
+    assert f"{rule}; it is {tenant!r}" in found.stderr
 
 
 def test_a_file_that_breaks_later_is_logged_once_with_the_entry_that_is_wrong(
@@ -222,10 +222,10 @@ def test_a_file_that_breaks_later_is_logged_once_with_the_entry_that_is_wrong(
         file.write_text(entry("k3", "shop"))
         assert ring.authenticate("k3") == held("k3", "shop")
         assert ring.authenticate("k1") is None
-    told = [(line["log_level"], line.get("error", "")) for line in logs]
-    assert [level for level, _ in told] == ["error", "error", "error", "info"]
+    found = [(line["log_level"], line.get("error", "")) for line in logs]
+    assert [level for level, _ in found] == ["error", "error", "error", "info"]
     for (_, error), part in zip(
-        told, ["keys[1].tenant must have 1 to 63", "line 1", "No such file"], strict=False
+        found, ["keys[1].tenant must have 1 to 63", "line 1", "No such file"], strict=False
     ):
         assert part in error
         assert str(file) in error

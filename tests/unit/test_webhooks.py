@@ -17,8 +17,7 @@ from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import results
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
-from img2img_server.interfaces.records import Stored
-from img2img_server.nats.codec import UndecodableError
+from img2img_server.interfaces.records import Stored, UnreadableError
 from img2img_server.outbound.retry_after import seconds_of
 from img2img_server.settings import SettingsError
 from img2img_server.testing.memory_records import MemoryJobStore
@@ -70,9 +69,9 @@ def test_the_body_of_a_success_has_the_keys_of_the_contract() -> None:
     spec = job_pb2.JobSpec(track_id="7", annotations={"http.track_id_type": "integer"})
     job = job_pb2.Job(id=10_000_042, state=job_pb2.Job.STATE_SUCCEEDED, spec=spec)
     job.timings.engine.FromMilliseconds(1104)
-    told = json.loads(results.webhook(job, ["https://img.example.com/é.png"]))
-    assert len(told.pop("meta")) == 28
-    assert told == {
+    found = json.loads(results.webhook(job, ["https://img.example.com/é.png"]))
+    assert len(found.pop("meta")) == 28
+    assert found == {
         "status": "success",
         "id": 10_000_042,
         "output": ["https://img.example.com/é.png"],
@@ -246,7 +245,7 @@ async def test_a_record_that_cannot_be_read_holds_up_neither_webhooks_nor_the_se
 
         async def get(self, tenant: str, job_id: int) -> Stored | None:
             if job_id == first.id:
-                raise UndecodableError("two versions apart")
+                raise UnreadableError("two versions apart")
             return await super().get(tenant, job_id)
 
     posted: asyncio.Queue[str] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""API keys: hashed at rest, each with its tenant and permissions.
+"""API keys: stored as hashes, each with its tenant and permissions.
 
     [[keys]]
     sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -45,7 +45,7 @@ class Principal:
     tenant: str
     permissions: frozenset[str] = frozenset()
     rate_limit: int | None = None
-    key_id: str = ""  # tells keys apart; opens nothing
+    key_id: str = ""  # identifies the key; is not secret
 
     def require(self, permission: str) -> None:
         """Raises PermissionDeniedError if the key lacks the permission."""
@@ -60,7 +60,7 @@ class _Entry:
 
 
 class KeyRing:
-    """The keys of a file, read again when the file changes, and the development key."""
+    """The keys of a file, which is read again when it changes, and the development key."""
 
     def __init__(self, file: Path | None, *, dev_key: bool) -> None:
         """Raises SettingsError when the file cannot be used."""
@@ -77,7 +77,7 @@ class KeyRing:
         return not self._fixed and not self._entries
 
     def authenticate(self, key: str) -> Principal | None:
-        """The holder of the key, or None. Takes the same time for every wrong key."""
+        """Returns the principal of the key, or None. Takes the same time for every wrong key."""
         self._refresh()
         digest = _digest(key)
         found = None
@@ -102,17 +102,17 @@ class KeyRing:
             self._refuse(stamp, error)
         else:
             self._stamp, self._refused = stamp, None
-            log.info("API keys read again", keys=len(self._entries))
+            log.info("api_keys_read_again", keys=len(self._entries))
 
     def _refuse(self, what: tuple[int, int] | str, error: SettingsError) -> None:
-        """Keeps the keys that worked, and says so once for each state of the file."""
+        """Keeps the keys that were read before, and logs that once for each state of the file."""
         if what != self._refused:
-            log.error("API keys file refused, the keys read before stay valid", error=str(error))
+            log.error("api_keys_file_rejected_old_keys_stay_valid", error=str(error))
         self._refused = what
 
 
 def load_keys(settings: Settings) -> KeyRing:
-    """Returns the keys. Raises SettingsError when they would leave the service open."""
+    """Returns the keys. Raises SettingsError if they would leave the service open."""
     keys = KeyRing(settings.api_keys_file, dev_key=settings.has_open_dev_key)
     if keys.is_empty:
         file = settings.api_keys_file
@@ -123,7 +123,7 @@ def load_keys(settings: Settings) -> KeyRing:
 
 
 def new_key(tenant: str, permissions: list[str], rate_limit: int | None = None) -> tuple[str, str]:
-    """Makes a key. Returns it and its entry for the file; only the entry is to be kept.
+    """Makes a key. Returns the key and its entry for the file; only store the entry.
 
     Raises:
         SettingsError: an api would refuse the entry.
@@ -139,7 +139,7 @@ def new_key(tenant: str, permissions: list[str], rate_limit: int | None = None) 
     _entry(values, "", mistakes)
     if mistakes:
         raise SettingsError("\n".join(mistakes))
-    # JSON's texts, lists and integers are TOML's, too.
+    # Strings, lists and integers are written in TOML as in JSON.
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     return key, "\n".join(["[[keys]]", *lines])
 
@@ -196,8 +196,7 @@ def _mistake(file: Path, fault: str) -> str:
 
 
 def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
-    """Reads one entry and adds what is wrong with it to `mistakes`. `where`: what comes before the
-    names in the sentences."""
+    """Reads one entry and adds its mistakes to `mistakes`; `where`: the prefix of names in them."""
     digest, tenant = str(item.get("sha256", "")).lower(), str(item.get("tenant", ""))
     listed = item.get("permissions", [])
     if not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):

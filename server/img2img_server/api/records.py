@@ -1,4 +1,4 @@
-"""Job records: of calls about one job, and of calls that go through many."""
+"""Reads job records: of one job, and of a page of jobs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ log = structlog.get_logger()
 
 
 async def known(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
-    """The record of the job that a call is about, or None when there is none.
+    """Returns the record of one job, or None if there is none.
 
     Raises:
-        UnavailableError: also when it cannot be read: it may be that of a later version, which
-            another api knows.
+        UnavailableError: also if the record cannot be decoded: it may be of a later version, which
+            another api can read.
     """
     try:
         return await jobs.get(tenant, job_id)
     except UnreadableError as error:
-        log.error("job record cannot be read", job=job_id, error=str(error))
+        log.error("job_record_unreadable", job=job_id, error=str(error))
         raise errors.UnavailableError(UNREADABLE) from error
 
 
 async def found(jobs: JobStore, tenant: str, job_id: int) -> Stored:
-    """The record of the job that a call is about.
+    """Returns the record of one job.
 
     Raises:
         JobNotFoundError, UnavailableError.
@@ -79,7 +79,7 @@ async def page_of(
 
 
 async def readable(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
-    """The record, or None when there is none or it cannot be read: it must not hide all others.
+    """Returns a record of many, or None if there is none or it cannot be decoded.
 
     Raises:
         UnavailableError.
@@ -87,5 +87,5 @@ async def readable(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
     try:
         return await jobs.get(tenant, job_id)
     except UnreadableError as error:
-        log.warning("job record skipped, it cannot be read", job=job_id, error=str(error))
+        log.warning("job_record_skipped", job=job_id, error=str(error))
         return None

@@ -1,4 +1,4 @@
-"""Announcements remembered for a moment: they change every few seconds, requests come faster."""
+"""Caches the announcements of workers, which change less often than requests come."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.records import WorkerRegistry
 
 T = TypeVar("T")
-
-
 STALE_FACTOR = 2.0
 
 
 class CachedWorkerRegistry:
-    """A WorkerRegistry whose answers may be `seconds` old, or twice that while they are read
-    anew, so that a steady caller never waits for the bus. A model that is not known is not
-    remembered: it may be announced any moment."""
+    """A WorkerRegistry whose results may be `seconds` old.
+
+    They may be twice as old while they are read again in the background, so that callers that come
+    often never wait for NATS. An unknown model is not cached: it may be announced at any time.
+    """
 
     def __init__(
         self,
@@ -36,12 +36,10 @@ class CachedWorkerRegistry:
         self._clock = clock
         self._known: dict[str, tuple[float, Any]] = {}
         self._reading: dict[str, asyncio.Task[Any]] = {}
-        self._generation = 0  # what was asked in an earlier one is not remembered
 
     def forget(self) -> None:
-        """The next question goes to the registry again."""
-        self._generation += 1
-        self._known.clear()
+        """Clears the cache. Results of reads that run now are not cached."""
+        self._known = {}
         for reading in self._reading.values():
             reading.cancel()
 
@@ -67,22 +65,20 @@ class CachedWorkerRegistry:
             return value  # type: ignore[no-any-return]
         if age < STALE_FACTOR * self._seconds:
             if key not in self._reading:
-                reading = self._reading[key] = asyncio.create_task(self._read_anew(key, read))
+                reading = self._reading[key] = asyncio.create_task(self._refresh(key, read))
                 reading.add_done_callback(lambda _: self._reading.pop(key))
             return value  # type: ignore[no-any-return]
         return await self._read(key, read)
 
     async def _read(self, key: str, read: Callable[[], Awaitable[T]]) -> T:
-        now, generation = self._clock(), self._generation
+        known, now = self._known, self._clock()
         fresh = await read()
-        if generation != self._generation:
-            return fresh
         if fresh:
-            self._known[key] = (now, fresh)
+            known[key] = (now, fresh)
         else:
-            self._known.pop(key, None)
+            known.pop(key, None)
         return fresh
 
-    async def _read_anew(self, key: str, read: Callable[[], Awaitable[T]]) -> None:
-        with suppress(UnavailableError):  # who asks when it has grown too old hears of it
+    async def _refresh(self, key: str, read: Callable[[], Awaitable[T]]) -> None:
+        with suppress(UnavailableError):  # the caller that needs a fresh result gets the error
             await self._read(key, read)

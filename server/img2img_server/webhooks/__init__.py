@@ -1,1 +1,1 @@
-"""Tells callers by HTTP that their jobs have ended: into the outbox first, from there to them."""
+"""Webhooks of ended jobs: from the outbox to their receivers."""

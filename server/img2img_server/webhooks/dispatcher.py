@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 
 from img2img_server import errors
 from img2img_server.domain.job import Job
-from img2img_server.interfaces.records import JobStore
+from img2img_server.interfaces.records import JobStore, UnreadableError
 from img2img_server.interfaces.webhooks import PendingWebhook, WebhookOutbox
 from img2img_server.outbound.policy import shown
 from img2img_server.telemetry import WEBHOOKS
@@ -95,8 +95,7 @@ class WebhookDispatcher:
         self._signer = signer
         self._backoff = backoff
         self._drain_seconds = drain_seconds
-        self._attempts: set[asyncio.Task[None]] = set()
-        self._by_tenant: Counter[str] = Counter()
+        self._attempts: dict[asyncio.Task[None], str] = {}  # the tenants of running attempts
 
     async def run(self, stop: asyncio.Event) -> None:
         """Delivers until `stop` is set; running attempts then have `drain_seconds` to end.
@@ -143,19 +142,11 @@ class WebhookDispatcher:
     def _begin(self, tasks: asyncio.TaskGroup, pending: PendingWebhook) -> bool:
         """Begins an attempt and returns True, if the tenant's limit allows one more."""
         tenant = pending.job.tenant
-        if self._by_tenant[tenant] >= MOST_OF_A_TENANT:
+        if list(self._attempts.values()).count(tenant) >= MOST_OF_A_TENANT:
             return False
         attempt = tasks.create_task(self._deliver(pending))
-        self._by_tenant[tenant] += 1
-        self._attempts.add(attempt)
-
-        def ended(_: asyncio.Task[None]) -> None:
-            self._attempts.discard(attempt)
-            self._by_tenant[tenant] -= 1
-            if not self._by_tenant[tenant]:
-                del self._by_tenant[tenant]
-
-        attempt.add_done_callback(ended)
+        self._attempts[attempt] = tenant
+        attempt.add_done_callback(self._attempts.pop)
         return True
 
     async def _defer(self, surplus: list[PendingWebhook]) -> None:
@@ -163,61 +154,46 @@ class WebhookDispatcher:
         await asyncio.gather(*(each.retry(delay(each.deliveries)) for each in surplus))
 
     async def _deliver(self, pending: PendingWebhook) -> None:
-        job = pending.job
         try:
-            attempt = await self._attempt_number(pending)
-            outcome = await self._post(job)
-            delay = None
-            if not (outcome.delivered or outcome.final):
-                delay = self._backoff.after(attempt, outcome.retry_after_seconds)
-            status = SUCCESS if outcome.delivered else FAILED if delay is None else RETRYING
-            WEBHOOKS.labels(status).inc()
-            log.info(
-                "webhook",
-                job=job.id,
-                status=status,
-                attempt=attempt,
-                url=shown(job.params.webhook),
-                reason=outcome.detail or outcome.reason,
-            )
-            error = "" if outcome.delivered else outcome.reason
-            await self._record(job, status, error, job.webhook_attempts + attempt)
-            if delay is None:
-                await pending.done()
-            else:
-                await pending.retry(delay)
+            await self._attempt(pending)
         except errors.UnavailableError:
-            log.warning("nats_unavailable_webhook_will_be_redelivered", job=job.id)
+            log.warning("nats_unavailable_webhook_will_be_redelivered", job=pending.job.id)
+        except Exception as error:
+            log.error("webhook_will_be_redelivered", job=pending.job.id, exc_info=error)
 
-    async def _attempt_number(self, pending: PendingWebhook) -> int:
-        """Returns the number of the next attempt, from 1.
+    async def _attempt(self, pending: PendingWebhook) -> None:
+        """Makes one attempt and writes its status into the job's record.
 
-        The job's record counts attempts, since the outbox counts deferrals, too. Without a record
-        that can be read, each delivery counts.
+        The record counts attempts, since the outbox counts deferrals, too. Without a record that
+        can be read, each delivery counts as an attempt.
         """
-        job = pending.job
-        try:
+        job, stored = pending.job, None
+        with suppress(UnreadableError):
             stored = await self._jobs.get(job.tenant, job.id)
-        except errors.UnavailableError:
-            raise
-        except Exception:
-            stored = None
-        if stored is None:
-            return pending.deliveries
-        return stored.job.webhook_attempts - job.webhook_attempts + 1
-
-    async def _record(self, job: Job, status: str, error: str, attempts: int) -> None:
-        """Writes the status. A record that cannot be read delays no webhook.
-
-        Raises:
-            UnavailableError.
-        """
-        try:
-            await set_status(self._jobs, job, status, error, attempts)
-        except errors.UnavailableError:
-            raise
-        except Exception as fault:
-            log.error("webhook_status_not_written", job=job.id, exc_info=fault)
+        attempt = pending.deliveries
+        if stored is not None:
+            attempt = stored.job.webhook_attempts - job.webhook_attempts + 1
+        outcome = await self._post(job)
+        delay = None
+        if not (outcome.delivered or outcome.final):
+            delay = self._backoff.after(attempt, outcome.retry_after_seconds)
+        status = SUCCESS if outcome.delivered else FAILED if delay is None else RETRYING
+        WEBHOOKS.labels(status).inc()
+        log.info(
+            "webhook",
+            job=job.id,
+            status=status,
+            attempt=attempt,
+            url=shown(job.params.webhook),
+            reason=outcome.detail or outcome.reason,
+        )
+        if stored is not None:
+            error = "" if outcome.delivered else outcome.reason
+            await set_status(self._jobs, job, status, error, job.webhook_attempts + attempt)
+        if delay is None:
+            await pending.done()
+        else:
+            await pending.retry(delay)
 
     async def _post(self, job: Job) -> Outcome:
         try:

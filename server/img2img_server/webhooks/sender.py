@@ -1,4 +1,4 @@
-"""One attempt at a webhook: a POST under the outbound policy, and what its answer means."""
+"""Makes one attempt at a webhook: a POST under the outbound policy."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _ASKS_FOR_TIME = (429, 503)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an attempt ended.
+    """The outcome of an attempt.
 
-    `final`: trying again is of no use. `retry_after_seconds`: the receiver asked for this pause.
-    `reason`: for the caller, a clause without IP addresses; `detail`: for the log, if it says more.
+    `final`: no further attempt is made. `retry_after_seconds`: the delay that the receiver asked
+    for. `reason`: for the caller, a clause without IP addresses. `detail`: for the log, if it adds
+    to the reason.
     """
 
     delivered: bool
@@ -36,7 +37,7 @@ class Outcome:
     detail: str = ""
 
 
-# Posts a body to an address; never raises for the receiver's sake.
+# Posts a body with headers to an address; errors of the receiver are outcomes, not exceptions.
 WebhookSender = Callable[[str, bytes, Mapping[str, str]], Awaitable[Outcome]]
 
 
@@ -47,11 +48,12 @@ async def open_sender(
     timeout_seconds: float = TIMEOUT_SECONDS,
     resolver: AbstractResolver | None = None,
 ) -> AsyncIterator[WebhookSender]:
-    """A Post that connects only to addresses the policy allows, and follows no redirect.
+    """Yields a sender that connects only to allowed addresses and follows no redirect.
 
     Args:
-        timeout_seconds: from resolving the name to the answer's headers; its body is not read.
-        resolver: asked for the addresses of names; DNS by default.
+        timeout_seconds: from resolving the name to the headers of the response, whose body is not
+            read.
+        resolver: resolves names; DNS by default.
     """
     async with policy.open_session(resolver) as session:
 
@@ -89,15 +91,10 @@ async def _post(
     async with session.post(url, data=body, headers=sent, allow_redirects=False) as response:
         status = response.status
         asked = response.headers.get("Retry-After", "") if status in _ASKS_FOR_TIME else ""
-        delivered = 200 <= status < 300
+        note = "; redirects are not followed" if 300 <= status < 400 else ""
         return Outcome(
-            delivered=delivered,
+            delivered=200 <= status < 300,
             final=status == _GONE,
             retry_after_seconds=seconds_of(asked, time.time()),
-            reason=_answered(status),
+            reason=f"the server answered {status}{note}",
         )
-
-
-def _answered(status: int) -> str:
-    note = "; redirects are not followed" if 300 <= status < 400 else ""
-    return f"the server answered {status}{note}"

@@ -20,10 +20,10 @@ _LEAST_BYTES, _MOST_BYTES = 24, 64
 
 
 class Signer:
-    """Signs with every secret it has: two while receivers change from one to the other."""
+    """Signs webhooks with every secret: two while receivers change from one to the other."""
 
     def __init__(self, secrets: str = "") -> None:
-        """Reads the setting webhook_secret: secrets apart by spaces; without any nothing is signed.
+        """Reads the setting webhook_secret: secrets separated by spaces. If empty, signs nothing.
 
         Raises:
             SettingsError: one is not "whsec_" and the base64 of 24 to 64 bytes.
@@ -31,7 +31,7 @@ class Signer:
         self._keys = [Webhook(_checked(secret)) for secret in secrets.split()]
 
     def headers(self, job_id: int, timestamp: int, body: bytes) -> dict[str, str]:
-        """Headers of one attempt. `timestamp`: Unix seconds; `body`: UTF-8, as it is sent."""
+        """Returns the headers of one attempt. `timestamp`: Unix seconds; `body`: as sent."""
         message_id = f"msg_{job_id}"
         headers = {"webhook-id": message_id, "webhook-timestamp": str(timestamp)}
         moment, text = datetime.fromtimestamp(timestamp, UTC), body.decode()
