@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from img2img.v1 import event_pb2
-from img2img_client.errors import JobCancelledError, JobFailedError, invalid
+from img2img_client.errors import JobCancelledError, JobEndError, JobFailedError, invalid
 from img2img_client.spec import Spec
 
 # The kinds of event that carry a job's record: the snapshot, and one for each terminal state.
@@ -243,16 +243,21 @@ class Result:
 _EXPIRED = Image(data=b"", media_type="", size_bytes=0, sha256="", width=0, height=0)
 
 
+def failure_of(job: Job) -> JobEndError | None:
+    """Returns the error of a job that ended without images, None for all other jobs."""
+    if job.state is State.FAILED:
+        return JobFailedError(job)
+    return JobCancelledError(job) if job.state is State.CANCELLED else None
+
+
 def result_of(job: Job, images: Mapping[int, Image]) -> Result:
     """Joins an ended job's record with the inline images of its samples.
 
     Raises:
         JobFailedError, JobCancelledError: the job did not succeed.
     """
-    if job.state is State.FAILED:
-        raise JobFailedError(job)
-    if job.state is State.CANCELLED:
-        raise JobCancelledError(job)
+    if failure := failure_of(job):
+        raise failure
     joined = []
     for sample in job.samples:
         inline = asdict(images.get(sample.index, _EXPIRED))

@@ -20,12 +20,11 @@ from img2img_client.cli.program import (
     EndedError,
     error_facts,
     error_object,
-    job_error,
     job_facts,
     to_json,
 )
 from img2img_client.cli.session import Session
-from img2img_client.resources import SUFFIX_FORMATS, Job, State
+from img2img_client.resources import SUFFIX_FORMATS, Job, State, failure_of
 from img2img_client.spec import ImageFormat
 from img2img_client.stream import JobStream
 
@@ -119,7 +118,7 @@ def follow(
         _interrupted(session, stream, ours)
     except errors.RpcError as error:
         raise _explained(session, stream, error, ours, timeout_seconds) from error
-    failure = job_error(job)
+    failure = failure_of(job)
     if session.as_json:
         facts = job_facts(job, files.images, files.previews)
         click.echo(to_json(facts | ({"error": error_facts(failure)} if failure else {})))

@@ -16,13 +16,12 @@ import click
 from img2img_client.errors import (
     Img2ImgError,
     InvalidRequestError,
-    JobCancelledError,
     JobEndError,
     JobFailedError,
     RpcError,
     invalid,
 )
-from img2img_client.resources import Job, State
+from img2img_client.resources import Job
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -110,13 +109,6 @@ def job_facts(
         for sample in job.samples
     ]
     return {**asdict(job), "samples": samples}
-
-
-def job_error(job: Job) -> JobEndError | None:
-    """Returns the error of a job that ended without images."""
-    if job.state is State.FAILED:
-        return JobFailedError(job)
-    return JobCancelledError(job) if job.state is State.CANCELLED else None
 
 
 def error_object(reason: str, message: str) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,6 @@ STAGES = {
     "total": "from acceptance to the end",
 }
 PIPE_COLUMNS = 200  # the width without a terminal
-JOB_COLUMNS = ("job", "state", "created", "model", "size", "prompt")
 JOB_COLUMNS_BY_USE = ("state", "prompt", "created", "size", "model")  # the last is hidden first
 MIN_PROMPT_WIDTH, GAP = 12, 2
 COLOURS = {State.SUCCEEDED: "green", State.FAILED: "red", State.CANCELLED: "yellow"}
@@ -107,51 +106,40 @@ def show_job(job: Job) -> None:
         _print(timings_table(job.timings))
 
 
-def show_jobs(jobs: Iterable[Job]) -> None:
+def show_jobs(jobs: Sequence[Job]) -> None:
     """Prints a line for each job, with the columns that fit the terminal; never cuts the id."""
-    columns: dict[str, list[Text]] = {name: [] for name in JOB_COLUMNS}
-    for job in jobs:
-        size = f"{job.spec.width}x{job.spec.height}"
-        size += f" x{job.spec.samples}" if job.spec.samples > 1 else ""
-        row = {
-            "job": Text(str(job.id)),
-            "state": Text(job.state, style=COLOURS.get(job.state, "cyan")),
-            "created": Text(_time(job.create_time)),
-            "model": Text(job.spec.model),
-            "size": Text(size),
-            "prompt": Text(job.spec.prompt.replace("\n", " "), no_wrap=True, overflow="ellipsis"),
-        }
-        for name, text in row.items():
-            columns[name].append(text)
-    if not columns["job"]:
+    if not jobs:
         click.echo("no jobs")
         return
-    console = _console()
-    shown = _columns_that_fit(columns, console.width)
-    table = _table(*shown)
-    for name, column in zip(shown, table.columns, strict=True):
-        if name != "prompt":  # only the prompt may be cut
-            column.no_wrap, column.min_width = True, _width(name, columns[name])
-    for row_texts in zip(*(columns[name] for name in shown), strict=True):
-        table.add_row(*row_texts)
+    console, rows = _console(), [_row(job) for job in jobs]
+    widths = {name: max(len(name), *(row[name].cell_len for row in rows)) for name in rows[0]}
+    widths["prompt"] = MIN_PROMPT_WIDTH
+    shown, left = {"job"}, console.width - widths["job"]
+    for name in JOB_COLUMNS_BY_USE:
+        left -= widths[name] + GAP
+        if left < 0:
+            break
+        shown.add(name)
+    table = _table(*(name for name in widths if name in shown))
+    for column in table.columns:
+        if column.header != "prompt":  # only the prompt may be cut
+            column.no_wrap, column.min_width = True, widths[str(column.header)]
+    for row in rows:
+        table.add_row(*(text for name, text in row.items() if name in shown))
     console.print(table, crop=False)
 
 
-def _columns_that_fit(columns: Mapping[str, list[Text]], width: int) -> list[str]:
-    """Returns the names of the columns to show, in order."""
-    left = width - _width("job", columns["job"])
-    chosen = {"job"}
-    for name in JOB_COLUMNS_BY_USE:
-        needed = MIN_PROMPT_WIDTH if name == "prompt" else _width(name, columns[name])
-        if needed + GAP > left:
-            break
-        left -= needed + GAP
-        chosen.add(name)
-    return [name for name in columns if name in chosen]
-
-
-def _width(name: str, texts: Iterable[Text]) -> int:
-    return max(len(name), *(text.cell_len for text in texts))
+def _row(job: Job) -> dict[str, Text]:
+    """Returns the columns of one job, in order."""
+    samples = f" x{job.spec.samples}" if job.spec.samples > 1 else ""
+    return {
+        "job": Text(str(job.id)),
+        "state": Text(job.state, style=COLOURS.get(job.state, "cyan")),
+        "created": Text(_time(job.create_time)),
+        "model": Text(job.spec.model),
+        "size": Text(f"{job.spec.width}x{job.spec.height}{samples}"),
+        "prompt": Text(job.spec.prompt.replace("\n", " "), no_wrap=True, overflow="ellipsis"),
+    }
 
 
 def show_capabilities(found: Capabilities) -> None:
@@ -190,46 +178,14 @@ def _steps(model: Model) -> str:
     return f"{model.default_num_inference_steps}" + (f" (at most {most})" if most else "")
 
 
-def _most(number: int, unit: str) -> str:
-    return f"{number} {unit}" if number else ""
-
-
-def _range(low: float, high: float) -> str:
-    if not high:
-        return ""
-    return f"{low} to {high}" if isinstance(high, int) else f"{low:g} to {high:g}"
-
-
 def _limits_table(limits: Limits) -> Table:
+    """Returns a row for each limit that the service reports, under its name in the API."""
     table = _table("limit", "")
-    low, high = limits.min_side_pixels, limits.max_side_pixels
-    retention = limits.retention_seconds
-    rows = {
-        "prompt": f"{limits.max_prompt_characters} characters",
-        "negative prompt": _most(limits.max_negative_prompt_characters, "characters"),
-        "width, height": f"{low} to {high} pixels, multiples of {limits.side_multiple}",
-        "samples": f"{limits.max_samples}",
-        "steps": f"{limits.max_num_inference_steps}",
-        "strength": _range(limits.min_strength, limits.max_strength),
-        "guidance": f"{limits.max_guidance_scale:g}",
-        "seed": _range(0, limits.max_seed),
-        "lora scale": _range(0, limits.max_lora_scale),
-        "preview every": _most(limits.max_preview_interval_steps, "steps"),
-        "annotations": _most(limits.max_annotations, "entries"),
-        "annotation name": _most(limits.max_annotation_name_characters, "characters"),
-        "annotation value": _most(limits.max_annotation_characters, "characters"),
-        "track id": _most(limits.max_track_id_characters, "characters"),
-        "address": _most(limits.max_url_characters, "characters"),
-        "init image": f"{limits.max_image_bytes / 2**20:.0f} MiB, "
-        f"{limits.max_image_pixels / 1e6:.0f} megapixels; "
-        + ", ".join(kind.removeprefix("image/") for kind in limits.init_image_media_types),
-        "message": f"{limits.max_message_bytes / 2**20:.0f} MiB",
-        "unfinished jobs": f"{limits.max_queued_jobs}",
-        "ended jobs are kept": "" if retention is None else f"{retention / 3600:g} hours",
-    }
-    for name, text in rows.items():
-        if text:
-            table.add_row(name, text)
+    for name, value in asdict(limits).items():
+        if value or name.startswith("min_"):
+            text = ", ".join(value) if isinstance(value, tuple) else f"{value:,.14g}"
+            text = f"{value:,}" if isinstance(value, int) else text
+            table.add_row(name.replace("_", " "), text)
     return table
 
 
