@@ -72,8 +72,9 @@ class _Client(Generic[ChannelT, InterceptorT]):
             self.endpoint = Endpoint.choose(server, api_key, tls, root_certificates)
         else:
             if not isinstance(channel, self._channel_class):
-                expected = f"{self._channel_class.__module__.partition('._')[0]}.Channel"
-                raise errors.invalid_type("channel", f"a {expected}", channel)
+                is_async = issubclass(self._channel_class, grpc.aio.Channel)
+                expected = "a grpc.aio.Channel" if is_async else "a grpc.Channel"
+                raise errors.invalid_type("channel", expected, channel)
             self.endpoint = Endpoint.of_channel(
                 api_key,
                 server=server,
@@ -150,9 +151,9 @@ class _Client(Generic[ChannelT, InterceptorT]):
         try:
             return method(request, timeout=timeout_seconds, metadata=self.endpoint.metadata)
         except (ValueError, grpc.aio.UsageError) as error:
-            if "channel" in str(error).lower():  # gRPC has no error of its own for a closed channel
-                raise errors.ClientClosedError from error
-            raise
+            if isinstance(error, ValueError) and "Cannot invoke RPC" not in str(error):
+                raise  # not gRPC's error for a closed channel
+            raise errors.ClientClosedError from error
 
 
 class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
@@ -187,6 +188,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
     def _start(self) -> None:
         self._channel = self._given_channel or self._open_channel()
         self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
+        self._is_channel_closed = False
         self._streams: WeakSet[BlockingCalls] = WeakSet()
         self.admin = Admin(self._channel, self._call)
         _clients.add(self)
@@ -216,6 +218,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         for calls in list(self._streams):
             calls.leave()
         if self._given_channel is None:
+            self._is_channel_closed = True
             self._channel.close()
 
     def generate(
@@ -259,7 +262,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
 
     def list(self, *states: State | str, page_size: int = 100) -> Iterator[Job]:
         """Yields the jobs that have not expired, newest first; with `states`, only those."""
-        request = requests.list_jobs(states, page_size)
+        request = requests.build(service_pb2.ListJobsRequest, page_size=page_size, states=[*states])
         while True:
             page = self._call(self._stub.ListJobs, request)
             yield from (read(Job, job) for job in page.jobs)
@@ -289,6 +292,8 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
                 time.sleep(delay)
 
     def _cancel_abandoned(self, job_name: str) -> None:
+        if self._is_channel_closed:  # gRPC crashes on a closed channel with interceptors
+            return
         # Ignored: the job has ended, the service cannot be reached, or the channel is closed.
         with suppress(grpc.RpcError, ValueError):
             self._stub.CancelJob(
@@ -383,7 +388,7 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
 
     async def list(self, *states: State | str, page_size: int = 100) -> AsyncIterator[Job]:
         """Yields the jobs that have not expired, newest first, as Client.list."""
-        request = requests.list_jobs(states, page_size)
+        request = requests.build(service_pb2.ListJobsRequest, page_size=page_size, states=[*states])
         while True:
             page = await self._call(self._stub.ListJobs, request)
             for job in page.jobs:
@@ -410,9 +415,9 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
                 except errors.RpcError as last:
                     raise await explain_async(last, self.endpoint) from failure
                 await asyncio.sleep(delay)
-            except asyncio.CancelledError as cancelled:
+            except (asyncio.CancelledError, grpc.aio.UsageError) as closed:
                 if not is_task_cancelled():  # closing the channel cancelled the call
-                    raise errors.ClientClosedError from cancelled
+                    raise errors.ClientClosedError from closed
                 raise
 
     async def _cancel_abandoned(self, job_name: str) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -25,7 +25,7 @@ from img2img_client.errors import (
     invalid,
     invalid_type,
 )
-from img2img_client.resources import Job, State
+from img2img_client.resources import Job
 from img2img_client.spec import CreateOptions, ImageSource, Options, StreamOptions
 
 MAX_MESSAGE_BYTES = 34 * 2**20  # the service's limit, see Limits.max_message_bytes
@@ -132,23 +132,6 @@ def watch_job(job: Job | str | int, after_sequence: int) -> service_pb2.WatchJob
     return build(service_pb2.WatchJobRequest, name=job_name(job), after_sequence=after_sequence)
 
 
-def list_jobs(states: Sequence[State | str], page_size: int) -> service_pb2.ListJobsRequest:
-    """Returns the request of the first page.
-
-    Raises:
-        InvalidArgumentError: a state does not exist, or page_size does not fit the protocol.
-    """
-    numbers = []
-    for state in states:
-        try:
-            numbers.append(job_pb2.Job.State.Value(f"STATE_{State(state).name}"))
-        except ValueError as error:
-            known = ", ".join(one for one in State if one is not State.UNSPECIFIED)
-            text = f"there is no state {state!r}; the states are {known}"
-            raise invalid("states", "NOT_SUPPORTED", text) from error
-    return build(service_pb2.ListJobsRequest, page_size=page_size, states=numbers)
-
-
 def job_name(job: Job | str | int) -> str:
     """Returns "jobs/10000001" for a Job, for that name, for "10000001" or for 10000001.
 
@@ -173,7 +156,7 @@ def _set_fields(message: Message, values: Mapping[str, Any]) -> list[Violation]:
             elif isinstance(value, Mapping):
                 getattr(message, name).update(value)
             elif isinstance(value, list):
-                getattr(message, name).extend(value)
+                getattr(message, name).extend(_wire(message, name, each) for each in value)
             else:
                 setattr(message, name, _wire(message, name, value))
         except (TypeError, ValueError, AttributeError):

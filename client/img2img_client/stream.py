@@ -18,6 +18,7 @@ from typing import Any, Self
 from weakref import ref
 
 import grpc
+import grpc.aio
 
 from img2img_client import errors
 from img2img_client.channel import Endpoint
@@ -225,9 +226,9 @@ class AsyncCalls(_Calls):
                         delay = self._delay(failure)
                     except errors.RpcError as last:
                         raise await explain_async(last, self._endpoint) from failure
-                except asyncio.CancelledError as cancelled:
-                    if not is_task_cancelled():  # closing the client cancelled the call
-                        raise errors.ClientClosedError from cancelled
+                except (asyncio.CancelledError, grpc.aio.UsageError) as closed:
+                    if not is_task_cancelled():  # closing the channel cancelled the call
+                        raise errors.ClientClosedError from closed
                     raise
                 call.cancel()
                 await asyncio.sleep(delay)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,17 +38,16 @@ class Unary(Generic[P, R]):
 
     def __init__(self, describe: Callable[Concatenate[Any, P], Rpc[R]]) -> None:
         self._describe = describe
-        self.__doc__ = describe.__doc__
 
     @overload
-    def __get__(self, instance: None, owner: type) -> Self: ...
+    def __get__(self, instance: None, owner: type) -> Callable[Concatenate[Any, P], Rpc[R]]: ...
     @overload
     def __get__(self, instance: Blocking, owner: type) -> Callable[P, R]: ...
     @overload
     def __get__(self, instance: Asyncio, owner: type) -> Callable[P, Coroutine[Any, Any, R]]: ...
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
-            return self
+            return self._describe  # for help() and the like
         describe = self._describe.__get__(instance)  # bound, so that its signature has no self
 
         @wraps(describe)

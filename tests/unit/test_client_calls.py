@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,13 @@ def test_capabilities_are_read(run: Run) -> None:
             max_strength=1.0,
         ),
     )
+
+
+def test_a_call_has_the_signature_and_the_documentation_of_a_method() -> None:
+    for kind in (api.Client, api.AsyncClient):
+        assert inspect.isfunction(kind.get)
+        assert inspect.getdoc(kind.get) == "Returns the current record of a job."
+        assert list(inspect.signature(kind.get).parameters) == ["self", "job"]
+        client = kind("127.0.0.1:1")
+        assert list(inspect.signature(client.cancel).parameters) == ["job"]
+        assert inspect.iscoroutinefunction(client.cancel) is (kind is api.AsyncClient)

@@ -114,15 +114,18 @@ def test_a_channel_that_its_owner_closed_is_a_closed_client() -> None:
             with pytest.raises(api.ClientClosedError):
                 use()
 
-    async def main() -> None:
-        channel = grpc.aio.insecure_channel("127.0.0.1:1")
-        async with AsyncClient(channel=channel) as client:
-            await channel.close()
-            for use in (lambda: client.get(1), lambda: client.watch(1).result()):
-                with pytest.raises(api.ClientClosedError):
-                    await use()
 
-    asyncio.run(main())
+@pytest.mark.parametrize("is_intercepted", [False, True])
+async def test_an_async_channel_that_its_owner_closed_is_a_closed_client(
+    is_intercepted: bool,
+) -> None:
+    interceptors = [AsyncCount([]), AsyncStreamCount([])] if is_intercepted else []
+    channel = grpc.aio.insecure_channel("127.0.0.1:1", interceptors=interceptors)
+    async with AsyncClient(channel=channel) as client:
+        await channel.close()
+        for use in (lambda: client.get(1), lambda: client.watch(1).result()):
+            with pytest.raises(api.ClientClosedError):
+                await use()
 
 
 def test_a_service_that_cannot_be_reached_is_reported_without_an_address() -> None:
