@@ -3,25 +3,25 @@
 #   docker build --target slim -t img2img-service:0.1.0-slim .   api and gateway, without torch
 #   docker build -t img2img-service:0.1.0 .                      all three
 #
-# Runs as a user without rights on a read-only root file system; a worker needs a writable /tmp. CUDA
-# comes with torch's own wheels, so the base is plain Python on any host with a driver.
-# The role `local` is not for containers: its NATS and S3 servers are left out.
+# The image runs as a user without privileges on a read-only root file system; a worker needs a writable
+# /tmp. torch's wheels contain CUDA, so the base is plain Python for any host with a driver. The role
+# `local` is not for containers: its NATS and S3 servers are left out.
 
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
-# sha256:… pins the very bytes of the base.
+# sha256:… pins the exact base image.
 ARG BASE_DIGEST=
 
 FROM ${BASE_IMAGE}${BASE_DIGEST:+@${BASE_DIGEST}} AS base
 
 
-# Where things are installed. Nothing of this stage but /opt/img2img gets into an image.
+# This stage installs the packages. Only its /opt/img2img becomes part of an image.
 FROM base AS slim-build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv /opt/pip \
  && python3 -m venv --without-pip /opt/img2img
 WORKDIR /src
-# The dependencies first: they change more rarely than the code. Wheels only, so there is nothing to
-# compile. The secret `pip` is a pip.conf for an index of your own.
+# Dependencies come first, because they change less often than the code. Only wheels are used, so nothing
+# is compiled. The secret `pip` is a pip.conf for an index of your own.
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 e = p['optional-dependencies']; own = p['name']; \
@@ -41,7 +41,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     -c constraints.txt -r worker.txt
 
 
-# What both images share.
+# The parts that both images share.
 FROM base AS runtime
 ARG VERSION=0.1.0
 ARG REVISION=unknown
@@ -56,7 +56,8 @@ LABEL org.opencontainers.image.title="img2img-service" \
       org.opencontainers.image.created="${CREATED}" \
       org.opencontainers.image.base.name="${BASE_IMAGE}" \
       org.opencontainers.image.base.digest="${BASE_DIGEST}"
-# In a container loopback reaches nobody. Caches of libraries may only lie where it is writable.
+# Roles listen on all addresses, because loopback is not reachable from outside of a container. Caches of
+# libraries must be in a writable folder.
 ENV PATH=/opt/img2img/bin:$PATH \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp HF_HOME=/tmp/huggingface \

@@ -1,13 +1,12 @@
-# One word per task. Everything that is installed stays in .venv/, node_modules/, .tools/ and
-# .img2img/.
-# Nothing here needs Docker or a GPU, and only image-test needs root. See CONTRIBUTING.md.
+# Everything that is installed stays in .venv/, node_modules/, .tools/ and .img2img/. No target needs
+# Docker or a GPU, and only image-test needs root. See CONTRIBUTING.md.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The first Python from 3.11 on that can make virtual environments.
+# The first Python from 3.11 on that can create virtual environments.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	2>/dev/null && echo $$python && break; done)
@@ -17,10 +16,10 @@ WITH_NPM := $(shell command -v npm 2>/dev/null)
 
 .PHONY: help setup gen check fix test gold chart demo serve images-test oracle bench image-test
 
-help: ## Show these words
+help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.local ## Turn examples/ into a new picture with the whole service, then stop
+demo: .venv/.local ## Turn a photo into an image with the whole service, then stop
 	@$(BIN)/python examples/demo.py
 
 serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
@@ -31,7 +30,7 @@ setup: .venv/.dev $(if $(WITH_NPM),node_modules/.installed) ## Install everythin
 test: setup .tools/helm ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: setup ## Lint, types, imports, stubs and pages; changes nothing
+check: setup ## Check lint, types, imports and generated files; change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -41,16 +40,16 @@ check: setup ## Lint, types, imports, stubs and pages; changes nothing
 	$(BIN)/python helm/generate.py --check
 	$(if $(WITH_NPM),node_modules/.bin/buf lint proto,@echo "skipped: buf lint (no npm here)")
 
-fix: setup ## Let the tools correct what they can
+fix: setup ## Correct lint and format errors
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gen: setup ## Write the stubs in proto/gen, docs/settings.md and the chart's schema and table
+gen: setup ## Write the generated files: stubs in proto/gen, docs/settings.md, the chart's schema and table
 	$(BIN)/python proto/generate.py
 	$(BIN)/python docs/generate_settings.py
 	$(BIN)/python helm/generate.py
 
-gold: setup .tools/helm ## Rewrite the golden files; look at the difference before you commit it
+gold: setup .tools/helm ## Rewrite the golden files; read the diff before you commit it
 	GOLD=1 $(BIN)/python -m pytest -k golden $(ARGS)
 
 chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
@@ -72,7 +71,7 @@ bench: setup ## Measure the service and the engine on this machine
 image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc)
 	PYTHONPATH=. $(BIN)/python .ci/image_test.py $(ARGS)
 
-# Stamps: nothing is installed again until what it depends on has changed.
+# Stamp files: a target installs again only after its prerequisites have changed.
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "img2img needs Python 3.11 or newer with venv" \

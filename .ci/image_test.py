@@ -39,10 +39,10 @@ PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
 TOOLS = ("buildah", "podman", "runc", "debootstrap")
 STORE = ["--root", str(FOLDER / "store"), "--runroot", str(FOLDER / "run")]
 PACKAGES = "ca-certificates,python3,python3-venv"
-FORBIDDEN = ("gcc", "cc", "g++", "make", "pip", "pip3")  # what no final layer may hold
+FORBIDDEN = ("gcc", "cc", "g++", "make", "pip", "pip3")  # programs that no final layer may contain
 START_SECONDS = 180.0
-# As Kubernetes would run them: no rights, a read-only root. The limits: podman's own defaults are
-# more than some machines give.
+# Roles run as Kubernetes would run them: no privileges, a read-only root. Limits are set because
+# podman's defaults are above those of some machines.
 PODMAN = (
     *("podman", *STORE, "--cgroup-manager=cgroupfs", "run", "--runtime=runc", "--rm"),
     *("--pull=never", "--network=host", "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096"),
@@ -52,7 +52,7 @@ PODMAN = (
 
 
 def run(*command: str) -> str:
-    """The command's output. Raises CalledProcessError."""
+    """Returns the output of a command. Raises CalledProcessError."""
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
 
 
@@ -61,7 +61,7 @@ def buildah(*arguments: str) -> str:
 
 
 def make_base() -> None:
-    """The base image in our own store; nothing to do when it is there."""
+    """Creates the base image in the store of this test if it is missing."""
     if PUBLIC_BASE in buildah("images", "--format", "{{.Name}}:{{.Tag}}"):
         return
     print("making the base image with debootstrap", flush=True)
@@ -76,7 +76,7 @@ def make_base() -> None:
 
 @contextmanager
 def pip_configuration() -> Iterator[list[str]]:
-    """What gives the build the pip configuration of this machine."""
+    """Yields the options that pass the pip configuration of this machine to the build."""
     listed = run(sys.executable, "-m", "pip", "config", "list")
     values = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
     named = re.findall(r"(?:^|[\s/])(/[\w.-]+/[\w.-]+)", " ".join(values.values()))
@@ -105,7 +105,7 @@ def build(target: str, base: str) -> str:
 
 
 def inspect(tag: str, *, torch: bool) -> None:
-    """Holds the image against what the Dockerfile promises."""
+    """Checks the promises of the Dockerfile."""
     template = (
         '{{.OCIv1.Config.User}} {{index .OCIv1.Config.Labels "org.opencontainers.image.title"}}'
     )
@@ -145,7 +145,7 @@ class Container:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Returns when its probe says that it is ready."""
+        """Returns when the readiness probe succeeds."""
         self._process = await asyncio.create_subprocess_exec(*self._command)
         url = f"http://127.0.0.1:{self._metrics_port}/readyz"
         async with asyncio.timeout(START_SECONDS), aiohttp.ClientSession() as session:
@@ -160,7 +160,7 @@ class Container:
                 await asyncio.sleep(0.1)
 
     async def stop(self) -> None:
-        """SIGTERM; a role ends with status 0."""
+        """Sends SIGTERM; the role must end with status 0."""
         assert self._process is not None
         command = ("podman", *STORE, "kill", "--signal=TERM", self._name)
         await asyncio.to_thread(run, *command)
@@ -180,7 +180,7 @@ async def running(container: Container) -> AsyncIterator[None]:
 
 
 async def quickstart(slim: str, full: str | None) -> None:
-    """One job through api, gateway and worker; api and gateway from the slim image."""
+    """Runs one job through api, gateway and worker; api and gateway from the slim image."""
     grpc_port, http_port = free_port(), free_port()
     with tempfile.TemporaryDirectory() as folder:
         async with LocalServers(Path(folder)) as engines, AsyncExitStack() as stack:
@@ -218,7 +218,7 @@ async def quickstart(slim: str, full: str | None) -> None:
 
 
 def make_key(tag: str, folder: Path) -> tuple[Path, str]:
-    """An API key, made by the image itself; its file may be read by the image's user."""
+    """Returns an API key that the image creates; the user of the image can read its file."""
     command = [*PODMAN, tag, "keys", "--tenant=test"]
     made = subprocess.run(command, check=True, text=True, capture_output=True)
     path = folder / "keys" / "keys.toml"
@@ -232,7 +232,7 @@ def make_key(tag: str, folder: Path) -> tuple[Path, str]:
 
 @asynccontextmanager
 async def own_worker(environment: dict[str, str]) -> AsyncIterator[None]:
-    """A worker from .venv, where only the slim image is tried."""
+    """Runs a worker from .venv, if only the slim image is tested."""
     ours = {k: v for k, v in environment.items() if "KEYS_FILE" not in k}
     ours["IMG2IMG_METRICS_PORT"] = "0"
     command = [sys.executable, "-m", "img2img_server", "worker"]

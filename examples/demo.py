@@ -1,14 +1,14 @@
-"""Starts the whole service on this machine, turns a photo into a picture with it, stops it again.
+"""Starts the whole service on this machine, turns a photo into an image, and stops the service.
 
-`make demo` runs this. It does what a person would do in two terminals:
+`make demo` runs this. It runs these commands, which could be run in two terminals:
 
     img2img-server local
     img2img generate --prompt "an oil painting of a cat" --init-image examples/cat.jpg \
         --strength 0.7 --seed 1 --output demo/output.png
 
-What the server prints goes to demo/server.log. It listens on free ports and keeps its state in
-.img2img/demo, so that it runs beside a service that is already there; settings of the environment
-win, except keys and certificates. Only the standard library is used here.
+The output of the server goes to demo/server.log. The server listens on free ports and keeps its
+state in .img2img/demo, so another service can run at the same time. Settings of the environment take
+precedence, except keys and certificates. This script uses only the standard library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 FOLDER = ROOT / "demo"
 LOG = FOLDER / "server.log"
-# What the server says on standard output once it may be used (its logs go elsewhere):
+# The line on standard output that reports that the server is ready (its logs go to stderr):
 # img2img is ready: gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8080 (docs at ...), API key dev-key
 READY = re.compile(rb"ready: gRPC (?P<address>[^\s,]+)")
 SETTINGS = {  # of the server, where the environment has none; port 0: any free one
@@ -47,7 +47,7 @@ TAIL_LINES = 15
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the sentence says why."""
+    """The demo cannot continue; the sentence says why."""
 
 
 @contextlib.asynccontextmanager
@@ -58,9 +58,9 @@ async def running(
     stderr: IO[bytes] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Process]:
-    """One of our commands; when the block is left early it is asked to stop, then waited for.
+    """Runs a command of this project; at the end of the block it is stopped and waited for.
 
-    It gets a session of its own, so that Ctrl-C reaches this script only, which then stops
+    The process has its own session, so that Ctrl-C reaches this script only, which then stops
     everything in order.
     """
     process = await asyncio.create_subprocess_exec(
@@ -88,10 +88,10 @@ async def running(
 
 
 async def until_ready(server: Process, log: IO[bytes]) -> str:
-    """Returns the server's address when it may be used.
+    """Returns the address of the server once it is ready.
 
     Raises:
-        DemoError: it ended, or it took longer than START_SECONDS.
+        DemoError: the server ended, or took longer than START_SECONDS.
     """
     assert server.stdout is not None
     try:
@@ -106,7 +106,7 @@ async def until_ready(server: Process, log: IO[bytes]) -> str:
 
 
 async def until_ended(server: Process, log: IO[bytes]) -> None:
-    """Logs what the server still prints. Raises DemoError when it has ended."""
+    """Logs the output of the server. Raises DemoError when the server has ended."""
     assert server.stdout is not None
     async for line in server.stdout:
         log.write(line)
@@ -127,7 +127,7 @@ async def generate(address: str) -> int:
 
 
 async def demo(log: IO[bytes]) -> None:
-    """Starts, makes the picture, stops. Raises DemoError."""
+    """Starts the service, creates the image and stops the service. Raises DemoError."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
     started = time.monotonic()
     command = ("img2img-server", "local")
@@ -150,7 +150,7 @@ async def demo(log: IO[bytes]) -> None:
 
 
 def log_end() -> str:
-    """Where the log is, and its last lines."""
+    """Returns the place of the log and its last lines."""
     lines = LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
     return "\n".join([f"The end of {LOG.relative_to(ROOT)}:", *(f"    {line}" for line in lines)])
 
@@ -161,7 +161,7 @@ def _cancel(task: asyncio.Task[None] | None) -> None:
 
 
 def main() -> int:
-    """Returns the exit code: 0 with a picture in demo/output.png."""
+    """Returns the exit code: 0 with an image in demo/output.png."""
     FOLDER.mkdir(exist_ok=True)
     OUTPUT.unlink(missing_ok=True)
     print("Starting the service: NATS, an S3 server, worker, api and gateway ...", flush=True)

@@ -1,6 +1,6 @@
-"""Fails unless FILE is a PNG of WIDTH x HEIGHT that was made from PHOTO: like it, but not the same.
+"""Fails unless FILE is a PNG of WIDTH x HEIGHT that was made from PHOTO: similar, but not equal.
 
-python .ci/check_picture.py FILE PHOTO WIDTH HEIGHT
+python .ci/check_image.py FILE PHOTO WIDTH HEIGHT
 """
 
 import sys
@@ -8,22 +8,22 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 
-LEAST_SPREAD = 10.0  # standard deviation of a channel, of 255; a blank picture has 0
-LEAST_CHANGE = 4.0  # mean difference from the photo, of 255; the photo itself has 0
-MOST_CHANGE = 60.0  # the same, both blurred; another picture altogether has more
+LEAST_SPREAD = 10.0  # standard deviation of a channel, of 255; a blank image has 0
+LEAST_CHANGE = 4.0  # mean difference from PHOTO, of 255
+MOST_CHANGE = 60.0  # mean difference of both blurred, of 255; an unrelated image has more
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference over all channels, of 255."""
+    """Returns the mean absolute difference over all channels, of 255."""
     means = ImageStat.Stat(ImageChops.difference(one, other)).mean
     return sum(means) / len(means)
 
 
 def main(file: str, photo: str, width: str, height: str) -> int:
-    """Returns 1 and says why when the picture is not as wanted."""
-    with Image.open(Path(file)) as picture, Image.open(Path(photo)) as source:
-        found = (picture.format, picture.size)
-        made = picture.convert("RGB")
+    """Returns 1 and prints the reason if the image is not as wanted."""
+    with Image.open(Path(file)) as image, Image.open(Path(photo)) as source:
+        found = (image.format, image.size)
+        made = image.convert("RGB")
         before = ImageOps.fit(source.convert("RGB"), made.size)
     spread = max(ImageStat.Stat(made).stddev)
     change = difference(made, before)
@@ -33,7 +33,7 @@ def main(file: str, photo: str, width: str, height: str) -> int:
         print(f"{file}: wanted a PNG of {width}x{height}, found {found}", file=sys.stderr)
         return 1
     if spread < LEAST_SPREAD:
-        print(f"{file}: the picture is blank (spread {spread:.1f})", file=sys.stderr)
+        print(f"{file}: the image is blank (spread {spread:.1f})", file=sys.stderr)
         return 1
     if change < LEAST_CHANGE or coarse_change > MOST_CHANGE:
         print(f"{file}: differs by {change:.1f}, blurred {coarse_change:.1f}", file=sys.stderr)
