@@ -1,10 +1,10 @@
-"""What a job costs the bus: messages and bytes of each side, and the time of each operation.
+"""Measures the load of a job on NATS: messages and bytes of each side, the time of each operation.
 
-    python -m benchmarks.bus            one nats-server, everything kept once
-    python -m benchmarks.bus --cluster  three on this machine, everything kept three times
+    python -m benchmarks.bus            one nats-server, one replica
+    python -m benchmarks.bus --cluster  three on this machine, three replicas
 
 A job is the photo of examples/ at 512x512 with 14 steps: api and worker are the real ones, the
-engine is the one of the tests, so that nothing but the service itself is counted. Messages and
+engine is that of the tests, so that only the service itself is measured. Messages and
 bytes are counted by the clients (`nc.stats`); CPU time is that of the servers' processes.
 """
 
@@ -44,7 +44,7 @@ STATS = ("out_msgs", "out_bytes", "in_msgs", "in_bytes")
 
 @asynccontextmanager
 async def servers(folder: Path, *, cluster: bool) -> AsyncIterator[Settings]:
-    """The bus, and settings for it."""
+    """Yields settings for running NATS servers."""
     if cluster:
         async with nats_cluster(folder) as running:
             yield settings(nats_url=running.url, nats_replicas=3, queue_limit=2 * OPERATIONS)
@@ -63,7 +63,7 @@ def link_of(bus: Bus) -> NatsConnection:
 
 
 def cpu_seconds() -> float:
-    """Of all nats-servers that we started."""
+    """Returns the CPU time of all started nats-servers."""
     times = [
         child.cpu_times()
         for child in psutil.Process().children(recursive=True)
@@ -73,7 +73,7 @@ def cpu_seconds() -> float:
 
 
 async def jobs(config: Settings) -> dict[str, Any]:
-    """Whole jobs: what crosses each connection for one of them."""
+    """Runs whole jobs; returns messages and bytes of each connection for one job."""
     async with connect_bus(config) as api_bus, connect_bus(config) as worker_bus:
         links = {"api": link_of(api_bus), "worker": link_of(worker_bus)}
         async with (
@@ -105,12 +105,12 @@ async def jobs(config: Settings) -> dict[str, Any]:
         "jobs_per_second": round(JOBS / took, 1),
         "server_cpu_ms": round(1000 * cpu / JOBS, 2),
         "init_image_bytes": PHOTO.stat().st_size,
-        "inline_picture_bytes": inline_bytes,
+        "inline_image_bytes": inline_bytes,
     }
 
 
 async def operation(do: Callable[[int], Awaitable[object]]) -> dict[str, float]:
-    """One after the other: milliseconds. Then 32 at once: how many a second, the servers' CPU."""
+    """Measures milliseconds one after the other, then the rate and servers' CPU with 32 at once."""
     for number in range(5):
         await do(number)
     began = time.monotonic()
@@ -134,9 +134,9 @@ async def operation(do: Callable[[int], Awaitable[object]]) -> dict[str, float]:
 
 
 async def operations(config: Settings) -> dict[str, Any]:
-    """The operations that a job is made of."""
+    """Measures the operations of a job."""
     step = StepFinished(sample=0, step=1, total=14, sigma=1.0)
-    picture = PHOTO.read_bytes()
+    image = PHOTO.read_bytes()
     async with connect_bus(config) as bus:
         link = link_of(bus)
 
@@ -144,7 +144,7 @@ async def operations(config: Settings) -> dict[str, Any]:
             await (await bus.events.open(number, fresh=True)).append(step)
 
         async def put(number: int) -> None:
-            job = QueuedJob(job_id=number, tenant="t", init_image=picture)
+            job = QueuedJob(job_id=number, tenant="t", init_image=image)
             await bus.queue.put(job, "m", Lane.BATCH)
 
         async def pull(_: int) -> None:
@@ -168,7 +168,7 @@ async def operations(config: Settings) -> dict[str, Any]:
             "append an event": append,
             "write a record (1 kB)": write,
             "read a record": read,
-            f"queue a job ({len(picture) // 1000} kB)": put,
+            f"queue a job ({len(image) // 1000} kB)": put,
             "pull and ack a job": pull,
             "open and close a watch": watch,
         }

@@ -7,10 +7,10 @@ import sys
 
 
 def end_on_sigterm() -> None:
-    """Lets a SIGTERM leave no process behind. For the main thread."""
+    """Ends child processes on SIGTERM. Must be called on the main thread."""
 
     def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two signals
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, end)

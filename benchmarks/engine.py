@@ -1,14 +1,14 @@
-"""The engine against the stock pipeline of diffusers under the same mixed load.
+"""Compares the engine with the stock pipeline of diffusers under the same mixed load.
 
-Compared on one model and device: (a) the stock pipeline, one request at a time; (b) the stock
-pipeline in batches of what may share a call; (c) a LitServe server with its dynamic batching around
-the stock pipeline, asked over HTTP; (d) this engine. Each has a process of its own with the same
-threads. Load 1.0 is what (a) can just serve; in `saturated` all requests of a round wait from the
-start, so that what is measured is throughput.
+Four systems run one model on one device: (a) the stock pipeline, one request at a time; (b) the
+stock pipeline in batches of requests that can share a call; (c) a LitServe server with its dynamic
+batching around the stock pipeline, called over HTTP; (d) this engine. Each has its own process with
+the same number of threads. Load 1.0 is the rate that (a) can just serve; in `saturated` all
+requests of a round wait from the start, which measures throughput.
 
-A load is served in rounds: the same requests by each system, one system after the other, who goes
-first changing from round to round, so that a machine that slows down slows all of them. The
-report keeps the numbers of every round beside those of all rounds together.
+A load is served in rounds: each system serves the same requests, one system after the other. The
+first system changes from round to round, so that a machine that becomes slower slows all of them.
+The report has the numbers of every round and of all rounds together.
 
     python -m benchmarks.engine [--model DIR] [--requests 30] [--rounds 3] [--loads 0.5 0.9]
 """
@@ -39,7 +39,7 @@ from img2img_server.engine.model_spec import read_model_spec
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole report."""
+    """Returns the whole report."""
     spec = read_model_spec(arguments.model)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = arguments.requests, arguments.loads, arguments.sides, arguments.rounds
     for name, found in compare(servers, *sizes):
         report["results"][name] = found
-        write(report, arguments.output, markdown)  # whatever becomes of the next one
+        write(report, arguments.output, markdown)  # also if the next one fails
     return report
 
 
@@ -72,7 +72,7 @@ def place_of(source: str, device: torch.device, dtype: torch.dtype, rows: int) -
 
 
 def systems(place: Place, litserve: bool = True) -> dict[str, Server]:
-    """What is compared; LitServe if wanted."""
+    """Returns the systems to compare, LitServe if requested."""
     found: dict[str, Server] = {
         "(a) stock, one at a time": RemoteServer(StockOf(place, 1)),
         "(b) stock, static batches": RemoteServer(StockOf(place, place.rows)),
@@ -92,11 +92,11 @@ def compare(
     rounds: int = 1,
     seconds: float = math.inf,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Serves every load with every system: its name, summaries by system. Stops the systems.
+    """Serves every load with every system; yields the load and the summaries. Stops the systems.
 
     Args:
         count: requests of a round.
-        seconds: fewer requests, but eight, where the first system alone works longer for them.
+        seconds: limit of the first system's work; fewer requests, but at least eight, fit it.
     """
     try:
         for server in servers.values():
@@ -117,7 +117,7 @@ def compare(
 def _serve(
     servers: dict[str, Server], loads: Sequence[Sequence[Request]], pace: float
 ) -> dict[str, dict[str, Any]]:
-    """Each load by each system in turn: the first one of a round is the last one of the next."""
+    """Serves a load with each system in turn: the first one of a round is the last of the next."""
     served: dict[str, list[Served]] = {label: [] for label in servers}
     line = list(servers.items())
     for load in loads:
@@ -136,7 +136,7 @@ def _serve(
 
 
 def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What was measured on, with versions."""
+    """Returns the hardware and the versions of libraries."""
     is_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else _cpu_model(),
@@ -166,7 +166,7 @@ def _cpu_model() -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as tables for people."""
+    """Returns the report as Markdown tables."""
     head = f"Model {report['model']}, {report['rounds']} rounds of {report['requests']} requests, "
     head += f"{report['what']}; sides {report['sides']}, at most {report['rows']} rows. "
     head += facts(report["hardware"])
@@ -178,7 +178,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs, prints the tables, writes JSON and Markdown."""
+    """Runs the benchmark; prints the tables and writes JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
     parser.add_argument("--device", default="auto")

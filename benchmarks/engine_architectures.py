@@ -47,7 +47,7 @@ _UNETS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    # Not a real one: lets the benchmark itself be tried in seconds.
+    # Not a real architecture: tests the benchmark itself in seconds.
     "toy": {
         **_SD_BLOCKS,
         "block_out_channels": (32, 32, 64, 64),
@@ -63,7 +63,7 @@ _VAE_CHANNELS = (128, 256, 512, 512)
 
 
 def build(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """An image-to-image pipeline on the device. `folder`: for the tokenizer's files."""
+    """Returns an image-to-image pipeline on the device. `folder`: for the tokenizer's files."""
     return ARCHITECTURES[name](name, folder, device, dtype)
 
 
@@ -158,7 +158,7 @@ def _scheduler() -> EulerDiscreteScheduler:
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """Of single letters: what a prompt says does not matter for speed."""
+    """Returns a tokenizer of single letters: the words of a prompt do not matter for speed."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = [
         *letters,

@@ -1,4 +1,4 @@
-"""How long the networks of a pipeline run, whoever calls them."""
+"""Measures the time that the networks of a pipeline run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class Clock:
     """Adds up the seconds in UNet, autoencoder and text encoders of one pipeline.
 
-    On a GPU calls return before the work is done: there it tells nothing.
+    On a GPU, calls return before the work is done, so the sum has no meaning there.
     """
 
     def __init__(self, pipeline: Any) -> None:

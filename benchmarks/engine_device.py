@@ -1,14 +1,14 @@
-"""What a device makes of the real architectures: random weights, made in place, nothing to load.
+"""Measures the real architectures on a device, with random weights and without downloads.
 
-Weights do not matter for speed. What matters most comes first: for every architecture time and rate
-of a UNet step by batch size and the end-to-end time of one request of 1 to 4 steps; then the
-systems of benchmarks.engine under the mixed load; then requests and steps compiled. Every part has
-a process and a time limit of its own, and the budget ends all of them: what fails or has no time
-costs nothing else and is named. The report, JSON and Markdown, is written anew after every number.
+Weights do not matter for speed. The most important parts come first: for every architecture time
+and rate of a UNet step by batch size and the end-to-end time of one request of 1 to 4 steps; then
+the systems of benchmarks.engine under the mixed load; then requests and steps compiled. Every part
+has a process and a time limit of its own, and the budget ends all of them: what fails or has no
+time does not affect the others and is named. The report is written again after every number.
 
     python -m benchmarks.engine_device --output FILE.json [--budget 540]
 
-On a machine that has torch only, benchmarks/device.sh brings what is missing.
+On a machine that has only torch, benchmarks/device.sh provides the other packages.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ Work = Callable[[], Iterable[tuple[str, Rows]]]
 ARCHITECTURES = ("sd-turbo", "sdxl-turbo", "sd15", "toy")
 HARDWARE = "hardware"
 LOAD = "mixed load, "
-# In this order, with the seconds that each may take.
+# The parts in order, with the time limit of each in seconds.
 LIMITS = {"eager": 90.0, "mixed load": 180.0, "compiled request": 120.0, "compiled steps": 150.0}
 _STOP_SECONDS = 15.0
 
 
 class PartError(Exception):
-    """A part did not come to its end; the text says why."""
+    """A part did not finish; the text says why."""
 
 
 class Report:
-    """What was found, what failed, and what is not done yet: a kill at any time leaves it true.
+    """Results, failures and parts that are not finished; it is correct even after a kill.
 
     Args:
-        output: of the JSON; the Markdown lies beside it. None: kept in memory only.
+        output: path of the JSON; the Markdown is next to it. None: in memory only.
     """
 
     def __init__(self, parts: Iterable[str], output: Path | None) -> None:
@@ -61,7 +61,7 @@ class Report:
         self._output = output
 
     def run(self, architecture: str, part: str, work: Work, seconds: float) -> None:
-        """Notes what a part finds, as it finds it, and how it fails."""
+        """Records the results of a part as they come, and its failure."""
         name, began = f"{architecture}: {part}", time.monotonic()
         self.found["left_out"].remove(name)
         try:
@@ -79,10 +79,10 @@ class Report:
 
 
 def bounded(work: Work, seconds: float) -> Iterator[tuple[str, Rows]]:
-    """What `work` yields in a process of its own, which is ended after so many seconds.
+    """Yields the results of `work` in its own process, which is ended after so many seconds.
 
     Raises:
-        PartError: it raised, died or had not enough time.
+        PartError: the work raised, its process died, or the time was not enough.
     """
     context = multiprocessing.get_context("spawn")
     end, other = context.Pipe(duplex=False)
@@ -115,21 +115,21 @@ def _work(end: Connection, work: Work) -> None:
     try:
         for found in work():
             end.send(found)
-    except Exception:  # whatever it is, the other parts go on
+    except Exception:  # any error: the other parts continue
         end.send(traceback.format_exc()[-2000:])
 
 
 def _part(
     part: str, architecture: str, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, Rows]]:
-    # Takes seconds, which are the budget's.
+    # This takes seconds of the budget.
     from benchmarks.engine_device_parts import PARTS
 
     return PARTS[part](architecture, arguments)
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as tables for people."""
+    """Returns the report as Markdown tables."""
     lines = [
         facts(report[HARDWARE]),
         "",
@@ -152,7 +152,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plan(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """Architecture and part, in the order in which they run."""
+    """Yields architecture and part in the order in which they run."""
     parts = [part for part in LIMITS if arguments.compile or not part.startswith("compiled")]
     return [
         (architecture, part)
@@ -162,7 +162,7 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs within the budget, prints, writes JSON and Markdown."""
+    """Runs within the budget; prints and writes JSON and Markdown."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__)
     names: dict[str, Any] = {"choices": ARCHITECTURES}

@@ -29,7 +29,7 @@ Found = Iterator[tuple[str, dict[str, Any]]]
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of one call, the device waited for."""
+    """Returns the median time of a call, including the wait for the device."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -48,14 +48,14 @@ def seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> floa
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of one large matrix product."""
+    """Returns the TFLOP/s of one large matrix product."""
     side = 8192 if device.type == "cuda" else 1024
     one = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / seconds(lambda: one @ one, device, 10) / 1e12
 
 
 def eager(name: str, arguments: argparse.Namespace) -> Found:
-    """Steps by batch size, and single requests."""
+    """Measures steps by batch size, and single requests."""
     bench = Bench(name, arguments)
     yield bench.hardware
     yield from bench.steps("UNet step by rows, eager", arguments.batches)
@@ -63,7 +63,7 @@ def eager(name: str, arguments: argparse.Namespace) -> Found:
 
 
 def mixed_load(name: str, arguments: argparse.Namespace) -> Found:
-    """The systems of benchmarks.engine."""
+    """Compares the systems of benchmarks.engine."""
     device = choose_device(arguments.device)
     place = place_of(name, device, choose_dtype(arguments.dtype, device), arguments.rows)
     servers = systems(place, arguments.litserve)
@@ -74,7 +74,7 @@ def mixed_load(name: str, arguments: argparse.Namespace) -> Found:
 
 
 def compiled_request(name: str, arguments: argparse.Namespace) -> Found:
-    """Single requests, as the engine compiles them."""
+    """Measures single requests, compiled as in the engine."""
     bench = Bench(name, arguments)
     options = ModelOptions(compile=Compile.WHOLE)
     accelerate(bench.pipeline.unet, options)
@@ -82,7 +82,7 @@ def compiled_request(name: str, arguments: argparse.Namespace) -> Found:
 
 
 def compiled_steps(name: str, arguments: argparse.Namespace) -> Found:
-    """Steps, as the engine compiles them."""
+    """Measures steps, compiled as in the engine."""
     bench = Bench(name, arguments)
     accelerate(bench.pipeline.unet, ModelOptions(compile=Compile.WHOLE))
     yield from bench.steps("UNet step by rows, compiled", arguments.compiled_batches)
@@ -106,7 +106,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             self.pipeline = build(name, Path(folder), self._device, self._dtype)
         self._rate = matrix_rate(self._device, self._dtype)
-        self._flops = self._count()  # before anything is compiled: the counter sees through nothing
+        self._flops = self._count()  # before compiling: the counter does not see compiled code
 
     @property
     def hardware(self) -> tuple[str, dict[str, str]]:
@@ -116,7 +116,7 @@ class Bench:
 
     @torch.inference_mode()
     def steps(self, title: str, batches: Sequence[int]) -> Found:
-        """Milliseconds and TFLOP/s of a step, and its share of the device's matrix rate."""
+        """Yields milliseconds and TFLOP/s of a step, and its share of the device's matrix rate."""
         denoiser = DiffusersDenoiser(self.pipeline)
         for batch in batches:
             inputs = self._inputs(denoiser, batch)
@@ -134,8 +134,9 @@ class Bench:
             yield title, {str(batch): row}
 
     def requests(self, title: str, options: ModelOptions) -> Found:
-        """Milliseconds of one unguided request alone; the median of five, after two others."""
-        # A clock would be in the compiler's way; one row keeps it from building other batches.
+        """Yields milliseconds of an unguided request alone: the median of five after two others."""
+        # No clock, which would disturb the compiler; one row, so that no other batches are
+        # compiled.
         server = EngineServer(self.pipeline, None, 1, options)
         for steps in (1, 2, 3, 4):
             one = Request(0, 0.0, self._side, 1.0, steps, 1.0, "a harbour at dusk")
@@ -146,7 +147,7 @@ class Bench:
 
     @torch.inference_mode()
     def _count(self) -> int:
-        """FLOPs of a forward of one row."""
+        """Returns the FLOPs of a forward of one row."""
         denoiser = DiffusersDenoiser(self.pipeline)
         with FlopCounterMode(display=False) as counter:
             denoiser.denoise(*self._inputs(denoiser, 1))

@@ -1,4 +1,4 @@
-"""LitServe as one of the benchmark's systems. Its packages lie apart from ours, in .img2img/."""
+"""LitServe as one of the benchmark's systems. Its packages are in .img2img/."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _START_SECONDS = 240.0
 
 
 def install() -> bool:
-    """Puts LitServe where the server finds it, if it is not there. Prints why when it cannot."""
+    """Installs LitServe if it is missing. Prints the reason if that fails."""
     pinned = ROOT / "benchmarks" / "litserve.txt"
     done = PACKAGES / ".installed"
     if importlib.util.find_spec("litserve"):
@@ -48,22 +48,22 @@ def install() -> bool:
 
 
 class LitServeServer:
-    """The process, and the HTTP clients of a load.
+    """The process of LitServe, and the HTTP clients of a load.
 
-    Its processes look for work many times a second: a fifth of a core while nobody asks. They are
-    stopped while others are measured.
+    Its processes poll for work many times a second, which takes a fifth of a core when idle. They
+    are paused while other systems are measured.
 
     Args:
-        log: file of what the process prints.
+        log: file for the output of the process.
     """
 
     def __init__(self, place: Place, log: Path) -> None:
         self._port = free_port()
         arguments = [place.source, self._port, place.rows, place.threads, place.device, place.dtype]
         names = [str(argument) for argument in arguments]
-        # Its own packages come before ours; torch and diffusers are the same.
+        # Its own packages come first; torch and diffusers are shared.
         paths = [str(PACKAGES), str(ROOT), *(path for path in sys.path if path)]
-        wait_briefly()  # as all others
+        wait_briefly()  # as for the other systems
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         with log.open("wb") as output:
@@ -125,10 +125,10 @@ class LitServeServer:
             os.killpg(self._process.pid, number)
 
     def _ask(self, request: Request, start: float) -> tuple[Outcome, dict[str, Any]]:
-        asked = replace(request, arrival=0.0)  # its clock is not the server's
+        asked = replace(request, arrival=0.0)  # its clock differs from the server's
         figures = self._post(asdict(asked))
         now = time.perf_counter() - start
-        assert figures.pop("picture")
+        assert figures.pop("image")
         return Outcome(request, now, now), figures
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:

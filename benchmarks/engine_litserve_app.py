@@ -1,4 +1,4 @@
-"""A LitServe server with its dynamic batching around the stock pipeline: its own process.
+"""Runs LitServe with its dynamic batching around the stock pipeline, in its own process.
 
 python -m benchmarks.engine_litserve_app PIPELINE PORT ROWS THREADS DEVICE DTYPE
 """
@@ -23,7 +23,7 @@ BATCH_TIMEOUT_SECONDS = 0.05
 
 
 class Img2Img(litserve.LitAPI):
-    """Takes what LitServe gathers and makes each kind in a call: the pipeline cannot mix them."""
+    """Runs the requests that LitServe collects, one call for each kind: calls cannot mix kinds."""
 
     def __init__(self, place: Place) -> None:
         super().__init__(max_batch_size=place.rows, batch_timeout=BATCH_TIMEOUT_SECONDS)
@@ -42,23 +42,23 @@ class Img2Img(litserve.LitAPI):
 
     def predict(self, x: list[Request]) -> list[dict[str, Any]]:
         began = time.perf_counter()
-        pictures = {}
+        images = {}
         for first in x:
-            if first.number not in pictures:
+            if first.number not in images:
                 group = [request for request in x if kind(request) == kind(first)]
                 made = self._stock.run(group)
-                pictures |= {r.number: picture for r, picture in zip(group, made, strict=True)}
+                images |= {r.number: image for r, image in zip(group, made, strict=True)}
         self._busy += time.perf_counter() - began
         figures = {"busy": self._busy, "networks": self._clock.seconds}
-        return [{"picture": pictures[request.number], **figures} for request in x]
+        return [{"image": images[request.number], **figures} for request in x]
 
     def unbatch(self, output: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return list(output)
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
         file = io.BytesIO()
-        output["picture"].save(file, "JPEG", quality=95)
-        return {**output, "picture": base64.b64encode(file.getvalue()).decode()}
+        output["image"].save(file, "JPEG", quality=95)
+        return {**output, "image": base64.b64encode(file.getvalue()).decode()}
 
 
 def main() -> None:

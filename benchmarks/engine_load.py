@@ -1,4 +1,4 @@
-"""The mixed load of the engine benchmark: Poisson arrivals of requests with little in common."""
+"""The mixed load of the engine benchmark: Poisson arrivals of different requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from img2img_server.domain.strength import StrengthRule
 
 STEPS = (4, 8, 16, 30)
-# In tenths, as people set it: so that now and then two requests may share a call of the pipeline.
+# Strengths are in tenths, as users set them, so that some requests can share a call of the
+# pipeline.
 STRENGTHS = tuple(tenth / 10 for tenth in range(3, 10))
 PROMPTS = ("an oil painting of a harbour", "a pencil sketch", "a watercolour garden", "a mosaic")
 
@@ -32,7 +33,7 @@ class Request:
 
     @property
     def forwards(self) -> int:
-        """UNet forwards it needs."""
+        """Returns the number of UNet forwards."""
         steps = StrengthRule.FLOOR.denoising_steps(self.strength, self.num_inference_steps)
         return steps * (2 if self.guidance_scale > 1 else 1)
 
@@ -43,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request. Seconds after the start; `first_look`: first preview or picture."""
+    """Times of a request, in seconds after the start; `first_look`: first preview or image."""
 
     request: Request
     first_look: float
@@ -56,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Served:
-    """What serving a load gave. `busy`: seconds of work; `networks`: those of them in networks."""
+    """Outcomes of a load. `busy`: seconds of work; `networks`: seconds of them in networks."""
 
     outcomes: list[Outcome]
     busy: float
@@ -64,10 +65,10 @@ class Served:
 
 
 def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0) -> list[Request]:
-    """A load of `count` requests, `rate` of them a second; None: all at once.
+    """Returns a load of `count` requests, `rate` of them a second; None: all at once.
 
-    Arrivals are those of a Poisson process with so many of them in `count / rate` seconds: few
-    requests would otherwise come at quite another rate. Numbers differ from those of other seeds.
+    Arrivals are those of a Poisson process under the condition that `count` of them come in
+    `count / rate` seconds, because few requests would otherwise have quite another rate.
     """
     rng = random.Random(seed)
     found, now = [], 0.0
@@ -89,13 +90,13 @@ def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Nearest rank."""
+    """Returns the percentile by the nearest rank."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
 
 
 def merged(rounds: Sequence[Served]) -> Served:
-    """Several loads as if they had been served one after the other, with nothing in between."""
+    """Returns several loads as one, as if served one after the other without pauses."""
     outcomes, offset = [], 0.0
     for served in rounds:
         first = min(o.request.arrival for o in served.outcomes)
@@ -109,16 +110,16 @@ def merged(rounds: Sequence[Served]) -> Served:
 
 
 def span(served: Served) -> float:
-    """Seconds from the first arrival to the last picture."""
+    """Returns the seconds from the first arrival to the last image."""
     outcomes = served.outcomes
     return max(o.finished for o in outcomes) - min(o.request.arrival for o in outcomes)
 
 
 def behind_long(load: Sequence[Request], pace: float) -> set[int]:
-    """Numbers of the short requests that come when a long one could not be done yet.
+    """Returns the numbers of the short requests that arrive before a long one can be finished.
 
-    A third of the requests is short, the third with the fewest pixels x forwards, and a third is
-    long. The same for every system: it depends on what arrives when, not on who serves it.
+    The third of the requests with the fewest pixels x forwards is short, the third with the most is
+    long. The result depends on the arrivals, not on the system that serves them.
 
     Args:
         pace: seconds a pixel x forward takes the stock pipeline.
@@ -136,13 +137,13 @@ def behind_long(load: Sequence[Request], pace: float) -> set[int]:
 
 
 def summary(served: Served, behind: Collection[int] = ()) -> dict[str, float]:
-    """Latencies and work in seconds, throughput in pictures a second.
+    """Returns latencies and work in seconds, and the throughput in images a second.
 
-    Short requests are the third that needs the fewest pixels x forwards; those in `behind` among
-    them came behind a long one. `throughput` counts to the last picture: of a load below
-    saturation it says how fast requests came. `device_seconds`: work a picture; its inverse is
-    what the system could serve. `overhead`: work beyond UNet, autoencoder and text encoders as a
-    share of theirs; of no meaning on a GPU, where calls return early.
+    Short requests are the third with the fewest pixels x forwards; those in `behind` arrived behind
+    a long one. `throughput` counts to the last image; below saturation it is the rate of arrivals.
+    `device_seconds`: work for an image; its inverse is the rate that the system could serve.
+    `overhead`: work beyond UNet, autoencoder and text encoders as a share of theirs; it has no
+    meaning on a GPU, where calls return early.
     """
     outcomes = served.outcomes
     latencies = [outcome.latency for outcome in outcomes]

@@ -1,6 +1,6 @@
-"""Memory of one engine on the CPU over thousands of jobs with the model that ships.
+"""Measures the memory of an engine on the CPU over thousands of jobs with the model that ships.
 
-Small pictures of several sizes, all samplers, every prompt a new one, some jobs cancelled. Exits
+Small images of several sizes, all samplers, every prompt a new one, some jobs cancelled. Exits
 with 1 when resident memory grows by 20 MB or more after the warm-up.
 
     python -m benchmarks.engine_memory [--jobs 2000] [--output FILE.json]
@@ -29,18 +29,18 @@ from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.malloc import keep_freed_memory
 
 BOUND_BYTES = 20_000_000
-# Fills the caches of prompts (128) and schedules, and the allocator's own.
+# Fills the caches of prompts (128) and schedules, and those of the allocator.
 WARM_UP_JOBS, WAVE = 400, 20
 _SIDES = (32, 48, 64)
 
 
 def job(number: int) -> EngineJob:
-    """One of many, none like the one before."""
+    """Returns a job; each one differs from the one before."""
     return EngineJob(
         job_id=number,
         tenant=f"tenant {number % 3}",
         lane=Lane.BATCH if number % 5 == 0 else Lane.REALTIME,
-        prompt=f"picture {number}",
+        prompt=f"image {number}",
         negative_prompt=f"not {number}" if number % 4 == 0 else "",
         init_image=photo(_SIDES[number % len(_SIDES)]),
         strength=(0.5, 0.75, 1.0)[number % 3],
@@ -70,7 +70,7 @@ def run_wave(engine: DiffusionEngine, first: int) -> None:
 
 
 def measure(jobs: int) -> dict[str, object]:
-    """The report. Memory in bytes, after the warm-up, at the end, and the most in between."""
+    """Returns the report: memory in bytes after the warm-up, at the end, and the maximum."""
     spec = read_model_spec("")
     device, dtype = torch.device("cpu"), torch.float32
     keep_freed_memory()  # as a worker does
@@ -87,7 +87,7 @@ def measure(jobs: int) -> dict[str, object]:
     finally:
         engine.stop()
     return {
-        "what": "resident memory of one engine, the model that ships, pictures of 32 to 64 pixels",
+        "what": "resident memory of one engine, the model that ships, images of 32 to 64 pixels",
         "warm_up_jobs": WARM_UP_JOBS,
         "jobs": len(seen) * WAVE,
         "seconds": round(time.perf_counter() - began, 1),
@@ -100,7 +100,7 @@ def measure(jobs: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Runs, prints, writes JSON and judges."""
+    """Runs the jobs, prints and writes JSON; returns 1 if memory grew too much."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--output", type=Path)

@@ -1,4 +1,4 @@
-"""Each compared system in a process of its own, so that none shares threads or memory."""
+"""Runs each compared system in its own process, so that they share no threads or memory."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Server(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends what it runs."""
+        """Stops the system."""
         ...
 
 
 @dataclass(frozen=True)
 class Place:
-    """What every system gets: the model, the device, the threads of torch, the rows of a batch.
+    """The same for every system: the model, the device, the threads of torch, the rows of a batch.
 
     `source`: a diffusers directory, or the name of an architecture with random weights.
     """
@@ -49,13 +49,13 @@ class Place:
     rows: int
 
     def settle(self) -> None:
-        """Makes this process what our worker's is."""
+        """Configures this process like that of a worker."""
         torch.set_num_threads(self.threads)
         if self.device == "cpu":
             keep_freed_memory()
 
     def pipeline(self) -> Any:
-        """The pipeline, from files or made in place."""
+        """Returns the pipeline, from files or with random weights."""
         device, dtype = torch.device(self.device), getattr(torch, self.dtype)
         if self.source in ARCHITECTURES:
             with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ class Place:
 
 @dataclass(frozen=True)
 class StockOf:
-    """Makes the stock pipeline's server; `most`: requests in one call."""
+    """Creates the server of the stock pipeline; `most`: requests in one call."""
 
     place: Place
     most: int
@@ -77,7 +77,7 @@ class StockOf:
 
 @dataclass(frozen=True)
 class EngineOf:
-    """Makes ours."""
+    """Creates the server of this engine."""
 
     place: Place
 
@@ -93,7 +93,7 @@ class RemoteServer:
     """A system in its process, which begins to load at once."""
 
     def __init__(self, make: StockOf | EngineOf) -> None:
-        wait_briefly()  # it inherits that
+        wait_briefly()  # inherited by the process
         context = multiprocessing.get_context("spawn")
         self._end, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, make), daemon=True)
@@ -117,7 +117,7 @@ class RemoteServer:
 
 
 def _serve(end: Connection, make: StockOf | EngineOf) -> None:
-    """In the process: one load after the other, until the other end is closed."""
+    """Serves one load after the other in the process, until the connection is closed."""
     make.place.settle()
     server = make()
     try:
@@ -128,7 +128,7 @@ def _serve(end: Connection, make: StockOf | EngineOf) -> None:
                 return
             try:
                 end.send(server.serve(load))
-            except Exception as error:  # whoever compares wants to know
+            except Exception as error:  # reported to the process that compares
                 end.send(error)
     finally:
         server.stop()

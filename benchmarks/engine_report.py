@@ -1,4 +1,4 @@
-"""Reports of the engine's benchmarks: JSON, and tables for people. No torch here."""
+"""Writes reports of the engine's benchmarks as JSON and Markdown tables. Must not import torch."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ COLUMNS = {
     "short_p95": "short: p95 s",
     "behind_p95": "short behind long: p95 s",
     "first_look_median": "first look s",
-    "device_seconds": "device s a picture",
+    "device_seconds": "device s an image",
     "busy_share": "busy",
     "overhead": "overhead",
 }
 READING = """\
-Loads are shares of what (a) can serve. Below saturation every system that keeps up serves what
-comes, so throughput is told of `saturated` only, where all requests of a round wait from the start;
-it counts to the last picture, the end included at which few are left to share a step. What the
-device works for a picture says at each load what could be served. Short requests are the third with
-the fewest pixels x forwards, long ones the third with the most; short ones behind a long one are
-those that come while it could not be done yet, had it been alone from its arrival. Latencies are
-those of all rounds together."""
+Loads are shares of the rate that (a) can serve. Below saturation, the throughput of every system
+that keeps up is the rate of arrivals, so only `saturated` has it, where all requests of a round
+wait from the start. It counts to the last image, including the end, when few requests are left to
+share a step. The device's time for an image shows at each load the rate that could be served.
+Short requests are the third with the fewest pixels x forwards, long ones the third with the most.
+A short request is behind a long one if it arrives before the long one could be finished alone.
+Latencies are those of all rounds together."""
 
 
 def write(report: Mapping[str, Any], output: Path | None, markdown: Callable[[Any], str]) -> None:
-    """As JSON, and as Markdown beside it; None: nowhere."""
+    """Writes the report as JSON and as Markdown next to it; None: not at all."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -39,18 +39,18 @@ def write(report: Mapping[str, Any], output: Path | None, markdown: Callable[[An
 
 
 def load_table(load: str, systems: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What each system made of a load, which ends with the word `saturated` or its share."""
-    columns = {"throughput": "pictures/s", **COLUMNS} if load.endswith(SATURATED) else COLUMNS
+    """Returns the table of a load; its name ends with `saturated` or its share."""
+    columns = {"throughput": "images/s", **COLUMNS} if load.endswith(SATURATED) else COLUMNS
     return table(load, systems, columns)
 
 
 def table(
     title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Lines of Markdown.
+    """Returns the lines of a Markdown table.
 
     Args:
-        columns: keys of a row and what stands above them; None: all, under their keys.
+        columns: keys of a row with their headings; None: all keys, with the key as heading.
     """
     columns = columns or {key: key for row in rows.values() for key in row}
     lines = ["", f"**{title}**", "", "| | " + " | ".join(columns.values()) + " |"]
@@ -61,5 +61,5 @@ def table(
 
 
 def facts(values: Mapping[str, Any]) -> str:
-    """In one line."""
+    """Returns the values in one line."""
     return ", ".join(f"{key}: {value}" for key, value in values.items())

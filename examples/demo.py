@@ -7,8 +7,8 @@
         --strength 0.7 --seed 1 --output demo/output.png
 
 The output of the server goes to demo/server.log. The server listens on free ports and keeps its
-state in .img2img/demo, so another service can run at the same time. Settings of the environment take
-precedence, except keys and certificates. This script uses only the standard library.
+state in .img2img/demo, so another service can run at the same time. Settings of the environment
+take precedence, except keys and certificates. This script uses only the standard library.
 """
 
 from __future__ import annotations
