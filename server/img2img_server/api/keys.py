@@ -15,25 +15,30 @@ random and long (`img2img-server keys` makes one), so a plain SHA-256 needs no s
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
-import re
 import secrets
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal, get_args
 
 import structlog
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from img2img_server.errors import PermissionDeniedError
 from img2img_server.setting_files import read_text
 from img2img_server.settings import DEV_KEY, Settings, SettingsError
 
-_MANAGE = frozenset({"storage", "operate"})  # what the permission "manage" stands for
-PERMISSIONS = _MANAGE | {"manage", "unsafe"}
-_NAMES = frozenset({"sha256", "tenant", "permissions", "rate_limit"})
-_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_Permission = Literal["manage", "operate", "storage", "unsafe"]
+PERMISSIONS: Final[frozenset[str]] = frozenset(get_args(_Permission))
+_MANAGE: Final = frozenset({"storage", "operate"})  # what the permission "manage" stands for
+_RULES: Final = {
+    "keys": "must be [[keys]] tables",
+    "sha256": "must be 64 hexadecimal digits",
+    "tenant": "must have 1 to 63 of the characters a-z, 0-9 and -, and must not begin with -",
+    "permissions": f"must be a list of any of {', '.join(sorted(PERMISSIONS))}",
+    "rate_limit": "must be an integer of at least 0",
+}
 
 log = structlog.get_logger()
 
@@ -53,10 +58,31 @@ class Principal:
             raise PermissionDeniedError(permission)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    digest: bytes
-    principal: Principal
+class _Entry(BaseModel):
+    """One table of the file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]
+    tenant: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    permissions: list[_Permission] = []
+    rate_limit: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def digest(self) -> bytes:
+        return bytes.fromhex(self.sha256)
+
+    def principal(self) -> Principal:
+        permissions = frozenset[str](self.permissions)
+        if "manage" in permissions:
+            permissions |= _MANAGE
+        return Principal(self.tenant, permissions, self.rate_limit, _key_id(self.digest))
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    keys: list[_Entry] = []
 
 
 class KeyRing:
@@ -65,10 +91,10 @@ class KeyRing:
     def __init__(self, file: Path | None, *, dev_key: bool) -> None:
         """Raises SettingsError when the file cannot be used."""
         self._file = file
-        self._fixed = [_dev_entry()] if dev_key else []
+        self._fixed = _dev_principal() if dev_key else {}
         self._stamp: tuple[int, int] | None = None
         self._refused: tuple[int, int] | str | None = None  # what was already logged
-        self._entries: list[_Entry] = []
+        self._entries: dict[bytes, Principal] = {}  # by the SHA-256 of the key
         if file is not None:
             self._stamp, self._entries = _stamp(file), _read(file)
 
@@ -77,14 +103,11 @@ class KeyRing:
         return not self._fixed and not self._entries
 
     def authenticate(self, key: str) -> Principal | None:
-        """Returns the principal of the key, or None. Takes the same time for every wrong key."""
+        """Returns the principal of the key, or None."""
         self._refresh()
+        # The time of the lookup depends on the digest, from which no key can be guessed.
         digest = _digest(key)
-        found = None
-        for entry in (*self._fixed, *self._entries):
-            if hmac.compare_digest(entry.digest, digest):
-                found = entry.principal
-        return found
+        return self._entries.get(digest) or self._fixed.get(digest)
 
     def _refresh(self) -> None:
         if self._file is None:
@@ -135,18 +158,18 @@ def new_key(tenant: str, permissions: list[str], rate_limit: int | None = None) 
         "permissions": permissions,
         **({} if rate_limit is None else {"rate_limit": rate_limit}),
     }
-    mistakes: list[str] = []
-    _entry(values, "", mistakes)
-    if mistakes:
-        raise SettingsError("\n".join(mistakes))
+    try:
+        _Entry.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_mistakes(error))) from error
     # Strings, lists and integers are written in TOML as in JSON.
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     return key, "\n".join(["[[keys]]", *lines])
 
 
-def _dev_entry() -> _Entry:
+def _dev_principal() -> dict[bytes, Principal]:
     digest = _digest(DEV_KEY)
-    return _Entry(digest, Principal("dev", PERMISSIONS, key_id=_key_id(digest)))
+    return {digest: Principal("dev", PERMISSIONS, key_id=_key_id(digest))}
 
 
 def _key_id(digest: bytes) -> str:
@@ -165,63 +188,42 @@ def _stamp(file: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-def _read(file: Path) -> list[_Entry]:
+def _read(file: Path) -> dict[bytes, Principal]:
     try:
-        table = tomllib.loads(read_text(file))
+        entries = _File.model_validate(tomllib.loads(read_text(file))).keys
     except OSError as error:
         raise SettingsError(_mistake(file, f"cannot be read: {error.strerror}")) from error
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(_mistake(file, f"is no TOML file: {error}")) from error
-    if names := table.keys() - {"keys"}:
-        fault = f"{', '.join(sorted(names))}: there is no such name; each key is a [[keys]] table"
-        raise SettingsError(_mistake(file, fault))
-    items = table.get("keys", [])
-    if not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
-        raise SettingsError(_mistake(file, "each key must be a table below [[keys]]"))
-    mistakes: list[str] = []
-    entries = [_entry(item, f"keys[{number}].", mistakes) for number, item in enumerate(items)]
+    except ValidationError as error:
+        raise SettingsError(*(_mistake(file, mistake) for mistake in _mistakes(error))) from error
     first = {entry.digest: number for number, entry in reversed(list(enumerate(entries)))}
-    mistakes += [
-        f"keys[{number}].sha256 is that of keys[{first[entry.digest]}] too"
+    repeated = [
+        _mistake(file, f"keys[{number}].sha256 is that of keys[{first[entry.digest]}] too")
         for number, entry in enumerate(entries)
-        if entry.digest and first[entry.digest] != number
+        if first[entry.digest] != number
     ]
-    if mistakes:
-        raise SettingsError(*(_mistake(file, mistake) for mistake in mistakes))
-    return entries
+    if repeated:
+        raise SettingsError(*repeated)
+    return {entry.digest: entry.principal() for entry in entries}
 
 
 def _mistake(file: Path, fault: str) -> str:
     return f"IMG2IMG_API_KEYS_FILE: {file}: {fault}"
 
 
-def _entry(item: dict[str, Any], where: str, mistakes: list[str]) -> _Entry:
-    """Reads one entry and adds its mistakes to `mistakes`; `where`: the prefix of names in them."""
-    digest, tenant = str(item.get("sha256", "")).lower(), str(item.get("tenant", ""))
-    listed = item.get("permissions", [])
-    if not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
-        mistakes.append(f"{where}permissions must be a list of strings")
-        listed = []
-    permissions = frozenset(listed)
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        mistakes.append(f"{where}sha256 must be 64 hexadecimal digits")
-        digest = ""
-    if not _TENANT.fullmatch(tenant):
-        mistakes.append(
-            f"{where}tenant must have 1 to 63 of the characters a-z, 0-9 and -, and must not begin "
-            f"with -; it is {tenant!r}"
-        )
-    if unknown := permissions - PERMISSIONS:
-        known = ", ".join(sorted(PERMISSIONS))
-        mistakes.append(
-            f"{where}permissions: {', '.join(sorted(unknown))} is not known; they are {known}"
-        )
-    if names := item.keys() - _NAMES:
-        mistakes.append(f"{where}{', '.join(sorted(names))}: there is no such name")
-    rate_limit = item.get("rate_limit")
-    if rate_limit is not None and not (type(rate_limit) is int and rate_limit >= 0):
-        mistakes.append(f"{where}rate_limit must be an integer of at least 0")
-    if "manage" in permissions:
-        permissions |= _MANAGE
-    key = bytes.fromhex(digest)
-    return _Entry(key, Principal(tenant, permissions, rate_limit, _key_id(key)))
+def _mistakes(error: ValidationError) -> list[str]:
+    """Returns a sentence for each mistake, without values that may be a key."""
+    sentences = []
+    for fault in error.errors():
+        path = list(fault["loc"])
+        while isinstance(path[-1], int):
+            path.pop()
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+        if fault["type"] == "extra_forbidden":
+            sentences.append(f"{where}: there is no such name")
+            continue
+        shown = fault["type"] != "missing" and path[-1] in ("tenant", "permissions", "rate_limit")
+        value = f"; it is {fault['input']!r}" if shown else ""
+        sentences.append(f"{where} {_RULES[str(path[-1])]}{value}")
+    return sentences
