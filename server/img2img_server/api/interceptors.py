@@ -81,16 +81,6 @@ class OpenCalls:
         return held
 
 
-class _Rpc:
-    """A call without its request."""
-
-    def __init__(self, method: str, details: grpc.HandlerCallDetails) -> None:
-        self.method = method
-        self.path = details.method.removeprefix("/")
-        self.trace = extracted(details.invocation_metadata or ())
-        self.principal: Principal | None = None
-
-
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates, maps errors, counts. Does not touch other services: health, reflection."""
 
@@ -108,83 +98,128 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if not details.method.startswith(PACKAGE) or handler is None:
             return handler
-        method = details.method.rpartition("/")[2]
-        rpc = _Rpc(method, details)
         principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
+        rpc = _Rpc(details, principal)
         if principal is None:
-            return _refusing(rpc, errors.UnauthenticatedError())
-        rpc.principal = principal
+            return rpc.refusing(errors.UnauthenticatedError())
         try:
             # grpc runs the whole call in this task, so a request that is being received counts.
             task = asyncio.current_task()
             assert task is not None
-            held = self._calls.count(method, principal.tenant, task)
+            rpc.held = self._calls.count(rpc.method, principal.tenant, task)
         except errors.TooManyCallsError as refused:
-            return _refusing(rpc, refused)
+            return rpc.refusing(refused)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streaming(rpc, principal, held, handler.unary_stream),
+                rpc.streaming(handler.unary_stream),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            _unary(rpc, principal, held, handler.unary_unary),
+            rpc.unary(handler.unary_unary),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
 
-# grpc keeps the exception of an abort in a cycle with the call's context until the next garbage
-# collection. The frames of that exception must not hold the request, which can have megabytes.
+class _Rpc:
+    """One RPC, without its request. Times it and records how it ended, in metrics and one log line.
 
+    The line has the tenant, the id of the key and the reason of an error, so that an operator finds
+    which caller gets errors and why; without a valid key, the peer. It never has the key or a part
+    of the request.
 
-def _refusing(rpc: _Rpc, error: errors.ServiceError) -> Handler:
-    async def call(_: Any, context: Context) -> None:
-        with _Measured(rpc, context.peer()) as measured:
-            await abort(context, measured.failed(error))
+    grpc keeps the exception of an abort in a cycle with the call's context until the next garbage
+    collection. So the frames of that exception do not hold the request, which can have megabytes.
+    """
 
-    # As a stream of requests, of which none is read, so that the request takes no memory.
-    return grpc.stream_stream_rpc_method_handler(call)
+    def __init__(self, details: grpc.HandlerCallDetails, principal: Principal | None) -> None:
+        self.method = details.method.rpartition("/")[2]
+        self.held = ExitStack()  # closed at the end of the call, when the call no longer counts
+        self._path = details.method.removeprefix("/")
+        self._trace = extracted(details.invocation_metadata or ())
+        self._principal = principal
+        self._code = "OK"
+        self._facts: dict[str, str] = {}
+        if principal:
+            self._facts = {"tenant": principal.tenant, "key_id": principal.key_id}
 
+    def refusing(self, error: errors.ServiceError) -> Handler:
+        """Returns a handler that ends the call with the error and reads no request."""
 
-def _unary(
-    rpc: _Rpc, principal: Principal, held: ExitStack, inner: Any
-) -> Callable[..., Awaitable[Any]]:
-    async def call(request: Any, context: Context) -> Any:
-        _principal.set(principal)
-        with _Measured(rpc) as measured:
-            try:
-                with held:
-                    return await inner(request, context)
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception as error:
-                status = measured.failed(error)
-            del request
-            return await abort(context, status)
+        async def call(_: Any, context: Context) -> None:
+            if not self._principal:
+                self._facts["peer"] = context.peer()
+            with self._measured():
+                await abort(context, self._failed(error))
 
-    return call
+        # A stream of requests, since grpc reads a single one before it calls the handler.
+        return grpc.stream_stream_rpc_method_handler(call)
 
+    def unary(self, inner: Any) -> Callable[..., Awaitable[Any]]:
+        """Returns the handler of a call with one response."""
 
-def _streaming(
-    rpc: _Rpc, principal: Principal, held: ExitStack, inner: Any
-) -> Callable[..., AsyncIterator[Any]]:
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-        _principal.set(principal)
-        with _Measured(rpc) as measured:
-            try:
-                with held:
-                    async for message in inner(request, context):
-                        yield message
-                return
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception as error:
-                status = measured.failed(error)
-            del request
-            await abort(context, status)
+        async def call(request: Any, context: Context) -> Any:
+            with self._measured():
+                try:
+                    with self.held:
+                        return await inner(request, context)
+                except (grpc.aio.AbortError, asyncio.CancelledError):
+                    raise
+                except Exception as error:
+                    status = self._failed(error)
+                del request
+                return await abort(context, status)
 
-    return call
+        return call
+
+    def streaming(self, inner: Any) -> Callable[..., AsyncIterator[Any]]:
+        """Returns the handler of a call with a stream of responses."""
+
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            with self._measured():
+                try:
+                    with self.held:
+                        async for message in inner(request, context):
+                            yield message
+                    return
+                except (grpc.aio.AbortError, asyncio.CancelledError):
+                    raise
+                except Exception as error:
+                    status = self._failed(error)
+                del request
+                await abort(context, status)
+
+        return call
+
+    def _failed(self, error: Exception) -> status_pb2.Status:
+        """Returns the status of an error; an unexpected error becomes INTERNAL with a logged id."""
+        if not isinstance(error, errors.ServiceError):
+            facts = {"method": self.method, "error_id": secrets.token_hex(8)}
+            log.error("unhandled_error_in_rpc", **facts, exc_info=error)
+            error = errors.InternalError(facts["error_id"])
+        self._code = error.code.name
+        self._facts["reason"] = error.reason
+        return status_of(error)
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        if self._principal:
+            _principal.set(self._principal)
+        start = time.monotonic()
+        attributes = {"rpc.system": "grpc", "rpc.method": self.method}
+        span = enter(self._path, self._trace, SpanKind.SERVER, attributes)
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self._code = "CANCELLED"
+            raise
+        finally:
+            code, seconds = self._code, time.monotonic() - start
+            RPCS.labels(self.method, code).inc()
+            RPC_SECONDS.labels(self.method).observe(seconds)
+            log.info("rpc", method=self.method, code=code, seconds=round(seconds, 4), **self._facts)
+            end(span, "" if code in ("OK", "CANCELLED") else code)
 
 
 def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
@@ -195,48 +230,3 @@ def bearer_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
             if scheme.lower() == "bearer":
                 return key.strip()
     return ""
-
-
-class _Measured:
-    """Times one RPC and records how it ended, in metrics and in one log line.
-
-    The line has the tenant, the id of the key and the reason of an error, so that an operator finds
-    which caller gets errors and why; without a valid key, the peer. It never has the key or a part
-    of the request.
-    """
-
-    def __init__(self, rpc: _Rpc, peer: str = "") -> None:
-        self._rpc = rpc
-        self._method = rpc.method
-        self._code = "OK"
-        self._facts: dict[str, str] = {"peer": peer}
-        if rpc.principal:
-            self._facts = {"tenant": rpc.principal.tenant, "key_id": rpc.principal.key_id}
-
-    def failed(self, error: Exception) -> status_pb2.Status:
-        """Returns the status of an error; an unexpected error becomes INTERNAL with a logged id."""
-        if not isinstance(error, errors.ServiceError):
-            error_id = secrets.token_hex(8)
-            log.error(
-                "unhandled_error_in_rpc", method=self._method, error_id=error_id, exc_info=error
-            )
-            error = errors.InternalError(error_id)
-        self._code = error.code.name
-        self._facts["reason"] = error.reason
-        return status_of(error)
-
-    def __enter__(self) -> _Measured:
-        self._start = time.monotonic()
-        attributes = {"rpc.system": "grpc", "rpc.method": self._method}
-        self._span = enter(self._rpc.path, self._rpc.trace, SpanKind.SERVER, attributes)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit):
-            self._code = "CANCELLED"
-        seconds = time.monotonic() - self._start
-        RPCS.labels(self._method, self._code).inc()
-        RPC_SECONDS.labels(self._method).observe(seconds)
-        facts = {name: fact for name, fact in self._facts.items() if fact}
-        log.info("rpc", method=self._method, code=self._code, seconds=round(seconds, 4), **facts)
-        end(self._span, "" if self._code in ("OK", "CANCELLED") else self._code)
