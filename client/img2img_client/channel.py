@@ -106,7 +106,7 @@ class Endpoint:
             InvalidArgumentError: one of `others` is set, but belongs to the channel.
         """
         if refused := [name for name, value in others.items() if value]:
-            text = "cannot be combined with channel, which has its own: set it when you open that"
+            text = "cannot be combined with channel: set it when you open the channel"
             raise InvalidArgumentError(
                 *(Violation(name, f"{name} {text}", "NOT_SUPPORTED") for name in refused)
             )

@@ -56,9 +56,9 @@ class Finding:
 
 
 CONNECT_TIMEOUT = Finding(
-    Cause.NO_ANSWER, f"no answer within {PROBE_SECONDS:g} s: is a firewall in between?"
+    Cause.NO_ANSWER, f"no response within {PROBE_SECONDS:g} s: is a firewall in between?"
 )
-SILENT = Finding(Cause.NO_ANSWER, "it accepts connections but does not answer")
+SILENT = Finding(Cause.NO_ANSWER, "it accepts connections but does not respond")
 WORKS = Finding(Cause.UNKNOWN)
 
 

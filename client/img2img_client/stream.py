@@ -76,7 +76,7 @@ class _Calls:
     def _take(self, message: Any) -> Event | None:
         if self._is_lost:
             self._is_lost = False
-            log.info("connected again")
+            log.info("reconnected")
         return self.follow.take(message.event)
 
     def _delay(self, failure: grpc.RpcError | errors.RpcError) -> float:

@@ -144,7 +144,7 @@ def test_a_terminal_tells_that_the_connection_is_lost_and_there_again(wish: list
         shown = read_until(ours, "denoising")
     shown += read_until(ours, "connection lost, retrying: cannot reach")
     with serving(second, port):
-        shown += read_until(ours, "connected again")
+        shown += read_until(ours, "reconnected")
         process.send_signal(signal.SIGINT)
         shown += read_terminal(ours)
         process.communicate(timeout=WAIT_SECONDS)
