@@ -129,7 +129,11 @@ async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway)
         ({"spec": {"strength": []}}, "strength", "strength must be a number"),
         ({"spec": {"base64": 1}}, "base64", "base64 must be true or false"),
         ({"spec": {"lane": "FAST"}}, "lane", "lane must be one of LANE_REALTIME, LANE_BATCH"),
-        ({"spec": {"lane": float("inf")}}, "body", "body is not well formed"),
+        (
+            {"spec": {"lane": float("inf")}},
+            "lane",
+            "lane must be one of LANE_REALTIME, LANE_BATCH",
+        ),
         ({"spec": {"init_image": {"data": "a"}}}, "init_image", INIT_IMAGE),
         ({"spec": {"init_image": "https://example.org/a.png"}}, "init_image", INIT_IMAGE),
         ({"spec": {"nope": 1}}, "nope", "there is no field nope"),

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from fastapi.routing import iter_route_contexts
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
+from img2img_server.compat.modelslab.requests import Img2ImgRequest
 from img2img_server.errors import StorageError
 from img2img_server.gateway.app import create_app
-from img2img_server.gateway.modelslab.fields import FIELDS
 from img2img_server.gateway.upstream import connect
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import ENTERPRISE, Gateway, body, gateway_before, running_gateway
@@ -219,7 +220,7 @@ async def test_openapi_has_every_route_and_every_field(gateway: Gateway) -> None
     hidden |= {"/", "/playground", "/playground/settings.json"}
     routes = {
         (route.path.replace(":path}", "}"), method)
-        for route in app.routes
+        for route in iter_route_contexts(app.routes)
         if route.path not in hidden
         for method in route.methods
     }
@@ -229,7 +230,7 @@ async def test_openapi_has_every_route_and_every_field(gateway: Gateway) -> None
     }
     assert documented == routes
     fields = openapi["components"]["schemas"]["Img2ImgRequest"]["properties"]
-    assert list(fields) == ["key", *(entry.name for entry in FIELDS)]
+    assert list(fields) == list(Img2ImgRequest.model_fields)
     assert fields["width"]["anyOf"][0] == {
         "type": "integer",
         "minimum": 256,

@@ -15,9 +15,9 @@ from google.protobuf.duration_pb2 import Duration
 from img2img.v1 import admin_service_pb2
 from img2img_server import __version__
 from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.compat.modelslab.responses import system_details
 from img2img_server.domain.events import StepFinished
 from img2img_server.errors import PermissionDeniedError
-from img2img_server.gateway.modelslab.management import system_details
 from img2img_server.lifecycle import RestartError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine

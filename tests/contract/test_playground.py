@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from starlette.routing import Match, Route
+from fastapi.routing import iter_route_contexts
+from starlette.routing import Match
 
 from img2img_client.cli import main as cli
 from img2img_server import __version__
 from img2img_server.api.keys import new_key
+from img2img_server.compat.modelslab.examples import IMG2IMG
 from img2img_server.gateway.app import create_app
-from img2img_server.gateway.examples import REQUEST_EXAMPLE
-from img2img_server.gateway.openapi import document
 from img2img_server.gateway.upstream import connect
 from img2img_server.local import _announce
 from img2img_server.settings import Settings
@@ -60,7 +60,7 @@ async def test_browsers_get_a_page_and_others_an_index(
             assert (await http.get(path)).status_code == 200
         config = Settings()
         app = create_app(config, connect(config), MemoryBlobStore())
-        routes = {route.path for route in app.routes if isinstance(route, Route)}
+        routes = {route.path for route in iter_route_contexts(app.routes)}
         assert set(index.values()) <= routes | {"/openapi.json"}
     assert page.headers["vary"] == "Accept"
     assert (await http.post("/", headers=BROWSER)).status_code == 404
@@ -130,7 +130,7 @@ async def test_the_examples_of_the_docs_work_with_the_development_key() -> None:
     path, jobs = "/api/v1/enterprise/realtime/img2img", "/v1/jobs"
     config = Settings(dev_key=True, http_port=8123, outbound_allow="127.0.0.0/8")
     url = "http://127.0.0.1:8123/playground/cat.jpg"
-    assert example_of(config, path) | {"prompt": ""} == REQUEST_EXAMPLE | {
+    assert example_of(config, path) | {"prompt": ""} == IMG2IMG | {
         "key": "dev-key",
         "init_image": url,
         "prompt": "",
@@ -148,7 +148,8 @@ async def test_the_examples_of_the_docs_work_with_the_development_key() -> None:
 
 
 def example_of(config: Settings, path: str) -> Any:
-    body = document(config)["paths"][path]["post"]["requestBody"]
+    app = create_app(config, connect(config), MemoryBlobStore())
+    body = app.openapi()["paths"][path]["post"]["requestBody"]
     return body["content"]["application/json"]["example"]
 
 

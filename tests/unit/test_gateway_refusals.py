@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
@@ -9,10 +12,9 @@ from grpc.aio import AioRpcError, Metadata
 from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.convert_service import status_of
-from img2img_server.compat.modelslab import results
+from img2img_server.compat.modelslab import responses
 from img2img_server.domain.violations import out_of_range, required
-from img2img_server.gateway.modelslab import responses
-from img2img_server.gateway.modelslab.errors import ErrorKind, refusal
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError, refusal
 from img2img_server.gateway.modelslab.response_formats import Current, Legacy, Plain
 from img2img_server.imaging.base import FetchError
 
@@ -24,6 +26,11 @@ def failed(error: errors.ServiceError) -> AioRpcError:
     details = status_of(error)
     trailing = Metadata(("grpc-status-details-bin", details.SerializeToString()))
     return AioRpcError(CODES[details.code], Metadata(), trailing, details.message)
+
+
+def body_of(form: Plain, error: RequestError) -> Any:
+    """The JSON that the caller gets."""
+    return json.loads(bytes(form.error(error).body))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_every_error_of_the_api_is_a_refusal(
     error: errors.ServiceError, case: ErrorKind, message: str, retry_seconds: int
 ) -> None:
     told = refusal(failed(error))
-    assert (told.case, told.message, told.retry_seconds) == (case, message, retry_seconds)
+    assert (told.kind, told.message, told.retry_seconds) == (case, message, retry_seconds)
     assert told.reason == error.reason
 
 
@@ -131,8 +138,8 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
 def test_violations_keep_their_sentences() -> None:
     broken = [FetchError("the server answered 403: no").violation, out_of_range("width", 8, 9)]
     told = refusal(failed(errors.InvalidRequestError(broken)))
-    assert (told.case, told.violations) == (ErrorKind.FIELDS, broken)
-    assert Plain().refused(told).body["message"] == broken[0].message
+    assert (told.kind, told.violations) == (ErrorKind.FIELDS, broken)
+    assert body_of(Plain(), told)["message"] == broken[0].message
 
 
 @pytest.mark.parametrize(
@@ -148,8 +155,8 @@ def test_violations_keep_their_sentences() -> None:
 )
 def test_the_contract_keeps_its_sentences(error: errors.ServiceError, sentence: str) -> None:
     why = refusal(failed(error))
-    assert Current().refused(why).body["message"] == sentence
-    assert Plain().refused(why).body["message"] == str(error)
+    assert body_of(Current(), why)["message"] == sentence
+    assert body_of(Plain(), why)["message"] == str(error)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_the_contract_keeps_its_sentences(error: errors.ServiceError, sentence: 
 )
 def test_statuses_of_grpc_itself_have_no_details(code: grpc.StatusCode, case: ErrorKind) -> None:
     told = refusal(AioRpcError(code, Metadata(), Metadata(), "from gRPC"))
-    assert (told.case, told.message) == (case, case.message)
+    assert (told.kind, told.message) == (case, case.message)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +187,7 @@ def test_statuses_of_grpc_itself_have_no_details(code: grpc.StatusCode, case: Er
     ],
 )
 def test_a_failure_says_why(job: job_pb2.Job, message: str) -> None:
-    assert results.failure(job) == message
+    assert responses.failure(job) == message
 
 
 def test_an_unknown_estimate_is_a_number_all_the_same() -> None:
@@ -189,12 +196,12 @@ def test_an_unknown_estimate_is_a_number_all_the_same() -> None:
 
 def test_links_come_in_sample_order() -> None:
     samples = [job_pb2.Sample(index=index, url=f"link {index}") for index in (2, 0, 1)]
-    assert results.links(job_pb2.Job(samples=samples)) == ["link 0", "link 1", "link 2"]
+    assert responses.links(job_pb2.Job(samples=samples)) == ["link 0", "link 1", "link 2"]
 
 
 def test_a_job_made_over_grpc_has_all_28_keys_of_meta_too() -> None:
     spec = job_pb2.JobSpec(prompt="x", track_id="a", init_image=job_pb2.InitImage(data=b"x"))
-    meta = results.meta(job_pb2.Job(id=10_000_001, spec=spec))
+    meta = responses.meta(job_pb2.Job(id=10_000_001, spec=spec))
     assert len(meta) == 28
     assert (meta["init_image"], meta["track_id"], meta["instant_response"]) == ("base64", "a", "no")
 
@@ -204,11 +211,11 @@ def test_the_cause_is_told_beside_the_contracts_sentence() -> None:
     violations = [FetchError("the server answered 403: no").violation, required("width")]
     why = refusal(failed(errors.InvalidRequestError(violations)))
     assert why.violations == violations
-    told = Current().refused(why).body
+    told = body_of(Current(), why)
     assert told["message"] == sentence
     assert told["errors"] == {
         "init_image": [f"{sentence}: the server answered 403: no"],
         "width": ["width is required"],
     }
     wanted = {"init_image": [f"{sentence}."], "width": ["The width field is required."]}
-    assert Legacy().refused(why).body["message"] == wanted
+    assert body_of(Legacy(), why)["message"] == wanted

@@ -14,7 +14,7 @@ from standardwebhooks import Webhook
 from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2
-from img2img_server.compat.modelslab import results
+from img2img_server.compat.modelslab import responses
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.params import JobParams
 from img2img_server.interfaces.records import Stored, UnreadableError
@@ -62,14 +62,14 @@ def test_the_body_of_a_failure_is_that_of_the_contracts_vector() -> None:
         error=job_pb2.JobError(reason="OUT_OF_MEMORY", message="out of memory"),
         spec=job_pb2.JobSpec(track_id="order-77"),
     )
-    assert results.webhook(job, []) == BODY
+    assert responses.webhook(job, []) == BODY
 
 
 def test_the_body_of_a_success_has_the_keys_of_the_contract() -> None:
     spec = job_pb2.JobSpec(track_id="7", annotations={"http.track_id_type": "integer"})
     job = job_pb2.Job(id=10_000_042, state=job_pb2.Job.STATE_SUCCEEDED, spec=spec)
     job.timings.engine.FromMilliseconds(1104)
-    found = json.loads(results.webhook(job, ["https://img.example.com/é.png"]))
+    found = json.loads(responses.webhook(job, ["https://img.example.com/é.png"]))
     assert len(found.pop("meta")) == 28
     assert found == {
         "status": "success",
@@ -85,7 +85,7 @@ def test_the_body_of_a_success_has_the_keys_of_the_contract() -> None:
 
 def test_a_note_of_a_stranger_does_not_break_the_track_id() -> None:
     spec = job_pb2.JobSpec(track_id="seven", annotations={"http.track_id_type": "integer"})
-    assert results.track_id(job_pb2.Job(spec=spec)) == "seven"
+    assert responses.track_id(job_pb2.Job(spec=spec)) == "seven"
 
 
 def test_two_secrets_give_two_signatures_either_of_which_verifies() -> None:

@@ -29,7 +29,7 @@ from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.certificates import validity_fault
-from img2img_server.compat.modelslab import call_names, results
+from img2img_server.compat.modelslab import call_names, responses
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.domain.job import Job
 from img2img_server.imaging.fetch import fetch_image
@@ -180,10 +180,10 @@ class ApiServer:
 def _dispatcher(deps: ApiDeps, webhooks: Webhooks) -> WebhookDispatcher:
     async def payload(job: Job) -> bytes:
         message = convert.job(job, retention_hours=deps.settings.retention_hours)
-        output = results.links(message)
+        output = responses.links(message)
         if webhooks.inline_base64 and job.params.base64:
             output = await webhooks.inline_base64(output)
-        return results.webhook(message, output)
+        return responses.webhook(message, output)
 
     return WebhookDispatcher(
         deps.bus.outbox,

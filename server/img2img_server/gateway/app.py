@@ -1,11 +1,15 @@
-"""The gateway as an ASGI application: the routes of section 2 of the contract, and ours."""
+"""The gateway as an ASGI application: one router for each API, files and probes."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from functools import cache, partial
+from typing import Any
 
 import grpc
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,16 +20,14 @@ from img2img_server.gateway.http.cors import Cors
 from img2img_server.gateway.http.files import Files, is_file_path, missing
 from img2img_server.gateway.http.limits import Refuse, RequestLimits
 from img2img_server.gateway.http.middleware import AccessLog, NormalizePath
-from img2img_server.gateway.modelslab.endpoints import ENTERPRISE, V6, V6_IMAGES, Endpoints, respond
+from img2img_server.gateway.modelslab.endpoints import Endpoints
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.management import Management
 from img2img_server.gateway.modelslab.response_formats import (
     Current,
     Legacy,
     Plain,
-    ResponseFormat,
 )
-from img2img_server.gateway.modelslab.storage import Storage
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.playground.page import add_root
 from img2img_server.gateway.readiness import Readiness
@@ -34,6 +36,9 @@ from img2img_server.gateway.v1.calls import Calls
 from img2img_server.gateway.v1.events import EventStreams
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
+
+_STATUS = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+_PROBE: dict[str, Any] = {"content": {"application/json": {"schema": _STATUS}}}
 
 
 def create_app(
@@ -50,7 +55,9 @@ def create_app(
         readiness: what /readyz tells; by default asked of `channel` and `blobs`.
     """
     stop = stop or asyncio.Event()
-    dialect: ResponseFormat = Legacy() if settings.legacy else Current()
+    response_format = Legacy() if settings.legacy else Current()
+    refuse = response_format.error
+    refuse_v1 = refuse if settings.legacy else Plain().error
     upstream, files = Upstream(channel), Files(blobs)
     app = FastAPI(
         title="img2img",
@@ -58,18 +65,11 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
         # `AccessLog` makes the span and the metrics of a request: FastAPI's own would come twice.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
-    app.openapi = lambda: document(settings)  # type: ignore[method-assign]
-
-    def refuse(error: RequestError) -> JSONResponse:
-        return respond(dialect.refused(error))
-
-    v1_dialect = dialect if settings.legacy else Plain()
-
-    def refuse_v1(error: RequestError) -> JSONResponse:
-        return respond(v1_dialect.refused(error))
+    app.openapi = cache(partial(document, app, settings))  # type: ignore[method-assign]
 
     # A request passes the last one first.
     app.add_middleware(
@@ -82,12 +82,15 @@ def create_app(
     app.add_middleware(Cors, settings=settings, refuse=refuse)
     app.add_middleware(NormalizePath)
     _add_refusals(app, refuse, refuse_v1)
-    _add_contract(app, Endpoints(settings, upstream, files, dialect, stop))
-    _add_management(app, Management(upstream), Storage(upstream))
-    _add_files(app, files)
-    _add_calls(app, Calls(settings, upstream))
-    _add_events(app, EventStreams(upstream, stop))
-    _add_probes(app, readiness or Readiness(channel, blobs, stop))
+    for router in (
+        Endpoints(settings, upstream, files, response_format, stop).router(),
+        Management(upstream).router(),
+        _files(files),
+        Calls(settings, upstream).router(),
+        EventStreams(upstream, stop).router(),
+        _probes(readiness or Readiness(channel, blobs, stop)),
+    ):
+        app.include_router(router)
     add_docs(app, settings)
     add_root(app, settings)
     return app
@@ -101,92 +104,64 @@ def _add_refusals(app: FastAPI, refuse: Refuse, refuse_v1: Refuse) -> None:
         return (refuse_v1 if is_v1 else refuse)(why)
 
     @app.exception_handler(HTTPException)
-    async def no_route(request: Request, why: Exception) -> Response:
-        assert isinstance(why, HTTPException)
-        if why.status_code != ErrorKind.WRONG_METHOD.status:
-            if is_file_path(request.scope["path"]):  # a line feed in it: the route does not match
-                return missing()
-            return refuse(RequestError(ErrorKind.NO_ROUTE))
-        allowed = {"Allow": f"{(why.headers or {}).get('Allow', 'GET')}, OPTIONS"}
-        return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allowed))
+    async def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.scope["path"]
+        if error.status_code == ErrorKind.WRONG_METHOD.status:
+            found: dict[str, None] = {}
+            for route in iter_route_contexts(app.routes):
+                if route.methods and route.path_regex.match(path):
+                    found |= dict.fromkeys(route.methods)
+            allow = {"Allow": ", ".join([*found, "OPTIONS"])}
+            return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allow))
+        if is_file_path(path):  # with a line feed: the route does not match
+            return missing()
+        return refuse(RequestError(ErrorKind.NO_ROUTE))
 
 
-def _add_contract(app: FastAPI, endpoints: Endpoints) -> None:
-    @app.post(f"{ENTERPRISE}/img2img")
-    async def create_enterprise(request: Request) -> Response:
-        return await endpoints.create(request, ENTERPRISE)
-
-    @app.post(f"{V6}/img2img")
-    async def create_v6(request: Request) -> Response:
-        return await endpoints.create(request, V6)
-
-    @app.api_route(f"{ENTERPRISE}/fetch/{{job_id}}", methods=["GET", "POST"])
-    async def fetch_enterprise(request: Request, job_id: str) -> Response:
-        return await endpoints.fetch(request, ENTERPRISE, job_id)
-
-    @app.api_route(f"{V6}/fetch/{{job_id}}", methods=["GET", "POST"])
-    async def fetch_v6(request: Request, job_id: str) -> Response:
-        return await endpoints.fetch(request, V6, job_id)
-
-    @app.api_route(f"{V6_IMAGES}/fetch/{{job_id}}", methods=["GET", "POST"])
-    async def fetch_v6_images(request: Request, job_id: str) -> Response:
-        return await endpoints.fetch(request, V6_IMAGES, job_id)
-
-    @app.post("/api/v1/enterprise/fetch")
-    async def fetch_enterprise_by_body(request: Request) -> Response:
-        return await endpoints.fetch_by_body(request, ENTERPRISE)
-
-    @app.post(f"{V6_IMAGES}/fetch")
-    async def fetch_v6_by_body(request: Request) -> Response:
-        return await endpoints.fetch_by_body(request, V6_IMAGES)
+def _operation_id(route: APIRoute) -> str:
+    """Returns for example "post_v1_jobs"."""
+    return min(route.methods or [""]).lower() + re.sub(r"\W+", "_", route.path_format).rstrip("_")
 
 
-def _add_management(app: FastAPI, management: Management, storage: Storage) -> None:
-    routes = {
-        f"{ENTERPRISE}/system_details": management.system_details,
-        f"{ENTERPRISE}/restart_server": management.restart_server,
-        f"{ENTERPRISE}/update_server": management.update_server,
-        f"{ENTERPRISE}/update": management.update_server,
-        f"{ENTERPRISE}/clear_cache": management.clear_cache,
-        f"{ENTERPRISE}/clear_queue": management.clear_queue,
-        "/api/v1/enterprise/update_s3": storage.update,
-        "/api/v1/enterprise/reset_s3": storage.reset,
+def _files(files: Files) -> APIRouter:
+    router = APIRouter(tags=["files"])
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    image = {"image/png": {"schema": {"type": "string", "contentMediaType": "image/png"}}}
+    responses: dict[int | str, dict[str, Any]] = {
+        404: {"description": "Not there, or not yet.", "content": text},
+        503: {"description": "The store cannot be read.", "content": text},
     }
-    for path, endpoint in routes.items():
-        app.add_api_route(path, endpoint, methods=["POST"])
 
-
-def _add_files(app: FastAPI, files: Files) -> None:
     # The rest of the path may hold anything: below these folders every miss is plain text.
-    @app.api_route("/generations/{name:path}", methods=["GET", "HEAD"])
-    @app.api_route("/temp/{name:path}", methods=["GET", "HEAD"])
-    async def file(request: Request) -> Response:
+    async def file(request: Request, name: str) -> Response:
+        """A result: {file_prefix}-{index}.png, or its base64 text."""
         return await files.serve(request)
 
-
-def _add_calls(app: FastAPI, calls: Calls) -> None:
-    app.add_api_route("/v1/capabilities", calls.capabilities, methods=["GET"])
-    app.add_api_route("/v1/jobs", calls.create, methods=["POST"])
-
-    @app.post("/v1/jobs/{job_id}:cancel")
-    async def cancel(request: Request, job_id: str) -> Response:
-        return await calls.cancel(request, job_id)
+    for folder in ("generations", "temp"):
+        path = f"/{folder}/{{name:path}}"
+        router.head(path, response_class=Response, responses=responses)(file)
+        found: dict[int | str, dict[str, Any]] = {200: {"content": image | text}}
+        router.get(path, response_class=Response, responses=found | responses)(file)
+    return router
 
 
-def _add_events(app: FastAPI, streams: EventStreams) -> None:
-    @app.get("/v1/jobs/{job_id}/events")
-    async def events(request: Request, job_id: str) -> Response:
-        return await streams.serve(request, job_id)
+def _probes(readiness: Readiness) -> APIRouter:
+    router = APIRouter(tags=["probes"])
 
-
-def _add_probes(app: FastAPI, readiness: Readiness) -> None:
-    @app.api_route("/healthz", methods=["GET", "HEAD"])
+    @router.head("/healthz", include_in_schema=False)
+    @router.get("/healthz", responses={200: _PROBE})
     async def alive() -> Response:
+        """The process runs."""
         return JSONResponse({"status": "alive"})
 
-    @app.api_route("/readyz", methods=["GET", "HEAD"])
+    @router.head("/readyz", include_in_schema=False)
+    @router.get("/readyz", responses={200: _PROBE, 503: _PROBE})
     async def ready() -> Response:
+        """The api serves, the bucket can be read and a model was announced."""
         if troubles := await readiness.troubles():
             body = {"status": "not ready", **troubles}
             return JSONResponse(body, 503, {"Cache-Control": "no-store"})
         return JSONResponse({"status": "ready"})
+
+    return router

@@ -1,197 +1,157 @@
-"""The OpenAPI document at /openapi.json, shown at /docs."""
+"""Describes the gateway's API in OpenAPI, at /openapi.json.
+
+FastAPI generates the document from the routes and their types. This module describes what FastAPI
+does not see: errors, keys, and the bodies of requests, which http/http_request.py reads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from img2img_server import __version__
-from img2img_server.gateway.examples import (
-    JOB_EXAMPLES,
-    MANAGEMENT_EXAMPLES,
-    REQUEST_EXAMPLE,
-    STORAGE_EXAMPLES,
-    error_example,
-)
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
+
+from img2img_server.compat.modelslab import requests, responses
+from img2img_server.compat.modelslab.examples import EXAMPLES
 from img2img_server.gateway.modelslab.errors import ErrorKind
-from img2img_server.gateway.openapi_calls import calls
-from img2img_server.gateway.openapi_parts import (
-    EVENTS,
-    FILES,
-    JOB_ID,
-    KEYS,
-    PROBES,
-    RETRY_AFTER,
-    json_body,
-)
-from img2img_server.gateway.schemas import (
-    DETAILS,
-    DONE,
-    ERROR,
-    JOB,
-    LEGACY,
-    SCHEMAS,
-    STORAGE_DONE,
-    Schema,
-)
+from img2img_server.gateway.v1.schemas import schemas as v1_schemas
 from img2img_server.ports import host_port, reachable
 from img2img_server.settings import DEV_KEY, Settings
 
-_DESCRIPTION = """Pictures out of pictures, compatible with the enterprise realtime image-to-image
-API of ModelsLab. The key goes into the body field `key`, or into one of the headers below. The same
-service over gRPC streams every denoising step; over HTTP `/v1/jobs/{job_id}/events` does."""
-_ANYWHERE = (
-    ErrorKind.INVALID_JSON,
-    ErrorKind.BAD_KEY,
-    ErrorKind.SLOW_BODY,
-    ErrorKind.TOO_LARGE,
-    ErrorKind.FAULT,
-    ErrorKind.UNAVAILABLE,
+Schema = dict[str, Any]
+
+_DESCRIPTION = """Images from images, compatible with the enterprise realtime image-to-image API of
+ModelsLab. The key goes into the body field `key`, or into one of the headers below. Over gRPC, the
+same service streams every denoising step; over HTTP, `/v1/jobs/{job_id}/events` does."""
+_TYPES = (
+    requests.KeyRequest,
+    requests.FetchRequest,
+    requests.Img2ImgRequest,
+    requests.UpdateS3Request,
+    requests.ResetS3Request,
+    responses.Success,
+    responses.Processing,
+    responses.Failed,
+    responses.Done,
+    responses.SystemDetails,
+    responses.StorageUpdated,
+    responses.StorageReset,
+    responses.Error,
 )
-_CREATE = (*_ANYWHERE, ErrorKind.FIELDS, ErrorKind.FORBIDDEN, ErrorKind.RATE_LIMIT)
-_FETCH = (*_ANYWHERE, ErrorKind.UNKNOWN_JOB)
-_FETCH_BY_BODY = (*_FETCH, ErrorKind.FIELDS)
-_MANAGE = (*_ANYWHERE, ErrorKind.FORBIDDEN)
+_KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "key"},
+    "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+_IN_HEADER: list[Schema] = [{name: []} for name in _KEYS]
+# By tag. {}: the key may be in the body instead of a header.
+_SECURITY = {
+    "img2img": [{}, *_IN_HEADER],
+    "management": [{}, *_IN_HEADER],
+    "jobs": _IN_HEADER,
+    "events": _IN_HEADER,
+}
+BODY = (ErrorKind.INVALID_JSON, ErrorKind.SLOW_BODY, ErrorKind.TOO_LARGE)
+_ANY = (ErrorKind.BAD_KEY, ErrorKind.FAULT, ErrorKind.UNAVAILABLE)
+_STATUS = {"type": "string", "enum": ["success", "processing", "failed", "error"]}
+_LEGACY = {
+    "200": {
+        "description": "Every response; `status` says which one.",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"status": _STATUS},
+                    "required": ["status"],
+                }
+            }
+        },
+    }
+}
+_RETRY_AFTER = {
+    "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+}
 
 
-def document(settings: Settings) -> dict[str, Any]:
-    """The document of a gateway with these settings."""
-    told = _document(settings)
-    if settings.has_open_dev_key:
-        _make_examples_work(told["paths"], settings)
-    return told
+def content(*schemas: str) -> Schema:
+    """Returns JSON content of one of these schemas of the document."""
+    refs = [{"$ref": f"#/components/schemas/{schema}"} for schema in schemas]
+    return {"application/json": {"schema": refs[0] if len(refs) == 1 else {"oneOf": refs}}}
 
 
-def _make_examples_work(paths: dict[str, Any], settings: Settings) -> None:
-    """Puts the development key into the examples of request bodies and, where the api may fetch it,
-    the playground's example image, so that "Try it out" works as it stands."""
-    address = host_port(reachable(settings.http_host), settings.http_port)
-    base = settings.public_base_url or f"http://{address}"
-    can_fetch = settings.playground and settings.http_port and settings.outbound_allow
-    init_image = f"{base.rstrip('/')}/playground/cat.jpg" if can_fetch else ""
-    for operations in paths.values():
+def body(schema: str, *, required: bool = True) -> Schema:
+    """Returns the `openapi_extra` of an operation whose request has a JSON body."""
+    return {"requestBody": {"required": required, "content": content(schema)}}
+
+
+def outcomes(*schemas: str, errors: Iterable[ErrorKind] = ()) -> dict[int | str, Schema]:
+    """Returns the `responses` of an operation: one of these schemas, or an error."""
+    outcomes: dict[int | str, Schema] = {}
+    if schemas:
+        outcomes[200] = {"description": "The call succeeded.", "content": content(*schemas)}
+    for kind in sorted({*_ANY, *errors}, key=lambda kind: kind.status):
+        example = _error_example(kind)
+        new = {"description": example["message"], "content": content("Error")}
+        outcome = outcomes.setdefault(kind.status, new)
+        shown = outcome["content"]["application/json"].setdefault("examples", {})
+        shown[kind.name.lower()] = {"value": example}
+        if kind in (ErrorKind.RATE_LIMIT, ErrorKind.UNAVAILABLE):
+            outcome["headers"] = _RETRY_AFTER
+    return outcomes
+
+
+def _error_example(kind: ErrorKind) -> Schema:
+    example: Schema = {"status": "error", "message": kind.message, "reason": kind.reason}
+    if kind is ErrorKind.FIELDS:
+        sentence = "width must be divisible by 8"
+        example |= {"message": sentence, "errors": {"width": [sentence]}}
+    if kind is ErrorKind.RATE_LIMIT:
+        sentence = "Rate limit exceeded. Maximum 15 queued requests allowed."
+        example |= {"message": sentence, "reason": "QUEUE_FULL", "retry_after": 30}
+    return example
+
+
+def document(app: FastAPI, settings: Settings) -> Schema:
+    """Returns the document of a gateway with these settings."""
+    generated = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=_DESCRIPTION,
+        routes=app.routes,
+        servers=[{"url": settings.public_base_url or "/"}],
+    )
+    adapters: list[Any] = [(each, "validation", TypeAdapter(each)) for each in _TYPES]
+    _, types = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
+    schemas = types["$defs"] | v1_schemas()
+    for name, example in EXAMPLES.items():
+        schemas[name]["examples"] = [example]
+    generated["components"] = {"schemas": schemas, "securitySchemes": _KEYS}
+    for operations in generated["paths"].values():
         for operation in operations.values():
-            content = operation.get("requestBody", {}).get("content", {})
-            for body in content.values():
-                body["example"] = _working(body.get("example"), init_image)
+            operation["security"] = _SECURITY.get(operation["tags"][0], [])
+            operation["responses"].pop("422", None)
+            if settings.legacy and {} in operation["security"]:
+                operation["responses"] = _LEGACY
+            for sent in operation.get("requestBody", {}).get("content", {}).values():
+                name = sent["schema"]["$ref"].rpartition("/")[2]
+                sent["example"] = _working(EXAMPLES[name], settings)
+    return generated
 
 
-def _working(example: Any, init_image: str) -> Any:
-    """The example with a key and an init image that work on this machine; a copy."""
-    if not isinstance(example, dict) or "aws_secret_access_key" in example:
-        return example  # invented storage must not be set by one click
-    changed = {name: _working(value, init_image) for name, value in example.items()}
-    if "key" in changed:
-        changed["key"] = DEV_KEY
-    if init_image and "init_image" in changed:
-        in_proto = isinstance(changed["init_image"], dict)
-        changed["init_image"] = {"url": init_image} if in_proto else init_image
+def _working(example: Schema, settings: Settings) -> Schema:
+    """Returns a copy with the development key, and with an init image that can be downloaded, so
+    that "Try it out" works as it stands."""
+    if not settings.has_open_dev_key or "aws_secret_access_key" in example:
+        return example  # one click must not replace a tenant's storage by an invented one
+    changed = example | ({"key": DEV_KEY} if "key" in example else {})
+    if "spec" in changed:
+        changed["spec"] = _working(changed["spec"], settings)
+    can_download = settings.playground and settings.http_port and settings.outbound_allow
+    if can_download and "init_image" in changed:
+        address = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"
+        url = f"{(settings.public_base_url or address).rstrip('/')}/playground/cat.jpg"
+        changed["init_image"] = {"url": url} if isinstance(changed["init_image"], dict) else url
         changed["prompt"] = "an oil painting of a cat"
     return changed
-
-
-def _document(settings: Settings) -> dict[str, Any]:
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "img2img", "version": __version__, "description": _DESCRIPTION},
-        "servers": [{"url": settings.public_base_url or "/"}],
-        "paths": {
-            **_contract(settings.legacy),
-            **_management(settings.legacy),
-            **FILES,
-            **calls(),
-            **EVENTS,
-            **PROBES,
-        },
-        "components": {
-            "schemas": SCHEMAS,
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "key"},
-                "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-            },
-        },
-    }
-
-
-def _contract(legacy: bool) -> dict[str, Any]:
-    paths: dict[str, Any] = {}
-    for family in ("/api/v1/enterprise/realtime", "/api/v6/realtime"):
-        paths[f"{family}/img2img"] = {
-            "post": {
-                "summary": "Make pictures out of a picture",
-                "description": "Answers when the job has ended, or after a while, or at once with "
-                "`instant_response` or `webhook`, with where to fetch it.",
-                **_operation(_CREATE, legacy, "Img2ImgRequest", REQUEST_EXAMPLE),
-            }
-        }
-    for family in ("/api/v1/enterprise/realtime", "/api/v6/realtime", "/api/v6/images"):
-        answer = {"summary": "State of a job", "parameters": [JOB_ID]}
-        paths[f"{family}/fetch/{{job_id}}"] = {
-            "get": {**answer, **_operation(_FETCH, legacy)},
-            "post": {**answer, **_operation(_FETCH, legacy, "KeyRequest", {"key": "my-key"})},
-        }
-    for family in ("/api/v1/enterprise", "/api/v6/images"):
-        example = {"key": "my-key", "request_id": 10000041}
-        paths[f"{family}/fetch"] = {
-            "post": {
-                "summary": "State of a job, its id in the body",
-                **_operation(_FETCH_BY_BODY, legacy, "FetchByIdRequest", example),
-            }
-        }
-    return paths
-
-
-def _management(legacy: bool) -> dict[str, Any]:
-    paths: dict[str, Any] = {}
-    for name, (summary, example) in MANAGEMENT_EXAMPLES.items():
-        schema = DETAILS if name == "system_details" else DONE
-        done = json_body("Done.", schema, {"success": {"value": example}})
-        answer = _operation(_MANAGE, legacy, "KeyRequest", {"key": "my-key"}, done)
-        paths[f"/api/v1/enterprise/realtime/{name}"] = {
-            "post": {"summary": summary, **answer, "tags": ["management"]}
-        }
-    for name, (summary, body, sent, told) in STORAGE_EXAMPLES.items():
-        done = json_body("Done.", STORAGE_DONE, {"success": {"value": told}})
-        answer = _operation((*_MANAGE, ErrorKind.FIELDS), legacy, body, sent, done)
-        paths[f"/api/v1/enterprise/{name}"] = {
-            "post": {"summary": summary, **answer, "tags": ["management"]}
-        }
-    return paths
-
-
-def _operation(
-    cases: tuple[ErrorKind, ...],
-    legacy: bool,
-    body: str = "",
-    example: dict[str, Any] | None = None,
-    done: Schema | None = None,
-) -> dict[str, Any]:
-    operation: dict[str, Any] = {
-        "tags": ["img2img"],
-        "security": KEYS,
-        "responses": _responses(cases, legacy, done),
-    }
-    if body:
-        content = {"schema": {"$ref": f"#/components/schemas/{body}"}, "example": example}
-        operation["requestBody"] = {
-            "required": "required" in SCHEMAS[body],
-            "content": {"application/json": content},
-        }
-    return operation
-
-
-def _responses(cases: tuple[ErrorKind, ...], legacy: bool, done: Schema | None) -> dict[str, Any]:
-    if legacy:
-        return {"200": json_body("Every answer; `status` says which.", LEGACY)}
-    examples = {name: {"value": value} for name, value in JOB_EXAMPLES.items()}
-    responses = {"200": done or json_body("The job, also when it failed.", JOB, examples)}
-    for case in sorted(cases, key=lambda case: case.status):
-        shown = {case.name.lower(): {"value": error_example(case)}}
-        code = str(case.status)
-        if code in responses:
-            responses[code]["content"]["application/json"]["examples"] |= shown
-            continue
-        responses[code] = json_body(error_example(case)["message"], ERROR, shown)
-        if case in (ErrorKind.RATE_LIMIT, ErrorKind.UNAVAILABLE):
-            responses[code]["headers"] = RETRY_AFTER
-    return responses

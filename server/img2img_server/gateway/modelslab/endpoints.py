@@ -1,4 +1,4 @@
-"""The img2img and fetch calls of the contract: ask the api, put its answer into our words."""
+"""ModelsLab's calls img2img and fetch: docs/http-contract.md#responses, #fetch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import asyncio
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import APIRouter, Path
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from img2img.v1 import job_pb2
-from img2img_server.compat.modelslab import annotation_keys, results
+from img2img_server.compat.modelslab import annotation_keys, requests, responses
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.domain.params import ValidationContext
 from img2img_server.domain.violations import required
@@ -20,10 +21,9 @@ from img2img_server.domain.warnings import join_warnings
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
-from img2img_server.gateway.modelslab import fields
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
-from img2img_server.gateway.modelslab.request import drop_hints, job_spec
-from img2img_server.gateway.modelslab.response_formats import Answer, ResponseFormat
+from img2img_server.gateway.modelslab.response_formats import Current
+from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.lifecycle import StoppedError, unless_stopped
 from img2img_server.outbound.policy import OutboundPolicy
@@ -34,6 +34,7 @@ V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
 _ID = re.compile(r"[0-9]{1,12}", re.ASCII)
 _ID_LONGER = 13  # characters, one more than an id may have
+JobId = Annotated[str, Path(description="The `id` of the response to img2img.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,35 +54,55 @@ class Endpoints:
         settings: Settings,
         upstream: Upstream,
         files: Files,
-        dialect: ResponseFormat,
+        response_format: Current,
         stop: asyncio.Event,
     ) -> None:
         self._settings = settings
         self._upstream = upstream
         self._files = files
-        self._dialect = dialect
+        self._format = response_format
         self._stop = stop
         policy = OutboundPolicy.of(settings)
-        self._context = ValidationContext(fields.LIMITS, is_listed=policy.lists_host)
+        self._context = ValidationContext(requests.LIMITS, is_listed=policy.lists_host)
 
-    async def create(self, request: Request, family: str) -> JSONResponse:
-        """POST img2img: makes a job, waits for it when the caller wants the result."""
-        call, body = await self._call(request, family)
-        reading = fields.read(body, self._context)
-        del body  # what it holds beside the fields is not kept while we wait
-        if violations := reading.violations:
-            del reading
-            await self._upstream.caller(call.key)  # a wrong key is told before wrong fields
+    def router(self) -> APIRouter:
+        """Returns the routes."""
+        router = APIRouter(tags=["img2img"])
+        failing = [*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN, ErrorKind.RATE_LIMIT]
+        found = outcomes("Success", "Processing", "Failed", errors=failing)
+        for family in (ENTERPRISE, V6):
+            extra = body("Img2ImgRequest")
+            router.post(f"{family}/img2img", responses=found, openapi_extra=extra)(self.img2img)
+        failing = [*BODY, ErrorKind.FIELDS, ErrorKind.UNKNOWN_JOB]
+        found = outcomes("Success", "Processing", "Failed", errors=failing)
+        for family in (ENTERPRISE, V6, V6_IMAGES):
+            path, extra = f"{family}/fetch/{{job_id}}", body("KeyRequest", required=False)
+            router.get(path, responses=found)(self.fetch)
+            router.post(path, responses=found, openapi_extra=extra)(self.fetch)
+        for path in ("/api/v1/enterprise/fetch", f"{V6_IMAGES}/fetch"):
+            extra = body("FetchRequest")
+            router.post(path, responses=found, openapi_extra=extra)(self.fetch_by_body)
+        return router
+
+    async def img2img(self, request: Request) -> JSONResponse:
+        """Responds when the job has ended, or after a while, or at once with `instant_response` or
+        `webhook`. A job that has not ended is fetched later."""
+        call, sent = await self._call(request)
+        parsed = requests.read(sent, self._context)
+        del sent  # what it holds beyond the fields is not kept while the job runs
+        if violations := parsed.violations:
+            del parsed
+            await self._upstream.caller(call.key)  # a wrong key is reported before wrong fields
             raise RequestError(ErrorKind.FIELDS, violations=violations)
-        spec, warnings = job_spec(reading.values, call.base), reading.warnings
-        at_once = bool(reading.values.get("instant_response") or spec.webhook)
-        del reading
+        spec, warnings = requests.job_spec(parsed.values, call.base), parsed.warnings
+        at_once = bool(parsed.values.get("instant_response") or spec.webhook)
+        del parsed
         job = await self._make(call, spec, warnings)
-        del spec  # the picture is not kept while its job runs
+        del spec  # the init image is not kept while its job runs
         request.state.body.release()
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(call.key, job)
-        return await self._answer(job, call, fetched=False)
+        return await self._respond(job, call, fetched=False)
 
     async def _make(self, call: Call, spec: job_pb2.JobSpec, warnings: list[str]) -> job_pb2.Job:
         # Legacy callers know no other `warning` than those of the original.
@@ -91,43 +112,45 @@ class Endpoints:
         except RequestError as refused:
             broken = {violation.field: violation.message for violation in refused.violations}
             # The model's own limit is narrower than ours; a hint is never an error.
-            if dropped := drop_hints(spec, broken):
+            if dropped := requests.drop_hints(spec, broken):
                 more = [
-                    fields.ignored(name, broken[name].replace(name, "it", 1)) for name in dropped
+                    requests.ignored(name, broken[name].replace(name, "it", 1)) for name in dropped
                 ]
                 return await self._make(call, spec, [*warnings, *more])
-            refused.violations = fields.in_table_order(refused.violations)
+            refused.violations = requests.merge(requests.Img2ImgRequest, refused.violations)
             raise
 
-    async def fetch(self, request: Request, family: str, job_id: str) -> JSONResponse:
-        """State of a job, its id in the path."""
-        return await self._fetch((await self._call(request, family))[0], job_id)
+    async def fetch(self, request: Request, job_id: JobId) -> JSONResponse:
+        """Responds at once with what is known of the job."""
+        return await self._fetch((await self._call(request))[0], job_id)
 
-    async def fetch_by_body(self, request: Request, family: str) -> JSONResponse:
-        """State of a job, its id in the body field request_id."""
-        call, body = await self._call(request, family)
-        job_id = body.get("request_id")
-        del body
+    async def fetch_by_body(self, request: Request) -> JSONResponse:
+        """Responds at once with what is known of the job."""
+        call, sent = await self._call(request)
+        job_id = sent.get("request_id")
+        del sent
         if job_id is None or job_id == "":
             await self._upstream.caller(call.key)
             raise RequestError(ErrorKind.FIELDS, violations=[required("request_id")])
-        # A longer one is no more an id than its beginning, which is all that is kept of it.
+        # A longer text is no id, and neither is its beginning, which is all that is kept of it.
         job_id = str(job_id)[:_ID_LONGER] if type(job_id) in (int, str) else ""
         return await self._fetch(call, job_id)
 
-    async def _call(self, request: Request, family: str) -> tuple[Call, dict[str, Any]]:
-        """The question and its body."""
-        body = await read_json(request) if request.method == "POST" else {}
-        key = find_key(request, body)
+    async def _call(self, request: Request) -> tuple[Call, dict[str, Any]]:
+        """Returns the call and its body."""
+        sent = await read_json(request) if request.method == "POST" else {}
+        key = find_key(request, sent)
         base = link_base(request, self._settings.public_base_url)
-        return Call(key, base, family), body
+        path = request.scope["path"]
+        family = next((each for each in (V6, V6_IMAGES) if path.startswith(each)), ENTERPRISE)
+        return Call(key, base, family), sent
 
     async def _fetch(self, call: Call, job_id: str) -> JSONResponse:
         if not _ID.fullmatch(job_id):
             await self._upstream.caller(call.key)
             raise RequestError(ErrorKind.UNKNOWN_JOB)
         job = await self._upstream.get(call.key, int(job_id))
-        return await self._answer(job, call, fetched=True)
+        return await self._respond(job, call, fetched=True)
 
     async def _wait(self, key: str, job: job_pb2.Job) -> job_pb2.Job:
         """Returns the job once it has ended, or as it is after `wait_seconds` or at a stop."""
@@ -138,28 +161,23 @@ class Endpoints:
             return await self._upstream.get(key, job.id)
         return job
 
-    async def _answer(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
+    async def _respond(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
         if job.state in (job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED):
-            return respond(self._dialect.failed(job))
+            return self._format.failed(job)
         if job.state == job_pb2.Job.STATE_SUCCEEDED:
             try:
                 output = await self._output(job)
-                return respond(self._dialect.success(job, output, fetched=fetched))
+                return self._format.success(job, output, fetched=fetched)
             except StorageError:
                 if fetched:
                     raise RequestError(ErrorKind.UNAVAILABLE) from None
                 # The POST made a job: it must not be lost. A fetch will have it later.
         base = job.spec.annotations.get(annotation_keys.LINK_BASE, call.base)
         fetch_result = f"{base}{call.family}/fetch/{job.id}"
-        return respond(self._dialect.processing(job, fetch_result, fetched=fetched))
+        return self._format.processing(job, fetch_result, fetched=fetched)
 
     async def _output(self, job: job_pb2.Job) -> list[str]:
-        links = results.links(job)
+        links = responses.links(job)
         if self._settings.base64_inline and job.spec.base64:
             return await inline(self._files.blobs, links)
         return links
-
-
-def respond(answer: Answer) -> JSONResponse:
-    """The answer on its way out."""
-    return JSONResponse(answer.body, answer.status, answer.headers)

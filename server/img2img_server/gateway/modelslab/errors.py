@@ -1,5 +1,7 @@
-"""Why a request is refused: the cases of section 6.4 of the HTTP contract, and how the api's
-statuses become them. Branches on ErrorInfo's reason, never on text."""
+"""The errors of the gateway, and what the api's statuses become: docs/http-contract.md#errors.
+
+Branches on ErrorInfo's reason, never on a text.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,11 @@ from img2img_server.domain.violations import Reason, Violation
 
 RETRY_SECONDS = 30  # without an estimate
 
-# The api is down, stopping or stuck; CANCELLED is how a stopping one ends what lasts too long.
-_AWAY = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-)
 Detail = TypeVar("Detail", bound=Message)
 
 
 class ErrorKind(Enum):
-    """HTTP code, reason and default message of every refusal. The api's own reason replaces it."""
+    """HTTP status, reason and default message of every error. The api's own reason replaces it."""
 
     INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
     FIELDS = 400, "INVALID_REQUEST", ""  # the sentence of the first field
@@ -55,18 +51,54 @@ class ErrorKind(Enum):
         self.message = message
 
 
-class RequestError(Exception):
-    """The request is refused. `message` and `reason` replace the case's own; `retry_seconds` are
-    whole.
+_OF_REASON = {
+    **{kind.reason: kind for kind in ErrorKind},
+    "QUEUE_FULL": ErrorKind.RATE_LIMIT,
+    "TOO_MANY_CALLS": ErrorKind.RATE_LIMIT,
+    "TOO_MANY_WATCHERS": ErrorKind.UNAVAILABLE,
+    "NO_MODEL": ErrorKind.UNAVAILABLE,
+    "MODEL_NOT_FOUND": ErrorKind.UNAVAILABLE,  # the operator's default model
+    "STORAGE_KEYS_MISSING": ErrorKind.UNAVAILABLE,
+    "MESSAGE_TOO_LARGE": ErrorKind.UNAVAILABLE,
+}
+# Of statuses without a reason, which are those of gRPC itself, or with one of a newer api.
+_OF_STATUS = {
+    grpc.StatusCode.UNAUTHENTICATED: ErrorKind.BAD_KEY,
+    grpc.StatusCode.PERMISSION_DENIED: ErrorKind.FORBIDDEN,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorKind.TOO_LARGE,
+    grpc.StatusCode.UNAVAILABLE: ErrorKind.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ErrorKind.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED: ErrorKind.UNAVAILABLE,  # a stopping api ends long calls so
+}
+# Kinds whose message does not say enough: these reasons bring the api's own.
+_EXPLAINED = frozenset(
+    {
+        "PERMISSION_DENIED",
+        "JOB_ENDED",
+        "QUEUE_FULL",
+        "RATE_LIMITED",
+        "TOO_MANY_CALLS",
+        "NO_MODEL",
+        "STORAGE_KEYS_MISSING",
+        "MESSAGE_TOO_LARGE",
+    }
+)
 
-    `violations` come with FIELDS only, in the order in which they are to be told. `metadata` is
-    that of the api's ErrorInfo. Message and violations are in our own words; response_formats.py
-    puts them into those of the contract.
+
+class RequestError(Exception):
+    """The gateway rejects the request. The sentences are our own; response_formats.py replaces them
+    by those of ModelsLab.
+
+    Attributes:
+        reason: For programs. Default: that of the kind.
+        violations: With FIELDS only, in the order in which they are reported.
+        retry_seconds: Whole seconds until a retry may succeed.
+        metadata: That of the api's ErrorInfo.
     """
 
     def __init__(
         self,
-        case: ErrorKind,
+        kind: ErrorKind,
         message: str = "",
         *,
         reason: str = "",
@@ -75,65 +107,45 @@ class RequestError(Exception):
         headers: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.case = case
-        self.reason = reason or case.reason
+        self.kind = kind
+        self.reason = reason or kind.reason
         self.violations = violations or []
-        self.message = message or (self.violations[0].message if self.violations else case.message)
+        self._message = message or kind.message
         self.metadata = metadata or {}
         self.retry_seconds = retry_seconds
         self.headers = dict(headers or {})
         super().__init__(self.message)
 
+    @property
+    def message(self) -> str:
+        """The sentence for people: the given one, that of the first violation, or the kind's."""
+        return self.violations[0].message if self.violations else self._message
+
 
 def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RequestError:
-    """What a failed call of the api means to the HTTP caller. `model`: the one that he named."""
+    """Returns what a failed call of the api means to the HTTP caller.
+
+    Args:
+        model: the one that the caller named.
+    """
     status = rpc_status.from_call(error) or status_pb2.Status()
     info = _detail(status, error_details_pb2.ErrorInfo())
-    refused = _refusal(error, status, info.reason, model)
-    refused.reason = info.reason or refused.reason
-    refused.metadata = dict(info.metadata)
-    return refused
-
-
-def _refusal(
-    error: grpc.aio.AioRpcError, status: status_pb2.Status, reason: str, model: str
-) -> RequestError:
-    retry = _retry_seconds(_detail(status, error_details_pb2.RetryInfo()))
-    text = error.details() or ""
-    match error.code(), reason:
-        case grpc.StatusCode.INVALID_ARGUMENT, _ if violations := _violations(status):
-            return RequestError(ErrorKind.FIELDS, violations=violations)
-        case grpc.StatusCode.UNAUTHENTICATED, _:
-            return RequestError(ErrorKind.BAD_KEY)
-        case grpc.StatusCode.PERMISSION_DENIED, _:
-            return RequestError(ErrorKind.FORBIDDEN, text)
-        case grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND":
-            return RequestError(ErrorKind.UNKNOWN_JOB)
-        case grpc.StatusCode.RESOURCE_EXHAUSTED, "":  # gRPC's own: the message is too large
-            return RequestError(ErrorKind.TOO_LARGE)
-        case grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS":
-            return RequestError(ErrorKind.UNAVAILABLE, retry_seconds=retry)
-        case grpc.StatusCode.RESOURCE_EXHAUSTED, _:
-            return RequestError(ErrorKind.RATE_LIMIT, text, retry_seconds=retry)
-        case grpc.StatusCode.FAILED_PRECONDITION, "JOB_ENDED":
-            return RequestError(ErrorKind.JOB_ENDED, text)
-        case grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED":
-            return RequestError(ErrorKind.REQUEST_ID_REUSED)
-        case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND" if model:
-            return RequestError(
-                ErrorKind.FIELDS, violations=[Violation("model", Reason.NOT_SUPPORTED, text)]
-            )
-        # An api of an older version says so to the callers of the contract, who name no model.
-        case grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND":
-            return RequestError(ErrorKind.UNAVAILABLE)
-        case grpc.StatusCode.UNAVAILABLE, "NO_MODEL":
-            return RequestError(ErrorKind.UNAVAILABLE, text, retry_seconds=retry)
-        case grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_KEYS_MISSING" | "MESSAGE_TOO_LARGE":
-            return RequestError(ErrorKind.UNAVAILABLE, text)
-        case code, _ if code in _AWAY:
-            return RequestError(ErrorKind.UNAVAILABLE, retry_seconds=retry)
-        case _:
-            return RequestError(ErrorKind.FAULT)
+    request = _detail(status, error_details_pb2.BadRequest())
+    retry = _detail(status, error_details_pb2.RetryInfo())
+    text, reason = error.details() or "", info.reason
+    violations = [_violation(item, info.metadata) for item in request.field_violations]
+    if model and reason == "MODEL_NOT_FOUND":
+        violations = [Violation("model", Reason.NOT_SUPPORTED, text)]
+    kind = _OF_REASON.get(reason) or _OF_STATUS.get(error.code(), ErrorKind.FAULT)
+    seconds = math.ceil(retry.retry_delay.ToNanoseconds() / 1e9)
+    return RequestError(
+        ErrorKind.FIELDS if violations else kind,
+        text if reason in _EXPLAINED else "",
+        reason=reason,
+        violations=violations,
+        retry_seconds=max(1, seconds) if retry.HasField("retry_delay") else RETRY_SECONDS,
+        metadata=dict(info.metadata),
+    )
 
 
 def _detail(status: status_pb2.Status, empty: Detail) -> Detail:
@@ -141,12 +153,6 @@ def _detail(status: status_pb2.Status, empty: Detail) -> Detail:
         if packed.Unpack(empty):
             break
     return empty
-
-
-def _violations(status: status_pb2.Status) -> list[Violation]:
-    metadata = _detail(status, error_details_pb2.ErrorInfo()).metadata
-    request = _detail(status, error_details_pb2.BadRequest())
-    return [_violation(item, metadata) for item in request.field_violations]
 
 
 def _violation(
@@ -162,10 +168,3 @@ def _violation(
     cause = values.pop("cause", "")
     message = item.description.removesuffix(f": {cause}")
     return Violation(item.field, item.reason, message, cause, values)
-
-
-def _retry_seconds(info: error_details_pb2.RetryInfo) -> int:
-    if not info.HasField("retry_delay"):
-        return RETRY_SECONDS
-    nanoseconds: int = info.retry_delay.ToNanoseconds()
-    return max(1, math.ceil(nanoseconds / 1e9))

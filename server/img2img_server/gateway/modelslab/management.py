@@ -1,81 +1,116 @@
-"""Section 13 of the contract: the management calls, the same in both dialects."""
+"""ModelsLab's management calls, the same in both modes: docs/http-contract.md#management, #s3."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from img2img.v1 import admin_service_pb2
+from img2img.v1 import service_pb2
+from img2img_server.compat.modelslab import responses
+from img2img_server.compat.modelslab.requests import (
+    ParsedBody,
+    ResetS3Request,
+    UpdateS3Request,
+    merge,
+    parse,
+)
+from img2img_server.compat.modelslab.server_types import validate_server_type
+from img2img_server.domain.storage import REALTIME, StorageDetails, validate_storage
+from img2img_server.errors import PermissionDeniedError
 from img2img_server.gateway.http.http_request import find_key, read_json
+from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import Upstream
 
-RESTARTING = "server restarting"
-UPDATED = "Server updated successfully"
-CACHE_CLEARED = "Cache cleared successfully"
-QUEUE_CLEARED = "Queue cleared, server is restarting"  # the contract's text; nothing restarts
+_DETAILS = tuple(field.name for field in fields(StorageDetails))
 
 
 class Management:
-    """Answers the management calls. The api says who may make them."""
+    """Answers the management calls. The api checks the permissions of the key."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
+    def router(self) -> APIRouter:
+        """Returns the routes."""
+        router = APIRouter(prefix="/api/v1/enterprise", tags=["management"])
+        update = self._calling(self._upstream.update, "Server updated successfully")
+        cleared = "Queue cleared, server is restarting"  # ModelsLab's text; no worker restarts
+        calls = {
+            "restart_server": self._calling(self._upstream.restart, "server restarting"),
+            "update_server": update,
+            "update": update,  # the only name that the official SDK knows
+            "clear_cache": self._calling(self._upstream.clear_cache, "Cache cleared successfully"),
+            "clear_queue": self._calling(self._upstream.clear_queue, cleared),
+        }
+        for path, endpoint, request, response in (
+            *((f"/realtime/{name}", call, "KeyRequest", "Done") for name, call in calls.items()),
+            ("/realtime/system_details", self.system_details, "KeyRequest", "SystemDetails"),
+            ("/update_s3", self.update_s3, "UpdateS3Request", "StorageUpdated"),
+            ("/reset_s3", self.reset_s3, "ResetS3Request", "StorageReset"),
+        ):
+            found = outcomes(response, errors=[*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN])
+            extra = body(request, required=request == "UpdateS3Request")
+            router.post(path, responses=found, openapi_extra=extra)(endpoint)
+        return router
+
+    def _calling(
+        self, call: Callable[[str], Awaitable[object]], message: str
+    ) -> Callable[[Request], Awaitable[JSONResponse]]:
+        async def endpoint(request: Request) -> JSONResponse:
+            await call(find_key(request, await read_json(request)))
+            return JSONResponse(responses.done(message))
+
+        return endpoint
+
     async def system_details(self, request: Request) -> JSONResponse:
-        """POST system_details."""
-        told = await self._upstream.system_details(await _key(request))
-        return JSONResponse(system_details(told))
+        """Reports jobs, models and the use of the devices."""
+        details = await self._upstream.system_details(find_key(request, await read_json(request)))
+        return JSONResponse(responses.system_details(details))
 
-    async def restart_server(self, request: Request) -> JSONResponse:
-        """POST restart_server."""
-        await self._upstream.restart(await _key(request))
-        return _done(RESTARTING)
+    async def update_s3(self, request: Request) -> JSONResponse:
+        """Replaces all S3 details of the tenant."""
+        key, values = await self._read(request, UpdateS3Request)
+        check_connection = values.pop("check_connection", False)
+        update = service_pb2.UpdateStorageSettingsRequest(
+            settings=service_pb2.StorageSettings(**values), check_connection=check_connection
+        )
+        response = await self._upstream.update_storage(key, update)
+        return JSONResponse(responses.storage_updated(response))
 
-    async def update_server(self, request: Request) -> JSONResponse:
-        """POST update_server, and update, the only one of the two that the official SDK calls."""
-        await self._upstream.update(await _key(request))
-        return _done(UPDATED)
+    async def reset_s3(self, request: Request) -> JSONResponse:
+        """Removes the S3 details of the tenant."""
+        key, values = await self._read(request, ResetS3Request)
+        response = await self._upstream.reset_storage(key, values["deploy_type"])
+        return JSONResponse(responses.storage_reset(response.deploy_type))
 
-    async def clear_cache(self, request: Request) -> JSONResponse:
-        """POST clear_cache."""
-        await self._upstream.clear_cache(await _key(request))
-        return _done(CACHE_CLEARED)
-
-    async def clear_queue(self, request: Request) -> JSONResponse:
-        """POST clear_queue."""
-        await self._upstream.clear_queue(await _key(request))
-        return _done(QUEUE_CLEARED)
-
-
-async def _key(request: Request) -> str:
-    return find_key(request, await read_json(request))
-
-
-def _done(message: str) -> JSONResponse:
-    return JSONResponse({"status": "success", "message": message})
-
-
-def system_details(told: admin_service_pb2.GetSystemDetailsResponse) -> dict[str, Any]:
-    """The body of system_details."""
-    return {
-        "status": "success",
-        "message": "",
-        "model_count": told.model_count,
-        "queue_num": told.queued_jobs,
-        "queue_time": round(told.queue_duration.ToNanoseconds() / 1e9, 2),
-        "data": {
-            "server_version": told.server_version,
-            "uptime": _spoken(told.uptime),
-            "gpu_usage": f"{told.gpu_usage:.0%}",
-        },
-    }
+    async def _read(
+        self, request: Request, model: type[ResetS3Request]
+    ) -> tuple[str, dict[str, Any]]:
+        """Returns the key and the values. Reports a wrong key and a missing permission before wrong
+        fields."""
+        key, parsed = _parse(request, await read_json(request), model)
+        if not parsed.violations:
+            return key, parsed.values
+        parsed.values.clear()
+        caller = await self._upstream.caller(key)
+        if "storage" not in caller.permissions:
+            raise RequestError(ErrorKind.FORBIDDEN, str(PermissionDeniedError("storage")))
+        raise RequestError(ErrorKind.FIELDS, violations=parsed.violations)
 
 
-def _spoken(uptime: Duration) -> str:
-    """For example "5d 12h 30m"."""
-    hours, seconds = divmod(uptime.seconds, 3600)
-    days, hours = divmod(hours, 24)
-    return f"{days}d {hours}h {seconds // 60}m"
+def _parse(
+    request: Request, sent: dict[str, Any], model: type[ResetS3Request]
+) -> tuple[str, ParsedBody]:
+    parsed = parse(model, sent)
+    broken = validate_server_type(parsed.values.setdefault("deploy_type", REALTIME))
+    if model is UpdateS3Request:
+        details = {name: parsed.values.get(name, "") for name in _DETAILS}
+        broken += validate_storage(StorageDetails(**details))
+    violations = merge(model, parsed.violations, broken)
+    return find_key(request, sent), ParsedBody(parsed.values, violations)

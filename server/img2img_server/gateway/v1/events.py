@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Annotated, Any
 
+from fastapi import APIRouter, Header, Query
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,14 +20,37 @@ from img2img.v1 import event_pb2
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.gateway.http.http_request import find_key
 from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.openapi import outcomes
 from img2img_server.gateway.upstream import ENDED, Upstream
 from img2img_server.gateway.v1 import protojson
+from img2img_server.gateway.v1.calls import JobId
 
 PING_SECONDS = 15.0
 _PING = b": ping\n\n"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-_SEQUENCE_MOST = 2**63 - 1
+_SEQUENCE_MOST = 2**53 - 1  # the largest integer that every JSON reader keeps
 _TERMINAL = ("succeeded", "failed", "cancelled")
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "description": "Its kind, a field of JobEvent's oneof."},
+        "id": {"type": "string", "pattern": "^[0-9]+$", "description": "Its sequence."},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/JobEvent"},
+        },
+    },
+    "required": ["event", "id", "data"],
+}
+# Strings, which FastAPI accepts all: a wrong key is reported before a wrong number.
+_SEQUENCE: dict[str, Any] = {"json_schema_extra": {"pattern": "^[0-9]{0,15}$"}}
+AfterSequence = Annotated[
+    str, Query(description="Leave out events up to this number.", **_SEQUENCE)
+]
+LastEventId = Annotated[
+    str, Header(alias="Last-Event-ID", description="The same, as browsers send it.", **_SEQUENCE)
+]
 
 
 class EventStreams:
@@ -35,14 +60,29 @@ class EventStreams:
         self._upstream = upstream
         self._stop = stop
 
-    async def serve(self, request: Request, job_id: str) -> Response:
-        """The events after Last-Event-ID or after_sequence, until the job has ended.
+    def router(self) -> APIRouter:
+        """Returns the route."""
+        router = APIRouter(tags=["events"])
+        failing = (ErrorKind.FIELDS, ErrorKind.UNKNOWN_JOB, ErrorKind.RATE_LIMIT)
+        found = outcomes(errors=failing)
+        found[200] = {"content": {"text/event-stream": {"schema": _EVENT}}}
+        found[204] = {"description": "No event comes after Last-Event-ID."}
+        path = "/v1/jobs/{job_id}/events"
+        router.get(path, responses=found, response_class=Response)(self.serve)
+        return router
 
-        204 tells an EventSource that comes back after the last event to stop coming back.
-        """
+    async def serve(
+        self,
+        request: Request,
+        job_id: JobId,
+        after_sequence: AfterSequence = "",
+        last_event_id: LastEventId = "",
+    ) -> Response:
+        """Server-sent events until the job has ended: `data` is a JobEvent of img2img.v1 as
+        ProtoJSON with the proto's field names, `event` its kind, `id` its sequence. The key must be
+        in a header. Status 204 keeps an EventSource from reconnecting after the last event."""
         key = find_key(request, {})
-        resumed = request.headers.get("last-event-id")
-        after = _sequence(resumed or request.query_params.get("after_sequence") or "0")
+        after = _sequence(last_event_id or after_sequence or "0")
         if after is None:
             await self._upstream.caller(key)
             message = "after_sequence must be an integer of at least 0"
@@ -51,7 +91,7 @@ class EventStreams:
         if not (job_id.isascii() and job_id.isdigit() and len(job_id) <= 12):
             await self._upstream.caller(key)
             raise RequestError(ErrorKind.UNKNOWN_JOB)
-        if resumed and after and await self._has_seen_the_end(key, int(job_id), after):
+        if last_event_id and after and await self._has_seen_the_end(key, int(job_id), after):
             return Response(status_code=204)
         events = self._upstream.watch(key, int(job_id), after)
         first = await anext(events)  # what is wrong is told before the stream begins
@@ -101,7 +141,7 @@ def frame(event: event_pb2.JobEvent) -> bytes:
 
 
 def _sequence(text: str) -> int | None:
-    if not (text.isascii() and text.isdigit() and len(text) <= 19):
+    if not (text.isascii() and text.isdigit() and len(text) <= 16):
         return None
     number = int(text)
     return number if number <= _SEQUENCE_MOST else None
