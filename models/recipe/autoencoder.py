@@ -1,6 +1,6 @@
 """Trains the decoder on photos and rendered views; the encoder is computed (`encoder.py`).
 
-`python -m recipe.autoencoder --minutes 30` starts, or goes on where the last checkpoint stopped.
+`python -m recipe.autoencoder --minutes 30` starts, or resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from recipe.muon import optimizers, set_rate
 from recipe.runtime import Clock, device, follow
 
 NOISE = 0.1  # deviation; the denoiser's latents are never exact, and the decoder learns that
-HINTS = 0.3  # weight of what the inner resolutions are asked for
+HINTS = 0.3  # weight of the loss at the inner resolutions
 CHECKPOINT = paths.CHECKPOINTS / "decoder.pt"
 
 
 def load_autoencoder() -> AutoencoderTiny:
-    """With the running average of the decoder's weights."""
+    """Returns the autoencoder with the running average of the decoder's weights."""
     model = new_autoencoder()
     model.encoder.load_state_dict(encoder_state())
     model.decoder.load_state_dict(averaged(CHECKPOINT))
@@ -42,15 +42,15 @@ def load_autoencoder() -> AutoencoderTiny:
 
 
 def reconstruction_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """Root mean square error of each crop: between the mean error and the mean of the decibels."""
+    """Returns the mean of the root mean square errors of the crops."""
     return ((got - want).square().mean(dim=(1, 2, 3)) + 1e-4).sqrt().mean()
 
 
 class Hints(nn.Module):
-    """Asks the decoder's inner resolutions for the picture too, each by a linear map.
+    """Makes the decoder's inner resolutions predict the image too, each by a linear map.
 
-    Upsampling repeats pixels, and telling the four copies apart is what a decoder finds hardest;
-    told where it stands at 1/4 and 1/2 it learns several times faster. Used in training only.
+    Upsampling repeats pixels, and the four copies are hard to distinguish for a decoder. With a
+    loss at 1/4 and 1/2 of the resolution it learns several times faster. Used in training only.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -66,7 +66,7 @@ class Hints(nn.Module):
             )
 
     def loss(self, images: torch.Tensor) -> torch.Tensor:
-        """Of the decoder's last pass, whose result should have been `images`."""
+        """Returns the loss of the decoder's last pass, whose target is `images`."""
         losses = [
             reconstruction_loss(head(seen), functional.pixel_unshuffle(images, fold))
             for head, seen, fold in zip(self.heads, self._seen, self._folds, strict=True)
@@ -77,7 +77,7 @@ class Hints(nn.Module):
 
 @torch.no_grad()
 def psnr(encoder: nn.Module, decoder: nn.Module, images: torch.Tensor) -> float:
-    """Mean over the pictures, in dB, of pixels rounded and clamped as they would be saved."""
+    """Returns the mean PSNR of the images in dB, with pixels rounded and clamped as when saved."""
     got = to_images(decoder(encoder(images))).astype(np.float32)
     want = to_images(images).astype(np.float32)
     return float((10 * np.log10(255**2 / ((got - want) ** 2).mean((1, 2, 3)))).mean())
@@ -90,7 +90,7 @@ def train(
     rate: float = 0.015,
     at_least: int = 0,
 ) -> list[float]:
-    """Returns the loss of every step of this run; at least so many, whatever the time says."""
+    """Returns the loss of every step of this run, which has at least so many steps."""
     where = device()
     encoder = load_encoder().to(where)
     decoder = new_autoencoder().decoder.to(where).train()

@@ -1,7 +1,8 @@
 """The linear code of 8x8 blocks that the encoder computes: their principal components.
 
 The best 32 numbers a linear code can keep of a block's 192 leave 31.8 dB on the held-out photos.
-They are known at once, where a trained encoder needs hours for less: only the decoder has to learn.
+They can be computed at once, while a trained encoder needs hours for a worse code: only the decoder
+is trained.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 BLOCK, COLOURS = 8, 3
-# Deviation of a number whose component moves a block by 0.6; the decoder squashes what is beyond 3.
-# What moves it more gets more of the range, so that noise takes the layout last.
+# Deviation of a number whose component changes a block by 0.6; the decoder squashes values beyond
+# 3. Components with larger changes get more of the range, so that noise removes the layout last.
 DEVIATION, MIDDLE, LEAN = 0.7, 0.6, 0.25
 
 
 def principal(images: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the 8x8 blocks in N x 3 x H x W pictures: axes (count x 192), deviations, mean block."""
+    """Returns axes (count x 192), deviations and mean of the 8x8 blocks in N x 3 x H x W images."""
     blocks = functional.pixel_unshuffle(images, BLOCK).permute(0, 2, 3, 1).flatten(0, 2)
     mean = blocks.mean(0)
     spread = (blocks - mean).T @ (blocks - mean) / len(blocks)
@@ -26,7 +27,7 @@ def principal(images: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _halve(conv: nn.Conv2d, channels: int) -> None:
-    """Channel 4c + 2y + x of a cell is channel c of its pixel (y, x)."""
+    """Moves pixel (y, x) of each cell, channel c, to channel 4c + 2y + x."""
     for channel in range(channels):
         for y in range(2):
             for x in range(2):
@@ -62,9 +63,9 @@ def set_encoder(encoder: nn.Module, images: torch.Tensor) -> None:
 
 
 def deviations_of(encoder: nn.Module) -> torch.Tensor:
-    """The components' deviations in pixels, which say how much each is seen.
+    """Returns the deviations of the components in pixels, which say how visible each is.
 
-    Read off such an encoder: a row of its code has the length `scales / deviations`.
+    They are read from such an encoder: a row of its code has the length `scales / deviations`.
     """
     *_, project, last = _convolutions(encoder)
     lengths = project.weight[: last.out_channels].flatten(1).norm(dim=1) / 2

@@ -17,10 +17,10 @@ def _licence_address(licence: str) -> str:
 
 
 def notice() -> str:
-    """One line for each photograph: title, author, licence, source, and what was done with it."""
+    """Returns a line for each photograph: title, author, licence, source and changes."""
     lines = [
         "atelier was trained on crops, scalings and filtered renderings of these photographs",
-        "(rows marked 'test' only measured it). Thanks to everyone who gave them away.",
+        "(rows marked 'test' only measured it). Thanks to their authors.",
         "",
     ]
     lines += [

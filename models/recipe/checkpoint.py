@@ -1,6 +1,6 @@
-"""A training on disk: weights, their running average, the optimizers, how far it came.
+"""A training on disk: weights, their running average, the optimizers, steps and minutes.
 
-Weights belong to the encoder whose latents they were trained on; with another they are refused.
+Weights belong to the encoder whose latents they were trained on; another encoder is refused.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ State = dict[str, torch.Tensor]
 
 
 class Checkpoint:
-    """Goes on from `path` where there is one; `step` and `spent` (minutes) count all runs.
+    """Resumes from `path` if it exists; `step` and `spent` (minutes) count all runs.
 
     Args:
-        modules: `model` and `average`, and what else is trained with them.
+        modules: `model` and `average`, and other trained modules.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Checkpoint:
             if name in state:
                 module.load_state_dict(state[name])
         for optimizer, reached in zip(self.optimizers, state.get("optimizers", ()), strict=False):
-            # Only what it remembers of the gradients: rates are this run's.
+            # Only the state of the gradients: learning rates are those of this run.
             ours = optimizer.state_dict()
             optimizer.load_state_dict({**ours, "state": reached["state"]})
         self.step, self.spent = state["step"], state["spent"]
@@ -65,7 +65,7 @@ class Checkpoint:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises SystemExit where there is none, or where it belongs to another encoder."""
+    """Reads the checkpoint. Raises SystemExit if there is none or it belongs to another encoder."""
     if not path.exists():
         raise SystemExit(f"{path} is not there: train first, or start from the export (see README)")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,7 +75,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def averaged(path: Path) -> State:
-    """The weights to use."""
+    """Returns the weights to use."""
     average: State = read(path)["average"]
     return average
 
@@ -89,7 +89,7 @@ def single(state: State) -> State:
 
 
 def lay_down(path: Path, average: State, step: int = 0, spent: float = 0.0) -> None:
-    """A checkpoint to go on from, of averaged weights alone; the encoder has to be there before."""
+    """Writes a checkpoint of averaged weights to resume from; the encoder must exist."""
     weights = single(average)
     state = {"model": weights, "average": weights, "encoder": encoder_key()}
     save({**state, "step": step, "spent": spent}, path)

@@ -1,8 +1,8 @@
-"""Names the look of a picture; trained on real renderings of the training photos only.
+"""Names the look of an image; trained on real renderings of the training photos only.
 
-`python -m recipe.classifier` learns; the evaluation asks it about pictures generated from photos
-that neither it nor the model has seen. Half of its examples are softened and grainy, so that
-the autoencoder's softness is no look of its own.
+`python -m recipe.classifier` trains it; the evaluation uses it on images generated from photos that
+neither it nor the model has seen. Half of its examples are softened and grainy, so that it does not
+take the softness of the autoencoder for a look.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _softened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _describe(view: int) -> np.ndarray:
-    """Features of every look of one view, plain and softened: looks x 2 x features."""
+    """Returns the features of every look of one view, plain and softened: looks x 2 x features."""
     cv2.setNumThreads(1)
     renders = np.load(RENDERS, mmap_mode="r")
     rng = np.random.default_rng(view)
@@ -46,7 +46,7 @@ def _describe(view: int) -> np.ndarray:
 
 
 def train(every: int = 4, workers: int = 2) -> float:
-    """Of every so manieth view; returns the share it names rightly in views left out."""
+    """Trains on every n-th view; returns the share of looks named correctly in other views."""
     views = range(0, len(np.load(RENDERS, mmap_mode="r")), every)
     with ProcessPoolExecutor(workers) as pool:
         table = np.stack(list(pool.map(_describe, views, chunksize=4)))
@@ -67,7 +67,7 @@ def train(every: int = 4, workers: int = 2) -> float:
 
 
 def load_classifier() -> ExtraTreesClassifier:
-    """Our own pickle, written by `train` on this machine."""
+    """Returns the classifier from the pickle that `train` wrote on this machine."""
     return pickle.loads(CHECKPOINT.read_bytes())
 
 

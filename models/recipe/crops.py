@@ -45,7 +45,7 @@ class Crops:
         return self.views[rng.integers(len(self.views)), rng.integers(self.views.shape[1])]
 
     def draw(self, count: int, side: int) -> np.ndarray:
-        """uint8, count x side x side x 3; half of them mirrored."""
+        """Returns crops: uint8, count x side x side x 3; half of them mirrored."""
         out = np.empty((count, side, side, 3), np.uint8)
         for crop in out:
             source = self._source()

@@ -1,7 +1,7 @@
 """diffusers' AutoencoderTiny, 8x smaller in each direction, 32 channels, and its encoder.
 
 The encoder is a linear code that is computed, not trained (`basis.py`): `python -m recipe.encoder`.
-Latents and all trained weights belong to it, so one that is there is kept.
+Latents and all trained weights belong to it, so an existing one is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from recipe.runtime import save
 ENCODER = paths.CHECKPOINTS / "encoder.pt"
 WIDTH, LATENT_CHANNELS = 48, 32
 ENCODER_BLOCKS, DECODER_BLOCKS = (0, 0, 0, 0), (3, 2, 1, 0)
-CROPS, SIDE = 1500, 64  # what the code is computed from
+CROPS, SIDE = 1500, 64  # pixels from which the code is computed
 
 
 def new_autoencoder() -> AutoencoderTiny:
@@ -44,13 +44,13 @@ def new_autoencoder() -> AutoencoderTiny:
 
 
 def to_model(images: np.ndarray) -> torch.Tensor:
-    """uint8 N x H x W x 3 -> float N x 3 x H x W in -1..1."""
+    """Converts uint8 N x H x W x 3 to float N x 3 x H x W in -1..1."""
     tensor = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float()
     return (tensor / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def to_images(tensor: torch.Tensor) -> np.ndarray:
-    """float N x 3 x H x W in -1..1 -> uint8 N x H x W x 3."""
+    """Converts float N x 3 x H x W in -1..1 to uint8 N x H x W x 3."""
     pixels = (tensor.clamp(-1, 1) + 1) * 127.5
     return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
@@ -65,7 +65,7 @@ def build() -> None:
 
 
 def encoder_state() -> dict[str, torch.Tensor]:
-    """Raises SystemExit where there is none."""
+    """Returns the state of the encoder. Raises SystemExit if there is none."""
     if not ENCODER.exists():
         raise SystemExit(f"{ENCODER} is not there: `python -m recipe.encoder` computes it")
     state: dict[str, torch.Tensor] = torch.load(ENCODER, map_location="cpu", weights_only=True)
@@ -79,12 +79,12 @@ def load_encoder() -> nn.Module:
 
 
 def channel_deviations() -> torch.Tensor:
-    """How far each latent channel moves the pixels: its deviation over the blocks' 192 values."""
+    """Returns how much each latent channel changes pixels, as deviation over a block."""
     return deviations_of(load_encoder())
 
 
 def encoder_key() -> str:
-    """Names the encoder by its weights; the same after a journey in half precision."""
+    """Returns a name made of the encoder's weights, which half precision does not change."""
     digest = sha256()
     for name, value in sorted(encoder_state().items()):
         digest.update(name.encode() + value.half().contiguous().numpy().tobytes())

@@ -20,8 +20,8 @@ from skimage.metrics import structural_similarity
 from recipe import gallery, paths, sheets
 from recipe.classifier import load_classifier, look_of
 from recipe.gallery import Request
+from recipe.generate import defaults, held_out, restyle, roundtrip, square
 from recipe.looks import NAMES, render
-from recipe.pictures import defaults, held_out, restyle, roundtrip, square
 from recipe.sheets import STRENGTH_LOOKS
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -46,7 +46,7 @@ def autoencoder_quality(count: int) -> dict[str, object]:
 
 
 def adherence(wanted: list[Request]) -> dict[str, object]:
-    """Every look at the defaults, on one photo at least: is it named, is the photo still there?"""
+    """Measures for every look whether it is named and how much of the photo is kept."""
     gallery.make(wanted)
     classifier = load_classifier()
     right, ceiling, asked = Counter(), Counter(), Counter()
@@ -54,7 +54,7 @@ def adherence(wanted: list[Request]) -> dict[str, object]:
     similar: dict[str, list[float]] = {name: [] for name in NAMES}
     for request in wanted:
         image, name = square(request.photo, request.side), request.look
-        got = gallery.picture(request)
+        got = gallery.image(request)
         answer = look_of(classifier, got)
         asked[name] += 1
         right[name] += answer == name
@@ -64,7 +64,7 @@ def adherence(wanted: list[Request]) -> dict[str, object]:
             named[f"{name} -> {answer}"] += 1
     return {
         "photos": len({request.photo for request in wanted}),
-        "pictures": sum(asked.values()),
+        "images": sum(asked.values()),
         "top1": sum(right.values()) / sum(asked.values()),
         "top1_of_real_renderings": sum(ceiling.values()) / sum(asked.values()),
         "top1_by_look": {name: right[name] / asked[name] for name in NAMES},
@@ -75,7 +75,7 @@ def adherence(wanted: list[Request]) -> dict[str, object]:
 
 
 def strength_response(count: int) -> dict[str, object]:
-    """Root mean square distance (0..255) to the init photo by strength; the looks take turns."""
+    """Returns the root mean square distance (0..255) to the init photo by strength."""
     chosen = sheets.look_photos(count)
     table = np.zeros((count, len(STRENGTHS)))
     looks = [STRENGTH_LOOKS[row % len(STRENGTH_LOOKS)] for row in range(count)]
@@ -87,7 +87,7 @@ def strength_response(count: int) -> dict[str, object]:
     for row, requests in enumerate(wanted):
         image = square(requests[0].photo, 256).astype(np.float32)
         for column, request in enumerate(requests):
-            table[row, column] = np.sqrt(np.mean((gallery.picture(request) - image) ** 2))
+            table[row, column] = np.sqrt(np.mean((gallery.image(request) - image) ** 2))
     return {
         "looks": STRENGTH_LOOKS,
         "side": 256,
@@ -98,8 +98,8 @@ def strength_response(count: int) -> dict[str, object]:
     }
 
 
-def seconds_per_picture(sides: tuple[int, ...], repeats: int) -> dict[str, object]:
-    """Wall seconds of the whole pipeline at the defaults; the median, after one warm-up."""
+def seconds_per_image(sides: tuple[int, ...], repeats: int) -> dict[str, object]:
+    """Returns the median seconds of the whole pipeline at the defaults, after one warm-up."""
     out: dict[str, object] = {}
     for side in sides:
         (image,) = held_out(1, side)
@@ -129,7 +129,7 @@ def evaluate(count: int, sparse: int) -> dict[str, object]:
         "looks_of_photos_not_on_the_sheet": sparse or len(NAMES),
         "adherence": adherence(sheets.look_requests(sheets.look_photos(count), sparse)),
         "strength": strength_response(min(8, count)),
-        "seconds": seconds_per_picture((256, 512, 768, 1024), 5),
+        "seconds": seconds_per_image((256, 512, 768, 1024), 5),
     }
     paths.REPORTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, default=float)

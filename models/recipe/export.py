@@ -56,7 +56,7 @@ def _write(target: Path) -> None:
         requires_safety_checker=False,
     )
     # The text encoder stays fp32: transformers would load it in the dtype it finds, diffusers
-    # loads the rest as fp32, and the two must fit when nobody names a dtype.
+    # loads the rest as fp32, and both must fit if no dtype is given.
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(target, safe_serialization=True)
@@ -66,22 +66,22 @@ def _write(target: Path) -> None:
 
 
 def export(target: Path = paths.EXPORT) -> None:
-    """Replaces the directory only by a whole one within the limit; raises SystemExit else."""
+    """Replaces the directory by a complete one within the limit; otherwise raises SystemExit."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
-        made = Path(beside, target.name)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as fresh:
+        made = Path(fresh, target.name)
         _write(made)
         size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
         print(f"{target.name}: {size / 2**20:.1f} MiB")
         if size > LIMIT_BYTES:
             raise SystemExit(f"the export is larger than {LIMIT_BYTES} bytes")
         if target.exists():
-            target.rename(Path(beside, "before"))
+            target.rename(Path(fresh, "before"))
         made.rename(target)
 
 
 def is_newer(target: Path = paths.EXPORT) -> bool:
-    """Is there a trained model that the directory does not hold yet?"""
+    """Returns whether a trained model is newer than the directory."""
     if not (CHECKPOINT.exists() and DECODER.exists()):
         return False
     written = target / "model_index.json"

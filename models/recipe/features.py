@@ -61,9 +61,9 @@ def _patterns(grey: np.ndarray) -> list[float]:
     return out
 
 
-def features(picture: np.ndarray) -> np.ndarray:
-    """For a uint8 RGB picture of at least 256x256."""
-    image = picture.astype(np.float32) / 255
+def features(photo: np.ndarray) -> np.ndarray:
+    """Returns the features of a uint8 RGB image of at least 256x256."""
+    image = photo.astype(np.float32) / 255
     grey = image @ np.array([0.299, 0.587, 0.114], np.float32)
     vector = [*_colour(image), *_shares(grey, 12), *_edges(grey), *_patterns(grey)]
     return np.array(vector, np.float32)

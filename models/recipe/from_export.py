@@ -1,7 +1,7 @@
-"""Makes the packaged model the last checkpoint, so that training goes on from it.
+"""Makes the packaged model the last checkpoint, so that training resumes from it.
 
 `python -m recipe.from_export` writes encoder, decoder, denoiser and tokenizer into build/, as if
-zero minutes had been spent; what the optimizers remembered is not in the package.
+zero minutes had been spent; the package does not contain the state of the optimizers.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from recipe import paths
 from recipe.autoencoder import CHECKPOINT as DECODER
 from recipe.checkpoint import lay_down, single
 from recipe.encoder import ENCODER
-from recipe.pictures import pipeline
+from recipe.generate import pipeline
 from recipe.runtime import save
 from recipe.text import save_tokenizer
 from recipe.train import CHECKPOINT as DENOISER
 
 
 def lay_down_export(source: Path = paths.EXPORT) -> None:
-    """Raises SystemExit where it would write over weights that were trained here."""
+    """Writes the checkpoint. Raises SystemExit if it would replace trained weights."""
     for path in (ENCODER, DECODER, DENOISER):
         if path.exists():
             raise SystemExit(f"{path} is there: move it away to start from the packaged model")
@@ -34,7 +34,7 @@ def lay_down_export(source: Path = paths.EXPORT) -> None:
     text, unet = parts.text_encoder.state_dict(), parts.unet.state_dict()
     weights = {f"text.{name}": value for name, value in text.items()}
     lay_down(DENOISER, weights | {f"unet.{name}": value for name, value in unet.items()})
-    print(f"training goes on from {source}")
+    print(f"training resumes from {source}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generates many pictures in parallel, one thread a process.
+"""Generates many images in parallel, one thread a process.
 
 They are kept in build/gallery/<hash of the exported model>, so that none outlives its model.
 """
@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from recipe import paths
+from recipe.generate import restyle, square, subject
 from recipe.photos import Photo
-from recipe.pictures import restyle, square, subject
 
 GALLERY = paths.BUILD / "gallery"
 
@@ -35,7 +35,7 @@ def _folder() -> Path:
 
 @dataclass(frozen=True)
 class Request:
-    """One square picture to make; `strength` None is the model's default."""
+    """One square image to generate; `strength` None is the model's default."""
 
     photo: Photo
     look: str
@@ -70,7 +70,7 @@ def _make(request: Request) -> None:
 
 
 def make(requests: list[Request], workers: int = 2) -> None:
-    """Makes what is not there yet; deletes the pictures of other models."""
+    """Generates the missing images; deletes those of other models."""
     _folder().mkdir(parents=True, exist_ok=True)
     for other in GALLERY.iterdir():
         if other != _folder():
@@ -79,9 +79,9 @@ def make(requests: list[Request], workers: int = 2) -> None:
     with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
         for number, _ in enumerate(pool.map(_make, missing, chunksize=4), start=1):
             if number % 40 == 0:
-                print(f"{number} of {len(missing)} pictures", flush=True)
+                print(f"{number} of {len(missing)} images", flush=True)
 
 
-def picture(request: Request) -> np.ndarray:
-    """The picture (uint8), made before with `make`."""
+def image(request: Request) -> np.ndarray:
+    """Returns the image (uint8), which `make` has generated before."""
     return np.asarray(Image.open(request.path))

@@ -37,16 +37,16 @@ def build() -> None:
 
 
 def load_latents() -> np.ndarray:
-    """A copy in memory: a page fault per crop costs more than the denoiser.
+    """Returns the latents in memory, because a page fault per crop costs more than the denoiser.
 
-    Raises SystemExit where they are of another encoder or of other looks.
+    Raises SystemExit if they belong to another encoder or to a different list of looks.
     """
     latents = np.load(LATENTS)
     want, got = (len(NAMES), LATENT_CHANNELS), latents.shape[1:3]
     if got != want:
         raise SystemExit(
             f"{LATENTS} has {got} looks and channels where {want} are needed: "
-            "`python -m recipe.latents` makes it anew"
+            "`python -m recipe.latents` creates it again"
         )
     return latents
 

@@ -197,6 +197,6 @@ NAMES = tuple(LOOKS)
 
 
 def render(name: str, image: np.ndarray) -> np.ndarray:
-    """The photo (uint8) in that look (uint8), same size; textures start at the corner."""
+    """Renders the photo (uint8) in a look, at the same size; textures start at the corner."""
     drawn = LOOKS[name](image.astype(np.float32) / 255)
     return (np.clip(drawn, 0, 1) * 255 + 0.5).astype(np.uint8)

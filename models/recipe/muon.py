@@ -2,7 +2,7 @@
 
 On this small budget it reaches in 500 steps what AdamW needs 2,500 for. A convolution counts as the
 matrix of its outputs by everything else, which `torch.optim.Muon` does not take. Biases, norms,
-embeddings and the layers at the rim go to AdamW, as its author advises.
+embeddings and the first and last layers use AdamW, as its author advises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # quintic Newton-Schulz, after the author'
 
 
 def _orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearly the nearest matrix with singular values of 1."""
+    """Returns approximately the nearest matrix with singular values of 1."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 def optimizers(
     model: nn.Module, rate: float, adam_rate: float, rim: tuple[str, ...] = ()
 ) -> list[torch.optim.Optimizer]:
-    """Muon for what lies within; AdamW for names with a word of `rim`, colours and vectors."""
+    """Returns Muon for inner matrices; AdamW for vectors and names with a part in `rim`."""
     inner, others = [], []
     for name, weight in model.named_parameters():
         within = weight.ndim >= 2 and min(weight.shape[:2]) > COLOURS
@@ -61,7 +61,7 @@ def optimizers(
 
 
 def set_rate(chosen: list[torch.optim.Optimizer], factor: float) -> None:
-    """Every group at this share of its full rate."""
+    """Sets every group to this share of its full learning rate."""
     for optimizer in chosen:
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * factor

@@ -1,9 +1,9 @@
-"""Everything a training machine needs, small, in pieces; and the weights back again.
+"""Packs data and weights for a training machine into small pieces, and unpacks the weights.
 
-`python -m recipe.pack pack FOLDER` writes the photos (JPEG), the tokenizer and the weights reached
-so far; `weights FOLDER` the tokenizer and weights alone; `unpack FOLDER` lays them down in build/.
-A piece has at most 16 MB, for channels that carry no more. Weights travel in half precision and
-without the optimizer's state: training goes on from their running average.
+`python -m recipe.pack pack FOLDER` writes the photos (JPEG), the tokenizer and the current weights;
+`weights FOLDER` the tokenizer and weights only; `unpack FOLDER` writes them into build/. A piece
+has at most 16 MB, for channels with such a limit. Weights are in half precision and without the
+state of the optimizers: training resumes from their running average.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXT_FILES = ("vocab.json", "merges.txt")
 
 
 def _weights() -> bytes | None:
-    """The encoder and, once trained, decoder and denoiser."""
+    """Returns the encoder and, once trained, decoder and denoiser."""
     if not ENCODER.exists():
         return None
     kept: dict[str, object] = {"encoder": half(encoder_state())}
@@ -53,7 +53,7 @@ def _jpeg(path: Path) -> bytes:
 
 
 def pack(folder: Path, with_photos: bool) -> list[Path]:
-    """Returns the pieces it wrote: `atelier.000`, `atelier.001`, …"""
+    """Writes the pieces; returns their names: `atelier.000`, `atelier.001`, …"""
     content: dict[str, bytes] = {}
     if with_photos:
         for photo in photos():
@@ -84,7 +84,7 @@ def pack(folder: Path, with_photos: bool) -> list[Path]:
 
 
 def unpack(folder: Path) -> None:
-    """Replaces what is in build/ by what the pieces hold."""
+    """Replaces the content of build/ by that of the pieces."""
     pieces = sorted(folder.glob("atelier.[0-9][0-9][0-9]"))
     whole = b"".join(piece.read_bytes() for piece in pieces)
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:

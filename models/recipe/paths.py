@@ -1,4 +1,4 @@
-"""Where the recipe reads and writes; everything under `build/` can be deleted and made again."""
+"""The paths of the recipe; everything under `build/` can be deleted and created again."""
 
 from __future__ import annotations
 

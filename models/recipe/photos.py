@@ -1,4 +1,4 @@
-"""The photographs: `data/sources.csv` says where each comes from, who made it, under which licence.
+"""The photographs: `data/sources.csv` lists the source, author and licence of each.
 
 `python -m recipe.photos` fetches the Debian packages that hold most of them (`apt-get download`;
 the rest is inside scikit-image and scikit-learn, which requirements.txt pins) and lays every
@@ -23,7 +23,7 @@ from PIL import Image
 from recipe import paths
 from recipe.rcc import read_rcc
 
-LONGEST_SIDE = 1600  # pixels; more than this teaches nothing about 512-pixel pictures
+LONGEST_SIDE = 1600  # pixels; more teaches nothing about 512-pixel images
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def photos(split: str | None = None) -> list[Photo]:
 
 
 def open_photo(photo: Photo) -> np.ndarray:
-    """RGB, uint8, height x width x 3."""
+    """Returns RGB, uint8, height x width x 3."""
     return np.asarray(Image.open(photo.path).convert("RGB"))
 
 
@@ -60,11 +60,11 @@ def open_photo(photo: Photo) -> np.ndarray:
 def _unpacked_deb(package: str) -> Path:
     target = paths.DOWNLOADS / package
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=paths.DOWNLOADS) as beside:
-            subprocess.run(["apt-get", "download", "-q", package], cwd=beside, check=True)
-            (deb,) = Path(beside).glob("*.deb")
-            subprocess.run(["dpkg", "-x", str(deb), f"{beside}/files"], check=True)
-            Path(beside, "files").rename(target)
+        with tempfile.TemporaryDirectory(dir=paths.DOWNLOADS) as fresh:
+            subprocess.run(["apt-get", "download", "-q", package], cwd=fresh, check=True)
+            (deb,) = Path(fresh).glob("*.deb")
+            subprocess.run(["dpkg", "-x", str(deb), f"{fresh}/files"], check=True)
+            Path(fresh, "files").rename(target)
     return target
 
 

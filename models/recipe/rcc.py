@@ -12,7 +12,7 @@ _ENTRY_BYTES = {1: 14, 2: 22, 3: 22}
 
 
 def read_rcc(path: Path) -> dict[str, bytes]:
-    """Every file of the bundle by its path, `/gcompris/src/…/kitten.webp`."""
+    """Returns every file of the bundle by its path, `/gcompris/src/…/kitten.webp`."""
     blob = path.read_bytes()
     if blob[:4] != b"qres":
         raise ValueError(f"{path} is not a Qt resource file")

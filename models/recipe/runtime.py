@@ -1,4 +1,4 @@
-"""What every training script needs: the device, a clock that also sets the rate, safe saving."""
+"""Common code of training scripts: the device, a clock that sets the learning rate, safe saving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def device() -> torch.device:
-    """The GPU where there is one, else the CPU on ATELIER_THREADS threads (default: all)."""
+    """Returns the GPU, or the CPU with ATELIER_THREADS threads (default: all)."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if "ATELIER_THREADS" in os.environ:
@@ -22,9 +22,9 @@ def device() -> torch.device:
 
 
 class Threads:
-    """Now and then tries one thread and all, and keeps the faster: others may use the cores.
+    """Measures one thread and all threads from time to time, and keeps the faster number.
 
-    With a core taken away, every operation of two threads waits for the slower one.
+    If another process uses a core, every operation of two threads waits for the slower one.
     """
 
     def __init__(self, trial: int = 10, period: int = 400) -> None:
@@ -32,7 +32,7 @@ class Threads:
         self._seconds: dict[int, list[float]] = {}
 
     def stepped(self, step: int, seconds: float) -> None:
-        """To be called after every step with its duration."""
+        """Records the duration of a step; call it after every step."""
         if self.most == 1:
             return
         phase = step % self.period
@@ -51,7 +51,7 @@ class Threads:
 class Clock:
     """Training is bounded by minutes; `spent` are the minutes of earlier, resumed runs.
 
-    With `at_least` steps it goes on until those are done too, however slow the machine.
+    It also continues until `at_least` steps are done, however slow the machine is.
     """
 
     def __init__(self, minutes: float, spent: float = 0.0, at_least: int = 0) -> None:
@@ -64,18 +64,18 @@ class Clock:
 
     @property
     def done(self) -> float:
-        """Share of the training that is behind us, 0..1."""
+        """Returns the finished share of the training, 0..1."""
         shares = [self.spent / self.minutes] if self.minutes else []
         shares += [self.steps / self.at_least] if self.at_least else []
         return min([1.0, *shares])
 
     def tick(self) -> bool:
-        """Counts a step; false when the training is over."""
+        """Counts a step; returns false at the end of the training."""
         self.steps += 1
         return self.done < 1 or self.steps <= self.at_least
 
     def rate(self, warmup: float = 0.02, floor: float = 0.02) -> float:
-        """Factor of the learning rate: linear warm-up, then half a cosine over the time."""
+        """Returns the factor of the learning rate: linear warm-up, then half a cosine."""
         done = self.done
         if done < warmup:
             return max(floor, done / warmup)
@@ -87,7 +87,7 @@ class Clock:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes beside the target, then renames: a cut never leaves half a file."""
+    """Writes a temporary file, then renames it, so that no incomplete file is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -96,7 +96,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Exponential moving average that starts fast."""
+    """Updates an exponential moving average that starts fast."""
     factor = min(decay, (1 + step) / (10 + step))
     for kept, new in zip(average.parameters(), model.parameters(), strict=True):
         kept.lerp_(new, 1 - factor)

@@ -1,8 +1,8 @@
-"""What the denoiser is trained on: a latent on its way from photo to look, with noise.
+"""The training samples of the denoiser: a latent between photo and look, with noise.
 
 z = photo + u (styled - photo), u mostly 0 (an untouched photo) or 1 (ordinary diffusion);
-x_t = signal z + noise eps; the clean latent asked for is z + share(t) (styled - z). A caption
-without a look asks for z itself, so the unconditional branch keeps the picture as it is and the
+x_t = signal z + noise eps; the clean target latent is z + share(t) (styled - z). The target of a
+caption without a look is z itself, so the unconditional branch does not change the image and the
 guidance scale says how strongly the look is applied.
 """
 
@@ -32,9 +32,9 @@ WEIGHTS = {
     "neon": 2.0,
     "snow": 2.0,
 }
-BACK = 0.3  # of the captions that ask for a photo; colours that are gone can't be known
+BACK = 0.3  # share of captions that ask for a photo; lost colours cannot be restored
 SEEN = 0.5  # channels that move the pixels more count more: to this power of their deviation
-USED = 0.7  # of the schedule; above, the photo is gone, and few ask for it
+USED = 0.7  # part of the schedule; above it, the photo is lost, and few users need that
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Samples:
         return 1.0 if draw < 0.7 else self.rng.uniform(0, 1.2)
 
     def _steps(self, size: int) -> torch.Tensor:
-        """Timesteps; three of four from the part that strengths up to 0.8 use."""
+        """Returns timesteps; three of four from the part that strengths up to 0.8 use."""
         tau = torch.rand(size, generator=self.generator)
         low = torch.rand(size, generator=self.generator) < 0.85
         return (STEPS * torch.where(low, USED * tau, USED + (1 - USED) * tau)).long()

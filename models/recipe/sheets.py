@@ -1,4 +1,4 @@
-"""Contact sheets of held-out photos, for eyes: `python -m recipe.sheets`."""
+"""Draws contact sheets of held-out photos: `python -m recipe.sheets`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from recipe import gallery, paths
 from recipe.gallery import Request
+from recipe.generate import square
 from recipe.looks import NAMES
 from recipe.photos import Photo, photos
-from recipe.pictures import square
 
 LOOKS_PHOTOS = (
     "skimage-chelsea",
@@ -33,7 +33,7 @@ def _cell(image: np.ndarray, side: int, label: str) -> Image.Image:
 
 
 def _grid(rows: list[list[Image.Image]], name: str) -> None:
-    """Saved with 256 colours: the sheets are for looking at, and live in the repository."""
+    """Saves a grid with 256 colours, because the sheets are stored in the repository."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)), "white")
     for y, row in enumerate(rows):
@@ -51,13 +51,13 @@ def _named(identifiers: tuple[str, ...]) -> list[Photo]:
 
 
 def look_photos(count: int) -> list[Photo]:
-    """The sheet's photos first, then the other held-out ones."""
+    """Returns the photos of the sheet, then the other held-out ones."""
     sheet = _named(LOOKS_PHOTOS)
     return (sheet + [photo for photo in photos("test") if photo not in sheet])[:count]
 
 
 def look_requests(chosen: list[Photo], sparse: int = 0) -> list[Request]:
-    """Every look of the sheet's photos; of the others too, or `sparse` looks each in turn."""
+    """Returns every look of the sheet's photos, and all or `sparse` looks of the others."""
     requests = []
     for number, photo in enumerate(chosen):
         whole = not sparse or photo.id in LOOKS_PHOTOS
@@ -67,14 +67,14 @@ def look_requests(chosen: list[Photo], sparse: int = 0) -> list[Request]:
 
 
 def looks_sheets(wanted: list[Request], side: int = 112) -> None:
-    """All looks of some photos, ten looks a sheet; the first column is the photo."""
+    """Draws all looks of some photos, ten looks a sheet; the first column is the photo."""
     gallery.make(wanted)
     for part, names in enumerate((NAMES[:10], NAMES[10:]), start=1):
         rows = []
         for photo in dict.fromkeys(request.photo for request in wanted):
             row = [_cell(square(photo), side, "init")]
             row += [
-                _cell(gallery.picture(request), side, request.look)
+                _cell(gallery.image(request), side, request.look)
                 for request in wanted
                 if request.photo == photo and request.look in names
             ]
@@ -92,7 +92,7 @@ def strength_sheet(side: int = 96) -> None:
     rows = []
     for requests in wanted:
         row = [_cell(square(requests[0].photo), side, requests[0].look)]
-        row += [_cell(gallery.picture(r), side, f"strength {r.strength}") for r in requests]
+        row += [_cell(gallery.image(r), side, f"strength {r.strength}") for r in requests]
         rows.append(row)
     half = len(rows) // 2
     _grid([a + b for a, b in zip(rows[:half], rows[half:], strict=True)], "strengths")

@@ -1,7 +1,7 @@
-"""The whole recipe at toy scale in about two minutes, checking itself: `python -m recipe.smoke`.
+"""Runs and checks the whole recipe at toy scale in about two minutes: `python -m recipe.smoke`.
 
 It works in a temporary folder, on the few photos inside scikit-image and scikit-learn, and exits
-nonzero when a loss does not fall, a training does not go on where it stopped, or stock diffusers
+nonzero when a loss does not fall, a training does not resume where it stopped, or stock diffusers
 cannot load and run the export. It counts steps, so a slow machine gets the same verdict later.
 """
 
@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # not in the processes that draw, which import this file too
+if __name__ == "__main__":  # not in the processes that render, which import this file too
     _FOLDER = tempfile.TemporaryDirectory(prefix="atelier-smoke-")
-    for name in ("build", "export", "reports"):  # before recipe.paths is read
+    for name in ("build", "export", "reports"):  # before recipe.paths is imported
         os.environ[f"ATELIER_{name.upper()}"] = f"{_FOLDER.name}/{name}"
     os.environ.setdefault("ATELIER_THREADS", "1")  # many small products: two threads are slower
 
@@ -39,9 +39,9 @@ from recipe import (
 )
 from recipe.checkpoint import read
 from recipe.gallery import Request
+from recipe.generate import pipeline, restyle, square
 from recipe.looks import NAMES
 from recipe.photos import Photo, fetch, photos
-from recipe.pictures import pipeline, restyle, square
 
 _BEGAN = time.monotonic()
 DECODER_STEPS, DENOISER_STEPS, MORE = 60, 60, 5
@@ -56,17 +56,17 @@ def check(name: str, fine: bool) -> None:
 
 
 def check_resumed(path: Path, steps: int, updates: int, rate: float) -> None:
-    """After so many steps in all, and as many updates that its AdamW remembers."""
+    """Checks the total number of steps, and that of the updates of AdamW."""
     state = read(path)
     muon, adam = state["optimizers"][:2]
     fine = state["step"] == steps and adam["state"][0]["step"] == updates
     fine &= muon["param_groups"][0]["full"] == rate
-    check(f"{path.stem}: went on at step {steps - MORE} with this run's rate", bool(fine))
+    check(f"{path.stem}: resumed at step {steps - MORE} with this run's rate", bool(fine))
 
 
 @torch.no_grad()
 def denoiser_loss(model: train.Denoiser) -> float:
-    """On one batch that is the same every time; the training's own losses vary too much."""
+    """Returns the loss on a fixed batch, because the losses of the training vary too much."""
     drawn = samples.Samples(latents.load_latents(), 99, encoder.channel_deviations())
     return float(train.loss_of(model.eval(), drawn.batch(64, 8), torch.device("cpu")))
 
@@ -93,7 +93,7 @@ def train_all() -> None:
 
 
 def travel() -> None:
-    """Weights go to another machine without what the optimizers remember."""
+    """Moves weights to another machine, without the state of the optimizers."""
     pieces = pack.pack(paths.BUILD / "pieces", with_photos=False)
     largest = max(piece.stat().st_size for piece in pieces)
     check(f"weights: {len(pieces)} pieces of at most 16 MB", largest <= 16e6)
@@ -107,7 +107,7 @@ def _weights() -> dict[str, bytes]:
 
 
 def export_and_return() -> None:
-    """The export starts a training, and exports to itself again."""
+    """Resumes a training from the export, and exports again."""
     export.export()
     check("export: holds the last checkpoint", not export.is_newer())
     shipped, vocab = _weights(), (paths.TEXT / "vocab.json").read_bytes()
@@ -118,22 +118,22 @@ def export_and_return() -> None:
     export.export()
     check("from export: exports the same weights", _weights() == shipped)
     train.train(0, batch=4, side=8, rate=0.01, at_least=1)
-    check("from export: goes on, and is newer than the export", export.is_newer())
+    check("from export: resumes, and is newer than the export", export.is_newer())
 
 
 def draw(photo: Photo) -> None:
     check("export: stock diffusers loads it", pipeline() is not None)
     image = square(photo, 128)
     for size in ((128, 128), (264, 520)):
-        picture = np.asarray(np.resize(image, (*size, 3)))
-        first, again = (restyle(picture, "oil painting", seed=3) for _ in range(2))
-        check(f"export: a {size[1]}x{size[0]} picture", first.shape == picture.shape)
-        check("export: the same seed gives the same picture", np.array_equal(first, again))
+        start = np.asarray(np.resize(image, (*size, 3)))
+        first, again = (restyle(start, "oil painting", seed=3) for _ in range(2))
+        check(f"export: a {size[1]}x{size[0]} image", first.shape == start.shape)
+        check("export: the same seed gives the same image", np.array_equal(first, again))
     check("export: strength 0 is encode and decode", restyle(image, "", strength=0).shape[2] == 3)
     check("classifier: learns", classifier.train(every=1) > 0.5)
     wanted = [Request(photo, name, seed=1, side=256) for name in NAMES]
     measured = evaluate.adherence(wanted)
-    check("evaluation: measures a picture of every look", measured["pictures"] == len(NAMES))
+    check("evaluation: measures an image of every look", measured["images"] == len(NAMES))
     sheets.looks_sheets(wanted)
     check("evaluation: draws two sheets", len(list(paths.REPORTS.glob("looks-*.png"))) == 2)
 

@@ -1,7 +1,7 @@
-"""Building blocks of the drawn looks. Pictures are RGB float32 in 0..1, height x width x 3.
+"""Building blocks of the rendered looks. Images are RGB float32 in 0..1, height x width x 3.
 
-Strokes come from the picture itself. The few regular patterns (dots, tiles, leading) repeat every
-16 or 32 pixels from the picture's corner: 2 or 4 cells of the 8-pixel latent grid. A pattern that
+Strokes are derived from the image. The few regular patterns (dots, tiles, leading) repeat every
+16 or 32 pixels from the image's corner: 2 or 4 cells of the 8-pixel latent grid. A pattern that
 repeats within one cell would give equal latents everywhere, and no decoder could draw it.
 """
 
@@ -26,26 +26,26 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def stretch(grey: np.ndarray) -> np.ndarray:
-    """Local contrast: each pixel against its wide neighbourhood."""
+    """Returns the local contrast: each pixel compared with its wide neighbourhood."""
     return np.clip(0.5 + (grey - blur(grey, 24)) * 1.4 + (grey - 0.5) * 0.5, 0, 1)
 
 
 def smooth(image: np.ndarray, passes: int = 3, colour: float = 0.12, space: int = 7) -> np.ndarray:
-    """Flat regions, kept edges."""
+    """Flattens regions and keeps edges."""
     for _ in range(passes):
         image = cv2.bilateralFilter(image.astype(np.float32), space, colour, space)
     return image
 
 
 def edges(image: np.ndarray, sigma: float = 1.2, gain: float = 9.0) -> np.ndarray:
-    """Dark-line strength 0..1 from a difference of Gaussians, thick enough for the latents."""
+    """Returns the strength 0..1 of dark lines, thick enough for the latents."""
     grey = luminance(image)
     line = blur(grey, sigma * 1.6) - blur(grey, sigma)
     return np.clip(blur(np.maximum(line, 0), 0.7) * gain, 0, 1)
 
 
 def outline(image: np.ndarray, threshold: float = 0.35, width: float = 1.0) -> np.ndarray:
-    """Bold contour strength 0..1 from the colour gradient."""
+    """Returns the strength 0..1 of bold contours from the colour gradient."""
     soft = blur(smooth(image, 2), 1.2)
     dx, dy = cv2.Sobel(soft, -1, 1, 0), cv2.Sobel(soft, -1, 0, 1)
     magnitude = np.sqrt((dx**2 + dy**2).sum(axis=2))
@@ -53,7 +53,7 @@ def outline(image: np.ndarray, threshold: float = 0.35, width: float = 1.0) -> n
 
 
 def colours(image: np.ndarray, saturation: float, levels: int = 0) -> np.ndarray:
-    """Saturation scaled around the grey; `levels` > 0 posterises the brightness, not the hue."""
+    """Scales the saturation; `levels` > 0 posterises the brightness, not the hue."""
     grey = luminance(image)[..., None]
     image = np.clip(grey + (image - grey) * saturation, 0, 1)
     if levels:
@@ -66,13 +66,13 @@ def colours(image: np.ndarray, saturation: float, levels: int = 0) -> np.ndarray
 
 
 def lattice(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates (x, y) of the repeating cell."""
+    """Returns the pixel coordinates (x, y) of the repeating cell."""
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
     return x % PERIOD, y % PERIOD
 
 
 def flakes(shape: tuple[int, ...]) -> np.ndarray:
-    """Soft white dots 0..1, scattered over the repeating cell."""
+    """Returns soft white dots 0..1, scattered over the repeating cell."""
     x, y = lattice(shape)
     out = np.zeros(shape[:2], np.float32)
     for left, top, radius in ((5, 7, 3.2), (21, 3, 2.2), (13, 20, 2.6), (27, 25, 3.0)):
@@ -83,14 +83,14 @@ def flakes(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def strokes(grey: np.ndarray, length: int = 9, gain: float = 1.0) -> np.ndarray:
-    """The picture's own fine detail smeared along a diagonal, mean about 0."""
+    """Returns the fine detail of the image smeared along a diagonal, mean about 0."""
     detail = grey - blur(grey, 2.5)
     kernel = np.eye(length, dtype=np.float32)[::-1] / length
     return gain * cv2.filter2D(detail, -1, np.ascontiguousarray(kernel))
 
 
 def cells(image: np.ndarray, size: int) -> np.ndarray:
-    """The mean colour of each size x size square, spread over it."""
+    """Fills each size x size square with its mean colour."""
     height, width = image.shape[:2]
     padded = cv2.copyMakeBorder(
         image, 0, -height % size, 0, -width % size, borderType=cv2.BORDER_REFLECT
@@ -102,7 +102,7 @@ def cells(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def dabs(image: np.ndarray, radius: int, shades: int = 40) -> np.ndarray:
-    """Each pixel gets the mean colour of the commonest shade around it, like a flat brush."""
+    """Gives each pixel the mean colour of the most frequent shade around it, like a flat brush."""
     shade = np.floor(luminance(image) * (shades - 1e-3))
     size = (2 * radius + 1, 2 * radius + 1)
     most = np.zeros(image.shape[:2], np.float32)

@@ -70,7 +70,7 @@ def load_tokenizer() -> CLIPTokenizer:
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """N x 32, exactly as the diffusers pipeline does it."""
+    """Returns the token ids, N x 32, exactly as the diffusers pipeline does."""
     return tokenizer(
         captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
     ).input_ids

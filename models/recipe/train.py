@@ -1,6 +1,6 @@
 """Trains the denoiser and the text encoder together.
 
-`python -m recipe.train --minutes 95` starts, or goes on where the last checkpoint stopped.
+`python -m recipe.train --minutes 95` starts, or resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Denoiser(nn.Module):
 
 
 def loss_of(model: Denoiser, data: Batch, where: torch.device) -> torch.Tensor:
-    """Weighted mean squared error of v."""
+    """Returns the weighted mean squared error of v."""
     ids = token_ids(model.tokenizer, data.captions)
     noisy = data.noisy.to(where, memory_format=torch.channels_last)
     got = model(noisy, data.timesteps.to(where), ids.to(where))
@@ -58,7 +58,7 @@ def train(
     decay: float = 0.999,
     at_least: int = 0,
 ) -> list[float]:
-    """Returns the loss of every step of this run; at least so many, whatever the time says."""
+    """Returns the loss of every step of this run, which has at least so many steps."""
     where = device()
     model = Denoiser().to(where).train()
     model.unet.to(memory_format=torch.channels_last)

@@ -21,7 +21,7 @@ RENDERS = paths.LATENTS / "renders.npy"
 
 
 def random_view(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A side x side crop: from the whole short side (scaled down) to native resolution."""
+    """Returns a side x side crop, from the whole short side (scaled down) to native resolution."""
     short = min(image.shape[:2])
     largest = max(side * 1.1, min(1000, short * 1.1))
     scale = np.exp(rng.uniform(np.log(side), np.log(largest))) / short

@@ -1,4 +1,4 @@
-"""Plain word lists for captions: how people call the looks, and what may be in a picture."""
+"""Word lists for captions: wordings of the looks, and subjects of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generates pictures with the exported model through the stock diffusers pipeline."""
+"""Generates images with the exported model through the stock diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def defaults(directory: Path = paths.EXPORT) -> dict[str, float]:
 def restyle(
     image: np.ndarray, prompt: str, seed: int = 0, strength: float | None = None, **changes: object
 ) -> np.ndarray:
-    """One picture (uint8), at the model's defaults where nothing else is said.
+    """Returns an image (uint8), by default with the model's defaults.
 
-    At strength 0 the stock pipeline has no step to run: encode and decode, the autoencoder's own
-    error. (The service returns the init image itself.)
+    At strength 0 the stock pipeline has no step to run, so the photo is encoded and decoded, which
+    shows the error of the autoencoder. (The service returns the init image itself.)
     """
     chosen = defaults()
     strength = chosen["strength"] if strength is None else strength
@@ -55,7 +55,7 @@ def restyle(
 
 @torch.inference_mode()
 def roundtrip(images: np.ndarray) -> np.ndarray:
-    """Through the exported autoencoder; uint8 N x H x W x 3."""
+    """Encodes and decodes with the exported autoencoder; uint8 N x H x W x 3."""
     vae = pipeline().vae
     tensor = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
     decoded = torch.cat([vae.decode(vae.encode(one[None]).latents).sample for one in tensor])
@@ -64,7 +64,7 @@ def roundtrip(images: np.ndarray) -> np.ndarray:
 
 
 def square(photo: Photo, side: int = 512) -> np.ndarray:
-    """The centre of the photo, side x side."""
+    """Returns the centre of the photo, side x side."""
     image = Image.fromarray(open_photo(photo))
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
@@ -77,5 +77,5 @@ def held_out(count: int, side: int = 512) -> list[np.ndarray]:
 
 
 def subject(photo: Photo) -> str:
-    """A plain word for the prompt: `animal-red-panda` -> `a red panda`."""
+    """Returns a plain word for the prompt: `animal-red-panda` -> `a red panda`."""
     return "a " + photo.id.split("-", 1)[1].replace("-", " ")
