@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 from fixtures_engines import OpenBus
 
+from img2img_server.api.records import page_of
 from img2img_server.domain.job import (
     FIRST_JOB_ID,
+    LAST_JOB_ID,
     Determinism,
     Job,
     JobFailure,
@@ -169,6 +171,31 @@ async def test_a_list_has_the_tenants_own_ids_newest_first(bus: Bus) -> None:
     assert await bus.jobs.list_ids(TENANT, newest, most=1) == [middle]
     assert await bus.jobs.list_ids(TENANT, middle) == [oldest]
     assert await bus.jobs.list_ids(TENANT, oldest) == []
+
+
+async def test_pages_of_jobs_hold_what_a_plain_list_holds(open_bus: OpenBus) -> None:
+    async with open_bus() as one, open_bus() as two:
+        drawn: list[Job] = []
+        for number in range(40):
+            tenant = "other" if number % 3 else TENANT
+            job = a_job(await one.jobs.next_id(tenant), tenant)
+            drawn.insert(0, replace(job, state=[State.QUEUED, State.RUNNING][number % 2]))
+            if number % 7:  # the others are refused after their id is drawn
+                await one.jobs.create(drawn[0])
+        for states in (None, {State.RUNNING}):
+            expected = [
+                job
+                for job in drawn
+                if job.tenant == TENANT
+                and (job.id - FIRST_JOB_ID) % 7
+                and (not states or job.state in states)
+            ]
+            found, before = [], LAST_JOB_ID + 1
+            while before:
+                page, before = await page_of(two.jobs, TENANT, before, 3, states)
+                assert len(page) <= 3
+                found += page
+            assert found == expected
 
 
 async def test_a_request_id_belongs_to_its_first_job(open_bus: OpenBus) -> None:

@@ -77,8 +77,7 @@ class RateLimit:
     def check(self, key: Principal) -> None:
         """Checks both limits with the counts that this api has read; counts nothing.
 
-        Raises:
-            RateLimitedError.
+        Raises RateLimitedError.
         """
         for refused in (False, True):
             name, most = self._count_of(key, refused)

@@ -37,8 +37,7 @@ class Canceller:
     async def cancel(self, tenant: str, job_id: int) -> Job:
         """Cancels a job and returns it: cancelled, or running until its next step.
 
-        Raises:
-            JobNotFoundError, JobEndedError, UnavailableError.
+        Raises JobNotFoundError, JobEndedError, UnavailableError.
         """
         for _ in range(_TRIES):
             stored = await found(self._jobs, tenant, job_id)

@@ -117,8 +117,7 @@ class Backlog:
     async def measure(self) -> dict[tuple[str, Lane, str], float]:
         """Returns device seconds by model, lane and state, which is `waiting` or `taken`.
 
-        Raises:
-            UnavailableError.
+        Raises UnavailableError.
         """
         found = {}
         for model in await self._workers.models():

@@ -72,8 +72,7 @@ class OpenCalls:
     def count(self, method: str, tenant: str, rpc: asyncio.Task[Any]) -> ExitStack:
         """Counts a call until the stack is closed, or its task has ended.
 
-        Raises:
-            TooManyCallsError.
+        Raises TooManyCallsError.
         """
         held = ExitStack()
         held.enter_context(self.counted(method, tenant))

@@ -89,14 +89,13 @@ class KeyRing:
     """The keys of a file, which is read again when it changes, and the development key."""
 
     def __init__(self, file: Path | None, *, dev_key: bool) -> None:
-        """Raises SettingsError when the file cannot be used."""
+        """Raises SettingsError if the file cannot be used."""
         self._file = file
         self._fixed = _dev_principal() if dev_key else {}
-        self._stamp: tuple[int, int] | None = None
-        self._refused: tuple[int, int] | str | None = None  # what was already logged
         self._entries: dict[bytes, Principal] = {}  # by the SHA-256 of the key
+        self._seen = _state(file)  # the state of the file that was read last
         if file is not None:
-            self._stamp, self._entries = _stamp(file), _read(file)
+            self._entries = _read(file)
 
     @property
     def is_empty(self) -> bool:
@@ -110,28 +109,16 @@ class KeyRing:
         return self._entries.get(digest) or self._fixed.get(digest)
 
     def _refresh(self) -> None:
-        if self._file is None:
+        """Reads a changed file. A wrong one is logged once and leaves the keys as they were."""
+        if self._file is None or (state := _state(self._file)) == self._seen:
             return
-        try:
-            stamp = _stamp(self._file)
-        except SettingsError as error:
-            self._refuse(str(error), error)
-            return
-        if stamp in (self._stamp, self._refused):
-            return
+        self._seen = state
         try:
             self._entries = _read(self._file)
         except SettingsError as error:
-            self._refuse(stamp, error)
-        else:
-            self._stamp, self._refused = stamp, None
-            log.info("api_keys_read_again", keys=len(self._entries))
-
-    def _refuse(self, what: tuple[int, int] | str, error: SettingsError) -> None:
-        """Keeps the keys that were read before, and logs that once for each state of the file."""
-        if what != self._refused:
             log.error("api_keys_file_rejected_old_keys_stay_valid", error=str(error))
-        self._refused = what
+        else:
+            log.info("api_keys_read_again", keys=len(self._entries))
 
 
 def load_keys(settings: Settings) -> KeyRing:
@@ -180,12 +167,13 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _state(file: Path | None) -> tuple[int, int] | None:
+    """Returns the time of the last change and the size, or None if the file cannot be read."""
     try:
-        stat = file.stat()
-    except OSError as error:
-        raise SettingsError(_mistake(file, f"cannot be read: {error.strerror}")) from error
-    return stat.st_mtime_ns, stat.st_size
+        stat = file.stat() if file else None
+    except OSError:
+        return None
+    return (stat.st_mtime_ns, stat.st_size) if stat else None
 
 
 def _read(file: Path) -> dict[bytes, Principal]:

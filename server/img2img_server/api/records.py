@@ -33,11 +33,7 @@ async def known(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
 
 
 async def found(jobs: JobStore, tenant: str, job_id: int) -> Stored:
-    """Returns the record of one job.
-
-    Raises:
-        JobNotFoundError, UnavailableError.
-    """
+    """Returns the record of one job. Raises JobNotFoundError, UnavailableError."""
     stored = await known(jobs, tenant, job_id)
     if stored is None:
         raise errors.JobNotFoundError(f"jobs/{job_id}")
@@ -81,8 +77,7 @@ async def page_of(
 async def readable(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
     """Returns a record of many, or None if there is none or it cannot be decoded.
 
-    Raises:
-        UnavailableError.
+    Raises UnavailableError.
     """
     try:
         return await jobs.get(tenant, job_id)
