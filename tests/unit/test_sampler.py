@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
+from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift
 from torch import Tensor
 
+from img2img_server.engine.diffusers.families.base import FlowFamily
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.diffusers.schedules import Schedules, make_scheduler
@@ -95,14 +100,14 @@ def ours(runs: list[tuple[Schedule, int]]) -> list[Tensor]:
         rows = [row for row, (schedule, _) in enumerate(runs) if index < len(schedule.steps)]
         steps = [runs[row][0].steps[index] for row in rows]
         coefficients = torch.stack([tables[row][index] for row in rows])
-        seen = scale_input(torch.cat([slots[row][0] for row in rows]), coefficients)
-        output = torch.cat([model(seen[i : i + 1], step.timestep) for i, step in enumerate(steps)])
+        seen = scale_input([slots[row][0] for row in rows], coefficients)
+        output = [model(x, step.timestep) for x, step in zip(seen, steps, strict=True)]
         noise = [
             draw_noise(generators[row], LIKE) if step.draws_noise else None
             for row, step in zip(rows, steps, strict=True)
         ]
-        found, _ = advance(steps, [slots[row] for row in rows], output, noise, coefficients)
-        for row, new in zip(rows, found, strict=True):
+        found = advance(steps, [slots[row] for row in rows], output, noise, coefficients)
+        for row, (new, _) in zip(rows, found, strict=True):
             slots[row] = new
     return [kept[0] for kept in slots]
 
@@ -117,6 +122,73 @@ def test_all_samplers_in_one_batch_follow_their_stock_scheduler(config: str) -> 
         expected = stock(case[0], CONFIGS[config], case[1], case[2], seed)
         # Latents of a clean picture have a spread of about 1; 0.004 is half a grey level of 255.
         torch.testing.assert_close(result, expected, atol=0.004, rtol=0.001, msg=str(case))
+
+
+FLOW_CONFIGS: dict[str, dict[str, Any]] = {
+    "no shift": {},
+    "static shift": {"shift": 3.0},
+    "dynamic shift": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "stretched to a terminal": {
+        "use_dynamic_shifting": True,
+        "shift_terminal": 0.02,
+        "max_image_seq_len": 8192,
+        "max_shift": 0.9,
+    },
+    "stochastic": {"shift": 3.0, "stochastic_sampling": True},
+}
+FLOW_RUNS = [(1, 1.0), (8, 0.6), (25, 0.28), (50, 0.14), (28, 0.6), (21, 0.05), (9, 0.97)]
+
+
+def stock_flow(config: dict[str, Any], steps: int, strength: float, seed: int) -> Tensor:
+    """The loop of FluxImg2ImgPipeline around the stock scheduler."""
+    scheduler = make_scheduler("flow_match_euler", config)
+    mu = calculate_shift(
+        SIZE[0] // 16 * (SIZE[1] // 16),
+        scheduler.config.base_image_seq_len,
+        scheduler.config.max_image_seq_len,
+        scheduler.config.base_shift,
+        scheduler.config.max_shift,
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    timesteps, _ = FluxImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(SHAPE, generator=generator)
+    noise = torch.randn(SHAPE, generator=generator)
+    latents = scheduler.scale_noise(image, timesteps[:1], noise)
+    for timestep in timesteps:
+        output = model(latents, float(timestep))
+        latents = scheduler.step(output, timestep, latents, generator=generator, return_dict=False)[
+            0
+        ]
+    return latents
+
+
+@pytest.mark.parametrize("config", FLOW_CONFIGS)
+def test_flow_matching_follows_its_stock_scheduler(config: str) -> None:
+    schedules = Schedules(FlowFamily(), FLOW_CONFIGS[config])
+    runs = FLOW_RUNS if "shift_terminal" not in FLOW_CONFIGS[config] else FLOW_RUNS[1:]
+    batch = [
+        (schedules.get("flow_match_euler", steps, strength, *SIZE), seed)
+        for seed, (steps, strength) in enumerate(runs)
+    ]
+
+    for seed, (run, result) in enumerate(zip(runs, ours(batch), strict=True)):
+        expected = stock_flow(FLOW_CONFIGS[config], *run, seed)
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4, msg=str(run))
+
+
+def test_a_single_step_that_stock_diffusers_turns_into_no_number_is_refused() -> None:
+    schedules = Schedules(FlowFamily(), FLOW_CONFIGS["stretched to a terminal"])
+    with pytest.raises(ValueError, match="scheduler flow_match_euler cannot run 1 steps"):
+        schedules.get("flow_match_euler", 1, 1.0, *SIZE)
+
+
+def test_a_schedule_depends_on_the_size_only_with_a_dynamic_shift() -> None:
+    for config, is_same in (("static shift", True), ("dynamic shift", False)):
+        schedules = Schedules(FlowFamily(), FLOW_CONFIGS[config])
+        small, large = (schedules.get("flow_match_euler", 8, 0.6, side, side) for side in (64, 512))
+        assert (small == large) is is_same
 
 
 def test_noise_falls_to_nothing_in_the_last_step() -> None:

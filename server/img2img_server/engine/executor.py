@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from img2img_server.engine.denoiser import Denoiser, Picture
 from img2img_server.engine.isolation import bisect_failures
@@ -106,29 +105,19 @@ class BatchExecutor:
     def _step(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
             sample.draw()
-        groups = grouped(samples, lambda sample: sample.latents.shape)
-        samples = [sample for group in groups for sample in group]
         coefficients = torch.stack([sample.coefficients for sample in samples])
-        lines = torch.split(coefficients, [len(group) for group in groups])
-        inputs: list[Tensor] = []
-        for group, own in zip(groups, lines, strict=True):
-            latents = torch.cat([sample.latents for sample in group])
-            inputs += torch.split(scale_input(latents, own), 1)
+        inputs = scale_input([sample.latents for sample in samples], coefficients)
         conditionings = [s.run.conditioning for s in samples if s.run.conditioning is not None]
-        outputs = iter(self._denoiser.denoise(inputs, timesteps(coefficients), conditionings))
-        results = [
-            advance(
-                [sample.next_step for sample in group],
-                [sample.slots for sample in group],
-                torch.cat([next(outputs) for _ in group]),
-                [sample.noise for sample in group],
-                own,
-            )
-            for group, own in zip(groups, lines, strict=True)
-        ]
-        for group, (slots, clean) in zip(groups, results, strict=True):
-            for index, sample in enumerate(group):
-                sample.advance(slots[index], clean[index : index + 1])
+        outputs = self._denoiser.denoise(inputs, timesteps(coefficients), conditionings)
+        results = advance(
+            [sample.next_step for sample in samples],
+            [sample.slots for sample in samples],
+            outputs,
+            [sample.noise for sample in samples],
+            coefficients,
+        )
+        for sample, (slots, clean) in zip(samples, results, strict=True):
+            sample.advance(slots, clean)
 
     def _keep_pace(self) -> None:
         """Lets the host run one step ahead of a GPU and no more: times and cancels stay true."""

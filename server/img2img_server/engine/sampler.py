@@ -14,8 +14,9 @@ each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -77,50 +78,57 @@ def timesteps(coefficients: Tensor) -> Tensor:
     return coefficients[:, _TIMESTEP]
 
 
-def scale_input(latents: Tensor, coefficients: Tensor) -> Tensor:
-    """Returns what the model sees.
+def scale_input(latents: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
+    """Returns what the model sees of each row.
 
     Args:
-        latents: n x c x h x w.
+        latents: 1 x c x h x w of each row.
         coefficients: One line a row.
     """
-    return latents * _column(coefficients, _INPUT_SCALE)
+    scales = torch.split(_column(coefficients, _INPUT_SCALE), 1)
+    return [row * scale for row, scale in zip(latents, scales, strict=True)]
 
 
 def advance(
     steps: Sequence[Step],
     slots: Sequence[Sequence[Tensor]],
-    output: Tensor,
+    outputs: Sequence[Tensor],
     noise: Sequence[Tensor | None],
     coefficients: Tensor,
-) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-    """Takes one step of rows of one size.
+) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    """Takes one step of every row; rows whose steps use the same weights are computed together.
 
     Args:
         steps: The step that each row takes.
         slots: The slots of each row, 1 x c x h x w, float32.
-        output: The model's output, n x c x h x w, float32.
+        outputs: The model's output for each row, of the same shape.
         noise: What each row drew, or None.
         coefficients: One line a row.
 
     Returns:
-        The new slots of each row and the predicted clean latents of all rows.
+        The new slots and the predicted clean latents of each row.
     """
-    count = max(map(len, slots))
-    terms = {index: _stack([row[index : index + 1] for row in slots]) for index in range(count)}
-    terms[_OUTPUT] = output
-    if any(drawn is not None for drawn in noise):
-        terms[_NOISE] = _stack([() if drawn is None else (drawn,) for drawn in noise])
-    weights = [_by_column(step) for step in steps]
-    results = [
-        _combine(terms, coefficients, line, [found.get(line, ()) for found in weights])
-        for line in (*range(max(len(step.slots) for step in steps)), _CLEAN)
-    ]
-    rows = [
-        tuple(results[slot][index : index + 1] for slot in range(len(step.slots)))
-        for index, step in enumerate(steps)
-    ]
-    return rows, results[-1]
+    groups: dict[Hashable, list[int]] = {}
+    for index, step in enumerate(steps):
+        key = (_used_columns(step), slots[index][0].shape)
+        groups.setdefault(key, []).append(index)
+    results: dict[int, tuple[tuple[Tensor, ...], Tensor]] = {}
+    for members in groups.values():
+        terms = dict(enumerate(map(torch.cat, zip(*(slots[row] for row in members), strict=True))))
+        terms[_OUTPUT] = torch.cat([outputs[row] for row in members])
+        drawn = [tensor for row in members if (tensor := noise[row]) is not None]
+        if drawn:
+            terms[_NOISE] = torch.cat(drawn)
+        # Whole lines of one row each: an index from the host would wait for the device.
+        own = torch.stack([coefficients[row] for row in members])
+        *kept, clean = (
+            _combine(terms, own, line, columns)
+            for line, columns in _used_columns(steps[members[0]])
+        )
+        for place, row in enumerate(members):
+            part = slice(place, place + 1)
+            results[row] = tuple(tensor[part] for tensor in kept), clean[part]
+    return [results[row] for row in range(len(steps))]
 
 
 def draw_noise(generator: torch.Generator, like: Tensor) -> Tensor:
@@ -133,33 +141,31 @@ def draw_noise(generator: torch.Generator, like: Tensor) -> Tensor:
 
 
 def _combine(
-    terms: dict[int, Tensor], coefficients: Tensor, line: int, used: Sequence[Sequence[int]]
+    terms: Mapping[int, Tensor], coefficients: Tensor, line: int, columns: Sequence[int]
 ) -> Tensor:
-    """Returns the weighted sum of the terms that any row uses in this line of its weights."""
-    columns = sorted({column for row in used for column in row} & terms.keys(), key=_place)
+    """Returns the weighted sum of some terms, with the weights of one line."""
     start = _WEIGHTS + line * _WIDTH
-    result = terms[columns[0]] * _column(coefficients, start + columns[0])
-    for column in columns[1:]:
+    first, *others = columns
+    result = terms[first] * _column(coefficients, start + first)
+    for column in others:
         result += terms[column] * _column(coefficients, start + column)
     return result
 
 
-def _place(column: int) -> float:
-    """Sorts the latents first, then the output, then the other slots and the noise."""
-    return 0.5 if column == _OUTPUT else column
+@lru_cache(maxsize=4096)
+def _used_columns(step: Step) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Returns each line of the weights with its columns that are not 0.
 
-
-def _by_column(step: Step) -> dict[int, tuple[int, ...]]:
-    """Returns the columns with a weight other than 0, by line; the latents count always."""
-    lines = {**dict(enumerate(step.slots)), _CLEAN: step.clean}
-    return {line: (0, *_columns(weights)) for line, weights in lines.items()}
-
-
-def _columns(weights: Sequence[float]) -> list[int]:
-    """Returns the columns of the weights other than 0."""
-    used = len(weights) - 2
-    places = (*range(used), _OUTPUT, _NOISE)
-    return [column for column, weight in zip(places, weights, strict=True) if weight]
+    In the order of summation: the latents, the output, the other slots, the noise.
+    """
+    lines = (*enumerate(step.slots), (_CLEAN, step.clean))
+    count = len(step.clean) - 2
+    places = (0, _OUTPUT, *range(1, count), _NOISE)
+    found = []
+    for line, weights in lines:
+        by_place = dict(zip((*range(count), _OUTPUT, _NOISE), weights, strict=True))
+        found.append((line, tuple(place for place in places if not place or by_place[place])))
+    return tuple(found)
 
 
 def _line(step: Step) -> list[float]:
@@ -169,12 +175,6 @@ def _line(step: Step) -> list[float]:
         used = max(0, len(weights) - 2)
         numbers += [*weights[:used], *[0.0] * (MAX_SLOTS - used), *(weights[used:] or (0.0, 0.0))]
     return numbers
-
-
-def _stack(found: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Stacks a tensor of each row; zeros for rows that have none."""
-    like = next(row[0] for row in found if row)
-    return torch.cat([row[0] if row else torch.zeros_like(like) for row in found])
 
 
 def _column(coefficients: Tensor, index: int) -> Tensor:

@@ -8,12 +8,14 @@ the weights of the step.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ class Schedules:
         self, name: str, num_inference_steps: int, run: int, arguments: tuple[tuple[str, Any], ...]
     ) -> Schedule:
         scheduler = make_scheduler(name, self._config)
-        scheduler.set_timesteps(num_inference_steps, **dict(arguments))
+        with np.errstate(invalid="ignore"):  # one step stretched to a terminal divides by 0
+            scheduler.set_timesteps(num_inference_steps, **dict(arguments))
         return self._family.derive_schedule(scheduler, run, num_inference_steps)
 
 
@@ -90,6 +93,8 @@ def derive_schedule(scheduler: Any, run: int, num_inference_steps: int) -> Sched
     start = (num_inference_steps - run) * scheduler.order
     timesteps = scheduler.timesteps
     levels = [_noise_level(scheduler, index) for index in range(start, len(timesteps))]
+    if not all(map(math.isfinite, levels[0])):
+        raise ValueError("the scheduler's noise levels are not finite")
     ratios = [noise / signal if signal else float("inf") for signal, noise in levels]
     _begin(scheduler, start)
     steps = [
