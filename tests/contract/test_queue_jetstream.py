@@ -409,7 +409,7 @@ async def test_a_connection_closes_although_the_server_is_away(nats: Nats) -> No
             await nats.stop()
 
 
-async def test_more_keys_are_listed_than_the_server_tells_at_once(nats: Nats) -> None:
+async def test_more_keys_are_listed_than_the_server_returns_at_once(nats: Nats) -> None:
     most_at_once, tenants = 100_000, ("acme", "busy")
     async with connect_bus(nats.settings), raw(nats.settings) as link:
         bucket = Bucket(link, subjects.RECORDS_BUCKET)

@@ -15,7 +15,7 @@ from img2img_server.nats.bus import connect_bus
 from img2img_server.nats.connection import connect
 from img2img_server.settings import Settings
 from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.worker.server import BUS_PATIENCE_SECONDS
+from img2img_server.worker.server import RECONNECT_WAIT_SECONDS
 from tests.nats_cluster import NAMES, NatsCluster, nats_cluster
 from tests.stack import photo, running_api, running_worker, settings
 
@@ -29,7 +29,7 @@ async def service(config: Settings) -> AsyncIterator[AsyncClient]:
     engine = FakeEngine(step_seconds=0.02, max_batch_size=4)
     async with (
         connect_bus(config) as api_bus,
-        connect_bus(config, patience_seconds=BUS_PATIENCE_SECONDS) as worker_bus,
+        connect_bus(config, reconnect_wait_seconds=RECONNECT_WAIT_SECONDS) as worker_bus,
         running_worker(worker_bus, engine, config=config),
         running_api(api_bus, config) as api,
         AsyncClient(api.address, api_key="dev-key") as client,

@@ -195,7 +195,9 @@ async def test_a_user_without_permissions_is_told_which_one_is_missing(tmp_path:
     config = f"max_payload: 8MB\nauthorization {{ users: [{user}] }}"
     async with nats_configured(tmp_path, config) as nats:
         said = await refused(f"nats://u2:right@{nats.address}")
-    assert said.startswith("IMG2IMG_NATS_URL: the NATS server lets the user not do what it must")
+    assert said.startswith(
+        "IMG2IMG_NATS_URL: the NATS server denies the user a permission that it needs"
+    )
     assert "$js.api.stream.create" in said.lower()
 
 
@@ -263,7 +265,7 @@ async def test_a_user_that_is_refused_while_running_is_let_in_again_later(tmp_pa
 
     async with nats_configured(tmp_path, with_user("right")) as nats:
         settings = Settings(nats_url=f"nats://u2:right@{nats.address}")
-        async with connect_bus(settings, patience_seconds=LONG) as bus:
+        async with connect_bus(settings, reconnect_wait_seconds=LONG) as bus:
             assert bus.trouble() == ""
             change(nats, "other")
             await until(lambda: "refused the user" in bus.trouble())
@@ -310,7 +312,7 @@ async def test_a_server_that_the_cluster_told_about_gets_the_credentials_too(
         nats_configured(tmp_path / "b", member(1), jetstream=False) as second,
     ):
         url = f"nats://u2:{quote(PASSWORD, safe='')}@{first.address}"
-        async with connect([url], patience_seconds=LONG) as link:
+        async with connect([url], reconnect_wait_seconds=LONG) as link:
             await until(lambda: len(link.nc.servers) > 1 or link.nc.discovered_servers)
             await first.child.stop()
             await until(lambda: link.nc.attempted == second.address and link.nc.is_connected)

@@ -113,12 +113,12 @@ async def test_a_worker_waits_for_nats_that_went_away_while_its_model_was_loaded
 
     async def load(*_: Any) -> Any:
         await nats.child.stop()
-        while "lost the connection" not in caplog.text:  # noqa: ASYNC110
+        while "nats_disconnected" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         return engine
 
     monkeypatch.setattr(worker_server, "_load_models", load)
-    monkeypatch.setattr(worker_server, "BUS_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(worker_server, "RECONNECT_WAIT_SECONDS", 0.1)
     stop, started = asyncio.Event(), asyncio.Event()
     address = f"nats://{nats.address}"
     settings = Settings(

@@ -1,1 +1,1 @@
-"""How the service speaks to NATS JetStream, and everything that lies there."""
+"""Adapters to NATS JetStream: connection, streams, buckets, queues and records."""

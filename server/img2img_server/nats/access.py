@@ -1,4 +1,4 @@
-"""How NATS is reached: its addresses, credentials and TLS files, read from the settings."""
+"""Addresses, credentials and TLS files of NATS, read from the settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCHEMES: Final = ("nats", "tls", *WEBSOCKET)
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A client's credentials for a NATS server; `token` excludes the other two."""
+    """Credentials for NATS; `token` excludes user and password."""
 
     user: str = ""
     password: str = field(default="", repr=False)
@@ -57,7 +57,7 @@ class NatsAccess:
 
     @cached_property
     def tls(self) -> ssl.SSLContext:
-        """Raises SettingsError when a file cannot be used."""
+        """Reads the TLS files. Raises SettingsError when a file cannot be used."""
         try:
             context = ssl.create_default_context(cafile=self.ca_file)
         except OSError as error:
@@ -85,7 +85,7 @@ class NatsAccess:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> NatsAccess:
-        """Raises SettingsError, which names the setting and no password."""
+        """Reads the settings. Raises SettingsError, which names the setting and no password."""
         access = cls.of(settings.nats_url.get_secret_value().split(","))
         plain = any(server.startswith("ws:") for server in access.servers)
         if plain and (settings.nats_ca_file or settings.nats_cert_file):

@@ -1,4 +1,4 @@
-"""The parts of the bus that a role is handed, on one connection or in one process."""
+"""Everything that the roles share through NATS, on one connection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from img2img_server.interfaces.records import JobStore, WorkerRegistry
 from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.access import NatsAccess
-from img2img_server.nats.connection import PATIENCE_SECONDS, connect
+from img2img_server.nats.connection import RECONNECT_WAIT_SECONDS, connect
 from img2img_server.nats.control import NatsControl
 from img2img_server.nats.events import JetStreamEventLog
 from img2img_server.nats.jobs import JetStreamJobQueue
@@ -33,7 +33,7 @@ async def _is_ready(_: float) -> None: ...
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bus:
-    """Everything that roles share."""
+    """The queue, logs, records and settings that the roles share."""
 
     queue: JobQueue
     events: EventLog
@@ -43,9 +43,9 @@ class Bus:
     outbox: WebhookOutbox
     storage: TenantStorage
     rates: Rates
-    # Waits so many seconds until the bus can be used. Raises UnavailableError.
+    # Waits at most that many seconds until NATS can be used. Raises UnavailableError.
     ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
-    # Why the bus cannot be used now; empty while it can.
+    # Returns why NATS cannot be used now; empty while it can.
     trouble: Callable[[], str] = lambda: ""
 
 
@@ -54,27 +54,28 @@ async def connect_bus(
     settings: Settings,
     *,
     name: str = "img2img",
-    patience_seconds: float = PATIENCE_SECONDS,
+    reconnect_wait_seconds: float = RECONNECT_WAIT_SECONDS,
     stop: asyncio.Event | None = None,
 ) -> AsyncIterator[Bus]:
-    """The bus of settings.nats_url, its streams and buckets made when missing. It reconnects by
-    itself; while it is away its methods raise UnavailableError.
+    """Connects to settings.nats_url and creates missing streams and buckets.
+
+    The connection reconnects by itself; while it is lost, all methods raise UnavailableError.
 
     Args:
-        name: tells connections apart in the server's monitoring.
-        patience_seconds: how long a call waits for a connection that is away.
-        stop: ends the attempts to connect with StoppedError.
+        name: Identifies the connection in the server's monitoring.
+        reconnect_wait_seconds: How long a call waits for a lost connection.
+        stop: Ends the attempts to connect with StoppedError.
 
     Raises:
-        UnavailableError: no usable NATS within settings.startup_timeout_seconds.
-        SettingsError: a storage key is malformed, or NATS refuses what the settings say.
+        UnavailableError: No usable NATS within settings.startup_timeout_seconds.
+        SettingsError: A storage key is malformed, or NATS refuses the settings.
     """
     vault = Vault(settings.storage_keys.get_secret_value())
     ends_at = time.monotonic() + settings.startup_timeout_seconds
     async with connect(
         NatsAccess.from_settings(settings),
         name=name,
-        patience_seconds=patience_seconds,
+        reconnect_wait_seconds=reconnect_wait_seconds,
         connect_seconds=settings.startup_timeout_seconds,
         stop=stop,
     ) as link:

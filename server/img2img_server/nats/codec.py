@@ -1,8 +1,8 @@
 """Domain objects as MessagePack bytes and back.
 
-Roles of two neighbouring versions talk while a cluster is rolled: fields that a reader does not
-know are ignored, fields that a writer did not send take their defaults (so a new field needs one),
-and an event of an unknown type decodes to None.
+During a rolling update roles of two successive versions exchange messages: a reader ignores fields
+that it does not know, fields that were not sent take their defaults (so a new field needs one), and
+an event of an unknown type decodes to None.
 """
 
 from __future__ import annotations
@@ -20,20 +20,16 @@ _decoders: Final[dict[type, msgspec.msgpack.Decoder[Any]]] = {}
 
 
 class UndecodableError(Exception):
-    """The bytes are not what they should be: a stranger's, or two versions apart."""
+    """The bytes do not describe the expected type."""
 
 
 def encode(value: object) -> bytes:
-    """A domain dataclass as a map of its fields."""
+    """Encodes a domain dataclass as a map of its fields."""
     return _encoder.encode(value)
 
 
 def decode(data: bytes, kind: type[T]) -> T:
-    """The dataclass `kind` from its bytes.
-
-    Raises:
-        UndecodableError: they do not describe one.
-    """
+    """Decodes a value of the type `kind`. Raises UndecodableError."""
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
@@ -45,8 +41,8 @@ def decode(data: bytes, kind: type[T]) -> T:
 
 
 class EventHead(msgspec.Struct, frozen=True):
-    """What is known about an entry of a log, whatever its type: {"sequence": 3, "type": "Queued",
-    "time": 1.7e9, "job_id": 10000001, "event": {…}}."""
+    """The fields of an entry of a log that do not depend on the type of the event: {"sequence": 3,
+    "type": "Queued", "time": 1.7e9, "job_id": 10000001, "event": {…}}."""
 
     sequence: int
     time: float
@@ -64,7 +60,7 @@ _TERMINAL_NAMES: Final = frozenset(kind.__name__ for kind in TERMINAL)
 
 
 def encode_event(envelope: Envelope) -> bytes:
-    """An envelope, its event tagged by the name of its class."""
+    """Encodes an envelope; the event is tagged with the name of its class."""
     head = EventHead(
         sequence=envelope.sequence,
         time=envelope.time,
@@ -76,13 +72,20 @@ def encode_event(envelope: Envelope) -> bytes:
 
 
 def decode_head(data: bytes) -> EventHead:
-    """The envelope without looking into its event. Raises UndecodableError."""
+    """Decodes an envelope but not its event. Raises UndecodableError."""
     return decode(data, EventHead)
 
 
 def decode_event(data: bytes) -> Envelope | None:
-    """The envelope, or None when a later version wrote its event: a type that is not known here, or
-    a value, for example a stage, that is not. Raises UndecodableError."""
+    """Decodes an envelope.
+
+    Returns:
+        None when a later version wrote the event: its type or a value in it, for example a stage,
+        is unknown here.
+
+    Raises:
+        UndecodableError: The bytes are no envelope, or hold an unknown terminal event.
+    """
     head = decode_head(data)
     kind = _EVENT_TYPES.get(head.type)
     if kind is None:

@@ -1,4 +1,4 @@
-"""One connection to NATS: it comes back by itself, and while it is away callers hear so quickly."""
+"""A connection to NATS that reconnects by itself and reports at once while it is lost."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from img2img_server.nats.inbox import Interrupted, ReplyInbox
 from img2img_server.nats.patched_client import DENIED, PatchedClient
 from img2img_server.settings import SettingsError
 
-REQUEST_SECONDS: Final = 4.0  # longest wait for an answer of the bus
-PATIENCE_SECONDS: Final = 2.0  # how long a call waits for a connection that is away
-RECONNECT_SECONDS: Final = 0.2  # between two tries to come back
-CONNECT_SECONDS: Final = 10.0  # longest wait for the first connection, unless it is said
+REQUEST_SECONDS: Final = 4.0  # longest wait for a response
+RECONNECT_WAIT_SECONDS: Final = 2.0  # how long a call waits for a lost connection
+RECONNECT_SECONDS: Final = 0.2  # between two attempts to reconnect
+CONNECT_SECONDS: Final = 10.0  # default of the longest wait for the first connection
 REPORT_SECONDS: Final = 5.0  # until the same reason is logged again
 # A stream whose leader died has a new one within 4 to 9 s (the election timeouts of NATS).
 ELECTION_SECONDS: Final = 12.0
 ELECTION_PAUSE_SECONDS: Final = 0.25
 NO_RESPONDERS: Final = "503"
-PENDING_BYTES: Final = 16 * 2**20  # what may wait to be sent
+PENDING_BYTES: Final = 16 * 2**20  # most bytes that wait to be sent
 
 T = TypeVar("T")
 
@@ -45,16 +45,16 @@ log = logging.getLogger(__name__)
 
 
 class NatsConnection:
-    """A connection that stands, or will again. Made by `connect`."""
+    """A connection that reconnects when it is lost. Created by `connect`."""
 
-    def __init__(self, access: NatsAccess, patience_seconds: float) -> None:
+    def __init__(self, access: NatsAccess, reconnect_wait_seconds: float) -> None:
         self._access = access
-        self._patience_seconds = patience_seconds
+        self._reconnect_wait_seconds = reconnect_wait_seconds
         self.nc = PatchedClient(needs_tls=access.needs_tls)
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
         self._inboxes: WeakSet[ReplyInbox] = WeakSet()
-        self._faults: dict[str, ConnectFault] = {}  # of the last attempt, by host and port
+        self._faults: dict[str, ConnectFault] = {}  # of the last attempts, by host and port
         self._reported = ("", 0.0)  # the last reason that was logged, and when
         self._hopeless = asyncio.Event()
         self._denied = ""
@@ -62,11 +62,11 @@ class NatsConnection:
         self._is_denied = asyncio.Event()
 
     async def open(self, name: str, seconds: float) -> None:
-        """Connects for the first time, trying again for as long as that may help.
+        """Connects for the first time; repeats attempts that may succeed later.
 
         Raises:
-            SettingsError: every server refused in a way that another attempt cannot change.
-            UnavailableError: no connection within `seconds`.
+            SettingsError: Every server refused in a way that another attempt cannot change.
+            UnavailableError: No connection within `seconds`.
         """
         access, login = self._access, self._access.login
         connecting = self.nc.connect(
@@ -83,7 +83,7 @@ class NatsConnection:
             connect_timeout=2,
             max_reconnect_attempts=-1,
             reconnect_time_wait=RECONNECT_SECONDS,  # type: ignore[arg-type]
-            ping_interval=3,  # a server that fell silent is given up after 6 to 9 s
+            ping_interval=3,  # a silent server is given up after 6 to 9 s
             pending_size=PENDING_BYTES,
             drain_timeout=3,
         )
@@ -100,33 +100,33 @@ class NatsConnection:
         self._up.set()
 
     def _why_not(self) -> str:
-        """The faults of the last attempts, each with its setting, or nothing."""
+        """Returns the faults of the last attempts, each with its setting; empty without faults."""
         sentences = (f"{fault.setting}: {fault.sentence}" for fault in self._faults.values())
         return "; ".join(dict.fromkeys(sentences))
 
     @property
     def trouble(self) -> str:
-        """Why the connection does not stand; empty while it does."""
+        """Why there is no connection; empty while there is one."""
         if self.nc.is_connected:
             return ""
-        return self._why_not() or "IMG2IMG_NATS_URL: the connection to NATS is away"
+        return self._why_not() or "IMG2IMG_NATS_URL: the connection to NATS is lost"
 
     async def unless_denied(self, work: Awaitable[object]) -> None:
-        """Waits for `work`, which ends early once the server says what the user may not do.
+        """Waits for `work`, but not longer than until the server reports a missing permission.
 
-        Such a request gets no answer and would wait for its whole time.
+        The server does not respond to such a request otherwise, so it would wait for its timeout.
 
         Raises:
-            SettingsError: the user lacks a permission.
+            SettingsError: The user lacks a permission.
         """
         await first_of(work, self._is_denied.wait())
         if self._denied:
             raise SettingsError(f"{self._access.source}: {self._denied}")
 
     async def has_jetstream(self) -> bool:
-        """Whether somebody answers JetStream calls; a server of a cluster may leave it to others.
+        """Returns whether a server of the cluster offers JetStream, not only the connected one.
 
-        Raises UnavailableError when no answer comes.
+        Raises UnavailableError when no response comes.
         """
         if self.nc.offers_jetstream:
             return True
@@ -155,18 +155,18 @@ class NatsConnection:
     async def _on_error(self, error: Exception) -> None:
         if DENIED in str(error).lower():
             said = str(error).removeprefix("nats: ").strip("' ")
-            self._denied = f"the NATS server lets the user not do what it must ({said})"
+            self._denied = f"the NATS server denies the user a permission that it needs ({said})"
             self._is_denied.set()
             log.warning("NATS permission is missing: %s", said)
         elif self.nc.is_connected:
-            # Of dropped messages there are many; their readers notice and ask again.
+            # Readers of dropped messages notice the gap and ask again, so it is no warning.
             level = logging.DEBUG if isinstance(error, SlowConsumerError) else logging.WARNING
             log.log(level, "NATS error: %r", error)
         else:
             self._note_fault(error)
 
     def _note_fault(self, error: Exception) -> None:
-        if self._hopeless.is_set():  # the reason is known
+        if self._hopeless.is_set():
             return
         server = self.nc.attempted
         fault = faults.explain_connect(error, server, self._access.source)
@@ -182,18 +182,18 @@ class NatsConnection:
             self._hopeless.set()
 
     async def close(self) -> None:
-        """Sends what waits to be sent and ends the connection."""
+        """Sends the pending messages and closes the connection."""
         with suppress(*faults.DOWN):
             await self.nc.drain()
         await self.nc.close()
 
     async def _on_disconnect(self) -> None:
         if self._up.is_set() and not self.nc.is_closed:
-            log.warning("lost the connection to the bus")
+            log.warning("nats_disconnected")
         self._up.clear()
 
     async def _on_reconnect(self) -> None:
-        log.warning("the connection to the bus is back")
+        log.warning("nats_reconnected")
         if why := self._too_small():  # another server, or another configuration
             log.error("%s", why)
         self._faults.clear()
@@ -203,32 +203,39 @@ class NatsConnection:
             inbox.interrupt()
 
     async def ready(self, seconds: float | None = None) -> None:
-        """Waits until the connection stands. Raises UnavailableError when it does not in time.
+        """Waits until the connection is open.
 
-        Nothing is sent while it is away: what a caller was told had failed must not happen later.
+        Nothing is sent while the connection is lost: a request that was reported as failed must not
+        be executed later.
 
         Args:
-            seconds: how long to wait; by default patience_seconds.
+            seconds: How long to wait; by default reconnect_wait_seconds.
+
+        Raises:
+            UnavailableError: The connection is not open in time.
         """
         if self.nc.is_connected:
             return
         if not self.nc.is_closed:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._patience_seconds if seconds is None else seconds):
+                async with asyncio.timeout(
+                    self._reconnect_wait_seconds if seconds is None else seconds
+                ):
                     await self._up.wait()
                     return
         raise UnavailableError(detail=f"{self.trouble}; no connection")
 
     async def ask(self, call: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
-        """The answer of JetStream to `call`, also while streams elect their leaders.
+        """Returns the response of JetStream to `call`.
 
-        Nobody leads, nothing was done: it is asked again for as long as an election takes.
+        Without a leader a stream does nothing, so the call is repeated for as long as an election
+        takes.
 
         Args:
-            repeatable: the call may be made again too when its answer did not come.
+            repeatable: The call may also be repeated when its response was lost.
 
         Raises:
-            UnavailableError: the connection is away, or nobody came to lead.
+            UnavailableError: The connection is lost, or no leader was elected.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + ELECTION_SECONDS
@@ -255,11 +262,11 @@ class NatsConnection:
         """Stores a message in its stream. `repeatable`: storing it twice does no harm.
 
         Raises:
-            UnavailableError: no answer; the message may be stored or not.
-            WrongLastSequenceError: the headers expect another last sequence.
-            SubjectFullError: the subject has its most messages.
+            UnavailableError: No response; the message may be stored or not.
+            WrongLastSequenceError: The headers expect another last sequence.
+            SubjectFullError: The subject has as many messages as its stream allows.
         """
-        known_once = "Nats-Msg-Id" in (headers or {})  # a second one is not stored
+        known_once = "Nats-Msg-Id" in (headers or {})  # a duplicate is not stored
         return await self.ask(
             lambda: self.js.publish(subject, data, headers=headers),
             repeatable=repeatable or known_once,
@@ -268,11 +275,12 @@ class NatsConnection:
     async def replace(self, stream: str, subject: str, data: bytes, last: int) -> int:
         """Stores a message if `last` is the sequence of the subject's last one (0: there is none).
 
-        Returns its own sequence; also when its answer was lost and it is asked for again.
+        Returns:
+            The sequence of the message, also when the first response was lost.
 
         Raises:
-            UnavailableError: no answer; the message may be stored or not.
-            WrongLastSequenceError: the subject was written by somebody else.
+            UnavailableError: No response; the message may be stored or not.
+            WrongLastSequenceError: Another client has written to the subject.
         """
         expected = {"Nats-Expected-Last-Subject-Sequence": str(last)}
         in_doubt = False
@@ -294,17 +302,17 @@ class NatsConnection:
             return there.seq or 0
 
     async def request(self, subject: str, data: bytes = b"") -> Msg:
-        """Sends a request that may arrive twice; returns the answer. Raises UnavailableError."""
+        """Sends a request that may arrive twice; returns the response. Raises UnavailableError."""
         return await self.ask(lambda: self.nc.request(subject, data, timeout=REQUEST_SECONDS))
 
     async def send(self, subject: str, data: bytes, reply: str = "") -> None:
-        """Publishes without waiting for an answer. Raises UnavailableError."""
+        """Publishes without waiting for a response. Raises UnavailableError."""
         await self.ready()
         with unavailable():
             await self.nc.publish(subject, data, reply=reply)
 
     async def last(self, stream: str, subject: str) -> RawStreamMsg | None:
-        """The last message of a subject (wildcards allowed), read from the stream's leader."""
+        """Returns the last message of a subject (wildcards allowed), as the leader has it."""
         try:
             return await self.ask(lambda: self.js.get_last_msg(stream, subject))
         except nats.js.errors.NotFoundError:
@@ -354,7 +362,7 @@ class NatsConnection:
         max_bytes: int | None = None,
         late: Callable[[Msg], Awaitable[None]] | None = None,
     ) -> ReplyInbox:
-        """A private subject that is listened to, until it is closed. Raises UnavailableError."""
+        """Subscribes to a private subject until it is closed. Raises UnavailableError."""
         await self.ready()
         inbox = ReplyInbox(self.nc, max_bytes=max_bytes, late=late)
         await inbox.open()
@@ -363,7 +371,7 @@ class NatsConnection:
 
 
 def status_of(msg: Msg) -> str:
-    """Three digits when the message is a word of the server's own, empty for a stored message."""
+    """Returns three digits for a status message of the server, empty for a stored message."""
     return (msg.headers or {}).get("Status", "")
 
 
@@ -372,24 +380,24 @@ async def connect(
     where: NatsAccess | Sequence[str],
     *,
     name: str = "img2img",
-    patience_seconds: float = PATIENCE_SECONDS,
+    reconnect_wait_seconds: float = RECONNECT_WAIT_SECONDS,
     connect_seconds: float = CONNECT_SECONDS,
     stop: asyncio.Event | None = None,
 ) -> AsyncIterator[NatsConnection]:
-    """A connection to NATS.
+    """Connects to NATS; closes the connection at the end.
 
     Args:
-        where: how to reach it, or only addresses in the form of IMG2IMG_NATS_URL.
-        patience_seconds: how long a call waits for a connection that is away.
-        connect_seconds: how long the first connection is tried for.
-        stop: ends these attempts with StoppedError.
+        where: How to reach it, or only addresses in the form of IMG2IMG_NATS_URL.
+        reconnect_wait_seconds: How long a call waits for a lost connection.
+        connect_seconds: How long the first connection is attempted.
+        stop: Ends these attempts with StoppedError.
 
     Raises:
-        SettingsError: the servers refuse for good, or a TLS file cannot be used.
-        UnavailableError: no connection in time.
+        SettingsError: The servers refuse permanently, or a TLS file cannot be used.
+        UnavailableError: No connection in time.
     """
     access = where if isinstance(where, NatsAccess) else NatsAccess.of(where)
-    link = NatsConnection(access, patience_seconds)
+    link = NatsConnection(access, reconnect_wait_seconds)
     await unless_stopped(stop, link.open(name, connect_seconds))
     try:
         yield link

@@ -1,4 +1,4 @@
-"""Numbered events on the EVENTS stream: one subject a job for what stays, one a preview."""
+"""Numbered events on the EVENTS stream: one subject for each job, and one for each preview."""
 
 from __future__ import annotations
 
@@ -75,8 +75,11 @@ class Envelopes:
 
 
 class JetStreamEventWriter:
-    """Appends to one log. The last sequence of its `.log` subject is the fence: who does not know
-    it has been overtaken. Previews are held against the same fence, though they lie beside it."""
+    """Appends to one log.
+
+    The last sequence of its `.log` subject is the fence: a writer that expects another sequence has
+    lost the log to a newer writer. Previews have subjects of their own and the same fence.
+    """
 
     def __init__(self, link: NatsConnection, job_id: int) -> None:
         self._link = link
@@ -88,7 +91,7 @@ class JetStreamEventWriter:
         self._turn = asyncio.Lock()
 
     async def catch_up(self) -> None:
-        """Reads where the log ends."""
+        """Reads the last number of the log and its fence."""
         last = await self._link.last(subjects.EVENTS, subjects.events_filter(self._job_id))
         if last is None:
             return
@@ -111,8 +114,8 @@ class JetStreamEventWriter:
         """Numbers and stores the event.
 
         Raises:
-            OwnershipLostError: another writer has taken over.
-            UnavailableError: the bus is down; whether the event is stored is not known.
+            OwnershipLostError: Another writer has taken over.
+            UnavailableError: NATS is down; the event may be stored or not.
         """
         async with self._turn:
             envelope = Envelope(

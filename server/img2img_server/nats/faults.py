@@ -1,4 +1,4 @@
-"""What NATS can answer, in words of ours."""
+"""Errors of NATS as errors and sentences of the service."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DOWN: Final = (
 
 
 class WrongLastSequenceError(Exception):
-    """The subject was written by somebody else since it was read."""
+    """Another client has written to the subject since it was read."""
 
 
 class SubjectFullError(Exception):
@@ -46,7 +46,7 @@ class SubjectFullError(Exception):
 
 
 def is_leaderless(error: BaseException | None) -> bool:
-    """Whether the server said that nobody leads the stream or consumer: nothing was done."""
+    """Returns whether the stream or consumer has no leader, so that nothing was done."""
     if isinstance(error, nats.js.errors.APIError):
         return error.err_code in _NO_LEADER
     silent = nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError
@@ -55,8 +55,8 @@ def is_leaderless(error: BaseException | None) -> bool:
 
 @contextmanager
 def unavailable() -> Iterator[None]:
-    """Turns what is raised when the bus is down or silent into UnavailableError, and the two
-    refusals that callers can expect into their own errors."""
+    """Raises UnavailableError where NATS is down or silent, and WrongLastSequenceError,
+    SubjectFullError or MessageTooLargeError for these refusals."""
     try:
         yield
     except nats.errors.MaxPayloadError as error:
@@ -80,13 +80,14 @@ def _unavailable(error: Exception) -> UnavailableError:
 
 @dataclass(frozen=True, slots=True)
 class ConnectFault:
-    """Why a server cannot be used. `final`: another attempt would end the same way."""
+    """Why a server cannot be used. `final`: another attempt would fail too."""
 
     sentence: str
     final: bool
     setting: str = "IMG2IMG_NATS_URL"
 
 
+# The server's errors about connections have no codes.
 _REFUSED_USER: Final = (
     "authorization violation",
     "authentication expired",
@@ -96,11 +97,11 @@ _NO_INFO: Final = ("expecting info message", "json parse error")
 
 
 def explain_connect(error: BaseException, server: str, source: str) -> ConnectFault:
-    """Says why no connection to `server` came about.
+    """Explains why a connection to `server` failed.
 
     Args:
-        server: host and port.
-        source: the setting that holds the credentials.
+        server: Host and port.
+        source: The setting that holds the credentials.
     """
     where, text = f"the NATS server at {server}", str(error).lower()
     match error:
@@ -112,7 +113,7 @@ def explain_connect(error: BaseException, server: str, source: str) -> ConnectFa
             why = f"{where} refused this client's certificate ({error.reason})"
             return ConnectFault(why, final=True, setting="IMG2IMG_NATS_CERT_FILE")
         case ssl.SSLError():
-            return ConnectFault(f"{where} broke off the TLS handshake ({error.reason})", final=True)
+            return ConnectFault(f"{where} ended the TLS handshake ({error.reason})", final=True)
         case nats.errors.SecureConnWantedError():
             why = f"{where} does not offer TLS, which the settings ask for"
             return ConnectFault(why, final=True)

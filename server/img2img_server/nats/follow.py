@@ -1,4 +1,4 @@
-"""Reads a subject of a stream in order and without gaps, through reconnects and lost messages."""
+"""Reads a subject of a stream in order and without gaps, despite reconnects and lost messages."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from img2img_server.nats.inbox import Interrupted, ReplyInbox
 
 HEARTBEAT_SECONDS: Final = 2.0
 RETRY_SECONDS: Final = 1.0
-MAX_WAITING_BYTES: Final = 32 * 2**20  # what a slow reader may leave unread here
+MAX_WAITING_BYTES: Final = 32 * 2**20  # most unread bytes of a slow reader
 _HEARTBEAT: Final = "100"
 
 log = logging.getLogger(__name__)
 
 
 class _GapError(Exception):
-    """Something was missed: the server counts further than what arrived."""
+    """A message was lost: the numbers of the server have a gap."""
 
 
 class Follower:
-    """Everything stored under `subject`, from the first message on, then live; never ends.
+    """Iterates over all messages of `subject`, the stored ones first, then new ones; never ends.
 
-    Entering the context makes a push consumer without acks, so nothing stored later is missed. The
-    server numbers what it sends; a number left out, a silence or a reconnect makes a new consumer
-    from behind the last message that arrived. Raises UnavailableError on entering only.
+    Entering the context creates a push consumer without acks, so no later message is missed. The
+    server numbers the messages; after a gap, a silence or a reconnect a new consumer starts after
+    the last message that arrived. Only entering raises UnavailableError.
     """
 
     def __init__(self, link: NatsConnection, stream: str, subject: str) -> None:
@@ -65,19 +65,19 @@ class Follower:
         return self
 
     async def __anext__(self) -> bytes:
-        """The next message's data."""
+        """Returns the data of the next message."""
         while True:
             try:
                 data = await self._next()
             except (_GapError, Interrupted, TimeoutError) as reason:
-                log.debug("reading %s anew: %r", self._subject, reason)
+                log.debug("reading %s again: %r", self._subject, reason)
                 await self._restart()
             else:
                 if data is not None:
                     return data
 
     async def _next(self) -> bytes | None:
-        if self._inbox is None:  # a restart was cancelled half-way
+        if self._inbox is None:  # a restart was cancelled
             raise Interrupted
         async with asyncio.timeout(2.5 * HEARTBEAT_SECONDS):
             msg = await self._inbox.get()
@@ -119,7 +119,7 @@ class Follower:
         inbox, self._inbox = self._inbox, None
         consumer, self._consumer = self._consumer, ""
         if consumer and self._link.nc.is_connected:
-            # Without interest the server forgets the consumer by itself; telling it is only tidy.
+            # The server would delete a consumer without a subscriber by itself, a little later.
             api = f"$JS.API.CONSUMER.DELETE.{self._stream}.{consumer}"
             with suppress(UnavailableError):
                 await self._link.send(api, b"", reply=self._link.nc.new_inbox())

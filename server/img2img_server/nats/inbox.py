@@ -1,4 +1,4 @@
-"""A private subject of one caller."""
+"""A private subject for the responses to one caller."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from img2img_server.nats.faults import DOWN, unavailable
 CLOSE_SECONDS: Final = 2.0
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: look again
-    """The connection was lost and is back: what was asked before will not be answered."""
+class Interrupted(Exception):  # noqa: N818 - no error: the reader asks again
+    """The connection was lost and is open again: earlier requests get no response."""
 
 
 class ReplyInbox:
-    """A private subject and what arrived there, in order. Made by `Link.open_inbox`.
+    """A private subject and the messages that arrived there. See `NatsConnection.open_inbox`.
 
     Args:
-        max_bytes: what may wait to be read; beyond it messages are dropped, for readers that notice
-            and ask again.
-        late: gets what still arrives after a `close` that was cancelled.
+        max_bytes: Most unread bytes; further messages are dropped, for readers that detect gaps.
+        late: Receives the messages that arrive after a `close` that was cancelled.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class ReplyInbox:
         self._abandoned = False
 
     async def open(self) -> None:
-        """Begins to listen. Raises UnavailableError."""
+        """Subscribes. Raises UnavailableError."""
         with unavailable():
             self._subscription = await self._nc.subscribe(self.subject, cb=self._arrive)
 
@@ -60,11 +59,11 @@ class ReplyInbox:
             self._arrived.put_nowait(msg)
 
     def interrupt(self) -> None:
-        """Tells the reader, in its turn, that the connection was away."""
+        """Makes `get` raise Interrupted, after the messages that arrived before."""
         self._arrived.put_nowait(None)
 
     async def get(self) -> Msg:
-        """The next message. Raises Interrupted."""
+        """Returns the next message. Raises Interrupted."""
         msg = await self._arrived.get()
         if msg is None:
             raise Interrupted
@@ -72,7 +71,7 @@ class ReplyInbox:
         return msg
 
     def rest(self) -> list[Msg]:
-        """Takes what has arrived and was not read."""
+        """Returns the unread messages."""
         rest = []
         while not self._arrived.empty():
             msg = self._arrived.get_nowait()
@@ -81,13 +80,13 @@ class ReplyInbox:
         return rest
 
     async def close(self) -> None:
-        """Stops listening. After it nothing arrives any more; fine to be called again."""
+        """Unsubscribes; no message arrives afterwards. May be called again."""
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
         draining = asyncio.ensure_future(self._drain(subscription))
         try:
-            await asyncio.shield(draining)  # it goes on when we are cancelled, for two seconds
+            await asyncio.shield(draining)  # continues for two seconds if the caller is cancelled
         except asyncio.CancelledError:
             self._abandoned = True
             raise

@@ -19,14 +19,14 @@ from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import SubjectFullError
 from img2img_server.nats.pull import Puller
 
-MAX_ACK_PENDING: Final = 10_000  # jobs of one model and lane that workers may hold together
-INFO_SECONDS: Final = 0.2  # how old the numbers behind position and depth may be
+MAX_ACK_PENDING: Final = 10_000  # most jobs of one model and lane that all workers hold
+INFO_SECONDS: Final = 0.2  # most age of the state that position and depth are computed from
 
 log = logging.getLogger(__name__)
 
 
 class JetStreamDelivery:
-    """A Delivery on JetStream. Every method raises UnavailableError when the bus is down."""
+    """A Delivery on JetStream. Every method raises UnavailableError when NATS is down."""
 
     def __init__(self, link: NatsConnection, msg: Msg, job: QueuedJob) -> None:
         self._link = link
@@ -42,27 +42,27 @@ class JetStreamDelivery:
         return int(self._msg.metadata.num_delivered)
 
     async def ack(self) -> None:
-        # With an answer: a lost ack would make another worker do the job again.
+        # As a request: after a lost ack another worker would run the job again.
         await self._link.request(self._msg.reply, Msg.Ack.Ack)
 
     async def nak(self) -> None:
         await self._link.send(self._msg.reply, Msg.Ack.Nak)
 
     async def term(self, reason: str) -> None:
-        await bury(self._link, self._msg, codec.encode(self._job.without_image()), reason)
+        await dead_letter(self._link, self._msg, codec.encode(self._job.without_image()), reason)
 
     async def in_progress(self) -> None:
         await self._link.send(self._msg.reply, Msg.Ack.Progress)
 
 
-async def bury(link: NatsConnection, msg: Msg, left: bytes, reason: str) -> None:
-    """Writes what is left of the message to the dead letters, then removes it from the queue."""
+async def dead_letter(link: NatsConnection, msg: Msg, content: bytes, reason: str) -> None:
+    """Stores the content as a dead letter, then removes the message from the queue."""
     headers = {
         "Nats-Msg-Id": f"dead-{msg.metadata.sequence.stream}",
         "Img2img-Reason": " ".join(reason.split()),
         "Img2img-Attempts": str(msg.metadata.num_delivered),
     }
-    await link.publish(subjects.dead_subject(msg.subject), left, headers)
+    await link.publish(subjects.dead_subject(msg.subject), content, headers)
     await link.request(msg.reply, Msg.Ack.Term)
 
 
@@ -82,7 +82,7 @@ class JetStreamJobQueue:
 
     async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
         subject = subjects.jobs_subject(model, lane, job.tenant)
-        # The id makes a caller's second try, after an answer that was lost, the same message.
+        # The id makes the second attempt after a lost response the same message.
         headers = {"Nats-Msg-Id": str(job.job_id)}
         try:
             return (await self._link.publish(subject, codec.encode(job), headers)).seq
@@ -94,7 +94,7 @@ class JetStreamJobQueue:
 
     async def position(self, model: str, lane: Lane, sequence: int) -> int:
         load = await self.load(model, lane)
-        # Numbers run through all lanes, so their distance alone would be too much.
+        # All lanes share the sequence, so the difference of two numbers is an upper bound.
         return max(0, min(sequence - load.last_taken - 1, load.waiting - 1))
 
     async def depth(self, model: str, lane: Lane) -> int:
@@ -102,7 +102,7 @@ class JetStreamJobQueue:
 
     async def load(self, model: str, lane: Lane) -> LaneLoad:
         info = await self._info(model, lane)
-        if info is None:  # no worker has ever asked for it: everything waits
+        if info is None:  # no worker has ever pulled: all jobs wait
             waiting = await self._messages(subjects.lane_filter(model, lane))
             return LaneLoad(waiting=waiting, taken=0, last_taken=0)
         return LaneLoad(
@@ -115,12 +115,12 @@ class JetStreamJobQueue:
         return await self._messages(subjects.tenant_filter(tenant))
 
     async def _messages(self, subject: str) -> int:
-        """Messages in the stream under a subject, wildcards allowed."""
+        """Returns the number of messages under a subject, wildcards allowed."""
         stream = await self._link.ask(lambda: self._link.js.stream_info(subjects.JOBS, subject))
         return sum((stream.state.subjects or {}).values())
 
     async def _info(self, model: str, lane: Lane) -> ConsumerInfo | None:
-        """The consumer's numbers, at most INFO_SECONDS old; None when there is no consumer."""
+        """Returns the consumer's state, at most INFO_SECONDS old; None without a consumer."""
         name = subjects.lane_consumer(model, lane)
         now = asyncio.get_running_loop().time()
         read_at, known = self._infos.get(name, (0.0, None))
@@ -148,8 +148,8 @@ class JetStreamJobQueue:
             try:
                 job = codec.decode(msg.data, QueuedJob)
             except codec.UndecodableError as error:
-                log.warning("a job that cannot be read goes to the dead letters: %s", error)
-                await bury(self._link, msg, b"", str(error))  # there may be an image in it
+                log.warning("a job that cannot be decoded becomes a dead letter: %s", error)
+                await dead_letter(self._link, msg, b"", str(error))  # it may hold an image
             else:
                 deliveries.append(JetStreamDelivery(self._link, msg, job))
         return deliveries
@@ -160,6 +160,6 @@ class JetStreamJobQueue:
             filter_subject=subjects.lane_filter(model, lane),
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=self._ack_wait_seconds,
-            max_deliver=-1,  # the worker bounds its attempts, and says why it gave up
+            max_deliver=-1,  # the worker limits the attempts
             max_ack_pending=MAX_ACK_PENDING,
         )

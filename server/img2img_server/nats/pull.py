@@ -15,7 +15,7 @@ from img2img_server.errors import UnavailableError
 from img2img_server.nats.connection import NatsConnection, status_of
 from img2img_server.nats.inbox import Interrupted, ReplyInbox
 
-ANSWER_SECONDS: Final = 1.0  # longest wait for the server's word that no message came
+STATUS_SECONDS: Final = 1.0  # longest wait for the server's status that no message came
 _NO_RESPONDERS: Final = "503"
 
 
@@ -38,7 +38,7 @@ class Puller:
         Those above `most`, and all of them when the caller is cancelled, go back to the consumer.
 
         Raises:
-            UnavailableError: the bus is down, or a consumer was deleted.
+            UnavailableError: NATS is down, or a consumer was deleted.
         """
         for config in consumers:
             await self._create(config)
@@ -72,13 +72,13 @@ class Puller:
     ) -> None:
         for name in names:
             await self._request(inbox, name, {"batch": most, "no_wait": True})
-            await self._collect(inbox, taken, most, requests=1, seconds=ANSWER_SECONDS)
+            await self._collect(inbox, taken, most, requests=1, seconds=STATUS_SECONDS)
             if taken:
                 return
         expires = max(1, int(timeout_seconds * 1e9))
         for name in names:
             await self._request(inbox, name, {"batch": most, "expires": expires})
-        seconds = timeout_seconds + ANSWER_SECONDS
+        seconds = timeout_seconds + STATUS_SECONDS
         await self._collect(inbox, taken, 1, requests=len(names), seconds=seconds)
 
     async def _request(self, inbox: ReplyInbox, name: str, request: dict[str, int]) -> None:

@@ -1,11 +1,10 @@
-"""How fast each key makes jobs, counted together by every api.
+"""Rate limits of API keys, which all apis count together.
 
-A bucket of `per_minute` tokens for each key, filled evenly within a minute (the generic cell rate
-algorithm: one number for each key, the moment at which its bucket is full again). The number lies
-in a key-value bucket of the bus and changes by compare and swap: apis that share a bus share the
-count, and what one of them did cannot be overlooked by another. That is one more write for each
-job. Libraries for rate limits keep their counts in one process or in an engine that this service
-does not have.
+Each key has a bucket of `per_minute` tokens, which refills evenly within a minute: the generic cell
+rate algorithm, with one number for each key, the time at which its bucket is full again. The number
+is stored in a key-value bucket of NATS and changes by compare and swap, which is one more write for
+each job. Libraries for rate limits count in one process or in a store that this service does not
+have.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ MINUTE = 60.0
 
 
 class Rates:
-    """One for the life of an api.
+    """Counts the jobs of each key; an api has one for its whole life.
 
     Args:
-        clock: Unix seconds; those of the apis should agree within a second or so.
+        clock: Unix seconds; the clocks of the apis should agree within about a second.
     """
 
     def __init__(self, values: KeyValue, clock: Callable[[], float] = time.time) -> None:
         self._values = values
         self._clock = clock
-        self._known: dict[str, KvEntry] = {}  # what was last read or written
+        self._known: dict[str, KvEntry] = {}  # last read or written
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def take(self, key_id: str, per_minute: int) -> float:
-        """Counts a job of the key and returns 0.0, or the seconds until there is room for it.
+        """Counts a job of the key and returns 0.0, or returns the seconds to wait.
 
         Raises:
-            UnavailableError: the bus is down.
+            UnavailableError: NATS is down.
         """
         async with self._turns[key_id]:
             while True:
@@ -59,17 +58,17 @@ class Rates:
                 return 0.0
 
     def wait(self, key_id: str, per_minute: int) -> float:
-        """What `take` would return, as far as this api knows; counts and asks nothing."""
+        """Returns what `take` would return by the cached count; counts nothing."""
         return self._next(key_id, per_minute)[2]
 
     def _next(self, key_id: str, per_minute: int) -> tuple[KvEntry | None, float, float]:
-        """What is known, when the bucket is full again after one more, the wait for that one."""
+        """Returns the cached entry, the new full-at time, and the seconds to wait."""
         entry = self._known.get(key_id)
         now = self._clock()
         full_at = max(now, float(entry.value)) if entry else now
         full_at += MINUTE / per_minute
         wait = full_at - now - MINUTE
-        # What is known may be old, but the moment only moves on: a refusal stands.
+        # The cached time may be old, but it only grows: a refusal is right anyway.
         return entry, full_at, wait if wait > 1e-6 else 0.0
 
     async def _read(self, key_id: str) -> None:
@@ -81,5 +80,5 @@ class Rates:
 
 
 def kv_rates(link: NatsConnection) -> Rates:
-    """On JetStream; see topology.py for how long a count is kept."""
+    """Creates the rates on JetStream; topology.py defines how long a count is kept."""
     return Rates(Bucket(link, subjects.RATES_BUCKET))

@@ -18,11 +18,11 @@ _WINDOW_GROWTH: Final = 4
 
 
 class KvJobStore:
-    """A JobStore on JetStream. Every method raises UnavailableError when the bus is down.
+    """A JobStore on JetStream. Every method raises UnavailableError when NATS is down.
 
-    Records lie under `<tenant>.<id>`, idempotency keys under `<tenant>.<SHA-256 of the key>`. The
+    Records have the keys `<tenant>.<id>`, idempotency keys `<tenant>.<SHA-256 of the key>`. The
     stream that numbers jobs has an empty message for each job, by tenant: lists are read from it.
-    Every write prolongs what the bucket keeps (topology.py), so the end of the job decides here.
+    Each write restarts the bucket's retention (topology.py), so `get` checks the job's end itself.
     """
 
     def __init__(self, link: NatsConnection, *, retention_seconds: float) -> None:
@@ -32,7 +32,7 @@ class KvJobStore:
         self._requests = Bucket(link, subjects.REQUESTS_BUCKET)
 
     async def next_id(self, tenant: str) -> int:
-        # The stream counts every message it ever had, also through restarts: no number comes twice.
+        # The sequence of a stream never repeats, also after restarts.
         drawn = await self._link.publish(subjects.ids_subject(tenant), b"", repeatable=True)
         return FIRST_JOB_ID - 1 + drawn.seq
 
@@ -96,18 +96,18 @@ async def newest(
 ) -> list[int]:
     """Returns up to `most` numbers below `before`, highest first, from a stream that reads upwards.
 
-    Looks through windows below `before`, which grow until one holds more numbers than are read at
-    once, and from then on shrink: about the logarithm of `before` reads, whatever there is.
+    Reads windows below `before`, which grow until one holds more numbers than are read at once, and
+    then shrink: about the logarithm of `before` reads.
 
     Args:
-        read: returns the first numbers from a start on, ascending: `read(start, most)`.
+        read: Returns the first numbers from a start on, ascending: `read(start, most)`.
     """
     found: list[int] = []
     width, growth = most, _WINDOW_GROWTH
     while before > 1 and len(found) < most:
         start = max(1, before - width)
         numbers = [number for number in await read(start, most) if number < before]
-        if len(numbers) == most and before - start > most:  # the newest may lie behind them
+        if len(numbers) == most and before - start > most:  # newer numbers may follow
             width, growth = max(most, width // _WINDOW_GROWTH), 1
             continue
         found += reversed(numbers)

@@ -1,7 +1,7 @@
-"""Names on the bus: streams, buckets, subjects.
+"""Names in NATS: streams, buckets, subjects.
 
 img2img.jobs.<model>.<lane>.<tenant>     the work queue
-img2img.dead.<model>.<lane>.<tenant>     what can never work
+img2img.dead.<model>.<lane>.<tenant>     dead letters
 img2img.events.<job id>.log              a job's numbered events
 img2img.events.<job id>.preview.<sample> its newest preview
 img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
@@ -41,9 +41,9 @@ _PLAIN: Final = frozenset((string.ascii_letters + string.digits + "_-").encode()
 
 
 def token(text: str) -> str:
-    """`text` as one token of a subject or key: other bytes than [A-Za-z0-9_-] become =XX.
+    """Encodes a text as one token of a subject or key: bytes other than [A-Za-z0-9_-] become =XX.
 
-    No two texts share a token; the empty text is "=".
+    Different texts have different tokens; the empty text is "=".
     """
     return "".join(chr(b) if b in _PLAIN else f"={b:02X}" for b in text.encode()) or "="
 
@@ -53,17 +53,17 @@ def jobs_subject(model: str, lane: Lane, tenant: str) -> str:
 
 
 def lane_filter(model: str, lane: Lane) -> str:
-    """All jobs of one model and lane."""
+    """Returns the filter for all jobs of one model and lane."""
     return f"img2img.jobs.{token(model)}.{lane.value}.*"
 
 
 def tenant_filter(tenant: str) -> str:
-    """All jobs of one tenant."""
+    """Returns the filter for all jobs of one tenant."""
     return f"img2img.jobs.*.*.{token(tenant)}"
 
 
 def lane_consumer(model: str, lane: Lane) -> str:
-    """Name of the consumer that all workers of a model share for a lane."""
+    """Returns the name of the consumer that all workers of a model share for a lane."""
     return f"worker-{token(model)}-{lane.value}"
 
 
@@ -88,12 +88,12 @@ def preview_subject(job_id: int, sample: int) -> str:
 
 
 def events_filter(job_id: int) -> str:
-    """All events of one job."""
+    """Returns the filter for all events of one job."""
     return f"img2img.events.{job_id}.>"
 
 
 def bucket_stream(bucket: str) -> str:
-    """Stream behind a key-value bucket."""
+    """Returns the stream of a key-value bucket."""
     return f"KV_{bucket}"
 
 

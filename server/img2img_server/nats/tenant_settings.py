@@ -1,4 +1,4 @@
-"""Storage details of tenants, sealed; each version lies as long as jobs may need it."""
+"""Storage details of tenants, encrypted; each version is kept as long as jobs may need it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Record:
     version: str
-    sealed: bytes  # StorageDetails, all of it: a public address tells who the tenant is
+    sealed: bytes  # all StorageDetails: a public address identifies the tenant
 
 
 class TenantStorage:
     """Details by tenant and server type.
 
-    A job keeps the version that was current when it was accepted. What is replaced or reset moves
-    to a second bucket, where it lies as long as such jobs may run. Every method raises
-    UnavailableError when the bus is down, those that read SealBrokenError.
+    A job keeps the version that was current when it was accepted. A version that is replaced or
+    reset moves to a second bucket, which keeps it as long as such jobs may run. Every method raises
+    UnavailableError when NATS is down, methods that read also SealBrokenError.
     """
 
     def __init__(self, vault: Vault, current: KeyValue, retired: KeyValue) -> None:
@@ -37,11 +37,11 @@ class TenantStorage:
 
     @property
     def can_store(self) -> bool:
-        """Whether there is a key to seal with."""
+        """Whether there is a key to encrypt with."""
         return not self._vault.is_empty
 
     async def current(self, tenant: str) -> tuple[str, StorageDetails] | None:
-        """The version and the details of the tenant's realtime jobs, or None."""
+        """Returns the version and the details of the tenant's realtime jobs, or None."""
         entry = await self._current.get(_key(tenant, REALTIME))
         if entry is None:
             return None
@@ -49,14 +49,14 @@ class TenantStorage:
         return record.version, self._open(record)
 
     async def get(self, tenant: str, version: str) -> StorageDetails | None:
-        """One version, also when it was replaced or reset; None when it is too old."""
+        """Returns one version, also when it was replaced or reset; None when it has expired."""
         entry = await self._current.get(_key(tenant, REALTIME))
         if entry is None or codec.decode(entry.value, _Record).version != version:
             entry = await self._retired.get(_key(tenant, version))
         return self._open(codec.decode(entry.value, _Record)) if entry else None
 
     async def put(self, tenant: str, deploy_type: str, details: StorageDetails) -> str:
-        """Replaces what is stored; returns the new version. Only when `can_store`."""
+        """Replaces the stored details; returns the new version. Only when `can_store`."""
         record = _Record(uuid.uuid4().hex, self._vault.seal(codec.encode(details)))
         key = _key(tenant, deploy_type)
         while True:
@@ -64,19 +64,19 @@ class TenantStorage:
             try:
                 await self._current.swap(key, codec.encode(record), there)
             except WrongLastSequenceError:
-                continue  # somebody was quicker: theirs is replaced
+                continue  # another api was quicker: its version is replaced
             return record.version
 
     async def remove(self, tenant: str, deploy_type: str) -> None:
-        """Fine when nothing is stored."""
+        """Removes the details, if there are any."""
         key = _key(tenant, deploy_type)
         await self._retire(tenant, key)
         await self._current.remove(key)
 
     async def rotate(self) -> None:
-        """Seals with the first key what an older one sealed, so that the older may go.
+        """Encrypts all current versions with the first key, so that older keys can be removed.
 
-        What was retired is left: it expires soon.
+        Retired versions are not encrypted again: they expire soon.
         """
         for key in await self._current.keys():
             entry = await self._current.get(key)
@@ -90,12 +90,12 @@ class TenantStorage:
                 changed = codec.encode(_Record(record.version, sealed))
                 await self._current.swap(key, changed, entry.revision)
             except WrongLastSequenceError:
-                continue  # written anew meanwhile, so with the first key
+                continue  # written meanwhile, so with the first key
             except SealBrokenError:
-                log.warning("the storage details of %s cannot be opened: no key fits", key)
+                log.warning("the storage details of %s cannot be decrypted: no key fits", key)
 
     async def _retire(self, tenant: str, key: str) -> int:
-        """Keeps what is there now for jobs that need it; returns its revision, 0 for nothing."""
+        """Copies the current version to the second bucket; returns its revision, 0 without one."""
         entry = await self._current.get(key)
         if entry is None:
             return 0
@@ -108,7 +108,7 @@ class TenantStorage:
 
 
 def kv_tenant_storage(link: NatsConnection, vault: Vault) -> TenantStorage:
-    """On JetStream; see topology.py for how long versions are kept."""
+    """Creates it on JetStream; topology.py defines how long versions are kept."""
     return TenantStorage(
         vault, Bucket(link, subjects.STORAGE_BUCKET), Bucket(link, subjects.RETIRED_STORAGE_BUCKET)
     )

@@ -1,4 +1,4 @@
-"""Every stream and bucket with its bounds, made or brought up to date when a role connects."""
+"""All streams and buckets with their bounds; created or updated when a role connects."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _FINAL: Final = {
 }
 _NO_STORAGE: Final = 10047
 _PAUSE_SECONDS: Final = 1.0
-# The largest message: an image of 1024x1024 that does not compress, with what belongs to it.
+# The largest message: an image of 1024x1024 that does not compress, and its record.
 NEEDED_PAYLOAD_BYTES: Final = 4_000_000
 HOUR: Final = 3600.0
-# The bucket keeps a record longer than it is shown: clocks differ, and the shown time counts.
+# The bucket keeps a record longer than the service shows it, because clocks differ.
 RECORD_MARGIN_SECONDS: Final = HOUR
 IDS_MARGIN_SECONDS: Final = 24 * HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
@@ -43,7 +43,7 @@ DEAD_SECONDS: Final = 7 * 24 * HOUR
 DEAD_MAX_BYTES: Final = 2**28
 # Longer than all attempts at a webhook take together: 11 hours at most.
 WEBHOOKS_SECONDS: Final = 24 * HOUR
-WEBHOOK_REPEAT_SECONDS: Final = 600.0  # as REPEAT_SECONDS; a worker's death lies within it
+WEBHOOK_REPEAT_SECONDS: Final = 600.0  # as REPEAT_SECONDS; longer than a redelivery takes
 # Within this time a repeated publish with the same Nats-Msg-Id is stored once.
 REPEAT_SECONDS: Final = 20.0
 
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How much is kept and for how long. `replicas`: copies of everything."""
+    """Limits of sizes and times. `replicas`: copies of each stream and bucket."""
 
     queue_limit: int = 15
     retention_seconds: float = 24 * HOUR
@@ -63,11 +63,11 @@ class Bounds:
 
 
 def streams(bounds: Bounds) -> list[StreamConfig]:
-    """The configurations of all streams, buckets included."""
+    """Returns the configurations of all streams, buckets included."""
     return [
         StreamConfig(
             name=subjects.JOBS,
-            description="Jobs no worker has finished; each is removed by its ack.",
+            description="Unfinished jobs; the ack of a worker removes a job.",
             subjects=["img2img.jobs.>"],
             retention=RetentionPolicy.WORK_QUEUE,
             discard=DiscardPolicy.NEW,
@@ -131,7 +131,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
 
 
 def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
-    # As the NATS clients lay out a key-value bucket, so that `nats kv` reads it.
+    # The layout of the NATS clients, so that `nats kv` reads the bucket.
     return StreamConfig(
         name=subjects.bucket_stream(name),
         subjects=[subjects.key_subject(name, ">")],
@@ -147,21 +147,21 @@ def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
 
 
 async def prepare(link: NatsConnection, bounds: Bounds, ends_at: float = 0.0) -> None:
-    """Makes or updates every stream and bucket.
+    """Creates or updates all streams and buckets.
 
     Args:
-        ends_at: until when, in monotonic seconds, it is tried again while JetStream is not ready.
+        ends_at: Monotonic time until which attempts are repeated while JetStream is not ready.
 
     Raises:
-        SettingsError: NATS refuses it; the sentence names the setting.
-        UnavailableError: JetStream does not become ready.
+        SettingsError: NATS refuses a stream; the sentence names the setting.
+        UnavailableError: JetStream is not ready in time.
     """
     while True:
         try:
             return await link.unless_denied(_prepare(link, bounds))
         except UnavailableError as error:
             cause = error.__cause__
-            why = getattr(cause, "description", "") or "JetStream does not answer"
+            why = getattr(cause, "description", "") or "JetStream does not respond"
             sentence = f"{_URL}: the NATS server at {link.nc.attempted} is not ready: {why}"
             if getattr(cause, "err_code", 0) == _NO_STORAGE:
                 sentence += f" (IMG2IMG_EVENTS_MAX_BYTES reserves {bounds.events_max_bytes} bytes)"

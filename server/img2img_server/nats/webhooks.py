@@ -17,7 +17,7 @@ from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import SubjectFullError
 from img2img_server.nats.pull import Puller
 
-# Longer than a delivery may take: an api that died in the middle of one leaves it for this long.
+# Longer than a delivery takes; after an api has died, its deliveries are repeated after this time.
 ACK_WAIT_SECONDS: Final = 60.0
 
 log = logging.getLogger(__name__)
@@ -43,13 +43,13 @@ class JetStreamPending:
         await self._link.request(self._msg.reply, Msg.Ack.Ack)
 
     async def retry(self, delay_seconds: float) -> None:
-        # The server keeps the time at which it is due: it outlives a restart of either side.
+        # The server stores the delay, so it survives restarts of NATS and of the apis.
         delay = json.dumps({"delay": round(delay_seconds * 1e9)}).encode()
         await self._link.request(self._msg.reply, Msg.Ack.Nak + b" " + delay)
 
 
 class JetStreamWebhookOutbox:
-    """An WebhookOutbox on JetStream."""
+    """A WebhookOutbox on JetStream."""
 
     def __init__(self, link: NatsConnection, *, ack_wait_seconds: float = ACK_WAIT_SECONDS) -> None:
         self._link = link
@@ -80,6 +80,6 @@ class JetStreamWebhookOutbox:
                 job = codec.decode(msg.data, Job)
                 pending.append(JetStreamPending(self._link, msg, job))
             except codec.UndecodableError as error:
-                log.warning("a webhook that cannot be read is dropped: %s", error)
+                log.warning("a webhook that cannot be decoded is dropped: %s", error)
                 await self._link.request(msg.reply, Msg.Ack.Term)
         return pending

@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 class KvWorkerRegistry:
-    """A WorkerRegistry on JetStream. Every method raises UnavailableError when the bus is down.
+    """A WorkerRegistry on JetStream. Every method raises UnavailableError when NATS is down.
 
-    A worker is forgotten 20 s after its last announcement (topology.py), a model never.
+    A worker expires 20 s after its last announcement (topology.py), a model never.
     """
 
     def __init__(self, link: NatsConnection) -> None:
@@ -52,9 +52,9 @@ async def _all(bucket: Bucket, kind: type[T]) -> list[T]:
 
 
 def _decoded(entry: KvEntry, kind: type[T]) -> T | None:
-    """None for what a worker of a far version said: it must not hide the others."""
+    """Decodes an announcement; None for one of an incompatible version."""
     try:
         return codec.decode(entry.value, kind)
     except codec.UndecodableError as error:
-        log.warning("an announcement that cannot be read is left out: %s", error)
+        log.warning("an announcement that cannot be decoded is ignored: %s", error)
         return None

@@ -36,7 +36,7 @@ from img2img_server.worker.worker import Worker
 ENGINE_STOP_SECONDS = 2.0
 HEAD_START_SECONDS = 0.5
 # A job that runs is worth a longer wait than a caller: another server is found within seconds.
-BUS_PATIENCE_SECONDS = 12.0
+RECONNECT_WAIT_SECONDS = 12.0
 
 log = structlog.get_logger()
 
@@ -55,7 +55,7 @@ async def serve_worker(
 
     async with (
         probe_server(settings, why_not_ready) as probes,
-        connect_bus(settings, patience_seconds=BUS_PATIENCE_SECONDS, stop=stop) as bus,
+        connect_bus(settings, reconnect_wait_seconds=RECONNECT_WAIT_SECONDS, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):
         store = WatchedBlobs(blobs)
