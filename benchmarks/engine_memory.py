@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.engine import hardware
 from benchmarks.engine_stock import photo
-from img2img_server.domain.params import Lane
+from img2img_server.domain.params import JobParams, Lane
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, JobStopped
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
@@ -36,19 +36,23 @@ _SIDES = (32, 48, 64)
 
 def job(number: int) -> EngineJob:
     """Returns a job; each one differs from the one before."""
-    return EngineJob(
-        job_id=number,
-        tenant=f"tenant {number % 3}",
-        lane=Lane.BATCH if number % 5 == 0 else Lane.REALTIME,
+    params = JobParams(
         prompt=f"image {number}",
         negative_prompt=f"not {number}" if number % 4 == 0 else "",
-        init_image=photo(_SIDES[number % len(_SIDES)]),
         strength=(0.5, 0.75, 1.0)[number % 3],
-        seeds=(number, number + 1) if number % 7 == 0 else (number,),
+        seed=number,
+        samples=2 if number % 7 == 0 else 1,
         num_inference_steps=2,
         guidance_scale=4.0 if number % 2 else 1.0,
         scheduler=DIFFUSION_SAMPLERS[number % len(DIFFUSION_SAMPLERS)],
         preview_interval_steps=number % 2,
+        lane=Lane.BATCH if number % 5 == 0 else Lane.REALTIME,
+    )
+    return EngineJob(
+        job_id=number,
+        tenant=f"tenant {number % 3}",
+        params=params,
+        init_image=photo(_SIDES[number % len(_SIDES)]),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Outcome, Request, Served
 from benchmarks.engine_stock import SCHEDULER, feed, photo
-from img2img_server.domain.params import Lane
+from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, PreviewReady
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.engine import DiffusionEngine
@@ -82,17 +82,14 @@ class EngineServer:
 
 
 def job_of(request: Request) -> EngineJob:
-    return EngineJob(
-        job_id=request.number,
-        tenant="bench",
-        lane=Lane.REALTIME,
+    params = JobParams(
         prompt=request.prompt,
-        negative_prompt="",
-        init_image=photo(request.side),
         strength=request.strength,
-        seeds=(request.seed,),
+        seed=request.seed,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         scheduler=SCHEDULER,
         preview_interval_steps=1,
     )
+    image = photo(request.side)
+    return EngineJob(job_id=request.number, tenant="bench", params=params, init_image=image)

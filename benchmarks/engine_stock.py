@@ -15,8 +15,8 @@ from PIL import Image
 
 from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Outcome, Request, Served
-from img2img_server.engine.base import Pixels
 from img2img_server.engine.diffusers.schedules import make_scheduler
+from img2img_server.imaging.base import Pixels
 
 SCHEDULER = "euler"
 

@@ -30,7 +30,8 @@ from benchmarks.engine import hardware
 from benchmarks.engine_load import Request
 from benchmarks.engine_report import facts, table, write
 from benchmarks.engine_servers import job_of
-from img2img_server.engine.base import EngineEvent, EngineTimings, JobDone, JobFailed
+from img2img_server.domain.job import Timings
+from img2img_server.engine.base import EngineEvent, JobDone, JobFailed
 from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.engine import DiffusionEngine
@@ -66,7 +67,7 @@ class Switched:
         self._pool = ProcessPoolExecutor(1, context)
         self.ready = self._pool.submit(_load, settings).result()
 
-    def run(self, side: int) -> EngineTimings:
+    def run(self, side: int) -> Timings:
         """Runs a job of `_STEPS` steps alone."""
         return self._pool.submit(_run, side).result()
 
@@ -84,8 +85,8 @@ def _load(settings: dict[str, Any]) -> float:
     return time.perf_counter() - began
 
 
-def _run(side: int) -> EngineTimings:
-    done: queue.SimpleQueue[EngineTimings | Exception] = queue.SimpleQueue()
+def _run(side: int) -> Timings:
+    done: queue.SimpleQueue[Timings | Exception] = queue.SimpleQueue()
 
     def sink(event: EngineEvent) -> None:
         match event:
@@ -95,7 +96,7 @@ def _run(side: int) -> EngineTimings:
                 done.put(error)
 
     job = job_of(Request(1, 0.0, side, 1.0, _STEPS, 5.0, "a mosaic"))
-    _engines[0].submit(replace(job, preview_interval_steps=0), sink)
+    _engines[0].submit(replace(job, params=replace(job.params, preview_interval_steps=0)), sink)
     answer = done.get()
     if isinstance(answer, Exception):
         raise answer
@@ -149,7 +150,7 @@ def _save_tiny(source: str, folder: str) -> None:
 
 def compare(engines: dict[str, Switched], side: int, repeats: int) -> dict[str, dict[str, float]]:
     """Returns the times of every setting at one size."""
-    jobs: dict[str, list[EngineTimings]] = {name: [] for name in engines}
+    jobs: dict[str, list[Timings]] = {name: [] for name in engines}
     for _ in range(repeats + 1):
         for name, engine in engines.items():
             jobs[name].append(engine.run(side))

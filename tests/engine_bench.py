@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from img2img_server.domain.params import Lane
+from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import (
     DeviceLost,
     Engine,
@@ -23,7 +23,6 @@ from img2img_server.engine.base import (
     JobDone,
     JobFailed,
     JobStopped,
-    Pixels,
     SampleReady,
 )
 from img2img_server.engine.denoiser import Denoiser
@@ -34,6 +33,7 @@ from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.imaging.base import Pixels
 
 # Networks this small lose more to threads than they gain.
 torch.set_num_threads(1)
@@ -74,21 +74,19 @@ def blocks(height: int, width: int, seed: int = 0) -> Pixels:
     return colours.repeat(8, axis=0).repeat(8, axis=1)
 
 
+_ENGINE_JOB = {field.name for field in fields(EngineJob)}
+
+
 def job(**changes: Any) -> EngineJob:
-    base = EngineJob(
-        job_id=1,
-        tenant="t",
-        lane=Lane.REALTIME,
-        prompt="a boat",
-        negative_prompt="",
-        init_image=blocks(64, 72),
-        strength=0.7,
-        seeds=(5,),
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        scheduler="ddim",
+    """Returns a small job. `seeds` must be consecutive; other names are those of JobParams too."""
+    seeds = changes.pop("seeds", (5,))
+    assert list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+    own = {name: changes.pop(name) for name in _ENGINE_JOB & changes.keys()}
+    given = {"prompt": "a boat", "num_inference_steps": 4, "scheduler": "ddim"} | changes
+    params = JobParams(seed=seeds[0], samples=len(seeds), **given)
+    return EngineJob(
+        **{"job_id": 1, "tenant": "t", "params": params, "init_image": blocks(64, 72)} | own
     )
-    return replace(base, **changes)
 
 
 def load(folder: Path) -> DiffusersDenoiser:
@@ -125,12 +123,12 @@ def pictures(events: list[EngineEvent]) -> list[Pixels]:
 def stock_call(wanted: EngineJob) -> dict[str, Any]:
     """Returns the arguments of a stock image-to-image pipeline for a request."""
     return {
-        "prompt": wanted.prompt,
-        "negative_prompt": wanted.negative_prompt or None,
+        "prompt": wanted.params.prompt,
+        "negative_prompt": wanted.params.negative_prompt or None,
         "image": Image.fromarray(wanted.init_image),
-        "strength": wanted.strength,
-        "num_inference_steps": wanted.num_inference_steps,
-        "guidance_scale": wanted.guidance_scale,
+        "strength": wanted.params.strength,
+        "num_inference_steps": wanted.params.num_inference_steps,
+        "guidance_scale": wanted.params.guidance_scale,
     }
 
 
@@ -154,7 +152,7 @@ class Stock:
 
     def pictures(self, wanted: EngineJob) -> list[Pixels]:
         """Returns the images of all samples."""
-        self._pipeline.scheduler = make_scheduler(wanted.scheduler, self._config)
+        self._pipeline.scheduler = make_scheduler(wanted.params.scheduler, self._config)
         return [self._picture(wanted, seed) for seed in wanted.seeds]
 
     def _picture(self, wanted: EngineJob, seed: int) -> Pixels:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from img2img_server.domain.events import Stage
+from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.engine.base import (
     Engine,
     EngineEvent,
@@ -16,8 +16,6 @@ from img2img_server.engine.base import (
     JobStopped,
     PreviewReady,
     SampleReady,
-    StageDone,
-    StepDone,
 )
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.errors import EngineError
@@ -52,9 +50,12 @@ def test_a_job_reports_its_stages_its_steps_its_picture_and_its_end_in_this_orde
     events = run(engine, job())
 
     kinds = [type(event) for event in events]
-    assert kinds == [StageDone, StageDone, StepDone, StepDone, SampleReady, JobDone]
-    assert events[:2] == [StageDone(Stage.TEXT_ENCODED), StageDone(Stage.IMAGE_ENCODED)]
-    steps = [event for event in events if isinstance(event, StepDone)]
+    assert kinds == [StageFinished, StageFinished, StepFinished, StepFinished, SampleReady, JobDone]
+    assert events[:2] == [
+        StageFinished(stage=Stage.TEXT_ENCODED),
+        StageFinished(stage=Stage.IMAGE_ENCODED),
+    ]
+    steps = [event for event in events if isinstance(event, StepFinished)]
     assert [(step.sample, step.step, step.total) for step in steps] == [(0, 1, 2), (0, 2, 2)]
     assert steps[0].sigma > steps[1].sigma == 0.0
 
@@ -105,13 +106,13 @@ def test_a_cancelled_job_ends_stopped_and_says_nothing_after_it(engine: Engine) 
 
     def sink(event: EngineEvent) -> None:
         inbox(event)
-        if isinstance(event, StepDone):
+        if isinstance(event, StepFinished):
             engine.cancel(1)
 
     engine.submit(job(num_inference_steps=40, strength=1.0), sink)
 
     kinds = [type(event) for event in inbox.all()]
-    assert kinds == [StageDone, StageDone, StepDone, JobStopped]
+    assert kinds == [StageFinished, StageFinished, StepFinished, JobStopped]
     assert [type(event) for event in run(engine, job(job_id=2))][-1] is JobDone
     assert inbox.is_empty()
 
@@ -143,7 +144,7 @@ def test_a_sink_that_raises_harms_nobody(engine: Engine, caplog: pytest.LogCaptu
 def test_a_stopped_engine_ends_its_jobs_and_refuses_new_ones(engine: Engine) -> None:
     inbox = ReplyInbox()
     engine.submit(job(num_inference_steps=900, strength=1.0), inbox)
-    inbox.until(StepDone)
+    inbox.until(StepFinished)
     engine.stop()
 
     assert isinstance(inbox.all()[-1], JobStopped)

@@ -26,7 +26,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-WANTED = job(guidance_scale=4.0, seeds=(1, 2), num_inference_steps=6, strength=0.9)
+OPTIONS: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 6, "strength": 0.9}
+WANTED = job(seeds=(1, 2), **OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_neither_a_step_nor_a_picture_waits_for_the_device(folder: Path) -> None
     denoiser.count()
     with running(denoiser) as engine:
         for job_id in (1, 2):
-            wanted = replace(WANTED, job_id=job_id, preview_interval_steps=1)
+            wanted = job(job_id=job_id, seeds=(1, 2), preview_interval_steps=1, **OPTIONS)
             assert len(pictures(run(engine, wanted))) == 2
     assert min(denoiser.calls[kind] for kind in ("denoise", "preview", "decode")) > 1
 
@@ -96,7 +97,7 @@ def test_strangers_in_the_batch_change_a_picture_by_little(
     assert denoiser.determinism is Determinism.CLOSE
     with running(denoiser) as engine:
         alone = pictures(run(engine, WANTED))
-        strangers = [replace(WANTED, job_id=n, seeds=(n,), prompt="fog") for n in range(2, 6)]
+        strangers = [job(job_id=n, seeds=(n,), prompt="fog", **OPTIONS) for n in range(2, 6)]
         inboxes = [ReplyInbox() for _ in strangers]
         for stranger, inbox in zip(strangers, inboxes, strict=True):
             engine.submit(stranger, inbox)

@@ -38,7 +38,10 @@ async def test_a_lora_goes_with_the_job_and_is_told_to_callers() -> None:
     assert list(told.models[0].loras) == ["ink", "oil"]
     job = messages[-1].event.succeeded.job
     assert (job.spec.lora, job.spec.lora_scale) == ("oil", 0.5)
-    assert [(job.lora, job.lora_scale) for job in engine.jobs] == [("oil", 0.5), ("", 1.0)]
+    assert [(job.params.lora, job.params.lora_scale) for job in engine.jobs] == [
+        ("oil", 0.5),
+        ("", 1.0),
+    ]
 
 
 async def test_an_unknown_lora_is_refused_with_the_known_ones() -> None:

@@ -121,14 +121,14 @@ async def test_live_workers_say_how_fast_they_are_and_the_model_remembers_it() -
 
 def test_a_worker_measures_its_device_not_the_time_before_or_between() -> None:
     pace = Throughput()
-    pace.device_worked(100.0)  # compiling
+    pace.add_busy_seconds(100.0)  # compiling
     for _ in range(10):
-        pace.step(small())
-    pace.device_worked(102.0)
+        pace.count_step(small())
+    pace.add_busy_seconds(102.0)
     assert pace.pixel_step_seconds == pytest.approx(2.0 / SMALL)
     for _ in range(1000):
-        pace.device_worked(102.0)
-    pace.device_worked(104.0)
+        pace.add_busy_seconds(102.0)
+    pace.add_busy_seconds(104.0)
     assert pace.pixel_step_seconds > 2.0 / SMALL  # busy for as long, and nothing was finished
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from img2img_server.engine.base import Engine, Pixels
+from img2img_server.engine.base import Engine
 from img2img_server.engine.load import load_engine
+from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
 from tests.engine_bench import job, pictures, run
 

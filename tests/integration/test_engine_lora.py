@@ -11,12 +11,13 @@ from diffusers import AutoPipelineForImage2Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from img2img_server.engine.base import EngineJob, JobDone, JobFailed, Pixels
+from img2img_server.engine.base import EngineJob, JobDone, JobFailed
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora import _Change
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.options import ModelOptions
+from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, ReplyInbox, Stock, difference, job, pictures, run, running
 from tests.tiny_models import write_sd, write_sdxl
@@ -70,11 +71,11 @@ class Written:
 
     def expected(self, wanted: EngineJob) -> Pixels:
         """What diffusers draws with the changed weights."""
-        factors = self._factors[wanted.lora] if wanted.lora else []
+        factors = self._factors[wanted.params.lora] if wanted.params.lora else []
         before = [weight.clone() for weight, *_ in factors]
         for weight, down, up, factor in factors:
             product = torch.einsum("or,ri...->oi...", up.reshape(len(up), RANK), down)
-            weight += wanted.lora_scale * factor * product
+            weight += wanted.params.lora_scale * factor * product
         (picture,) = self._stock.pictures(wanted)
         for (weight, *_), old in zip(factors, before, strict=True):
             weight.copy_(old)

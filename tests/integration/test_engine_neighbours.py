@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from img2img_server.domain.events import Stage
+from img2img_server.domain.events import Stage, StageFinished
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import (
     Engine,
@@ -19,14 +19,13 @@ from img2img_server.engine.base import (
     EngineJob,
     JobDone,
     JobFailed,
-    Pixels,
     PreviewReady,
-    StageDone,
 )
 from img2img_server.engine.denoiser import Conditioning, Picture, TextInput
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.errors import EngineError, OutOfMemoryError
+from img2img_server.imaging.base import Pixels
 from tests.engine_bench import (
     BOUND,
     ReplyInbox,
@@ -324,7 +323,7 @@ def test_a_second_job_with_the_id_of_a_running_one_is_refused(denoiser: Faulty) 
 
         def sink(event: EngineEvent) -> None:
             first(event)
-            if event == StageDone(Stage.IMAGE_ENCODED):
+            if event == StageFinished(stage=Stage.IMAGE_ENCODED):
                 engine.submit(job(), second)
 
         engine.submit(job(), sink)

@@ -14,8 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._inductor import config as inductor
 
 from img2img_server.domain.job import Determinism
-from img2img_server.engine.admit import admit
-from img2img_server.engine.base import EngineJob, JobFailed, Pixels, PreviewReady
+from img2img_server.engine.base import EngineJob, JobFailed, PreviewReady
 from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.executor import BatchExecutor
@@ -24,7 +23,9 @@ from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import MemoryModel, NoProbe
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
+from img2img_server.engine.step_loop import admit
 from img2img_server.errors import OutOfMemoryError
+from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, job, pictures, run, running
 from tests.tiny_models import write_sd

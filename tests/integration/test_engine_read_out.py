@@ -13,20 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from img2img_server.domain.events import StageFinished, StepFinished
 from img2img_server.engine import step_loop
 from img2img_server.engine.base import (
     DeviceLost,
     JobDone,
     JobFailed,
     JobStopped,
-    Pixels,
     PreviewReady,
     SampleReady,
-    StageDone,
-    StepDone,
 )
 from img2img_server.engine.denoiser import Picture
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.imaging.base import Pixels
 from tests.engine_bench import SECONDS, ReplyInbox, job, pictures, run, running
 from tests.tiny_models import write_sd
 
@@ -94,17 +93,22 @@ def test_the_steps_go_on_while_a_picture_is_on_its_way(denoiser: SlowReading) ->
         engine.submit(job(job_id=1), first)
         picture = denoiser.next()
         engine.submit(job(job_id=2, strength=1.0, num_inference_steps=9), second)
-        steps = second.until(StepDone)
+        steps = second.until(StepFinished)
         while steps[-1].step < 9:  # every step of the other job, to its own picture
-            steps += second.until(StepDone)
+            steps += second.until(StepFinished)
         other = denoiser.next()
-        told = first.until(StepDone) + first.until(StepDone)
+        told = first.until(StepFinished) + first.until(StepFinished)
         assert first.is_empty(), "its picture is not there yet"
         for held in (picture, other):
             held.let_go()
         ends = [inbox.all() for inbox in (first, second)]
 
-    assert [type(event) for event in told] == [StageDone, StageDone, StepDone, StepDone]
+    assert [type(event) for event in told] == [
+        StageFinished,
+        StageFinished,
+        StepFinished,
+        StepFinished,
+    ]
     assert [[type(event) for event in end] for end in ends] == [[SampleReady, JobDone]] * 2
 
 
@@ -113,14 +117,22 @@ def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> N
     with running(denoiser) as engine:
         engine.submit(job(preview_interval_steps=1), inbox)
         preview, picture = denoiser.next(), denoiser.next()  # both steps are done
-        told = inbox.until(StepDone)
+        told = inbox.until(StepFinished)
         assert inbox.is_empty()
         picture.let_go()
         preview.let_go()
         told += inbox.all()
 
     kinds = [type(event) for event in told]
-    assert kinds == [StageDone, StageDone, StepDone, PreviewReady, StepDone, SampleReady, JobDone]
+    assert kinds == [
+        StageFinished,
+        StageFinished,
+        StepFinished,
+        PreviewReady,
+        StepFinished,
+        SampleReady,
+        JobDone,
+    ]
 
 
 def test_the_times_of_a_job_end_with_its_picture(denoiser: SlowReading) -> None:
@@ -176,7 +188,7 @@ def test_a_device_that_breaks_under_a_picture_gives_back_all_other_jobs(
         engine.submit(job(), first)
         picture = denoiser.next()
         engine.submit(job(job_id=2, strength=1.0, num_inference_steps=900), second)
-        second.until(StepDone)
+        second.until(StepFinished)
         monkeypatch.setattr(step_loop, "device_works", lambda _: False)
         picture.let_go(RuntimeError("CUDA error: an illegal memory access was encountered"))
         ends = [inbox.all()[-1] for inbox in (first, second)]

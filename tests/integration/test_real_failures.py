@@ -107,7 +107,7 @@ async def test_a_worker_that_is_told_to_restart_hands_its_job_back_and_its_succe
     assert (result.job.state, result.job.attempt) == ("succeeded", 2)
     assert result.images[0].sha256 == calm.images[0].sha256
     said = worker.log.read_text()
-    assert "img2img-server worker: an operator asked for a restart" in said
+    assert "img2img-server worker: an operator requested a restart" in said
     assert "role_failed" not in said
     assert await worker.stop() == 0
 

@@ -246,10 +246,8 @@ async def test_an_unforeseen_error_fails_the_job_without_telling_where() -> None
     async with running_worker(bus, SurprisingEngine()), running_api(bus) as api:
         messages = [m async for m in api.generate(spec())]
         error = messages[-1].event.failed.job.error
-        assert (error.reason, error.message) == (
-            "ENGINE_FAILED",
-            "the job broke inside the service",
-        )
+        assert error.reason == "ENGINE_FAILED"
+        assert "secret" not in error.message
 
 
 async def test_a_job_whose_record_has_expired_goes_to_the_dead_letters() -> None:

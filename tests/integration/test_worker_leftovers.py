@@ -184,7 +184,7 @@ class RefusingStore(HangingStore):
 async def test_a_store_that_does_not_delete_holds_up_no_end_no_job_and_no_stop(
     kind: type[HangingStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "LEFTOVERS_SECONDS", 0.05)
+    monkeypatch.setattr(worker_module, "CLEANUP_SECONDS", 0.05)
     bus, blobs = memory_bus(), kind()
     blobs.refuse.set()
     one_at_a_time = FakeEngine(max_batch_size=1)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from img2img_server.domain.events import StepFinished
 from img2img_server.domain.params import Lane
-from img2img_server.engine.base import Engine, EngineEvent, EngineJob, JobDone, Pixels, StepDone
+from img2img_server.engine.base import Engine, EngineEvent, EngineJob, JobDone
 from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.families import families as served
+from img2img_server.imaging.base import Pixels
 from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, job, pictures, run, running
 from tests.oracle.harness import PROMPTS, OracleModel, families
 
@@ -142,7 +144,7 @@ def test_an_image_is_the_same_when_it_joins_in_mid_run(subject: Subject, case: i
     with running(subject.denoiser) as engine:
 
         def join(event: EngineEvent) -> None:
-            if isinstance(event, StepDone) and event.step == 2:
+            if isinstance(event, StepFinished) and event.step == 2:
                 engine.submit(subject.wanted[case], inbox)
 
         engine.submit(strangers(subject)[0], ReplyInbox())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams, Limits
-from img2img_server.domain.resolve import resolve
+from img2img_server.domain.resolve import complete, resolve
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.domain.warnings import join_warnings
 
@@ -30,7 +30,7 @@ STRENGTHS = st.floats(0.0, 1.0, exclude_min=True)
 def resolved(
     model: ModelInfo = MODEL, given_names: tuple[str, ...] = (), **fields: Any
 ) -> tuple[JobParams, list[str]]:
-    params = JobParams(prompt="p", **fields)
+    params = complete({"prompt": "p", **fields}, model, Limits())
     return resolve(params, model, model.limits(Limits()), given_names)
 
 
@@ -40,7 +40,6 @@ def test_steps_are_raised_to_the_smallest_number_for_which_one_runs(
 ) -> None:
     params, warnings = resolved(strength=strength, num_inference_steps=steps)
     used = params.num_inference_steps
-    assert used is not None
     if FLOOR.denoising_steps(strength, steps):
         assert (used, warnings) == (steps, [])
     elif FLOOR.denoising_steps(strength, 100):

@@ -22,7 +22,7 @@ from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.testing.memory_safety import FixedSafetyChecker
-from img2img_server.worker.sample import finish_sample
+from img2img_server.worker.sample import Stopwatch, finish_sample
 
 THRESHOLD: float = Settings.model_fields["safety_threshold"].default
 
@@ -73,9 +73,8 @@ async def finished(
     blobs = MemoryBlobStore()
     await blobs.prepare()
     parts = SimpleNamespace(safety=safety, safety_threshold=threshold, blobs=blobs)
-    watch = SimpleNamespace(safety=0.0, image_encode=0.0, upload=0.0)
     ready = SampleReady(sample=0, pixels=pixels)
-    sample = await anext(events := finish_sample(parts, job, ready, watch))
+    sample = await anext(events := finish_sample(parts, job, ready, Stopwatch()))
     await anext(events)
     stored = b"".join([chunk async for chunk in blobs.read(job.file_key(0))])
     assert isinstance(sample, SampleFinished)

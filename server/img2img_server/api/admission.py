@@ -121,7 +121,7 @@ class Admission:
         name = spec.model or default
         model = await self._deps.workers.model(name)
         request = convert.request(
-            spec, name, model, random_seed=secrets.randbelow(NARROW_SEED_MAX + 1)
+            spec, name, model, self._deps.limits, random_seed=secrets.randbelow(NARROW_SEED_MAX + 1)
         )
         params = request.params
         violations = request.violations + validate(params, self._context(model, params.scheduler))
@@ -143,10 +143,8 @@ class Admission:
             params = replace(params, prompt=rewrite(params.prompt, params.seed))
         elif params.enhance_prompt:
             rewriting = NO_REWRITER
-        given = [field.name for field, _ in spec.ListFields()]
-        params, resolving = resolve(
-            params, model, model.limits(self._deps.limits, params.scheduler), given
-        )
+        limits = model.limits(self._deps.limits, params.scheduler)
+        params, resolving = resolve(params, model, limits, request.given)
         ignored = convert.unknown_fields(spec)
         warning = join_warnings(caller.warning, ignored, *resolving, rewriting)
         seconds = time.monotonic() - started

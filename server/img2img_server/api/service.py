@@ -108,7 +108,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self, request: service_pb2.ListJobsRequest, context: Context
     ) -> service_pb2.ListJobsResponse:
         size, before = _page(request)
-        states = {state for state, number in convert.STATES.items() if number in request.states}
+        states = convert.states(request.states)
         tenant = current_principal().tenant
         jobs, before = await page_of(
             self._deps.jobs, tenant, before, size, states if request.states else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from img2img.v1 import event_pb2, job_pb2
 from img2img_server import errors
-from img2img_server.api import convert, convert_events
+from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.records import found
@@ -50,7 +50,7 @@ class Watcher:
         while not task.done():
             await asyncio.wait({task}, timeout=self._heartbeat_seconds or None)
             if not task.done():
-                yield convert_events.heartbeat(sequence=0, time=time.time())
+                yield convert.heartbeat(sequence=0, time=time.time())
 
     async def stream(
         self, tenant: str, job_id: int, after_sequence: int
@@ -75,7 +75,7 @@ class Watcher:
                     while True:
                         envelope = await self._next(log)
                         if envelope is None:
-                            yield convert_events.heartbeat(
+                            yield convert.heartbeat(
                                 sequence=after_sequence, time=time.time(), job_name=job.name
                             )
                             continue
@@ -111,13 +111,13 @@ class Watcher:
         return (await found(self._jobs, tenant, job_id)).job
 
     async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
-        return convert_events.snapshot(await self.message(job), sequence=sequence, time=time.time())
+        return convert.snapshot(await self.message(job), sequence=sequence, time=time.time())
 
     async def _message(self, tenant: str, envelope: Envelope) -> event_pb2.JobEvent:
         if not envelope.is_terminal:
-            return convert_events.event(envelope)
+            return convert.event(envelope)
         job = await self._get(tenant, envelope.job_id)
-        return convert_events.event(envelope, await self.message(job))
+        return convert.event(envelope, await self.message(job))
 
     async def _next(self, log: AsyncIterator[Envelope]) -> Envelope | None:
         """Returns the next event of the log, or None when a heartbeat is due.

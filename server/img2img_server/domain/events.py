@@ -23,6 +23,10 @@ class EncodedImage:
     width: int
     height: int
 
+    @property
+    def size_bytes(self) -> int:
+        return len(self.data)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 
 from img2img_server.domain.events import (
+    TERMINAL,
     Cancelled,
     Event,
     Failed,
@@ -17,6 +18,7 @@ from img2img_server.domain.events import (
 )
 from img2img_server.domain.params import JobParams
 
+_NO_STAGES = ("steps", "batch_share")  # fields of Timings
 FIRST_JOB_ID = 10_000_001
 LAST_JOB_ID = 2**31 - 1
 
@@ -32,7 +34,7 @@ class State(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+        return self in TERMINAL_STATES
 
 
 class Determinism(StrEnum):
@@ -82,6 +84,20 @@ class Timings:
     total: float = 0.0
     steps: int = 0
     batch_share: float = 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each stage, by its name."""
+        names = (field.name for field in fields(self))
+        return {name: getattr(self, name) for name in names if name not in _NO_STAGES}
+
+    def __add__(self, other: Timings) -> Timings:
+        return Timings(
+            **{
+                field.name: getattr(self, field.name) + getattr(other, field.name)
+                for field in fields(self)
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +174,7 @@ TRANSITIONS: dict[tuple[State, type], State] = {
     (State.RUNNING, Failed): State.FAILED,
     (State.RUNNING, Cancelled): State.CANCELLED,
 }
+TERMINAL_STATES = frozenset(TRANSITIONS[State.RUNNING, kind] for kind in TERMINAL)
 
 
 def advance(job: Job, event: Event, now: float) -> Job:

@@ -79,9 +79,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobParams:
-    """One request as understood. None means: the model's own default, see domain/resolve.py.
+    """The parameters of one job, complete: domain/resolve.py fills in the defaults of the model.
 
-    `init_image_url` is empty for inline pictures; the picture itself travels beside the parameters.
+    Attributes:
+        init_image_url: Empty for an inline init image, whose bytes no record has.
+        annotations: The caller's own notes, by name.
     """
 
     prompt: str
@@ -99,15 +101,15 @@ class JobParams:
     webhook: str = ""
     track_id: str = ""
     model: str = ""
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.0
     scheduler: str = ""
     lora: str = ""
     lora_scale: float = 1.0
     output_format: ImageFormat = ImageFormat.JPEG
     preview_interval_steps: int = 0
     lane: Lane = Lane.REALTIME
-    annotations: tuple[tuple[str, str], ...] = ()  # the caller's own notes: name, value
+    annotations: tuple[tuple[str, str], ...] = ()
 
     def sample_seed(self, index: int) -> int:
         """Returns seed + index. A seed below 2^32 starts again at 0 after 2^32 - 1, as in the HTTP
@@ -117,7 +119,7 @@ class JobParams:
 
     def pixel_steps(self, rule: StrengthRule) -> int:
         """Returns the work of the job: pixels of all samples times the steps that run."""
-        steps = rule.denoising_steps(self.strength, self.num_inference_steps or 0)
+        steps = rule.denoising_steps(self.strength, self.num_inference_steps)
         return self.samples * self.width * self.height * steps
 
 
@@ -150,11 +152,9 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
     if params.webhook:
         yield from _webhook(params.webhook, context)
     yield from _length("track_id", params.track_id, limits.max_track_id_characters)
-    steps, scale = params.num_inference_steps, params.guidance_scale
-    if steps is not None:
-        yield from _range("num_inference_steps", steps, 1, limits.max_num_inference_steps)
-    if scale is not None:
-        yield from _range("guidance_scale", scale, 0.0, limits.max_guidance_scale)
+    steps = params.num_inference_steps
+    yield from _range("num_inference_steps", steps, 1, limits.max_num_inference_steps)
+    yield from _range("guidance_scale", params.guidance_scale, 0.0, limits.max_guidance_scale)
     if params.scheduler and context.schedulers and params.scheduler not in context.schedulers:
         yield not_supported("scheduler", context.schedulers)
     every, most = params.preview_interval_steps, limits.max_preview_interval_steps

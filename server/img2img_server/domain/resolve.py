@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams, Limits
 from img2img_server.domain.strength import StrengthRule
 
 
+def complete(given: Mapping[str, Any], model: ModelInfo | None, service: Limits) -> JobParams:
+    """Returns the parameters of a request; what the caller left open is the model's own default.
+
+    Args:
+        given: the options that the caller set, by their names in JobParams; not validated.
+        model: None when no worker ever announced the model: defaults are those of JobParams.
+        service: the limits of the service.
+    """
+    if model is None:
+        return JobParams(**{"prompt": "", **given})
+    limits = model.limits(service, given.get("scheduler", ""))
+    defaults = {
+        "prompt": "",
+        "strength": model.default_strength,
+        "num_inference_steps": min(
+            model.default_num_inference_steps, limits.max_num_inference_steps
+        ),
+        "guidance_scale": model.default_guidance_scale,
+        "scheduler": model.schedulers[0],
+    }
+    return JobParams(**{**defaults, **given})
+
+
 def resolve(
     params: JobParams, model: ModelInfo, limits: Limits, given: Collection[str]
 ) -> tuple[JobParams, list[str]]:
-    """Fills in the model's defaults and raises the steps so that one runs.
+    """Raises the steps so that one runs.
 
     Args:
-        params: valid ones, with a strength.
+        params: complete and valid ones.
         limits: those of the model.
         given: names of the options that the caller set.
 
     Returns:
-        The parameters of the run, and a sentence for each thing that the caller should know.
+        The parameters of the run, and a sentence for each fact that the caller should know.
     """
-    guidance = params.guidance_scale
-    params = replace(
-        params,
-        num_inference_steps=params.num_inference_steps
-        or min(model.default_num_inference_steps, limits.max_num_inference_steps),
-        guidance_scale=model.default_guidance_scale if guidance is None else guidance,
-        scheduler=params.scheduler or model.schedulers[0],
-    )
     params, warnings = _with_a_step(params, limits, model.strength_rule)
     return params, [*warnings, *_without_effect(params, model, given)]
 
@@ -39,7 +55,7 @@ def resolve(
 def _with_a_step(
     params: JobParams, limits: Limits, rule: StrengthRule
 ) -> tuple[JobParams, list[str]]:
-    steps, strength = params.num_inference_steps or 1, params.strength
+    steps, strength = params.num_inference_steps, params.strength
     if strength == 0:
         return params, ["At strength 0 no step runs: the prepared init image is returned."]
     if rule.denoising_steps(strength, steps):
@@ -61,9 +77,8 @@ def _with_a_step(
 
 
 def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str]) -> Iterator[str]:
-    schedule = params.num_inference_steps or 1
-    run = model.strength_rule.denoising_steps(params.strength, schedule)
-    scale, least = params.guidance_scale or 0.0, model.guidance.off_up_to
+    run = model.strength_rule.denoising_steps(params.strength, params.num_inference_steps)
+    scale, least = params.guidance_scale, model.guidance.off_up_to
     if params.negative_prompt and scale <= least:
         yield (
             f"negative_prompt has no effect: guidance_scale is {scale:g}, and only above "

@@ -6,45 +6,39 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from img2img_server.domain.events import Stage
-from img2img_server.domain.job import Determinism
+from img2img_server.domain.events import StageFinished, StepFinished
+from img2img_server.domain.job import Determinism, Timings
 from img2img_server.domain.models import ModelInfo
-from img2img_server.domain.params import Lane
+from img2img_server.domain.params import JobParams
+from img2img_server.imaging.base import Pixels
 
 _CUT_SHOWN_CHARACTERS = 40
-Pixels = npt.NDArray[np.uint8]  # height x width x 3, RGB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineJob:
-    """One job as the engine takes it: everything settled, the init image prepared.
+    """One job as the engine takes it.
 
-    `init_image`: exactly height x width x 3. `seeds`: one a sample. `guidance_scale` at most 1
-    turns guidance off. A `strength` of less than one step gives the init image back, where stock
-    diffusers raises. `enqueue_time`: monotonic seconds, orders waiting jobs;
-    0.0 means when it is submitted. `lora`: one of the model's, empty for none; `lora_scale`: how
-    much of it. `deadline`: monotonic seconds, when the pictures are of no more use.
+    A strength at which no step runs returns the init image, where stock diffusers raises.
+
+    Attributes:
+        params: The parameters from the job's record; every default is filled in.
+        init_image: The prepared init image, exactly height x width x 3.
+        enqueue_time: Monotonic seconds, orders waiting jobs; 0.0: the time of `submit`.
+        deadline: Monotonic seconds after which the images are of no use; None: never.
     """
 
     job_id: int
     tenant: str
-    lane: Lane
-    prompt: str
-    negative_prompt: str
+    params: JobParams
     init_image: Pixels
-    strength: float
-    seeds: tuple[int, ...]
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str
-    preview_interval_steps: int = 0
     enqueue_time: float = 0.0
-    lora: str = ""
-    lora_scale: float = 1.0
     deadline: float | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each sample."""
+        return tuple(self.params.sample_seed(index) for index in range(self.params.samples))
 
     @property
     def height(self) -> int:
@@ -71,23 +65,6 @@ def cut_warning(field_name: str, kept: int, tokens: int, rest: str) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StageDone:
-    """A stage before denoising is done for the whole job."""
-
-    stage: Stage
-
-
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    """Step `step` of `total` of one sample is done; `sigma`: noise-to-signal ratio now."""
-
-    sample: int
-    step: int
-    total: int
-    sigma: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class PreviewReady:
     """A rough look at one sample, at most 256 pixels on its longer side."""
@@ -105,23 +82,16 @@ class SampleReady:
     pixels: Pixels
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineTimings:
-    """Seconds the job spent by stage, and `engine` from its first encode to its last decode."""
-
-    encode: float = 0.0
-    denoise: float = 0.0
-    decode: float = 0.0
-    engine: float = 0.0
-    steps: int = 0
-    batch_share: float = 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """Last event of a job that ran to its end. `warnings`: sentences for Job.warning."""
+    """Last event of a job that ran to its end.
 
-    timings: EngineTimings = field(default_factory=EngineTimings)
+    Attributes:
+        timings: The stages of the engine; `engine`: from the first encoding to the last decoding.
+        warnings: Sentences for Job.warning.
+    """
+
+    timings: Timings = field(default_factory=Timings)
     warnings: tuple[str, ...] = ()
 
 
@@ -149,8 +119,8 @@ class DeviceLost:
 
 
 EngineEvent = (
-    StageDone
-    | StepDone
+    StageFinished
+    | StepFinished
     | PreviewReady
     | SampleReady
     | JobDone

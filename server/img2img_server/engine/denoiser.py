@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from img2img_server.domain.job import Determinism
-from img2img_server.engine.base import Pixels
 from img2img_server.engine.sampler import Schedule
+from img2img_server.imaging.base import Pixels
 
 
 @dataclass(frozen=True, slots=True)

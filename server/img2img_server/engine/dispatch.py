@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from img2img_server.engine.base import EngineEvent, Pixels
+from img2img_server.engine.base import EngineEvent
 from img2img_server.engine.denoiser import Picture
 from img2img_server.engine.rows import EngineJobState, emit
+from img2img_server.imaging.base import Pixels
 
 _log = logging.getLogger(__name__)
 

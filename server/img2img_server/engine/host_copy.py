@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from img2img_server.engine.base import Pixels
 from img2img_server.errors import EngineError
+from img2img_server.imaging.base import Pixels
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,19 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from img2img_server.engine.base import (
-    EngineEvent,
-    EngineJob,
-    EngineTimings,
-    JobDone,
-    Pixels,
-    SampleReady,
-    Sink,
-    StepDone,
-)
+from img2img_server.domain.events import StepFinished
+from img2img_server.domain.job import Timings
+from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, SampleReady, Sink
 from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
 from img2img_server.engine.sampler import Schedule, Step, coefficient_table, draw_noise
 from img2img_server.engine.scheduler import Key, Row
+from img2img_server.imaging.base import Pixels
 
 _log = logging.getLogger(__name__)
 
@@ -73,16 +67,16 @@ class SampleState:
         self.slots, self.clean, self.noise = slots, clean, None
         self.steps_done += 1
 
-    def step_done(self) -> StepDone:
+    def step_done(self) -> StepFinished:
         """What is told of the step behind it."""
         steps = self.run.schedule.steps
         sigma = steps[self.steps_done - 1].sigma_after
-        return StepDone(self.index, self.steps_done, len(steps), sigma)
+        return StepFinished(sample=self.index, step=self.steps_done, total=len(steps), sigma=sigma)
 
     @property
     def wants_preview(self) -> bool:
         """Whether one was asked for after the step behind it; the last step gives the picture."""
-        every = self.run.job.preview_interval_steps
+        every = self.run.job.params.preview_interval_steps
         is_last = self.steps_done == len(self.run.schedule.steps)
         return bool(every) and self.steps_done % every == 0 and not is_last
 
@@ -140,19 +134,20 @@ class EngineJobState:
 
     def rows(self, now: float) -> list[Row]:
         """What the scheduler is told."""
-        job = self.job
+        job, params = self.job, self.job.params
+        scale = params.lora_scale if params.lora else 0.0
         return [
             Row(
                 job_id=job.job_id,
                 sample=sample,
                 tenant=job.tenant,
-                lane=job.lane,
+                lane=params.lane,
                 height=job.height,
                 width=job.width,
                 forwards=self.forwards,
                 steps=len(self.schedule.steps),
                 enqueue_time=job.enqueue_time or now,
-                batch_key=(self.batch_key, job.lora, job.lora_scale if job.lora else 0.0),
+                batch_key=(self.batch_key, params.lora, scale),
                 deadline=job.deadline,
             )
             for sample in range(len(job.seeds))
@@ -185,7 +180,7 @@ class EngineJobState:
 
     def done(self) -> JobDone:
         """Its end, with its timings: it ends now."""
-        timings = EngineTimings(
+        timings = Timings(
             encode=self.encode,
             denoise=self.denoise,
             decode=self.decode,
@@ -197,14 +192,15 @@ class EngineJobState:
 
 
 def text_of(job: EngineJob) -> TextInput:
-    """Returns what a job says to the model."""
+    """Returns the text input of a job."""
+    params = job.params
     return TextInput(
-        prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
-        guidance_scale=job.guidance_scale,
+        prompt=params.prompt,
+        negative_prompt=params.negative_prompt,
+        guidance_scale=params.guidance_scale,
         height=job.height,
         width=job.width,
-        adapter=Adapter(job.lora, job.lora_scale) if job.lora else None,
+        adapter=Adapter(params.lora, params.lora_scale) if params.lora else None,
     )
 
 

@@ -13,8 +13,10 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from img2img_server.domain.events import Stage
-from img2img_server.engine.admit import admit
+import numpy as np
+import torch
+
+from img2img_server.domain.events import Stage, StageFinished
 from img2img_server.engine.base import (
     DeviceLost,
     EngineJob,
@@ -23,18 +25,23 @@ from img2img_server.engine.base import (
     PreviewReady,
     SampleReady,
     Sink,
-    StageDone,
 )
-from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.denoiser import Denoiser, TextInput
 from img2img_server.engine.dispatch import EventDispatcher
 from img2img_server.engine.executor import BatchExecutor
 from img2img_server.engine.isolation import device_works, failure_of
 from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import EngineJobState, SampleState, emit, largest_size, runs_of
+from img2img_server.engine.rows import (
+    EngineJobState,
+    SampleState,
+    emit,
+    largest_size,
+    runs_of,
+    text_of,
+)
 from img2img_server.engine.scheduler import Batch, Scheduler
-from img2img_server.engine.warm_up import exercise
-from img2img_server.errors import EngineError, JobFailedError
+from img2img_server.errors import EngineError, JobFailedError, OutOfMemoryError
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +93,24 @@ class StepLoop:
     def warm_up(self, height: int, width: int) -> None:
         """Runs everything once at this size, with every size of batch that is worth it."""
         for forwards in self._denoiser.warm_up_forwards:
-            exercise(self._denoiser, self._memory, height, width, forwards)
+            self._warm_up(height, width, forwards)
+
+    def _warm_up(self, height: int, width: int, forwards: int) -> None:
+        denoiser = self._denoiser
+        text = TextInput(
+            prompt="", negative_prompt="", guidance_scale=1.0, height=height, width=width
+        )
+        (conditioning,) = denoiser.encode_texts([text])
+        images = [np.zeros((height, width, 3), np.uint8)]
+        images *= min(forwards, denoiser.max_vae_batch(height, width))
+        latents = torch.stack([image.mean for image in denoiser.encode_images(images)])
+        rows = [latents[:1]] * forwards
+        timesteps = torch.full((forwards,), 500.0, device=denoiser.device)
+        for _ in range(denoiser.warm_up_calls):
+            with self._memory.measured(height, width, forwards):
+                denoiser.denoise(rows, timesteps, [conditioning] * forwards)
+        denoiser.decode(latents)
+        denoiser.preview(latents[:1])
 
     def begin(self, job: EngineJob, sink: Sink) -> None:
         """Takes a job in, or ends it at once: refused, with nothing to do, or on a lost device."""
@@ -201,8 +225,8 @@ class StepLoop:
         for run in runs:
             run.started, run.encode = began, time.monotonic() - began
             if run.is_prepared:
-                self._outbox.tell(run, StageDone(Stage.TEXT_ENCODED))
-                self._outbox.tell(run, StageDone(Stage.IMAGE_ENCODED))
+                self._outbox.tell(run, StageFinished(stage=Stage.TEXT_ENCODED))
+                self._outbox.tell(run, StageFinished(stage=Stage.IMAGE_ENCODED))
         for run, error in failed:
             self._fail(run, error)
 
@@ -252,3 +276,31 @@ class StepLoop:
                 if not sample.run.unfinished:
                     del self._runs[sample.run.job.job_id]
                     self._outbox.finish(sample.run)
+
+
+def admit(
+    job: EngineJob, sink: Sink, denoiser: Denoiser, spec: ModelSpec, memory: MemoryModel
+) -> EngineJobState:
+    """Returns the state of a job that may begin.
+
+    Raises:
+        EngineError: the model does not support the request.
+        OutOfMemoryError: the job can never fit the device.
+        ValueError: the scheduler cannot run so many steps.
+        Exception: whatever a broken device raises.
+    """
+    params = job.params
+    if sentence := spec.refusal(job.height, job.width, params.num_inference_steps):
+        raise EngineError(sentence)
+    if params.lora and params.lora not in spec.loras:
+        raise EngineError(f"{spec.name} has no LoRA {params.lora}")
+    text = text_of(job)
+    forwards = denoiser.forwards(text)
+    if need := memory.shortfall(job.height, job.width, forwards):
+        raise OutOfMemoryError(job.width, job.height, need)
+    schedule = denoiser.schedule(
+        params.scheduler, params.num_inference_steps, params.strength, job.height, job.width
+    )
+    return EngineJobState.begin(
+        job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text)
+    )

@@ -11,27 +11,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from img2img_server.domain.events import Stage
-from img2img_server.domain.job import Determinism
+from img2img_server.domain.events import Stage, StageFinished, StepFinished
+from img2img_server.domain.job import Determinism, Timings
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.base import (
     DeviceLost,
     EngineEvent,
     EngineJob,
-    EngineTimings,
     JobDone,
     JobFailed,
     JobStopped,
-    Pixels,
     PreviewReady,
     SampleReady,
     Sink,
-    StageDone,
-    StepDone,
     cut_warning,
 )
 from img2img_server.errors import EngineError
+from img2img_server.imaging.base import Pixels
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +110,9 @@ class FakeEngine:
         with self._changed:
             if self._stopping:
                 raise EngineError("the engine is stopped")
-            total = StrengthRule.FLOOR.denoising_steps(job.strength, job.num_inference_steps)
+            total = StrengthRule.FLOOR.denoising_steps(
+                job.params.strength, job.params.num_inference_steps
+            )
             self._waiting.append(_Run(job, sink, total))
             self._changed.notify_all()
 
@@ -187,11 +186,13 @@ class FakeEngine:
         if not run.began:
             run.began = time.monotonic()
             if run.total:
-                _emit(run, StageDone(Stage.TEXT_ENCODED))
-            if job.prompt.startswith(FAIL_PROMPT):
-                return _emit(run, JobFailed(EngineError(job.prompt.removeprefix(FAIL_PROMPT))))
+                _emit(run, StageFinished(stage=Stage.TEXT_ENCODED))
+            if job.params.prompt.startswith(FAIL_PROMPT):
+                return _emit(
+                    run, JobFailed(EngineError(job.params.prompt.removeprefix(FAIL_PROMPT)))
+                )
             if run.total:
-                _emit(run, StageDone(Stage.IMAGE_ENCODED))
+                _emit(run, StageFinished(stage=Stage.IMAGE_ENCODED))
         if run.step < run.total:
             run.step += 1
             self._step(run)
@@ -201,13 +202,13 @@ class FakeEngine:
             _emit(run, SampleReady(sample, picture(job, sample)))
         took = time.monotonic() - run.began
         steps = run.total * len(job.seeds)
-        timings = EngineTimings(denoise=took, engine=took, steps=steps, batch_share=1.0)
+        timings = Timings(denoise=took, engine=took, steps=steps, batch_share=1.0)
         return _emit(run, JobDone(timings, self._warnings(job) if run.total else ()))
 
     def _warnings(self, job: EngineJob) -> tuple[str, ...]:
-        texts = {"prompt": job.prompt}
-        if job.guidance_scale > 1:
-            texts["negative prompt"] = job.negative_prompt
+        texts = {"prompt": job.params.prompt}
+        if job.params.guidance_scale > 1:
+            texts["negative prompt"] = job.params.negative_prompt
         most = self._max_prompt_words
         return tuple(
             cut_warning(name, most, len(words), " ".join(words[most:]))
@@ -218,8 +219,13 @@ class FakeEngine:
     def _step(self, run: _Run) -> None:
         job, step = run.job, run.step
         for sample in range(len(job.seeds)):
-            _emit(run, StepDone(sample, step, run.total, float(run.total - step)))
-            every = job.preview_interval_steps
+            _emit(
+                run,
+                StepFinished(
+                    sample=sample, step=step, total=run.total, sigma=float(run.total - step)
+                ),
+            )
+            every = job.params.preview_interval_steps
             if every and step % every == 0 and step < run.total:
                 stride = -(-max(job.height, job.width) // 256)
                 preview = np.ascontiguousarray(job.init_image[::stride, ::stride])
@@ -228,24 +234,24 @@ class FakeEngine:
 
 def picture(job: EngineJob, sample: int) -> Pixels:
     """The fake's picture of one sample: the init image mixed with noise, by strength."""
-    total = StrengthRule.FLOOR.denoising_steps(job.strength, job.num_inference_steps)
+    total = _steps_of(job)
     if total == 0:
         return job.init_image.copy()
     recipe: tuple[object, ...] = (
-        job.prompt,
-        job.negative_prompt,
+        job.params.prompt,
+        job.params.negative_prompt,
         job.seeds[sample],
-        job.num_inference_steps,
-        job.guidance_scale,
-        job.scheduler,
+        job.params.num_inference_steps,
+        job.params.guidance_scale,
+        job.params.scheduler,
     )
-    if job.lora:
-        recipe += (job.lora, job.lora_scale)
+    if job.params.lora:
+        recipe += (job.params.lora, job.params.lora_scale)
     digest = hashlib.sha256(repr(recipe).encode()).digest()
     noise = np.random.default_rng(list(digest)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     rows = np.arange(job.height) * 16 // job.height
     columns = np.arange(job.width) * 16 // job.width
-    share = total / job.num_inference_steps
+    share = total / job.params.num_inference_steps
     mixed = job.init_image * (1 - share) + noise[rows][:, columns] * share
     return np.asarray(mixed.round(), dtype=np.uint8)
 
@@ -256,3 +262,8 @@ def _emit(run: _Run, event: EngineEvent) -> bool:
     except Exception:
         _log.exception("the sink of job %d failed", run.job.job_id)
     return isinstance(event, JobDone | JobStopped | JobFailed | DeviceLost)
+
+
+def _steps_of(job: EngineJob) -> int:
+    params = job.params
+    return StrengthRule.FLOOR.denoising_steps(params.strength, params.num_inference_steps)

@@ -1,4 +1,4 @@
-"""What every run of a worker shares."""
+"""The dependencies that all jobs of a worker share, and its measured speed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _WEIGHT = 0.2
 
 
 class Throughput:
-    """Moving means of what this worker measures; 0.0 before the first.
+    """Moving means of the speed of this worker; 0.0 before the first measurement.
 
-    `job_seconds`: the engine's seconds for one sample at 512x512, as its caller waits for it.
-    `pixel_step_seconds`: the device's seconds for one pixel-step, which is less where jobs share
-    their batches.
+    Attributes:
+        job_seconds: The engine's seconds for one sample at 512x512, with the wait for the device.
+        pixel_step_seconds: The device's seconds for one pixel-step, which is less than that where
+            jobs share their batches.
     """
 
     def __init__(self) -> None:
@@ -36,56 +37,56 @@ class Throughput:
         self._pixel_steps = 0.0
 
     def observe(self, params: JobParams, engine_seconds: float) -> None:
-        """Takes one finished job into account."""
+        """Adds a finished job to job_seconds."""
         work = params.samples * params.width * params.height / _BASE_PIXELS
         seconds = engine_seconds / work
         known = self.job_seconds or seconds
         self.job_seconds = known + _WEIGHT * (seconds - known)
 
-    def step(self, params: JobParams) -> None:
+    def count_step(self, params: JobParams) -> None:
         """Counts one step of one sample."""
         self._pixel_steps += params.width * params.height
 
-    def device_worked(self, busy_seconds: float) -> None:
-        """Takes into account what the device worked since the call before.
+    def add_busy_seconds(self, busy_seconds: float) -> None:
+        """Adds the device's work since the last call to pixel_step_seconds.
 
         Args:
-            busy_seconds: that it has worked since its start.
+            busy_seconds: the seconds that the device has worked since its start.
         """
         seen, self._seen_busy_seconds = self._seen_busy_seconds, busy_seconds
-        if seen is None or busy_seconds == seen:  # not what it did before we counted, nor pauses
+        if seen is None or busy_seconds == seen:  # work before the first call, or none
             return
         self._busy_seconds += busy_seconds - seen
         if self._pixel_steps:
             self.pixel_step_seconds = self._busy_seconds / self._pixel_steps
-            # Both sums fade alike: what was measured lately counts more.
+            # Both sums decay alike, so recent measurements count more.
             self._busy_seconds *= 1 - _WEIGHT
             self._pixel_steps *= 1 - _WEIGHT
 
 
 class Utilization:
-    """How busy the engine's device was between two looks."""
+    """Measures how busy the engine's device is."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._looked_at = 0.0
+        self._measured_at = 0.0
         self._busy_seconds = engine.busy_seconds
 
     def measure(self, now: float) -> float:
-        """Share of the time since the last look in which the device worked, 0 to 1.
+        """Returns the share of the time since the last call in which the device worked, 0 to 1.
 
         Args:
             now: monotonic seconds.
         """
         busy_seconds = self._engine.busy_seconds
-        passed, busy = now - self._looked_at, busy_seconds - self._busy_seconds
-        self._looked_at, self._busy_seconds = now, busy_seconds
+        passed, busy = now - self._measured_at, busy_seconds - self._busy_seconds
+        self._measured_at, self._busy_seconds = now, busy_seconds
         return min(1.0, busy / passed) if passed > 0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerDeps:
-    """The worker's seams and figures."""
+    """The interfaces, settings and measurements that the worker and its jobs use."""
 
     name: str
     engine: Engine
@@ -100,7 +101,7 @@ class WorkerDeps:
     safety_threshold: float
     max_attempts: int
     retention_hours: int
-    # Deletes cached downloads of the model, returns the bytes freed; blocks. Raises OSError.
+    # Deletes cached downloads of the model and returns the bytes freed. Blocks. Raises OSError.
     forget_downloads: Callable[[], int] = lambda: 0
-    pace: Throughput = field(default_factory=Throughput)
+    throughput: Throughput = field(default_factory=Throughput)
     device_lost: asyncio.Event = field(default_factory=asyncio.Event)

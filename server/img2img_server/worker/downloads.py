@@ -1,4 +1,4 @@
-"""The files that the hub's library keeps of a model that was named by its hub id."""
+"""Deletes the files that the hub's library caches of a model that was named by its hub id."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ log = structlog.get_logger()
 
 
 def forget_downloads(source: str, cache: Path | None = None) -> int:
-    """Deletes the cached files of this model and returns how many bytes that freed.
+    """Deletes the cached files of this model and returns the number of bytes freed. Blocks.
 
-    What is loaded goes on; the next start fetches it anew. A model in a directory of its own is the
-    operator's and stays, and so does everything while the hub must not be asked (HF_HUB_OFFLINE).
-    Blocks.
+    The loaded model continues to run; the next start downloads it again. A model in a directory of
+    its own belongs to the operator and stays, as do all files while HF_HUB_OFFLINE is set.
 
     Args:
         cache: the library's cache; by default where its own variables say.
@@ -25,7 +24,7 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir  # a second to import
 
     if constants.HF_HUB_OFFLINE:
-        log.info("downloads stay, the hub must not be asked", model=source)
+        log.info("downloads_kept_hub_offline", model=source)
         return 0
     try:
         found = scan_cache_dir(cache)
@@ -36,5 +35,5 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
     for repo in ours:
         shutil.rmtree(repo.repo_path)
     freed = sum(repo.size_on_disk for repo in ours)
-    log.info("downloads deleted", model=source, bytes=freed)
+    log.info("downloads_deleted", model=source, bytes=freed)
     return freed

@@ -1,4 +1,4 @@
-"""A job in the engine's hands: what it is given and what it tells."""
+"""A job in the engine: the EngineJob that the engine gets, and the events that it emits."""
 
 from __future__ import annotations
 
@@ -6,85 +6,80 @@ import asyncio
 import time
 from contextlib import suppress
 
-from img2img_server.domain.events import Preview, StageFinished, StepFinished
+from opentelemetry.trace import Span
+
+from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.domain.job import Job
-from img2img_server.domain.models import ModelInfo
-from img2img_server.engine.base import (
-    EngineEvent,
-    EngineJob,
-    Pixels,
-    PreviewReady,
-    StageDone,
-    StepDone,
-)
-from img2img_server.imaging.encode import preview_jpeg
-from img2img_server.worker.spans import DeviceSpans
+from img2img_server.engine.base import EngineEvent, EngineJob, SampleReady
+from img2img_server.imaging.base import Pixels
+from img2img_server.tracing import TRACER
 
 
 class EngineEventStream:
-    """Engine events of one job, from the device's thread to this loop. Made when it begins."""
+    """The engine's events of one job, passed from the engine's threads to the event loop.
+
+    It also makes the spans of the device: "encode", which includes the wait for a step boundary,
+    then for each sample "denoise", with an event for each step, and "decode".
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, EngineEvent]] = asyncio.Queue()
-        self._spans = DeviceSpans()
+        self._submitted = self._encoded = time.time_ns()
+        self._denoising: dict[int, Span] = {}
+        self._denoised: dict[int, int] = {}
 
     def post(self, event: EngineEvent) -> None:
-        """For the engine, on any thread."""
-        with suppress(RuntimeError):  # the loop is gone: nobody listens any more
+        """Adds an event, on any thread."""
+        with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._events.put_nowait, (time.time_ns(), event))
 
     async def get(self) -> EngineEvent:
-        """The next event."""
-        told_at, event = await self._events.get()
-        self._spans.note(told_at, event)
+        """Waits for the next event."""
+        posted, event = await self._events.get()
+        self._trace(posted, event)
         return event
 
     def close(self) -> None:
-        """Nobody listens any more."""
-        self._spans.close()
+        """Ends the spans that a cancel or an error left open."""
+        for span in self._denoising.values():
+            span.end()
+
+    def _trace(self, at: int, event: EngineEvent) -> None:
+        match event:
+            case StageFinished(stage=Stage.IMAGE_ENCODED):
+                TRACER.start_span("encode", start_time=self._submitted).end(at)
+                self._encoded = at
+            case StepFinished():
+                self._trace_step(at, event)
+            case SampleReady(sample=sample) if sample in self._denoised:
+                span = TRACER.start_span("decode", start_time=self._denoised.pop(sample))
+                span.set_attribute("img2img.sample", sample)
+                span.end(at)
+
+    def _trace_step(self, at: int, event: StepFinished) -> None:
+        span = self._denoising.get(event.sample)
+        if span is None:
+            span = TRACER.start_span("denoise", start_time=self._encoded)
+            span.set_attribute("img2img.sample", event.sample)
+            self._denoising[event.sample] = span
+        numbers = {"step": event.step, "total": event.total, "sigma": event.sigma}
+        span.add_event("step", numbers, timestamp=at)
+        if event.step == event.total:
+            self._denoising.pop(event.sample).end(at)
+            self._denoised[event.sample] = at
 
 
-def engine_job(job: Job, pixels: Pixels, model: ModelInfo) -> EngineJob:
-    """The job for the engine; what the request left open is the model's."""
-    params = job.params
-    guidance = params.guidance_scale
+def engine_job(job: Job, init_image: Pixels) -> EngineJob:
+    """Returns the job as the engine takes it, its deadline by this machine's monotonic clock."""
+    deadline = None
+    if job.deadline_time:
+        deadline = time.monotonic() + job.deadline_time - time.time()
     return EngineJob(
         job_id=job.id,
         tenant=job.tenant,
-        lane=params.lane,
-        prompt=params.prompt,
-        negative_prompt=params.negative_prompt,
-        init_image=pixels,
-        strength=params.strength,
-        seeds=tuple(params.sample_seed(index) for index in range(params.samples)),
-        num_inference_steps=params.num_inference_steps or model.default_num_inference_steps,
-        guidance_scale=model.default_guidance_scale if guidance is None else guidance,
-        scheduler=params.scheduler or model.schedulers[0],
-        preview_interval_steps=params.preview_interval_steps,
+        params=job.params,
+        init_image=init_image,
         enqueue_time=time.monotonic(),
-        lora=params.lora,
-        lora_scale=params.lora_scale,
-        deadline=_monotonic(job.deadline_time),
+        deadline=deadline,
     )
-
-
-async def to_domain_event(
-    event: StageDone | StepDone | PreviewReady,
-) -> StageFinished | StepFinished | Preview:
-    """An engine event as callers see it."""
-    match event:
-        case StageDone():
-            return StageFinished(stage=event.stage)
-        case StepDone():
-            return StepFinished(
-                sample=event.sample, step=event.step, total=event.total, sigma=event.sigma
-            )
-        case PreviewReady():
-            image = await asyncio.to_thread(preview_jpeg, event.pixels)
-            return Preview(sample=event.sample, step=event.step, image=image)
-
-
-def _monotonic(unix_seconds: float) -> float | None:
-    """The moment on this machine's own clock; None: never."""
-    return time.monotonic() + unix_seconds - time.time() if unix_seconds else None

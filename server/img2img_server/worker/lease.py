@@ -1,7 +1,7 @@
-"""A job in its worker's hands: its record, its log and its delivery.
+"""A leased job: its record, its event log and its delivery.
 
-The record is compared-and-swapped when the job is taken and when it ends; the log is fenced. Who
-loses either has lost the job to another worker and leaves it alone.
+A worker compares and swaps the record when it takes the job and when the job ends, and it fences
+the log. A worker that loses either has lost the job to another worker and leaves it alone.
 """
 
 from __future__ import annotations
@@ -32,69 +32,65 @@ DELIVERIES_OF_AN_ATTEMPT = 10
 
 log = structlog.get_logger()
 
-STAGES = (
-    *("queue", "fetch", "prepare", "encode", "denoise", "decode", "safety", "image_encode"),
-    *("upload", "engine", "total"),
-)
-
 
 class JobLease:
-    """Every change of the job goes through here: the record, then the outbox, the log, the queue.
+    """Makes every change of a job in this order: record, outbox, log, queue.
 
-    Whoever crashes between leaves what the next worker needs to go on. Methods raise
+    A process that dies in between leaves enough for the next worker to continue. Methods raise
     OwnershipLostError or IllegalTransitionError when another worker has the job, UnavailableError
-    when the bus is down.
+    when NATS is down.
     """
 
     def __init__(
-        self, parts: WorkerDeps, delivery: Delivery, stored: Stored, writer: EventWriter
+        self, deps: WorkerDeps, delivery: Delivery, stored: Stored, writer: EventWriter
     ) -> None:
-        self._parts = parts
+        self._deps = deps
         self._writer = writer
         self._revision = stored.revision
         self._turn = asyncio.Lock()
         self.delivery = delivery
         self.job: Job = stored.job
-        # Counted in the record: a delivery may also be handed on without a run.
+        # The record counts attempts: a message may be delivered without a run.
         self._attempt = stored.job.attempt + 1
 
     async def take(self, *, cancelled: bool) -> bool:
-        """Makes it ours, which `announce` then tells.
+        """Takes the job, see append_started for its log.
 
-        False when it has ended, now or before: then there is nothing to run.
+        Returns:
+            False when the job has ended, before or now: then there is nothing to run.
         """
         if self.job.state.is_terminal:
             await self._ensure_terminal_event()
             return False
         if cancelled or self.job.cancel_requested:
-            await self.end(Cancelled())
+            await self.finish(Cancelled())
             return False
-        most, back = self._parts.max_attempts, self.job.handed_back
+        most, back = self._deps.max_attempts, self.job.handed_back
         deliveries = self.delivery.attempt - back
         if self._attempt - back > most or deliveries > most * DELIVERIES_OF_AN_ATTEMPT:
-            await self.fail(errors.AttemptsExhaustedError(self._parts.max_attempts), dead=True)
+            await self.fail(errors.AttemptsExhaustedError(self._deps.max_attempts), dead=True)
             return False
         if self.job.state is State.RUNNING:
             REDELIVERIES.inc()
         await self._swap(self._start())
         return True
 
-    async def announce(self) -> None:
-        """Tells the log that it is ours."""
-        await self.tell(self._start())
+    async def append_started(self) -> None:
+        """Appends to the log that this worker has the job."""
+        await self.append(self._start())
 
     def _start(self) -> Started:
         return Started(
-            worker=self._parts.name,
-            model=self._parts.engine.model.name,
+            worker=self._deps.name,
+            model=self._deps.engine.model.name,
             attempt=self._attempt,
         )
 
-    async def tell(self, event: Event) -> None:
+    async def append(self, event: Event) -> None:
         """Appends an event that changes nothing in the record.
 
-        A caller who is cancelled does not stop it: a writer that does not know whether its event
-        was stored would find itself fenced out by its own hand.
+        The append continues when the caller is cancelled: a writer that does not know whether its
+        event was stored would fence itself out.
         """
         await asyncio.shield(asyncio.ensure_future(self._append(event)))
 
@@ -102,36 +98,37 @@ class JobLease:
         async with self._turn:
             await self._writer.append(event)
 
-    async def note(self, event: Event) -> None:
-        """Appends an event of a sample; its record is written when the job ends."""
-        await self.tell(event)
+    async def record_sample(self, event: Event) -> None:
+        """Appends an event of a sample; the record is written when the job ends."""
+        await self.append(event)
         self.job = advance(self.job, event, time.time())
 
     async def fail(self, error: Exception, *, dead: bool = False) -> None:
-        """Ends it as failed; what was not foreseen is told without its details."""
-        if isinstance(error, errors.MessageTooLargeError):  # says what the operator must do
+        """Ends the job as failed; an unexpected error is reported without its details."""
+        if isinstance(error, errors.MessageTooLargeError):  # its sentence helps the operator
             error = errors.EngineError(str(error))
         if not isinstance(error, errors.JobFailedError):
-            log.error("job broke", exc_info=error)
-            error = errors.EngineError("the job broke inside the service")
+            log.error("job_failed_unexpectedly", exc_info=error)
+            error = errors.EngineError("the job failed with an internal error")
         failed = Failed(reason=error.reason, message=str(error), retryable=error.retryable)
-        await self.end(failed, dead_reason=error.reason if dead else None)
+        await self.finish(failed, dead_reason=error.reason if dead else None)
 
-    async def end(self, event: Event, *, dead_reason: str | None = None) -> None:
-        """Ends it; with a reason its message goes to the dead letters."""
+    async def finish(self, event: Event, *, dead_reason: str | None = None) -> None:
+        """Ends the job; with a reason its message goes to the dead letters."""
         await self._swap(event)
-        await announce(self._parts.outbox, self._parts.jobs, self.job)
-        await self.tell(event)
+        await announce(self._deps.outbox, self._deps.jobs, self.job)
+        await self.append(event)
         if dead_reason:
             await self.delivery.term(dead_reason)
         else:
             await self.delivery.ack()
         job = self.job
         JOBS_ENDED.labels(job.params.model, job.state).inc()
-        for stage in STAGES if job.state is State.SUCCEEDED else ():
-            STAGE_SECONDS.labels(stage).observe(getattr(job.timings, stage))
+        if job.state is State.SUCCEEDED:
+            for stage, seconds in job.timings.seconds.items():
+                STAGE_SECONDS.labels(stage).observe(seconds)
         log.info(
-            "job ended",
+            "job_ended",
             state=job.state,
             reason=job.failure.reason if job.failure else "",
             seconds=round(job.timings.total, 3),
@@ -139,28 +136,26 @@ class JobLease:
         )
 
     async def hand_back(self) -> None:
-        """Gives it to another worker; this attempt does not count."""
-        await self._change(Queued(requeue_reason="worker stopped"))
+        """Gives the job to another worker; this attempt does not count."""
+        requeued = Queued(requeue_reason="worker stopped")
+        await self._swap(requeued)
+        await self.append(requeued)
         await self.delivery.nak()
-        log.info("job handed back")
+        log.info("job_handed_back")
 
     async def _ensure_terminal_event(self) -> None:
-        """The record has ended: says so in the log and the outbox if its writer died before it."""
+        """Appends the end of an ended record to outbox and log, if its writer died before."""
         if not self._writer.ended:
-            await announce(self._parts.outbox, self._parts.jobs, self.job)
-            await self.tell(terminal_event(self.job))
+            await announce(self._deps.outbox, self._deps.jobs, self.job)
+            await self.append(terminal_event(self.job))
         await self.delivery.ack()
 
-    async def _change(self, event: Event) -> None:
-        await self._swap(event)
-        await self.tell(event)
-
     async def _swap(self, event: Event) -> None:
-        """Advances the record. A cancel request may have changed it meanwhile; nothing else may."""
+        """Advances the record. Only a cancel request may have changed it meanwhile."""
         while True:
             job = advance(self.job, event, time.time())
             try:
-                self._revision = await self._parts.jobs.update(job, self._revision)
+                self._revision = await self._deps.jobs.update(job, self._revision)
             except ConflictError:
                 await self._reload(event)
             else:
@@ -168,9 +163,9 @@ class JobLease:
                 return
 
     async def _reload(self, event: Event) -> None:
-        stored = await self._parts.jobs.get(self.job.tenant, self.job.id)
+        stored = await self._deps.jobs.get(self.job.tenant, self.job.id)
         if stored is None or stored.job.attempt != self.job.attempt:
-            raise OwnershipLostError(f"the record of job {self.job.id} moved on")
+            raise OwnershipLostError(f"another worker changed the record of job {self.job.id}")
         if stored.job.state is not self.job.state:
             raise IllegalTransitionError(stored.job, event)
         self._revision = stored.revision

@@ -1,4 +1,4 @@
-"""What happens to one finished picture: checked, sent to the caller, stored."""
+"""Finishes a decoded sample: safety check, encoding for the caller, upload."""
 
 from __future__ import annotations
 
@@ -6,81 +6,110 @@ import asyncio
 import base64
 import hashlib
 import time
-from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import structlog
 
 from img2img_server.domain.events import SampleFinished, SampleStored
 from img2img_server.domain.job import Job, Timings
 from img2img_server.domain.params import ImageFormat
-from img2img_server.engine.base import EngineTimings, Pixels, SampleReady
+from img2img_server.engine.base import SampleReady
+from img2img_server.errors import StorageError
+from img2img_server.imaging.base import Pixels
 from img2img_server.imaging.encode import encode_image, encoded
 from img2img_server.safety.base import blank
+from img2img_server.storage.vault import SealBrokenError
 from img2img_server.tracing import TRACER
 from img2img_server.worker.deps import WorkerDeps
-from img2img_server.worker.files import store_file
+
+log = structlog.get_logger()
 
 
-@dataclass
 class Stopwatch:
-    """Seconds of the stages that lie outside the engine, added up over the samples."""
+    """Adds up the seconds of the stages outside the engine, over all samples of a job."""
 
-    prepare: float = 0.0
-    safety: float = 0.0
-    image_encode: float = 0.0
-    upload: float = 0.0
+    def __init__(self) -> None:
+        self.timings = Timings()
 
-    def added(self, timings: Timings, engine: EngineTimings) -> Timings:
-        """The job's timings with these and the engine's."""
-        return replace(
-            timings,
-            **asdict(self),
-            encode=engine.encode,
-            denoise=engine.denoise,
-            decode=engine.decode,
-            engine=engine.engine,
-            steps=engine.steps,
-            batch_share=engine.batch_share,
-        )
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Measures the body as a stage of Timings, and makes a span of it."""
+        start = time.monotonic()
+        with TRACER.start_as_current_span(stage.replace("_", " ")):
+            yield
+        seconds = getattr(self.timings, stage) + time.monotonic() - start
+        self.timings = replace(self.timings, **{stage: seconds})
 
 
 async def finish_sample(
-    parts: WorkerDeps, job: Job, ready: SampleReady, watch: Stopwatch
+    deps: WorkerDeps, job: Job, ready: SampleReady, watch: Stopwatch
 ) -> AsyncIterator[SampleFinished | SampleStored]:
-    """Yields the picture as soon as it is checked and encoded, then its link once it is stored.
+    """Yields the image once it is checked and encoded, then its link once it is stored.
 
     Raises:
-        SafetyCheckError: the check was asked for and cannot run.
+        SafetyCheckError: the check was requested and cannot run.
         StorageError: the store refused the file, also after retries.
     """
-    params, index, start = job.params, ready.sample, time.monotonic()
+    params, index = job.params, ready.sample
     pixels, nsfw = ready.pixels, False
     if params.safety_checker:
-        with TRACER.start_as_current_span("safety"):
-            async with parts.safety.turn:
-                score = await asyncio.to_thread(parts.safety.check, pixels)
-        nsfw = score >= parts.safety_threshold
+        with watch.measure("safety"):
+            async with deps.safety.turn:
+                score = await asyncio.to_thread(deps.safety.check, pixels)
+        nsfw = score >= deps.safety_threshold
         pixels = blank(pixels) if nsfw else pixels
-        watch.safety += time.monotonic() - start
-        start = time.monotonic()
-    with TRACER.start_as_current_span("image encode"):
+    with watch.measure("image_encode"):
         inline = await asyncio.to_thread(encoded, pixels, params.output_format)
-    watch.image_encode += time.monotonic() - start
     seed = params.sample_seed(index)
     yield SampleFinished(sample=index, seed=seed, image=inline, nsfw=nsfw)
 
-    start = time.monotonic()
     png = inline.data if params.output_format is ImageFormat.PNG else None
-    with TRACER.start_as_current_span("upload"):
+    with watch.measure("upload"):
         data, media_type, digest = await asyncio.to_thread(_file, pixels, png, params.base64)
-        url = await store_file(parts, job, index, data, media_type)
-    watch.upload += time.monotonic() - start
+        url = await _store(deps, job, index, data, media_type)
     yield SampleStored(sample=index, url=url, sha256=digest, size_bytes=len(data))
 
 
 def _file(pixels: Pixels, png: bytes | None, as_base64: bool) -> tuple[bytes, str, str]:
-    """The file to store, its media type and its SHA-256 (HTTP contract, section 7)."""
+    """Returns the file to store, its media type and its SHA-256."""
     data = png or encode_image(pixels, ImageFormat.PNG)
     media_type = "image/png"
     if as_base64:
         data, media_type = base64.b64encode(data), "text/plain"
     return data, media_type, hashlib.sha256(data).hexdigest()
+
+
+async def _store(deps: WorkerDeps, job: Job, index: int, data: bytes, media_type: str) -> str:
+    """Stores one sample's file and returns its link.
+
+    If the tenant's storage does not take it, the file goes into our own bucket, which
+    `storage_warning` reports; the job does not fail.
+
+    Raises:
+        StorageError: our own bucket refused it, also after retries.
+        UnavailableError: NATS is down.
+    """
+    key = job.file_key(index)
+    if job.storage_version:
+        try:
+            details = await deps.storage.get(job.tenant, job.storage_version)
+            if details is None:
+                raise StorageError("the storage details are gone")
+            await deps.tenant_s3.put(details, key.rpartition("/")[2], data, media_type)
+            return job.future_urls[index]
+        except (StorageError, SealBrokenError) as error:
+            log.warning("file_kept_in_own_bucket", why=str(error), tenant=job.tenant)
+    await deps.blobs.put(key, data, media_type)
+    return job.own_urls[index] if job.own_urls else job.future_urls[index]
+
+
+def storage_warning(job: Job, retention_hours: int) -> str:
+    """Returns the warning about files that are not where they were announced; mostly empty."""
+    if all(sample.url == job.future_urls[sample.index] for sample in job.samples):
+        return ""
+    return (
+        "Your S3 storage did not take the files; this service keeps them for "
+        f"{retention_hours} hours."
+    )

@@ -1,4 +1,4 @@
-"""The worker role: loads the model while it connects, works, drains."""
+"""The worker role: loads the model while it connects, runs jobs, drains."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ log = structlog.get_logger()
 async def serve_worker(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
-    """Works until `stop` is set. `started` is called with the worker's name once it serves."""
+    """Runs jobs until `stop` is set. `started` is called with the worker's name once it serves."""
     ready = False
-    needs: list[Callable[[], str]] = []  # each says why it cannot be used
+    needs: list[Callable[[], str]] = []  # each returns why it cannot be used
 
     def why_not_ready() -> str:
         if stop.is_set():
@@ -62,7 +62,7 @@ async def serve_worker(
         needs = [bus.trouble, lambda: store.trouble]
         with logs_reason():
             safety = safety_checker(settings, _source(settings))
-            # When it is stopped, its threads are left to the exit.
+            # When the worker is stopped while it loads, the threads end with the process.
             loading = _load_all(safety, settings, blobs)
             engine = await unless_stopped(stop, loading)
         try:
@@ -71,25 +71,25 @@ async def serve_worker(
             def announced() -> None:
                 nonlocal ready
                 ready = True
-                log.info("worker serves", worker=name, device=engine.device, probes=probes)
+                log.info("worker_serves", worker=name, device=engine.device, probes=probes)
                 if started:
                     started(name)
 
             with logs_reason():
-                # The bus may have gone away while the model was loaded.
+                # NATS may have become unavailable while the model was loaded.
                 await unless_stopped(stop, bus.ready(settings.startup_timeout_seconds))
                 await work(settings, name, bus, store, engine, safety, stop, announced)
         finally:
             with suppress(TimeoutError):  # a step that hangs ends with the process
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
                     await asyncio.to_thread(engine.stop)
-    log.info("worker stopped")
+    log.info("worker_stopped")
 
 
 async def _load_all(safety: SafetyChecker, settings: Settings, blobs: S3BlobStore) -> Engine:
-    """Loads the models and makes the bucket ready at the same time. Raises the first error.
+    """Loads the models and prepares the bucket at the same time. Raises the first error.
 
-    The bucket has a head start: a wrong key is told before torch takes the machine for seconds.
+    The bucket begins earlier, so that a wrong key is reported before torch loads the machine.
     """
     async with background_task(blobs.prepare(settings.startup_timeout_seconds)) as preparing:
         await asyncio.wait({preparing}, timeout=HEAD_START_SECONDS)
@@ -100,7 +100,7 @@ async def _load_all(safety: SafetyChecker, settings: Settings, blobs: S3BlobStor
 
 
 async def _load_models(safety: SafetyChecker, settings: Settings) -> Engine:
-    """Loads one after the other where both import diffusers: two threads cannot do that at once."""
+    """Loads the models one after the other if both import diffusers, which two threads cannot."""
     await asyncio.to_thread(_check_device, settings)
     if settings.safety_checker == "model":
         engine = await asyncio.to_thread(_load_engine, settings)
@@ -141,7 +141,7 @@ def _load_engine(settings: Settings) -> Engine:
         raise SettingsError(error.mistake) from error
     except OperatorError:
         raise
-    except Exception as error:  # of the libraries, which have many
+    except Exception as error:  # the libraries raise many kinds
         log.error("model_not_loaded", exc_info=error)
         source = settings.model or "the model inside the package"
         raise SettingsError(
@@ -159,10 +159,10 @@ async def work(
     stop: asyncio.Event,
     announced: Callable[[], None] | None = None,
 ) -> None:
-    """Works on parts that exist already, until `stop` is set. `announced` is called once, when
-    apis can know of it."""
+    """Runs jobs with these dependencies until `stop` is set. `announced` is called once, when
+    apis can find the worker."""
     store = blobs if isinstance(blobs, WatchedBlobs) else WatchedBlobs(blobs)
-    parts = WorkerDeps(
+    deps = WorkerDeps(
         name=name,
         engine=engine,
         queue=bus.queue,
@@ -178,5 +178,5 @@ async def work(
         retention_hours=settings.retention_hours,
         forget_downloads=partial(forget_downloads, settings.model),
     )
-    worker = Worker(parts, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
+    worker = Worker(deps, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
     await worker.run(stop, announced)

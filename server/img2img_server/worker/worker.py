@@ -1,4 +1,4 @@
-"""Pulls jobs to the engine's free capacity, runs them, and lets go of them when it stops."""
+"""Pulls jobs as long as the engine has room, runs them, and hands them back when it stops."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from img2img_server.worker.orphan_cleanup import OrphanCleanup
 ANNOUNCE_SECONDS = 5.0
 PULL_END_SECONDS = 2.0
 WITHDRAW_SECONDS = 3.0
-HAND_BACK_SECONDS = 5.0  # for the step or upload under way when the drain time is over
-LEFTOVERS_SECONDS = 2.0  # for deleting what failed jobs have stored
+HAND_BACK_SECONDS = 5.0  # for the steps and uploads that run when the drain time is over
+CLEANUP_SECONDS = 2.0  # for deleting the files of unsuccessful jobs
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 _LANES = (Lane.REALTIME, Lane.BATCH)
@@ -34,76 +34,76 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """One engine's share of the queue. It stops pulling when its jobs fill a batch."""
+    """Serves the queue with one engine. It stops pulling when its jobs fill a batch."""
 
     def __init__(
-        self, parts: WorkerDeps, control: Control, registry: WorkerRegistry, *, drain_seconds: float
+        self, deps: WorkerDeps, control: Control, registry: WorkerRegistry, *, drain_seconds: float
     ) -> None:
-        self._parts = parts
+        self._deps = deps
         self._control = control
         self._registry = registry
         self._drain_seconds = drain_seconds
         self._runs: dict[int, JobExecution] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._leftovers = OrphanCleanup(parts.jobs, parts.blobs)
+        self._cleanup = OrphanCleanup(deps.jobs, deps.blobs)
         self._changed = asyncio.Event()
         self._restarting = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, announced: Callable[[], None] | None = None) -> None:
-        """Works until `stop` is set, then finishes or hands back what it has.
+        """Works until `stop` is set, then finishes or hands back its jobs.
 
         Args:
-            announced: called once, when it has been announced and takes jobs.
+            announced: called once, when the worker is announced and takes jobs.
 
         Raises:
-            RestartError: an operator asked for a restart, and its jobs are handed back.
-            UnavailableError: its device is lost; others have its jobs.
+            RestartError: an operator requested a restart, and the jobs are handed back.
+            UnavailableError: the device is lost; other workers have the jobs.
         """
         async with (
             self._control.on_cancel(self._on_cancel),
             self._control.on_command(self._on_command),
             asyncio.TaskGroup() as tasks,
         ):
-            sweeping = tasks.create_task(self._leftovers.run())
-            watching = tasks.create_task(self._parts.blobs.watch())
+            cleaning = tasks.create_task(self._cleanup.run())
+            watching = tasks.create_task(self._deps.blobs.watch())
             announcing = tasks.create_task(self._announce(announced))
             pulling = tasks.create_task(self._pull(tasks))
-            lost = self._parts.device_lost
+            lost = self._deps.device_lost
             await first_of(stop.wait(), self._restarting.wait(), lost.wait())
-            # Not announced -> not pulling -> runs finish in time or are handed back -> swept up.
+            # Order: stop announcing, stop pulling, end or hand back the jobs, delete orphan files.
             announcing.cancel()
             pulling.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
             with suppress(errors.UnavailableError, TimeoutError):
-                async with asyncio.timeout(WITHDRAW_SECONDS):  # it expires by itself
-                    await self._registry.withdraw(self._parts.name)
-            at_leisure = stop.is_set() and not lost.is_set()
-            await self._drain(self._drain_seconds if at_leisure else 0.0)
-            await self._leftovers.finish(LEFTOVERS_SECONDS)
-            sweeping.cancel()
+                async with asyncio.timeout(WITHDRAW_SECONDS):  # the announcement expires anyway
+                    await self._registry.withdraw(self._deps.name)
+            may_drain = stop.is_set() and not lost.is_set()
+            await self._drain(self._drain_seconds if may_drain else 0.0)
+            await self._cleanup.finish(CLEANUP_SECONDS)
+            cleaning.cancel()
             watching.cancel()
         if lost.is_set():
             raise errors.UnavailableError("the device is lost; only a new process can use it")
         if not stop.is_set():
-            raise RestartError("an operator asked for a restart")
+            raise RestartError("an operator requested a restart")
 
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
-        parts = self._parts
+        deps = self._deps
         while True:
             running = sum(run.forwards for run in self._runs.values())
-            if running >= parts.engine.max_batch_size:
+            if running >= deps.engine.max_batch_size:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
-            await parts.blobs.healthy.wait()
+            await deps.blobs.healthy.wait()
             try:
-                taken = await parts.queue.pull(parts.engine.model.name, _LANES, 1, _PULL_SECONDS)
+                taken = await deps.queue.pull(deps.engine.model.name, _LANES, 1, _PULL_SECONDS)
             except errors.UnavailableError as error:
-                log.warning("cannot pull, trying again", why=str(error))
+                log.warning("pull_failed", why=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             for delivery in taken:
-                if parts.blobs.trouble:  # it came while the store went away
+                if deps.blobs.trouble:  # the job came while the store became unavailable
                     with suppress(errors.UnavailableError):
                         await delivery.nak()
                 elif run := self._take(delivery):
@@ -111,12 +111,12 @@ class Worker:
                     await run.opened.wait()  # now `run.forwards` is known
 
     def _take(self, delivery: Delivery) -> JobExecution | None:
-        """Counts the job in at once; None when it is here already and goes on."""
+        """Adds the job to the runs; returns None when it runs here already and continues."""
         job_id = delivery.job.job_id
         if earlier := self._runs.get(job_id):
             earlier.adopt(delivery)
             return None
-        run = self._runs[job_id] = JobExecution(self._parts, delivery)
+        run = self._runs[job_id] = JobExecution(self._deps, delivery)
         JOBS_RUNNING.set(len(self._runs))
         return run
 
@@ -126,7 +126,7 @@ class Worker:
                 await run.run()
         finally:
             if run.job:
-                self._leftovers.add(run.job)
+                self._cleanup.add(run.job)
             del self._runs[run.job_id]
             del self._tasks[run.job_id]
             JOBS_RUNNING.set(len(self._runs))
@@ -134,18 +134,18 @@ class Worker:
 
     async def _drain(self, seconds: float) -> None:
         if self._runs:
-            log.info("draining", jobs=len(self._runs), seconds=seconds)
+            log.info("worker_drains", jobs=len(self._runs), seconds=seconds)
         await self._emptied(seconds)
         for run in list(self._runs.values()):
             run.hand_back()
         await self._emptied(HAND_BACK_SECONDS)
-        # An upload or a step that hangs: nobody waits for it, another worker does the job anew.
+        # An upload or a step that hangs: another worker runs the job again.
         for job_id, task in self._tasks.items():
-            log.warning("job cut short", job=job_id)
+            log.warning("job_cancelled_at_shutdown", job=job_id)
             task.cancel()
 
     async def _emptied(self, seconds: float) -> None:
-        """Waits until no job is left, or the time is over."""
+        """Waits until no job runs, or the time is over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._runs:
@@ -156,33 +156,34 @@ class Worker:
         if run := self._runs.get(job_id):
             run.cancel()
 
-    async def _on_command(self, order: WorkerCommand) -> None:
-        log.info("told by the operator", order=order)
-        match order:
+    async def _on_command(self, command: WorkerCommand) -> None:
+        log.info("worker_command_received", command=command)
+        match command:
             case WorkerCommand.RESTART:
                 self._restarting.set()
             case WorkerCommand.CLEAR_CACHE:
-                self._parts.engine.clear_cache()
+                self._deps.engine.clear_cache()
                 try:
-                    await asyncio.to_thread(self._parts.forget_downloads)
+                    await asyncio.to_thread(self._deps.forget_downloads)
                 except OSError as error:
-                    log.warning("downloads not deleted", why=str(error))
+                    log.warning("downloads_not_deleted", why=str(error))
 
     async def _announce(self, announced: Callable[[], None] | None) -> None:
-        parts = self._parts
-        load = Utilization(parts.engine)
-        with suppress(errors.UnavailableError):  # what workers before us have measured
-            known = await self._registry.model(parts.engine.model.name)
-            parts.pace.pixel_step_seconds = known.pixel_step_seconds if known else 0.0
+        deps = self._deps
+        utilization = Utilization(deps.engine)
+        throughput = deps.throughput
+        with suppress(errors.UnavailableError):  # start with the measurement of earlier workers
+            known = await self._registry.model(deps.engine.model.name)
+            throughput.pixel_step_seconds = known.pixel_step_seconds if known else 0.0
         while True:
-            parts.pace.device_worked(parts.engine.busy_seconds)
-            pace = parts.pace.pixel_step_seconds
+            throughput.add_busy_seconds(deps.engine.busy_seconds)
+            seconds = throughput.pixel_step_seconds
             info = WorkerInfo(
-                name=parts.name,
-                model=replace(parts.engine.model, pixel_step_seconds=pace),
-                device=parts.engine.device,
-                job_seconds=parts.pace.job_seconds,
-                busy=load.measure(time.monotonic()),
+                name=deps.name,
+                model=replace(deps.engine.model, pixel_step_seconds=seconds),
+                device=deps.engine.device,
+                job_seconds=throughput.job_seconds,
+                busy=utilization.measure(time.monotonic()),
             )
             with suppress(errors.UnavailableError):
                 await self._registry.announce(info)

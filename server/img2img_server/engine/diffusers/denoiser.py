@@ -13,7 +13,6 @@ from torch import Tensor
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine import preview
-from img2img_server.engine.base import Pixels
 from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextInput
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import Family, Forward, LoadedModel
@@ -31,6 +30,7 @@ from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.host_copy import HostCopy, copy_to_host, to_device
 from img2img_server.engine.options import Compile, ModelOptions, batch_size_buckets, pad_batch_size
 from img2img_server.engine.sampler import Schedule
+from img2img_server.imaging.base import Pixels
 
 # Measured with the packaged model at 256 and 320 pixels a side: a step takes 13 ms beyond the time
 # of its rows. On two cores that is 65,000 to 78,000 pixels x forwards, on one core half of that.
