@@ -100,7 +100,7 @@ async def test_all_violations_are_told_at_once_in_the_contract_s_order(gateway: 
             "prompt": ["prompt is required"],
             "width": ["width must be between 256 and 1024"],
             "strength": ["strength must be between 0 and 1"],
-            "output_format": ["output_format must be one of jpeg, png, webp"],
+            "output_format": ["output_format must be one of png, jpeg, webp"],
         },
     }
 
