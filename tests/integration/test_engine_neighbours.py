@@ -201,7 +201,12 @@ def test_rows_of_several_sizes_share_a_batch_where_the_model_takes_them(
     folder = write_sd(tmp_path / "sd")
     denoiser = Mixing.load(str(folder), torch.device("cpu"), torch.float32)
     large = [
-        replace(one, job_id=70 + index, seeds=(3,), init_image=blocks(80, 64))
+        replace(
+            one,
+            job_id=70 + index,
+            params=replace(one.params, seed=3, samples=1),
+            init_image=blocks(80, 64),
+        )
         for index, one in enumerate(WANTED)
     ]
     jobs = [*strangers(), *large, *(replace(one, job_id=50 + i) for i, one in enumerate(WANTED))]

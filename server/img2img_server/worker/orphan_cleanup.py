@@ -1,6 +1,6 @@
 """Deletes the files that unsuccessful jobs left in the service's own bucket.
 
-See docs/http-contract.md#files-links-and-base64: links of such jobs answer 404.
+See docs/http-contract.md#files: links of such jobs answer 404.
 """
 
 from __future__ import annotations
