@@ -17,6 +17,7 @@ from nats.js.api import PubAck
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.nats import nats_server, nats_url
 from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
+from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError, UnavailableError
@@ -423,6 +424,19 @@ async def test_more_keys_are_listed_than_the_server_returns_at_once(nats: Nats) 
         assert set(await bucket.keys("busy.*")) == {*(f"busy.{n}" for n in ids), "busy.last"}
         assert set(await bucket.keys("acme.*")) == {f"acme.{JOB}", f"acme.{JOB + 1}"}
         assert await bucket.keys("nobody.*") == []
+
+
+async def test_the_ids_of_an_older_version_stay_drawn(nats: Nats) -> None:
+    async with raw(nats.settings) as link:
+        await link.js.add_stream(name="IDS", subjects=["img2img.ids"], max_msgs=1)
+        for _ in range(3):
+            await link.js.publish("img2img.ids", b"")
+        async with connect_bus(nats.settings) as bus:
+            drawn = [await bus.jobs.next_id("acme") for _ in range(2)]
+            await link.js.publish("img2img.ids", b"")  # an api of that version still draws
+            drawn.append(await bus.jobs.next_id("acme"))
+            assert drawn == [FIRST_JOB_ID + 3, FIRST_JOB_ID + 4, FIRST_JOB_ID + 6]
+            assert await bus.jobs.list_ids("acme") == drawn[::-1]
 
 
 async def test_everything_has_its_bounds(nats: Nats) -> None:

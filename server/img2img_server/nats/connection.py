@@ -37,6 +37,7 @@ REPORT_SECONDS: Final = 5.0  # until the same reason is logged again
 ELECTION_SECONDS: Final = 12.0
 ELECTION_PAUSE_SECONDS: Final = 0.25
 NO_RESPONDERS: Final = "503"
+_END_OF_BATCH: Final = ("204", "404")  # after the last message; there is none
 PENDING_BYTES: Final = 16 * 2**20  # most bytes that wait to be sent
 
 T = TypeVar("T")
@@ -339,6 +340,8 @@ class NatsConnection:
                 await inbox.close()
             if status == NO_RESPONDERS:
                 raise nats.errors.NoRespondersError
+            if status not in _END_OF_BATCH:
+                raise nats.errors.Error(f"{stream} cannot be read: status {status}")
             return found
 
         return await self.ask(call)
