@@ -52,11 +52,11 @@ def settings(**changes: Any) -> Settings:
 
 
 def photo(width: int = 64, height: int = 64, *, form: str = "JPEG", seed: int = 0) -> bytes:
-    """A small picture with something in it, as a file."""
+    """Returns a small image with some content, as a file."""
     noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    picture.save(buffer, form)
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
@@ -134,7 +134,7 @@ async def running_api(
     keys: KeyRing | None = None,
     webhooks: Webhooks | None = None,
 ) -> AsyncIterator[Api]:
-    """A real gRPC server on a free port in front of the bus."""
+    """A real gRPC server on a free port in front of NATS or its in-memory implementation."""
     config = config or settings()
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
     sending = webhooks or Webhooks(no_post, Signer())
@@ -182,7 +182,7 @@ async def running_worker(
     safety: SafetyChecker | None = None,
     config: Settings | None = None,
 ) -> AsyncIterator[RunningWorker]:
-    """A worker on the bus, announced and pulling."""
+    """A worker that is announced and pulls jobs."""
     engine = engine or FakeEngine()
     blobs = blobs or MemoryBlobStore()
     stop = asyncio.Event()
@@ -200,7 +200,7 @@ async def running_worker(
         engine.release()
         stop.set()
         if not task.cancelled():  # a test may have killed it
-            with suppress(RestartError):  # nobody here starts it anew
+            with suppress(RestartError):  # nothing here restarts it
                 await task
         await asyncio.to_thread(engine.stop)
 
@@ -287,6 +287,6 @@ async def read_until(call: Any, kind: str, into: list[Any] | None = None) -> lis
 
 
 async def known_model(bus: Bus) -> None:
-    """Announces the fake model, then leaves: jobs are taken in, and nobody runs them."""
+    """Announces the fake model, then leaves: jobs are queued and do not run."""
     async with running_worker(bus):
         pass

@@ -53,7 +53,7 @@ async def test_apis_share_the_count(open_bus: OpenBus) -> None:
     assert all(0 < wait <= 12 for wait in waits if wait)
 
 
-async def test_a_count_that_has_expired_begins_anew() -> None:
+async def test_a_count_that_has_expired_begins_again() -> None:
     now = 1_000.0
     values = MemoryBucket()
     rates = Rates(values, lambda: now)

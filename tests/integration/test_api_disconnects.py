@@ -1,4 +1,4 @@
-"""Generate calls that break: who may keep the job, who cancels it, and when."""
+"""Generate calls that break: how their jobs are kept or cancelled, and when."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def apis(
     open_bus: OpenBus, engine: FakeEngine, count: int = 1, **changes: Any
 ) -> AsyncIterator[list[Api]]:
-    """A worker and so many apis, each with a connection of its own to the bus."""
+    """A worker and so many apis, each with a connection of its own to NATS."""
     config = settings(**({"disconnect_grace_seconds": GRACE_SECONDS} | changes))
     async with AsyncExitStack() as parts:
         bus = await parts.enter_async_context(open_bus())
@@ -123,7 +123,7 @@ async def test_a_broken_call_is_cancelled_after_the_grace_period_and_the_log_say
 
 @ON_NATS
 async def test_a_stream_at_another_api_keeps_the_job(open_bus: OpenBus) -> None:
-    """A WatchJob call for good, also when it ends early; a repeated request until it breaks too."""
+    """A WatchJob call keeps it permanently, a repeated Generate call until that breaks, too."""
     engine, request_id = FakeEngine(hold_after=1), str(uuid.uuid4())
     with capture_logs() as logs:
         async with apis(open_bus, engine, 2) as (first, second):
@@ -202,7 +202,7 @@ async def test_without_a_grace_period_a_broken_call_is_cancelled_at_once() -> No
 
 
 async def test_a_call_that_breaks_before_its_job_has_a_name_is_cancelled_at_once() -> None:
-    """Without a request_id nobody can ask for the job again."""
+    """Without a request_id no caller can ask for the job again."""
     bus = memory_bus()
     await known_model(bus)
     fetching, goes_on = asyncio.Event(), asyncio.Event()
@@ -239,7 +239,7 @@ async def test_a_call_that_is_closed_after_the_jobs_end_has_not_broken() -> None
 
 
 class CutOff:
-    """A control whose first cancels do not reach the bus."""
+    """A control whose first cancels do not reach NATS."""
 
     def __init__(self, inner: Any, failures: int) -> None:
         self._inner, self._failures = inner, failures

@@ -38,7 +38,7 @@ class Through:
 
 
 class GatedQueue(Through):
-    """Jobs wait at its door until it is opened."""
+    """Jobs wait until it is opened."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
@@ -161,7 +161,7 @@ class UnreadableJobs(Through):
         return await self.inner.get(tenant, job_id)
 
 
-async def test_a_record_that_cannot_be_read_kills_no_worker_and_is_buried_at_last() -> None:
+async def test_a_record_that_cannot_be_read_kills_no_worker_and_goes_to_the_dead_letters() -> None:
     bus = memory_bus(ack_wait_seconds=0.2)
     jobs = UnreadableJobs(bus.jobs)
     await known_model(bus)
@@ -211,14 +211,14 @@ async def test_a_record_that_cannot_be_read_is_the_services_trouble_for_now_and_
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
-            told = refusal(caught.value)
-            assert (told.code, told.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+            found = refusal(caught.value)
+            assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
             assert caught.value.details() == "The job's record cannot be read by this server."
         jobs.unreadable = 0  # another api, which can
         assert (await api.cancel(bad.name)).state == job_pb2.Job.STATE_CANCELLED
 
 
-async def test_the_models_own_limits_and_strength_hold_at_the_door() -> None:
+async def test_the_models_own_limits_and_strength_are_checked_by_the_api() -> None:
     bus = memory_bus()
     model = dataclasses.replace(FAKE_MODEL, max_num_inference_steps=50, default_strength=0.4)
     async with running_worker(bus, FakeEngine(model)), running_api(bus) as api:

@@ -26,16 +26,16 @@ class Listening(FakeEngine):
         super().submit(job, sink)
 
 
-async def test_a_lora_goes_with_the_job_and_is_told_to_callers() -> None:
+async def test_a_lora_goes_with_the_job_and_is_returned_to_callers() -> None:
     engine = Listening()
     async with running_stack(engine) as stack:
-        told = await stack.api.stub.GetCapabilities(
+        found = await stack.api.stub.GetCapabilities(
             service_pb2.GetCapabilitiesRequest(), metadata=DEV
         )
         messages = [m async for m in stack.api.generate(spec(lora="oil", lora_scale=0.5))]
         [m async for m in stack.api.generate(spec())]
 
-    assert list(told.models[0].loras) == ["ink", "oil"]
+    assert list(found.models[0].loras) == ["ink", "oil"]
     job = messages[-1].event.succeeded.job
     assert (job.spec.lora, job.spec.lora_scale) == ("oil", 0.5)
     assert [(job.params.lora, job.params.lora_scale) for job in engine.jobs] == [
@@ -66,6 +66,6 @@ async def test_the_callers_deadline_reaches_the_engine_unless_it_only_creates_a_
 
     with_deadline, without = engine.jobs
     assert with_deadline.deadline is not None
-    # gRPC sends what is left in tenths of a second, rounded up.
+    # gRPC sends the remaining time in tenths of a second, rounded up.
     assert before + 19 < with_deadline.deadline < time.monotonic() + 20.2
     assert without.deadline is None

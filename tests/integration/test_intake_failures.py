@@ -51,7 +51,7 @@ async def test_a_request_whose_first_try_left_its_log_behind_makes_its_job_the_s
     ("error", "code"),
     [
         (MessageTooLargeError(), grpc.StatusCode.FAILED_PRECONDITION),
-        (RuntimeError("a fault of ours"), grpc.StatusCode.INTERNAL),
+        (RuntimeError("an internal error"), grpc.StatusCode.INTERNAL),
     ],
 )
 async def test_a_job_that_cannot_be_queued_leaves_no_record(

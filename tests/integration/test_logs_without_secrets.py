@@ -85,9 +85,9 @@ async def test_logs_hold_no_s3_key_no_s3_secret_and_no_webhook_secret(
 
             await until(state, ("success", ""))
             assert "did not take the files" in answers[-1].json()["warning"]
-            told = await gateway.create(key=api_key, webhook=receiver.url)
-            assert told.status_code == 200, told.text
-            job = told.json()
+            found = await gateway.create(key=api_key, webhook=receiver.url)
+            assert found.status_code == 200, found.text
+            job = found.json()
             await until(state, ("success", "failed"))
     said = {str(line["event"]) for line in logs}
     assert {"storage_settings_stored", "upload to a tenant's store failed", "webhook"} <= said

@@ -29,7 +29,7 @@ TRACE, PARENT = int(CALLER.split("-")[1], 16), int(CALLER.split("-")[2], 16)
 
 @pytest.fixture(scope="module")
 def recorder() -> Iterator[InMemorySpanExporter]:
-    """What api and worker record; a provider can be set but once in a process."""
+    """The spans of api and worker. A process can set a tracer provider only once."""
     exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
@@ -137,7 +137,7 @@ async def test_a_gateway_exports_its_span_and_passes_the_context_on_past_any_pro
                 "IMG2IMG_S3_ACCESS_KEY": config.s3_access_key.get_secret_value(),
                 "IMG2IMG_S3_SECRET_KEY": config.s3_secret_key.get_secret_value(),
                 "IMG2IMG_OTLP_ENDPOINT": collector.address,
-                # Nobody is there; neither the api nor the collector is reached through it.
+                # No process listens there, so the api and the collector are not reached through it.
                 **dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:1"),
             },
             tmp_path / "gateway.log",

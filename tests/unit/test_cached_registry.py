@@ -1,4 +1,4 @@
-"""Announcements remembered for a moment."""
+"""The cache of worker announcements."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ TWO = WorkerInfo(name="two", model=FAKE_MODEL, device="cpu")
 
 
 class Registry(MemoryWorkerRegistry):
-    """Counts what it is asked; may be away; answers when let."""
+    """Counts reads, can be unavailable, and responds once it may."""
 
     def __init__(self) -> None:
         super().__init__(ttl_seconds=1e9)
@@ -60,7 +60,7 @@ def cached(registry: Registry, clock: Clock) -> CachedWorkerRegistry:
 
 
 async def settled() -> None:
-    """Lets tasks that need nobody else come to their end."""
+    """Lets tasks end that wait for nothing else."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -74,7 +74,7 @@ async def test_within_a_second_it_is_asked_once(
     assert registry.asked == 1
 
 
-async def test_a_steady_caller_does_not_wait_and_hears_of_news_the_next_time(
+async def test_a_steady_caller_does_not_wait_and_gets_news_the_next_time(
     cached: CachedWorkerRegistry, registry: Registry, clock: Clock
 ) -> None:
     await cached.workers()
@@ -98,7 +98,7 @@ async def test_what_is_too_old_is_waited_for(
     assert await cached.workers() == [ONE, TWO]
 
 
-async def test_a_bus_that_is_away_is_told_only_when_the_answer_is_too_old(
+async def test_unavailability_is_reported_only_when_the_cached_result_is_too_old(
     cached: CachedWorkerRegistry, registry: Registry, clock: Clock
 ) -> None:
     await cached.workers()
@@ -127,7 +127,7 @@ async def test_what_was_asked_before_a_forget_does_not_come_back(
     assert await cached.workers() == [ONE, TWO]
 
 
-async def test_what_somebody_waits_for_during_a_forget_is_not_remembered(
+async def test_a_read_that_runs_during_a_forget_is_not_cached(
     cached: CachedWorkerRegistry, registry: Registry
 ) -> None:
     registry.may_answer.clear()

@@ -43,7 +43,7 @@ async def test_a_checker_warms_up_and_again(checker: SafetyChecker) -> None:
 
 
 @pytest.mark.parametrize("size", [(512, 512), (256, 1024), (1024, 768)])
-def test_a_score_is_between_0_and_1_and_the_picture_stays_as_it_is(
+def test_a_score_is_between_0_and_1_and_the_image_is_unchanged(
     checker: SafetyChecker, size: tuple[int, int]
 ) -> None:
     pixels = pictures.photo(*size)
@@ -67,7 +67,7 @@ def test_real_harmless_photos_pass(nsfw: NsfwChecker, path: Path) -> None:
 async def finished(
     safety: SafetyChecker, threshold: float, pixels: Pixels, *, wanted: bool = True
 ) -> tuple[bool, Pixels, Pixels]:
-    """Runs the worker's last stage; gives the flag, the picture sent and the picture stored."""
+    """Runs the worker's last stage; returns the flag, the image sent and the image stored."""
     params = JobParams(prompt="a cup", safety_checker=wanted, output_format=ImageFormat.PNG)
     job = Job(id=1, tenant="t", params=params, file_prefix="f", future_urls=("u",), create_time=0.0)
     blobs = MemoryBlobStore()
@@ -82,7 +82,7 @@ async def finished(
     return sample.nsfw, sent, np.asarray(pictures.opened(stored))
 
 
-async def test_a_picture_is_flagged_and_blanked_from_the_threshold_on(nsfw: NsfwChecker) -> None:
+async def test_an_image_is_flagged_and_blanked_from_the_threshold_on(nsfw: NsfwChecker) -> None:
     photo = pictures.photo()
     score = nsfw.check(photo)
     assert score > 0.0001
@@ -95,7 +95,7 @@ async def test_a_picture_is_flagged_and_blanked_from_the_threshold_on(nsfw: Nsfw
         assert np.array_equal(stored, expected)
 
 
-async def test_a_job_that_wants_no_check_gets_its_picture(nsfw: NsfwChecker) -> None:
+async def test_a_job_that_wants_no_check_gets_its_image(nsfw: NsfwChecker) -> None:
     photo = pictures.photo()
     flagged, sent, stored = await finished(nsfw, 0.0, photo, wanted=False)
 
@@ -104,7 +104,7 @@ async def test_a_job_that_wants_no_check_gets_its_picture(nsfw: NsfwChecker) -> 
     assert np.array_equal(stored, photo)
 
 
-def test_a_black_picture_is_not_flagged_once_more(nsfw: NsfwChecker) -> None:
+def test_a_black_image_is_not_flagged_once_more(nsfw: NsfwChecker) -> None:
     assert nsfw.check(blank(pictures.photo())) < THRESHOLD
 
 

@@ -35,7 +35,7 @@ async def test_the_models_own_thresholds_decide(
 
 
 @pytest.mark.parametrize(("margin", "blanked"), [(0.01, True), (-0.01, False)])
-async def test_a_picture_that_it_flags_is_blanked_everywhere(
+async def test_an_image_that_it_flags_is_blanked_everywhere(
     margin: float, blanked: bool, tmp_path: Path
 ) -> None:
     photo = pictures.photo()
@@ -48,7 +48,7 @@ async def test_a_picture_that_it_flags_is_blanked_everywhere(
     assert np.array_equal(stored, expected)
 
 
-async def test_pictures_that_wait_for_the_checker_hold_no_thread(
+async def test_images_that_wait_for_the_checker_hold_no_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checker, loop = ModelChecker("not loaded"), asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Tasks beside each other, and their end."""
+"""Background tasks and their end."""
 
 from __future__ import annotations
 
