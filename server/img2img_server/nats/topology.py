@@ -35,7 +35,6 @@ NEEDED_PAYLOAD_BYTES: Final = 4_000_000
 HOUR: Final = 3600.0
 # The bucket keeps a record longer than the service shows it, because clocks differ.
 RECORD_MARGIN_SECONDS: Final = HOUR
-IDS_MARGIN_SECONDS: Final = 24 * HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
 RATES_SECONDS: Final = 120.0  # longer than the minute that is counted
@@ -114,7 +113,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
             subjects=["img2img.ids", "img2img.ids.*"],
             retention=RetentionPolicy.LIMITS,
             # A job may wait for one retention and run before it is kept for another one.
-            max_age=2 * bounds.retention_seconds + IDS_MARGIN_SECONDS,
+            max_age=2 * bounds.retention_seconds + RECORD_MARGIN_SECONDS,
             allow_direct=True,
             duplicate_window=REPEAT_SECONDS,
         ),
