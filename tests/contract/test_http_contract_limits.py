@@ -20,11 +20,11 @@ from img2img.v1 import service_pb2
 from img2img_server.api.admission import MISTAKES
 from img2img_server.api.interceptors import OpenCalls
 from img2img_server.api.keys import KeyRing, new_key
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.gateway import upstream
 from img2img_server.gateway.http.http_request import MAX_VALUES
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.http_stack import (

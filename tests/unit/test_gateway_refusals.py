@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import grpc
@@ -13,9 +12,10 @@ from img2img.v1 import job_pb2
 from img2img_server import errors
 from img2img_server.api.convert_service import status_of
 from img2img_server.compat.modelslab import responses
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
 from img2img_server.domain.violations import out_of_range, required
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError, refusal
-from img2img_server.gateway.modelslab.response_formats import Current, Legacy, Plain
+from img2img_server.gateway.api_errors import refusal
 from img2img_server.imaging.base import FetchError
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -30,7 +30,7 @@ def failed(error: errors.ServiceError) -> AioRpcError:
 
 def body_of(form: Plain, error: RequestError) -> Any:
     """The JSON that the caller gets."""
-    return json.loads(bytes(form.error(error).body))
+    return form.error(error)[0]
 
 
 @pytest.mark.parametrize(

@@ -9,25 +9,21 @@ from typing import Any
 
 import grpc
 from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute, iter_route_contexts
+from fastapi.routing import APIRoute, RouteContext, iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from img2img_server import __version__
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
 from img2img_server.gateway.docs import add_docs
 from img2img_server.gateway.http.cors import Cors
 from img2img_server.gateway.http.files import Files, is_file_path, missing
-from img2img_server.gateway.http.limits import Refuse, RequestLimits
+from img2img_server.gateway.http.limits import RequestLimits
 from img2img_server.gateway.http.middleware import AccessLog, NormalizePath
 from img2img_server.gateway.modelslab.endpoints import Endpoints
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.modelslab.management import Management
-from img2img_server.gateway.modelslab.response_formats import (
-    Current,
-    Legacy,
-    Plain,
-)
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.playground.page import add_root
 from img2img_server.gateway.readiness import Readiness
@@ -56,8 +52,7 @@ def create_app(
     """
     stop = stop or asyncio.Event()
     response_format = Legacy() if settings.legacy else Current()
-    refuse = response_format.error
-    refuse_v1 = refuse if settings.legacy else Plain().error
+    v1_format = response_format if settings.legacy else Plain()
     upstream, files = Upstream(channel), Files(blobs)
     app = FastAPI(
         title="img2img",
@@ -71,6 +66,27 @@ def create_app(
     )
     app.openapi = cache(partial(document, app, settings))  # type: ignore[method-assign]
 
+    def refuse(error: RequestError) -> Response:
+        return JSONResponse(*response_format.error(error))
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        form = v1_format if request.scope["path"].startswith("/v1/") else response_format
+        return JSONResponse(*form.error(error))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.scope["path"]
+        if error.status_code == ErrorKind.WRONG_METHOD.status:
+            methods = [m for r in iter_route_contexts(app.routes) for m in _methods(r, path)]
+            allow = {"Allow": ", ".join(dict.fromkeys([*methods, "OPTIONS"]))}
+            return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allow))
+        if is_file_path(path):  # with a line feed: the route does not match
+            return missing()
+        return refuse(RequestError(ErrorKind.NO_ROUTE))
+
     # A request passes the last one first.
     app.add_middleware(
         RequestLimits,
@@ -81,7 +97,6 @@ def create_app(
     app.add_middleware(AccessLog, refuse=refuse)
     app.add_middleware(Cors, settings=settings, refuse=refuse)
     app.add_middleware(NormalizePath)
-    _add_refusals(app, refuse, refuse_v1)
     for router in (
         Endpoints(settings, upstream, files, response_format, stop).router(),
         Management(upstream).router(),
@@ -96,27 +111,8 @@ def create_app(
     return app
 
 
-def _add_refusals(app: FastAPI, refuse: Refuse, refuse_v1: Refuse) -> None:
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, why: Exception) -> Response:
-        assert isinstance(why, RequestError)
-        is_v1 = request.scope["path"].startswith("/v1/")
-        return (refuse_v1 if is_v1 else refuse)(why)
-
-    @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        path = request.scope["path"]
-        if error.status_code == ErrorKind.WRONG_METHOD.status:
-            found: dict[str, None] = {}
-            for route in iter_route_contexts(app.routes):
-                if route.methods and route.path_regex.match(path):
-                    found |= dict.fromkeys(route.methods)
-            allow = {"Allow": ", ".join([*found, "OPTIONS"])}
-            return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allow))
-        if is_file_path(path):  # with a line feed: the route does not match
-            return missing()
-        return refuse(RequestError(ErrorKind.NO_ROUTE))
+def _methods(route: RouteContext, path: str) -> set[str]:
+    return route.methods if route.methods and route.path_regex.match(path) else set()
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -14,8 +14,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
 from img2img_server.compat.modelslab import requests, responses
+from img2img_server.compat.modelslab.errors import ErrorKind
 from img2img_server.compat.modelslab.examples import EXAMPLES
-from img2img_server.gateway.modelslab.errors import ErrorKind
 from img2img_server.gateway.v1.schemas import schemas as v1_schemas
 from img2img_server.ports import host_port, reachable
 from img2img_server.settings import DEV_KEY, Settings

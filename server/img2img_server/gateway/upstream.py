@@ -21,7 +21,8 @@ from img2img.v1 import (
     service_pb2_grpc,
 )
 from img2img_server.compat.modelslab import call_names
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError, refusal
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.api_errors import refusal
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.tracing import injected

@@ -9,9 +9,9 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
+from img2img_server.compat.modelslab.errors import RETRY_SECONDS, ErrorKind
 from img2img_server.compat.modelslab.files import KEY
 from img2img_server.errors import StorageError
-from img2img_server.gateway.modelslab.errors import RETRY_SECONDS, ErrorKind
 from img2img_server.storage.interface import CACHE_CONTROL, BlobStore
 
 _MEDIA_TYPES = {"png": "image/png", "base64": "text/plain"}

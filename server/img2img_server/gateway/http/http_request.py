@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
 # Most clients read the response only after they have sent the whole body. Up to this many bytes of

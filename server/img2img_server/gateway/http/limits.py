@@ -12,7 +12,7 @@ from typing import TypeAlias
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 
 PROBES = ("/healthz", "/readyz")
 Refuse: TypeAlias = Callable[[RequestError], Response]

@@ -14,8 +14,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.http.limits import PROBES, Refuse
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.tracing import end, enter, extracted
 
 REQUESTS = Counter("img2img_http_requests_total", "HTTP requests.", ["route", "method", "code"])

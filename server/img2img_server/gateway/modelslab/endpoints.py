@@ -14,15 +14,15 @@ from starlette.responses import JSONResponse
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import annotation_keys, requests, responses
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.files import inline
+from img2img_server.compat.modelslab.response_formats import Current
 from img2img_server.domain.params import ValidationContext
 from img2img_server.domain.violations import required
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
-from img2img_server.gateway.modelslab.response_formats import Current
 from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.lifecycle import StoppedError, unless_stopped
@@ -163,18 +163,18 @@ class Endpoints:
 
     async def _respond(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
         if job.state in (job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED):
-            return self._format.failed(job)
+            return JSONResponse(self._format.failed(job))
         if job.state == job_pb2.Job.STATE_SUCCEEDED:
             try:
                 output = await self._output(job)
-                return self._format.success(job, output, fetched=fetched)
+                return JSONResponse(self._format.success(job, output, fetched=fetched))
             except StorageError:
                 if fetched:
                     raise RequestError(ErrorKind.UNAVAILABLE) from None
                 # The POST made a job: it must not be lost. A fetch will have it later.
         base = job.spec.annotations.get(annotation_keys.LINK_BASE, call.base)
         fetch_result = f"{base}{call.family}/fetch/{job.id}"
-        return self._format.processing(job, fetch_result, fetched=fetched)
+        return JSONResponse(self._format.processing(job, fetch_result, fetched=fetched))
 
     async def _output(self, job: job_pb2.Job) -> list[str]:
         links = responses.links(job)

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 
 from img2img.v1 import service_pb2
 from img2img_server.compat.modelslab import responses
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.requests import (
     ParsedBody,
     ResetS3Request,
@@ -23,7 +24,6 @@ from img2img_server.compat.modelslab.server_types import validate_server_type
 from img2img_server.domain.storage import REALTIME, StorageDetails, validate_storage
 from img2img_server.errors import PermissionDeniedError
 from img2img_server.gateway.http.http_request import find_key, read_json
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import Upstream
 

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from img2img.v1 import service_pb2
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.requests import Img2ImgRequest, merge
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.gateway.v1 import protojson

@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from img2img.v1 import event_pb2
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.gateway.http.http_request import find_key
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.openapi import outcomes
 from img2img_server.gateway.upstream import ENDED, Upstream
 from img2img_server.gateway.v1 import protojson
@@ -30,16 +30,13 @@ _PING = b": ping\n\n"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _SEQUENCE_MOST = 2**53 - 1  # the largest integer that every JSON reader keeps
 _TERMINAL = ("succeeded", "failed", "cancelled")
+_JSON = {"contentMediaType": "application/json"}
 _EVENT = {
     "type": "object",
     "properties": {
-        "event": {"type": "string", "description": "Its kind, a field of JobEvent's oneof."},
-        "id": {"type": "string", "pattern": "^[0-9]+$", "description": "Its sequence."},
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": {"$ref": "#/components/schemas/JobEvent"},
-        },
+        "event": {"type": "string", "description": "The name of the field in JobEvent's oneof."},
+        "id": {"type": "string", "pattern": "^[0-9]+$", "description": "The sequence."},
+        "data": {"type": "string", "description": "A JobEvent.", **_JSON},
     },
     "required": ["event", "id", "data"],
 }

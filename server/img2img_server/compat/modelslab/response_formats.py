@@ -1,18 +1,21 @@
-"""The responses of the default mode, of legacy mode and of /v1: docs/http-contract.md#modes."""
+"""The bodies and statuses of the default mode, of legacy mode and of /v1.
+
+See docs/http-contract.md#modes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-from starlette.responses import JSONResponse
+from typing import Any, TypeAlias
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import responses, sentences
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.domain.violations import Violation
-from img2img_server.gateway.modelslab.errors import ErrorKind, RequestError
 
+Body: TypeAlias = Mapping[str, Any]
+Reply: TypeAlias = tuple[Body, int, dict[str, str]]  # body, HTTP status, headers
 TIP = "Send the API key that the operator of this service gave you."
 TIPS = "Wait for your queued requests to finish, or ask the operator for a higher limit."
 
@@ -20,52 +23,50 @@ TIPS = "Wait for your queued requests to finish, or ask the operator for a highe
 class Plain:
     """Errors in our own words, for /v1: HTTP status, one `message`, and `reason` as over gRPC."""
 
-    def error(self, error: RequestError) -> JSONResponse:
+    def error(self, error: RequestError) -> Reply:
         """Returns the response to a rejected request."""
         return self._error(error, error.message, error.violations)
 
-    def _error(
-        self, error: RequestError, message: str, violations: Iterable[Violation]
-    ) -> JSONResponse:
+    def _error(self, error: RequestError, message: str, violations: Iterable[Violation]) -> Reply:
         body: dict[str, Any] = {"status": "error", "message": message, "reason": error.reason}
         if violations:
             body["errors"] = _by_field((v.field, v.text) for v in violations)
         if error.kind is ErrorKind.RATE_LIMIT:
             body["retry_after"] = error.retry_seconds
-        return JSONResponse(body, error.kind.status, _headers(error))
+        return body, error.kind.status, _headers(error)
 
 
 class Current(Plain):
     """ModelsLab's responses in default mode.
 
-    `fetched`: the response to a fetch, not to the request that made the job.
+    Those about jobs have HTTP status 200, since the call itself succeeded. `fetched`: the response
+    to a fetch, not to the request that made the job.
     """
 
-    def error(self, error: RequestError) -> JSONResponse:
+    def error(self, error: RequestError) -> Reply:
         named = [replace(v, message=sentences.field_sentence(v)) for v in error.violations]
         return self._error(error, named[0].message if named else _sentence(error), named)
 
-    def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> JSONResponse:
-        """Returns the response for a job that succeeded."""
-        return JSONResponse(responses.success(job, output))
+    def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> Body:
+        """Returns the body for a job that succeeded."""
+        return responses.success(job, output)
 
-    def processing(self, job: job_pb2.Job, fetch_result: str, *, fetched: bool) -> JSONResponse:
-        """Returns the response for a job that has not ended."""
-        message = "Your request is being processed"
-        return JSONResponse(responses.processing(job, fetch_result, message))
+    def processing(self, job: job_pb2.Job, fetch_result: str, *, fetched: bool) -> Body:
+        """Returns the body for a job that has not ended."""
+        return responses.processing(job, fetch_result, responses.PROCESSING)
 
-    def failed(self, job: job_pb2.Job) -> JSONResponse:
-        """Returns the response for a job that failed: status 200, since the call succeeded."""
-        return JSONResponse(responses.failed(job))
+    def failed(self, job: job_pb2.Job) -> Body:
+        """Returns the body for a job that failed."""
+        return responses.failed(job)
 
 
 class Legacy(Current):
     """ModelsLab's responses in legacy mode: status 200, `messege`, and fetches with few keys."""
 
-    def error(self, error: RequestError) -> JSONResponse:
+    def error(self, error: RequestError) -> Reply:
         if error.kind is ErrorKind.UNKNOWN_JOB:
             body = {"status": "failed", "id": "", "message": error.message, "output": "", "tip": ""}
-            return JSONResponse(body)
+            return body, 200, {}
         message: Any = _sentence(error)
         more: dict[str, Any] = {}
         if error.violations:
@@ -78,25 +79,22 @@ class Legacy(Current):
             more = {"tips": TIPS, "retry_after": error.retry_seconds}
         body = {"status": "error", "message": message, "messege": message, **more}
         is_routing = error.kind in (ErrorKind.NO_ROUTE, ErrorKind.WRONG_METHOD)
-        return JSONResponse(body, error.kind.status if is_routing else 200, _headers(error))
+        return body, error.kind.status if is_routing else 200, _headers(error)
 
-    def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> JSONResponse:
-        body = dict(responses.success(job, output))
+    def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> Body:
+        body = super().success(job, output, fetched=fetched)
         keys = ("status", "id", "output", "proxy_links") if fetched else body
-        return JSONResponse({key: body[key] for key in keys})
+        return {key: body[key] for key in keys}
 
-    def processing(self, job: job_pb2.Job, fetch_result: str, *, fetched: bool) -> JSONResponse:
+    def processing(self, job: job_pb2.Job, fetch_result: str, *, fetched: bool) -> Body:
         if fetched:
             message = "Request processing"
-            return JSONResponse(
-                {"status": "processing", "message": message, "output": "", "tip": ""}
-            )
+            return {"status": "processing", "message": message, "output": "", "tip": ""}
         message = "Try to fetch request after seconds estimated"
-        return JSONResponse(responses.processing(job, fetch_result, message))
+        return responses.processing(job, fetch_result, message)
 
-    def failed(self, job: job_pb2.Job) -> JSONResponse:
-        message = "Failed, Try Again"
-        return JSONResponse({"status": "failed", "id": job.id, "message": message, "output": ""})
+    def failed(self, job: job_pb2.Job) -> Body:
+        return {"status": "failed", "id": job.id, "message": "Failed, Try Again", "output": ""}
 
 
 def _sentence(error: RequestError) -> str:

@@ -1,0 +1,76 @@
+"""The errors of the HTTP contract: docs/http-contract.md#errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from img2img_server.domain.violations import Violation
+
+RETRY_SECONDS = 30  # without an estimate
+
+
+class ErrorKind(Enum):
+    """HTTP status, reason and default message of every error. The api's own reason replaces it."""
+
+    INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
+    FIELDS = 400, "INVALID_REQUEST", ""  # the sentence of the first field
+    BAD_KEY = 401, "INVALID_API_KEY", "Invalid API key"
+    FORBIDDEN = 403, "PERMISSION_DENIED", "This key lacks a permission"
+    FOREIGN_PAGE = 403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not call this service"
+    JOB_ENDED = 400, "JOB_ENDED", "The job has already ended"
+    UNKNOWN_JOB = 404, "JOB_NOT_FOUND", "Request not found"
+    NO_ROUTE = 404, "PATH_NOT_FOUND", "Not found"
+    WRONG_METHOD = 405, "METHOD_NOT_ALLOWED", "Method not allowed"
+    SLOW_BODY = 408, "BODY_TIMEOUT", "Request body took too long"
+    REQUEST_ID_REUSED = 409, "REQUEST_ID_REUSED", "request_id was used for a different request"
+    TOO_LARGE = 413, "BODY_TOO_LARGE", "Request body too large"
+    RATE_LIMIT = 429, "RATE_LIMITED", "Rate limit exceeded"
+    FAULT = 500, "INTERNAL", "Internal server error. Please try again."
+    UNAVAILABLE = (
+        503,
+        "UNAVAILABLE",
+        "Service temporarily unavailable. Please try again later.",
+    )
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+
+class RequestError(Exception):
+    """The gateway rejects the request. The sentences are our own; response_formats.py replaces them
+    by those of ModelsLab.
+
+    Attributes:
+        reason: For programs. Default: that of the kind.
+        violations: With FIELDS only, in the order in which they are reported.
+        retry_seconds: Whole seconds until a retry may succeed.
+        metadata: That of the api's ErrorInfo.
+    """
+
+    def __init__(
+        self,
+        kind: ErrorKind,
+        message: str = "",
+        *,
+        reason: str = "",
+        violations: list[Violation] | None = None,
+        retry_seconds: int = RETRY_SECONDS,
+        headers: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.reason = reason or kind.reason
+        self.violations = violations or []
+        self._message = message or kind.message
+        self.metadata = metadata or {}
+        self.retry_seconds = retry_seconds
+        self.headers = dict(headers or {})
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """The sentence for people: the given one, that of the first violation, or the kind's."""
+        return self.violations[0].message if self.violations else self._message
