@@ -19,6 +19,7 @@ from PIL import Image
 from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.server import Webhooks, serve
+from img2img_server.engine.base import Engine
 from img2img_server.imaging.base import FetchError
 from img2img_server.lifecycle import RestartError
 from img2img_server.nats.bus import Bus
@@ -162,7 +163,7 @@ async def running_api(
 class RunningWorker:
     """A worker with its engine; `stop` drains it."""
 
-    engine: FakeEngine
+    engine: Any  # a FakeEngine, unless the test gave another one
     blobs: MemoryBlobStore
     stop: asyncio.Event
     task: asyncio.Task[None]
@@ -175,7 +176,7 @@ class RunningWorker:
 @asynccontextmanager
 async def running_worker(
     bus: Bus,
-    engine: FakeEngine | None = None,
+    engine: Engine | None = None,
     *,
     name: str = "w1",
     blobs: MemoryBlobStore | None = None,
@@ -197,7 +198,8 @@ async def running_worker(
             await asyncio.sleep(0.001)
         yield RunningWorker(engine, blobs, stop, task)
     finally:
-        engine.release()
+        if isinstance(engine, FakeEngine):
+            engine.release()
         stop.set()
         if not task.cancelled():  # a test may have killed it
             with suppress(RestartError):  # nothing here restarts it
@@ -216,7 +218,7 @@ class Stack:
 
 @asynccontextmanager
 async def running_stack(
-    engine: FakeEngine | None = None,
+    engine: Engine | None = None,
     *,
     fetch: Fetch = no_fetch,
     api_config: Settings | None = None,

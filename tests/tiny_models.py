@@ -65,10 +65,10 @@ def write_sd(
         is_deep: The UNet has two blocks of each kind with two layers each.
     """
     torch.manual_seed(1)
-    tokenizer = _tokenizer(folder / "words")
+    tokenizer = clip_tokenizer(folder / "words")
     pipeline = StableDiffusionPipeline(
         vae=_autoencoder(tiny_vae),
-        text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+        text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         unet=_lively(
             UNet2DConditionModel(
@@ -81,13 +81,13 @@ def write_sd(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _save(pipeline.to(dtype), folder)
+    return save(pipeline.to(dtype), folder)
 
 
 def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bool = False) -> Path:
     """A model of the SDXL kind, with two text encoders and size inputs; returns its folder."""
     torch.manual_seed(2)
-    tokenizer = _tokenizer(folder / "words")
+    tokenizer = clip_tokenizer(folder / "words")
     time_width = 8
     unet = UNet2DConditionModel(
         **_unet(cross_attention_dim=2 * WIDTH, **(DEEP if is_deep else {})),
@@ -101,18 +101,18 @@ def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bo
     )
     pipeline = StableDiffusionXLPipeline(
         vae=autoencoder,
-        text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=_lively(unet),
         scheduler=DDIMScheduler(**scheduler),
         force_zeros_for_empty_prompt=True,
     )
-    return _save(pipeline, folder)
+    return save(pipeline, folder)
 
 
-def _save(pipeline: Any, folder: Path) -> Path:
+def save(pipeline: Any, folder: Path) -> Path:
     pipeline.save_pretrained(folder)
     return folder
 
@@ -134,7 +134,7 @@ def _unet(**changes: Any) -> dict[str, Any]:
 
 def _autoencoder(tiny: bool) -> Any:
     if tiny:
-        return _vivid(
+        return vivid(
             AutoencoderTiny(
                 encoder_block_out_channels=(8, 8, 8, 8),
                 decoder_block_out_channels=(8, 8, 8, 8),
@@ -143,7 +143,7 @@ def _autoencoder(tiny: bool) -> Any:
             )
         )
     blocks = 4
-    return _vivid(
+    return vivid(
         AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -176,16 +176,16 @@ def _lively(unet: Any) -> Any:
 
 
 @torch.no_grad()
-def _vivid(autoencoder: Any) -> Any:
+def vivid(autoencoder: Any) -> Any:
     """Makes pictures of contrast: random weights give an even grey, which would prove nothing."""
-    noise = torch.randn(1, 4, 8, 8)
+    noise = torch.randn(1, autoencoder.config.latent_channels, 8, 8)
     image = autoencoder.decode(noise / autoencoder.config.scaling_factor).sample
     last = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
     last.weight *= 0.5 / image.std()
     return autoencoder.eval()
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -200,7 +200,7 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """One that knows single letters only."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz"

@@ -47,7 +47,7 @@ class OracleModel:
 
     Attributes:
         write: Writes the model into a folder and returns it.
-        guidance_scales: Off first, by the family's own rule.
+        guidance_scales: Off first, by the family's own rule; all equal if there is no guidance.
         sizes: Heights and widths: none square, none a multiple of 64 in both.
         call: Returns the stock pipeline's arguments for a request.
         schedulers: Those to compare; empty for all that the family offers.

@@ -58,14 +58,13 @@ def test_an_image_is_the_stock_pipelines_image(
 def test_the_oracle_would_notice_another_prompt_seed_or_guidance(
     model: str, engine: Engine, stock: Stock
 ) -> None:
-    off, *on = models()[model].guidance_scales
-    scale = on[-1] if on else off
+    *_, scale = models()[model].guidance_scales
     case = next(case for (name, _), found in CASES.items() if name == model for case in found)
     base = {"strength": 0.9, "num_inference_steps": 4, "guidance_scale": scale, "seeds": (5,)}
     (theirs,) = stock.pictures(case.job(**base))
 
     others = [{"prompt": "a horse"}, {"seeds": (6,)}]
-    if on:
+    if len(set(models()[model].guidance_scales)) > 1:
         others.append({"guidance_scale": 2 * scale})
     for changes in others:
         (ours,) = pictures(run(engine, case.job(**{**base, **changes})))

@@ -255,7 +255,7 @@ class FlowFamily(Family):
     schedulers = FLOW_SAMPLERS
     default_scheduler = "flow_match_euler"
     denoiser = "transformer"
-    lora_parts = ("transformer",)
+    lora_parts: ClassVar[tuple[str, ...]] = ("transformer",)
 
     def image_tokens(self, height: int, width: int) -> int:
         """Returns the number of tokens of an image, which dynamic shifting depends on."""

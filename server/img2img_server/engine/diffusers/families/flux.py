@@ -1,0 +1,118 @@
+"""FLUX.1 dev and schnell: packed latents, CLIP and T5 prompts, guidance as an input of dev."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from img2img_server.domain.models import Guidance
+from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
+from img2img_server.engine.family import ModelFiles, ModelTraits
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_T5_TOKENS = 512  # of a prompt, as in the stock pipelines
+_SCHNELL_STEPS = 4
+
+
+class Flux(FlowFamily):
+    """FLUX.1 dev, schnell and models derived from them."""
+
+    name = "flux"
+    pipelines = dict.fromkeys(
+        ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), "FluxImg2ImgPipeline"
+    )
+    tokenizers = ("tokenizer", "tokenizer_2")
+    lora_parts = ("transformer", "text_encoder")
+    num_inference_steps = 28
+    guidance_scale = 3.5
+
+    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
+        found = super().traits(files, scheduler)
+        if found.guidance is Guidance.EMBEDDED:
+            return found
+        # Schnell is distilled for few steps and takes no guidance.
+        return replace(found, num_inference_steps=_SCHNELL_STEPS, guidance_scale=1.0)
+
+    def refusal(self, files: ModelFiles) -> str:
+        config = files.config("transformer")
+        taken = config.get("in_channels")
+        given = config.get("out_channels") or taken
+        if taken == given:
+            return ""
+        return (
+            f"the model's transformer has {taken} input channels instead of {given}: models for "
+            "inpainting or with a control image are not served"
+        )
+
+    def guidance(self, config: Mapping[str, Any]) -> Guidance:
+        return Guidance.EMBEDDED if config.get("guidance_embeds") else Guidance.NONE
+
+    def token_limit(self, tokenizer: Any) -> int:
+        return min(super().token_limit(tokenizer), _T5_TOKENS)
+
+    def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
+        import torch
+
+        guidance = None
+        if model.network.config.guidance_embeds:
+            guidance = torch.stack([it.conditioning.guidance_scale for it in forwards])
+        return predict_packed(
+            model,
+            forwards,
+            guidance=guidance,
+            pooled_projections=torch.stack([it.text.tensors["pooled"] for it in forwards]),
+        )
+
+    def encode_prompts(
+        self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
+    ) -> list[Mapping[str, Tensor]]:
+        tokens, pooled, _ = model.pipeline.encode_prompt(
+            prompt=list(prompts),
+            device=model.device,
+            max_sequence_length=self.token_limit(model.pipeline.tokenizer_2),
+        )
+        tokens, pooled = tokens.to(model.dtype), pooled.to(model.dtype)
+        return [
+            {"tokens": row.clone(), "pooled": pooled_row.clone()}
+            for row, pooled_row in zip(tokens, pooled, strict=True)
+        ]
+
+
+def predict_packed(
+    model: LoadedModel, forwards: Sequence[Forward], **inputs: Any
+) -> Sequence[Tensor]:
+    """Runs a transformer that reads 2 x 2 latents as one token, as FLUX.1 does.
+
+    Args:
+        inputs: Further inputs of the transformer.
+    """
+    import torch
+
+    latents = torch.cat([forward.latents for forward in forwards]).to(model.dtype)
+    height, width = latents.shape[2] // 2, latents.shape[3] // 2
+    tokens = torch.stack([forward.text.tensors["tokens"] for forward in forwards])
+    packed = latents.reshape(len(forwards), -1, height, 2, width, 2)
+    output = model.network(
+        hidden_states=packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2),
+        timestep=torch.cat([forward.timestep for forward in forwards]) / 1000,
+        encoder_hidden_states=tokens,
+        txt_ids=torch.zeros(tokens.shape[1], 3, device=model.device, dtype=model.dtype),
+        img_ids=_positions(height, width, model),
+        return_dict=False,
+        **inputs,
+    )[0]
+    patches = output.float().reshape(len(forwards), height, width, -1, 2, 2)
+    return torch.split(patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3), 1)
+
+
+def _positions(height: int, width: int, model: LoadedModel) -> torch.Tensor:
+    """Returns the row and the column of each token, made on the device: a copy would wait."""
+    import torch
+
+    numbers = torch.arange(height * width, device=model.device)
+    rows, columns = numbers // width, numbers % width
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=1).to(model.dtype)
