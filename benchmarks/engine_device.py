@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.ending import end_on_sigterm
 from benchmarks.engine_report import READING, facts, load_table, table, write
-from img2img_server.engine.cpu_threads import wait_briefly
+from img2img_server.engine.options import limit_spinning
 
 Rows = dict[str, Any]
 Work = Callable[[], Iterable[tuple[str, Rows]]]
@@ -184,7 +184,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(words)
     end_on_sigterm()
-    wait_briefly()  # in the processes of the parts
+    limit_spinning()  # in the processes of the parts
     parts = plan(arguments)
     report = Report([f"{architecture}: {part}" for architecture, part in parts], arguments.output)
     for architecture, part in parts:

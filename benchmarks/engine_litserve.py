@@ -22,7 +22,7 @@ from benchmarks.engine_load import Outcome, Request, Served
 from benchmarks.engine_process import Place
 from benchmarks.engine_stock import feed
 from benchmarks.local_stack import free_port
-from img2img_server.engine.cpu_threads import wait_briefly
+from img2img_server.engine.options import limit_spinning
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ROOT / ".img2img" / "litserve"
@@ -63,7 +63,7 @@ class LitServeServer:
         names = [str(argument) for argument in arguments]
         # Its own packages come first; torch and diffusers are shared.
         paths = [str(PACKAGES), str(ROOT), *(path for path in sys.path if path)]
-        wait_briefly()  # as for the other systems
+        limit_spinning()  # as for the other systems
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         with log.open("wb") as output:

@@ -17,7 +17,7 @@ from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Request, Served
 from benchmarks.engine_servers import EngineServer
 from benchmarks.engine_stock import StockServer, load_pipeline
-from img2img_server.engine.cpu_threads import apart, wait_briefly
+from img2img_server.engine.options import limit_spinning
 from img2img_server.malloc import keep_freed_memory
 
 STOP_SECONDS = 10.0
@@ -82,18 +82,20 @@ class EngineOf:
     place: Place
 
     def __call__(self) -> Server:
+        from img2img_server.engine.load import on_own_thread  # imports torch
+
         def load() -> EngineServer:
             pipeline = self.place.pipeline()
             return EngineServer(pipeline, Clock(pipeline), self.place.rows)
 
-        return apart(load)
+        return on_own_thread(load)
 
 
 class RemoteServer:
     """A system in its process, which begins to load at once."""
 
     def __init__(self, make: StockOf | EngineOf) -> None:
-        wait_briefly()  # inherited by the process
+        limit_spinning()  # inherited by the process
         context = multiprocessing.get_context("spawn")
         self._end, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, make), daemon=True)

@@ -32,11 +32,11 @@ from benchmarks.engine_report import facts, table, write
 from benchmarks.engine_servers import job_of
 from img2img_server.domain.job import Timings
 from img2img_server.engine.base import EngineEvent, JobDone, JobFailed
-from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.options import limit_spinning
 from img2img_server.settings import Settings
 
 _WHOLE = {"compile": "whole", "compile_cache_dir": "cache/whole"}
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     end_on_sigterm()
-    wait_briefly()  # in the processes of the engines
+    limit_spinning()  # in the processes of the engines
     report = measure(arguments)
     print(markdown(report))
     write(report, arguments.output, markdown)

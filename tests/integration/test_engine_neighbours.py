@@ -287,12 +287,12 @@ def test_a_failed_preview_costs_the_preview_only(denoiser: Faulty) -> None:
     assert not [event for event in events if isinstance(event, PreviewReady)]
 
 
-def test_a_picture_of_no_finite_numbers_is_an_error(denoiser: Faulty) -> None:
+def test_an_image_with_values_that_are_not_finite_is_an_error(denoiser: Faulty) -> None:
     with running(denoiser) as engine:
         events = run(engine, job(guidance_scale=float("inf")))
 
     assert isinstance(events[-1], JobFailed)
-    assert str(events[-1].error) == "the model's picture is not made of finite numbers"
+    assert str(events[-1].error) == "the image has values that are not finite"
 
 
 def test_a_scheduler_that_cannot_run_the_steps_fails_the_job(denoiser: Faulty) -> None:

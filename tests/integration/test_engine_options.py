@@ -221,7 +221,7 @@ def test_prompts_of_jobs_that_begin_together_are_encoded_in_one_batch(folder: Pa
     runs = [admit(one, print, denoiser, spec, memory) for one in wanted]
     stages = BatchExecutor(denoiser, print)
 
-    stages.read(runs)
+    stages.prefetch_prompts(runs)
     for one in runs:
         assert stages.encode([one]) == []
     assert batches == [4], "three prompts, and the negative one that they share"

@@ -117,7 +117,7 @@ async def test_a_failed_job_is_told_at_once_and_when_fetched(
     assert failed == {
         "status": "failed",
         "id": failed["id"],
-        "message": "Processing failed: the model's picture is not made of finite numbers",
+        "message": "Processing failed: the image has values that are not finite",
         "output": [],
     }
     assert await asyncio.to_thread(api.fetch, str(failed["id"])) == failed

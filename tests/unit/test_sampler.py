@@ -87,7 +87,6 @@ def stock(name: str, config: dict[str, Any], steps: int, strength: float, seed: 
 
 def ours(runs: list[tuple[Schedule, int]]) -> list[Tensor]:
     """Runs all schedules in one batch; rows leave as they finish."""
-    device = torch.device("cpu")
     generators = [torch.Generator().manual_seed(seed) for _, seed in runs]
     images = [draw_noise(generator, LIKE) for generator in generators]
     noises = [draw_noise(generator, LIKE) for generator in generators]
@@ -95,7 +94,7 @@ def ours(runs: list[tuple[Schedule, int]]) -> list[Tensor]:
         (schedule.init_signal * image + schedule.init_noise * noise,)
         for (schedule, _), image, noise in zip(runs, images, noises, strict=True)
     ]
-    tables = [coefficient_table(schedule, device) for schedule, _ in runs]
+    tables = [coefficient_table(schedule) for schedule, _ in runs]
     for index in range(max(len(schedule.steps) for schedule, _ in runs)):
         rows = [row for row, (schedule, _) in enumerate(runs) if index < len(schedule.steps)]
         steps = [runs[row][0].steps[index] for row in rows]

@@ -1,4 +1,4 @@
-"""The seam between the worker and the engine: what goes in, what comes out. No torch here."""
+"""The interface between the worker and the engine: jobs, events, the Engine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def cut_warning(field_name: str, kept: int, tokens: int, rest: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreviewReady:
-    """A rough look at one sample, at most 256 pixels on its longer side."""
+    """A rough image of one sample, at most 256 pixels on its longer side."""
 
     sample: int
     step: int
@@ -76,7 +76,7 @@ class PreviewReady:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleReady:
-    """A finished picture, height x width x 3."""
+    """A finished image, height x width x 3."""
 
     sample: int
     pixels: Pixels
@@ -102,9 +102,9 @@ class JobStopped:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JobFailed:
-    """Last event of a job that failed; its neighbours go on.
+    """Last event of a job that failed; its neighbours continue.
 
-    `error`: a JobFailedError, or what else was raised.
+    `error`: a JobFailedError, or another exception that was raised.
     """
 
     error: Exception
@@ -112,8 +112,10 @@ class JobFailed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceLost:
-    """Last event of a job in whose step, or at whose start, the device is broken for good: no
-    engine of this process can use it any more. Jobs beside it get JobStopped."""
+    """Last event of a job in whose step, or at whose start, the device broke for good.
+
+    No engine of this process can use the device any more. The other jobs get JobStopped.
+    """
 
     error: Exception
 
@@ -152,11 +154,11 @@ class Engine(Protocol):
 
     @property
     def busy_seconds(self) -> float:
-        """Time that the device has worked since the start; grows step by step."""
+        """Seconds that the device has worked since the start; grows step by step."""
         ...
 
     def submit(self, job: EngineJob, sink: Sink) -> None:
-        """Adds a job. `sink` gets its events in order, on threads of the engine; it must not block.
+        """Adds a job. `sink` gets the events in order, on threads of the engine; it must not block.
 
         Raises:
             EngineError: the engine is stopped.
@@ -164,11 +166,11 @@ class Engine(Protocol):
         ...
 
     def cancel(self, job_id: int) -> None:
-        """Ends the job at the next step boundary; its sink then gets JobStopped. Unknown: no-op."""
+        """Ends the job at the next step boundary with JobStopped. Ignores unknown jobs."""
         ...
 
     def clear_cache(self) -> None:
-        """Forgets, at the next step boundary, what is kept for speed only: encoded prompts."""
+        """Drops the encoded prompts that are cached, at the next step boundary."""
         ...
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
-"""Hands the events of jobs out, each job's in order; no step waits for a picture to be read out.
+"""Emits the events of each job in order; no step waits until an image is on the host.
 
-step loop ── event ──▶ sink                         nothing of the job is on its way
-    └── picture on its way ──▶ reader ──▶ sink      what the job tells next goes behind it
+step loop ── event ──▶ sink                     if no image of the job is being copied
+    └── image ──▶ reader thread ──▶ sink        later events of the job go behind it
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Item:
-    """`make` may wait, and raise. `is_optional`: the job can do without it. `is_verdict`: goes out
-    although the job is broken."""
+    """One event to emit.
+
+    Attributes:
+        make: Returns the event; may wait, and raise.
+        is_optional: The job continues if it fails.
+        is_verdict: It is emitted although the job is broken.
+    """
 
     run: EngineJobState
     make: Callable[[], EngineEvent]
@@ -33,68 +38,68 @@ class _Item:
 
 
 class EventDispatcher:
-    """Tells sinks: on the thread of the caller, or on its own where there is something to wait for.
+    """Calls the sinks: on the caller's thread, or on its own thread if an image must be waited for.
 
-    A job whose picture cannot be read out tells nothing more but its verdict.
+    A job whose image cannot be copied emits nothing more but its verdict.
 
     Args:
-        failed: told of a run with a picture that cannot be read out, and why, on either thread.
-            Whoever owns the run then says `verdict`.
+        failed: called with a run whose image cannot be copied, and the error, on either thread. The
+            owner of the run then calls `emit_verdict`.
     """
 
     def __init__(self, failed: Callable[[EngineJobState, Exception], None]) -> None:
         self._failed = failed
-        self._line: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._on_the_way: Counter[EngineJobState] = Counter()
+        self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._copies: Counter[EngineJobState] = Counter()
         self._lock = threading.Lock()
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._reader.start()
 
-    def tell(self, run: EngineJobState, event: EngineEvent) -> None:
-        """Hands an event out once what the job told before is out."""
+    def emit(self, run: EngineJobState, event: EngineEvent) -> None:
+        """Emits an event after all earlier events of the job."""
         self._put(_Item(run, lambda: event))
 
     def finish(self, run: EngineJobState) -> None:
-        """The same with JobDone, made only then."""
+        """Emits JobDone, built after all earlier events of the job."""
         self._put(_Item(run, run.done))
 
-    def show(
+    def emit_image(
         self,
         run: EngineJobState,
-        picture: Picture,
+        image: Picture,
         event: Callable[[Pixels], EngineEvent],
         *,
         is_optional: bool = False,
     ) -> None:
-        """Hands a picture out when it is read out."""
-        item = _Item(run, lambda: event(picture.pixels()), is_optional)
-        self._put(item, must_wait=not picture.is_ready)
+        """Emits the event of an image once the image is on the host."""
+        item = _Item(run, lambda: event(image.pixels()), is_optional)
+        self._put(item, must_wait=not image.is_ready)
 
-    def verdict(self, run: EngineJobState, event: EngineEvent) -> None:
-        """Hands out the last event of a job whose picture failed."""
+    def emit_verdict(self, run: EngineJobState, event: EngineEvent) -> None:
+        """Emits the last event of a job whose image could not be copied."""
         self._put(_Item(run, lambda: event, is_verdict=True))
 
     def close(self) -> None:
-        """Hands out what is on its way and ends the thread; from then on nothing may wait."""
-        self._line.put(None)
+        """Emits the waiting events and ends the thread; later events must not wait."""
+        self._waiting.put(None)
         self._reader.join()
 
     def _put(self, item: _Item, must_wait: bool = False) -> None:
         with self._lock:
-            must_wait = must_wait or self._on_the_way[item.run] > 0
+            must_wait = must_wait or self._copies[item.run] > 0
             if must_wait:
-                self._on_the_way[item.run] += 1
-                self._line.put(item)
+                self._copies[item.run] += 1
+                self._waiting.put(item)
         if not must_wait:
             self._deliver(item)
 
     def _read(self) -> None:
-        while item := self._line.get():
+        while item := self._waiting.get():
             self._deliver(item)
             with self._lock:
-                self._on_the_way[item.run] -= 1
-                if not self._on_the_way[item.run]:
-                    del self._on_the_way[item.run]
+                self._copies[item.run] -= 1
+                if not self._copies[item.run]:
+                    del self._copies[item.run]
 
     def _deliver(self, item: _Item) -> None:
         run = item.run
@@ -102,7 +107,7 @@ class EventDispatcher:
             return
         try:
             event = item.make()
-        except Exception as error:  # of the device, or a picture that cannot be shown
+        except Exception as error:  # of the device, or of an image without finite numbers
             if item.is_optional:
                 _log.warning("a preview of job %d failed", run.job.job_id, exc_info=error)
                 return

@@ -1,6 +1,6 @@
-"""The engine: one thread owns the device; others hand it commands, which it takes between steps.
+"""The engine: one thread owns the device; other threads queue calls for it, made between steps.
 
-A second one waits for pictures on their way from the device, see outbox.py.
+A second thread waits for images that are copied from the device, see dispatch.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,48 +29,13 @@ from img2img_server.errors import EngineError
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Submit:
-    job: EngineJob
-    sink: Sink
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    job_id: int
-
-
-class _ClearCache:
-    pass
-
-
-class _Stop:
-    pass
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _WarmUp:
-    height: int
-    width: int
-    done: Future[None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Unread:
-    run: EngineJobState
-    error: Exception
-
-
-_Command = _Submit | _Cancel | _ClearCache | _WarmUp | _Unread | _Stop
-
-
 class DiffusionEngine:
-    """Engine of base.py on a Denoiser. Its thread starts at once.
+    """The Engine of base.py on a Denoiser. Its thread starts at once.
 
     Args:
         spec: the model's name, defaults and limits.
         max_batch_size: the largest batch, in forwards; a guided sample costs two.
-        memory: what is known of the device's memory; None: that of the denoiser's device.
+        memory: the memory model of the device; None: a new one.
     """
 
     def __init__(
@@ -83,9 +49,9 @@ class DiffusionEngine:
         self._spec = spec
         self._max_batch_size = max_batch_size
         memory = memory or MemoryModel(meter_of(denoiser.device))
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._outbox = EventDispatcher(lambda run, error: self._commands.put(_Unread(run, error)))
-        self._loop = StepLoop(denoiser, spec, max_batch_size, memory, self._outbox)
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._events = EventDispatcher(self._on_copy_failed)
+        self._loop = StepLoop(denoiser, spec, max_batch_size, memory, self._events)
         self._lock = threading.Lock()
         self._stopping = False
         self._busy_seconds = 0.0
@@ -116,78 +82,71 @@ class DiffusionEngine:
         with self._lock:
             if self._stopping:
                 raise EngineError("the engine is stopped")
-            self._commands.put(_Submit(job, sink))
+            self._calls.put(partial(self._loop.begin, job, sink))
 
     def cancel(self, job_id: int) -> None:
-        self._commands.put(_Cancel(job_id))
+        self._calls.put(partial(self._loop.cancel, job_id))
 
     def clear_cache(self) -> None:
-        self._commands.put(_ClearCache())
+        self._calls.put(self._clear_cache)
 
     def warm_up(self, height: int, width: int) -> None:
-        """Runs everything once at this size. Blocks; for seconds to minutes where it compiles.
+        """Runs every operation once at this size. Blocks; for minutes if models are compiled.
 
-        On the engine's own thread: CUDA graphs belong to the thread that captured them.
+        It runs on the engine's thread, because CUDA graphs belong to the thread that captured them.
 
         Raises:
-            Exception: whatever the model raised.
+            Exception: the error of the model.
         """
         done: Future[None] = Future()
-        self._commands.put(_WarmUp(height, width, done))
+        self._calls.put(partial(self._warm_up, height, width, done))
         done.result()
 
     def stop(self) -> None:
         with self._lock:
             self._stopping = True
-            self._commands.put(_Stop())
+            self._calls.put(None)
         self._thread.join()
+
+    def _on_copy_failed(self, run: EngineJobState, error: Exception) -> None:
+        self._calls.put(partial(self._loop.copy_failed, run, error))
 
     def _run(self) -> None:
         device = self._denoiser.device
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # events and streams are those of the thread's device
         with torch.inference_mode():
-            while self._take_commands():
+            while self._make_calls():
                 began = time.monotonic()
                 self._loop.run_batch()
                 self._busy_seconds += time.monotonic() - began
         self._loop.stop_all()
-        self._outbox.close()
-        while not self._commands.empty():  # of pictures that failed last
-            if isinstance(command := self._commands.get(), _Unread):
-                self._loop.unread(command.run, command.error)
+        self._events.close()
+        while not self._calls.empty():  # copies that failed last
+            if call := self._calls.get():
+                call()
 
-    def _take_commands(self) -> bool:
-        """Takes what has come in; waits when there is nothing to run. Returns whether to go on."""
+    def _make_calls(self) -> bool:
+        """Makes the queued calls; waits for one if no job runs. Returns False to stop."""
         while True:
             try:
-                command = self._commands.get(block=not self._loop.has_work)
+                call = self._calls.get(block=not self._loop.has_work)
             except queue.Empty:
                 return True
-            match command:
-                case _Submit():
-                    self._loop.begin(command.job, command.sink)
-                case _Cancel():
-                    self._loop.cancel(command.job_id)
-                case _ClearCache():
-                    self._clear_cache()
-                case _WarmUp():
-                    self._warm_up(command)
-                case _Unread():
-                    self._loop.unread(command.run, command.error)
-                case _Stop():
-                    return False
+            if call is None:
+                return False
+            call()
 
     def _clear_cache(self) -> None:
         try:
             self._loop.clear_cache()
-        except Exception:  # jobs can do without; those of a broken device learn it from their steps
+        except Exception:  # a job on a broken device fails in its next step
             _log.exception("the cache cannot be cleared")
 
-    def _warm_up(self, command: _WarmUp) -> None:
+    def _warm_up(self, height: int, width: int, done: Future[None]) -> None:
         try:
-            self._loop.warm_up(command.height, command.width)
+            self._loop.warm_up(height, width)
         except Exception as error:
-            command.done.set_exception(error)
+            done.set_exception(error)
         else:
-            command.done.set_result(None)
+            done.set_result(None)

@@ -1,4 +1,4 @@
-"""The work of the device thread, done for many rows at once; a failure stays with its row."""
+"""Runs the operations of the device thread for many rows at once; a failure stays with its row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 class BatchExecutor:
     """Encodes, steps, previews and decodes runs and samples, also of several sizes.
 
-    Every method returns what failed, with its error; for the rest the work is done.
+    Every method returns the items that failed, each with its error; all others are done.
 
     Args:
-        on_split: told of samples that do not fit the device together.
+        on_split: called with samples that do not fit the device together.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class BatchExecutor:
         self._on_split = on_split
         self._step_before: torch.cuda.Event | None = None
 
-    def read(self, runs: Sequence[EngineJobState]) -> None:
-        """Encodes prompts in one batch, for `encode` to find. Who fails here fails again there."""
+    def prefetch_prompts(self, runs: Sequence[EngineJobState]) -> None:
+        """Encodes prompts in one batch into the cache. What fails here fails again in `encode`."""
 
         def work(some: Sequence[EngineJobState]) -> None:
             self._denoiser.encode_texts([run.text for run in some])
@@ -40,7 +40,7 @@ class BatchExecutor:
         bisect_failures(runs, work, self._free_memory)
 
     def encode(self, runs: Sequence[EngineJobState]) -> list[tuple[EngineJobState, Exception]]:
-        """Encodes prompts and init images, and makes the samples."""
+        """Encodes prompts and init images, and creates the samples."""
 
         def work(some: Sequence[EngineJobState]) -> None:
             conditionings = self._denoiser.encode_texts([run.text for run in some])
@@ -62,13 +62,13 @@ class BatchExecutor:
                 self._on_split(some)
 
         failed = bisect_failures(samples, self._step, before_retry)
-        self._keep_pace()
+        self._wait_for_device()
         return failed
 
     def preview(
         self, samples: Sequence[SampleState]
     ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
-        """Makes rough images of what each sample is becoming."""
+        """Makes a rough image of each sample."""
         return self._images(
             samples, lambda some: self._denoiser.preview(torch.cat([it.clean for it in some]))
         )
@@ -98,7 +98,7 @@ class BatchExecutor:
         return found, failed
 
     def clear_cache(self) -> None:
-        """Forgets encoded prompts and gives cached memory back to the device."""
+        """Drops encoded prompts and returns cached memory to the device."""
         self._denoiser.clear_cache()
         self._free_memory()
 
@@ -119,8 +119,8 @@ class BatchExecutor:
         for sample, (slots, clean) in zip(samples, results, strict=True):
             sample.advance(slots, clean)
 
-    def _keep_pace(self) -> None:
-        """Lets the host run one step ahead of a GPU and no more: times and cancels stay true."""
+    def _wait_for_device(self) -> None:
+        """Lets the host run at most one step ahead of a GPU, for exact timings and cancels."""
         if self._denoiser.device.type != "cuda":
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""How much work each tenant has had, so that nobody's many requests push out another's few."""
+"""Start-time fair queueing: counts the work of tenants, so that none crowds out another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 
 class FairShare:
-    """Work by tenant, of those who have rows and of those who would come back with a debt."""
+    """The work of the tenants that have rows, and of those that left with more than the others."""
 
     def __init__(self) -> None:
         self._work: dict[str, float] = {}
@@ -15,21 +15,21 @@ class FairShare:
         return self._work[tenant]
 
     def add(self, tenant: str, work: float) -> None:
-        """Counts work of a tenant that was welcomed."""
+        """Counts work of an active tenant."""
         self._work[tenant] += work
 
     def activate(self, tenant: str, present: Collection[str]) -> None:
-        """A tenant that comes back starts level with the others: idle time earns no credit.
+        """Starts a returning tenant level with the others: idle time earns no credit.
 
         Args:
-            present: those who have rows.
+            present: the tenants that have rows.
         """
         if tenant not in present:
             least = min((self._work[other] for other in present), default=0.0)
             self._work[tenant] = max(self._work.get(tenant, 0.0), least)
 
     def evict(self, present: Collection[str]) -> None:
-        """Forgets who left, unless he would come back with a debt."""
+        """Drops idle tenants that do not owe work."""
         least = min((self._work[tenant] for tenant in present), default=float("inf"))
         self._work = {
             tenant: work for tenant, work in self._work.items() if tenant in present or work > least

@@ -1,4 +1,4 @@
-"""Pictures on their way from the device to the host, while the device goes on."""
+"""Copies of images from the device to the host, while the device continues."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from img2img_server.imaging.base import Pixels
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostCopy:
-    """Picture of denoiser.py in memory of the host.
+    """A Picture of denoiser.py in the memory of the host.
 
-    `host`: height x width x 3, uint8. `is_finite`: one bool, on the host too; None: not asked.
-    `arrived`: when both are there; None: they are.
+    Attributes:
+        host: height x width x 3, uint8.
+        is_finite: One bool on the host; None: not checked.
+        arrived: Recorded behind both copies; None: both are complete.
     """
 
     host: Tensor
@@ -32,24 +34,24 @@ class HostCopy:
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.is_finite is not None and not bool(self.is_finite):
-            raise EngineError("the model's picture is not made of finite numbers")
+            raise EngineError("the image has values that are not finite")
         pixels: Pixels = self.host.numpy()
-        # Pinned memory is dear: it goes back to be used again, whatever the caller keeps.
+        # Pinned memory is expensive: it is reused, while the caller keeps the copy.
         return pixels if self.arrived is None else pixels.copy()
 
 
 def copy_to_host(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[HostCopy]:
-    """Sends pictures to the host and does not wait for them.
+    """Starts copies of images to the host and does not wait for them.
 
     Args:
         pixels: n x height x width x 3, uint8.
-        is_finite: n bools, whether the picture may be shown; None: they all may.
+        is_finite: n bools, whether the values of the image are finite; None: not checked.
     """
     arrived = None
     if pixels.device.type == "cuda":
         pixels = _pinned(pixels)
         is_finite = None if is_finite is None else _pinned(is_finite)
-        # Blocking: the thread that waits for it sleeps.
+        # Blocking: a thread that waits for the event sleeps.
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         arrived.record()
     return [
@@ -59,7 +61,7 @@ def copy_to_host(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[Ho
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on the device, without waiting for what the device is at."""
+    """Returns a host tensor on the device, without waiting for the work of the device."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

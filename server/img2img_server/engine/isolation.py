@@ -1,4 +1,4 @@
-"""Keeps the failure of one row from its neighbours: split, try again, name the culprits."""
+"""Isolates the failure of one row: runs halves again until the rows that fail are alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def bisect_failures(
 
     Args:
         work: must change nothing when it raises.
-        before_retry: told of items that failed together, and whether it was for want of memory;
-            frees what the failed attempt may hold.
+        before_retry: called with items that failed together, and whether memory was missing; frees
+            memory of the failed attempt.
 
     Returns:
         The items that fail alone, each with its error. For all others the work is done.
@@ -35,7 +35,7 @@ def bisect_failures(
         return []
     try:
         work(items)
-    except Exception as error:  # whatever it is, the neighbours go on
+    except Exception as error:  # the neighbours continue after any error
         if len(items) == 1:
             return [(items[0], error)]
         lacked_memory = is_out_of_memory(error)
@@ -51,7 +51,7 @@ def bisect_failures(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device or the host had too little memory."""
+    """Returns whether the device or the host had too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # The CPU allocator has no exception class of its own.
@@ -59,7 +59,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def needed_bytes(error: Exception) -> int | None:
-    """How much memory was asked for, where the sentence tells.
+    """Returns how much memory was requested, if the message names it.
 
     >>> needed_bytes(RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …"))
     2684354560
@@ -73,7 +73,7 @@ def needed_bytes(error: Exception) -> int | None:
 
 
 def device_works(device: torch.device) -> bool:
-    """Whether the device still computes.
+    """Returns whether the device still computes.
 
     Some CUDA errors (an illegal address, a failed assertion in a kernel, a GPU that fell off the
     bus) leave a context in which everything fails from then on.
@@ -91,9 +91,9 @@ def device_works(device: torch.device) -> bool:
 
 
 def failure_of(error: Exception, job: EngineJob) -> Exception:
-    """What a job's caller is told of an error in the loop."""
+    """Returns the error that the job's caller gets for an error in the loop."""
     if is_out_of_memory(error):
         return OutOfMemoryError(job.width, job.height, needed_bytes(error))
-    if isinstance(error, ValueError):  # a scheduler that cannot do what was asked
+    if isinstance(error, ValueError):  # a scheduler rejects its options
         return EngineError(str(error))
     return error

@@ -1,4 +1,4 @@
-"""What the engine keeps of a running job: its rows' tensors, its times, its events."""
+"""The state of a running job: the tensors of its rows, its timings and its events."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from img2img_server.domain.events import StepFinished
 from img2img_server.domain.job import Timings
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, SampleReady, Sink
 from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
+from img2img_server.engine.host_copy import to_device
 from img2img_server.engine.sampler import Schedule, Step, coefficient_table, draw_noise
 from img2img_server.engine.scheduler import Key, Row
 from img2img_server.imaging.base import Pixels
@@ -28,8 +29,8 @@ class SampleState:
     Attributes:
         slots: What the sampler keeps, 1 x c x h x w each, float32; the latents first.
         clean: The clean latents that the last step predicted, of the same shape.
-        noise: Drawn for the coming step; kept until the step succeeded, so that a second try of it
-            gets the same numbers.
+        noise: Drawn for the next step and kept until the step succeeds, so that a retry gets the
+            same numbers.
     """
 
     run: EngineJobState
@@ -54,34 +55,34 @@ class SampleState:
 
     @property
     def coefficients(self) -> Tensor:
-        """Line of the coming step."""
+        """Returns the coefficients of the next step."""
         return self.run.table[self.steps_done]
 
     def draw(self) -> None:
-        """Draws the noise of the coming step, once."""
+        """Draws the noise of the next step, once."""
         if self.next_step.draws_noise and self.noise is None:
-            self.noise = draw_noise(self.generator, self.latents)
+            self.noise = _noise(self.generator, self.latents)
 
     def advance(self, slots: tuple[Tensor, ...], clean: Tensor) -> None:
-        """Takes the result of the coming step."""
+        """Stores the result of the next step."""
         self.slots, self.clean, self.noise = slots, clean, None
         self.steps_done += 1
 
     def step_done(self) -> StepFinished:
-        """What is told of the step behind it."""
+        """Returns the event of the last step."""
         steps = self.run.schedule.steps
         sigma = steps[self.steps_done - 1].sigma_after
         return StepFinished(sample=self.index, step=self.steps_done, total=len(steps), sigma=sigma)
 
     @property
     def wants_preview(self) -> bool:
-        """Whether one was asked for after the step behind it; the last step gives the picture."""
+        """Returns whether a preview follows the last step; the final one gives the image itself."""
         every = self.run.job.params.preview_interval_steps
         is_last = self.steps_done == len(self.run.schedule.steps)
         return bool(every) and self.steps_done % every == 0 and not is_last
 
     def ready(self, decode_began: float, pixels: Pixels) -> SampleReady:
-        """Its picture is there."""
+        """Returns the event of the finished image."""
         self.run.note_decode(decode_began, time.monotonic())
         return SampleReady(self.index, pixels)
 
@@ -90,7 +91,9 @@ class SampleState:
 class EngineJobState:
     """One job in the engine.
 
-    `is_broken`: one of its pictures could not be read out.
+    Attributes:
+        table: The coefficients of all steps on the device, so that a step copies nothing to it.
+        is_broken: One of the images could not be copied to the host.
     """
 
     job: EngineJob
@@ -121,7 +124,7 @@ class EngineJobState:
         device: torch.device,
         batch_key: Hashable,
     ) -> EngineJobState:
-        table = coefficient_table(schedule, device)
+        table = to_device(coefficient_table(schedule), device)
         return cls(job, sink, schedule, forwards, table, batch_key, unfinished=len(job.seeds))
 
     @property
@@ -133,7 +136,7 @@ class EngineJobState:
         return bool(self.samples)
 
     def rows(self, now: float) -> list[Row]:
-        """What the scheduler is told."""
+        """Returns the rows of the job for the scheduler."""
         job, params = self.job, self.job.params
         scale = params.lora_scale if params.lora else 0.0
         return [
@@ -154,32 +157,32 @@ class EngineJobState:
         ]
 
     def prepare(self, conditioning: Conditioning, image: ImageLatents) -> None:
-        """Makes the samples, drawing in the order of diffusers: the autoencoder's, then ours."""
+        """Creates the samples; draws noise in the order of diffusers: first the autoencoder's."""
         schedule, samples = self.schedule, []
         for index, seed in enumerate(self.job.seeds):
             generator = torch.Generator().manual_seed(seed)
             latents = image.mean[None]
             if image.deviation is not None:
-                latents = latents + image.deviation * draw_noise(generator, latents)
-            noise = draw_noise(generator, latents)
+                latents = latents + image.deviation * _noise(generator, latents)
+            noise = _noise(generator, latents)
             latents = schedule.init_signal * latents + schedule.init_noise * noise
             sample = SampleState(self, index, generator, (latents,), latents)
             samples.append(sample)
         self.conditioning, self.samples = conditioning, samples
 
     def note_step(self, seconds: float, share: float) -> None:
-        """Counts a batch that some of its samples were in."""
+        """Counts a batch with samples of the job."""
         self.denoise += seconds
         self.shares += share
         self.batches += 1
 
     def note_decode(self, began: float, now: float) -> None:
-        """Counts the time until a picture was there, once where several were on their way."""
+        """Counts the time until an image was on the host; overlapping copies count once."""
         self.decode += now - max(began, self.decoded)
         self.decoded = now
 
     def done(self) -> JobDone:
-        """Its end, with its timings: it ends now."""
+        """Builds the JobDone event of a job that ends now."""
         timings = Timings(
             encode=self.encode,
             denoise=self.denoise,
@@ -189,6 +192,11 @@ class EngineJobState:
             batch_share=self.shares / self.batches if self.batches else 0.0,
         )
         return JobDone(timings, self.conditioning.warnings if self.conditioning else ())
+
+
+def _noise(generator: torch.Generator, like: Tensor) -> Tensor:
+    """Draws noise on the device of a tensor."""
+    return to_device(draw_noise(generator, like), like.device)
 
 
 def text_of(job: EngineJob) -> TextInput:
@@ -205,7 +213,7 @@ def text_of(job: EngineJob) -> TextInput:
 
 
 def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
-    """Hands an event out. A sink that raises harms nobody but itself."""
+    """Calls the sink with an event. An error of the sink is logged and goes no further."""
     try:
         sink(event)
     except Exception:
@@ -219,5 +227,5 @@ def largest_size(samples: Sequence[SampleState]) -> tuple[int, int]:
 
 
 def runs_of(samples: Sequence[SampleState]) -> list[EngineJobState]:
-    """The jobs that some samples belong to, each once."""
+    """Returns the jobs of some samples, each once."""
     return list({sample.run.job.job_id: sample.run for sample in samples}.values())

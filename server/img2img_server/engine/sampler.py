@@ -21,8 +21,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from img2img_server.engine.host_copy import to_device
-
 MAX_SLOTS = 8  # of a row
 
 
@@ -63,14 +61,11 @@ _TIMESTEP, _INPUT_SCALE, _WEIGHTS = 0, 1, 2
 _CLEAN, _OUTPUT, _NOISE, _WIDTH = MAX_SLOTS, MAX_SLOTS, MAX_SLOTS + 1, MAX_SLOTS + 2
 
 
-def coefficient_table(schedule: Schedule, device: torch.device) -> Tensor:
-    """Returns the coefficients of all steps, float32, a line each.
-
-    Made once for each run, so that its steps copy nothing to the device.
-    """
+def coefficient_table(schedule: Schedule) -> Tensor:
+    """Returns the coefficients of all steps on the CPU, float32, a line each."""
     lines = [_line(step) for step in schedule.steps]
     width = _WEIGHTS + (MAX_SLOTS + 1) * _WIDTH
-    return to_device(torch.tensor(lines, dtype=torch.float32).reshape(-1, width), device)
+    return torch.tensor(lines, dtype=torch.float32).reshape(-1, width)
 
 
 def timesteps(coefficients: Tensor) -> Tensor:
@@ -132,12 +127,11 @@ def advance(
 
 
 def draw_noise(generator: torch.Generator, like: Tensor) -> Tensor:
-    """Returns standard normal noise of a tensor's shape and device, float32.
+    """Returns standard normal noise of a tensor's shape, float32, on the CPU.
 
-    Drawn on the CPU, so that a seed means the same everywhere, and in the order of diffusers.
+    So a seed means the same noise on every device, in the order of diffusers.
     """
-    noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    return to_device(noise, like.device)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32)
 
 
 def _combine(

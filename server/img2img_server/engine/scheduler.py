@@ -1,26 +1,18 @@
-"""Which samples take the next denoising step together. Pure: no torch, no clock, no threads.
+"""Decides which samples take the next denoising step together. Pure: no torch, clock or threads.
 
-A sample is a row. Rows join and leave at every step. Each batch holds rows of one
-batch key only (one size in most families, one adapter), and is put together anew for each step, in
-this order:
+A sample is a row. Rows join and leave at every step. A batch holds rows of one batch key only (one
+size in most families, one adapter). Each step takes the rows in the order of `Priority`.
 
-1. rows that have waited for longer than `max_wait_seconds`, longest wait first;
-2. the realtime lane before the batch lane;
-3. the tenant that has had the least work (pixels x forwards) before the others;
-4. rows that will soon miss their deadline;
-5. the row with the largest age / (remaining work)^2: among equals the older one first, and a short
-   job does not wait for a long one. The square is there because with the plain ratio all jobs are
-   slowed alike, and a short one behind long ones would be as slow as they are, times its length.
-
-The first row in this order fixes the bucket. Others of that bucket join as long as that pays: every
-row of a batch waits for all of its rows, but what a step costs beyond its rows is paid once, and
-that is time saved for those that join and those that wait on.
+The first row fixes the batch key. Other rows with this key join as long as that is worthwhile:
+every row of a batch waits for all of its rows, but the fixed cost of a step is paid once, which
+saves time for the rows that join and for the rows that still wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from img2img_server.domain.params import Lane
 from img2img_server.engine.fair_share import FairShare
@@ -28,11 +20,11 @@ from img2img_server.engine.fair_share import FairShare
 Key = tuple[int, int]  # job id, sample
 
 _LANE_ORDER = {Lane.REALTIME: 0, Lane.BATCH: 1}
-# Added to every age: a short row that has just come goes before a long one at once.
+# Added to every age, so that a new short row goes before a long one at once.
 _HEAD_START_SECONDS = 0.1
-# A row is urgent when less than this many times the time that it needs is left.
+# A row is urgent when the time left is less than this many times the time that it needs.
 _URGENT_RATIO = 2.0
-_PACE_WEIGHT = 0.2
+_SPEED_WEIGHT = 0.2
 _LIMIT_SECONDS = 600.0
 
 
@@ -40,10 +32,11 @@ _LIMIT_SECONDS = 600.0
 class Row:
     """One sample to denoise.
 
-    `forwards`: what each of its steps costs; 2 with guidance, since the unguided prediction is a
-    forward of its own. `steps`: how many it still needs, at least 1. `batch_key`: rows with
-    different ones share no batch. `deadline`: when its picture is of no more use, of the same clock
-    as `enqueue_time`; None: never.
+    Attributes:
+        forwards: The cost of a step; 2 with guidance, whose unguided prediction is a forward too.
+        steps: The number of steps that the row still needs, at least 1.
+        batch_key: Rows with different keys share no batch.
+        deadline: When the image becomes useless, by the clock of `enqueue_time`; None: never.
     """
 
     job_id: int
@@ -64,7 +57,7 @@ class Row:
 
     @property
     def work(self) -> int:
-        """Pixels x forwards of one step."""
+        """Returns pixels x forwards of one step."""
         return self.height * self.width * self.forwards
 
 
@@ -76,7 +69,7 @@ class Batch:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the largest row: smaller ones are padded to it, if they differ."""
+        """Returns height and width of the largest row, to which smaller ones are padded."""
         row = max(self.rows, key=lambda row: row.height * row.width)
         return row.height, row.width
 
@@ -98,6 +91,31 @@ class _Entry:
         return self.steps_left * self.row.work
 
 
+class Priority(NamedTuple):
+    """The order of rows: the smallest goes first.
+
+    Attributes:
+        has_waited_too_long: 0 for rows that waited longer than `max_wait_seconds`, else 1.
+        waiting_since: Orders the rows that waited too long; 0.0 for the others.
+        lane: The realtime lane goes before the batch lane.
+        tenant_work: The tenant that has had the least work (pixels x forwards) goes first.
+        is_urgent: 0 for rows that will soon miss their deadline, else 1.
+        score: -age / (remaining work)^2, so that a short job does not wait for a long one. With the
+            plain ratio all jobs would be slowed alike, a short one by the length of the long ones.
+        enqueue_time: Among equals, the older row goes first; the rest makes the order total.
+    """
+
+    has_waited_too_long: int
+    waiting_since: float
+    lane: int
+    tenant_work: float
+    is_urgent: int
+    score: float
+    enqueue_time: float
+    job_id: int
+    sample: int
+
+
 class Scheduler:
     """Picks the rows of every step.
 
@@ -105,8 +123,8 @@ class Scheduler:
         max_batch_size: the largest batch, in forwards. A row that costs more than that runs alone.
         fixed_step_cost: what a step costs beyond its rows, in pixels x forwards; None: a larger
             batch is always worthwhile, as on a GPU.
-        max_wait_seconds: a row that has waited for so long since its last step goes before every
-            row that has not. Then no more than the rows before it in that line run first.
+        max_wait_seconds: a row that has waited longer since its last step goes before every row
+            that has not.
     """
 
     def __init__(
@@ -122,13 +140,13 @@ class Scheduler:
         self._limits: dict[tuple[int, int], tuple[int, float]] = {}  # forwards, until when
         self._entries: dict[Key, _Entry] = {}
         self._work_of_tenant = FairShare()
-        self._seconds_per_work = 0.0
+        self._seconds_per_work = 0.0  # 0.0: not measured yet
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def add(self, row: Row, now: float) -> None:
-        """Takes a row in. Its key must be new."""
+        """Adds a row. Its key must be new."""
         assert row.key not in self._entries
         assert row.steps >= 1
         self._work_of_tenant.activate(row.tenant, self._present())
@@ -147,10 +165,10 @@ class Scheduler:
         self._limits[height, width] = most, now + _LIMIT_SECONDS
 
     def next_batch(self, now: float) -> Batch | None:
-        """The rows that step next; None when no row can. Each stays in flight until `complete`."""
+        """Returns the rows that step next, or None. Each stays in flight until `complete`."""
         line = sorted(
             (entry for entry in self._entries.values() if not entry.in_flight),
-            key=lambda entry: self._order(entry, now),
+            key=lambda entry: self._priority(entry, now),
         )
         if not line:
             return None
@@ -160,7 +178,7 @@ class Scheduler:
         return Batch(tuple(entry.row for entry in chosen))
 
     def put_back(self, keys: Iterable[Key]) -> None:
-        """Takes rows of a batch that did not run after all; they wait as long as they have."""
+        """Returns rows of a batch that did not run to the waiting ones."""
         for key in keys:
             if entry := self._entries.get(key):
                 assert entry.in_flight
@@ -179,7 +197,7 @@ class Scheduler:
             assert entry.in_flight
             entry.in_flight = False
             entry.steps_left -= 1
-            self._note_pace(entry, now)
+            self._measure_speed(entry, now)
             entry.waiting_since = now
             self._work_of_tenant.add(entry.row.tenant, entry.row.work)
             if not entry.steps_left:
@@ -192,7 +210,7 @@ class Scheduler:
         return forwards if now < until else self._max_batch_size
 
     def _choose(self, line: Sequence[_Entry], now: float) -> list[_Entry]:
-        """The head of the line, and who joins it."""
+        """Returns the first row of the line and the rows that join it."""
         first = line[0].row
         chosen, forwards = [line[0]], first.forwards
         most = self._limit(first.height, first.width, now)
@@ -208,34 +226,41 @@ class Scheduler:
         return chosen
 
     def _is_worth_joining(self, row: Row, chosen: int, waiting: int) -> bool:
-        """Whether a row's joining saves it and those that wait on more than it costs the chosen,
-        who pay for the step in any case."""
+        """Compares the time that joining saves this row and the waiting ones with the time that it
+        costs the chosen ones."""
         if self._fixed_step_cost is None:
             return True
         return (waiting - chosen) * self._fixed_step_cost > chosen * row.work
 
-    def _order(self, entry: _Entry, now: float) -> tuple[float, ...]:
+    def _priority(self, entry: _Entry, now: float) -> Priority:
         row = entry.row
         if now - entry.waiting_since > self._max_wait_seconds:
-            return (0, entry.waiting_since, row.job_id, row.sample)
-        lane, work = _LANE_ORDER[row.lane], self._work_of_tenant[row.tenant]
+            return Priority(0, entry.waiting_since, 0, 0.0, 0, 0.0, 0.0, row.job_id, row.sample)
         age = max(0.0, now - row.enqueue_time) + _HEAD_START_SECONDS
-        score = age / entry.work_left**2
-        patience = 0 if self._is_urgent(entry, now) else 1
-        return (1, lane, work, patience, -score, row.enqueue_time, row.job_id, row.sample)
+        return Priority(
+            has_waited_too_long=1,
+            waiting_since=0.0,
+            lane=_LANE_ORDER[row.lane],
+            tenant_work=self._work_of_tenant[row.tenant],
+            is_urgent=0 if self._is_urgent(entry, now) else 1,
+            score=-age / entry.work_left**2,
+            enqueue_time=row.enqueue_time,
+            job_id=row.job_id,
+            sample=row.sample,
+        )
 
     def _is_urgent(self, entry: _Entry, now: float) -> bool:
-        """Whether it must run now to be in time. A deadline that has passed hurries nobody."""
+        """Returns whether the row must run now to be in time; a passed deadline does not count."""
         if entry.row.deadline is None:
             return False
         left = entry.row.deadline - now
         return 0 < left < _URGENT_RATIO * entry.work_left * self._seconds_per_work
 
-    def _note_pace(self, entry: _Entry, now: float) -> None:
-        """Learns how long the work of a row takes, in the company that it has."""
+    def _measure_speed(self, entry: _Entry, now: float) -> None:
+        """Updates the seconds that a row's work takes in its present batches."""
         seconds = (now - entry.step_began) / entry.row.work
         known = self._seconds_per_work or seconds
-        self._seconds_per_work = known + _PACE_WEIGHT * (seconds - known)
+        self._seconds_per_work = known + _SPEED_WEIGHT * (seconds - known)
 
     def _remove(self, key: Key) -> None:
         del self._entries[key]

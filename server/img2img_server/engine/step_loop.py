@@ -1,9 +1,9 @@
-"""The step loop's work: every call runs one step of all the rows that share it.
+"""Runs one step of a batch at a time.
 
-    pick a batch -> encode what is new -> one forward -> decode what is done
+    pick a batch -> encode the new jobs -> one forward -> decode the finished samples
 
-Rows join and leave at every step. What a row's neighbours are changes no more than the last bits
-of its arithmetic. An error stays with the row that causes it.
+Rows join and leave at every step. The neighbours of a row change no more than the last bits of its
+arithmetic. An error stays with the row that causes it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _log = logging.getLogger(__name__)
 
 
 class StepLoop:
-    """The jobs in the engine and their next steps. For one thread, the one that owns the device.
+    """The jobs in the engine and their next steps. Only the thread that owns the device calls it.
 
     Args:
         spec: the model's name, defaults and limits.
         max_batch_size: the largest batch, in forwards; a guided sample costs two.
         memory: knows which batches fit the device.
-        outbox: takes what jobs are told; its failures come back to `unread`.
+        events: emits the events of jobs; its failures come back to `copy_failed`.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class StepLoop:
         spec: ModelSpec,
         max_batch_size: int,
         memory: MemoryModel,
-        outbox: EventDispatcher,
+        events: EventDispatcher,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
-        self._outbox = outbox
-        self._stages = BatchExecutor(denoiser, self._note_split)
+        self._events = events
+        self._executor = BatchExecutor(denoiser, self._note_split)
         self._scheduler = Scheduler(max_batch_size, denoiser.fixed_step_cost)
         self._memory = memory
         self._runs: dict[int, EngineJobState] = {}
@@ -78,7 +78,7 @@ class StepLoop:
         return len(self._scheduler) > 0
 
     def cancel(self, job_id: int) -> None:
-        """Ends a job; nothing happens when there is no such one."""
+        """Ends a job; ignores unknown jobs."""
         self._end(job_id, JobStopped())
 
     def stop_all(self) -> None:
@@ -87,11 +87,11 @@ class StepLoop:
             self.cancel(job_id)
 
     def clear_cache(self) -> None:
-        """Forgets what is kept for speed only."""
-        self._stages.clear_cache()
+        """Drops encoded prompts and cached memory."""
+        self._executor.clear_cache()
 
     def warm_up(self, height: int, width: int) -> None:
-        """Runs everything once at this size, with every size of batch that is worth it."""
+        """Runs every operation once at this size, with every batch size that is compiled."""
         for forwards in self._denoiser.warm_up_forwards:
             self._warm_up(height, width, forwards)
 
@@ -113,7 +113,7 @@ class StepLoop:
         denoiser.preview(latents[:1])
 
     def begin(self, job: EngineJob, sink: Sink) -> None:
-        """Takes a job in, or ends it at once: refused, with nothing to do, or on a lost device."""
+        """Adds a job, or ends it at once: if it is invalid, has no steps, or the device is lost."""
         if self._lost:
             emit(sink, job, JobStopped())
             return
@@ -131,27 +131,27 @@ class StepLoop:
             return
         if not run.schedule.steps:
             for index in range(len(job.seeds)):
-                self._outbox.tell(run, SampleReady(index, job.init_image.copy()))
-            self._outbox.finish(run)
+                self._events.emit(run, SampleReady(index, job.init_image.copy()))
+            self._events.finish(run)
             return
         self._runs[job.job_id] = run
         now = time.monotonic()
         for row in run.rows(now):
             self._scheduler.add(row, now)
 
-    def unread(self, run: EngineJobState, error: Exception) -> None:
-        """Ends a job with a picture that could not be read out."""
+    def copy_failed(self, run: EngineJobState, error: Exception) -> None:
+        """Ends a job with an image that could not be copied to the host."""
         if self._runs.get(run.job.job_id) is run:
             del self._runs[run.job.job_id]
             self._scheduler.cancel(run.job.job_id)
-        self._outbox.verdict(run, self._verdict(run, error))
+        self._events.emit_verdict(run, self._verdict(run, error))
         if self._lost:
             self.stop_all()
 
     def _end(self, job_id: int, event: JobStopped | JobFailed | DeviceLost) -> None:
         if run := self._runs.pop(job_id, None):
             self._scheduler.cancel(job_id)
-            self._outbox.tell(run, event)
+            self._events.emit(run, event)
 
     def _fail(self, run: EngineJobState, error: Exception) -> None:
         if run.job.job_id in self._runs:
@@ -164,14 +164,14 @@ class StepLoop:
         return JobFailed(failure_of(error, run.job))
 
     def _loses_device(self, error: Exception) -> bool:
-        """Asks the device after an error, and notes when it broke for good."""
+        """Checks the device after an error; returns whether it is lost for good."""
         if not device_works(self._denoiser.device):
             _log.critical("the device is lost", exc_info=error)
             self._lost = True
         return self._lost
 
     def run_batch(self) -> None:
-        """Runs the next step of what the scheduler picks. Raises nothing, whatever happens."""
+        """Runs the next step of the batch that the scheduler picks. Never raises."""
         batch = self._scheduler.next_batch(time.monotonic())
         if batch is None:
             return
@@ -182,11 +182,11 @@ class StepLoop:
             for row in batch.rows:
                 if run := self._runs.get(row.job_id):
                     self._fail(run, error)
-        if self._lost:  # the neighbours did nothing wrong
+        if self._lost:  # the other jobs run again elsewhere
             self.stop_all()
 
     def _fitting(self, batch: Batch) -> Batch:
-        """What of a batch fits the device; the rest goes back to wait. One row at least."""
+        """Returns the rows that fit the device, at least one; the others wait again."""
         most = self._memory.max_forwards(
             *batch.size, batch.forwards, self._denoiser.padded_batch_size
         )
@@ -200,8 +200,8 @@ class StepLoop:
         new = [run for run in runs.values() if not run.is_prepared]
         most = self._denoiser.max_vae_batch(*batch.size)
         if len(new) > most:
-            self._stages.read(new)
-        # Those that run already do not wait until the pictures of all new ones are encoded.
+            self._executor.prefetch_prompts(new)
+        # Running jobs do not wait until the init images of all new jobs are encoded.
         self._encode(new[:most])
         late = {run.job.job_id for run in new[most:]}
         self._scheduler.put_back([row.key for row in batch.rows if row.job_id in late])
@@ -221,12 +221,12 @@ class StepLoop:
         if not runs:
             return
         began = time.monotonic()
-        failed = self._stages.encode(runs)
+        failed = self._executor.encode(runs)
         for run in runs:
             run.started, run.encode = began, time.monotonic() - began
             if run.is_prepared:
-                self._outbox.tell(run, StageFinished(stage=Stage.TEXT_ENCODED))
-                self._outbox.tell(run, StageFinished(stage=Stage.IMAGE_ENCODED))
+                self._events.emit(run, StageFinished(stage=Stage.TEXT_ENCODED))
+                self._events.emit(run, StageFinished(stage=Stage.IMAGE_ENCODED))
         for run, error in failed:
             self._fail(run, error)
 
@@ -236,7 +236,7 @@ class StepLoop:
         began = time.monotonic()
         forwards, size = sum(sample.run.forwards for sample in samples), largest_size(samples)
         with self._memory.measured(*size, self._denoiser.padded_batch_size(forwards)):
-            failed = self._stages.step(samples)
+            failed = self._executor.step(samples)
         took = time.monotonic() - began
         for run in runs_of(samples):
             own = sum(run.forwards for sample in samples if sample.run is run)
@@ -245,7 +245,7 @@ class StepLoop:
             self._fail(sample.run, error)
 
     def _note_split(self, samples: Sequence[SampleState]) -> None:
-        """Learns from an out-of-memory: later batches of that size are smaller from the start."""
+        """Bounds later batches of this size after an out-of-memory error."""
         height, width = largest_size(samples)
         forwards = sum(sample.run.forwards for sample in samples)
         self._scheduler.limit(height, width, forwards // 2, time.monotonic())
@@ -253,29 +253,29 @@ class StepLoop:
 
     def _report_steps(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
-            self._outbox.tell(sample.run, sample.step_done())
-        previews, failed = self._stages.preview([s for s in samples if s.wants_preview])
-        for sample, picture in previews:
+            self._events.emit(sample.run, sample.step_done())
+        previews, failed = self._executor.preview([s for s in samples if s.wants_preview])
+        for sample, image in previews:
             event = partial(PreviewReady, sample.index, sample.steps_done)
-            self._outbox.show(sample.run, picture, event, is_optional=True)
+            self._events.emit_image(sample.run, image, event, is_optional=True)
         for sample, error in failed:
-            # A job can do without its previews.
+            # A preview is optional: the job continues.
             _log.warning("a preview of job %d failed", sample.run.job.job_id, exc_info=error)
 
     def _decode(self, samples: Sequence[SampleState]) -> None:
         if not samples:
             return
         began = time.monotonic()
-        pictures, failed = self._stages.decode(samples)
+        images, failed = self._executor.decode(samples)
         for sample, error in failed:
             self._fail(sample.run, error)
-        for sample, picture in pictures:
+        for sample, image in images:
             if self._is_alive(sample):
-                self._outbox.show(sample.run, picture, partial(sample.ready, began))
+                self._events.emit_image(sample.run, image, partial(sample.ready, began))
                 sample.run.unfinished -= 1
                 if not sample.run.unfinished:
                     del self._runs[sample.run.job.job_id]
-                    self._outbox.finish(sample.run)
+                    self._events.finish(sample.run)
 
 
 def admit(

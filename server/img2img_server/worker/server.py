@@ -12,9 +12,9 @@ from functools import partial
 import structlog
 
 from img2img_server.engine.base import Engine
-from img2img_server.engine.cpu_threads import wait_briefly
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.options import limit_spinning
 from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.exit_reason import logs_reason
 from img2img_server.lifecycle import unless_stopped
@@ -126,7 +126,7 @@ def _source(settings: Settings) -> str:
 
 
 def _check_device(settings: Settings) -> None:
-    wait_briefly()
+    limit_spinning()
     from img2img_server.engine.device import device_and_dtype  # imports torch: seconds
 
     device_and_dtype(settings)
