@@ -153,7 +153,7 @@ async def test_a_bucket_that_never_answers_for_its_rules_is_a_warning(
     async with connect_blobs(Settings(**s3.settings())) as blobs:
         await blobs.prepare()
         s3.released.set()
-    assert any("no answer within 0.1 s" in line for line in caplog.messages)
+    assert any("no response within 0.1 s" in line for line in caplog.messages)
 
 
 async def test_wrong_keys_are_refused_by_a_real_server(engine_settings: Any) -> None:
@@ -173,7 +173,7 @@ async def test_a_server_that_answers_everything_is_no_store_for_a_gateway_either
 ) -> None:
     s3.answers["any"] = Answer(200, "", HTML)
     async with connect_blobs(Settings(**s3.settings())) as blobs:
-        with pytest.raises(SettingsError, match="nobody stored: it is no S3 endpoint"):
+        with pytest.raises(SettingsError, match="never stored: it is no S3 endpoint"):
             await blobs.start_reading(60.0)
 
 

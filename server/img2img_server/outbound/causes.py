@@ -1,6 +1,6 @@
-"""Says why a request to an address that a caller supplied failed, in words for that caller.
+"""Explains to a caller why a request to an address that the caller supplied failed.
 
-The texts name no IP address and no port: an error's own text may hold what a name resolved to.
+The texts name no IP address and no port, which the error's own text may hold.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def cause_of(error: Exception, host: str) -> str:
     """Returns the cause as a clause, for example "the name files.example cannot be resolved".
 
     Args:
-        error: What a request of an OutboundPolicy's session raised.
-        host: The host that was asked, as the caller may see it.
+        error: An error of a request by an OutboundPolicy's session.
+        host: The requested host, as the caller may see it.
     """
     return _cause(error, host)[:_MOST_CHARACTERS]
 
@@ -40,7 +40,7 @@ def _cause(error: Exception, host: str) -> str:
         case ConnectionBrokenError():
             return "the connection broke before the server answered"
         case aiohttp.ClientPayloadError():
-            return "the connection broke before the answer was complete"
+            return "the connection broke before the response was complete"
         case aiohttp.ClientResponseError():
             return "the server did not answer with valid HTTP"
         case TimeoutError():
@@ -54,7 +54,7 @@ def _cause(error: Exception, host: str) -> str:
 def _certificate_fault(error: aiohttp.ClientConnectorCertificateError) -> str:
     inner = error.certificate_error
     if isinstance(inner, ssl.SSLCertVerificationError):
-        # Behind a comma stands the host that was asked, which may be that of a redirect.
+        # The host after the comma is left out: it may be that of a redirect.
         return inner.verify_message.partition(",")[0].rstrip(".") or "it cannot be verified"
     return "it cannot be verified"
 
@@ -66,6 +66,6 @@ def _tls_fault(error: OSError) -> str:
 
 
 def _system_fault(error: OSError) -> str:
-    """The system's words for the number, which has no address in it."""
-    # asyncio gives one error without a number for several addresses that were all tried.
+    """Returns the system's text for the error number, which holds no address."""
+    # For several addresses asyncio raises one error without a number.
     return os.strerror(error.errno).lower() if error.errno else "all its addresses failed"

@@ -1,4 +1,4 @@
-"""Which IP addresses are public: the registries' tables, the same on every Python version."""
+"""The tables of public IP addresses, the same on every Python version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_PUBLIC_V4 = tuple(
             "10.0.0.0/8",  # private
             "100.64.0.0/10",  # carrier-grade NAT; a cloud's metadata service at 100.100.100.200
             "127.0.0.0/8",  # loopback
-            "168.63.129.16/32",  # a public address, but Azure's host answers there
+            "168.63.129.16/32",  # a public address at which Azure's host responds
             "169.254.0.0/16",  # link-local; metadata services at 169.254.169.254
             "172.16.0.0/12",  # private
             "192.0.0.0/24",  # protocol assignments; a cloud's metadata service at 192.0.0.192
@@ -49,7 +49,7 @@ NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: Address) -> bool:
-    """Whether the address is a host on the internet."""
+    """Returns whether the address is a host on the internet."""
     if isinstance(address, IPv4Address):
         return not any(address in network for network in NOT_PUBLIC_V4)
     if address in NAT64:

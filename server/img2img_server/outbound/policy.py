@@ -1,8 +1,8 @@
-"""Which addresses that callers supply the service connects to: init images, webhooks, S3 endpoints.
+"""The policy for connections to addresses that callers supply: init images, webhooks, S3 endpoints.
 
-A URL is checked before each request, redirects included. A name is resolved once, every address it
-has is checked, and the connection goes to those very addresses: an answer that changes between
-check and connect changes nothing. The request line gets the caller's bytes, see domain/urls.py.
+A URL is checked before each request, redirects included. A name is resolved once, all its addresses
+are checked, and the connection goes to one of them: it has no effect that the name server returns
+another address later. The request line has the caller's bytes, see domain/urls.py.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class ForbiddenAddressError(Exception):
     """The address must not be contacted.
 
     Attributes:
-        cause: Why, as a clause for the caller. The exception's own text is for the log: it may
-            name addresses that only the service's name server knows.
+        cause: A clause for the caller. The exception's own text is for the log: it may name
+            addresses that only the service's name server knows.
     """
 
     def __init__(self, cause: str, detail: str = "") -> None:
@@ -62,7 +62,7 @@ class OutboundPolicy:
     """Public addresses are allowed, and those that the operator lists.
 
     `hosts`: names that may have any address. `networks`: addresses that any name may have.
-    `user_agent`: what requests name themselves.
+    `user_agent`: the User-Agent of requests.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -80,7 +80,7 @@ class OutboundPolicy:
         """Reads the setting outbound_allow, for example "files.internal, 10.2.0.0/16, ::1".
 
         Raises:
-            SettingsError: an entry is neither host nor network.
+            SettingsError: An entry is neither host nor network.
         """
         hosts, networks = set(), []
         for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -95,36 +95,36 @@ class OutboundPolicy:
         return cls(frozenset(hosts), tuple(networks))
 
     def lists(self, url: URL) -> bool:
-        """Whether the operator listed the host of a checked URL; only there http webhooks go."""
+        """Returns whether the operator listed the host of a checked URL."""
         host = url.raw_host or ""
         address = _literal(host)
         return host.removesuffix(".") in self.hosts if address is None else self._listed(address)
 
     def lists_host(self, text: str) -> bool:
-        """Whether an address is good as far as can be told, and its host listed."""
+        """Returns whether an address passes `check_url` and its host is listed."""
         try:
             return self.lists(self.check_url(text))
         except ForbiddenAddressError:
             return False
 
     def check_url(self, text: str, base: URL | None = None) -> URL:
-        """Checks everything about an address that can be told without resolving its name.
+        """Checks an address without resolving its name.
 
         Args:
-            text: absolute http or https URL, or a reference relative to base.
+            text: Absolute http or https URL, or a reference relative to base.
 
         Raises:
-            ForbiddenAddressError: it is malformed, has a user part, a port of another protocol,
-                or a host that is spelled oddly or is not public.
+            ForbiddenAddressError: The address is malformed, has a user part, a port of another
+                protocol, or a host that is not public or is an IP address in an unusual spelling.
         """
         try:
             parsed = parse_url(text) if base is None else join_url(parse_url(str(base)), text)
             named = URL.build(scheme=parsed.scheme, host=parsed.host, port=parsed.port)
         except UrlError as error:
             raise ForbiddenAddressError(f"the address {error}") from error
-        except ValueError as error:  # an international name that is none
+        except ValueError as error:  # not a valid international name
             raise ForbiddenAddressError("the address has a host name that is not valid") from error
-        # yarl has no place for an empty query, so the path holds both, as they are sent.
+        # yarl cannot express an empty query, so the path holds path and query as they are sent.
         authority = named.raw_authority
         url = URL.build(scheme=parsed.scheme, authority=authority, path=parsed.target, encoded=True)
         self._check_host(url.raw_host or "")
@@ -132,7 +132,7 @@ class OutboundPolicy:
         return url
 
     def _check_host(self, host: str) -> None:
-        """Checks the host of one request; of a name only its form."""
+        """Checks the host of a request; only the form of a name."""
         address = _literal(host)
         if address is not None:
             self.check_addresses(host, [address])
@@ -148,7 +148,7 @@ class OutboundPolicy:
         """Refuses a host when any of its addresses is refused.
 
         Raises:
-            ForbiddenAddressError: an address is not public and neither it nor the host is listed.
+            ForbiddenAddressError: An address is not public and neither it nor the host is listed.
         """
         if host.removesuffix(".") in self.hosts:
             return
@@ -166,13 +166,13 @@ class OutboundPolicy:
     ) -> AsyncIterator[aiohttp.ClientSession]:
         """Opens a session that cannot connect to a forbidden address: no proxy, no cookies.
 
-        Its requests raise ForbiddenAddressError. Follow redirects by hand, with check_url: of a
-        redirect that the session follows by itself it does not see the user part.
+        Its requests raise ForbiddenAddressError. The caller follows redirects itself, with
+        check_url: the session would not see the user part of a redirect.
 
         Args:
-            resolver: asked for the addresses of names; DNS by default.
+            resolver: Resolves names; DNS by default.
         """
-        # c-ares rather than getaddrinfo: a slow name server holds no thread.
+        # c-ares instead of getaddrinfo: a slow name server occupies no thread.
         names = resolver or aiohttp.AsyncResolver()
         try:
             async with aiohttp.ClientSession(
@@ -195,7 +195,7 @@ class OutboundPolicy:
     async def _guard(
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
-        """Checks what the resolver does not see: hosts that are addresses already."""
+        """Checks hosts that are IP addresses, which the resolver does not see."""
         url = request.url
         if url.scheme not in SCHEME_PORTS:
             raise ForbiddenAddressError("the address is not an http or https URL")
@@ -210,7 +210,7 @@ class OutboundPolicy:
 
 
 class _CheckingResolver(AbstractResolver):
-    """Hands on the addresses that another resolver found, all of them or none."""
+    """Returns the addresses that another resolver found, all of them or none."""
 
     def __init__(self, policy: OutboundPolicy, names: AbstractResolver) -> None:
         self._policy = policy
@@ -228,10 +228,10 @@ class _CheckingResolver(AbstractResolver):
 
 
 def shown(url: str) -> str:
-    """The URL as logs may show it: without query, fragment and user part."""
+    """Returns the URL as logs may show it: without query, fragment and user part."""
     try:
         parsed = URL(url.strip())
-        if not parsed.host:  # what stands before the host may be a password
+        if not parsed.host:  # the text may be a password
             return "malformed"
         return str(parsed.with_user(None).with_query(None).with_fragment(None))
     except ValueError:
@@ -239,10 +239,10 @@ def shown(url: str) -> str:
 
 
 def _literal(host: str) -> Address | None:
-    """The address that the host is, None when it is a name.
+    """Returns the IP address that the host is, None when it is a name.
 
     Raises:
-        ForbiddenAddressError: an address in an odd spelling.
+        ForbiddenAddressError: The host is an IP address in an unusual spelling.
     """
     try:
         if ":" in host:

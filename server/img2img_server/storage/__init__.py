@@ -1,1 +1,1 @@
-"""Where files go: the bucket of the service and those of tenants."""
+"""File storage: the bucket of the service and those of tenants."""

@@ -1,4 +1,4 @@
-"""The seam to the files of the service's own bucket."""
+"""The interface to the files of the service's own bucket."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BlobStore(Protocol):
     """Files by key, such as "generations/{uuid}-0.png", in the service's own bucket."""
 
     async def prepare(self) -> None:
-        """Makes it ready for `put`. Raises StorageError, SettingsError."""
+        """Prepares the store for `put`. Raises StorageError, SettingsError."""
         ...
 
     async def prove_writable(self) -> None:
@@ -32,7 +32,7 @@ class BlobStore(Protocol):
         ...
 
     async def prove_readable(self) -> None:
-        """Asks for a file that is not there. Raises StorageError."""
+        """Requests a file that does not exist. Raises StorageError."""
         ...
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:
@@ -40,16 +40,16 @@ class BlobStore(Protocol):
         ...
 
     async def stat(self, key: str) -> BlobInfo | None:
-        """The file's facts, or None. Raises StorageError."""
+        """Returns size and media type of the file, or None. Raises StorageError."""
         ...
 
     def read(self, key: str) -> AsyncIterator[bytes]:
-        """The file in chunks. Raises KeyError when there is none, StorageError."""
+        """Yields the file in chunks. Raises KeyError when it does not exist, StorageError."""
         ...
 
     async def delete(self, key: str) -> None:
-        """Removes a file; fine when there is none. Raises StorageError.
+        """Removes a file, if it exists. Raises StorageError.
 
-        Waits for puts of the file that were cancelled here and are still under way.
+        Waits for puts of the file that were cancelled in this process and have not ended.
         """
         ...

@@ -1,4 +1,4 @@
-"""How S3 is reached: endpoint, region, bucket and credentials, read from the settings."""
+"""Endpoint, region, bucket and credentials of S3, read from the settings."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ _AWS: Final = re.compile(
 
 @dataclass(frozen=True)
 class S3Access:
-    """Everything that a connection to the store needs.
-
-    Args:
-        host: host and port, for error messages.
-    """
+    """Everything that a connection to the store needs. `host`: host and port."""
 
     host: str
     secure: bool
@@ -40,9 +36,12 @@ class S3Access:
 
     @classmethod
     def from_settings(cls, settings: Settings, env: Mapping[str, str] | None = None) -> S3Access:
-        """Raises SettingsError, which names the setting. `env`: by default our environment."""
+        """Reads the settings and the AWS variables of `env`, by default of the process.
+
+        Raises SettingsError, which names the setting.
+        """
         env = os.environ if env is None else env
-        endpoint = urlsplit(settings.s3_endpoint_url)  # whose form the settings have checked
+        endpoint = urlsplit(settings.s3_endpoint_url)
         if not endpoint.hostname:
             raise SettingsError(f"{ENDPOINT}: must name an S3 server")
         access = cls(
@@ -53,11 +52,11 @@ class S3Access:
             choose_source(settings, env),
         )
         with urllib3.PoolManager() as connections:
-            access.client(connections)  # refuses what the SDK does not take
+            access.client(connections)  # raises for values that the SDK refuses
         return access
 
     def client(self, connections: urllib3.PoolManager) -> Minio:
-        """A client that connects with its first call. Raises SettingsError."""
+        """Creates a client, which connects with its first call. Raises SettingsError."""
         try:
             return Minio(
                 self.host,
@@ -66,13 +65,13 @@ class S3Access:
                 credentials=RefreshingProvider(self.source),
                 http_client=connections,
             )
-        except ValueError as error:  # what the SDK does not take, for example a bucket in the host
+        except ValueError as error:  # refused by the SDK, for example a bucket in the host
             setting = REGION if "region" in str(error) else ENDPOINT
             raise SettingsError(f"{setting}: {error}") from error
 
 
 def _region(settings: Settings, host: str, env: Mapping[str, str]) -> str:
-    """The region to sign for: the setting's; else at AWS the host's or AWS_REGION."""
+    """Returns the region to sign for: the setting, else at AWS that of the host or AWS_REGION."""
     found = _AWS.fullmatch(host)
     ours = settings.s3_region if "s3_region" in settings.model_fields_set else ""
     if found and ours and ours != found["region"]:

@@ -1,4 +1,4 @@
-"""Files in any S3 bucket, through the minio SDK on a few threads of its own."""
+"""Files in an S3 bucket, through the minio SDK on threads of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from img2img_server.storage.s3_faults import (
 )
 
 CHUNK_BYTES: Final = 64 * 1024
-PART_BYTES: Final = 64 * 2**20  # one request a file: what we store is far smaller
+PART_BYTES: Final = 64 * 2**20  # files are far smaller, so each takes one request
 THREADS: Final = 8
 # A request is repeated at once and after a second where the connection fails or the store is
 # overloaded or broken; not where TLS fails.
@@ -49,14 +49,14 @@ RETRIES: Final = urllib3.Retry(
 )
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 30.0
-ATTEMPT_SECONDS: Final = 5.0  # least time for an attempt at the start; a silent store takes more
-CLOSE_SECONDS: Final = 2.0  # longest wait for calls whose callers have gone
+ATTEMPT_SECONDS: Final = 5.0  # least time for an attempt at the start
+CLOSE_SECONDS: Final = 2.0  # longest wait for calls whose callers were cancelled
 FOLDERS: Final = ("generations", "temp")
 
-CHECK_KEY: Final = "temp/img2img-check-{}.txt"  # below temp/: the bucket deletes what we may not
+CHECK_KEY: Final = "temp/img2img-check-{}.txt"  # the bucket expires it if this key may not delete
 CHECK_DATA: Final = b"A check of img2img whether files can be stored; it may be deleted.\n"
-RULES_SECONDS: Final = 20.0  # longest wait for the rules, which nothing depends on
-RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)  # between attempts at the start, the last one repeated
+RULES_SECONDS: Final = 20.0  # longest wait for the lifecycle rules
+RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)  # pauses at the start, the last one repeated
 _MINE_ALREADY: Final = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 _NO_RULES: Final = "NoSuchLifecycleConfiguration"
 
@@ -65,7 +65,7 @@ log = logging.getLogger(__name__)
 
 
 class S3BlobStore:
-    """A BlobStore in one bucket; made by `connect_blobs`."""
+    """A BlobStore in one bucket; created by `connect_blobs`."""
 
     def __init__(
         self, client: Minio, pool: ThreadPoolExecutor, access: S3Access, *, keep_days: int
@@ -76,25 +76,27 @@ class S3BlobStore:
         self._bucket = access.bucket
         self._keep_days = keep_days
         self._warned: set[str] = set()
-        self._putting: dict[Future[Any], str] = {}  # a thread goes on when its caller is cancelled
+        self._putting: dict[
+            Future[Any], str
+        ] = {}  # threads continue when their callers are cancelled
 
     async def prepare(self, seconds: float = 0.0) -> None:
-        """Proves that files can be stored, creating the bucket when it is missing; then asks the
-        bucket to delete old ones, and warns when it does not.
+        """Proves that files can be stored, and creates the bucket if it is missing. Then sets the
+        lifecycle rules that delete old files, and warns if the store refuses them.
 
         Args:
-            seconds: how long to try again while the store cannot be reached.
+            seconds: How long attempts are repeated while the store cannot be reached.
 
         Raises:
-            SettingsError: the store refuses for good; the sentence names the setting.
-            StorageError: the store cannot be reached; the sentence names the setting.
+            SettingsError: The store refuses permanently; the sentence names the setting.
+            StorageError: The store cannot be reached; the sentence names the setting.
         """
         await self._until(self._prove_writable, seconds)
         try:
             async with asyncio.timeout(RULES_SECONDS):
                 await self._call(self._make_rules)
         except (StorageError, TimeoutError) as error:
-            why = f"no answer within {RULES_SECONDS:g} s"
+            why = f"no response within {RULES_SECONDS:g} s"
             if isinstance(error, StorageError):
                 why = explain(error.__cause__, self._access).sentence
             log.warning(
@@ -106,7 +108,7 @@ class S3BlobStore:
             )
 
     async def start_reading(self, seconds: float = 0.0) -> None:
-        """Proves that files can be read. Arguments and errors as of `prepare`."""
+        """Proves that files can be read. Arguments and errors are those of `prepare`."""
         await self._until(self._prove_readable, seconds)
 
     async def _until(self, prove: Callable[[], None], seconds: float) -> None:
@@ -131,7 +133,7 @@ class S3BlobStore:
             attempt += 1
 
     def _needs(self, error: BaseException | None) -> str:
-        """Names the right that the key lacks; only a denied put tells which one it is."""
+        """Returns the permission that the key lacks; only for a denied put it is known."""
         denied = isinstance(error, S3Error) and error.code in DENIED
         return f": the key needs s3:PutObject in {self._bucket}" if denied else ""
 
@@ -152,10 +154,10 @@ class S3BlobStore:
             self._put(key, CHECK_DATA, "text/plain")
         try:
             if self._content(key) != CHECK_DATA:
-                raise NotAStoreError("does not give back the file that it took")
+                raise NotAStoreError("does not return the file that was stored")
         except S3Error as error:
             if error.code in MISSING:
-                self._warn_once("a file that was stored is not found at once: links may answer 404")
+                self._warn_once("a file that was stored is not found at once: links may return 404")
             elif error.code in DENIED:
                 log.info("this key may store files and not read them: %s", error.code)
             else:
@@ -177,7 +179,7 @@ class S3BlobStore:
             elif error.code not in MISSING:
                 raise
         else:
-            raise NotAStoreError("answers with a file that nobody stored")
+            raise NotAStoreError("returns a file that was never stored")
 
     def _content(self, key: str) -> bytes:
         response = self._client.get_object(self._bucket, key)
@@ -189,8 +191,8 @@ class S3BlobStore:
 
     def _warn_denied(self, error: S3Error) -> None:
         self._warn_once(
-            f"the store answers {error.code} for a file that is missing: without s3:ListBucket a "
-            "missing file cannot be told from one that must not be read"
+            f"the store returns {error.code} for a file that is missing: without s3:ListBucket a "
+            "missing file looks like one that this key may not read"
         )
 
     def _warn_once(self, sentence: str) -> None:
@@ -203,7 +205,7 @@ class S3BlobStore:
             self._client.make_bucket(self._bucket, location=self._access.region)
         except FAULTS as error:
             code = error.code if isinstance(error, S3Error) else type(error).__name__
-            if code in _MINE_ALREADY:  # another role was quicker
+            if code in _MINE_ALREADY:  # another role has created it meanwhile
                 return
             if is_transient(error):
                 raise
@@ -262,7 +264,7 @@ class S3BlobStore:
         except S3Error as error:
             if error.code in MISSING:
                 return None
-            # The answer to HEAD has no body: only GET tells a wrong key from a missing file.
+            # HEAD has no body in its response: only GET reports a wrong key.
             return self._stat_by_get(key)
         return BlobInfo(key=key, size_bytes=found.size or 0, media_type=found.content_type or "")
 
@@ -296,7 +298,7 @@ class S3BlobStore:
             while chunk := await self._run(lambda: response.read(CHUNK_BYTES)):
                 yield chunk
         except FAULTS as error:
-            raise StorageError("the object store broke off") from error
+            raise StorageError("the object store closed the connection") from error
         finally:
             response.close()
             response.release_conn()
@@ -311,7 +313,7 @@ class S3BlobStore:
         await self._call(remove)
 
     async def _run(self, work: Callable[[], T], putting: str = "") -> T:
-        future = self._pool.submit(copy_context().run, work)  # its log lines have the role and job
+        future = self._pool.submit(copy_context().run, work)  # log lines name the role and the job
         if putting:
             self._putting[future] = putting
             future.add_done_callback(self._putting.pop)
@@ -330,7 +332,7 @@ class S3BlobStore:
 
 
 def _sentence(error: Exception) -> str:
-    # Becomes Job.error: no host, path or key in it.
+    # A part of Job.error, so it names no host, path or key.
     if isinstance(error, S3Error):
         return f"the object store refused: {error.code}"
     return "the object store cannot be reached"
@@ -344,10 +346,10 @@ def _facts(rule: Rule) -> tuple[object, ...]:
 
 @asynccontextmanager
 async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
-    """The bucket of settings.s3_*; connects with the first call. Call `prepare` before `put`.
+    """Opens the bucket of settings.s3_*; connects with the first call. Call `prepare` before `put`.
 
     Raises:
-        SettingsError: the endpoint, the region or the bucket cannot be used.
+        SettingsError: The endpoint, the region or the bucket cannot be used.
     """
     access = S3Access.from_settings(settings)
     connections = urllib3.PoolManager(
@@ -360,7 +362,7 @@ async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
     try:
         yield S3BlobStore(client, pool, access, keep_days=math.ceil(settings.retention_hours / 24))
     finally:
-        with suppress(TimeoutError):  # a silent store holds a thread for READ_SECONDS
+        with suppress(TimeoutError):  # a silent store occupies a thread for READ_SECONDS
             async with asyncio.timeout(CLOSE_SECONDS):
                 await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         connections.clear()

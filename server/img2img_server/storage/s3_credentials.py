@@ -1,4 +1,4 @@
-"""Where the credentials for S3 come from: our settings, or the default chain of AWS.
+"""Credentials for S3, from the settings or from the default chain of AWS.
 
 The sources of the chain and their variables are those of the AWS SDKs: environment, web identity
 (IRSA, workload identity), credentials file, container (ECS, EKS pod identity), EC2 metadata. The
@@ -26,7 +26,7 @@ from minio.credentials.providers import IamAwsProvider, Provider, WebIdentityPro
 from img2img_server.setting_files import read_text
 from img2img_server.settings import Settings
 
-REFRESH: Final = timedelta(minutes=5)  # before they expire; AWS has new ones by then
+REFRESH: Final = timedelta(minutes=5)  # before they expire; AWS offers new ones by then
 RETRY: Final = timedelta(seconds=30)  # between two attempts to refresh valid credentials
 LEAST: Final = timedelta(seconds=10)  # credentials that last less long count as expired
 _OURS: Final = "IMG2IMG_S3_ACCESS_KEY"
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class CredentialsError(Exception):
-    """There are no credentials; the sentence says why. `setting`: what to correct."""
+    """There are no credentials; the sentence says why. `setting`: the setting to correct."""
 
     def __init__(self, setting: str, sentence: str, *, final: bool = True) -> None:
         super().__init__(sentence)
@@ -57,7 +57,7 @@ class CredentialsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One place for credentials.
+    """A source of credentials.
 
     Args:
         access, secret, token: The settings that hold them, for error messages.
@@ -71,7 +71,7 @@ class Source:
 
 
 class RefreshingProvider(Provider):
-    """Hands out a source's credentials and renews them before they expire; for many threads.
+    """Provides a source's credentials and renews them before they expire; thread-safe.
 
     Args:
         now: The clock, in UTC.
@@ -85,7 +85,7 @@ class RefreshingProvider(Provider):
         self._fetched_at = datetime.min.replace(tzinfo=UTC)
 
     def retrieve(self) -> Credentials:
-        """Raises CredentialsError when there are none that are valid."""
+        """Returns valid credentials. Raises CredentialsError."""
         with self._lock:
             left = self._left()
             now = self._now()
@@ -235,7 +235,7 @@ def _text(name: str, env: Mapping[str, str]) -> str:
 def _fetched(
     setting: str, where: str, hint: str, fetch: Callable[[urllib3.PoolManager], Credentials]
 ) -> Credentials:
-    """Returns what `fetch` gets. Its errors hold tokens, in URLs: none of them is passed on."""
+    """Returns the result of `fetch`. Its errors hold tokens in URLs, so they are replaced."""
     why, final = "", False
     try:
         with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as http:

@@ -14,8 +14,7 @@ from img2img_server.certificates import refused_certificate
 from img2img_server.storage.s3_access import BUCKET, ENDPOINT, REGION, S3Access
 from img2img_server.storage.s3_credentials import CredentialsError
 
-# All that a call of the SDK can raise. A ValueError is what it does not take, or an answer that it
-# cannot read.
+# All errors of the SDK. It raises ValueError for a wrong argument and for a malformed response.
 FAULTS: Final = (
     CredentialsError,
     MinioException,
@@ -51,7 +50,7 @@ _REGION: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class StoreFault:
-    """Why the store cannot be used. `final`: another attempt would end the same way."""
+    """Why the store cannot be used. `final`: another attempt would fail too."""
 
     setting: str
     sentence: str
@@ -62,7 +61,7 @@ class StoreFault:
 
 
 class NotAStoreError(MinioException):
-    """A server that answers as if it were a store; the sentence says what gave it away."""
+    """The server responds like a store and is none; the sentence says how it differs."""
 
 
 class NoBucketError(MinioException):
@@ -70,7 +69,7 @@ class NoBucketError(MinioException):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed in a moment."""
+    """Returns whether the same call may succeed a moment later."""
     match error:
         case S3Error():
             return error.code in _TRANSIENT
@@ -95,7 +94,7 @@ def _may_pass(status: int) -> bool:
 
 
 def explain(error: BaseException | None, access: S3Access) -> StoreFault:
-    """The setting to correct and a sentence, for the operator: it names the host, but no key."""
+    """Explains an error to the operator; the sentence names the host, but no key."""
     where = f"the store at {access.host}"
     final = error is not None and not is_transient(error)
     match error:
@@ -157,7 +156,7 @@ def _status(error: InvalidResponseError) -> int:
 
 
 def _tls(error: BaseException | None) -> BaseException | None:
-    """The TLS error inside an error of urllib3."""
+    """Returns the TLS error inside an error of urllib3."""
     while error is not None and not isinstance(error, ssl.SSLError):
         inner = getattr(error, "reason", None) or next(iter(getattr(error, "args", ())), None)
         error = inner if isinstance(inner, BaseException) and inner is not error else None
@@ -174,7 +173,7 @@ def _unreachable(error: BaseException, access: S3Access) -> str:
         case ssl.SSLError() as found if "WRONG_VERSION_NUMBER" in str(found):
             return f"{where} does not speak TLS: write http://, or another port"
         case ssl.SSLError() as found:
-            return f"{where} broke off the TLS handshake ({found.reason})"
+            return f"{where} ended the TLS handshake ({found.reason})"
     match error:
         case urllib3.exceptions.NameResolutionError():
             return f"the name {where} cannot be resolved"
@@ -186,7 +185,7 @@ def _unreachable(error: BaseException, access: S3Access) -> str:
         case urllib3.exceptions.TimeoutError():
             return f"{where} does not answer in time"
         case urllib3.exceptions.ProtocolError():
-            return f"{where} closed the connection without an answer"
+            return f"{where} closed the connection without a response"
         case _:
             why = getattr(error, "strerror", "") or type(error).__name__
             return f"{where} cannot be reached ({why})"

@@ -1,8 +1,7 @@
 """Uploads to a tenant's own S3 storage, under the outbound policy.
 
-The minio SDK signs; the request itself goes through the session of the policy, which connects to
-the very addresses it has checked. So the bucket may also lie in the host name, and no client of the
-SDK is kept for each tenant.
+The minio SDK signs; the session of the policy sends the request to the addresses that it checked. So
+the bucket may also be part of the host name, and there is no client of the SDK for each tenant.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ class _RefusedError(Exception):
 
 
 class TenantS3:
-    """Puts files where storage details say.
+    """Stores files by a tenant's storage details.
 
     Args:
-        resolver: asked for the addresses of names; DNS by default.
+        resolver: Resolves names; DNS by default.
     """
 
     def __init__(self, policy: OutboundPolicy, resolver: AbstractResolver | None = None) -> None:
@@ -76,7 +75,7 @@ class TenantS3:
         """Stores a file with ACL public-read; without it where the store refuses it.
 
         Raises:
-            StorageError: three tries failed, or the address is forbidden; the log has the cause.
+            StorageError: Three attempts failed, or the address is forbidden; the log has the cause.
         """
         url = details.upload_url(name)
         for left in reversed(range(TRIES)):
@@ -121,7 +120,7 @@ class TenantS3:
         return None, "" if served else "public_url does not serve the files"
 
     def _sendable(self, url: str) -> str:
-        """Returns the URL as it is sent, its host in ASCII; what is signed must be that.
+        """Returns the URL as it is sent, its host in ASCII; exactly this URL is signed.
 
         Raises:
             ForbiddenAddressError: it must not be contacted.

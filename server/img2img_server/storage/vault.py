@@ -1,4 +1,4 @@
-"""Encryption of what must not be read by whoever reads the bus: Fernet, with rotation."""
+"""Encryption of secrets that are stored in NATS: Fernet, with rotation of keys."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from img2img_server.settings import SettingsError
 
 
 class SealBrokenError(Exception):
-    """None of the keys opens it, or it was changed."""
+    """No key decrypts the data, or the data was changed."""
 
 
 class Vault:
-    """Seals with the first key and opens with all of them."""
+    """Encrypts with the first key and decrypts with all of them."""
 
     def __init__(self, keys: str) -> None:
         """Reads the setting storage_keys: Fernet keys, comma separated. Raises SettingsError."""
@@ -25,7 +25,7 @@ class Vault:
 
     @property
     def is_empty(self) -> bool:
-        """Without a key nothing can be sealed or opened."""
+        """Whether there is no key, so that nothing can be encrypted or decrypted."""
         return not self._keys
 
     def seal(self, data: bytes) -> bytes:
@@ -33,16 +33,16 @@ class Vault:
         return self._keys[0].encrypt(data)
 
     def open(self, sealed: bytes) -> bytes:
-        """Raises SealBrokenError."""
+        """Decrypts with any of the keys. Raises SealBrokenError."""
         if self.is_empty:
             raise SealBrokenError("no storage key is configured")
         try:
             return MultiFernet(self._keys).decrypt(sealed)
         except InvalidToken:
-            raise SealBrokenError("no storage key opens it") from None
+            raise SealBrokenError("no storage key decrypts it") from None
 
     def is_current(self, sealed: bytes) -> bool:
-        """Whether the first key opens it, so that the others are not needed for it."""
+        """Returns whether the first key decrypts the data, so that no other key is needed."""
         try:
             self._keys[0].decrypt(sealed)
         except InvalidToken:
@@ -51,5 +51,5 @@ class Vault:
 
 
 def new_key() -> str:
-    """A random key for the setting storage_keys."""
+    """Returns a random key for the setting storage_keys."""
     return Fernet.generate_key().decode()

@@ -1,4 +1,4 @@
-"""A file store that knows whether it takes files, so that no work is begun while it does not."""
+"""A file store that monitors whether it takes files, so that no work begins while it does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class WatchedBlobs:
     """A BlobStore around another one. While `watch` runs, a failed `put` makes it probe the store
     until a file is taken again.
 
-    `healthy` is set while the store takes files. `trouble` says why it does not.
+    `healthy` is set while the store takes files. `trouble` is the reason while it does not.
     """
 
     def __init__(self, blobs: BlobStore, pauses_seconds: Sequence[float] = PAUSES_SECONDS) -> None:
@@ -31,7 +31,7 @@ class WatchedBlobs:
         self.trouble = ""
 
     async def watch(self) -> None:
-        """Probes the store whenever it is in trouble. Runs until it is cancelled."""
+        """Probes the store after a failed `put`. Runs until it is cancelled."""
         while True:
             await self._failed.wait()
             pauses = iter(self._pauses_seconds)
@@ -50,11 +50,11 @@ class WatchedBlobs:
         self.trouble = error.detail or str(error)
         self.healthy.clear()
         self._failed.set()
-        log.warning("no jobs are taken, the object store takes no files: %s", self.trouble)
+        log.warning("object_store_unavailable, no jobs are pulled: %s", self.trouble)
 
     def _recover(self) -> None:
         if not self.healthy.is_set():
-            log.warning("the object store takes files again, jobs are taken")
+            log.warning("object_store_available, jobs are pulled")
         self.trouble = ""
         self.healthy.set()
         self._failed.clear()
