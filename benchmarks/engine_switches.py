@@ -47,7 +47,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "fuse_qkv=true": {"fuse_qkv": True},
     "dtype=bfloat16": {"dtype": "bfloat16"},
     "torch_threads=1": {"torch_threads": 1},
-    "tiny_vae, use pictures": {"tiny_vae": "tiny", "tiny_vae_use": "pictures"},
+    "tiny_vae, use images": {"tiny_vae": "tiny", "tiny_vae_use": "images"},
     "compile=regional, nothing kept": {
         "compile": "regional",
         "compile_cache_dir": "cache/regional",

@@ -1,7 +1,7 @@
-"""The command `img2img-server`: runs one role. The only place that exits.
+"""The command `img2img-server`: runs one role. Only this module ends the process.
 
-A plain install has this command too, without what the roles need: only the standard library and
-click are imported before that is checked.
+A plain install has this command too, without the packages that the roles need: before they are
+checked, only the standard library and click are imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ EXTRAS: Final = {
     "server": (
         "aiodns, aiohttp, cryptography, fastapi, fastapi_offline, grpc_health, grpc_reflection, "
         "isal, minio, msgspec, nats, numpy, opentelemetry, PIL, prometheus_client, "
-        "pydantic_settings, simplejpeg, standardwebhooks, structlog, urllib3, uvicorn"
+        "pydantic, pydantic_settings, simplejpeg, standardwebhooks, structlog, typing_extensions, "
+        "urllib3, uvicorn"
     ),
     "worker": "diffusers, huggingface_hub, safetensors, torch, transformers",
 }
@@ -96,7 +97,7 @@ def main() -> None:
 
 @main.command()
 def api() -> None:
-    """The gRPC server: takes jobs in, streams their events."""
+    """The gRPC server: accepts jobs and streams their events."""
     _run("api")
 
 
@@ -108,7 +109,7 @@ def gateway() -> None:
 
 @main.command()
 def worker() -> None:
-    """One device: takes jobs from the queue and runs them."""
+    """A worker with one device: pulls jobs from the queue and runs them."""
     _run("worker")
 
 
@@ -122,7 +123,7 @@ def local() -> None:
 @click.option(
     "--tenant",
     required=True,
-    help="Whose key it is: 1 to 63 of a-z, 0-9 and -, not beginning with -.",
+    help="Tenant of the key: 1 to 63 of a-z, 0-9 and -, not beginning with -.",
 )
 @click.option(
     "--permission",

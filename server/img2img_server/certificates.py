@@ -1,7 +1,7 @@
 """Checks PEM files of certificates and keys before a server or a channel gets them.
 
-OpenSSL decides whether a file is good. The stricter `cryptography` only tells which of two files is
-the wrong one, and why.
+OpenSSL decides whether a file is valid. The stricter `cryptography` only finds out which of two
+files is wrong, and why.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def refused_certificate(error: ssl.SSLCertVerificationError, ca_setting: str) ->
 
 def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:
     """Returns the faults of a server's certificate and key file, as the ends of sentences;
-    empty: nothing."""
+    empty if there are none."""
     asked = False
 
     def password() -> str:
@@ -79,8 +79,10 @@ def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:
 
 
 def validity_fault(content: bytes) -> str:
-    """Why the first certificate of a PEM file is not valid now, the end of a sentence; empty: it is
-    valid, or `cryptography` cannot read it."""
+    """Returns why the first certificate of a PEM file is not valid now, as the end of a sentence.
+
+    Returns an empty text if it is valid or `cryptography` cannot read it.
+    """
     try:
         certificate = x509.load_pem_x509_certificate(content)
     except ValueError:

@@ -1,8 +1,8 @@
-"""How a process says why it ends: at once in the log, and in its last line on stderr.
+"""Reports why a process ends: in the log, and as its last line on stderr.
 
-Whatever ends a role is an exception. Who raises one where the rest of the way out may take time
-(connections to close, jobs to hand back) wraps the place in `logs_reason`, so that the reason is in
-the log whatever happens then. The last line is written by `leave`, after everything else.
+A role ends with an exception. Code that raises one while the remaining shutdown may take time
+(closing connections, requeueing jobs) is wrapped in `logs_reason`, so that the reason is in the log
+in any case. `leave` writes the last line, after everything else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 @contextmanager
 def logs_reason() -> Iterator[None]:
-    """Logs the error that leaves the body, before any other step of the way out."""
+    """Logs an error of the body before any other step of the shutdown."""
     try:
         yield
     except RestartError:
@@ -43,7 +43,7 @@ def logs_reason() -> Iterator[None]:
 
 
 def log_reason(error: BaseException) -> None:
-    """Logs why the process ends, once an error; the unexpected with its traceback."""
+    """Logs an error that ends the process, once; an unexpected one with its traceback."""
     if getattr(error, "_is_logged", False):
         return
     with suppress(AttributeError):
@@ -55,7 +55,7 @@ def log_reason(error: BaseException) -> None:
 
 
 def reasons_of(error: BaseException) -> list[str]:
-    """Why the process ends: a sentence for each mistake."""
+    """Returns the reasons why the process ends, one sentence for each mistake."""
     if isinstance(error, BaseExceptionGroup):
         nested = (reasons_of(each) for each in error.exceptions)
         return list(dict.fromkeys(reason for reasons in nested for reason in reasons))
@@ -75,7 +75,7 @@ def reasons_of(error: BaseException) -> list[str]:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether its sentence says everything, so that no traceback is needed."""
+    """Returns whether the error's sentence is enough without a traceback."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(is_expected, error.exceptions))
     return isinstance(error, _EXPECTED)
@@ -97,7 +97,7 @@ def leave(program: str, error: BaseException) -> NoReturn:
     """Ends the process with the reasons of an error as its last line.
 
     Args:
-        program: what the line begins with, such as "img2img-server worker".
+        program: The beginning of the line, such as "img2img-server worker".
     """
     if not is_expected(error):
         if not structlog.is_configured():

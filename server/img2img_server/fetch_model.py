@@ -1,13 +1,13 @@
 """Fetches a model into a folder, once: `img2img-server fetch-model SOURCE FOLDER`.
 
-For whoever prepares a volume before workers start from it, for example an init container. SOURCE is
+Prepares a volume before workers start from it, for example in an init container. SOURCE is
 `s3://bucket/prefix` on the S3 server of the settings, with their key, or a hub id `owner/name`. The
 hub's library reads its own variables (HF_TOKEN, HF_ENDPOINT).
 
-A folder that is there is whole: files are gathered in a draft beside it, which gets its name last.
-Several may fetch into the same place at the same time; the first one to finish wins. Who is started
-again goes on with its own draft as long as the source is what it was: the draft is named after both
-host and source, `.model.host-0.0123456789ab`.
+A folder that exists is complete: files are collected in a draft next to it, which is renamed at
+the end. Several processes may fetch into the same folder at the same time; the first one to finish
+wins. A process that is started again continues its own draft as long as the source is unchanged:
+the draft is named after host and source, `.model.host-0.0123456789ab`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from img2img_server.storage.s3_faults import FAULTS, explain
 
 INDEX: Final = "model_index.json"
 THREADS: Final = 4
-# What a diffusers directory needs, once: no pickles, which can run code, and no second precision.
+# The files of a diffusers directory, without pickles, which can run code, and second precisions.
 HUB_FILES: Final = (INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 HUB_OTHERS: Final = ("*.fp16.*", "*.non_ema.*", "*/openvino*", "*/flax*")
 
@@ -41,16 +41,16 @@ log = structlog.get_logger()
 
 
 def fetch_model(settings: Settings, source: str, target: Path, revision: str = "") -> bool:
-    """Makes `target` hold the model. Blocks for as long as it takes.
+    """Fetches the model into `target`. Blocks.
 
     Args:
-        revision: branch, tag or commit of a hub model. Empty: its main branch.
+        revision: Branch, tag or commit of a hub model. Empty: its main branch.
 
     Returns:
-        False when it was there already.
+        False when the folder existed already.
 
     Raises:
-        ModelError: it cannot be fetched, or is no diffusers model; the sentence says why.
+        ModelError: The model cannot be fetched, or is no diffusers model; the sentence says why.
     """
     if target.is_dir():
         log.info("the model is there", folder=str(target))
@@ -70,7 +70,7 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
 
 
 def _draft(target: Path, *source: str) -> Path:
-    """This host's draft for what `source` identifies; its drafts of anything else are removed."""
+    """Creates this host's draft of a source; removes its drafts of other sources."""
     start = f".{target.name}.{socket.gethostname()}"
     digest = hashlib.sha256("\0".join(source).encode()).hexdigest()[:12]
     draft = target.with_name(f"{start}.{digest}")
@@ -89,7 +89,7 @@ def _publish(draft: Path, target: Path) -> bool:
     except OSError:
         if not target.is_dir():
             raise
-        shutil.rmtree(draft)  # somebody else was faster
+        shutil.rmtree(draft)  # another process was faster
         log.info("the model is there", folder=str(target))
         return False
     log.info("model fetched", folder=str(target))
@@ -97,7 +97,7 @@ def _publish(draft: Path, target: Path) -> bool:
 
 
 def _from_s3(settings: Settings, source: str, target: Path) -> Path:
-    """Returns the draft, which is one for these very objects. Raises ModelError, SettingsError."""
+    """Returns the draft for the current objects. Raises ModelError, SettingsError."""
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
     access = replace(S3Access.from_settings(settings), bucket=bucket)
     try:
@@ -132,13 +132,13 @@ def _objects(access: S3Access, endpoint_url: str, prefix: str, target: Path) -> 
 
 def _file(client: Minio, bucket: str, name: str, size: int, path: Path) -> None:
     if path.is_file() and path.stat().st_size == size:
-        return  # of an earlier try
+        return  # from an earlier attempt
     client.fget_object(bucket, name, str(path))
     log.info("file fetched", file=name, size_bytes=size)
 
 
 def _place(draft: Path, name: str) -> Path:
-    """Raises ModelError for a name that leads out of the folder."""
+    """Returns the path of a file. Raises ModelError for a name that leads out of the folder."""
     path = (draft / name).resolve()
     if not path.is_relative_to(draft.resolve()):
         raise ModelError(f"{name!r} is no name for a file of a model")

@@ -1,7 +1,7 @@
 """Writes the last line of a process, which says why it ends.
 
-Imports the standard library only: it is needed before the packages of a role are imported, and
-where they are not installed.
+Imports the standard library only: it is used before the packages of a role are imported, and where
+they are not installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NoReturn
 
 
 def is_json(log_format: str) -> bool:
-    """Whether the setting log_format means JSON here."""
+    """Returns whether the setting log_format means JSON here."""
     return log_format == "json" or (log_format != "console" and not _is_terminal())
 
 
@@ -30,18 +30,18 @@ def _is_terminal() -> bool:
 
 
 def log_format_of_environment() -> str:
-    """The setting log_format before the settings are read."""
+    """Returns the setting log_format before the settings are read."""
     return os.environ.get("IMG2IMG_LOG_FORMAT", "auto")
 
 
 def exit_with_reasons(program: str, reasons: list[str], code: int) -> NoReturn:
     """Writes the reasons on stderr and ends the process without waiting for threads.
 
-    Several reasons have a line each, and are all in the last line too: it may be the only one that
-    is kept.
+    Each reason has its own line, and the last line repeats all of them: often only the last line is
+    stored.
 
     Args:
-        program: what each line begins with, such as "img2img-server worker".
+        program: The beginning of each line, such as "img2img-server worker".
     """
     sentences = [f"{program}: {reason}" for reason in reasons]
     if len(reasons) > 1:
@@ -52,7 +52,7 @@ def exit_with_reasons(program: str, reasons: list[str], code: int) -> NoReturn:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends the process without waiting for threads; what was written is flushed."""
+    """Flushes the output and ends the process without waiting for threads."""
     flush_output()
     os._exit(code)
 
@@ -68,7 +68,8 @@ def flush_output() -> None:
 def exit_on_signals(program: str) -> Iterator[None]:
     """Makes SIGTERM and SIGINT end the process with a line that says so.
 
-    A role replaces this when it starts. The first process of a container would ignore SIGTERM.
+    A role sets handlers of its own when it starts. By default the first process of a container
+    ignores SIGTERM.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -84,7 +85,7 @@ def exit_on_signals(program: str) -> Iterator[None]:
 
 
 def _formatted(sentence: str, code: int) -> str:
-    """The sentence, as a log record where the log is JSON."""
+    """Returns the sentence, as a log record where the log is JSON."""
     if not is_json(log_format_of_environment()):
         return sentence
     record = {

@@ -1,4 +1,4 @@
-"""How a role starts and stops: SIGTERM and SIGINT ask it to, a second signal ends it at once."""
+"""Starts and stops a role: SIGTERM or SIGINT stops it, a second signal ends it at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""All roles on this machine: the real engines and the real roles as supervised child processes.
+"""All roles on this machine: the real servers and the real roles as supervised child processes.
 
-The same code path as on a cluster; only the addresses are chosen here. Everything that is kept lies
-under the state folder.
+The code path is that of a cluster; only the addresses are chosen here. All files are in the state
+folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import aiohttp
 import structlog
 from pydantic import SecretStr
 
-from img2img_server.devstack import EnginesError, LocalServers, ServerExitedError
+from img2img_server.devstack import LocalServers, LocalServersError, ServerExitedError
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.files import write_private
 from img2img_server.engine.model_spec import read_model_spec
@@ -31,8 +31,8 @@ from img2img_server.settings import DEV_KEY, PREFIX, Settings
 from img2img_server.storage.vault import new_key
 
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
-# Settings for a NATS and a bucket that are not ours.
-_OF_OTHERS = {
+# Settings for another NATS and another bucket, which the roles must not get.
+_FOREIGN = {
     PREFIX + name
     for name in (
         *("NATS_USER", "NATS_PASSWORD", "NATS_TOKEN", "NATS_CREDS_FILE"),
@@ -51,12 +51,12 @@ async def serve_local(
     """Serves until `stop` is set or a child dies. `started` is called with the gRPC address.
 
     Raises:
-        SettingsError: a port is taken.
-        UnavailableError: an engine does not start, or a child died; with its last words.
+        SettingsError: A port is in use.
+        UnavailableError: A server does not start, or a child died; with its last log line.
     """
     settings, metrics_ports = local_settings(settings)
     try:
-        # In the background: the worker loads its model meanwhile.
+        # In the background: the worker loads its model at the same time.
         engines = LocalServers(settings.state_dir, background=True)
         async with engines, AsyncExitStack() as stack:
             settings = _with_storage_key(settings)
@@ -64,29 +64,30 @@ async def serve_local(
             for role in roles:  # the last one is stopped first: gateway, api, worker
                 stack.push_async_callback(role.stop)
             with logs_reason():
-                await first_of(_start(roles), _engine_died(engines), stop.wait())
+                await first_of(_start(roles), _server_died(engines), stop.wait())
                 if not stop.is_set():
                     _announce(settings)
                     if started:
                         started(host_port(settings.grpc_host, settings.grpc_port))
                     running = [_keep_running(role) for role in roles]
-                    await first_of(stop.wait(), _engine_died(engines), *running)
-            log.info("stopping the roles, then the engines")
-    except EnginesError as error:
+                    await first_of(stop.wait(), _server_died(engines), *running)
+            log.info("stopping the roles, then the servers")
+    except LocalServersError as error:
         raise UnavailableError(str(error)) from error
     log.info("local stopped")
 
 
 def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
-    """The settings of the roles: ports chosen, the development key on unless keys are configured.
+    """Chooses the ports and turns the development key on unless keys are configured.
 
-    The settings have passed `setting_checks`.
+    Args:
+        settings: They have passed `setting_checks`.
 
     Returns:
-        The settings, and the metrics port of each role.
+        The settings of the roles, and the metrics port of each role.
 
     Raises:
-        SettingsError: a port is taken.
+        SettingsError: A port is in use.
     """
     grpc_port, http_port, *metrics_ports = reserve(listeners("local", settings))
     ours = settings.model_copy(
@@ -102,7 +103,7 @@ def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
 
 
 def _with_storage_key(settings: Settings) -> Settings:
-    """The settings with a key that seals S3 details: made once, in a file of mode 600."""
+    """Adds a key that encrypts S3 details; it is created once, in a file of mode 600."""
     if settings.storage_keys.get_secret_value():
         return settings
     path = settings.state_dir / "storage.key"
@@ -125,7 +126,7 @@ def _role(name: str, settings: Settings, engines: LocalServers, metrics_port: in
 
 
 def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -> dict[str, str]:
-    """Ours, with what was chosen here. Credentials travel by environment, not by command line."""
+    """Returns our environment with the chosen settings; credentials are not on the command line."""
     chosen = {
         "GRPC_PORT": settings.grpc_port,
         "HTTP_PORT": settings.http_port,
@@ -139,15 +140,15 @@ def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -
         "S3_ACCESS_KEY": engines.s3_access_key,
         "S3_SECRET_KEY": engines.s3_secret_key,
         "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
-        # Their lines pass through us, so they do not see the terminal.
+        # Their standard error is a pipe, so they cannot detect the terminal.
         "LOG_FORMAT": "json" if is_json(settings.log_format) else "console",
     }
-    ours = {key: value for key, value in os.environ.items() if key.upper() not in _OF_OTHERS}
+    ours = {key: value for key, value in os.environ.items() if key.upper() not in _FOREIGN}
     return {**ours, **{PREFIX + name: str(value) for name, value in chosen.items()}}
 
 
 async def _start(roles: list[Child]) -> None:
-    """Starts all at once. Raises UnavailableError when one ends instead of getting ready."""
+    """Starts all at once. Raises UnavailableError when one ends before it is ready."""
     reason = ""
     try:
         async with asyncio.timeout(_START_SECONDS), asyncio.TaskGroup() as starts:
@@ -157,7 +158,7 @@ async def _start(roles: list[Child]) -> None:
         reason = str(deaths.exceptions[0])
     except* TimeoutError:
         reason = f"the roles were not ready in {_START_SECONDS:.0f} s"
-    if reason:  # what is raised inside except* leaves as a group
+    if reason:  # an error that is raised inside except* would be a group
         raise UnavailableError(reason)
 
 
@@ -165,7 +166,7 @@ async def _keep_running(role: Child) -> None:
     """Starts a role again each time it ends in order to be restarted.
 
     Raises:
-        UnavailableError: it ended for another reason; with its last words.
+        UnavailableError: It ended for another reason; with its last log line.
     """
     while (death := await role.ended()).exit_code == RESTART_CODE:
         log.info("restarting a role", role=role.name)
@@ -176,9 +177,13 @@ async def _keep_running(role: Child) -> None:
     raise UnavailableError(str(death))
 
 
-async def _engine_died(engines: LocalServers) -> None:
-    """Waits for the death of an engine. Raises UnavailableError with its last words, EnginesError
-    when one does not even start."""
+async def _server_died(engines: LocalServers) -> None:
+    """Waits until a server ends.
+
+    Raises:
+        UnavailableError: A server ended; with its last log line.
+        LocalServersError: A server did not start.
+    """
     await engines.serving()
     death = await engines.died()
     log.error("server_exited", name=death.name, exit_code=death.exit_code, output=death.log_tail)
@@ -186,13 +191,13 @@ async def _engine_died(engines: LocalServers) -> None:
 
 
 async def _probe(url: str) -> None:
-    """Returns when the role is ready, raises before."""
+    """Returns when the role is ready, raises an error before."""
     async with aiohttp.ClientSession(timeout=_PROBE_TIMEOUT) as session, session.get(url) as answer:
         answer.raise_for_status()
 
 
 def _announce(settings: Settings) -> None:
-    """Says where the service is and how to ask it. The first line is also read by programs."""
+    """Prints the addresses and an example. Programs read the first line."""
     key = DEV_KEY if settings.dev_key else "see IMG2IMG_API_KEYS_FILE"
     http = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"
     grpc = host_port(reachable(settings.grpc_host), settings.grpc_port)

@@ -1,4 +1,4 @@
-"""The ports of a role: whether it can listen on them, and which setting is wrong if it cannot."""
+"""The ports of a role, and which setting is wrong if it cannot listen on one of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Listener:
         return host_port(self.host, self.port)
 
     def mistake(self, error: OSError) -> SettingsError:
-        """The error of a bind, with the setting that is to be changed."""
+        """Returns the error of a bind, with the setting to correct."""
         port, host = variable(self.port_setting), variable(self.host_setting)
         note = f"; {self.note}" if self.note else ""
         if isinstance(error, socket.gaierror) or (error.errno or 0) < 0:  # of getaddrinfo
@@ -48,7 +48,7 @@ class Listener:
         return SettingsError(f"{port}: cannot listen on {self.address}: {reason}{note}")
 
     def open(self) -> socket.socket:
-        """A socket that listens. Raises SettingsError."""
+        """Opens a listening socket. Raises SettingsError."""
         if self.port > 65535:
             raise SettingsError(f"{variable(self.port_setting)}: there is no port {self.port}")
         host = self.host.strip("[]")
@@ -60,7 +60,7 @@ class Listener:
 
 
 def listeners(role: str, settings: Settings) -> list[Listener]:
-    """The ports that a role listens on."""
+    """Returns the ports that a role listens on."""
     grpc = Listener("grpc_host", "grpc_port", settings.grpc_host, settings.grpc_port)
     http = Listener("http_host", "http_port", settings.http_host, settings.http_port)
     host, port = settings.metrics_host, settings.metrics_port
@@ -80,7 +80,7 @@ def reserve(listeners: Sequence[Listener]) -> list[int]:
     """Listens on all of them for a moment. Returns their ports, different ones for each 0.
 
     Raises:
-        SettingsError: lists all that cannot be listened on.
+        SettingsError: Lists all ports that are not available.
     """
     ports: list[int] = []
     mistakes: list[str] = []
@@ -103,7 +103,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _reserved(listener: Listener) -> socket.socket:
-    """Opens the port; for 0 one that no outgoing connection takes before the role does."""
+    """Opens the port; for 0 one that no outgoing connection can take before the role."""
     for port in random.sample(_FREE_PORTS, 9) if listener.port == 0 else ():
         with suppress(SettingsError):
             return replace(listener, port=port).open()
@@ -111,17 +111,17 @@ def _reserved(listener: Listener) -> socket.socket:
 
 
 def host_port(host: str, port: int) -> str:
-    """An address as gRPC and URLs write it: IPv6 in brackets."""
+    """Returns an address as gRPC and URLs write it: IPv6 in brackets."""
     bare = host.strip("[]")
     return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether a host means all addresses of this machine, so that nobody can connect to it."""
+    """Returns whether a host means all addresses of this machine."""
     return host.strip("[]") in _WILDCARDS
 
 
 def reachable(host: str) -> str:
-    """The host for connections from this machine: loopback for all addresses."""
+    """Returns the host for connections from this machine: loopback instead of all addresses."""
     bare = host.strip("[]")
     return _WILDCARDS.get(bare, bare)

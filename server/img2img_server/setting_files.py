@@ -12,13 +12,14 @@ MAX_BYTES: Final = 16 * 2**20  # a bundle of all public authorities has 250 kB
 
 
 def read_bytes(path: Path) -> bytes:
-    """Returns the content of a regular file, without the byte order mark of Windows tools, which
-    gRPC and others do not take.
+    """Returns the content of a regular file, without the byte order mark of Windows tools.
 
-    A pipe would wait for its writer for ever, and a device such as /dev/zero never ends.
+    gRPC and other libraries refuse that mark.
+
+    Other kinds of files are refused: a pipe may block, and a device such as /dev/zero never ends.
 
     Raises:
-        OSError: the file cannot be read; `strerror` says why.
+        OSError: The file cannot be read; `strerror` says why.
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -32,7 +33,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Returns the content of a file in UTF-8. Otherwise as `read_bytes`."""
+    """Returns the text of a file in UTF-8; errors are those of `read_bytes`."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:

@@ -150,7 +150,7 @@ def device(text: str) -> str:
 
 
 def _default_if_empty(default: str | None) -> BeforeValidator:
-    """Path("") would be the working directory."""
+    """Replaces an empty path by a default: Path("") would be the working directory."""
 
     def check(value: Any) -> Any:
         return default if isinstance(value, str) and not value.strip() else value

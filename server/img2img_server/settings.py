@@ -48,7 +48,7 @@ from img2img_server.setting_syntax import (
 
 PREFIX = "IMG2IMG_"
 DEV_KEY = "dev-key"  # the well-known development key, see Settings.dev_key
-# Of the command `img2img`: somebody may have both in one shell.
+# Of the command `img2img`, which may run in the same shell.
 CLIENT_NAMES = frozenset({"IMG2IMG_SERVER", "IMG2IMG_API_KEY"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     tls_cert_file: OptionalPath = Field(None, description="PEM certificate of the gRPC server.")
     tls_key_file: OptionalPath = Field(None, description="PEM key of the gRPC server.")
 
-    # Engines beside us.
+    # NATS and S3.
     nats_url: SecretStr = Field(
         SecretStr("nats://127.0.0.1:4222"),
         description="NATS servers, comma separated: nats://, tls://, ws:// or wss://, with "
@@ -217,22 +217,22 @@ class Settings(BaseSettings):
     vae_tile_pixels: Count = Field(
         1024 * 1024,
         ge=1,
-        description="Pictures of more pixels pass the autoencoder in overlapping tiles of its own "
-        "size: less memory, small differences.",
+        description="Images of more pixels are encoded and decoded in overlapping tiles: less "
+        "memory, small differences.",
     )
     tiny_vae: str = Field(
         "", description="Directory or hub id of a tiny autoencoder (TAESD). Empty: none."
     )
-    tiny_vae_use: Literal["previews", "pictures"] = Field(
+    tiny_vae_use: Literal["previews", "images"] = Field(
         "previews",
-        description="What the tiny autoencoder is for: better previews, or the pictures too, "
-        "which is faster and costs fine detail.",
+        description="Use of the tiny autoencoder: for better previews, or for images too, which is "
+        "faster and costs fine detail.",
     )
     memory_limit_bytes: Bytes = Field(
         0,
         ge=0,
-        description="Most device memory for the intermediate results of a step; 0: what is "
-        "free. Of a GPU: on a CPU nothing is measured, and this has no effect.",
+        description="Most device memory for the intermediate results of a step; 0: all free "
+        "memory. No effect on a CPU, whose memory is not measured.",
     )
     lora_dir: OptionalPath = Field(
         None,
@@ -241,18 +241,17 @@ class Settings(BaseSettings):
     )
     safety_checker: Literal["opennsfw", "model"] = Field(
         "opennsfw",
-        description="What checks pictures: the classifier that comes with the service, or the "
-        "safety checker that the model's directory brings, which runs on the CPU and decides by "
-        "thresholds of its own.",
+        description="The checker of images: the classifier that comes with the service, or the "
+        "safety checker in the model's directory, which runs on the CPU with its own thresholds.",
     )
     safety_threshold: float = Field(
-        0.8, ge=0.0, le=1.0, description="Score from which a picture is blanked."
+        0.8, ge=0.0, le=1.0, description="Score from which an image is replaced by a black one."
     )
 
     # Prompts.
     prompt_rewriter: Literal["off", "rules"] = Field(
         "rules",
-        description="What enhance_prompt does: rules add terms to the prompt; off: the prompt is "
+        description="Effect of enhance_prompt: rules add terms to the prompt; off: the prompt is "
         "used as sent, and the job has a warning.",
     )
 
@@ -317,9 +316,9 @@ class Settings(BaseSettings):
     disconnect_grace_seconds: Seconds = Field(
         15.0,
         ge=0,
-        description="How long a job goes on after its Generate call broke. A WatchJob call within "
-        "this time keeps the job, otherwise it is cancelled; 0: it is cancelled at once, also when "
-        "another api has a stream of it open.",
+        description="How long a job continues after its Generate call broke. A WatchJob call "
+        "within this time keeps the job, otherwise it is cancelled; 0: it is cancelled at once, "
+        "also when another api has a stream of it open.",
     )
     ack_wait_seconds: Seconds = Field(
         15.0, ge=0.5, description="Silence after which a worker's job goes to another one."
@@ -346,7 +345,7 @@ class Settings(BaseSettings):
         "*",
         description="Origins that browsers may call from, comma separated: `*` for all, `loopback` "
         "for pages of this machine. With `dev_key` it is `loopback` unless it is set, and pages of "
-        "other origins are refused, for everybody knows that key.",
+        "other origins are refused, because that key is public.",
     )
     webhook_secret: SecretStr = Field(
         SecretStr(""),
@@ -369,7 +368,7 @@ class Settings(BaseSettings):
     )
     use_proxy_environment: bool = Field(
         False,
-        description="Obey http_proxy, https_proxy, grpc_proxy, all_proxy and no_proxy for the "
+        description="Use http_proxy, https_proxy, grpc_proxy, all_proxy and no_proxy for the "
         "gateway's connection to the api and for the export of traces. Default: connect directly.",
     )
     worker_name: str = Field("", description="Name of the worker. Empty: host name and process.")
@@ -377,7 +376,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="after")
     @classmethod
     def _one_line(cls, value: Any) -> Any:
-        """Refuses control characters: a line break at the end of a secret file is the usual one."""
+        """Rejects control characters, such as the line break at the end of a secret file."""
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         if isinstance(text, str | Path) and _CONTROL.search(str(text)):
             raise ValueError("must not have line breaks or other control characters")
@@ -474,7 +473,7 @@ class Settings(BaseSettings):
 
 
 def variable(name: str) -> str:
-    """The environment variable of a setting."""
+    """Returns the environment variable of a setting."""
     return PREFIX + name.upper()
 
 
@@ -494,7 +493,7 @@ def _is_set(value: Any) -> bool:
 
 
 def _fields_of(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
-    """The settings that an error of pydantic is about."""
+    """Returns the settings that an error of pydantic is about."""
     name = _name(fault)
     if name:
         return [name] if name in fields else []
@@ -522,7 +521,7 @@ def _sentences(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether host names this machine only."""
+    """Returns whether a host names this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

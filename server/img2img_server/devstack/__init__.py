@@ -1,6 +1,6 @@
-"""The engines of `local`: nats-server and an S3 server as supervised child processes."""
+"""The servers of `local`: nats-server and an S3 server as supervised child processes."""
 
-from img2img_server.devstack.child import EnginesError, ServerExitedError
+from img2img_server.devstack.child import LocalServersError, ServerExitedError
 from img2img_server.devstack.servers import LocalServers
 
-__all__ = ["EnginesError", "LocalServers", "ServerExitedError"]
+__all__ = ["LocalServers", "LocalServersError", "ServerExitedError"]

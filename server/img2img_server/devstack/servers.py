@@ -1,11 +1,11 @@
 """nats-server and weed (SeaweedFS) for one machine, their data under one folder.
 
 <state_dir>/engines/lock           one supervisor at a time
-<state_dir>/engines/s3.json        made once, mode 600: weed's users, that is our key pair
-<state_dir>/engines/nats.conf      made at every start, mode 600
-<state_dir>/engines/nats.password  made once, mode 600
+<state_dir>/engines/s3.json        created once, mode 600: the user of weed, our key pair
+<state_dir>/engines/nats.conf      written at every start, mode 600
+<state_dir>/engines/nats.password  created once, mode 600
 <state_dir>/engines/{nats,s3}/     data
-<state_dir>/engines/{nats,s3}.log  what they say; .log.1: the time before
+<state_dir>/engines/{nats,s3}.log  their logs; .log.1: of the previous start
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from img2img_server.devstack import weed
-from img2img_server.devstack.child import HOST, Child, EnginesError, ServerExitedError
+from img2img_server.devstack.child import HOST, Child, LocalServersError, ServerExitedError
 from img2img_server.devstack.files import kept_secret
 from img2img_server.devstack.nats import nats_server, nats_url
 from img2img_server.ports import free_ports
@@ -30,14 +30,14 @@ PORTS: Final = ("nats", *weed.PORTS)
 
 
 class LocalServers:
-    """Both engines, running and answering while the context is open.
+    """Both servers; they run while the context is open.
 
     Args:
-        state_dir: everything they keep lies in its folder `engines`.
-        background: entering only chooses the addresses; `serving` waits for the rest.
+        state_dir: Their files are in its folder `engines`.
+        background: Entering only chooses the addresses; `serving` waits for the servers.
 
     Raises on entering:
-        EnginesError: a binary is missing, the folder is in use, or a server does not come up.
+        LocalServersError: A binary is missing, the folder is in use, or a server does not start.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LocalServers:
         return self._keys[1]
 
     async def died(self) -> ServerExitedError:
-        """Waits until an engine ends by itself, and tells which and why."""
+        """Waits until a server ends by itself; returns which one and why."""
         ends = [asyncio.ensure_future(child.ended()) for child in self._children]
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -99,8 +99,8 @@ class LocalServers:
         return self
 
     async def serving(self) -> None:
-        """Returns when both answer. Raises EnginesError."""
-        assert self._serving is not None, "to be used inside its context"
+        """Returns when both respond. Raises LocalServersError."""
+        assert self._serving is not None, "its context is not open"
         await asyncio.shield(self._serving)
 
     async def __aexit__(
@@ -119,7 +119,7 @@ class LocalServers:
         ]
 
     async def _start(self) -> None:
-        # In the background the ports are known to others already: no second try with new ones.
+        # In the background the caller knows the ports already, so they cannot change.
         for left in reversed(range(1 if self._background else START_TRIES)):
             death: BaseException | None = None
             try:
@@ -129,13 +129,15 @@ class LocalServers:
             except* ServerExitedError as deaths:
                 death = deaths.exceptions[0]
             except* TimeoutError:
-                death = TimeoutError(f"no answer in {START_SECONDS:.0f} s; {self._folder}/*.log")
+                death = TimeoutError(
+                    f"no response within {START_SECONDS:.0f} s; {self._folder}/*.log"
+                )
             if death is None:
                 return
-            # Mostly a port that somebody took after we looked: other ports, another try.
+            # Usually another process has taken a port meanwhile: try others.
             await self._stop_children()
             if not left:
-                raise EnginesError(str(death)) from death
+                raise LocalServersError(str(death)) from death
             self._choose()
 
     async def _stop(self) -> None:
@@ -156,7 +158,7 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise EnginesError(
+            raise LocalServersError(
                 f"{path.parent} is in use by another process: stop it, or set IMG2IMG_STATE_DIR "
                 "to another folder"
             ) from error

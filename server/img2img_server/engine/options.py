@@ -26,7 +26,7 @@ class TinyVaeUse(StrEnum):
     """What a tiny autoencoder is for."""
 
     PREVIEWS = "previews"
-    PICTURES = "pictures"
+    IMAGES = "images"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Init images and results: reading, checking, preparing and encoding."""
+"""Reads, checks, prepares and encodes images."""

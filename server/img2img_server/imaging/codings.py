@@ -9,14 +9,14 @@ from io import BytesIO
 
 from img2img_server.imaging.header import container_of
 
-# Beside no coding at all: aws-chunked is the framing of an upload, which some stores keep telling.
+# Names that mean no coding. aws-chunked frames uploads; some stores send it with downloads too.
 _NO_CODINGS = frozenset({"", "identity", "aws-chunked"})
 _GZIP = b"\x1f\x8b\x08"
 MAX_CODINGS = 2
 
 
 class CodingError(Exception):
-    """The coding is not supported or the data does not follow it; a clause for the caller."""
+    """The coding is not supported or the data is damaged; a clause for the caller."""
 
 
 class DecodedTooLargeError(Exception):
@@ -36,8 +36,8 @@ def content_codings(values: Iterable[str]) -> list[str]:
 def decode(data: bytes, codings: list[str], limit: int) -> bytes:
     """Returns the data without its codings. CPU-bound: up to `limit` bytes for each coding.
 
-    The bytes count for more than a coding's name: data that begins like an image is returned as it
-    is, and data that begins like a gzip file is unpacked.
+    The data counts more than the header: data that begins like an image is returned unchanged, and
+    data that begins like a gzip file is unpacked.
 
     Raises:
         CodingError: a coding is unknown, there are too many, or the data is damaged or cut.

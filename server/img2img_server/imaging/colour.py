@@ -13,16 +13,16 @@ log = structlog.get_logger(__name__)
 
 # Larger profiles hold tables; they are rare, and their transforms are large.
 _CACHED_PROFILE_BYTES = 2**16
-# The differences that count as none, of 255: rounding in the spellings of sRGB.
+# Differences up to this, of 255, are rounding between variants of sRGB.
 _SAME = 1
 # Tags with chains of any number of floating-point steps: the time to read one has no bound.
 _UNBOUNDED_TAGS = (b"D2B0", b"D2B1", b"D2B2", b"D2B3")
 
 
 def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Returns what converts images of a mode (L, RGB or CMYK) to sRGB.
+    """Returns the transform from a profile to sRGB, for images of a mode (L, RGB or CMYK).
 
-    None: the colours are sRGB already, or the profile cannot be used: it is damaged, or made for
+    Returns None where the colours are sRGB already, and where the profile is damaged or made for
     another mode.
     """
     if not profile:
@@ -35,7 +35,7 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
 def apply_transform(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
     """Returns the image in sRGB."""
     converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # it is None when the image itself was to be changed
+    assert converted is not None  # None is returned for in-place transforms only
     return converted
 
 
@@ -65,7 +65,7 @@ def _tags(profile: bytes) -> list[bytes]:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether greys, primaries and the colours between them stay as they are."""
+    """Returns whether the transform keeps greys, primaries and the colours between them."""
     if mode == "CMYK":
         return False
     assert mode in ("L", "RGB")

@@ -39,7 +39,7 @@ def prove_rows(header: Header) -> None:
     """
     assert header.png
     missing = _row_bytes(header)
-    # Pillow judges zlib's header (2 bytes) and checksum.
+    # Pillow checks the header of zlib (2 bytes) and its checksum.
     unpacker = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE)
     packed = header.png.rows[2:]
     while missing > 0 and not unpacker.eof:
@@ -109,7 +109,7 @@ def check_scans(header: Header) -> int:
     ended = start < end_of_file and marker == 0xD9
     if any(bits[0] == _MISSING or (not ended and any(bits)) for bits in missing.values()):
         raise HeaderError("scans are missing")
-    if not ended and frame.arithmetic:  # no decoder tells its missing bits from zeros
+    if not ended and frame.arithmetic:  # missing bits look like zeros to every decoder
         raise HeaderError("its end marker is missing")
     if end > end_of_file and marker != 0xD9:
         raise HeaderError("it is cut off")

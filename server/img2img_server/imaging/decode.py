@@ -1,7 +1,7 @@
 """Decodes image files to Pillow images and refuses incomplete ones.
 
-Pillow and libjpeg-turbo do the work. What they leave silently unpainted is found here: rows that a
-PNG lacks, and bits that a JPEG lacks.
+Pillow and libjpeg-turbo decode. They do not report the missing bits of a JPEG, which are found
+here, and the missing rows of a PNG, see completeness.py.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _STRIP_ROWS = 256
 
 
 def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
-    """Returns the first frame as L, LA, RGB, RGBA or CMYK, 8 bits each; turned as it is stored.
+    """Returns the first frame as L, LA, RGB, RGBA or CMYK with 8 bits each, without EXIF rotation.
 
     Args:
-        smallest: a JPEG may come back at a half, quarter or eighth, but not below this size.
+        smallest: A JPEG may be decoded at a half, quarter or eighth, but not below this size.
 
     Raises:
-        HeaderError: the image is damaged or incomplete.
+        HeaderError: The image is damaged or incomplete.
     """
     try:
         if header.jpeg:
@@ -57,7 +57,7 @@ def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
         return _plain(image, header)
     except (MemoryError, HeaderError):
         raise
-    except Exception as error:  # decoders raise a dozen types on damaged files
+    except Exception as error:  # decoders raise a dozen types of errors
         raise HeaderError("its data is damaged or incomplete") from error
 
 
@@ -72,15 +72,15 @@ def _decode_with_pillow(header: Header, smallest: tuple[int, int]) -> Image.Imag
 
 
 def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | None:
-    """Decodes with libjpeg-turbo's warnings as errors; the pixels are the ones Pillow gives.
+    """Decodes with libjpeg-turbo's warnings as errors; the pixels equal Pillow's.
 
-    Pillow ignores these warnings, and one of them says that rows are missing.
+    Pillow ignores these warnings, and one of them reports missing rows.
 
     Returns:
-        None where Pillow has to do it: CMYK, and what gives warnings of another kind.
+        None where Pillow must decode: CMYK, and files with other warnings.
     """
     assert header.jpeg
-    if header.jpeg.lossless:  # simplejpeg writes beyond its buffer when it is to decode one smaller
+    if header.jpeg.lossless:  # simplejpeg writes beyond its buffer if it decodes one smaller
         if not _may_be_whole(header, ""):
             raise HeaderError("rows are missing")
         return None
@@ -111,9 +111,9 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
 def _may_be_whole(header: Header, warning: str) -> bool:
     """Returns whether a JPEG may hold all rows, given libjpeg-turbo's first warning.
 
-    Bytes after the last row are harmless. After any other warning, which may hide one about missing
-    rows, missing bits are looked for by the pixels that they change. Where that takes long, and
-    where missing bits count as zeros, the end marker decides.
+    Bytes after the last row are harmless. Any other warning may hide one about missing rows, so
+    missing bits are searched by the pixels that they change. Where that is expensive, and where
+    missing bits count as zeros, the end marker decides.
     """
     assert header.jpeg
     if any(sign in warning for sign in _MISSING_ROWS):
@@ -129,7 +129,7 @@ def _may_be_whole(header: Header, warning: str) -> bool:
 
 
 def _holds_all_bits(header: Header, end: int) -> bool:
-    """Returns whether no pixel depends on what stands between the last scan and its end marker.
+    """Returns whether no pixel depends on bytes between the last scan and its end marker.
 
     Missing bits that change no pixel, as in an image of one colour, are not found.
     """
@@ -161,7 +161,7 @@ def _plain(image: Image.Image, header: Header) -> Image.Image:
 
 
 def _grey8(image: Image.Image) -> Image.Image:
-    """Keeps the upper 8 bits of 16-bit grey, which Pillow would clip."""
+    """Returns the upper 8 bits of 16-bit grey, which Pillow would clip."""
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     key = image.info.get("transparency")
@@ -173,7 +173,7 @@ def _grey8(image: Image.Image) -> Image.Image:
 def _key_mask(upper: Image.Image, header: Header) -> Image.Image:
     """Returns an alpha channel: 0 where a PNG of 16-bit RGB has the transparent colour.
 
-    Pillow decodes the upper 8 bits, or the lower ones when it is told the other byte order.
+    Pillow decodes the upper 8 bits, or the lower ones if the other byte order is passed to it.
     """
     lower = PngImageFile(BytesIO(header.data))
     lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]

@@ -1,4 +1,4 @@
-"""Pixels to files."""
+"""Encodes pixels as files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encoded(pixels: Pixels, format: ImageFormat) -> EncodedImage:  # noqa: A002
 
 
 def preview_jpeg(pixels: Pixels) -> EncodedImage:
-    """A small JPEG at quality 80, at most 256 pixels on its longer side."""
+    """Encodes a JPEG at quality 80 with at most 256 pixels on its longer side."""
     image = Image.fromarray(pixels)
     image.thumbnail((PREVIEW_SIDE_PIXELS, PREVIEW_SIDE_PIXELS), Image.Resampling.BILINEAR)
     data = _saved(image, "JPEG", quality=80)

@@ -36,12 +36,12 @@ REDIRECTS: Final = (301, 302, 303, 307, 308)
 MAX_RETRIES: Final = 2  # of one download, whatever the number of redirects
 RETRIED_STATUSES: Final = (429, 500, 502, 503, 504)
 FIRST_PAUSE_SECONDS: Final = 0.2
-# Another try does not help: names and certificates stay as they are.
-_LASTING_ERRORS: Final = (aiohttp.ClientSSLError, aiohttp.ClientConnectorDNSError, ValueError)
+# These errors are not transient: names and certificates rarely change.
+_PERMANENT_ERRORS: Final = (aiohttp.ClientSSLError, aiohttp.ClientConnectorDNSError, ValueError)
 HEADERS: Final = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
 
 
-class _TryFailedError(Exception):
+class _AttemptFailedError(Exception):
     """A request did not give an image; the message is a clause for the caller.
 
     Attributes:
@@ -64,18 +64,19 @@ class _Progress:
     url: URL | None = None
     redirects: int = 0
     retries: int = 0
-    answered: bool = False  # the present request has its response headers
+    answered: bool = False  # the current request has its response headers
     received: int = 0  # bytes of its body
 
     @property
     def host(self) -> str:
-        """The host as the caller may see it: that of a redirect is not the caller's."""
+        """The host for messages to the caller, who must not see the host of a redirect."""
         named = self.url.raw_host if self.url and not self.redirects else None
         return named or "the host of a redirect"
 
     def explained(self, cause: str) -> str:
-        told = not self.redirects or "redirect" in cause
-        return cause if told else f"{cause} (after a redirect)"
+        if self.redirects and "redirect" not in cause:
+            return f"{cause} (after a redirect)"
+        return cause
 
 
 async def fetch_image(
@@ -86,18 +87,18 @@ async def fetch_image(
     timeout_seconds: float = 10.0,
     resolver: AbstractResolver | None = None,
 ) -> bytes:
-    """Returns what the address serves; check_image says whether it is an image.
+    """Downloads the file at an address; `check_image` checks whether it is an image.
 
-    What may pass (a status of RETRIED_STATUSES, a connection that breaks) is tried again up to
+    Transient failures (a status of RETRIED_STATUSES, a broken connection) are retried up to
     MAX_RETRIES times.
 
     Args:
-        timeout_seconds: for everything, from resolving the first name to the last byte.
-        resolver: asked for the addresses of names; DNS by default.
+        timeout_seconds: For everything, from resolving the first name to the last byte.
+        resolver: Resolves names; DNS by default.
 
     Raises:
-        FetchError: forbidden, not found, too slow, too many redirects, damaged or broken off.
-        InvalidImageError: more than limits.max_image_bytes.
+        FetchError: Forbidden, not found, too slow, too many redirects, damaged or incomplete.
+        InvalidImageError: More than limits.max_image_bytes.
     """
     progress = _Progress()
     ends = time.monotonic() + timeout_seconds
@@ -107,7 +108,7 @@ async def fetch_image(
         if progress.retries:
             log.info("init image fetched after retries", retries=progress.retries, url=shown(url))
         return data
-    except (ForbiddenAddressError, _TryFailedError, CodingError, TimeoutError) as error:
+    except (ForbiddenAddressError, _AttemptFailedError, CodingError, TimeoutError) as error:
         timed_out = isinstance(error, TimeoutError)
         reason = _too_slow(progress, timeout_seconds) if timed_out else str(error)
         log.info("init image not fetched", reason=reason, retries=progress.retries, url=shown(url))
@@ -134,7 +135,7 @@ async def _download(
     while True:
         try:
             answer = await _request(session, progress, limits)
-        except _TryFailedError as failed:
+        except _AttemptFailedError as failed:
             pause = FIRST_PAUSE_SECONDS * 3**progress.retries * random.uniform(0.8, 1.2)  # noqa: S311
             pause = max(pause, failed.retry_after_seconds)
             is_last = progress.retries == MAX_RETRIES or time.monotonic() + pause >= ends
@@ -146,7 +147,7 @@ async def _download(
         if isinstance(answer, bytes):
             return answer
         if progress.redirects == MAX_REDIRECTS:
-            raise _TryFailedError(f"too many redirects, more than {MAX_REDIRECTS}")
+            raise _AttemptFailedError(f"too many redirects, more than {MAX_REDIRECTS}")
         progress.redirects += 1
         progress.url = policy.check_url(answer.location, base=progress.url)
 
@@ -159,7 +160,7 @@ class _Redirect:
 async def _request(
     session: aiohttp.ClientSession, progress: _Progress, limits: Limits
 ) -> bytes | _Redirect:
-    """Makes one request. Raises _TryFailedError, ForbiddenAddressError, CodingError."""
+    """Makes one request. Raises _AttemptFailedError, ForbiddenAddressError, CodingError."""
     progress.answered, progress.received = False, 0
     assert progress.url is not None
     try:
@@ -169,7 +170,9 @@ async def _request(
                 return await _body(response, limits, progress)
             location = response.headers.get("Location", "").strip()
             if not location:
-                raise _TryFailedError(f"the server answered {response.status} without a Location")
+                raise _AttemptFailedError(
+                    f"the server answered {response.status} without a Location"
+                )
             return _Redirect(location)
     except (aiohttp.ClientError, OSError, ValueError) as error:
         if type(error) is TimeoutError:  # the time for the whole download is over
@@ -177,14 +180,16 @@ async def _request(
         cause = cause_of(error, progress.host)
         if progress.answered and isinstance(error, aiohttp.ClientPayloadError | OSError):
             cause = f"the connection broke after {progress.received} bytes"
-        raise _TryFailedError(cause, transient=not isinstance(error, _LASTING_ERRORS)) from error
+        raise _AttemptFailedError(
+            cause, transient=not isinstance(error, _PERMANENT_ERRORS)
+        ) from error
 
 
 async def _body(response: aiohttp.ClientResponse, limits: Limits, progress: _Progress) -> bytes:
     if response.status != 200:
         transient = response.status in RETRIED_STATUSES
         asked = response.headers.get("Retry-After", "") if transient else ""
-        raise _TryFailedError(
+        raise _AttemptFailedError(
             f"the server answered {response.status}",
             transient=transient,
             retry_after_seconds=seconds_of(asked, time.time()),

@@ -1,7 +1,7 @@
 """Reads the structure of PNG, JPEG and WebP files without decoding a pixel.
 
-The decoders see only the parts of a file that pixels are made of, so damaged metadata never makes
-an image unusable, and the size and the number of parts are known before anything is decoded.
+The decoders get only the parts of a file that hold pixels, so damaged metadata never makes an image
+unusable, and size and number of parts are known before decoding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from img2img_server.imaging.png import PNG_SIGNATURE, png_chunk
 
-# Chunks, segments and fill bytes that are looked at. A PNG of 20 MB in chunks of 4 KiB has 5,000.
+# Most chunks, segments and fill bytes. A PNG of 20 MB in chunks of 4 KiB has 5,000.
 MAX_PARTS = 10_000
 # A scan costs a walk over all blocks even when it holds a few bytes, so their number bounds the
 # time of a progressive JPEG. Encoders write about ten.
@@ -82,11 +82,11 @@ class PngFormat(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What is known before decoding.
+    """The structure of an image file.
 
     Attributes:
         data: A file of the same format that holds the parts for the pixels of the first frame.
-        metadata: The parts that say which way is up and what the colours mean, in file order.
+        metadata: The parts with orientation and colour profile, in file order.
         colour_key: The colour that is transparent in a PNG of 16-bit RGB, which Pillow cannot
             compare; other keys are in data.
     """
@@ -138,9 +138,9 @@ def read_header(data: bytes) -> Header:
 
 
 def _read_png(data: bytes) -> Header:
-    """Chunks: length (4 bytes, big-endian), type (4), content, CRC-32 (4); IHDR first, IEND last.
+    """Reads chunks: length (4 bytes, big-endian), type (4), content, CRC-32 (4); IHDR first.
 
-    The contents of all IDAT chunks come back as one. Of an animated PNG the default image stays;
+    The contents of all IDAT chunks are joined. Of an animated PNG the default image stays;
     its other frames (fdAT) are dropped. A missing IEND is no fault, for the rows are counted.
     """
     kind, width, height, depth, colour, method, filters, interlace = struct.unpack_from(
@@ -215,10 +215,10 @@ def _pixel_chunk(kind: bytes, content: bytes, depth: int, colour: int) -> bytes:
 
 
 def _read_jpeg(data: bytes) -> Header:
-    """Segments: 0xFF, marker, length (2 bytes, big-endian, counts itself), content; then scans.
+    """Reads segments: 0xFF, marker, length (2 bytes, big-endian, counts itself), content; scans.
 
-    APP0 (JFIF) and APP14 (Adobe: colour transform) say how to read the pixels; the other
-    application segments and comments are not kept. The end marker is added, in case it is
+    APP0 (JFIF) and APP14 (Adobe: colour transform) define how to read the pixels; other
+    application segments and comments are dropped. The end marker is added, in case it is
     missing: completeness.py and the decoder find missing scans.
     """
     kept, metadata = [data[:2]], []
@@ -281,7 +281,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _read_webp(data: bytes) -> Header:
-    """RIFF chunks: type (4 bytes), length (4, little-endian), content, padded to even length.
+    """Reads RIFF chunks: type (4 bytes), length (4, little-endian), content, padded to even length.
 
     The canvas size is in VP8X when there is one, otherwise in the image's own chunk. The first
     image or animation frame is kept; what comes after it may be cut off.

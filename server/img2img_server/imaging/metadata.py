@@ -1,6 +1,6 @@
-"""Reads what an image's metadata says about its pixels: which way is up, what the colours mean.
+"""Reads orientation and colour profile from the metadata of an image.
 
-Pillow parses it, apart from the pixels: metadata that Pillow cannot read counts as absent.
+Pillow parses the metadata without the pixels; metadata that Pillow cannot read counts as absent.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from img2img_server.imaging.header import Container, Header, Part
 
 log = structlog.get_logger(__name__)
 
-# Of a longer EXIF block the beginning is read: Pillow copies what each entry points to, so the time
-# grows with the square. Cameras write the orientation into the first hundred bytes.
+# Only the beginning of a longer EXIF block is read: Pillow copies the target of each entry, so the
+# time grows with the square. Cameras write the orientation into the first hundred bytes.
 MAX_EXIF_BYTES = 2**17
 MAX_PROFILE_BYTES = 2**22  # profiles of printers have up to 3 MB
 _RAW_EXIF = "Raw profile type exif"  # how ImageMagick stores EXIF in a PNG: as hexadecimal text
@@ -41,7 +41,7 @@ class Metadata(NamedTuple):
 
 
 def read_metadata(header: Header) -> Metadata:
-    """Reads what is known about the pixels; damaged parts count as absent."""
+    """Reads the metadata; damaged parts count as absent."""
     info = _info(header)
     profile = info.get("icc_profile") or b""
     if len(profile) > MAX_PROFILE_BYTES:
@@ -56,7 +56,7 @@ def _orientation(info: dict[str | tuple[int, int], Any]) -> int:
     try:
         found = carrier.getexif().get(Base.Orientation, 1)
         return next((value for value in range(2, 9) if value == found), 1)
-    except Exception as error:  # Pillow raises a dozen types on damaged blocks
+    except Exception as error:  # Pillow raises a dozen types of errors
         log.debug("image metadata ignored", part="EXIF", reason=str(error))
         return 1
 

@@ -1,6 +1,6 @@
-"""Checks init images and prepares them as section 5 of the HTTP contract says.
+"""Checks and prepares init images, see docs/http-contract.md#init-image-preparation.
 
-Everything here computes and blocks: call it in a thread. Pillow, libjpeg-turbo and Little CMS
+The functions block while they compute: call them in a thread. Pillow, libjpeg-turbo and Little CMS
 release the GIL while they decode, resize, convert and encode.
 """
 
@@ -30,23 +30,23 @@ from img2img_server.imaging.formats import PLAIN_TEXT, format_name
 from img2img_server.imaging.header import Container, Header, HeaderError, container_of, read_header
 from img2img_server.imaging.metadata import read_metadata
 
-# Up to here the caller's own bytes travel through the queue. Beyond, they cost the queue or the
-# worker (a small file may hold many pixels) more than encoding them once more.
+# Up to these limits the caller's own file is queued. A larger one costs the queue or the worker (a
+# small file may hold many pixels) more than encoding it again.
 OWN_MAX_BYTES = 512 * 2**10
 OWN_MAX_PIXELS = 2**22
-# Beyond this, one image at a time: decoding takes up to 16 bytes a pixel (WebP; others 4 to 9).
+# Larger images are decoded one at a time: each takes up to 16 bytes a pixel (WebP; others 4 to 9).
 LARGE_PIXELS = 2**24
 ONE_LARGE = threading.Lock()
-# A JPEG may be decoded at a half, quarter or eighth when that leaves this many times the pixels
-# asked for along each side: Lanczos then cannot be told from one on the full image.
+# A JPEG may be decoded at a half, quarter or eighth if that leaves this many times the requested
+# pixels along each side: the resized image then looks like one of the full size.
 DECODE_GAP = 3.0
-# Of an image with more pixels than this, the box is averaged down before its colours are converted
-# to sRGB, which takes 0.1 s for 4 megapixels. At least CONVERT_GAP times the pixels asked for along
-# each side are left: edges between saturated colours differ by a few of 255.
+# The box of an image with more pixels is averaged before its colours are converted to sRGB, which
+# takes 0.1 s for 4 megapixels. At least CONVERT_GAP times the requested pixels along each side are
+# left: edges between saturated colours differ by a few of 255.
 CONVERT_MAX_PIXELS = 2**22
 CONVERT_GAP = 2.0
 
-# What is left to do by EXIF orientation; from 5 on, rows and columns are swapped before.
+# The last step by EXIF orientation; from 5 on, rows and columns are swapped before.
 FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,14 +63,14 @@ def check_image(
 ) -> CheckedImage:
     """Proves that an init image decodes completely within the limits.
 
-    Small images come back as they are, others prepared at width x height as JPEG.
+    Small files are returned unchanged, others are prepared at width x height as JPEG.
 
     Args:
-        downloaded: the data comes from a URL of the caller, for the words of the error.
+        downloaded: The data comes from a URL of the caller, for the error message.
 
     Raises:
-        InvalidImageError: it is too large, has too many pixels, is damaged, incomplete or no image
-            of an accepted format.
+        InvalidImageError: The image is too large, has too many pixels, is damaged, incomplete or of
+            another format.
     """
     if len(data) > limits.max_image_bytes:
         raise too_large(limits)
@@ -85,7 +85,7 @@ def check_image(
     except HeaderError as error:
         raise _invalid(header.container, error) from error
     if len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS:
-        # The smallest scale skips the inverse transform, not the reading of every coefficient.
+        # The smallest scale skips the inverse transform but reads every coefficient.
         _decode(header, smallest=(1, 1))
         return CheckedImage(data=data, prepared=False)
     pixels = _prepare(header, width, height)
@@ -93,7 +93,7 @@ def check_image(
 
 
 def is_cheap(data: bytes) -> bool:
-    """Whether check_image takes a few milliseconds at the most, going by size and header."""
+    """Returns whether check_image takes a few milliseconds at most, by size and header."""
     try:
         return len(data) <= OWN_MAX_BYTES and read_header(data).pixels <= OWN_MAX_PIXELS
     except HeaderError:
@@ -101,17 +101,17 @@ def is_cheap(data: bytes) -> bool:
 
 
 def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = False) -> Pixels:
-    """Makes exactly height x width x 3 pixels of an init image: the same ones each time.
+    """Prepares an init image as height x width x 3 pixels; deterministic.
 
     EXIF rotation, first frame, colours to sRGB, transparency on white, 8-bit RGB, the largest
     centred box of the target's aspect ratio, one Lanczos resize.
 
     Args:
-        data: an image that check_image let through; its limits are not checked again.
-        prepared: it must have the size already.
+        data: An image that check_image has accepted; limits are not checked again.
+        prepared: The image must have the requested size already.
 
     Raises:
-        InvalidImageError: it is damaged, or not of the size although prepared.
+        InvalidImageError: The image is damaged, or was prepared at another size.
     """
     header = _header(data)
     if prepared and (header.width, header.height) != (width, height):
@@ -124,7 +124,7 @@ def _header(data: bytes, source: str = "the data is") -> Header:
     if container is None:
         name = format_name(data)
         advice = "send a PNG, JPEG or WebP image"
-        if name == PLAIN_TEXT and b"\n" not in data:  # perhaps a URL without its scheme, or a path
+        if name == PLAIN_TEXT and b"\n" not in data:  # perhaps a URL without a scheme, or a path
             advice += ", or its URL with http:// or https://"
         raise not_an_image(f"{source} {name}; {advice}")
     try:
@@ -149,7 +149,7 @@ def _too_many_pixels(header: Header, limits: Limits) -> InvalidImageError:
 
 def _prepare(header: Header, width: int, height: int) -> Pixels:
     turned, profile = read_metadata(header)
-    if turned >= 5:  # lies on its side: so does the box that is cut
+    if turned >= 5:  # rotated by 90 degrees, so the box is too
         width, height = height, width
     box = _centred_box((header.width, header.height), width / height)
     gap = DECODE_GAP * width / (box[2] - box[0])
@@ -184,7 +184,7 @@ def _turn(header: Header) -> AbstractContextManager[object]:
 
 
 def _centred_box(size: tuple[int, int], aspect: float) -> Box:
-    """The largest centred box with width / height = aspect; its edges may cut pixels."""
+    """Returns the largest centred box with width / height = aspect; its edges may cut pixels."""
     width, height = size
     box_width = min(width, height * aspect)
     box_height = min(height, width / aspect)
@@ -198,7 +198,7 @@ def _scaled(box: Box, divisor: int, size: tuple[int, int]) -> Box:
 
 
 def _averaged(image: Image.Image, box: Box, width: int) -> tuple[Image.Image, Box]:
-    """Cuts the box out and averages squares of its pixels; also returns where it is now."""
+    """Cuts the box out and averages squares of its pixels; returns the image and the new box."""
     left, upper, right, lower = box
     factor = max(1, int((right - left) / (width * CONVERT_GAP)))
     cut = (int(left), int(upper), math.ceil(right), math.ceil(lower))
@@ -208,7 +208,7 @@ def _averaged(image: Image.Image, box: Box, width: int) -> tuple[Image.Image, Bo
 
 
 def _opaque_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:
-    """Returns grey or RGB: the colours converted, then transparent parts put on white."""
+    """Returns grey or RGB: converts the colours, then puts transparent parts on white."""
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     colours = image.convert(image.mode.removesuffix("A")) if alpha else image
     if transform:

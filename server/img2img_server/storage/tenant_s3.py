@@ -1,7 +1,7 @@
 """Uploads to a tenant's own S3 storage, under the outbound policy.
 
-The minio SDK signs; the session of the policy sends the request to the addresses that it checked. So
-the bucket may also be part of the host name, and there is no client of the SDK for each tenant.
+The minio SDK signs; the session of the policy sends the request to the addresses that it checked.
+The bucket may also be part of the host name, and there is no client of the SDK for each tenant.
 """
 
 from __future__ import annotations

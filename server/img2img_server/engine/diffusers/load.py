@@ -55,7 +55,7 @@ def load_pipeline(
         pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **family.load_options)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
-    if tiny is not None and options.tiny_vae_use is TinyVaeUse.PICTURES:
+    if tiny is not None and options.tiny_vae_use is TinyVaeUse.IMAGES:
         pipeline.vae, tiny = tiny, None
     pipeline.to(device)
     if options.channels_last and family.kind is ModelKind.DIFFUSION:
