@@ -14,8 +14,7 @@ import httpx
 import pytest
 
 from img2img.v1 import job_pb2
-from img2img_server.testing.fake_engine import FakeEngine
-from img2img_server.testing.memory_safety import FixedSafetyChecker
+from img2img_server.testing.fake_engine import FakeEngine, FixedSafetyChecker
 from tests.golden_file import assert_golden
 from tests.http_stack import (
     BASE,

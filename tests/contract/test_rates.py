@@ -9,7 +9,7 @@ from fixtures_engines import OpenBus
 
 from img2img_server.nats.bus import Bus
 from img2img_server.nats.rates import Rates
-from img2img_server.testing.memory_kv import MemoryBucket
+from img2img_server.testing.memory_records import MemoryBucket
 
 
 async def test_as_many_as_a_minute_has_come_at_once_then_one_by_one() -> None:

@@ -16,7 +16,7 @@ from img2img_server.nats.tenant_settings import KeyValue, TenantStorage, kv_tena
 from img2img_server.nats.topology import Bounds, prepare
 from img2img_server.settings import Settings
 from img2img_server.storage.vault import SealBrokenError, Vault, new_key
-from img2img_server.testing.memory_kv import MemoryBucket
+from img2img_server.testing.memory_records import MemoryBucket
 from tests.unit.test_storage import GOOD
 
 OTHER = replace(GOOD, image_directory="other", aws_secret_access_key="SK-OTHER")

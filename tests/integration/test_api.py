@@ -23,9 +23,8 @@ from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Limits
 from img2img_server.imaging.base import CheckedImage
 from img2img_server.testing.bus import memory_bus
-from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
-from img2img_server.testing.memory_events import MemoryEventLog
-from img2img_server.testing.memory_safety import FixedSafetyChecker
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine, FixedSafetyChecker
+from img2img_server.testing.memory_queue import MemoryEventLog
 from tests.stack import (
     DEV,
     WAIT_SECONDS,

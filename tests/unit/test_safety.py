@@ -20,8 +20,8 @@ from img2img_server.imaging.base import Pixels
 from img2img_server.safety.base import SafetyChecker, blank
 from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings
+from img2img_server.testing.fake_engine import FixedSafetyChecker
 from img2img_server.testing.memory_blobs import MemoryBlobStore
-from img2img_server.testing.memory_safety import FixedSafetyChecker
 from img2img_server.worker.sample import Stopwatch, finish_sample
 
 THRESHOLD: float = Settings.model_fields["safety_threshold"].default

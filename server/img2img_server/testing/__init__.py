@@ -1,1 +1,1 @@
-"""Implementations of every seam inside one process, for tests of this project and of others."""
+"""In-memory implementations of every interface, for tests of this project and of others."""

@@ -1,4 +1,4 @@
-"""A Bus of one process: everything that roles share, without NATS."""
+"""A Bus in memory, without NATS."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from img2img_server.nats.bus import Bus
 from img2img_server.nats.rates import Rates
 from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.storage.vault import Vault
-from img2img_server.testing.memory_control import MemoryControl
-from img2img_server.testing.memory_events import MemoryEventLog
-from img2img_server.testing.memory_jobs import MemoryJobQueue
-from img2img_server.testing.memory_kv import MemoryBucket
-from img2img_server.testing.memory_records import MemoryJobStore, MemoryWorkerRegistry
+from img2img_server.testing.memory_queue import MemoryControl, MemoryEventLog, MemoryJobQueue
+from img2img_server.testing.memory_records import (
+    MemoryBucket,
+    MemoryJobStore,
+    MemoryWorkerRegistry,
+)
 from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
 
 
 def memory_bus(
     *, queue_limit: int = 15, ack_wait_seconds: float = 15.0, storage_keys: str = ""
 ) -> Bus:
-    """A bus of one process, for tests."""
+    """Returns a Bus whose parts are all in memory."""
     return Bus(
         queue=MemoryJobQueue(limit=queue_limit, ack_wait_seconds=ack_wait_seconds),
         events=MemoryEventLog(),
@@ -31,10 +32,10 @@ def memory_bus(
 
 
 def memory_rates() -> Rates:
-    """In one process, for tests."""
+    """Returns rate limits in memory."""
     return Rates(MemoryBucket())
 
 
 def memory_tenant_storage(vault: Vault) -> TenantStorage:
-    """In one process, for tests."""
+    """Returns the storage settings of tenants in memory."""
     return TenantStorage(vault, MemoryBucket(), MemoryBucket())

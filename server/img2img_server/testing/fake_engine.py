@@ -1,4 +1,4 @@
-"""An engine in memory, for tests of what surrounds it: no torch, no model, the same behaviour."""
+"""An engine and a safety checker without models, for tests of the code around them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +40,7 @@ FAKE_MODEL = ModelInfo(
     default_num_inference_steps=4,
     default_guidance_scale=1.0,
 )
-FAIL_PROMPT = "fail:"  # a prompt that begins so fails with the rest of it as its sentence
+FAIL_PROMPT = "fail:"  # a job fails if its prompt begins so; the rest is the message
 
 
 @dataclass
@@ -55,15 +56,15 @@ class _Run:
 class FakeEngine:
     """Runs every submitted job at once, one step of each in turn.
 
-    Its pictures depend on everything that a real one's depend on, and on nothing else. A prompt
-    that begins with "fail:" fails with EngineError after its first stage.
+    Its images depend on the same parameters as those of a real engine, and on nothing else. A
+    prompt that begins with "fail:" fails with EngineError after its first stage.
 
     Args:
-        model: what it says it serves.
-        step_seconds: how long a step takes.
+        model: the value of the property `model`.
+        step_seconds: the length of a step.
         hold_after: every job waits after this many steps until `release` is called.
-        max_batch_size: the value of the property; the fake takes more all the same.
-        max_prompt_words: how many words of a prompt it reads; it says what it does not read.
+        max_batch_size: the value of the property; the fake runs more all the same.
+        max_prompt_words: the number of words of a prompt that it reads; it warns about the others.
     """
 
     def __init__(
@@ -136,13 +137,13 @@ class FakeEngine:
         self._thread.join()
 
     def lose_device(self) -> None:
-        """Breaks for good: jobs that run end with DeviceLost, those that come with JobStopped."""
+        """Breaks for good: running jobs end with DeviceLost, new ones with JobStopped."""
         with self._changed:
             self._lost = True
             self._changed.notify_all()
 
     def release(self) -> None:
-        """Lets held jobs go on, and holds none any more."""
+        """Lets held jobs continue, and holds no later ones."""
         with self._changed:
             self._hold_after = None
             self._changed.notify_all()
@@ -158,7 +159,7 @@ class FakeEngine:
             _emit(run, JobStopped())
 
     def _next_runs(self) -> list[_Run]:
-        """Waits for the length of a step, then for a job that can go on; empty: stop."""
+        """Waits for the length of a step, then for a job that can continue; empty: stop."""
         with self._changed:
             if any(run.step for run in self._running):
                 self._changed.wait_for(self._is_interrupted, timeout=self._step_seconds)
@@ -177,7 +178,7 @@ class FakeEngine:
         return [run for run in self._running if run.step < hold or run.cancelled]
 
     def _advance(self, run: _Run) -> bool:
-        """One step of every sample; True when the job has ended."""
+        """Runs one step of every sample; returns whether the job has ended."""
         job = run.job
         if run.cancelled or (self._lost and not run.step):
             return _emit(run, JobStopped())
@@ -188,9 +189,8 @@ class FakeEngine:
             if run.total:
                 _emit(run, StageFinished(stage=Stage.TEXT_ENCODED))
             if job.params.prompt.startswith(FAIL_PROMPT):
-                return _emit(
-                    run, JobFailed(EngineError(job.params.prompt.removeprefix(FAIL_PROMPT)))
-                )
+                message = job.params.prompt.removeprefix(FAIL_PROMPT)
+                return _emit(run, JobFailed(EngineError(message)))
             if run.total:
                 _emit(run, StageFinished(stage=Stage.IMAGE_ENCODED))
         if run.step < run.total:
@@ -199,7 +199,7 @@ class FakeEngine:
         if run.step < run.total:
             return False
         for sample in range(len(job.seeds)):
-            _emit(run, SampleReady(sample, picture(job, sample)))
+            _emit(run, SampleReady(sample, fake_image(job, sample)))
         took = time.monotonic() - run.began
         steps = run.total * len(job.seeds)
         timings = Timings(denoise=took, engine=took, steps=steps, batch_share=1.0)
@@ -232,8 +232,8 @@ class FakeEngine:
                 _emit(run, PreviewReady(sample, step, preview))
 
 
-def picture(job: EngineJob, sample: int) -> Pixels:
-    """The fake's picture of one sample: the init image mixed with noise, by strength."""
+def fake_image(job: EngineJob, sample: int) -> Pixels:
+    """Returns the image of one sample: the init image mixed with noise, by strength."""
     total = _steps_of(job)
     if total == 0:
         return job.init_image.copy()
@@ -267,3 +267,17 @@ def _emit(run: _Run, event: EngineEvent) -> bool:
 def _steps_of(job: EngineJob) -> int:
     params = job.params
     return StrengthRule.FLOOR.denoising_steps(params.strength, params.num_inference_steps)
+
+
+class FixedSafetyChecker:
+    """Gives every image the same score; with 0.0 no image is unsafe."""
+
+    def __init__(self, score: float) -> None:
+        self._score = score
+        self.turn = nullcontext()
+
+    async def warm_up(self) -> None:
+        """Loads nothing."""
+
+    def check(self, pixels: Pixels) -> float:
+        return self._score

@@ -1,4 +1,4 @@
-"""Files inside one process."""
+"""Files in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK_BYTES = 64 * 1024
 
 
 class MemoryBlobStore:
-    """A BlobStore of one process. Like a bucket it must be prepared before the first put."""
+    """A BlobStore in memory. It must be prepared before the first put, as a bucket must exist."""
 
     def __init__(self) -> None:
         self._prepared = False

@@ -1,4 +1,4 @@
-"""Records, announcements and files inside one process: for tests, the same rules as the real."""
+"""Job records, the worker registry and key-value buckets in memory, by the rules of JetStream."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID, Job
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.interfaces.records import ConflictError, Stored
+from img2img_server.nats.faults import WrongLastSequenceError
+from img2img_server.nats.kv import KvEntry
 
 
 class MemoryJobStore:
-    """A JobStore of one process."""
+    """A JobStore in memory."""
 
     def __init__(self, *, retention_seconds: float = 24 * 3600.0) -> None:
         self._retention_seconds = retention_seconds
@@ -73,7 +76,7 @@ class MemoryJobStore:
 
 
 class MemoryWorkerRegistry:
-    """A WorkerRegistry of one process. `clock`: monotonic seconds."""
+    """A WorkerRegistry in memory. `clock`: monotonic seconds."""
 
     def __init__(
         self, *, ttl_seconds: float = 20.0, clock: Callable[[], float] = time.monotonic
@@ -100,3 +103,31 @@ class MemoryWorkerRegistry:
 
     async def model(self, name: str) -> ModelInfo | None:
         return self._models.get(name)
+
+
+class MemoryBucket:
+    """A KeyValue bucket in memory; no value expires."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, KvEntry] = {}
+        self._revisions = itertools.count(1)
+
+    async def get(self, key: str) -> KvEntry | None:
+        return self._entries.get(key)
+
+    async def put(self, key: str, value: bytes) -> int:
+        self._entries[key] = KvEntry(value, next(self._revisions))
+        return self._entries[key].revision
+
+    async def swap(self, key: str, value: bytes, revision: int) -> int:
+        found = self._entries.get(key)
+        if (found.revision if found else 0) != revision:
+            raise WrongLastSequenceError(key)
+        return await self.put(key, value)
+
+    async def remove(self, key: str) -> None:
+        self._entries.pop(key, None)
+
+    async def keys(self, pattern: str = ">") -> list[str]:
+        # A key has no characters that are special to fnmatch.
+        return [key for key in self._entries if fnmatchcase(key, pattern.replace(">", "*"))]

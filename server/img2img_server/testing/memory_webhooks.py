@@ -1,4 +1,4 @@
-"""The outbox inside one process: for tests, the same rules as JetStream."""
+"""The webhook outbox in memory, by the rules of JetStream."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 from img2img_server.domain.job import Job
 from img2img_server.interfaces.webhooks import OutboxFullError, PendingWebhook
-from img2img_server.testing.notifier import Notifier
+from img2img_server.testing.memory_queue import Notifier
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
     job: Job
     taken: int = 0
-    due: asyncio.TimerHandle | None = None  # set while somebody has it and while it waits
+    due: asyncio.TimerHandle | None = None  # set while the webhook is taken or deferred
 
 
 class MemoryWebhookOutbox:
-    """An WebhookOutbox of one process; it remembers for ever what was put once."""
+    """A WebhookOutbox in memory; it never forgets a job that was put."""
 
     def __init__(self, *, limit: int = 10_000, ack_wait_seconds: float = 60.0) -> None:
         self._limit = limit
         self._ack_wait_seconds = ack_wait_seconds
         self._entries: list[_Entry] = []
         self._known: set[int] = set()
-        self._bell = Notifier()
+        self._changes = Notifier()
 
     async def put(self, job: Job, *, again: bool = False) -> None:
         if job.id in self._known and not again:
@@ -35,13 +35,13 @@ class MemoryWebhookOutbox:
             raise OutboxFullError(job.tenant)
         self._known.add(job.id)
         self._entries.append(_Entry(job))
-        self._bell.notify()
+        self._changes.notify()
 
     async def pull(self, most: int, timeout_seconds: float) -> list[PendingWebhook]:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 while True:
-                    changed = self._bell.wait_handle()
+                    changed = self._changes.wait_handle()
                     due = [entry for entry in self._entries if entry.due is None][:most]
                     if due:
                         return [self._take(entry) for entry in due]
@@ -50,21 +50,21 @@ class MemoryWebhookOutbox:
 
     def _take(self, entry: _Entry) -> PendingWebhook:
         entry.taken += 1
-        self.come_again(entry, self._ack_wait_seconds)
+        self.defer(entry, self._ack_wait_seconds)
         return _MemoryPending(self, entry)
 
-    def come_again(self, entry: _Entry, delay_seconds: float) -> None:
+    def defer(self, entry: _Entry, delay_seconds: float) -> None:
         """Makes the entry due after the delay."""
         if entry.due is not None:
             entry.due.cancel()
-        entry.due = asyncio.get_running_loop().call_later(delay_seconds, self._fall_due, entry)
+        entry.due = asyncio.get_running_loop().call_later(delay_seconds, self._set_due, entry)
 
-    def _fall_due(self, entry: _Entry) -> None:
+    def _set_due(self, entry: _Entry) -> None:
         entry.due = None
-        self._bell.notify()
+        self._changes.notify()
 
     def remove(self, entry: _Entry) -> None:
-        """Forgets the entry; fine when it is gone."""
+        """Removes the entry, if it is still there."""
         if entry.due is not None:
             entry.due.cancel()
         if entry in self._entries:
@@ -89,5 +89,5 @@ class _MemoryPending:
         self._outbox.remove(self._entry)
 
     async def retry(self, delay_seconds: float) -> None:
-        if self._entry.taken == self._taken:  # else somebody else has it by now
-            self._outbox.come_again(self._entry, delay_seconds)
+        if self._entry.taken == self._taken:  # else it was delivered again
+            self._outbox.defer(self._entry, delay_seconds)

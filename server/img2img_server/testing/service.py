@@ -16,9 +16,8 @@ from img2img_server.imaging.base import FetchError
 from img2img_server.nats.bus import Bus
 from img2img_server.settings import Settings
 from img2img_server.testing.bus import memory_bus
-from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine, FixedSafetyChecker
 from img2img_server.testing.memory_blobs import MemoryBlobStore
-from img2img_server.testing.memory_safety import FixedSafetyChecker
 from img2img_server.webhooks.sender import Outcome
 from img2img_server.webhooks.signature import Signer
 from img2img_server.worker.server import work
