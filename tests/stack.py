@@ -186,7 +186,8 @@ async def running_worker(
     engine = engine or FakeEngine()
     blobs = blobs or MemoryBlobStore()
     stop = asyncio.Event()
-    await blobs.prepare()
+    if isinstance(blobs, MemoryBlobStore):
+        await blobs.prepare()
     checker = safety or FixedSafetyChecker(0.0)
     working = work(config or settings(), name, bus, blobs, engine, checker, stop)
     task = asyncio.create_task(working)

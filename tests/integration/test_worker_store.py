@@ -32,6 +32,7 @@ class AwayStore(MemoryBlobStore):
 
 async def test_while_the_store_is_away_no_job_is_taken_and_later_they_are() -> None:
     bus, blobs = memory_bus(), AwayStore()
+    await blobs.prepare()
     store = WatchedBlobs(blobs, pauses_seconds=(0.01,))
     async with running_worker(bus, blobs=store) as worker, running_api(bus) as api:
         messages = [message async for message in api.generate(spec())]
@@ -51,6 +52,7 @@ async def test_while_the_store_is_away_no_job_is_taken_and_later_they_are() -> N
 
 async def test_a_job_that_was_pulled_while_the_store_went_away_goes_back_at_once() -> None:
     bus, blobs = memory_bus(ack_wait_seconds=60.0), AwayStore()
+    await blobs.prepare()
     store = WatchedBlobs(blobs, pauses_seconds=(0.01,))
     async with running_worker(bus, blobs=store), running_api(bus) as api:
         first = [message async for message in api.generate(spec())]

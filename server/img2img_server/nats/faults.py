@@ -15,7 +15,8 @@ import nats.js.errors
 from img2img_server.certificates import refused_certificate
 from img2img_server.errors import MessageTooLargeError, UnavailableError
 
-# Error codes of the server. 10077 says that storing failed; only its text says why.
+# Error codes of the server. 10077 says that storing failed, and only its text says why;
+# tests/contract/test_queue_jobs.py checks the text with the real server.
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _STORE_FAILED: Final = 10077
 _SUBJECT_FULL: Final = "maximum messages per subject exceeded"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from img2img_server.errors import StorageError
-from img2img_server.storage.interface import BlobInfo, BlobStore
+from img2img_server.storage.interface import BlobStore
 
 PAUSES_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # between probes, the last one repeated
 
@@ -16,8 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class WatchedBlobs:
-    """A BlobStore around another one. While `watch` runs, a failed `put` makes it probe the store
-    until a file is taken again.
+    """Stores and deletes files in another store, and probes that store after a failed `put`.
 
     `healthy` is set while the store takes files. `trouble` is the reason while it does not.
     """
@@ -59,15 +58,6 @@ class WatchedBlobs:
         self.healthy.set()
         self._failed.clear()
 
-    async def prepare(self) -> None:
-        await self._blobs.prepare()
-
-    async def prove_writable(self) -> None:
-        await self._blobs.prove_writable()
-
-    async def prove_readable(self) -> None:
-        await self._blobs.prove_readable()
-
     async def put(self, key: str, data: bytes, media_type: str) -> None:
         try:
             await self._blobs.put(key, data, media_type)
@@ -75,12 +65,6 @@ class WatchedBlobs:
             self._note(error)
             raise
         self._recover()
-
-    async def stat(self, key: str) -> BlobInfo | None:
-        return await self._blobs.stat(key)
-
-    def read(self, key: str) -> AsyncIterator[bytes]:
-        return self._blobs.read(key)
 
     async def delete(self, key: str) -> None:
         await self._blobs.delete(key)

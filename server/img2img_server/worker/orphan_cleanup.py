@@ -13,6 +13,7 @@ import structlog
 from img2img_server.domain.job import Job, State
 from img2img_server.interfaces.records import JobStore
 from img2img_server.storage.interface import BlobStore
+from img2img_server.storage.watched_blobs import WatchedBlobs
 
 MOST_WAITING = 1000  # jobs; the files of others stay until the bucket's lifecycle rules delete them
 
@@ -25,7 +26,7 @@ class OrphanCleanup:
     Only the record decides: a job that another worker has, or has finished, keeps its files.
     """
 
-    def __init__(self, jobs: JobStore, blobs: BlobStore) -> None:
+    def __init__(self, jobs: JobStore, blobs: BlobStore | WatchedBlobs) -> None:
         self._jobs = jobs
         self._blobs = blobs
         self._waiting: asyncio.Queue[Job] = asyncio.Queue(MOST_WAITING)

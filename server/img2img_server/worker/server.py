@@ -153,7 +153,7 @@ async def work(
     settings: Settings,
     name: str,
     bus: Bus,
-    blobs: BlobStore,
+    blobs: BlobStore | WatchedBlobs,
     engine: Engine,
     safety: SafetyChecker,
     stop: asyncio.Event,
