@@ -9,7 +9,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-import pictures
+import photos
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -17,7 +17,7 @@ from img2img_server.domain.params import Limits
 from img2img_server.imaging.fetch import fetch_image
 from img2img_server.outbound.policy import OutboundPolicy
 
-PICTURE = pictures.jpeg()
+IMAGE = photos.jpeg()
 # Names under which a test's own server is a host like any other: listed, whatever it has.
 CDN = OutboundPolicy(hosts=frozenset({"files.test", "cdn.test"}))
 
@@ -153,7 +153,7 @@ def answer(status: int, body: bytes = b"", *headers: str) -> bytes:
 @asynccontextmanager
 async def origin(*answers: bytes, tls: ssl.SSLContext | None = None) -> AsyncIterator[Origin]:
     """An Origin on 127.0.0.1; the last answer is given for ever, without any it is the picture."""
-    found = Origin(list(answers) or [answer(200, PICTURE)])
+    found = Origin(list(answers) or [answer(200, IMAGE)])
     server = await asyncio.start_server(found.accept, "127.0.0.1", 0, ssl=tls)
     found.port = server.sockets[0].getsockname()[1]
     try:
@@ -164,8 +164,8 @@ async def origin(*answers: bytes, tls: ssl.SSLContext | None = None) -> AsyncIte
         await asyncio.gather(*filter(None, found.handlers))
 
 
-async def picture(request: web.Request) -> web.Response:
-    return web.Response(body=PICTURE, content_type="image/jpeg")
+async def image(request: web.Request) -> web.Response:
+    return web.Response(body=IMAGE, content_type="image/jpeg")
 
 
 def redirect(location: str, status: int = 302) -> Callable[[web.Request], web.Response]:

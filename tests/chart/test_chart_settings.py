@@ -124,7 +124,7 @@ def stand_in(source: Object) -> str:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_role_that_reads_the_bus_or_the_bucket_is_told_one_address_of_it(name: str) -> None:
+def test_a_role_that_reads_the_bus_or_the_bucket_is_reported_one_address_of_it(name: str) -> None:
     for objects, role, container in containers(name):
         found = ours(objects, container)
         if role in ("api", "worker"):

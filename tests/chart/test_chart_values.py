@@ -161,7 +161,7 @@ def test_the_quickstart_draws_keys_of_its_own_when_none_are_given() -> None:
     assert pair["access-key"] in pair["s3.json"]
 
 
-def test_a_platform_that_assigns_users_is_not_told_one() -> None:
+def test_a_platform_that_assigns_users_is_not_reported_one() -> None:
     for pod in pods(render("default", "--set=user=null")):
         assert set(pod.spec["securityContext"]) == {"runAsNonRoot", "seccompProfile"}
 

@@ -44,7 +44,7 @@ def engine(request: pytest.FixtureRequest, denoiser: DiffusersDenoiser) -> Itera
         yield opened
 
 
-def test_a_job_reports_its_stages_its_steps_its_picture_and_its_end_in_this_order(
+def test_a_job_reports_its_stages_its_steps_its_image_and_its_end_in_this_order(
     engine: Engine,
 ) -> None:
     events = run(engine, job())
@@ -60,7 +60,7 @@ def test_a_job_reports_its_stages_its_steps_its_picture_and_its_end_in_this_orde
     assert steps[0].sigma > steps[1].sigma == 0.0
 
 
-def test_the_picture_has_the_size_of_the_init_image(engine: Engine) -> None:
+def test_the_image_has_the_size_of_the_init_image(engine: Engine) -> None:
     (pixels,) = pictures(run(engine, job()))
 
     assert (pixels.shape, pixels.dtype) == ((64, 72, 3), np.uint8)
@@ -76,7 +76,7 @@ def test_timings_count_the_steps_of_all_samples_and_lie_within_the_whole(engine:
     assert 0.0 < timings.encode + timings.denoise + timings.decode <= timings.engine * 1.001
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_seed_another_one(engine: Engine) -> None:
+def test_the_same_seed_gives_the_same_image_and_another_seed_another_one(engine: Engine) -> None:
     first = pictures(run(engine, job(seeds=(5, 6))))
     again = pictures(run(engine, job(job_id=2, seeds=(6,))))
 
@@ -159,7 +159,7 @@ def test_it_says_what_it_is(engine: Engine) -> None:
     assert engine.max_batch_size >= 1
 
 
-def test_a_cleared_cache_changes_no_picture(engine: Engine) -> None:
+def test_a_cleared_cache_changes_no_image(engine: Engine) -> None:
     before = pictures(run(engine, job()))
     engine.clear_cache()
 

@@ -32,7 +32,7 @@ async def gateway() -> AsyncIterator[Gateway]:
         yield running
 
 
-def wish(request_id: str = "", **changes: Any) -> dict[str, Any]:
+def body(request_id: str = "", **changes: Any) -> dict[str, Any]:
     """A small good CreateJobRequest; changes replace fields of its spec."""
     spec = {
         "prompt": "a harbour at dusk",
@@ -45,16 +45,16 @@ def wish(request_id: str = "", **changes: Any) -> dict[str, Any]:
 
 
 async def create(gateway: Gateway, **fields: Any) -> httpx.Response:
-    return await gateway.http.post("/v1/jobs", json=wish(**fields), headers=KEY)
+    return await gateway.http.post("/v1/jobs", json=body(**fields), headers=KEY)
 
 
 async def test_capabilities_are_those_of_the_api(gateway: Gateway) -> None:
     answer = await gateway.http.get("/v1/capabilities", headers=KEY)
-    told = answer.json()
+    reported = answer.json()
     assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
-    assert [model["name"] for model in told["models"]] == [FAKE_MODEL.name]
-    assert told["models"][0]["schedulers"] == list(FAKE_MODEL.schedulers)
-    assert (told["limits"]["min_side_pixels"], told["limits"]["max_samples"]) == (256, 4)
+    assert [model["name"] for model in reported["models"]] == [FAKE_MODEL.name]
+    assert reported["models"][0]["schedulers"] == list(FAKE_MODEL.schedulers)
+    assert (reported["limits"]["min_side_pixels"], reported["limits"]["max_samples"]) == (256, 4)
 
 
 async def test_a_job_has_everything_that_the_proto_knows(gateway: Gateway) -> None:
@@ -89,7 +89,9 @@ async def test_the_same_request_id_gives_the_same_job_and_no_other_request(
     assert (other.status_code, other.json()["message"]) == (409, message)
 
 
-async def test_all_violations_are_told_at_once_in_the_contract_s_order(gateway: Gateway) -> None:
+async def test_all_violations_are_reported_at_once_in_the_contract_s_order(
+    gateway: Gateway,
+) -> None:
     answer = await create(gateway, strength=2, width=100, prompt="", output_format=77)
     assert answer.status_code == 400
     assert answer.json() == {
@@ -105,7 +107,7 @@ async def test_all_violations_are_told_at_once_in_the_contract_s_order(gateway: 
     }
 
 
-async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway) -> None:
+async def test_a_model_that_nobody_serves_is_reported_at_its_field(gateway: Gateway) -> None:
     answer = await create(gateway, model="dreamer")
     text = "model 'dreamer' is not served here; known models: fake"
     assert (answer.status_code, answer.json()["errors"]) == (400, {"model": [text]})
@@ -143,7 +145,7 @@ async def test_a_model_that_nobody_serves_is_told_at_its_field(gateway: Gateway)
     ],
     ids=str,
 )
-async def test_what_cannot_be_read_is_told_at_its_field(
+async def test_what_cannot_be_read_is_reported_at_its_field(
     body: dict[str, Any], field: str, text: str, gateway: Gateway
 ) -> None:
     # httpx would not send an infinity.
@@ -154,13 +156,13 @@ async def test_what_cannot_be_read_is_told_at_its_field(
 
 
 @pytest.mark.parametrize("place", ["Authorization", "X-API-Key", "body", "none"])
-async def test_the_key_is_told_before_everything_else(place: str, gateway: Gateway) -> None:
+async def test_the_key_is_reported_before_everything_else(place: str, gateway: Gateway) -> None:
     for key, code in (("dev-key", 200), ("wrong", 401)):
         value = f"Bearer {key}" if place == "Authorization" else key
         headers = {} if place in ("body", "none") else {place: value}
         fields = {"key": key} if place == "body" else {}
         expected = 401 if place == "none" else code
-        answer = await gateway.http.post("/v1/jobs", json=wish() | fields, headers=headers)
+        answer = await gateway.http.post("/v1/jobs", json=body() | fields, headers=headers)
         assert answer.status_code == expected
         if expected == 401:
             broken = await gateway.http.post("/v1/jobs", json={"x": 1} | fields, headers=headers)
@@ -198,7 +200,7 @@ async def test_an_api_that_is_away_is_503(gateway: Gateway) -> None:
     async with gateway_before(gateway.stack, address="127.0.0.1:1") as away:
         for answer in (
             await away.http.get("/v1/capabilities", headers=KEY),
-            await away.http.post("/v1/jobs", json=wish(), headers=KEY),
+            await away.http.post("/v1/jobs", json=body(), headers=KEY),
             await away.http.post("/v1/jobs/10000001:cancel", headers=KEY),
         ):
             assert answer.status_code == 503

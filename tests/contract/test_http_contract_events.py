@@ -85,7 +85,7 @@ async def test_a_reader_resumes_where_it_left_off(
     assert [event["id"] for event in events] == ["6", "7", "8", "9"]
 
 
-async def test_an_event_source_that_has_seen_the_end_is_told_to_stop(gateway: Gateway) -> None:
+async def test_an_event_source_that_has_seen_the_end_is_reported_to_stop(gateway: Gateway) -> None:
     path = f"/v1/jobs/{await finished(gateway)}/events"
     seen = await gateway.http.get(path, headers=KEY | {"Last-Event-ID": "9"})
     assert (seen.status_code, seen.content) == (204, b"")
@@ -115,7 +115,7 @@ async def test_an_unknown_job_is_404_before_the_stream_begins(
 
 
 @pytest.mark.parametrize("number", ["-1", "abc", "1.5", "9" * 30, "9223372036854775808"])
-async def test_a_sequence_that_is_none_is_told(number: str, gateway: Gateway) -> None:
+async def test_a_sequence_that_is_none_is_reported(number: str, gateway: Gateway) -> None:
     path = f"/v1/jobs/{await finished(gateway)}/events"
     for query, headers in ((f"?after_sequence={number}", {}), ("", {"Last-Event-ID": number})):
         answer = await gateway.http.get(path + query, headers=KEY | headers)

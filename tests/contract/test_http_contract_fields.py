@@ -56,13 +56,15 @@ class Refused:
 
 
 def required(name: str, value: Any) -> Refused:
-    told = f"{name} is required"
+    reported = f"{name} is required"
     rule = f"{name} is required, {value!r} is like absent"
-    return Refused(rule, {name: value}, name, told, f"The {name} field is required.")
+    return Refused(rule, {name: value}, name, reported, f"The {name} field is required.")
 
 
-def wrong(name: str, value: Any, told: str) -> Refused:
-    return Refused(f"{name} {told}, not {str(value)[:30]!r}", {name: value}, name, f"{name} {told}")
+def wrong(name: str, value: Any, reported: str) -> Refused:
+    return Refused(
+        f"{name} {reported}, not {str(value)[:30]!r}", {name: value}, name, f"{name} {reported}"
+    )
 
 
 BOOLEANS = ("safety_checker", "base64", "instant_response", "enhance_prompt", "temp")
@@ -74,9 +76,9 @@ REFUSED = [
     wrong("negative_prompt", "n" * 2001, "must not be longer than 2000 characters"),
     wrong("init_image", 5, "must be a string"),
     *(
-        wrong(name, value, told)
+        wrong(name, value, reported)
         for name in ("width", "height")
-        for value, told in (
+        for value, reported in (
             ("wide", "must be an integer"),
             (True, "must be an integer"),
             (512.5, "must be an integer"),
@@ -109,7 +111,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.rule)
-async def test_a_broken_rule_is_told(case: Refused, today: Gateway) -> None:
+async def test_a_broken_rule_is_reported(case: Refused, today: Gateway) -> None:
     answer = await today.create(**case.sent)
     assert (answer.status_code, answer.json()) == (
         400,
@@ -118,16 +120,16 @@ async def test_a_broken_rule_is_told(case: Refused, today: Gateway) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.rule)
-async def test_a_broken_rule_is_told_the_old_way(case: Refused, legacy: Gateway) -> None:
+async def test_a_broken_rule_is_reported_the_old_way(case: Refused, legacy: Gateway) -> None:
     answer = await legacy.create(**case.sent)
-    told = {case.field: [case.legacy_sentence()]}
+    reported = {case.field: [case.legacy_sentence()]}
     assert (answer.status_code, answer.json()) == (
         200,
-        {"status": "error", "message": told, "messege": told},
+        {"status": "error", "message": reported, "messege": reported},
     )
 
 
-async def test_all_failures_are_told_and_the_first_in_table_order_is_the_message(
+async def test_all_failures_are_reported_and_the_first_in_table_order_is_the_message(
     today: Gateway,
 ) -> None:
     answer = await today.create(temp=7, samples=9, width=513, prompt=None)
@@ -146,11 +148,11 @@ async def test_all_failures_are_told_and_the_first_in_table_order_is_the_message
 
 async def test_legacy_tells_all_failures_by_field(legacy: Gateway) -> None:
     answer = await legacy.create(width=200, prompt=None)
-    told = {
+    reported = {
         "prompt": ["The prompt field is required."],
         "width": ["The width must be between 256 and 1024."],
     }
-    assert answer.json() == {"status": "error", "message": told, "messege": told}
+    assert answer.json() == {"status": "error", "message": reported, "messege": reported}
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,9 @@ async def test_what_is_sent_is_understood(
 
 
 @pytest.mark.parametrize("seed", [..., None, "", -1, "-1"])
-async def test_a_random_seed_is_drawn_and_told(seed: Any, today: Gateway, legacy: Gateway) -> None:
+async def test_a_random_seed_is_drawn_and_reported(
+    seed: Any, today: Gateway, legacy: Gateway
+) -> None:
     first, second = [await gateway.create(seed=seed) for gateway in (today, legacy)]
     seeds = [answer.json()["meta"]["seed"] for answer in (first, second)]
     assert all(0 <= drawn < 2**32 for drawn in seeds)
@@ -265,11 +269,11 @@ async def test_the_body_printed_on_the_hosted_page_works_as_it_stands(
             assert answer.json()["meta"]["safety_checker"] == "no"
 
 
-async def test_a_key_without_the_right_is_told_so_and_may_leave_the_checker_on(
+async def test_a_key_without_the_right_is_reported_so_and_may_leave_the_checker_on(
     tmp_path: Path,
 ) -> None:
     ring, _, key = two_tenants(tmp_path)
-    told = str(PermissionDeniedError("unsafe"))
+    reported = str(PermissionDeniedError("unsafe"))
     bus = memory_bus()
     async with (
         running_worker(bus) as worker,
@@ -280,10 +284,10 @@ async def test_a_key_without_the_right_is_told_so_and_may_leave_the_checker_on(
         answer = await gateway.http.post(f"{ENTERPRISE}/img2img", content=printed(key))
         assert (answer.status_code, answer.json()) == (
             403,
-            {"status": "error", "message": told, "reason": "PERMISSION_DENIED"},
+            {"status": "error", "message": reported, "reason": "PERMISSION_DENIED"},
         )
         answer = await old.http.post(f"{ENTERPRISE}/img2img", content=printed(key))
-        expected = {"status": "error", "message": told, "messege": told}
+        expected = {"status": "error", "message": reported, "messege": reported}
         assert (answer.status_code, answer.json()) == (200, expected)
         safe = printed(key).replace('"safety_checker": false', '"safety_checker": null')
         for each in (gateway, old):

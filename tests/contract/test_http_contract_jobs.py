@@ -87,28 +87,28 @@ async def test_answers_are_the_golden_ones(legacy: bool) -> None:
 async def test_a_post_waits_for_its_job_and_answers_with_links_that_work() -> None:
     async with running_gateway() as gateway:
         answer = await gateway.create(samples=3, seed=2**32 - 1)
-        told = answer.json()
-        assert (answer.status_code, told["status"], told["proxy_links"]) == (
+        reported = answer.json()
+        assert (answer.status_code, reported["status"], reported["proxy_links"]) == (
             200,
             "success",
-            told["output"],
+            reported["output"],
         )
-        assert sorted(told["meta"]) == META_KEYS
-        prefix = told["meta"]["file_prefix"]
-        assert told["output"] == [f"{BASE}/generations/{prefix}-{i}.png" for i in range(3)]
-        assert isinstance(told["generationTime"], float)
-        assert isinstance(told["nsfw_content_detected"], bool)
-        assert told["meta"]["id"] == str(told["id"])
-        assert told["meta"]["seed"] == 2**32 - 1
-        pictures = [(await gateway.http.get(link)).content for link in told["output"]]
-        assert len(set(pictures)) == 3
+        assert sorted(reported["meta"]) == META_KEYS
+        prefix = reported["meta"]["file_prefix"]
+        assert reported["output"] == [f"{BASE}/generations/{prefix}-{i}.png" for i in range(3)]
+        assert isinstance(reported["generationTime"], float)
+        assert isinstance(reported["nsfw_content_detected"], bool)
+        assert reported["meta"]["id"] == str(reported["id"])
+        assert reported["meta"]["seed"] == 2**32 - 1
+        images = [(await gateway.http.get(link)).content for link in reported["output"]]
+        assert len(set(images)) == 3
 
 
 @pytest.mark.parametrize("at_once", [{"instant_response": 1}, {"webhook": "https://a.example/h"}])
 async def test_instant_response_and_webhook_answer_at_once(at_once: dict[str, Any]) -> None:
     async with held_gateway() as (gateway, _):
-        told = (await asyncio.wait_for(gateway.create(**at_once), SOON_SECONDS)).json()
-        assert (told["status"], told["output"], told["meta"]["webhook"]) == (
+        reported = (await asyncio.wait_for(gateway.create(**at_once), SOON_SECONDS)).json()
+        assert (reported["status"], reported["output"], reported["meta"]["webhook"]) == (
             "processing",
             [],
             at_once.get("webhook"),
@@ -117,16 +117,16 @@ async def test_instant_response_and_webhook_answer_at_once(at_once: dict[str, An
 
 async def test_a_job_that_outlasts_wait_seconds_is_processing_and_its_links_come_true() -> None:
     async with held_gateway(wait_seconds=0.05) as (gateway, engine):
-        told = (await gateway.create()).json()
-        assert (told["status"], told["meta"]["instant_response"]) == ("processing", "no")
-        assert told["eta"] >= 0
-        early = await gateway.http.get(told["future_links"][0])
+        reported = (await gateway.create()).json()
+        assert (reported["status"], reported["meta"]["instant_response"]) == ("processing", "no")
+        assert reported["eta"] >= 0
+        early = await gateway.http.get(reported["future_links"][0])
         assert (early.status_code, early.headers["cache-control"]) == (404, "no-store")
         engine.release()
-        await ended(gateway, told["id"])
-        done = (await gateway.fetch(told["id"])).json()
-        assert done["output"] == told["future_links"]
-        assert (await gateway.http.get(told["future_links"][0])).status_code == 200
+        await ended(gateway, reported["id"])
+        done = (await gateway.fetch(reported["id"])).json()
+        assert done["output"] == reported["future_links"]
+        assert (await gateway.http.get(reported["future_links"][0])).status_code == 200
 
 
 async def test_wait_seconds_zero_never_waits() -> None:
@@ -147,13 +147,13 @@ async def test_fetch_result_stays_in_the_family_that_was_called(family: str) -> 
         made = (await gateway.create(f"{family}/img2img", instant_response=True)).json()
         assert made["fetch_result"] == f"{BASE}{family}/fetch/{made['id']}"
         for called in (ENTERPRISE, V6, V6_IMAGES):  # an id works whichever path made it
-            told = (await gateway.fetch(made["id"], called)).json()
-            assert told["fetch_result"] == f"{BASE}{called}/fetch/{made['id']}"
+            reported = (await gateway.fetch(made["id"], called)).json()
+            assert reported["fetch_result"] == f"{BASE}{called}/fetch/{made['id']}"
         for called, stays in (("/api/v1/enterprise", ENTERPRISE), (V6_IMAGES, V6_IMAGES)):
             for request_id in (made["id"], str(made["id"])):
                 sent = {"key": "dev-key", "request_id": request_id}
-                told = (await gateway.http.post(f"{called}/fetch", json=sent)).json()
-                assert told["fetch_result"] == f"{BASE}{stays}/fetch/{made['id']}"
+                reported = (await gateway.http.post(f"{called}/fetch", json=sent)).json()
+                assert reported["fetch_result"] == f"{BASE}{stays}/fetch/{made['id']}"
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["today", "legacy"])
@@ -216,7 +216,7 @@ async def test_an_unknown_request_id_is_404(request_id: Any) -> None:
 
 
 @pytest.mark.parametrize("nothing", [{}, {"request_id": None}, {"request_id": ""}])
-async def test_a_missing_request_id_is_told(nothing: dict[str, Any]) -> None:
+async def test_a_missing_request_id_is_reported(nothing: dict[str, Any]) -> None:
     async with running_gateway() as gateway:
         answer = await gateway.http.post(f"{V6_IMAGES}/fetch", json={"key": "dev-key", **nothing})
         assert (answer.status_code, answer.json()) == (
@@ -267,16 +267,16 @@ async def test_temp_files_lie_under_temp() -> None:
 
 async def test_flagged_samples_set_the_flag_and_the_job_succeeds() -> None:
     async with running_gateway({"safety": FixedSafetyChecker(1.0)}) as gateway:
-        told = (await gateway.create()).json()
-        assert (told["status"], told["nsfw_content_detected"]) == ("success", True)
-        told = (await gateway.create(safety_checker=False)).json()
-        assert (told["status"], told["nsfw_content_detected"]) == ("success", False)
+        reported = (await gateway.create()).json()
+        assert (reported["status"], reported["nsfw_content_detected"]) == ("success", True)
+        reported = (await gateway.create(safety_checker=False)).json()
+        assert (reported["status"], reported["nsfw_content_detected"]) == ("success", False)
 
 
 async def test_base64_gives_links_to_text_files() -> None:
     async with running_gateway() as gateway:
-        told = (await gateway.create(base64=True)).json()
-        link = told["output"][0]
+        reported = (await gateway.create(base64=True)).json()
+        link = reported["output"][0]
         assert re.fullmatch(f"{BASE}/generations/{UUID}-0.base64", link)
         text = await gateway.http.get(link)
         assert text.headers["content-type"].startswith("text/plain")
@@ -289,9 +289,9 @@ async def test_base64_inline_puts_the_strings_into_output_and_leaves_future_link
         assert made["future_links"][0].endswith(".base64")
         engine.release()
         await ended(gateway, made["id"])
-        told = (await gateway.fetch(made["id"])).json()
-        assert told["output"][0].startswith("iVBORw0KGgo")
-        assert told["proxy_links"] == told["output"]
+        reported = (await gateway.fetch(made["id"])).json()
+        assert reported["output"][0].startswith("iVBORw0KGgo")
+        assert reported["proxy_links"] == reported["output"]
         plain = (await gateway.create()).json()
         assert plain["output"][0].endswith(".png")
 

@@ -79,10 +79,10 @@ async def test_a_call_answers_with_its_text(name: str, message: str, gateway: Ga
 
 
 async def test_system_details_have_the_sibling_shapes_joined(gateway: Gateway) -> None:
-    told = (await gateway.http.post(f"{ENTERPRISE}/system_details", json=KEY)).json()
-    uptime = told["data"].pop("uptime")
+    reported = (await gateway.http.post(f"{ENTERPRISE}/system_details", json=KEY)).json()
+    uptime = reported["data"].pop("uptime")
     assert re.fullmatch(r"\d+d \d+h \d+m", uptime)
-    assert told == {
+    assert reported == {
         "status": "success",
         "message": "",
         "model_count": 0,
@@ -93,7 +93,7 @@ async def test_system_details_have_the_sibling_shapes_joined(gateway: Gateway) -
 
 
 def test_system_details_read_as_in_the_contract() -> None:
-    told = admin_service_pb2.GetSystemDetailsResponse(
+    reported = admin_service_pb2.GetSystemDetailsResponse(
         server_version="1.0.0",
         uptime=Duration(seconds=((5 * 24 + 12) * 60 + 30) * 60 + 59),
         model_count=1,
@@ -101,7 +101,7 @@ def test_system_details_read_as_in_the_contract() -> None:
         queue_duration=Duration(seconds=3, nanos=400_000_000),
         gpu_usage=0.4512,
     )
-    assert system_details(told) == {
+    assert system_details(reported) == {
         "status": "success",
         "message": "",
         "model_count": 1,
@@ -112,7 +112,7 @@ def test_system_details_read_as_in_the_contract() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-async def test_a_wrong_key_is_told_before_a_missing_right(
+async def test_a_wrong_key_is_reported_before_a_missing_right(
     name: str, gateway: Gateway, tmp_path: Path
 ) -> None:
     key, entry = new_key("b", ["unsafe"])
@@ -157,8 +157,8 @@ async def test_a_cleared_job_fails_with_queue_cleared_and_running_ones_finish() 
     async with busy_gateway() as (gateway, running):
         waiting = (await gateway.create(instant_response=True)).json()["id"]
         await gateway.http.post(f"{ENTERPRISE}/clear_queue", json=KEY)
-        told = await gateway.fetch(waiting)
-        assert (told.status_code, told.json()) == (
+        reported = await gateway.fetch(waiting)
+        assert (reported.status_code, reported.json()) == (
             200,
             {"status": "failed", "id": waiting, "message": "Queue cleared", "output": []},
         )
@@ -174,8 +174,8 @@ async def test_a_post_that_waits_hears_that_the_queue_was_cleared() -> None:
         async with gateway.stack.bus.events.watch(running + 1) as log:
             await anext(log)
         await gateway.http.post(f"{ENTERPRISE}/clear_queue", json=KEY)
-        told = await waiting
-        assert (told.status_code, told.json()) == (
+        reported = await waiting
+        assert (reported.status_code, reported.json()) == (
             200,
             {"status": "failed", "id": running + 1, "message": "Queue cleared", "output": []},
         )
@@ -190,11 +190,11 @@ async def test_the_sdk_manages_the_server() -> None:
         api = realtime(gateway)
         details = await call(api.system_details)
         assert (details["status"], details["model_count"]) == ("success", 1)
-        told = [
+        reported = [
             await call(method)
             for method in (api.clear_cache, api.clear_queue, api.update, api.restart)
         ]
-        assert [(each["status"], each["message"]) for each in told] == [
+        assert [(each["status"], each["message"]) for each in reported] == [
             ("success", "Cache cleared successfully"),
             ("success", "Queue cleared, server is restarting"),
             ("success", "Server updated successfully"),
@@ -211,8 +211,8 @@ async def test_the_asynchronous_sdk_restarts_and_updates_too() -> None:
         api = realtime(gateway)
         async with api.client as client:
             client.fetch_timeout = 20
-            told = [await api.async_update(), await api.async_restart()]
-        assert [each["message"] for each in told] == [
+            reported = [await api.async_update(), await api.async_restart()]
+        assert [each["message"] for each in reported] == [
             "Server updated successfully",
             "server restarting",
         ]

@@ -143,7 +143,7 @@ REFUSED = [
     Both("track_id", {"track_id": "t" * 192}),
     Both("several", {"width": 5, "samples": 0, "strength": -1.0}),
     Both(
-        "not a picture",
+        "not an image",
         {"init_image": "AAAA"},
         {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
     ),
@@ -177,7 +177,7 @@ async def ended(gateway: Gateway, name: str) -> job_pb2.Job:
 
 
 @pytest.mark.parametrize("case", EQUAL, ids=lambda case: case.name)
-async def test_both_make_the_same_job_and_picture(case: Both, gateway: Gateway) -> None:
+async def test_both_make_the_same_job_and_image(case: Both, gateway: Gateway) -> None:
     sent = {**GOOD, **case.body}
     answer = (await gateway.create(**sent)).json()
     over_http = await ended(gateway, f"jobs/{answer['id']}")
@@ -312,9 +312,9 @@ async def test_both_refuse_for_the_same_reason(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await case.grpc(api, [("authorization", f"Bearer {keys[case.key]}")])
     assert (answer.status_code, refusal(caught.value).reason) == (case.status, case.reason)
-    told = answer.json()["message"]
+    reported = answer.json()["message"]
     if case.status in (401, 403):  # elsewhere the contract has sentences of its own
-        assert told == caught.value.details()
+        assert reported == caught.value.details()
 
 
 @dataclass(frozen=True)
@@ -324,13 +324,13 @@ class Address:
     name: str
     answer: Callable[[web.Request], Awaitable[web.StreamResponse]]
     cause: str = ""
-    told: str = "Unable to fetch image from provided URL"
+    sentence: str = "Unable to fetch image from provided URL"
     reason: str = violations.Reason.DOWNLOAD_FAILED
 
     @property
     def text(self) -> str:
         """The sentence with its cause."""
-        return f"{self.told}: {self.cause}" if self.cause else self.told
+        return f"{self.sentence}: {self.cause}" if self.cause else self.sentence
 
 
 async def page(_: web.Request) -> web.Response:
@@ -357,14 +357,14 @@ ADDRESSES = [
         "a page",
         page,
         "the URL served an HTML page, not an image; send a PNG, JPEG or WebP image",
-        told="init_image is not a valid PNG, JPG or WebP image",
+        sentence="init_image is not a valid PNG, JPG or WebP image",
         reason=violations.Reason.INVALID_IMAGE,
     ),
 ]
 
 
 @pytest.mark.parametrize("case", ADDRESSES, ids=lambda case: case.name)
-async def test_both_tell_the_same_of_an_address_that_gives_no_picture(case: Address) -> None:
+async def test_both_tell_the_same_of_an_address_that_gives_no_image(case: Address) -> None:
     policy = OutboundPolicy.parse("127.0.0.1")
 
     async def download(url: str) -> bytes:
@@ -382,7 +382,7 @@ async def test_both_tell_the_same_of_an_address_that_gives_no_picture(case: Addr
             await stack.api.create(spec)
         assert (answer.status_code, answer.json()) == (
             400,
-            error_body("INVALID_REQUEST", case.told, errors={"init_image": [case.text]}),
+            error_body("INVALID_REQUEST", case.sentence, errors={"init_image": [case.text]}),
         )
         refused = refusal(caught.value)
         assert refused.reasons == {"init_image": case.reason}
@@ -394,17 +394,17 @@ async def test_both_complain_about_the_same(case: Both, gateway: Gateway) -> Non
     answer = await gateway.create(**{**GOOD, **case.body})
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stack.api.create(case.job_spec())
-    told = refusal(caught.value)
-    assert (answer.status_code, told.reason) == (400, "INVALID_REQUEST")
-    assert answer.json()["reason"] == told.reason
+    reported = refusal(caught.value)
+    assert (answer.status_code, reported.reason) == (400, "INVALID_REQUEST")
+    assert answer.json()["reason"] == reported.reason
     errors = {name: said[0] for name, said in answer.json()["errors"].items()}
     if "seed" in errors:  # the contract keeps its own range
-        assert told.violations["seed"] == "seed must be between 0 and 9223372036854775807"
-        told.violations["seed"] = "seed must be between 0 and 4294967295"
+        assert reported.violations["seed"] == "seed must be between 0 and 9223372036854775807"
+        reported.violations["seed"] = "seed must be between 0 and 4294967295"
     if "init_image" in errors:  # the contract has a sentence of its own, with the same cause
-        cause = told.violations.pop("init_image").partition(": ")[2]
+        cause = reported.violations.pop("init_image").partition(": ")[2]
         assert errors.pop("init_image").partition(": ")[2] == cause
-    assert errors == told.violations
+    assert errors == reported.violations
 
 
 @pytest.mark.parametrize(

@@ -101,14 +101,14 @@ async def test_anything_else_is_a_wrong_key(
     answer = await today.http.post(CREATE + query, content=sent, headers=headers)
     assert (rule, answer.status_code, answer.json()) == (rule, 401, BAD_KEY)
     answer = await legacy.http.post(CREATE + query, content=sent, headers=headers)
-    told = answer.json()
-    assert (answer.status_code, told["status"], told["message"]) == (
+    reported = answer.json()
+    assert (answer.status_code, reported["status"], reported["message"]) == (
         200,
         "error",
         "Invalid Api Key",
     )
-    assert told["messege"] == told["message"]
-    assert isinstance(told["tip"], str)
+    assert reported["messege"] == reported["message"]
+    assert isinstance(reported["tip"], str)
 
 
 async def test_jobs_belong_to_the_tenant_of_the_key(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ async def test_jobs_belong_to_the_tenant_of_the_key(tmp_path: Path) -> None:
     [b"{", b"[]", b'"x"', b"5", b"null", b"\xff\xfe\x00", b"key=dev-key", b"[" * 100_000, b"{}x"],
     ids=lambda sent: repr(sent[:12]),
 )
-async def test_a_body_that_is_no_json_object_is_told_before_the_key(
+async def test_a_body_that_is_no_json_object_is_reported_before_the_key(
     sent: bytes, today: Gateway, legacy: Gateway
 ) -> None:
     answer = await today.http.post(CREATE, content=sent)
@@ -224,19 +224,19 @@ async def test_a_body_without_announced_length_is_counted(today: Gateway) -> Non
 # Order of checks.
 
 
-async def test_a_wrong_key_is_told_before_wrong_fields(today: Gateway) -> None:
+async def test_a_wrong_key_is_reported_before_wrong_fields(today: Gateway) -> None:
     answer = await today.create(key="wrong", width="wide")
     assert (answer.status_code, answer.json()) == (401, BAD_KEY)
 
 
-async def test_a_wrong_key_is_told_before_an_unknown_id(today: Gateway) -> None:
+async def test_a_wrong_key_is_reported_before_an_unknown_id(today: Gateway) -> None:
     for job_id in ("abc", "10000999"):
         assert (await today.fetch(job_id, key="wrong")).status_code == 401
     sent = {"key": "wrong"}
     assert (await today.http.post("/api/v6/images/fetch", json=sent)).status_code == 401
 
 
-async def test_wrong_fields_are_told_before_the_picture_is_looked_at(today: Gateway) -> None:
+async def test_wrong_fields_are_told_before_the_image_is_looked_at(today: Gateway) -> None:
     answer = await today.create(width=1, init_image="https://nowhere.example/x.png")
     assert list(answer.json()["errors"]) == ["width"]
 
@@ -261,7 +261,7 @@ NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
         (photo_base64()[:400], NOT_AN_IMAGE, "the JPEG image cannot be used: it is cut off"),
     ],
 )
-async def test_a_picture_that_cannot_be_used_is_told(
+async def test_an_image_that_cannot_be_used_is_told(
     sent: str, text: str, cause: str, today: Gateway, legacy: Gateway
 ) -> None:
     answer = await today.create(init_image=sent)
@@ -273,7 +273,7 @@ async def test_a_picture_that_cannot_be_used_is_told(
     assert (answer.status_code, answer.json()["message"]) == (200, {"init_image": [sentence]})
 
 
-async def test_a_picture_over_20_mb_is_told(today: Gateway) -> None:
+async def test_an_image_over_20_mb_is_told(today: Gateway) -> None:
     answer = await today.create(init_image="A" * (4 * 20_971_521 // 3 + 4))
     assert answer.json()["message"] == "init_image must not be larger than 20 MB"
 
@@ -292,24 +292,29 @@ async def test_the_queue_limit_is_429_with_when_to_come_back() -> None:
         for _ in range(2):
             assert (await gateway.create(instant_response=1)).json()["status"] == "processing"
         answer = await gateway.create()
-        told = answer.json()
-        assert (answer.status_code, told["status"], told["message"]) == (
+        reported = answer.json()
+        assert (answer.status_code, reported["status"], reported["message"]) == (
             429,
             "error",
             "Rate limit exceeded. Maximum 2 queued requests allowed.",
         )
-        assert told["retry_after"] >= 1
-        assert answer.headers["retry-after"] == str(told["retry_after"])
+        assert reported["retry_after"] >= 1
+        assert answer.headers["retry-after"] == str(reported["retry_after"])
         answer = await old.create()
-        told = answer.json()
-        assert (answer.status_code, told["status"], told["message"], told["messege"]) == (
+        reported = answer.json()
+        assert (
+            answer.status_code,
+            reported["status"],
+            reported["message"],
+            reported["messege"],
+        ) == (
             200,
             "error",
             "Rate limit exceeded",
             "Rate limit exceeded",
         )
-        assert isinstance(told["tips"], str)
-        assert answer.headers["retry-after"] == str(told["retry_after"])
+        assert isinstance(reported["tips"], str)
+        assert answer.headers["retry-after"] == str(reported["retry_after"])
 
 
 async def test_an_api_that_is_away_is_503_with_retry_after(today: Gateway) -> None:

@@ -45,7 +45,7 @@ async def call(method: Callable[..., Any], *given: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("enterprise", [True, False], ids=["enterprise", "v6"])
-async def test_image_to_image_waits_for_the_picture(enterprise: bool) -> None:
+async def test_image_to_image_waits_for_the_image(enterprise: bool) -> None:
     async with served_gateway() as gateway:
         gateway.engine.release()
         api = realtime(gateway, enterprise=enterprise)
@@ -80,7 +80,7 @@ async def test_the_asynchronous_client_works_too() -> None:
         assert (done["status"], again) == ("success", done)
 
 
-async def test_a_failed_job_is_told() -> None:
+async def test_a_failed_job_is_reported() -> None:
     async with served_gateway() as gateway:
         api = realtime(gateway)
         job = await call(api.image_to_image, request(prompt="fail:out of memory"))

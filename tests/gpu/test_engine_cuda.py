@@ -63,7 +63,7 @@ class NoWaits(DiffusersDenoiser):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_neither_a_step_nor_a_picture_waits_for_the_device(folder: Path) -> None:
+def test_neither_a_step_nor_an_image_waits_for_the_device(folder: Path) -> None:
     denoiser = NoWaits.load(str(folder), torch.device("cuda"), torch.float32, ModelOptions())
     denoiser.count()
     with running(denoiser) as engine:
@@ -73,7 +73,7 @@ def test_neither_a_step_nor_a_picture_waits_for_the_device(folder: Path) -> None
     assert min(denoiser.calls[kind] for kind in ("denoise", "preview", "decode")) > 1
 
 
-def test_captured_graphs_draw_the_same_pictures(folder: Path) -> None:
+def test_captured_graphs_draw_the_same_images(folder: Path) -> None:
     found = {}
     for how in ("off", "whole"):
         settings = Settings(
@@ -90,9 +90,7 @@ def test_captured_graphs_draw_the_same_pictures(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strangers_in_the_batch_change_a_picture_by_little(
-    folder: Path, dtype: torch.dtype
-) -> None:
+def test_strangers_in_the_batch_change_an_image_by_little(folder: Path, dtype: torch.dtype) -> None:
     denoiser = DiffusersDenoiser.load(str(folder), torch.device("cuda"), dtype)
     assert denoiser.determinism is Determinism.CLOSE
     with running(denoiser) as engine:

@@ -23,7 +23,7 @@ from tests.tiny_models import ZERO_SNR_V, write_sd
 
 NAME = "demo-img2img"
 ROLES = ("api", "gateway", "worker-default")
-PICTURE = CHART / "files" / "cat.jpg"
+IMAGE = CHART / "files" / "cat.jpg"
 # One more pool, which the last tests start.
 FETCHED = (
     "workers.fetched.model.source=s3://img2img/models/tiny,workers.fetched.modelCache.type=emptyDir"
@@ -70,7 +70,7 @@ async def post(kubelet: Kubelet, path: str, **fields: object) -> Object:
 
 
 async def create(kubelet: Kubelet, **fields: object) -> Object:
-    image = base64.b64encode(PICTURE.read_bytes()).decode()
+    image = base64.b64encode(IMAGE.read_bytes()).decode()
     said = {"prompt": "an oil painting", "init_image": image, **SMALL, **fields}
     return await post(kubelet, "/api/v6/realtime/img2img", **said)
 
@@ -90,15 +90,15 @@ async def test_one_job_goes_from_the_gateway_to_the_bucket(kubelet: Kubelet) -> 
     assert answer["status"] == "success", answer
     (link,) = answer["output"]
     async with aiohttp.ClientSession() as session, session.get(link) as got:
-        picture = await got.read()
-    assert (got.status, picture[:8]) == (200, b"\x89PNG\r\n\x1a\n")
+        image = await got.read()
+    assert (got.status, image[:8]) == (200, b"\x89PNG\r\n\x1a\n")
     name = link.split(":8080/")[1]
     stored = await asyncio.to_thread(bucket(kubelet).get_object, "img2img", name)
     with stored:
-        assert stored.data == picture
+        assert stored.data == image
 
 
-async def test_helm_test_makes_a_picture(kubelet: Kubelet) -> None:
+async def test_helm_test_makes_an_image(kubelet: Kubelet) -> None:
     test = pod(kubelet, "test-job")
     await test.start()
     async with asyncio.timeout(60):
@@ -200,7 +200,7 @@ async def test_a_pool_whose_model_is_in_s3_fetches_it_and_works_with_it(
     await start(pod(kubelet, "worker-fetched"))
     async with client(kubelet) as caller:
         await until_served(caller, "tiny")
-        result = await caller.generate("an oil painting", PICTURE, model="tiny", **SMALL)
+        result = await caller.generate("an oil painting", IMAGE, model="tiny", **SMALL)
     assert (result.job.spec.model, result.job.worker) == ("tiny", f"{NAME}-worker-fetched-0")
 
 

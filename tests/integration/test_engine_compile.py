@@ -47,8 +47,8 @@ def test_every_announced_shape_is_compiled_before_the_first_job_and_none_after_i
     try:
         before = len(compiled)
         for number, (height, width) in enumerate(SIZES):
-            picture = blocks(height, width)
-            wanted = job(job_id=number, init_image=picture, guidance_scale=4.0, seeds=(1, 2, 3))
+            image = blocks(height, width)
+            wanted = job(job_id=number, init_image=image, guidance_scale=4.0, seeds=(1, 2, 3))
             assert isinstance(run(engine, wanted)[-1], JobDone)
     finally:
         engine.stop()

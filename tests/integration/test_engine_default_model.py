@@ -16,7 +16,7 @@ from tests.engine_bench import BOUND, Stock, difference, job, pictures, run
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 
 
-def test_it_gives_the_stock_pipelines_pictures_at_its_own_defaults_and_odd_sizes() -> None:
+def test_it_gives_the_stock_pipelines_images_at_its_own_defaults_and_odd_sizes() -> None:
     photo = Image.open(PHOTO).convert("RGB")
     stock = Stock(packaged_model())
     engine = load_engine(Settings())

@@ -47,7 +47,7 @@ def draw(engine: Engine, photo: Pixels) -> Draw:
     """A picture of the photo, or of another, at the model's own defaults."""
     model = engine.model
 
-    def picture(
+    def image(
         prompt: str,
         negative_prompt: str = "",
         init_image: Pixels = photo,
@@ -65,7 +65,7 @@ def draw(engine: Engine, photo: Pixels) -> Draw:
         (only,) = pictures(run(engine, wanted))
         return only
 
-    return picture
+    return image
 
 
 def distance(one: Pixels, other: Pixels) -> float:
@@ -76,8 +76,8 @@ def distance(one: Pixels, other: Pixels) -> float:
 def likeness(one: Pixels, other: Pixels) -> float:
     """Correlation of the brightness of 8 x 8 blocks, -1 to 1: is it the same scene?"""
     blocks = [
-        picture.mean(axis=2).reshape(SIDE // 8, 8, SIDE // 8, 8).mean(axis=(1, 3)).ravel()
-        for picture in (one, other)
+        image.mean(axis=2).reshape(SIDE // 8, 8, SIDE // 8, 8).mean(axis=(1, 3)).ravel()
+        for image in (one, other)
     ]
     return float(np.corrcoef(blocks)[0, 1])
 
@@ -86,10 +86,10 @@ def likeness(one: Pixels, other: Pixels) -> float:
 def test_words_that_name_no_look_leave_the_photo_recognisable(
     draw: Draw, photo: Pixels, prompt: str
 ) -> None:
-    picture = draw(prompt)
+    image = draw(prompt)
 
-    assert likeness(picture, photo) > 0.85
-    assert distance(picture, photo) < 50 < distance(draw("night"), photo)
+    assert likeness(image, photo) > 0.85
+    assert distance(image, photo) < 50 < distance(draw("night"), photo)
 
 
 def test_a_look_stays_the_look_among_words_that_the_model_does_not_know(draw: Draw) -> None:
@@ -99,21 +99,21 @@ def test_a_look_stays_the_look_among_words_that_the_model_does_not_know(draw: Dr
 
 
 @pytest.mark.parametrize("prompt", ["watercolour, night", "pencil sketch and sunset"])
-def test_two_looks_in_one_prompt_still_give_a_picture_of_the_photo(
+def test_two_looks_in_one_prompt_still_give_an_image_of_the_photo(
     draw: Draw, photo: Pixels, prompt: str
 ) -> None:
-    picture = draw(prompt)
+    image = draw(prompt)
 
-    assert likeness(picture, photo) > 0.3, "two unrelated pictures are within 0.1 of 0"
-    assert distance(picture, draw("")) > 15
+    assert likeness(image, photo) > 0.3, "two unrelated pictures are within 0.1 of 0"
+    assert distance(image, draw("")) > 15
 
 
-def test_a_negative_prompt_moves_the_picture_away_from_its_look(draw: Draw, photo: Pixels) -> None:
+def test_a_negative_prompt_moves_the_image_away_from_its_look(draw: Draw, photo: Pixels) -> None:
     assert draw("a cat", "night").mean() > draw("a cat", "").mean() + 5
 
 
 @pytest.mark.parametrize("prompt", ["an oil painting", "night"])
-def test_two_photos_give_one_picture_at_full_strength_and_two_at_a_low_one(
+def test_two_photos_give_one_image_at_full_strength_and_two_at_a_low_one(
     draw: Draw, photo: Pixels, prompt: str
 ) -> None:
     other = example("coffee.jpg")

@@ -25,7 +25,7 @@ class Breaking(NoProbe):
         return None
 
 
-def test_the_job_in_the_step_is_told_and_all_others_are_given_back(
+def test_the_job_in_the_step_is_reported_and_all_others_are_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser = load(write_sd(tmp_path, tiny_vae=True))

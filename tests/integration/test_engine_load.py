@@ -32,7 +32,7 @@ def test_an_engine_comes_up_warm_with_the_models_own_defaults(tmp_path: Path) ->
     try:
         assert (engine.model.name, engine.model.schedulers[0]) == ("pebble", "euler")
         assert (engine.device, engine.max_batch_size) == ("cpu", 3)
-        assert [picture.shape for picture in pictures(run(engine, job()))] == [(64, 72, 3)]
+        assert [image.shape for image in pictures(run(engine, job()))] == [(64, 72, 3)]
     finally:
         engine.stop()
 

@@ -60,7 +60,7 @@ async def test_data_and_keys_survive_a_crash_and_a_clean_stop(state_dir: Path) -
         settings = settings_of(engines)
         async with connect_blobs(settings) as blobs, connect_bus(settings) as bus:
             await blobs.prepare()
-            await blobs.put(KEY, b"picture", "image/png")
+            await blobs.put(KEY, b"image", "image/png")
             assert await bus.jobs.next_id("acme") == FIRST_JOB_ID
             async with connect([engines.nats_url]) as link:
                 await link.js.purge_stream("IDS")  # as if it had expired: its number stays used
@@ -71,7 +71,7 @@ async def test_data_and_keys_survive_a_crash_and_a_clean_stop(state_dir: Path) -
             assert engines.s3_secret_key == settings.s3_secret_key.get_secret_value()
             settings = settings_of(engines)
             async with connect_blobs(settings) as blobs, connect_bus(settings) as bus:
-                assert b"".join([chunk async for chunk in blobs.read(KEY)]) == b"picture"
+                assert b"".join([chunk async for chunk in blobs.read(KEY)]) == b"image"
                 assert await bus.jobs.next_id("acme") == FIRST_JOB_ID + number
     assert running(state_dir) == {}
     assert sockets(engines) == []
@@ -107,7 +107,7 @@ async def test_who_lacks_the_password_gets_nothing_from_the_bus(engines: LocalSe
 
 
 @pytest.mark.parametrize("name", ["nats-server", "weed"])
-async def test_a_death_is_told_with_its_last_words(state_dir: Path, name: str) -> None:
+async def test_a_death_is_reported_with_its_last_words(state_dir: Path, name: str) -> None:
     async with LocalServers(state_dir) as engines:
         watching = asyncio.create_task(engines.died())
         await asyncio.sleep(0)
@@ -196,7 +196,7 @@ async def never() -> None:
     raise OSError("nobody listens")
 
 
-async def test_a_child_that_ends_while_it_starts_is_told_at_once(tmp_path: Path) -> None:
+async def test_a_child_that_ends_while_it_starts_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ServerExitedError) as death:
         await shell("echo no such flag >&2; exit 3", tmp_path, never).start()
     assert str(death.value) == "shell ended with exit code 3; its last line: no such flag"

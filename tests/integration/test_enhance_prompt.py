@@ -39,9 +39,9 @@ async def test_a_prompt_that_nobody_asked_to_rewrite_stays() -> None:
 
 async def test_the_http_answer_has_the_text_used() -> None:
     async with running_gateway() as gateway:
-        told = (await gateway.create(prompt="a harbour", seed=1, enhance_prompt="yes")).json()
-        assert told["meta"]["prompt"] == rewrite("a harbour", 1)
-        assert (told["meta"]["enhance_prompt"], told["warning"]) == ("yes", "")
+        reported = (await gateway.create(prompt="a harbour", seed=1, enhance_prompt="yes")).json()
+        assert reported["meta"]["prompt"] == rewrite("a harbour", 1)
+        assert (reported["meta"]["enhance_prompt"], reported["warning"]) == ("yes", "")
 
 
 async def test_off_uses_the_prompt_as_sent_and_says_so() -> None:

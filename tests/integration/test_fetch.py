@@ -18,14 +18,14 @@ from aiohttp import web
 from aiohttp.abc import ResolveResult
 from web_peers import (
     CDN,
-    PICTURE,
+    IMAGE,
     RESET,
     Names,
     answer,
     fetch,
+    image,
     listening,
     origin,
-    picture,
     redirect,
     serving,
 )
@@ -56,10 +56,10 @@ async def cause_of_failure(url: str, **more: object) -> str:
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirect_to_another_allowed_host_is_followed(status: int) -> None:
     names = Names("127.0.0.1")
-    async with serving(web.get("/picture", picture)) as second:
+    async with serving(web.get("/picture", image)) as second:
         target = f"http://cdn.test:{second}/picture?signature=a%2Bb"
         async with serving(web.get("/", redirect(target, status))) as first:
-            assert await fetch(f"http://files.test:{first}/", CDN, names) == PICTURE
+            assert await fetch(f"http://files.test:{first}/", CDN, names) == IMAGE
 
     assert names.asked == ["files.test", "cdn.test"]
 
@@ -67,8 +67,8 @@ async def test_a_redirect_to_another_allowed_host_is_followed(status: int) -> No
 async def test_three_redirects_are_followed_and_a_fourth_is_not() -> None:
     names = Names("127.0.0.1")
     routes = [web.get(f"/{left}", redirect(f"{left - 1}")) for left in range(1, 5)]
-    async with serving(*routes, web.get("/0", picture)) as port:
-        assert await fetch(f"http://cdn.test:{port}/3", CDN, names) == PICTURE
+    async with serving(*routes, web.get("/0", image)) as port:
+        assert await fetch(f"http://cdn.test:{port}/3", CDN, names) == IMAGE
         with pytest.raises(FetchError):
             await fetch(f"http://cdn.test:{port}/4", CDN, names)
 
@@ -176,11 +176,11 @@ async def test_content_codings_are_read_as_a_list_and_undone(coding: str) -> Non
 
     async def packed(request: web.Request) -> web.Response:
         asked.append(request.headers["Accept-Encoding"])
-        body = gzip.compress(PICTURE) if "gzip" in coding else PICTURE
+        body = gzip.compress(IMAGE) if "gzip" in coding else IMAGE
         return web.Response(body=body, headers={"Content-Encoding": coding})
 
     async with serving(web.get("/", packed)) as port:
-        assert await fetch(f"http://cdn.test:{port}/", CDN, names) == PICTURE
+        assert await fetch(f"http://cdn.test:{port}/", CDN, names) == IMAGE
     assert asked == ["identity"]
 
 
@@ -204,7 +204,7 @@ async def test_only_status_200_counts(status: int) -> None:
     names = Names("127.0.0.1")
 
     async def refuse(request: web.Request) -> web.Response:
-        return web.Response(status=status, body=b"" if status in (204, 304) else PICTURE)
+        return web.Response(status=status, body=b"" if status in (204, 304) else IMAGE)
 
     async with serving(web.get("/", refuse)) as port:
         with pytest.raises(FetchError):
@@ -253,7 +253,7 @@ async def test_nothing_of_one_host_reaches_another(monkeypatch: pytest.MonkeyPat
 
     async def note(request: web.Request) -> web.Response:
         seen.append(dict(request.headers))
-        return web.Response(body=PICTURE)
+        return web.Response(body=IMAGE)
 
     async with listening() as proxy:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
@@ -286,10 +286,10 @@ async def test_the_log_tells_the_reason_and_no_secret() -> None:
 
 async def test_local_mode_fetches_from_this_machine_by_name_and_by_address() -> None:
     local = OutboundPolicy.parse("127.0.0.0/8, ::1, localhost")
-    async with serving(web.get("/", picture)) as port:
+    async with serving(web.get("/", image)) as port:
         for host in ("127.0.0.1", "localhost"):
             url = f"http://{host}:{port}/"
-            assert await fetch_image(url, policy=local, limits=Limits()) == PICTURE
+            assert await fetch_image(url, policy=local, limits=Limits()) == IMAGE
 
 
 async def test_a_caller_that_gives_up_closes_the_connection() -> None:
@@ -318,22 +318,22 @@ async def test_a_caller_that_gives_up_closes_the_connection() -> None:
     "transient",
     [
         *(answer(status) for status in (429, 500, 502, 503, 504)),
-        answer(200, PICTURE)[:-1],
+        answer(200, IMAGE)[:-1],
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nshort\r\n",
         b"",
         RESET,
-        answer(200, PICTURE)[:-99] + RESET,
+        answer(200, IMAGE)[:-99] + RESET,
     ],
 )
 async def test_what_may_pass_is_tried_at_most_twice_more(transient: bytes) -> None:
-    async with origin(transient, transient, answer(200, PICTURE)) as server:
+    async with origin(transient, transient, answer(200, IMAGE)) as server:
         url = f"http://cdn.test:{server.port}/a"
         with structlog.testing.capture_logs() as lines:
-            assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
+            assert await fetch(url, CDN, Names("127.0.0.1")) == IMAGE
         assert server.targets == ["/a HTTP/1.1"] * 3
-    told = [(line["event"], line["retries"]) for line in lines]
-    assert told == [("init image fetched after retries", 2)]
+    reported = [(line["event"], line["retries"]) for line in lines]
+    assert reported == [("init image fetched after retries", 2)]
     async with origin(transient) as server:
         with structlog.testing.capture_logs() as lines:
             await cause_of_failure(f"http://cdn.test:{server.port}/a")
@@ -349,13 +349,13 @@ async def test_what_may_pass_is_tried_at_most_twice_more(transient: bytes) -> No
     ],
 )
 async def test_large_response_headers_are_read(headers: list[str]) -> None:
-    async with origin(answer(200, PICTURE, *headers)) as server:
-        assert await fetch(f"http://cdn.test:{server.port}/", CDN, Names("127.0.0.1")) == PICTURE
+    async with origin(answer(200, IMAGE, *headers)) as server:
+        assert await fetch(f"http://cdn.test:{server.port}/", CDN, Names("127.0.0.1")) == IMAGE
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 501])
 async def test_a_refusal_is_final(status: int) -> None:
-    async with origin(answer(status, b"no", "Retry-After: 0"), answer(200, PICTURE)) as server:
+    async with origin(answer(status, b"no", "Retry-After: 0"), answer(200, IMAGE)) as server:
         cause = await cause_of_failure(f"http://cdn.test:{server.port}/")
         assert cause == f"the server answered {status}"
         assert len(server.requests) == 1
@@ -363,8 +363,8 @@ async def test_a_refusal_is_final(status: int) -> None:
 
 async def test_the_target_of_a_redirect_is_tried_again_and_not_the_redirect() -> None:
     away = answer(302, b"", "Location: /b%2f")
-    async with origin(away, answer(503), answer(503), answer(200, PICTURE)) as server:
-        assert await fetch(f"http://cdn.test:{server.port}/a", CDN, Names("127.0.0.1")) == PICTURE
+    async with origin(away, answer(503), answer(503), answer(200, IMAGE)) as server:
+        assert await fetch(f"http://cdn.test:{server.port}/a", CDN, Names("127.0.0.1")) == IMAGE
         assert server.targets == ["/a HTTP/1.1"] + ["/b%2f HTTP/1.1"] * 3
 
 
@@ -378,9 +378,9 @@ async def test_a_small_retry_after_is_waited_for_and_a_large_one_is_not() -> Non
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("img2img_server.imaging.fetch.asyncio.sleep", asked_for)
-        async with origin(answer(429, b"", "Retry-After: 2"), answer(200, PICTURE)) as server:
+        async with origin(answer(429, b"", "Retry-After: 2"), answer(200, IMAGE)) as server:
             url = f"http://cdn.test:{server.port}/"
-            assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
+            assert await fetch(url, CDN, Names("127.0.0.1")) == IMAGE
         async with origin(answer(503, b"", "Retry-After: 60")) as server:
             cause = await cause_of_failure(f"http://cdn.test:{server.port}/")
             assert cause == "the server answered 503"
@@ -433,7 +433,7 @@ async def test_the_cause_names_what_the_caller_sent_and_no_address_behind_it() -
         assert caught.value.violation.cause == wanted
 
 
-async def test_a_slow_server_is_told_from_one_that_does_not_answer() -> None:
+async def test_a_slow_server_is_reported_from_one_that_does_not_answer() -> None:
     async with serving(web.get("/", slow_body), web.get("/never", slow_headers)) as port:
         url = f"http://cdn.test:{port}/"
         never = await cause_of_failure(f"{url}never", timeout_seconds=0.2)
@@ -443,7 +443,7 @@ async def test_a_slow_server_is_told_from_one_that_does_not_answer() -> None:
     assert slow.endswith(" bytes had arrived")
 
 
-async def test_a_certificate_that_is_not_valid_is_told_with_its_fault() -> None:
+async def test_a_certificate_that_is_not_valid_is_reported_with_its_fault() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("cdn.test").configure_cert(context)
     async with origin(tls=context) as server:
@@ -461,7 +461,7 @@ def test_a_certificate_for_another_host_does_not_name_the_host_of_a_redirect() -
     assert cause == "the TLS certificate of the host of a redirect is not valid: Hostname mismatch"
 
 
-async def test_a_server_without_tls_is_told() -> None:
+async def test_a_server_without_tls_is_reported() -> None:
     async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example ready\r\n")
         writer.close()
@@ -489,9 +489,9 @@ async def test_the_target_of_a_redirect_is_requested_as_it_was_sent(
     location: str, target: str
 ) -> None:
     redirected = answer(302, b"", f"Location: {location}")
-    async with origin(redirected, answer(200, PICTURE)) as server:
+    async with origin(redirected, answer(200, IMAGE)) as server:
         url = f"http://cdn.test:{server.port}/start?q"
-        assert await fetch(url, CDN, Names("127.0.0.1")) == PICTURE
+        assert await fetch(url, CDN, Names("127.0.0.1")) == IMAGE
         assert server.targets == ["/start?q HTTP/1.1", f"{target} HTTP/1.1"]
 
 

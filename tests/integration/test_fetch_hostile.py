@@ -7,7 +7,7 @@ import asyncio
 import hostile_urls
 import pytest
 from aiohttp import web
-from web_peers import CDN, PICTURE, Names, fetch, listening, picture, redirect, serving
+from web_peers import CDN, IMAGE, Names, fetch, image, listening, redirect, serving
 
 from img2img_server.imaging.base import FetchError
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
@@ -84,11 +84,11 @@ async def test_a_chain_that_ends_at_a_private_name_is_cut_there() -> None:
 
 async def test_an_answer_that_changes_between_check_and_connect_changes_nothing() -> None:
     policy = OutboundPolicy.parse("127.0.0.1/32")
-    async with serving(web.get("/", picture)) as port, listening("127.0.0.2", port) as listener:
+    async with serving(web.get("/", image)) as port, listening("127.0.0.2", port) as listener:
         names = Names(rebind_test=[["127.0.0.1"], ["127.0.0.2"]])
         url = f"http://rebind.test:{port}/"
 
-        assert await fetch(url, policy, names) == PICTURE
+        assert await fetch(url, policy, names) == IMAGE
         assert names.asked == ["rebind.test"]
         with pytest.raises(FetchError):
             await fetch(url, policy, names)
@@ -104,7 +104,7 @@ async def test_a_redirect_to_the_same_name_is_checked_again() -> None:
         return web.Response(status=302, headers=headers)
 
     async with (
-        serving(web.get("/go", close_and_redirect), web.get("/", picture)) as port,
+        serving(web.get("/go", close_and_redirect), web.get("/", image)) as port,
         listening("127.0.0.2", port) as listener,
     ):
         names = Names(rebind_test=[["127.0.0.1"], ["127.0.0.2"]])

@@ -111,7 +111,7 @@ async def test_who_was_killed_goes_on_where_it_was(model_bucket: Settings, tmp_p
 
 
 @pytest.mark.parametrize("prefix", ["models/tiny", "models/tiny-2"])
-async def test_who_was_killed_begins_anew_when_the_source_is_another(
+async def test_who_was_killed_begins_again_when_the_source_is_another(
     prefix: str, model_bucket: Settings, tmp_path: Path
 ) -> None:
     first = f"s3://{model_bucket.s3_bucket}/models/tiny"

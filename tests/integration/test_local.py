@@ -99,7 +99,7 @@ async def test_it_says_plainly_that_an_engine_died_and_stops_the_rest(tmp_path: 
     assert not api.is_running()
 
 
-async def test_it_makes_a_picture_and_stops_cleanly_with_all_its_children(tmp_path: Path) -> None:
+async def test_it_makes_an_image_and_stops_cleanly_with_all_its_children(tmp_path: Path) -> None:
     model = write_sd(tmp_path / "tiny", tiny_vae=True)
     async with local_stack(tmp_path / "state", IMG2IMG_MODEL=str(model)) as stack:
         children = psutil.Process(stack.pid).children(recursive=True)
@@ -115,7 +115,7 @@ async def test_it_makes_a_picture_and_stops_cleanly_with_all_its_children(tmp_pa
     assert [child for child in children if child.is_running()] == []
 
 
-async def test_it_starts_a_worker_again_that_was_told_to_restart(tmp_path: Path) -> None:
+async def test_it_starts_a_worker_again_that_was_reported_to_restart(tmp_path: Path) -> None:
     model = write_sd(tmp_path / "tiny", tiny_vae=True)
     async with local_stack(tmp_path / "state", IMG2IMG_MODEL=str(model)) as stack:
         old = role(stack.pid, "worker")

@@ -44,12 +44,12 @@ async def service(config: Settings) -> AsyncIterator[AsyncClient]:
 async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
     tmp_path: Path, end: str
 ) -> None:
-    picture, results, reached = photo(256, 256), list[Result](), asyncio.Event()
+    image, results, reached = photo(256, 256), list[Result](), asyncio.Event()
 
     async def caller(client: AsyncClient, seed: int) -> None:
         for _ in range(JOBS_EACH):
             result = await client.generate(
-                "p", picture, seed=seed, num_inference_steps=4, width=256, height=256
+                "p", image, seed=seed, num_inference_steps=4, width=256, height=256
             )
             results.append(result)
             if len(results) == BEFORE:

@@ -91,7 +91,7 @@ async def test_a_server_that_lets_us_in_is_enough(tmp_path: Path) -> None:
             assert await bus.workers.workers() == []
 
 
-async def test_what_cannot_be_reached_is_told_apart() -> None:
+async def test_what_cannot_be_reached_is_reported_apart() -> None:
     port = free_port()
     said = await refused(f"nats://u:p@127.0.0.1:{port}", UnavailableError)
     assert f"IMG2IMG_NATS_URL: nothing listens at 127.0.0.1:{port}" in said
@@ -189,7 +189,7 @@ async def test_an_account_without_jetstream_is_refused(tmp_path: Path) -> None:
     assert "jetstream not enabled for account" in said.lower()
 
 
-async def test_a_user_without_permissions_is_told_which_one_is_missing(tmp_path: Path) -> None:
+async def test_a_user_without_permissions_is_reported_which_one_is_missing(tmp_path: Path) -> None:
     permissions = 'permissions: { publish: "elsewhere.>", subscribe: ">" }'
     user = f'{{ user: "u2", password: "right", {permissions} }}'
     config = f"max_payload: 8MB\nauthorization {{ users: [{user}] }}"
@@ -294,7 +294,7 @@ async def test_the_permissions_that_the_documentation_names_are_enough(
     assert not [line for line in caplog.messages if "permission" in line]
 
 
-async def test_a_server_that_the_cluster_told_about_gets_the_credentials_too(
+async def test_a_server_that_the_cluster_reported_about_gets_the_credentials_too(
     tmp_path: Path,
 ) -> None:
     """nats-py takes credentials from the address, and such an address has none."""

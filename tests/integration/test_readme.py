@@ -68,9 +68,9 @@ class Reader:
                 answer = (await http.get(source)).raise_for_status()
             path = self.folder / "fetched.png"
             path.write_bytes(answer.content)
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            return np.asarray(picture.convert("RGB"), dtype=np.int16)
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            return np.asarray(image.convert("RGB"), dtype=np.int16)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -131,7 +131,7 @@ def assert_within(shown: Any, printed: Any, where: str) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_every_way_to_ask_gives_the_same_picture(reader: Reader) -> None:
+async def test_every_way_to_ask_gives_the_same_image(reader: Reader) -> None:
     assert_printed(await reader.runs("img2img generate"), shown_after("img2img generate"))
     painted = await reader.pixels("painting.png")
     assert painted.shape == (512, 512, 3)

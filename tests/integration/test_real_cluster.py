@@ -115,7 +115,7 @@ async def disturbed(load: Load, stack: RealStack, workers: dict[str, Role]) -> s
 
 
 @pytest.mark.slow
-async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_gets_one_picture(
+async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_gets_one_image(
     tmp_path: Path,
 ) -> None:
     async with three_workers(tmp_path) as (stack, workers), stack.client() as client:

@@ -88,7 +88,7 @@ async def test_an_api_is_restarted_while_a_client_watches_without_gap_or_duplica
     assert (result.job.state, result.job.attempt) == ("succeeded", 1)
 
 
-async def test_a_worker_that_is_told_to_restart_hands_its_job_back_and_its_successor_finishes_it(
+async def test_a_worker_that_restarts_requeues_its_job_and_its_successor_finishes_it(
     stack: RealStack, worker: Role
 ) -> None:
     async with stack.client() as client:

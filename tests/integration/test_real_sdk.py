@@ -70,8 +70,8 @@ def realtime(
 
 
 def request(**options: Any) -> RealtimeImage2ImageSchema:
-    picture = base64.b64encode(PHOTO.read_bytes()).decode()
-    fields = {"prompt": "a cat", "init_image": picture, "width": 256, "height": 256}
+    image = base64.b64encode(PHOTO.read_bytes()).decode()
+    fields = {"prompt": "a cat", "init_image": image, "width": 256, "height": 256}
     return RealtimeImage2ImageSchema(**{**fields, "num_inference_steps": 4, **options})
 
 
@@ -91,7 +91,7 @@ async def started(service: LocalStack, job: dict[str, Any], times: int = 1) -> N
 
 
 @FAMILIES
-async def test_pictures_now_and_later(service: LocalStack, enterprise: bool) -> None:
+async def test_images_now_and_later(service: LocalStack, enterprise: bool) -> None:
     api = realtime(service, enterprise=enterprise)
     done = await asyncio.to_thread(api.image_to_image, request(seed=7, samples=2))
     assert (done["status"], done["meta"]["seed"], len(done["output"])) == ("success", 7, 2)
@@ -109,7 +109,7 @@ async def test_pictures_now_and_later(service: LocalStack, enterprise: bool) -> 
 
 
 @FAMILIES
-async def test_a_failed_job_is_told_at_once_and_when_fetched(
+async def test_a_failed_job_is_reported_at_once_and_when_fetched(
     service: LocalStack, enterprise: bool
 ) -> None:
     api = realtime(service, enterprise=enterprise, tries=1)
@@ -183,8 +183,8 @@ async def test_clear_queue_ends_what_waits_and_leaves_what_runs(service: LocalSt
         return int(details["queue_num"])
 
     await until(queued, 2)
-    told = await asyncio.to_thread(api.clear_queue)
-    assert told == {"status": "success", "message": "Queue cleared, server is restarting"}
+    reported = await asyncio.to_thread(api.clear_queue)
+    assert reported == {"status": "success", "message": "Queue cleared, server is restarting"}
     once = realtime(service, tries=1)
     for job in waiting:
         cleared = {"status": "failed", "id": job["id"], "message": "Queue cleared", "output": []}
@@ -193,11 +193,11 @@ async def test_clear_queue_ends_what_waits_and_leaves_what_runs(service: LocalSt
     assert (finished["status"], finished["output"]) == ("success", running["future_links"])
 
 
-async def test_clear_cache_changes_no_job_and_no_picture(service: LocalStack) -> None:
+async def test_clear_cache_changes_no_job_and_no_image(service: LocalStack) -> None:
     api = realtime(service)
     before = await asyncio.to_thread(api.image_to_image, request(seed=9))
-    told = await asyncio.to_thread(api.clear_cache)
-    assert told == {"status": "success", "message": "Cache cleared successfully"}
+    reported = await asyncio.to_thread(api.clear_cache)
+    assert reported == {"status": "success", "message": "Cache cleared successfully"}
     after = await asyncio.to_thread(api.image_to_image, request(seed=9))
     assert await asyncio.to_thread(api.fetch, str(before["id"])) == before
     async with httpx.AsyncClient() as http:
@@ -215,8 +215,8 @@ async def test_a_restart_hands_the_running_job_back_and_the_gateway_stays_up(
     api = realtime(service)
     job = await asyncio.to_thread(api.image_to_image, long_request())
     await started(service, job)
-    told = await asyncio.to_thread(getattr(api, method))
-    assert told == {"status": "success", "message": message}
+    reported = await asyncio.to_thread(getattr(api, method))
+    assert reported == {"status": "success", "message": message}
     assert (await asyncio.to_thread(api.system_details))["status"] == "success"
     await started(service, job, times=2)
     done = await asyncio.to_thread(api.fetch, str(job["id"]))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from img2img_client import InvalidRequestError, JobCancelledError
 from img2img_client.events import StepFinished
-from tests import pictures
+from tests import photos
 from tests.processes import Role
 from tests.real_stack import LONG, PHOTO, SHORT, RealStack, stack, worker
 from tests.tiny_models import ZERO_SNR_V, write_sd
@@ -41,7 +41,7 @@ async def test_idle_roles_are_small_and_know_no_torch(stack: RealStack, worker: 
         assert not any("torch" in entry.path for entry in process.memory_maps())
 
 
-async def test_a_streamed_job_ends_with_a_link_that_serves_the_picture(
+async def test_a_streamed_job_ends_with_a_link_that_serves_the_image(
     stack: RealStack, worker: Role
 ) -> None:
     async with stack.client() as client, client.stream("a cat", PHOTO, **SHORT) as stream:
@@ -62,7 +62,7 @@ async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
     stack: RealStack, tmp_path: Path
 ) -> None:
     model = write_sd(tmp_path / "strict", tiny_vae=True, scheduler=ZERO_SNR_V)
-    write_checker(model, margin=3.0, photo=pictures.photo())
+    write_checker(model, margin=3.0, photo=photos.photo())
     choice = {"IMG2IMG_MODEL": str(model), "IMG2IMG_SAFETY_CHECKER": "model"}
     async with stack.worker("strict", **choice), stack.client() as client:
         checked = await client.generate("a cat", PHOTO, model="strict", **SHORT)
@@ -76,7 +76,7 @@ async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
     assert np.asarray(Image.open(io.BytesIO(free.images[0].data))).any()
 
 
-async def test_the_same_seed_gives_the_same_picture_by_bytes_and_by_url(
+async def test_the_same_seed_gives_the_same_image_by_bytes_and_by_url(
     stack: RealStack, worker: Role
 ) -> None:
     async def photo(_: web.Request) -> web.Response:
@@ -94,7 +94,7 @@ async def test_the_same_seed_gives_the_same_picture_by_bytes_and_by_url(
     base = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         async with stack.client() as client:
-            pictures = [
+            images = [
                 (await client.generate("a cat", source, **SHORT)).images[0].sha256
                 for source in (PHOTO, f"{base}/photo.jpg", f"{base}/moved", PHOTO.read_bytes())
             ]
@@ -103,8 +103,8 @@ async def test_the_same_seed_gives_the_same_picture_by_bytes_and_by_url(
                 await client.generate("a cat", f"{base}/none.jpg", **SHORT)
     finally:
         await runner.cleanup()
-    assert len(set(pictures)) == 1
-    assert other.images[0].sha256 not in pictures
+    assert len(set(images)) == 1
+    assert other.images[0].sha256 not in images
     assert [v.field for v in caught.value.violations] == ["init_image"]
 
 
@@ -113,8 +113,8 @@ async def test_two_clients_at_once_get_what_each_gets_alone(stack: RealStack, wo
         async with stack.client() as client:
             result = await client.generate("a cat", PHOTO, **{**SHORT, "seed": seed})
             assert result.job.determinism == "bounded"
-            picture = Image.open(io.BytesIO(result.images[0].data))
-            return np.asarray(picture, dtype=np.int16)
+            image = Image.open(io.BytesIO(result.images[0].data))
+            return np.asarray(image, dtype=np.int16)
 
     alone = [await one(seed) for seed in (1, 2)]
     together = await asyncio.gather(one(1), one(2))
@@ -183,7 +183,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "not an image": ({"init_image": "bm90IGFuIGltYWdl"}, 400, ["init_image"]),
     "no such page": ({"init_image": "http://127.0.0.1:9/x.png"}, 400, ["init_image"]),
     "70 megapixels": (
-        {"init_image": base64.b64encode(pictures.huge_png()).decode()},
+        {"init_image": base64.b64encode(photos.huge_png()).decode()},
         400,
         ["init_image"],
     ),

@@ -37,8 +37,10 @@ async def test_a_webhook_is_delivered_although_every_role_dies_on_the_way(
     stack: RealStack, worker: Role
 ) -> None:
     async with receiving(500, 200) as receiver, stack.client() as client:
-        wish = {key: value for key, value in LONG.items() if key != "output_format"}
-        job = await client.create("a cat", PHOTO, webhook=receiver.url, track_id="order-77", **wish)
+        options = {key: value for key, value in LONG.items() if key != "output_format"}
+        job = await client.create(
+            "a cat", PHOTO, webhook=receiver.url, track_id="order-77", **options
+        )
         async with client.watch(job) as stream:
             async for event in stream:
                 if type(event).__name__ == "StepFinished":
@@ -55,15 +57,15 @@ async def test_a_webhook_is_delivered_although_every_role_dies_on_the_way(
         before = await post(stack, fetch)
         await killed_and_restarted(stack.api, stack.gateway)  # between two attempts
         delivered = await receiver.next()
-        told = Webhook(SECRET).verify(delivered.body, delivered.headers)
+        reported = Webhook(SECRET).verify(delivered.body, delivered.headers)
         assert (delivered.body, delivered.headers["webhook-id"]) == (
             refused.body,
             f"msg_{job.id}",
         )
-        assert (told["status"], told["track_id"]) == ("success", "order-77")
+        assert (reported["status"], reported["track_id"]) == ("success", "order-77")
         await until(status, "success")
         after = await post(stack, fetch)
         assert after == before | {"webhook_status": "success"}
-        assert told["output"] == after["output"] == json.loads(refused.body)["output"]
+        assert reported["output"] == after["output"] == json.loads(refused.body)["output"]
         assert (await client.get(job)).attempt == 2
         assert receiver.arrived.empty()

@@ -21,8 +21,8 @@ async def test_good_details_are_stored_and_the_file_of_the_check_is_gone(
 ) -> None:
     async with running_shops(engines, tmp_path) as shops:
         answer = await shops.update(shops.a, check_connection="yes")
-        told = answer.json()
-        assert (answer.status_code, told["message"], told["warning"]) == (200, UPDATED, "")
+        reported = answer.json()
+        assert (answer.status_code, reported["message"], reported["warning"]) == (200, UPDATED, "")
         assert shops.a.objects() == []
         assert await shops.bus.storage.current("a") is not None
 
@@ -30,11 +30,11 @@ async def test_good_details_are_stored_and_the_file_of_the_check_is_gone(
 async def test_links_that_do_not_work_are_a_warning(engines: LocalServers, tmp_path: Path) -> None:
     async with running_shops(engines, tmp_path) as shops:
         elsewhere = f"{engines.s3_endpoint_url}/no-such-bucket/"
-        told = (await shops.update(shops.a, check_connection=True, public_url=elsewhere)).json()
-        assert told["warning"] == "public_url does not serve the files"
+        reported = (await shops.update(shops.a, check_connection=True, public_url=elsewhere)).json()
+        assert reported["warning"] == "public_url does not serve the files"
         assert await shops.bus.storage.current("a") is not None
-        told = (await shops.update(shops.a, check_connection=True, deploy_type="video")).json()
-        assert told["warning"].startswith("deploy_type video is stored without effect")
+        reported = (await shops.update(shops.a, check_connection=True, deploy_type="video")).json()
+        assert reported["warning"].startswith("deploy_type video is stored without effect")
 
 
 BROKEN: list[tuple[dict[str, str], str, str]] = [
@@ -54,7 +54,7 @@ BROKEN: list[tuple[dict[str, str], str, str]] = [
 
 
 @pytest.mark.parametrize(("wrong", "field", "why"), BROKEN, ids=lambda value: str(value)[:40])
-async def test_what_the_storage_does_not_take_is_told_and_not_stored(
+async def test_what_the_storage_does_not_take_is_reported_and_not_stored(
     wrong: dict[str, str], field: str, why: str, engines: LocalServers, tmp_path: Path
 ) -> None:
     listed = "127.0.0.1, nowhere.invalid"
@@ -80,7 +80,7 @@ async def test_a_private_address_is_not_contacted(engines: LocalServers, tmp_pat
 
 
 @pytest.mark.parametrize("value", ["maybe", 2, [], {}])
-async def test_a_wish_that_cannot_be_read_is_told_with_all_else(
+async def test_a_wish_that_cannot_be_read_is_reported_with_all_else(
     value: Any, engines: LocalServers, tmp_path: Path
 ) -> None:
     sentence = "check_connection must be true or false"

@@ -338,7 +338,7 @@ async def test_update_s3_answers_without_the_secrets(
 ) -> None:
     async with running_shops(engines, tmp_path, legacy=legacy) as shops:
         answer = await shops.update(shops.a, deploy_type=None)
-        told = {
+        reported = {
             "status": "success",
             "message": "S3 details updated successfully",
             "deploy_type": "realtime",
@@ -346,10 +346,10 @@ async def test_update_s3_answers_without_the_secrets(
             "image_directory": "a renders",
             "warning": "",
         }
-        assert (answer.status_code, answer.json()) == (200, told)
+        assert (answer.status_code, answer.json()) == (200, reported)
         answer = await shops.update(shops.a, deploy_type="flux")
         warning = "deploy_type flux is stored without effect: only realtime runs here"
-        assert answer.json() == told | {"deploy_type": "flux", "warning": warning}
+        assert answer.json() == reported | {"deploy_type": "flux", "warning": warning}
         for _ in range(2):  # also fine when none are stored
             sent = {"key": shops.a.key, "deploy_type": "flux"}
             answer = await shops.gateway.http.post(RESET, json=sent)
@@ -396,9 +396,9 @@ async def test_wrong_details_are_refused_with_all_complaints(
     async with running_shops(engines, tmp_path) as shops:
         sent = json.dumps({"key": shops.a.key, **shops.a.details, **changes})
         answer = await shops.gateway.http.post(UPDATE, content=sent)
-        told = answer.json()
-        assert (answer.status_code, told["errors"]) == (400, errors)
-        assert told["message"] == next(iter(errors.values()))[0]
+        reported = answer.json()
+        assert (answer.status_code, reported["errors"]) == (400, errors)
+        assert reported["message"] == next(iter(errors.values()))[0]
         assert await shops.bus.storage.current("a") is None
 
 
@@ -409,12 +409,12 @@ async def test_reset_s3_refuses_an_unknown_server_type(
         for value in ("toaster", 5, ["realtime"], True):
             sent = {"key": shops.a.key, "deploy_type": value}
             answer = await shops.gateway.http.post(RESET, json=sent)
-            told = (answer.status_code, answer.json()["message"])
-            assert told == (400, "deploy_type is invalid")
+            reported = (answer.status_code, answer.json()["message"])
+            assert reported == (400, "deploy_type is invalid")
 
 
 @pytest.mark.parametrize("path", [UPDATE, RESET])
-async def test_the_key_is_told_before_its_right_and_that_before_the_fields(
+async def test_the_key_is_reported_before_its_right_and_that_before_the_fields(
     path: str, engines: LocalServers, tmp_path: Path
 ) -> None:
     key, entry = new_key("c", [])
@@ -428,12 +428,12 @@ async def test_the_key_is_told_before_its_right_and_that_before_the_fields(
         sent = {"key": "wrong", "deploy_type": 5}
         assert (await gateway.http.post(path, json=sent)).status_code == 401
         answer = await gateway.http.post(path, json={"key": key, "deploy_type": 5})
-        told = {
+        reported = {
             "status": "error",
             "message": str(PermissionDeniedError("storage")),
             "reason": "PERMISSION_DENIED",
         }
-        assert (answer.status_code, answer.json()) == (403, told)
+        assert (answer.status_code, answer.json()) == (403, reported)
 
 
 async def test_a_server_without_storage_keys_says_so(engines: LocalServers, tmp_path: Path) -> None:

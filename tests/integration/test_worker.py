@@ -38,7 +38,7 @@ from tests.stack import (
 PNG = job_pb2.IMAGE_FORMAT_PNG
 
 
-async def test_a_killed_workers_job_is_finished_by_another_with_the_same_picture() -> None:
+async def test_a_killed_workers_job_is_finished_by_another_with_the_same_image() -> None:
     bus = memory_bus(ack_wait_seconds=0.3)
     request = spec(strength=1.0, output_format=PNG)
     async with running_api(bus) as api:
@@ -346,7 +346,7 @@ async def test_base64_files_are_stored_as_text_under_their_own_name(
         assert base64.b64decode(text, validate=True).startswith(b"\x89PNG")
 
 
-async def test_a_job_whose_picture_cannot_be_prepared_began_before_it_failed(
+async def test_a_job_whose_image_cannot_be_prepared_began_before_it_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object, **__: object) -> None:

@@ -31,7 +31,7 @@ class HangingStore(MemoryBlobStore):
         await asyncio.Event().wait()
 
 
-async def picture(api: Api) -> str:
+async def image(api: Api) -> str:
     """What the job gives when nothing happens to it."""
     messages = [message async for message in api.generate(SAME)]
     return str(messages[-1].event.succeeded.job.samples[0].sha256)
@@ -44,7 +44,7 @@ async def finished_elsewhere(bus: Bus, api: Api, name: str) -> tuple[str, job_pb
     return kinds(messages)[-1], messages[-1].event.succeeded.job
 
 
-async def test_an_upload_that_hangs_is_cut_short_after_the_drain_and_done_anew_elsewhere(
+async def test_an_upload_that_hangs_is_cut_short_after_the_drain_and_done_again_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("img2img_server.worker.worker.HAND_BACK_SECONDS", 0.1)
@@ -52,7 +52,7 @@ async def test_an_upload_that_hangs_is_cut_short_after_the_drain_and_done_anew_e
     store = HangingStore()
     async with running_api(bus) as api:
         async with running_worker(bus):
-            calm = await picture(api)
+            calm = await image(api)
         async with running_worker(bus, blobs=store, config=NO_TIME) as worker:
             job = await api.create(SAME)
             await store.asked.wait()
@@ -90,7 +90,7 @@ async def test_a_lost_device_ends_the_worker_and_its_jobs_go_on_elsewhere() -> N
     bus = memory_bus(ack_wait_seconds=60.0)
     async with running_api(bus) as api:
         async with running_worker(bus):
-            calm = await picture(api)
+            calm = await image(api)
         engine = FakeEngine(hold_after=2)
         job = await api.create(SAME)
         await lost_in_its_step(bus, api, engine, job.name, 1)
@@ -105,7 +105,7 @@ async def test_a_job_that_breaks_every_device_fails_after_its_attempts() -> None
     config = settings(max_attempts=2)
     async with running_api(bus) as api:
         async with running_worker(bus):  # so that the model is known
-            await picture(api)
+            await image(api)
         job = await api.create(SAME)
         for attempt in range(2):
             engine = FakeEngine(hold_after=1)
@@ -147,10 +147,10 @@ async def test_a_cancel_whose_word_was_lost_is_read_from_the_record(
 ) -> None:
     bus = memory_bus(ack_wait_seconds=0.3)
 
-    async def nobody_hears(_: int) -> None:
+    async def ignore(_: int) -> None:
         """The worker's connection is away."""
 
-    monkeypatch.setattr(bus.control, "cancel", nobody_hears)
+    monkeypatch.setattr(bus.control, "cancel", ignore)
     engine = FakeEngine(hold_after=1)
     async with running_api(bus) as api, running_worker(bus, engine):
         job = await api.create(SAME)

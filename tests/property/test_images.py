@@ -12,7 +12,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
-import pictures
+import photos
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -85,7 +85,7 @@ def is_accepted(data: bytes) -> bool:
 
 def pillow(data: bytes) -> Array:
     """Pillow's straightforward path: open, on white where transparent, RGB."""
-    with pictures.opened(data) as image:
+    with photos.opened(data) as image:
         image.load()
         if image.mode == "I;16":
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -140,7 +140,7 @@ def png_file(made: dict[str, Any]) -> tuple[bytes, Array]:
                 else key.astype(">u2").tobytes(),
             )
         )
-    data = pictures.any_png(
+    data = photos.any_png(
         values,
         depth=depth,
         colour=colour,
@@ -200,9 +200,7 @@ def test_png_files_without_all_rows_are_refused(
     rows = zlib.decompress(packed)
     if ended:
         fewer = zlib.compress(rows[: min(int(len(rows) * part), len(rows) - 1)], made["level"])
-        cut = (
-            data[: start - 8] + pictures.png_chunk(b"IDAT", fewer) + data[start + len(packed) + 4 :]
-        )
+        cut = data[: start - 8] + photos.png_chunk(b"IDAT", fewer) + data[start + len(packed) + 4 :]
         assert not is_accepted(cut)
         return
     end = start + int(len(packed) * part)
@@ -247,7 +245,7 @@ def jpeg_file(made: dict[str, Any]) -> bytes:
         image = Image.fromarray(values[..., 0]) if channels == 1 else None
         image = image or Image.frombytes(made["mode"], (width, height), values.tobytes())
         try:
-            data = pictures.saved(
+            data = photos.saved(
                 image,
                 "JPEG",
                 quality=made["quality"],
@@ -318,10 +316,10 @@ def test_webp_files_are_accepted_whole_and_refused_cut(
         Image.fromarray(content(kind, seed + frame, *size, channels, 255))
         for frame in range(frames)
     ]
-    options: dict[str, Any] = {"exif": pictures.exif(1)} if extended else {}
+    options: dict[str, Any] = {"exif": photos.exif(1)} if extended else {}
     if frames > 1:
         options |= {"save_all": True, "append_images": images[1:]}
-    data = pictures.saved(images[0], "WEBP", lossless=lossless, method=0, **options)
+    data = photos.saved(images[0], "WEBP", lossless=lossless, method=0, **options)
 
     assert difference(accepted(data + trailing, size), pillow(data)) <= 1
     if frames == 1 and not extended:
@@ -333,7 +331,7 @@ def test_webp_files_are_accepted_whole_and_refused_cut(
 def test_damaged_files_are_accepted_or_refused_but_never_an_error(
     data: st.DataObject, container: str
 ) -> None:
-    file = bytearray(pictures.saved(pictures.photo(64, 64), container, exif=pictures.exif(6)))
+    file = bytearray(photos.saved(photos.photo(64, 64), container, exif=photos.exif(6)))
     for _ in range(data.draw(st.integers(1, 5))):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
     if is_accepted(bytes(file)):
@@ -344,8 +342,8 @@ def test_damaged_files_are_accepted_or_refused_but_never_an_error(
 def test_no_segment_between_scans_hides_scans_from_the_bound(hidden: bytes) -> None:
     comment = b"\xff\xfe" + (2 + len(hidden)).to_bytes(2, "big") + hidden
 
-    few = pictures.many_scans_jpeg(MAX_JPEG_SCANS - 20, between=comment)
-    many = pictures.many_scans_jpeg(MAX_JPEG_SCANS, between=comment)
+    few = photos.many_scans_jpeg(MAX_JPEG_SCANS - 20, between=comment)
+    many = photos.many_scans_jpeg(MAX_JPEG_SCANS, between=comment)
 
     assert is_accepted(few)
     assert not is_accepted(many)

@@ -55,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         forwards=st.integers(1, 2),
         steps=st.integers(1, 5),
         adapter=st.sampled_from(["", "ink"]),
-        patience=st.sampled_from([None, 0.5, 20.0]),
+        seconds_left=st.sampled_from([None, 0.5, 20.0]),
     )
     def add(
         self,
@@ -66,7 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         forwards: int,
         steps: int,
         adapter: str,
-        patience: float | None,
+        seconds_left: float | None,
     ) -> None:
         for sample in range(samples):
             row = Row(
@@ -80,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 steps=steps,
                 enqueue_time=self.now,
                 batch_key=(side, adapter),
-                deadline=None if patience is None else self.now + patience,
+                deadline=None if seconds_left is None else self.now + seconds_left,
             )
             self.scheduler.add(row, self.now)
             self.expected[row.key] = Expected(row, steps, self.now)
@@ -131,8 +131,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if not expected.steps_left:
                     finished.add(row.key)
         self.in_flight -= {row.key for row in batch.rows}
-        told = self.scheduler.complete([row.key for row in batch.rows], self.now)
-        assert set(told) == finished
+        reported = self.scheduler.complete([row.key for row in batch.rows], self.now)
+        assert set(reported) == finished
         for key in finished:
             del self.expected[key]
 

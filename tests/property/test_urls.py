@@ -11,7 +11,7 @@ import httpx
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from web_peers import CDN, PICTURE, Names, answer, fetch, origin
+from web_peers import CDN, IMAGE, Names, answer, fetch, origin
 
 from img2img_server.domain.urls import join_url, parse_url
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
@@ -36,7 +36,7 @@ def test_init_images_and_redirects_are_requested_byte_for_byte(first: str, secon
     assume(not second.startswith("//"))  # another host
 
     async def fetched() -> list[str]:
-        async with origin(answer(302), answer(200, PICTURE)) as server:
+        async with origin(answer(302), answer(200, IMAGE)) as server:
             absolute = f"http://cdn.test:{server.port}{second}"
             server.answers[0] = answer(302, b"", f"Location: {absolute}")
             await fetch(f"http://cdn.test:{server.port}{first}#x", CDN, Names("127.0.0.1"))

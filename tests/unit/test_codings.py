@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 
-import pictures
+import photos
 import pytest
 
 from img2img_server.imaging.codings import (
@@ -15,7 +15,7 @@ from img2img_server.imaging.codings import (
     decode,
 )
 
-PICTURE = pictures.jpeg()
+IMAGE = photos.jpeg()
 LIMIT = 2**20
 
 
@@ -44,30 +44,30 @@ def test_a_list_of_codings_is_read(values: list[str], codings: list[str]) -> Non
 @pytest.mark.parametrize(
     ("codings", "sent"),
     [
-        ([], PICTURE),
-        (["gzip"], gzip.compress(PICTURE)),
-        (["x-gzip"], gzip.compress(PICTURE)),
-        (["gzip"], gzip.compress(PICTURE[:99]) + gzip.compress(PICTURE[99:])),
-        (["deflate"], zlib.compress(PICTURE)),
-        (["deflate"], raw_deflate(PICTURE)),
-        (["deflate", "gzip"], gzip.compress(zlib.compress(PICTURE))),
-        (["gzip"], PICTURE),
-        (["br"], PICTURE),
-        (["utf-8"], PICTURE),
-        (["gzip;q=1"], gzip.compress(PICTURE)),
+        ([], IMAGE),
+        (["gzip"], gzip.compress(IMAGE)),
+        (["x-gzip"], gzip.compress(IMAGE)),
+        (["gzip"], gzip.compress(IMAGE[:99]) + gzip.compress(IMAGE[99:])),
+        (["deflate"], zlib.compress(IMAGE)),
+        (["deflate"], raw_deflate(IMAGE)),
+        (["deflate", "gzip"], gzip.compress(zlib.compress(IMAGE))),
+        (["gzip"], IMAGE),
+        (["br"], IMAGE),
+        (["utf-8"], IMAGE),
+        (["gzip;q=1"], gzip.compress(IMAGE)),
     ],
 )
-def test_a_coding_is_undone_or_found_to_be_told_in_error(codings: list[str], sent: bytes) -> None:
-    assert decode(sent, codings, LIMIT) == PICTURE
+def test_a_coding_is_decoded_or_reported_as_wrong(codings: list[str], sent: bytes) -> None:
+    assert decode(sent, codings, LIMIT) == IMAGE
 
 
 @pytest.mark.parametrize(
     ("codings", "sent", "cause"),
     [
         (["br"], b"\x0b\x02\x80ab\x03", "Content-Encoding br, which is not supported"),
-        (["gzip"], gzip.compress(PICTURE)[:-9], "Content-Encoding gzip, but the data is damaged"),
+        (["gzip"], gzip.compress(IMAGE)[:-9], "Content-Encoding gzip, but the data is damaged"),
         (["gzip"], b"not gzip", "Content-Encoding gzip, but the data is damaged"),
-        (["deflate"], zlib.compress(PICTURE)[:-9], "deflate, but the data is damaged"),
+        (["deflate"], zlib.compress(IMAGE)[:-9], "deflate, but the data is damaged"),
         (["deflate"], b"not deflate", "deflate, but the data is damaged"),
         (["gzip"] * 3, b"", "more than 2 content codings"),
     ],

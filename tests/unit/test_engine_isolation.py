@@ -36,7 +36,7 @@ def test_only_the_culprits_fail_and_all_others_are_done_exactly_once() -> None:
 
 
 def test_before_each_retry_it_tells_what_failed_together_and_why() -> None:
-    told: list[tuple[list[int], bool]] = []
+    reported: list[tuple[list[int], bool]] = []
 
     def work(items: Sequence[int]) -> None:
         if len(items) > 2:
@@ -45,11 +45,11 @@ def test_before_each_retry_it_tells_what_failed_together_and_why() -> None:
             raise RuntimeError("boom")
 
     failed = bisect_failures(
-        [1, 2, 3, 4], work, lambda items, lacked: told.append((list(items), lacked))
+        [1, 2, 3, 4], work, lambda items, lacked: reported.append((list(items), lacked))
     )
 
     assert [item for item, _ in failed] == [3]
-    assert told == [([1, 2, 3, 4], True), ([3, 4], False)]
+    assert reported == [([1, 2, 3, 4], True), ([3, 4], False)]
 
 
 def test_nothing_to_do_is_not_tried() -> None:
@@ -68,7 +68,7 @@ def test_nothing_to_do_is_not_tried() -> None:
         (RuntimeError("boom"), False),
     ],
 )
-def test_errors_of_memory_are_told_from_others(error: Exception, expected: bool) -> None:
+def test_errors_of_memory_are_reported_from_others(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 

@@ -179,7 +179,7 @@ def test_a_warning_names_the_fields_without_effect(extra: dict[str, Any], named:
     assert requests.read(GOOD | extra).warnings == named
 
 
-def test_every_violation_is_told_in_table_order() -> None:
+def test_every_violation_is_reported_in_table_order() -> None:
     body = {
         "track_id": "x" * 192,
         "seed": 2**32,
@@ -216,7 +216,7 @@ def test_seed_zero_is_a_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "kept", "told"),
+    ("sent", "kept", "reported"),
     [
         (
             {"guidance_scale": 99},
@@ -249,9 +249,9 @@ def test_seed_zero_is_a_seed() -> None:
     ],
 )
 def test_hints_are_clamped_or_ignored_with_a_warning_and_never_an_error(
-    sent: dict[str, Any], kept: dict[str, Any], told: str
+    sent: dict[str, Any], kept: dict[str, Any], reported: str
 ) -> None:
-    warnings = [told] if told else []
+    warnings = [reported] if reported else []
     assert requests.read(GOOD | sent) == requests.ParsedBody(GOOD | kept, [], warnings)
 
 
@@ -382,7 +382,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
         "DATA:;base64," + base64.b64encode(PNG).decode().rstrip("="),
     ],
 )
-def test_an_inline_picture_may_come_in_these_forms(text: str) -> None:
+def test_an_inline_image_may_come_in_these_forms(text: str) -> None:
     assert init_image(text) == job_pb2.InitImage(data=PNG)
 
 

@@ -104,9 +104,13 @@ def body_of(form: Plain, error: RequestError) -> Any:
 def test_every_error_of_the_api_is_a_refusal(
     error: errors.ServiceError, case: ErrorKind, message: str, retry_seconds: int
 ) -> None:
-    told = refusal(failed(error))
-    assert (told.kind, told.message, told.retry_seconds) == (case, message, retry_seconds)
-    assert told.reason == error.reason
+    reported = refusal(failed(error))
+    assert (reported.kind, reported.message, reported.retry_seconds) == (
+        case,
+        message,
+        retry_seconds,
+    )
+    assert reported.reason == error.reason
 
 
 def test_every_error_of_the_tree_is_in_the_table_above() -> None:
@@ -137,9 +141,9 @@ def test_every_error_of_the_tree_is_in_the_table_above() -> None:
 
 def test_violations_keep_their_sentences() -> None:
     broken = [FetchError("the server answered 403: no").violation, out_of_range("width", 8, 9)]
-    told = refusal(failed(errors.InvalidRequestError(broken)))
-    assert (told.kind, told.violations) == (ErrorKind.FIELDS, broken)
-    assert body_of(Plain(), told)["message"] == broken[0].message
+    reported = refusal(failed(errors.InvalidRequestError(broken)))
+    assert (reported.kind, reported.violations) == (ErrorKind.FIELDS, broken)
+    assert body_of(Plain(), reported)["message"] == broken[0].message
 
 
 @pytest.mark.parametrize(
@@ -171,8 +175,8 @@ def test_the_contract_keeps_its_sentences(error: errors.ServiceError, sentence: 
     ],
 )
 def test_statuses_of_grpc_itself_have_no_details(code: grpc.StatusCode, case: ErrorKind) -> None:
-    told = refusal(AioRpcError(code, Metadata(), Metadata(), "from gRPC"))
-    assert (told.kind, told.message) == (case, case.message)
+    reported = refusal(AioRpcError(code, Metadata(), Metadata(), "from gRPC"))
+    assert (reported.kind, reported.message) == (case, case.message)
 
 
 @pytest.mark.parametrize(
@@ -206,14 +210,14 @@ def test_a_job_made_over_grpc_has_all_28_keys_of_meta_too() -> None:
     assert (meta["init_image"], meta["track_id"], meta["instant_response"]) == ("base64", "a", "no")
 
 
-def test_the_cause_is_told_beside_the_contracts_sentence() -> None:
+def test_the_cause_is_reported_next_to_the_contracts_sentence() -> None:
     sentence = "Unable to fetch image from provided URL"
     violations = [FetchError("the server answered 403: no").violation, required("width")]
     why = refusal(failed(errors.InvalidRequestError(violations)))
     assert why.violations == violations
-    told = body_of(Current(), why)
-    assert told["message"] == sentence
-    assert told["errors"] == {
+    reported = body_of(Current(), why)
+    assert reported["message"] == sentence
+    assert reported["errors"] == {
         "init_image": [f"{sentence}: the server answered 403: no"],
         "width": ["width is required"],
     }

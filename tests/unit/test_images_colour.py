@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pictures
+import photos
 import profiles
 import pytest
 from PIL import Image, ImageCms
@@ -45,8 +45,8 @@ def largest(one: Pixels, other: Pixels) -> int:
 @pytest.mark.parametrize("profile", [P3, ADOBE], ids=["display-p3", "adobe-rgb"])
 def test_colours_are_converted_from_the_embedded_profile(container: str, profile: bytes) -> None:
     lossless = {"lossless": True} if container == "WEBP" else {}
-    data = pictures.saved(pictures.photo(), container, icc_profile=profile, **lossless)
-    stored = pictures.opened(data).convert("RGB")
+    data = photos.saved(photos.photo(), container, icc_profile=profile, **lossless)
+    stored = photos.opened(data).convert("RGB")
 
     pixels = prepared(data, 512, 512)
 
@@ -58,9 +58,9 @@ def test_colours_are_converted_from_the_embedded_profile(container: str, profile
 def test_colours_of_large_images_are_converted_after_they_are_averaged_down(
     size: tuple[int, int],
 ) -> None:
-    photo = Image.fromarray(pictures.photo()).resize(size, Image.Resampling.BICUBIC)
-    data = pictures.saved(photo, "PNG", icc_profile=P3, compress_level=1)
-    first = pictures.saved(Image.fromarray(converted(photo, P3)), "PNG", compress_level=1)
+    photo = Image.fromarray(photos.photo()).resize(size, Image.Resampling.BICUBIC)
+    data = photos.saved(photo, "PNG", icc_profile=P3, compress_level=1)
+    first = photos.saved(Image.fromarray(converted(photo, P3)), "PNG", compress_level=1)
     wanted = prepare_image(first, width=512, height=384).astype(int)
 
     difference = np.abs(prepare_image(data, width=512, height=384) - wanted)
@@ -72,40 +72,38 @@ def test_colours_of_large_images_are_converted_after_they_are_averaged_down(
 @pytest.mark.parametrize("profile", [PILLOWS_SRGB, profiles.rgb_profile(profiles.SRGB)])
 @pytest.mark.parametrize("container", ["PNG", "JPEG", "WEBP"])
 def test_an_srgb_profile_changes_nothing(container: str, profile: bytes) -> None:
-    plain = pictures.saved(pictures.photo(), container)
-    tagged = pictures.saved(pictures.photo(), container, icc_profile=profile)
+    plain = photos.saved(photos.photo(), container)
+    tagged = photos.saved(photos.photo(), container, icc_profile=profile)
 
     assert largest(prepared(tagged, 512, 512), prepared(plain, 512, 512)) == 0
 
 
 @pytest.mark.parametrize("container", ["PNG", "JPEG"])
 def test_grey_is_converted_from_a_grey_profile(container: str) -> None:
-    grey = Image.fromarray(pictures.photo()).convert("L")
+    grey = Image.fromarray(photos.photo()).convert("L")
     profile = profiles.grey_profile(1.0)
-    data = pictures.saved(grey, container, icc_profile=profile)
+    data = photos.saved(grey, container, icc_profile=profile)
 
-    expected = converted(pictures.opened(data), profile)
+    expected = converted(photos.opened(data), profile)
     assert largest(prepared(data, 512, 512), expected) <= 1
 
 
 def test_cmyk_is_converted_from_its_profile_and_without_one_as_pillow_does() -> None:
-    inks = Image.fromarray(pictures.photo()).convert("CMYK")
+    inks = Image.fromarray(photos.photo()).convert("CMYK")
     profile = profiles.cmyk_profile()
-    tagged = pictures.saved(inks, "JPEG", quality=95, icc_profile=profile)
-    plain = pictures.saved(inks, "JPEG", quality=95)
+    tagged = photos.saved(inks, "JPEG", quality=95, icc_profile=profile)
+    plain = photos.saved(inks, "JPEG", quality=95)
 
-    assert largest(prepared(tagged, 512, 512), converted(pictures.opened(tagged), profile)) <= 1
-    assert (
-        largest(prepared(plain, 512, 512), np.asarray(pictures.opened(plain).convert("RGB"))) <= 1
-    )
+    assert largest(prepared(tagged, 512, 512), converted(photos.opened(tagged), profile)) <= 1
+    assert largest(prepared(plain, 512, 512), np.asarray(photos.opened(plain).convert("RGB"))) <= 1
 
 
 @pytest.mark.parametrize("container", ["PNG", "WEBP"])
 def test_transparent_parts_are_put_on_white_after_the_conversion(container: str) -> None:
-    layer = np.dstack([pictures.photo(64, 64), np.full((64, 64), 255, np.uint8)])
+    layer = np.dstack([photos.photo(64, 64), np.full((64, 64), 255, np.uint8)])
     layer[:32, :, 3] = 0
     options: dict[str, Any] = {"lossless": True, "exact": True} if container == "WEBP" else {}
-    data = pictures.saved(layer, container, icc_profile=P3, **options)
+    data = photos.saved(layer, container, icc_profile=P3, **options)
 
     pixels = prepared(data, 64, 64)
 
@@ -114,8 +112,8 @@ def test_transparent_parts_are_put_on_white_after_the_conversion(container: str)
 
 
 def test_a_transparent_palette_image_is_converted_too() -> None:
-    image = Image.fromarray(pictures.photo(64, 64)).quantize(32)
-    data = pictures.saved(image, "PNG", icc_profile=P3, transparency=3)
+    image = Image.fromarray(photos.photo(64, 64)).quantize(32)
+    data = photos.saved(image, "PNG", icc_profile=P3, transparency=3)
     expected = converted(image.convert("RGB"), P3).copy()
     expected[np.asarray(image) == 3] = 255
 
@@ -144,8 +142,8 @@ def floating_point(profile: bytes) -> bytes:
 )
 @pytest.mark.parametrize("container", ["PNG", "JPEG", "WEBP"])
 def test_a_profile_that_cannot_be_used_is_ignored(container: str, profile: bytes) -> None:
-    plain = pictures.saved(pictures.photo(64, 64), container)
-    tagged = pictures.saved(pictures.photo(64, 64), container, icc_profile=profile)
+    plain = photos.saved(photos.photo(64, 64), container)
+    tagged = photos.saved(photos.photo(64, 64), container, icc_profile=profile)
 
     assert largest(prepared(tagged, 64, 64), prepared(plain, 64, 64)) == 0
 
@@ -161,21 +159,21 @@ def test_a_profile_that_cannot_be_used_is_ignored(container: str, profile: bytes
     ],
 )
 def test_a_damaged_icc_chunk_of_a_png_is_ignored(chunk: bytes) -> None:
-    rows = b"".join(b"\0" + row.tobytes() for row in pictures.photo(64, 64))
-    data = pictures.png(64, 64, rows, more=((b"iCCP", chunk),))
+    rows = b"".join(b"\0" + row.tobytes() for row in photos.photo(64, 64))
+    data = photos.png(64, 64, rows, more=((b"iCCP", chunk),))
 
-    assert largest(prepared(data, 64, 64), pictures.photo(64, 64)) == 0
+    assert largest(prepared(data, 64, 64), photos.photo(64, 64)) == 0
 
 
 def test_a_profile_in_several_segments_counts_when_all_are_there() -> None:
     long = P3 + bytes(150_000)  # three segments of a JPEG
-    data = pictures.saved(pictures.photo(64, 64), "JPEG", icc_profile=long)
+    data = photos.saved(photos.photo(64, 64), "JPEG", icc_profile=long)
     second = data.index(b"ICC_PROFILE\0\x02") - 4
     length = 2 + struct.unpack_from(">H", data, second + 2)[0]
     moved = data[second : second + length]
     rest = data[:second] + data[second + length :]
     place = rest.index(b"ICC_PROFILE\0\x01") - 4
-    stored = np.asarray(pictures.opened(data).convert("RGB"))
+    stored = np.asarray(photos.opened(data).convert("RGB"))
 
     assert largest(prepared(data, 64, 64), stored) > 15
     assert (

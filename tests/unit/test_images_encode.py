@@ -11,7 +11,7 @@ from io import BytesIO
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
-import pictures
+import photos
 import pytest
 from PIL import Image
 
@@ -51,44 +51,44 @@ def test_a_png_decodes_to_exactly_the_pixels(
     decode: Callable[[bytes], Pixels], size: tuple[int, int]
 ) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    for pixels in (pictures.photo(*size), noise, np.zeros_like(noise), np.full_like(noise, 255)):
+    for pixels in (photos.photo(*size), noise, np.zeros_like(noise), np.full_like(noise, 255)):
         assert np.array_equal(decode(encode_image(pixels, ImageFormat.PNG)), pixels)
 
 
-def test_a_view_of_a_larger_picture_is_encoded_like_its_copy() -> None:
-    view = pictures.photo()[::-2, 8:200]
+def test_a_view_of_a_larger_image_is_encoded_like_its_copy() -> None:
+    view = photos.photo()[::-2, 8:200]
 
     for image_format in ImageFormat:
         assert encode_image(view, image_format) == encode_image(view.copy(), image_format)
 
 
 def test_a_png_holds_no_metadata() -> None:
-    data = encode_image(pictures.photo(), ImageFormat.PNG)
+    data = encode_image(photos.photo(), ImageFormat.PNG)
 
     assert chunks(data) == [b"IHDR", b"IDAT", b"IEND"]
 
 
-@pytest.mark.parametrize("path", [pictures.CAT, pictures.COFFEE])
+@pytest.mark.parametrize("path", [photos.CAT, photos.COFFEE])
 def test_a_png_is_not_much_larger_than_what_pillow_writes_in_haste(path: object) -> None:
     for side in (512, 1024):
-        pixels = pictures.photo(side, side, path)
-        hasty = pictures.saved(pixels, "PNG", compress_level=1)
+        pixels = photos.photo(side, side, path)
+        hasty = photos.saved(pixels, "PNG", compress_level=1)
         assert len(encode_image(pixels, ImageFormat.PNG)) < 1.15 * len(hasty)
 
 
 def test_a_jpeg_keeps_full_colour_resolution_and_looks_the_same() -> None:
-    pixels = pictures.photo()
+    pixels = photos.photo()
     data = encode_image(pixels, ImageFormat.JPEG)
 
     with Image.open(BytesIO(data)) as image:
         assert {(across, down) for _, across, down, _ in image.layer} == {(1, 1)}
-        assert image.quantization == Image.open(BytesIO(pictures.jpeg(pixels, 95))).quantization
+        assert image.quantization == Image.open(BytesIO(photos.jpeg(pixels, 95))).quantization
     assert quality(with_pillow(data), pixels) > 38
     assert b"Exif" not in data
 
 
 def test_a_webp_looks_the_same() -> None:
-    pixels = pictures.photo()
+    pixels = photos.photo()
 
     assert quality(with_pillow(encode_image(pixels, ImageFormat.WEBP)), pixels) > 33
 
@@ -99,8 +99,8 @@ def quality(one: Pixels, other: Pixels) -> float:
 
 
 @pytest.mark.parametrize("image_format", list(ImageFormat))
-def test_an_encoded_picture_is_described(image_format: ImageFormat) -> None:
-    pixels = pictures.photo(320, 256)
+def test_an_encoded_image_is_described(image_format: ImageFormat) -> None:
+    pixels = photos.photo(320, 256)
     data = encode_image(pixels, image_format)
 
     assert encoded(pixels, image_format) == EncodedImage(
@@ -115,7 +115,7 @@ def test_an_encoded_picture_is_described(image_format: ImageFormat) -> None:
 
 @pytest.mark.parametrize("image_format", list(ImageFormat))
 def test_the_same_pixels_give_the_same_file_in_every_thread(image_format: ImageFormat) -> None:
-    pixels = pictures.photo()
+    pixels = photos.photo()
     with ThreadPoolExecutor(4) as pool:
         files = set(pool.map(lambda _: encode_image(pixels, image_format), range(8)))
 
@@ -129,7 +129,7 @@ def test_the_same_pixels_give_the_same_file_in_every_thread(image_format: ImageF
 def test_a_preview_is_at_most_256_pixels_long(
     size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    preview = preview_jpeg(pictures.photo(*size))
+    preview = preview_jpeg(photos.photo(*size))
 
     with Image.open(BytesIO(preview.data)) as image:
         assert (image.format, image.size) == ("JPEG", expected)
@@ -139,6 +139,6 @@ def test_a_preview_is_at_most_256_pixels_long(
 
 
 def test_a_small_preview_is_not_enlarged() -> None:
-    preview = preview_jpeg(pictures.photo(64, 64))
+    preview = preview_jpeg(photos.photo(64, 64))
 
     assert (preview.width, preview.height) == (64, 64)

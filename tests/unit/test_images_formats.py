@@ -6,7 +6,7 @@ import base64
 import gzip
 from io import BytesIO
 
-import pictures
+import photos
 import pytest
 from PIL import Image
 
@@ -18,7 +18,7 @@ from img2img_server.imaging.formats import format_name
 from img2img_server.imaging.prepare import check_image
 from img2img_server.settings import Settings
 
-IMAGE = Image.fromarray(pictures.quadrants())
+IMAGE = Image.fromarray(photos.quadrants())
 HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body></body></html>"
 
 
@@ -34,19 +34,19 @@ def jpeg_xl() -> bytes:
 CASES: list[tuple[bytes, str]] = [
     (b"", "an empty file"),
     (b"  \n\n ", "only white space"),
-    (pictures.saved(IMAGE, "GIF"), "a GIF image"),
-    (pictures.saved(IMAGE, "BMP"), "a BMP image"),
-    (pictures.saved(IMAGE, "TIFF"), "a TIFF image"),
-    (pictures.saved(IMAGE, "AVIF"), "an AVIF image"),
-    (pictures.saved(IMAGE, "JPEG2000"), "a JPEG 2000 image"),
-    (pictures.saved(IMAGE, "JPEG2000", no_jp2=True), "a JPEG 2000 image"),
-    (pictures.saved(IMAGE, "ICO"), "an ICO icon"),
-    (pictures.saved(IMAGE, "ICNS"), "an ICNS icon"),
-    (pictures.saved(IMAGE, "PDF"), "a PDF document"),
-    (pictures.saved(IMAGE, "EPS"), "a PostScript document"),
-    (pictures.saved(IMAGE, "PPM"), "a PNM image"),
-    (pictures.saved(IMAGE, "DDS"), "a DDS texture"),
-    (pictures.saved(IMAGE, "QOI"), "a QOI image"),
+    (photos.saved(IMAGE, "GIF"), "a GIF image"),
+    (photos.saved(IMAGE, "BMP"), "a BMP image"),
+    (photos.saved(IMAGE, "TIFF"), "a TIFF image"),
+    (photos.saved(IMAGE, "AVIF"), "an AVIF image"),
+    (photos.saved(IMAGE, "JPEG2000"), "a JPEG 2000 image"),
+    (photos.saved(IMAGE, "JPEG2000", no_jp2=True), "a JPEG 2000 image"),
+    (photos.saved(IMAGE, "ICO"), "an ICO icon"),
+    (photos.saved(IMAGE, "ICNS"), "an ICNS icon"),
+    (photos.saved(IMAGE, "PDF"), "a PDF document"),
+    (photos.saved(IMAGE, "EPS"), "a PostScript document"),
+    (photos.saved(IMAGE, "PPM"), "a PNM image"),
+    (photos.saved(IMAGE, "DDS"), "a DDS texture"),
+    (photos.saved(IMAGE, "QOI"), "a QOI image"),
     (b"8BPS\0\x01" + bytes(30), "a Photoshop document"),
     (brand(b"heic", b"mif1"), "a HEIC image"),
     (brand(b"mif1", b"heic"), "a HEIC image"),
@@ -69,13 +69,13 @@ CASES: list[tuple[bytes, str]] = [
     (b'{"error": "not found"}', "JSON text"),
     (b"[1, 2]", "JSON text"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "a Git LFS pointer"),
-    (base64.b64encode(pictures.jpeg()), "base64 text of a JPEG image"),
-    (base64.encodebytes(pictures.saved(IMAGE, "PNG")), "base64 text of a PNG image"),
-    (base64.urlsafe_b64encode(pictures.saved(IMAGE, "WEBP")), "base64 text of a WebP image"),
+    (base64.b64encode(photos.jpeg()), "base64 text of a JPEG image"),
+    (base64.encodebytes(photos.saved(IMAGE, "PNG")), "base64 text of a PNG image"),
+    (base64.urlsafe_b64encode(photos.saved(IMAGE, "WEBP")), "base64 text of a WebP image"),
     (b"data:image/png;base64,iVBORw0KGgo=", "a data URI that cannot be decoded"),
     (b"https://example.com/cat.png", "the text of a URL"),
     ("Größe unbekannt".encode(), "plain text"),
-    (gzip.compress(pictures.jpeg()), "gzip-compressed data"),
+    (gzip.compress(photos.jpeg()), "gzip-compressed data"),
     (b"PK\x03\x04" + bytes(30), "a ZIP archive"),
     (bytes(64), "an unknown file format"),
     (b"\x93\xfa\x96\x7b\x8c\xea" * 9, "an unknown file format"),
@@ -118,8 +118,8 @@ def test_capabilities_list_the_accepted_formats() -> None:
 
 
 def test_apples_variant_of_png_is_named() -> None:
-    data = pictures.png(8, 8, bytes(200))
-    data = data[:8] + pictures.png_chunk(b"CgBI", b"P\0 \x02") + data[8:]
+    data = photos.png(8, 8, bytes(200))
+    data = data[:8] + photos.png_chunk(b"CgBI", b"P\0 \x02") + data[8:]
 
     with pytest.raises(InvalidImageError) as caught:
         check_image(data, width=512, height=512, limits=Limits())

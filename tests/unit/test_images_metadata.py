@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import numpy.typing as npt
-import pictures
+import photos
 import pytest
 from PIL import ImageOps
 
@@ -53,14 +53,14 @@ def xmp(text: str = 'tiff:Orientation="6"') -> bytes:
 
 def prepared(data: bytes) -> Pixels:
     """The image as it comes out, at the size that Pillow's transposed image has."""
-    with pictures.opened(data) as image:
+    with photos.opened(data) as image:
         size = ImageOps.exif_transpose(image).size
     check_image(data, width=256, height=256, limits=Limits())
     return prepare_image(data, width=size[0], height=size[1])
 
 
 def as_pillow_shows_it(data: bytes) -> Pixels:
-    with pictures.opened(data) as image:
+    with photos.opened(data) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -73,11 +73,11 @@ def assert_turned(data: bytes) -> None:
 
 def saved(container: str, **options: object) -> bytes:
     lossless = {"lossless": True} if container == "WEBP" else {}
-    return pictures.saved(pictures.quadrants(), container, **lossless, **options)
+    return photos.saved(photos.quadrants(), container, **lossless, **options)
 
 
 def jpeg_with(*segments: bytes) -> bytes:
-    data = pictures.jpeg(pictures.quadrants())
+    data = photos.jpeg(photos.quadrants())
     parts = b"".join(b"\xff\xe1" + struct.pack(">H", len(each) + 2) + each for each in segments)
     return data[:2] + parts + data[2:]
 
@@ -85,13 +85,13 @@ def jpeg_with(*segments: bytes) -> bytes:
 def png_with(*chunks: tuple[bytes, bytes], at_end: bool = False) -> bytes:
     data = saved("PNG")
     place = len(data) - 12 if at_end else 33
-    inserted = b"".join(pictures.png_chunk(kind, content) for kind, content in chunks)
+    inserted = b"".join(photos.png_chunk(kind, content) for kind, content in chunks)
     return data[:place] + inserted + data[place:]
 
 
 def webp_with(*chunks: tuple[bytes, bytes]) -> bytes:
     """With an extended header, which announces them."""
-    data = saved("WEBP", exif=pictures.exif(1))
+    data = saved("WEBP", exif=photos.exif(1))
     end = data.index(b"EXIF")
     flags = data.index(b"VP8X") + 8
     announced = data[8:flags] + bytes([data[flags] | 0x0C]) + data[flags + 1 : end]

@@ -70,7 +70,7 @@ def stage(tmp_path: Path) -> Stage:
     return stage
 
 
-def test_the_demo_asks_for_the_picture_and_stops_the_server(stage: Stage) -> None:
+def test_the_demo_asks_for_the_image_and_stops_the_server(stage: Stage) -> None:
     code, out, err = stage.run()
     assert (code, err) == (0, "")
     assert out.splitlines()[-2:] == [
@@ -96,16 +96,16 @@ SETTINGS = [
 ]
 
 
-def test_the_demo_runs_beside_another_service_except_where_the_user_chose_otherwise(
+def test_the_demo_runs_next_to_another_service_except_where_the_user_chose_otherwise(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    told = "".join(f'echo "{name}=${name}" >> "$DEMO/ports"\n' for name in SETTINGS)
+    reported = "".join(f'echo "{name}=${name}" >> "$DEMO/ports"\n' for name in SETTINGS)
     stage.command(
         "img2img-server",
         SERVER.replace("echo starting", "true").replace(
-            'echo "starting"\n', f'echo "starting"\n{told}'
+            'echo "starting"\n', f'echo "starting"\n{reported}'
         ),
     )
     assert stage.run(IMG2IMG_HTTP_PORT="8123", IMG2IMG_API_KEYS_FILE="keys.toml")[0] == 0

@@ -84,8 +84,8 @@ def test_a_text_that_would_become_too_long_stays_as_it_is() -> None:
 def test_nothing_is_added_that_contradicts_or_repeats_the_prompt(
     prompt: str, never: list[str]
 ) -> None:
-    told = added(prompt)
-    assert [term for term in never if term in told] == []
+    reported = added(prompt)
+    assert [term for term in never if term in reported] == []
 
 
 @given(st.text(max_size=2000), st.integers(0, 2**32 - 1))

@@ -95,7 +95,7 @@ def test_what_is_open_is_the_models_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "named", "told"),
+    ("fields", "named", "reported"),
     [
         (
             {"negative_prompt": "n", "guidance_scale": 1.0},
@@ -126,9 +126,11 @@ def test_what_is_open_is_the_models_own() -> None:
     ids=str,
 )
 def test_options_without_effect_are_named(
-    fields: dict[str, Any], named: tuple[str, ...], told: str
+    fields: dict[str, Any], named: tuple[str, ...], reported: str
 ) -> None:
-    assert resolved(given_names=named, **{"strength": 0.6, **fields})[1] == ([told] if told else [])
+    assert resolved(given_names=named, **{"strength": 0.6, **fields})[1] == (
+        [reported] if reported else []
+    )
 
 
 def test_a_negative_prompt_that_the_model_cannot_take_is_named() -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pictures
+import photos
 import pytest
 
 from img2img_server.errors import SafetyCheckError
@@ -26,7 +26,7 @@ from tests.unit.test_safety import finished
 async def test_the_models_own_thresholds_decide(
     margin: float, score: float, tmp_path: Path
 ) -> None:
-    photo = pictures.photo()
+    photo = photos.photo()
     checker = ModelChecker(str(write_checker(tmp_path, margin=margin, photo=photo)))
     await checker.warm_up()
     before = photo.copy()
@@ -38,7 +38,7 @@ async def test_the_models_own_thresholds_decide(
 async def test_an_image_that_it_flags_is_blanked_everywhere(
     margin: float, blanked: bool, tmp_path: Path
 ) -> None:
-    photo = pictures.photo()
+    photo = photos.photo()
     checker = ModelChecker(str(write_checker(tmp_path, margin=margin, photo=photo)))
     threshold = Settings.model_fields["safety_threshold"].default
     flagged, sent, stored = await finished(checker, threshold, photo)
@@ -65,7 +65,7 @@ async def test_images_that_wait_for_the_checker_hold_no_thread(
         loop.set_default_executor(pool)
         async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
             for _ in range(3):
-                tasks.create_task(finished(checker, 0.5, pictures.photo()))
+                tasks.create_task(finished(checker, 0.5, photos.photo()))
             await began.wait()
             await asyncio.to_thread(int)  # there is a thread for others
             assert entered == [1]
@@ -78,11 +78,11 @@ async def test_a_model_without_a_checker_fails_the_start_and_the_check(tmp_path:
     with pytest.raises(SafetyCheckError, match="the safety checker cannot be loaded"):
         await checker.warm_up()
     with pytest.raises(SafetyCheckError, match="cannot be loaded"):
-        checker.check(pictures.photo())
+        checker.check(photos.photo())
 
 
 def test_a_check_that_breaks_in_the_middle_fails(tmp_path: Path) -> None:
-    folder = write_checker(tmp_path, margin=0.01, photo=pictures.photo())
+    folder = write_checker(tmp_path, margin=0.01, photo=photos.photo())
     with pytest.raises(SafetyCheckError, match="the safety check cannot run"):
         ModelChecker(str(folder)).check(np.zeros((3, 4, 5, 6), np.uint8))
 

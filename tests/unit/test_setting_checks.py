@@ -569,7 +569,7 @@ def test_addresses_by_number_are_refused_with_tls() -> None:
 # The reasons.
 
 
-def test_reasons_are_single_lines_and_those_of_groups_are_all_told() -> None:
+def test_reasons_are_single_lines_and_those_of_groups_are_all_reported() -> None:
     group = ExceptionGroup(
         "tasks", [SettingsError("IMG2IMG_A: is\n  wrong"), UnavailableError("NATS is away")]
     )

@@ -48,13 +48,13 @@ GOOD = StorageDetails(
         ("https://cdn.example.com/a", "/", "cdn.example.com/a/NAME"),
         ("https://cdn.example.com:8443/a", "b", "cdn.example.com:8443/a/b/NAME"),
         ("https://cdn.example.com/a?token=x", "b", "cdn.example.com/a/b/NAME?token=x"),
-        ("https://cdn.example.com/", "my pictures", "cdn.example.com/my%20pictures/NAME"),
+        ("https://cdn.example.com/", "my images", "cdn.example.com/my%20images/NAME"),
         (
-            "https://cdn.example.com/my%20pictures",
-            "my pictures",
-            "cdn.example.com/my%20pictures/NAME",
+            "https://cdn.example.com/my%20images",
+            "my images",
+            "cdn.example.com/my%20images/NAME",
         ),
-        ("https://cdn.example.com/my pictures", "b", "cdn.example.com/my%20pictures/b/NAME"),
+        ("https://cdn.example.com/my pictures", "b", "cdn.example.com/my%20images/b/NAME"),
         ("https://cdn.example.com/%7e/ü?a=%2f", "b", "cdn.example.com/%7e/%C3%BC/b/NAME?a=%2f"),
         ("https://cdn.example.com/", "a?b#c%", "cdn.example.com/a%3Fb%23c%25/NAME"),
     ],
@@ -103,7 +103,7 @@ def test_another_server_type_is_not_supported() -> None:
     assert (found.field, found.reason) == ("deploy_type", Reason.NOT_SUPPORTED)
 
 
-def test_every_missing_detail_is_told_at_once() -> None:
+def test_every_missing_detail_is_reported_at_once() -> None:
     nothing = StorageDetails(
         public_url="",
         region_name="",
@@ -139,7 +139,7 @@ def test_every_missing_detail_is_told_at_once() -> None:
         ({"aws_secret_access_key": "x" * 1025}, Reason.TOO_LONG),
     ],
 )
-def test_a_broken_rule_is_told(changes: dict[str, str], reason: Reason) -> None:
+def test_a_broken_rule_is_reported(changes: dict[str, str], reason: Reason) -> None:
     (violation,) = validate_storage(replace(GOOD, **changes))
     assert (violation.field, violation.reason) == (next(iter(changes)), reason)
     assert validate_storage(GOOD) == []
@@ -163,7 +163,7 @@ def test_the_first_key_seals_and_all_keys_open() -> None:
 
 
 @pytest.mark.parametrize("keys", ["short", f"{new_key()},x", "ä"])
-def test_a_malformed_key_is_told_and_not_repeated(keys: str) -> None:
+def test_a_malformed_key_is_reported_and_not_repeated(keys: str) -> None:
     with pytest.raises(SettingsError, match="IMG2IMG_STORAGE_KEYS: every key") as caught:
         Vault(keys)
     assert keys not in str(caught.value)

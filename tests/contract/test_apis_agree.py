@@ -30,7 +30,7 @@ from tests.stack import DEV, RunningWorker, Stack, refusal, running_api, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEY = {"Authorization": "Bearer dev-key"}
-DOORS = ("grpc", "v1", "today", "legacy")
+APIS = ("grpc", "v1", "today", "legacy")
 WORDS = " ".join(f"word{index}" for index in range(149))
 MODEL = replace(
     FAKE_MODEL,
@@ -43,24 +43,24 @@ MODEL = replace(
 )
 
 
-class Doors:
+class Apis:
     """One service, asked over each of its doors; answers with the job at its end."""
 
     def __init__(self, today: Gateway, legacy: Gateway) -> None:
         self.today, self.legacy = today, legacy
         self.api = today.stack.api
 
-    async def make(self, door: str, **changes: Any) -> job_pb2.Job:
-        if door == "grpc":
+    async def make(self, name: str, **changes: Any) -> job_pb2.Job:
+        if name == "grpc":
             job_id = (await self.api.create(spec(**changes))).id
-        elif door == "v1":
+        elif name == "v1":
             sent = {**body(**changes), "init_image": {"data": photo_base64()}}
             del sent["key"]
             answer = await self.today.http.post("/v1/jobs", json={"spec": sent}, headers=KEY)
             assert answer.status_code == 200, answer.text
             job_id = answer.json()["job"]["id"]
         else:
-            gateway = self.today if door == "today" else self.legacy
+            gateway = self.today if name == "today" else self.legacy
             answer = await gateway.create(**changes)
             assert answer.json()["status"] == "success", answer.text
             job_id = answer.json()["id"]
@@ -75,57 +75,57 @@ class Doors:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def doors() -> AsyncIterator[Doors]:
+async def apis() -> AsyncIterator[Apis]:
     engine = FakeEngine(MODEL, max_prompt_words=75)
     async with (
         running_gateway({"engine": engine}) as today,
         gateway_before(today.stack, legacy=True) as legacy,
     ):
-        yield Doors(today, legacy)
+        yield Apis(today, legacy)
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_what_is_left_open_is_the_models_own(door: str, doors: Doors) -> None:
-    job = await doors.make(door)
+@pytest.mark.parametrize("name", APIS)
+async def test_what_is_left_open_is_the_models_own(name: str, apis: Apis) -> None:
+    job = await apis.make(name)
     found = job.spec.strength, job.spec.num_inference_steps, job.spec.guidance_scale
     assert (found, job.warning) == ((0.4, 5, 3.0), "")
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_minus_one_is_a_random_seed(door: str, doors: Doors) -> None:
-    seeds = {(await doors.make(door, seed=-1)).spec.seed for _ in range(3)}
+@pytest.mark.parametrize("name", APIS)
+async def test_minus_one_is_a_random_seed(name: str, apis: Apis) -> None:
+    seeds = {(await apis.make(name, seed=-1)).spec.seed for _ in range(3)}
     assert len(seeds) > 1
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-@pytest.mark.parametrize("door", ["grpc", "v1"])
+@pytest.mark.parametrize("name", ["grpc", "v1"])
 @pytest.mark.parametrize("seed", [804822466654819, 2**63 - 1])
-async def test_seeds_may_have_64_bits(door: str, seed: int, doors: Doors) -> None:
-    job = await doors.make(door, seed=seed, samples=2)
+async def test_seeds_may_have_64_bits(name: str, seed: int, apis: Apis) -> None:
+    job = await apis.make(name, seed=seed, samples=2)
     assert job.spec.seed == seed
     assert [sample.seed for sample in job.samples] == [seed, (seed + 1) % 2**63]
     # In JSON as a string, so that no reader rounds it; and as a number of the contract's answers.
-    found = await doors.today.fetch(job.id)
+    found = await apis.today.fetch(job.id)
     assert f'"seed":{seed},' in found.text.replace(" ", "")
 
 
-async def test_64_bits_come_back_as_a_string(doors: Doors) -> None:
+async def test_64_bits_come_back_as_a_string(apis: Apis) -> None:
     seed = 2**63 - 1
     sent = {"spec": {"prompt": "p", "init_image": {"data": photo_base64()}, "seed": str(seed)}}
-    answer = await doors.today.http.post("/v1/jobs", json=sent, headers=KEY)
+    answer = await apis.today.http.post("/v1/jobs", json=sent, headers=KEY)
     assert answer.json()["job"]["spec"]["seed"] == str(seed)
 
 
-@pytest.mark.parametrize("door", ["today", "legacy"])
-async def test_the_contract_keeps_its_range_of_seeds(door: str, doors: Doors) -> None:
-    gateway = doors.today if door == "today" else doors.legacy
+@pytest.mark.parametrize("name", ["today", "legacy"])
+async def test_the_contract_keeps_its_range_of_seeds(name: str, apis: Apis) -> None:
+    gateway = apis.today if name == "today" else apis.legacy
     answer = await gateway.create(seed=2**32)
     assert "seed must be between 0 and 4294967295" in answer.text.replace("The seed", "seed")
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", APIS)
 @pytest.mark.parametrize(
-    ("sent", "used", "told"),
+    ("sent", "used", "reported"),
     [
         (
             {"strength": 0.7, "num_inference_steps": 1},
@@ -148,37 +148,37 @@ async def test_the_contract_keeps_its_range_of_seeds(door: str, doors: Doors) ->
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-async def test_a_run_without_steps_is_not_told_as_a_success(
-    sent: dict[str, Any], used: int, told: str, door: str, doors: Doors
+async def test_a_run_without_steps_is_not_reported_as_a_success(
+    sent: dict[str, Any], used: int, reported: str, name: str, apis: Apis
 ) -> None:
-    job = await doors.make(door, **sent)
-    assert (job.spec.num_inference_steps, job.warning) == (used, told)
-    assert job.timings.steps == (1 if "raised" in told else 0)
+    job = await apis.make(name, **sent)
+    assert (job.spec.num_inference_steps, job.warning) == (used, reported)
+    assert job.timings.steps == (1 if "raised" in reported else 0)
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_a_prompt_that_is_cut_is_told(door: str, doors: Doors) -> None:
-    job = await doors.make(door, prompt=WORDS, negative_prompt=WORDS)
+@pytest.mark.parametrize("name", APIS)
+async def test_a_prompt_that_is_cut_is_reported(name: str, apis: Apis) -> None:
+    job = await apis.make(name, prompt=WORDS, negative_prompt=WORDS)
     cut = "was cut after 75 of 149 tokens; the words from 'word75 word76 word77 word78 word79 word8"
     assert job.warning == (
         f"The prompt {cut}…' on have no effect. The negative prompt {cut}…' on have no effect."
     )
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_an_option_without_effect_is_told(door: str, doors: Doors) -> None:
-    job = await doors.make(door, negative_prompt="blurry", guidance_scale=1.0)
+@pytest.mark.parametrize("name", APIS)
+async def test_an_option_without_effect_is_reported(name: str, apis: Apis) -> None:
+    job = await apis.make(name, negative_prompt="blurry", guidance_scale=1.0)
     assert job.warning == (
         "negative_prompt has no effect: guidance_scale is 1, and only above 1 is it used."
     )
 
 
-@pytest.mark.parametrize("door", ["today", "legacy"])
+@pytest.mark.parametrize("name", ["today", "legacy"])
 async def test_fields_that_the_contract_ignores_are_named_but_not_in_legacy(
-    door: str, doors: Doors
+    name: str, apis: Apis
 ) -> None:
     ignored = {"scheduler": "UniPCMultistepScheduler", "model_id": "x", "num_inference_steps": 60}
-    job = await doors.make(door, **ignored)
+    job = await apis.make(name, **ignored)
     assert job.spec.num_inference_steps == 5
     assert (
         job.warning
@@ -186,40 +186,40 @@ async def test_fields_that_the_contract_ignores_are_named_but_not_in_legacy(
             "today": "The fields scheduler and model_id have no effect here and were ignored. "
             "num_inference_steps was ignored: it must be between 1 and 50.",
             "legacy": "",
-        }[door]
+        }[name]
     )
 
 
-async def test_a_changed_hint_is_told_before_what_follows_from_it(doors: Doors) -> None:
-    job = await doors.make("today", strength=0.4, num_inference_steps=0)
+async def test_a_changed_hint_is_reported_before_what_follows_from_it(apis: Apis) -> None:
+    job = await apis.make("today", strength=0.4, num_inference_steps=0)
     assert job.warning == (
         "num_inference_steps was set to 1, the smallest value allowed. num_inference_steps was "
         "raised from 1 to 3 so that one step runs at strength 0.4."
     )
 
 
-@pytest.mark.parametrize("door", ["grpc", "v1"])
-async def test_a_scheduler_may_be_called_by_its_class_in_diffusers(door: str, doors: Doors) -> None:
-    job = await doors.make(door, scheduler="EulerDiscreteScheduler")
+@pytest.mark.parametrize("name", ["grpc", "v1"])
+async def test_a_scheduler_may_be_called_by_its_class_in_diffusers(name: str, apis: Apis) -> None:
+    job = await apis.make(name, scheduler="EulerDiscreteScheduler")
     assert (job.spec.scheduler, job.warning) == ("euler", "")
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M Karras", "UniPCMultistepScheduler", "LCMScheduler"])
-async def test_another_scheduler_is_refused_with_the_known_ones(name: str, doors: Doors) -> None:
+async def test_another_scheduler_is_refused_with_the_known_ones(name: str, apis: Apis) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await doors.api.create(spec(scheduler=name))
-    told = {"scheduler": "scheduler must be one of ddim, euler"}
-    assert refusal(caught.value).violations == told
+        await apis.api.create(spec(scheduler=name))
+    reported = {"scheduler": "scheduler must be one of ddim, euler"}
+    assert refusal(caught.value).violations == reported
 
 
-async def test_fields_of_a_newer_protocol_are_named(doors: Doors) -> None:
+async def test_fields_of_a_newer_protocol_are_named(apis: Apis) -> None:
     newer = job_pb2.JobSpec.FromString(spec().SerializeToString() + b"\xf8\x3f\x01")
-    job = await doors.ended((await doors.api.create(newer)).id)
+    job = await apis.ended((await apis.api.create(newer)).id)
     assert job.warning == "This server does not know the fields 1023 of JobSpec and ignored them."
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"),
+    ("sent", "reported"),
     [
         ({"num_inference_steps": 51}, "num_inference_steps must be between 1 and 50"),
         ({"width": 264}, "width must be divisible by 16"),
@@ -230,41 +230,41 @@ async def test_fields_of_a_newer_protocol_are_named(doors: Doors) -> None:
     ],
     ids=str,
 )
-async def test_the_models_own_limits_are_told_and_hold_at_the_door(
-    sent: dict[str, Any], told: str, doors: Doors
+async def test_the_models_own_limits_are_reported_and_hold_at_admission(
+    sent: dict[str, Any], reported: str, apis: Apis
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await doors.api.create(spec(**sent))
-    assert refusal(caught.value).violations == {next(iter(sent)): told}
+        await apis.api.create(spec(**sent))
+    assert refusal(caught.value).violations == {next(iter(sent)): reported}
     request = service_pb2.GetCapabilitiesRequest()
-    (model,) = (await doors.api.stub.GetCapabilities(request, metadata=DEV)).models
+    (model,) = (await apis.api.stub.GetCapabilities(request, metadata=DEV)).models
     found = model.max_num_inference_steps, model.min_side_pixels, model.max_side_pixels
     assert (found, model.side_multiple) == ((50, 256, 1024), 16)
 
 
-async def test_steps_are_raised_within_the_limit_of_the_scheduler(doors: Doors) -> None:
-    job = await doors.make("grpc", scheduler="euler", strength=0.05)
+async def test_steps_are_raised_within_the_limit_of_the_scheduler(apis: Apis) -> None:
+    job = await apis.make("grpc", scheduler="euler", strength=0.05)
     assert job.spec.num_inference_steps == 5
     assert job.warning.startswith("At strength 0.05 no step runs, not even with")
 
 
-async def test_capabilities_tell_every_limit_of_the_validator(doors: Doors) -> None:
+async def test_capabilities_list_every_limit_of_the_validator(apis: Apis) -> None:
     request = service_pb2.GetCapabilitiesRequest()
-    told = (await doors.api.stub.GetCapabilities(request, metadata=DEV)).limits
+    reported = (await apis.api.stub.GetCapabilities(request, metadata=DEV)).limits
     limits = Limits()
     for field in fields(Limits):
-        assert getattr(told, field.name) == getattr(limits, field.name), field.name
+        assert getattr(reported, field.name) == getattr(limits, field.name), field.name
 
 
-async def test_a_service_without_a_model_says_so_at_every_door() -> None:
+async def test_a_service_without_a_model_says_so_in_every_api() -> None:
     bus, text = memory_bus(), str(NoModelError())
     worker: RunningWorker
     async with running_api(bus) as api:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await api.create(spec())
-        told = refusal(caught.value)
-        assert (told.code, told.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_MODEL")
-        assert told.retry_seconds == 5.0
+        reported = refusal(caught.value)
+        assert (reported.code, reported.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_MODEL")
+        assert reported.retry_seconds == 5.0
         async with running_worker(memory_bus()) as worker:
             stack = Stack(bus, api, worker)
             async with (
@@ -291,12 +291,12 @@ async def test_a_default_model_that_is_not_loaded_may_come_and_another_may_not()
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await api.create(spec(model=name))
-            told = refusal(caught.value)
-            assert (told.code, told.reason) == (code, reason)
+            reported = refusal(caught.value)
+            assert (reported.code, reported.reason) == (code, reason)
 
 
-async def test_unknown_paths_and_unknown_jobs_have_reasons_of_their_own(doors: Doors) -> None:
-    http = doors.today.http
+async def test_unknown_paths_and_unknown_jobs_have_reasons_of_their_own(apis: Apis) -> None:
+    http = apis.today.http
     for path in ("/nowhere", "/v1/nowhere"):
         assert (await http.get(path)).json()["reason"] == "PATH_NOT_FOUND"
     fetched = await http.post(f"{ENTERPRISE}/fetch/10000999", json={"key": "dev-key"})
