@@ -21,7 +21,7 @@ from typing import Any
 import trustme
 
 from benchmarks.local_stack import free_port
-from img2img_server.devstack.child import last_words
+from img2img_server.devstack.child import last_line
 from img2img_server.settings import Settings
 from tests.processes import Role
 
@@ -206,7 +206,7 @@ async def test_a_store_or_bus_that_is_away_is_reported_although_the_model_still_
         assert end.seconds < 1 + WALL_SECONDS
 
 
-async def test_local_repeats_the_last_words_of_its_child(tmp_path: Path) -> None:
+async def test_local_repeats_the_last_line_of_its_child(tmp_path: Path) -> None:
     end = await ended("local", nats_replicas=5, state_dir=tmp_path / "state")
     *_, last = end.records
     assert end.code == 1
@@ -221,15 +221,15 @@ async def test_local_repeats_the_last_words_of_its_child(tmp_path: Path) -> None
     assert any(each["event"].startswith(reason) for each in end.records)
 
 
-def test_last_words_are_the_reasons_a_role_gives_else_its_last_line() -> None:
+def test_the_last_line_is_the_reasons_a_role_gives_else_its_last_line() -> None:
     said = [
         "2026-11-29 [info] api serves",
         '{"event": "img2img-server api: IMG2IMG_A: no", "exit_code": 2}',
     ]
-    assert last_words("api", "\n".join(said)) == "IMG2IMG_A: no"
-    assert last_words("api", "img2img-server api: IMG2IMG_A: no\n") == "IMG2IMG_A: no"
-    assert last_words("api", "a\n terminate  called\n\n") == "terminate called"
-    assert last_words("api", "") == ""
+    assert last_line("api", "\n".join(said)) == "IMG2IMG_A: no"
+    assert last_line("api", "img2img-server api: IMG2IMG_A: no\n") == "IMG2IMG_A: no"
+    assert last_line("api", "a\n terminate  called\n\n") == "terminate called"
+    assert last_line("api", "") == ""
 
 
 UNEXPECTED = """
