@@ -15,6 +15,7 @@ from img2img_server.engine.base import Engine, EngineEvent, EngineJob, JobDone
 from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.families import families as served
+from img2img_server.engine.rows import text_of
 from img2img_server.imaging.base import Pixels
 from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, job, pictures, run, running
 from tests.oracle.harness import PROMPTS, OracleModel, families
@@ -23,7 +24,8 @@ SCHEDULERS = {family.name: family.schedulers for family in served()}
 
 
 class SmallDevice(DiffusersDenoiser):
-    """The real denoiser on a device that runs out of memory; it notes the size of every batch."""
+    """The real denoiser on a device that runs out of memory; it notes the size of every batch
+    and the number of batches with images of several sizes."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -32,6 +34,7 @@ class SmallDevice(DiffusersDenoiser):
     def reset(self) -> None:
         """Gives it all memory again."""
         self.batches: list[int] = []
+        self.mixed_batches = 0
         self.most_forwards = 100
 
     def denoise(
@@ -44,6 +47,7 @@ class SmallDevice(DiffusersDenoiser):
         if forwards > self.most_forwards:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
         self.batches.append(len(conditionings))
+        self.mixed_batches += len({row.shape for row in latents}) > 1
         return super().denoise(latents, timesteps, conditionings)
 
 
@@ -135,6 +139,15 @@ def test_an_image_is_the_same_alone_and_in_batches_of_strangers(
 
     assert worst(found, subject.alone[case]) <= BOUND
     assert max(subject.denoiser.batches) >= (2 if most_forwards == 3 else 5), "they shared batches"
+    if most_forwards > 3:
+        assert (subject.denoiser.mixed_batches > 0) == sizes_share_batches(subject)
+
+
+def sizes_share_batches(subject: Subject) -> bool:
+    """Returns whether the family takes images of two of the sizes in one forward."""
+    sizes = subject.model.sizes
+    texts = [text_of(job(init_image=blocks(*size))) for size in sizes]
+    return len({subject.denoiser.batch_key(text) for text in texts}) < len(sizes)
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -159,3 +172,11 @@ def test_an_image_is_the_same_when_it_joins_in_mid_run(subject: Subject, case: i
         found = pictures(inbox.all())
 
     assert worst(found, subject.alone[case]) <= BOUND
+
+
+def test_a_warm_up_runs_as_many_forwards_as_it_measures(subject: Subject) -> None:
+    subject.denoiser.most_forwards = 1  # of a guided row: out of memory
+    with running(subject.denoiser) as engine:
+        engine.warm_up(*subject.model.sizes[0])
+
+    assert subject.denoiser.batches == [1]

@@ -98,7 +98,7 @@ class StepLoop:
     def _warm_up(self, height: int, width: int, forwards: int) -> None:
         denoiser = self._denoiser
         text = TextInput(
-            prompt="", negative_prompt="", guidance_scale=1.0, height=height, width=width
+            prompt="", negative_prompt="", guidance_scale=0.0, height=height, width=width
         )
         (conditioning,) = denoiser.encode_texts([text])
         images = [np.zeros((height, width, 3), np.uint8)]
