@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from img2img_server.domain.models import Guidance
+from img2img_server.engine.denoiser import TextInput
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.family import ModelError, ModelFiles, ModelTraits
 
@@ -37,3 +38,34 @@ def test_a_flux_model_with_a_control_image_is_refused() -> None:
     config = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}
     with pytest.raises(ModelError, match="384 input channels instead of 64"):
         traits("FluxPipeline", transformer=config)
+
+
+@pytest.mark.parametrize(
+    ("shift", "name", "steps", "scale"),
+    [(6.0, "", 28, 4.0), (3.0, "", 8, 0.0), (6.0, "owner/Z-Image-Turbo", 8, 0.0)],
+)
+def test_z_image_turbo_is_known_by_its_shift_or_its_name(
+    shift: float, name: str, steps: int, scale: float
+) -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    found = traits("ZImagePipeline", scheduler=flow, transformer={"_name_or_path": name})
+
+    assert (found.num_inference_steps, found.guidance_scale) == (steps, scale)
+    assert found.guidance is Guidance.CLASSIFIER_FREE_FROM_ZERO
+
+
+def test_z_image_omni_is_refused() -> None:
+    with pytest.raises(ModelError, match="images as conditions"):
+        traits("ZImagePipeline", transformer={"siglip_feat_dim": 1152})
+
+
+def test_z_image_shares_forwards_up_to_twice_the_tokens() -> None:
+    family = detect(ModelFiles({"_class_name": "ZImagePipeline"}), "the model")
+
+    def key(height: int, width: int) -> object:
+        text = TextInput(
+            prompt="", negative_prompt="", guidance_scale=0.0, height=height, width=width
+        )
+        return family.batch_key(text)
+
+    assert key(1024, 1024) == key(768, 1280) != key(512, 512) == key(512, 384)

@@ -1,0 +1,91 @@
+"""Z-Image and Z-Image-Turbo: one stream of image and text tokens, lists of unequal lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from img2img_server.domain.models import Guidance
+from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
+from img2img_server.engine.family import ModelFiles, ModelTraits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from img2img_server.engine.denoiser import TextInput
+
+_TOKENS = 512  # of a prompt in its chat template, as in the stock pipeline
+# Turbo comes with a shift of 3, the model that it was distilled from with a shift of 6.
+_TURBO_SHIFT, _TURBO_STEPS = 3.0, 8
+
+
+class ZImage(FlowFamily):
+    """Z-Image, Z-Image-Turbo and models derived from them."""
+
+    name = "z_image"
+    pipelines = dict.fromkeys(
+        ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+        "ZImageImg2ImgPipeline",
+    )
+    num_inference_steps = 28
+    guidance_scale = 4.0
+
+    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
+        found = super().traits(files, scheduler)
+        if not _is_turbo(files):
+            return found
+        return replace(found, num_inference_steps=_TURBO_STEPS, guidance_scale=0.0)
+
+    def refusal(self, files: ModelFiles) -> str:
+        if files.config("transformer").get("siglip_feat_dim") is None:
+            return ""
+        return "Z-Image-Omni takes images as conditions, which is not served"
+
+    def guidance(self, config: Mapping[str, Any]) -> Guidance:
+        return Guidance.CLASSIFIER_FREE_FROM_ZERO
+
+    def batch_key(self, text: TextInput) -> Hashable:
+        # The network pads all rows to the longest one: sizes of up to twice the tokens share a
+        # forward, and no row costs more than twice what it costs alone.
+        return (self.image_tokens(text.height, text.width) - 1).bit_length()
+
+    def combine(self, prompted: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+        return prompted + scale * (prompted - negative)
+
+    def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
+        import torch
+
+        outputs = model.network(
+            [forward.latents[0].to(model.dtype).unsqueeze(1) for forward in forwards],
+            (1000 - torch.cat([forward.timestep for forward in forwards])) / 1000,
+            [forward.text.tensors["tokens"] for forward in forwards],
+            return_dict=False,
+        )[0]
+        return [-output.float().squeeze(1)[None] for output in outputs]
+
+    def encode_prompts(
+        self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
+    ) -> list[Mapping[str, Tensor]]:
+        encoded, _ = model.pipeline.encode_prompt(
+            list(prompts),
+            device=model.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=_TOKENS,
+        )
+        return [{"tokens": tokens.to(model.dtype)} for tokens in encoded]
+
+    def token_limit(self, tokenizer: Any) -> int:
+        message = [{"role": "user", "content": "\0"}]
+        text = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        before, _, _ = text.partition("\0")
+        return _TOKENS - len(tokenizer(before)["input_ids"])
+
+
+def _is_turbo(files: ModelFiles) -> bool:
+    names = (files.index, *files.configs.values())
+    if any("turbo" in str(config.get("_name_or_path", "")).lower() for config in names):
+        return True
+    return float(files.scheduler.get("shift") or 0.0) == _TURBO_SHIFT
