@@ -51,6 +51,7 @@ class OracleModel:
         sizes: Heights and widths: none square, none a multiple of 64 in both.
         call: Returns the stock pipeline's arguments for a request.
         schedulers: Those to compare; empty for all that the family offers.
+        runs: Strengths and steps to compare.
     """
 
     write: Callable[[Path], Path]
@@ -58,6 +59,7 @@ class OracleModel:
     sizes: tuple[tuple[int, int], ...] = ((64, 72), (72, 104), (120, 88))
     call: Callable[[EngineJob], dict[str, Any]] = stock_call
     schedulers: tuple[str, ...] = ()
+    runs: tuple[tuple[float, int], ...] = RUNS
 
 
 @cache
@@ -116,7 +118,7 @@ def cases(family: str, schedulers: Sequence[str]) -> list[Case]:
     dimensions: list[Sequence[Any]] = [
         list(found),
         first.schedulers or schedulers,
-        RUNS,
+        first.runs,
         range(len(first.guidance_scales)),
         range(len(first.sizes)),
         NEGATIVE_PROMPTS,

@@ -69,3 +69,25 @@ def test_z_image_shares_forwards_up_to_twice_the_tokens() -> None:
         return family.batch_key(text)
 
     assert key(1024, 1024) == key(768, 1280) != key(512, 512) == key(512, 384)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "steps", "scale"),
+    [
+        ({"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}, 50, 4.0),
+        ({"base_shift": 1.0986, "max_shift": 1.0986, "shift_terminal": None}, 8, 1.0),
+    ],
+)
+def test_qwen_image_lightning_is_known_by_its_fixed_shift(
+    shifts: dict[str, Any], steps: int, scale: float
+) -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", **shifts}
+    found = traits("QwenImagePipeline", scheduler=flow)
+
+    assert (found.num_inference_steps, found.guidance_scale) == (steps, scale)
+    assert (found.native_size, found.guidance) == (1328, Guidance.CLASSIFIER_FREE)
+
+
+def test_edit_models_of_qwen_image_are_refused() -> None:
+    with pytest.raises(ModelError, match="QwenImageEditPipeline, which is not served"):
+        traits("QwenImageEditPipeline")

@@ -32,7 +32,7 @@ class Autoencoder:
         self._tile_pixels = tile_pixels
         self._dtype = vae.dtype
         self._shift, self._scale = self.scaling(vae.config, torch.device(vae.device))
-        self.side_scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.side_scale = _side_scale(vae)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns mean and deviation of the latents; None if the autoencoder has no spread.
@@ -88,3 +88,10 @@ class Autoencoder:
             torch.cuda.empty_cache()
         self._tile_pixels, self._vae.use_tiling = pixels - 1, True
         return work(inputs)
+
+
+def _side_scale(vae: Any) -> int:
+    """Returns the pixels of an image's side per latent."""
+    if ratio := getattr(vae, "spatial_compression_ratio", None):
+        return int(ratio)
+    return int(2 ** (len(vae.config.block_out_channels) - 1))

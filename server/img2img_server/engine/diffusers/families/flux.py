@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from img2img_server.domain.models import Guidance
 from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
+from img2img_server.engine.diffusers.families.packing import pack, unpack
 from img2img_server.engine.family import ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
@@ -95,9 +96,8 @@ def predict_packed(
     latents = torch.cat([forward.latents for forward in forwards]).to(model.dtype)
     height, width = latents.shape[2] // 2, latents.shape[3] // 2
     tokens = torch.stack([forward.text.tensors["tokens"] for forward in forwards])
-    packed = latents.reshape(len(forwards), -1, height, 2, width, 2)
     output = model.network(
-        hidden_states=packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2),
+        hidden_states=pack(latents),
         timestep=torch.cat([forward.timestep for forward in forwards]) / 1000,
         encoder_hidden_states=tokens,
         txt_ids=torch.zeros(tokens.shape[1], 3, device=model.device, dtype=model.dtype),
@@ -105,8 +105,7 @@ def predict_packed(
         return_dict=False,
         **inputs,
     )[0]
-    patches = output.float().reshape(len(forwards), height, width, -1, 2, 2)
-    return torch.split(patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3), 1)
+    return torch.split(unpack(output.float(), height, width), 1)
 
 
 def _positions(height: int, width: int, model: LoadedModel) -> torch.Tensor:
