@@ -66,7 +66,8 @@ def render(settings: type[BaseSettings]) -> str:
         page += f"\n## {heading}\n{COLUMNS}"
         for name in names:
             field = settings.model_fields[name]
-            cells = (f"`{PREFIX}{name.upper()}`", kind(field), default(field), field.description)
+            meaning = " ".join((field.description or "").split())
+            cells = (f"`{PREFIX}{name.upper()}`", kind(field), default(field), meaning)
             page += f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |\n"
     return page
 

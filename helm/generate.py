@@ -110,6 +110,8 @@ def needed(value: dict[str, Any], path: Path_, comments: Comments) -> dict[str, 
 def settings_schema() -> dict[str, Any]:
     """Returns the schema of `settings`: every setting that the chart does not set itself."""
     known = Settings.model_json_schema()["properties"]
+    for field in known.values():
+        field["description"] = " ".join(field["description"].split())
     kept = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "pattern", "description")
     free = {
         PREFIX + name.upper(): {key: known[name][key] for key in kept if key in known[name]}

@@ -79,299 +79,219 @@ class Settings(BaseSettings):
         extra="forbid",
         hide_input_in_errors=True,
         allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     # Addresses.
-    grpc_host: ListenHost = Field("127.0.0.1", description="Address the api listens on.")
-    grpc_port: Port = Field(50051, description="Port of the api; 0: any free one.")
-    http_host: ListenHost = Field("127.0.0.1", description="Address the gateway listens on.")
-    http_port: Port = Field(8080, description="Port of the gateway.")
-    metrics_host: ListenHost = Field("127.0.0.1", description="Address of metrics and probes.")
-    metrics_port: Port = Field(
-        9090,
-        description="Port of /metrics, /livez and /readyz of every role. "
-        "`local` takes it for the worker and the next two for api and gateway.",
-    )
-    api_address: ApiAddress = Field(
-        "127.0.0.1:50051",
-        description="Where the gateway finds the api: host:port, or another form of a gRPC target "
-        "(dns:///host:port, ipv4:address:port,address:port, unix:path). A list of addresses works "
-        "without TLS only.",
-    )
-    api_ca_file: OptionalPath = Field(
-        None,
-        description="PEM certificates the gateway trusts when the api has TLS. Empty: no TLS.",
-    )
-    public_base_url: BaseUrl = Field(
-        "",
-        description="Base of the links in answers. Empty: scheme and host of the HTTP request; "
-        "over gRPC http:// and the gateway's own address, or loopback where the gateway listens on "
-        "all addresses.",
-    )
-    playground: bool = Field(
-        True, description="Serve the playground, a page at / of the gateway to try the service."
-    )
-    tls_cert_file: OptionalPath = Field(None, description="PEM certificate of the gRPC server.")
-    tls_key_file: OptionalPath = Field(None, description="PEM key of the gRPC server.")
+    grpc_host: ListenHost = "127.0.0.1"
+    """Address the api listens on."""
+    grpc_port: Port = 50051
+    """Port of the api; 0: any free one."""
+    http_host: ListenHost = "127.0.0.1"
+    """Address the gateway listens on."""
+    http_port: Port = 8080
+    """Port of the gateway."""
+    metrics_host: ListenHost = "127.0.0.1"
+    """Address of metrics and probes."""
+    metrics_port: Port = 9090
+    """Port of /metrics, /livez and /readyz of every role. `local` takes it for the worker and the
+    next two for api and gateway."""
+    api_address: ApiAddress = "127.0.0.1:50051"
+    """Where the gateway finds the api: host:port, or another form of a gRPC target
+    (dns:///host:port, ipv4:address:port,address:port, unix:path). A list of addresses works without
+    TLS only."""
+    api_ca_file: OptionalPath = None
+    """PEM certificates the gateway trusts when the api has TLS. Empty: no TLS."""
+    public_base_url: BaseUrl = ""
+    """Base of the links in answers. Empty: scheme and host of the HTTP request; over gRPC http://
+    and the gateway's own address, or loopback where the gateway listens on all addresses."""
+    playground: bool = True
+    """Serve the playground, a page at / of the gateway to try the service."""
+    tls_cert_file: OptionalPath = None
+    """PEM certificate of the gRPC server."""
+    tls_key_file: OptionalPath = None
+    """PEM key of the gRPC server."""
 
     # NATS and S3.
-    nats_url: SecretStr = Field(
-        SecretStr("nats://127.0.0.1:4222"),
-        description="NATS servers, comma separated: nats://, tls://, ws:// or wss://, with "
-        "`user:password@` or `token@`, percent-encoded, which is the same for all.",
-    )
-    nats_user: str = Field("", description="User at NATS. Empty: that of nats_url, or none.")
-    nats_password: SecretStr = Field(SecretStr(""), description="Password of nats_user.")
-    nats_token: SecretStr = Field(SecretStr(""), description="Token for NATS instead of a user.")
-    nats_creds_file: OptionalPath = Field(None, description="NATS credentials file.")
-    nats_ca_file: OptionalPath = Field(
-        None,
-        description="PEM certificates that are trusted for NATS instead of the system's; NATS "
-        "must then have TLS.",
-    )
-    nats_cert_file: OptionalPath = Field(
-        None, description="PEM certificate of this client, for NATS that asks for one."
-    )
-    nats_key_file: OptionalPath = Field(None, description="PEM key of nats_cert_file.")
-    nats_replicas: int = Field(1, ge=1, le=5, description="Replicas of streams and buckets.")
-    s3_endpoint_url: S3Endpoint = Field(
-        "http://127.0.0.1:8333",
-        description="S3 endpoint: scheme, host and port, without a path and without the bucket.",
-    )
-    s3_region: str = Field(
-        "us-east-1",
-        description="S3 region. Where it is not set, at AWS: that of the endpoint's host, else "
-        "AWS_REGION.",
-    )
-    s3_bucket: BucketName = Field(
-        "img2img", description="Bucket of the service; created when missing."
-    )
-    s3_access_key: SecretStr = Field(
-        SecretStr(""),
-        description="S3 access key. Empty: the default chain of AWS finds credentials.",
-    )
-    s3_secret_key: SecretStr = Field(SecretStr(""), description="S3 secret key.")
-    s3_session_token: SecretStr = Field(
-        SecretStr(""), description="S3 session token, of temporary keys."
-    )
+    nats_url: SecretStr = SecretStr("nats://127.0.0.1:4222")
+    """NATS servers, comma separated: nats://, tls://, ws:// or wss://, with `user:password@` or
+    `token@`, percent-encoded, which is the same for all."""
+    nats_user: str = ""
+    """User at NATS. Empty: that of nats_url, or none."""
+    nats_password: SecretStr = SecretStr("")
+    """Password of nats_user."""
+    nats_token: SecretStr = SecretStr("")
+    """Token for NATS instead of a user."""
+    nats_creds_file: OptionalPath = None
+    """NATS credentials file."""
+    nats_ca_file: OptionalPath = None
+    """PEM certificates that are trusted for NATS instead of the system's; NATS must then have
+    TLS."""
+    nats_cert_file: OptionalPath = None
+    """PEM certificate of this client, for NATS that asks for one."""
+    nats_key_file: OptionalPath = None
+    """PEM key of nats_cert_file."""
+    nats_replicas: int = Field(1, ge=1, le=5)
+    """Replicas of streams and buckets."""
+    s3_endpoint_url: S3Endpoint = "http://127.0.0.1:8333"
+    """S3 endpoint: scheme, host and port, without a path and without the bucket."""
+    s3_region: str = "us-east-1"
+    """S3 region. Where it is not set, at AWS: that of the endpoint's host, else AWS_REGION."""
+    s3_bucket: BucketName = "img2img"
+    """Bucket of the service; created when missing."""
+    s3_access_key: SecretStr = SecretStr("")
+    """S3 access key. Empty: the default chain of AWS finds credentials."""
+    s3_secret_key: SecretStr = SecretStr("")
+    """S3 secret key."""
+    s3_session_token: SecretStr = SecretStr("")
+    """S3 session token, of temporary keys."""
 
     # Keys.
-    api_keys_file: OptionalPath = Field(
-        None, description="TOML file of hashed API keys; see `img2img-server keys`."
-    )
-    dev_key: bool = Field(
-        False, description="Accept the API key `dev-key`; loopback only. `local` turns it on."
-    )
+    api_keys_file: OptionalPath = None
+    """TOML file of hashed API keys; see `img2img-server keys`."""
+    dev_key: bool = False
+    """Accept the API key `dev-key`; loopback only. `local` turns it on."""
 
-    storage_keys: SecretStr = Field(
-        SecretStr(""),
-        description="Fernet keys, comma separated, that seal the S3 details of tenants: the first "
-        "seals, all open. The same for api and worker; `local` makes one. Empty: tenants cannot "
-        "store S3 details.",
-    )
+    storage_keys: SecretStr = SecretStr("")
+    """Fernet keys, comma separated, that seal the S3 details of tenants: the first seals, all open.
+    The same for api and worker; `local` makes one. Empty: tenants cannot store S3 details."""
 
     # The model.
-    model: str = Field(
-        "", description="Diffusers directory or hub id. Empty: the model inside the package."
-    )
-    default_model: str = Field(
-        "",
-        description="Model of requests that name none. Empty: the one that workers announced, "
-        "the first by name of several.",
-    )
-    device: Device = Field(
-        "auto",
-        description="auto, cpu, cuda or cuda:N.",
-    )
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto",
-        description="Number type of the model; auto: float32 on a CPU, bfloat16 on a GPU.",
-    )
-    max_batch_size: int = Field(
-        8,
-        ge=1,
-        le=256,
-        description="Largest batch of a denoising step, in forwards of the model: a sample costs "
-        "one, with guidance two. A worker stops pulling jobs when those it has fill a batch.",
-    )
-    torch_threads: Count = Field(0, ge=0, description="CPU threads of torch; 0: its own choice.")
-    channels_last: bool = Field(
-        True, description="Keep the networks' tensors channels last: faster where it was measured."
-    )
-    fuse_qkv: bool = Field(
-        False, description="Compute queries, keys and values of the UNet in one product."
-    )
-    compile: Literal["off", "regional", "whole"] = Field(
-        "off",
-        description="How much of the UNet torch.compile gets; on a GPU `whole` is run as CUDA "
-        "graphs. Batches are then filled up to a few sizes, and warm_up_sizes takes minutes.",
-    )
-    compile_cache_dir: OptionalPath = Field(
-        None, description="Folder that keeps what was compiled. Empty: torch's own, in /tmp."
-    )
-    warm_up_sizes: Sizes = Field(
-        "512x512",
-        description="Sizes, WIDTHxHEIGHT and comma separated, that are run before the worker is "
-        "ready.",
-    )
-    vae_tile_pixels: Count = Field(
-        1024 * 1024,
-        ge=1,
-        description="Images of more pixels are encoded and decoded in overlapping tiles: less "
-        "memory, small differences.",
-    )
-    tiny_vae: str = Field(
-        "", description="Directory or hub id of a tiny autoencoder (TAESD). Empty: none."
-    )
-    tiny_vae_use: Literal["previews", "images"] = Field(
-        "previews",
-        description="Use of the tiny autoencoder: for better previews, or for images too, which is "
-        "faster and costs fine detail.",
-    )
-    memory_limit_bytes: Bytes = Field(
-        0,
-        ge=0,
-        description="Most device memory for the intermediate results of a step; 0: all free "
-        "memory. No effect on a CPU, whose memory is not measured.",
-    )
-    lora_dir: OptionalPath = Field(
-        None,
-        description="Folder of LoRA files (.safetensors) that requests may name; a LoRA has the "
-        "name of its file. Not together with fuse_qkv.",
-    )
-    safety_checker: Literal["opennsfw", "model"] = Field(
-        "opennsfw",
-        description="The checker of images: the classifier that comes with the service, or the "
-        "safety checker in the model's directory, which runs on the CPU with its own thresholds.",
-    )
-    safety_threshold: float = Field(
-        0.8, ge=0.0, le=1.0, description="Score from which an image is replaced by a black one."
-    )
+    model: str = ""
+    """Diffusers directory or hub id. Empty: the model inside the package."""
+    default_model: str = ""
+    """Model of requests that name none. Empty: the one that workers announced, the first by name of
+    several."""
+    device: Device = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Number type of the model; auto: float32 on a CPU, bfloat16 on a GPU."""
+    max_batch_size: int = Field(8, ge=1, le=256)
+    """Largest batch of a denoising step, in forwards of the model: a sample costs one, with
+    guidance two. A worker stops pulling jobs when those it has fill a batch."""
+    torch_threads: Count = Field(0, ge=0)
+    """CPU threads of torch; 0: its own choice."""
+    channels_last: bool = True
+    """Keep the networks' tensors channels last: faster where it was measured."""
+    fuse_qkv: bool = False
+    """Compute queries, keys and values of the UNet in one product."""
+    compile: Literal["off", "regional", "whole"] = "off"
+    """How much of the UNet torch.compile gets; on a GPU `whole` is run as CUDA graphs. Batches are
+    then filled up to a few sizes, and warm_up_sizes takes minutes."""
+    compile_cache_dir: OptionalPath = None
+    """Folder that keeps what was compiled. Empty: torch's own, in /tmp."""
+    warm_up_sizes: Sizes = "512x512"
+    """Sizes, WIDTHxHEIGHT and comma separated, that are run before the worker is ready."""
+    vae_tile_pixels: Count = Field(1024 * 1024, ge=1)
+    """Images of more pixels are encoded and decoded in overlapping tiles: less memory, small
+    differences."""
+    tiny_vae: str = ""
+    """Directory or hub id of a tiny autoencoder (TAESD). Empty: none."""
+    tiny_vae_use: Literal["previews", "images"] = "previews"
+    """Use of the tiny autoencoder: for better previews, or for images too, which is faster and
+    costs fine detail."""
+    memory_limit_bytes: Bytes = Field(0, ge=0)
+    """Most device memory for the intermediate results of a step; 0: all free memory. No effect on a
+    CPU, whose memory is not measured."""
+    lora_dir: OptionalPath = None
+    """Folder of LoRA files (.safetensors) that requests may name; a LoRA has the name of its file.
+    Not together with fuse_qkv."""
+    safety_checker: Literal["opennsfw", "model"] = "opennsfw"
+    """The checker of images: the classifier that comes with the service, or the safety checker in
+    the model's directory, which runs on the CPU with its own thresholds."""
+    safety_threshold: float = Field(0.8, ge=0.0, le=1.0)
+    """Score from which an image is replaced by a black one."""
 
     # Prompts.
-    prompt_rewriter: Literal["off", "rules"] = Field(
-        "rules",
-        description="Effect of enhance_prompt: rules add terms to the prompt; off: the prompt is "
-        "used as sent, and the job has a warning.",
-    )
+    prompt_rewriter: Literal["off", "rules"] = "rules"
+    """Effect of enhance_prompt: rules add terms to the prompt; off: the prompt is used as sent, and
+    the job has a warning."""
 
     # Limits.
-    queue_limit: Count = Field(15, ge=1, description="Most unfinished jobs of a tenant.")
-    max_message_bytes: int = Field(
-        34 * 2**20, ge=2**20, le=2**31 - 1, description="Largest gRPC message, in and out."
-    )
-    max_image_bytes: Bytes = Field(20_971_520, ge=1, description="Largest init image.")
-    max_image_pixels: Count = Field(64_000_000, ge=1, description="Largest init image in pixels.")
-    rate_limit: Count = Field(
-        0,
-        ge=0,
-        description="Jobs that a key may make in a minute, at all apis together; 0: any number. "
-        "`rate_limit` of a key's entry in the keys file comes before it.",
-    )
-    max_watchers: Count = Field(1000, ge=1, description="Most open event streams of one api.")
-    max_tenant_calls: Count = Field(
-        500, ge=1, description="Most open event streams and job requests of a tenant at one api."
-    )
-    max_http_requests: Count = Field(
-        2000, ge=1, description="Most open HTTP requests of one gateway, event streams included."
-    )
-    max_http_body_bytes: Bytes = Field(
-        128 * 2**20,
-        ge=32 * 2**20,
-        description="Most bytes of HTTP request bodies that one gateway holds at a time; to "
-        "read and pass them on takes a few times as much memory. A body of more than 40,000 "
-        "values, which would take far more, is refused.",
-    )
-    max_attempts: Count = Field(5, ge=1, description="Times a job is tried before it fails.")
-    outbound_allow: str = Field(
-        "",
-        description="Hosts and networks that caller-supplied addresses may name although they are "
-        "not public, comma separated: `files.internal, 10.2.0.0/16`. Give api, gateway and workers "
-        "the same.",
-    )
-    outbound_user_agent: str = Field(
-        "",
-        pattern=r"^[ -~]*$",
-        description="User-Agent of requests to caller-supplied addresses, for example "
-        "`img2img/0.1.0 (+https://example.com/contact)`; some servers refuse one without a "
-        "contact. Empty: `img2img/` and the version.",
-    )
-    outbound_timeout_seconds: Seconds = Field(
-        10.0, gt=0, description="Longest init image download."
-    )
+    queue_limit: Count = Field(15, ge=1)
+    """Most unfinished jobs of a tenant."""
+    max_message_bytes: int = Field(34 * 2**20, ge=2**20, le=2**31 - 1)
+    """Largest gRPC message, in and out."""
+    max_image_bytes: Bytes = Field(20_971_520, ge=1)
+    """Largest init image."""
+    max_image_pixels: Count = Field(64_000_000, ge=1)
+    """Largest init image in pixels."""
+    rate_limit: Count = Field(0, ge=0)
+    """Jobs that a key may make in a minute, at all apis together; 0: any number. `rate_limit` of a
+    key's entry in the keys file comes before it."""
+    max_watchers: Count = Field(1000, ge=1)
+    """Most open event streams of one api."""
+    max_tenant_calls: Count = Field(500, ge=1)
+    """Most open event streams and job requests of a tenant at one api."""
+    max_http_requests: Count = Field(2000, ge=1)
+    """Most open HTTP requests of one gateway, event streams included."""
+    max_http_body_bytes: Bytes = Field(128 * 2**20, ge=32 * 2**20)
+    """Most bytes of HTTP request bodies that one gateway holds at a time; to read and pass them on
+    takes a few times as much memory. A body of more than 40,000 values, which would take far more,
+    is refused."""
+    max_attempts: Count = Field(5, ge=1)
+    """Times a job is tried before it fails."""
+    outbound_allow: str = ""
+    """Hosts and networks that caller-supplied addresses may name although they are not public,
+    comma separated: `files.internal, 10.2.0.0/16`. Give api, gateway and workers the same."""
+    outbound_user_agent: str = Field("", pattern=r"^[ -~]*$")
+    """User-Agent of requests to caller-supplied addresses, for example `img2img/0.1.0
+    (+https://example.com/contact)`; some servers refuse one without a contact. Empty: `img2img/`
+    and the version."""
+    outbound_timeout_seconds: Seconds = Field(10.0, gt=0)
+    """Longest init image download."""
 
     # Times.
-    startup_timeout_seconds: Seconds = Field(
-        45.0,
-        gt=0,
-        description="How long a starting role tries to reach NATS and the bucket before it ends.",
-    )
-    wait_seconds: Seconds = Field(30.0, ge=0, description="How long a POST waits for its job.")
-    heartbeat_seconds: Seconds = Field(
-        15.0,
-        ge=0,
-        description="Silence of a gRPC event stream after which the api sends a heartbeat event, "
-        "so that proxies do not cut the stream; 0: never.",
-    )
-    disconnect_grace_seconds: Seconds = Field(
-        15.0,
-        ge=0,
-        description="How long a job continues after its Generate call broke. A WatchJob call "
-        "within this time keeps the job, otherwise it is cancelled; 0: it is cancelled at once, "
-        "also when another api has a stream of it open.",
-    )
-    ack_wait_seconds: Seconds = Field(
-        15.0, ge=0.5, description="Silence after which a worker's job goes to another one."
-    )
-    drain_seconds: Seconds = Field(
-        25.0, ge=0, description="How long running work may take when a role stops."
-    )
-    retention_hours: int = Field(
-        24, ge=1, le=87_600, description="How long ended jobs and files are kept."
-    )
-    events_retention_seconds: Seconds = Field(
-        3600.0, ge=60, description="How long events can be replayed."
-    )
-    events_max_bytes: Bytes = Field(2**30, ge=2**20, description="Most bytes of replayable events.")
+    startup_timeout_seconds: Seconds = Field(45.0, gt=0)
+    """How long a starting role tries to reach NATS and the bucket before it ends."""
+    wait_seconds: Seconds = Field(30.0, ge=0)
+    """How long a POST waits for its job."""
+    heartbeat_seconds: Seconds = Field(15.0, ge=0)
+    """Silence of a gRPC event stream after which the api sends a heartbeat event, so that proxies
+    do not cut the stream; 0: never."""
+    disconnect_grace_seconds: Seconds = Field(15.0, ge=0)
+    """How long a job continues after its Generate call broke. A WatchJob call within this time
+    keeps the job, otherwise it is cancelled; 0: it is cancelled at once, also when another api has
+    a stream of it open."""
+    ack_wait_seconds: Seconds = Field(15.0, ge=0.5)
+    """Silence after which a worker's job goes to another one."""
+    drain_seconds: Seconds = Field(25.0, ge=0)
+    """How long running work may take when a role stops."""
+    retention_hours: int = Field(24, ge=1, le=87_600)
+    """How long ended jobs and files are kept."""
+    events_retention_seconds: Seconds = Field(3600.0, ge=60)
+    """How long events can be replayed."""
+    events_max_bytes: Bytes = Field(2**30, ge=2**20)
+    """Most bytes of replayable events."""
 
     # The contract.
-    legacy: bool = Field(False, description="Answer in the older form of the HTTP contract.")
-    base64_inline: bool = Field(
-        False,
-        description="Put the strings of `base64` jobs into `output`, where their links would be. "
-        "Files in a tenant's own storage keep their links: the service does not read there.",
-    )
-    cors_origins: Origins = Field(
-        "*",
-        description="Origins that browsers may call from, comma separated: `*` for all, `loopback` "
-        "for pages of this machine. With `dev_key` it is `loopback` unless it is set, and pages of "
-        "other origins are refused, because that key is public.",
-    )
-    webhook_secret: SecretStr = Field(
-        SecretStr(""),
-        description="Signs webhooks: whsec_…; two apart by a space while one replaces the other.",
-    )
+    legacy: bool = False
+    """Answer in the older form of the HTTP contract."""
+    base64_inline: bool = False
+    """Put the strings of `base64` jobs into `output`, where their links would be. Files in a
+    tenant's own storage keep their links: the service does not read there."""
+    cors_origins: Origins = "*"
+    """Origins that browsers may call from, comma separated: `*` for all, `loopback` for pages of
+    this machine. With `dev_key` it is `loopback` unless it is set, and pages of other origins are
+    refused, because that key is public."""
+    webhook_secret: SecretStr = SecretStr("")
+    """Signs webhooks: whsec_…; two apart by a space while one replaces the other."""
 
     # The process.
-    state_dir: StateDir = Field(Path(".img2img"), description="State folder of `local`.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Log level."
-    )
-    log_format: Literal["auto", "json", "console"] = Field(
-        "auto",
-        description="Log format on stderr; auto: console on a terminal, else json.",
-    )
-    otlp_endpoint: OtlpEndpoint = Field(
-        "",
-        description="OpenTelemetry collector that gets the traces by OTLP over gRPC, for example "
-        "http://collector:4317. Empty: none. OTEL_TRACES_SAMPLER and its kin hold too.",
-    )
-    use_proxy_environment: bool = Field(
-        False,
-        description="Use http_proxy, https_proxy, grpc_proxy, all_proxy and no_proxy for the "
-        "gateway's connection to the api and for the export of traces. Default: connect directly.",
-    )
-    worker_name: str = Field("", description="Name of the worker. Empty: host name and process.")
+    state_dir: StateDir = Path(".img2img")
+    """State folder of `local`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Log level."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """Log format on stderr; auto: console on a terminal, else json."""
+    otlp_endpoint: OtlpEndpoint = ""
+    """OpenTelemetry collector that gets the traces by OTLP over gRPC, for example
+    http://collector:4317. Empty: none. OTEL_TRACES_SAMPLER and its kin hold too."""
+    use_proxy_environment: bool = False
+    """Use http_proxy, https_proxy, grpc_proxy, all_proxy and no_proxy for the gateway's connection
+    to the api and for the export of traces. Default: connect directly."""
+    worker_name: str = ""
+    """Name of the worker. Empty: host name and process."""
 
     @field_validator("*", mode="after")
     @classmethod
