@@ -145,7 +145,8 @@ class Stock:
         files = ModelFiles.read(folder)
         family = detect(files, str(folder))
         pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
-        self._pipeline = pipeline_class.from_pretrained(folder, **family.load_options)
+        options = {**dict.fromkeys(files.absent_parts), **family.load_options}
+        self._pipeline = pipeline_class.from_pretrained(folder, **options)
         self._pipeline.set_progress_bar_config(disable=True)
         self._config = dict(self._pipeline.scheduler.config)
         self._call = call

@@ -58,13 +58,13 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
-def t5_encoder(tokenizer: Any) -> Any:
+def t5_encoder(tokenizer: Any, width: int = T5_WIDTH) -> Any:
     """Returns a T5 encoder of two blocks."""
     config = T5Config(
         vocab_size=len(tokenizer),
-        d_model=T5_WIDTH,
+        d_model=width,
         d_kv=8,
-        d_ff=2 * T5_WIDTH,
+        d_ff=2 * width,
         num_layers=2,
         num_heads=2,
         feed_forward_proj="gated-gelu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,19 @@ from img2img_server.engine.load import load_engine
 from img2img_server.engine.options import ModelOptions
 from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, ReplyInbox, Stock, difference, job, pictures, run, running
+from tests.engine_bench import (
+    BOUND,
+    ReplyInbox,
+    Stock,
+    blocks,
+    difference,
+    job,
+    pictures,
+    run,
+    running,
+    stock_call,
+)
+from tests.oracle.harness import families
 from tests.tiny_models import write_sd, write_sdxl
 
 RANK = 2
@@ -27,45 +40,63 @@ LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
 CONVOLUTION = "down_blocks.0.resnets.0.conv1"
 TEXT = "encoder.layers.0.self_attn.q_proj"
+UNET = (("unet", LINEAR), ("unet", OUT), ("unet", CONVOLUTION), ("text_encoder", TEXT))
+# Weights of models with a transformer, by family.
+TRANSFORMERS = {
+    "flux": (
+        ("transformer", "single_transformer_blocks.1.proj_mlp"),
+        ("transformer", "transformer_blocks.1.attn.add_k_proj"),
+        ("text_encoder", TEXT),
+    ),
+    "sd3": (
+        ("transformer", "transformer_blocks.1.attn.to_q"),
+        ("text_encoder", TEXT),
+        ("text_encoder_2", TEXT),
+    ),
+}
 WANTED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.9}
 
 
 class Written:
     """A model, files of LoRAs for it, and the stock pipeline with the weights they make."""
 
-    def __init__(self, folder: Path, write: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        write: Any,
+        weights: Sequence[tuple[str, str]] = UNET,
+        call: Callable[[EngineJob], dict[str, Any]] = stock_call,
+    ) -> None:
         self.model: Path = write(folder / "model")
         self.loras = folder / "loras"
         self.loras.mkdir()
-        self._stock = Stock(self.model)
+        self._weights = weights
+        self._stock = Stock(self.model, call)
         self._factors: dict[str, list[tuple[Tensor, Tensor, Tensor, float]]] = {}
 
     def add(self, name: str, form: str, alpha: float) -> None:
         """`form`: how the file spells its keys, as the tools peft and kohya write them."""
         generator = torch.Generator().manual_seed(len(self._factors))
         pipeline, file, factors = self._stock._pipeline, {}, []
-        for part, module in (
-            ("unet", LINEAR),
-            ("unet", OUT),
-            ("unet", CONVOLUTION),
-            ("text_encoder", TEXT),
-        ):
+        for part, module in self._weights:
             weight = _find(getattr(pipeline, part), module).weight.data
             down = torch.randn((RANK, *weight.shape[1:]), generator=generator)
             up = torch.randn((weight.shape[0], RANK), generator=generator)
             if weight.ndim == 4:
                 up = up[:, :, None, None]
-            spelt = f"text_model.{module}" if part == "text_encoder" else module
+            spelt = f"text_model.{module}" if module == TEXT else module
             if form == "peft":
                 file[f"{part}.{spelt}.lora_A.weight"] = down
                 file[f"{part}.{spelt}.lora_B.weight"] = up
+                if alpha != RANK:
+                    file[f"{part}.{spelt}.alpha"] = torch.tensor(alpha)
             else:
                 prefix = "lora_unet_" if part == "unet" else "lora_te_"
                 key = prefix + spelt.replace(".", "_")
                 file[f"{key}.lora_down.weight"] = down
                 file[f"{key}.lora_up.weight"] = up
                 file[f"{key}.alpha"] = torch.tensor(alpha)
-            factors.append((weight, down, up, alpha / RANK if form == "kohya" else 1.0))
+            factors.append((weight, down, up, alpha / RANK))
         self._factors[name] = factors
         save_file(file, self.loras / f"{name}.safetensors")
 
@@ -115,6 +146,25 @@ def test_a_picture_with_a_lora_is_the_one_of_the_changed_weights(written: Writte
     assert [difference(a, b) for a, b in zip(found, expected, strict=True)] <= [BOUND] * len(found)
     assert difference(expected[0], expected[2]) > 2 * BOUND, "it does change the picture"
     assert difference(found[0], found[-1]) == 0, "and nothing of it stays"
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_lora_of_a_transformer_changes_its_image(family: str, tmp_path: Path) -> None:
+    model = next(iter(families()[family].values()))
+    written = Written(tmp_path, model.write, TRANSFORMERS[family], model.call)
+    written.add("ink", "peft", alpha=1.0)
+    image = blocks(*model.sizes[0])
+    wanted = [
+        job(job_id=place, lora=lora, scheduler="flow_match_euler", init_image=image, **WANTED)
+        for place, lora in enumerate(("", "ink", ""))
+    ]
+    with running(load(written), loras=("ink",)) as engine:
+        found = [pictures(run(engine, each))[0] for each in wanted]
+
+    expected = [written.expected(each) for each in wanted]
+    assert max(map(difference, found, expected)) <= BOUND
+    assert difference(expected[0], expected[1]) > 2 * BOUND, "it does change the image"
+    assert difference(found[0], found[2]) == 0, "and nothing of it stays"
 
 
 def test_neighbours_with_other_loras_change_nothing(written: Written) -> None:

@@ -12,6 +12,7 @@ from img2img_server.engine.base import JobDone
 from img2img_server.engine.load import load_engine
 from img2img_server.settings import Settings
 from tests.engine_bench import blocks, job, load, pictures, run, running
+from tests.oracle.harness import models
 from tests.tiny_models import write_sd, write_sdxl
 
 
@@ -44,6 +45,26 @@ def test_the_words_that_are_named_change_nothing(write: object, tmp_path: Path) 
         short = run(engine, job(job_id=3, prompt="a boat", guidance_scale=3.0))[-1]
         assert isinstance(short, JobDone)
         assert short.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "count"), [("sd3.5", 0), ("sd3 without t5", 1)], ids=["t5", "no t5"]
+)
+def test_a_prompt_that_only_t5_reads_whole_is_not_cut(
+    model: str, count: int, tmp_path: Path
+) -> None:
+    folder = models()[model].write(tmp_path)
+    wanted = job(
+        prompt="sixteen letters a",
+        scheduler="flow_match_euler",
+        init_image=blocks(64, 80),
+        num_inference_steps=2,
+    )
+    with running(load(folder)) as engine:
+        done = run(engine, wanted)[-1]
+
+    assert isinstance(done, JobDone)
+    assert len(done.warnings) == count
 
 
 def test_the_packaged_model_says_what_its_encoder_does_not_read() -> None:

@@ -34,6 +34,30 @@ def test_flux_schnell_runs_four_steps_without_guidance() -> None:
     assert (found.guidance, found.num_inference_steps) == (Guidance.NONE, 4)
 
 
+@pytest.mark.parametrize(
+    ("config", "steps", "scale"),
+    [
+        ({}, 28, 7.0),
+        ({"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]}, 40, 4.5),
+        ({"qk_norm": "rms_norm", "dual_attention_layers": []}, 28, 3.5),
+    ],
+    ids=["3", "3.5 medium", "3.5 large"],
+)
+def test_stable_diffusion_3_has_the_defaults_of_its_size(
+    config: dict[str, Any], steps: int, scale: float
+) -> None:
+    found = traits("StableDiffusion3Pipeline", transformer=config)
+
+    assert (found.family, found.guidance) == ("sd3", Guidance.CLASSIFIER_FREE)
+    assert (found.num_inference_steps, found.guidance_scale) == (steps, scale)
+    assert (found.side_multiple, found.max_side) == (16, 2048)
+
+
+def test_sides_do_not_exceed_the_positions_that_the_model_knows() -> None:
+    config = {"pos_embed_max_size": 64}
+    assert traits("StableDiffusion3Pipeline", transformer=config).max_side == 1024
+
+
 def test_a_flux_model_with_a_control_image_is_refused() -> None:
     config = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}
     with pytest.raises(ModelError, match="384 input channels instead of 64"):

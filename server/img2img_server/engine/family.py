@@ -75,6 +75,11 @@ class ModelFiles:
         return str(self.index.get("_class_name", ""))
 
     @property
+    def absent_parts(self) -> tuple[str, ...]:
+        """The parts of the pipeline that the model says it has not, for example T5 in SD3."""
+        return tuple(name for name, entry in self.index.items() if entry == [None, None])
+
+    @property
     def scheduler(self) -> Mapping[str, Any]:
         """The configuration of the model's own scheduler."""
         return self.config("scheduler")

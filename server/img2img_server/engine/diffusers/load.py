@@ -52,7 +52,8 @@ def load_pipeline(
     try:
         # Classes of diffusers are imported when they are asked for.
         pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
-        pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **family.load_options)
+        arguments = {**dict.fromkeys(files.absent_parts), **family.load_options}
+        pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **arguments)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.IMAGES:

@@ -36,7 +36,8 @@ class TextEncoder:
     def __init__(self, model: LoadedModel, family: Family) -> None:
         self._model = model
         self._family = family
-        self._tokenizers = [getattr(model.pipeline, name) for name in family.tokenizers]
+        parts = [getattr(model.pipeline, name) for name in family.tokenizers]
+        self._tokenizers = [part for part in parts if part is not None]
         self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
 
     def encode(self, texts: Sequence[TextInput], forwards: Sequence[int]) -> list[Conditioning]:

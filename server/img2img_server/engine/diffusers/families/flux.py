@@ -7,11 +7,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from img2img_server.domain.models import Guidance
-from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
+from img2img_server.engine.diffusers.families.base import (
+    FlowFamily,
+    Forward,
+    LoadedModel,
+    LoraFile,
+)
 from img2img_server.engine.diffusers.families.packing import pack, unpack
 from img2img_server.engine.family import ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -81,6 +88,12 @@ class Flux(FlowFamily):
             {"tokens": row.clone(), "pooled": pooled_row.clone()}
             for row, pooled_row in zip(tokens, pooled, strict=True)
         ]
+
+    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
+        weights, alphas, metadata = model.pipeline.lora_state_dict(
+            str(file), return_alphas=True, return_lora_metadata=True
+        )
+        return LoraFile(weights, alphas or {}, metadata or {})
 
 
 def predict_packed(

@@ -1,0 +1,100 @@
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, which a model may leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from img2img_server.engine.diffusers.families.base import (
+    FlowFamily,
+    Forward,
+    LoadedModel,
+    dynamic_shift,
+)
+from img2img_server.engine.family import ModelFiles, ModelTraits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_T5_TOKENS = 256  # of a prompt, as in the stock pipelines
+
+
+class StableDiffusion3(FlowFamily):
+    """Stable Diffusion 3, 3.5 Medium, 3.5 Large and 3.5 Large Turbo."""
+
+    name = "sd3"
+    pipelines = dict.fromkeys(
+        (
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+        ),
+        "StableDiffusion3Img2ImgPipeline",
+    )
+    tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    lora_parts = ("transformer", "text_encoder", "text_encoder_2")
+    num_inference_steps = 28
+    guidance_scale = 7.0
+
+    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
+        found = super().traits(files, scheduler)
+        config = files.config("transformer")
+        if config.get("dual_attention_layers"):  # 3.5 Medium
+            found = replace(found, num_inference_steps=40, guidance_scale=4.5)
+        elif config.get("qk_norm"):  # 3.5 Large
+            found = replace(found, guidance_scale=3.5)
+        # The grid of positions that the model knows, in tokens of 2 x 2 latents.
+        grid = config.get("pos_embed_max_size", 192)
+        return replace(found, max_side=min(found.max_side, 16 * grid))
+
+    def refusal(self, files: ModelFiles) -> str:
+        config = files.config("transformer")
+        taken, given = config.get("in_channels", 16), config.get("out_channels", 16)
+        if taken == given:
+            return ""
+        return (
+            f"the model's transformer has {taken} input channels instead of {given}: models for "
+            "inpainting are not served"
+        )
+
+    def timestep_arguments(
+        self, config: Mapping[str, Any], num_inference_steps: int, height: int, width: int
+    ) -> Mapping[str, Hashable]:
+        # The pipeline leaves the sigmas to the scheduler.
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        return {"mu": dynamic_shift(config, self.image_tokens(height, width))}
+
+    def token_limit(self, tokenizer: Any) -> int:
+        return min(super().token_limit(tokenizer), _T5_TOKENS)
+
+    def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
+        import torch
+
+        output = model.network(
+            hidden_states=torch.cat([forward.latents for forward in forwards]).to(model.dtype),
+            timestep=torch.cat([forward.timestep for forward in forwards]),
+            encoder_hidden_states=torch.stack([it.text.tensors["tokens"] for it in forwards]),
+            pooled_projections=torch.stack([it.text.tensors["pooled"] for it in forwards]),
+            return_dict=False,
+        )[0]
+        return torch.split(output.float(), 1)
+
+    def encode_prompts(
+        self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
+    ) -> list[Mapping[str, Tensor]]:
+        t5 = model.pipeline.tokenizer_3
+        tokens, _, pooled, _ = model.pipeline.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            device=model.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.token_limit(t5) if t5 else _T5_TOKENS,
+        )
+        tokens, pooled = tokens.to(model.dtype), pooled.to(model.dtype)
+        return [
+            {"tokens": row.clone(), "pooled": pooled_row.clone()}
+            for row, pooled_row in zip(tokens, pooled, strict=True)
+        ]
