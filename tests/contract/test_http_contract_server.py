@@ -16,7 +16,7 @@ import trustme
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import connect
-from img2img_server.gateway.v1 import events as event_streams
+from img2img_server.gateway.v1 import endpoints as event_streams
 from img2img_server.settings import SettingsError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.memory_blobs import MemoryBlobStore

@@ -15,7 +15,7 @@ from img2img_server.compat.modelslab import responses
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
 from img2img_server.domain.violations import out_of_range, required
-from img2img_server.gateway.api_errors import refusal
+from img2img_server.gateway.upstream import refusal
 from img2img_server.imaging.base import FetchError
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}

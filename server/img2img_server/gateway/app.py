@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from functools import cache, partial
 from typing import Any
 
 import grpc
 from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute, RouteContext, iter_route_contexts
+from fastapi.routing import RouteContext, iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,19 +16,16 @@ from starlette.responses import JSONResponse, Response
 from img2img_server import __version__
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
-from img2img_server.gateway.docs import add_docs
 from img2img_server.gateway.http.cors import Cors
 from img2img_server.gateway.http.files import Files, is_file_path, missing
-from img2img_server.gateway.http.limits import RequestLimits
-from img2img_server.gateway.http.middleware import AccessLog, NormalizePath
-from img2img_server.gateway.modelslab.endpoints import Endpoints
+from img2img_server.gateway.http.middleware import AccessLog, NormalizePath, RequestLimits
+from img2img_server.gateway.modelslab import endpoints as modelslab
 from img2img_server.gateway.modelslab.management import Management
 from img2img_server.gateway.openapi import document
-from img2img_server.gateway.playground.page import add_root
+from img2img_server.gateway.pages import add_docs, add_root
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import Upstream
-from img2img_server.gateway.v1.calls import Calls
-from img2img_server.gateway.v1.events import EventStreams
+from img2img_server.gateway.v1 import endpoints as v1
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 
@@ -60,7 +56,6 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        generate_unique_id_function=_operation_id,
         # `AccessLog` makes the span and the metrics of a request: FastAPI's own would come twice.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
@@ -98,11 +93,10 @@ def create_app(
     app.add_middleware(Cors, settings=settings, refuse=refuse)
     app.add_middleware(NormalizePath)
     for router in (
-        Endpoints(settings, upstream, files, response_format, stop).router(),
+        modelslab.Endpoints(settings, upstream, files, response_format, stop).router(),
         Management(upstream).router(),
         _files(files),
-        Calls(settings, upstream).router(),
-        EventStreams(upstream, stop).router(),
+        v1.Endpoints(settings, upstream, stop).router(),
         _probes(readiness or Readiness(channel, blobs, stop)),
     ):
         app.include_router(router)
@@ -115,11 +109,6 @@ def _methods(route: RouteContext, path: str) -> set[str]:
     return route.methods if route.methods and route.path_regex.match(path) else set()
 
 
-def _operation_id(route: APIRoute) -> str:
-    """Returns for example "post_v1_jobs"."""
-    return min(route.methods or [""]).lower() + re.sub(r"\W+", "_", route.path_format).rstrip("_")
-
-
 def _files(files: Files) -> APIRouter:
     router = APIRouter(tags=["files"])
     text = {"text/plain": {"schema": {"type": "string"}}}
@@ -130,15 +119,11 @@ def _files(files: Files) -> APIRouter:
     }
 
     # The rest of the path may hold anything: below these folders every miss is plain text.
-    async def file(request: Request, name: str) -> Response:
-        """A result: {file_prefix}-{index}.png, or its base64 text."""
-        return await files.serve(request)
-
     for folder in ("generations", "temp"):
         path = f"/{folder}/{{name:path}}"
-        router.head(path, response_class=Response, responses=responses)(file)
+        router.head(path, response_class=Response, responses=responses)(files.serve)
         found: dict[int | str, dict[str, Any]] = {200: {"content": image | text}}
-        router.get(path, response_class=Response, responses=found | responses)(file)
+        router.get(path, response_class=Response, responses=found | responses)(files.serve)
     return router
 
 

@@ -13,9 +13,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
-from img2img_server.compat.modelslab import requests, responses
-from img2img_server.compat.modelslab.errors import ErrorKind
-from img2img_server.compat.modelslab.examples import EXAMPLES
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.compat.modelslab.examples import EXAMPLES, TYPES
+from img2img_server.compat.modelslab.response_formats import Current
+from img2img_server.compat.modelslab.responses import Error, Legacy
+from img2img_server.domain.violations import required
 from img2img_server.gateway.v1.schemas import schemas as v1_schemas
 from img2img_server.ports import host_port, reachable
 from img2img_server.settings import DEV_KEY, Settings
@@ -25,51 +27,16 @@ Schema = dict[str, Any]
 _DESCRIPTION = """Images from images, compatible with the enterprise realtime image-to-image API of
 ModelsLab. The key goes into the body field `key`, or into one of the headers below. Over gRPC, the
 same service streams every denoising step; over HTTP, `/v1/jobs/{job_id}/events` does."""
-_TYPES = (
-    requests.KeyRequest,
-    requests.FetchRequest,
-    requests.Img2ImgRequest,
-    requests.UpdateS3Request,
-    requests.ResetS3Request,
-    responses.Success,
-    responses.Processing,
-    responses.Failed,
-    responses.Done,
-    responses.SystemDetails,
-    responses.StorageUpdated,
-    responses.StorageReset,
-    responses.Error,
-)
 _KEYS = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "key"},
     "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 _IN_HEADER: list[Schema] = [{name: []} for name in _KEYS]
-# By tag. {}: the key may be in the body instead of a header.
-_SECURITY = {
-    "img2img": [{}, *_IN_HEADER],
-    "management": [{}, *_IN_HEADER],
-    "jobs": _IN_HEADER,
-    "events": _IN_HEADER,
-}
+_ANYWHERE: list[Schema] = [{}, *_IN_HEADER]  # the key may be in the body instead
+_SECURITY = {"img2img": _ANYWHERE, "management": _ANYWHERE, "jobs": _IN_HEADER}  # by tag
 BODY = (ErrorKind.INVALID_JSON, ErrorKind.SLOW_BODY, ErrorKind.TOO_LARGE)
 _ANY = (ErrorKind.BAD_KEY, ErrorKind.FAULT, ErrorKind.UNAVAILABLE)
-_STATUS = {"type": "string", "enum": ["success", "processing", "failed", "error"]}
-_LEGACY = {
-    "200": {
-        "description": "Every response; `status` says which one.",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"status": _STATUS},
-                    "required": ["status"],
-                }
-            }
-        },
-    }
-}
 _RETRY_AFTER = {
     "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
 }
@@ -92,7 +59,8 @@ def outcomes(*schemas: str, errors: Iterable[ErrorKind] = ()) -> dict[int | str,
     if schemas:
         outcomes[200] = {"description": "The call succeeded.", "content": content(*schemas)}
     for kind in sorted({*_ANY, *errors}, key=lambda kind: kind.status):
-        example = _error_example(kind)
+        wrong = [required("prompt")] if kind is ErrorKind.FIELDS else []
+        example, *_ = Current().error(RequestError(kind, violations=wrong))
         new = {"description": example["message"], "content": content("Error")}
         outcome = outcomes.setdefault(kind.status, new)
         shown = outcome["content"]["application/json"].setdefault("examples", {})
@@ -100,17 +68,6 @@ def outcomes(*schemas: str, errors: Iterable[ErrorKind] = ()) -> dict[int | str,
         if kind in (ErrorKind.RATE_LIMIT, ErrorKind.UNAVAILABLE):
             outcome["headers"] = _RETRY_AFTER
     return outcomes
-
-
-def _error_example(kind: ErrorKind) -> Schema:
-    example: Schema = {"status": "error", "message": kind.message, "reason": kind.reason}
-    if kind is ErrorKind.FIELDS:
-        sentence = "width must be divisible by 8"
-        example |= {"message": sentence, "errors": {"width": [sentence]}}
-    if kind is ErrorKind.RATE_LIMIT:
-        sentence = "Rate limit exceeded. Maximum 15 queued requests allowed."
-        example |= {"message": sentence, "reason": "QUEUE_FULL", "retry_after": 30}
-    return example
 
 
 def document(app: FastAPI, settings: Settings) -> Schema:
@@ -122,7 +79,8 @@ def document(app: FastAPI, settings: Settings) -> Schema:
         routes=app.routes,
         servers=[{"url": settings.public_base_url or "/"}],
     )
-    adapters: list[Any] = [(each, "validation", TypeAdapter(each)) for each in _TYPES]
+    documented = [*TYPES, Error, Legacy]
+    adapters: list[Any] = [(each, "validation", TypeAdapter(each)) for each in documented]
     _, types = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
     schemas = types["$defs"] | v1_schemas()
     for name, example in EXAMPLES.items():
@@ -133,7 +91,10 @@ def document(app: FastAPI, settings: Settings) -> Schema:
             operation["security"] = _SECURITY.get(operation["tags"][0], [])
             operation["responses"].pop("422", None)
             if settings.legacy and {} in operation["security"]:
-                operation["responses"] = _LEGACY
+                text = "Every response."
+                operation["responses"] = {
+                    "200": {"description": text, "content": content("Legacy")}
+                }
             for sent in operation.get("requestBody", {}).get("content", {}).values():
                 name = sent["schema"]["$ref"].rpartition("/")[2]
                 sent["example"] = _working(EXAMPLES[name], settings)

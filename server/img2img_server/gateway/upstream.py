@@ -1,16 +1,20 @@
 """The gateway's gRPC client of the api. It calls with the key of the HTTP caller and raises
-RequestError for every status but OK."""
+RequestError for every status but OK, decided by the reason and never by a text."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from img2img.v1 import (
     admin_service_pb2,
@@ -21,8 +25,8 @@ from img2img.v1 import (
     service_pb2_grpc,
 )
 from img2img_server.compat.modelslab import call_names
-from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
-from img2img_server.gateway.api_errors import refusal
+from img2img_server.compat.modelslab.errors import RETRY_SECONDS, ErrorKind, RequestError
+from img2img_server.domain.violations import Reason, Violation
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.tracing import injected
@@ -50,7 +54,31 @@ _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [{"name": _RETRIED, "retryPolicy": _RETRY_POLICY}],
 }
+# Errors by the reason of ErrorInfo.
+_OF_REASON = {
+    **{kind.reason: kind for kind in ErrorKind},
+    "QUEUE_FULL": ErrorKind.RATE_LIMIT,
+    "TOO_MANY_CALLS": ErrorKind.RATE_LIMIT,
+    "TOO_MANY_WATCHERS": ErrorKind.UNAVAILABLE,
+    "NO_MODEL": ErrorKind.UNAVAILABLE,
+    "MODEL_NOT_FOUND": ErrorKind.UNAVAILABLE,  # the operator's default model
+    "STORAGE_KEYS_MISSING": ErrorKind.UNAVAILABLE,
+    "MESSAGE_TOO_LARGE": ErrorKind.UNAVAILABLE,
+}
+# Of statuses without a reason, which are those of gRPC itself, or with one of a newer api.
+_OF_STATUS = {
+    grpc.StatusCode.UNAUTHENTICATED: ErrorKind.BAD_KEY,
+    grpc.StatusCode.PERMISSION_DENIED: ErrorKind.FORBIDDEN,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorKind.TOO_LARGE,
+    grpc.StatusCode.UNAVAILABLE: ErrorKind.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ErrorKind.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED: ErrorKind.UNAVAILABLE,  # a stopping api ends long calls so
+}
+# The api's sentence says more than that of the kind.
+_EXPLAINED = (ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.RATE_LIMIT)
+_EXPLAINED_REASONS = ("NO_MODEL", "STORAGE_KEYS_MISSING", "MESSAGE_TOO_LARGE")
 T = TypeVar("T")
+Detail = TypeVar("Detail", bound=Message)
 
 
 def connect(settings: Settings) -> grpc.aio.Channel:
@@ -122,18 +150,18 @@ class Upstream:
         )
         return response.job
 
-    async def get(self, key: str, job_id: int) -> job_pb2.Job:
+    async def get(self, key: str, job_id: int | str) -> job_pb2.Job:
         """Returns the record of a job."""
         request = service_pb2.GetJobRequest(name=f"jobs/{job_id}")
         return (await _call(self._stub.GetJob, request, key)).job
 
-    async def cancel(self, key: str, job_id: int) -> job_pb2.Job:
+    async def cancel(self, key: str, job_id: int | str) -> job_pb2.Job:
         """Cancels a job and returns its record."""
         request = service_pb2.CancelJobRequest(name=f"jobs/{job_id}")
         return (await _call(self._stub.CancelJob, request, key)).job
 
     async def watch(
-        self, key: str, job_id: int, after_sequence: int = 0
+        self, key: str, job_id: int | str, after_sequence: int = 0
     ) -> AsyncGenerator[event_pb2.JobEvent, None]:
         """Yields the events of a job, the last one included, without the api's heartbeats.
 
@@ -150,7 +178,7 @@ class Upstream:
         finally:
             call.cancel()
 
-    async def ended(self, key: str, job_id: int) -> job_pb2.Job:
+    async def ended(self, key: str, job_id: int | str) -> job_pb2.Job:
         """Returns the job once it has ended, whatever happens to the api or its streams."""
         while True:
             job = job_pb2.Job()
@@ -200,3 +228,51 @@ def _metadata(key: str) -> tuple[tuple[str, str], ...]:
     if not key or len(key) > _MAX_KEY_CHARACTERS or not all("!" <= char <= "~" for char in key):
         raise RequestError(ErrorKind.BAD_KEY)
     return (("authorization", f"Bearer {key}"), *injected().items())
+
+
+def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RequestError:
+    """Returns what a failed call of the api means to the HTTP caller.
+
+    Args:
+        model: the one that the caller named.
+    """
+    status = rpc_status.from_call(error) or status_pb2.Status()
+    info = _detail(status, error_details_pb2.ErrorInfo())
+    request = _detail(status, error_details_pb2.BadRequest())
+    retry = _detail(status, error_details_pb2.RetryInfo())
+    text, reason = error.details() or "", info.reason
+    violations = [_violation(item, info.metadata) for item in request.field_violations]
+    if model and reason == "MODEL_NOT_FOUND":
+        violations = [Violation("model", Reason.NOT_SUPPORTED, text)]
+    kind = _OF_REASON.get(reason) or _OF_STATUS.get(error.code(), ErrorKind.FAULT)
+    seconds = math.ceil(retry.retry_delay.ToNanoseconds() / 1e9)
+    return RequestError(
+        ErrorKind.FIELDS if violations else kind,
+        text if kind in _EXPLAINED or reason in _EXPLAINED_REASONS else "",
+        reason=reason,
+        violations=violations,
+        retry_seconds=max(1, seconds) if retry.HasField("retry_delay") else RETRY_SECONDS,
+        metadata=dict(info.metadata),
+    )
+
+
+def _detail(status: status_pb2.Status, empty: Detail) -> Detail:
+    for packed in status.details:
+        if packed.Unpack(empty):
+            break
+    return empty
+
+
+def _violation(
+    item: error_details_pb2.BadRequest.FieldViolation, metadata: Mapping[str, str]
+) -> Violation:
+    """Returns the violation as the api had it: the error's metadata has its values and cause."""
+    prefix = f"{item.field}_"
+    values = {
+        name.removeprefix(prefix): value
+        for name, value in metadata.items()
+        if name.startswith(prefix)
+    }
+    cause = values.pop("cause", "")
+    message = item.description.removesuffix(f": {cause}")
+    return Violation(item.field, item.reason, message, cause, values)

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from img2img.v1 import admin_service_pb2, job_pb2, service_pb2
-from img2img_server.compat.modelslab import responses
+from img2img_server.compat.modelslab import requests, responses
 
 _KEY = {"key": "my-key"}
 IMG2IMG = {
@@ -63,22 +63,25 @@ _SYSTEM = admin_service_pb2.GetSystemDetailsResponse(
 _STORED = service_pb2.UpdateStorageSettingsResponse(
     settings=service_pb2.StorageSettings(**_DETAILS)
 )
-# By the name of the schema.
-EXAMPLES: dict[str, Any] = {
-    "KeyRequest": _KEY,
-    "FetchRequest": {**_KEY, "request_id": 10000041},
-    "Img2ImgRequest": IMG2IMG,
-    "UpdateS3Request": {**_KEY, **_DETAILS},
-    "ResetS3Request": {**_KEY, "deploy_type": "realtime"},
-    "Success": responses.success(_JOB, [_LINK]),
-    "Processing": responses.processing(
+TYPES: dict[Any, Any] = {
+    requests.KeyRequest: _KEY,
+    requests.FetchRequest: {**_KEY, "request_id": 10000041},
+    requests.Img2ImgRequest: IMG2IMG,
+    requests.UpdateS3Request: {**_KEY, **_DETAILS},
+    requests.ResetS3Request: {**_KEY, "deploy_type": "realtime"},
+    responses.Success: responses.success(_JOB, [_LINK]),
+    responses.Processing: responses.processing(
         _JOB, f"{_BASE}/api/v1/enterprise/realtime/fetch/10000041", responses.PROCESSING
     ),
-    "Failed": responses.failed(_JOB),
-    "Done": responses.done("Server updated successfully"),
-    "SystemDetails": responses.system_details(_SYSTEM),
-    "StorageUpdated": responses.storage_updated(_STORED),
-    "StorageReset": responses.storage_reset("realtime"),
+    responses.Failed: responses.failed(_JOB),
+    responses.Done: responses.done("update_server"),
+    responses.SystemDetails: responses.system_details(_SYSTEM),
+    responses.StorageUpdated: responses.storage_updated(_STORED),
+    responses.StorageReset: responses.storage_reset("realtime"),
+}
+# By the name of the schema, those of /v1 too.
+EXAMPLES: dict[str, Any] = {
+    **{each.__name__: example for each, example in TYPES.items()},
     "CreateJobRequest": {
         "spec": {
             "prompt": "an oil painting of a cat",

@@ -22,6 +22,14 @@ _UNKNOWN_ETA_SECONDS = 1.0
 PROCESSING = "Your request is being processed"
 _FAILURES = {"QUEUE_CLEARED": "Queue cleared"}
 
+_DONE = {
+    "restart_server": "server restarting",
+    "update_server": "Server updated successfully",
+    "update": "Server updated successfully",
+    "clear_cache": "Cache cleared successfully",
+    "clear_queue": "Queue cleared, server is restarting",  # no worker restarts
+}
+
 YesNo = Literal["yes", "no"]
 JobId = Annotated[int, Field(ge=FIRST_JOB_ID, le=LAST_JOB_ID)]
 Links = Annotated[list[str], Field(description="One link for each sample, in order.")]
@@ -158,6 +166,12 @@ class Error(TypedDict):
     retry_after: NotRequired[Annotated[int, Field(ge=1)]]
 
 
+class Legacy(TypedDict):
+    """Any response in legacy mode; `status` says which one, and other keys depend on it."""
+
+    status: Literal["success", "processing", "failed", "error"]
+
+
 def success(job: job_pb2.Job, output: Sequence[str]) -> Success:
     """Returns the body for a job that succeeded.
 
@@ -225,9 +239,9 @@ def system_details(details: admin_service_pb2.GetSystemDetailsResponse) -> Syste
     }
 
 
-def done(message: str) -> Done:
-    """Returns the body of a management call that succeeded."""
-    return {"status": "success", "message": message}
+def done(call: str) -> Done:
+    """Returns the body of a management call that succeeded; `call`: the last part of its path."""
+    return {"status": "success", "message": _DONE[call]}
 
 
 def storage_updated(response: service_pb2.UpdateStorageSettingsResponse) -> StorageUpdated:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
-from img2img_server.gateway.http.limits import Refuse
+from img2img_server.gateway.http.middleware import Refuse
 from img2img_server.settings import Settings
 
 _PREFLIGHT = {

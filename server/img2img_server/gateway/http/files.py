@@ -25,9 +25,9 @@ class Files:
     def __init__(self, blobs: BlobStore) -> None:
         self.blobs = blobs
 
-    async def serve(self, request: Request) -> Response:
-        """Answers GET and HEAD of one file: 404 in plain text while it is not there, 503 while the
-        bucket cannot be read. Looks up only names that the service gives."""
+    async def serve(self, request: Request, name: str) -> Response:
+        """A result: {file_prefix}-{index}.png, or its base64 text. 404 while it is not stored, 503
+        while the bucket cannot be read."""
         key = request.scope["path"].removeprefix("/")
         if not KEY.fullmatch(key):
             return missing()

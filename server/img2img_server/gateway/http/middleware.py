@@ -1,10 +1,15 @@
-"""Middleware of all requests: the path, the log line, metrics and the span."""
+"""Middleware of all requests: the path, the log line, metrics, the span, and limits.
+
+The limits count all callers together, because a request is held before its key is known.
+"""
 
 from __future__ import annotations
 
 import re
 import secrets
 import time
+from collections.abc import Callable
+from typing import TypeAlias
 
 import structlog
 from opentelemetry import trace
@@ -12,10 +17,10 @@ from opentelemetry.trace import SpanKind
 from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
-from img2img_server.gateway.http.limits import PROBES, Refuse
 from img2img_server.tracing import end, enter, extracted
 
 REQUESTS = Counter("img2img_http_requests_total", "HTTP requests.", ["route", "method", "code"])
@@ -26,6 +31,8 @@ SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
+PROBES = ("/healthz", "/readyz")
+Refuse: TypeAlias = Callable[[RequestError], Response]
 log = structlog.get_logger()
 
 
@@ -93,3 +100,53 @@ class AccessLog:
             span.update_name(f"{method} {route}")
             span.set_attributes({"http.route": route, "http.response.status_code": code})
             end(span, str(code) if code >= 500 else "")
+
+
+class RequestLimits:
+    """Rejects requests beyond `max_requests`, probes excepted. Gives every other request a HeldBody
+    as `request.state.body`, of which all together hold at most `max_body_bytes`."""
+
+    def __init__(
+        self, app: ASGIApp, *, max_requests: int, max_body_bytes: int, refuse: Refuse
+    ) -> None:
+        self._app = app
+        self._free_requests = max_requests
+        self.free_body_bytes = max_body_bytes
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in PROBES:
+            await self._app(scope, receive, send)
+            return
+        if self._free_requests == 0:
+            response = self._refuse(RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1))
+            await response(scope, receive, send)
+            return
+        body = scope.setdefault("state", {})["body"] = HeldBody(self)
+        self._free_requests -= 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._free_requests += 1
+            body.release()
+
+
+class HeldBody:
+    """The bytes of one request's body that count against the limit."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self._limits = limits
+        self._size = 0
+
+    def reserve(self, size: int) -> bool:
+        """Counts `size` more bytes. Returns False when they exceed the limit."""
+        if size > self._limits.free_body_bytes:
+            return False
+        self._limits.free_body_bytes -= size
+        self._size += size
+        return True
+
+    def release(self) -> None:
+        """Stops counting the body, once nothing of it is kept. May be called again."""
+        self._limits.free_body_bytes += self._size
+        self._size = 0

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path
 from starlette.requests import Request
@@ -32,18 +30,8 @@ from img2img_server.settings import Settings
 ENTERPRISE = "/api/v1/enterprise/realtime"
 V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
-_ID = re.compile(r"[0-9]{1,12}", re.ASCII)
-_ID_LONGER = 13  # characters, one more than an id may have
+_MAX_ID_CHARACTERS = 12
 JobId = Annotated[str, Path(description="The `id` of the response to img2img.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One authenticated question: the key to ask with, where links point to."""
-
-    key: str
-    base: str
-    family: str  # where fetch_result points to, below base
 
 
 class Endpoints:
@@ -87,28 +75,31 @@ class Endpoints:
     async def img2img(self, request: Request) -> JSONResponse:
         """Responds when the job has ended, or after a while, or at once with `instant_response` or
         `webhook`. A job that has not ended is fetched later."""
-        call, sent = await self._call(request)
-        parsed = requests.read(sent, self._context)
+        sent = await read_json(request)
+        key, parsed = find_key(request, sent), requests.read(sent, self._context)
         del sent  # what it holds beyond the fields is not kept while the job runs
         if violations := parsed.violations:
             del parsed
-            await self._upstream.caller(call.key)  # a wrong key is reported before wrong fields
+            await self._upstream.caller(key)  # a wrong key is reported before wrong fields
             raise RequestError(ErrorKind.FIELDS, violations=violations)
-        spec, warnings = requests.job_spec(parsed.values, call.base), parsed.warnings
+        base = link_base(request, self._settings.public_base_url)
+        spec, warnings = requests.job_spec(parsed.values, base), parsed.warnings
         at_once = bool(parsed.values.get("instant_response") or spec.webhook)
         del parsed
-        job = await self._make(call, spec, warnings)
+        job = await self._make(key, base, spec, warnings)
         del spec  # the init image is not kept while its job runs
         request.state.body.release()
         if self._settings.wait_seconds > 0 and not at_once:
-            job = await self._wait(call.key, job)
-        return await self._respond(job, call, fetched=False)
+            job = await self._wait(key, job)
+        return await self._respond(request, job, fetched=False)
 
-    async def _make(self, call: Call, spec: job_pb2.JobSpec, warnings: list[str]) -> job_pb2.Job:
+    async def _make(
+        self, key: str, base: str, spec: job_pb2.JobSpec, warnings: list[str]
+    ) -> job_pb2.Job:
         # Legacy callers know no other `warning` than those of the original.
         warning = "" if self._settings.legacy else join_warnings(*warnings)
         try:
-            return await self._upstream.create(call.key, spec, call.base, warning=warning)
+            return await self._upstream.create(key, spec, base, warning=warning)
         except RequestError as refused:
             broken = {violation.field: violation.message for violation in refused.violations}
             # The model's own limit is narrower than ours; a hint is never an error.
@@ -116,41 +107,29 @@ class Endpoints:
                 more = [
                     requests.ignored(name, broken[name].replace(name, "it", 1)) for name in dropped
                 ]
-                return await self._make(call, spec, [*warnings, *more])
+                return await self._make(key, base, spec, [*warnings, *more])
             refused.violations = requests.merge(requests.Img2ImgRequest, refused.violations)
             raise
 
     async def fetch(self, request: Request, job_id: JobId) -> JSONResponse:
         """Responds at once with what is known of the job."""
-        return await self._fetch((await self._call(request))[0], job_id)
+        key = find_key(request, await read_json(request) if request.method == "POST" else {})
+        job = await self._upstream.get(key, job_id)
+        return await self._respond(request, job, fetched=True)
 
     async def fetch_by_body(self, request: Request) -> JSONResponse:
         """Responds at once with what is known of the job."""
-        call, sent = await self._call(request)
-        job_id = sent.get("request_id")
+        sent = await read_json(request)
+        key, job_id = find_key(request, sent), sent.get("request_id")
         del sent
         if job_id is None or job_id == "":
-            await self._upstream.caller(call.key)
+            await self._upstream.caller(key)
             raise RequestError(ErrorKind.FIELDS, violations=[required("request_id")])
-        # A longer text is no id, and neither is its beginning, which is all that is kept of it.
-        job_id = str(job_id)[:_ID_LONGER] if type(job_id) in (int, str) else ""
-        return await self._fetch(call, job_id)
-
-    async def _call(self, request: Request) -> tuple[Call, dict[str, Any]]:
-        """Returns the call and its body."""
-        sent = await read_json(request) if request.method == "POST" else {}
-        key = find_key(request, sent)
-        base = link_base(request, self._settings.public_base_url)
-        path = request.scope["path"]
-        family = next((each for each in (V6, V6_IMAGES) if path.startswith(each)), ENTERPRISE)
-        return Call(key, base, family), sent
-
-    async def _fetch(self, call: Call, job_id: str) -> JSONResponse:
-        if not _ID.fullmatch(job_id):
-            await self._upstream.caller(call.key)
-            raise RequestError(ErrorKind.UNKNOWN_JOB)
-        job = await self._upstream.get(call.key, int(job_id))
-        return await self._respond(job, call, fetched=True)
+        job_id = str(job_id) if type(job_id) in (int, str) else ""
+        if not job_id.isascii() or len(job_id) > _MAX_ID_CHARACTERS:
+            job_id = ""  # no job has this id, and a long text is not kept during the call
+        job = await self._upstream.get(key, job_id)
+        return await self._respond(request, job, fetched=True)
 
     async def _wait(self, key: str, job: job_pb2.Job) -> job_pb2.Job:
         """Returns the job once it has ended, or as it is after `wait_seconds` or at a stop."""
@@ -161,23 +140,21 @@ class Endpoints:
             return await self._upstream.get(key, job.id)
         return job
 
-    async def _respond(self, job: job_pb2.Job, call: Call, *, fetched: bool) -> JSONResponse:
+    async def _respond(self, request: Request, job: job_pb2.Job, *, fetched: bool) -> JSONResponse:
         if job.state in (job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED):
             return JSONResponse(self._format.failed(job))
         if job.state == job_pb2.Job.STATE_SUCCEEDED:
             try:
-                output = await self._output(job)
+                output = responses.links(job)
+                if self._settings.base64_inline and job.spec.base64:
+                    output = await inline(self._files.blobs, output)
                 return JSONResponse(self._format.success(job, output, fetched=fetched))
             except StorageError:
                 if fetched:
                     raise RequestError(ErrorKind.UNAVAILABLE) from None
                 # The POST made a job: it must not be lost. A fetch will have it later.
-        base = job.spec.annotations.get(annotation_keys.LINK_BASE, call.base)
-        fetch_result = f"{base}{call.family}/fetch/{job.id}"
+        path, base = request.scope["path"], job.spec.annotations.get(annotation_keys.LINK_BASE)
+        base = base or link_base(request, self._settings.public_base_url)  # of jobs made over gRPC
+        family = next((each for each in (V6, V6_IMAGES) if path.startswith(each)), ENTERPRISE)
+        fetch_result = f"{base}{family}/fetch/{job.id}"
         return JSONResponse(self._format.processing(job, fetch_result, fetched=fetched))
-
-    async def _output(self, job: job_pb2.Job) -> list[str]:
-        links = responses.links(job)
-        if self._settings.base64_inline and job.spec.base64:
-            return await inline(self._files.blobs, links)
-        return links

@@ -27,6 +27,7 @@ from img2img_server.gateway.http.http_request import find_key, read_json
 from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import Upstream
 
+Call = Callable[[str], Awaitable[object]]  # with a key
 _DETAILS = tuple(field.name for field in fields(StorageDetails))
 
 
@@ -39,34 +40,31 @@ class Management:
     def router(self) -> APIRouter:
         """Returns the routes."""
         router = APIRouter(prefix="/api/v1/enterprise", tags=["management"])
-        update = self._calling(self._upstream.update, "Server updated successfully")
-        cleared = "Queue cleared, server is restarting"  # ModelsLab's text; no worker restarts
-        calls = {
-            "restart_server": self._calling(self._upstream.restart, "server restarting"),
-            "update_server": update,
-            "update": update,  # the only name that the official SDK knows
-            "clear_cache": self._calling(self._upstream.clear_cache, "Cache cleared successfully"),
-            "clear_queue": self._calling(self._upstream.clear_queue, cleared),
+        upstream = self._upstream
+        calls: dict[str, tuple[Call, str]] = {
+            "restart_server": (
+                upstream.restart,
+                "Restarts the workers and requeues running jobs.",
+            ),
+            "update_server": (upstream.update, "Reads configuration and model files again."),
+            "update": (upstream.update, "The same as update_server, for the official SDK."),
+            "clear_cache": (upstream.clear_cache, "Empties the workers' caches."),
+            "clear_queue": (upstream.clear_queue, "Ends the tenant's waiting jobs as failed."),
         }
         for path, endpoint, request, response in (
-            *((f"/realtime/{name}", call, "KeyRequest", "Done") for name, call in calls.items()),
+            *(
+                (f"/realtime/{name}", _calling(name, *call), "KeyRequest", "Done")
+                for name, call in calls.items()
+            ),
             ("/realtime/system_details", self.system_details, "KeyRequest", "SystemDetails"),
             ("/update_s3", self.update_s3, "UpdateS3Request", "StorageUpdated"),
             ("/reset_s3", self.reset_s3, "ResetS3Request", "StorageReset"),
         ):
             found = outcomes(response, errors=[*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN])
             extra = body(request, required=request == "UpdateS3Request")
-            router.post(path, responses=found, openapi_extra=extra)(endpoint)
+            name = path.rpartition("/")[2]
+            router.post(path, name=name, responses=found, openapi_extra=extra)(endpoint)
         return router
-
-    def _calling(
-        self, call: Callable[[str], Awaitable[object]], message: str
-    ) -> Callable[[Request], Awaitable[JSONResponse]]:
-        async def endpoint(request: Request) -> JSONResponse:
-            await call(find_key(request, await read_json(request)))
-            return JSONResponse(responses.done(message))
-
-        return endpoint
 
     async def system_details(self, request: Request) -> JSONResponse:
         """Reports jobs, models and the use of the devices."""
@@ -114,3 +112,14 @@ def _parse(
         broken += validate_storage(StorageDetails(**details))
     violations = merge(model, parsed.violations, broken)
     return find_key(request, sent), ParsedBody(parsed.values, violations)
+
+
+def _calling(
+    name: str, call: Call, description: str
+) -> Callable[[Request], Awaitable[JSONResponse]]:
+    async def endpoint(request: Request) -> JSONResponse:
+        await call(find_key(request, await read_json(request)))
+        return JSONResponse(responses.done(name))
+
+    endpoint.__doc__ = description
+    return endpoint

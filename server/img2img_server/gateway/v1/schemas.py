@@ -28,28 +28,7 @@ _SCALARS: dict[int, list[Schema]] = {
     FieldDescriptor.CPPTYPE_BOOL: [{"type": "boolean"}],
     FieldDescriptor.CPPTYPE_STRING: [_TEXT],
 }
-_OWN = {"description": "The model's own limits may be narrower, see /v1/capabilities."}
-_SIDE = {
-    "minimum": _LIMITS.min_side_pixels,
-    "maximum": _LIMITS.max_side_pixels,
-    "multipleOf": _LIMITS.side_multiple,
-    **_OWN,
-}
-_INIT_IMAGE: Schema = {
-    "description": "One of the two.",
-    "oneOf": [
-        {
-            "type": "object",
-            "properties": {name: schema},
-            "required": [name],
-            "additionalProperties": False,
-        }
-        for name, schema in {
-            "url": _TEXT | {"format": "uri", "maxLength": _LIMITS.max_url_characters},
-            "data": _BYTES | {"minLength": 1},
-        }.items()
-    ],
-}
+_SOURCES = job_pb2.InitImage.DESCRIPTOR.fields
 _ANNOTATIONS: Schema = {
     "type": "object",
     "maxProperties": _LIMITS.max_annotations,
@@ -99,58 +78,61 @@ def _written(field: FieldDescriptor, found: dict[str, Schema]) -> Schema:
 
 
 def _create_job_request() -> Schema:
-    fields = job_pb2.JobSpec.DESCRIPTOR.fields
-    spec = {
-        "type": "object",
-        "properties": {field.name: _read(field) for field in fields},
-        "required": ["prompt", "init_image"],
-        "additionalProperties": False,
-    }
+    fields = {field.name: _read(field) for field in job_pb2.JobSpec.DESCRIPTOR.fields}
+    required = {name: fields.pop(name) for name in ("prompt", "init_image")}
+    spec = _object(required, fields)
+    spec["description"] = "The model's own limits may be narrower, see /v1/capabilities."
     request_id = {
         "description": "Chosen by the caller: the same one gives the same job again.",
         "anyOf": [_TEXT | {"format": "uuid"}, {"const": ""}, {"type": "null"}],
     }
-    return {
-        "type": "object",
-        "properties": {"key": _TEXT, "spec": spec, "request_id": request_id},
-        "required": ["spec"],
-        "additionalProperties": False,
-    }
+    return _object({"spec": spec}, {"key": _TEXT, "request_id": request_id})
 
 
 def _read(field: FieldDescriptor) -> Schema:
     """Returns every spelling that ProtoJSON reads. Null equals an absent field."""
     if field.name == "init_image":
-        return _INIT_IMAGE
+        return {"oneOf": [_object({source.name: _source(source)}) for source in _SOURCES]}
     if field.name == "annotations":
         return {"anyOf": [_ANNOTATIONS, {"type": "null"}]}
     if field.enum_type:
         values = field.enum_type.values
         return {"enum": [*(v.name for v in values), *(v.number for v in values), None]}
     spellings = sorted(_SCALARS[field.cpp_type], key=lambda schema: "pattern" in schema)
-    first, *others = [spellings[0] | _limits(field.name), *spellings[1:]]
+    first = spellings[0] | _limits(field.name)
     if field.name == "prompt":
         return first
     empty = [{"const": ""}] if "pattern" in first else []
-    return {"anyOf": [first, *others, *empty, {"type": "null"}]}
+    return {"anyOf": [first, *spellings[1:], *empty, {"type": "null"}]}
+
+
+def _source(field: FieldDescriptor) -> Schema:
+    schema = _BYTES if field.type == field.TYPE_BYTES else _TEXT | {"format": "uri"}
+    return schema | {"minLength": 1} | _limits(field.name)
+
+
+def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
+    return {
+        "type": "object",
+        "properties": required | (optional or {}),
+        "required": list(required),
+        "additionalProperties": False,
+    }
 
 
 def _limits(name: str) -> Schema:
-    """Returns the limits of a field of JobSpec, from the Limits named like it."""
+    """Returns the limits of a field of JobSpec, from the Limits that are named like it."""
     if name in ("width", "height"):
-        return _SIDE
+        low, high = _LIMITS.min_side_pixels, _LIMITS.max_side_pixels
+        return {"minimum": low, "maximum": high, "multipleOf": _LIMITS.side_multiple}
     if name == "webhook":
         return {"maxLength": _LIMITS.max_url_characters, "pattern": "^https?://"}
     if name == "seed":
         text = "-1: drawn at random. Beyond 2^53 as a string: JSON numbers lose digits."
         return {"minimum": RANDOM_SEED, "maximum": _LIMITS.max_seed, "description": text}
+    if longest := getattr(_LIMITS, f"max_{name}_characters", None):
+        return {"maxLength": longest} | ({"minLength": 1} if name == "prompt" else {})
+    if (most := getattr(_LIMITS, f"max_{name}", None)) is None:
+        return {}
     least = 1 if name in ("samples", "num_inference_steps") else 0
-    limits = {
-        "minLength": 1 if name == "prompt" else None,
-        "maxLength": getattr(_LIMITS, f"max_{name}_characters", None),
-        "maximum": getattr(_LIMITS, f"max_{name}", None),
-    }
-    if limits["maximum"] is not None:
-        limits["minimum"] = getattr(_LIMITS, f"min_{name}", least)
-    own = _OWN if name == "num_inference_steps" else {}
-    return {keyword: limit for keyword, limit in limits.items() if limit is not None} | own
+    return {"minimum": getattr(_LIMITS, f"min_{name}", least), "maximum": most}

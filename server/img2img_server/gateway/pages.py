@@ -1,12 +1,14 @@
-"""The path /: the playground for browsers, a JSON index for other clients.
+"""The pages at / and /docs, and the JSON index at / for clients that ask for no page.
 
-The playground, in static/, is a page on which a developer tries the service. It needs no build step
-and no other host, and its Content-Security-Policy allows no inline scripts. It calls the same paths
-as every client.
+The playground, in playground/static/, is a page on which a developer tries the service. It needs no
+build step and no other host, and its Content-Security-Policy allows no inline scripts. It calls the
+same paths as every client.
 """
 
 from __future__ import annotations
 
+import json
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from starlette.types import Scope
 from img2img_server import __version__
 from img2img_server.settings import DEV_KEY, Settings
 
-_STATIC = Path(__file__).with_name("static")
+_STATIC = Path(__file__).with_name("playground") / "static"
+_DOCS = Path(__file__).with_name("docs")
 _PATHS = {
     "docs": "/docs",
     "openapi": "/openapi.json",
@@ -39,6 +42,9 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+_DOCS_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 
 
 class _RootRoute(Route):
@@ -87,3 +93,22 @@ def add_root(app: FastAPI, settings: Settings) -> None:
         return JSONResponse(values, headers=_HEADERS | {"Cache-Control": "no-store"})
 
     app.mount("/playground", _Assets(directory=_STATIC / "assets"))
+
+
+def add_docs(app: FastAPI, settings: Settings) -> None:
+    """Adds Swagger UI from a package, so that it works offline. With the development key, "Try it
+    out" is already authorized."""
+    key = DEV_KEY if settings.has_open_dev_key else ""
+    html = (_DOCS / "index.html").read_text(encoding="utf-8")
+    script = (_DOCS / "start.js").read_text(encoding="utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def page(_: Request) -> HTMLResponse:
+        return HTMLResponse(html, headers={"Content-Security-Policy": _DOCS_POLICY})
+
+    @app.get("/docs/start.js", include_in_schema=False)
+    async def start(_: Request) -> Response:
+        return Response(f"const KEY = {json.dumps(key)};\n{script}", media_type="text/javascript")
+
+    with as_file(files("fastapi_offline") / "static") as folder:
+        app.mount("/docs/assets", StaticFiles(directory=folder))

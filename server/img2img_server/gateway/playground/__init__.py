@@ -1,1 +1,0 @@
-"""A page to try the service in a browser."""

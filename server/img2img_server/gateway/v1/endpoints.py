@@ -1,0 +1,181 @@
+"""Methods of the gRPC service over HTTP, which offer more than ModelsLab's contract: previews, a
+model, a scheduler, cancelling.
+
+    GET  /v1/capabilities       GetCapabilities
+    POST /v1/jobs               CreateJob
+    POST /v1/jobs/{id}:cancel   CancelJob
+    GET  /v1/jobs/{id}/events   WatchJob, as server-sent events
+
+Bodies are the methods' own messages as JSON, see protojson.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query
+from fastapi.sse import EventSourceResponse, format_sse_event
+from google.protobuf.message import Message
+from starlette.requests import Request
+from starlette.responses import Response
+
+from img2img.v1 import event_pb2, service_pb2
+from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.compat.modelslab.requests import Img2ImgRequest, merge
+from img2img_server.domain.violations import Reason, Violation
+from img2img_server.gateway.http.http_request import find_key, link_base, read_json
+from img2img_server.gateway.openapi import BODY, body, outcomes
+from img2img_server.gateway.upstream import ENDED, Upstream
+from img2img_server.gateway.v1 import protojson
+from img2img_server.settings import Settings
+
+PING_SECONDS = 15.0
+_PING = b": ping\n\n"
+_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON reader keeps
+_EVENT = {
+    "type": "object",
+    "properties": {key: {"type": "string"} for key in ("event", "id", "data")},
+    "required": ["event", "id", "data"],
+}
+# FastAPI accepts every text: a wrong key is reported before a wrong number.
+_SEQUENCE: dict[str, Any] = {"json_schema_extra": {"pattern": "^[0-9]{0,15}$"}}
+AfterSequence = Annotated[str, Query(description="Leaves out events up to it.", **_SEQUENCE)]
+LastEventId = Annotated[
+    str, Header(alias="Last-Event-ID", description="The same, from browsers.", **_SEQUENCE)
+]
+JobId = Annotated[str, Path(description="The `id` of the job.")]
+
+
+class Endpoints:
+    """Answers these calls. Event streams end when `stop` is set; clients resume them."""
+
+    def __init__(self, settings: Settings, upstream: Upstream, stop: asyncio.Event) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._stop = stop
+
+    def router(self) -> APIRouter:
+        """Returns the routes."""
+        router = APIRouter(prefix="/v1", tags=["jobs"])
+        found = outcomes("GetCapabilitiesResponse")
+        router.get("/capabilities", responses=found)(self.get_capabilities)
+        creating = (ErrorKind.FORBIDDEN, ErrorKind.REQUEST_ID_REUSED, ErrorKind.RATE_LIMIT)
+        found = outcomes("CreateJobResponse", errors=[*BODY, ErrorKind.FIELDS, *creating])
+        extra = body("CreateJobRequest")
+        router.post("/jobs", responses=found, openapi_extra=extra)(self.create_job)
+        failing = [*BODY, ErrorKind.UNKNOWN_JOB, ErrorKind.JOB_ENDED]
+        found = outcomes("CancelJobResponse", errors=failing)
+        router.post("/jobs/{job_id}:cancel", responses=found)(self.cancel_job)
+        failing = [ErrorKind.FIELDS, ErrorKind.UNKNOWN_JOB, ErrorKind.RATE_LIMIT]
+        found = outcomes(errors=failing)
+        found[200] = {"content": {"text/event-stream": {"schema": _EVENT}}}
+        found[204] = {"description": "No event comes after Last-Event-ID."}
+        add = router.get("/jobs/{job_id}/events", responses=found, response_class=Response)
+        add(self.watch_job)
+        return router
+
+    async def get_capabilities(self, request: Request) -> Response:
+        """The models being served, the default one first, and the limits. The same as
+        GetCapabilities over gRPC."""
+        return _json(await self._upstream.capabilities(find_key(request, {})))
+
+    async def create_job(self, request: Request) -> Response:
+        """Queues a job and responds at once. The same as CreateJob over gRPC."""
+        sent = await read_json(request)
+        key = find_key(request, sent)
+        sent.pop("key", None)
+        create = service_pb2.CreateJobRequest()
+        violations = protojson.fill(create, sent)
+        del sent
+        if violations:
+            create.Clear()
+            await self._upstream.caller(key)  # a wrong key is reported before wrong fields
+            raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
+        base = link_base(request, self._settings.public_base_url)
+        try:
+            job = await self._upstream.create(key, create.spec, base, create.request_id)
+        except RequestError as error:
+            error.violations = merge(Img2ImgRequest, error.violations)
+            raise
+        return _json(service_pb2.CreateJobResponse(job=job))
+
+    async def cancel_job(self, request: Request, job_id: JobId) -> Response:
+        """Ends a queued job at once and a running one at its next step. The same as CancelJob over
+        gRPC."""
+        key = find_key(request, await read_json(request))
+        return _json(service_pb2.CancelJobResponse(job=await self._upstream.cancel(key, job_id)))
+
+    async def watch_job(
+        self,
+        request: Request,
+        job_id: JobId,
+        after_sequence: AfterSequence = "",
+        last_event_id: LastEventId = "",
+    ) -> Response:
+        """Server-sent events until the job has ended: `data` is a JobEvent of img2img.v1 as
+        ProtoJSON with the proto's field names, `event` its kind, `id` its sequence. The key must be
+        in a header. Status 204 keeps an EventSource from reconnecting after the last event."""
+        key = find_key(request, {})
+        text = last_event_id or after_sequence or "0"
+        after = int(text) if text.isascii() and text.isdigit() and len(text) <= 16 else -1
+        if not 0 <= after <= _MAX_SEQUENCE:
+            await self._upstream.caller(key)
+            message = "after_sequence must be an integer of at least 0"
+            wrong = Violation("after_sequence", Reason.OUT_OF_RANGE, message)
+            raise RequestError(ErrorKind.FIELDS, violations=[wrong])
+        if last_event_id and after and await self._is_last(key, job_id, after):
+            return Response(status_code=204)
+        events = self._upstream.watch(key, job_id, after)
+        first = await anext(events)  # errors are reported before the stream begins
+        return EventSourceResponse(self._frames(first, events), headers=_STREAM_HEADERS)
+
+    async def _is_last(self, key: str, job_id: str, sequence: int) -> bool:
+        """Returns whether the job's terminal event has this sequence."""
+        async with aclosing(self._upstream.watch(key, job_id, sequence - 1)) as events:
+            snapshot = await anext(events)
+            if snapshot.snapshot.job.state not in ENDED:
+                return False
+            async for event in events:
+                is_terminal = event.WhichOneof("event") in ("succeeded", "failed", "cancelled")
+                return is_terminal and event.sequence <= sequence
+        return True
+
+    async def _frames(
+        self, first: event_pb2.JobEvent, events: AsyncGenerator[event_pb2.JobEvent, None]
+    ) -> AsyncIterator[bytes]:
+        yield _frame(first)
+        stopping = asyncio.ensure_future(self._stop.wait())
+        following = asyncio.ensure_future(anext(events))
+        try:
+            while not stopping.done():
+                await asyncio.wait(
+                    {following, stopping},
+                    timeout=PING_SECONDS,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if following.done():
+                    yield _frame(following.result())
+                    following = asyncio.ensure_future(anext(events))
+                elif not stopping.done():
+                    yield _PING
+        except (StopAsyncIteration, RequestError):  # the job has ended, or the api stops
+            return
+        finally:
+            following.cancel()
+            stopping.cancel()
+            await asyncio.gather(following, stopping, return_exceptions=True)
+            await events.aclose()
+
+
+def _frame(event: event_pb2.JobEvent) -> bytes:
+    data = protojson.dump(event)
+    return format_sse_event(data_str=data, event=event.WhichOneof("event"), id=str(event.sequence))
+
+
+def _json(message: Message) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    return Response(protojson.dump(message), media_type="application/json", headers=headers)
