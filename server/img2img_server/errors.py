@@ -1,4 +1,4 @@
-"""Every error that a caller can get. A class fixes status code, reason and whether a retry helps.
+"""Every error that a caller can get. Its class sets the status, the reason and whether to retry.
 
 ServiceError
 ├── InvalidRequestError        INVALID_ARGUMENT     INVALID_REQUEST      lists all fields
@@ -21,7 +21,7 @@ ServiceError
 ├── UnavailableError           UNAVAILABLE          UNAVAILABLE          retry
 ├── NoModelError               UNAVAILABLE          NO_MODEL             retry
 └── InternalError              INTERNAL             INTERNAL             logged with its id
-JobFailedError: failing in the run; becomes Job.error, not a status
+JobFailedError: the job fails while it runs; becomes Job.error, not a status
 ├── OutOfMemoryError           OUT_OF_MEMORY
 ├── InitImageError             INIT_IMAGE_INVALID
 ├── SafetyCheckError           SAFETY_CHECK_UNAVAILABLE
@@ -42,8 +42,8 @@ DOMAIN = "img2img.v1"
 
 
 class OperatorError(Exception):
-    """A process cannot start or go on. The sentence tells the operator why and what to change, so
-    that no traceback is needed."""
+    """A process cannot start or continue. The message says why and what the operator must change,
+    so that no traceback is needed."""
 
 
 class Code(Enum):
@@ -61,7 +61,7 @@ class Code(Enum):
 
 
 class ServiceError(Exception):
-    """Root of what an RPC can fail with."""
+    """Root of the errors of RPCs."""
 
     code: ClassVar[Code] = Code.INTERNAL
     reason: ClassVar[str] = "INTERNAL"
@@ -69,7 +69,7 @@ class ServiceError(Exception):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Every value that the message names (AIP-193)."""
+        """Returns every value that the message names (AIP-193)."""
         return {}
 
 
@@ -85,7 +85,7 @@ class InvalidRequestError(ServiceError):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The names of the fields, and the values of each violation as "{field}_{name}"."""
+        """Returns the names of the fields, and each violation's values as "{field}_{name}"."""
         fields = ",".join(dict.fromkeys(violation.field for violation in self.violations))
         return {"fields": fields} | {
             f"{violation.field}_{name}": value
@@ -96,7 +96,7 @@ class InvalidRequestError(ServiceError):
 
 
 class UnauthenticatedError(ServiceError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown."""
 
     code = Code.UNAUTHENTICATED
     reason = "INVALID_API_KEY"
@@ -129,7 +129,7 @@ class PermissionDeniedError(ServiceError):
 
 
 class JobNotFoundError(ServiceError):
-    """No such job of this tenant, or it has expired."""
+    """The tenant has no such job, or the job has expired."""
 
     code = Code.NOT_FOUND
     reason = "JOB_NOT_FOUND"
@@ -144,7 +144,7 @@ class JobNotFoundError(ServiceError):
 
 
 class ModelNotFoundError(ServiceError):
-    """No worker ever announced this model, but others were."""
+    """No worker ever announced this model, but other models."""
 
     code = Code.NOT_FOUND
     reason = "MODEL_NOT_FOUND"
@@ -162,7 +162,7 @@ class ModelNotFoundError(ServiceError):
 
 
 class RequestIdReusedError(ServiceError):
-    """The request_id was used for a request with another content."""
+    """The request_id belongs to a different request."""
 
     code = Code.ALREADY_EXISTS
     reason = "REQUEST_ID_REUSED"
@@ -193,7 +193,7 @@ class JobEndedError(ServiceError):
 
 
 class JobNotEndedError(ServiceError):
-    """Only a job that has ended can do this."""
+    """The call needs a job that has ended."""
 
     code = Code.FAILED_PRECONDITION
     reason = "JOB_NOT_ENDED"
@@ -209,7 +209,7 @@ class JobNotEndedError(ServiceError):
 
 
 class NoWebhookError(ServiceError):
-    """The job asked for no webhook."""
+    """The job has no webhook."""
 
     code = Code.FAILED_PRECONDITION
     reason = "NO_WEBHOOK"
@@ -232,7 +232,7 @@ class DeadlineTooShortError(ServiceError):
     def __init__(
         self, remaining_seconds: float, needed_seconds: float, wait_seconds: float = 0.0
     ) -> None:
-        """`wait_seconds`: the part of needed_seconds that the job would wait for others."""
+        """`wait_seconds`: the part of needed_seconds that the job waits for other jobs."""
         super().__init__(
             f"the deadline leaves {remaining_seconds:.1f} s, the job needs about "
             f"{needed_seconds:.1f} s"
@@ -240,7 +240,7 @@ class DeadlineTooShortError(ServiceError):
         self.remaining_seconds = remaining_seconds
         self.needed_seconds = needed_seconds
         missing_seconds = needed_seconds - remaining_seconds
-        # The job's own work takes as long later on.
+        # Waiting helps only against the wait for other jobs.
         self.retry_seconds = max(1.0, missing_seconds) if missing_seconds <= wait_seconds else None
 
     @property
@@ -252,7 +252,7 @@ class DeadlineTooShortError(ServiceError):
 
 
 class StorageKeysMissingError(ServiceError):
-    """The operator gave no key to seal storage details with."""
+    """IMG2IMG_STORAGE_KEYS is not configured, so storage settings cannot be encrypted."""
 
     code = Code.FAILED_PRECONDITION
     reason = "STORAGE_KEYS_MISSING"
@@ -264,7 +264,7 @@ class StorageKeysMissingError(ServiceError):
 
 
 class MessageTooLargeError(ServiceError):
-    """The job or event is larger than the messages that the NATS server takes."""
+    """The job or event is larger than the largest message of the NATS server."""
 
     code = Code.FAILED_PRECONDITION
     reason = "MESSAGE_TOO_LARGE"
@@ -277,13 +277,13 @@ class MessageTooLargeError(ServiceError):
 
 
 class QueueFullError(ServiceError):
-    """The tenant has as many unfinished jobs as it may have."""
+    """The tenant has its limit of unfinished jobs."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
 
     def __init__(self, limit: int, retry_seconds: float | None = None) -> None:
-        """`retry_seconds` until a place is expected; None: unknown, half a minute."""
+        """`retry_seconds`: until a place is expected; None: unknown, then half a minute."""
         super().__init__(f"the tenant already has {limit} unfinished jobs, which is its limit")
         self.limit = limit
         self.retry_seconds = 30.0 if retry_seconds is None else retry_seconds
@@ -294,7 +294,7 @@ class QueueFullError(ServiceError):
 
 
 class RateLimitedError(ServiceError):
-    """The key makes jobs faster than it may."""
+    """The key creates jobs too fast."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "RATE_LIMITED"
@@ -310,7 +310,7 @@ class RateLimitedError(ServiceError):
 
 
 class TooManyCallsError(ServiceError):
-    """The tenant has as many open calls at this server as it may have."""
+    """The tenant has its limit of open calls at this server."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "TOO_MANY_CALLS"
@@ -326,14 +326,14 @@ class TooManyCallsError(ServiceError):
 
 
 class TooManyWatchersError(ServiceError):
-    """This server has as many open streams as it may have."""
+    """This server has its limit of open streams."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "TOO_MANY_WATCHERS"
     retry_seconds = 5.0
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"this server watches {limit} jobs already")
+        super().__init__(f"this server already has {limit} open streams, which is its limit")
         self.limit = limit
 
     @property
@@ -342,14 +342,14 @@ class TooManyWatchersError(ServiceError):
 
 
 class TooManyWebhooksError(ServiceError):
-    """The tenant has as many undelivered webhooks as it may have."""
+    """The tenant has its limit of undelivered webhooks."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "TOO_MANY_WEBHOOKS"
     retry_seconds = 60.0
 
     def __init__(self) -> None:
-        super().__init__("too many webhooks of this tenant are not delivered yet")
+        super().__init__("the tenant has too many webhooks that are not delivered yet")
 
 
 class UnavailableError(ServiceError):
@@ -370,14 +370,14 @@ class UnavailableError(ServiceError):
 
 
 class NoModelError(ServiceError):
-    """No worker has announced a model that could serve the request, as at a first start."""
+    """No worker has announced a model that can serve the request."""
 
     code = Code.UNAVAILABLE
     reason = "NO_MODEL"
     retry_seconds = 5.0
 
     def __init__(self, model: str = "", known: tuple[str, ...] = ()) -> None:
-        """`model`: the operator's default one, or the one asked for; `known`: others."""
+        """`model`: the default or the requested model; `known`: the other models."""
         self.model = model[:64]
         sentence = "No model is loaded yet; try again once a worker has loaded one"
         if known:
@@ -391,7 +391,7 @@ class NoModelError(ServiceError):
 
 
 class InternalError(ServiceError):
-    """A fault of ours; the log has it under `error_id`."""
+    """An unexpected error; the log has it under `error_id`."""
 
     def __init__(self, error_id: str) -> None:
         super().__init__(f"internal error {error_id}")
@@ -403,14 +403,14 @@ class InternalError(ServiceError):
 
 
 class JobFailedError(Exception):
-    """Root of what ends a running job. The sentence names no path, host or stack."""
+    """Root of the errors that end a job. The message names no path, host or stack."""
 
     reason: ClassVar[str] = "ENGINE_FAILED"
     retryable: ClassVar[bool] = False
 
 
 class OutOfMemoryError(JobFailedError):
-    """One sample alone does not fit the device."""
+    """A single sample does not fit the device."""
 
     reason = "OUT_OF_MEMORY"
 
@@ -429,13 +429,13 @@ class InitImageError(JobFailedError):
 
 
 class SafetyCheckError(JobFailedError):
-    """A safety check was asked for and cannot run; it is never skipped silently."""
+    """A requested safety check cannot run; it is never skipped silently."""
 
     reason = "SAFETY_CHECK_UNAVAILABLE"
 
 
 class StorageError(JobFailedError):
-    """The object store refused the result, also after retries.
+    """The object store rejected the result, also after retries.
 
     `detail`: the setting to correct and the host, for the operator and not for callers.
     """
@@ -449,17 +449,17 @@ class StorageError(JobFailedError):
 
 
 class AttemptsExhaustedError(JobFailedError):
-    """Every worker that took the job was lost."""
+    """Every worker that ran the job was lost."""
 
     reason = "ATTEMPTS_EXHAUSTED"
 
     def __init__(self, attempts: int) -> None:
-        super().__init__(f"given up after {attempts} attempts")
+        super().__init__(f"the job failed after {attempts} attempts")
         self.attempts = attempts
 
 
 class QueueClearedError(JobFailedError):
-    """It waited when the operator of its tenant cleared the queue."""
+    """ClearQueue ended the job while it waited."""
 
     reason = "QUEUE_CLEARED"
 

@@ -126,7 +126,7 @@ async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_
         async with running_worker(bus, config=settings(max_attempts=2)):
             messages = [m async for m in api.watch(job.name)]
     error = messages[-1].event.failed.job.error
-    assert (error.reason, error.message) == ("ATTEMPTS_EXHAUSTED", "given up after 2 attempts")
+    assert error.reason == "ATTEMPTS_EXHAUSTED"
     ((dead, reason),) = bus.queue.dead  # type: ignore[attr-defined]
     assert (dead.job_id, dead.init_image, reason) == (job.id, b"", "ATTEMPTS_EXHAUSTED")
 

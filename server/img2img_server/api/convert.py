@@ -53,7 +53,7 @@ class Request:
         params: The parameters with the defaults filled in; not validated.
         given: Names of the options that the caller set.
         init_image: The bytes of an inline init image, else empty.
-        violations: What the domain's types cannot hold.
+        violations: The values that the domain's types cannot hold.
     """
 
     params: JobParams

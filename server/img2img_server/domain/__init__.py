@@ -1,1 +1,1 @@
-"""What the service is about: jobs, their parameters, events and states. Standard library only."""
+"""The domain: jobs, their parameters, events and states. It imports the standard library only."""

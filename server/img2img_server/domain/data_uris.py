@@ -13,8 +13,8 @@ _BASE64 = re.compile(r"(?:^|;) *base64 *$", re.I | re.A)
 _MOST_HEAD_CHARACTERS = 1024
 _LONE_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _MOST_LONE_PERCENTS = 1024
-# What cannot be decoded becomes bytes that are no image: an image is checked after the key, the
-# other fields and the queue.
+# Stands for data that cannot be decoded: the image is checked after the key, the other fields and
+# the queue.
 NO_IMAGE = b"\x00"
 
 

@@ -1,4 +1,4 @@
-"""What happens to a job. The envelope numbers events from 1 within their job."""
+"""The events of a job. An envelope numbers them from 1 within their job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedImage:
-    """A picture as a file: its bytes and what is needed to check them."""
+    """An encoded image and the values to verify it."""
 
     data: bytes
     media_type: str
@@ -30,7 +30,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:
-    """It waits. `position`: jobs before it, -1 when unknown. `eta_seconds`: until its end."""
+    """The job waits. `position`: jobs before it, -1: unknown. `eta_seconds`: until its end."""
 
     position: int = -1
     eta_seconds: float | None = None
@@ -39,7 +39,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A worker took it for the attempt-th time."""
+    """A worker started the job for the attempt-th time."""
 
     worker: str
     model: str
@@ -48,14 +48,14 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFinished:
-    """A stage before denoising is done."""
+    """A stage before denoising is done for the whole job."""
 
     stage: Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished:
-    """Step `step` of `total` of one sample is done; `sigma` is its noise-to-signal ratio now."""
+    """Step `step` of `total` of one sample is done. `sigma`: its ratio of noise to signal now."""
 
     sample: int
     step: int
@@ -65,7 +65,7 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """A rough look at one sample; a later one replaces it in the log."""
+    """A rough image of one sample; the next preview of the sample replaces it in the log."""
 
     sample: int
     step: int
@@ -74,7 +74,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleFinished:
-    """A picture is ready, not yet stored."""
+    """An image is ready and not stored yet."""
 
     sample: int
     seed: int
@@ -84,7 +84,7 @@ class SampleFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleStored:
-    """A picture is completely stored behind `url`."""
+    """An image is completely stored behind `url`."""
 
     sample: int
     url: str
@@ -94,12 +94,12 @@ class SampleStored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded:
-    """Terminal: every picture is stored."""
+    """Terminal: every image is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """Terminal: it could not be done."""
+    """Terminal: the job failed."""
 
     reason: str
     message: str
@@ -108,7 +108,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """Terminal: ended on request."""
+    """Terminal: the job was cancelled."""
 
 
 Event = (

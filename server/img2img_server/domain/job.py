@@ -1,4 +1,4 @@
-"""A job and its life: one transition table, one `advance`. Terminal states are final."""
+"""A job and its states: one transition table and one `advance`. Terminal states are final."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAST_JOB_ID = 2**31 - 1
 
 
 class State(StrEnum):
-    """Where a job is in its life."""
+    """The state of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -38,7 +38,7 @@ class State(StrEnum):
 
 
 class Determinism(StrEnum):
-    """How a picture compares with the one the same request gives again."""
+    """How equal the images of a repeated request are; see DeterminismClass in job.proto."""
 
     UNKNOWN = "unknown"
     EXACT = "exact"
@@ -47,7 +47,7 @@ class Determinism(StrEnum):
 
 
 class IllegalTransitionError(Exception):
-    """An event that its job's state does not allow. A late writer has lost the job."""
+    """The state of the job does not allow the event: another writer has the job."""
 
     def __init__(self, job: Job, event: Event) -> None:
         super().__init__(f"job {job.id} is {job.state}: {type(event).__name__} is not allowed")
@@ -57,7 +57,7 @@ class IllegalTransitionError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
-    """One picture of a job. `url`, `sha256` (of the file) and `size_bytes` are set once stored."""
+    """One image of a job. `url`, `sha256` and `size_bytes` describe the file once it is stored."""
 
     index: int
     seed: int
@@ -69,7 +69,7 @@ class SampleResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds by stage; stages of several samples are added up. See Timings in job.proto."""
+    """Seconds by stage, summed over the samples; see Timings in job.proto."""
 
     queue: float = 0.0
     fetch: float = 0.0
@@ -111,7 +111,17 @@ class JobFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """The record of one request. Times are Unix seconds; 0.0 means not yet."""
+    """The record of one request. Times are Unix seconds; 0.0 means not yet.
+
+    Attributes:
+        handed_back: Attempts that a stopping worker returned; they do not count against the bound.
+        queue_sequence: Place in the work queue, to withdraw the job and to estimate its position;
+            0: not queued yet.
+        storage_version: Version of the tenant's storage settings that future_urls come from; empty:
+            the service's own bucket.
+        deadline_time: The time after which the caller does not wait any more; 0.0: never.
+        own_urls: Links in the service's own bucket, used if the tenant's storage rejects the files.
+    """
 
     id: int
     tenant: str
@@ -130,33 +140,28 @@ class Job:
     device: str = ""
     determinism: Determinism = Determinism.UNKNOWN
     attempt: int = 0
-    # Attempts that a stopping worker gave back; they do not count against the bound.
     handed_back: int = 0
     warning: str = ""
     webhook_status: str = ""
     webhook_error: str = ""
     webhook_attempts: int = 0
     cancel_requested: bool = False
-    # Place in the work queue, to withdraw the job or tell its position; 0: not queued yet.
     queue_sequence: int = 0
-    # Version of the tenant's storage details that future_urls come from; "": our own bucket.
     storage_version: str = ""
-    # When nobody waits for it any more, Unix seconds; 0.0: never.
     deadline_time: float = 0.0
-    # Links in our own bucket, taken when the tenant's storage refuses the files.
     own_urls: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Resource name, "jobs/{id}"."""
+        """Returns the resource name, "jobs/{id}"."""
         return f"jobs/{self.id}"
 
     def is_expired(self, retention_seconds: float, now: float) -> bool:
-        """Whether it ended longer ago than ended jobs are kept. `now`: Unix seconds."""
+        """Returns whether the job ended `retention_seconds` before `now`, Unix seconds."""
         return 0.0 < self.end_time <= now - retention_seconds
 
     def file_key(self, index: int) -> str:
-        """Key of one sample's file in the bucket, for example "generations/{uuid}-0.png"."""
+        """Returns the key of one sample's file, for example "generations/{uuid}-0.png"."""
         folder = "temp" if self.params.temp else "generations"
         suffix = "base64" if self.params.base64 else "png"
         return f"{folder}/{self.file_prefix}-{index}.{suffix}"
@@ -166,8 +171,8 @@ TRANSITIONS: dict[tuple[State, type], State] = {
     (State.QUEUED, Started): State.RUNNING,
     (State.QUEUED, Failed): State.FAILED,
     (State.QUEUED, Cancelled): State.CANCELLED,
-    (State.RUNNING, Started): State.RUNNING,  # taken over after its worker was lost
-    (State.RUNNING, Queued): State.QUEUED,  # handed back by a worker that stops
+    (State.RUNNING, Started): State.RUNNING,  # its worker was lost
+    (State.RUNNING, Queued): State.QUEUED,  # its worker stops
     (State.RUNNING, SampleFinished): State.RUNNING,
     (State.RUNNING, SampleStored): State.RUNNING,
     (State.RUNNING, Succeeded): State.SUCCEEDED,
@@ -221,7 +226,7 @@ def advance(job: Job, event: Event, now: float) -> Job:
 
 
 def terminal_event(job: Job) -> Event:
-    """The terminal event that belongs to a job that has ended."""
+    """Returns the terminal event of a job that has ended."""
     if job.state is State.SUCCEEDED:
         return Succeeded()
     if job.state is State.CANCELLED:

@@ -1,4 +1,4 @@
-"""What a worker tells about the model it serves."""
+"""Models and workers, as workers announce them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import StrEnum
 from img2img_server.domain.params import DEFAULT_STRENGTH, Limits
 from img2img_server.domain.strength import StrengthRule
 
-# The samplers that we run, by the class in diffusers that each one is.
+# Names of schedulers by their classes in diffusers.
 SCHEDULER_OF_CLASS = {
     "DDIMScheduler": "ddim",
     "EulerDiscreteScheduler": "euler",
@@ -22,14 +22,14 @@ SCHEDULER_OF_CLASS = {
 
 
 class ModelKind(StrEnum):
-    """What a denoiser was trained for: noise of a variance schedule, or flow matching."""
+    """The training target of a denoiser: noise of a variance schedule, or flow matching."""
 
     DIFFUSION = "diffusion"
     FLOW = "flow"
 
 
 class Guidance(StrEnum):
-    """What a model makes of guidance_scale.
+    """The effect of guidance_scale on a model.
 
     CLASSIFIER_FREE: above 1 a second forward with the negative prompt, as in Stable Diffusion.
     CLASSIFIER_FREE_FROM_ZERO: the same above 0, as in Z-Image. EMBEDDED: an input of the model.
@@ -55,7 +55,7 @@ class Guidance(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model as callers see it: its name, its choices and its own defaults."""
+    """A model as callers see it: its name, options and defaults."""
 
     name: str
     family: str
@@ -65,8 +65,8 @@ class ModelInfo:
     default_strength: float = DEFAULT_STRENGTH
     native_size: int = 512
     max_num_inference_steps: int = 100
-    side_multiple: int = 1  # of width and height, beside the service's own
-    # Schedulers that run fewer steps than max_num_inference_steps, and how many.
+    side_multiple: int = 1  # of width and height, in addition to the service's own
+    # Schedulers that run fewer steps than max_num_inference_steps, each with its limit.
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()
     takes_negative_prompt: bool = True  # False: guidance is an input of the model, as with LCM
     kind: ModelKind = ModelKind.DIFFUSION
@@ -75,13 +75,13 @@ class ModelInfo:
     min_side_pixels: int = 0  # 0: no limit of the model's own
     max_side_pixels: int = 0
     loras: tuple[str, ...] = ()
-    # Measured device seconds a pixel-step, batches and encoders included; kept with the model while
-    # no worker serves it. 0.0: nothing ran yet.
+    # Measured device seconds of a pixel-step, encoders included; kept while no worker serves the
+    # model. 0.0: not measured yet.
     pixel_step_seconds: float = 0.0
 
     def limits(self, service: Limits, scheduler: str = "") -> Limits:
-        """Returns the limits of a request for this model: the service's, narrowed by its own and by
-        those of the scheduler; none: of the model's default one."""
+        """Returns the limits of requests for this model: those of the service, narrowed by those of
+        the model and of the scheduler; an empty name means the model's default scheduler."""
         by_scheduler = dict(self.scheduler_max_steps)
         scheduler = scheduler or self.schedulers[0]
         return replace(
@@ -101,11 +101,12 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """A live worker, announced again and again; it is gone when the announcement expires.
+    """A live worker. It announces itself repeatedly and is gone when the announcement expires.
 
-    `job_seconds`: recent mean time of one sample at
-    512x512, the base of estimates; 0.0 when nothing ran yet. `busy`: share of the time since the
-    announcement before in which the device worked, 0 to 1.
+    Attributes:
+        job_seconds: Recent mean time of one sample at 512x512, the base of estimates; 0.0: not
+            measured yet.
+        busy: Share of the time since the last announcement in which the device worked, 0 to 1.
     """
 
     name: str

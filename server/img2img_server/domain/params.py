@@ -1,4 +1,4 @@
-"""What a caller may ask for: the parameters of a job, their limits and their validation."""
+"""The parameters of a job, their limits and their validation."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from img2img_server.domain.violations import (
 
 DEFAULT_STRENGTH = 0.7  # of a model that names none
 SEED_MAX = 2**63 - 1
-# Seeds that the service draws, and those of the vendor's HTTP contract, are not larger than this.
+# The largest seed that the service draws, and that the HTTP contract of ModelsLab accepts.
 NARROW_SEED_MAX = 2**32 - 1
 RANDOM_SEED = -1
 TRACK_ID_MAX_CHARACTERS = 191
 
 
 class ImageFormat(StrEnum):
-    """Format of the inline pictures; the stored file is always PNG."""
+    """Format of the inline images; the stored file is always PNG."""
 
     PNG = "png"
     JPEG = "jpeg"
@@ -45,7 +45,7 @@ class ImageFormat(StrEnum):
 
 
 class Lane(StrEnum):
-    """Queue lane: realtime is served before batch."""
+    """Priority class: realtime jobs run before batch jobs."""
 
     REALTIME = "realtime"
     BATCH = "batch"
@@ -53,7 +53,7 @@ class Lane(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Every bound a request is held against; GetCapabilities tells these very numbers."""
+    """The limits of requests, as GetCapabilities returns them."""
 
     max_prompt_characters: int = 2000
     max_negative_prompt_characters: int = 2000
@@ -125,16 +125,16 @@ class JobParams:
 
 @dataclass(frozen=True, slots=True)
 class ValidationContext:
-    """What validation needs to know beside the limits."""
+    """The limits and choices that a request is validated against."""
 
     limits: Limits = field(default_factory=Limits)
     schedulers: tuple[str, ...] = ()
-    loras: tuple[str, ...] | None = ()  # None: not known, as the model is not
-    is_listed: Callable[[str], bool] = lambda url: False  # any port and http: for webhooks
+    loras: tuple[str, ...] | None = ()  # None: the model is unknown
+    is_listed: Callable[[str], bool] = lambda url: False  # allows http and any port for webhooks
 
 
 def validate(params: JobParams, context: ValidationContext) -> list[Violation]:
-    """Returns every violated rule, in the order of JobSpec's fields; empty when all is well."""
+    """Returns every broken rule in the order of JobSpec's fields; empty: the request is valid."""
     return list(_violations(params, context))
 
 

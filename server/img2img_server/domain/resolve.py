@@ -1,4 +1,4 @@
-"""Fills a request with the model's defaults and warns about options without effect."""
+"""Fills in the model's defaults and warns about options without effect."""
 
 from __future__ import annotations
 

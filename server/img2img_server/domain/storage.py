@@ -13,12 +13,12 @@ from img2img_server.domain.violations import Reason, Violation, invalid_url, req
 
 REALTIME = "realtime"  # server type of the details that this service uses
 MAX_CHARACTERS = 1024
-_UNRESERVED = "-_.~"  # beside letters and digits: what SigV4 does not encode
+_UNRESERVED = "-_.~"  # SigV4 encodes everything except letters, digits and these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageDetails:
-    """Where a tenant's files go and how to get in. Field names are those of the contract."""
+    """Address and credentials of a tenant's S3 storage, named as in StorageSettings."""
 
     public_url: str
     region_name: str
@@ -28,11 +28,11 @@ class StorageDetails:
     image_directory: str
     bucket: str = ""
 
-    def __repr__(self) -> str:  # it ends up in logs and tracebacks
+    def __repr__(self) -> str:  # hides the secrets from logs and tracebacks
         return f"StorageDetails(endpoint_url={self.endpoint_url!r}, …)"
 
     def file_link(self, name: str) -> str:
-        """Public address of a file: public_url / image_directory / name.
+        """Returns the public address of a file: public_url / image_directory / name.
 
         The directory is left out when the path of public_url ends with it already.
         """
@@ -43,7 +43,7 @@ class StorageDetails:
         return _with_path(base, [*path, *map(_quoted, [*rest, name])])
 
     def upload_url(self, name: str) -> str:
-        """Where a file is PUT: endpoint_url / bucket (if given) / image_directory / name."""
+        """Returns the upload address: endpoint_url / bucket (if given) / image_directory / name."""
         base = urlsplit(self.endpoint_url.strip())
         inside = [*_parts(self.bucket), *_parts(self.image_directory), name]
         return _with_path(base, [*_parts(base.path), *map(_quoted, inside)])

@@ -1,7 +1,7 @@
 """Splits http and https URLs that callers supply into what a request needs.
 
-One parser for every such URL: what is checked, what is connected to and what is sent all come from
-its result. The path and the query keep the caller's bytes, since many of these URLs are signed:
+One parser for every such URL: the policy check, the connection and the request line all use its
+result. The path and the query keep the caller's bytes, since many of these URLs are signed:
 percent-encodings, the case of their digits, dot segments and an empty query stay as they are. Only
 characters that a URL must not contain are encoded, as browsers do (WHATWG URL, section 1.3).
 """
@@ -21,8 +21,8 @@ _HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([0-9]*))?")
 _WHITE_SPACE = " \t\r\n\f"
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _BACKSLASH = re.compile(r"[^?#]*\\")
-# What WHATWG's path and special-query percent-encode sets have beyond controls and "#", without
-# the apostrophe: RFC 3986 allows it, so a signature may cover it.
+# WHATWG's path and special-query percent-encode sets without controls, "#" and the apostrophe:
+# RFC 3986 allows the apostrophe, so a signature may cover it.
 _NOT_IN_PATH = re.compile(rb"""[ "<>^`{}\x80-\xff]""")
 _NOT_IN_QUERY = re.compile(rb"""[ "<>\x80-\xff]""")
 
@@ -50,7 +50,7 @@ class HttpUrl:
         scheme: "http" or "https".
         host: Name or address in lower case, without brackets; of an international name the
             Unicode form that the caller sent.
-        is_ipv6: The host stood in brackets.
+        is_ipv6: The host was in brackets.
         port: The port that the URL names; None when it names none, or the scheme's own.
         target: Path and query as the request line has them: ASCII, beginning with a slash.
     """
@@ -120,7 +120,7 @@ def is_http_url(text: str) -> bool:
 
 
 def is_web_port(port: int | None) -> bool:
-    """Whether HTTP may be spoken there: below 1024 only 80 and 443 are not another protocol's."""
+    """Returns whether HTTP may use the port: below 1024, only 80 and 443 are HTTP's."""
     return port is None or port in (80, 443) or port >= 1024
 
 
@@ -172,7 +172,7 @@ def _encoded(text: str, not_allowed: re.Pattern[bytes]) -> str:
 
 
 def _without_dot_segments(path: str) -> str:
-    """RFC 3986, section 5.2.4, for a path that begins with a slash."""
+    """Removes dot segments of a path that begins with a slash (RFC 3986, section 5.2.4)."""
     kept: list[str] = []
     segments = path.split("/")[1:]
     for segment in segments:

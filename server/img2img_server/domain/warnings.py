@@ -1,4 +1,4 @@
-"""Job.warning: one text of full sentences, for people."""
+"""Job.warning: full sentences for people, as one text."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class JobFailed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceLost:
-    """Last event of a job in whose step, or at whose start, the device broke for good.
+    """Last event of a job in whose step, or at whose start, the device broke permanently.
 
     No engine of this process can use the device any more. The other jobs get JobStopped.
     """

@@ -1,6 +1,6 @@
-"""The device and the number type of the settings.
+"""Reads the device and the number type of the settings.
 
-Imports torch and no model library: a device that is not there is reported before a model is loaded.
+Imports torch and no model library, so that a missing device is reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting: auto is the GPU where there is one.
+    """Returns the device of a setting: auto means the GPU, if there is one.
 
     Raises:
-        SettingsError: there is no such device.
+        SettingsError: the device does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -63,10 +63,10 @@ def _why_no_gpu() -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a setting: auto is float32 on CPUs, few of which are faster with less.
+    """Returns the dtype of a setting: auto means float32 on a CPU and bfloat16 on a GPU.
 
     Raises:
-        SettingsError: there is no such dtype, or the device cannot compute with it.
+        SettingsError: the dtype does not exist, or the device cannot compute with it.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

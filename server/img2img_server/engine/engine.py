@@ -20,7 +20,7 @@ from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.base import EngineJob, Sink
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.dispatch import EventDispatcher
-from img2img_server.engine.memory import MemoryModel, meter_of
+from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.rows import EngineJobState
 from img2img_server.engine.step_loop import StepLoop
@@ -48,7 +48,7 @@ class DiffusionEngine:
         self._denoiser = denoiser
         self._spec = spec
         self._max_batch_size = max_batch_size
-        memory = memory or MemoryModel(meter_of(denoiser.device))
+        memory = memory or MemoryModel(probe_of(denoiser.device))
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._events = EventDispatcher(self._on_copy_failed)
         self._loop = StepLoop(denoiser, spec, max_batch_size, memory, self._events)

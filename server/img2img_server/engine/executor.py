@@ -32,7 +32,7 @@ class BatchExecutor:
         self._step_before: torch.cuda.Event | None = None
 
     def prefetch_prompts(self, runs: Sequence[EngineJobState]) -> None:
-        """Encodes prompts in one batch into the cache. What fails here fails again in `encode`."""
+        """Encodes prompts in one batch into the cache. A failure here repeats in `encode`."""
 
         def work(some: Sequence[EngineJobState]) -> None:
             self._denoiser.encode_texts([run.text for run in some])

@@ -14,7 +14,7 @@ from img2img_server.imaging.base import Pixels
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostCopy:
-    """A Picture of denoiser.py in the memory of the host.
+    """An image of a Denoiser in the memory of the host.
 
     Attributes:
         host: height x width x 3, uint8.

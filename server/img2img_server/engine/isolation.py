@@ -76,7 +76,7 @@ def device_works(device: torch.device) -> bool:
     """Returns whether the device still computes.
 
     Some CUDA errors (an illegal address, a failed assertion in a kernel, a GPU that fell off the
-    bus) leave a context in which everything fails from then on.
+    PCI bus) leave a context in which every later call fails.
     """
     if device.type != "cuda":
         return True

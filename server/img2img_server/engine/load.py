@@ -18,7 +18,7 @@ from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.load import read_files
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.memory import MemoryModel, meter_of
+from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelSpec, read_model_spec
 from img2img_server.engine.options import ModelOptions, sizes
 from img2img_server.malloc import keep_freed_memory
@@ -53,7 +53,7 @@ def load_engine(settings: Settings) -> DiffusionEngine:
         lambda: DiffusersDenoiser.load(spec.source, device, dtype, options, most)
     )
     spec = replace(spec, loras=denoiser.loras)
-    memory = MemoryModel(meter_of(device), settings.memory_limit_bytes)
+    memory = MemoryModel(probe_of(device), settings.memory_limit_bytes)
     engine = DiffusionEngine(denoiser, spec, settings.max_batch_size, memory)
     try:
         warm_up(engine, spec, settings)

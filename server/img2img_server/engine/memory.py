@@ -1,9 +1,8 @@
-"""Which batches fit the device, by the peaks that were measured. Pure but for the meter of a GPU.
+"""Decides which batches fit the device, by measured peaks. Pure except for the probe of a GPU.
 
-What a step needs beyond the model itself grows with pixels x forwards. The peak of each shape is
-measured when it first runs, in the warm-up or later; for shapes that have not run yet it is taken
-in proportion from the largest that has. Pictures that do not fit the autoencoder pass it in tiles
-instead (diffusers_autoencoder.py).
+The memory of a step grows with pixels x forwards. The peak of each shape is measured when it first
+runs, in the warm-up or later; for other shapes it is estimated in proportion to the largest shape
+that was measured. Images that do not fit the autoencoder pass it in tiles (diffusers/vae.py).
 """
 
 from __future__ import annotations
@@ -15,43 +14,43 @@ from typing import Protocol
 import torch
 
 Shape = tuple[int, int, int]  # height, width, forwards
-# Of what is free, for what the allocator loses between blocks.
+# Share of the free memory; the allocator loses the rest between blocks.
 _USABLE = 0.95
 
 
 class MemoryProbe(Protocol):
-    """Looks at a device's memory, without waiting for it. Bytes."""
+    """Reads the memory of a device in bytes, without waiting for the device."""
 
     @property
     def free(self) -> int | None:
-        """What could be allocated now; None: not known, everything is let in."""
+        """Returns what can be allocated now; None: unknown, no batch is rejected."""
         ...
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Begins a measurement."""
         ...
 
     def peak(self) -> int:
-        """The most that was in use since `start`, beyond what was in use then."""
+        """Returns the peak since `start`, minus the memory that was in use then."""
         ...
 
 
 class NoProbe:
-    """Of a CPU, where memory is the system's and other processes have their part of it."""
+    """The probe of a CPU, whose memory is shared with other processes: it measures nothing."""
 
     @property
     def free(self) -> int | None:
         return None
 
     def start(self) -> None:
-        """Nothing to begin."""
+        """Does nothing."""
 
     def peak(self) -> int:
         return 0
 
 
 class CudaProbe:
-    """Of a GPU, by torch's allocator and the driver."""
+    """The probe of a GPU, by torch's allocator and the driver."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -71,34 +70,34 @@ class CudaProbe:
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
-def meter_of(device: torch.device) -> MemoryProbe:
-    """The meter of a device."""
+def probe_of(device: torch.device) -> MemoryProbe:
+    """Returns the probe of a device."""
     return CudaProbe(device) if device.type == "cuda" else NoProbe()
 
 
 class MemoryModel:
-    """Peaks of one model on one device. For the engine's thread.
+    """The peaks of one model on one device. Only the engine's thread calls it.
 
     Args:
-        limit_bytes: of what is free, no more than this is used; 0: no such limit.
+        limit_bytes: uses at most so much of the free memory; 0: no limit.
     """
 
-    def __init__(self, meter: MemoryProbe, limit_bytes: int = 0) -> None:
-        self._meter = meter
+    def __init__(self, probe: MemoryProbe, limit_bytes: int = 0) -> None:
+        self._probe = probe
         self._limit_bytes = limit_bytes
         self._peaks: dict[Shape, int] = {}
 
     @contextmanager
     def measured(self, height: int, width: int, forwards: int) -> Iterator[None]:
-        """Notes the peak of what runs inside, if it ends well."""
-        self._meter.start()
+        """Measures the peak of the body, if it raises nothing."""
+        self._probe.start()
         yield
         shape = (height, width, forwards)
-        if peak := self._meter.peak():
+        if peak := self._probe.peak():
             self._peaks[shape] = max(peak, self._peaks.get(shape, 0))
 
     def need(self, height: int, width: int, forwards: int) -> int | None:
-        """Bytes that such a batch needs at its peak; None when nothing was measured yet."""
+        """Returns the bytes of a batch at its peak; None: nothing was measured yet."""
         shape = (height, width, forwards)
         if shape in self._peaks or not self._peaks:
             return self._peaks.get(shape)
@@ -106,7 +105,7 @@ class MemoryModel:
         return self._peaks[largest] * _work(shape) // _work(largest)
 
     def shortfall(self, height: int, width: int, forwards: int) -> int | None:
-        """What such a batch needs if that is more than there is; None when it fits or who knows."""
+        """Returns the need of a batch that does not fit; None if it fits or none was measured."""
         need, usable = self.need(height, width, forwards), self._usable()
         return need if need is not None and usable is not None and need > usable else None
 
@@ -124,7 +123,7 @@ class MemoryModel:
         )
 
     def _usable(self) -> int | None:
-        free = self._meter.free
+        free = self._probe.free
         if free is None:
             return self._limit_bytes or None
         usable = int(free * _USABLE)

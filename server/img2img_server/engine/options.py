@@ -23,7 +23,7 @@ class Compile(StrEnum):
 
 
 class TinyVaeUse(StrEnum):
-    """What a tiny autoencoder is for."""
+    """The images that a tiny autoencoder decodes: previews only, or all."""
 
     PREVIEWS = "previews"
     IMAGES = "images"
@@ -68,13 +68,13 @@ def pad_batch_size(forwards: int, max_batch_size: int) -> int:
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:
-    """Heights and widths of a setting.
+    """Returns the heights and widths of a setting.
 
     >>> sizes("512x512, 768x512")
     ((512, 512), (512, 768))
 
     Raises:
-        ValueError: it is no list of sizes.
+        ValueError: the text is no list of sizes.
     """
     found = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):

@@ -1,6 +1,6 @@
-"""Previews: a linear map from latents to colours, fitted to the model's own autoencoder.
+"""Previews: a linear map from latents to colours, fitted to the autoencoder of the model.
 
-A tiny autoencoder gives better ones, where there is one; its pictures are made smaller here.
+A tiny autoencoder makes better previews, if there is one; this module makes them smaller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FIT_IMAGES, _FIT_SIDE = 8, 96
 
 
 def fit_projection(encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Least squares from latents to the mean colour of the pixels that each stands for.
+    """Fits a least-squares map from latents to the mean colour of the pixels of each latent.
 
     Args:
         encode: images n x 3 x h x w in -1..1 to latents n x c x h/8 x w/8, float32 on the CPU.
@@ -25,7 +25,7 @@ def fit_projection(encode: Callable[[Tensor], Tensor]) -> Tensor:
         (c + 1) x 3; the last line is the offset.
     """
     generator = torch.Generator().manual_seed(0)
-    # Soft fields of colour with some texture: what photos and paintings have in common.
+    # Soft fields of colour with some texture, as in photos and paintings.
     coarse = torch.rand((_FIT_IMAGES, 3, 5, 5), generator=generator) * 2 - 1
     fine = torch.rand((_FIT_IMAGES, 3, 24, 24), generator=generator) * 2 - 1
     size = (_FIT_SIDE, _FIT_SIDE)
@@ -36,7 +36,7 @@ def fit_projection(encode: Callable[[Tensor], Tensor]) -> Tensor:
     colours = functional.adaptive_avg_pool2d(images, (latents.shape[2], latents.shape[3]))
     known = _with_offset(latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
     wanted = colours.permute(0, 2, 3, 1).reshape(-1, 3)
-    # A ridge keeps latents that say little about colour from getting large weights.
+    # A ridge bounds the weights of latents that hardly depend on the colour.
     ridge = 1e-3 * len(known) * torch.eye(known.shape[1])
     projection: Tensor = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted)
     return projection
@@ -59,7 +59,7 @@ def project(latents: Tensor, projection: Tensor, side_scale: int = 8) -> Tensor:
 
 
 def shrink(images: Tensor) -> Tensor:
-    """Pictures n x 3 x h x w, their longer side made at most 256."""
+    """Makes images n x 3 x h x w smaller, to at most 256 pixels on the longer side."""
     height, width = images.shape[2:]
     scale = min(1.0, MAX_SIDE / max(height, width))
     size = (max(1, int(height * scale)), max(1, int(width * scale)))

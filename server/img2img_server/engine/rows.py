@@ -27,7 +27,7 @@ class SampleState:
     """One row on the device.
 
     Attributes:
-        slots: What the sampler keeps, 1 x c x h x w each, float32; the latents first.
+        slots: The tensors of the sampler, 1 x c x h x w each, float32; the latents first.
         clean: The clean latents that the last step predicted, of the same shape.
         noise: Drawn for the next step and kept until the step succeeds, so that a retry gets the
             same numbers.

@@ -29,7 +29,7 @@ class Step:
     """The numbers of one step, see above.
 
     Attributes:
-        timestep: What the model is given; may have a fraction.
+        timestep: The timestep for the model; may have a fraction.
         input_scale: The model sees the latents times this.
         slots: The weights of each slot after the step: of the slots before it, of the output, of
             the noise.
@@ -97,7 +97,7 @@ def advance(
         steps: The step that each row takes.
         slots: The slots of each row, 1 x c x h x w, float32.
         outputs: The model's output for each row, of the same shape.
-        noise: What each row drew, or None.
+        noise: The noise that each row drew, or None.
         coefficients: One line a row.
 
     Returns:

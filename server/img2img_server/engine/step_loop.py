@@ -71,7 +71,7 @@ class StepLoop:
         self._scheduler = Scheduler(max_batch_size, denoiser.fixed_step_cost)
         self._memory = memory
         self._runs: dict[int, EngineJobState] = {}
-        self._lost = False  # the device, for good
+        self._lost = False  # the device, permanently
 
     @property
     def has_work(self) -> bool:
@@ -164,7 +164,7 @@ class StepLoop:
         return JobFailed(failure_of(error, run.job))
 
     def _loses_device(self, error: Exception) -> bool:
-        """Checks the device after an error; returns whether it is lost for good."""
+        """Checks the device after an error; returns whether it is lost."""
         if not device_works(self._denoiser.device):
             _log.critical("the device is lost", exc_info=error)
             self._lost = True

@@ -1,1 +1,1 @@
-"""The seams: protocols that have a real and an in-memory implementation."""
+"""The interfaces: protocols with a real and an in-memory implementation."""

@@ -1,4 +1,4 @@
-"""The seams to the bus: the work queue, the event log and the control channel."""
+"""The interfaces to NATS: the work queue, the event log and the control channel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from img2img_server.domain.params import Lane
 
 
 class OwnershipLostError(Exception):
-    """Another writer has appended to the job's log: this one no longer owns the job."""
+    """Another writer has appended to the job's log: this writer no longer owns the job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,39 +40,41 @@ class QueuedJob:
 
 
 class Delivery(Protocol):
-    """One taken message. Exactly one of ack, nak or term ends it; until then keep it alive."""
+    """One delivered message. Exactly one of ack, nak or term ends it; in_progress keeps it."""
 
     @property
     def job(self) -> QueuedJob: ...
 
     @property
     def attempt(self) -> int:
-        """Times the message was delivered, from 1."""
+        """Returns how often the message was delivered, from 1."""
         ...
 
     async def ack(self) -> None:
-        """Done, result stored: removes it."""
+        """Removes the message of a job that has ended."""
         ...
 
     async def nak(self) -> None:
-        """Hands it back for another worker at once."""
+        """Requeues the message at once."""
         ...
 
     async def term(self, reason: str) -> None:
-        """Removes it to the dead letters, without its init image: it can never work."""
+        """Moves the message to the dead letters, without its init image."""
         ...
 
     async def in_progress(self) -> None:
-        """Resets the redelivery clock. To be called every third of ack_wait."""
+        """Resets the redelivery timer. Call it every third of ack_wait."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneLoad:
-    """What lies in one lane of one model.
+    """The jobs in one lane of one model.
 
-    `waiting`: jobs never taken. `taken`: jobs that were taken and have not ended, those handed back
-    included. `last_taken`: the highest place ever taken; 0: none.
+    Attributes:
+        waiting: Jobs that were never delivered.
+        taken: Jobs that were delivered and have not ended, requeued ones included.
+        last_taken: The highest place that was ever delivered; 0: none.
     """
 
     waiting: int
@@ -93,54 +95,54 @@ class JobQueue(Protocol):
 
         Raises:
             QueueFullError: the tenant has its limit of unfinished jobs in this model and lane.
-            UnavailableError: the bus is down.
+            UnavailableError: NATS is down.
         """
         ...
 
     async def remove(self, sequence: int) -> bool:
-        """Withdraws a job that nobody has finished; False when it is gone already."""
+        """Removes a job that has not ended; returns False if it was removed already."""
         ...
 
     async def position(self, model: str, lane: Lane, sequence: int) -> int:
-        """Jobs of that lane not yet taken that lie before `sequence`; -1 when unknown.
+        """Returns how many jobs of the lane wait before place `sequence`; -1: unknown.
 
-        An upper bound where several lanes and models share the queue.
+        An upper bound if several lanes and models share the queue.
         """
         ...
 
     async def depth(self, model: str, lane: Lane) -> int:
-        """Jobs of that lane that no worker has taken."""
+        """Returns how many jobs of the lane were never delivered."""
         ...
 
     async def load(self, model: str, lane: Lane) -> LaneLoad:
-        """The numbers of that lane, at the cost of one question to the bus however many jobs."""
+        """Returns the numbers of the lane with one request to NATS, however many jobs there are."""
         ...
 
     async def unfinished(self, tenant: str) -> int:
-        """The tenant's jobs of all models and lanes, those being run included.
+        """Returns the number of the tenant's jobs of all models and lanes, running ones included.
 
-        To refuse before work is done for a job: others may be put meanwhile.
+        Advisory: other jobs may be queued concurrently.
         """
         ...
 
     async def pull(
         self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
     ) -> list[Delivery]:
-        """Takes up to `most` jobs, earlier lanes first; empty when none came in time."""
+        """Returns up to `most` jobs, earlier lanes first; empty if none came in time."""
         ...
 
 
 class EventWriter(Protocol):
-    """Appends to one job's log, in order. One at a time owns a log; a second one takes it over."""
+    """Appends to one job's log, in order. A log has one writer; a second one takes it over."""
 
     @property
     def sequence(self) -> int:
-        """Number of the last event, 0 for an empty log."""
+        """Returns the number of the last event, 0 for an empty log."""
         ...
 
     @property
     def ended(self) -> bool:
-        """Whether the log already has its terminal event."""
+        """Returns whether the log has its terminal event."""
         ...
 
     async def append(self, event: Event) -> Envelope:
@@ -156,7 +158,7 @@ class EventLog(Protocol):
     """Numbered, replayable events of every job."""
 
     async def open(self, job_id: int, *, fresh: bool = False) -> EventWriter:
-        """Takes over the log of a job; `fresh` says that it is known to be empty."""
+        """Takes over the log of a job; `fresh`: the log is known to be empty."""
         ...
 
     async def last_sequence(self, job_id: int) -> int:
@@ -166,18 +168,17 @@ class EventLog(Protocol):
     def watch(
         self, job_id: int, after_sequence: int = 0
     ) -> AbstractAsyncContextManager[AsyncIterator[Envelope]]:
-        """Replays events above `after_sequence`, then follows live; never ends by itself.
+        """Replays the events after `after_sequence`, then follows the log without end.
 
-        Once the context is entered no event that is written later is missed.
+        Once the context is entered, no later event is missed.
         """
         ...
 
 
 class WorkerCommand(StrEnum):
-    """What every worker can be told to do.
+    """A command to every worker.
 
-    `RESTART`: hand running jobs back, end and come again as a new process. `CLEAR_CACHE`: forget
-    what is kept for speed only.
+    RESTART: requeue the running jobs and end, for a new process. CLEAR_CACHE: drop the caches.
     """
 
     RESTART = "restart"
@@ -199,7 +200,7 @@ class StreamState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamNotice:
-    """One api's message to all apis, itself included. `grace_seconds`: what is left, if BROKEN."""
+    """One api's message to all apis, itself included. `grace_seconds`: the rest, if BROKEN."""
 
     state: StreamState
     tenant: str
@@ -208,7 +209,7 @@ class StreamNotice:
 
 
 class Control(Protocol):
-    """Commands that reach every worker, and notices that reach every api, at once; not stored."""
+    """Sends commands to every worker and notices to every api, at once; none is stored."""
 
     async def cancel(self, job_id: int) -> None:
         """Asks the worker that runs the job to stop it at its next step."""
@@ -217,21 +218,21 @@ class Control(Protocol):
     def on_cancel(
         self, handler: Callable[[int], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
-        """Calls `handler` with the id of every job that shall be cancelled."""
+        """Calls `handler` with the id of every job to cancel."""
         ...
 
-    async def broadcast(self, broadcast: WorkerCommand) -> None:
-        """Tells every worker that listens now."""
+    async def broadcast(self, command: WorkerCommand) -> None:
+        """Sends a command to every worker that listens now."""
         ...
 
     def on_command(
         self, handler: Callable[[WorkerCommand], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
-        """Calls `handler` with every order."""
+        """Calls `handler` with every command."""
         ...
 
     async def notify(self, notice: StreamNotice) -> None:
-        """Tells every api that listens now."""
+        """Sends a notice to every api that listens now."""
         ...
 
     def on_notice(

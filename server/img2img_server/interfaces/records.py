@@ -1,4 +1,4 @@
-"""The seams to what is kept: job records and worker announcements."""
+"""The interfaces to job records and worker announcements."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from img2img_server.domain.models import ModelInfo, WorkerInfo
 
 
 class ConflictError(Exception):
-    """The record was changed since it was read."""
+    """The record has changed since it was read."""
 
 
 class UnreadableError(Exception):
-    """The record is not what it should be: a stranger's, or of a version too far away."""
+    """The record cannot be decoded: another program or version wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A record and the revision to compare and swap with."""
+    """A record and the revision for compare-and-swap."""
 
     job: Job
     revision: int
 
 
 class JobStore(Protocol):
-    """Job records by tenant and id. One whose job ended longer ago than the retention is none.
+    """Job records by tenant and id.
 
-    Those that never end expire as well, some time after their last change.
+    A record expires when its job ended before the retention time; the record of a job that never
+    ends expires some time after its last change.
     """
 
     async def next_id(self, tenant: str) -> int:
@@ -40,7 +41,7 @@ class JobStore(Protocol):
         ...
 
     async def get(self, tenant: str, job_id: int) -> Stored | None:
-        """The record, or None when there is none (any more).
+        """Returns the record, or None if there is none or it has expired.
 
         Raises:
             UnreadableError, UnavailableError.
@@ -52,7 +53,7 @@ class JobStore(Protocol):
         ...
 
     async def delete(self, tenant: str, job_id: int) -> None:
-        """Removes a record; for jobs that never reached the queue."""
+        """Removes the record of a job that never reached the queue."""
         ...
 
     async def list_ids(
@@ -60,27 +61,27 @@ class JobStore(Protocol):
     ) -> list[int]:
         """Returns up to `most` ids that the tenant drew below `before`, newest first.
 
-        An id may have no record, or none any more. The cost grows with `most`, and hardly with the
+        An id may have no record. The cost grows with `most`, and hardly with the
         number of the tenant's jobs. Raises UnavailableError.
         """
         ...
 
     async def find_request(self, tenant: str, request_id: str) -> tuple[str, int] | None:
-        """Fingerprint and job id that an idempotency key is bound to; None when it is free."""
+        """Returns the fingerprint and job id of an idempotency key; None: the key is free."""
         ...
 
     async def claim_request(
         self, tenant: str, request_id: str, fingerprint: str, job_id: int
     ) -> tuple[str, int]:
-        """Binds an idempotency key to a job, or tells to which it is bound.
+        """Binds an idempotency key to a job, unless it is bound already.
 
         Returns:
-            The fingerprint and job id now stored: the ones given when the claim is won.
+            The fingerprint and job id that are stored now.
         """
         ...
 
     async def release_request(self, tenant: str, request_id: str) -> None:
-        """Frees an idempotency key; for jobs that never reached the queue."""
+        """Frees the idempotency key of a job that never reached the queue."""
         ...
 
 
@@ -88,21 +89,21 @@ class WorkerRegistry(Protocol):
     """Announcements of workers and of the models they serve or served."""
 
     async def announce(self, worker: WorkerInfo) -> None:
-        """Says that the worker lives; forgotten `ttl_seconds` after the last time."""
+        """Announces a live worker; the announcement expires `ttl_seconds` later."""
         ...
 
     async def withdraw(self, name: str) -> None:
-        """Says that the worker stops."""
+        """Withdraws the announcement of a worker that stops."""
         ...
 
     async def workers(self) -> list[WorkerInfo]:
-        """Live workers, by name."""
+        """Returns the live workers, by name."""
         ...
 
     async def models(self) -> list[ModelInfo]:
-        """Every model ever announced, also while none serves it, by name."""
+        """Returns every model that was ever announced, by name."""
         ...
 
     async def model(self, name: str) -> ModelInfo | None:
-        """One model, or None when no worker ever announced it."""
+        """Returns a model, or None if no worker ever announced it."""
         ...

@@ -1,4 +1,4 @@
-"""The seam to the outbox: webhooks of ended jobs that are not delivered yet."""
+"""The interface to the outbox: webhooks of ended jobs that are not delivered yet."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from img2img_server.domain.job import Job
 
 
 class OutboxFullError(Exception):
-    """The tenant has as many undelivered webhooks as it may have."""
+    """The tenant has its limit of undelivered webhooks."""
 
 
 class PendingWebhook(Protocol):
-    """One taken webhook. `done` or `retry` ends it; otherwise the outbox returns it again."""
+    """One webhook that was pulled. `done` or `retry` ends it; otherwise it is pulled again."""
 
     @property
     def job(self) -> Job:
-        """The job as it ended."""
+        """Returns the job that ended."""
         ...
 
     @property
     def deliveries(self) -> int:
-        """Times it was taken, from 1."""
+        """Returns how often the webhook was pulled, from 1."""
         ...
 
     async def done(self) -> None:
-        """Removes it: delivered, or given up."""
+        """Removes the webhook: it was delivered, or given up."""
         ...
 
     async def retry(self, delay_seconds: float) -> None:
-        """Makes it due again after the delay, for this or another api."""
+        """Makes the webhook due again after the delay, for this or another api."""
         ...
 
 
 class WebhookOutbox(Protocol):
-    """Durable, at least once, in no order. Its methods raise UnavailableError."""
+    """Durable, at least once, without order. Its methods raise UnavailableError."""
 
     async def put(self, job: Job, *, again: bool = False) -> None:
-        """Stores the webhook of an ended job; a second time within ten minutes only with `again`.
+        """Stores the webhook of an ended job; within ten minutes a second time only with `again`.
 
         Raises:
-            OutboxFullError: the tenant has too many that are not delivered.
+            OutboxFullError: the tenant has too many undelivered webhooks.
         """
         ...
 
     async def pull(self, most: int, timeout_seconds: float) -> list[PendingWebhook]:
-        """Takes up to `most` that are due; empty when none became due in time."""
+        """Returns up to `most` webhooks that are due; empty if none became due in time."""
         ...

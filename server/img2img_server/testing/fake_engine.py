@@ -137,7 +137,7 @@ class FakeEngine:
         self._thread.join()
 
     def lose_device(self) -> None:
-        """Breaks for good: running jobs end with DeviceLost, new ones with JobStopped."""
+        """Breaks permanently: running jobs end with DeviceLost, new ones with JobStopped."""
         with self._changed:
             self._lost = True
             self._changed.notify_all()

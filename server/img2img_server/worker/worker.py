@@ -1,4 +1,4 @@
-"""Pulls jobs as long as the engine has room, runs them, and hands them back when it stops."""
+"""Pulls jobs as long as the engine has room, runs them, and requeues them when it stops."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Worker:
         self._restarting = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, announced: Callable[[], None] | None = None) -> None:
-        """Works until `stop` is set, then finishes or hands back its jobs.
+        """Works until `stop` is set, then finishes or requeues its jobs.
 
         Args:
             announced: called once, when the worker is announced and takes jobs.
 
         Raises:
-            RestartError: an operator requested a restart, and the jobs are handed back.
+            RestartError: an operator requested a restart, and the jobs are requeued.
             UnavailableError: the device is lost; other workers have the jobs.
         """
         async with (
@@ -70,7 +70,7 @@ class Worker:
             pulling = tasks.create_task(self._pull(tasks))
             lost = self._deps.device_lost
             await first_of(stop.wait(), self._restarting.wait(), lost.wait())
-            # Order: stop announcing, stop pulling, end or hand back the jobs, delete orphan files.
+            # Order: stop announcing, stop pulling, end or requeue the jobs, delete orphan files.
             announcing.cancel()
             pulling.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
