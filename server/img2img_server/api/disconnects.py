@@ -23,13 +23,13 @@ import structlog
 from img2img_server import errors
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.deps import ApiDeps
+from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.interfaces.queue import StreamNotice, StreamState
 from img2img_server.interfaces.records import Stored
 
 _ANSWER_SECONDS: Final = 0.5  # how long apis may take to say that they stream a job
 _SUCCESSOR_SECONDS: Final = 3.0  # how much longer the other apis wait, and as much again at random
 _RETRY_SECONDS: Final = 2.0
-_TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 _TRIES: Final = 30
 
 log = structlog.get_logger()
@@ -189,7 +189,7 @@ class GenerateCall:
     def sends(self, kind: str | None) -> None:
         """Notes the kind of the next event: from it the caller knows the job's name, or its end."""
         self._is_named = True
-        self.has_ended |= kind in _TERMINAL
+        self.has_ended |= kind in TERMINAL_STATES
 
     def done(self) -> None:
         """Handles the end of the call, which gRPC reports."""

@@ -26,13 +26,14 @@ from img2img.v1 import (
 )
 from img2img_server.compat.modelslab import call_names
 from img2img_server.compat.modelslab.errors import RETRY_SECONDS, ErrorKind, RequestError
+from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
-ENDED = (job_pb2.Job.STATE_SUCCEEDED, job_pb2.Job.STATE_FAILED, job_pb2.Job.STATE_CANCELLED)
+ENDED = tuple(job_pb2.Job.State.Value(f"STATE_{state.name}") for state in TERMINAL_STATES)
 _MAX_KEY_CHARACTERS = 1024  # longer ones would exceed the limit on metadata
 WATCH_AGAIN_SECONDS = 1.0  # after a stream that broke or was refused
 _CREATE_SECONDS = 60.0  # includes the download of the init image
@@ -185,7 +186,7 @@ class Upstream:
             with suppress(RequestError):
                 async for event in self.watch(key, job_id):
                     kind = event.WhichOneof("event")
-                    if kind in ("snapshot", "succeeded", "failed", "cancelled"):
+                    if kind in ("snapshot", *TERMINAL_STATES):
                         job = getattr(event, kind).job
             if job.state not in ENDED:
                 with suppress(RequestError):

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from img2img.v1 import event_pb2, service_pb2
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.requests import Img2ImgRequest, merge
+from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
 from img2img_server.gateway.openapi import BODY, body, outcomes
@@ -140,7 +141,7 @@ class Endpoints:
             if snapshot.snapshot.job.state not in ENDED:
                 return False
             async for event in events:
-                is_terminal = event.WhichOneof("event") in ("succeeded", "failed", "cancelled")
+                is_terminal = event.WhichOneof("event") in TERMINAL_STATES
                 return is_terminal and event.sequence <= sequence
         return True
 
