@@ -36,7 +36,7 @@ def value_set(name: str) -> str:
 
 @cache
 def render(name: str, *arguments: str) -> list[Object]:
-    """What the chart makes of a value set, by kind and name. Not to be changed by callers."""
+    """Returns the rendered objects of a value set, by kind and name. Do not change them."""
     done = helm("--values", value_set(name), *arguments)
     assert done.returncode == 0, done.stderr
     objects = [each for each in yaml.safe_load_all(done.stdout) if each]
@@ -44,7 +44,7 @@ def render(name: str, *arguments: str) -> list[Object]:
 
 
 def refusal(*arguments: str, name: str = "default") -> str:
-    """What helm says against values that are wrong."""
+    """Returns helm's message about invalid values."""
     done = helm("--values", value_set(name), *arguments)
     assert done.returncode != 0, "helm took it"
     return done.stderr
@@ -79,7 +79,7 @@ def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:
 
 
 def environment(objects: list[Object], container: Object) -> dict[str, Any]:
-    """What a container's environment is made of: text, or where it comes from."""
+    """Returns the environment of a container: texts, or their sources."""
     found: dict[str, Any] = {}
     for source in container.get("envFrom", []):
         found |= of_kind(objects, "ConfigMap")[source["configMapRef"]["name"]]["data"]

@@ -6,7 +6,7 @@ import signal
 pytest_plugins = ["fixtures_engines"]
 
 # A shell that starts us in the background has SIGINT ignored, and what we start would inherit that:
-# commands that tests interrupt would not hear it.
+# commands that tests interrupt would not receive it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""What the engine's tests share: jobs, a sink that can be waited on, the stock pipeline."""
+"""Common code of the engine's tests: jobs, a sink that can be waited on, the stock pipeline."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ReplyInbox:
 
 
 def blocks(height: int, width: int, seed: int = 0) -> Pixels:
-    """A picture of coloured 8 x 8 blocks."""
+    """Returns an image of coloured 8 x 8 blocks."""
     rng = np.random.default_rng(seed)
     colours = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return colours.repeat(8, axis=0).repeat(8, axis=1)
@@ -113,8 +113,8 @@ def run(engine: Engine, wanted: EngineJob) -> list[EngineEvent]:
     return inbox.all()
 
 
-def pictures(events: list[EngineEvent]) -> list[Pixels]:
-    """The pictures of a job that ended well, by sample."""
+def images(events: list[EngineEvent]) -> list[Pixels]:
+    """Returns the images of a job that succeeded, by sample."""
     assert isinstance(events[-1], JobDone), events[-1]
     found = {event.sample: event.pixels for event in events if isinstance(event, SampleReady)}
     return [found[sample] for sample in sorted(found)]
@@ -133,7 +133,7 @@ def stock_call(wanted: EngineJob) -> dict[str, Any]:
 
 
 class Stock:
-    """The image-to-image pipeline of diffusers as anyone would call it, one sample at a time.
+    """The image-to-image pipeline of diffusers as in its documentation, one sample at a time.
 
     Args:
         call: Returns the pipeline's arguments for a request.
@@ -151,12 +151,12 @@ class Stock:
         self._config = dict(self._pipeline.scheduler.config)
         self._call = call
 
-    def pictures(self, wanted: EngineJob) -> list[Pixels]:
+    def images(self, wanted: EngineJob) -> list[Pixels]:
         """Returns the images of all samples."""
         self._pipeline.scheduler = make_scheduler(wanted.params.scheduler, self._config)
-        return [self._picture(wanted, seed) for seed in wanted.seeds]
+        return [self._image(wanted, seed) for seed in wanted.seeds]
 
-    def _picture(self, wanted: EngineJob, seed: int) -> Pixels:
+    def _image(self, wanted: EngineJob, seed: int) -> Pixels:
         images = self._pipeline(
             **self._call(wanted),
             generator=torch.Generator().manual_seed(seed),

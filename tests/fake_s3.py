@@ -18,7 +18,7 @@ LIFECYCLE = "lifecycle"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call gets instead of its real answer. `code`: of S3, in XML; empty: the text alone."""
+    """A response in place of the real one. `code`: of S3, in XML; empty: the text alone."""
 
     status: int
     code: str = ""

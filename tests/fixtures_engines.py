@@ -1,4 +1,4 @@
-"""Real engines for tests, and what is held against the same contract in memory and for real."""
+"""Real NATS and S3 servers for tests, and implementations that pass the same contract tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from img2img_server.testing.memory_blobs import MemoryBlobStore
 QUEUE_LIMIT = 3
 ACK_WAIT_SECONDS = 0.5
 
-# Opens one more connection to the bus of the test, as another process would.
+# Opens one more connection to NATS, as another process would.
 OpenBus = Callable[[], AbstractAsyncContextManager[Bus]]
 
 
@@ -36,7 +36,7 @@ async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
 
 @pytest.fixture
 async def engine_settings(engines: LocalServers) -> Callable[..., Settings]:
-    """Makes settings for the engines of the test run: the bus empty, the bucket a new one."""
+    """Makes settings for the engines of the test run: NATS empty, the bucket a new one."""
     async with connect([engines.nats_url]) as link:
         for stream in await link.js.streams_info():
             await link.js.delete_stream(stream.config.name)

@@ -1,6 +1,6 @@
 """Addresses that must be refused without a connection. PORT stands for a listener's port.
 
-Whatever a spelling means, it reaches the listener when nobody refuses it: it is an address of this
+Whatever a spelling means, it reaches the listener if it is not refused: it is an address of this
 machine, or a name that the test's resolver maps to one.
 """
 

@@ -55,7 +55,7 @@ def cannot_run_pods() -> str:
 
 
 class Kubelet:
-    """The pods of rendered objects: where each is, and what stands behind Services."""
+    """The pods of rendered objects: the address of each, and the pods of Services."""
 
     def __init__(self, objects: list[Object], folder: Path) -> None:
         self.objects = objects
@@ -187,7 +187,7 @@ class RunningPod:
         return await self.ended(), time.monotonic() - started
 
     def status(self) -> dict[str, str]:
-        """What the kernel says of the main container's process."""
+        """Returns the kernel's status of the main container's process."""
         assert self._process is not None, "it was not started"
         lines = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8").splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}

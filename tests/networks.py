@@ -1,4 +1,4 @@
-"""What lies between a caller and an api: a TCP relay that misbehaves, and a proxy for HTTP/2."""
+"""The network between a caller and an api: a TCP relay that misbehaves, and a proxy for HTTP/2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINGER_NOT = struct.pack("ii", 1, 0)  # closing sends RST
 
 
 class Relay:
-    """Passes bytes on to `target`, "host:port", until it is told to break its connections."""
+    """Passes bytes on to `target`, "host:port", until a test breaks its connections."""
 
     def __init__(self, target: str) -> None:
         self._host, _, port = target.rpartition(":")
@@ -33,7 +33,7 @@ class Relay:
             writer.transport.abort()
 
     def fall_silent(self) -> None:
-        """Swallows what comes on every connection that is open now; no side is told."""
+        """Swallows what comes on every connection that is open now; no side is notified."""
         self._silent |= self._writers
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""What schemathesis is told about this API: keys that work, a picture that is one, jobs that exist.
+"""Values of this API for schemathesis: valid keys, a valid image, existing jobs.
 
 Schemathesis loads this file itself; see tests/contract/test_http_contract_openapi.py.
 """
@@ -14,8 +14,9 @@ import httpx
 import schemathesis
 from schemathesis import GenerationMode
 
-KNOWN = json.loads(os.environ["KNOWN"])  # keys, models, picture, job, names (of files), url
-# What is read from a string as well as from a number: no JSON Schema knows limits of the former.
+KNOWN = json.loads(os.environ["KNOWN"])  # keys, models, image, job, names (of files), url
+# Fields that are read from a string as well as from a number: no JSON Schema knows limits of the
+# former.
 NUMBERS = {
     "width": "512",
     "height": "512",
@@ -57,21 +58,21 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
         known = {"job_id": KNOWN["job"], "name": KNOWN["names"].get(case.path.split("/")[1])}
         for name in case.path_parameters:
             case.path_parameters[name] = known[name]
-    # Also in place of an id that it saw in an answer: that job has ended.
+    # Also in place of an id that it saw in a response: that job has ended.
     if case.path.endswith(":cancel") and str(case.path_parameters["job_id"]).isdecimal():
         case.path_parameters["job_id"] = _waiting_job()
 
 
 def _waiting_job() -> str:
     """A new job that no worker takes."""
-    spec = {"prompt": "a", "init_image": {"data": KNOWN["picture"]}, "model": KNOWN["idle"]}
+    spec = {"prompt": "a", "init_image": {"data": KNOWN["image"]}, "model": KNOWN["idle"]}
     answer = httpx.post(f"{KNOWN['url']}/v1/jobs", json={"key": KNOWN["maker"], "spec": spec})
     return str(answer.raise_for_status().json()["job"]["id"])
 
 
 def _correct(body: dict[str, Any]) -> None:
     if "init_image" in body:
-        inline = KNOWN["picture"]
+        inline = KNOWN["image"]
         body["init_image"] = inline if isinstance(body["init_image"], str) else {"data": inline}
     for name, known in (("model", KNOWN["model"]), ("scheduler", ""), ("lora", "")):
         if name in body:

@@ -1,4 +1,4 @@
-"""What an installed package brings."""
+"""The dependencies of an installed package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the pictures that tests need: ordinary ones and every kind of trouble."""
+"""Creates images for tests: ordinary ones and every kind of invalid one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def photo(width: int = 512, height: int = 512, path: Path = COFFEE) -> Pixels:
 
 
 def quadrants(width: int = 64, height: int = 32) -> Pixels:
-    """Red, green, blue and grey quarters, in reading order: tells every rotation apart."""
+    """Red, green, blue and grey quarters, in reading order: distinguishes every rotation."""
     pixels = np.empty((height, width, 3), np.uint8)
     pixels[: height // 2, : width // 2] = (255, 0, 0)
     pixels[: height // 2, width // 2 :] = (0, 255, 0)
@@ -48,7 +48,7 @@ def saved(image: Image.Image | Pixels, container: str, **options: object) -> byt
 
 
 def opened(data: bytes) -> Image.Image:
-    """What Pillow makes of a file."""
+    """Returns the image that Pillow reads from a file."""
     return Image.open(BytesIO(data))
 
 
@@ -179,7 +179,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def flat_png(width: int, height: int) -> bytes:
-    """A grey picture of 1 bit a pixel: 70 megapixels are a file of 9 kB."""
+    """Returns a grey image of 1 bit a pixel: 70 megapixels are a file of 9 kB."""
     return png(width, height, bytes(height * (1 + (width + 7) // 8)), depth=1, colour=0)
 
 
@@ -244,7 +244,7 @@ def arithmetic_jpeg() -> bytes:
 
 
 def padded_png(size_bytes: int) -> bytes:
-    """A valid 8x8 picture of exactly size_bytes, most of it a chunk that nobody reads."""
+    """Returns a valid 8x8 image of exactly size_bytes, most of it in an ignored chunk."""
     plain = png(8, 8, bytes(8 * 25))
     padding = bytes(size_bytes - len(plain) - 12)
     return png(8, 8, bytes(8 * 25), more=((b"juNk", padding),))

@@ -1,4 +1,4 @@
-"""What a pod's containers are given: command, environment, files. See kubelet.py."""
+"""The content of a pod's containers: command, environment, files. See kubelet.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.chart_render import ROOT, Object, Pod, of_kind
 
 
 def config(objects: list[Object], kind: str, name: str) -> dict[str, bytes]:
-    """What a ConfigMap or Secret holds."""
+    """Returns the entries of a ConfigMap or Secret."""
     found = of_kind(objects, kind)[name]
     texts = {**found.get("data", {}), **found.get("stringData", {})}
     content = {key: text.encode() for key, text in texts.items()}
@@ -24,7 +24,7 @@ def config(objects: list[Object], kind: str, name: str) -> dict[str, bytes]:
 
 
 class PodContent:
-    """The content of one pod, whose volumes lie in `folder`. `ports`: what some became."""
+    """The content of one pod, whose volumes are in `folder`. `ports`: replaced ports."""
 
     def __init__(
         self, objects: list[Object], pod: Pod, address: str, ports: dict[int, int], folder: Path
@@ -45,7 +45,7 @@ class PodContent:
         return text.replace("0.0.0.0", self._address).replace("127.0.0.1", self._address)
 
     def environment(self, container: Object) -> dict[str, str]:
-        """What the manifest says, and where this machine has the image's programs."""
+        """Returns the command of the manifest, with the paths of this machine."""
         found = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}"}
         if "PYTHONPATH" in os.environ:
             found["PYTHONPATH"] = os.environ["PYTHONPATH"]

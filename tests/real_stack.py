@@ -1,6 +1,6 @@
 """A fixture: the whole service as processes around a small model with random weights.
 
-Its pictures mean nothing, its path is the real one. Import `stack` and `worker` to use it.
+Its images mean nothing, its path is the real one. Import `stack` and `worker` to use it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealS
 
 @asynccontextmanager
 async def running_stack(folder: Path, **changes: str) -> AsyncIterator[RealStack]:
-    """Engines, api and gateway; workers are started by who uses it. `changes`: settings."""
+    """Engines, api and gateway; the caller starts workers. `changes`: settings."""
     model = write_sd(folder / "tiny", tiny_vae=True, scheduler=ZERO_SNR_V)
     grpc_port, http_port = free_port(), free_port()
     async with LocalServers(folder / "state") as engines, AsyncExitStack() as exits:

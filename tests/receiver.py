@@ -1,4 +1,4 @@
-"""A receiver of webhooks: a real HTTP server that answers as it is told and keeps what it got."""
+"""A receiver of webhooks: a real HTTP server whose responses the test sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Received:
 
 @dataclass
 class Receiver:
-    """Gives its answers in order and the last one for ever: statuses, with headers if needed."""
+    """Sends its responses in order, the last one repeatedly: statuses, or statuses with headers."""
 
     answers: list[int | tuple[int, dict[str, str]]]
     port: int = 0
@@ -67,7 +67,7 @@ async def receiving(
 
 
 async def until(ask: Callable[[], Awaitable[Any]], wanted: Any) -> None:
-    """Asks until the answer is the wanted one."""
+    """Polls until the response is the expected one."""
     async with asyncio.timeout(WAIT_SECONDS):
         while await ask() != wanted:  # noqa: ASYNC110 - the other side has no event to wait for
             await asyncio.sleep(0.01)

@@ -177,7 +177,7 @@ def _lively(unet: Any) -> Any:
 
 @torch.no_grad()
 def vivid(autoencoder: Any) -> Any:
-    """Makes pictures of contrast: random weights give an even grey, which would prove nothing."""
+    """Makes images with contrast: random weights give an even grey, which would prove nothing."""
     noise = torch.randn(1, autoencoder.config.latent_channels, 8, 8)
     image = autoencoder.decode(noise / autoencoder.config.scaling_factor).sample
     last = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]

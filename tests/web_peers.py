@@ -141,18 +141,18 @@ class Origin:
             await writer.wait_closed()
 
 
-RESET = b"RESET"  # in an answer: the connection is reset there
+RESET = b"RESET"  # in a response: the connection is reset there
 
 
 def answer(status: int, body: bytes = b"", *headers: str) -> bytes:
-    """The bytes of an HTTP answer that ends its connection."""
+    """The bytes of an HTTP response that ends its connection."""
     lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Connection: close", *headers]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 @asynccontextmanager
 async def origin(*answers: bytes, tls: ssl.SSLContext | None = None) -> AsyncIterator[Origin]:
-    """An Origin on 127.0.0.1; the last answer is given for ever, without any it is the picture."""
+    """An Origin on 127.0.0.1; the last answer is given for ever, without any it is the image."""
     found = Origin(list(answers) or [answer(200, IMAGE)])
     server = await asyncio.start_server(found.accept, "127.0.0.1", 0, ssl=tls)
     found.port = server.sockets[0].getsockname()[1]

@@ -1,4 +1,4 @@
-"""What the chart makes of each value set, in full. `make gold` rewrites the files."""
+"""The whole rendered chart of each value set. `make gold` rewrites the files."""
 
 from __future__ import annotations
 

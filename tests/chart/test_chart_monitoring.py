@@ -61,7 +61,7 @@ def assert_exported(expression: str) -> None:
     asked = list(selectors(expression))
     assert asked
     for name, labels in asked:
-        assert name in KNOWN, f"{name} is exported by nobody"
+        assert name in KNOWN, f"{name} is exported by no role"
         assert labels - KNOWN[name] - TARGET_LABELS == set(), name
 
 

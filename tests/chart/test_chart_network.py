@@ -1,4 +1,4 @@
-"""Who may talk to whom, worked out from the NetworkPolicies as Kubernetes would."""
+"""Allowed connections, derived from the NetworkPolicies as in Kubernetes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def may_talk(objects: list[Object], source: Pod, target: Pod, port: int) -> bool
     return allowed(out, "to", target) and allowed(into, "from", source)
 
 
-def test_in_a_quickstart_everybody_reaches_what_it_needs_and_nothing_else() -> None:
+def test_in_a_quickstart_each_pod_reaches_its_servers_and_nothing_else() -> None:
     objects = render("quickstart")
     found = {pod.labels["app.kubernetes.io/component"]: pod for pod in pods(objects)}
     ports = {50051: "grpc", 8080: "http", 4222: "client", 8333: "s3", 9333: "master"}

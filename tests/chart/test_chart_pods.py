@@ -175,7 +175,7 @@ def test_production_pins_every_image_by_its_digest() -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_whoever_scales_a_deployment_is_alone_in_it(name: str) -> None:
+def test_only_one_controller_scales_a_deployment(name: str) -> None:
     objects = render(name)
     scaled = {
         each["spec"]["scaleTargetRef"]["name"]

@@ -1,4 +1,4 @@
-"""What every door says the same: defaults, seeds, limits, warnings, and that there is no model."""
+"""All APIs agree on defaults, seeds, limits, warnings and the error without a model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODEL = replace(
 
 
 class Apis:
-    """One service, asked over each of its doors; answers with the job at its end."""
+    """One service behind each of its APIs; returns the job at its end."""
 
     def __init__(self, today: Gateway, legacy: Gateway) -> None:
         self.today, self.legacy = today, legacy

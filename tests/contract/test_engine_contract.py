@@ -1,4 +1,4 @@
-"""What every engine promises to the worker. Runs against each implementation."""
+"""The contract between engines and the worker. Runs against each implementation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from img2img_server.engine.base import (
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.errors import EngineError
 from img2img_server.testing.fake_engine import FakeEngine
-from tests.engine_bench import BOUND, ReplyInbox, difference, job, load, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, difference, images, job, load, run, running
 from tests.tiny_models import write_sd
 
 
@@ -61,7 +61,7 @@ def test_a_job_reports_its_stages_its_steps_its_image_and_its_end_in_this_order(
 
 
 def test_the_image_has_the_size_of_the_init_image(engine: Engine) -> None:
-    (pixels,) = pictures(run(engine, job()))
+    (pixels,) = images(run(engine, job()))
 
     assert (pixels.shape, pixels.dtype) == ((64, 72, 3), np.uint8)
 
@@ -77,8 +77,8 @@ def test_timings_count_the_steps_of_all_samples_and_lie_within_the_whole(engine:
 
 
 def test_the_same_seed_gives_the_same_image_and_another_seed_another_one(engine: Engine) -> None:
-    first = pictures(run(engine, job(seeds=(5, 6))))
-    again = pictures(run(engine, job(job_id=2, seeds=(6,))))
+    first = images(run(engine, job(seeds=(5, 6))))
+    again = images(run(engine, job(job_id=2, seeds=(6,))))
 
     assert difference(first[1], again[0]) <= BOUND
     assert difference(first[0], first[1]) > BOUND
@@ -89,7 +89,7 @@ def test_strength_zero_gives_the_init_image_without_a_stage_or_a_step(engine: En
     events = run(engine, wanted)
 
     assert [type(event) for event in events] == [SampleReady, JobDone]
-    assert np.array_equal(pictures(events)[0], wanted.init_image)
+    assert np.array_equal(images(events)[0], wanted.init_image)
 
 
 def test_previews_come_at_the_asked_interval_and_are_small(engine: Engine) -> None:
@@ -131,7 +131,9 @@ def test_jobs_submitted_together_all_end(engine: Engine) -> None:
     assert [type(inbox.all()[-1]) for inbox in inboxes] == [JobDone] * 12
 
 
-def test_a_sink_that_raises_harms_nobody(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_raises_harms_no_other_job(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(event: EngineEvent) -> None:
         raise ValueError(event)
 
@@ -160,10 +162,10 @@ def test_it_says_what_it_is(engine: Engine) -> None:
 
 
 def test_a_cleared_cache_changes_no_image(engine: Engine) -> None:
-    before = pictures(run(engine, job()))
+    before = images(run(engine, job()))
     engine.clear_cache()
 
-    assert difference(pictures(run(engine, job(job_id=2)))[0], before[0]) == 0
+    assert difference(images(run(engine, job(job_id=2)))[0], before[0]) == 0
 
 
 def test_the_time_its_device_worked_grows_with_its_jobs_and_not_while_it_rests(

@@ -107,7 +107,7 @@ async def test_all_violations_are_reported_at_once_in_the_contract_s_order(
     }
 
 
-async def test_a_model_that_nobody_serves_is_reported_at_its_field(gateway: Gateway) -> None:
+async def test_a_model_that_no_worker_serves_is_reported_at_its_field(gateway: Gateway) -> None:
     answer = await create(gateway, model="dreamer")
     text = "model 'dreamer' is not served here; known models: fake"
     assert (answer.status_code, answer.json()["errors"]) == (400, {"model": [text]})

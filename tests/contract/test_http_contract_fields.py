@@ -157,7 +157,7 @@ async def test_legacy_tells_all_failures_by_field(legacy: Gateway) -> None:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A rule, what is sent by it, and what `meta` then says."""
+    """A rule, the sent value, and the value in `meta`."""
 
     rule: str
     sent: dict[str, Any]
@@ -241,7 +241,7 @@ async def test_a_random_seed_is_drawn_and_reported(
 
 
 def printed(key: str) -> str:
-    """The request body of the hosted API's page, word for word but for its key and its picture."""
+    """Returns the body on the hosted API's page, unchanged except its key and its init image."""
     return f"""{{
       "key": "{key}",
       "prompt": "a cat sitting on a bench",

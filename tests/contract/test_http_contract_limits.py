@@ -119,7 +119,7 @@ async def test_a_flood_of_bad_init_images_is_rejected_before_their_download() ->
         for next_one in (
             NOWHERE,
             PHOTO_URL,
-        ):  # the gateway cannot tell them apart before the download
+        ):  # the gateway cannot distinguish them before the download
             refused = await gateway.create(init_image=next_one)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "6")
             limit = f"Maximum {MISTAKES} requests per minute allowed."

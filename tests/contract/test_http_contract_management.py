@@ -48,7 +48,7 @@ KEY = {"key": "dev-key"}
 
 @pytest_asyncio.fixture(params=[False, True], ids=["today", "legacy"])
 async def gateway(request: pytest.FixtureRequest) -> AsyncIterator[Gateway]:
-    """A gateway without a worker, so that nobody has to restart."""
+    """A gateway without a worker, so that no worker restarts."""
     bus = memory_bus()
     async with running_worker(bus) as worker:
         await worker.drained()
@@ -168,7 +168,7 @@ async def test_a_cleared_job_fails_with_queue_cleared_and_running_ones_finish() 
         assert (await gateway.fetch(running)).json()["status"] == "success"
 
 
-async def test_a_post_that_waits_hears_that_the_queue_was_cleared() -> None:
+async def test_a_post_that_waits_reports_that_the_queue_was_cleared() -> None:
     async with busy_gateway() as (gateway, running):
         waiting = asyncio.create_task(gateway.http.post(f"{ENTERPRISE}/img2img", json=body()))
         async with gateway.stack.bus.events.watch(running + 1) as log:

@@ -1,6 +1,6 @@
 """The OpenAPI document against the gateway: schemathesis makes requests of it, right and wrong.
 
-Its checks: no answer of 500 and above, every answer as documented (code, media type, headers and
+Its checks: no status of 500 and above, every response as documented (code, media type, headers and
 body), what the document allows is accepted, what it forbids is refused, other methods are 405.
 """
 
@@ -49,9 +49,8 @@ SECONDS = 360.0  # under a minute on two idle cores
 
 @asynccontextmanager
 async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]]]:
-    """A gateway with all behind it: its address, and what the hooks are told.
-
-    Two tenants, so that the storage that one sets up is not where the other's pictures go.
+    """A gateway with all behind it: its address, and the values for the hooks. Two tenants, so that
+    the storage that one sets up is not where the other's images go.
     """
     (maker, maker_entry), (manager, manager_entry) = (
         new_key("maker", ["unsafe"]),
@@ -62,7 +61,7 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
     bus = memory_bus(queue_limit=100_000, storage_keys=new_storage_key())
     blobs, stop = MemoryBlobStore(), asyncio.Event()
 
-    async def work() -> None:  # and again when it was told to restart
+    async def work() -> None:  # and again after a restart command
         while not stop.is_set():
             async with running_worker(bus, blobs=blobs) as worker:
                 await first_of(stop.wait(), asyncio.wait([worker.task]))
@@ -79,7 +78,7 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
         config = settings(api_address=api.address, http_port=0, wait_seconds=1)
         async with background_task(serve(config, blobs, stop, address.set_result)) as serving:
             url = f"http://{await address}"
-            known = {"url": url, "maker": maker, "manager": manager, "picture": photo_base64()}
+            known = {"url": url, "maker": maker, "manager": manager, "image": photo_base64()}
             models = {"model": FAKE_MODEL.name, "idle": IDLE.name}
             yield url, known | models | await _some_jobs(url, maker)
             stop.set()

@@ -1,4 +1,4 @@
-"""The same request over HTTP and over gRPC: the same job, the same picture, the same complaints."""
+"""The same request over HTTP and over gRPC: the same job, the same image, the same errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Both:
         return job_pb2.JobSpec(**(fields | (self.spec or {})))
 
 
-# What one transport has and the other has not; every other field is in both lists below.
+# Fields that only one transport has; every other field is in both lists below.
 GRPC_ONLY = {
     "model",
     "scheduler",
@@ -139,7 +139,7 @@ REFUSED = [
     Both("webhook", {"webhook": "nonsense"}),
     Both("webhook without TLS", {"webhook": "http://hooks.example.org/a"}),
     Both("webhook at another protocol's port", {"webhook": "https://hooks.example.org:25/a"}),
-    Both("webhook without TLS beside others", {"webhook": "http://10.0.0.1/a", "width": 5}),
+    Both("webhook without TLS and other errors", {"webhook": "http://10.0.0.1/a", "width": 5}),
     Both("track_id", {"track_id": "t" * 192}),
     Both("several", {"width": 5, "samples": 0, "strength": -1.0}),
     Both(
@@ -148,7 +148,7 @@ REFUSED = [
         {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
     ),
     Both(
-        "not a picture beside others",  # which nobody looks at
+        "not an image and other errors",  # the image is not decoded
         {"init_image": "AAAA", "width": 5},
         {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
     ),
@@ -319,7 +319,7 @@ async def test_both_refuse_for_the_same_reason(
 
 @dataclass(frozen=True)
 class Address:
-    """What an init image's address answers, and what both callers hear of it."""
+    """The response of an init image's address, and the errors of both APIs."""
 
     name: str
     answer: Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -236,7 +236,7 @@ async def test_a_wrong_key_is_reported_before_an_unknown_id(today: Gateway) -> N
     assert (await today.http.post("/api/v6/images/fetch", json=sent)).status_code == 401
 
 
-async def test_wrong_fields_are_told_before_the_image_is_looked_at(today: Gateway) -> None:
+async def test_wrong_fields_are_reported_before_the_image_is_looked_at(today: Gateway) -> None:
     answer = await today.create(width=1, init_image="https://nowhere.example/x.png")
     assert list(answer.json()["errors"]) == ["width"]
 
@@ -261,7 +261,7 @@ NOT_AN_IMAGE = "init_image is not a valid PNG, JPG or WebP image"
         (photo_base64()[:400], NOT_AN_IMAGE, "the JPEG image cannot be used: it is cut off"),
     ],
 )
-async def test_an_image_that_cannot_be_used_is_told(
+async def test_an_image_that_cannot_be_used_is_reported(
     sent: str, text: str, cause: str, today: Gateway, legacy: Gateway
 ) -> None:
     answer = await today.create(init_image=sent)
@@ -273,7 +273,7 @@ async def test_an_image_that_cannot_be_used_is_told(
     assert (answer.status_code, answer.json()["message"]) == (200, {"init_image": [sentence]})
 
 
-async def test_an_image_over_20_mb_is_told(today: Gateway) -> None:
+async def test_an_image_over_20_mb_is_reported(today: Gateway) -> None:
     answer = await today.create(init_image="A" * (4 * 20_971_521 // 3 + 4))
     assert answer.json()["message"] == "init_image must not be larger than 20 MB"
 
@@ -338,7 +338,7 @@ async def test_an_api_that_is_away_is_503_with_retry_after(today: Gateway) -> No
 
 
 class BrokenBlobs(MemoryBlobStore):
-    """A store with a fault of ours."""
+    """A store that raises an unexpected error."""
 
     async def prove_readable(self) -> None:
         raise TypeError("a fault")

@@ -1,4 +1,4 @@
-"""What only a real bus can do: be down, come back, lose messages, hold what cannot be read."""
+"""Cases of a real NATS server: outages, lost messages, messages that cannot be read."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ async def test_position_and_depth_count_what_waits(open_bus: OpenBus) -> None:
         assert [await bus.queue.position(MODEL, Lane.REALTIME, p) for p in places] == [0, 1, 2]
         assert await bus.queue.depth(MODEL, Lane.REALTIME) == 3
         await pull_one(bus)
-    async with open_bus() as bus:  # numbers may be a moment old: ask as somebody new
+    async with open_bus() as bus:  # numbers may be a moment old: ask with a new connection
         assert [await bus.queue.position(MODEL, Lane.REALTIME, p) for p in places] == [0, 0, 1]
         assert await bus.queue.depth(MODEL, Lane.REALTIME) == 2
         assert await bus.queue.depth(MODEL, Lane.BATCH) == 0
@@ -261,7 +261,7 @@ async def test_position_and_depth_count_what_waits(open_bus: OpenBus) -> None:
 
 async def test_the_load_of_a_lane_tells_what_waits_and_what_was_taken(open_bus: OpenBus) -> None:
     async def load() -> LaneLoad:
-        async with open_bus() as bus:  # numbers may be a moment old: ask as somebody new
+        async with open_bus() as bus:  # numbers may be a moment old: ask with a new connection
             return await bus.queue.load(MODEL, Lane.BATCH)
 
     assert await load() == LaneLoad(waiting=0, taken=0, last_taken=0)
@@ -271,7 +271,7 @@ async def test_the_load_of_a_lane_tells_what_waits_and_what_was_taken(open_bus: 
         taken = await pull(worker, most=2, seconds=LONG)
         assert await load() == LaneLoad(waiting=1, taken=2, last_taken=places[1])
         await taken[0].ack()
-        await taken[1].nak()  # handed back: it has not ended
+        await taken[1].nak()  # requeued: it has not ended
         assert await load() == LaneLoad(waiting=1, taken=1, last_taken=places[1])
 
 

@@ -33,7 +33,7 @@ class Buckets:
         return TenantStorage(Vault(keys), self.current, self.retired)
 
     async def everything(self) -> bytes:
-        """All that lies in them."""
+        """Returns all stored values."""
         found = b""
         for bucket in (self.current, self.retired):
             for key in await bucket.keys():

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no waits inside a step, captured graphs, measured peaks."""
+"""Tests on a GPU: no waits inside a step, captured graphs, measured peaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import CudaProbe, MemoryModel
 from img2img_server.engine.options import ModelOptions
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, ReplyInbox, difference, job, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, difference, images, job, run, running
 from tests.tiny_models import write_sd
 
 pytestmark = [
@@ -69,7 +69,7 @@ def test_neither_a_step_nor_an_image_waits_for_the_device(folder: Path) -> None:
     with running(denoiser) as engine:
         for job_id in (1, 2):
             wanted = job(job_id=job_id, seeds=(1, 2), preview_interval_steps=1, **OPTIONS)
-            assert len(pictures(run(engine, wanted))) == 2
+            assert len(images(run(engine, wanted))) == 2
     assert min(denoiser.calls[kind] for kind in ("denoise", "preview", "decode")) > 1
 
 
@@ -81,7 +81,7 @@ def test_captured_graphs_draw_the_same_images(folder: Path) -> None:
         )
         engine = load_engine(settings)
         try:
-            found[how] = pictures(run(engine, WANTED))
+            found[how] = images(run(engine, WANTED))
         finally:
             engine.stop()
 
@@ -94,12 +94,12 @@ def test_strangers_in_the_batch_change_an_image_by_little(folder: Path, dtype: t
     denoiser = DiffusersDenoiser.load(str(folder), torch.device("cuda"), dtype)
     assert denoiser.determinism is Determinism.CLOSE
     with running(denoiser) as engine:
-        alone = pictures(run(engine, WANTED))
+        alone = images(run(engine, WANTED))
         strangers = [job(job_id=n, seeds=(n,), prompt="fog", **OPTIONS) for n in range(2, 6)]
         inboxes = [ReplyInbox() for _ in strangers]
         for stranger, inbox in zip(strangers, inboxes, strict=True):
             engine.submit(stranger, inbox)
-        packed = pictures(run(engine, replace(WANTED, job_id=9)))
+        packed = images(run(engine, replace(WANTED, job_id=9)))
         for inbox in inboxes:
             inbox.all()
 
@@ -113,7 +113,7 @@ def test_peaks_are_measured(folder: Path) -> None:
     memory = MemoryModel(CudaProbe(device))
     denoiser = DiffusersDenoiser.load(str(folder), device, torch.float32)
     with running(denoiser, memory=memory) as engine:
-        assert len(pictures(run(engine, WANTED))) == 2
+        assert len(images(run(engine, WANTED))) == 2
 
     need = memory.need(64, 72, 4)
     assert need is not None

@@ -1,4 +1,4 @@
-"""Callers who stop waiting in the middle do not hurt the connection that everybody shares."""
+"""Callers who stop waiting in the middle do not damage the shared connection."""
 
 import asyncio
 from pathlib import Path

@@ -103,7 +103,7 @@ async def test_helm_test_makes_an_image(kubelet: Kubelet) -> None:
     await test.start()
     async with asyncio.timeout(60):
         assert await test.ended() == 0, test.log
-    assert "picture.png  256x256, seed 1" in test.log
+    assert "image.png 256x256, seed 1" in test.log
     assert f"http://{NAME}-gateway.{NAMESPACE}.svc:8080/generations/" in test.log
 
 
@@ -123,7 +123,7 @@ async def test_the_roles_run_confined_and_find_their_files_where_the_chart_put_t
             assert status["NoNewPrivs"] == "1"
 
 
-async def test_when_nats_stands_still_nobody_is_ready_and_nobody_is_killed(
+async def test_when_nats_stands_still_no_pod_is_ready_and_none_is_killed(
     kubelet: Kubelet,
 ) -> None:
     roles = [pod(kubelet, name) for name in ROLES]

@@ -1,4 +1,4 @@
-"""What is announced is compiled before the worker is ready, and nothing after that."""
+"""Announced sizes are compiled before the worker is ready, and nothing after that."""
 
 from __future__ import annotations
 

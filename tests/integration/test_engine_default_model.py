@@ -11,7 +11,7 @@ from img2img_server.domain.params import Limits
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import packaged_model
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, Stock, difference, job, pictures, run
+from tests.engine_bench import BOUND, Stock, difference, images, job, run
 
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 
@@ -31,7 +31,7 @@ def test_it_gives_the_stock_pipelines_images_at_its_own_defaults_and_odd_sizes()
                 guidance_scale=info.default_guidance_scale,
                 scheduler=scheduler,
             )
-            (ours,), (theirs,) = pictures(run(engine, wanted)), stock.pictures(wanted)
+            (ours,), (theirs,) = images(run(engine, wanted)), stock.images(wanted)
             assert difference(ours, theirs) <= BOUND
             assert difference(ours, wanted.init_image) > 40, "it did change the photo"
     finally:
@@ -49,7 +49,7 @@ def test_every_scheduler_runs_the_steps_that_the_model_allows() -> None:
                 scheduler=scheduler,
                 init_image=np.zeros((64, 64, 3), np.uint8),
             )
-            assert len(pictures(run(engine, wanted))) == 1
+            assert len(images(run(engine, wanted))) == 1
     finally:
         engine.stop()
 

@@ -1,4 +1,4 @@
-"""What words and strength do to the packaged model.
+"""The effect of words and strength on the packaged model.
 
 Looks change the photo, unknown words do not spoil it, and only full strength forgets it.
 """
@@ -16,7 +16,7 @@ from img2img_server.engine.base import Engine
 from img2img_server.engine.load import load_engine
 from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
-from tests.engine_bench import job, pictures, run
+from tests.engine_bench import images, job, run
 
 SIDE = 256
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -44,7 +44,7 @@ def photo() -> Pixels:
 
 @pytest.fixture
 def draw(engine: Engine, photo: Pixels) -> Draw:
-    """A picture of the photo, or of another, at the model's own defaults."""
+    """Returns an image made of the photo, or of another one, at the model's own defaults."""
     model = engine.model
 
     def image(
@@ -62,7 +62,7 @@ def draw(engine: Engine, photo: Pixels) -> Draw:
             guidance_scale=model.default_guidance_scale,
             scheduler=model.schedulers[0],
         )
-        (only,) = pictures(run(engine, wanted))
+        (only,) = images(run(engine, wanted))
         return only
 
     return image
@@ -104,7 +104,7 @@ def test_two_looks_in_one_prompt_still_give_an_image_of_the_photo(
 ) -> None:
     image = draw(prompt)
 
-    assert likeness(image, photo) > 0.3, "two unrelated pictures are within 0.1 of 0"
+    assert likeness(image, photo) > 0.3, "two unrelated images are within 0.1 of 0"
     assert distance(image, draw("")) > 15
 
 

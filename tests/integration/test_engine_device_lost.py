@@ -1,4 +1,4 @@
-"""A device that breaks for good: the engine says so once, and fails nobody for it."""
+"""A device that breaks permanently: the engine reports it once, and fails no job for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny_models import write_sd
 
 
 class Breaking(NoProbe):
-    """Of a device that can no longer tell its memory once it is broken."""
+    """The memory of a device that cannot report it any more once it is broken."""
 
     is_broken = False
 

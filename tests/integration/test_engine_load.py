@@ -13,7 +13,7 @@ from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
 from img2img_server.settings import Settings, SettingsError
-from tests.engine_bench import job, pictures, run
+from tests.engine_bench import images, job, run
 from tests.tiny_models import write_sd
 
 TOML = """
@@ -32,7 +32,7 @@ def test_an_engine_comes_up_warm_with_the_models_own_defaults(tmp_path: Path) ->
     try:
         assert (engine.model.name, engine.model.schedulers[0]) == ("pebble", "euler")
         assert (engine.device, engine.max_batch_size) == ("cpu", 3)
-        assert [image.shape for image in pictures(run(engine, job()))] == [(64, 72, 3)]
+        assert [image.shape for image in images(run(engine, job()))] == [(64, 72, 3)]
     finally:
         engine.stop()
 
@@ -41,7 +41,7 @@ def test_a_model_kept_in_half_precision_is_widened_on_a_cpu(tmp_path: Path) -> N
     folder = write_sd(tmp_path / "model", tiny_vae=True, dtype=torch.float16)
     engine = load_engine(Settings(model=str(folder)))
     try:
-        assert len(pictures(run(engine, job()))) == 1
+        assert len(images(run(engine, job()))) == 1
     finally:
         engine.stop()
 

@@ -1,4 +1,4 @@
-"""Neighbours: they change no picture, and their errors stay their own."""
+"""Rows of a batch: they change no other image, and their errors affect no other row."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.engine_bench import (
     ReplyInbox,
     blocks,
     difference,
+    images,
     job,
-    pictures,
     run,
     running,
 )
@@ -51,7 +51,7 @@ class Faulty(DiffusersDenoiser):
     def heal(self) -> None:
         self.forwards_seen: list[int] = []
         self.refused: list[int] = []
-        self.most_forwards = self.most_pictures = 100
+        self.most_forwards = self.most_images = 100
         self.fails: dict[str, Exception] = {}
         self.poison: Conditioning | None = None
 
@@ -80,7 +80,7 @@ class Faulty(DiffusersDenoiser):
 
     def decode(self, latents: Tensor) -> Sequence[Picture]:
         self._maybe_fail("decode", True)
-        if len(latents) > self.most_pictures:
+        if len(latents) > self.most_images:
             raise torch.OutOfMemoryError("out of memory")
         return super().decode(latents)
 
@@ -135,7 +135,7 @@ WANTED = [
 def alone(loaded: Faulty) -> list[list[Pixels]]:
     loaded.heal()
     with running(loaded) as engine:
-        return [pictures(run(engine, wanted)) for wanted in WANTED]
+        return [images(run(engine, wanted)) for wanted in WANTED]
 
 
 def worst(found: Sequence[Pixels], expected: Sequence[Pixels]) -> int:
@@ -214,19 +214,19 @@ def test_rows_of_several_sizes_share_a_batch_where_the_model_takes_them(
         ends = [inbox.all() for inbox in submit_all(engine, jobs)]
 
     assert all(isinstance(events[-1], JobDone) for events in ends)
-    assert pictures(ends[-3])[0].shape == (80, 64, 3)
+    assert images(ends[-3])[0].shape == (80, 64, 3)
     assert max(map(len, denoiser.sizes_seen)) >= 3
-    assert [worst(pictures(ends[i - 2]), alone[i]) <= BOUND for i in (0, 1)] == [True, True]
+    assert [worst(images(ends[i - 2]), alone[i]) <= BOUND for i in (0, 1)] == [True, True]
 
 
 def run_poisoned(denoiser: Faulty) -> tuple[Exception, list[list[Pixels]]]:
-    """The error of a poisoned job, and the pictures of its neighbours."""
+    """The error of a poisoned job, and the images of its neighbours."""
     with running(denoiser) as engine:
         jobs = [WANTED[0], job(job_id=66, prompt=POISON), job(job_id=2)]
         inboxes = submit_all(engine, jobs)
         end = inboxes[1].all()[-1]
         assert isinstance(end, JobFailed)
-        return end.error, [pictures(inboxes[0].all()), pictures(inboxes[2].all())]
+        return end.error, [images(inboxes[0].all()), images(inboxes[2].all())]
 
 
 @pytest.mark.parametrize("where", ["encode", "denoise"])
@@ -266,7 +266,7 @@ def test_a_fault_outside_every_stage_ends_the_batch_and_not_the_engine(
     denoiser: Faulty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> int:
-        raise LookupError("nobody thought of this")
+        raise LookupError("unexpected")
 
     with running(denoiser) as engine:
         with monkeypatch.context() as patch:
@@ -353,11 +353,11 @@ def test_a_prompt_is_encoded_once(denoiser: Faulty, monkeypatch: pytest.MonkeyPa
     assert [prompt for prompts in seen for prompt in prompts].count("only once") == 1
 
 
-def test_pictures_that_do_not_fit_together_are_decoded_one_by_one(
+def test_images_that_do_not_fit_together_are_decoded_one_by_one(
     denoiser: Faulty, alone: list[list[Pixels]]
 ) -> None:
-    denoiser.most_pictures = 1
+    denoiser.most_images = 1
     with running(denoiser) as engine:
-        found = pictures(run(engine, WANTED[0]))
+        found = images(run(engine, WANTED[0]))
 
     assert worst(found, alone[0]) <= BOUND

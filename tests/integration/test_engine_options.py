@@ -1,4 +1,4 @@
-"""What speeds a model up or bounds its memory changes no picture, or only as much as it says."""
+"""Options for speed and memory change no image, or only within their stated bound."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from img2img_server.engine.step_loop import admit
 from img2img_server.errors import OutOfMemoryError
 from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
-from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, job, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, images, job, run, running
 from tests.tiny_models import write_sd
 
 WANTED = job(guidance_scale=4.0, seeds=(1, 2, 3), num_inference_steps=5, preview_interval_steps=1)
@@ -49,7 +49,7 @@ def load(folder: Path, options: ModelOptions | None = None) -> DiffusersDenoiser
 
 def made(denoiser: DiffusersDenoiser, wanted: EngineJob = WANTED) -> list[Pixels]:
     with running(denoiser) as engine:
-        return pictures(run(engine, wanted))
+        return images(run(engine, wanted))
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +62,17 @@ def worst(found: Sequence[Pixels], expected: Sequence[Pixels]) -> int:
 
 
 @pytest.mark.parametrize("options", [{"channels_last": False}, {"fuse_qkv": True}], ids=str)
-def test_a_speed_switch_changes_no_picture(
+def test_a_speed_switch_changes_no_image(
     folder: Path, plain: list[Pixels], options: dict[str, bool]
 ) -> None:
     assert worst(made(load(folder, ModelOptions(**options))), plain) <= BOUND
 
 
 @pytest.mark.parametrize("how", ["regional", "whole"])
-def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_pictures(
+def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_images(
     folder: Path, plain: list[Pixels], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The real compiler would take a minute; what is tested is how the model is called.
+    # The real compiler would take a minute; the test is about the calls of the model.
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="eager")
@@ -101,7 +101,7 @@ def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_pictures(
 
 
 @pytest.mark.parametrize("how", ["regional", "whole"])
-def test_a_machine_that_cannot_compile_is_told_so_at_the_start(
+def test_a_machine_that_cannot_compile_is_reported_so_at_the_start(
     folder: Path, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -111,7 +111,7 @@ def test_a_machine_that_cannot_compile_is_told_so_at_the_start(
         load(folder, ModelOptions(compile=Compile(how)))
 
 
-def test_a_picture_beyond_the_limit_passes_the_autoencoder_in_tiles(
+def test_an_image_beyond_the_limit_passes_the_autoencoder_in_tiles(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiled: list[tuple[int, ...]] = []
@@ -126,11 +126,11 @@ def test_a_picture_beyond_the_limit_passes_the_autoencoder_in_tiles(
     large = made(denoiser, job(init_image=blocks(160, 136)))
     small = made(denoiser, job(init_image=blocks(128, 128)))
 
-    assert [picture.shape for picture in (*large, *small)] == [(160, 136, 3), (128, 128, 3)]
+    assert [image.shape for image in (*large, *small)] == [(160, 136, 3), (128, 128, 3)]
     assert tiled == [(20, 17)], "the smaller one passes whole"
 
 
-def test_a_picture_that_does_not_fit_whole_is_decoded_in_tiles(
+def test_an_image_that_does_not_fit_whole_is_decoded_in_tiles(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser = load(folder)
@@ -148,7 +148,7 @@ def test_a_picture_that_does_not_fit_whole_is_decoded_in_tiles(
     for _ in range(2):
         assert made(denoiser, job(init_image=blocks(128, 128)))[0].shape == (128, 128, 3)
 
-    assert tries == [False, True, True], "it does not try again in vain"
+    assert tries == [False, True, True], "it does not retry without a chance"
 
 
 def test_what_does_not_fit_in_tiles_either_fails_the_job(
@@ -179,19 +179,19 @@ def test_a_tiny_autoencoder_makes_the_previews(
     previews = [event.pixels for event in events if isinstance(event, PreviewReady)]
     linear = load(folder).preview(torch.zeros(1, 4, 8, 9))
     assert {preview.shape for preview in previews} == {(64, 72, 3)}
-    assert worst(pictures(events), plain) <= BOUND, "the pictures are the large one's"
+    assert worst(images(events), plain) <= BOUND, "the images are those of the large one"
     tiny = denoiser.preview(torch.zeros(1, 4, 8, 9))
     assert not np.array_equal(tiny[0].pixels(), linear[0].pixels())
 
 
-def test_a_preview_of_a_large_picture_is_small(folder: Path, tiny_vae: str) -> None:
+def test_a_preview_of_a_large_image_is_small(folder: Path, tiny_vae: str) -> None:
     denoiser = load(folder, ModelOptions(tiny_vae=tiny_vae))
 
     (preview,) = denoiser.preview(torch.zeros(1, 4, 64, 32))
     assert preview.pixels().shape == (256, 128, 3)
 
 
-def test_a_tiny_autoencoder_makes_the_pictures_when_told(folder: Path, tiny_vae: str) -> None:
+def test_a_tiny_autoencoder_makes_the_images_when_requested(folder: Path, tiny_vae: str) -> None:
     options = ModelOptions(tiny_vae=tiny_vae, tiny_vae_use=TinyVaeUse.IMAGES)
     mixed, whole = load(folder, options), load(Path(tiny_vae).parent)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -252,7 +252,7 @@ def test_announced_sizes_run_before_the_worker_is_ready(
     assert seen == [(1, 4, 9, 8), (1, 4, 8, 16)]
 
 
-def test_a_size_that_does_not_run_is_told_at_the_start(folder: Path) -> None:
+def test_a_size_that_does_not_run_is_reported_at_the_start(folder: Path) -> None:
     with pytest.raises(ModelError, match="does not run at 3x3"):
         load_engine(Settings(model=str(folder), warm_up_sizes="3x3"))
 
@@ -285,8 +285,8 @@ def test_batches_and_jobs_are_held_against_the_peaks_that_were_measured(
 ) -> None:
     device = SmallDevice.load(str(folder), torch.device("cpu"), torch.float32)
     with running(device, memory=MemoryModel(device)) as engine:
-        assert len(pictures(run(engine, job()))) == 1
-        assert worst(pictures(run(engine, WANTED)), plain) <= BOUND
+        assert len(images(run(engine, job()))) == 1
+        assert worst(images(run(engine, WANTED)), plain) <= BOUND
         (end,) = run(engine, job(init_image=blocks(128, 144)))
 
     assert max(device.batches) == 2, "a guided row takes two; two of them would take four"

@@ -1,4 +1,4 @@
-"""Pictures on their way from the device: steps go on, and each job's events keep their order."""
+"""Images that are copied from the device: steps continue, events keep their order."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from img2img_server.engine.base import (
 from img2img_server.engine.denoiser import Picture
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.imaging.base import Pixels
-from tests.engine_bench import SECONDS, ReplyInbox, job, pictures, run, running
+from tests.engine_bench import SECONDS, ReplyInbox, images, job, run, running
 from tests.tiny_models import write_sd
 
 
 @dataclass(eq=False)
 class Held:
-    """A picture that is on its way until it is let go."""
+    """An image that is being copied until it is released."""
 
     real: Picture
     gone: threading.Event = field(default_factory=threading.Event)
@@ -54,22 +54,22 @@ class Held:
 
 
 class SlowReading(DiffusersDenoiser):
-    """As on a GPU: pictures and previews are there only later, here when a test says so."""
+    """As on a GPU: images and previews are there only later, here when a test says so."""
 
     def hold(self) -> None:
         self.held: queue.SimpleQueue[Held] = queue.SimpleQueue()
 
     def decode(self, latents: Tensor) -> Sequence[Picture]:
-        return [self._held(picture) for picture in super().decode(latents)]
+        return [self._held(image) for image in super().decode(latents)]
 
     def preview(self, latents: Tensor) -> Sequence[Picture]:
-        return [self._held(picture) for picture in super().preview(latents)]
+        return [self._held(image) for image in super().preview(latents)]
 
     def next(self) -> Held:
         return self.held.get(timeout=SECONDS)
 
-    def _held(self, picture: Picture) -> Held:
-        held = Held(picture)
+    def _held(self, image: Picture) -> Held:
+        held = Held(image)
         self.held.put(held)
         return held
 
@@ -87,19 +87,19 @@ def denoiser(loaded: SlowReading) -> Iterator[SlowReading]:
     assert loaded.held.empty()
 
 
-def test_the_steps_go_on_while_a_picture_is_on_its_way(denoiser: SlowReading) -> None:
+def test_the_steps_continue_while_an_image_is_on_its_way(denoiser: SlowReading) -> None:
     first, second = ReplyInbox(), ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(job_id=1), first)
-        picture = denoiser.next()
+        image = denoiser.next()
         engine.submit(job(job_id=2, strength=1.0, num_inference_steps=9), second)
         steps = second.until(StepFinished)
-        while steps[-1].step < 9:  # every step of the other job, to its own picture
+        while steps[-1].step < 9:  # every step of the other job, to its own image
             steps += second.until(StepFinished)
         other = denoiser.next()
         told = first.until(StepFinished) + first.until(StepFinished)
-        assert first.is_empty(), "its picture is not there yet"
-        for held in (picture, other):
+        assert first.is_empty(), "its image is not there yet"
+        for held in (image, other):
             held.let_go()
         ends = [inbox.all() for inbox in (first, second)]
 
@@ -116,10 +116,10 @@ def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> N
     inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(preview_interval_steps=1), inbox)
-        preview, picture = denoiser.next(), denoiser.next()  # both steps are done
+        preview, image = denoiser.next(), denoiser.next()  # both steps are done
         told = inbox.until(StepFinished)
         assert inbox.is_empty()
-        picture.let_go()
+        image.let_go()
         preview.let_go()
         told += inbox.all()
 
@@ -135,20 +135,20 @@ def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> N
     ]
 
 
-def test_the_times_of_a_job_end_with_its_picture(denoiser: SlowReading) -> None:
+def test_the_times_of_a_job_end_with_its_image(denoiser: SlowReading) -> None:
     inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(), inbox)
-        picture = denoiser.next()
+        image = denoiser.next()
         time.sleep(0.05)  # what the device still needs
-        picture.let_go()
+        image.let_go()
         done = inbox.all()[-1]
 
     assert isinstance(done, JobDone)
     assert 0.05 <= done.timings.decode <= done.timings.engine
 
 
-def test_a_picture_that_cannot_be_read_ends_its_job_and_no_other(denoiser: SlowReading) -> None:
+def test_an_image_that_cannot_be_read_ends_its_job_and_no_other(denoiser: SlowReading) -> None:
     cause, first, second = RuntimeError("boom"), ReplyInbox(), ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(seeds=(1, 2)), first)
@@ -159,10 +159,10 @@ def test_a_picture_that_cannot_be_read_ends_its_job_and_no_other(denoiser: SlowR
         end = first.all()[-1]
         two.let_go()
         other.let_go()
-        assert len(pictures(second.all())) == 1
+        assert len(images(second.all())) == 1
         engine.submit(job(), first)  # its id is free again
         denoiser.next().let_go()
-        assert len(pictures(first.all())) == 1
+        assert len(images(first.all())) == 1
 
     assert isinstance(end, JobFailed)
     assert end.error is cause
@@ -176,21 +176,21 @@ def test_a_preview_that_cannot_be_read_costs_the_preview_only(denoiser: SlowRead
         denoiser.next().let_go()
         events = inbox.all()
 
-    assert len(pictures(events)) == 1
+    assert len(images(events)) == 1
     assert not [event for event in events if isinstance(event, PreviewReady)]
 
 
-def test_a_device_that_breaks_under_a_picture_gives_back_all_other_jobs(
+def test_a_device_that_breaks_under_an_image_gives_back_all_other_jobs(
     denoiser: SlowReading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = ReplyInbox(), ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(), first)
-        picture = denoiser.next()
+        image = denoiser.next()
         engine.submit(job(job_id=2, strength=1.0, num_inference_steps=900), second)
         second.until(StepFinished)
         monkeypatch.setattr(step_loop, "device_works", lambda _: False)
-        picture.let_go(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        image.let_go(RuntimeError("CUDA error: an illegal memory access was encountered"))
         ends = [inbox.all()[-1] for inbox in (first, second)]
         (late,) = run(engine, job(job_id=3))
 
@@ -198,16 +198,16 @@ def test_a_device_that_breaks_under_a_picture_gives_back_all_other_jobs(
 
 
 @pytest.mark.parametrize(("error", "end"), [(None, JobDone), (RuntimeError("boom"), JobFailed)])
-def test_a_job_whose_picture_is_on_its_way_when_the_engine_stops_has_its_end(
+def test_a_job_whose_image_is_on_its_way_when_the_engine_stops_has_its_end(
     denoiser: SlowReading, error: Exception | None, end: type
 ) -> None:
     inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(), inbox)
-        picture = denoiser.next()
+        image = denoiser.next()
         stopping = threading.Thread(target=engine.stop)
         stopping.start()
-        picture.let_go(error)
+        image.let_go(error)
         stopping.join()
 
     assert type(inbox.all()[-1]) is end

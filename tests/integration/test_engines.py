@@ -50,7 +50,7 @@ def running(state_dir: Path, parent: int | None = None) -> dict[str, psutil.Proc
 
 
 def sockets(engines: LocalServers) -> list[Path]:
-    """What weed has left where it puts its sockets."""
+    """Returns the sockets that weed has left."""
     ports = engines._ports.values()
     return [file for port in ports for file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
 
@@ -193,7 +193,7 @@ async def nothing() -> None:
 
 
 async def never() -> None:
-    raise OSError("nobody listens")
+    raise OSError("no server listens")
 
 
 async def test_a_child_that_ends_while_it_starts_is_reported_at_once(tmp_path: Path) -> None:

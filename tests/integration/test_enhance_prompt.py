@@ -31,7 +31,7 @@ async def test_rules_rewrite_before_the_job_is_made() -> None:
         )
 
 
-async def test_a_prompt_that_nobody_asked_to_rewrite_stays() -> None:
+async def test_a_prompt_without_enhance_prompt_stays() -> None:
     async with running_stack() as stack:
         job = await stack.api.create(spec())
         assert job.spec.prompt == job.original_prompt == "a harbour at dusk"

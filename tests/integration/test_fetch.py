@@ -184,7 +184,7 @@ async def test_content_codings_are_read_as_a_list_and_undone(coding: str) -> Non
     assert asked == ["identity"]
 
 
-async def test_a_coding_that_nobody_undoes_is_named() -> None:
+async def test_a_coding_that_cannot_be_decoded_is_named() -> None:
     packed = answer(200, b"\x0b\x02\x80ab\x03", "Content-Encoding: br")
     async with origin(packed) as server:
         cause = await cause_of_failure(f"http://cdn.test:{server.port}/")

@@ -26,7 +26,7 @@ async def test_no_address_of_the_corpus_is_contacted() -> None:
         assert listener.connections == 0
 
 
-async def test_the_listener_would_have_heard() -> None:
+async def test_the_listener_would_have_received_the_request() -> None:
     everything = OutboundPolicy.parse("0.0.0.0/0, ::/0")
     async with listening() as listener:
         for host in ("127.0.0.1", "127.1.2.3", "0.0.0.0", "anything.test"):
@@ -114,7 +114,7 @@ async def test_a_redirect_to_the_same_name_is_checked_again() -> None:
         assert listener.connections == 0
 
 
-async def test_a_session_checks_requests_that_nobody_checked_before() -> None:
+async def test_a_session_checks_requests_that_were_not_checked_before() -> None:
     async with listening() as listener, PUBLIC_ONLY.open_session(Names("127.0.0.1")) as session:
         for host in ("127.0.0.1", "[::1]", "public.test", "0x7f.1", "127.1"):
             with pytest.raises(ForbiddenAddressError):

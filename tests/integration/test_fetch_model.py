@@ -207,7 +207,9 @@ async def test_a_model_is_fetched_from_the_hub_without_pickles_and_second_precis
         assert code == 0, said
         assert sorted(asked) == sorted(SMALL)
     assert content(folder) == SMALL
-    again, said = await run("owner/tiny", folder, HF_ENDPOINT=address, **home)  # nobody there now
+    again, said = await run(
+        "owner/tiny", folder, HF_ENDPOINT=address, **home
+    )  # no server there now
     assert again == 0, said
 
 

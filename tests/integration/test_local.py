@@ -1,4 +1,4 @@
-"""`img2img-server local`: refuses what is unsafe, says what is wrong, stops cleanly."""
+"""`img2img-server local`: refuses unsafe settings, says what is wrong, stops cleanly."""
 
 import asyncio
 import os
@@ -131,7 +131,7 @@ async def test_it_starts_a_worker_again_that_was_reported_to_restart(tmp_path: P
 
 
 async def eventually(find: Callable[[], psutil.Process | None]) -> psutil.Process:
-    """Looks until the process is there; nobody announces it."""
+    """Polls until the process is there; no event announces it."""
     async with asyncio.timeout(60):
         while not (found := find()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there, against the whole service on this machine."""
+"""Runs the commands of the README unchanged, against the whole service on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOLERANCE = 2  # of 255: what the determinism class BOUNDED allows
 
 @dataclass(frozen=True)
 class Reader:
-    """Somebody who copies a block of the README into a terminal."""
+    """A reader who copies a block of the README into a terminal."""
 
     service: LocalStack
     folder: Path
@@ -61,7 +61,7 @@ class Reader:
         return out.decode()
 
     async def pixels(self, source: str) -> np.ndarray:
-        """A picture by its link, or by its name in the reader's folder."""
+        """Returns an image by its link, or by its name in the reader's folder."""
         path = self.folder / source
         if source.startswith("http"):
             async with httpx.AsyncClient() as http:

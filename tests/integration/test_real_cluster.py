@@ -34,7 +34,7 @@ KILLED, DRAINED, ADDED = "castor", "pollux", "helena"
 
 
 def request(number: int) -> dict[str, Any]:
-    """Every job is another one, so that no picture can stand for another's."""
+    """Every job is another one, so that no image can be confused with another."""
     return {
         "width": 256,
         "height": 256,
@@ -57,7 +57,7 @@ class Load:
     seen: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def call(self, number: int) -> None:
-        """One caller, from its request to its picture."""
+        """One caller, from its request to its image."""
         mine = self.events[number] = []
         async with self.client.stream("a cat", SMALL_PHOTO, **request(number)) as stream:
             async for event in stream:
@@ -149,7 +149,7 @@ async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_
             for one, other in others
         )
         > 2 * BOUND
-    )  # no picture could pass for another's
+    )  # no image could be confused with another
 
 
 def pixels(result: Result) -> npt.NDArray[np.uint8]:

@@ -53,7 +53,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
 
 
 def broken_for(letter: str, model: Path) -> None:
-    """Makes the model's pictures of this letter nothing but NaN, as an overflow would."""
+    """Makes the model's images of this letter nothing but NaN, as an overflow would."""
     text = CLIPTextModel.from_pretrained(model / "text_encoder")
     tokens = (ord(letter) - ord("a"), ord(letter) - ord("a") + 26)  # inside a word, at its end
     with torch.no_grad():

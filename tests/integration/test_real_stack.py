@@ -68,7 +68,7 @@ async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
         checked = await client.generate("a cat", PHOTO, model="strict", **SHORT)
         free = await client.generate("a cat", PHOTO, model="strict", safety_checker=False, **SHORT)
     async with stack.client() as client, asyncio.timeout(10):
-        # Until the api has heard that it is gone, it may be the model of requests that name none.
+        # Until the api notices that it is gone, it may be the model of requests that name none.
         while any(m.name == "strict" and m.workers for m in (await client.capabilities()).models):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert [checked.job.samples[0].nsfw, free.job.samples[0].nsfw] == [True, False]
@@ -118,7 +118,7 @@ async def test_two_clients_at_once_get_what_each_gets_alone(stack: RealStack, wo
 
     alone = [await one(seed) for seed in (1, 2)]
     together = await asyncio.gather(one(1), one(2))
-    assert np.abs(alone[0] - alone[1]).max() > 20  # they are different pictures
+    assert np.abs(alone[0] - alone[1]).max() > 20  # they are different images
     for calm, batched in zip(alone, together, strict=True):
         assert np.abs(calm - batched).max() <= 2  # the bound of the determinism class
 

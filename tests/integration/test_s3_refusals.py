@@ -1,4 +1,4 @@
-"""Buckets with narrow rights: what is not needed is a warning, what is wrong names its setting."""
+"""Buckets with few permissions: an optional one is a warning, an error names its setting."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ async def test_a_stop_ends_the_wait_for_the_store_at_once() -> None:
 async def test_without_the_right_to_list_a_missing_file_is_missing(
     s3: FakeS3, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """AWS answers 403 for it then; a wrong key gets 403 too, which only the answer to GET tells."""
+    """AWS answers 403 for it; a wrong key gets 403 too, which only the response to GET shows."""
     s3.answers.update({"HEAD object": Answer(403), "GET object": Answer(403, "AccessDenied")})
     async with connect_blobs(Settings(**s3.settings())) as blobs:
         await blobs.start_reading()

@@ -26,7 +26,7 @@ from img2img_server.settings import Settings
 from tests.processes import Role
 
 # In quiet the whole process takes about 0.7 s without torch. CPU time, so that a busy machine does
-# not matter; the wall time beside it holds waits, which CPU time does not see.
+# not matter; the wall time includes waits, which CPU time does not see.
 CPU_SECONDS = 2.0
 WALL_SECONDS = 15.0
 TORCH_CPU_SECONDS = 12.0

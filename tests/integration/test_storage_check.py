@@ -80,7 +80,7 @@ async def test_a_private_address_is_not_contacted(engines: LocalServers, tmp_pat
 
 
 @pytest.mark.parametrize("value", ["maybe", 2, [], {}])
-async def test_a_wish_that_cannot_be_read_is_reported_with_all_else(
+async def test_a_flag_that_cannot_be_read_is_reported_with_all_else(
     value: Any, engines: LocalServers, tmp_path: Path
 ) -> None:
     sentence = "check_connection must be true or false"

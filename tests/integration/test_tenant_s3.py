@@ -77,7 +77,7 @@ class Shops:
 
 
 def bucket_of(engines: LocalServers, name: str) -> tuple[Minio, str]:
-    """A new bucket that everybody may read."""
+    """A new bucket with public read access."""
     client = Minio(
         engines.s3_endpoint_url.removeprefix("http://"),
         access_key=engines.s3_access_key,
@@ -189,7 +189,7 @@ async def test_future_links_are_the_later_output_and_dead_before(
     [
         ("a wrong secret", {"aws_secret_access_key": "wrong"}),
         ("a bucket that is not there", {"bucket": "nobody-made-this"}),
-        ("nobody listens", {"endpoint_url": "http://127.0.0.1:9"}),
+        ("no server listens", {"endpoint_url": "http://127.0.0.1:9"}),
     ],
 )
 async def test_a_store_that_does_not_take_the_file_leaves_it_with_us_and_warns(

@@ -1,4 +1,4 @@
-"""What a job without success has stored goes from the service's own bucket; all else stays."""
+"""Files of a job without success are deleted from the service's own bucket; all others stay."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ async def test_what_a_worker_did_not_live_to_delete_the_next_one_does() -> None:
     ],
     ids=["another worker has it", "it waits again", "it succeeded", "it failed", "it is cancelled"],
 )
-async def test_a_worker_that_lost_a_job_deletes_its_files_only_where_nobody_wants_them(
+async def test_a_worker_that_lost_a_job_deletes_its_files_only_where_no_worker_needs_them(
     events: tuple[Event, ...], stays: bool
 ) -> None:
     bus, blobs = memory_bus(), HalfStore()

@@ -1,4 +1,4 @@
-"""The worker role while NATS or the bucket is away: it stays, says why it is not ready, goes on."""
+"""The worker role without NATS or the bucket: it stays, reports the reason, and continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker does when it must go: on time, with nothing lost, whatever hangs or breaks."""
+"""A worker that must stop: it does so on time and loses nothing, whatever hangs or breaks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HangingStore(MemoryBlobStore):
 
 
 async def image(api: Api) -> str:
-    """What the job gives when nothing happens to it."""
+    """The result of the job when nothing happens to it."""
     messages = [message async for message in api.generate(SAME)]
     return str(messages[-1].event.succeeded.job.samples[0].sha256)
 

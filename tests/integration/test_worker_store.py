@@ -1,4 +1,4 @@
-"""A worker whose object store takes no files: it stays, takes no jobs, and goes on by itself."""
+"""A worker whose object store takes no files: it stays, takes no jobs, and continues by itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.stack import kinds, read_until, running_api, running_worker, spec
 
 
 class AwayStore(MemoryBlobStore):
-    """Takes no files until it is told to; `probed` is set by each probe."""
+    """Takes no files until the test allows it; `probed` is set by each probe."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the oracle needs of a family, and the requests that it makes.
+"""The oracle's view of a family, and its requests.
 
 A module in tests/oracle/families has `MODELS`: a name and an OracleModel for each tiny model of its
 family. Nothing else is needed to have a family compared.
@@ -110,7 +110,7 @@ def cases(family: str, schedulers: Sequence[str]) -> list[Case]:
     """Returns the requests to the models of a family.
 
     Args:
-        schedulers: What the family offers, for models that name none.
+        schedulers: those that the family offers, for models that name none.
     """
     found = families()[family]
     # Sizes and scales by position, since they differ between the models.

@@ -17,7 +17,7 @@ from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.families import families as served
 from img2img_server.engine.rows import text_of
 from img2img_server.imaging.base import Pixels
-from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, job, pictures, run, running
+from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, images, job, run, running
 from tests.oracle.harness import PROMPTS, OracleModel, families
 
 SCHEDULERS = {family.name: family.schedulers for family in served()}
@@ -85,7 +85,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ),
     ]
     with running(denoiser) as engine:
-        alone = [pictures(run(engine, each)) for each in wanted]
+        alone = [images(run(engine, each)) for each in wanted]
     return Subject(denoiser, model, schedulers, wanted, alone)
 
 
@@ -134,7 +134,7 @@ def test_an_image_is_the_same_alone_and_in_batches_of_strangers(
     subject.denoiser.most_forwards = most_forwards
     with running(subject.denoiser) as engine:
         *others, inbox = submit_all(engine, [*strangers(subject), subject.wanted[case]])
-        found = pictures(inbox.all())
+        found = images(inbox.all())
         assert all(isinstance(other.all()[-1], JobDone) for other in others)
 
     assert worst(found, subject.alone[case]) <= BOUND
@@ -169,7 +169,7 @@ def test_an_image_is_the_same_when_it_joins_in_mid_run(subject: Subject, case: i
             scheduler=schedulers[0],
         )
         engine.submit(first, join)
-        found = pictures(inbox.all())
+        found = images(inbox.all())
 
     assert worst(found, subject.alone[case]) <= BOUND
 

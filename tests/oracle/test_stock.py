@@ -9,7 +9,7 @@ import pytest
 
 from img2img_server.engine.base import Engine
 from img2img_server.engine.diffusers.families import families as served
-from tests.engine_bench import BOUND, Stock, difference, load, pictures, run, running
+from tests.engine_bench import BOUND, Stock, difference, images, load, run, running
 from tests.oracle.harness import RUNS, Case, cases, covering, families, models
 
 SCHEDULERS = {family.name: family.schedulers for family in served()}
@@ -49,7 +49,7 @@ def test_an_image_is_the_stock_pipelines_image(
     found = {}
     for case in CASES[model, scheduler]:
         wanted = case.job()
-        pairs = zip(pictures(run(engine, wanted)), stock.pictures(wanted), strict=True)
+        pairs = zip(images(run(engine, wanted)), stock.images(wanted), strict=True)
         found[case] = max(difference(ours, theirs) for ours, theirs in pairs)
 
     assert {case: worst for case, worst in found.items() if worst > BOUND} == {}
@@ -61,13 +61,13 @@ def test_the_oracle_would_notice_another_prompt_seed_or_guidance(
     *_, scale = models()[model].guidance_scales
     case = next(case for (name, _), found in CASES.items() if name == model for case in found)
     base = {"strength": 0.9, "num_inference_steps": 4, "guidance_scale": scale, "seeds": (5,)}
-    (theirs,) = stock.pictures(case.job(**base))
+    (theirs,) = stock.images(case.job(**base))
 
     others = [{"prompt": "a horse"}, {"seeds": (6,)}]
     if len(set(models()[model].guidance_scales)) > 1:
         others.append({"guidance_scale": 2 * scale})
     for changes in others:
-        (ours,) = pictures(run(engine, case.job(**{**base, **changes})))
+        (ours,) = images(run(engine, case.job(**{**base, **changes})))
         assert difference(ours, theirs) > BOUND, changes
 
 

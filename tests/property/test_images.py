@@ -155,7 +155,7 @@ def png_file(made: dict[str, Any]) -> tuple[bytes, Array]:
 
 
 def png_pixels(data: bytes, values: Array, made: dict[str, Any]) -> Array:
-    """What the specification says: keys are compared at the file's own depth."""
+    """Returns the result by the specification: keys are compared at the file's own depth."""
     colour, depth = made["kind"]
     top = (1 << depth) - 1
     eight = values >> 8 if depth == 16 else values * (255 // top)

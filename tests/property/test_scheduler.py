@@ -25,7 +25,7 @@ MAX_WAIT_SECONDS = 5.0
 
 @dataclass
 class Expected:
-    """What the test knows of a row. `ahead`: rows before it in the line of the overdue."""
+    """The test's record of a row. `ahead`: rows before it in the line of the overdue."""
 
     row: Row
     steps_left: int
@@ -142,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.put_back(key for key in keys if key in self.in_flight)
         self.in_flight -= set(keys)
         for expected in self.expected.values():
-            expected.ahead = None  # the line forms anew: those put back stand where they stood
+            expected.ahead = None  # the line forms again: rows that were put back keep their places
 
     @invariant()
     def holds_every_row(self) -> None:

@@ -17,7 +17,7 @@ from img2img_server.domain.urls import join_url, parse_url
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
 from img2img_server.webhooks.sender import open_sender
 
-# What RFC 3986 allows in a path, percent-encodings with digits of either case among it.
+# Characters that RFC 3986 allows in a path, percent-encodings with digits of either case among it.
 HEX = st.sampled_from(string.hexdigits)
 ENCODED = st.builds("%{}{}".format, HEX, HEX)
 PLAIN = st.sampled_from(string.ascii_letters + string.digits + "-._~!$&'()*+,;=:@/")

@@ -1,4 +1,4 @@
-"""Bytes on the bus, today's and those of a neighbouring version."""
+"""Bytes in NATS, of this version and of neighbouring ones."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def test_golden_bytes_of_events_are_read(event: Event) -> None:
     assert codec.decode_event(data) == envelope(event)
 
 
-# What the version before LoRA, deadlines and traces wrote. Nobody rewrites these files, `make gold`
-# neither: such bytes lie on a bus while a cluster is rolled. The start of each one's SHA-256:
+# Bytes of the version before LoRA, deadlines and traces. `make gold` does not rewrite these files:
+# such bytes are stored on a bus while a cluster is rolled. The start of each one's SHA-256:
 BEFORE = {
     "job": "3c1d467fb476303b",
     "queued_job": "682da5f125733986",
@@ -187,7 +187,7 @@ def from_the_future(value: Any) -> Any:
         return [from_the_future(item) for item in value]
     if not isinstance(value, dict):
         return value
-    # What callers' tracers hand on is a map of their own, not of ours.
+    # The context of callers' tracers is an arbitrary map.
     later = {k: v if k == "trace" else from_the_future(v) for k, v in value.items()}
     return later | {"from_the_future": {"a": [1]}}
 

@@ -1,4 +1,4 @@
-"""What clear_cache deletes of the hub's cache, and what it leaves."""
+"""The files that clear_cache deletes from the hub's cache, and those it keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch sizes and picture sizes of settings."""
+"""Batch sizes and image sizes of settings."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_a_long_row_that_has_waited_long_enough_goes_before_a_short_one() -> Non
     assert step(scheduler, 10.0) == [1]
 
 
-def test_company_joins_while_those_that_wait_gain_more_than_the_chosen_lose() -> None:
+def test_rows_join_while_those_that_wait_gain_more_than_the_chosen_lose() -> None:
     """Four of one forward each wait; a step costs as much as half a row beyond its rows."""
     scheduler = Scheduler(max_batch_size=8, fixed_step_cost=512 * 512 // 2)
     for job_id in (1, 2, 3, 4):
@@ -231,7 +231,7 @@ def test_a_row_goes_first_when_it_would_miss_its_deadline_otherwise() -> None:
     assert timed_step(scheduler, 7.0) == [1]
 
 
-def test_a_deadline_that_has_passed_hurries_nobody() -> None:
+def test_a_deadline_that_has_passed_hurries_no_row() -> None:
     scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, steps=40, deadline=3.0), now=0.0)
     timed_step(scheduler, 0.0)
@@ -240,7 +240,7 @@ def test_a_deadline_that_has_passed_hurries_nobody() -> None:
     assert timed_step(scheduler, 4.0) == [2]
 
 
-def test_a_deadline_buys_nobody_the_turn_of_another_tenant() -> None:
+def test_a_deadline_does_not_buy_the_turn_of_another_tenant() -> None:
     scheduler = Scheduler(max_batch_size=1)
     scheduler.add(row(1, steps=9, tenant="hasty", deadline=5.0), now=0.0)
     scheduler.add(row(2, steps=9, tenant="calm"), now=0.0)

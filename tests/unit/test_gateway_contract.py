@@ -326,7 +326,7 @@ def test_the_documented_defaults_are_those_of_the_domain() -> None:
 
 
 def proto_comments() -> dict[str, str]:
-    """What job.proto says about each field of JobSpec, on one line."""
+    """Returns the comment of job.proto about each field of JobSpec, on one line."""
     text = (ROOT / "proto/img2img/v1/job.proto").read_text(encoding="utf-8")
     message = re.search(r"^message JobSpec \{(.*?)^\}", text, re.M | re.S)
     assert message

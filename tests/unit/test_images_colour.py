@@ -24,7 +24,7 @@ PILLOWS_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(
 
 
 def converted(image: Image.Image, profile: bytes) -> Pixels:
-    """What Little CMS makes of the whole image."""
+    """Returns the whole image converted by Little CMS."""
     source = ImageCms.ImageCmsProfile(BytesIO(profile))
     target = ImageCms.createProfile("sRGB")
     result = ImageCms.profileToProfile(image, source, target, outputMode="RGB")

@@ -1,4 +1,4 @@
-"""Pictures as files: what decoders make of them, and what describes them."""
+"""Images as files: their decoded pixels and their description."""
 
 from __future__ import annotations
 

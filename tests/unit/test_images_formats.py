@@ -1,4 +1,4 @@
-"""What is no accepted image is named in the error."""
+"""The error names the format of a file that is not accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Init images: what is accepted, what is refused and which pixels come out."""
+"""Init images: accepted and refused files, and the resulting pixels."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ except InvalidImageError:
 
 
 def stuffed(container: str, parts: int) -> bytes:
-    """A picture with so many parts between its header and its pixels that say nothing."""
+    """Returns an image with so many parts between its header and its pixels that say nothing."""
     data = photos.saved(photos.photo(), "JPEG" if "JPEG" in container else container)
     match container:
         case "PNG":

@@ -1,4 +1,4 @@
-"""IMG2IMG_NATS_URL and the settings beside it: addresses, credentials, TLS."""
+"""IMG2IMG_NATS_URL and the settings with it: addresses, credentials, TLS."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_an_overridden_method_has_the_source_that_was_examined(name: str) -> Non
     source = inspect.getsource(getattr(Client, name))
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     assert digest == EXAMINED.get(name), (
-        f"nats-py's {name} has changed, or is overridden anew: compare it with patched_client.py "
+        f"nats-py's {name} has changed, or is newly overridden: compare it with patched_client.py "
         "and docs/upstream/nats-py.md, and delete the override if it is not needed any more"
     )
 

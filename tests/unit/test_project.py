@@ -1,4 +1,4 @@
-"""The project around the code: what an install brings, what the wheel holds, what is pinned."""
+"""The project around the code: what an install brings, the content of the wheel, the pins."""
 
 from __future__ import annotations
 

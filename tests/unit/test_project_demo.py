@@ -1,6 +1,6 @@
 """The script behind `make demo`: what it says when something goes wrong, and that it cleans up.
 
-Small shell scripts stand in for the two commands; the real ones run in CI's `make demo`.
+Small shell scripts replace the two commands; the real ones run in CI's `make demo`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from tests.readme import ROOT
 
 
 def planned(word: str) -> str:
-    """What `make WORD` would run if everything were out of date; runs nothing."""
+    """Returns the commands of `make TARGET` if everything were out of date; runs nothing."""
     command = ["make", "--dry-run", "--always-make", "--no-print-directory", word]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 

@@ -119,7 +119,7 @@ def test_all_samplers_in_one_batch_follow_their_stock_scheduler(config: str) -> 
 
     for seed, (case, result) in enumerate(zip(cases, ours(batch), strict=True)):
         expected = stock(case[0], CONFIGS[config], case[1], case[2], seed)
-        # Latents of a clean picture have a spread of about 1; 0.004 is half a grey level of 255.
+        # Latents of a clean image have a spread of about 1; 0.004 is half a grey level of 255.
         torch.testing.assert_close(result, expected, atol=0.004, rtol=0.001, msg=str(case))
 
 
