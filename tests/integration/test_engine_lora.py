@@ -1,4 +1,4 @@
-"""LoRA by request: the picture of the changed weights, for whoever asked and for nobody else."""
+"""LoRA by request: images of the changed weights, only for requests with the LoRA."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.engine_bench import (
     Stock,
     blocks,
     difference,
+    images,
     job,
-    pictures,
     run,
     running,
     stock_call,
@@ -101,16 +101,16 @@ class Written:
         save_file(file, self.loras / f"{name}.safetensors")
 
     def expected(self, wanted: EngineJob) -> Pixels:
-        """What diffusers draws with the changed weights."""
+        """Returns the image of diffusers with the changed weights."""
         factors = self._factors[wanted.params.lora] if wanted.params.lora else []
         before = [weight.clone() for weight, *_ in factors]
         for weight, down, up, factor in factors:
             product = torch.einsum("or,ri...->oi...", up.reshape(len(up), RANK), down)
             weight += wanted.params.lora_scale * factor * product
-        (picture,) = self._stock.pictures(wanted)
+        (image,) = self._stock.images(wanted)
         for (weight, *_), old in zip(factors, before, strict=True):
             weight.copy_(old)
-        return picture
+        return image
 
 
 def _find(network: Any, name: str) -> Any:
@@ -131,7 +131,7 @@ def load(written: Written) -> DiffusersDenoiser:
     return DiffusersDenoiser.load(str(written.model), torch.device("cpu"), torch.float32, options)
 
 
-def test_a_picture_with_a_lora_is_the_one_of_the_changed_weights(written: Written) -> None:
+def test_an_image_with_a_lora_is_the_one_of_the_changed_weights(written: Written) -> None:
     denoiser = load(written)
     wanted = [
         job(job_id=place, lora=lora, lora_scale=scale, **WANTED)
@@ -140,11 +140,11 @@ def test_a_picture_with_a_lora_is_the_one_of_the_changed_weights(written: Writte
         )
     ]
     with running(denoiser, loras=denoiser.loras) as engine:
-        found = [pictures(run(engine, each))[0] for each in wanted]
+        found = [images(run(engine, each))[0] for each in wanted]
 
     expected = [written.expected(each) for each in wanted]
     assert [difference(a, b) for a, b in zip(found, expected, strict=True)] <= [BOUND] * len(found)
-    assert difference(expected[0], expected[2]) > 2 * BOUND, "it does change the picture"
+    assert difference(expected[0], expected[2]) > 2 * BOUND, "it does change the image"
     assert difference(found[0], found[-1]) == 0, "and nothing of it stays"
 
 
@@ -159,7 +159,7 @@ def test_a_lora_of_a_transformer_changes_its_image(family: str, tmp_path: Path) 
         for place, lora in enumerate(("", "ink", ""))
     ]
     with running(load(written), loras=("ink",)) as engine:
-        found = [pictures(run(engine, each))[0] for each in wanted]
+        found = [images(run(engine, each))[0] for each in wanted]
 
     expected = [written.expected(each) for each in wanted]
     assert max(map(difference, found, expected)) <= BOUND
@@ -177,7 +177,7 @@ def test_neighbours_with_other_loras_change_nothing(written: Written) -> None:
     with running(denoiser, loras=denoiser.loras) as engine:
         for each, inbox in zip(wanted, inboxes, strict=True):
             engine.submit(each, inbox)
-        found = [pictures(inbox.all())[0] for inbox in inboxes]
+        found = [images(inbox.all())[0] for inbox in inboxes]
 
     expected = [written.expected(each) for each in wanted]
     assert max(difference(a, b) for a, b in zip(found, expected, strict=True)) <= BOUND
@@ -189,7 +189,7 @@ def test_of_a_lora_that_was_written_in_half_nothing_stays(
     plain, inked = job(**WANTED), job(lora="ink", **WANTED)
     untouched, denoiser = load(written), load(written)
     with running(untouched, loras=untouched.loras) as engine:
-        expected = [pictures(run(engine, each))[0] for each in (plain, inked)]
+        expected = [images(run(engine, each))[0] for each in (plain, inked)]
 
     written_weights = 0
 
@@ -205,11 +205,11 @@ def test_of_a_lora_that_was_written_in_half_nothing_stays(
         with monkeypatch.context() as patched:
             patched.setattr(_Change, "delta", delta)
             end = run(engine, inked)[-1]
-        found = [pictures(run(engine, each))[0] for each in (plain, inked)]
+        found = [images(run(engine, each))[0] for each in (plain, inked)]
 
     assert (type(end), written_weights) == (JobFailed, 2)
     assert [difference(a, b) for a, b in zip(found, expected, strict=True)] == [0, 0]
-    assert difference(expected[0], expected[1]) > 2 * BOUND, "it does change the picture"
+    assert difference(expected[0], expected[1]) > 2 * BOUND, "it does change the image"
 
 
 def test_the_model_announces_its_loras_by_their_files_names(written: Written) -> None:

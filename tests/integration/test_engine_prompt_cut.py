@@ -1,4 +1,4 @@
-"""Prompts that the text encoders cut are announced, and what is announced is true."""
+"""Prompts that the text encoders cut are announced, and the announcement is true."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from img2img_server.engine.base import JobDone
 from img2img_server.engine.load import load_engine
 from img2img_server.settings import Settings
-from tests.engine_bench import blocks, job, load, pictures, run, running
+from tests.engine_bench import blocks, images, job, load, run, running
 from tests.oracle.harness import models
 from tests.tiny_models import write_sd, write_sdxl
 
@@ -41,7 +41,7 @@ def test_the_words_that_are_named_change_nothing(write: object, tmp_path: Path) 
             guidance_scale=3.0,
         )
         again = run(engine, other)
-        assert np.array_equal(pictures(events)[0], pictures(again)[0])
+        assert np.array_equal(images(events)[0], images(again)[0])
         short = run(engine, job(job_id=3, prompt="a boat", guidance_scale=3.0))[-1]
         assert isinstance(short, JobDone)
         assert short.warnings == ()
