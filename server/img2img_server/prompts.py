@@ -37,17 +37,9 @@ _MEDIA: Mapping[str, re.Pattern[str]] = {
         *("woodcut", "chalk", "crayon", "manga", "ukiyo[- ]e", "linocut"),
     ),
     "painted": _any(
-        *(
-            "painting",
-            "painted",
-            "watercolou?r",
-            "oil on canvas",
-            "gouache",
-            "acrylic",
-            "fresco",
-            "pastel",
-        ),
-        *("impressionis[mt]", "illustration", "anime", "concept art", "van gogh", "monet"),
+        *("painting", "painted", "watercolou?r", "oil on canvas", "gouache", "acrylic", "fresco"),
+        *("pastel", "impressionis[mt]", "illustration", "anime", "concept art", "van gogh"),
+        "monet",
     ),
     "rendered": _any("3d", "render", "cgi", "octane", "unreal engine", "blender", "claymation"),
     "photo": _any(

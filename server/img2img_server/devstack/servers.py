@@ -15,7 +15,6 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from img2img_server.devstack import weed
@@ -29,7 +28,7 @@ START_TRIES: Final = 3
 PORTS: Final = ("nats", *weed.PORTS)
 
 
-class LocalServers:
+class LocalServers(AsyncExitStack):
     """Both servers; they run while the context is open.
 
     Args:
@@ -40,20 +39,15 @@ class LocalServers:
         LocalServersError: A binary is missing, the folder is in use, or a server does not start.
     """
 
-    def __init__(
-        self,
-        state_dir: Path,
-        *,
-        background: bool = False,
-    ) -> None:
+    def __init__(self, state_dir: Path, *, background: bool = False) -> None:
+        super().__init__()
+        self.s3_access_key = self.s3_secret_key = ""
         self._background = background
         self._serving: asyncio.Task[None] | None = None
         self._folder = state_dir.absolute() / "engines"
         self._ports: dict[str, int] = {}
-        self._keys = ("", "")
         self._password = ""
         self._children: list[Child] = []
-        self._stack = AsyncExitStack()
 
     @property
     def nats_url(self) -> str:
@@ -63,14 +57,6 @@ class LocalServers:
     @property
     def s3_endpoint_url(self) -> str:
         return f"http://{HOST}:{self._ports['s3']}"
-
-    @property
-    def s3_access_key(self) -> str:
-        return self._keys[0]
-
-    @property
-    def s3_secret_key(self) -> str:
-        return self._keys[1]
 
     async def died(self) -> ServerExitedError:
         """Waits until a server ends by itself; returns which one and why."""
@@ -85,16 +71,16 @@ class LocalServers:
     async def __aenter__(self) -> Self:
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._stack.enter_context(_lock(self._folder / "lock"))
-            self._stack.push_async_callback(self._stop)
-            self._keys = weed.key_pair(self._folder)
+            self.enter_context(_lock(self._folder / "lock"))
+            self.push_async_callback(self._stop)
+            self.s3_access_key, self.s3_secret_key = weed.key_pair(self._folder)
             self._password = kept_secret(self._folder / "nats.password")
             self._choose()
             self._serving = asyncio.create_task(self._start())
             if not self._background:
                 await self.serving()
         except BaseException:
-            await self._stack.aclose()
+            await self.aclose()
             raise
         return self
 
@@ -102,14 +88,6 @@ class LocalServers:
         """Returns when both respond. Raises LocalServersError."""
         assert self._serving is not None, "its context is not open"
         await asyncio.shield(self._serving)
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._stack.aclose()
 
     def _choose(self) -> None:
         self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
