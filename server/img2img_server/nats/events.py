@@ -39,12 +39,15 @@ class JetStreamEventLog:
         self, job_id: int, after_sequence: int = 0
     ) -> AsyncIterator[AsyncIterator[Envelope]]:
         follower = Follower(self._link, subjects.EVENTS, subjects.events_filter(job_id))
-        async with follower:
 
-            async def read(_: int) -> Envelope | None:
-                return codec.decode_event(await anext(follower))
+        async def read(_: int) -> Envelope | None:
+            return codec.decode_event(await anext(follower))
 
+        try:
+            await follower.start()
             yield Envelopes(read, after_sequence)
+        finally:
+            await follower.stop()
 
 
 class Envelopes:

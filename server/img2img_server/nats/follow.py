@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from types import TracebackType
 from typing import Final, Self
 
 import nats.js.errors
@@ -31,9 +30,9 @@ class _GapError(Exception):
 class Follower:
     """Iterates over all messages of `subject`, the stored ones first, then new ones; never ends.
 
-    Entering the context creates a push consumer without acks, so no later message is missed. The
-    server numbers the messages; after a gap, a silence or a reconnect a new consumer starts after
-    the last message that arrived. Only entering raises UnavailableError.
+    `start` creates a push consumer without acks, so no later message is missed. The server numbers
+    the messages; after a gap, a silence or a reconnect a new consumer starts after the last message
+    that arrived.
     """
 
     def __init__(self, link: NatsConnection, stream: str, subject: str) -> None:
@@ -44,22 +43,6 @@ class Follower:
         self._consumer = ""
         self._last_stream_sequence = 0
         self._delivered = 0
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._stop()
 
     def __aiter__(self) -> Self:
         return self
@@ -97,7 +80,8 @@ class Follower:
         if status_of(msg) != _HEARTBEAT or sent != self._delivered:
             raise _GapError
 
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """Subscribes. Raises UnavailableError; `stop` must be called in this case too."""
         self._inbox = await self._link.open_inbox(max_bytes=MAX_WAITING_BYTES)
         config = ConsumerConfig(
             deliver_subject=self._inbox.subject,
@@ -115,7 +99,8 @@ class Follower:
         info = await self._link.ask(lambda: self._link.js.add_consumer(self._stream, config))
         self._consumer, self._delivered = info.name, 0
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """Unsubscribes."""
         inbox, self._inbox = self._inbox, None
         consumer, self._consumer = self._consumer, ""
         if consumer and self._link.nc.is_connected:
@@ -128,9 +113,9 @@ class Follower:
 
     async def _restart(self) -> None:
         while True:
-            await self._stop()
+            await self.stop()
             try:
-                return await self._start()
+                return await self.start()
             except (UnavailableError, nats.js.errors.APIError) as error:
                 log.debug("cannot read %s yet: %r", self._subject, error)
                 await asyncio.sleep(RETRY_SECONDS)
