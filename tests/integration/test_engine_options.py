@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SanaTransformer2DModel, UNet2DConditionModel
 from torch._inductor import config as inductor
 
 from img2img_server.domain.job import Determinism
 from img2img_server.engine.base import EngineJob, JobFailed, PreviewReady
 from img2img_server.engine.denoiser import Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.load import accelerate
 from img2img_server.engine.executor import BatchExecutor
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
@@ -98,6 +99,28 @@ def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_images(
 
     assert worst(found, plain) <= BOUND
     assert denoiser.warm_up_forwards == (1, 2, 4, 8)
+
+
+def test_regional_compilation_finds_the_blocks_of_networks_that_name_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__)
+    )
+    size = {"num_attention_heads": 1, "num_cross_attention_heads": 1, "cross_attention_dim": 32}
+    network = SanaTransformer2DModel(num_layers=2, caption_channels=8, **size)  # type: ignore[no-untyped-call]
+
+    accelerate(network, ModelOptions(compile=Compile.REGIONAL))
+
+    assert compiled == ["SanaTransformerBlock"] * 2
+
+
+def test_a_network_without_fused_projections_is_refused() -> None:
+    with pytest.raises(ModelError, match="Linear cannot fuse its projections") as caught:
+        accelerate(torch.nn.Linear(1, 1), ModelOptions(fuse_qkv=True))
+
+    assert caught.value.setting == "fuse_qkv"
 
 
 @pytest.mark.parametrize("how", ["regional", "whole"])

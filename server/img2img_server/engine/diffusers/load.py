@@ -84,14 +84,26 @@ def read_files(source: str) -> ModelFiles:
 
 
 def accelerate(network: Any, options: ModelOptions) -> None:
-    """Fuses and compiles the denoiser. What is compiled is built when a shape first comes up."""
+    """Fuses and compiles the denoiser. What is compiled is built when a shape first comes up.
+
+    Raises:
+        ModelError: Its projections cannot be fused.
+    """
     if options.fuse_qkv:
+        if not hasattr(network, "fuse_qkv_projections"):
+            raise ModelError(
+                f"{type(network).__name__} cannot fuse its projections; it must be off",
+                setting="fuse_qkv",
+            )
         network.fuse_qkv_projections()
     if options.compile is Compile.OFF:
         return
     # On a GPU each shape is captured as a CUDA graph: one launch a step.
     graphs = {"mode": "reduce-overhead"} if network.device.type == "cuda" else {}
     if options.compile is Compile.REGIONAL:
+        if not getattr(network, "_repeated_blocks", None):  # not named by every class of diffusers
+            whole = network._no_split_modules or ()
+            network._repeated_blocks = [name for name in whole if name.endswith("Block")]
         # Graphs of many small regions would cost more launches than they save.
         network.compile_repeated_blocks(dynamic=False)
     else:
