@@ -115,3 +115,15 @@ def test_qwen_image_lightning_is_known_by_its_fixed_shift(
 def test_edit_models_of_qwen_image_are_refused() -> None:
     with pytest.raises(ModelError, match="QwenImageEditPipeline, which is not served"):
         traits("QwenImageEditPipeline")
+
+
+def test_sana_sprint_runs_four_steps_of_its_own_scheduler() -> None:
+    found = traits("SanaSprintPipeline", scheduler={"_class_name": "SCMScheduler"})
+
+    assert (found.scheduler, found.schedulers, found.num_inference_steps) == ("scm", ("scm",), 4)
+    assert (found.guidance, found.side_multiple) == (Guidance.EMBEDDED, 32)
+
+
+def test_other_flow_families_do_not_offer_the_scheduler_of_sana_sprint() -> None:
+    with pytest.raises(ModelError, match="scheduler SCMScheduler is not offered"):
+        traits("ZImagePipeline", scheduler={"_class_name": "SCMScheduler"})

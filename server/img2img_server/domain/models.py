@@ -18,6 +18,7 @@ SCHEDULER_OF_CLASS = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "PNDMScheduler": "pndm",
     "FlowMatchEulerDiscreteScheduler": "flow_match_euler",
+    "SCMScheduler": "scm",
 }
 
 

@@ -18,12 +18,14 @@ class Sampler:
         overrides: Entries of its configuration that we set whatever the model's own says.
         defaults: Entries that count where the model's configuration does not have them.
         kind: The kind of model that it samples.
+        is_general: Whether every family of this kind can offer it.
     """
 
     class_name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     kind: ModelKind = ModelKind.DIFFUSION
+    is_general: bool = True
 
 
 # Clipping and thresholding are meant for pixels and are not linear; latents have no such range.
@@ -41,10 +43,15 @@ SAMPLERS: Final[Mapping[str, Sampler]] = {
     # Without the Runge-Kutta steps, as in every published model that comes with PNDM.
     "pndm": Sampler(class_name="PNDMScheduler", defaults={"skip_prk_steps": True}),
     "flow_match_euler": Sampler(class_name="FlowMatchEulerDiscreteScheduler", kind=ModelKind.FLOW),
+    "scm": Sampler(class_name="SCMScheduler", kind=ModelKind.FLOW, is_general=False),
 }
-DIFFUSION_SAMPLERS: Final = tuple(
-    name for name, sampler in SAMPLERS.items() if sampler.kind is ModelKind.DIFFUSION
-)
-FLOW_SAMPLERS: Final = tuple(
-    name for name, sampler in SAMPLERS.items() if sampler.kind is ModelKind.FLOW
-)
+
+
+def _general(kind: ModelKind) -> tuple[str, ...]:
+    return tuple(
+        name for name, sampler in SAMPLERS.items() if sampler.kind is kind and sampler.is_general
+    )
+
+
+DIFFUSION_SAMPLERS: Final = _general(ModelKind.DIFFUSION)
+FLOW_SAMPLERS: Final = _general(ModelKind.FLOW)
