@@ -185,6 +185,11 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             min_side_pixels=256,
             max_side_pixels=1024,
             side_multiple=16,
+            kind=service_pb2.Model.KIND_DIFFUSION,
+            guidance=service_pb2.Model.GUIDANCE_CLASSIFIER_FREE,
+            strength_rule=service_pb2.Model.STRENGTH_RULE_FLOOR,
+            takes_negative_prompt=True,
+            scheduler_max_steps={"lcm": 40},
         )
         limits = service_pb2.Limits(
             max_prompt_characters=2000,

@@ -59,14 +59,17 @@ from img2img_client.resources import Caller as Caller
 from img2img_client.resources import Capabilities as Capabilities
 from img2img_client.resources import DeterminismClass as DeterminismClass
 from img2img_client.resources import GeneratedImage as GeneratedImage
+from img2img_client.resources import Guidance as Guidance
 from img2img_client.resources import Image as Image
 from img2img_client.resources import Job as Job
 from img2img_client.resources import JobError as JobError
 from img2img_client.resources import Limits as Limits
 from img2img_client.resources import Model as Model
+from img2img_client.resources import ModelKind as ModelKind
 from img2img_client.resources import Result as Result
 from img2img_client.resources import Sample as Sample
 from img2img_client.resources import State as State
+from img2img_client.resources import StrengthRule as StrengthRule
 from img2img_client.resources import Timings as Timings
 from img2img_client.resume import Retry as Retry
 from img2img_client.spec import CreateOptions as CreateOptions

@@ -50,6 +50,35 @@ class DeterminismClass(StrEnum):
     CLOSE = "close"
 
 
+class ModelKind(StrEnum):
+    """What a model was trained to predict: the noise of a variance schedule, or the velocity of
+    flow matching. UNSPECIFIED: unknown to this client or to the worker."""
+
+    UNSPECIFIED = "unspecified"
+    DIFFUSION = "diffusion"
+    FLOW = "flow"
+
+
+class Guidance(StrEnum):
+    """The effect of guidance_scale: a second forward a step above 1 or above 0, an input of the
+    model, or none. UNSPECIFIED: unknown to this client or to the worker."""
+
+    UNSPECIFIED = "unspecified"
+    CLASSIFIER_FREE = "classifier_free"
+    CLASSIFIER_FREE_FROM_ZERO = "classifier_free_from_zero"
+    EMBEDDED = "embedded"
+    NONE = "none"
+
+
+class StrengthRule(StrEnum):
+    """How strength x num_inference_steps is rounded to the number of steps that run. UNSPECIFIED:
+    unknown to this client or to the worker."""
+
+    UNSPECIFIED = "unspecified"
+    FLOOR = "floor"
+    CEIL = "ceil"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
     """An encoded image. `sha256`: of `data`, 64 hexadecimal digits. Sides in pixels."""
@@ -164,7 +193,8 @@ class Job:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A model that the service serves; the first scheduler is the default. Its limits apply to
-    requests for this model; 0: the service is too old to report the limit."""
+    requests for this model; 0: the service is too old to report the limit. `scheduler_max_steps`
+    has the schedulers that allow fewer steps than `max_num_inference_steps`."""
 
     name: str
     family: str
@@ -180,6 +210,11 @@ class Model:
     min_side_pixels: int
     max_side_pixels: int
     side_multiple: int
+    kind: ModelKind
+    guidance: Guidance
+    strength_rule: StrengthRule
+    takes_negative_prompt: bool
+    scheduler_max_steps: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,6 @@ from typing import Final
 
 from img2img_server.api.keys import load_keys
 from img2img_server.certificates import pair_faults, trusted_fault
-from img2img_server.domain.params import Limits
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engine.options import sizes
@@ -234,7 +233,7 @@ def _model(checks: _Checks) -> None:
         if height % spec.multiple or width % spec.multiple:
             fault = f"{width}x{height}: {spec.name} needs sides divisible by {spec.multiple}"
             checks.add("warm_up_sizes", fault)
-        if max(height, width) > (most := Limits().max_side_pixels):
+        if max(height, width) > (most := min(settings.max_side_pixels, spec.max_side)):
             checks.add("warm_up_sizes", f"{width}x{height}: requests have sides of at most {most}")
     folder = Path(spec.source)
     lacking = folder.is_dir() and not (folder / "safety_checker" / "config.json").is_file()

@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from img2img_server.domain.params import MAX_SIDE_PIXELS
 from img2img_server.errors import OperatorError
 from img2img_server.setting_syntax import (
     ApiAddress,
@@ -212,6 +213,10 @@ class Settings(BaseSettings):
     """Most unfinished jobs of a tenant."""
     max_message_bytes: int = Field(34 * 2**20, ge=2**20, le=2**31 - 1)
     """Largest gRPC message, in and out."""
+    max_side_pixels: int = Field(1536, ge=256, le=MAX_SIDE_PIXELS)
+    """Largest width and height of images over gRPC and /v1, if the model's own limit is not lower;
+    the calls of the HTTP contract accept up to 1024. Above 1536, `max_payload` of NATS must be
+    larger than 8 MB: 3 bytes a pixel."""
     max_image_bytes: Bytes = Field(20_971_520, ge=1)
     """Largest init image."""
     max_image_pixels: Count = Field(64_000_000, ge=1)

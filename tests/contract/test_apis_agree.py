@@ -9,9 +9,11 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from google.protobuf import json_format
 
 from img2img.v1 import job_pb2, service_pb2
-from img2img_server.domain.models import ModelInfo
+from img2img_server.api.deps import service_limits
+from img2img_server.domain.models import ModelInfo, ModelKind
 from img2img_server.domain.params import Limits
 from img2img_server.errors import NoModelError
 from img2img_server.testing.bus import memory_bus
@@ -26,7 +28,16 @@ from tests.http_stack import (
     photo_base64,
     running_gateway,
 )
-from tests.stack import DEV, RunningWorker, Stack, refusal, running_api, running_worker, spec
+from tests.stack import (
+    DEV,
+    RunningWorker,
+    Stack,
+    refusal,
+    running_api,
+    running_worker,
+    settings,
+    spec,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEY = {"Authorization": "Bearer dev-key"}
@@ -40,6 +51,8 @@ MODEL = replace(
     max_num_inference_steps=50,
     side_multiple=16,
     scheduler_max_steps=(("euler", 10),),
+    max_side_pixels=1216,
+    kind=ModelKind.FLOW,
 )
 
 
@@ -239,7 +252,38 @@ async def test_the_models_own_limits_are_reported_and_hold_at_admission(
     request = service_pb2.GetCapabilitiesRequest()
     (model,) = (await apis.api.stub.GetCapabilities(request, metadata=DEV)).models
     found = model.max_num_inference_steps, model.min_side_pixels, model.max_side_pixels
-    assert (found, model.side_multiple) == ((50, 256, 1024), 16)
+    assert (found, model.side_multiple) == ((50, 256, 1216), 16)
+    assert dict(model.scheduler_max_steps) == {"euler": 10}
+
+
+async def test_capabilities_describe_the_model_over_grpc_and_v1(apis: Apis) -> None:
+    request = service_pb2.GetCapabilitiesRequest()
+    (model,) = (await apis.api.stub.GetCapabilities(request, metadata=DEV)).models
+    assert model.kind == model.KIND_FLOW
+    assert model.guidance == model.GUIDANCE_CLASSIFIER_FREE
+    assert model.strength_rule == model.STRENGTH_RULE_FLOOR
+    assert model.takes_negative_prompt
+    answer = await apis.today.http.get("/v1/capabilities", headers=KEY)
+    (told,) = answer.json()["models"]
+    assert json_format.ParseDict(told, service_pb2.Model()) == model
+    assert (told["kind"], told["scheduler_max_steps"]) == ("KIND_FLOW", {"euler": 10})
+
+
+@pytest.mark.parametrize("api", ["grpc", "v1"])
+async def test_sides_may_be_as_long_as_the_models_own_limit(api: str, apis: Apis) -> None:
+    job = await apis.make(api, width=1216, height=832)
+    assert (job.spec.width, job.spec.height) == (1216, 832)
+
+
+async def test_sides_beyond_the_models_own_limit_are_refused(apis: Apis) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await apis.api.create(spec(width=1232))
+    assert refusal(caught.value).violations == {"width": "width must be between 256 and 1216"}
+
+
+async def test_the_contract_keeps_its_sides_of_1024(apis: Apis) -> None:
+    answer = await apis.today.create(width=1216, height=832)
+    assert "width must be between 256 and 1024" in answer.text
 
 
 async def test_steps_are_raised_within_the_limit_of_the_scheduler(apis: Apis) -> None:
@@ -251,7 +295,7 @@ async def test_steps_are_raised_within_the_limit_of_the_scheduler(apis: Apis) ->
 async def test_capabilities_list_every_limit_of_the_validator(apis: Apis) -> None:
     request = service_pb2.GetCapabilitiesRequest()
     reported = (await apis.api.stub.GetCapabilities(request, metadata=DEV)).limits
-    limits = Limits()
+    limits = service_limits(settings())
     for field in fields(Limits):
         assert getattr(reported, field.name) == getattr(limits, field.name), field.name
 

@@ -18,9 +18,9 @@ from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.api import admission
+from img2img_server.api.deps import service_limits
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.domain.models import WorkerInfo
-from img2img_server.domain.params import Limits
 from img2img_server.imaging.base import CheckedImage
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine, FixedSafetyChecker
@@ -553,7 +553,7 @@ async def test_capabilities_tell_the_validators_own_limits() -> None:
     async with running_stack() as stack:
         request = service_pb2.GetCapabilitiesRequest()
         found = await stack.api.stub.GetCapabilities(request, metadata=DEV)
-        limits = Limits()
+        limits = service_limits(settings())
         assert found.limits.max_side_pixels == limits.max_side_pixels
         assert found.limits.max_prompt_characters == limits.max_prompt_characters
         assert found.limits.max_image_bytes == limits.max_image_bytes

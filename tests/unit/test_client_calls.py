@@ -224,6 +224,11 @@ def test_capabilities_are_read(run: Run) -> None:
                 min_side_pixels=256,
                 max_side_pixels=1024,
                 side_multiple=16,
+                kind=api.ModelKind.DIFFUSION,
+                guidance=api.Guidance.CLASSIFIER_FREE,
+                strength_rule=api.StrengthRule.FLOOR,
+                takes_negative_prompt=True,
+                scheduler_max_steps={"lcm": 40},
             ),
         ),
         limits=api.Limits(

@@ -120,7 +120,7 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
         native_size=384,
         max_num_inference_steps=50,
         side_multiple=16,
-        max_side_pixels=2048,
+        max_side_pixels=1024,
         scheduler_max_steps=(("lcm", 50),),
     )
     assert spec.multiple == 16

@@ -155,6 +155,10 @@ def model(info: ModelInfo, workers: list[WorkerInfo], limits: Limits) -> service
     """Returns a model and the workers that serve it now. `limits`: those of the service."""
     serving = [worker for worker in workers if worker.model.name == info.name]
     message = fill(fill(service_pb2.Model(), info), info.limits(limits))
+    # Of the schedulers together; scheduler_max_steps has the lower limits of single ones.
+    message.max_num_inference_steps = min(
+        info.max_num_inference_steps, limits.max_num_inference_steps
+    )
     message.workers = len(serving)
     message.device = serving[0].device if serving else ""
     return message

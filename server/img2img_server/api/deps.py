@@ -39,8 +39,10 @@ class ApiDeps:
         return self.bus.jobs
 
 
-def image_limits(settings: Settings) -> Limits:
-    """Returns the limits of the service with the settings for init images."""
+def service_limits(settings: Settings) -> Limits:
+    """Returns the limits of the service. Those of a model can be narrower."""
     return Limits(
-        max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
+        max_side_pixels=settings.max_side_pixels,
+        max_image_bytes=settings.max_image_bytes,
+        max_image_pixels=settings.max_image_pixels,
     )

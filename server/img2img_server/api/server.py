@@ -19,7 +19,7 @@ from img2img_server.api import convert
 from img2img_server.api.admin import AdminServicer
 from img2img_server.api.admission import Admission
 from img2img_server.api.cancel import Canceller
-from img2img_server.api.deps import ApiDeps, Fetch, image_limits
+from img2img_server.api.deps import ApiDeps, Fetch, service_limits
 from img2img_server.api.disconnects import Disconnects
 from img2img_server.api.estimate import Backlog, Estimator
 from img2img_server.api.intake import Intake
@@ -76,7 +76,7 @@ async def serve_api(
     fetch = partial(
         fetch_image,
         policy=policy,
-        limits=image_limits(settings),
+        limits=service_limits(settings),
         timeout_seconds=settings.outbound_timeout_seconds,
     )
     signer = Signer(settings.webhook_secret.get_secret_value())
@@ -105,7 +105,7 @@ async def serve(
         workers=CachedWorkerRegistry(bus.workers),
         fetch=fetch,
         policy=OutboundPolicy.of(settings),
-        limits=image_limits(settings),
+        limits=service_limits(settings),
         link_base=_link_base(settings),
         stop=stop,
     )

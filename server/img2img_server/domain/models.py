@@ -73,8 +73,8 @@ class ModelInfo:
     kind: ModelKind = ModelKind.DIFFUSION
     strength_rule: StrengthRule = StrengthRule.FLOOR
     guidance: Guidance = Guidance.CLASSIFIER_FREE
-    min_side_pixels: int = 0  # 0: no limit of the model's own
-    max_side_pixels: int = 0
+    min_side_pixels: int = 0
+    max_side_pixels: int = 1024
     loras: tuple[str, ...] = ()
     # Measured device seconds of a pixel-step, encoders included; kept while no worker serves the
     # model. 0.0: not measured yet.
@@ -94,9 +94,7 @@ class ModelInfo:
             ),
             side_multiple=math.lcm(service.side_multiple, self.side_multiple),
             min_side_pixels=max(service.min_side_pixels, self.min_side_pixels),
-            max_side_pixels=min(
-                service.max_side_pixels, self.max_side_pixels or service.max_side_pixels
-            ),
+            max_side_pixels=min(service.max_side_pixels, self.max_side_pixels),
         )
 
 

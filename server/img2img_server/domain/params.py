@@ -26,6 +26,7 @@ from img2img_server.domain.violations import (
 
 DEFAULT_STRENGTH = 0.7  # of a model that names none
 SEED_MAX = 2**63 - 1
+MAX_SIDE_PIXELS = 4096  # no operator can allow more
 # The largest seed that the service draws, and that the HTTP contract of ModelsLab accepts.
 NARROW_SEED_MAX = 2**32 - 1
 RANDOM_SEED = -1

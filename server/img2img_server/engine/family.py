@@ -99,7 +99,7 @@ class ModelTraits:
         scheduler_max_steps: Schedulers that run fewer steps than the model's limit, and how many.
         native_size: The side of the images that the model was trained for.
         side_multiple: What width and height must be divisible by.
-        min_side, max_side: The limits of width and height; 0 for none.
+        min_side, max_side: The limits of width and height, beside those of the service.
     """
 
     family: str
@@ -113,7 +113,7 @@ class ModelTraits:
     native_size: int
     side_multiple: int
     min_side: int = 0
-    max_side: int = 0
+    max_side: int = 1024
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
 

@@ -78,7 +78,7 @@ class ModelSpec:
     Attributes:
         source: What from_pretrained takes, a directory or a hub id.
         multiple: What width and height must be divisible by.
-        min_side, max_side: The limits of width and height; 0 for none.
+        min_side, max_side: The limits of width and height, beside those of the service.
     """
 
     source: str
@@ -97,7 +97,7 @@ class ModelSpec:
     native_size: int = 512
     multiple: int = 8
     min_side: int = 0
-    max_side: int = 0
+    max_side: int = 1024
     takes_negative_prompt: bool = True
     loras: tuple[str, ...] = ()
 

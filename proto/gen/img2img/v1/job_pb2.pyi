@@ -202,12 +202,12 @@ class JobSpec(_message.Message):
     guidance_scale above 1; otherwise Job.warning says so.
     """
     width: _builtins.int
-    """Width of the result in pixels: 256 to 1024, a multiple of 8, or the narrower range of the model,
-    see Model. Default 512.
+    """Width of the result in pixels: within the range of the model and a multiple of
+    Model.side_multiple. The service allows 256 to 1536, and most models less. Default 512.
     """
     height: _builtins.int
-    """Height of the result in pixels: 256 to 1024, a multiple of 8, or the narrower range of the model,
-    see Model. Default 512.
+    """Height of the result in pixels: within the range of the model and a multiple of
+    Model.side_multiple. The service allows 256 to 1536, and most models less. Default 512.
     """
     samples: _builtins.int
     """Number of images: 1 to 4, default 1. Sample i uses the seed seed + i, see Sample.seed."""

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from img2img.v1 import event_pb2 as _event_pb2
 from img2img.v1 import job_pb2 as _job_pb2
 import builtins as _builtins
@@ -493,6 +494,103 @@ class Model(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Model._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: Model._Kind.ValueType  # 0
+        """Unknown, because the worker is older than this field."""
+        KIND_DIFFUSION: Model._Kind.ValueType  # 1
+        """The noise of a variance schedule, as Stable Diffusion."""
+        KIND_FLOW: Model._Kind.ValueType  # 2
+        """The velocity of flow matching, as FLUX.1."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+        """What a model was trained to predict."""
+
+    KIND_UNSPECIFIED: Model.Kind.ValueType  # 0
+    """Unknown, because the worker is older than this field."""
+    KIND_DIFFUSION: Model.Kind.ValueType  # 1
+    """The noise of a variance schedule, as Stable Diffusion."""
+    KIND_FLOW: Model.Kind.ValueType  # 2
+    """The velocity of flow matching, as FLUX.1."""
+
+    class _Guidance:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _GuidanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Model._Guidance.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        GUIDANCE_UNSPECIFIED: Model._Guidance.ValueType  # 0
+        """Unknown, because the worker is older than this field."""
+        GUIDANCE_CLASSIFIER_FREE: Model._Guidance.ValueType  # 1
+        """Above 1, each step runs the model a second time, with the negative prompt."""
+        GUIDANCE_CLASSIFIER_FREE_FROM_ZERO: Model._Guidance.ValueType  # 2
+        """Above 0, each step runs the model a second time, with the negative prompt."""
+        GUIDANCE_EMBEDDED: Model._Guidance.ValueType  # 3
+        """The scale is an input of the model. Each step runs the model once."""
+        GUIDANCE_NONE: Model._Guidance.ValueType  # 4
+        """No effect."""
+
+    class Guidance(_Guidance, metaclass=_GuidanceEnumTypeWrapper):
+        """The effect of JobSpec.guidance_scale."""
+
+    GUIDANCE_UNSPECIFIED: Model.Guidance.ValueType  # 0
+    """Unknown, because the worker is older than this field."""
+    GUIDANCE_CLASSIFIER_FREE: Model.Guidance.ValueType  # 1
+    """Above 1, each step runs the model a second time, with the negative prompt."""
+    GUIDANCE_CLASSIFIER_FREE_FROM_ZERO: Model.Guidance.ValueType  # 2
+    """Above 0, each step runs the model a second time, with the negative prompt."""
+    GUIDANCE_EMBEDDED: Model.Guidance.ValueType  # 3
+    """The scale is an input of the model. Each step runs the model once."""
+    GUIDANCE_NONE: Model.Guidance.ValueType  # 4
+    """No effect."""
+
+    class _StrengthRule:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StrengthRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Model._StrengthRule.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STRENGTH_RULE_UNSPECIFIED: Model._StrengthRule.ValueType  # 0
+        """Unknown, because the worker is older than this field."""
+        STRENGTH_RULE_FLOOR: Model._StrengthRule.ValueType  # 1
+        """The product, rounded down."""
+        STRENGTH_RULE_CEIL: Model._StrengthRule.ValueType  # 2
+        """The product, rounded up."""
+
+    class StrengthRule(_StrengthRule, metaclass=_StrengthRuleEnumTypeWrapper):
+        """How the number of steps that run follows from strength x num_inference_steps."""
+
+    STRENGTH_RULE_UNSPECIFIED: Model.StrengthRule.ValueType  # 0
+    """Unknown, because the worker is older than this field."""
+    STRENGTH_RULE_FLOOR: Model.StrengthRule.ValueType  # 1
+    """The product, rounded down."""
+    STRENGTH_RULE_CEIL: Model.StrengthRule.ValueType  # 2
+    """The product, rounded up."""
+
+    @_typing.final
+    class SchedulerMaxStepsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
     SCHEDULERS_FIELD_NUMBER: _builtins.int
@@ -507,6 +605,11 @@ class Model(_message.Message):
     MIN_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     SIDE_MULTIPLE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    GUIDANCE_FIELD_NUMBER: _builtins.int
+    STRENGTH_RULE_FIELD_NUMBER: _builtins.int
+    TAKES_NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
+    SCHEDULER_MAX_STEPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model, for JobSpec.model."""
     family: _builtins.str
@@ -524,13 +627,21 @@ class Model(_message.Message):
     default_strength: _builtins.float
     """Default of JobSpec.strength."""
     max_num_inference_steps: _builtins.int
-    """Largest JobSpec.num_inference_steps with this model."""
+    """Largest JobSpec.num_inference_steps with this model. Schedulers in scheduler_max_steps allow fewer."""
     min_side_pixels: _builtins.int
     """Smallest width and height in pixels with this model."""
     max_side_pixels: _builtins.int
     """Largest width and height in pixels with this model."""
     side_multiple: _builtins.int
     """Width and height must be multiples of this number of pixels with this model."""
+    kind: Global___Model.Kind.ValueType
+    """What the model was trained to predict."""
+    guidance: Global___Model.Guidance.ValueType
+    """The effect of JobSpec.guidance_scale."""
+    strength_rule: Global___Model.StrengthRule.ValueType
+    """How the number of steps that run follows from JobSpec.strength."""
+    takes_negative_prompt: _builtins.bool
+    """Whether JobSpec.negative_prompt can have an effect."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers for JobSpec.scheduler, the default one first."""
@@ -538,6 +649,12 @@ class Model(_message.Message):
     @_builtins.property
     def loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """LoRAs for JobSpec.lora."""
+
+    @_builtins.property
+    def scheduler_max_steps(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Largest JobSpec.num_inference_steps with the schedulers that allow fewer steps than
+        max_num_inference_steps, by the name of the scheduler.
+        """
 
     def __init__(
         self,
@@ -556,10 +673,15 @@ class Model(_message.Message):
         min_side_pixels: _builtins.int = ...,
         max_side_pixels: _builtins.int = ...,
         side_multiple: _builtins.int = ...,
+        kind: Global___Model.Kind.ValueType = ...,
+        guidance: Global___Model.Guidance.ValueType = ...,
+        strength_rule: Global___Model.StrengthRule.ValueType = ...,
+        takes_negative_prompt: _builtins.bool = ...,
+        scheduler_max_steps: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "loras", b"loras", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -602,7 +724,7 @@ class Limits(_message.Message):
     min_side_pixels: _builtins.int
     """Smallest width and height, in pixels."""
     max_side_pixels: _builtins.int
-    """Largest width and height, in pixels."""
+    """Largest width and height, in pixels. The endpoints of the HTTP contract accept up to 1024."""
     side_multiple: _builtins.int
     """Width and height must be multiples of this number of pixels."""
     max_samples: _builtins.int

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from img2img.v1 import event_pb2, job_pb2, service_pb2
-from img2img_server.domain.params import RANDOM_SEED, Limits
+from img2img_server.domain.params import MAX_SIDE_PIXELS, RANDOM_SEED, Limits
 
 Schema = dict[str, Any]
 
@@ -123,7 +123,7 @@ def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = No
 def _limits(name: str) -> Schema:
     """Returns the limits of a field of JobSpec, from the Limits that are named like it."""
     if name in ("width", "height"):
-        low, high = _LIMITS.min_side_pixels, _LIMITS.max_side_pixels
+        low, high = _LIMITS.min_side_pixels, MAX_SIDE_PIXELS
         return {"minimum": low, "maximum": high, "multipleOf": _LIMITS.side_multiple}
     if name == "webhook":
         return {"maxLength": _LIMITS.max_url_characters, "pattern": "^https?://"}

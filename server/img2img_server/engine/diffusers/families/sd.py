@@ -45,6 +45,7 @@ class StableDiffusion(DiffusionFamily):
     lora_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
     side_multiple = 8
     native_size = 512
+    max_side = 1024
 
     def refusal(self, files: ModelFiles) -> str:
         unet = files.config("unet")

@@ -31,6 +31,7 @@ class StableDiffusionXL(StableDiffusion):
     tokenizers = ("tokenizer", "tokenizer_2")
     lora_parts = ("unet", "text_encoder", "text_encoder_2")
     native_size = 1024
+    max_side = 2048
 
     def refusal(self, files: ModelFiles) -> str:
         if files.index.get("requires_aesthetics_score"):
