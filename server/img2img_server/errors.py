@@ -33,12 +33,19 @@ JobFailedError: the job fails while it runs; becomes Job.error, not a status
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from img2img_server.domain.violations import Violation
 
 DOMAIN = "img2img.v1"
+_NEEDED_FOR = {
+    "operate": "manage the server",
+    "storage": "change storage settings",
+    "unsafe": "turn the safety checker off",
+}
+_SHOWN_CHARACTERS = 64  # of a model's name, which the caller sent
 
 
 class OperatorError(Exception):
@@ -61,33 +68,44 @@ class Code(Enum):
 
 
 class ServiceError(Exception):
-    """Root of the errors of RPCs."""
+    """Root of the errors of RPCs. The fields of a subclass fill the braces of its sentence."""
 
     code: ClassVar[Code] = Code.INTERNAL
     reason: ClassVar[str] = "INTERNAL"
+    sentence: ClassVar[str] = ""
     retry_seconds: float | None = None
+
+    def __str__(self) -> str:
+        return self.sentence.format_map(self._values())
 
     @property
     def metadata(self) -> dict[str, str]:
         """Returns every value that the message names (AIP-193)."""
-        return {}
+        return {name: str(value) for name, value in self._values().items()}
+
+    def _values(self) -> dict[str, Any]:
+        if not is_dataclass(self):
+            return {}
+        names = (field.name for field in fields(self))
+        return {name: getattr(self, name) for name in names if name != "retry_seconds"}
 
 
+@dataclass(eq=False, repr=False)
 class InvalidRequestError(ServiceError):
     """The request breaks rules; `violations` lists all of them."""
 
     code = Code.INVALID_ARGUMENT
     reason = "INVALID_REQUEST"
+    violations: list[Violation]
 
-    def __init__(self, violations: list[Violation]) -> None:
-        super().__init__("; ".join(violation.text for violation in violations))
-        self.violations = violations
+    def __str__(self) -> str:
+        return "; ".join(violation.text for violation in self.violations)
 
     @property
     def metadata(self) -> dict[str, str]:
         """Returns the names of the fields, and each violation's values as "{field}_{name}"."""
-        fields = ",".join(dict.fromkeys(violation.field for violation in self.violations))
-        return {"fields": fields} | {
+        names = ",".join(dict.fromkeys(violation.field for violation in self.violations))
+        return {"fields": names} | {
             f"{violation.field}_{name}": value
             for violation in self.violations
             for name, value in {**violation.values, "cause": violation.cause}.items()
@@ -100,155 +118,113 @@ class UnauthenticatedError(ServiceError):
 
     code = Code.UNAUTHENTICATED
     reason = "INVALID_API_KEY"
-
-    def __init__(self) -> None:
-        super().__init__("Invalid API key")
+    sentence = "Invalid API key"
 
 
-_NEEDED_FOR = {
-    "operate": "manage the server",
-    "storage": "change storage settings",
-    "unsafe": "turn the safety checker off",
-}
-
-
+@dataclass(eq=False, repr=False)
 class PermissionDeniedError(ServiceError):
     """The key lacks a permission that the call needs."""
 
     code = Code.PERMISSION_DENIED
     reason = "PERMISSION_DENIED"
+    permission: str
 
-    def __init__(self, permission: str) -> None:
-        action = _NEEDED_FOR[permission]
-        super().__init__(f"This key may not {action}: it lacks the permission {permission}")
-        self.permission = permission
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"permission": self.permission}
+    def __str__(self) -> str:
+        action = _NEEDED_FOR[self.permission]
+        return f"This key may not {action}: it lacks the permission {self.permission}"
 
 
+@dataclass(eq=False, repr=False)
 class JobNotFoundError(ServiceError):
     """The tenant has no such job, or the job has expired."""
 
     code = Code.NOT_FOUND
     reason = "JOB_NOT_FOUND"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name} does not exist or has expired")
-        self.name = name
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"name": self.name}
+    sentence = "{name} does not exist or has expired"
+    name: str
 
 
+@dataclass(eq=False, repr=False)
 class ModelNotFoundError(ServiceError):
     """No worker ever announced this model, but other models."""
 
     code = Code.NOT_FOUND
     reason = "MODEL_NOT_FOUND"
+    model: str
+    known: tuple[str, ...]
 
-    def __init__(self, model: str, known: tuple[str, ...]) -> None:
-        names = ", ".join(known) or "none yet"
-        model = model[:64]  # what a caller sent, and a status has room for
-        super().__init__(f"model {model!r} is not served here; known models: {names}")
-        self.model = model
-        self.known = known
+    def __str__(self) -> str:
+        names = ", ".join(self.known) or "none yet"
+        return f"model {self._values()['model']!r} is not served here; known models: {names}"
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"model": self.model, "known": ",".join(self.known)}
+    def _values(self) -> dict[str, Any]:
+        return {"model": self.model[:_SHOWN_CHARACTERS], "known": ",".join(self.known)}
 
 
+@dataclass(eq=False, repr=False)
 class RequestIdReusedError(ServiceError):
     """The request_id belongs to a different request."""
 
     code = Code.ALREADY_EXISTS
     reason = "REQUEST_ID_REUSED"
-
-    def __init__(self, request_id: str) -> None:
-        super().__init__(f"request_id {request_id} was used for a different request")
-        self.request_id = request_id
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"request_id": self.request_id}
+    sentence = "request_id {request_id} was used for a different request"
+    request_id: str
 
 
+@dataclass(eq=False, repr=False)
 class JobEndedError(ServiceError):
     """The job has already succeeded or failed."""
 
     code = Code.FAILED_PRECONDITION
     reason = "JOB_ENDED"
-
-    def __init__(self, name: str, state: str) -> None:
-        super().__init__(f"{name} has already {state}")
-        self.name = name
-        self.state = state
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"name": self.name, "state": self.state}
+    sentence = "{name} has already {state}"
+    name: str
+    state: str
 
 
+@dataclass(eq=False, repr=False)
 class JobNotEndedError(ServiceError):
     """The call needs a job that has ended."""
 
     code = Code.FAILED_PRECONDITION
     reason = "JOB_NOT_ENDED"
-
-    def __init__(self, name: str, state: str) -> None:
-        super().__init__(f"{name} has not ended, it is {state}")
-        self.name = name
-        self.state = state
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"name": self.name, "state": self.state}
+    sentence = "{name} has not ended, it is {state}"
+    name: str
+    state: str
 
 
+@dataclass(eq=False, repr=False)
 class NoWebhookError(ServiceError):
     """The job has no webhook."""
 
     code = Code.FAILED_PRECONDITION
     reason = "NO_WEBHOOK"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name} has no webhook")
-        self.name = name
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"name": self.name}
+    sentence = "{name} has no webhook"
+    name: str
 
 
+@dataclass(eq=False, repr=False)
 class DeadlineTooShortError(ServiceError):
-    """The estimate says that the job cannot finish within the caller's deadline."""
+    """The estimate says that the job cannot finish within the caller's deadline.
+
+    `wait_seconds`: the part of needed_seconds that the job waits for other jobs.
+    """
 
     code = Code.FAILED_PRECONDITION
     reason = "DEADLINE_TOO_SHORT"
+    sentence = "the deadline leaves {remaining_seconds} s, the job needs about {needed_seconds} s"
+    remaining_seconds: float
+    needed_seconds: float
+    wait_seconds: float = 0.0
 
-    def __init__(
-        self, remaining_seconds: float, needed_seconds: float, wait_seconds: float = 0.0
-    ) -> None:
-        """`wait_seconds`: the part of needed_seconds that the job waits for other jobs."""
-        super().__init__(
-            f"the deadline leaves {remaining_seconds:.1f} s, the job needs about "
-            f"{needed_seconds:.1f} s"
-        )
-        self.remaining_seconds = remaining_seconds
-        self.needed_seconds = needed_seconds
-        missing_seconds = needed_seconds - remaining_seconds
+    def __post_init__(self) -> None:
+        missing = self.needed_seconds - self.remaining_seconds
         # Waiting helps only against the wait for other jobs.
-        self.retry_seconds = max(1.0, missing_seconds) if missing_seconds <= wait_seconds else None
+        self.retry_seconds = max(1.0, missing) if missing <= self.wait_seconds else None
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {
-            "remaining_seconds": f"{self.remaining_seconds:.1f}",
-            "needed_seconds": f"{self.needed_seconds:.1f}",
-        }
+    def _values(self) -> dict[str, Any]:
+        names = ("remaining_seconds", "needed_seconds")
+        return {name: f"{getattr(self, name):.1f}" for name in names}
 
 
 class StorageKeysMissingError(ServiceError):
@@ -256,11 +232,7 @@ class StorageKeysMissingError(ServiceError):
 
     code = Code.FAILED_PRECONDITION
     reason = "STORAGE_KEYS_MISSING"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "This server cannot keep S3 details: its operator must set IMG2IMG_STORAGE_KEYS"
-        )
+    sentence = "This server cannot keep S3 details: its operator must set IMG2IMG_STORAGE_KEYS"
 
 
 class MessageTooLargeError(ServiceError):
@@ -268,77 +240,60 @@ class MessageTooLargeError(ServiceError):
 
     code = Code.FAILED_PRECONDITION
     reason = "MESSAGE_TOO_LARGE"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "The job is larger than this server's queue takes; its operator must raise "
-            "max_payload of NATS"
-        )
+    sentence = (
+        "The job is larger than this server's queue takes; its operator must raise max_payload of "
+        "NATS"
+    )
 
 
+@dataclass(eq=False, repr=False)
 class QueueFullError(ServiceError):
-    """The tenant has its limit of unfinished jobs."""
+    """The tenant has its limit of unfinished jobs.
+
+    `retry_seconds`: until a place is expected; None: unknown, then half a minute.
+    """
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
+    sentence = "the tenant already has {limit} unfinished jobs, which is its limit"
+    limit: int
+    retry_seconds: float | None = None
 
-    def __init__(self, limit: int, retry_seconds: float | None = None) -> None:
-        """`retry_seconds`: until a place is expected; None: unknown, then half a minute."""
-        super().__init__(f"the tenant already has {limit} unfinished jobs, which is its limit")
-        self.limit = limit
-        self.retry_seconds = 30.0 if retry_seconds is None else retry_seconds
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"limit": str(self.limit)}
+    def __post_init__(self) -> None:
+        self.retry_seconds = 30.0 if self.retry_seconds is None else self.retry_seconds
 
 
+@dataclass(eq=False, repr=False)
 class RateLimitedError(ServiceError):
     """The key creates jobs too fast."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "RATE_LIMITED"
-
-    def __init__(self, per_minute: int, retry_seconds: float) -> None:
-        super().__init__(f"the API key may not create more than {per_minute} jobs per minute")
-        self.per_minute = per_minute
-        self.retry_seconds = retry_seconds
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"per_minute": str(self.per_minute)}
+    sentence = "the API key may not create more than {per_minute} jobs per minute"
+    per_minute: int
+    retry_seconds: float | None
 
 
+@dataclass(eq=False, repr=False)
 class TooManyCallsError(ServiceError):
     """The tenant has its limit of open calls at this server."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "TOO_MANY_CALLS"
+    sentence = "the tenant already has {limit} open calls, which is its limit"
+    limit: int
     retry_seconds = 1.0
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"the tenant already has {limit} open calls, which is its limit")
-        self.limit = limit
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"limit": str(self.limit)}
-
-
+@dataclass(eq=False, repr=False)
 class TooManyWatchersError(ServiceError):
     """This server has its limit of open streams."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "TOO_MANY_WATCHERS"
+    sentence = "this server already has {limit} open streams, which is its limit"
+    limit: int
     retry_seconds = 5.0
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"this server already has {limit} open streams, which is its limit")
-        self.limit = limit
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"limit": str(self.limit)}
 
 
 class TooManyWebhooksError(ServiceError):
@@ -346,10 +301,8 @@ class TooManyWebhooksError(ServiceError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "TOO_MANY_WEBHOOKS"
+    sentence = "the tenant has too many webhooks that are not delivered yet"
     retry_seconds = 60.0
-
-    def __init__(self) -> None:
-        super().__init__("the tenant has too many webhooks that are not delivered yet")
 
 
 class UnavailableError(ServiceError):
@@ -368,38 +321,39 @@ class UnavailableError(ServiceError):
         super().__init__(sentence)
         self.detail = detail
 
+    def __str__(self) -> str:
+        return str(self.args[0])
 
+
+@dataclass(eq=False, repr=False)
 class NoModelError(ServiceError):
-    """No worker has announced a model that can serve the request."""
+    """No worker has announced a model that can serve the request.
+
+    `model`: the default or the requested model; `known`: the other models.
+    """
 
     code = Code.UNAVAILABLE
     reason = "NO_MODEL"
     retry_seconds = 5.0
+    model: str = ""
+    known: tuple[str, ...] = ()
 
-    def __init__(self, model: str = "", known: tuple[str, ...] = ()) -> None:
-        """`model`: the default or the requested model; `known`: the other models."""
-        self.model = model[:64]
-        sentence = "No model is loaded yet; try again once a worker has loaded one"
-        if known:
-            names = ", ".join(known)
-            sentence = f"The default model {self.model!r} is not loaded yet; known models: {names}"
-        super().__init__(sentence)
+    def __str__(self) -> str:
+        if not self.known:
+            return "No model is loaded yet; try again once a worker has loaded one"
+        names, model = ", ".join(self.known), self.metadata["model"]
+        return f"The default model {model!r} is not loaded yet; known models: {names}"
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"model": self.model}
+    def _values(self) -> dict[str, Any]:
+        return {"model": self.model[:_SHOWN_CHARACTERS]}
 
 
+@dataclass(eq=False, repr=False)
 class InternalError(ServiceError):
     """An unexpected error; the log has it under `error_id`."""
 
-    def __init__(self, error_id: str) -> None:
-        super().__init__(f"internal error {error_id}")
-        self.error_id = error_id
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"error_id": self.error_id}
+    sentence = "internal error {error_id}"
+    error_id: str
 
 
 class JobFailedError(Exception):
