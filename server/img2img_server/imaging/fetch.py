@@ -149,18 +149,16 @@ async def _download(
         if progress.redirects == MAX_REDIRECTS:
             raise _AttemptFailedError(f"too many redirects, more than {MAX_REDIRECTS}")
         progress.redirects += 1
-        progress.url = policy.check_url(answer.location, base=progress.url)
-
-
-@dataclass(frozen=True, slots=True)
-class _Redirect:
-    location: str
+        progress.url = policy.check_url(answer, base=progress.url)
 
 
 async def _request(
     session: aiohttp.ClientSession, progress: _Progress, limits: Limits
-) -> bytes | _Redirect:
-    """Makes one request. Raises _AttemptFailedError, ForbiddenAddressError, CodingError."""
+) -> bytes | str:
+    """Makes one request; returns the file, or the location of a redirect.
+
+    Raises _AttemptFailedError, ForbiddenAddressError, CodingError.
+    """
     progress.answered, progress.received = False, 0
     assert progress.url is not None
     try:
@@ -173,7 +171,7 @@ async def _request(
                 raise _AttemptFailedError(
                     f"the server answered {response.status} without a Location"
                 )
-            return _Redirect(location)
+            return location
     except (aiohttp.ClientError, OSError, ValueError) as error:
         if type(error) is TimeoutError:  # the time for the whole download is over
             raise

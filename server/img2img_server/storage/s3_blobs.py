@@ -6,9 +6,9 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
 from io import BytesIO
 from typing import Any, Final, TypeVar
@@ -181,13 +181,18 @@ class S3BlobStore:
         else:
             raise NotAStoreError("returns a file that was never stored")
 
-    def _content(self, key: str) -> bytes:
+    @contextmanager
+    def _open(self, key: str) -> Iterator[urllib3.BaseHTTPResponse]:
         response = self._client.get_object(self._bucket, key)
         try:
-            return response.read(len(CHECK_DATA) + 1)
+            yield response
         finally:
             response.close()
             response.release_conn()
+
+    def _content(self, key: str) -> bytes:
+        with self._open(key) as response:
+            return response.read(len(CHECK_DATA) + 1)
 
     def _warn_denied(self, error: S3Error) -> None:
         self._warn_once(
@@ -270,22 +275,16 @@ class S3BlobStore:
 
     def _stat_by_get(self, key: str) -> BlobInfo | None:
         try:
-            response = self._client.get_object(self._bucket, key)
+            with self._open(key) as response:
+                size = int(response.headers.get("Content-Length") or 0)
+                media_type = response.headers.get("Content-Type") or ""
+                return BlobInfo(key=key, size_bytes=size, media_type=media_type)
         except S3Error as error:
             if error.code in DENIED:
                 self._warn_denied(error)
             elif error.code not in MISSING:
                 raise
             return None
-        try:
-            return BlobInfo(
-                key=key,
-                size_bytes=int(response.headers.get("Content-Length") or 0),
-                media_type=response.headers.get("Content-Type") or "",
-            )
-        finally:
-            response.close()
-            response.release_conn()
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         try:
