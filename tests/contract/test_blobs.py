@@ -9,11 +9,10 @@ from contextlib import AbstractAsyncContextManager
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from minio import Minio
 from minio.commonconfig import ENABLED, Filter
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
-from starlette.applications import Starlette
-from starlette.routing import Route
 
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
@@ -152,7 +151,8 @@ async def test_shared_caches_may_not_keep_a_file_whether_it_comes_from_the_bucke
     async with connect_blobs(settings) as store:
         await store.prepare()
         await store.put(key, b"x", "image/png")
-        app = Starlette(routes=[Route("/generations/{name}", Files(store).serve)])
+        app = FastAPI()
+        app.get("/generations/{name}")(Files(store).serve)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
             gateway = (await http.get(f"/{key}")).headers
