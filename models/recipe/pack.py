@@ -53,7 +53,7 @@ def _jpeg(path: Path) -> bytes:
 
 
 def pack(folder: Path, with_photos: bool) -> list[Path]:
-    """Writes the pieces; returns their names: `atelier.000`, `atelier.001`, …"""
+    """Writes the pieces; returns their names, such as `atelier.000`."""
     content: dict[str, bytes] = {}
     if with_photos:
         for photo in photos():

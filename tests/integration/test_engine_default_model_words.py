@@ -74,7 +74,7 @@ def distance(one: Pixels, other: Pixels) -> float:
 
 
 def likeness(one: Pixels, other: Pixels) -> float:
-    """Correlation of the brightness of 8 x 8 blocks, -1 to 1: is it the same scene?"""
+    """Correlation of the brightness of 8 x 8 blocks, -1 to 1."""
     blocks = [
         image.mean(axis=2).reshape(SIDE // 8, 8, SIDE // 8, 8).mean(axis=(1, 3)).ravel()
         for image in (one, other)
