@@ -48,6 +48,7 @@ TRANSFORMERS = {
         ("transformer", "transformer_blocks.1.attn.add_k_proj"),
         ("text_encoder", TEXT),
     ),
+    "chroma": (("transformer", "transformer_blocks.0.attn.to_q"),),
     "sd3": (
         ("transformer", "transformer_blocks.1.attn.to_q"),
         ("text_encoder", TEXT),

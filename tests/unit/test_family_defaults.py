@@ -58,6 +58,13 @@ def test_sides_do_not_exceed_the_positions_that_the_model_knows() -> None:
     assert traits("StableDiffusion3Pipeline", transformer=config).max_side == 1024
 
 
+def test_chroma_has_classifier_free_guidance() -> None:
+    found = traits("ChromaPipeline", transformer=FLUX)
+
+    assert (found.family, found.guidance) == ("chroma", Guidance.CLASSIFIER_FREE)
+    assert (found.num_inference_steps, found.guidance_scale) == (35, 5.0)
+
+
 def test_a_flux_model_with_a_control_image_is_refused() -> None:
     config = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}
     with pytest.raises(ModelError, match="384 input channels instead of 64"):

@@ -54,7 +54,7 @@ def load_pipeline(
         pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
         arguments = {**dict.fromkeys(files.absent_parts), **family.load_options}
         pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.IMAGES:
         pipeline.vae, tiny = tiny, None

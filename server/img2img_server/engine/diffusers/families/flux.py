@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.domain.models import Guidance
 from img2img_server.engine.diffusers.families.base import (
@@ -33,14 +33,14 @@ class Flux(FlowFamily):
     pipelines = dict.fromkeys(
         ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), "FluxImg2ImgPipeline"
     )
-    tokenizers = ("tokenizer", "tokenizer_2")
-    lora_parts = ("transformer", "text_encoder")
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
     num_inference_steps = 28
     guidance_scale = 3.5
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
         found = super().traits(files, scheduler)
-        if found.guidance is Guidance.EMBEDDED:
+        if found.guidance is not Guidance.NONE:
             return found
         # Schnell is distilled for few steps and takes no guidance.
         return replace(found, num_inference_steps=_SCHNELL_STEPS, guidance_scale=1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.engine.diffusers.families.base import (
     FlowFamily,
@@ -32,8 +32,8 @@ class StableDiffusion3(FlowFamily):
         ),
         "StableDiffusion3Img2ImgPipeline",
     )
-    tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    lora_parts = ("transformer", "text_encoder", "text_encoder_2")
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "text_encoder_2")
     num_inference_steps = 28
     guidance_scale = 7.0
 

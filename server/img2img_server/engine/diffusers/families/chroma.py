@@ -1,0 +1,55 @@
+"""Chroma: packed latents as in FLUX.1, T5 prompts with a mask, classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from img2img_server.domain.models import Guidance
+from img2img_server.engine.diffusers.families.base import Forward, LoadedModel
+from img2img_server.engine.diffusers.families.flux import Flux, predict_packed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Chroma(Flux):
+    """Chroma1 and models derived from it."""
+
+    name = "chroma"
+    pipelines = dict.fromkeys(
+        ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+        "ChromaImg2ImgPipeline",
+    )
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    lora_parts: ClassVar[tuple[str, ...]] = ("transformer",)
+    num_inference_steps = 35
+    guidance_scale = 5.0
+
+    def guidance(self, config: Mapping[str, Any]) -> Guidance:
+        return Guidance.CLASSIFIER_FREE
+
+    def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
+        import torch
+        from torch.nn.functional import pad
+
+        height, width = forwards[0].latents.shape[2:]
+        mask = torch.stack([forward.text.tensors["mask"] for forward in forwards])
+        # All tokens of the image count.
+        whole = pad(mask, (0, height // 2 * (width // 2)), value=1.0)
+        return predict_packed(model, forwards, attention_mask=whole)
+
+    def encode_prompts(
+        self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
+    ) -> list[Mapping[str, Tensor]]:
+        tokens, _, mask, *_ = model.pipeline.encode_prompt(
+            prompt=list(prompts),
+            device=model.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.token_limit(model.pipeline.tokenizer),
+        )
+        tokens, mask = tokens.to(model.dtype), mask.to(model.dtype)
+        return [
+            {"tokens": row.clone(), "mask": mask_row.clone()}
+            for row, mask_row in zip(tokens, mask, strict=True)
+        ]
