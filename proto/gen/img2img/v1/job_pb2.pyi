@@ -199,15 +199,17 @@ class JobSpec(_message.Message):
     """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
     """Description of unwanted content. 0 to 2000 characters, default empty. It has an effect only with
-    guidance_scale above 1; otherwise Job.warning says so.
+    classifier-free guidance, see Model.guidance; otherwise Job.warning says so.
     """
     width: _builtins.int
     """Width of the result in pixels: within the range of the model and a multiple of
-    Model.side_multiple. The service allows 256 to 1536, and most models less. Default 512.
+    Model.side_multiple. The service allows 256 to 1536 by default, and most models less; the HTTP
+    contract allows 256 to 1024, a multiple of 8. Default 512.
     """
     height: _builtins.int
     """Height of the result in pixels: within the range of the model and a multiple of
-    Model.side_multiple. The service allows 256 to 1536, and most models less. Default 512.
+    Model.side_multiple. The service allows 256 to 1536 by default, and most models less; the HTTP
+    contract allows 256 to 1024, a multiple of 8. Default 512.
     """
     samples: _builtins.int
     """Number of images: 1 to 4, default 1. Sample i uses the seed seed + i, see Sample.seed."""
@@ -218,9 +220,9 @@ class JobSpec(_message.Message):
     """
     seed: _builtins.int
     """Seed of the random noise: 0 to 9223372036854775807 (2^63 - 1). Absent or -1: drawn at random below
-    2^32, once for the job. Two seeds that differ by a multiple of 2^32 give the same
-    noise, because torch uses only the low 32 bits on a CPU, as in diffusers. In JSON the value is a
-    string, because JavaScript numbers are exact only up to 2^53.
+    2^32, once for the job. Two seeds that differ by a multiple of 2^32 give the same noise, because
+    torch uses only the low 32 bits on a CPU, as in diffusers. In JSON the value is a string, because
+    JavaScript numbers are exact only up to 2^53.
     """
     safety_checker: _builtins.bool
     """Whether results are checked and unsafe ones replaced by black images. Default true. false needs a
@@ -250,13 +252,15 @@ class JobSpec(_message.Message):
     fails with NOT_FOUND, MODEL_NOT_FOUND.
     """
     num_inference_steps: _builtins.int
-    """Number of steps of the full schedule, of which about strength x num_inference_steps run: 1 to 100,
-    or to Model.max_num_inference_steps. Default: the model's own. If no step would run, the number is
-    raised to the smallest one for which a step runs, and Job.warning says so.
+    """Number of steps of the full schedule, of which strength x num_inference_steps run, rounded by
+    Model.strength_rule: 1 to 100, or to the narrower limit of the model and scheduler, see Model.
+    Default: the model's own. If no step would run, the number is raised to the smallest one for which
+    a step runs, and Job.warning says so.
     """
     guidance_scale: _builtins.float
-    """Scale of classifier-free guidance: 0.0 to 30.0. Values up to 1.0 turn guidance off. Default: the
-    model's own.
+    """How strongly the model follows the prompt: 0.0 to 30.0. Model.guidance says from which scale on
+    classifier-free guidance is on, or that the scale is an input of the model. Default: the model's
+    own.
     """
     scheduler: _builtins.str
     """Name of a scheduler of the model, see Model.schedulers, or its class name in diffusers, for

@@ -508,7 +508,7 @@ class Model(_message.Message):
         """The velocity of flow matching, as FLUX.1."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
-        """What a model was trained to predict."""
+        """The quantity that a model was trained to predict."""
 
     KIND_UNSPECIFIED: Model.Kind.ValueType  # 0
     """Unknown, because the worker is older than this field."""
@@ -613,7 +613,7 @@ class Model(_message.Message):
     name: _builtins.str
     """Name of the model, for JobSpec.model."""
     family: _builtins.str
-    """Family of the model, for example "sd" or "sdxl"."""
+    """Family of the model, for example "sd", "sdxl" or "flux"."""
     default_num_inference_steps: _builtins.int
     """Default of JobSpec.num_inference_steps."""
     default_guidance_scale: _builtins.float
@@ -635,7 +635,7 @@ class Model(_message.Message):
     side_multiple: _builtins.int
     """Width and height must be multiples of this number of pixels with this model."""
     kind: Global___Model.Kind.ValueType
-    """What the model was trained to predict."""
+    """The quantity that the model was trained to predict."""
     guidance: Global___Model.Guidance.ValueType
     """The effect of JobSpec.guidance_scale."""
     strength_rule: Global___Model.StrengthRule.ValueType
