@@ -29,7 +29,7 @@ from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.certificates import validity_fault
-from img2img_server.compat.modelslab import call_names, responses
+from img2img_server.compat.modelslab import names, responses
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.domain.job import Job
 from img2img_server.imaging.fetch import fetch_image
@@ -302,7 +302,7 @@ async def _updated_health(
         except (errors.UnavailableError, TimeoutError):
             is_serving = False
         states = dict.fromkeys(("", *SERVICE_NAMES), is_serving)
-        for name, serving in (states | {call_names.MODELS_SERVICE: has_models}).items():
+        for name, serving in (states | {names.MODELS_SERVICE: has_models}).items():
             await servicer.set(name, _Status.SERVING if serving else _Status.NOT_SERVING)
 
     async def repeat() -> None:

@@ -24,7 +24,7 @@ from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import OpenCalls, current_principal
 from img2img_server.api.records import found, page_of
 from img2img_server.api.watch import Watcher
-from img2img_server.compat.modelslab import call_names
+from img2img_server.compat.modelslab import names
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.urls import is_http_url
 from img2img_server.domain.violations import Reason, Violation, out_of_range
@@ -206,7 +206,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
 
     def _caller(self, context: Context, *, with_deadline: bool = True) -> Caller:
         metadata = dict(context.invocation_metadata() or ())
-        base, sent = str(metadata.get(call_names.LINK_BASE, "")), metadata.get(call_names.WARNING)
+        base = str(metadata.get(names.LINK_BASE_METADATA, ""))
+        sent = metadata.get(names.WARNING_METADATA)
         warning = sent.decode(errors="replace") if isinstance(sent, bytes) else ""
         return Caller(
             current_principal(),

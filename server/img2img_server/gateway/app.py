@@ -40,11 +40,11 @@ def create_app(
     stop: asyncio.Event | None = None,
     readiness: Readiness | None = None,
 ) -> FastAPI:
-    """The gateway in front of the api behind `channel` and the files in `blobs`.
+    """Creates the gateway in front of the api at `channel` and of the files in `blobs`.
 
     Args:
-        stop: once set, /readyz says so, waiting POSTs answer `processing`, event streams end.
-        readiness: what /readyz tells; by default asked of `channel` and `blobs`.
+        stop: Once set, /readyz reports it, waiting requests get `processing`, event streams end.
+        readiness: The checks of /readyz. Default: of `channel` and `blobs`.
     """
     stop = stop or asyncio.Event()
     response_format = Legacy() if settings.legacy else Current()
@@ -56,7 +56,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # `AccessLog` makes the span and the metrics of a request: FastAPI's own would come twice.
+        # `AccessLog` makes the span and the metrics of a request; FastAPI's would be a second set.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.openapi = cache(partial(document, app, settings))  # type: ignore[method-assign]
@@ -78,11 +78,11 @@ def create_app(
             methods = [m for r in iter_route_contexts(app.routes) for m in _methods(r, path)]
             allow = {"Allow": ", ".join(dict.fromkeys([*methods, "OPTIONS"]))}
             return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allow))
-        if is_file_path(path):  # with a line feed: the route does not match
+        if is_file_path(path):  # the route does not match a line feed
             return missing()
         return refuse(RequestError(ErrorKind.NO_ROUTE))
 
-    # A request passes the last one first.
+    # The middleware that is added last gets each request first.
     app.add_middleware(
         RequestLimits,
         max_requests=settings.max_http_requests,
@@ -114,11 +114,11 @@ def _files(files: Files) -> APIRouter:
     text = {"text/plain": {"schema": {"type": "string"}}}
     image = {"image/png": {"schema": {"type": "string", "contentMediaType": "image/png"}}}
     responses: dict[int | str, dict[str, Any]] = {
-        404: {"description": "Not there, or not yet.", "content": text},
-        503: {"description": "The store cannot be read.", "content": text},
+        404: {"description": "No such file, or not stored yet.", "content": text},
+        503: {"description": "The bucket cannot be read.", "content": text},
     }
 
-    # The rest of the path may hold anything: below these folders every miss is plain text.
+    # The name may contain slashes: every 404 below these folders is plain text.
     for folder in ("generations", "temp"):
         path = f"/{folder}/{{name:path}}"
         router.head(path, response_class=Response, responses=responses)(files.serve)
@@ -133,13 +133,13 @@ def _probes(readiness: Readiness) -> APIRouter:
     @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", responses={200: _PROBE})
     async def alive() -> Response:
-        """The process runs."""
+        """Reports that the process runs."""
         return JSONResponse({"status": "alive"})
 
     @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={200: _PROBE, 503: _PROBE})
     async def ready() -> Response:
-        """The api serves, the bucket can be read and a model was announced."""
+        """Reports whether the api serves, the bucket can be read and a model was announced."""
         if troubles := await readiness.troubles():
             body = {"status": "not ready", **troubles}
             return JSONResponse(body, 503, {"Cache-Control": "no-store"})

@@ -70,6 +70,9 @@ def outcomes(*schemas: str, errors: Iterable[ErrorKind] = ()) -> dict[int | str,
     return outcomes
 
 
+_LEGACY = {"description": "Any response; see its `status`.", "content": content("Legacy")}
+
+
 def document(app: FastAPI, settings: Settings) -> Schema:
     """Returns the document of a gateway with these settings."""
     generated = get_openapi(
@@ -91,10 +94,7 @@ def document(app: FastAPI, settings: Settings) -> Schema:
             operation["security"] = _SECURITY.get(operation["tags"][0], [])
             operation["responses"].pop("422", None)
             if settings.legacy and {} in operation["security"]:
-                text = "Every response."
-                operation["responses"] = {
-                    "200": {"description": text, "content": content("Legacy")}
-                }
+                operation["responses"] = {"200": _LEGACY}
             for sent in operation.get("requestBody", {}).get("content", {}).values():
                 name = sent["schema"]["$ref"].rpartition("/")[2]
                 sent["example"] = _working(EXAMPLES[name], settings)
@@ -103,7 +103,7 @@ def document(app: FastAPI, settings: Settings) -> Schema:
 
 def _working(example: Schema, settings: Settings) -> Schema:
     """Returns a copy with the development key, and with an init image that can be downloaded, so
-    that "Try it out" works as it stands."""
+    that "Try it out" works unchanged."""
     if not settings.has_open_dev_key or "aws_secret_access_key" in example:
         return example  # one click must not replace a tenant's storage by an invented one
     changed = example | ({"key": DEV_KEY} if "key" in example else {})

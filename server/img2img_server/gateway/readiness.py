@@ -11,7 +11,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from img2img_server.compat.modelslab import call_names
+from img2img_server.compat.modelslab import names
 from img2img_server.errors import StorageError
 from img2img_server.gateway.upstream import SERVICE
 from img2img_server.storage.interface import BlobStore
@@ -81,7 +81,7 @@ class Readiness:
 
     async def _model_trouble(self) -> str:
         try:
-            status = await self._status(call_names.MODELS_SERVICE)
+            status = await self._status(names.MODELS_SERVICE)
         except grpc.aio.AioRpcError:  # also of an api of an older version, which lacks this check
             return ""
         return "" if status == _SERVING else "none announced yet"

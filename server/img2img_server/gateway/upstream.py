@@ -24,7 +24,7 @@ from img2img.v1 import (
     service_pb2,
     service_pb2_grpc,
 )
-from img2img_server.compat.modelslab import call_names
+from img2img_server.compat.modelslab import names
 from img2img_server.compat.modelslab.errors import RETRY_SECONDS, ErrorKind, RequestError
 from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
@@ -142,9 +142,9 @@ class Upstream:
 
         `warning`: what the spec leaves out of the caller's request, for Job.warning.
         """
-        metadata: list[tuple[str, str | bytes]] = [(call_names.LINK_BASE, link_base)]
+        metadata: list[tuple[str, str | bytes]] = [(names.LINK_BASE_METADATA, link_base)]
         if warning:
-            metadata.append((call_names.WARNING, warning.encode(errors="replace")))
+            metadata.append((names.WARNING_METADATA, warning.encode(errors="replace")))
         request = service_pb2.CreateJobRequest(spec=spec, request_id=request_id)
         response = await _call(
             self._stub.CreateJob, request, key, _CREATE_SECONDS, metadata, spec.model

@@ -1,1 +1,1 @@
-"""What the HTTP contract says about a job, made once: for the gateway's answers and webhooks."""
+"""ModelsLab's HTTP contract without HTTP: requests, responses, errors and sentences."""

@@ -7,14 +7,14 @@ from enum import Enum
 
 from img2img_server.domain.violations import Violation
 
-RETRY_SECONDS = 30  # without an estimate
+RETRY_SECONDS = 30  # if the api gives no estimate
 
 
 class ErrorKind(Enum):
     """HTTP status, reason and default message of every error. The api's own reason replaces it."""
 
     INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
-    FIELDS = 400, "INVALID_REQUEST", ""  # the sentence of the first field
+    FIELDS = 400, "INVALID_REQUEST", ""  # the message is that of the first violation
     BAD_KEY = 401, "INVALID_API_KEY", "Invalid API key"
     FORBIDDEN = 403, "PERMISSION_DENIED", "This key lacks a permission"
     FOREIGN_PAGE = 403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not call this service"
@@ -40,14 +40,14 @@ class ErrorKind(Enum):
 
 
 class RequestError(Exception):
-    """The gateway rejects the request. The sentences are our own; response_formats.py replaces them
-    by those of ModelsLab.
+    """The gateway rejects the request. Its sentences are our own; response_formats.py replaces them
+    by ModelsLab's.
 
     Attributes:
-        reason: For programs. Default: that of the kind.
-        violations: With FIELDS only, in the order in which they are reported.
+        reason: A machine-readable reason. Default: the kind's.
+        violations: The broken rules, in the order of the response. Only with the kind FIELDS.
         retry_seconds: Whole seconds until a retry may succeed.
-        metadata: That of the api's ErrorInfo.
+        metadata: The metadata of the api's ErrorInfo.
     """
 
     def __init__(
@@ -72,5 +72,5 @@ class RequestError(Exception):
 
     @property
     def message(self) -> str:
-        """The sentence for people: the given one, that of the first violation, or the kind's."""
+        """Returns the sentence of the first violation, else the given one, else the kind's."""
         return self.violations[0].message if self.violations else self._message

@@ -1,4 +1,4 @@
-"""The names of the service's own files, and their texts in place of links."""
+"""The names of the service's own files, and their content in place of links."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY = re.compile(rf"(generations|temp)/{_UUID}-[0-9]{{1,2}}\.(png|base64)", re.A
 
 
 async def inline(blobs: BlobStore, links: Sequence[str]) -> list[str]:
-    """The base64 texts behind links; a link stays where the file is not ours.
+    """Returns the base64 texts of the linked files. A link to a file elsewhere stays a link.
 
     Raises:
         StorageError: the bucket cannot be read.

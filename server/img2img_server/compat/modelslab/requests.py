@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from img2img.v1 import job_pb2
-from img2img_server.compat.modelslab import annotation_keys
+from img2img_server.compat.modelslab import names
 from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT
 from img2img_server.domain.data_uris import decode_base64, decode_data_uri, is_data_uri
 from img2img_server.domain.params import (
@@ -46,9 +46,9 @@ HINTS: dict[str, tuple[str, float, float]] = {
     "guidance_scale": ("a number", 0, LIMITS.max_guidance_scale),
     "num_inference_steps": ("an integer", 1, LIMITS.max_num_inference_steps),
 }
-_MOST_NAMED = 20  # ignored fields that a warning names
-_MOST_NAME_CHARACTERS = 40
-_MOST_SHOWN_CHARACTERS = 1024  # enough to tell a kind of file
+_MAX_NAMED_FIELDS = 20  # in a warning about ignored fields
+_MAX_NAME_CHARACTERS = 40
+_MAX_SAMPLE_CHARACTERS = 1024  # enough for the api to recognise the kind of a file
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _EXPECTED: dict[Any, str] = {
     str: "a string",
@@ -65,7 +65,7 @@ _UNSET: Any = None  # the default of fields whose value the service chooses
 
 
 def _number(value: Any) -> Any:
-    """Rejects what pydantic reads as a number and the contract does not: true and "1_000"."""
+    """Rejects values that pydantic reads as numbers and the contract does not: true and "1_000"."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         raise ValueError
     return value
@@ -87,7 +87,7 @@ def _unicode(value: Any) -> Any:
 
 
 def _hint(value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo[list[str]]) -> Any:
-    """Clamps a hint, or ignores it; the validation's context collects the warnings."""
+    """Clamps a hint or ignores it, and appends a warning to the context of the validation."""
     name = str(info.field_name)
     expected, least, most = HINTS[name]
     try:
@@ -149,7 +149,7 @@ class KeyRequest(BaseModel, use_attribute_docstrings=True):
     """A body with nothing but the key."""
 
     key: str = ""
-    """API key; may come in a header instead."""
+    """API key. It may be in a header instead."""
 
 
 class FetchRequest(KeyRequest):
@@ -162,11 +162,11 @@ class Img2ImgRequest(KeyRequest):
     """The body of img2img. Null and "" equal an absent field, and unknown fields are ignored."""
 
     prompt: Annotated[str, _text(min_length=1, max_length=LIMITS.max_prompt_characters)]
-    """What the image shall show."""
+    """The content of the image."""
     negative_prompt: Annotated[
         str, _optional_text(max_length=LIMITS.max_negative_prompt_characters)
     ] = _DEFAULTS.negative_prompt
-    """What the image shall not show."""
+    """Content that the image must not have."""
     init_image: Annotated[str, _text(min_length=1)]
     """The image to start from: a URL, a data URI or base64 of a PNG, JPG or WebP file of at most
     20 MB and 64 megapixels."""
@@ -180,28 +180,28 @@ class Img2ImgRequest(KeyRequest):
     """How strongly the image is changed: 0 returns the prepared init image, 1 keeps nothing of it.
     Default: the model's own, else 0.7."""
     seed: Annotated[int, _integer(ge=RANDOM_SEED, le=LIMITS.max_seed)] = _UNSET
-    """Start of the random numbers; absent, null or -1: drawn at random once for the job."""
+    """Start of the random numbers. Absent, null and -1 stand for a random one for the job."""
     safety_checker: Boolean = _DEFAULTS.safety_checker
-    """Check the results, blank what is not safe for work."""
+    """Check the results, and blank images that are not safe for work."""
     base64: Boolean = _DEFAULTS.base64
     """Links to base64 text files instead of images."""
     instant_response: Boolean = False
     """Answer `processing` at once instead of waiting for the job."""
     enhance_prompt: Boolean = _DEFAULTS.enhance_prompt
-    """Let the service improve the prompt; `meta.prompt` is the text really used."""
+    """Let the service rewrite the prompt; `meta.prompt` is the text that was used."""
     temp: Boolean = _DEFAULTS.temp
     """Keep the files under /temp/ for 24 hours."""
     webhook: Annotated[str, _optional_text(max_length=LIMITS.max_url_characters, **_URLS)] = _UNSET
-    """https address that gets one POST when the job has ended; the response comes at once."""
+    """https URL that gets one POST when the job has ended. The response then comes at once."""
     track_id: Annotated[str | int, TrackId] = _UNSET
-    """The caller's own reference, given back unchanged."""
+    """The caller's own reference, returned unchanged."""
     guidance_scale: Annotated[float, Finite, Hint] = _UNSET
-    """A hint: brought within the limits, or ignored; `warning` says so. Default and limit: the
-    model's own, see /v1/capabilities."""
+    """A hint: clamped to the limits or ignored, with a `warning`. The default and the limits are
+    the model's own, see /v1/capabilities."""
     num_inference_steps: Annotated[int, Hint] = _UNSET
     """A hint, like guidance_scale."""
     enhance_style: Annotated[str, Style] = _UNSET
-    """Ignored, given back in `meta`; `warning` says so."""
+    """Ignored, with a `warning`, and returned in `meta`."""
 
 
 class ResetS3Request(KeyRequest):
@@ -241,7 +241,7 @@ class ParsedBody:
 
 
 def parse(model: type[BaseModel], body: Mapping[str, Any]) -> ParsedBody:
-    """Reads every field but `key`."""
+    """Reads all fields but `key`."""
     fields = {name: info for name, info in model.model_fields.items() if name != "key"}
     given = {name: body[name] for name in fields if body.get(name) not in (None, "")}
     missing = {name: "" for name, info in fields.items() if info.is_required()}
@@ -266,8 +266,8 @@ def parse(model: type[BaseModel], body: Mapping[str, Any]) -> ParsedBody:
 def merge(
     model: type[BaseModel], violations: Iterable[Violation], others: Iterable[Violation] = ()
 ) -> list[Violation]:
-    """Returns the violations in the order of the model's fields. `others` are left out for fields
-    that have one already."""
+    """Returns the violations in the order of the model's fields, and of `others` those of further
+    fields."""
     reported = {violation.field for violation in violations}
     merged = [*violations, *(other for other in others if other.field not in reported)]
     order = {name: place for place, name in enumerate(model.model_fields)}
@@ -296,7 +296,7 @@ def _unknown(body: Mapping[str, Any]) -> list[str]:
     names = [name for name, value in body.items() if name not in known and value not in (None, "")]
     if not names:
         return []
-    shown = [_shown(name) for name in names[:_MOST_NAMED]]
+    shown = [_shown(name) for name in names[:_MAX_NAMED_FIELDS]]
     if more := len(names) - len(shown):
         shown.append(f"{more} more")
     if len(names) == 1:
@@ -308,11 +308,11 @@ def _unknown(body: Mapping[str, Any]) -> list[str]:
 
 def _shown(name: str) -> str:
     text = name if name.isidentifier() else repr(name)
-    return text if len(text) <= _MOST_NAME_CHARACTERS else text[:_MOST_NAME_CHARACTERS] + "…"
+    return text if len(text) <= _MAX_NAME_CHARACTERS else text[:_MAX_NAME_CHARACTERS] + "…"
 
 
 def _in_spec(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values that JobSpec has a field for."""
+    """Returns the values of the fields that JobSpec has, too."""
     names = job_pb2.JobSpec.DESCRIPTOR.fields_by_name
     texts = {"track_id": str(values["track_id"])} if "track_id" in values else {}
     return {name: value for name, value in values.items() if name in names} | texts
@@ -320,19 +320,19 @@ def _in_spec(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
     """Returns the api's request for values that broke no rule."""
-    annotations = {annotation_keys.LINK_BASE: link_base}
+    annotations = {names.LINK_BASE: link_base}
     if values.get("instant_response"):
-        annotations[annotation_keys.INSTANT_RESPONSE] = "yes"
+        annotations[names.INSTANT_RESPONSE] = "yes"
     if style := values.get("enhance_style"):
-        annotations[annotation_keys.ENHANCE_STYLE] = style[: LIMITS.max_annotation_characters]
+        annotations[names.ENHANCE_STYLE] = style[: LIMITS.max_annotation_characters]
     if isinstance(values.get("track_id"), int):
-        annotations[annotation_keys.TRACK_ID_TYPE] = "integer"
+        annotations[names.TRACK_ID_TYPE] = "integer"
     fields = _in_spec(values) | {"init_image": init_image(values["init_image"])}
     return job_pb2.JobSpec(**fields, annotations=annotations)
 
 
 def drop_hints(spec: Message, names: Collection[str]) -> list[str]:
-    """Removes those of the fields that are hints from a JobSpec; returns the removed ones."""
+    """Removes from a JobSpec those of the fields that are hints. Returns the removed ones."""
     dropped = [name for name in names if name in HINTS and spec.HasField(name)]
     for name in dropped:
         spec.ClearField(name)
@@ -342,7 +342,7 @@ def drop_hints(spec: Message, names: Collection[str]) -> list[str]:
 def init_image(text: str) -> job_pb2.InitImage:
     """Reads a URL, a data URI, or base64 in either alphabet; see docs/http-contract.md#init-image.
 
-    The api gets other text as it is, and says what it is instead of an image.
+    Any other text goes to the api unchanged, whose error describes it.
     """
     text = text.strip(string.whitespace)  # a no-break space belongs to a URL
     if text[:8].lower().startswith(("http://", "https://")):
@@ -355,4 +355,4 @@ def init_image(text: str) -> job_pb2.InitImage:
         return job_pb2.InitImage(data=data)
     if is_data_uri(text):
         return job_pb2.InitImage(url=text)
-    return job_pb2.InitImage(data=text[:_MOST_SHOWN_CHARACTERS].encode(errors="replace"))
+    return job_pb2.InitImage(data=text[:_MAX_SAMPLE_CHARACTERS].encode(errors="replace"))

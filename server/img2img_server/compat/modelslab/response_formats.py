@@ -1,4 +1,4 @@
-"""The bodies and statuses of the default mode, of legacy mode and of /v1.
+"""The bodies and HTTP statuses of the default mode, of legacy mode and of /v1.
 
 See docs/http-contract.md#modes.
 """
@@ -21,7 +21,7 @@ TIPS = "Wait for your queued requests to finish, or ask the operator for a highe
 
 
 class Plain:
-    """Errors in our own words, for /v1: HTTP status, one `message`, and `reason` as over gRPC."""
+    """Errors with our own sentences, for /v1: HTTP status, `message`, and `reason` as over gRPC."""
 
     def error(self, error: RequestError) -> Reply:
         """Returns the response to a rejected request."""
@@ -39,8 +39,8 @@ class Plain:
 class Current(Plain):
     """ModelsLab's responses in default mode.
 
-    Those about jobs have HTTP status 200, since the call itself succeeded. `fetched`: the response
-    to a fetch, not to the request that made the job.
+    Bodies about jobs have HTTP status 200, since the call itself succeeded. `fetched` is true in
+    the response to a fetch, and false in the response to the request that made the job.
     """
 
     def error(self, error: RequestError) -> Reply:

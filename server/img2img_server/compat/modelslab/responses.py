@@ -1,6 +1,6 @@
-"""The JSON bodies of ModelsLab's contract: their types, and how they are made of the api's jobs.
+"""The JSON bodies of ModelsLab's contract: their types, and functions that build them.
 
-The gateway answers with them, webhooks send them, and the OpenAPI document describes them. See
+The gateway responds with them, webhooks send them, and the OpenAPI document describes them. See
 docs/http-contract.md#responses.
 """
 
@@ -15,7 +15,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from img2img.v1 import admin_service_pb2, job_pb2, service_pb2
-from img2img_server.compat.modelslab import annotation_keys
+from img2img_server.compat.modelslab import names
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 
 _UNKNOWN_ETA_SECONDS = 1.0
@@ -37,7 +37,7 @@ Nothing = Annotated[list[str], Field(max_length=0)]
 
 
 class Meta(TypedDict):
-    """What a job was made with: always all 28 keys, never the API key."""
+    """The parameters of a job: always all 28 keys, never the API key."""
 
     base64: YesNo
     enhance_prompt: YesNo
@@ -132,7 +132,7 @@ class SystemDetails(Done):
 
     model_count: Annotated[int, Field(ge=0)]
     queue_num: Annotated[int, Field(ge=0, description="Waiting jobs.")]
-    queue_time: Annotated[float, Field(ge=0, description="Seconds until the waiting jobs end.")]
+    queue_time: Annotated[float, Field(ge=0, description="Seconds until they have ended.")]
     data: ServerData
 
 
@@ -280,19 +280,19 @@ def failure(job: job_pb2.Job) -> str:
 
 
 def meta(job: job_pb2.Job) -> Meta:
-    """Returns what a job was made with, see docs/http-contract.md#meta."""
+    """Returns the parameters of a job, see docs/http-contract.md#meta."""
     spec = job.spec
     annotations = spec.annotations
     return {
         "base64": _yes(spec.base64),
         "enhance_prompt": _yes(spec.enhance_prompt),
-        "enhance_style": annotations.get(annotation_keys.ENHANCE_STYLE),
+        "enhance_style": annotations.get(names.ENHANCE_STYLE),
         "file_prefix": job.file_prefix,
         "guidance_scale": _number(spec.guidance_scale) if spec.HasField("guidance_scale") else 1,
         "height": spec.height,
         "id": str(job.id),
         "init_image": spec.init_image.url or "base64",
-        "instant_response": _yes(annotation_keys.INSTANT_RESPONSE in annotations),
+        "instant_response": _yes(names.INSTANT_RESPONSE in annotations),
         "n_samples": spec.samples,
         "negative_prompt": spec.negative_prompt,
         "opacity": 1,
@@ -323,7 +323,7 @@ def links(job: job_pb2.Job) -> list[str]:
 def track_id(job: job_pb2.Job) -> str | int | None:
     """Returns the caller's reference with its original type; None when there is none."""
     spec = job.spec
-    if spec.annotations.get(annotation_keys.TRACK_ID_TYPE) == "integer":
+    if spec.annotations.get(names.TRACK_ID_TYPE) == "integer":
         with suppress(ValueError):  # gRPC callers may write any text into this annotation
             return int(spec.track_id)
     return spec.track_id or None

@@ -1,6 +1,6 @@
 """ModelsLab's sentences about rejected requests, by field and reason.
 
-Our own sentences are those of domain/violations.py and errors.py; they may be reworded, these not.
+domain/violations.py and errors.py have our own sentences. Those may be reworded, these may not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from img2img_server.domain.violations import Reason, Violation
 
-# The entry of the field itself, else the one without a field.
+# The entry of the field itself comes first, then the entry without a field.
 _FIELDS: dict[tuple[str, str], str] = {
     ("init_image", Reason.DOWNLOAD_FAILED): "Unable to fetch image from provided URL",
     ("init_image", Reason.INVALID_IMAGE): "init_image is not a valid PNG, JPG or WebP image",
@@ -35,7 +35,7 @@ ERRORS = {
 
 
 def field_sentence(violation: Violation) -> str:
-    """Returns ModelsLab's sentence for a broken rule; our own where ModelsLab has none."""
+    """Returns ModelsLab's sentence for a broken rule, or our own if ModelsLab has none."""
     name, reason = violation.field, violation.reason
     template = _FIELDS.get((name, reason)) or _FIELDS.get(("", reason)) or ""
     return _filled(template, {**violation.values, "field": name}) or violation.message
@@ -51,11 +51,11 @@ def legacy_field_sentence(violation: Violation) -> str:
 
 
 def error_sentence(reason: str, metadata: Mapping[str, str]) -> str:
-    """Returns ModelsLab's sentence for an error of the api; empty where ModelsLab has none.
+    """Returns ModelsLab's sentence for an error of the api, or "" if ModelsLab has none.
 
     Args:
-        reason: that of google.rpc.ErrorInfo.
-        metadata: that of google.rpc.ErrorInfo, too.
+        reason: The reason of google.rpc.ErrorInfo.
+        metadata: The metadata of google.rpc.ErrorInfo.
     """
     return _filled(ERRORS.get(reason, ""), metadata)
 
@@ -63,5 +63,5 @@ def error_sentence(reason: str, metadata: Mapping[str, str]) -> str:
 def _filled(template: str, values: Mapping[str, str]) -> str:
     try:
         return template.format_map(values)
-    except KeyError:  # an api of another version did not send it
+    except KeyError:  # an api of another version sends fewer values
         return ""

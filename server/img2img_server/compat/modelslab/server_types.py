@@ -1,4 +1,4 @@
-"""The server types of ModelsLab that S3 details may be given for."""
+"""ModelsLab's server types, for each of which a tenant may store S3 details."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 def validate_server_type(deploy_type: str) -> list[Violation]:
-    """Returns the violation of a name that is no server type; empty when it is one."""
+    """Returns a violation for a name that is no server type, else an empty list."""
     if deploy_type == REALTIME or deploy_type in WITHOUT_EFFECT:
         return []
     message = "deploy_type is not a known server type"

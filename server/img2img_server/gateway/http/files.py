@@ -26,8 +26,8 @@ class Files:
         self.blobs = blobs
 
     async def serve(self, request: Request, name: str) -> Response:
-        """A result: {file_prefix}-{index}.png, or its base64 text. 404 while it is not stored, 503
-        while the bucket cannot be read."""
+        """Returns a result: {file_prefix}-{index}.png, or its base64 text. Status 404 while it is
+        not stored, 503 while the bucket cannot be read."""
         key = request.scope["path"].removeprefix("/")
         if not KEY.fullmatch(key):
             return missing()

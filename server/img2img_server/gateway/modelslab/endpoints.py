@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from img2img.v1 import job_pb2
-from img2img_server.compat.modelslab import annotation_keys, requests, responses
+from img2img_server.compat.modelslab import names, requests, responses
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.compat.modelslab.response_formats import Current
@@ -35,7 +35,7 @@ JobId = Annotated[str, Path(description="The `id` of the response to img2img.")]
 
 
 class Endpoints:
-    """Answers img2img and fetch. One for the life of the gateway."""
+    """Answers img2img and fetch."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Endpoints:
         `webhook`. A job that has not ended is fetched later."""
         sent = await read_json(request)
         key, parsed = find_key(request, sent), requests.read(sent, self._context)
-        del sent  # what it holds beyond the fields is not kept while the job runs
+        del sent  # the fields that were not read are not kept while the job runs
         if violations := parsed.violations:
             del parsed
             await self._upstream.caller(key)  # a wrong key is reported before wrong fields
@@ -96,13 +96,13 @@ class Endpoints:
     async def _make(
         self, key: str, base: str, spec: job_pb2.JobSpec, warnings: list[str]
     ) -> job_pb2.Job:
-        # Legacy callers know no other `warning` than those of the original.
+        # Legacy mode has only the warnings of the original API.
         warning = "" if self._settings.legacy else join_warnings(*warnings)
         try:
             return await self._upstream.create(key, spec, base, warning=warning)
         except RequestError as refused:
             broken = {violation.field: violation.message for violation in refused.violations}
-            # The model's own limit is narrower than ours; a hint is never an error.
+            # The model's limits may be narrower than the contract's, but a hint is never an error.
             if dropped := requests.drop_hints(spec, broken):
                 more = [
                     requests.ignored(name, broken[name].replace(name, "it", 1)) for name in dropped
@@ -112,13 +112,13 @@ class Endpoints:
             raise
 
     async def fetch(self, request: Request, job_id: JobId) -> JSONResponse:
-        """Responds at once with what is known of the job."""
+        """Responds at once with the state of the job."""
         key = find_key(request, await read_json(request) if request.method == "POST" else {})
         job = await self._upstream.get(key, job_id)
         return await self._respond(request, job, fetched=True)
 
     async def fetch_by_body(self, request: Request) -> JSONResponse:
-        """Responds at once with what is known of the job."""
+        """Responds at once with the state of the job."""
         sent = await read_json(request)
         key, job_id = find_key(request, sent), sent.get("request_id")
         del sent
@@ -152,8 +152,8 @@ class Endpoints:
             except StorageError:
                 if fetched:
                     raise RequestError(ErrorKind.UNAVAILABLE) from None
-                # The POST made a job: it must not be lost. A fetch will have it later.
-        path, base = request.scope["path"], job.spec.annotations.get(annotation_keys.LINK_BASE)
+                # The caller must learn the id of the new job. A later fetch returns the links.
+        path, base = request.scope["path"], job.spec.annotations.get(names.LINK_BASE)
         base = base or link_base(request, self._settings.public_base_url)  # of jobs made over gRPC
         family = next((each for each in (V6, V6_IMAGES) if path.startswith(each)), ENTERPRISE)
         fetch_result = f"{base}{family}/fetch/{job.id}"

@@ -47,7 +47,10 @@ class Management:
                 "Restarts the workers and requeues running jobs.",
             ),
             "update_server": (upstream.update, "Reads configuration and model files again."),
-            "update": (upstream.update, "The same as update_server, for the official SDK."),
+            "update": (
+                upstream.update,
+                "Is the name of update_server in the official SDK.",
+            ),
             "clear_cache": (upstream.clear_cache, "Empties the workers' caches."),
             "clear_queue": (upstream.clear_queue, "Ends the tenant's waiting jobs as failed."),
         }

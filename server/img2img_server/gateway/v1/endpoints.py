@@ -80,12 +80,12 @@ class Endpoints:
         return router
 
     async def get_capabilities(self, request: Request) -> Response:
-        """The models being served, the default one first, and the limits. The same as
-        GetCapabilities over gRPC."""
+        """Returns the models being served, the default one first, and the limits, as
+        GetCapabilities does over gRPC."""
         return _json(await self._upstream.capabilities(find_key(request, {})))
 
     async def create_job(self, request: Request) -> Response:
-        """Queues a job and responds at once. The same as CreateJob over gRPC."""
+        """Queues a job and responds at once, as CreateJob does over gRPC."""
         sent = await read_json(request)
         key = find_key(request, sent)
         sent.pop("key", None)
@@ -105,7 +105,7 @@ class Endpoints:
         return _json(service_pb2.CreateJobResponse(job=job))
 
     async def cancel_job(self, request: Request, job_id: JobId) -> Response:
-        """Ends a queued job at once and a running one at its next step. The same as CancelJob over
+        """Ends a queued job at once and a running one at its next step, as CancelJob does over
         gRPC."""
         key = find_key(request, await read_json(request))
         return _json(service_pb2.CancelJobResponse(job=await self._upstream.cancel(key, job_id)))
@@ -117,7 +117,7 @@ class Endpoints:
         after_sequence: AfterSequence = "",
         last_event_id: LastEventId = "",
     ) -> Response:
-        """Server-sent events until the job has ended: `data` is a JobEvent of img2img.v1 as
+        """Streams server-sent events until the job has ended: `data` is a JobEvent of img2img.v1 as
         ProtoJSON with the proto's field names, `event` its kind, `id` its sequence. The key must be
         in a header. Status 204 keeps an EventSource from reconnecting after the last event."""
         key = find_key(request, {})

@@ -40,7 +40,7 @@ def fill(message: Message, body: dict[str, Any]) -> list[Violation]:
     """Sets the fields of a CreateJobRequest that the body has.
 
     Returns a violation for every field that is unknown or cannot be read. The fields are parsed one
-    by one, so that the failing one is known whatever the library's message says.
+    by one, so that the failing field is known without reading the library's message.
     """
     kind: Any = message.DESCRIPTOR
     fields = {**kind.fields_by_name, **kind.fields_by_camelcase_name}

@@ -20,7 +20,7 @@ _WELL_KNOWN = {
     "google.protobuf.Timestamp": _TEXT | {"format": "date-time"},
     "google.protobuf.Duration": _TEXT | {"pattern": r"^-?[0-9]+(\.[0-9]{1,9})?s$"},
 }
-# By C++ type: every spelling that ProtoJSON reads, the one that it writes first.
+# By C++ type: every spelling that ProtoJSON reads. The first one is the one that it writes.
 _SCALARS: dict[int, list[Schema]] = {
     FieldDescriptor.CPPTYPE_INT32: [{"type": "integer"}, _DIGITS],
     FieldDescriptor.CPPTYPE_INT64: [_DIGITS, {"type": "integer"}],
@@ -38,7 +38,7 @@ _ANNOTATIONS: Schema = {
 
 
 def schemas() -> dict[str, Schema]:
-    """Returns the schemas of what /v1 takes and returns, by name."""
+    """Returns the schemas of the requests and responses of /v1, by name."""
     found: dict[str, Schema] = {"CreateJobRequest": _create_job_request()}
     for message in ("CreateJobResponse", "CancelJobResponse", "GetCapabilitiesResponse"):
         _add(service_pb2.DESCRIPTOR.message_types_by_name[message], found)
@@ -121,7 +121,7 @@ def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = No
 
 
 def _limits(name: str) -> Schema:
-    """Returns the limits of a field of JobSpec, from the Limits that are named like it."""
+    """Returns the limits of a field of JobSpec, which Limits has under the field's name."""
     if name in ("width", "height"):
         low, high = _LIMITS.min_side_pixels, MAX_SIDE_PIXELS
         return {"minimum": low, "maximum": high, "multipleOf": _LIMITS.side_multiple}
