@@ -24,6 +24,7 @@ from img2img_server.domain.violations import (
     too_long,
 )
 from img2img_server.imaging.base import FetchError
+from img2img_server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {name: field for name, field in Img2ImgRequest.model_fields.items() if name != "key"}
@@ -348,12 +349,14 @@ def test_the_fields_and_the_comments_of_the_proto_say_the_same(name: str) -> Non
     said, schema, field = proto_comments()[name].lower(), schema_of(name), FIELDS[name]
     if "maximum" in schema and name != "strength":
         low, high = schema["minimum"], schema["maximum"]
-        if name == "seed":
-            low, high = 0, SEED_MAX  # the contract's are narrower
+        if name == "seed":  # the contract's range is narrower
+            low, high = 0, SEED_MAX
+        elif name in ("width", "height"):  # too
+            high = Settings().max_side_pixels
         decimal = ".0" if name == "guidance_scale" else ""
         assert f"{low:.0f}{decimal} to {high}" in said
     if "multipleOf" in schema:
-        assert f"a multiple of {schema['multipleOf']}" in said
+        assert "a multiple of model.side_multiple" in said
     if "maxLength" in schema:
         assert f"{schema['maxLength']} characters" in said
     if field.is_required():

@@ -17,6 +17,7 @@ from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.examples import EXAMPLES, TYPES
 from img2img_server.compat.modelslab.response_formats import Current
 from img2img_server.compat.modelslab.responses import Error, Legacy
+from img2img_server.domain.params import Limits
 from img2img_server.domain.violations import required
 from img2img_server.gateway.v1.schemas import schemas as v1_schemas
 from img2img_server.ports import host_port, reachable
@@ -85,7 +86,7 @@ def document(app: FastAPI, settings: Settings) -> Schema:
     documented = [*TYPES, Error, Legacy]
     adapters: list[Any] = [(each, "validation", TypeAdapter(each)) for each in documented]
     _, types = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
-    schemas = types["$defs"] | v1_schemas()
+    schemas = types["$defs"] | v1_schemas(Limits(max_side_pixels=settings.max_side_pixels))
     for name, example in EXAMPLES.items():
         schemas[name]["examples"] = [example]
     generated["components"] = {"schemas": schemas, "securitySchemes": _KEYS}

@@ -11,7 +11,6 @@ from img2img_server.domain.params import MAX_SIDE_PIXELS, RANDOM_SEED, Limits
 
 Schema = dict[str, Any]
 
-_LIMITS = Limits()
 _TEXT: Schema = {"type": "string"}
 _DIGITS = _TEXT | {"pattern": "^-?[0-9]+$"}
 _DECIMAL = _TEXT | {"pattern": r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"}
@@ -29,17 +28,11 @@ _SCALARS: dict[int, list[Schema]] = {
     FieldDescriptor.CPPTYPE_STRING: [_TEXT],
 }
 _SOURCES = job_pb2.InitImage.DESCRIPTOR.fields
-_ANNOTATIONS: Schema = {
-    "type": "object",
-    "maxProperties": _LIMITS.max_annotations,
-    "propertyNames": {"minLength": 1, "maxLength": _LIMITS.max_annotation_name_characters},
-    "additionalProperties": _TEXT | {"maxLength": _LIMITS.max_annotation_characters},
-}
 
 
-def schemas() -> dict[str, Schema]:
+def schemas(limits: Limits) -> dict[str, Schema]:
     """Returns the schemas of the requests and responses of /v1, by name."""
-    found: dict[str, Schema] = {"CreateJobRequest": _create_job_request()}
+    found: dict[str, Schema] = {"CreateJobRequest": _create_job_request(limits)}
     for message in ("CreateJobResponse", "CancelJobResponse", "GetCapabilitiesResponse"):
         _add(service_pb2.DESCRIPTOR.message_types_by_name[message], found)
     _add(event_pb2.JobEvent.DESCRIPTOR, found)
@@ -77,8 +70,8 @@ def _written(field: FieldDescriptor, found: dict[str, Schema]) -> Schema:
     return {"type": "array", "items": schema} if field.is_repeated else schema
 
 
-def _create_job_request() -> Schema:
-    fields = {field.name: _read(field) for field in job_pb2.JobSpec.DESCRIPTOR.fields}
+def _create_job_request(limits: Limits) -> Schema:
+    fields = {field.name: _read(field, limits) for field in job_pb2.JobSpec.DESCRIPTOR.fields}
     required = {name: fields.pop(name) for name in ("prompt", "init_image")}
     spec = _object(required, fields)
     spec["description"] = "The model's own limits may be narrower, see /v1/capabilities."
@@ -89,26 +82,33 @@ def _create_job_request() -> Schema:
     return _object({"spec": spec}, {"key": _TEXT, "request_id": request_id})
 
 
-def _read(field: FieldDescriptor) -> Schema:
+def _read(field: FieldDescriptor, limits: Limits) -> Schema:
     """Returns every spelling that ProtoJSON reads. Null equals an absent field."""
     if field.name == "init_image":
-        return {"oneOf": [_object({source.name: _source(source)}) for source in _SOURCES]}
+        return {"oneOf": [_object({each.name: _source(each, limits)}) for each in _SOURCES]}
     if field.name == "annotations":
-        return {"anyOf": [_ANNOTATIONS, {"type": "null"}]}
+        longest = {"maxLength": limits.max_annotation_name_characters}
+        notes = {
+            "type": "object",
+            "maxProperties": limits.max_annotations,
+            "propertyNames": {"minLength": 1, **longest},
+            "additionalProperties": _TEXT | {"maxLength": limits.max_annotation_characters},
+        }
+        return {"anyOf": [notes, {"type": "null"}]}
     if field.enum_type:
         values = field.enum_type.values
         return {"enum": [*(v.name for v in values), *(v.number for v in values), None]}
     spellings = sorted(_SCALARS[field.cpp_type], key=lambda schema: "pattern" in schema)
-    first = spellings[0] | _limits(field.name)
+    first = spellings[0] | _keywords(field.name, limits)
     if field.name == "prompt":
         return first
     empty = [{"const": ""}] if "pattern" in first else []
     return {"anyOf": [first, *spellings[1:], *empty, {"type": "null"}]}
 
 
-def _source(field: FieldDescriptor) -> Schema:
+def _source(field: FieldDescriptor, limits: Limits) -> Schema:
     schema = _BYTES if field.type == field.TYPE_BYTES else _TEXT | {"format": "uri"}
-    return schema | {"minLength": 1} | _limits(field.name)
+    return schema | {"minLength": 1} | _keywords(field.name, limits)
 
 
 def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
@@ -120,19 +120,19 @@ def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = No
     }
 
 
-def _limits(name: str) -> Schema:
+def _keywords(name: str, limits: Limits) -> Schema:
     """Returns the limits of a field of JobSpec, which Limits has under the field's name."""
     if name in ("width", "height"):
-        low, high = _LIMITS.min_side_pixels, MAX_SIDE_PIXELS
-        return {"minimum": low, "maximum": high, "multipleOf": _LIMITS.side_multiple}
+        low, high = limits.min_side_pixels, MAX_SIDE_PIXELS
+        return {"minimum": low, "maximum": high, "multipleOf": limits.side_multiple}
     if name == "webhook":
-        return {"maxLength": _LIMITS.max_url_characters, "pattern": "^https?://"}
+        return {"maxLength": limits.max_url_characters, "pattern": "^https?://"}
     if name == "seed":
         text = "-1: drawn at random. Beyond 2^53 as a string: JSON numbers lose digits."
-        return {"minimum": RANDOM_SEED, "maximum": _LIMITS.max_seed, "description": text}
-    if longest := getattr(_LIMITS, f"max_{name}_characters", None):
+        return {"minimum": RANDOM_SEED, "maximum": limits.max_seed, "description": text}
+    if longest := getattr(limits, f"max_{name}_characters", None):
         return {"maxLength": longest} | ({"minLength": 1} if name == "prompt" else {})
-    if (most := getattr(_LIMITS, f"max_{name}", None)) is None:
+    if (most := getattr(limits, f"max_{name}", None)) is None:
         return {}
     least = 1 if name in ("samples", "num_inference_steps") else 0
-    return {"minimum": getattr(_LIMITS, f"min_{name}", least), "maximum": most}
+    return {"minimum": getattr(limits, f"min_{name}", least), "maximum": most}
