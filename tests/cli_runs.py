@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from img2img_client.cli import main
 from tests.fake_service import FakeService, serving
 
-WISH = ("generate", "--prompt", "p", "--init-image", "photo.jpg")
+REQUEST = ("generate", "--prompt", "p", "--init-image", "photo.jpg")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc
 
 
 class FakeAdmin(admin_service_pb2_grpc.AdminServiceServicer):
-    """Gives each request to `note` and answers with something."""
+    """Passes each request to `note` and returns a fixed response."""
 
     def __init__(self, note: Callable[[Message, Any], None]) -> None:
         def answering(answer: Message) -> Any:

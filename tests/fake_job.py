@@ -1,4 +1,4 @@
-"""One job as the service tells of it: its record and its log of events, as protobuf."""
+"""One job as protobuf: its record and its events."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from google.protobuf.duration_pb2 import Duration
 from img2img.v1 import event_pb2, job_pb2
 
 NAME = "jobs/10000001"
-PNG = b"\x89PNG picture of sample %d"
+PNG = b"\x89PNG image of sample %d"
 State = job_pb2.Job.State
 
 
 def image(sample: int = 0, media_type: str = "image/png") -> job_pb2.Image:
-    """A picture's bytes with the facts about them."""
+    """Returns an image with its metadata."""
     data = PNG % sample
     return job_pb2.Image(
         data=data,
@@ -28,7 +28,7 @@ def image(sample: int = 0, media_type: str = "image/png") -> job_pb2.Image:
 
 
 def job(state: State.ValueType, samples: int = 1, media_type: str = "image/png") -> job_pb2.Job:
-    """The record in some state, the way the service fills it."""
+    """Returns the record of a job in a state, as the service fills it in."""
     formats = {"image/png": 1, "image/jpeg": 2, "image/webp": 3}
     made = job_pb2.Job(
         name=NAME,
@@ -74,7 +74,7 @@ def job(state: State.ValueType, samples: int = 1, media_type: str = "image/png")
 
 
 def events(samples: int = 1, media_type: str = "image/png") -> list[event_pb2.JobEvent]:
-    """The log of a job that succeeds, numbered from 1; number 5 is a preview that is gone."""
+    """Returns the events of a job that succeeds; number 5 is a preview that was replaced."""
     log = [
         event_pb2.JobEvent(queued=event_pb2.JobQueued(position=2, eta=Duration(seconds=5))),
         event_pb2.JobEvent(
@@ -108,5 +108,5 @@ def events(samples: int = 1, media_type: str = "image/png") -> list[event_pb2.Jo
 
 
 def ending(**kind: Any) -> event_pb2.JobEvent:
-    """A terminal event at the end of a short log, for example ending(failed=...)."""
+    """Returns a terminal event with a low number, for example ending(failed=...)."""
     return event_pb2.JobEvent(sequence=2, job=NAME, **kind)

@@ -1,4 +1,4 @@
-"""A service that follows a script: one job whose log is fixed, streams that break where told.
+"""A scripted service: one job with fixed events, streams that break where the script says.
 
 It runs on gRPC's threads, so that both clients, and commands in other processes, can be tested
 against it from one process.
@@ -35,7 +35,7 @@ from tests.fake_job import NAME, State, events, job
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A status with the details that the service gives; without a reason, as a transport does."""
+    """A status with the details of the service; without a reason, a status of the transport."""
 
     code: grpc.StatusCode
     message: str = ""
@@ -43,7 +43,7 @@ class Refusal:
     details: tuple[Message, ...] = ()
 
     def abort(self, context: grpc.ServicerContext[Any, Any]) -> NoReturn:
-        """Ends the call with it."""
+        """Ends the call with this status."""
         if not self.reason:
             context.abort(self.code, self.message)
         info = error_details_pb2.ErrorInfo(
@@ -57,13 +57,13 @@ class Refusal:
         context.abort_with_status(rpc_status.to_status(status))
 
 
-SILENCE = Refusal(grpc.StatusCode.CANCELLED)  # of a Break: the stream stays open and says nothing
+SILENCE = Refusal(grpc.StatusCode.CANCELLED)  # of a Break: the stream stays open without messages
 STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "This server is stopping.", "UNAVAILABLE")
 
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """Ends a stream after so many of its messages; without a refusal it ends with OK.
+    """Ends a stream after `after` messages; without a refusal the stream ends with OK.
 
     With SILENCE it does not end, and nothing more is sent until the caller leaves.
     """
@@ -74,7 +74,7 @@ class Break:
 
 
 def started() -> threading.Event:
-    """An event that is set already."""
+    """Returns an event that is set."""
     event = threading.Event()
     event.set()
     return event
@@ -82,7 +82,7 @@ def started() -> threading.Event:
 
 @dataclass
 class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
-    """Answers as scripted and keeps every request."""
+    """Responds as scripted and keeps every request."""
 
     log: list[event_pb2.JobEvent] = field(default_factory=events)
     pages: dict[str, service_pb2.ListJobsResponse] = field(default_factory=dict)
@@ -267,7 +267,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
         self.keys.append(str(given.get("authorization", "")))
 
     def note(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
-        """Keeps the request and answers with a refusal if one is due."""
+        """Keeps the request and raises the next refusal, if there is one."""
         self._keep(request, context)
         if self.refusals:
             self.refusals.popleft().abort(context)
@@ -277,7 +277,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
 def serving(
     service: FakeService, port: int = 0, credentials: grpc.ServerCredentials | None = None
 ) -> Iterator[int]:
-    """Serves on a loopback port and yields it; leaving breaks every call at once."""
+    """Serves on a loopback port and yields it; leaving ends every call at once."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
     service_pb2_grpc.add_Img2ImgServiceServicer_to_server(service, server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(FakeAdmin(service.note), server)
@@ -294,5 +294,5 @@ def serving(
 
 
 def last(requests: Sequence[Message], kind: type[Message]) -> Any:
-    """The last request of a kind."""
+    """Returns the last request of a kind."""
     return [request for request in requests if isinstance(request, kind)][-1]

@@ -1,4 +1,4 @@
-"""Golden files: what must not change by accident lies in tests/golden, and tests compare with it.
+"""Golden files in tests/golden: outputs that must not change by accident; tests compare with them.
 
 `make gold` runs the tests whose names contain "golden" with GOLD=1, which rewrites the files.
 """

@@ -11,9 +11,8 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Self
 from weakref import ref
 
@@ -30,6 +29,7 @@ from img2img_client.resume import FirstRequest, Follow
 log = logging.getLogger("img2img_client")
 
 NAME_SECONDS = 2.0  # how long leaving a stream waits for the job's name, which cancelling needs
+SIGNAL_SECONDS = 0.1  # how long Ctrl-C may have to wait
 
 # Starts a call: its request and its timeout in seconds.
 Open = Callable[[FirstRequest, float | None], Any]
@@ -54,9 +54,6 @@ class _Calls:
         self._open_call = open_call
         self._is_lost = False
         self._call: Any = None  # the newest call
-        self._message: Any = None  # future of its newest message
-        limit = follow.silence_seconds
-        self._silence_seconds = None if math.isinf(limit) else limit
         self._events: Callable[[], Any] = lambda: None  # a weak reference once it has started
 
     def start(self) -> Any:
@@ -93,7 +90,7 @@ class _Calls:
         return delay
 
     def _silent(self) -> errors.UnavailableError:
-        text = f"no message from the service for {self._silence_seconds:g} seconds"
+        text = f"no message from the service for {self.follow.silence_seconds:g} seconds"
         return errors.unavailable(text)
 
 
@@ -105,6 +102,7 @@ class BlockingCalls(_Calls):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
+        self._read = _Read()
         self._leaving = threading.RLock()
 
     def leave(self) -> None:
@@ -153,40 +151,56 @@ class BlockingCalls(_Calls):
         """Yields the call's messages. Raises UnavailableError when none arrives for too long.
 
         gRPC's blocking calls wait without a limit, and a read that Ctrl-C interrupts cannot be
-        continued. So a thread reads each message when it is asked for.
+        continued. So a thread reads each message when it is asked for. Unlike a Future or a
+        Condition, a SimpleQueue stays usable when Ctrl-C interrupts the thread that waits.
         """
-        requests: SimpleQueue[Future[Any] | None] = SimpleQueue()
-        threading.Thread(target=_read, args=(call, requests), daemon=True).start()
+        self._read = read = _Read()
+        threading.Thread(target=read.run, args=(call,), daemon=True).start()
         try:
             while True:
-                self._message = Future()
-                requests.put(self._message)
-                try:
-                    message = self._message.result(self._silence_seconds)
-                except TimeoutError:
-                    raise self._silent() from None
+                read.requests.put(True)
+                message = self._result(read)
+                if isinstance(message, Exception):
+                    raise message
                 if message is None:
                     return
                 yield message
         finally:
-            requests.put(None)
+            read.requests.put(False)
+
+    def _result(self, read: _Read) -> Any:
+        due = time.monotonic() + self.follow.silence_seconds
+        while (left := due - time.monotonic()) > 0:
+            # A signal that arrives just before the wait is handled only after it, so keep it short.
+            with suppress(Empty):
+                return read.results.get(timeout=min(left, SIGNAL_SECONDS))
+        raise self._silent()
 
     def _learn_name(self) -> None:
         """Waits a short time for the name of the job, which must be cancelled."""
-        if self.follow.is_ours and not self.follow.job_name and self._message is not None:
-            with suppress(grpc.RpcError, TimeoutError):
-                message = self._message.result(NAME_SECONDS)
-                if message is not None:
-                    self._take(message)
+        if self.follow.is_ours and not self.follow.job_name:
+            with suppress(Empty):
+                self._read.results.get(timeout=NAME_SECONDS)
+            if hasattr(self._read.newest, "event"):
+                self._take(self._read.newest)
 
 
-def _read(call: Any, requests: SimpleQueue[Future[Any] | None]) -> None:
-    """Reads one message of a blocking call for each future, and sets None at the call's end."""
-    while (future := requests.get()) is not None:
-        try:
-            future.set_result(next(call, None))
-        except Exception as error:  # passed on to the thread that waits
-            future.set_exception(error)
+class _Read:
+    """The thread that reads a blocking call, one message for each request."""
+
+    def __init__(self) -> None:
+        self.requests: SimpleQueue[bool] = SimpleQueue()  # False ends the thread
+        self.results: SimpleQueue[Any] = SimpleQueue()  # messages, an error, None at the end
+        self.newest: Any = None  # the newest result
+
+    def run(self, call: Any) -> None:
+        """Runs until a request is False."""
+        while self.requests.get():
+            try:
+                self.newest = next(call, None)
+            except Exception as error:  # raised in the thread that waits
+                self.newest = error
+            self.results.put(self.newest)
 
 
 class AsyncCalls(_Calls):
@@ -201,6 +215,7 @@ class AsyncCalls(_Calls):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
+        self._message: asyncio.Future[Any] | None = None  # the newest of the newest call
         self._leaving: asyncio.Future[None] | None = None
 
     async def leave(self) -> None:
@@ -242,10 +257,11 @@ class AsyncCalls(_Calls):
         the stream can still wait for the job's name.
         """
         messages = aiter(call)
+        seconds = None if math.isinf(limit := self.follow.silence_seconds) else limit
         while True:
             self._message = asyncio.ensure_future(anext(messages))
             self._message.add_done_callback(lambda done: done.cancelled() or done.exception())
-            await asyncio.wait({self._message}, timeout=self._silence_seconds)
+            await asyncio.wait({self._message}, timeout=seconds)
             if not self._message.done():
                 raise self._silent()
             try:

@@ -31,7 +31,7 @@ from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.stack import photo, running_api, running_stack, running_worker, settings
 
-WISH: dict[str, Any] = {"prompt": "a harbour", "width": 256, "height": 256, "seed": 1}
+REQUEST: dict[str, Any] = {"prompt": "a harbour", "width": 256, "height": 256, "seed": 1}
 RETRY = Retry(first_delay_seconds=0.01)
 COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
 WAIT_SECONDS = 20.0
@@ -43,11 +43,11 @@ def client(address: str, key: str = "dev-key") -> AsyncClient:
 
 async def test_both_clients_get_the_same_picture_for_the_same_seed() -> None:
     async with running_stack() as stack, client(stack.api.address) as ours:
-        first = await ours.generate(init_image=photo(), samples=2, **WISH)
+        first = await ours.generate(init_image=photo(), samples=2, **REQUEST)
 
         def blocking() -> Any:
             with Client(stack.api.address, api_key="dev-key") as other:
-                return other.generate(init_image=photo(), samples=2, **WISH)
+                return other.generate(init_image=photo(), samples=2, **REQUEST)
 
         second = await asyncio.to_thread(blocking)
         listed = [job.name async for job in ours.list(State.SUCCEEDED)]
@@ -65,7 +65,7 @@ async def test_a_stream_survives_a_restart_of_the_api_without_gap_or_duplicate()
         async with running_api(bus) as api:
             ours = client(api.address)
             port = int(api.address.rpartition(":")[2])
-            stream = ours.stream(init_image=photo(), **WISH)
+            stream = ours.stream(init_image=photo(), **REQUEST)
             seen: list[Event] = []
             async for event in stream:
                 seen.append(event)
@@ -86,7 +86,7 @@ async def test_leaving_a_stream_cancels_the_job_in_the_service() -> None:
         running_stack(FakeEngine(hold_after=1)) as stack,
         client(stack.api.address) as ours,
     ):
-        async with ours.stream(init_image=photo(), **WISH) as stream:
+        async with ours.stream(init_image=photo(), **REQUEST) as stream:
             async for event in stream:
                 if isinstance(event, StepFinished):
                     break
@@ -109,13 +109,13 @@ async def test_every_violation_comes_back() -> None:
 
 async def test_refusals_and_failures_have_their_classes() -> None:
     async with running_stack() as stack, client(stack.api.address) as ours:
-        done = await ours.generate(init_image=photo(), **WISH)
+        done = await ours.generate(init_image=photo(), **REQUEST)
         with pytest.raises(JobEndedError):
             await ours.cancel(done.job)
         with pytest.raises(NotFoundError, match="jobs/10009999"):
             await ours.get(10009999)
         with pytest.raises(JobFailedError, match="no luck") as failed:
-            await ours.generate(init_image=photo(), **{**WISH, "prompt": "fail:no luck"})
+            await ours.generate(init_image=photo(), **{**REQUEST, "prompt": "fail:no luck"})
         assert failed.value.reason == "ENGINE_FAILED"
         async with client(stack.api.address, "wrong") as stranger:
             with pytest.raises(UnauthenticatedError):
@@ -125,8 +125,8 @@ async def test_refusals_and_failures_have_their_classes() -> None:
 async def test_a_request_id_gives_the_same_job_again() -> None:
     request_id = "7f1c2f6e-9d8b-4a52-8d0c-0a4a4d6c1f55"
     async with running_stack() as stack, client(stack.api.address) as ours:
-        first = await ours.create(init_image=photo(), request_id=request_id, **WISH)
-        again = await ours.generate(init_image=photo(), request_id=request_id, **WISH)
+        first = await ours.create(init_image=photo(), request_id=request_id, **REQUEST)
+        again = await ours.generate(init_image=photo(), request_id=request_id, **REQUEST)
         found = await ours.capabilities()
     assert again.job.name == first.name
     assert [model.name for model in found.models] == [FAKE_MODEL.name]

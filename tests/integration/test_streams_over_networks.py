@@ -47,7 +47,7 @@ KEEPALIVE = {
 }
 SILENCE_SECONDS = 1.5  # after which a caller takes its stream for broken
 IMAGES = 2
-WISH = {"prompt": "a harbour", "strength": 1.0, "samples": IMAGES, "width": 256, "height": 256}
+REQUEST = {"prompt": "a harbour", "strength": 1.0, "samples": IMAGES, "width": 256, "height": 256}
 COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
 
 
@@ -71,12 +71,12 @@ def retry() -> Retry:
 def use_blocking(address: str) -> int:
     """Returns how many images came."""
     with Client(address, api_key="dev-key", retry=retry()) as client:
-        return len(client.generate(init_image=photo(), **WISH).images)
+        return len(client.generate(init_image=photo(), **REQUEST).images)
 
 
 async def use_async(address: str) -> int:
     async with AsyncClient(address, api_key="dev-key", retry=retry()) as client:
-        return len((await client.generate(init_image=photo(), **WISH)).images)
+        return len((await client.generate(init_image=photo(), **REQUEST)).images)
 
 
 async def use_raw(address: str) -> int:
@@ -84,7 +84,7 @@ async def use_raw(address: str) -> int:
     options = {"grpc.use_local_subchannel_pool": 1, **KEEPALIVE}
     async with grpc.aio.insecure_channel(address, options=[*options.items()]) as wire:
         stub = service_pb2_grpc.Img2ImgServiceStub(wire)
-        wish = service_pb2.GenerateRequest(
+        request = service_pb2.GenerateRequest(
             spec=spec(strength=1.0, samples=IMAGES), request_id=str(uuid.uuid4())
         )
         messages: list[Any] = []
@@ -94,7 +94,7 @@ async def use_raw(address: str) -> int:
                 again = service_pb2.WatchJobRequest(name=name, after_sequence=sequence)
                 call: Any = stub.WatchJob(again, metadata=DEV, wait_for_ready=True)
             else:
-                call = stub.Generate(wish, metadata=DEV, wait_for_ready=True)
+                call = stub.Generate(request, metadata=DEV, wait_for_ready=True)
             try:
                 while True:
                     async with asyncio.timeout(SILENCE_SECONDS):

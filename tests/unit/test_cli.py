@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from img2img.v1 import job_pb2, service_pb2
 from img2img_client.cli import main, report
 from img2img_client.cli.admin import admin
-from tests.cli_runs import WISH, in_a_folder_with_a_photo, run
+from tests.cli_runs import REQUEST, in_a_folder_with_a_photo, run
 from tests.fake_job import NAME, State, events, job
 from tests.fake_service import FakeService, last, serving
 from tests.golden_file import assert_golden
@@ -20,20 +20,20 @@ ADMIN = admin.commands
 pytestmark = pytest.mark.usefixtures(in_a_folder_with_a_photo.__name__)
 
 
-def test_generate_as_json_is_one_object_as_in_the_golden_file() -> None:
-    result = run(FakeService(log=events(samples=2)), *WISH, "--output", "new/out.png", "--json")
+def test_generate_as_json_prints_the_golden_file() -> None:
+    result = run(FakeService(log=events(samples=2)), *REQUEST, "--output", "new/out.png", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert_golden("cli/generate.json", result.stdout)
     for sample in json.loads(result.stdout)["samples"]:
         data = Path(sample["path"]).read_bytes()
-        assert data == b"\x89PNG picture of sample %d" % sample["index"]
+        assert data == b"\x89PNG image of sample %d" % sample["index"]
 
 
-def test_generate_tells_a_person_what_is_in_the_golden_file() -> None:
-    result = run(FakeService(), *WISH, "--output", "out.png")
+def test_generate_as_text_prints_the_golden_file() -> None:
+    result = run(FakeService(), *REQUEST, "--output", "out.png")
     assert (result.exit_code, result.stderr) == (0, "")
     assert_golden("cli/generate.txt", result.stdout)
-    assert Path("out.png").read_bytes() == b"\x89PNG picture of sample 0"
+    assert Path("out.png").read_bytes() == b"\x89PNG image of sample 0"
 
 
 def test_every_option_reaches_the_request() -> None:
@@ -42,7 +42,7 @@ def test_every_option_reaches_the_request() -> None:
     words += " --negative-prompt dog --scheduler euler --model atelier --preview-every 5 --batch"
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
     words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5"
-    assert run(service, *WISH, *words.split()).exit_code == 0
+    assert run(service, *REQUEST, *words.split()).exit_code == 0
     assert service.requests == [
         service_pb2.GenerateRequest(
             request_id="7f1c",
@@ -75,9 +75,9 @@ def test_every_option_reaches_the_request() -> None:
     ]
 
 
-def test_without_options_the_service_decides() -> None:
+def test_omitted_options_are_not_sent() -> None:
     service = FakeService()
-    assert run(service, *WISH).exit_code == 0
+    assert run(service, *REQUEST).exit_code == 0
     assert last(service.requests, service_pb2.GenerateRequest).spec == job_pb2.JobSpec(
         prompt="p",
         init_image=job_pb2.InitImage(data=b"photo"),
@@ -92,19 +92,19 @@ def test_without_options_the_service_decides() -> None:
 )
 def test_the_suffix_picks_the_format(name: str, media_type: str, wire: int) -> None:
     service = FakeService(log=events(media_type=media_type))
-    assert run(service, *WISH, "--output", name).exit_code == 0
+    assert run(service, *REQUEST, "--output", name).exit_code == 0
     assert last(service.requests, service_pb2.GenerateRequest).spec.output_format == wire
     assert Path(name).exists()
 
 
 def test_several_samples_are_numbered_and_the_last_preview_is_kept() -> None:
-    result = run(FakeService(log=events(samples=2)), *WISH, "--output", "out.png")
+    result = run(FakeService(log=events(samples=2)), *REQUEST, "--output", "out.png")
     assert result.exit_code == 0
     made = sorted(path.name for path in Path().iterdir())
     assert made == ["out-0-preview.jpg", "out-0.png", "out-1.png", "photo.jpg"]
 
 
-def test_an_address_is_left_to_the_service() -> None:
+def test_a_url_is_sent_for_the_service_to_download() -> None:
     service = FakeService()
     run(service, "generate", "--prompt", "p", "--init-image", "https://example.com/cat.jpg")
     sent = last(service.requests, service_pb2.GenerateRequest).spec.init_image
@@ -112,23 +112,23 @@ def test_an_address_is_left_to_the_service() -> None:
 
 
 @pytest.mark.parametrize("uri", ["data:;base64,AAAA", "HTTPS://example.com/cat.jpg"])
-def test_a_data_uri_and_a_scheme_in_capitals_are_no_file(uri: str) -> None:
+def test_a_data_uri_and_an_upper_case_scheme_are_sent_as_url(uri: str) -> None:
     service = FakeService()
     run(service, "generate", "--prompt", "p", "--init-image", uri)
     sent = last(service.requests, service_pb2.GenerateRequest).spec.init_image
     assert sent == job_pb2.InitImage(url=uri)
 
 
-def test_get_tells_why_a_webhook_was_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_get_shows_why_a_webhook_was_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
     retried = job(State.STATE_SUCCEEDED)
     retried.webhook_status = "retrying"
     retried.webhook_error = "the server answered 307; redirects are not followed"
     monkeypatch.setattr(FakeService, "_job", lambda _: retried)
-    told = " ".join(run(FakeService(), "get", NAME).stdout.split())
-    assert "retrying: the server answered 307; redirects are not followed" in told
+    result = " ".join(run(FakeService(), "get", NAME).stdout.split())
+    assert "retrying: the server answered 307; redirects are not followed" in result
 
 
-def test_the_local_service_is_asked_with_the_development_key() -> None:
+def test_the_default_key_of_a_local_service_is_the_development_key() -> None:
     service = FakeService()
     run(service, "capabilities")
     run(service, "capabilities", "--api-key", "mine")
@@ -144,7 +144,7 @@ def test_server_and_key_may_come_from_the_environment(monkeypatch: pytest.Monkey
     assert service.keys == ["Bearer from-env"]
 
 
-def test_a_service_elsewhere_needs_a_key() -> None:
+def test_a_service_on_another_machine_needs_a_key() -> None:
     result = CliRunner().invoke(main, ["capabilities", "--server", "img2img.example.com:443"])
     assert result.exit_code == 2
     assert "img2img.example.com:443 needs an API key" in result.stderr
@@ -152,7 +152,7 @@ def test_a_service_elsewhere_needs_a_key() -> None:
 
 def test_a_detached_job_is_queued_and_named_with_its_warning() -> None:
     service = FakeService(warning="Steps were raised.")
-    result = run(service, *WISH, "--detach", "--output", "out.jpg")
+    result = run(service, *REQUEST, "--detach", "--output", "out.jpg")
     assert (result.exit_code, result.stderr) == (0, "")
     follow = "img2img watch 10000001 --output out.jpg"
     assert result.stdout.splitlines() == [
@@ -161,14 +161,20 @@ def test_a_detached_job_is_queued_and_named_with_its_warning() -> None:
     ]
     sent = last(service.requests, service_pb2.CreateJobRequest)
     assert sent.spec.output_format == job_pb2.IMAGE_FORMAT_JPEG
-    result = run(FakeService(), *WISH, "--detach", "--json")
+    result = run(FakeService(), *REQUEST, "--detach", "--json")
     assert json.loads(result.stdout)["name"] == NAME
 
 
-def test_every_command_prints_a_job_as_one_and_the_same_object() -> None:
+def test_every_command_prints_a_job_in_the_same_form() -> None:
     page = service_pb2.ListJobsResponse(jobs=[job(State.STATE_SUCCEEDED)])
     printed = {}
-    for words in (WISH, (*WISH, "--detach"), ("get", NAME), ("watch", NAME), ("cancel", NAME)):
+    for words in (
+        REQUEST,
+        (*REQUEST, "--detach"),
+        ("get", NAME),
+        ("watch", NAME),
+        ("cancel", NAME),
+    ):
         result = run(FakeService(), *words, "--json")
         printed[words] = json.loads(result.stdout)
     printed["list",] = json.loads(run(FakeService(pages={"": page}), "list", "--json").stdout)
@@ -180,11 +186,11 @@ def test_every_command_prints_a_job_as_one_and_the_same_object() -> None:
     assert len({tuple(names) for names, _ in keys.values()}) == 1
     sample = ["index", "seed", "url", "sha256", "size_bytes", "nsfw", "path", "preview"]
     assert {tuple(names) for _, found in keys.values() for names in found} == {tuple(sample)}
-    assert printed[WISH]["samples"][0]["path"] == "10000001.png"
+    assert printed[REQUEST]["samples"][0]["path"] == "10000001.png"
     assert printed["get", NAME]["error"] is None
 
 
-def test_watch_saves_what_it_is_told_to_save() -> None:
+def test_watch_saves_the_images_to_the_output() -> None:
     service = FakeService()
     result = run(service, "watch", "10000001", "--after", "1", "--output", "out.png", "--json")
     assert result.exit_code == 0
@@ -193,7 +199,7 @@ def test_watch_saves_what_it_is_told_to_save() -> None:
     assert Path("out.png").exists()
 
 
-def test_watch_refuses_a_suffix_that_the_job_does_not_make() -> None:
+def test_watch_rejects_a_suffix_of_another_format() -> None:
     result = run(FakeService(), "watch", NAME, "--output", "out.jpg")
     assert result.exit_code == 2
     assert "--output must end in .png" in result.stderr
@@ -247,7 +253,7 @@ def test_a_list_leaves_out_columns_before_it_cuts_an_id(
         assert all(len(row) <= columns for row in rows)
 
 
-def test_an_empty_list_says_so() -> None:
+def test_an_empty_list_prints_no_jobs() -> None:
     service = FakeService(pages={"": service_pb2.ListJobsResponse()})
     assert run(service, "list").stdout == "no jobs\n"
 

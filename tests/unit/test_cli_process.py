@@ -44,16 +44,16 @@ def start(
 
 
 @pytest.fixture
-def wish(tmp_path: Path) -> list[str]:
+def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "photo.jpg").write_bytes(b"photo")
     output = str(tmp_path / "out.png")
     init_image = str(tmp_path / "photo.jpg")
     return ["generate", "--prompt", "p", "--init-image", init_image, "--output", output]
 
 
-def wait_for_preview(wish: list[str]) -> None:
-    """Returns when the command has taken in the first six events: the sixth has a preview."""
-    preview = Path(wish[-1]).with_name("out-preview.jpg")
+def wait_for_preview(arguments: list[str]) -> None:
+    """Waits until the command has processed six events; the sixth has a preview."""
+    preview = Path(arguments[-1]).with_name("out-preview.jpg")
     deadline = time.monotonic() + WAIT_SECONDS
     while not preview.exists():
         assert time.monotonic() < deadline
@@ -69,13 +69,13 @@ def wait_for_preview(wish: list[str]) -> None:
         (signal.SIGHUP, []),  # the terminal was closed
     ],
 )
-def test_ctrl_c_and_its_kin_cancel_the_job_and_end_with_130(
-    wish: list[str], sent: signal.Signals, extra: list[str]
+def test_signals_cancel_the_job_and_exit_with_130(
+    arguments: list[str], sent: signal.Signals, extra: list[str]
 ) -> None:
     service = FakeService(pause_after=6)
     with serving(service) as port:
-        process = start(port, *wish, *extra)
-        wait_for_preview(wish)
+        process = start(port, *arguments, *extra)
+        wait_for_preview(arguments)
         process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 130
@@ -92,23 +92,23 @@ def test_ctrl_c_and_its_kin_cancel_the_job_and_end_with_130(
         assert stdout == ""
 
 
-def test_ctrl_c_leaves_a_watched_job_alone(wish: list[str]) -> None:
+def test_ctrl_c_does_not_cancel_a_watched_job(arguments: list[str]) -> None:
     service = FakeService(pause_after=6)
     with serving(service) as port:
-        process = start(port, "watch", NAME, *wish[-2:])
-        wait_for_preview(wish)
+        process = start(port, "watch", NAME, *arguments[-2:])
+        wait_for_preview(arguments)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert (process.returncode, stderr) == (130, f"{NAME} keeps running\n")
     assert service.requests == [service_pb2.WatchJobRequest(name=NAME)]
 
 
-def test_a_terminal_shows_the_queue_the_steps_and_the_end(wish: list[str]) -> None:
+def test_a_terminal_shows_the_queue_the_steps_and_the_end(arguments: list[str]) -> None:
     lost = Break(9, Refusal(grpc.StatusCode.UNAVAILABLE))
     service = FakeService(log=events(samples=2), breaks=deque([lost]))
     ours, theirs = pty.openpty()
     with serving(service) as port:
-        process = start(port, *wish, "--json", stderr=theirs)
+        process = start(port, *arguments, "--json", stderr=theirs)
         os.close(theirs)
         shown = read_terminal(ours)
         stdout, _ = process.communicate(timeout=WAIT_SECONDS)
@@ -122,11 +122,11 @@ def test_a_terminal_shows_the_queue_the_steps_and_the_end(wish: list[str]) -> No
 
 @pytest.mark.parametrize("columns", [40, 60])
 def test_a_narrow_terminal_shows_the_whole_time_and_all_steps(
-    wish: list[str], columns: int
+    arguments: list[str], columns: int
 ) -> None:
     ours, theirs = pty.openpty()
     with serving(FakeService()) as port:
-        process = start(port, *wish, "--json", stderr=theirs, columns=columns)
+        process = start(port, *arguments, "--json", stderr=theirs, columns=columns)
         os.close(theirs)
         shown = read_terminal(ours)
         process.communicate(timeout=WAIT_SECONDS)
@@ -135,11 +135,13 @@ def test_a_narrow_terminal_shows_the_whole_time_and_all_steps(
     assert re.fullmatch(r"sample 0 ━+ 2/2 seed 7, stored", bar)
 
 
-def test_a_terminal_tells_that_the_connection_is_lost_and_there_again(wish: list[str]) -> None:
+def test_a_terminal_shows_the_loss_of_the_connection_and_the_reconnect(
+    arguments: list[str],
+) -> None:
     first, second = FakeService(pause_after=4), FakeService(pause_after=4)
     ours, theirs = pty.openpty()
     with serving(first) as port:
-        process = start(port, *wish, stderr=theirs)
+        process = start(port, *arguments, stderr=theirs)
         os.close(theirs)
         shown = read_until(ours, "denoising")
     shown += read_until(ours, "connection lost, retrying: cannot reach")
@@ -148,13 +150,13 @@ def test_a_terminal_tells_that_the_connection_is_lost_and_there_again(wish: list
         process.send_signal(signal.SIGINT)
         shown += read_terminal(ours)
         process.communicate(timeout=WAIT_SECONDS)
-    assert "transport" not in shown  # gRPC's own log stays out of the picture
+    assert "transport" not in shown  # gRPC's own log is not printed
     assert process.returncode == 130
     assert second.requests[0] == service_pb2.WatchJobRequest(name=NAME, after_sequence=4)
 
 
 def read_until(descriptor: int, text: str) -> str:
-    """Everything up to the moment when the terminal has shown the text."""
+    """Returns the output up to the moment when the terminal has shown the text."""
     shown, deadline = b"", time.monotonic() + WAIT_SECONDS
     while text not in CONTROL.sub("", shown.decode(errors="ignore")):
         assert time.monotonic() < deadline, shown
@@ -165,12 +167,12 @@ def read_until(descriptor: int, text: str) -> str:
 
 
 def read_terminal(descriptor: int) -> str:
-    """Everything until the other side closes, without the control sequences."""
+    """Returns the output until the other side closes, without control sequences."""
     parts = []
     while True:
         try:
             part = os.read(descriptor, 65536)
-        except OSError:  # EIO: nobody holds the other side any more
+        except OSError:  # EIO: the other side is closed
             part = b""
         if not part:
             break
@@ -179,9 +181,11 @@ def read_terminal(descriptor: int) -> str:
     return CONTROL.sub("", b"".join(parts).decode())
 
 
-def test_a_connection_that_fails_prints_one_line_and_nothing_of_grpc(wish: list[str]) -> None:
+def test_a_connection_that_fails_prints_one_line_and_nothing_of_grpc(
+    arguments: list[str],
+) -> None:
     with serving(FakeService()) as port:
-        process = start(port, *wish, "--tls")
+        process = start(port, *arguments, "--tls")
         stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert (process.returncode, stdout) == (1, "")
     [line] = stderr.splitlines()
@@ -191,7 +195,9 @@ def test_a_connection_that_fails_prints_one_line_and_nothing_of_grpc(wish: list[
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not here")
 @pytest.mark.parametrize("words", [["capabilities"], ["capabilities", "--tls"]])
 @pytest.mark.parametrize("extra", [[], ["--json"]])
-def test_a_full_stdout_is_a_sentence_and_status_1(words: list[str], extra: list[str]) -> None:
+def test_a_full_stdout_exits_with_1_and_an_error_message(
+    words: list[str], extra: list[str]
+) -> None:
     with serving(FakeService()) as port, open("/dev/full", "wb") as full:
         process = start(port, *words, *extra, stdout=full.fileno())
         _, stderr = process.communicate(timeout=WAIT_SECONDS)
@@ -200,10 +206,10 @@ def test_a_full_stdout_is_a_sentence_and_status_1(words: list[str], extra: list[
     assert stderr.startswith("Error: cannot ")
 
 
-def test_ctrl_c_while_nothing_answers_is_one_object_and_130(wish: list[str]) -> None:
+def test_ctrl_c_while_connecting_is_one_object_and_130(arguments: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        process = start(silent.getsockname()[1], *wish, "--json")
-        silent.accept()[0].close()  # it has begun to connect
+        process = start(silent.getsockname()[1], *arguments, "--json")
+        silent.accept()[0].close()  # the command is connecting
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 130
@@ -212,9 +218,9 @@ def test_ctrl_c_while_nothing_answers_is_one_object_and_130(wish: list[str]) -> 
     assert "Traceback" not in stderr
 
 
-def test_nothing_but_the_object_is_printed_when_nobody_looks(wish: list[str]) -> None:
+def test_only_the_object_is_printed_without_a_terminal(arguments: list[str]) -> None:
     with serving(FakeService()) as port:
-        process = start(port, *wish, "--json")
+        process = start(port, *arguments, "--json")
         stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert (process.returncode, stderr) == (0, "")
     assert json.loads(stdout)["name"] == NAME

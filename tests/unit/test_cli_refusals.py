@@ -1,4 +1,4 @@
-"""What the command img2img says when it is refused, and its exit codes."""
+"""Error messages and exit codes of the command img2img."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from img2img.v1 import event_pb2
 from img2img_client.cli import main
 from img2img_client.resources import Image
-from tests.cli_runs import WISH, in_a_folder_with_a_photo, run
+from tests.cli_runs import REQUEST, in_a_folder_with_a_photo, run
 from tests.fake_job import NAME, State, ending, job
 from tests.fake_service import Break, FakeService, Refusal, serving
 from tests.golden_file import assert_golden
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures(in_a_folder_with_a_photo.__name__)
 
 
 def refuse(*words: str) -> Result:
-    """Runs a command that must not get as far as a call."""
+    """Runs a command that must not make any call."""
     service = FakeService()
     result = run(service, *words)
     assert service.requests == []
@@ -33,21 +33,23 @@ def refuse(*words: str) -> Result:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((*WISH, "--output", "out.gif"), "out.gif must end in one of .png, .jpg, .jpeg, .webp"),
-        ((*WISH, "--output", "photo.jpg/out.png"), "cannot create the folder photo.jpg"),
+        ((*REQUEST, "--output", "out.gif"), "out.gif must end in one of .png, .jpg, .jpeg, .webp"),
+        ((*REQUEST, "--output", "photo.jpg/out.png"), "cannot create the folder photo.jpg"),
         (
             ("generate", "--prompt", "p", "--init-image", "none.jpg"),
             "cannot read the init image none.jpg",
         ),
-        ((*WISH, "--detach", "--timeout", "5"), "--timeout cannot be combined with --detach"),
+        ((*REQUEST, "--detach", "--timeout", "5"), "--timeout cannot be combined with --detach"),
         (("generate", "--prompt", "p"), "Missing option '--init-image'"),
         (("get", "cat"), "'cat' is not the name of a job"),
-        ((*WISH, "--samples", "two"), "'two' is not a valid integer"),
-        ((*WISH, "--width", "99999999999"), "width cannot be 99999999999"),
+        ((*REQUEST, "--samples", "two"), "'two' is not a valid integer"),
+        ((*REQUEST, "--width", "99999999999"), "width cannot be 99999999999"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_work_is_refused_before_any_call(words: tuple[str, ...], sentence: str) -> None:
+def test_an_invalid_command_line_is_rejected_before_any_call(
+    words: tuple[str, ...], sentence: str
+) -> None:
     result = refuse(*words)
     assert result.exit_code == 2
     assert sentence in result.stderr
@@ -68,15 +70,15 @@ def invalid() -> Iterator[FakeService]:
     return FakeService(breaks=deque([Break(0, wrong)]))  # type: ignore[return-value]
 
 
-def test_an_invalid_request_is_one_sentence_a_violation(invalid: FakeService) -> None:
-    result = run(invalid, *WISH, "--strength", "1.5", "--width", "513")
+def test_an_invalid_request_prints_one_line_for_each_violation(invalid: FakeService) -> None:
+    result = run(invalid, *REQUEST, "--strength", "1.5", "--width", "513")
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr == "Error: too high\nError: not a multiple\n"
 
 
 def test_an_invalid_request_as_json_is_in_the_golden_file(invalid: FakeService) -> None:
-    result = run(invalid, *WISH, "--strength", "1.5", "--width", "513", "--json")
+    result = run(invalid, *REQUEST, "--strength", "1.5", "--width", "513", "--json")
     assert result.exit_code == 2
     assert_golden("cli/invalid.json", result.stdout)
 
@@ -89,28 +91,28 @@ DEFAULT_KEY = f"No key was given, so dev-key was used. {GIVE_KEY}"
 @pytest.mark.parametrize(
     ("words", "hint"), [((), DEFAULT_KEY), (("--api-key", "mine"), GIVE_KEY)], ids=["none", "mine"]
 )
-def test_a_refused_key_is_status_1_with_a_hint(words: tuple[str, ...], hint: str) -> None:
+def test_a_rejected_key_exits_with_1_and_a_hint(words: tuple[str, ...], hint: str) -> None:
     result = run(FakeService(refusals=deque([UNKNOWN_KEY])), "get", "10000001", *words)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines() == ["Error: Invalid API key", hint]
 
 
-def test_a_failed_job_is_status_1_and_its_reason() -> None:
+def test_a_failed_job_exits_with_1_and_prints_its_reason() -> None:
     failed = ending(failed=event_pb2.JobFailed(job=job(State.STATE_FAILED)))
-    result = run(FakeService(log=[failed]), *WISH)
+    result = run(FakeService(log=[failed]), *REQUEST)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"Error: {NAME} failed (OUT_OF_MEMORY): out of memory at 512x512\n"
 
 
 def test_a_failed_job_as_json_is_in_the_golden_file() -> None:
     failed = ending(failed=event_pb2.JobFailed(job=job(State.STATE_FAILED)))
-    result = run(FakeService(log=[failed]), *WISH, "--json")
+    result = run(FakeService(log=[failed]), *REQUEST, "--json")
     assert (result.exit_code, result.stderr) == (1, "")
     assert_golden("cli/failed.json", result.stdout)
 
 
-def test_a_job_that_is_left_after_an_error_was_cancelled() -> None:
-    result = run(FakeService(breaks=deque([Break(4, UNKNOWN_KEY)])), *WISH)
+def test_an_error_in_a_stream_cancels_the_job_and_reports_it() -> None:
+    result = run(FakeService(breaks=deque([Break(4, UNKNOWN_KEY)])), *REQUEST)
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         f"{NAME} was cancelled",
@@ -119,9 +121,9 @@ def test_a_job_that_is_left_after_an_error_was_cancelled() -> None:
     ]
 
 
-def test_a_job_that_is_lost_from_sight_can_be_followed_again() -> None:
+def test_a_job_of_unknown_state_comes_with_the_command_to_follow_it() -> None:
     service = FakeService(breaks=deque([Break(4, UNKNOWN_KEY)]), refusals=deque([UNKNOWN_KEY] * 2))
-    result = run(service, *WISH)
+    result = run(service, *REQUEST)
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         f"{NAME} may still be running; follow it with: img2img watch 10000001 --after 3",
@@ -130,7 +132,7 @@ def test_a_job_that_is_lost_from_sight_can_be_followed_again() -> None:
     ]
 
 
-def test_a_watch_of_a_job_that_does_not_exist_says_nothing_else() -> None:
+def test_a_watch_of_a_missing_job_prints_only_the_error() -> None:
     missing = Refusal(grpc.StatusCode.NOT_FOUND, "jobs/99 does not exist", "JOB_NOT_FOUND")
     for breaks in (Break(0, missing), Break(3, missing)):
         result = run(FakeService(breaks=deque([breaks])), "watch", "99")
@@ -140,7 +142,7 @@ def test_a_watch_of_a_job_that_does_not_exist_says_nothing_else() -> None:
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_a_timeout_says_that_the_job_was_cancelled(extra: list[str]) -> None:
     service = FakeService(pause_after=3)
-    result = run(service, *WISH, "--timeout", "1.5", *extra)
+    result = run(service, *REQUEST, "--timeout", "1.5", *extra)
     sentence = f"timed out after 1.5 s; {NAME} was cancelled"
     assert (result.exit_code, result.stderr) == (1, f"Error: {sentence}\n")
     assert service.cancelled.is_set()
@@ -152,15 +154,15 @@ def test_a_timeout_says_that_the_job_was_cancelled(extra: list[str]) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "soon", "1e999"])
-def test_a_timeout_that_is_no_time_is_refused(seconds: str) -> None:
-    result = refuse(*WISH, "--timeout", seconds)
+def test_an_invalid_timeout_is_rejected(seconds: str) -> None:
+    result = refuse(*REQUEST, "--timeout", seconds)
     assert result.exit_code == 2
     assert f"'{seconds}' is not a number of seconds above 0." in result.stderr
 
 
-def test_a_service_that_is_not_there_is_named_with_a_hint() -> None:
+def test_an_unreachable_local_service_is_reported_with_a_hint() -> None:
     with serving(FakeService()) as port:
-        pass  # a port where nobody listens any more
+        pass  # nothing listens on the port from here on
     result = CliRunner().invoke(main, ["capabilities", "--server", f"127.0.0.1:{port}"])
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
@@ -185,7 +187,7 @@ def test_the_hint_is_only_for_a_service_that_does_not_run() -> None:
         (".", "'.' is a directory"),
     ],
 )
-def test_a_ca_file_that_is_none_is_refused_with_its_name(name: str, sentence: str) -> None:
+def test_an_invalid_ca_file_is_rejected_by_name(name: str, sentence: str) -> None:
     result = refuse("capabilities", "--ca-file", name)
     assert result.exit_code == 2
     assert "--ca-file" in result.stderr
@@ -197,14 +199,14 @@ def test_a_ca_file_that_is_none_is_refused_with_its_name(name: str, sentence: st
     [
         (("generate", "--prompt", "p", "--init-image", "none.jpg"), 2, "init_image"),
         (("generate", "--prompt", "p"), 2, "init_image"),
-        ((*WISH, "--no-such-flag"), 2, "no_such_flag"),
-        ((*WISH, "--samples", "two"), 2, "samples"),
-        ((*WISH, "--output", "out.gif"), 2, "output"),
-        ((*WISH, "--timeout", "-1"), 2, "timeout_seconds"),
-        ((*WISH, "--detach", "--timeout", "5"), 2, ""),
-        ((*WISH, "--width", "99999999999"), 2, "width"),
-        ((*WISH, "--api-key", "schlüssel"), 2, "api_key"),
-        ((*WISH, "--ca-file", "photo.jpg"), 2, "ca_file"),
+        ((*REQUEST, "--no-such-flag"), 2, "no_such_flag"),
+        ((*REQUEST, "--samples", "two"), 2, "samples"),
+        ((*REQUEST, "--output", "out.gif"), 2, "output"),
+        ((*REQUEST, "--timeout", "-1"), 2, "timeout_seconds"),
+        ((*REQUEST, "--detach", "--timeout", "5"), 2, ""),
+        ((*REQUEST, "--width", "99999999999"), 2, "width"),
+        ((*REQUEST, "--api-key", "schlüssel"), 2, "api_key"),
+        ((*REQUEST, "--ca-file", "photo.jpg"), 2, "ca_file"),
         (("watch", NAME, "--output", "out.jpg"), 2, ""),
         (("get", "cat"), 2, "job"),
         (("get",), 2, "job"),
@@ -227,7 +229,7 @@ def test_every_mistake_is_one_json_object(words: tuple[str, ...], code: int, fie
     assert [violation["field"] for violation in error["violations"]] == [field]
 
 
-def test_a_server_that_is_none_is_one_json_object() -> None:
+def test_an_invalid_server_is_one_json_object() -> None:
     for server in ("http://127.0.0.1:1", "img2img.example.com", "a b"):
         result = CliRunner().invoke(main, ["capabilities", "--json", "--server", server])
         assert result.exit_code == 2
@@ -239,7 +241,7 @@ def test_a_file_that_cannot_be_written_is_one_json_object(monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image, "save", full)
-    result = run(FakeService(), *WISH, "--json")
+    result = run(FakeService(), *REQUEST, "--json")
     assert result.exit_code == 1
     message = "cannot write the output: No space left on device"
     assert json.loads(result.stdout) == {
@@ -247,11 +249,11 @@ def test_a_file_that_cannot_be_written_is_one_json_object(monkeypatch: pytest.Mo
     }
 
 
-def test_a_fault_of_the_command_itself_is_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_the_command_is_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("boom")
 
     monkeypatch.setattr(Image, "save", broken)
-    result = run(FakeService(), *WISH, "--json")
+    result = run(FakeService(), *REQUEST, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"]["reason"] == "INTERNAL"

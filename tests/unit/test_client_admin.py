@@ -63,26 +63,26 @@ CALLS: list[tuple[str, tuple[Any, ...], Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "sent", "told"), CALLS, ids=lambda v: str(v)[:20])
-def test_a_management_call_sends_its_request_and_gives_the_answer(
-    name: str, given: tuple[Any, ...], sent: Any, told: Any, run: Run
+@pytest.mark.parametrize(("name", "given", "sent", "returned"), CALLS, ids=lambda v: str(v)[:20])
+def test_a_management_call_sends_its_request_and_returns_the_result(
+    name: str, given: tuple[Any, ...], sent: Any, returned: Any, run: Run
 ) -> None:
     service = FakeService()
-    assert run(service, lambda client: getattr(client.admin, name)(*given)) == told
+    assert run(service, lambda client: getattr(client.admin, name)(*given)) == returned
     assert service.requests == [sent]
     assert service.keys == ["Bearer k"]
 
 
 def test_storage_settings_are_sent_and_come_back_without_the_keys(run: Run) -> None:
     service, settings = FakeService(), StorageSettings(**PUBLIC, **KEYS)
-    told = run(service, lambda c: c.admin.update_storage(settings, check_connection=True))
-    assert told == StorageUpdate(settings=StorageSettings(**PUBLIC), warning="mind the gap")
+    result = run(service, lambda c: c.admin.update_storage(settings, check_connection=True))
+    assert result == StorageUpdate(settings=StorageSettings(**PUBLIC), warning="mind the gap")
     assert service.requests == [UPDATE]
     assert "AK" not in repr(settings)
     assert "SK" not in repr(settings)
 
 
-def test_a_key_that_may_not_is_told(run: Run) -> None:
+def test_a_key_without_the_permission_raises_permission_denied(run: Run) -> None:
     refusal = Refusal(grpc.StatusCode.PERMISSION_DENIED, "no", "PERMISSION_DENIED")
     service = FakeService()
     service.refusals.append(refusal)
@@ -139,20 +139,22 @@ def test_a_key_that_may_not_is_told(run: Run) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_command_of_admin(words: str, sent: Any, shown: str, as_json: Any) -> None:
+def test_an_admin_command_sends_its_request_and_prints_the_result(
+    words: str, sent: Any, shown: str, as_json: Any
+) -> None:
     service = FakeService()
-    told = cli_runs.run(service, *words.split())
-    assert (told.exit_code, told.stdout, told.stderr) == (0, shown, "")
+    result = cli_runs.run(service, *words.split())
+    assert (result.exit_code, result.stdout, result.stderr) == (0, shown, "")
     assert json.loads(cli_runs.run(service, *words.split(), "--json").stdout) == as_json
     assert [request for request in service.requests if type(request) is type(sent)] == [sent] * 2
 
 
-def test_the_use_of_gpus_is_shown_where_there_are_some() -> None:
-    told = cli_runs.run(FakeService(device="cuda:0 NVIDIA H200"), "admin", "details")
-    assert told.stdout.splitlines()[1] == "2 models, GPUs 25% busy"
+def test_the_gpu_usage_is_shown_only_with_a_gpu() -> None:
+    result = cli_runs.run(FakeService(device="cuda:0 NVIDIA H200"), "admin", "details")
+    assert result.stdout.splitlines()[1] == "2 models, GPUs 25% busy"
 
 
-def test_one_of_a_kind_has_no_plural() -> None:
+def test_a_count_of_one_has_no_plural() -> None:
     assert [count(number, "job") for number in (0, 1, 2)] == ["0 jobs", "1 job", "2 jobs"]
 
 
@@ -162,14 +164,17 @@ def test_set_storage_reads_the_keys_from_the_environment(monkeypatch: pytest.Mon
     words = "--public-url https://cdn.example.com/ --region eu-west-1 --directory renders --check"
     words += " --endpoint-url https://my-bucket.s3.amazonaws.com"
     service = FakeService()
-    told = cli_runs.run(service, "admin", "set-storage", *words.split())
-    assert (told.exit_code, told.stderr) == (0, "Warning: mind the gap\n")
-    assert told.stdout == "images of new jobs are stored at https://my-bucket.s3.amazonaws.com\n"
+    result = cli_runs.run(service, "admin", "set-storage", *words.split())
+    assert (result.exit_code, result.stderr) == (0, "Warning: mind the gap\n")
+    assert result.stdout == "images of new jobs are stored at https://my-bucket.s3.amazonaws.com\n"
     assert service.requests == [UPDATE]
 
 
-def test_redeliver_asks_for_the_webhook_once_more() -> None:
+def test_redeliver_sends_its_request() -> None:
     service = FakeService()
-    told = cli_runs.run(service, "redeliver", "10000001")
-    assert (told.exit_code, told.stdout) == (0, "jobs/10000001: the webhook will be sent again\n")
+    result = cli_runs.run(service, "redeliver", "10000001")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "jobs/10000001: the webhook will be sent again\n",
+    )
     assert service.requests == [service_pb2.RedeliverWebhookRequest(name="jobs/10000001")]

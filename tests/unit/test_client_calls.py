@@ -25,10 +25,10 @@ def run(request: pytest.FixtureRequest) -> Run:
     return request.param  # type: ignore[no-any-return]
 
 
-def test_a_service_out_of_reach_is_given_up_with_its_address(run: Run) -> None:
+def test_the_error_of_an_unreachable_service_has_its_address(run: Run) -> None:
     service = FakeService()
     with serving(service) as port:
-        pass  # a port where nobody listens any more
+        pass  # nothing listens on the port from here on
 
     def use(client: Any) -> Any:
         other = type(client)(
@@ -75,7 +75,7 @@ def test_every_status_becomes_its_error(
     assert len(service.requests) == 1
 
 
-def test_a_full_queue_says_when_to_come_back(run: Run) -> None:
+def test_a_full_queue_reports_when_to_retry(run: Run) -> None:
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=30, nanos=500_000_000))
     full = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "Rate limit", "QUEUE_FULL", (retry,))
     with pytest.raises(api.QueueFullError) as caught:
@@ -103,7 +103,7 @@ def test_an_invalid_request_lists_every_violation(run: Run) -> None:
     assert len(service.requests) == 1
 
 
-def test_generate_joins_the_pictures_with_their_links(run: Run, tmp_path: Path) -> None:
+def test_generate_returns_the_images_with_their_links(run: Run, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"photo")
     service = FakeService(log=events(samples=2))
@@ -112,26 +112,26 @@ def test_generate_joins_the_pictures_with_their_links(run: Run, tmp_path: Path) 
     assert sent.init_image.data == b"photo"
     assert sent.output_format == job_pb2.IMAGE_FORMAT_PNG
     assert [(p.index, p.seed, p.data, p.url) for p in result.images] == [
-        (0, 7, b"\x89PNG picture of sample 0", "http://127.0.0.1:8080/generations/5e0c8a0e-0.png"),
-        (1, 8, b"\x89PNG picture of sample 1", "http://127.0.0.1:8080/generations/5e0c8a0e-1.png"),
+        (0, 7, b"\x89PNG image of sample 0", "http://127.0.0.1:8080/generations/5e0c8a0e-0.png"),
+        (1, 8, b"\x89PNG image of sample 1", "http://127.0.0.1:8080/generations/5e0c8a0e-1.png"),
     ]
     assert result.job.state is api.State.SUCCEEDED
     assert result.job.timings.total_seconds == 3.0
 
 
-def test_an_address_is_left_to_the_service_to_fetch(run: Run) -> None:
+def test_a_url_is_sent_for_the_service_to_download(run: Run) -> None:
     service = FakeService()
     run(service, lambda client: client.generate("p", "https://example.com/photo.jpg"))
     sent = last(service.requests, service_pb2.GenerateRequest).spec.init_image
     assert sent == job_pb2.InitImage(url="https://example.com/photo.jpg")
 
 
-def test_pictures_of_an_expired_log_are_links_only(run: Run) -> None:
+def test_images_of_expired_events_have_only_links(run: Run) -> None:
     end = events()[-1]
     service = FakeService(log=[end])
     stream_result = run(service, lambda client: client.watch(NAME).result())
-    (picture,) = stream_result.images
-    assert (picture.data, picture.url) == (
+    (image,) = stream_result.images
+    assert (image.data, image.url) == (
         b"",
         "http://127.0.0.1:8080/generations/5e0c8a0e-0.png",
     )
@@ -152,7 +152,7 @@ def test_a_cancelled_job_raises(run: Run) -> None:
         run(FakeService(log=[cancelled]), lambda client: client.generate("p", b"photo"))
 
 
-def test_creating_is_repeated_with_the_same_request_id(run: Run) -> None:
+def test_create_is_retried_with_the_same_request_id(run: Run) -> None:
     service = FakeService(refusals=deque([Refusal(grpc.StatusCode.UNAVAILABLE)] * 2))
     made = run(service, lambda client: client.create("p", b"photo"))
     assert (made.name, made.state) == (NAME, api.State.QUEUED)
@@ -175,7 +175,7 @@ def test_a_job_is_named_by_its_name_or_its_number(run: Run, given: str | int) ->
     ]
 
 
-def test_what_is_no_job_is_refused_before_any_call(run: Run) -> None:
+def test_an_invalid_job_name_is_rejected_before_any_call(run: Run) -> None:
     service = FakeService()
     with pytest.raises(api.InvalidArgumentError):
         run(service, lambda client: client.get("jobs/cat"))

@@ -1,4 +1,4 @@
-"""Where the client connects to, and that being a client costs little."""
+"""The address and the channel of the client, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from tests.fake_service import FakeService, serving
         ("unix:/run/img2img.sock", "unix:/run/img2img.sock", True),
     ],
 )
-def test_a_server_is_named_by_host_and_port(server: str, target: str, is_loopback: bool) -> None:
+def test_the_target_of_a_server_has_host_and_port(
+    server: str, target: str, is_loopback: bool
+) -> None:
     endpoint = Endpoint(server)
     assert (endpoint.target, endpoint.is_loopback) == (target, is_loopback)
 
@@ -50,7 +52,7 @@ def test_the_channel_is_encrypted_when_asked() -> None:
 
 
 @pytest.mark.parametrize("module", ["img2img_client", "img2img_client.cli"])
-def test_importing_the_client_brings_nothing_heavy(module: str) -> None:
+def test_importing_the_client_imports_no_large_package(module: str) -> None:
     heavy = ["img2img_server", "torch", "numpy", "PIL", "pydantic", "nats", "fastapi", "rich"]
     script = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(
@@ -59,8 +61,8 @@ def test_importing_the_client_brings_nothing_heavy(module: str) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_client_is_back_before_the_server_gives_its_job_up() -> None:
-    """On a connection that dies silently, the side that notices first decides."""
+def test_a_client_reconnects_before_the_server_cancels_its_job() -> None:
+    """If a connection dies silently, the client must detect it before the server does."""
     ours, theirs = dict(CHANNEL_OPTIONS), dict(server_options(Settings()))
     noticed = ours["grpc.keepalive_time_ms"] + ours["grpc.http2.ping_timeout_ms"]
     back = noticed / 1000 + Retry().longest_delay_seconds

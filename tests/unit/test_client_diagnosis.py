@@ -1,4 +1,4 @@
-"""What the client says when a connection cannot be made: the cause, and what to do about it."""
+"""The causes that the client reports when a connection fails."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def plain_server(answer: bytes, tls: ssl.SSLContext | None = None) -> Iterator[i
 
 
 def failure(server: str, *, tls: bool = False, root: bytes | None = None) -> UnavailableError:
-    """The error of a call."""
+    """Returns the error of a call."""
     with (
         Client(server, api_key="k", tls=tls, root_certificates=root, retry=RETRY) as client,
         pytest.raises(UnavailableError) as caught,
@@ -170,7 +170,7 @@ def test_a_host_that_does_not_exist(server: str) -> None:
 def test_an_address_that_refuses_does_not_hide_the_one_that_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As localhost is on many machines: ::1 first, where nothing listens."""
+    """On many machines localhost resolves to ::1 first, where nothing listens."""
     real = socket.getaddrinfo
 
     def both(host: str, *given: object, **named: object) -> list[object]:
@@ -183,7 +183,7 @@ def test_an_address_that_refuses_does_not_hide_the_one_that_answers(
     assert finding.cause is Cause.TLS_EXPECTED
 
 
-def test_a_server_that_says_nothing_is_waited_for_briefly() -> None:
+def test_a_server_that_does_not_respond_delays_the_error_only_briefly() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for tls in (False, True):
             began = time.monotonic()
@@ -192,7 +192,9 @@ def test_a_server_that_says_nothing_is_waited_for_briefly() -> None:
             assert finding.cause is Cause.NO_ANSWER
 
 
-def test_a_resolver_that_hangs_is_waited_for_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_that_hangs_delays_the_error_only_briefly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(30))
     began = time.monotonic()
@@ -202,7 +204,7 @@ def test_a_resolver_that_hangs_is_waited_for_briefly(monkeypatch: pytest.MonkeyP
     assert finding.cause is Cause.HOST_NOT_FOUND
 
 
-def test_a_proxy_is_named_where_grpc_uses_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_error_names_the_proxy_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(FakeService()) as port:
         pass
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
@@ -211,7 +213,7 @@ def test_a_proxy_is_named_where_grpc_uses_one(monkeypatch: pytest.MonkeyPatch) -
     assert "https_proxy" in str(error)
 
 
-def test_the_async_client_says_the_same() -> None:
+def test_the_async_client_reports_the_same_cause() -> None:
     async def main(port: int) -> str:
         async with AsyncClient(f"127.0.0.1:{port}", api_key="k", retry=RETRY) as client:
             with pytest.raises(UnavailableError) as caught:
@@ -225,7 +227,7 @@ def test_the_async_client_says_the_same() -> None:
         assert asyncio.run(main(port)) == Cause.TLS_EXPECTED
 
 
-def test_what_holds_no_certificate_is_refused_before_any_call() -> None:
+def test_invalid_certificates_are_rejected_before_any_call() -> None:
     for junk in (b"# img2img\n", b"", AUTHORITY.private_key_pem.bytes(), b"\x30\x82\x01\x0a"):
         with pytest.raises(InvalidArgumentError) as caught:
             Client("127.0.0.1:1", root_certificates=junk)

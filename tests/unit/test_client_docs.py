@@ -1,4 +1,4 @@
-"""What docs/client.md shows works."""
+"""The examples of docs/client.md work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SNIPPETS = [text for text in BLOCKS if text not in OWN_SERVICE]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_of_the_page_is_understood(
+def test_every_command_on_the_page_parses(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
@@ -49,7 +49,7 @@ def test_the_page_lists_every_command_of_admin() -> None:
     assert shown == set(group.commands)
 
 
-def test_the_printed_job_of_the_page_has_fields_that_there_are() -> None:
+def test_the_printed_job_on_the_page_has_real_fields() -> None:
     [block] = blocks(PAGE, "json")
     shown = json.loads(block.text)
     [printed] = [json.loads((ROOT / "tests/golden/cli/generate.json").read_text())]
@@ -81,7 +81,7 @@ def test_the_example_of_a_test_on_the_page_runs(
     exec(compile(text, PAGE.name, "exec"), {"__name__": "__main__"})
 
 
-def test_every_error_stands_in_the_table_and_is_exported() -> None:
+def test_every_error_is_in_the_table_and_is_exported() -> None:
     text = PAGE.read_text(encoding="utf-8")
     concrete = [
         name

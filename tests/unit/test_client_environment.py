@@ -1,4 +1,4 @@
-"""The client's variables and the server's settings may stand in one environment."""
+"""The client's variables and the server's settings can be set in one environment."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every mistake that a caller can make is an error of one tree, and also the builtin one."""
+"""Errors of the client: one tree of classes that are also builtin errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.fake_service import FakeService, Refusal, serving
 from tests.golden_file import assert_golden
 
 NO_PATH: Any = 7
-# What a caller does, the builtin error that it also is, and the field of its violation.
+# A use of the client, the builtin error that it raises, and the field of its violation.
 MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "missing file": (lambda c: c.generate("p", "none.jpg"), FileNotFoundError, "init_image"),
     "folder": (lambda c: c.create("p", Path("/")), OSError, "init_image"),
@@ -137,7 +137,9 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)
-def test_a_mistake_is_an_error_of_the_tree_and_a_builtin_one(run: Run, mistake: str) -> None:
+def test_a_mistake_raises_an_error_of_the_client_that_is_also_a_builtin_error(
+    run: Run, mistake: str
+) -> None:
     use, builtin, field = MISTAKES[mistake]
     service = FakeService()
     with pytest.raises(api.InvalidRequestError) as caught:
@@ -172,14 +174,14 @@ def test_the_message_of_every_mistake_is_in_the_golden_file() -> None:
     assert_golden("client/messages.txt", "".join(lines))
 
 
-def test_the_file_s_own_error_can_be_read() -> None:
+def test_a_missing_file_has_its_name_errno_and_cause() -> None:
     with pytest.raises(api.InitImageNotFoundError) as caught, Client() as client:
         client.create("p", "none.jpg")
     assert (caught.value.filename, caught.value.errno) == ("none.jpg", 2)
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_every_error_can_be_sent_to_another_process() -> None:
+def test_every_error_can_be_pickled_and_copied() -> None:
     failed = read(api.Job, job(State.STATE_FAILED))
     missing = FileNotFoundError(2, "No such file or directory")
     examples = [
@@ -200,7 +202,7 @@ def test_every_error_can_be_sent_to_another_process() -> None:
                 assert getattr(again, name, None) == getattr(error, name, None)
 
 
-def test_bytes_of_any_kind_are_an_init_image(run: Run) -> None:
+def test_bytes_bytearray_and_memoryview_are_init_images(run: Run) -> None:
     service = FakeService()
     for photo in (b"photo", bytearray(b"photo"), memoryview(b"photo")):
         run(service, lambda client, photo=photo: client.create("p", photo))
@@ -219,7 +221,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_closed_client_says_so(call: str) -> None:
+def test_every_call_of_a_closed_client_raises_client_closed(call: str) -> None:
     def blocking() -> None:
         client = Client("127.0.0.1:1")
         client.close()
@@ -273,7 +275,7 @@ async def test_closing_an_async_client_ends_a_stream_that_waits() -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t\n"])
-def test_a_key_read_from_a_file_works_with_its_line_end(end: str) -> None:
+def test_white_space_around_a_key_is_removed(end: str) -> None:
     service = FakeService()
     with serving(service) as port, Client(f"127.0.0.1:{port}", api_key=f"k{end}") as client:
         client.capabilities()
@@ -290,7 +292,9 @@ def test_a_key_read_from_a_file_works_with_its_line_end(end: str) -> None:
         ("k\0", "character 2 is U+0000"),
     ],
 )
-def test_a_key_that_no_header_can_carry_is_named_without_being_shown(key: str, place: str) -> None:
+def test_a_key_that_no_header_can_carry_is_rejected_without_printing_it(
+    key: str, place: str
+) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(api.InvalidArgumentError, match="api_key cannot be used") as caught:
             kind("127.0.0.1:1", api_key=key)
@@ -298,7 +302,7 @@ def test_a_key_that_no_header_can_carry_is_named_without_being_shown(key: str, p
         assert key not in str(caught.value)
 
 
-def test_a_missing_key_is_told_apart_from_a_wrong_one() -> None:
+def test_a_missing_key_and_a_wrong_key_have_different_reasons() -> None:
     refusal = Refusal(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key", "INVALID_API_KEY")
     service = FakeService(refusals=deque([refusal] * 3))
     with serving(service) as port:
@@ -315,7 +319,7 @@ def test_a_missing_key_is_told_apart_from_a_wrong_one() -> None:
             assert (str(caught.value), caught.value.reason) == (text, reason)
 
 
-def test_server_and_key_come_from_the_environment_where_they_are_left_out(
+def test_omitted_server_and_key_come_from_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("IMG2IMG_SERVER", "img2img.example.com:443\n")
@@ -335,14 +339,14 @@ def test_server_and_key_come_from_the_environment_where_they_are_left_out(
 @pytest.mark.parametrize(
     "server", ["", ":50051", "host:", "host:port", "host:0", "host:65536", "two words:1", "[::1"]
 )
-def test_what_is_no_address_is_refused(server: str) -> None:
+def test_an_invalid_server_is_rejected(server: str) -> None:
     with pytest.raises(api.InvalidArgumentError) as caught:
         Client(server)
     assert caught.value.violations[0].field == "server"
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), "5", True])
-def test_what_is_no_time_is_refused(seconds: Any) -> None:
+def test_invalid_call_seconds_are_rejected(seconds: Any) -> None:
     with pytest.raises(api.InvalidArgumentError) as caught:
         Client("127.0.0.1:1", call_seconds=seconds)
     assert caught.value.violations[0].field == "call_seconds"

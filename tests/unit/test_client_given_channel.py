@@ -1,4 +1,4 @@
-"""A client on a channel of the caller: the same calls, errors, retries and cancels."""
+"""A client on a channel of the caller: the same calls, errors, retries and cancellations."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_service_that_cannot_be_reached_is_reported_without_an_address() -> No
         ({"interceptors": [object()]}, ["interceptors"]),
     ],
 )
-def test_what_belongs_to_the_channel_cannot_be_combined_with_one(
+def test_arguments_of_the_channel_cannot_be_combined_with_a_channel(
     arguments: dict[str, Any], fields: list[str]
 ) -> None:
     async def asynchronous() -> None:

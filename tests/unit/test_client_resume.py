@@ -1,4 +1,4 @@
-"""What to call next after a stream broke: the decisions alone, without any connection."""
+"""The decisions about retries, without any connection."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LOST = UnavailableError("lost", code="UNAVAILABLE")
 RETRY = Retry(
     connect_seconds=1.0, resume_seconds=10.0, first_delay_seconds=0.5, longest_delay_seconds=4.0
 )
-PATIENT = Retry(connect_seconds=1e6)
+LONG_RETRY = Retry(connect_seconds=1e6)
 
 
 class Longest(random.Random):
-    """Draws the upper end, so that pauses can be told."""
+    """Draws the upper end, so that delays are known."""
 
     def uniform(self, a: float, b: float) -> float:
         return b
@@ -34,10 +34,12 @@ def snapshot(sequence: int) -> service_pb2.event_pb2.JobEvent:  # type: ignore[n
     return message
 
 
-@settings(deadline=None)  # a busy machine is not a failure
+@settings(deadline=None)  # a busy machine must not fail the test
 @given(data=st.data())
-def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.DataObject) -> None:
-    follow = Follow(service_pb2.GenerateRequest(request_id="7f1c"), PATIENT, draw=random.Random(0))
+def test_every_event_is_seen_once_however_streams_break_and_overlap(data: st.DataObject) -> None:
+    follow = Follow(
+        service_pb2.GenerateRequest(request_id="7f1c"), LONG_RETRY, draw=random.Random(0)
+    )
     seen, now, generated = [], 0.0, 0
     for _ in range(20):
         request = follow.next_request()
@@ -46,7 +48,7 @@ def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.Dat
             assert request.request_id == "7f1c"
             after = 0
         else:
-            # A server may send again what was seen: at most that is asked of the client.
+            # A server may repeat events that the client has seen.
             after = data.draw(st.integers(0, request.after_sequence), label="replayed after")
         messages = [snapshot(after), *(event for event in LOG if event.sequence > after)]
         upto = data.draw(st.integers(0, len(messages)), label="messages before the break")
@@ -55,23 +57,23 @@ def test_however_streams_break_and_overlap_every_event_is_seen_once(data: st.Dat
             break
         now += follow.delay_after(LOST, now) + 0.01
     else:
-        return  # broke twenty times: nothing to say about the whole
+        return  # broke twenty times before the end: nothing to check
     assert [event.sequence for event in seen] == [0, *(event.sequence for event in LOG)]
     assert follow.job is not None
-    assert [picture.seed for picture in follow.result().images] == [7, 8]
+    assert [image.seed for image in follow.result().images] == [7, 8]
 
 
-def test_pauses_grow_to_a_bound_and_start_anew_after_news() -> None:
+def test_delays_grow_to_a_bound_and_are_reset_by_a_new_event() -> None:
     backoff = Backoff(RETRY, draw=Longest())
     backoff.connected(new_event=True)
     assert [backoff.delay(LOST, 0.0) for _ in range(5)] == [0.5, 1.0, 2.0, 4.0, 4.0]
     backoff.connected(new_event=False)
-    assert backoff.delay(LOST, 0.0) == 4.0  # contact alone does not make the next try sooner
+    assert backoff.delay(LOST, 0.0) == 4.0  # a message without a new event does not reset the delay
     backoff.connected(new_event=True)
     assert backoff.delay(LOST, 0.0) == 0.5
 
 
-def test_a_first_call_is_given_up_sooner_than_a_job_that_has_begun() -> None:
+def test_a_first_call_is_retried_for_less_time_than_a_stream() -> None:
     first = Backoff(RETRY, draw=Longest())
     assert first.delay(LOST, 100.0) == 0.5
     with pytest.raises(UnavailableError, match="lost"):
@@ -84,13 +86,13 @@ def test_a_first_call_is_given_up_sooner_than_a_job_that_has_begun() -> None:
         begun.delay(LOST, 109.0)
 
 
-def test_a_pause_that_the_service_asks_for_is_the_least() -> None:
+def test_a_delay_is_never_shorter_than_the_service_asks_for() -> None:
     backoff = Backoff(RETRY, draw=Longest())
     backoff.connected(new_event=True)
     assert backoff.delay(UnavailableError("full", retry_seconds=3.0), 0.0) == 3.0
 
 
-def test_no_pause_goes_beyond_the_deadline() -> None:
+def test_no_delay_exceeds_the_deadline() -> None:
     backoff = Backoff(RETRY, deadline=0.4, draw=Longest())
     with pytest.raises(UnavailableError):
         backoff.delay(LOST, 0.0)
@@ -98,7 +100,7 @@ def test_no_pause_goes_beyond_the_deadline() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 30))
-def test_pauses_are_drawn_between_nothing_and_the_bound(seed: int) -> None:
+def test_delays_are_drawn_between_0_and_the_bound(seed: int) -> None:
     backoff = Backoff(RETRY, draw=random.Random(seed))
     backoff.connected(new_event=True)
     pauses = [backoff.delay(LOST, 0.0) for _ in range(4)]
@@ -122,7 +124,7 @@ def test_a_new_kind_of_event_is_skipped_and_counted() -> None:
     assert follow.next_request() == service_pb2.WatchJobRequest(name=NAME, after_sequence=3)
 
 
-def test_only_the_job_of_a_generate_that_is_not_detached_is_ours_to_cancel() -> None:
+def test_leaving_cancels_only_the_job_of_a_generate_call_that_is_not_detached() -> None:
     for first, expected in [
         (service_pb2.GenerateRequest(), True),
         (service_pb2.GenerateRequest(detach=True), False),
@@ -135,7 +137,7 @@ def test_only_the_job_of_a_generate_that_is_not_detached_is_ours_to_cancel() -> 
         assert not follow.is_ours
 
 
-def test_a_heartbeat_is_no_event_and_moves_nothing() -> None:
+def test_a_heartbeat_is_not_an_event_and_changes_nothing() -> None:
     follow = Follow(service_pb2.GenerateRequest(request_id="7f1c"), RETRY)
     heartbeat = type(LOG[0])()
     heartbeat.heartbeat.SetInParent()

@@ -1,4 +1,4 @@
-"""Streams of both clients: broken, resumed, left, against a scripted service."""
+"""Streams of both clients against a scripted service: broken, resumed and left streams."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_stream_that_breaks_anywhere_is_resumed_without_gap_or_duplicate(
 @pytest.mark.parametrize(
     "refusal",
     [
-        None,  # the stream just ends
+        None,  # the stream ends without an error
         Refusal(grpc.StatusCode.CANCELLED),
         Refusal(grpc.StatusCode.UNKNOWN, "Stream removed"),
         Refusal(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
@@ -111,7 +111,7 @@ def test_a_stream_that_breaks_anywhere_is_resumed_without_gap_or_duplicate(
     ],
     ids=str,
 )
-def test_whatever_drops_a_watched_stream_it_is_resumed_again_and_again(
+def test_a_watched_stream_is_resumed_after_every_kind_of_failure(
     run: Run, refusal: Refusal | None
 ) -> None:
     service = FakeService(breaks=deque([Break(3, refusal), Break(0, refusal), Break(2, refusal)]))
@@ -122,7 +122,7 @@ def test_whatever_drops_a_watched_stream_it_is_resumed_again_and_again(
 
 
 def test_a_server_that_dies_and_comes_back_is_found_again(run: Run) -> None:
-    """A real lost connection: the first server ends with all its sockets."""
+    """The first server ends with all its sockets, so the connection is really lost."""
     first, second = FakeService(pause_after=3), FakeService()
     stop, port = threading.Event(), 0
     started = threading.Event()
@@ -157,7 +157,7 @@ async def _read_async(port: int) -> list[api.Event]:
         return [event async for event in client.stream("p", b"photo")]
 
 
-def test_a_refusal_after_the_first_event_is_not_tried_again(run: Run) -> None:
+def test_a_rejection_after_the_first_event_is_not_retried(run: Run) -> None:
     gone = Refusal(grpc.StatusCode.NOT_FOUND, f"{NAME} has expired", "JOB_NOT_FOUND")
     service = FakeService(
         breaks=deque([Break(2, Refusal(grpc.StatusCode.UNAVAILABLE)), Break(0, gone)])
@@ -189,7 +189,7 @@ def test_leaving_a_stream_early_cancels_its_job(run: Run) -> None:
     assert service.requests[-1] == service_pb2.CancelJobRequest(name=NAME)
 
 
-def test_leaving_a_detached_stream_leaves_its_job_alone(run: Run) -> None:
+def test_leaving_a_detached_stream_does_not_cancel_its_job(run: Run) -> None:
     service = FakeService(pause_after=3)
     run(service, lambda client: leave_early(client, detach=True))
     assert [type(request) for request in service.requests] == [service_pb2.GenerateRequest]
@@ -242,12 +242,12 @@ def test_a_closed_stream_has_no_result(run: Run) -> None:
 
 
 def silent_after(after: int) -> FakeService:
-    """A service whose first stream falls silent, and whose next one goes on."""
+    """Returns a service whose first stream sends nothing more after some messages."""
     return FakeService(breaks=deque([Break(after, SILENCE)]))
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_stream_that_falls_silent_is_resumed(run: Run, after: int) -> None:
+def test_a_stream_without_messages_is_resumed(run: Run, after: int) -> None:
     service = silent_after(after)
     retry = dataclasses.replace(RETRY, silence_seconds=0.3)
     found = run(service, lambda client: client.stream("p", b"photo"), retry=retry)
@@ -256,7 +256,7 @@ def test_a_stream_that_falls_silent_is_resumed(run: Run, after: int) -> None:
     assert len(service.requests) == 2
 
 
-def test_heartbeats_keep_a_stream_and_are_not_handed_out(run: Run) -> None:
+def test_heartbeats_keep_a_stream_open_and_are_not_returned(run: Run) -> None:
     service = FakeService(breaks=deque([Break(3, None, heartbeats=6)]))
     retry = dataclasses.replace(RETRY, silence_seconds=0.3)
     found = run(service, lambda client: client.stream("p", b"photo"), retry=retry)
@@ -264,7 +264,7 @@ def test_heartbeats_keep_a_stream_and_are_not_handed_out(run: Run) -> None:
     assert len(service.requests) == 2, "the heartbeats took longer than the silence may last"
 
 
-def test_the_callers_own_time_between_events_is_no_silence(run: Run) -> None:
+def test_the_time_that_the_caller_takes_between_events_does_not_count_as_silence(run: Run) -> None:
     service = FakeService()
     retry = dataclasses.replace(RETRY, silence_seconds=0.2)
 
@@ -321,7 +321,7 @@ def test_closing_the_client_leaves_its_streams(run: Run) -> None:
 
     def close(client: Any) -> Any:
         if isinstance(client, Client):
-            events = iter(client.stream("p", b"photo"))  # the stream itself is held no more
+            events = iter(client.stream("p", b"photo"))  # nothing refers to the stream itself
             next(events)
             client.close()
             return None
@@ -390,7 +390,7 @@ def test_breaking_out_of_a_loop_cancels_the_job_without_with(run: Run) -> None:
 
         return leaving()
 
-    gc.disable()  # the stream must not need it
+    gc.disable()  # the stream must not need garbage collection
     try:
         run(service, leave)
     finally:
@@ -420,7 +420,7 @@ def test_an_exception_within_a_loop_cancels_the_job_when_the_client_is_left(run:
 async def test_closing_the_client_waits_for_a_task_that_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """asyncio.gather ends when the first of its cancelled tasks has."""
+    """asyncio.gather ends when the first of its cancelled tasks has ended."""
     service, seen, leaves = FakeService(pause_after=3), asyncio.Event(), asyncio.Event()
     cancel = AsyncClient._cancel_abandoned
 

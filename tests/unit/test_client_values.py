@@ -1,4 +1,4 @@
-"""The client's values: read from protobuf without loss, requests built from what users have."""
+"""Conversion from protobuf to the client's classes, and from arguments to requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_value_has_every_field_of_its_message(cls: type, message: type) -> Non
 
 def test_there_is_a_class_with_every_field_for_each_kind_of_event() -> None:
     oneof = event_pb2.JobEvent.DESCRIPTOR.oneofs_by_name["event"]
-    kinds = [field for field in oneof.fields if field.name != "heartbeat"]  # not handed out
+    kinds = [field for field in oneof.fields if field.name != "heartbeat"]  # not returned
     assert set(convert.KINDS) == {field.name for field in kinds}
     envelope = {field.name for field in fields(events.Event)}
     for field in kinds:
@@ -69,7 +69,7 @@ def test_an_enum_has_every_value_of_the_protocol(
     assert [prefix + one.name for one in cls] == list(enum.keys())
 
 
-def test_a_job_is_read_whole() -> None:
+def test_every_field_of_a_job_is_read() -> None:
     message = job(State.STATE_FAILED)
     message.spec.annotations["shelf"] = "3"
     message.spec.init_image.url = "https://example.com/cat.jpg"
@@ -139,12 +139,12 @@ def test_a_file_may_be_given_as_path_text_or_bytes(tmp_path: Path) -> None:
         assert spec_of(url, {}).init_image.url == url
 
 
-def test_a_missing_file_is_the_usual_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_file_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         spec_of(tmp_path / "none.jpg", {})
 
 
-def test_what_does_not_fit_the_protocol_is_listed_before_any_call() -> None:
+def test_values_that_do_not_fit_the_protocol_are_listed_before_any_call() -> None:
     options: Options = {"width": 2**40, "output_format": "gif", "strength": "much"}  # type: ignore[typeddict-item]
     with pytest.raises(InvalidRequestError) as caught:
         spec_of(bytes(34 * 2**20), options)
@@ -152,7 +152,7 @@ def test_what_does_not_fit_the_protocol_is_listed_before_any_call() -> None:
     assert fields == ["output_format", "width", "strength", "init_image"]
 
 
-def test_an_option_that_does_not_exist_is_a_mistake_of_the_program() -> None:
+def test_an_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError):
         spec_of(b"photo", {"strenght": 0.5})  # type: ignore[typeddict-unknown-key]
 
@@ -174,7 +174,7 @@ IMAGE = resources.Image(
 )
 
 
-def test_a_picture_is_saved_where_its_suffix_fits(tmp_path: Path) -> None:
+def test_an_image_is_saved_only_if_the_suffix_matches_its_format(tmp_path: Path) -> None:
     for name in ("out.jpg", "out.JPEG", "out"):
         assert IMAGE.save(tmp_path / name).read_bytes() == b"\xff\xd8"
     with pytest.raises(InvalidArgumentError) as caught:
@@ -183,7 +183,7 @@ def test_a_picture_is_saved_where_its_suffix_fits(tmp_path: Path) -> None:
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_picture_without_bytes_points_to_its_link(tmp_path: Path) -> None:
+def test_an_image_without_data_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         replace(IMAGE, data=b"").save(tmp_path / "out.jpg")
     assert caught.value.violations[0].field == "data"
