@@ -153,7 +153,8 @@ def test_arguments_of_the_channel_cannot_be_combined_with_a_channel(
     arguments: dict[str, Any], fields: list[str]
 ) -> None:
     async def asynchronous() -> None:
-        AsyncClient(channel=grpc.aio.insecure_channel("127.0.0.1:1"), **arguments)
+        async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+            AsyncClient(channel=channel, **arguments)
 
     def blocking() -> None:
         with grpc.insecure_channel("127.0.0.1:1") as channel:
@@ -167,8 +168,9 @@ def test_arguments_of_the_channel_cannot_be_combined_with_a_channel(
 
 def test_each_client_takes_its_own_kind_of_channel() -> None:
     async def main() -> None:
-        with pytest.raises(api.InvalidArgumentTypeError, match=r"grpc\.Channel"):
-            Client(channel=grpc.aio.insecure_channel("127.0.0.1:1"))  # type: ignore[arg-type]
+        async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+            with pytest.raises(api.InvalidArgumentTypeError, match=r"grpc\.Channel"):
+                Client(channel=channel)  # type: ignore[arg-type]
 
     asyncio.run(main())
     with (
