@@ -41,7 +41,7 @@ def client(address: str, key: str = "dev-key") -> AsyncClient:
     return AsyncClient(address, api_key=key, retry=RETRY)
 
 
-async def test_both_clients_get_the_same_picture_for_the_same_seed() -> None:
+async def test_both_clients_get_the_same_image_for_the_same_seed() -> None:
     async with running_stack() as stack, client(stack.api.address) as ours:
         first = await ours.generate(init_image=photo(), samples=2, **REQUEST)
 
@@ -51,11 +51,11 @@ async def test_both_clients_get_the_same_picture_for_the_same_seed() -> None:
 
         second = await asyncio.to_thread(blocking)
         listed = [job.name async for job in ours.list(State.SUCCEEDED)]
-    assert [picture.seed for picture in first.images] == [1, 2]
+    assert [image.seed for image in first.images] == [1, 2]
     assert [p.sha256 for p in first.images] == [p.sha256 for p in second.images]
-    for picture in first.images:
-        assert hashlib.sha256(picture.data).hexdigest() == picture.sha256
-        assert picture.url.endswith(f"-{picture.index}.png")
+    for image in first.images:
+        assert hashlib.sha256(image.data).hexdigest() == image.sha256
+        assert image.url.endswith(f"-{image.index}.png")
     assert listed == [second.job.name, first.job.name]
 
 
@@ -134,7 +134,7 @@ async def test_a_request_id_gives_the_same_job_again() -> None:
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    """A small good command."""
+    """Returns the arguments of a small valid command."""
     (tmp_path / "photo.jpg").write_bytes(photo())
     made = ["generate", "--prompt", "a harbour", "--init-image", str(tmp_path / "photo.jpg")]
     return [*made, "--width", "256", "--height", "256", "--seed", "1"]
@@ -154,7 +154,7 @@ def wait_for_file(path: Path) -> None:
         time.sleep(0.01)
 
 
-async def test_the_command_saves_the_picture_that_the_service_stored(
+async def test_the_command_saves_the_image_that_the_service_stored(
     words: list[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out.png"
