@@ -43,14 +43,20 @@ class Relay:
             try:
                 yield self
             finally:
+                server.close()
                 self.reset()
                 for task in self._tasks:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._host, self._port)
-        self._writers |= {writer, back}
+        self._writers.add(writer)
+        try:
+            there, back = await asyncio.open_connection(self._host, self._port)
+        except OSError:  # the target has stopped
+            writer.transport.abort()
+            return
+        self._writers.add(back)
         for source, sink in ((reader, back), (there, writer)):
             task = asyncio.create_task(self._pass_on(source, sink))
             self._tasks.add(task)
