@@ -36,7 +36,7 @@ from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import read_model_spec
-from img2img_server.engine.options import limit_spinning
+from img2img_server.engine.options import EngineOptions, limit_spinning
 from img2img_server.settings import Settings
 
 _WHOLE = {"compile": "whole", "compile_cache_dir": "cache/whole"}
@@ -81,7 +81,7 @@ _engines: list[DiffusionEngine] = []  # the one job of the process
 
 def _load(settings: dict[str, Any]) -> float:
     began = time.perf_counter()
-    _engines.append(load_engine(Settings(**settings)))
+    _engines.append(load_engine(EngineOptions.of(Settings(**settings))))
     return time.perf_counter() - began
 
 

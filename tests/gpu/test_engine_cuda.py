@@ -17,7 +17,7 @@ from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.host_copy import HostCopy
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import CudaProbe, MemoryModel
-from img2img_server.engine.options import ModelOptions
+from img2img_server.engine.options import EngineOptions, ModelOptions
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, ReplyInbox, difference, images, job, run, running
 from tests.tiny_models import write_sd
@@ -79,7 +79,7 @@ def test_captured_graphs_draw_the_same_images(folder: Path) -> None:
         settings = Settings(
             model=str(folder), dtype="float32", compile=how, warm_up_sizes="72x64", max_batch_size=4
         )
-        engine = load_engine(settings)
+        engine = load_engine(EngineOptions.of(settings))
         try:
             found[how] = images(run(engine, WANTED))
         finally:

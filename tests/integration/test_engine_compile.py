@@ -12,6 +12,7 @@ import torch
 
 from img2img_server.engine.base import JobDone
 from img2img_server.engine.load import load_engine
+from img2img_server.engine.options import EngineOptions
 from img2img_server.settings import Settings
 from tests.engine_bench import blocks, job, run
 from tests.tiny_models import write_sd
@@ -43,7 +44,7 @@ def test_every_announced_shape_is_compiled_before_the_first_job_and_none_after_i
         warm_up_sizes=announced,
         max_batch_size=2,
     )
-    engine = load_engine(settings)
+    engine = load_engine(EngineOptions.of(settings))
     try:
         before = len(compiled)
         for number, (height, width) in enumerate(SIZES):

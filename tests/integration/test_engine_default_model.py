@@ -10,6 +10,7 @@ from PIL import Image
 from img2img_server.domain.params import Limits
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import packaged_model
+from img2img_server.engine.options import EngineOptions
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, Stock, difference, images, job, run
 
@@ -19,7 +20,7 @@ PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 def test_it_gives_the_stock_pipelines_images_at_its_own_defaults_and_odd_sizes() -> None:
     photo = Image.open(PHOTO).convert("RGB")
     stock = Stock(packaged_model())
-    engine = load_engine(Settings())
+    engine = load_engine(EngineOptions.of(Settings()))
     info = engine.model
     try:
         for scheduler, size in ((info.schedulers[0], (256, 256)), ("euler_a", (520, 264))):
@@ -39,7 +40,7 @@ def test_it_gives_the_stock_pipelines_images_at_its_own_defaults_and_odd_sizes()
 
 
 def test_every_scheduler_runs_the_steps_that_the_model_allows() -> None:
-    engine = load_engine(Settings())
+    engine = load_engine(EngineOptions.of(Settings()))
     try:
         for scheduler in engine.model.schedulers:
             most = engine.model.limits(Limits(), scheduler).max_num_inference_steps

@@ -14,6 +14,7 @@ from PIL import Image
 
 from img2img_server.engine.base import Engine
 from img2img_server.engine.load import load_engine
+from img2img_server.engine.options import EngineOptions
 from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
 from tests.engine_bench import images, job, run
@@ -26,7 +27,7 @@ Draw = Callable[..., Pixels]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    loaded = load_engine(Settings())
+    loaded = load_engine(EngineOptions.of(Settings()))
     try:
         yield loaded
     finally:

@@ -12,6 +12,7 @@ import torch
 from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
+from img2img_server.engine.options import EngineOptions
 from img2img_server.settings import Settings, SettingsError
 from tests.engine_bench import images, job, run
 from tests.tiny_models import write_sd
@@ -28,7 +29,7 @@ guidance_scale = 2.0
 def test_an_engine_comes_up_warm_with_the_models_own_defaults(tmp_path: Path) -> None:
     folder = write_sd(tmp_path / "model", tiny_vae=True)
     (folder / "img2img.toml").write_text(TOML, encoding="utf-8")
-    engine = load_engine(Settings(model=str(folder), max_batch_size=3))
+    engine = load_engine(EngineOptions.of(Settings(model=str(folder), max_batch_size=3)))
     try:
         assert (engine.model.name, engine.model.schedulers[0]) == ("pebble", "euler")
         assert (engine.device, engine.max_batch_size) == ("cpu", 3)
@@ -39,7 +40,7 @@ def test_an_engine_comes_up_warm_with_the_models_own_defaults(tmp_path: Path) ->
 
 def test_a_model_kept_in_half_precision_is_widened_on_a_cpu(tmp_path: Path) -> None:
     folder = write_sd(tmp_path / "model", tiny_vae=True, dtype=torch.float16)
-    engine = load_engine(Settings(model=str(folder)))
+    engine = load_engine(EngineOptions.of(Settings(model=str(folder))))
     try:
         assert len(images(run(engine, job()))) == 1
     finally:
@@ -48,7 +49,7 @@ def test_a_model_kept_in_half_precision_is_widened_on_a_cpu(tmp_path: Path) -> N
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"it has no model_index\.json"):
-        load_engine(Settings(model=str(tmp_path)))
+        load_engine(EngineOptions.of(Settings(model=str(tmp_path))))
 
 
 def test_a_broken_model_is_refused(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_broken_model_is_refused(tmp_path: Path) -> None:
         weights.unlink()
 
     with pytest.raises(ModelError, match="cannot load"):
-        load_engine(Settings(model=str(folder)))
+        load_engine(EngineOptions.of(Settings(model=str(folder))))
 
 
 @pytest.mark.parametrize("name", ["cuda", "gpu", "cuda:9"])

@@ -17,7 +17,7 @@ from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora import _Change
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
-from img2img_server.engine.options import ModelOptions
+from img2img_server.engine.options import EngineOptions, ModelOptions
 from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
 from tests.engine_bench import (
@@ -215,7 +215,7 @@ def test_of_a_lora_that_was_written_in_half_nothing_stays(
 
 def test_the_model_announces_its_loras_by_their_files_names(written: Written) -> None:
     settings = Settings(model=str(written.model), lora_dir=written.loras, warm_up_sizes="64x64")
-    engine = load_engine(settings)
+    engine = load_engine(EngineOptions.of(settings))
     try:
         assert engine.model.loras == tuple(sorted(written._factors))
         assert isinstance(run(engine, job(lora="ink"))[-1], JobDone)
@@ -246,7 +246,7 @@ def test_a_file_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
         folder.mkdir()
         save_file(wrong, folder / "odd.safetensors")
         with pytest.raises(ModelError, match=r"LoRA odd\.safetensors does not fit the model"):
-            load_engine(Settings(model=str(model), lora_dir=folder))
+            load_engine(EngineOptions.of(Settings(model=str(model), lora_dir=folder)))
 
 
 def test_fused_products_and_loras_are_refused_together(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import MemoryModel, NoProbe
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
+from img2img_server.engine.options import Compile, EngineOptions, ModelOptions, TinyVaeUse
 from img2img_server.engine.step_loop import admit
 from img2img_server.errors import OutOfMemoryError
 from img2img_server.imaging.base import Pixels
@@ -270,14 +270,14 @@ def test_announced_sizes_run_before_the_worker_is_ready(
     settings = Settings(
         model=str(folder), warm_up_sizes="64x72, 128x64", compile_cache_dir=tmp_path
     )
-    load_engine(settings).stop()
+    load_engine(EngineOptions.of(settings)).stop()
 
     assert seen == [(1, 4, 9, 8), (1, 4, 8, 16)]
 
 
 def test_a_size_that_does_not_run_is_reported_at_the_start(folder: Path) -> None:
     with pytest.raises(ModelError, match="does not run at 3x3"):
-        load_engine(Settings(model=str(folder), warm_up_sizes="3x3"))
+        load_engine(EngineOptions.of(Settings(model=str(folder), warm_up_sizes="3x3")))
 
 
 class SmallDevice(DiffusersDenoiser):

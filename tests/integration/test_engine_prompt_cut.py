@@ -10,6 +10,7 @@ import pytest
 
 from img2img_server.engine.base import JobDone
 from img2img_server.engine.load import load_engine
+from img2img_server.engine.options import EngineOptions
 from img2img_server.settings import Settings
 from tests.engine_bench import blocks, images, job, load, run, running
 from tests.oracle.harness import models
@@ -68,7 +69,7 @@ def test_a_prompt_that_only_t5_reads_whole_is_not_cut(
 
 
 def test_the_packaged_model_says_what_its_encoder_does_not_read() -> None:
-    engine = load_engine(Settings())
+    engine = load_engine(EngineOptions.of(Settings()))
     try:
         prompt = "an oil painting of a cat, " + "with many words " * 20
         wanted = job(prompt=prompt, init_image=blocks(64, 64), num_inference_steps=2)

@@ -7,6 +7,7 @@ import pytest
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.engine.load import load_engine
+from img2img_server.engine.options import EngineOptions
 from tests.oracle.harness import families
 from tests.stack import DEV, Api, refusal, running_stack, settings, spec
 
@@ -24,7 +25,9 @@ async def test_a_model_of_each_family_serves_what_it_announces(
     family: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = next(iter(families()[family].values())).write(tmp_path_factory.mktemp("model"))
-    engine = load_engine(settings(model=str(folder), device="cpu", warm_up_sizes=""))
+    engine = load_engine(
+        EngineOptions.of(settings(model=str(folder), device="cpu", warm_up_sizes=""))
+    )
     async with running_stack(engine, api_config=settings(default_model="")) as stack:
         request = service_pb2.GetCapabilitiesRequest()
         (model,) = (await stack.api.stub.GetCapabilities(request, metadata=DEV)).models

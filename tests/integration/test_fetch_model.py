@@ -219,8 +219,9 @@ async def test_a_model_of_no_family_on_the_hub_is_refused_before_its_weights_are
     index = json.dumps({"_class_name": "FluxKontextPipeline", "unet": ["diffusers", "X"]})
     code = (
         "from img2img_server.engine.load import load_engine\n"
+        "from img2img_server.engine.options import EngineOptions\n"
         "from img2img_server.settings import Settings\n"
-        "load_engine(Settings(model='owner/tiny', device='cpu'))\n"
+        "load_engine(EngineOptions.of(Settings(model='owner/tiny', device='cpu')))\n"
     )
     async with hub({**SMALL, "model_index.json": index.encode()}) as (address, asked):
         process = await asyncio.create_subprocess_exec(

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from img2img_server.engine.options import (
     Compile,
-    ModelOptions,
+    EngineOptions,
     batch_size_buckets,
     pad_batch_size,
     sizes,
@@ -40,8 +40,9 @@ def test_what_is_no_size_is_refused_by_the_settings_and_by_name() -> None:
 
 
 def test_options_are_those_of_the_settings() -> None:
-    settings = Settings(compile="whole", channels_last=False, vae_tile_pixels=7)
+    settings = Settings(compile="whole", channels_last=False, vae_tile_pixels=7, max_batch_size=3)
 
-    assert ModelOptions.of(settings) == ModelOptions(
-        compile=Compile.WHOLE, channels_last=False, vae_tile_pixels=7
+    assert EngineOptions.of(settings) == EngineOptions(
+        compile=Compile.WHOLE, channels_last=False, vae_tile_pixels=7, max_batch_size=3
     )
+    assert EngineOptions.of(Settings()) == EngineOptions()

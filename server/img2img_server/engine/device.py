@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from img2img_server.settings import Settings, SettingsError
+from img2img_server.settings import SettingsError
 
 _DTYPES: Final = {
     "float32": torch.float32,
@@ -18,16 +18,16 @@ _DTYPES: Final = {
 }
 
 
-def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
-    """Reads device and dtype from the settings. Raises SettingsError with every mistake."""
+def device_and_dtype(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
+    """Returns the device and dtype of these settings. Raises SettingsError with every mistake."""
     mistakes: list[str] = []
     device = torch.device("cpu")
     try:
-        device = choose_device(settings.device)
+        device = choose_device(device_name)
     except SettingsError as error:
         mistakes += error.mistakes
     try:
-        dtype = choose_dtype(settings.dtype, device)
+        dtype = choose_dtype(dtype_name, device)
     except SettingsError as error:
         raise SettingsError(*mistakes, *error.mistakes) from error
     if mistakes:

@@ -1,4 +1,4 @@
-"""Loads an engine by its settings and warms it up."""
+"""Loads an engine by its options and warms it up."""
 
 from __future__ import annotations
 
@@ -20,56 +20,55 @@ from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelSpec, read_model_spec
-from img2img_server.engine.options import ModelOptions, sizes
+from img2img_server.engine.options import EngineOptions, sizes
 from img2img_server.malloc import keep_freed_memory
-from img2img_server.settings import Settings
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
-def load_engine(settings: Settings) -> DiffusionEngine:
+def load_engine(options: EngineOptions) -> DiffusionEngine:
     """Loads the model onto the device and warms it up. Blocks for seconds to minutes.
 
     Raises:
         SettingsError: the device is not there, or cannot compute with the dtype.
         ModelError: the model cannot be loaded, or its dry run failed.
     """
-    device, dtype = device_and_dtype(settings)
-    spec = read_model_spec(settings.model)
+    device, dtype = device_and_dtype(options.device, options.dtype)
+    spec = read_model_spec(options.model)
     if not Path(spec.source).is_dir():
-        spec = read_model_spec(settings.model, read_files(spec.source))
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+        spec = read_model_spec(options.model, read_files(spec.source))
+    if options.torch_threads:
+        torch.set_num_threads(options.torch_threads)
     _log.info("loading model %s on %s as %s", spec.name, device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
-    if settings.compile_cache_dir:
+    if options.compile_cache_dir:
         # The cache of compiled code; torch takes it from the environment only.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(settings.compile_cache_dir.absolute())
-    options, most = ModelOptions.of(settings), settings.max_batch_size
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.compile_cache_dir.absolute())
+    most = options.max_batch_size
     denoiser = on_own_thread(
         lambda: DiffusersDenoiser.load(spec.source, device, dtype, options, most)
     )
     spec = replace(spec, loras=denoiser.loras)
-    memory = MemoryModel(probe_of(device), settings.memory_limit_bytes)
-    engine = DiffusionEngine(denoiser, spec, settings.max_batch_size, memory)
+    memory = MemoryModel(probe_of(device), options.memory_limit_bytes)
+    engine = DiffusionEngine(denoiser, spec, most, memory)
     try:
-        warm_up(engine, spec, settings)
+        warm_up(engine, spec, options.warm_up_sizes)
     except BaseException:
         engine.stop()
         raise
     return engine
 
 
-def warm_up(engine: DiffusionEngine, spec: ModelSpec, settings: Settings) -> None:
+def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> None:
     """Runs the sizes of the setting once, so that the first jobs do not pay for it.
 
     Raises:
         ModelError: a size failed.
     """
-    for height, width in sizes(settings.warm_up_sizes):
+    for height, width in sizes(warm_up_sizes):
         began = time.monotonic()
         try:
             engine.warm_up(height, width)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
-
-from img2img_server.settings import Settings
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -41,17 +39,27 @@ class ModelOptions:
     tiny_vae_use: TinyVaeUse = TinyVaeUse.PREVIEWS
     lora_dir: Path | None = None
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions(ModelOptions):
+    """Everything that load_engine needs; the settings of the same names describe the fields."""
+
+    model: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    max_batch_size: int = 8
+    torch_threads: int = 0
+    compile_cache_dir: Path | None = None
+    warm_up_sizes: str = "512x512"
+    memory_limit_bytes: int = 0
+
     @classmethod
-    def of(cls, settings: Settings) -> Self:
-        return cls(
-            channels_last=settings.channels_last,
-            fuse_qkv=settings.fuse_qkv,
-            compile=Compile(settings.compile),
-            vae_tile_pixels=settings.vae_tile_pixels,
-            tiny_vae=settings.tiny_vae,
-            tiny_vae_use=TinyVaeUse(settings.tiny_vae_use),
-            lora_dir=settings.lora_dir,
-        )
+    def of(cls, source: object) -> Self:
+        """Returns the options from the attributes of the same names, for example of settings."""
+        values = {field.name: getattr(source, field.name) for field in fields(cls)}
+        values["compile"] = Compile(values["compile"])
+        values["tiny_vae_use"] = TinyVaeUse(values["tiny_vae_use"])
+        return cls(**values)
 
 
 def batch_size_buckets(max_batch_size: int) -> tuple[int, ...]:

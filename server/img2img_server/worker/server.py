@@ -14,7 +14,7 @@ import structlog
 from img2img_server.engine.base import Engine
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
-from img2img_server.engine.options import limit_spinning
+from img2img_server.engine.options import EngineOptions, limit_spinning
 from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.exit_reason import logs_reason
 from img2img_server.lifecycle import unless_stopped
@@ -129,14 +129,14 @@ def _check_device(settings: Settings) -> None:
     limit_spinning()
     from img2img_server.engine.device import device_and_dtype  # imports torch: seconds
 
-    device_and_dtype(settings)
+    device_and_dtype(settings.device, settings.dtype)
 
 
 def _load_engine(settings: Settings) -> Engine:
     from img2img_server.engine.load import load_engine  # imports diffusers: seconds
 
     try:
-        return load_engine(settings)
+        return load_engine(EngineOptions.of(settings))
     except ModelError as error:
         raise SettingsError(error.mistake) from error
     except OperatorError:
