@@ -18,6 +18,7 @@ from typing import IO, Final
 
 from img2img_server.devstack import launch
 from img2img_server.errors import OperatorError
+from img2img_server.lifecycle import first_of
 
 HOST: Final = "127.0.0.1"
 PROBE_SECONDS: Final = 0.03
@@ -104,13 +105,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        serving = asyncio.create_task(self._until_serving())
-        ended = asyncio.create_task(self._process.wait())
-        try:
-            await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            serving.cancel()
-            ended.cancel()
+        await first_of(self._until_serving(), self._process.wait())
         if self._process.returncode is not None:
             raise self._death(self._process.returncode)
 

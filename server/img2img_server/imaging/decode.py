@@ -50,11 +50,8 @@ def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
         HeaderError: The image is damaged or incomplete.
     """
     try:
-        if header.jpeg:
-            image = _decode_jpeg(header, smallest) or _decode_with_pillow(header, smallest)
-        else:
-            image = _decode_with_pillow(header, smallest)
-        return _plain(image, header)
+        image = _decode_jpeg(header, smallest) if header.jpeg else None
+        return _plain(image or _decode_with_pillow(header, smallest), header)
     except (MemoryError, HeaderError):
         raise
     except Exception as error:  # decoders raise a dozen types of errors

@@ -88,9 +88,9 @@ class JetStreamEventWriter:
         self._link = link
         self._job_id = job_id
         self._log_subject = subjects.log_subject(job_id)
-        self._sequence = 0
+        self.sequence = 0
         self._fence = 0
-        self._ended = False
+        self.ended = False
         self._turn = asyncio.Lock()
 
     async def catch_up(self) -> None:
@@ -98,20 +98,12 @@ class JetStreamEventWriter:
         last = await self._link.last(subjects.EVENTS, subjects.events_filter(self._job_id))
         if last is None:
             return
-        self._sequence = codec.decode_head(last.data or b"").sequence
+        self.sequence = codec.decode_head(last.data or b"").sequence
         if last.subject != self._log_subject:
             last = await self._link.last(subjects.EVENTS, self._log_subject)
         if last is not None:
             self._fence = last.seq or 0
-            self._ended = codec.decode_head(last.data or b"").is_terminal
-
-    @property
-    def sequence(self) -> int:
-        return self._sequence
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
+            self.ended = codec.decode_head(last.data or b"").is_terminal
 
     async def append(self, event: Event) -> Envelope:
         """Numbers and stores the event.
@@ -122,15 +114,15 @@ class JetStreamEventWriter:
         """
         async with self._turn:
             envelope = Envelope(
-                sequence=self._sequence + 1, time=time.time(), job_id=self._job_id, event=event
+                sequence=self.sequence + 1, time=time.time(), job_id=self._job_id, event=event
             )
             data = codec.encode_event(envelope)
             if isinstance(event, Preview):
                 await self._store_preview(data, event.sample)
             else:
                 self._fence = await self._store(data)
-            self._sequence = envelope.sequence
-            self._ended = self._ended or isinstance(event, TERMINAL)
+            self.sequence = envelope.sequence
+            self.ended = self.ended or isinstance(event, TERMINAL)
             return envelope
 
     async def _store(self, data: bytes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import nats.js.errors
@@ -25,17 +26,13 @@ INFO_SECONDS: Final = 0.2  # most age of the state that position and depth are c
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class JetStreamDelivery:
     """A Delivery on JetStream. Every method raises UnavailableError when NATS is down."""
 
-    def __init__(self, link: NatsConnection, msg: Msg, job: QueuedJob) -> None:
-        self._link = link
-        self._msg = msg
-        self._job = job
-
-    @property
-    def job(self) -> QueuedJob:
-        return self._job
+    _link: NatsConnection
+    _msg: Msg
+    job: QueuedJob
 
     @property
     def attempt(self) -> int:
@@ -49,7 +46,7 @@ class JetStreamDelivery:
         await self._link.send(self._msg.reply, Msg.Ack.Nak)
 
     async def term(self, reason: str) -> None:
-        await dead_letter(self._link, self._msg, codec.encode(self._job.without_image()), reason)
+        await dead_letter(self._link, self._msg, codec.encode(self.job.without_image()), reason)
 
     async def in_progress(self) -> None:
         await self._link.send(self._msg.reply, Msg.Ack.Progress)
@@ -72,13 +69,9 @@ class JetStreamJobQueue:
     def __init__(self, link: NatsConnection, *, limit: int, ack_wait_seconds: float) -> None:
         self._link = link
         self._limit = limit
-        self._ack_wait_seconds = ack_wait_seconds
+        self.ack_wait_seconds = ack_wait_seconds
         self._puller = Puller(link, subjects.JOBS)
         self._infos: dict[str, tuple[float, ConsumerInfo]] = {}
-
-    @property
-    def ack_wait_seconds(self) -> float:
-        return self._ack_wait_seconds
 
     async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
         subject = subjects.jobs_subject(model, lane, job.tenant)
@@ -159,7 +152,7 @@ class JetStreamJobQueue:
             durable_name=subjects.lane_consumer(model, lane),
             filter_subject=subjects.lane_filter(model, lane),
             ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=self._ack_wait_seconds,
+            ack_wait=self.ack_wait_seconds,
             max_deliver=-1,  # the worker limits the attempts
             max_ack_pending=MAX_ACK_PENDING,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from dataclasses import dataclass
 from typing import Final
 
 from nats.aio.msg import Msg
@@ -23,17 +24,13 @@ ACK_WAIT_SECONDS: Final = 60.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class JetStreamPending:
     """A PendingWebhook on JetStream."""
 
-    def __init__(self, link: NatsConnection, msg: Msg, job: Job) -> None:
-        self._link = link
-        self._msg = msg
-        self._job = job
-
-    @property
-    def job(self) -> Job:
-        return self._job
+    _link: NatsConnection
+    _msg: Msg
+    job: Job
 
     @property
     def deliveries(self) -> int:
