@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import IO, Final
@@ -50,6 +51,7 @@ class ServerExitedError(Exception):
         self.log_tail = log_tail
 
 
+@dataclass(eq=False)
 class Child:
     """A command in a process group of its own: Ctrl-C reaches only its supervisor.
 
@@ -64,26 +66,16 @@ class Child:
         stop_seconds: Time from SIGTERM to SIGKILL.
     """
 
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        folder: Path,
-        log: Path | None,
-        probe: Callable[[], Awaitable[None]],
-        env: Mapping[str, str] | None = None,
-        stop_seconds: float = STOP_SECONDS,
-    ) -> None:
-        self.name = name
-        self._command = command
-        self._folder = folder
-        self._log = log
-        self._probe = probe
-        self._env = env or {"PATH": os.defpath, "HOME": str(folder)}
-        self._stop_seconds = stop_seconds
-        self._process: asyncio.subprocess.Process | None = None
-        self._relay: Relay | None = None
+    name: str
+    command: Sequence[str]
+    _: KW_ONLY
+    folder: Path
+    log: Path | None
+    probe: Callable[[], Awaitable[None]]
+    env: Mapping[str, str] | None = None
+    stop_seconds: float = STOP_SECONDS
+    _process: asyncio.subprocess.Process | None = field(default=None, init=False)
+    _relay: Relay | None = field(default=None, init=False)
 
     @property
     def pid(self) -> int | None:
@@ -92,14 +84,14 @@ class Child:
 
     async def start(self) -> None:
         """Returns when it serves; bounded by the caller. Raises ServerExitedError."""
-        self._folder.mkdir(exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
         with self._open_log() as log:
             self._process = await asyncio.create_subprocess_exec(
                 *launcher,
-                *self._command,
-                cwd=self._folder,
-                env=self._env,
+                *self.command,
+                cwd=self.folder,
+                env=self.env or {"PATH": os.defpath, "HOME": str(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -110,17 +102,17 @@ class Child:
             raise self._death(self._process.returncode)
 
     def _open_log(self) -> AbstractContextManager[IO[bytes]]:
-        if self._log is None:
+        if self.log is None:
             self._relay = Relay()
             return self._relay.open()
-        if self._log.exists():
-            self._log.replace(self._log.with_name(self._log.name + ".1"))
-        return self._log.open("wb")
+        if self.log.exists():
+            self.log.replace(self.log.with_name(self.log.name + ".1"))
+        return self.log.open("wb")
 
     async def _until_serving(self) -> None:
         while True:
             try:
-                return await self._probe()
+                return await self.probe()
             except Exception:  # it is not ready
                 await asyncio.sleep(PROBE_SECONDS)
 
@@ -130,11 +122,11 @@ class Child:
         return self._death(await self._process.wait())
 
     def _death(self, exit_code: int) -> ServerExitedError:
-        if self._log is None:
+        if self.log is None:
             assert self._relay is not None, "it was not started"
             lines = self._relay.last_lines()
         else:
-            lines = self._log.read_text(errors="replace").splitlines()
+            lines = self.log.read_text(errors="replace").splitlines()
         return ServerExitedError(self.name, exit_code, "\n".join(lines[-TAIL_LINES:]))
 
     async def stop(self) -> None:
@@ -144,7 +136,7 @@ class Child:
         with suppress(ProcessLookupError):
             self._process.terminate()
         try:
-            async with asyncio.timeout(self._stop_seconds):
+            async with asyncio.timeout(self.stop_seconds):
                 await self._process.wait()
         except TimeoutError:
             with suppress(ProcessLookupError):
