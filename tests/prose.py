@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
 import subprocess
 import sys
-import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -125,6 +123,8 @@ NO_RULE = re.compile(r"RFC|WHATWG|PNG", re.ASCII)  # their sections are not thos
 SECTION = re.compile(r"\b[Ss]ections? [1-9]")
 QUESTION = re.compile(r"(?:^|(?<=[.:!] ))(What|Who|Whom|Whose) [^.?!]*[.!:]")
 CODE = re.compile(r"``[^`]*``|`[^`]*`|https?://\S+|\[[^\]]*\]\([^)]*\)")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 SUFFIXES = {".py", ".proto", ".md", ".yaml", ".yml", ".tpl", ".txt", ".js", ".html", ".css"}
 PLACES = (
     "server",
@@ -147,7 +147,7 @@ PLACES = (
 LEFT_OUT = re.compile(
     r"proto/gen/|tests/golden/|/assets/.*\.svg|LICENSE|constraints|/NOTICE|checks|models/recipe/words.py"
 )
-FIRST_COMMIT = "fb1f759"  # subjects are checked from here on
+FIRST_COMMIT = "e50d574"  # subjects are checked from here on
 SUBJECT_CHARACTERS = 72
 NO_IMPERATIVES = re.compile(r"\w+(?<!s)s$|\w+(?<!e)ed$|\w{3,}ing$")
 IMPERATIVES = frozenset({"Bring", "Embed", "Shed", "String"})
@@ -188,8 +188,16 @@ def _instead(found: str) -> str:
     return next(say for each, say in table.items() if re.fullmatch(each, found, re.IGNORECASE))
 
 
+@cache
+def _is_good_name(name: str) -> bool:
+    words = ALLOWED.sub("", re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name))
+    return not _words(names_only=True).search(words)
+
+
 def check(passage: Passage) -> Iterator[Finding]:
     """Yields what is forbidden in a passage."""
+    if passage.kind == "name" and _is_good_name(passage.text):
+        return
     text = " ".join(passage.text.split())
 
     def finding(found: str, instead: str) -> Finding:
@@ -233,39 +241,45 @@ def passages(path: Path, name: str) -> Iterator[Passage]:
 
 
 def _python(name: str, text: str) -> Iterator[Passage]:
-    tree = ast.parse(text)
-    docstrings = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if not ast.get_docstring(node, clean=False):
-                continue
+    docstrings, texts = set(), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+            texts.append(node)
+        elif isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False):
             constant = node.body[0].value  # type: ignore[attr-defined]
             docstrings.add(id(constant))
             kind = "function" if _is_plain_function(node, name) else "docstring"
             yield Passage(name, constant.lineno, constant.value, kind)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Constant) or id(node) in docstrings:
-            continue
-        if isinstance(node.value, str) and " " in node.value:
+    for node in texts:
+        if id(node) not in docstrings and isinstance(node.value, str) and " " in node.value:
             yield Passage(name, node.lineno, node.value, "text")
-    names = set()
-    comment: list[tokenize.TokenInfo] = []
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.NAME and token.string not in names:
-            names.add(token.string)
-            yield Passage(name, token.start[0], token.string, "name")
-        elif token.type == tokenize.COMMENT:
-            if comment and (token.start[0] != comment[-1].start[0] + 1):
-                yield _joined(name, comment)
-                comment = []
-            comment.append(token)
-    if comment:
-        yield _joined(name, comment)
+    yield from _names_and_comments(name, text, texts)
 
 
-def _joined(name: str, comment: list[tokenize.TokenInfo]) -> Passage:
-    text = " ".join(token.string.lstrip("# ") for token in comment)
-    return Passage(name, comment[0].start[0], text, "comment")
+def _names_and_comments(name: str, text: str, texts: list[ast.Constant]) -> Iterator[Passage]:
+    """Yields each name once and each run of comments; much faster than tokenize."""
+    lines = [line.encode() for line in text.split("\n")]
+    for node in texts:
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        for number in range(first, last + 1):
+            line = lines[number]
+            start = node.col_offset if number == first else 0
+            end = node.end_col_offset if number == last else None
+            end = len(line) if end is None else end
+            lines[number] = line[:start] + b" " * (end - start) + line[end:]
+    names: set[str] = set()
+    comments: list[str] = []
+    for number, line in enumerate([*lines, b""], 1):
+        code, mark, comment = line.decode(errors="replace").partition("#")
+        for found in IDENTIFIER.findall(code):
+            if found not in names:
+                names.add(found)
+                yield Passage(name, number, found, "name")
+        if mark:
+            comments.append(comment.strip(" #"))
+        elif comments:
+            yield Passage(name, number - len(comments), " ".join(comments), "comment")
+            comments = []
 
 
 def _is_plain_function(node: ast.AST, name: str) -> bool:
@@ -289,7 +303,7 @@ def _page(name: str, text: str) -> Iterator[Passage]:
 def _comments(name: str, text: str, sign: str) -> Iterator[Passage]:
     """Yields each run of lines that are comments."""
     lines: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate([*text.splitlines(), ""], 1):
         _, found, comment = line.partition(sign)
         if found:
             lines.append(comment.strip(" #/"))
