@@ -51,7 +51,7 @@ class DeterminismClass(StrEnum):
 
 
 class ModelKind(StrEnum):
-    """What a model was trained to predict: the noise of a variance schedule, or the velocity of
+    """The value that a model predicts: the noise of a variance schedule, or the velocity of
     flow matching. UNSPECIFIED: unknown to this client or to the worker."""
 
     UNSPECIFIED = "unspecified"
