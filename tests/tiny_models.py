@@ -67,12 +67,12 @@ def write_sd(
     torch.manual_seed(1)
     tokenizer = clip_tokenizer(folder / "words")
     pipeline = StableDiffusionPipeline(
-        vae=_autoencoder(tiny_vae),
+        vae=sd_autoencoder(tiny_vae),
         text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
-        unet=_lively(
+        unet=lively_unet(
             UNet2DConditionModel(
-                **_unet(cross_attention_dim=WIDTH, **(DEEP if is_deep else {})),
+                **unet_options(cross_attention_dim=WIDTH, **(DEEP if is_deep else {})),
                 time_cond_proj_dim=8 if takes_guidance else None,
             )
         ),
@@ -90,12 +90,12 @@ def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bo
     tokenizer = clip_tokenizer(folder / "words")
     time_width = 8
     unet = UNet2DConditionModel(
-        **_unet(cross_attention_dim=2 * WIDTH, **(DEEP if is_deep else {})),
+        **unet_options(cross_attention_dim=2 * WIDTH, **(DEEP if is_deep else {})),
         addition_embed_type="text_time",
         addition_time_embed_dim=time_width,
         projection_class_embeddings_input_dim=WIDTH + 6 * time_width,
     )
-    autoencoder = _autoencoder(tiny=False)
+    autoencoder = sd_autoencoder(tiny=False)
     autoencoder.register_to_config(
         latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.2, 0.8, 1.1, 0.9]
     )
@@ -105,7 +105,7 @@ def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bo
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=_lively(unet),
+        unet=lively_unet(unet),
         scheduler=DDIMScheduler(**scheduler),
         force_zeros_for_empty_prompt=True,
     )
@@ -117,7 +117,7 @@ def save(pipeline: Any, folder: Path) -> Path:
     return folder
 
 
-def _unet(**changes: Any) -> dict[str, Any]:
+def unet_options(**changes: Any) -> dict[str, Any]:
     return {
         "sample_size": 8,
         "in_channels": 4,
@@ -132,7 +132,7 @@ def _unet(**changes: Any) -> dict[str, Any]:
     }
 
 
-def _autoencoder(tiny: bool) -> Any:
+def sd_autoencoder(tiny: bool) -> Any:
     if tiny:
         return vivid(
             AutoencoderTiny(
@@ -165,7 +165,7 @@ def perturb_norms(module: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _lively(unet: Any) -> Any:
+def lively_unet(unet: Any) -> Any:
     """Strengthens the effect of the text, which is weak with random weights, and moves norms away
     from their initial values."""
     perturb_norms(unet)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from img2img_server.domain.models import Guidance
+from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.denoiser import TextInput
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.family import ModelError, ModelFiles, ModelTraits
@@ -134,3 +135,11 @@ def test_sana_sprint_runs_four_steps_of_its_own_scheduler() -> None:
 def test_other_flow_families_do_not_offer_the_scheduler_of_sana_sprint() -> None:
     with pytest.raises(ModelError, match="scheduler SCMScheduler is not offered"):
         traits("ZImagePipeline", scheduler={"_class_name": "SCMScheduler"})
+
+
+def test_kolors_runs_fifty_steps_and_rounds_down() -> None:
+    found = traits("KolorsPipeline", scheduler={"_class_name": "EulerDiscreteScheduler"})
+
+    assert (found.family, found.scheduler, found.num_inference_steps) == ("kolors", "euler", 50)
+    assert (found.guidance_scale, found.strength_rule) == (5.0, StrengthRule.FLOOR)
+    assert (found.native_size, found.side_multiple) == (1024, 8)

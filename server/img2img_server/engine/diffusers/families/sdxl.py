@@ -28,8 +28,8 @@ class StableDiffusionXL(StableDiffusion):
         "StableDiffusionXLImg2ImgPipeline",
     )
     load_options: ClassVar[Mapping[str, Any]] = {}
-    tokenizers = ("tokenizer", "tokenizer_2")
-    lora_parts = ("unet", "text_encoder", "text_encoder_2")
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    lora_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")
     native_size = 1024
     max_side = 2048
 
