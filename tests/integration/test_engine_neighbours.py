@@ -21,7 +21,7 @@ from img2img_server.engine.base import (
     JobFailed,
     PreviewReady,
 )
-from img2img_server.engine.denoiser import Conditioning, Picture, TextInput
+from img2img_server.engine.denoiser import Conditioning, DeviceImage, TextInput
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.errors import EngineError, OutOfMemoryError
@@ -78,13 +78,13 @@ class Faulty(DiffusersDenoiser):
         self.forwards_seen.append(forwards)
         return super().denoise(latents, timesteps, conditionings)
 
-    def decode(self, latents: Tensor) -> Sequence[Picture]:
+    def decode(self, latents: Tensor) -> Sequence[DeviceImage]:
         self._maybe_fail("decode", True)
         if len(latents) > self.most_images:
             raise torch.OutOfMemoryError("out of memory")
         return super().decode(latents)
 
-    def preview(self, latents: Tensor) -> Sequence[Picture]:
+    def preview(self, latents: Tensor) -> Sequence[DeviceImage]:
         self._maybe_fail("preview", True)
         return super().preview(latents)
 

@@ -23,7 +23,7 @@ from img2img_server.engine.base import (
     PreviewReady,
     SampleReady,
 )
-from img2img_server.engine.denoiser import Picture
+from img2img_server.engine.denoiser import DeviceImage
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.imaging.base import Pixels
 from tests.engine_bench import SECONDS, ReplyInbox, images, job, run, running
@@ -34,7 +34,7 @@ from tests.tiny_models import write_sd
 class Held:
     """An image that is being copied until it is released."""
 
-    real: Picture
+    real: DeviceImage
     gone: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
@@ -59,16 +59,16 @@ class SlowReading(DiffusersDenoiser):
     def hold(self) -> None:
         self.held: queue.SimpleQueue[Held] = queue.SimpleQueue()
 
-    def decode(self, latents: Tensor) -> Sequence[Picture]:
+    def decode(self, latents: Tensor) -> Sequence[DeviceImage]:
         return [self._held(image) for image in super().decode(latents)]
 
-    def preview(self, latents: Tensor) -> Sequence[Picture]:
+    def preview(self, latents: Tensor) -> Sequence[DeviceImage]:
         return [self._held(image) for image in super().preview(latents)]
 
     def next(self) -> Held:
         return self.held.get(timeout=SECONDS)
 
-    def _held(self, image: Picture) -> Held:
+    def _held(self, image: DeviceImage) -> Held:
         held = Held(image)
         self.held.put(held)
         return held

@@ -1,8 +1,8 @@
-"""The seam between the step loop and a model: encode, denoise, decode. Tensors, but no diffusers.
+"""The interface between the step loop and a model. It uses tensors, but no diffusers.
 
 Latents are float32, n x channels x height x width of the autoencoder's latents, on the model's
-device, scaled as the sampler expects them. What the tensors of a conditioning mean is known to the
-model's family only.
+device, scaled as the sampler expects them. Only the model's family knows the meaning of the tensors
+of a conditioning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from img2img_server.imaging.base import Pixels
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA of the model's, and how much of it."""
+    """A LoRA of the model and its scale."""
 
     name: str
     scale: float
@@ -29,7 +29,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextInput:
-    """What one job says to the model."""
+    """The text input of one job."""
 
     prompt: str
     negative_prompt: str
@@ -44,8 +44,8 @@ class TextEmbedding:
     """An encoded prompt.
 
     Attributes:
-        tensors: What the family makes of it, by name, without a batch dimension.
-        warning: A sentence about what of the prompt was not encoded.
+        tensors: The tensors of the family, by name, without a batch dimension.
+        warning: A sentence about the part of the prompt that was not encoded.
     """
 
     tensors: Mapping[str, Tensor]
@@ -54,7 +54,7 @@ class TextEmbedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Conditioning:
-    """What steers the rows of one job, on the device.
+    """The conditioning of the rows of one job, on the device.
 
     Attributes:
         negative: None for rows that need no second forward.
@@ -86,20 +86,20 @@ class ImageLatents:
     deviation: Tensor | None = None
 
 
-class Picture(Protocol):
-    """A picture that the device is to give: height x width x 3."""
+class DeviceImage(Protocol):
+    """An image that the device computes: height x width x 3."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether `pixels` gives it without waiting."""
+        """Returns whether `pixels` returns without waiting."""
         ...
 
     def pixels(self) -> Pixels:
-        """Waits for it, on any thread.
+        """Waits for the image, on any thread.
 
         Raises:
-            EngineError: it is not made of finite numbers.
-            Exception: whatever broke on the device meanwhile.
+            EngineError: the image has values that are not finite.
+            Exception: an error of the device.
         """
         ...
 
@@ -112,12 +112,12 @@ class Denoiser(Protocol):
 
     @property
     def device_name(self) -> str:
-        """For people: "cpu" or "NVIDIA H100 80GB HBM3"."""
+        """Returns the name for people: "cpu" or "NVIDIA H100 80GB HBM3"."""
         ...
 
     @property
     def determinism(self) -> Determinism:
-        """How alike its pictures of one request are, whatever shares the batches."""
+        """Returns how equal the images of a repeated request are, in any batches."""
         ...
 
     def forwards(self, text: TextInput) -> int:
@@ -130,44 +130,44 @@ class Denoiser(Protocol):
 
     @property
     def fixed_step_cost(self) -> int | None:
-        """What a step costs beyond its rows, in pixels x forwards; None: so much that company
-        always pays."""
+        """Returns the cost of a step beyond its rows, in pixels x forwards; None: a larger batch is
+        always worthwhile."""
         ...
 
     def padded_batch_size(self, forwards: int) -> int:
-        """How many forwards a batch of so many slots runs: more where few sizes are compiled."""
+        """Returns how many forwards run for a batch of so many: more if few sizes are compiled."""
         ...
 
     @property
     def warm_up_forwards(self) -> tuple[int, ...]:
-        """Batch sizes, in forwards, to run at every size before work comes."""
+        """Returns the batch sizes, in forwards, that a warm-up runs at every image size."""
         ...
 
     @property
     def warm_up_calls(self) -> int:
-        """How often each of them is to run until nothing more is built."""
+        """Returns how often a warm-up runs each batch size until everything is compiled."""
         ...
 
     def max_vae_batch(self, height: int, width: int) -> int:
-        """How many pictures of a size to encode or decode together, at least 1."""
+        """Returns how many images of a size to encode or decode together, at least 1."""
         ...
 
     def schedule(
         self, name: str, num_inference_steps: int, strength: float, height: int, width: int
     ) -> Schedule:
-        """Returns the sampler's numbers.
+        """Returns the numbers of the sampler.
 
         Raises:
-            ValueError: It cannot run so many steps.
+            ValueError: the scheduler cannot run so many steps.
         """
         ...
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
-        """Encodes prompts; those seen lately come from a cache."""
+        """Encodes prompts; recent ones come from a cache."""
         ...
 
     def clear_cache(self) -> None:
-        """Forgets the prompts it has seen."""
+        """Drops the cached prompts."""
         ...
 
     def encode_images(self, images: Sequence[Pixels]) -> list[ImageLatents]:
@@ -188,10 +188,10 @@ class Denoiser(Protocol):
         """
         ...
 
-    def decode(self, latents: Tensor) -> Sequence[Picture]:
-        """The pictures. Does not wait until the device has made them."""
+    def decode(self, latents: Tensor) -> Sequence[DeviceImage]:
+        """Starts to decode images and does not wait for the device."""
         ...
 
-    def preview(self, latents: Tensor) -> Sequence[Picture]:
-        """Rough pictures, at most 256 pixels on their longer side, at next to no cost."""
+    def preview(self, latents: Tensor) -> Sequence[DeviceImage]:
+        """Starts to make rough images of at most 256 pixels on the longer side; costs little."""
         ...

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from img2img_server.engine.base import EngineEvent
-from img2img_server.engine.denoiser import Picture
+from img2img_server.engine.denoiser import DeviceImage
 from img2img_server.engine.rows import EngineJobState, emit
 from img2img_server.imaging.base import Pixels
 
@@ -66,7 +66,7 @@ class EventDispatcher:
     def emit_image(
         self,
         run: EngineJobState,
-        image: Picture,
+        image: DeviceImage,
         event: Callable[[Pixels], EngineEvent],
         *,
         is_optional: bool = False,

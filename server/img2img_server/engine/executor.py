@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from img2img_server.engine.denoiser import Denoiser, Picture
+from img2img_server.engine.denoiser import Denoiser, DeviceImage
 from img2img_server.engine.isolation import bisect_failures
 from img2img_server.engine.rows import EngineJobState, SampleState
 from img2img_server.engine.sampler import advance, scale_input, timesteps
@@ -67,7 +67,7 @@ class BatchExecutor:
 
     def preview(
         self, samples: Sequence[SampleState]
-    ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
+    ) -> tuple[list[tuple[SampleState, DeviceImage]], list[tuple[SampleState, Exception]]]:
         """Makes a rough image of each sample."""
         return self._images(
             samples, lambda some: self._denoiser.preview(torch.cat([it.clean for it in some]))
@@ -75,7 +75,7 @@ class BatchExecutor:
 
     def decode(
         self, samples: Sequence[SampleState]
-    ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
+    ) -> tuple[list[tuple[SampleState, DeviceImage]], list[tuple[SampleState, Exception]]]:
         """Makes the images."""
         return self._images(
             samples, lambda some: self._denoiser.decode(torch.cat([it.latents for it in some]))
@@ -84,10 +84,10 @@ class BatchExecutor:
     def _images(
         self,
         samples: Sequence[SampleState],
-        make: Callable[[Sequence[SampleState]], Sequence[Picture]],
-    ) -> tuple[list[tuple[SampleState, Picture]], list[tuple[SampleState, Exception]]]:
+        make: Callable[[Sequence[SampleState]], Sequence[DeviceImage]],
+    ) -> tuple[list[tuple[SampleState, DeviceImage]], list[tuple[SampleState, Exception]]]:
         """Makes an image of each sample, those of one size together."""
-        found: list[tuple[SampleState, Picture]] = []
+        found: list[tuple[SampleState, DeviceImage]] = []
         failed: list[tuple[SampleState, Exception]] = []
 
         def work(some: Sequence[SampleState]) -> None:

@@ -1,7 +1,7 @@
-"""What the engine knows of a model family before a model is loaded. No torch here.
+"""Facts about a model family before a model is loaded. Imports no torch.
 
 A family is the architecture that a model directory holds: Stable Diffusion, SDXL, FLUX.1 and so on.
-What belongs to a family is in one module of engine/diffusers/families. The step loop, the scheduler
+Each family is one module of engine/diffusers/families. The step loop, the scheduler
 and the memory model do not know families: they see ModelSpec and Denoiser.
 """
 
@@ -91,15 +91,15 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTraits:
-    """What a family says of one model, from its JSON files alone.
+    """The traits of one model, which its family reads from the JSON files.
 
     Attributes:
-        scheduler: Our name of the model's own scheduler.
-        schedulers: The names of all that the family offers.
-        scheduler_max_steps: Schedulers that run fewer steps than the model's limit, and how many.
+        scheduler: The service's name of the model's own scheduler.
+        schedulers: The names of all schedulers of the family.
+        scheduler_max_steps: Schedulers with a lower limit of steps than the model's.
         native_size: The side of the images that the model was trained for.
-        side_multiple: What width and height must be divisible by.
-        min_side, max_side: The limits of width and height, beside those of the service.
+        side_multiple: The divisor of width and height.
+        min_side, max_side: The limits of width and height, in addition to those of the service.
     """
 
     family: str

@@ -1,10 +1,10 @@
-"""What a model directory says about itself. See docs of diffusers for the directory's layout.
+"""Reads a model directory, whose layout is that of diffusers.
 
-Beside diffusers' own files it may hold an `img2img.toml`; every entry has a default:
+In addition to diffusers' own files it can hold an `img2img.toml`; every entry has a default:
 
     name = "atelier"                  # default: the directory's name
     family = "sd"                     # default: by the pipeline class of model_index.json
-    description = "Restyles photos."  # for whoever reads the file
+    description = "Restyles photos."  # for readers of the file
 
     [defaults]
     scheduler = "ddim"                # default: by scheduler/scheduler_config.json
@@ -65,7 +65,7 @@ class _File(_Part):
 
     name: str = ""
     family: str = ""
-    description: str = ""  # for whoever reads the file
+    description: str = ""  # for readers of the file
     defaults: _Defaults = _Defaults()
     limits: _Limits = _Limits()
     sizes: _Sizes = _Sizes()
@@ -76,9 +76,9 @@ class ModelSpec:
     """A model and its defaults.
 
     Attributes:
-        source: What from_pretrained takes, a directory or a hub id.
-        multiple: What width and height must be divisible by.
-        min_side, max_side: The limits of width and height, beside those of the service.
+        source: The argument of from_pretrained, a directory or a hub id.
+        multiple: The divisor of width and height.
+        min_side, max_side: The limits of width and height, in addition to those of the service.
     """
 
     source: str
@@ -146,7 +146,7 @@ def read_model_spec(source: str, files: ModelFiles | None = None) -> ModelSpec:
     """Reads a model directory; an empty source is the model inside the package.
 
     Args:
-        files: What is known of a hub id; None: nothing but its name.
+        files: The files of a hub id; None: unknown.
 
     Raises:
         ModelError: The directory is not one of diffusers', the model cannot be served, or its
