@@ -101,7 +101,7 @@ class PodContent:
             f"{mode(each)} {self._folder / each['name']} {each['mountPath']}\n"
             for each in container["volumeMounts"]
         ]
-        # What the image would hold: the interpreter, its packages, this repository.
+        # The content of the image: the interpreter, its packages, this repository.
         image = {Path(sys.base_prefix), Path(sys.prefix).resolve(), ROOT}
         return lines + [f"ro {each} {each}\n" for each in sorted(image)]
 

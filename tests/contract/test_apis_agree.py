@@ -264,9 +264,9 @@ async def test_capabilities_describe_the_model_over_grpc_and_v1(apis: Apis) -> N
     assert model.strength_rule == model.STRENGTH_RULE_FLOOR
     assert model.takes_negative_prompt
     answer = await apis.today.http.get("/v1/capabilities", headers=KEY)
-    (told,) = answer.json()["models"]
-    assert json_format.ParseDict(told, service_pb2.Model()) == model
-    assert (told["kind"], told["scheduler_max_steps"]) == ("KIND_FLOW", {"euler": 10})
+    (found,) = answer.json()["models"]
+    assert json_format.ParseDict(found, service_pb2.Model()) == model
+    assert (found["kind"], found["scheduler_max_steps"]) == ("KIND_FLOW", {"euler": 10})
 
 
 @pytest.mark.parametrize("api", ["grpc", "v1"])

@@ -66,8 +66,8 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
             async with running_worker(bus, blobs=blobs) as worker:
                 await first_of(stop.wait(), asyncio.wait([worker.task]))
 
-    nobody = WorkerInfo(name="nobody", model=IDLE, device="cpu")
-    await bus.workers.announce(nobody)
+    idle = WorkerInfo(name="idle", model=IDLE, device="cpu")
+    await bus.workers.announce(idle)
     api_settings = settings(queue_limit=100_000)
     keys = KeyRing(file, dev_key=False)
     async with (

@@ -277,9 +277,9 @@ async def test_a_changed_limit_holds_from_the_next_connection_on(nats: Nats) -> 
 
 
 class LostAnswers:
-    """The first `count` answers to what is published never arrive; `tries` counts all.
+    """The first `count` replies to published messages are lost; `tries` counts all.
 
-    `stored`: what is published arrives all the same.
+    `stored`: the messages themselves arrive.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, *, stored: bool = True) -> None:

@@ -97,13 +97,13 @@ def test_the_steps_continue_while_an_image_is_on_its_way(denoiser: SlowReading) 
         while steps[-1].step < 9:  # every step of the other job, to its own image
             steps += second.until(StepFinished)
         other = denoiser.next()
-        told = first.until(StepFinished) + first.until(StepFinished)
+        events = first.until(StepFinished) + first.until(StepFinished)
         assert first.is_empty(), "its image is not there yet"
         for held in (image, other):
             held.let_go()
         ends = [inbox.all() for inbox in (first, second)]
 
-    assert [type(event) for event in told] == [
+    assert [type(event) for event in events] == [
         StageFinished,
         StageFinished,
         StepFinished,
@@ -117,13 +117,13 @@ def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> N
     with running(denoiser) as engine:
         engine.submit(job(preview_interval_steps=1), inbox)
         preview, image = denoiser.next(), denoiser.next()  # both steps are done
-        told = inbox.until(StepFinished)
+        events = inbox.until(StepFinished)
         assert inbox.is_empty()
         image.let_go()
         preview.let_go()
-        told += inbox.all()
+        events += inbox.all()
 
-    kinds = [type(event) for event in told]
+    kinds = [type(event) for event in events]
     assert kinds == [
         StageFinished,
         StageFinished,

@@ -135,12 +135,12 @@ async def test_a_start_that_waits_for_nats_says_why_and_goes_on_when_it_is_there
         pass
     waiting = asyncio.Event()
 
-    class Told(logging.Handler):
+    class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "nothing listens at" in record.getMessage():
                 waiting.set()
 
-    logging.getLogger("img2img_server").addHandler(handler := Told())
+    logging.getLogger("img2img_server").addHandler(handler := Handler())
     try:
         settings = Settings(nats_url=f"nats://{nats.address}")
 

@@ -87,7 +87,7 @@ def bucket_of(engines: LocalServers, name: str) -> tuple[Minio, str]:
     )
     bucket = f"{name}-{uuid.uuid4()}"
     client.make_bucket(bucket)
-    everybody = {
+    public_read = {
         "Version": "2012-10-17",
         "Statement": [
             {
@@ -98,7 +98,7 @@ def bucket_of(engines: LocalServers, name: str) -> tuple[Minio, str]:
             }
         ],
     }
-    client.set_bucket_policy(bucket, json.dumps(everybody))
+    client.set_bucket_policy(bucket, json.dumps(public_read))
     return client, bucket
 
 

@@ -1,4 +1,4 @@
-"""What a worker does when things go wrong around it: nothing is lost, nothing is done twice."""
+"""A worker whose surroundings fail: nothing is lost, nothing is done twice."""
 
 import asyncio
 import base64
@@ -93,7 +93,7 @@ async def test_a_worker_that_came_back_from_the_dead_cannot_write_any_more() -> 
         messages = await read_until(call, "step")
         async with running_worker(bus, name="heir"):
             messages += [m async for m in call]
-        frozen.release()  # it goes on as if nothing had happened
+        frozen.release()  # it continues as if nothing had happened
         await first.drained()
         job_id = int(messages[0].event.job.split("/")[1])
         last = (await bus.events.open(job_id)).sequence
@@ -105,7 +105,7 @@ async def test_a_worker_that_came_back_from_the_dead_cannot_write_any_more() -> 
 @pytest.mark.parametrize(
     ("deliveries", "runs"),
     [(2, 2), (DELIVERIES_OF_AN_ATTEMPT * 2, 0)],
-    ids=["in its run", "before anybody could write down that it runs"],
+    ids=["in its run", "before its record says that it runs"],
 )
 async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_letters(
     deliveries: int, runs: int
@@ -122,7 +122,7 @@ async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_
                 assert stored is not None
                 started = Started(worker="doomed", model="fake", attempt=attempt)
                 await bus.jobs.update(advance(stored.job, started, time.time()), stored.revision)
-            await delivery.nak()  # the bus does the same after its ack_wait
+            await delivery.nak()  # NATS does the same after its ack_wait
         async with running_worker(bus, config=settings(max_attempts=2)):
             messages = [m async for m in api.watch(job.name)]
     error = messages[-1].event.failed.job.error
@@ -147,7 +147,7 @@ async def test_a_job_that_is_handed_on_without_a_run_loses_no_attempt() -> None:
 
 
 async def eventually(reached: Callable[[], Awaitable[bool]]) -> None:
-    """Returns when it is true; for what nobody announces."""
+    """Returns when it is true; for changes without an event."""
     async with asyncio.timeout(10):
         while not await reached():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
@@ -183,7 +183,7 @@ async def test_a_writer_that_died_before_its_last_word_gets_it_said_by_the_next_
         assert await bus.queue.depth("fake", Lane.REALTIME) == 0
 
 
-async def test_a_cancel_request_outlives_the_worker_that_should_have_heard_it() -> None:
+async def test_a_cancel_request_outlives_the_worker_that_should_have_received_it() -> None:
     bus = memory_bus(ack_wait_seconds=0.2)
     async with running_api(bus) as api:
         async with running_worker(bus, FakeEngine(hold_after=1)) as doomed:
@@ -235,7 +235,7 @@ async def test_a_safety_check_that_cannot_run_fails_the_job_instead_of_being_ski
 
 
 class SurprisingEngine(FakeEngine):
-    """An engine that fails with something nobody thought of."""
+    """An engine that fails with an unexpected error."""
 
     def submit(self, job: Any, sink: Any) -> None:
         sink(JobFailed(ZeroDivisionError("in /secret/path.py")))
@@ -258,10 +258,10 @@ async def test_a_job_whose_record_has_expired_goes_to_the_dead_letters() -> None
         await bus.jobs.delete("dev", job.id)
         async with running_worker(bus) as worker:
 
-            async def buried() -> bool:
+            async def is_dead_letter() -> bool:
                 return bool(bus.queue.dead)  # type: ignore[attr-defined]
 
-            await eventually(buried)
+            await eventually(is_dead_letter)
             await worker.drained()
         assert [reason for _, reason in bus.queue.dead] == [  # type: ignore[attr-defined]
             "its record has expired"

@@ -1,4 +1,4 @@
-"""What the api's statuses mean to HTTP callers, and the words of answers that are hard to reach."""
+"""HTTP errors for the statuses of the api, and sentences of rare responses."""
 
 from __future__ import annotations
 

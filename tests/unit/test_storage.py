@@ -39,7 +39,7 @@ GOOD = StorageDetails(
             "generations",
             "cdn.example.com/old-generations/generations/NAME",
         ),
-        # What follows from it.
+        # More cases of the same rules.
         ("https://cdn.example.com", "a/b", "cdn.example.com/a/b/NAME"),
         ("https://cdn.example.com/x/a/b/", "a/b", "cdn.example.com/x/a/b/NAME"),
         ("https://cdn.example.com/a/b/x", "a/b", "cdn.example.com/a/b/x/a/b/NAME"),

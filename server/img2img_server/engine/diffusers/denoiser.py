@@ -126,7 +126,7 @@ class DiffusersDenoiser:
 
     @property
     def determinism(self) -> Determinism:
-        # What a row shares its batches with decides how the last bits of its sums round.
+        # The other rows of a batch affect how the last bits of sums are rounded.
         is_shown = self.device.type == "cpu" and self._model.dtype == torch.float32
         return Determinism.BOUNDED if is_shown else Determinism.CLOSE
 

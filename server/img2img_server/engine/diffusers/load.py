@@ -84,7 +84,7 @@ def read_files(source: str) -> ModelFiles:
 
 
 def accelerate(network: Any, options: ModelOptions) -> None:
-    """Fuses and compiles the denoiser. What is compiled is built when a shape first comes up.
+    """Fuses and compiles the denoiser. Compiled code is built at the first use of a shape.
 
     Raises:
         ModelError: Its projections cannot be fused.

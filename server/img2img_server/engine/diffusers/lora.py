@@ -1,7 +1,7 @@
 """LoRA adapters, applied to the weights in place: rows with the same one share a batch.
 
 An adapter is a small change of some weights: W + scale * alpha / rank * up @ down. Weights are
-written anew when the adapter changes and not per step, so steps cost what they always do and
+written again when the adapter changes and not per step, so steps cost what they always do and
 compiled models and CUDA graphs stay valid. The first use keeps a copy of each weight it changes.
 """
 

@@ -1,7 +1,7 @@
 """Turns a scheduler of diffusers into the plain numbers of sampler.py.
 
-Nothing is derived anew: each step of the real scheduler is run on unit inputs, one element for the
-latents, one for the output, one for each tensor that the scheduler remembers. What comes out are
+No formula is derived: each step of the real scheduler is run on unit inputs, one element for the
+latents, one for the output, one for each tensor that the scheduler remembers. The results are
 the weights of the step.
 """
 
@@ -208,7 +208,7 @@ def _weights(tensor: Tensor, width: int, drawn: Tensor | None) -> tuple[float, .
         noise = float(values[-1] / drawn[-1])
         share = noise * drawn
         values = values - share
-        # What rounding leaves where the weight is 0.
+        # Rounding errors where the weight is 0.
         values = torch.where(values.abs() <= 1e-6 * share.abs(), 0.0, values)
     return (*values[:width].tolist(), float(values[_OUTPUT]), noise)
 

@@ -33,7 +33,7 @@ class LoadedModel:
 
     Attributes:
         network: The part that denoises.
-        device, dtype: Those of the network, which takes milliseconds to tell them.
+        device, dtype: Those of the network, which takes milliseconds to report them.
         memory_format: The layout of the inputs, one for all steps: a compiled network is compiled
             for the strides of its inputs.
     """
@@ -52,7 +52,7 @@ class Forward:
     Attributes:
         latents: 1 x c x h x w, float32; sizes differ only if the family's batch key allows it.
         timestep: Of the sampler, one number, float32.
-        text: What of the conditioning this forward is for.
+        text: The part of the conditioning for this forward.
     """
 
     latents: Tensor
@@ -248,7 +248,7 @@ class Family:
 
 
 class FlowFamily(Family):
-    """What families with flow matching share: their schedules."""
+    """The schedules of families with flow matching."""
 
     kind = ModelKind.FLOW
     strength_rule = StrengthRule.CEIL
@@ -275,7 +275,7 @@ class FlowFamily(Family):
 
 
 class DiffusionFamily(Family):
-    """What families with a variance schedule share."""
+    """The common code of families with a variance schedule."""
 
     kind = ModelKind.DIFFUSION
     strength_rule = StrengthRule.FLOOR
