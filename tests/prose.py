@@ -323,11 +323,6 @@ def files() -> Iterator[tuple[str, Path]]:
                 yield name, path
 
 
-def area(name: str) -> str:
-    """Returns the folder that a file is counted in."""
-    return "/".join(name.split("/")[:-1][:4]) or "."
-
-
 def findings(*places: str) -> list[Finding]:
     """Returns what is forbidden in the files whose names begin with one of the places."""
     return [

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections import Counter
-
 import pytest
 
 from tests import prose
-from tests.readme import ROOT
-
-# Findings that are still there, by folder. These numbers only shrink, and the file goes with them.
-ALLOWANCE = ROOT / "tests/prose_allowance.toml"
 
 
 def found(text: str, kind: str = "docstring") -> list[str]:
@@ -52,11 +45,7 @@ def test_words_of_the_field_are_not_found(text: str, kind: str) -> None:
 
 
 def test_no_page_comment_text_or_name_has_a_forbidden_word_or_form() -> None:
-    allowed = tomllib.loads(ALLOWANCE.read_text(encoding="utf-8")) if ALLOWANCE.exists() else {}
-    every = prose.findings()
-    counts = Counter(prose.area(each.path) for each in every)
-    over = {area for area, count in counts.items() if count > allowed.get(area, 0)}
-    assert [str(each) for each in every if prose.area(each.path) in over] == []
+    assert [str(each) for each in prose.findings()] == []
 
 
 def test_every_commit_subject_is_a_short_imperative_sentence() -> None:
