@@ -33,9 +33,9 @@ JobFailedError: the job fails while it runs; becomes Job.error, not a status
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 from img2img_server.domain.violations import Violation
 
@@ -67,13 +67,17 @@ class Code(Enum):
     UNAUTHENTICATED = 16
 
 
+@dataclass_transform(eq_default=False)
 class ServiceError(Exception):
-    """Root of the errors of RPCs. The fields of a subclass fill the braces of its sentence."""
+    """Root of the errors of RPCs. A subclass is a dataclass; its fields fill its sentence."""
 
     code: ClassVar[Code] = Code.INTERNAL
     reason: ClassVar[str] = "INTERNAL"
     sentence: ClassVar[str] = ""
     retry_seconds: float | None = None
+
+    def __init_subclass__(cls) -> None:
+        dataclass(eq=False, repr=False)(cls)
 
     def __str__(self) -> str:
         return self.sentence.format_map(self._values())
@@ -84,13 +88,10 @@ class ServiceError(Exception):
         return {name: str(value) for name, value in self._values().items()}
 
     def _values(self) -> dict[str, Any]:
-        if not is_dataclass(self):
-            return {}
-        names = (field.name for field in fields(self))
+        names = (field.name for field in fields(self))  # type: ignore[arg-type] # of a subclass
         return {name: getattr(self, name) for name in names if name != "retry_seconds"}
 
 
-@dataclass(eq=False, repr=False)
 class InvalidRequestError(ServiceError):
     """The request breaks rules; `violations` lists all of them."""
 
@@ -121,7 +122,6 @@ class UnauthenticatedError(ServiceError):
     sentence = "Invalid API key"
 
 
-@dataclass(eq=False, repr=False)
 class PermissionDeniedError(ServiceError):
     """The key lacks a permission that the call needs."""
 
@@ -134,7 +134,6 @@ class PermissionDeniedError(ServiceError):
         return f"This key may not {action}: it lacks the permission {self.permission}"
 
 
-@dataclass(eq=False, repr=False)
 class JobNotFoundError(ServiceError):
     """The tenant has no such job, or the job has expired."""
 
@@ -144,7 +143,6 @@ class JobNotFoundError(ServiceError):
     name: str
 
 
-@dataclass(eq=False, repr=False)
 class ModelNotFoundError(ServiceError):
     """No worker ever announced this model, but other models."""
 
@@ -161,7 +159,6 @@ class ModelNotFoundError(ServiceError):
         return {"model": self.model[:_SHOWN_CHARACTERS], "known": ",".join(self.known)}
 
 
-@dataclass(eq=False, repr=False)
 class RequestIdReusedError(ServiceError):
     """The request_id belongs to a different request."""
 
@@ -171,7 +168,6 @@ class RequestIdReusedError(ServiceError):
     request_id: str
 
 
-@dataclass(eq=False, repr=False)
 class JobEndedError(ServiceError):
     """The job has already succeeded or failed."""
 
@@ -182,7 +178,6 @@ class JobEndedError(ServiceError):
     state: str
 
 
-@dataclass(eq=False, repr=False)
 class JobNotEndedError(ServiceError):
     """The call needs a job that has ended."""
 
@@ -193,7 +188,6 @@ class JobNotEndedError(ServiceError):
     state: str
 
 
-@dataclass(eq=False, repr=False)
 class NoWebhookError(ServiceError):
     """The job has no webhook."""
 
@@ -203,7 +197,6 @@ class NoWebhookError(ServiceError):
     name: str
 
 
-@dataclass(eq=False, repr=False)
 class DeadlineTooShortError(ServiceError):
     """The estimate says that the job cannot finish within the caller's deadline.
 
@@ -246,7 +239,6 @@ class MessageTooLargeError(ServiceError):
     )
 
 
-@dataclass(eq=False, repr=False)
 class QueueFullError(ServiceError):
     """The tenant has its limit of unfinished jobs.
 
@@ -263,7 +255,6 @@ class QueueFullError(ServiceError):
         self.retry_seconds = 30.0 if self.retry_seconds is None else self.retry_seconds
 
 
-@dataclass(eq=False, repr=False)
 class RateLimitedError(ServiceError):
     """The key creates jobs too fast."""
 
@@ -274,7 +265,6 @@ class RateLimitedError(ServiceError):
     retry_seconds: float | None
 
 
-@dataclass(eq=False, repr=False)
 class TooManyCallsError(ServiceError):
     """The tenant has its limit of open calls at this server."""
 
@@ -285,7 +275,6 @@ class TooManyCallsError(ServiceError):
     retry_seconds = 1.0
 
 
-@dataclass(eq=False, repr=False)
 class TooManyWatchersError(ServiceError):
     """This server has its limit of open streams."""
 
@@ -325,7 +314,6 @@ class UnavailableError(ServiceError):
         return str(self.args[0])
 
 
-@dataclass(eq=False, repr=False)
 class NoModelError(ServiceError):
     """No worker has announced a model that can serve the request.
 
@@ -348,7 +336,6 @@ class NoModelError(ServiceError):
         return {"model": self.model[:_SHOWN_CHARACTERS]}
 
 
-@dataclass(eq=False, repr=False)
 class InternalError(ServiceError):
     """An unexpected error; the log has it under `error_id`."""
 

@@ -121,14 +121,16 @@ async def test_live_workers_say_how_fast_they_are_and_the_model_remembers_it() -
 
 def test_a_worker_measures_its_device_not_the_time_before_or_between() -> None:
     pace = Throughput()
-    pace.add_busy_seconds(100.0)  # compiling
+    pace.add_busy_seconds(100.0, 10.0)  # compiling
     for _ in range(10):
         pace.count_step(small())
-    pace.add_busy_seconds(102.0)
+    pace.add_busy_seconds(102.0, 20.0)
     assert pace.pixel_step_seconds == pytest.approx(2.0 / SMALL)
+    assert pace.busy == pytest.approx(0.2)
     for _ in range(1000):
-        pace.add_busy_seconds(102.0)
-    pace.add_busy_seconds(104.0)
+        pace.add_busy_seconds(102.0, 30.0)
+    assert pace.busy == 0.0
+    pace.add_busy_seconds(104.0, 40.0)
     assert pace.pixel_step_seconds > 2.0 / SMALL  # busy for as long, and nothing was finished
 
 

@@ -27,12 +27,15 @@ class Throughput:
         job_seconds: The engine's seconds for one sample at 512x512, with the wait for the device.
         pixel_step_seconds: The device's seconds for one pixel-step, which is less than that where
             jobs share their batches.
+        busy: Share of the time between the last two measurements in which the device worked.
     """
 
     def __init__(self) -> None:
         self.job_seconds = 0.0
         self.pixel_step_seconds = 0.0
+        self.busy = 0.0
         self._seen_busy_seconds: float | None = None
+        self._measured_at = 0.0
         self._busy_seconds = 0.0
         self._pixel_steps = 0.0
 
@@ -47,14 +50,19 @@ class Throughput:
         """Counts one step of one sample."""
         self._pixel_steps += params.width * params.height
 
-    def add_busy_seconds(self, busy_seconds: float) -> None:
-        """Adds the device's work since the last call to pixel_step_seconds.
+    def add_busy_seconds(self, busy_seconds: float, now: float) -> None:
+        """Adds the device's work since the last call to pixel_step_seconds and busy.
 
         Args:
             busy_seconds: the seconds that the device has worked since its start.
+            now: monotonic seconds.
         """
         seen, self._seen_busy_seconds = self._seen_busy_seconds, busy_seconds
-        if seen is None or busy_seconds == seen:  # work before the first call, or none
+        passed, self._measured_at = now - self._measured_at, now
+        if seen is None:  # work before the first call does not count
+            return
+        self.busy = min(1.0, (busy_seconds - seen) / passed) if passed > 0 else 0.0
+        if busy_seconds == seen:
             return
         self._busy_seconds += busy_seconds - seen
         if self._pixel_steps:
@@ -62,26 +70,6 @@ class Throughput:
             # Both sums decay alike, so recent measurements count more.
             self._busy_seconds *= 1 - _WEIGHT
             self._pixel_steps *= 1 - _WEIGHT
-
-
-class Utilization:
-    """Measures how busy the engine's device is."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._measured_at = 0.0
-        self._busy_seconds = engine.busy_seconds
-
-    def measure(self, now: float) -> float:
-        """Returns the share of the time since the last call in which the device worked, 0 to 1.
-
-        Args:
-            now: monotonic seconds.
-        """
-        busy_seconds = self._engine.busy_seconds
-        passed, busy = now - self._measured_at, busy_seconds - self._busy_seconds
-        self._measured_at, self._busy_seconds = now, busy_seconds
-        return min(1.0, busy / passed) if passed > 0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from img2img_server.interfaces.queue import Control, Delivery, WorkerCommand
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import RestartError, first_of
 from img2img_server.telemetry import JOBS_RUNNING
-from img2img_server.worker.deps import Utilization, WorkerDeps
+from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.execution import JobExecution
 from img2img_server.worker.orphan_cleanup import OrphanCleanup
 
@@ -170,20 +170,19 @@ class Worker:
 
     async def _announce(self, announced: Callable[[], None] | None) -> None:
         deps = self._deps
-        utilization = Utilization(deps.engine)
         throughput = deps.throughput
         with suppress(errors.UnavailableError):  # start with the measurement of earlier workers
             known = await self._registry.model(deps.engine.model.name)
             throughput.pixel_step_seconds = known.pixel_step_seconds if known else 0.0
         while True:
-            throughput.add_busy_seconds(deps.engine.busy_seconds)
+            throughput.add_busy_seconds(deps.engine.busy_seconds, time.monotonic())
             seconds = throughput.pixel_step_seconds
             info = WorkerInfo(
                 name=deps.name,
                 model=replace(deps.engine.model, pixel_step_seconds=seconds),
                 device=deps.engine.device,
                 job_seconds=throughput.job_seconds,
-                busy=utilization.measure(time.monotonic()),
+                busy=throughput.busy,
             )
             with suppress(errors.UnavailableError):
                 await self._registry.announce(info)
