@@ -25,7 +25,7 @@ FAULTS: Final = (
 )
 MISSING: Final = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket"})
 DENIED: Final = frozenset({"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"})
-# Error codes that are retried; any other refusal is final.
+# Error codes of transient failures; any other refusal is final.
 _TRANSIENT: Final = frozenset(
     {
         *("InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"),
