@@ -27,6 +27,7 @@ NUMBERS = {
     "guidance_scale": "1.5",
     "preview_interval_steps": "1",
     "lora_scale": "1e0",
+    "true_cfg_scale": "2",
 }
 ADDRESSES = ("webhook", "public_url", "endpoint_url")
 # Printable text without folders named "..": no pattern says that either.

@@ -39,6 +39,8 @@ class Options(TypedDict, total=False):
     scheduler: str | None  # see capabilities()
     lora: str | None  # a LoRA of the model, see capabilities()
     lora_scale: float | None  # weight of the LoRA, default 1.0
+    # Guidance with the negative prompt in models such as FLUX.1; 1.0 and below turn it off.
+    true_cfg_scale: float | None
     output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
     preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
     lane: str | None  # "realtime" (default) or "batch"
@@ -86,6 +88,7 @@ class Spec:
     annotations: Mapping[str, str]
     lora: str
     lora_scale: float | None
+    true_cfg_scale: float | None
 
 
 class ImageFormat(StrEnum):

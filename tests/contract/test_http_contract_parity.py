@@ -77,6 +77,7 @@ GRPC_ONLY = {
     "annotations",
     "lora",
     "lora_scale",
+    "true_cfg_scale",
 }
 LIMITING = {"minimum", "maximum", "minLength", "maxLength"}
 HTTP_ONLY = {"instant_response", "enhance_style"}  # answers at once; ignored, given back

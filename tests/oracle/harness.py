@@ -10,7 +10,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class OracleModel:
         call: Returns the stock pipeline's arguments for a request.
         schedulers: Those to compare; empty for all that the family offers.
         runs: Strengths and steps to compare.
+        options: Further parameters of each request.
     """
 
     write: Callable[[Path], Path]
@@ -60,6 +61,7 @@ class OracleModel:
     call: Callable[[EngineJob], dict[str, Any]] = stock_call
     schedulers: tuple[str, ...] = ()
     runs: tuple[tuple[float, int], ...] = RUNS
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @cache
@@ -101,6 +103,7 @@ class Case:
                 "negative_prompt": self.negative_prompt,
                 "seeds": self.seeds,
                 "prompt": self.prompt,
+                **models()[self.model].options,
                 **changes,
             }
         )

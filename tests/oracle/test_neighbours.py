@@ -72,9 +72,11 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         job(
             scheduler=schedulers[len(schedulers) // 2],
             guidance_scale=scale,
+            negative_prompt="fog",
             num_inference_steps=9,
             seeds=(7, 8),
             init_image=image,
+            **model.options,
         ),
         job(
             scheduler=schedulers[-1],
@@ -82,6 +84,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             strength=1.0,
             num_inference_steps=8,
             init_image=image,
+            **model.options,
         ),
     ]
     with running(denoiser) as engine:
@@ -104,12 +107,14 @@ def strangers(subject: Subject) -> list[EngineJob]:
             tenant=f"tenant {index % 3}",
             lane=Lane.BATCH if index % 2 else Lane.REALTIME,
             prompt=f"stranger {PROMPTS[index % 2][: 4 * index + 1]}",
+            negative_prompt="fog" if index % 3 else "",
             scheduler=schedulers[index % len(schedulers)],
             seeds=(index,),
             guidance_scale=model.guidance_scales[index % len(model.guidance_scales)],
             strength=1.0 - index / 10,
             num_inference_steps=5 + 3 * index,
             init_image=blocks(*model.sizes[0 if index < 5 else index % len(model.sizes)], index),
+            **model.options,
         )
         for index in range(8)
     ]

@@ -101,6 +101,7 @@ def test_every_field_of_a_job_is_read() -> None:
             lane=spec.Lane.UNSPECIFIED,
             annotations={"shelf": "3"},
             lora_scale=None,
+            true_cfg_scale=None,
             **others,  # type: ignore[arg-type]
         ),
         samples=(),

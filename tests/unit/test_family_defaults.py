@@ -33,6 +33,7 @@ def test_flux_schnell_runs_four_steps_without_guidance() -> None:
     found = traits("FluxPipeline", transformer={**FLUX, "guidance_embeds": False})
 
     assert (found.guidance, found.num_inference_steps) == (Guidance.NONE, 4)
+    assert found.takes_negative_prompt, "with true_cfg_scale"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ BAD_PARAMS = JobParams(
     scheduler="nope",
     lora="nope",
     lora_scale=9.0,
+    true_cfg_scale=99.0,
     preview_interval_steps=-1,
     annotations=(("", "x" * 2001), *((f"name{index}", "") for index in range(16))),
 )

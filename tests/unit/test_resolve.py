@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from img2img_server.domain.models import ModelInfo
+from img2img_server.domain.models import Guidance, ModelInfo
 from img2img_server.domain.params import JobParams, Limits
 from img2img_server.domain.resolve import complete, resolve
 from img2img_server.domain.strength import StrengthRule
@@ -138,6 +138,35 @@ def test_a_negative_prompt_that_the_model_cannot_take_is_named() -> None:
     assert resolved(model, negative_prompt="n")[1] == [
         "negative_prompt has no effect: the model m uses none."
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reported"),
+    [
+        ({"negative_prompt": "n", "true_cfg_scale": 2.0, "guidance_scale": 1.0}, ""),
+        ({"true_cfg_scale": 2.0}, "true_cfg_scale has no effect without negative_prompt."),
+        (
+            {"negative_prompt": "n", "guidance_scale": 7.0},
+            "negative_prompt has no effect: true_cfg_scale is 1, and only above 1 is it used.",
+        ),
+    ],
+    ids=["both", "no negative prompt", "no scale"],
+)
+def test_a_model_with_its_own_guidance_takes_a_negative_prompt_with_true_cfg_scale(
+    fields: dict[str, Any], reported: str
+) -> None:
+    for guidance in (Guidance.EMBEDDED, Guidance.NONE):
+        params, warnings = resolved(replace(MODEL, guidance=guidance), **fields)
+        assert warnings == ([reported] if reported else [])
+        assert replace(MODEL, guidance=guidance).forwards(params) == (1 if reported else 2)
+
+
+def test_true_cfg_scale_is_named_for_other_models() -> None:
+    sentence = "true_cfg_scale has no effect: the model m does not take it."
+    assert resolved(true_cfg_scale=2.0)[1] == [sentence]
+    lcm = replace(MODEL, guidance=Guidance.EMBEDDED, takes_negative_prompt=False)
+    assert resolved(lcm, true_cfg_scale=2.0)[1] == [sentence]
+    assert lcm.forwards(JobParams(prompt="p", negative_prompt="n", true_cfg_scale=2.0)) == 1
 
 
 def test_warnings_are_joined_by_spaces_each_once() -> None:

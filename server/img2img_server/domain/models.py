@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from img2img_server.domain.params import DEFAULT_STRENGTH, Limits
+from img2img_server.domain.params import DEFAULT_STRENGTH, JobParams, Limits
 from img2img_server.domain.strength import StrengthRule
 
 # Names of schedulers by their classes in diffusers.
@@ -43,6 +43,10 @@ class Guidance(StrEnum):
     NONE = "none"
 
     @property
+    def is_classifier_free(self) -> bool:
+        return self in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO)
+
+    @property
     def off_up_to(self) -> float:
         """The largest scale at which there is no guidance."""
         return 0.0 if self is Guidance.CLASSIFIER_FREE_FROM_ZERO else 1.0
@@ -50,8 +54,13 @@ class Guidance(StrEnum):
     def forwards(self, scale: float) -> int:
         """Returns how many forwards of the model one step of a sample costs: 2 with
         classifier-free guidance."""
-        is_free = self in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO)
-        return 2 if is_free and scale > self.off_up_to else 1
+        return 2 if self.is_classifier_free and scale > self.off_up_to else 1
+
+
+def true_cfg_forwards(negative_prompt: str, scale: float | None) -> int:
+    """Returns how many forwards a step costs in models that take true_cfg_scale, as stock
+    pipelines decide it: 2 above 1 with a negative prompt."""
+    return 2 if negative_prompt and scale is not None and scale > 1 else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +78,7 @@ class ModelInfo:
     side_multiple: int = 1  # of width and height, in addition to the service's own
     # Schedulers that run fewer steps than max_num_inference_steps, each with its limit.
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()
-    takes_negative_prompt: bool = True  # False: guidance is an input of the model, as with LCM
+    takes_negative_prompt: bool = True
     kind: ModelKind = ModelKind.DIFFUSION
     strength_rule: StrengthRule = StrengthRule.FLOOR
     guidance: Guidance = Guidance.CLASSIFIER_FREE
@@ -79,6 +88,17 @@ class ModelInfo:
     # Measured device seconds of a pixel-step, encoders included; kept while no worker serves the
     # model. 0.0: not measured yet.
     pixel_step_seconds: float = 0.0
+
+    @property
+    def takes_true_cfg_scale(self) -> bool:
+        """Whether true_cfg_scale takes the place of guidance_scale for the negative prompt."""
+        return self.takes_negative_prompt and not self.guidance.is_classifier_free
+
+    def forwards(self, params: JobParams) -> int:
+        """Returns how many forwards of the model one step of a sample costs, 1 or 2."""
+        if self.takes_true_cfg_scale:
+            return true_cfg_forwards(params.negative_prompt, params.true_cfg_scale)
+        return self.guidance.forwards(params.guidance_scale)
 
     def limits(self, service: Limits, scheduler: str = "") -> Limits:
         """Returns the limits of requests for this model: those of the service, narrowed by those of

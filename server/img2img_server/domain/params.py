@@ -84,6 +84,7 @@ class JobParams:
 
     Attributes:
         init_image_url: Empty for an inline init image, whose bytes no record has.
+        true_cfg_scale: None: off.
         annotations: The caller's own notes, by name.
     """
 
@@ -107,6 +108,7 @@ class JobParams:
     scheduler: str = ""
     lora: str = ""
     lora_scale: float = 1.0
+    true_cfg_scale: float | None = None
     output_format: ImageFormat = ImageFormat.JPEG
     preview_interval_steps: int = 0
     lane: Lane = Lane.REALTIME
@@ -169,6 +171,8 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
                 "lora", Reason.NOT_SUPPORTED, "lora is not supported: the model has none"
             )
     yield from _range("lora_scale", params.lora_scale, 0.0, limits.max_lora_scale)
+    if params.true_cfg_scale is not None:
+        yield from _range("true_cfg_scale", params.true_cfg_scale, 0.0, limits.max_guidance_scale)
 
 
 def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:

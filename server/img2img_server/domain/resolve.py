@@ -76,16 +76,28 @@ def _with_a_step(
     return replace(params, num_inference_steps=enough), [warning]
 
 
-def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str]) -> Iterator[str]:
-    run = model.strength_rule.denoising_steps(params.strength, params.num_inference_steps)
-    scale, least = params.guidance_scale, model.guidance.off_up_to
+def _without_guidance(params: JobParams, model: ModelInfo) -> Iterator[str]:
+    name, scale, least = "guidance_scale", params.guidance_scale, model.guidance.off_up_to
+    if model.takes_true_cfg_scale:
+        name, scale, least = "true_cfg_scale", params.true_cfg_scale or 1.0, 1.0
     if params.negative_prompt and scale <= least:
         yield (
-            f"negative_prompt has no effect: guidance_scale is {scale:g}, and only above "
-            f"{least:g} is it used."
+            f"negative_prompt has no effect: {name} is {scale:g}, and only above {least:g} is it "
+            "used."
         )
     elif params.negative_prompt and not model.takes_negative_prompt:
         yield f"negative_prompt has no effect: the model {model.name} uses none."
+    if params.true_cfg_scale is None:
+        return
+    if not model.takes_true_cfg_scale:
+        yield f"true_cfg_scale has no effect: the model {model.name} does not take it."
+    elif not params.negative_prompt:
+        yield "true_cfg_scale has no effect without negative_prompt."
+
+
+def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str]) -> Iterator[str]:
+    run = model.strength_rule.denoising_steps(params.strength, params.num_inference_steps)
+    yield from _without_guidance(params, model)
     if "lora_scale" in given and not params.lora:
         yield "lora_scale has no effect without lora."
     if (every := params.preview_interval_steps) and every >= run > 0:

@@ -36,6 +36,7 @@ class TextInput:
     guidance_scale: float
     height: int
     width: int
+    true_cfg_scale: float | None = None
     adapter: Adapter | None = None
 
 
@@ -59,12 +60,14 @@ class Conditioning:
     Attributes:
         negative: None for rows that need no second forward.
         guidance_scale: A tensor of one number.
+        cfg_scale: The scale of classifier-free guidance, a tensor of one number.
         extras: Further inputs of the family, by name, with a batch dimension of 1.
     """
 
     prompt: TextEmbedding
     negative: TextEmbedding | None
     guidance_scale: Tensor
+    cfg_scale: Tensor
     adapter: Adapter | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -206,6 +206,7 @@ def text_of(job: EngineJob) -> TextInput:
         prompt=params.prompt,
         negative_prompt=params.negative_prompt,
         guidance_scale=params.guidance_scale,
+        true_cfg_scale=params.true_cfg_scale,
         height=job.height,
         width=job.width,
         adapter=Adapter(params.lora, params.lora_scale) if params.lora else None,

@@ -75,8 +75,8 @@ class JobExecution:
         """Returns the forwards of one step of all samples; 0 without a record of the job."""
         if self.job is None:
             return 0
-        params, model = self.job.params, self._deps.engine.model
-        return params.samples * model.guidance.forwards(params.guidance_scale)
+        params = self.job.params
+        return params.samples * self._deps.engine.model.forwards(params)
 
     def cancel(self) -> None:
         """Ends the job as cancelled at its next step."""

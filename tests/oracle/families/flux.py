@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel
 
+from img2img_server.engine.base import EngineJob
 from tests.oracle.harness import OracleModel
 from tests.tiny_flow import (
     DYNAMIC_SHIFT,
@@ -51,7 +52,19 @@ def write(folder: Path, *, takes_guidance: bool, scheduler: dict[str, Any]) -> P
     return save(pipeline, folder)
 
 
+def call_with_true_cfg(wanted: EngineJob) -> dict[str, Any]:
+    """Returns the arguments of the stock pipeline for requests with true_cfg_scale."""
+    return {**sized_call(wanted), "true_cfg_scale": wanted.params.true_cfg_scale}
+
+
 MODELS = {
+    "flux dev with true_cfg_scale": OracleModel(
+        partial(write, takes_guidance=True, scheduler=DYNAMIC_SHIFT),
+        guidance_scales=(1.0, 3.5, 7.0),
+        sizes=SIZES,
+        call=call_with_true_cfg,
+        options={"true_cfg_scale": 2.5},
+    ),
     "flux dev": OracleModel(
         partial(write, takes_guidance=True, scheduler=DYNAMIC_SHIFT),
         guidance_scales=(1.0, 3.5, 7.0),

@@ -210,7 +210,7 @@ class DiffusersDenoiser:
         outputs = self._family.predict(self._model, forwards)
         results = list(outputs[: len(rows)])
         for index, negative in zip(guided, outputs[len(rows) : count], strict=True):
-            scale = conditionings[index].guidance_scale
+            scale = conditionings[index].cfg_scale
             results[index] = self._family.combine(results[index], negative, scale)
         return results
 

@@ -97,10 +97,13 @@ class TextEncoder:
     def _condition(
         self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
     ) -> Conditioning:
+        scales = torch.tensor([text.guidance_scale, self._family.cfg_scale(text)])
+        guidance_scale, cfg_scale = to_device(scales, self._model.device)
         return Conditioning(
             prompt=prompt,
             negative=negative,
-            guidance_scale=to_device(torch.tensor(text.guidance_scale), self._model.device),
+            guidance_scale=guidance_scale,
+            cfg_scale=cfg_scale,
             adapter=text.adapter,
             extras=self._family.extras(self._model, text),
         )

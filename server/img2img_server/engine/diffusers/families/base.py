@@ -197,6 +197,10 @@ class Family:
         """
         return self.guidance(config).forwards(text.guidance_scale)
 
+    def cfg_scale(self, text: TextInput) -> float:
+        """Returns the scale that `combine` gets."""
+        return text.guidance_scale
+
     def combine(self, prompted: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         """Returns the guided output of one row from its two forwards."""
         return negative + scale * (prompted - negative)

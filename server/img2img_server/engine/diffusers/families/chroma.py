@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from img2img_server.domain.models import Guidance
 from img2img_server.engine.diffusers.families.base import Forward, LoadedModel
-from img2img_server.engine.diffusers.families.flux import Flux, predict_packed
+from img2img_server.engine.diffusers.families.flux import PackedFamily, predict_packed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Chroma(Flux):
+class Chroma(PackedFamily):
     """Chroma1 and models derived from it."""
 
     name = "chroma"
@@ -25,9 +24,6 @@ class Chroma(Flux):
     lora_parts: ClassVar[tuple[str, ...]] = ("transformer",)
     num_inference_steps = 35
     guidance_scale = 5.0
-
-    def guidance(self, config: Mapping[str, Any]) -> Guidance:
-        return Guidance.CLASSIFIER_FREE
 
     def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
         import torch

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from img2img_server.domain.models import Guidance
+from img2img_server.domain.models import Guidance, true_cfg_forwards
 from img2img_server.engine.diffusers.families.base import (
     FlowFamily,
     Forward,
@@ -22,28 +22,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from img2img_server.engine.denoiser import TextInput
+
 _T5_TOKENS = 512  # of a prompt, as in the stock pipelines
 _SCHNELL_STEPS = 4
 
 
-class Flux(FlowFamily):
-    """FLUX.1 dev, schnell and models derived from them."""
-
-    name = "flux"
-    pipelines = dict.fromkeys(
-        ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), "FluxImg2ImgPipeline"
-    )
-    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
-    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
-    num_inference_steps = 28
-    guidance_scale = 3.5
-
-    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        found = super().traits(files, scheduler)
-        if found.guidance is not Guidance.NONE:
-            return found
-        # Schnell is distilled for few steps and takes no guidance.
-        return replace(found, num_inference_steps=_SCHNELL_STEPS, guidance_scale=1.0)
+class PackedFamily(FlowFamily):
+    """The common part of FLUX.1 and models with its tokens, its T5 prompts and its LoRA files."""
 
     def refusal(self, files: ModelFiles) -> str:
         config = files.config("transformer")
@@ -56,11 +42,43 @@ class Flux(FlowFamily):
             "inpainting or with a control image are not served"
         )
 
+    def token_limit(self, tokenizer: Any) -> int:
+        return min(super().token_limit(tokenizer), _T5_TOKENS)
+
+    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
+        weights, alphas, metadata = model.pipeline.lora_state_dict(
+            str(file), return_alphas=True, return_lora_metadata=True
+        )
+        return LoraFile(weights, alphas or {}, metadata or {})
+
+
+class Flux(PackedFamily):
+    """FLUX.1 dev, schnell and models derived from them."""
+
+    name = "flux"
+    pipelines = dict.fromkeys(
+        ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), "FluxImg2ImgPipeline"
+    )
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+    num_inference_steps = 28
+    guidance_scale = 3.5
+
+    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
+        found = replace(super().traits(files, scheduler), takes_negative_prompt=True)
+        if found.guidance is not Guidance.NONE:
+            return found
+        # Schnell is distilled for few steps and takes no guidance.
+        return replace(found, num_inference_steps=_SCHNELL_STEPS, guidance_scale=1.0)
+
     def guidance(self, config: Mapping[str, Any]) -> Guidance:
         return Guidance.EMBEDDED if config.get("guidance_embeds") else Guidance.NONE
 
-    def token_limit(self, tokenizer: Any) -> int:
-        return min(super().token_limit(tokenizer), _T5_TOKENS)
+    def forwards(self, config: Mapping[str, Any], text: TextInput) -> int:
+        return true_cfg_forwards(text.negative_prompt, text.true_cfg_scale)
+
+    def cfg_scale(self, text: TextInput) -> float:
+        return text.true_cfg_scale or 1.0
 
     def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
         import torch
@@ -88,12 +106,6 @@ class Flux(FlowFamily):
             {"tokens": row.clone(), "pooled": pooled_row.clone()}
             for row, pooled_row in zip(tokens, pooled, strict=True)
         ]
-
-    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
-        weights, alphas, metadata = model.pipeline.lora_state_dict(
-            str(file), return_alphas=True, return_lora_metadata=True
-        )
-        return LoraFile(weights, alphas or {}, metadata or {})
 
 
 def predict_packed(
