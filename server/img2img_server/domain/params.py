@@ -24,7 +24,7 @@ from img2img_server.domain.violations import (
     too_long,
 )
 
-DEFAULT_STRENGTH = 0.7  # of a model that names none
+DEFAULT_STRENGTH = 0.7  # for models that define none
 SEED_MAX = 2**63 - 1
 MAX_SIDE_PIXELS = 4096  # no operator can allow more
 # The largest seed that the service draws, and that the HTTP contract of ModelsLab accepts.
@@ -176,7 +176,7 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
 
 
 def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:
-    if not least <= value <= most:  # true for NaN
+    if not least <= value <= most:  # rejects NaN too
         yield out_of_range(name, least, most)
 
 

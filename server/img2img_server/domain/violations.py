@@ -49,7 +49,7 @@ class Violation:
 
     @property
     def text(self) -> str:
-        """The message with the cause."""
+        """Returns the message with the cause."""
         return f"{self.message}: {self.cause}" if self.cause else self.message
 
 

@@ -107,7 +107,7 @@ class EventDispatcher:
             return
         try:
             event = item.make()
-        except Exception as error:  # of the device, or of an image without finite numbers
+        except Exception as error:  # an error of the device, or values that are not finite
             if item.is_optional:
                 _log.warning("a preview of job %d failed", run.job.job_id, exc_info=error)
                 return

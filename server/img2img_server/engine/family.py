@@ -64,7 +64,7 @@ class ModelFiles:
 
     @classmethod
     def of_pipeline(cls, pipeline: Any) -> ModelFiles:
-        """Returns what the files of a loaded pipeline would say."""
+        """Returns the contents that the files of a loaded pipeline would have."""
         parts = pipeline.components.items()
         configs = {name: part.config for name, part in parts if hasattr(part, "config")}
         return cls({**pipeline.config, "_class_name": type(pipeline).__name__}, configs)
@@ -76,7 +76,7 @@ class ModelFiles:
 
     @property
     def absent_parts(self) -> tuple[str, ...]:
-        """The parts of the pipeline that the model says it has not, for example T5 in SD3."""
+        """Returns the parts of the pipeline that the model lacks, for example T5 in SD3."""
         return tuple(name for name, entry in self.index.items() if entry == [None, None])
 
     @property

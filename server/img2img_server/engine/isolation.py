@@ -94,6 +94,6 @@ def failure_of(error: Exception, job: EngineJob) -> Exception:
     """Returns the error that the job's caller gets for an error in the loop."""
     if is_out_of_memory(error):
         return OutOfMemoryError(job.width, job.height, needed_bytes(error))
-    if isinstance(error, ValueError):  # a scheduler rejects its options
+    if isinstance(error, ValueError):  # a scheduler raises it for options that it cannot run
         return EngineError(str(error))
     return error

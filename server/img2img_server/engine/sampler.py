@@ -1,4 +1,4 @@
-"""Sampling as numbers: every sampler we offer is a linear recurrence with its own weights.
+"""Samplers as numbers: every sampler is a linear recurrence with its own weights.
 
 A row keeps a few tensors of one size, its slots. Slot 0 holds the latents; the others hold what the
 sampler remembers of earlier steps, for example earlier predictions. With the model's output and
@@ -74,7 +74,7 @@ def timesteps(coefficients: Tensor) -> Tensor:
 
 
 def scale_input(latents: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
-    """Returns what the model sees of each row.
+    """Returns the input of the model for each row.
 
     Args:
         latents: 1 x c x h x w of each row.

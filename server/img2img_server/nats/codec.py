@@ -93,7 +93,7 @@ def decode_event(data: bytes) -> Envelope | None:
     try:
         event: Event = decode(bytes(head.event), kind)
     except UndecodableError:
-        if head.is_terminal:  # must not be skipped
+        if head.is_terminal:  # a reader must not miss it
             raise
         return None
     return Envelope(sequence=head.sequence, time=head.time, job_id=head.job_id, event=event)

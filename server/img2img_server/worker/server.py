@@ -35,7 +35,7 @@ from img2img_server.worker.worker import Worker
 
 ENGINE_STOP_SECONDS = 2.0
 HEAD_START_SECONDS = 0.5
-# A job that runs is worth a longer wait than a caller: another server is found within seconds.
+# Longer than for an api: losing a running job is expensive, and another NATS server is found soon.
 RECONNECT_WAIT_SECONDS = 12.0
 
 log = structlog.get_logger()
@@ -127,13 +127,13 @@ def _source(settings: Settings) -> str:
 
 def _check_device(settings: Settings) -> None:
     limit_spinning()
-    from img2img_server.engine.device import device_and_dtype  # imports torch: seconds
+    from img2img_server.engine.device import device_and_dtype  # importing torch takes seconds
 
     device_and_dtype(settings.device, settings.dtype)
 
 
 def _load_engine(settings: Settings) -> Engine:
-    from img2img_server.engine.load import load_engine  # imports diffusers: seconds
+    from img2img_server.engine.load import load_engine  # importing diffusers takes seconds
 
     try:
         return load_engine(EngineOptions.of(settings))
@@ -141,7 +141,7 @@ def _load_engine(settings: Settings) -> Engine:
         raise SettingsError(error.mistake) from error
     except OperatorError:
         raise
-    except Exception as error:  # the libraries raise many kinds
+    except Exception as error:  # the libraries raise errors of many classes
         log.error("model_not_loaded", exc_info=error)
         source = settings.model or "the model inside the package"
         raise SettingsError(
