@@ -10,10 +10,13 @@ from types import ModuleType
 import pytest
 
 from img2img_server import errors
-from img2img_server.domain.violations import Reason
+from img2img_server.compat.modelslab import sentences
+from img2img_server.compat.modelslab.errors import ErrorKind
+from img2img_server.domain.violations import Reason, Violation
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
+from tests.http_stack import META_KEYS
 from tests.readme import ROOT, blocks, make_words, pages
 
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
@@ -86,6 +89,26 @@ def test_every_rule_of_the_http_contract_that_a_file_cites_exists() -> None:
 def test_every_anchor_of_the_http_contract_is_there_once() -> None:
     named = re.findall(r'<a id="([^"]+)"></a>', (ROOT / CONTRACT).read_text(encoding="utf-8"))
     assert sorted(named) == sorted(set(named))
+
+
+def test_the_page_of_the_http_contract_quotes_the_messages_of_its_endpoints() -> None:
+    page = (ROOT / CONTRACT).read_text(encoding="utf-8")
+    own = {ErrorKind.FIELDS, ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.WRONG_METHOD}
+    own |= {ErrorKind.REQUEST_ID_REUSED, ErrorKind.RATE_LIMIT}
+    messages = [kind.message for kind in ErrorKind if kind not in own]
+    messages.append(sentences.ERRORS["QUEUE_FULL"].format(limit=15))
+    values = {"max_megabytes": "20", "max_megapixels": "64"}
+    reasons = (Reason.REQUIRED, Reason.DOWNLOAD_FAILED, Reason.INVALID_IMAGE)
+    reasons += (Reason.TOO_MANY_BYTES, Reason.TOO_MANY_PIXELS)
+    rejected = [Violation("init_image", reason, "", values=values) for reason in reasons]
+    messages += map(sentences.field_sentence, rejected)
+    assert [message for message in messages if message not in page] == []
+
+
+def test_the_page_of_the_http_contract_names_every_key_of_meta() -> None:
+    page = (ROOT / CONTRACT).read_text(encoding="utf-8")
+    table = page.partition('<a id="meta"></a>')[2].partition("<a id=")[0]
+    assert {key for key in META_KEYS if f"`{key}`" not in table} == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
