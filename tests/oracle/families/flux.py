@@ -54,7 +54,7 @@ def write(folder: Path, *, takes_guidance: bool, scheduler: dict[str, Any]) -> P
 
 def call_with_true_cfg(wanted: EngineJob) -> dict[str, Any]:
     """Returns the arguments of the stock pipeline for requests with true_cfg_scale."""
-    return {**sized_call(wanted), "true_cfg_scale": wanted.params.true_cfg_scale}
+    return {**sized_call(wanted), "true_cfg_scale": wanted.params.true_cfg_scale or 1.0}
 
 
 MODELS = {
