@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from img2img.v1 import event_pb2, job_pb2, service_pb2
-from img2img_server.domain.params import MAX_SIDE_PIXELS, RANDOM_SEED, Limits
+from img2img_server.domain.params import RANDOM_SEED, Limits
 
 Schema = dict[str, Any]
 
@@ -123,7 +123,7 @@ def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = No
 def _keywords(name: str, limits: Limits) -> Schema:
     """Returns the limits of a field of JobSpec, which Limits has under the field's name."""
     if name in ("width", "height"):
-        low, high = limits.min_side_pixels, MAX_SIDE_PIXELS
+        low, high = limits.min_side_pixels, limits.max_side_pixels
         return {"minimum": low, "maximum": high, "multipleOf": limits.side_multiple}
     if name == "webhook":
         return {"maxLength": limits.max_url_characters, "pattern": "^https?://"}
