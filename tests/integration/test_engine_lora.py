@@ -14,6 +14,7 @@ from torch import Tensor
 
 from img2img_server.engine.base import EngineJob, JobDone, JobFailed
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.families import families as served
 from img2img_server.engine.diffusers.lora import _Change
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
@@ -54,7 +55,18 @@ TRANSFORMERS = {
         ("text_encoder", TEXT),
         ("text_encoder_2", TEXT),
     ),
+    "z_image": (
+        ("transformer", "layers.1.attention.to_v"),
+        ("transformer", "layers.0.feed_forward.w1"),
+    ),
+    "qwen_image": (
+        ("transformer", "transformer_blocks.1.attn.add_q_proj"),
+        ("transformer", "transformer_blocks.0.img_mlp.net.2"),
+    ),
+    "sana_sprint": (("transformer", "transformer_blocks.1.attn2.to_v"),),
+    "kolors": (("unet", LINEAR), ("unet", OUT)),
 }
+SCHEDULERS = {family.name: family.default_scheduler for family in served()}
 WANTED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.9}
 
 
@@ -154,9 +166,9 @@ def test_a_lora_of_a_transformer_changes_its_image(family: str, tmp_path: Path) 
     model = next(iter(families()[family].values()))
     written = Written(tmp_path, model.write, TRANSFORMERS[family], model.call)
     written.add("ink", "peft", alpha=1.0)
-    image = blocks(*model.sizes[0])
+    image, scheduler = blocks(*model.sizes[0]), SCHEDULERS[family]
     wanted = [
-        job(job_id=place, lora=lora, scheduler="flow_match_euler", init_image=image, **WANTED)
+        job(job_id=place, lora=lora, scheduler=scheduler, init_image=image, **WANTED)
         for place, lora in enumerate(("", "ink", ""))
     ]
     with running(load(written), loras=("ink",)) as engine:

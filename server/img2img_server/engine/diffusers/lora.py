@@ -114,7 +114,8 @@ def _changes(family: Family, part: str, network: Any, content: LoraFile) -> list
     """Returns what a file changes in one part of the pipeline."""
     prefix = part + "."
     own: Mapping[str, Any] = {
-        key.removeprefix(prefix): value
+        # Converters of diffusers put the prefix before one that the file has already.
+        key.removeprefix(prefix).removeprefix(prefix): value
         for entries in (content.weights, content.alphas)
         for key, value in entries.items()
         if key.startswith(prefix)
