@@ -34,7 +34,7 @@ from img2img_server.storage.s3_faults import FAULTS, explain
 INDEX: Final = "model_index.json"
 THREADS: Final = 4
 # The files of a diffusers directory, without pickles, which can run code, and second precisions.
-HUB_FILES: Final = (INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+HUB_FILES: Final = (INDEX, "*/*.json", "*/*.txt", "*/*.jinja", "*/*.model", "*/*.safetensors")
 HUB_OTHERS: Final = ("*.fp16.*", "*.non_ema.*", "*/openvino*", "*/flax*")
 
 log = structlog.get_logger()

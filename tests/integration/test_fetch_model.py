@@ -29,6 +29,7 @@ SMALL = {
     "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
     "unet/config.json": b'{"sample_size": 64}',
     "unet/diffusion_pytorch_model.safetensors": bytes(range(256)) * 1000,
+    "tokenizer/chat_template.jinja": b"{{ messages }}",
 }
 
 
