@@ -182,8 +182,24 @@ def test_every_source_file_that_a_page_names_exists(page: str) -> None:
     assert [name for name in sorted(named) if not any((r / name).exists() for r in roots)] == []
 
 
+@pytest.mark.parametrize("page", ["docs/behaviour.md", "proto/img2img/v1/service.proto"])
+def test_every_reason_of_a_field_is_documented(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert [reason for reason in Reason if not re.search(rf"\b{reason}\b", text)] == []
+
+
+def reasons() -> set[str]:
+    """Returns the reasons of all errors and of failed jobs."""
+    classes = [each for each in vars(errors).values() if isinstance(each, type)]
+    return {each.reason for each in classes if hasattr(each, "reason")}
+
+
 def test_every_reason_that_a_caller_can_get_is_on_the_behaviour_page() -> None:
     page = (ROOT / "docs/behaviour.md").read_text(encoding="utf-8")
-    classes = [*errors.ServiceError.__subclasses__(), *errors.JobFailedError.__subclasses__()]
-    reasons = {*(each.reason for each in classes), *Reason}
-    assert {reason for reason in reasons if f"`{reason}`" not in page} == set()
+    assert {reason for reason in reasons() if f"`{reason}`" not in page} == set()
+
+
+def test_every_reason_that_a_caller_can_get_is_in_a_comment_of_the_protocol() -> None:
+    files = sorted((ROOT / "proto/img2img/v1").glob("*.proto"))
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert {reason for reason in reasons() if not re.search(rf"\b{reason}\b", text)} == set()

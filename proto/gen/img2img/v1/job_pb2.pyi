@@ -565,7 +565,10 @@ class JobError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """A machine-readable reason, for example "OUT_OF_MEMORY"."""
+    """A machine-readable reason: OUT_OF_MEMORY, INIT_IMAGE_INVALID, SAFETY_CHECK_UNAVAILABLE,
+    STORAGE_UNAVAILABLE, ATTEMPTS_EXHAUSTED, QUEUE_CLEARED or ENGINE_FAILED. Later versions can add
+    others.
+    """
     message: _builtins.str
     """A sentence for people. It contains no path, host or stack trace."""
     retryable: _builtins.bool

@@ -37,12 +37,15 @@ class Img2ImgServiceStub:
     google.rpc.BadRequest, which lists every invalid field with a reason. An error that a retry can
     resolve carries google.rpc.RetryInfo with the time to wait.
 
+    Reasons of invalid fields: REQUIRED, INVALID_TYPE, INVALID_FORMAT, INVALID_URL, UNKNOWN_FIELD,
+    OUT_OF_RANGE, NOT_DIVISIBLE, TOO_LONG, TOO_MANY, NOT_SUPPORTED, INVALID_IMAGE, TOO_MANY_BYTES,
+    TOO_MANY_PIXELS, DOWNLOAD_FAILED, FORBIDDEN_ADDRESS, UNREACHABLE and STORE_REFUSED. Later versions can
+    add others.
+
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
       backoff.
-    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server. Retry after
-      the time in RetryInfo.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
@@ -82,6 +85,8 @@ class Img2ImgServiceStub:
       RetryInfo.
     - RESOURCE_EXHAUSTED, RATE_LIMITED: the key creates jobs too fast. Retry after the time in
       RetryInfo.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls of Generate, CreateJob and
+      WatchJob at this server. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
     - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
@@ -118,6 +123,8 @@ class Img2ImgServiceStub:
     - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
     - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
     - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server, see
+      Generate. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
     """
@@ -186,12 +193,15 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     google.rpc.BadRequest, which lists every invalid field with a reason. An error that a retry can
     resolve carries google.rpc.RetryInfo with the time to wait.
 
+    Reasons of invalid fields: REQUIRED, INVALID_TYPE, INVALID_FORMAT, INVALID_URL, UNKNOWN_FIELD,
+    OUT_OF_RANGE, NOT_DIVISIBLE, TOO_LONG, TOO_MANY, NOT_SUPPORTED, INVALID_IMAGE, TOO_MANY_BYTES,
+    TOO_MANY_PIXELS, DOWNLOAD_FAILED, FORBIDDEN_ADDRESS, UNREACHABLE and STORE_REFUSED. Later versions can
+    add others.
+
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
       backoff.
-    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server. Retry after
-      the time in RetryInfo.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
@@ -228,6 +238,8 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
       RetryInfo.
     - RESOURCE_EXHAUSTED, RATE_LIMITED: the key creates jobs too fast. Retry after the time in
       RetryInfo.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls of Generate, CreateJob and
+      WatchJob at this server. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
     - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
@@ -264,6 +276,8 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
     - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
     - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
+    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server, see
+      Generate. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
     """
@@ -331,12 +345,15 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
     google.rpc.BadRequest, which lists every invalid field with a reason. An error that a retry can
     resolve carries google.rpc.RetryInfo with the time to wait.
 
+    Reasons of invalid fields: REQUIRED, INVALID_TYPE, INVALID_FORMAT, INVALID_URL, UNKNOWN_FIELD,
+    OUT_OF_RANGE, NOT_DIVISIBLE, TOO_LONG, TOO_MANY, NOT_SUPPORTED, INVALID_IMAGE, TOO_MANY_BYTES,
+    TOO_MANY_PIXELS, DOWNLOAD_FAILED, FORBIDDEN_ADDRESS, UNREACHABLE and STORE_REFUSED. Later versions can
+    add others.
+
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
       backoff.
-    - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server. Retry after
-      the time in RetryInfo.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
@@ -377,6 +394,8 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
           RetryInfo.
         - RESOURCE_EXHAUSTED, RATE_LIMITED: the key creates jobs too fast. Retry after the time in
           RetryInfo.
+        - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls of Generate, CreateJob and
+          WatchJob at this server. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
           in RetryInfo.
         - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
@@ -437,6 +456,8 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
         - NOT_FOUND, JOB_NOT_FOUND: the tenant has no such job, or the job has expired.
         - UNAVAILABLE, UNAVAILABLE: the server stops. Call again with the last sequence received.
+        - RESOURCE_EXHAUSTED, TOO_MANY_CALLS: the tenant has too many open calls at this server, see
+          Generate. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
           in RetryInfo.
         """
