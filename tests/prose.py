@@ -147,7 +147,7 @@ PLACES = (
 LEFT_OUT = re.compile(
     r"proto/gen/|tests/golden/|/assets/.*\.svg|LICENSE|constraints|/NOTICE|checks|models/recipe/words.py"
 )
-FIRST_COMMIT = "e50d574"  # subjects are checked from here on
+FIRST_COMMIT = "268a36e"  # subjects are checked from here on
 SUBJECT_CHARACTERS = 72
 NO_IMPERATIVES = re.compile(r"\w+(?<!s)s$|\w+(?<!e)ed$|\w{3,}ing$")
 IMPERATIVES = frozenset({"Bring", "Embed", "Shed", "String"})

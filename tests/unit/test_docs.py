@@ -191,7 +191,7 @@ def test_every_reason_of_a_field_is_documented(page: str) -> None:
 def reasons() -> set[str]:
     """Returns the reasons of all errors and of failed jobs."""
     classes = [each for each in vars(errors).values() if isinstance(each, type)]
-    return {each.reason for each in classes if hasattr(each, "reason")}
+    return {each.reason for each in classes if isinstance(getattr(each, "reason", None), str)}
 
 
 def test_every_reason_that_a_caller_can_get_is_on_the_behaviour_page() -> None:
