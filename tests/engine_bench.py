@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,13 @@ class Stock:
         return [self._image(wanted, seed) for seed in wanted.seeds]
 
     def _image(self, wanted: EngineJob, seed: int) -> Pixels:
+        generator = torch.Generator().manual_seed(seed)
+        scheduler: Any = self._pipeline.scheduler
+        if scheduler.config.get("stochastic_sampling"):  # the pipelines pass no generator to it
+            scheduler.step = partial(type(scheduler).step, scheduler, generator=generator)
         images = self._pipeline(
             **self._call(wanted),
-            generator=torch.Generator().manual_seed(seed),
+            generator=generator,
             output_type="pil",
         ).images
         return np.asarray(images[0])

@@ -112,6 +112,17 @@ def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bo
     return save(pipeline, folder)
 
 
+def replace_scheduler(folder: Path, scheduler: Any, class_name: str = "") -> Path:
+    """Gives a written model another scheduler, and another pipeline class; returns its folder."""
+    scheduler.save_pretrained(folder / "scheduler")
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["_class_name"] = class_name or index["_class_name"]
+    file.write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
 def save(pipeline: Any, folder: Path) -> Path:
     pipeline.save_pretrained(folder)
     return folder

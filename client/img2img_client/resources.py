@@ -71,12 +71,13 @@ class Guidance(StrEnum):
 
 
 class StrengthRule(StrEnum):
-    """How strength x num_inference_steps is rounded to the number of steps that run. UNSPECIFIED:
-    unknown to this client or to the worker."""
+    """How strength x num_inference_steps is rounded to the number of steps that run; with ALL,
+    every step runs. UNSPECIFIED: unknown to this client or to the worker."""
 
     UNSPECIFIED = "unspecified"
     FLOOR = "floor"
     CEIL = "ceil"
+    ALL = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ import pytest
 from img2img_server import errors
 from img2img_server.compat.modelslab import sentences
 from img2img_server.compat.modelslab.errors import ErrorKind
+from img2img_server.domain.schedulers import SPELLINGS
 from img2img_server.domain.violations import Reason, Violation
-from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
 from tests.http_stack import META_KEYS
@@ -169,8 +169,13 @@ def test_the_model_file_of_the_operations_page_is_a_valid_one(tmp_path: Path) ->
     )
     info = read_model_spec(str(tmp_path)).info
     assert (info.name, info.default_num_inference_steps) == ("sd-turbo", 2)
-    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    assert [name for name in DIFFUSION_SAMPLERS if f"`{name}`" not in page] == []
+
+
+def test_the_page_about_models_lists_every_scheduler_with_its_spellings() -> None:
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    for name, spellings in SPELLINGS.items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert [text for text in spellings if text not in row] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from img2img_server.domain.models import ModelInfo
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import ModelSpec, read_model_spec
 
@@ -43,7 +44,7 @@ def test_a_plain_diffusers_directory_is_described_by_its_own_files(tmp_path: Pat
         native_size=1024,
         multiple=8,
         max_side=2048,
-        scheduler_max_steps=(("lcm", 50),),
+        scheduler_max_steps=(("lcm", 50), ("tcd", 50)),
     )
 
 
@@ -58,6 +59,22 @@ def test_a_scheduler_that_is_not_offered_is_refused_with_its_name_and_those_that
         read_model_spec(str(folder))
     (folder / "img2img.toml").write_text("[defaults]\nscheduler = 'euler'", encoding="utf-8")
     assert read_model_spec(str(folder)).scheduler == "euler"
+
+
+def test_a_variant_that_is_not_offered_is_refused_and_not_replaced(tmp_path: Path) -> None:
+    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}
+    folder = write_model(tmp_path, scheduler__scheduler_config=config)
+
+    with pytest.raises(ModelError, match=r"Scheduler \(algorithm_type dpmsolver\) is not offered"):
+        read_model_spec(str(folder))
+
+
+def test_an_edm_model_offers_edm_schedulers_only(tmp_path: Path) -> None:
+    config = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0}
+    folder = write_model(tmp_path, scheduler__scheduler_config=config)
+
+    spec = read_model_spec(str(folder))
+    assert (spec.scheduler, spec.schedulers) == ("edm_dpmpp_2m", ("edm_dpmpp_2m", "edm_euler"))
 
 
 def test_the_scheduler_of_stable_diffusion_as_published_is_served(tmp_path: Path) -> None:
@@ -113,7 +130,7 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
     assert spec.info == ModelInfo(
         name="atelier",
         family="sd-turbo",
-        schedulers=("lcm", "ddim", "euler", "euler_a", "dpmpp_2m", "pndm"),
+        schedulers=("lcm", *(name for name in DIFFUSION_SAMPLERS if name != "lcm")),
         default_num_inference_steps=4,
         default_guidance_scale=1.5,
         default_strength=0.55,
@@ -121,7 +138,7 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
         max_num_inference_steps=50,
         side_multiple=16,
         max_side_pixels=1024,
-        scheduler_max_steps=(("lcm", 50),),
+        scheduler_max_steps=(("lcm", 50), ("tcd", 50)),
     )
     assert spec.multiple == 16
 
@@ -138,7 +155,7 @@ def test_a_hub_id_is_passed_on(tmp_path: Path) -> None:
         ("name = ", "is no TOML"),
         ("colour = 1", "colour: Extra inputs are not permitted"),
         ("[defaults]\nstrength = 2", "defaults.strength: Input should be less than or equal to 1"),
-        ("[defaults]\nscheduler = 'heun'", "scheduler 'heun' of .* is not one of ddim, euler,"),
+        ("[defaults]\nscheduler = 'kdpm2'", "scheduler 'kdpm2' of .* is not one of ddim, euler,"),
     ],
 )
 def test_a_wrong_toml_is_refused_with_its_fault(tmp_path: Path, toml: str, sentence: str) -> None:

@@ -24,6 +24,13 @@ MODEL = ModelInfo(
     default_guidance_scale=7.5,
     default_strength=0.6,
 )
+CONSISTENCY = replace(
+    MODEL,
+    schedulers=("lcm",),
+    strength_rule=StrengthRule.ALL,
+    default_num_inference_steps=4,
+    scheduler_max_steps=(("lcm", 50),),
+)
 STRENGTHS = st.floats(0.0, 1.0, exclude_min=True)
 
 
@@ -186,3 +193,22 @@ def test_warnings_are_joined_by_spaces_each_once() -> None:
 def test_samples_use_the_seeds_that_follow(seed: int, seeds: list[int]) -> None:
     params = JobParams(prompt="p", seed=seed, samples=3)
     assert [params.sample_seed(index) for index in range(3)] == seeds
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "used"), [(0.5, 40, 25), (0.5, 25, 25), (0.06, 4, 3), (1.0, 50, 50)]
+)
+def test_a_consistency_model_runs_all_steps_that_its_schedule_has(
+    strength: float, steps: int, used: int
+) -> None:
+    params, warnings = resolved(CONSISTENCY, strength=strength, num_inference_steps=steps)
+    assert params.num_inference_steps == used
+    assert StrengthRule.ALL.denoising_steps(strength, used) == used
+    lowered = f"num_inference_steps was lowered from {steps} to {used}, the largest number that the"
+    assert [warning.startswith(lowered) for warning in warnings] == [True] * (used != steps)
+
+
+def test_a_consistency_model_returns_the_init_image_below_its_schedule() -> None:
+    params, warnings = resolved(CONSISTENCY, strength=0.01)
+    assert params.strength == 0.0
+    assert warnings[0].endswith("The least strength at which a step runs is 0.02.")

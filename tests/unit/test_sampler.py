@@ -13,9 +13,10 @@ from diffusers import FluxImg2ImgPipeline
 from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift
 from torch import Tensor
 
+from img2img_server.domain.schedulers import SPELLINGS, model_runs, scheduler_name
 from img2img_server.engine.diffusers.families.base import FlowFamily
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
-from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
+from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, SAMPLERS, own_sampler
 from img2img_server.engine.diffusers.schedules import Schedules, make_scheduler
 from img2img_server.engine.sampler import (
     Schedule,
@@ -75,9 +76,9 @@ def stock(name: str, config: dict[str, Any], steps: int, strength: float, seed: 
     noise = torch.randn(SHAPE, generator=generator)
     timesteps = scheduler.timesteps[start:]
     latents = scheduler.add_noise(image, noise, timesteps[:1])
-    options = (
-        {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
-    )
+    options = {"generator": generator, "eta": 0.0}
+    taken = signature(scheduler.step).parameters.keys() & options.keys()
+    options = {name: options[name] for name in taken}
     for timestep in timesteps:
         seen = scheduler.scale_model_input(latents, timestep)
         output = model(seen, float(timestep))
@@ -138,9 +139,13 @@ FLOW_CONFIGS: dict[str, dict[str, Any]] = {
 FLOW_RUNS = [(1, 1.0), (8, 0.6), (25, 0.28), (50, 0.14), (28, 0.6), (21, 0.05), (9, 0.97)]
 
 
+def flow_name(config: dict[str, Any]) -> str:
+    return own_sampler({"_class_name": "FlowMatchEulerDiscreteScheduler", **config})
+
+
 def stock_flow(config: dict[str, Any], steps: int, strength: float, seed: int) -> Tensor:
     """The loop of FluxImg2ImgPipeline around the stock scheduler."""
-    scheduler = make_scheduler("flow_match_euler", config)
+    scheduler = make_scheduler(flow_name(config), config)
     mu = calculate_shift(
         SIZE[0] // 16 * (SIZE[1] // 16),
         scheduler.config.base_image_seq_len,
@@ -168,7 +173,7 @@ def test_flow_matching_follows_its_stock_scheduler(config: str) -> None:
     schedules = Schedules(FlowFamily(), FLOW_CONFIGS[config])
     runs = FLOW_RUNS if "shift_terminal" not in FLOW_CONFIGS[config] else FLOW_RUNS[1:]
     batch = [
-        (schedules.get("flow_match_euler", steps, strength, *SIZE), seed)
+        (schedules.get(flow_name(FLOW_CONFIGS[config]), steps, strength, *SIZE), seed)
         for seed, (steps, strength) in enumerate(runs)
     ]
 
@@ -194,7 +199,7 @@ def test_noise_falls_to_nothing_in_the_last_step() -> None:
     schedules = schedules_of(SD)
     for name in DIFFUSION_SAMPLERS:
         sigmas = [step.sigma_after for step in schedules.get(name, 10, 0.8, *SIZE).steps]
-        assert len(sigmas) == (9 if name == "pndm" else 8), "PNDM takes one step twice"
+        assert len(sigmas) == model_runs(name, 8)
         assert sigmas == sorted(sigmas, reverse=True)
         assert sigmas[-1] == 0.0
 
@@ -222,3 +227,59 @@ def test_a_schedule_is_derived_once() -> None:
 
     # Both strengths run the last 3 of 10 steps.
     assert schedules.get("euler", 10, 0.3, *SIZE) is schedules.get("euler", 10, 0.35, *SIZE)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("DPM++ 2M SDE Karras", "dpmpp_2m_sde_karras"),
+        ("dpmpp_2m_sde", "dpmpp_2m_sde"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("Euler a", "euler_a"),
+        ("euler_ancestral", "euler_a"),
+        ("K_EULER", "euler"),
+        ("EulerDiscrete", "euler"),
+        ("UniPC", "unipc"),
+        ("uni_pc", "unipc"),
+        ("PLMS", "pndm"),
+        ("HeunDiscreteScheduler", "heun"),
+        ("FlowMatchEulerDiscreteScheduler", "flow_match_euler"),
+        ("DPM++ 2S a", "DPM++ 2S a"),
+        ("DPM2", "DPM2"),
+    ],
+)
+def test_a_scheduler_has_one_name_for_all_its_spellings(text: str, name: str) -> None:
+    assert scheduler_name(text) == name
+
+
+def test_every_sampler_has_its_spellings() -> None:
+    assert SPELLINGS.keys() == SAMPLERS.keys()
+    for name, sampler in SAMPLERS.items():
+        assert scheduler_name(name) == name
+        assert SAMPLERS[scheduler_name(sampler.class_name)].class_name == sampler.class_name
+
+
+DPM = {"_class_name": "DPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (DPM, "dpmpp_2m"),
+        (DPM | {"use_karras_sigmas": True}, "dpmpp_2m_karras"),
+        (DPM | {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        (DPM | {"algorithm_type": "dpmsolver"}, ""),
+        (DPM | {"solver_order": 3}, ""),
+        ({"_class_name": "KDPM2DiscreteScheduler"}, ""),
+    ],
+)
+def test_the_configuration_of_a_scheduler_decides_its_name(
+    config: dict[str, Any], name: str
+) -> None:
+    assert own_sampler(config) == name
+
+
+def test_a_schedule_does_not_depend_on_the_variant_that_a_model_comes_with() -> None:
+    karras = schedules_of({**SD, **DPM, "use_karras_sigmas": True}).get("dpmpp_2m", 8, 0.6, *SIZE)
+    assert karras == schedules_of(SD).get("dpmpp_2m", 8, 0.6, *SIZE)

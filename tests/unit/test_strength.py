@@ -26,7 +26,7 @@ def stock_steps(rule: StrengthRule, strength: float, steps: int) -> int:
     return len(timesteps)
 
 
-@pytest.mark.parametrize("rule", StrengthRule)
+@pytest.mark.parametrize("rule", PIPELINES)
 @given(strength=STRENGTHS, steps=st.integers(1, 1000))
 @example(strength=0.29, steps=100)
 @example(strength=0.28, steps=25)

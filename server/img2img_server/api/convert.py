@@ -20,9 +20,10 @@ from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_server.domain import events
 from img2img_server.domain.data_uris import NO_IMAGE, decode_data_uri, is_data_uri
 from img2img_server.domain.job import Job, State
-from img2img_server.domain.models import SCHEDULER_OF_CLASS, ModelInfo, WorkerInfo
+from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import RANDOM_SEED, JobParams, Limits
 from img2img_server.domain.resolve import complete
+from img2img_server.domain.schedulers import scheduler_name
 from img2img_server.domain.urls import NotHttpError, UrlError, parse_url
 from img2img_server.domain.violations import Violation, not_supported, required
 from img2img_server.imaging.base import FetchError, InvalidImageError
@@ -97,7 +98,7 @@ def request(
     if given.get("seed", RANDOM_SEED) == RANDOM_SEED:
         given["seed"] = random_seed
     if "scheduler" in given:
-        given["scheduler"] = SCHEDULER_OF_CLASS.get(spec.scheduler, spec.scheduler)
+        given["scheduler"] = scheduler_name(spec.scheduler)
     params = complete({**given, "model": model_name}, model, limits)
     return Request(params, frozenset(given), data, violations)
 

@@ -17,6 +17,7 @@ import structlog
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
+from img2img_server.domain.schedulers import model_runs
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import JobQueue, LaneLoad
 from img2img_server.interfaces.records import WorkerRegistry
@@ -166,7 +167,7 @@ def _default_cost(model: ModelInfo) -> int:
     steps = model.strength_rule.denoising_steps(
         model.default_strength, model.default_num_inference_steps
     )
-    return model.native_size**2 * max(1, steps)
+    return model.native_size**2 * model_runs(model.schedulers[0], max(1, steps))
 
 
 def _mean_job_seconds(workers: Sequence[WorkerInfo]) -> float:

@@ -9,18 +9,6 @@ from enum import StrEnum
 from img2img_server.domain.params import DEFAULT_STRENGTH, JobParams, Limits
 from img2img_server.domain.strength import StrengthRule
 
-# Names of schedulers by their classes in diffusers.
-SCHEDULER_OF_CLASS = {
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "LCMScheduler": "lcm",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "PNDMScheduler": "pndm",
-    "FlowMatchEulerDiscreteScheduler": "flow_match_euler",
-    "SCMScheduler": "scm",
-}
-
 
 class ModelKind(StrEnum):
     """The training target of a denoiser: noise of a variance schedule, or flow matching."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.domain.urls import (
     URL_MAX_CHARACTERS,
@@ -121,9 +122,9 @@ class JobParams:
         return (self.seed + index) % (largest + 1)
 
     def pixel_steps(self, rule: StrengthRule) -> int:
-        """Returns the work of the job: pixels of all samples times the steps that run."""
+        """Returns the work of the job: pixels of all samples times the steps of the model."""
         steps = rule.denoising_steps(self.strength, self.num_inference_steps)
-        return self.samples * self.width * self.height * steps
+        return self.samples * self.width * self.height * model_runs(self.scheduler, steps)
 
 
 @dataclass(frozen=True, slots=True)

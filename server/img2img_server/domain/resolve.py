@@ -11,6 +11,8 @@ from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams, Limits
 from img2img_server.domain.strength import StrengthRule
 
+_NO_STEP = "At strength 0 no step runs: the prepared init image is returned."
+
 
 def complete(given: Mapping[str, Any], model: ModelInfo | None, service: Limits) -> JobParams:
     """Returns the parameters of a request; what the caller left open is the model's own default.
@@ -38,7 +40,7 @@ def complete(given: Mapping[str, Any], model: ModelInfo | None, service: Limits)
 def resolve(
     params: JobParams, model: ModelInfo, limits: Limits, given: Collection[str]
 ) -> tuple[JobParams, list[str]]:
-    """Raises the steps so that one runs.
+    """Returns the parameters with a number of steps of which one at least can run.
 
     Args:
         params: complete and valid ones.
@@ -48,7 +50,10 @@ def resolve(
     Returns:
         The parameters of the run, and a sentence for each fact that the caller should know.
     """
-    params, warnings = _with_a_step(params, limits, model.strength_rule)
+    if model.strength_rule is StrengthRule.ALL:
+        params, warnings = _within_strength(params, model)
+    else:
+        params, warnings = _with_a_step(params, limits, model.strength_rule)
     return params, [*warnings, *_without_effect(params, model, given)]
 
 
@@ -57,7 +62,7 @@ def _with_a_step(
 ) -> tuple[JobParams, list[str]]:
     steps, strength = params.num_inference_steps, params.strength
     if strength == 0:
-        return params, ["At strength 0 no step runs: the prepared init image is returned."]
+        return params, [_NO_STEP]
     if rule.denoising_steps(strength, steps):
         return params, []
     most = limits.max_num_inference_steps
@@ -74,6 +79,26 @@ def _with_a_step(
         f"strength {strength}."
     )
     return replace(params, num_inference_steps=enough), [warning]
+
+
+def _within_strength(params: JobParams, model: ModelInfo) -> tuple[JobParams, list[str]]:
+    """Lowers the steps to those that the schedule has below the strength."""
+    steps, strength = params.num_inference_steps, params.strength
+    if strength == 0:
+        return params, [_NO_STEP]
+    known = dict(model.scheduler_max_steps).get(params.scheduler, model.max_num_inference_steps)
+    most = int(known * strength)
+    if not most:
+        least = f"The least strength at which a step runs is {1 / known:g}."
+        return replace(params, strength=0.0), [
+            f"At strength {strength} no step runs: the prepared init image is returned. {least}"
+        ]
+    if steps <= most:
+        return params, []
+    return replace(params, num_inference_steps=most), [
+        f"num_inference_steps was lowered from {steps} to {most}, the largest number that the "
+        f"model runs at strength {strength}."
+    ]
 
 
 def _without_guidance(params: JobParams, model: ModelInfo) -> Iterator[str]:

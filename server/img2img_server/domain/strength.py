@@ -10,17 +10,23 @@ from enum import StrEnum
 class StrengthRule(StrEnum):
     """How a model family rounds steps x strength: FLOOR in UNet pipelines, CEIL in flow ones.
 
+    With ALL, every step runs, and strength is the place in the schedule where the first one begins:
+    latent consistency models.
+
     CEIL repeats the float expression of the pipelines: `math.ceil` gives 8 for 50 steps at
     strength 0.14, where 7 run.
     """
 
     FLOOR = "floor"
     CEIL = "ceil"
+    ALL = "all"
 
     def denoising_steps(self, strength: float, num_inference_steps: int) -> int:
         """Returns the number of steps of the schedule that run."""
         assert 0.0 <= strength <= 1.0
         assert math.isfinite(strength)
+        if self is StrengthRule.ALL:
+            return num_inference_steps if strength else 0
         if self is StrengthRule.FLOOR:
             return min(int(num_inference_steps * strength), num_inference_steps)
         run = min(num_inference_steps * strength, num_inference_steps)

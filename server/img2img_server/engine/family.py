@@ -126,9 +126,12 @@ class ModelFamily(Protocol):
         """Its name in ModelInfo, for example "sdxl"."""
         ...
 
-    @property
-    def schedulers(self) -> tuple[str, ...]:
-        """The names of the schedulers that it offers."""
+    def offered(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the names of the schedulers that a model can run with.
+
+        Args:
+            config: The configuration of the model's own scheduler.
+        """
         ...
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
 from img2img_server.domain.params import DEFAULT_STRENGTH
+from img2img_server.domain.schedulers import scheduler_name
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
@@ -171,9 +172,9 @@ def read_model_spec(source: str, files: ModelFiles | None = None) -> ModelSpec:
 
 def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
     family: ModelFamily = detect(files, source)
-    chosen = file.defaults.scheduler
-    if chosen and chosen not in family.schedulers:
-        known = ", ".join(family.schedulers)
+    chosen, offered = scheduler_name(file.defaults.scheduler), family.offered(files.scheduler)
+    if chosen and chosen not in offered:
+        known = ", ".join(offered)
         raise ModelError(f"scheduler {chosen!r} of {source} is not one of {known}")
     try:
         traits = family.traits(files, chosen)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.oracle.harness import OracleModel
+from tests.oracle.harness import IS_FULL, RUNS, OracleModel
 from tests.tiny_models import EPSILON, TURBO, ZERO_SNR_V, write_sd
 
+# Every scheduler at some runs with two models, some schedulers at every run with the others;
+# tests/unit/test_sampler.py has every scheduler at more runs.
+_RUNS = RUNS if IS_FULL else (RUNS[0], *RUNS[2:4], RUNS[7], RUNS[-1])
+_FEW = () if IS_FULL else ("ddim", "euler_a", "heun", "pndm")
+
 MODELS = {
-    "sd with a KL autoencoder": OracleModel(partial(write_sd, scheduler=EPSILON, is_deep=True)),
-    "sd with a tiny autoencoder": OracleModel(partial(write_sd, scheduler=EPSILON, tiny_vae=True)),
-    "sd turbo": OracleModel(partial(write_sd, scheduler=TURBO)),
-    "sd that predicts v from pure noise": OracleModel(partial(write_sd, scheduler=ZERO_SNR_V)),
+    "sd with a KL autoencoder": OracleModel(
+        partial(write_sd, scheduler=EPSILON, is_deep=True), runs=_RUNS
+    ),
+    "sd with a tiny autoencoder": OracleModel(
+        partial(write_sd, scheduler=EPSILON, tiny_vae=True), runs=_RUNS
+    ),
+    "sd turbo": OracleModel(partial(write_sd, scheduler=TURBO), schedulers=_FEW),
+    "sd that predicts v from pure noise": OracleModel(
+        partial(write_sd, scheduler=ZERO_SNR_V), schedulers=_FEW
+    ),
     "sd that takes the guidance scale as an input": OracleModel(
-        partial(write_sd, scheduler=EPSILON, takes_guidance=True)
+        partial(write_sd, scheduler=EPSILON, takes_guidance=True), schedulers=_FEW
     ),
 }

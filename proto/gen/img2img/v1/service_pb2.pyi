@@ -560,6 +560,8 @@ class Model(_message.Message):
         """The product, rounded down."""
         STRENGTH_RULE_CEIL: Model._StrengthRule.ValueType  # 2
         """The product, rounded up."""
+        STRENGTH_RULE_ALL: Model._StrengthRule.ValueType  # 3
+        """Every step runs, and strength is the place in the schedule where the first step begins."""
 
     class StrengthRule(_StrengthRule, metaclass=_StrengthRuleEnumTypeWrapper):
         """How the number of steps that run follows from strength x num_inference_steps."""
@@ -570,6 +572,8 @@ class Model(_message.Message):
     """The product, rounded down."""
     STRENGTH_RULE_CEIL: Model.StrengthRule.ValueType  # 2
     """The product, rounded up."""
+    STRENGTH_RULE_ALL: Model.StrengthRule.ValueType  # 3
+    """Every step runs, and strength is the place in the schedule where the first step begins."""
 
     @_typing.final
     class SchedulerMaxStepsEntry(_message.Message):

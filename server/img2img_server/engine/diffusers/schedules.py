@@ -32,7 +32,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """Returns the diffusers scheduler behind one of our names, configured as the model says."""
     sampler = SAMPLERS[name]
     scheduler_class = getattr(diffusers, sampler.class_name)
-    return scheduler_class.from_config({**sampler.defaults, **config}, **sampler.overrides)
+    changes = {**sampler.overrides, **sampler.variant}
+    return scheduler_class.from_config({**sampler.defaults, **config}, **changes)
 
 
 class Schedules:
@@ -55,12 +56,13 @@ class Schedules:
         Raises:
             ValueError: The family has no such scheduler, or it cannot run so many steps.
         """
-        if name not in self._family.schedulers:
+        if name not in self._family.offered(self._config):
             raise ValueError(f"there is no scheduler {name}")
         run = self._family.strength_rule.denoising_steps(strength, num_inference_steps)
-        arguments = self._family.timestep_arguments(
-            self._config, num_inference_steps, height, width
-        )
+        arguments = {
+            **self._family.timestep_arguments(self._config, num_inference_steps, height, width),
+            **self._family.strength_arguments(strength),
+        }
         try:
             return self._derive(name, num_inference_steps, run, tuple(arguments.items()))
         except (ValueError, IndexError) as error:  # diffusers raises either
@@ -173,10 +175,10 @@ def _probe(
     input_scale = scheduler.scale_model_input(sample, timestep) if _scales(scheduler) else sample
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
-    answer = scheduler.step(
-        output, timestep, sample, **({"generator": generator} if takes_noise else {})
-    )
+    # Eta is 0 in the stock pipelines, whatever the scheduler assumes without them.
+    arguments = {"generator": generator, "eta": 0.0}
+    taken = inspect.signature(scheduler.step).parameters.keys() & arguments.keys()
+    answer = scheduler.step(output, timestep, sample, **{name: arguments[name] for name in taken})
     draws_noise = not torch.equal(before, generator.get_state())
     drawn = draw_noise(torch.Generator().manual_seed(0), sample) if draws_noise else None
     width = 1 + len(known)

@@ -11,9 +11,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from img2img_server.domain.models import SCHEDULER_OF_CLASS, Guidance, ModelKind
+from img2img_server.domain.models import Guidance, ModelKind
 from img2img_server.domain.strength import StrengthRule
-from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
+from img2img_server.engine.diffusers.samplers import (
+    DIFFUSION_SAMPLERS,
+    EDM_SAMPLERS,
+    FLOW_SAMPLERS,
+    own_sampler,
+)
 from img2img_server.engine.family import ModelError, ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
@@ -119,7 +124,7 @@ class Family:
             takes_negative_prompt=self.guidance(config)
             in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO),
             scheduler=scheduler or self.own_scheduler(files.scheduler),
-            schedulers=self.schedulers,
+            schedulers=self.offered(files.scheduler),
             scheduler_max_steps=self.scheduler_max_steps(files.scheduler),
             native_size=self.native_side(config),
             side_multiple=self.side_multiple,
@@ -153,13 +158,24 @@ class Family:
         class_name = str(config.get("_class_name", ""))
         if not class_name:
             return self.default_scheduler
-        name = SCHEDULER_OF_CLASS.get(class_name, "")
-        if name not in self.schedulers:
+        name, offered = own_sampler(config), self.offered(config)
+        if name not in offered:
+            kinds = ("algorithm_type", "solver_order")
+            kind = ", ".join(f"{key} {config[key]}" for key in kinds if key in config)
             raise ModelError(
-                f"the model's own scheduler {class_name} is not offered. Choose one of "
-                f"{', '.join(self.schedulers)} in its img2img.toml: [defaults] scheduler"
+                f"the model's own scheduler {class_name}{f' ({kind})' if kind else ''} is not "
+                f"offered. Choose one of {', '.join(offered)} in its img2img.toml: "
+                "[defaults] scheduler"
             )
         return name
+
+    def offered(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the schedulers that a model can run with.
+
+        Args:
+            config: The configuration of the model's own scheduler.
+        """
+        return self.schedulers
 
     def scheduler_max_steps(self, config: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
         """Returns schedulers that run fewer steps than the model's limit, and how many."""
@@ -175,6 +191,10 @@ class Family:
         Args:
             config: The model's scheduler configuration.
         """
+        return {}
+
+    def strength_arguments(self, strength: float) -> Mapping[str, Hashable]:
+        """Returns further arguments of the scheduler's set_timesteps that depend on strength."""
         return {}
 
     def derive_schedule(self, scheduler: Any, run: int, num_inference_steps: int) -> Schedule:
@@ -286,6 +306,11 @@ class DiffusionFamily(Family):
     schedulers = DIFFUSION_SAMPLERS
     default_scheduler = "ddim"
     denoiser = "unet"
+
+    def offered(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        # The inputs and outputs of EDM models differ from those of all others.
+        is_edm = str(config.get("_class_name", "")).startswith("EDM")
+        return EDM_SAMPLERS if is_edm else self.schedulers
 
 
 def dynamic_shift(config: Mapping[str, Any], tokens: int, default_max_shift: float = 1.15) -> float:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x with their Turbo and LCM models; the base of SDXL."""
+"""Stable Diffusion 1.x and 2.x with their Turbo models; the base of SDXL."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ class StableDiffusion(DiffusionFamily):
             "StableDiffusionPipeline",
             "StableDiffusionImg2ImgPipeline",
             "StableDiffusionInpaintPipeline",
-            "LatentConsistencyModelPipeline",
-            "LatentConsistencyModelImg2ImgPipeline",
         ),
         "StableDiffusionImg2ImgPipeline",
     )
@@ -67,7 +65,8 @@ class StableDiffusion(DiffusionFamily):
         return sample_size * 8 if isinstance(sample_size, int) else self.native_size
 
     def scheduler_max_steps(self, config: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-        return (("lcm", int(config.get("original_inference_steps") or _LCM_STEPS)),)
+        most = int(config.get("original_inference_steps") or _LCM_STEPS)
+        return ("lcm", most), ("tcd", most)
 
     def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
         import torch

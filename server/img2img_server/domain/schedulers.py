@@ -1,0 +1,62 @@
+"""Names of schedulers: ours, those of classes in diffusers, and spellings of user interfaces."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+
+# Our name, and what callers may write besides. Case, spaces, punctuation and the endings
+# "Scheduler" and "Discrete" make no difference, and "+" reads as "p".
+SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "ddim": ("DDIMScheduler",),
+    "euler": ("EulerDiscreteScheduler", "K_EULER"),
+    "euler_a": (
+        "EulerAncestralDiscreteScheduler",
+        "Euler a",
+        "euler_ancestral",
+        "K_EULER_ANCESTRAL",
+    ),
+    "lcm": ("LCMScheduler",),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "dpmpp_2m_karras": ("DPM++ 2M Karras", "KarrasDPM"),
+    "dpmpp_2m_sde": ("DPM++ 2M SDE",),
+    "dpmpp_2m_sde_karras": ("DPM++ 2M SDE Karras",),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", "DPM++ 2S"),
+    "heun": ("HeunDiscreteScheduler", "K_HEUN"),
+    "pndm": ("PNDMScheduler", "PLMS"),
+    "tcd": ("TCDScheduler",),
+    "unipc": ("UniPCMultistepScheduler", "UniPC", "uni_pc"),
+    "edm_euler": ("EDMEulerScheduler",),
+    "edm_dpmpp_2m": ("EDMDPMSolverMultistepScheduler",),
+    "flow_match_euler": ("FlowMatchEulerDiscreteScheduler",),
+    "flow_match_euler_stochastic": (),
+    "scm": ("SCMScheduler",),
+}
+
+# Schedulers that run the model more often than once a step: how often in `steps` steps.
+_MODEL_RUNS: Final[Mapping[str, Callable[[int], int]]] = {
+    "heun": lambda steps: 2 * steps - 1,
+    "pndm": lambda steps: steps + 1,
+}
+
+
+def scheduler_name(text: str) -> str:
+    """Returns our name for a spelling, and other text as it is."""
+    return _NAMES.get(_plain(text), text)
+
+
+def model_runs(scheduler: str, steps: int) -> int:
+    """Returns how often a scheduler runs the model in so many steps of its schedule."""
+    runs = _MODEL_RUNS.get(scheduler)
+    return runs(steps) if runs and steps else steps
+
+
+def _plain(text: str) -> str:
+    letters = re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "p"))
+    return letters.removesuffix("scheduler").removesuffix("discrete")
+
+
+_NAMES: Final = {
+    _plain(spelling): name for name, others in SPELLINGS.items() for spelling in (name, *others)
+}
