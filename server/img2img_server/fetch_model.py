@@ -53,7 +53,7 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         ModelError: The model cannot be fetched, or is no diffusers model; the sentence says why.
     """
     if target.is_dir():
-        log.info("the model is there", folder=str(target))
+        log.info("model_exists", folder=str(target))
         return False
     try:
         if source.startswith("s3://"):
@@ -79,7 +79,7 @@ def _draft(target: Path, *source: str) -> Path:
     for found in target.parent.iterdir():
         if found != draft and of_this_host.fullmatch(found.name):
             shutil.rmtree(found)
-            log.info("draft of another source removed", folder=str(found))
+            log.info("draft_of_other_source_removed", folder=str(found))
     return draft
 
 
@@ -90,9 +90,9 @@ def _publish(draft: Path, target: Path) -> bool:
         if not target.is_dir():
             raise
         shutil.rmtree(draft)  # another process was faster
-        log.info("the model is there", folder=str(target))
+        log.info("model_exists", folder=str(target))
         return False
-    log.info("model fetched", folder=str(target))
+    log.info("model_fetched", folder=str(target))
     return True
 
 
@@ -134,7 +134,7 @@ def _file(client: Minio, bucket: str, name: str, size: int, path: Path) -> None:
     if path.is_file() and path.stat().st_size == size:
         return  # from an earlier attempt
     client.fget_object(bucket, name, str(path))
-    log.info("file fetched", file=name, size_bytes=size)
+    log.info("model_file_fetched", file=name, size_bytes=size)
 
 
 def _place(draft: Path, name: str) -> Path:

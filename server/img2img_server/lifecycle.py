@@ -47,7 +47,7 @@ async def _run(role: Role) -> None:
 
     def on_signal(number: signal.Signals) -> None:
         if stop.is_set():
-            log.warning("second signal, exiting now", signal=number.name)
+            log.warning("second_signal_exiting_now", signal=number.name)
             exit_now(128 + number)
         log.info("stopping", signal=number.name)
         stop.set()
@@ -57,7 +57,7 @@ async def _run(role: Role) -> None:
     try:
         await role(stop)
     except StoppedError:
-        log.info("stopped before it was ready")
+        log.info("stopped_before_ready")
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)

@@ -71,10 +71,10 @@ async def serve_local(
                         started(host_port(settings.grpc_host, settings.grpc_port))
                     running = [_keep_running(role) for role in roles]
                     await first_of(stop.wait(), _server_died(engines), *running)
-            log.info("stopping the roles, then the servers")
+            log.info("local_stopping")
     except LocalServersError as error:
         raise UnavailableError(str(error)) from error
-    log.info("local stopped")
+    log.info("local_stopped")
 
 
 def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
@@ -169,7 +169,7 @@ async def _keep_running(role: Child) -> None:
         UnavailableError: It ended for another reason; with its last log line.
     """
     while (death := await role.ended()).exit_code == RESTART_CODE:
-        log.info("restarting a role", role=role.name)
+        log.info("role_restarting", role=role.name)
         try:
             await role.start()
         except ServerExitedError as error:

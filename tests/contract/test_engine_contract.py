@@ -140,7 +140,7 @@ def test_a_sink_that_raises_harms_no_other_job(
     engine.submit(job(), broken)
 
     assert isinstance(run(engine, job(job_id=2))[-1], JobDone)
-    assert "the sink of job 1 failed" in caplog.text
+    assert "event_sink_failed: job 1" in caplog.text
 
 
 def test_a_stopped_engine_ends_its_jobs_and_refuses_new_ones(engine: Engine) -> None:

@@ -277,7 +277,7 @@ async def test_the_log_tells_the_reason_and_no_secret() -> None:
     with structlog.testing.capture_logs() as more, pytest.raises(FetchError):
         await fetch("http://user:secret@public.test/a.png", PUBLIC_ONLY, Names())
 
-    event = {"event": "init image not fetched", "log_level": "info", "retries": 0}
+    event = {"event": "init_image_not_fetched", "log_level": "info", "retries": 0}
     reason = "10.0.0.1 has an address that is not public: 10.0.0.1"
     assert lines == [{**event, "reason": reason, "url": "http://10.0.0.1/a.png"}]
     user_part = "the address contains a user name or password (user@host), which is not supported"
@@ -333,12 +333,12 @@ async def test_what_may_pass_is_tried_at_most_twice_more(transient: bytes) -> No
             assert await fetch(url, CDN, Names("127.0.0.1")) == IMAGE
         assert server.targets == ["/a HTTP/1.1"] * 3
     reported = [(line["event"], line["retries"]) for line in lines]
-    assert reported == [("init image fetched after retries", 2)]
+    assert reported == [("init_image_fetched_after_retries", 2)]
     async with origin(transient) as server:
         with structlog.testing.capture_logs() as lines:
             await cause_of_failure(f"http://cdn.test:{server.port}/a")
         assert len(server.requests) == 3
-    assert [(line["event"], line["retries"]) for line in lines] == [("init image not fetched", 2)]
+    assert [(line["event"], line["retries"]) for line in lines] == [("init_image_not_fetched", 2)]
 
 
 @pytest.mark.parametrize(

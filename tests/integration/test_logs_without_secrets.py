@@ -90,7 +90,7 @@ async def test_logs_hold_no_s3_key_no_s3_secret_and_no_webhook_secret(
             job = found.json()
             await until(state, ("success", "failed"))
     said = {str(line["event"]) for line in logs}
-    assert {"storage_settings_stored", "upload to a tenant's store failed", "webhook"} <= said
+    assert {"storage_settings_stored", "tenant_upload_failed", "webhook"} <= said
     everything = repr(logs) + caplog.text + "".join(answer.text for answer in answers)
     assert f"{ENTERPRISE}/fetch" in everything
     for hidden in (ACCESS_KEY, SECRET_KEY, WEBHOOK_SECRET, api_key):

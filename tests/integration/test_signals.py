@@ -88,5 +88,5 @@ async def test_a_worker_that_still_loads_its_model_ends_when_it_is_asked_to(
     assert await worker.stop() == 0
     assert time.monotonic() - asked < 15
     log = worker.log.read_text()
-    assert "stopped before it was ready" in log
+    assert "stopped_before_ready" in log
     assert "worker_serves" not in log

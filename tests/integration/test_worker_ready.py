@@ -182,4 +182,4 @@ async def test_a_role_that_waits_for_nats_ends_with_0_when_it_is_asked_to(tmp_pa
         while "nothing listens at" not in api.log.read_text():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert await api.stop() == 0
-    assert "stopped before it was ready" in api.log.read_text()
+    assert "stopped_before_ready" in api.log.read_text()

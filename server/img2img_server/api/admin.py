@@ -25,13 +25,13 @@ from img2img_server.outbound.policy import ForbiddenAddressError
 from img2img_server.storage.tenant_s3 import TenantS3
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_CPU = "cpu"  # the device of workers without a GPU
+_CPU = "cpu"  # the device name of workers without a GPU
 
 log = structlog.get_logger()
 
 
 class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
-    """Implements img2img.v1.AdminService; see admin_service.proto for the promises."""
+    """Implements img2img.v1.AdminService; admin_service.proto documents the calls."""
 
     def __init__(self, deps: ApiDeps, estimator: Estimator, canceller: Canceller) -> None:
         self._control = deps.bus.control
@@ -153,7 +153,7 @@ class StorageCalls:
         return service_pb2.ResetStorageSettingsResponse(deploy_type=deploy_type)
 
     def _forbidden(self, endpoint_url: str) -> list[Violation]:
-        """Checks what needs no name resolution; workers resolve the name and check again."""
+        """Checks the endpoint without resolving its name, which workers do."""
         try:
             self._policy.check_url(endpoint_url)
         except ForbiddenAddressError:

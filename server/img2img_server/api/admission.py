@@ -29,14 +29,14 @@ from img2img_server.nats.rates import Rates
 from img2img_server.prompts import NO_REWRITER, rewrite
 from img2img_server.tasks import background_task
 
-MISTAKES: Final = 10  # a minute, that a key may make at least
+MISTAKES: Final = 10  # the least number of refused requests that a key may make in a minute
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """The caller of a request: the key, the base of the links and the time until the deadline.
 
-    `warning`: for Job.warning, what the gateway ignored in the request.
+    `warning`: sentences for Job.warning about values that the gateway ignored.
     """
 
     principal: Principal
@@ -52,22 +52,22 @@ class Admitted:
     params: JobParams
     original_prompt: str
     warning: str
-    pixel_steps: int  # the work of the job
+    pixel_steps: int  # the cost of the job
     image: CheckedImage
     fetch_seconds: float
-    position: int  # jobs before it
+    position: int  # number of jobs that are queued before it
     eta_seconds: float | None
 
 
 class RateLimit:
     """Limits what each key may ask for in a minute.
 
-    A job is counted when nothing speaks against it any more. Requests that are refused after their
+    A job is counted after all other checks. Requests that are refused after their
     init image was downloaded or decoded have a count of their own: such a mistake does not cost the
     caller a job, and a flood of them is refused before the next download.
 
     Args:
-        per_minute: the limit of keys that have none of their own; 0: no limit.
+        per_minute: The limit of keys without a limit of their own; 0: no limit.
     """
 
     def __init__(self, rates: Rates, per_minute: int) -> None:
@@ -75,7 +75,7 @@ class RateLimit:
         self._per_minute = per_minute
 
     def check(self, key: Principal) -> None:
-        """Checks both limits with the counts that this api has read; counts nothing.
+        """Checks both limits against the counts that this api has cached. Counts nothing.
 
         Raises RateLimitedError.
         """
@@ -159,14 +159,16 @@ class Admission:
         return ValidationContext(limits, model.schedulers, model.loras, listed)
 
     async def _no_model(self, named: str, name: str) -> errors.ServiceError:
-        """Returns the error for an unknown model; `named`: the model in the request, if any."""
+        """Returns the error for an unknown model. `named`: the model in the request, if any."""
         known = tuple(info.name for info in await self._deps.workers.models())
         if known and named:
             return errors.ModelNotFoundError(name, known)
         return errors.NoModelError(name, known)
 
     async def _announced_model(self) -> str:
-        """Returns the first model by name that is served now, or else that was served before."""
+        """Returns the first model by name that a worker serves now, or else one that was served
+        before.
+        """
         serving = sorted(worker.model.name for worker in await self._deps.workers.workers())
         known = serving or [model.name for model in await self._deps.workers.models()]
         return known[0] if known else ""

@@ -19,7 +19,7 @@ from img2img_server.nats.bus import Bus
 from img2img_server.webhooks.record import announce
 
 _TRIES = 10
-_AT_ONCE = 32  # records read together
+_AT_ONCE = 32  # most records that are read together
 
 log = structlog.get_logger()
 
@@ -47,17 +47,17 @@ class Canceller:
                 return job
             if job.state.is_terminal:
                 raise errors.JobEndedError(job.name, job.state)
-            with suppress(ConflictError):  # the record has changed: read it again
+            with suppress(ConflictError):  # The record has changed: read it again.
                 if job.state is State.QUEUED:
                     return await self._end(job, stored.revision, Cancelled())
                 return await self._ask(job, stored.revision)
         raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be cancelled.")
 
     async def clear(self, tenant: str) -> int:
-        """Ends every queued job of the tenant as failed; returns how many.
+        """Ends every queued job of the tenant as failed; returns their number.
 
         Raises:
-            UnavailableError: some may have ended.
+            UnavailableError: Some of the jobs may have ended.
         """
         cleared, before = 0, LAST_JOB_ID + 1
         while ids := await self._jobs.list_ids(tenant, before, _AT_ONCE):
@@ -72,7 +72,7 @@ class Canceller:
             stored = await readable(self._jobs, tenant, job_id)
             if stored is None or stored.job.state is not State.QUEUED:
                 return False
-            with suppress(ConflictError):  # the record has changed: read it again
+            with suppress(ConflictError):  # The record has changed: read it again.
                 await self._end(stored.job, stored.revision, event)
                 return True
         raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be ended.")
@@ -95,7 +95,7 @@ class Canceller:
                 await writer.append(terminal_event(job))
 
     async def _ask(self, job: Job, revision: int) -> Job:
-        if not job.cancel_requested:  # survives the worker's death
+        if not job.cancel_requested:  # The stored request survives the worker's death.
             job = replace(job, cancel_requested=True)
             await self._jobs.update(job, revision)
         await self._control.cancel(job.id)

@@ -48,7 +48,7 @@ _EVENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A JobSpec as the domain takes it.
+    """A JobSpec in the types of the domain.
 
     Attributes:
         params: The parameters with the defaults filled in; not validated.
@@ -75,8 +75,8 @@ def request(
 
     Args:
         model_name: the name of `model`, also where the caller named none.
-        model: None when no worker ever announced one of that name.
-        limits: those of the service.
+        model: None if no worker ever announced a model of that name.
+        limits: The limits of the service.
     """
     given: dict[str, Any] = {}
     data, violations = b"", []
@@ -117,13 +117,13 @@ def _init_image(image: job_pb2.InitImage) -> tuple[str, bytes]:
         raise FetchError("the address does not begin with http://, https:// or data:") from error
     except UrlError as error:
         raise FetchError(f"the address {error}") from error
-    except ValueError:  # check_image says what it is instead of an image
+    except ValueError:  # check_image names the kind of data that is no image.
         return "", image.url[:1024].encode(errors="replace")
     return image.url.strip(), b""
 
 
 def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> job_pb2.Job:
-    """Returns a record as callers see it."""
+    """Returns the Job message of a record."""
     message = fill(job_pb2.Job(), job)
     fill(message.spec, job.params)
     if not job.params.lora:
@@ -143,7 +143,9 @@ def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> 
 
 
 def unknown_fields(spec: job_pb2.JobSpec) -> str:
-    """Returns a warning that names the fields of a newer version of the protocol; mostly empty."""
+    """Returns a warning that names fields of a newer version of the protocol, or "" if there are
+    none.
+    """
     unknown = UnknownFieldSet(spec)
     numbers = {unknown[index].field_number for index in range(len(unknown))}
     if not numbers:
@@ -153,10 +155,12 @@ def unknown_fields(spec: job_pb2.JobSpec) -> str:
 
 
 def model(info: ModelInfo, workers: list[WorkerInfo], limits: Limits) -> service_pb2.Model:
-    """Returns a model and the workers that serve it now. `limits`: those of the service."""
+    """Returns the Model message of a model and its live workers. `limits`: the limits of the
+    service.
+    """
     serving = [worker for worker in workers if worker.model.name == info.name]
     message = fill(fill(service_pb2.Model(), info), info.limits(limits))
-    # Of the schedulers together; scheduler_max_steps has the lower limits of single ones.
+    # The greatest limit of all schedulers; scheduler_max_steps has those with a lower limit.
     message.max_num_inference_steps = min(
         info.max_num_inference_steps, limits.max_num_inference_steps
     )
@@ -218,7 +222,7 @@ def states(numbers: Collection[int]) -> set[State]:
 
 
 def event(envelope: events.Envelope, job: job_pb2.Job | None = None) -> event_pb2.JobEvent:
-    """Returns one entry of a log; `job`: the whole job, for the terminal one."""
+    """Returns the message of one log entry. `job`: the whole record, for a terminal event."""
     message = event_pb2.JobEvent(
         sequence=envelope.sequence,
         event_time=timestamp(envelope.time),

@@ -1,4 +1,6 @@
-"""Converts storage settings, capabilities and errors to protobuf; convert.py has the rest."""
+"""Converts storage settings, capabilities and errors to protobuf. convert.py converts jobs and
+events.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ _SECRETS = ("aws_access_key_id", "aws_secret_access_key")
 
 
 def storage_details(settings: service_pb2.StorageSettings) -> StorageDetails:
-    """Returns storage settings as they were sent, not validated."""
+    """Returns storage settings of a request, not validated."""
     return StorageDetails(**{name: getattr(settings, name) for name in _DETAILS})
 
 

@@ -19,10 +19,9 @@ Fetch = Callable[[str], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiDeps:
-    """The interfaces of the api, its settings and what follows from them.
-
-    `workers`: those of `bus`, cached. `link_base`: the base of the links of gRPC callers.
-    `limits`: those of the service. `stop`: set when the api stops.
+    """The interfaces and settings of the api. `workers`: the registry of `bus`, cached.
+    `link_base`: the base of the links of gRPC callers. `limits`: the limits of the service. `stop`:
+    set when the api stops.
     """
 
     settings: Settings
@@ -40,7 +39,7 @@ class ApiDeps:
 
 
 def service_limits(settings: Settings) -> Limits:
-    """Returns the limits of the service. Those of a model can be narrower."""
+    """Returns the limits of the service. Those of a model may be narrower."""
     return Limits(
         max_side_pixels=settings.max_side_pixels,
         max_image_bytes=settings.max_image_bytes,

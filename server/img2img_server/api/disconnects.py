@@ -27,8 +27,9 @@ from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.interfaces.queue import StreamNotice, StreamState
 from img2img_server.interfaces.records import Stored
 
-_ANSWER_SECONDS: Final = 0.5  # how long apis may take to say that they stream a job
-_SUCCESSOR_SECONDS: Final = 3.0  # how much longer the other apis wait, and as much again at random
+_ANSWER_SECONDS: Final = 0.5  # seconds that apis have to report that they stream a job
+# seconds that the other apis wait longer; a random time up to the same length is added
+_SUCCESSOR_SECONDS: Final = 3.0
 _RETRY_SECONDS: Final = 2.0
 _TRIES: Final = 30
 
@@ -47,7 +48,7 @@ class Disconnects:
         self._stop = deps.stop
         self._grace_seconds = deps.settings.disconnect_grace_seconds
         self._streams: Counter[int] = Counter()  # open streams by job
-        self._graces: dict[int, asyncio.Task[None]] = {}  # the grace periods by job
+        self._graces: dict[int, asyncio.Task[None]] = {}  # the grace-period tasks by job
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -90,7 +91,7 @@ class Disconnects:
         Args:
             reason: why the job is cancelled at once, for the log; empty: after a grace period.
         """
-        if self._stop.is_set():  # the server ended the call
+        if self._stop.is_set():  # The server ended the call.
             return
         if not reason and self._streams[job_id]:
             return
@@ -117,7 +118,7 @@ class Disconnects:
         return grace is not None and grace.cancel()
 
     async def _grace(self, tenant: str, job_id: int, seconds: float, is_own: bool) -> None:
-        """Cancels the job after the grace period. `_end_grace` cancels this task before."""
+        """Cancels the job after the grace period, unless `_end_grace` cancels this task before."""
         ends_at = time.monotonic() + seconds
         if is_own:
             log.info("generate_disconnected", job=job_id, grace_seconds=seconds)
@@ -128,7 +129,7 @@ class Disconnects:
         # Asks again, because a notice that was sent while NATS was unavailable is lost.
         await self._notify(StreamState.SOUGHT, tenant, job_id)
         await asyncio.sleep(_ANSWER_SECONDS)
-        del self._graces[job_id]  # a cancel must not be interrupted
+        del self._graces[job_id]  # A cancel must not be interrupted.
         await self._cancel(tenant, job_id, "disconnected")
         await self._notify(StreamState.SETTLED, tenant, job_id)
 
@@ -139,7 +140,7 @@ class Disconnects:
             except errors.UnavailableError:
                 await asyncio.sleep(_RETRY_SECONDS)
             except errors.ServiceError:
-                return  # the job has ended meanwhile
+                return  # The job has ended meanwhile.
             else:
                 log.info("job_cancelled", job=job_id, reason=reason)
                 return
@@ -156,7 +157,8 @@ class Disconnects:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        self._tasks.add(task)  # or it could be collected while it runs
+        # Without a reference, asyncio might garbage-collect the running task.
+        self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
@@ -165,10 +167,10 @@ class Disconnects:
 class GenerateCall:
     """One Generate call from its start to its end.
 
-    `creation`: creates the job, also after the call has ended. `detach`: the end of the call does
-    not touch the job. `is_repeatable`: the request has an id, by which the caller can ask for the
-    job again. `remaining_seconds`: until the call's deadline, if it has one. `has_ended`: the end
-    of the job was sent, or an error of the service.
+    `creation`: creates the job, also after the call has ended. `detach`: the job continues when the
+    call ends. `is_repeatable`: the request has an id, by which the caller can ask for the job
+    again. `remaining_seconds`: the time until the call's deadline, if it has one. `has_ended`: the
+    terminal event or an error of the service was sent.
     """
 
     disconnects: Disconnects
@@ -182,12 +184,12 @@ class GenerateCall:
     _is_named: bool = False
 
     def opened(self, tenant: str, job_id: int) -> None:
-        """Notes that the job exists and its stream begins."""
+        """Records that the job exists and its stream begins."""
         self._is_open = True
         self.disconnects.opened(tenant, job_id)
 
     def sends(self, kind: str | None) -> None:
-        """Notes the kind of the next event: from it the caller knows the job's name, or its end."""
+        """Records the kind of the next event, which gives the caller the job's name or its end."""
         self._is_named = True
         self.has_ended |= kind in TERMINAL_STATES
 
@@ -199,7 +201,7 @@ class GenerateCall:
     def _is_overdue(self) -> bool:
         if (seconds := self.remaining_seconds) is None:
             return False
-        # The caller's clock ends the call, and may be early: gRPC rounds deadlines up by 1 %.
+        # The caller's clock ends the call, perhaps before ours: gRPC rounds deadlines up by 1 %.
         slack = max(0.1, min(1.0, 0.1 * seconds), 0.01 * seconds)
         return time.monotonic() >= self._started_at + seconds - slack
 

@@ -1,8 +1,8 @@
 """Estimates how long jobs will take, and how much device time is queued.
 
 Workers announce the time of one sample at 512x512 and the time of a pixel-step. NATS knows how many
-jobs wait and up to which place they were taken. The costs of jobs are known for those that this api
-queued; they stand for the others. See docs/adr/0008-what-workers-are-scaled-by.md.
+jobs wait and up to which place they were taken. Each api knows only the costs of jobs that it
+queued, and takes them as a sample of all jobs. See docs/adr/0008-what-workers-are-scaled-by.md.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from img2img_server.telemetry import QUEUED_GPU_SECONDS
 log = structlog.get_logger()
 
 REFRESH_SECONDS: Final = 5.0
-REMEMBERED: Final = 1000  # jobs by model and lane whose cost is kept
-# Used before a model has run: 14 steps of 512x512 in 3.7 s. Workers must be scaled up from none
-# before anything can be measured.
+REMEMBERED: Final = 1000  # number of jobs by model and lane whose cost is kept
+# Used before a model has run: 14 steps of 512x512 in 3.7 s. Without this value workers could not be
+# scaled up from zero, when nothing is measured.
 UNMEASURED_PIXEL_STEP_SECONDS: Final = 1e-6
 _BASE_PIXELS: Final = 512 * 512
 
@@ -44,8 +44,8 @@ class Estimator:
         """Estimates a job that is queued now.
 
         Returns:
-            How many jobs are before it, the seconds until it would end, if known, and how many of
-            these seconds it would wait for the jobs before it.
+            The number of jobs before it, the seconds until it would end, if known, and the part of
+            these seconds that it would wait for the jobs before it.
         """
         before = await self._queue.depth(params.model, params.lane)
         seconds = await self._seconds(params, before)
@@ -58,7 +58,7 @@ class Estimator:
         return await self._seconds(params, max(0, others))
 
     async def job(self, job: Job) -> float | None:
-        """Returns the seconds until a job ends; None if it has ended or nothing is known."""
+        """Returns the seconds until a job ends. None if it has ended or no estimate is possible."""
         before = 0
         if job.state is State.QUEUED and job.queue_sequence:
             lane, place = job.params.lane, job.queue_sequence
@@ -68,13 +68,13 @@ class Estimator:
         return await self._seconds(job.params, max(0, before))
 
     async def backlog(self, tenant: str = "") -> tuple[int, float]:
-        """Returns how many jobs wait, and the seconds until they have ended.
+        """Returns the number of waiting jobs, and the seconds until they have ended.
 
         The seconds are those of the model that takes longest; 0.0 if no model was measured.
 
         Args:
-            tenant: counts only the unfinished jobs of this tenant, running ones included. Empty:
-                counts the jobs of all tenants that no worker has taken.
+            tenant: Counts only the unfinished jobs of this tenant, running ones included. Empty:
+                counts all tenants' jobs that no worker has taken.
         """
         jobs, seconds = await self._queue.unfinished(tenant) if tenant else 0, 0.0
         for model in await self._workers.models():
@@ -103,7 +103,7 @@ class Estimator:
 
 
 class Backlog:
-    """Estimates the device time of unfinished jobs, by which workers are scaled."""
+    """Estimates the device time of unfinished jobs, the metric by which workers are scaled."""
 
     def __init__(self, queue: JobQueue, workers: WorkerRegistry) -> None:
         self._queue = queue
@@ -111,7 +111,7 @@ class Backlog:
         self._costs: dict[tuple[str, Lane], deque[tuple[int, int]]] = {}
 
     def note(self, params: JobParams, place: int, pixel_steps: int) -> None:
-        """Remembers the cost of a job that was queued at `place`."""
+        """Records the cost of a job that was queued at `place`."""
         key = (params.model, params.lane)
         self._costs.setdefault(key, deque(maxlen=REMEMBERED)).append((place, pixel_steps))
 
@@ -135,11 +135,11 @@ class Backlog:
         taken = [cost for place, cost in costs if place <= load.last_taken]
         usual = _mean([cost for _, cost in costs]) or float(_default_cost(model))
         yield "waiting", load.waiting * (_mean(waiting) or usual)
-        # The jobs that run are the last ones taken, except where a later job has ended earlier.
+        # The running jobs are the ones taken last, except where a later job has ended earlier.
         yield "taken", load.taken * (_mean(taken[-load.taken :]) or usual)
 
     async def _pixel_step_seconds(self, model: ModelInfo) -> float:
-        """Returns the mean of the live workers, or else what the last worker measured."""
+        """Returns the mean of the live workers, or else the value of the last worker."""
         measured = [
             worker.model.pixel_step_seconds
             for worker in await self._workers.workers()
@@ -148,11 +148,11 @@ class Backlog:
         return _mean(measured) or model.pixel_step_seconds or UNMEASURED_PIXEL_STEP_SECONDS
 
     async def publish(self) -> None:
-        """Keeps the metric up to date. There is no metric while it cannot be measured."""
+        """Keeps the metric up to date. Removes the metric while it cannot be measured."""
         while True:
             try:
                 found = await self.measure()
-            except Exception as error:  # a missing metric must not end the api
+            except Exception as error:  # A failed measurement must not end the api.
                 QUEUED_GPU_SECONDS.clear()
                 if not isinstance(error, UnavailableError):
                     log.error("queued_device_time_not_measured", exc_info=error)

@@ -1,4 +1,4 @@
-"""Makes queued jobs of requests: admits them, creates the records and queues the jobs."""
+"""Creates jobs from requests: admits them, creates the records and queues the jobs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class Intake:
         stored = await known(self._jobs, tenant, job_id)
         if stored is not None and not _is_stranded(stored.job):
             return stored
-        # The api that began it died before the job was queued, or is queueing it now: both may.
+        # The api that handled the first call has died before the job was queued, or is queueing it
+        # now. A second message does no harm.
         accepted = await self._admission.admit(spec, caller)
         job = await self._record(accepted, caller, job_id)
         return await self._enqueue(job, accepted, begun=True)
@@ -88,7 +89,7 @@ class Intake:
     async def _enqueue(self, job: Job, accepted: Admitted, *, begun: bool = False) -> Stored:
         """Creates the record, appends the first event and queues the job.
 
-        `begun`: an earlier call may have done a part of that and left a log.
+        `begun`: an earlier call may have done a part of this work.
         """
         created = True
         try:
@@ -115,9 +116,10 @@ class Intake:
                 job.params.model,
                 job.params.lane,
             )
-        except OwnershipLostError:  # a repeated call of the same request was faster
+        except OwnershipLostError:  # A repeated call with the same request_id was faster.
             raise errors.UnavailableError(CREATING) from None
-        except Exception:  # a record without a queued job would never end
+        except Exception:
+            # Without a queued message the job would never end, so its record is removed.
             with suppress(errors.ServiceError):
                 await self._jobs.delete(job.tenant, job.id)
             raise
@@ -134,7 +136,8 @@ class Intake:
             image_bytes=len(accepted.image.data),
         )
         job = replace(job, queue_sequence=place)
-        with suppress(ConflictError):  # a worker has started it: the place no longer matters
+        # A worker has started the job, so its place in the queue no longer matters.
+        with suppress(ConflictError):
             revision = await self._jobs.update(job, revision)
         return Stored(job, revision)
 
@@ -160,7 +163,7 @@ class Intake:
             return replace(await addressed, id=await drawn)
 
     async def _addressed(self, job: Job, caller: Caller) -> Job:
-        """Returns the job with the links that its files will have."""
+        """Returns the job with the links that its files will get."""
         base = (self._settings.public_base_url or caller.link_base).rstrip("/")
         keys = [job.file_key(index) for index in range(job.params.samples)]
         own_urls = tuple(f"{base}/{key}" for key in keys)
@@ -180,7 +183,7 @@ class Intake:
 
 
 def _is_stranded(job: Job) -> bool:
-    """Returns True for a job that has a record and, by that record, was never queued."""
+    """Returns True if the job has a record which says that the job was never queued."""
     return job.state is State.QUEUED and not (job.queue_sequence or job.attempt)
 
 

@@ -1,4 +1,4 @@
-"""Authenticates every RPC, limits open calls, turns errors into statuses, measures and logs."""
+"""Authenticates every RPC, limits open calls, maps errors to statuses, measures and logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.telemetry import RPC_SECONDS, RPCS
 from img2img_server.tracing import end, enter, extracted
 
-PACKAGE = "/img2img.v1."  # of the api's services
+PACKAGE = "/img2img.v1."  # prefix of the names of the api's services
 # The calls that need memory or hold a stream. The HTTP contract promises not to limit fetch.
 _COUNTED = frozenset({"Generate", "CreateJob", "WatchJob"})
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 
 def current_principal() -> Principal:
-    """Returns the principal of the key that makes the call."""
+    """Returns the principal of the current call's key."""
     return _principal.get()
 
 
@@ -81,7 +81,9 @@ class OpenCalls:
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates, maps errors, counts. Does not touch other services: health, reflection."""
+    """Authenticates calls, maps errors and counts open calls. Leaves health and reflection
+    unchanged.
+    """
 
     def __init__(self, keys: KeyRing, calls: OpenCalls) -> None:
         self._keys = keys
@@ -102,7 +104,8 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         if principal is None:
             return rpc.refusing(errors.UnauthenticatedError())
         try:
-            # grpc runs the whole call in this task, so a request that is being received counts.
+            # grpc runs the whole call in this task, so the call counts while its request is
+            # received.
             task = asyncio.current_task()
             assert task is not None
             rpc.held = self._calls.count(rpc.method, principal.tenant, task)
@@ -134,7 +137,8 @@ class _Rpc:
 
     def __init__(self, details: grpc.HandlerCallDetails, principal: Principal | None) -> None:
         self.method = details.method.rpartition("/")[2]
-        self.held = ExitStack()  # closed at the end of the call, when the call no longer counts
+        # The stack is closed at the end of the call, which then no longer counts.
+        self.held = ExitStack()
         self._path = details.method.removeprefix("/")
         self._trace = extracted(details.invocation_metadata or ())
         self._principal = principal
@@ -144,7 +148,7 @@ class _Rpc:
             self._facts = {"tenant": principal.tenant, "key_id": principal.key_id}
 
     def refusing(self, error: errors.ServiceError) -> Handler:
-        """Returns a handler that ends the call with the error and reads no request."""
+        """Returns a handler that ends the call with the error without reading the request."""
 
         async def call(_: Any, context: Context) -> None:
             if not self._principal:
@@ -152,7 +156,8 @@ class _Rpc:
             with self._measured():
                 await abort(context, self._failed(error))
 
-        # A stream of requests, since grpc reads a single one before it calls the handler.
+        # The handler is declared as streaming, since grpc would read a single request before
+        # calling it.
         return grpc.stream_stream_rpc_method_handler(call)
 
     def unary(self, inner: Any) -> Callable[..., Awaitable[Any]]:
@@ -192,7 +197,9 @@ class _Rpc:
         return call
 
     def _failed(self, error: Exception) -> status_pb2.Status:
-        """Returns the status of an error; an unexpected error becomes INTERNAL with a logged id."""
+        """Returns the status of an error. An unexpected error becomes INTERNAL with an id that the
+        log has.
+        """
         if not isinstance(error, errors.ServiceError):
             facts = {"method": self.method, "error_id": secrets.token_hex(8)}
             log.error("unhandled_error_in_rpc", **facts, exc_info=error)

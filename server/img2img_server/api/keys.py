@@ -7,8 +7,8 @@
     rate_limit = 60
 
 `storage`: may change the tenant's S3 settings. `operate`: may make the calls that concern every
-tenant, like a restart of the workers. `manage`: both. `unsafe`: may turn the safety checker off.
-`rate_limit`: jobs a minute, 0 for any number; without it the setting of that name holds. Keys are
+tenant, like a restart of the workers. `manage`: both of them. `unsafe`: may turn the safety checker
+off. `rate_limit`: jobs a minute, 0 for any number. Default: the setting of that name. Keys are
 random and long (`img2img-server keys` makes one), so a plain SHA-256 needs no salt.
 """
 
@@ -31,7 +31,7 @@ from img2img_server.settings import DEV_KEY, Settings, SettingsError
 
 _Permission = Literal["manage", "operate", "storage", "unsafe"]
 PERMISSIONS: Final[frozenset[str]] = frozenset(get_args(_Permission))
-_MANAGE: Final = frozenset({"storage", "operate"})  # what the permission "manage" stands for
+_MANAGE: Final = frozenset({"storage", "operate"})  # the permissions that "manage" includes
 _RULES: Final = {
     "keys": "must be [[keys]] tables",
     "sha256": "must be 64 hexadecimal digits",
@@ -45,7 +45,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The tenant and the rights of a key. `rate_limit` None: that of the settings."""
+    """The tenant and the rights of a key. `rate_limit` None: the limit of the settings."""
 
     tenant: str
     permissions: frozenset[str] = frozenset()
@@ -92,7 +92,7 @@ class KeyRing:
         """Raises SettingsError if the file cannot be used."""
         self._file = file
         self._fixed = _dev_principal() if dev_key else {}
-        self._entries: dict[bytes, Principal] = {}  # by the SHA-256 of the key
+        self._entries: dict[bytes, Principal] = {}  # the entries by the SHA-256 of the key
         self._seen = _state(file)  # the state of the file that was read last
         if file is not None:
             self._entries = _read(file)
@@ -104,12 +104,14 @@ class KeyRing:
     def authenticate(self, key: str) -> Principal | None:
         """Returns the principal of the key, or None."""
         self._refresh()
-        # The time of the lookup depends on the digest, from which no key can be guessed.
+        # The time of the lookup depends only on the digest, which does not help to guess a key.
         digest = _digest(key)
         return self._entries.get(digest) or self._fixed.get(digest)
 
     def _refresh(self) -> None:
-        """Reads a changed file. A wrong one is logged once and leaves the keys as they were."""
+        """Reads the file if it has changed. A faulty file is logged once, and the old keys stay
+        valid.
+        """
         if self._file is None or (state := _state(self._file)) == self._seen:
             return
         self._seen = state
@@ -122,7 +124,7 @@ class KeyRing:
 
 
 def load_keys(settings: Settings) -> KeyRing:
-    """Returns the keys. Raises SettingsError if they would leave the service open."""
+    """Returns the keys. Raises SettingsError if there are none or `dev-key` would be exposed."""
     keys = KeyRing(settings.api_keys_file, dev_key=settings.has_open_dev_key)
     if keys.is_empty:
         file = settings.api_keys_file

@@ -12,7 +12,7 @@ from img2img_server import errors
 from img2img_server.domain.job import Job, State
 from img2img_server.interfaces.records import JobStore, Stored, UnreadableError
 
-PAGE_READS: Final = 100  # records that one call reads, which is the largest page
+PAGE_READS: Final = 100  # most records that one call reads, equal to the largest page
 UNREADABLE = "The job's record cannot be read by this server."
 
 log = structlog.get_logger()
@@ -22,8 +22,8 @@ async def known(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
     """Returns the record of one job, or None if there is none.
 
     Raises:
-        UnavailableError: also if the record cannot be decoded: it may be of a later version, which
-            another api can read.
+        UnavailableError: Also if the record cannot be decoded, since an api of a later version may
+            be able to.
     """
     try:
         return await jobs.get(tenant, job_id)
@@ -75,9 +75,8 @@ async def page_of(
 
 
 async def readable(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
-    """Returns a record of many, or None if there is none or it cannot be decoded.
-
-    Raises UnavailableError.
+    """Returns a record of a page, or None if it does not exist or cannot be decoded. Raises
+    UnavailableError.
     """
     try:
         return await jobs.get(tenant, job_id)

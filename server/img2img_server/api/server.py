@@ -51,7 +51,7 @@ SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
 _HEALTH_SECONDS = 2.0
 CONNECTION_AGE_MS = 300_000
 
-# Returns the texts behind links. Raises StorageError.
+# Returns the texts of base64 files by their links. Raises StorageError.
 InlineBase64 = Callable[[Sequence[str]], Awaitable[list[str]]]
 
 log = structlog.get_logger()
@@ -59,7 +59,9 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Webhooks:
-    """How webhooks are sent. `inline_base64`: replaces links to base64 files by their text."""
+    """The arguments of the webhook dispatcher. `inline_base64`: replaces links to base64 files by
+    their text.
+    """
 
     sender: WebhookSender
     signer: Signer
@@ -98,7 +100,7 @@ async def serve(
     stop: asyncio.Event,
     started: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves with dependencies that exist already; see `serve_api`."""
+    """Serves with existing dependencies; see `serve_api`."""
     deps = ApiDeps(
         settings=settings,
         bus=bus,
@@ -212,8 +214,8 @@ async def _inline_base64(
 def server_options(settings: Settings) -> list[tuple[str, int]]:
     """Returns message limits and keepalive: a dead connection is noticed after 30 to 90 seconds.
 
-    Not sooner: the client of this project needs up to 30 seconds to notice the same and to
-    reconnect, and the response to a ping waits behind a large image on a slow line.
+    A shorter time would break live connections: our client needs up to 30 seconds to detect the
+    loss and reconnect, and on a slow line the ping's response waits behind a large image.
 
     A connection takes new calls for five minutes; open calls keep it. So callers resolve the name
     of the api again, and a new api gets its share of the calls.
@@ -226,21 +228,22 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 30_000),  # how long sent data may stay unacknowledged
         ("grpc.http2.ping_timeout_ms", 60_000),  # how long the response to a ping may take
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # the client sends one every 10 s
+        # the client sends a ping every 10 s
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.so_reuseport", 0),
     ]
 
 
 def _listen(server: grpc.aio.Server, settings: Settings) -> int:
-    """Returns the port. Raises SettingsError."""
+    """Opens the port and returns its number. Raises SettingsError."""
     address = host_port(settings.grpc_host, settings.grpc_port)
     try:
         if settings.tls_cert_file and settings.tls_key_file:
             return server.add_secure_port(address, _credentials(settings))
         return server.add_insecure_port(address)
-    except RuntimeError as error:  # it has no reason
+    except RuntimeError as error:  # gRPC's error has no reason.
         (listener, *_) = listeners("api", settings)
-        listener.open().close()  # raises SettingsError with the reason
+        listener.open().close()  # This call raises SettingsError with the reason.
         fault = f"IMG2IMG_GRPC_PORT: cannot listen on {address}: {error}"
         if settings.tls_cert_file:
             files = f"{settings.tls_cert_file} with {settings.tls_key_file}"
@@ -285,7 +288,7 @@ def _link_base(settings: Settings) -> str:
 async def _updated_health(
     servicer: health.aio.HealthServicer, bus: Bus, stop: asyncio.Event
 ) -> AsyncIterator[Callable[[], str]]:
-    """Reports SERVING while NATS responds. Yields a function that returns why it does not."""
+    """Reports SERVING while NATS can be used. Yields a function that returns why it cannot."""
     is_serving = has_models = False
 
     def why_not_ready() -> str:

@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 
 class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
-    """Implements img2img.v1.Img2ImgService; see service.proto for the promises."""
+    """Implements img2img.v1.Img2ImgService; service.proto documents the calls."""
 
     def __init__(
         self,
@@ -62,7 +62,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def Generate(  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[service_pb2.GenerateResponse]:
-        self._watcher.check_room()  # before there is a job that could not be streamed
+        # The limit is checked before there is a job that could not be streamed.
+        self._watcher.check_room()
         caller = self._caller(context)
         call = GenerateCall(
             disconnects=self._disconnects,
@@ -76,7 +77,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             async for event in self._generate(call):
                 yield service_pb2.GenerateResponse(event=event)
         except errors.TooManyWatchersError:
-            raise  # there is a job, and the caller does not know its name
+            raise  # The job exists, and the caller does not know its name yet.
         except Exception:
             call.has_ended = True
             raise
@@ -127,7 +128,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             raise errors.InvalidRequestError([violation])
         tenant, job_id = current_principal().tenant, _job_id(request.name)
         events = self._watcher.stream(tenant, job_id, request.after_sequence)
-        snapshot = await anext(events)  # raises unless it is a job of this tenant
+        snapshot = await anext(events)  # Raises unless the job belongs to this tenant.
         self._disconnects.opened(tenant, job_id)
         _when_done(context, lambda: self._disconnects.closed(job_id))
         yield service_pb2.WatchJobResponse(event=snapshot)
@@ -194,13 +195,14 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         request: service_pb2.GenerateRequest | service_pb2.CreateJobRequest,
         caller: Caller,
     ) -> Stored:
-        # Counted once more: it holds its image in memory after the call has ended.
+        # The creation counts as one more open call: it holds the image after the call has ended.
         with self._creations.counted("CreateJob", caller.principal.tenant):
             return await self._intake.create(request.spec, request.request_id, caller)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
-        self._tasks.add(task)  # or it could be collected while it runs
+        # Without a reference, asyncio might garbage-collect the running task.
+        self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 

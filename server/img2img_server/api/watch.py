@@ -17,7 +17,7 @@ from img2img_server.domain.events import Envelope
 from img2img_server.domain.job import Job, terminal_event
 from img2img_server.telemetry import WATCHERS
 
-SEQUENCE_MOST = 2**63 - 1  # int64; a caller may say that it has seen it
+SEQUENCE_MOST = 2**63 - 1  # int64; the greatest sequence that a caller can send
 STOPPING = "This server is stopping; watch again with the last sequence seen."
 
 
@@ -64,7 +64,8 @@ class Watcher:
         self._open += 1
         WATCHERS.inc()
         try:
-            # The log is opened before the record is read: nothing can fall between the two.
+            # The log is opened before the record is read, so that no event between the two is
+            # missed.
             async with self._events.watch(job_id, after_sequence) as log:
                 job = await self._get(tenant, job_id)
                 yield await self._snapshot(job, after_sequence)
@@ -103,7 +104,7 @@ class Watcher:
             raise errors.TooManyWatchersError(self._most)
 
     async def message(self, job: Job) -> job_pb2.Job:
-        """Returns the record as callers see it, with its estimate."""
+        """Returns the Job message of a record, with its estimate."""
         eta = await self._estimator.job(job)
         return convert.job(job, retention_hours=self._retention_hours, eta_seconds=eta)
 
@@ -122,10 +123,10 @@ class Watcher:
     async def _next(self, log: AsyncIterator[Envelope]) -> Envelope | None:
         """Returns the next event of the log, or None when a heartbeat is due.
 
-        A timeout and not a second task: this runs for every event of every stream.
+        It uses a timeout and no second task, because it runs for every event of every stream.
 
         Raises:
-            UnavailableError: the server stops.
+            UnavailableError: The server stops.
         """
         if self._stop.is_set():
             raise errors.UnavailableError(STOPPING)

@@ -1,4 +1,4 @@
-"""Caches the announcements of workers, which change less often than requests come."""
+"""Caches the announcements of workers, which are read more often than they change."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ STALE_FACTOR = 2.0
 
 
 class CachedWorkerRegistry:
-    """A WorkerRegistry whose results may be `seconds` old.
-
-    They may be twice as old while they are read again in the background, so that callers that come
-    often never wait for NATS. An unknown model is not cached: it may be announced at any time.
+    """A WorkerRegistry whose results may be `seconds` old. Older results, up to twice as old, are
+    still returned while a background task reads them again, so that frequent callers never wait for
+    NATS. The absence of a model is not cached: a worker may announce it at any time.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class CachedWorkerRegistry:
         self._reading: dict[str, asyncio.Task[Any]] = {}
 
     def forget(self) -> None:
-        """Clears the cache. Results of reads that run now are not cached."""
+        """Clears the cache, and drops the results of reads that run now."""
         self._known = {}
         for reading in self._reading.values():
             reading.cancel()
@@ -80,5 +79,5 @@ class CachedWorkerRegistry:
         return fresh
 
     async def _refresh(self, key: str, read: Callable[[], Awaitable[T]]) -> None:
-        with suppress(UnavailableError):  # the caller that needs a fresh result gets the error
+        with suppress(UnavailableError):  # This caller needs a fresh result, so it gets the error.
             await self._read(key, read)

@@ -109,7 +109,7 @@ class EventDispatcher:
             event = item.make()
         except Exception as error:  # an error of the device, or values that are not finite
             if item.is_optional:
-                _log.warning("a preview of job %d failed", run.job.job_id, exc_info=error)
+                _log.warning("preview_failed: job %d", run.job.job_id, exc_info=error)
                 return
             run.is_broken = True
             self._failed(run, error)

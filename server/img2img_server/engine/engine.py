@@ -141,7 +141,7 @@ class DiffusionEngine:
         try:
             self._loop.clear_cache()
         except Exception:  # a job on a broken device fails in its next step
-            _log.exception("the cache cannot be cleared")
+            _log.exception("cache_not_cleared")
 
     def _warm_up(self, height: int, width: int, done: Future[None]) -> None:
         try:

@@ -41,7 +41,7 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
         spec = read_model_spec(options.model, read_files(spec.source))
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
-    _log.info("loading model %s on %s as %s", spec.name, device, dtype)
+    _log.info("model_loading: %s on %s as %s", spec.name, device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
     if options.compile_cache_dir:
@@ -76,7 +76,7 @@ def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> Non
             raise ModelError(
                 f"model {spec.name} does not run at {width}x{height}: {error}"
             ) from error
-        _log.info("warm at %dx%d after %.1f s", width, height, time.monotonic() - began)
+        _log.info("warmed_up: %dx%d after %.1f s", width, height, time.monotonic() - began)
 
 
 def on_own_thread(work: Callable[[], T]) -> T:

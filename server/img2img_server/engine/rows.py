@@ -218,7 +218,7 @@ def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
     try:
         sink(event)
     except Exception:
-        _log.exception("the sink of job %d failed", job.job_id)
+        _log.exception("event_sink_failed: job %d", job.job_id)
 
 
 def largest_size(samples: Sequence[SampleState]) -> tuple[int, int]:

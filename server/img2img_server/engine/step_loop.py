@@ -126,7 +126,7 @@ class StepLoop:
                 emit(sink, job, DeviceLost(error))
                 self.stop_all()
                 return
-            _log.exception("job %d cannot begin", job.job_id)
+            _log.exception("job_cannot_start: job %d", job.job_id)
             emit(sink, job, JobFailed(failure_of(error, job)))
             return
         if not run.schedule.steps:
@@ -160,13 +160,13 @@ class StepLoop:
     def _verdict(self, run: EngineJobState, error: Exception) -> JobFailed | DeviceLost:
         if self._loses_device(error):
             return DeviceLost(error)
-        _log.error("job %d failed", run.job.job_id, exc_info=error)
+        _log.error("job_failed: job %d", run.job.job_id, exc_info=error)
         return JobFailed(failure_of(error, run.job))
 
     def _loses_device(self, error: Exception) -> bool:
         """Checks the device after an error; returns whether it is lost."""
         if not device_works(self._denoiser.device):
-            _log.critical("the device is lost", exc_info=error)
+            _log.critical("device_lost", exc_info=error)
             self._lost = True
         return self._lost
 
@@ -249,7 +249,7 @@ class StepLoop:
         height, width = largest_size(samples)
         forwards = sum(sample.run.forwards for sample in samples)
         self._scheduler.limit(height, width, forwards // 2, time.monotonic())
-        _log.warning("%d forwards of %dx%d do not fit the device", forwards, width, height)
+        _log.warning("out_of_device_memory: %d forwards of %dx%d", forwards, width, height)
 
     def _report_steps(self, samples: Sequence[SampleState]) -> None:
         for sample in samples:
@@ -260,7 +260,7 @@ class StepLoop:
             self._events.emit_image(sample.run, image, event, is_optional=True)
         for sample, error in failed:
             # A preview is optional: the job continues.
-            _log.warning("a preview of job %d failed", sample.run.job.job_id, exc_info=error)
+            _log.warning("preview_failed: job %d", sample.run.job.job_id, exc_info=error)
 
     def _decode(self, samples: Sequence[SampleState]) -> None:
         if not samples:

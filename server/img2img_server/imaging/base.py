@@ -28,8 +28,8 @@ class FetchError(InvalidImageError):
         """Creates the error.
 
         Args:
-            cause: why, as a clause for the caller, for example "the server answered 403". It names
-                no IP address and no port that the caller did not send.
+            cause: The reason as a clause for the caller, for example "the server answered 403". It
+                names no IP address and no port that the caller did not send.
         """
         message = "init_image cannot be downloaded"
         super().__init__(Violation("init_image", Reason.DOWNLOAD_FAILED, message, cause))
@@ -53,7 +53,7 @@ def too_large(limits: Limits) -> InvalidImageError:
 class CheckedImage:
     """An encoded init image that was proven to decode within the limits.
 
-    `prepared`: it was re-encoded at the requested size and needs decoding only.
+    `prepared`: the data was re-encoded at the requested size and only needs decoding.
     """
 
     data: bytes

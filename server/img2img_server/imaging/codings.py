@@ -9,7 +9,8 @@ from io import BytesIO
 
 from img2img_server.imaging.header import container_of
 
-# Names that mean no coding. aws-chunked frames uploads; some stores send it with downloads too.
+# Names that mean no coding. aws-chunked is the framing of uploads, but some stores name it in
+# downloads.
 _NO_CODINGS = frozenset({"", "identity", "aws-chunked"})
 _GZIP = b"\x1f\x8b\x08"
 MAX_CODINGS = 2
@@ -36,7 +37,7 @@ def content_codings(values: Iterable[str]) -> list[str]:
 def decode(data: bytes, codings: list[str], limit: int) -> bytes:
     """Returns the data without its codings. CPU-bound: up to `limit` bytes for each coding.
 
-    The data counts more than the header: data that begins like an image is returned unchanged, and
+    The first bytes override the header: data that begins like an image is returned unchanged, and
     data that begins like a gzip file is unpacked.
 
     Raises:
@@ -59,14 +60,14 @@ def decode(data: bytes, codings: list[str], limit: int) -> bytes:
 
 
 def _decode_one(data: bytes, coding: str, most: int) -> bytes:
-    """Returns at most `most` bytes."""
+    """Removes one coding. Returns at most `most` bytes."""
     if coding in ("gzip", "x-gzip") or data.startswith(_GZIP):
         with gzip.GzipFile(fileobj=BytesIO(data)) as file:
             return file.read(most)
     if coding == "deflate":
         try:
             return _inflate(data, zlib.MAX_WBITS, most)
-        except zlib.error:  # many servers send it without the zlib header
+        except zlib.error:  # Many servers send deflate data without the zlib header.
             return _inflate(data, -zlib.MAX_WBITS, most)
     shown = coding[:20] if coding.isprintable() else "?"
     raise CodingError(f"the server sent it with Content-Encoding {shown}, which is not supported")

@@ -11,11 +11,11 @@ from PIL import Image, ImageCms
 
 log = structlog.get_logger(__name__)
 
-# Larger profiles hold tables; they are rare, and their transforms are large.
+# Larger profiles are rare, hold tables, and their transforms need much memory.
 _CACHED_PROFILE_BYTES = 2**16
-# Differences up to this, of 255, are rounding between variants of sRGB.
+# Differences up to this, of 255, are rounding errors between variants of sRGB.
 _SAME = 1
-# Tags with chains of any number of floating-point steps: the time to read one has no bound.
+# Tags with any number of floating-point steps, which take an unlimited time to read.
 _UNBOUNDED_TAGS = (b"D2B0", b"D2B1", b"D2B2", b"D2B3")
 
 
@@ -35,7 +35,7 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
 def apply_transform(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
     """Returns the image in sRGB."""
     converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # None is returned for in-place transforms only
+    assert converted is not None  # Pillow returns None for in-place transforms only.
     return converted
 
 
@@ -46,8 +46,8 @@ def _build(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
         return None if _changes_nothing(transform, mode) else transform
-    except Exception as error:  # the image is valid without its profile
-        log.info("ICC profile ignored", reason=str(error), mode=mode)
+    except Exception as error:  # A damaged profile does not make the image invalid.
+        log.info("icc_profile_ignored", reason=str(error), mode=mode)
         return None
 
 

@@ -12,7 +12,7 @@ from isal import igzip_lib
 
 from img2img_server.imaging.header import JPEG_END, MAX_JPEG_SCANS, MAX_PARTS, Header, HeaderError
 
-PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples per pixel by colour type
 # First column, first row, column step, row step of each pass of an interlaced PNG.
 ADAM7 = (
     (0, 0, 8, 8),
@@ -23,12 +23,12 @@ ADAM7 = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
-INFLATED_BYTES = 2**18  # at once
+INFLATED_BYTES = 2**18  # bytes that are unpacked at once
 # In a scan's data 0xFF is followed by 0x00, a restart marker (0xD0 to 0xD7) or another 0xFF.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _COEFFICIENTS = 64
 _MISSING = 0xFF
-_MOST_BITS = 13  # as libjpeg has it
+_MOST_BITS = 13  # the limit of libjpeg
 
 
 def prove_rows(header: Header) -> None:
@@ -39,7 +39,7 @@ def prove_rows(header: Header) -> None:
     """
     assert header.png
     missing = _row_bytes(header)
-    # Pillow checks the header of zlib (2 bytes) and its checksum.
+    # Pillow checks the zlib header (2 bytes) and the checksum.
     unpacker = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE)
     packed = header.png.rows[2:]
     while missing > 0 and not unpacker.eof:
@@ -47,7 +47,7 @@ def prove_rows(header: Header) -> None:
             rows = unpacker.decompress(packed, INFLATED_BYTES)
         except igzip_lib.IsalError as error:  # type: ignore[misc]  # its stub is wrong
             raise HeaderError("its rows are damaged") from error
-        packed = packed[:0]  # the unpacker keeps what it has not used
+        packed = packed[:0]  # Input that the unpacker has not used yet is kept.
         missing -= len(rows)
         if not rows and unpacker.needs_input:
             break
@@ -84,12 +84,12 @@ def check_scans(header: Header) -> int:
     assert frame
     data, components = header.data, frame.components
     end_of_file = len(data) - len(JPEG_END)  # header.py added the marker
-    # For each component the bits that each coefficient still lacks.
+    # The bits that each coefficient of each component still lacks.
     missing = {component: bytearray([_MISSING] * _COEFFICIENTS) for component in components}
     scans, start = 0, frame.first_scan
     for _ in range(MAX_PARTS):
         marker, end = data[start + 1], start + 2
-        if marker not in (0x01, 0xD8, 0xD9):  # the others have a length
+        if marker not in (0x01, 0xD8, 0xD9):  # All other markers have a length.
             (length,) = struct.unpack_from(">H", data, end)
             end += length
         if marker == 0xD9 or end > end_of_file:
@@ -100,16 +100,16 @@ def check_scans(header: Header) -> int:
                 raise HeaderError(f"it has more than {MAX_JPEG_SCANS} scans")
             scanned = _record(missing, data[start + 4 : end], frame.progressive)
             if scanned == len(components) and not (frame.progressive or frame.arithmetic):
-                return data.find(JPEG_END, end)  # decoders stop after this scan
+                return data.find(JPEG_END, end)  # Decoders stop after this scan.
         found = _MARKER.search(data, end)
-        assert found  # the end marker that was added
+        assert found  # header.data ends with the end marker that header.py added
         start = found.start()
     else:
         raise HeaderError(f"it has more than {MAX_PARTS} segments")
     ended = start < end_of_file and marker == 0xD9
     if any(bits[0] == _MISSING or (not ended and any(bits)) for bits in missing.values()):
         raise HeaderError("scans are missing")
-    if not ended and frame.arithmetic:  # missing bits look like zeros to every decoder
+    if not ended and frame.arithmetic:  # Decoders take missing bits for zeros.
         raise HeaderError("its end marker is missing")
     if end > end_of_file and marker != 0xD9:
         raise HeaderError("it is cut off")
@@ -119,8 +119,9 @@ def check_scans(header: Header) -> int:
 def _record(missing: dict[int, bytearray], scan: bytes, progressive: bool) -> int:
     """Records the bits that a scan holds and returns the number of its components.
 
-    A scan header: number of components, identifier and tables of each (2 bytes), first and last
-    coefficient, bits that were known before and are still missing (4 bits each).
+    A scan header has the number of components, identifier and tables of each (2 bytes), the first
+    and last coefficient, and the bits that were known before and that are still missing (4 bits
+    each).
     """
     count = scan[0] if scan else 0
     if count == 0 or len(scan) != 4 + 2 * count:

@@ -1,7 +1,7 @@
 """Decodes image files to Pillow images and refuses incomplete ones.
 
-Pillow and libjpeg-turbo decode. They do not report the missing bits of a JPEG, which are found
-here, and the missing rows of a PNG, see completeness.py.
+Pillow and libjpeg-turbo do the decoding. They report neither missing bits of a JPEG, which this
+module finds, nor missing rows of a PNG, which completeness.py finds.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from PIL.WebPImagePlugin import WebPImageFile
 from img2img_server.imaging.completeness import check_scans
 from img2img_server.imaging.header import JPEG_END, Container, Header, HeaderError
 
-# The plugins themselves, not Image.open: that one also warns by a global pixel limit.
+# The plugins are used and not Image.open, which warns by a global pixel limit.
 PLUGINS: dict[Container, type[ImageFile]] = {
     Container.PNG: PngImageFile,
     Container.JPEG: JpegImageFile,
     Container.WEBP: WebPImageFile,
 }
-# libjpeg-turbo's warnings about rows that are missing.
+# libjpeg-turbo's warnings about missing rows
 _MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of RST")
-# Bytes to put after the last scan; every table of Huffman codes reads them differently.
+# Bytes that are inserted after the last scan; every Huffman table decodes them differently.
 _PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
-# Each pad is one more decoding, whose time grows with the pixels and with the pixels of all scans.
+# Each inserted byte costs one more decoding, whose time grows with the pixels of all scans.
 _MAX_COMPARED_PIXELS = 2**24
 _MAX_COMPARED_SCANNED = 2**27
 _SCAN = b"\xff\xda"
 _RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]
-# Rows of a 16-bit PNG compared with its colour key at once.
+# rows of a 16-bit PNG that are compared with its colour key at once
 _STRIP_ROWS = 256
 
 
@@ -54,7 +54,7 @@ def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
         return _plain(image or _decode_with_pillow(header, smallest), header)
     except (MemoryError, HeaderError):
         raise
-    except Exception as error:  # decoders raise a dozen types of errors
+    except Exception as error:  # Decoders raise a dozen types of errors.
         raise HeaderError("its data is damaged or incomplete") from error
 
 
@@ -77,11 +77,11 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
         None where Pillow must decode: CMYK, and files with other warnings.
     """
     assert header.jpeg
-    if header.jpeg.lossless:  # simplejpeg writes beyond its buffer if it decodes one smaller
+    if header.jpeg.lossless:  # simplejpeg writes beyond its buffer when it scales such a JPEG down.
         if not _may_be_whole(header, ""):
             raise HeaderError("rows are missing")
         return None
-    # RGBX is how Pillow stores RGB, so its copy is fast.
+    # Pillow stores RGB as RGBX, so it copies RGBX fast.
     space = {1: "GRAY", 3: "RGBX"}.get(len(header.jpeg.components), "CMYK")
     room = min(header.width // smallest[0], header.height // smallest[1])
     divisor = next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
@@ -108,9 +108,9 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
 def _may_be_whole(header: Header, warning: str) -> bool:
     """Returns whether a JPEG may hold all rows, given libjpeg-turbo's first warning.
 
-    Bytes after the last row are harmless. Any other warning may hide one about missing rows, so
-    missing bits are searched by the pixels that they change. Where that is expensive, and where
-    missing bits count as zeros, the end marker decides.
+    Bytes after the last row are harmless. Any other warning may hide one about missing rows, so a
+    second decoding shows whether missing bits change pixels. Where that is expensive, or where the
+    format lets encoders leave out zero bits, the image is whole if it has its end marker.
     """
     assert header.jpeg
     if any(sign in warning for sign in _MISSING_ROWS):

@@ -33,10 +33,10 @@ log = structlog.get_logger(__name__)
 
 MAX_REDIRECTS: Final = 3
 REDIRECTS: Final = (301, 302, 303, 307, 308)
-MAX_RETRIES: Final = 2  # of one download, whatever the number of redirects
+MAX_RETRIES: Final = 2  # of one download with all its redirects
 RETRIED_STATUSES: Final = (429, 500, 502, 503, 504)
 FIRST_PAUSE_SECONDS: Final = 0.2
-# These errors are not transient: names and certificates rarely change.
+# These errors are permanent: names and certificates rarely change.
 _PERMANENT_ERRORS: Final = (aiohttp.ClientSSLError, aiohttp.ClientConnectorDNSError, ValueError)
 HEADERS: Final = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
 
@@ -59,17 +59,17 @@ class _AttemptFailedError(Exception):
 
 @dataclass(slots=True)
 class _Progress:
-    """The progress of a download, for the error if its time is over or its connection breaks."""
+    """The progress of a download, for the message of a timeout or a broken connection."""
 
     url: URL | None = None
     redirects: int = 0
     retries: int = 0
-    answered: bool = False  # the current request has its response headers
-    received: int = 0  # bytes of its body
+    answered: bool = False  # whether the response headers of the current request have arrived
+    received: int = 0  # received bytes of its body
 
     @property
     def host(self) -> str:
-        """The host for messages to the caller, who must not see the host of a redirect."""
+        """The host in messages to the caller, who must not see the host of a redirect."""
         named = self.url.raw_host if self.url and not self.redirects else None
         return named or "the host of a redirect"
 
@@ -93,12 +93,12 @@ async def fetch_image(
     MAX_RETRIES times.
 
     Args:
-        timeout_seconds: For everything, from resolving the first name to the last byte.
+        timeout_seconds: The limit from resolving the first name to the last byte.
         resolver: Resolves names; DNS by default.
 
     Raises:
-        FetchError: Forbidden, not found, too slow, too many redirects, damaged or incomplete.
-        InvalidImageError: More than limits.max_image_bytes.
+        FetchError: The address is forbidden, or the download fails.
+        InvalidImageError: The file is larger than limits.max_image_bytes.
     """
     progress = _Progress()
     ends = time.monotonic() + timeout_seconds
@@ -106,12 +106,12 @@ async def fetch_image(
         async with asyncio.timeout(timeout_seconds), policy.open_session(resolver) as session:
             data = await _download(session, policy, url, limits, progress, ends)
         if progress.retries:
-            log.info("init image fetched after retries", retries=progress.retries, url=shown(url))
+            log.info("init_image_fetched_after_retries", retries=progress.retries, url=shown(url))
         return data
     except (ForbiddenAddressError, _AttemptFailedError, CodingError, TimeoutError) as error:
         timed_out = isinstance(error, TimeoutError)
         reason = _too_slow(progress, timeout_seconds) if timed_out else str(error)
-        log.info("init image not fetched", reason=reason, retries=progress.retries, url=shown(url))
+        log.info("init_image_not_fetched", reason=reason, retries=progress.retries, url=shown(url))
         cause = error.cause if isinstance(error, ForbiddenAddressError) else reason
         raise FetchError(progress.explained(cause)) from error
 
@@ -173,7 +173,7 @@ async def _request(
                 )
             return location
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        if type(error) is TimeoutError:  # the time for the whole download is over
+        if type(error) is TimeoutError:  # The timeout of the whole download has expired.
             raise
         cause = cause_of(error, progress.host)
         if progress.answered and isinstance(error, aiohttp.ClientPayloadError | OSError):

@@ -81,7 +81,7 @@ _PNM = re.compile(rb"P[1-7]\s")
 
 
 def format_name(data: bytes) -> str:
-    """Returns what the data is, as a noun phrase: "a GIF image", "an HTML page"."""
+    """Returns the kind of the data as a noun phrase: "a GIF image", "an HTML page"."""
     if not data or data == NO_IMAGE:
         return "an empty file"
     for offset, magic, name in _MAGIC:
@@ -99,14 +99,14 @@ def format_name(data: bytes) -> str:
 def _iso_media(data: bytes) -> str:
     size = min(int.from_bytes(data[:4], "big"), 64)
     brands = [data[8:12], *(data[at : at + 4] for at in range(16, size, 4))]
-    # The first brand that says more than "some HEIF image" names the file.
+    # The first brand that is more specific than "some HEIF image" names the format.
     names = [name for brand in brands for start, name in _BRANDS if brand.startswith(start)]
     exact = [name for name in names if name != "a HEIF image"]
     return next(iter(exact + names), "an MP4 video")
 
 
 def _text(data: bytes) -> str:
-    """Returns the kind of a text, empty when the data is not text."""
+    """Returns the kind of a text, or "" if the data is no text."""
     start = data[:_TEXT_BYTES]
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16
         start = start.decode("utf-16", errors="replace").encode()
@@ -150,5 +150,5 @@ def _is_binary(start: bytes) -> bool:
     try:
         start.decode()
     except UnicodeDecodeError as error:
-        return error.start < len(start) - 4  # otherwise a character is cut at the end
+        return error.start < len(start) - 4  # The cut at the sample's end may split a character.
     return False

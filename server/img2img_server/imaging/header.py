@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from img2img_server.imaging.png import PNG_SIGNATURE, png_chunk
 
-# Most chunks, segments and fill bytes. A PNG of 20 MB in chunks of 4 KiB has 5,000.
+# Limit of chunks, segments and fill bytes in a file. A PNG of 20 MB in chunks of 4 KiB has 5,000.
 MAX_PARTS = 10_000
 # A scan costs a walk over all blocks even when it holds a few bytes, so their number bounds the
 # time of a progressive JPEG. Encoders write about ten.
@@ -23,7 +23,7 @@ MAX_JPEG_SCANS = 64
 _WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
 JPEG_END = b"\xff\xd9"
 PNG_TEXTS_ABOUT_PIXELS = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")
-Part = tuple[bytes, bytes]  # kind and content
+Part = tuple[bytes, bytes]  # kind and content of a metadata block
 
 
 class HeaderError(Exception):
@@ -48,7 +48,7 @@ class JpegFrame(NamedTuple):
     Attributes:
         marker: The last byte of its SOF marker, 0xC0 to 0xCF, which names the coding.
         components: One identifier each.
-        first_scan: Where it begins in Header.data.
+        first_scan: The offset of the first scan in Header.data.
     """
 
     marker: int
@@ -62,17 +62,19 @@ class JpegFrame(NamedTuple):
 
     @property
     def lossless(self) -> bool:
-        """Whether it is coded without a transform, so that it cannot be decoded smaller."""
+        """Whether the image is coded without a transform, so that it cannot be decoded at a lower
+        resolution.
+        """
         return self.marker & 3 == 3
 
     @property
     def arithmetic(self) -> bool:
-        """Whether missing bits count as zeros, which encoders may leave out."""
+        """Whether the image is arithmetic-coded: encoders may then leave out final zero bits."""
         return self.marker >= 0xC8
 
 
 class PngFormat(NamedTuple):
-    """How a PNG stores its rows. `rows`: all of them, compressed, a part of Header.data."""
+    """How a PNG stores its rows. `rows`: all compressed rows, a part of Header.data."""
 
     depth: int
     colour: int
@@ -86,7 +88,7 @@ class Header:
 
     Attributes:
         data: A file of the same format that holds the parts for the pixels of the first frame.
-        metadata: The parts with orientation and colour profile, in file order.
+        metadata: The blocks with orientation and colour profile, in file order.
         colour_key: The colour that is transparent in a PNG of 16-bit RGB, which Pillow cannot
             compare; other keys are in data.
     """
@@ -106,7 +108,7 @@ class Header:
 
 
 def container_of(data: bytes) -> Container | None:
-    """Returns the accepted format that the first bytes belong to, None for any other."""
+    """Returns the accepted format of a file with these first bytes, else None."""
     if data.startswith(PNG_SIGNATURE):
         return Container.PNG
     if data.startswith(b"\xff\xd8\xff"):
@@ -173,7 +175,8 @@ def _read_png(data: bytes) -> Header:
         elif kind in (b"eXIf", b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
             keyword = content[:80].split(b"\0")[0] if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
             if not keyword or keyword in PNG_TEXTS_ABOUT_PIXELS:
-                metadata.pop((kind, keyword), None)  # the last one counts, as in Pillow
+                # If there are several, the last one counts, as in Pillow.
+                metadata.pop((kind, keyword), None)
                 metadata[kind, keyword] = content
         offset = end
     else:
@@ -261,13 +264,14 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yields marker, start and end of each segment up to the first scan (0xDA)."""
     offset = 2
     for _ in range(MAX_PARTS):
-        start = data.find(b"\xff", offset)  # decoders skip stray bytes between segments
+        start = data.find(b"\xff", offset)  # Decoders skip stray bytes between segments.
         if start < 0:
             raise HeaderError("it has no scan")
         marker = data[start + 1]
-        if marker in (0x00, 0xFF):  # a stray byte; a fill byte
+        if marker in (0x00, 0xFF):  # This byte is a stray or a fill byte.
             offset = start + 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # stand alone
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            # These markers have no length and no content.
             offset = start + 2
         elif marker == 0xD9:
             raise HeaderError("it has no scan")

@@ -18,11 +18,13 @@ from img2img_server.imaging.header import Container, Header, Part
 
 log = structlog.get_logger(__name__)
 
-# Only the beginning of a longer EXIF block is read: Pillow copies the target of each entry, so the
-# time grows with the square. Cameras write the orientation into the first hundred bytes.
+# Only the beginning of a longer EXIF block is read: Pillow copies the target of each entry, so its
+# time grows with the square of the length. Cameras write the orientation into the first hundred
+# bytes.
 MAX_EXIF_BYTES = 2**17
 MAX_PROFILE_BYTES = 2**22  # profiles of printers have up to 3 MB
-_RAW_EXIF = "Raw profile type exif"  # how ImageMagick stores EXIF in a PNG: as hexadecimal text
+# ImageMagick stores EXIF in a PNG under these names, as hexadecimal text.
+_RAW_EXIF = "Raw profile type exif"
 
 # Pillow warns when it skips a damaged EXIF entry.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
@@ -32,7 +34,7 @@ class Metadata(NamedTuple):
     """The facts that are read from the metadata.
 
     Attributes:
-        orientation: EXIF's 1 (upright) to 8, from every place where Pillow looks for it.
+        orientation: EXIF's value, 1 (upright) to 8, from any block in which Pillow finds it.
         icc_profile: Empty when there is none or it is too large.
     """
 
@@ -45,7 +47,7 @@ def read_metadata(header: Header) -> Metadata:
     info = _info(header)
     profile = info.get("icc_profile") or b""
     if len(profile) > MAX_PROFILE_BYTES:
-        log.info("ICC profile ignored", reason="it is too large", bytes=len(profile))
+        log.info("icc_profile_ignored", reason="it is too large", bytes=len(profile))
         profile = b""
     return Metadata(_orientation(info), profile)
 
@@ -56,8 +58,8 @@ def _orientation(info: dict[str | tuple[int, int], Any]) -> int:
     try:
         found = carrier.getexif().get(Base.Orientation, 1)
         return next((value for value in range(2, 9) if value == found), 1)
-    except Exception as error:  # Pillow raises a dozen types of errors
-        log.debug("image metadata ignored", part="EXIF", reason=str(error))
+    except Exception as error:  # Pillow raises a dozen types of errors.
+        log.debug("image_metadata_ignored", part="EXIF", reason=str(error))
         return 1
 
 
@@ -83,7 +85,7 @@ def _png_info(metadata: tuple[Part, ...]) -> dict[str | tuple[int, int], Any]:
         try:
             stream.call(kind, 0, len(content))
         except Exception as error:
-            log.debug("image metadata ignored", part=kind.decode(), reason=str(error))
+            log.debug("image_metadata_ignored", part=kind.decode(), reason=str(error))
             continue
         info |= stream.im_info
     if _RAW_EXIF in info and "exif" not in info:
@@ -105,7 +107,7 @@ def _jpeg_info(metadata: tuple[Part, ...]) -> dict[str | tuple[int, int], Any]:
             info["xmp"] = content
         elif len(content) >= 2:
             pieces.append(content)
-    # Each piece: its number from 1, the number of pieces, a part of the profile.
+    # Each part has its number from 1, the number of parts, and a part of the profile.
     pieces.sort(key=lambda piece: piece[0])
     if pieces and pieces[0][1] == len(pieces):
         info["icc_profile"] = b"".join(piece[2:] for piece in pieces)

@@ -12,7 +12,7 @@ from img2img_server.imaging.base import Pixels
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB8 = (8, 2, 0, 0, 0)  # bit depth, colour type, compression, filter set, no interlace
 AVERAGE = 3
-# Rows filtered at once: their temporaries stay in the processor's cache.
+# Rows that are filtered together. Their temporary arrays must fit the processor's cache.
 STRIP_ROWS = 32
 
 

@@ -30,11 +30,12 @@ from img2img_server.imaging.formats import PLAIN_TEXT, format_name
 from img2img_server.imaging.header import Container, Header, HeaderError, container_of, read_header
 from img2img_server.imaging.metadata import read_metadata
 
-# Up to these limits the caller's own file is queued. A larger one costs the queue or the worker (a
-# small file may hold many pixels) more than encoding it again.
+# An init image up to these limits is queued as the caller's own file. A larger one is encoded
+# again: that costs less than its transport in the queue or its decoding in the worker.
 OWN_MAX_BYTES = 512 * 2**10
 OWN_MAX_PIXELS = 2**22
-# Larger images are decoded one at a time: each takes up to 16 bytes a pixel (WebP; others 4 to 9).
+# Larger images are decoded one at a time: each takes up to 16 bytes a pixel (WebP) or 4 to 9
+# (others).
 LARGE_PIXELS = 2**24
 ONE_LARGE = threading.Lock()
 # A JPEG may be decoded at a half, quarter or eighth if that leaves this many times the requested
@@ -46,7 +47,7 @@ DECODE_GAP = 3.0
 CONVERT_MAX_PIXELS = 2**22
 CONVERT_GAP = 2.0
 
-# The last step by EXIF orientation; from 5 on, rows and columns are swapped before.
+# The last step for each EXIF orientation. From 5 on, rows and columns are swapped before it.
 FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,7 +86,7 @@ def check_image(
     except HeaderError as error:
         raise _invalid(header.container, error) from error
     if len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS:
-        # The smallest scale skips the inverse transform but reads every coefficient.
+        # The smallest scale skips the inverse transform but still reads every coefficient.
         _decode(header, smallest=(1, 1))
         return CheckedImage(data=data, prepared=False)
     pixels = _prepare(header, width, height)
@@ -124,7 +125,8 @@ def _header(data: bytes, source: str = "the data is") -> Header:
     if container is None:
         name = format_name(data)
         advice = "send a PNG, JPEG or WebP image"
-        if name == PLAIN_TEXT and b"\n" not in data:  # perhaps a URL without a scheme, or a path
+        # The caller may have sent a URL without a scheme, or a path.
+        if name == PLAIN_TEXT and b"\n" not in data:
             advice += ", or its URL with http:// or https://"
         raise not_an_image(f"{source} {name}; {advice}")
     try:
@@ -149,7 +151,7 @@ def _too_many_pixels(header: Header, limits: Limits) -> InvalidImageError:
 
 def _prepare(header: Header, width: int, height: int) -> Pixels:
     turned, profile = read_metadata(header)
-    if turned >= 5:  # rotated by 90 degrees, so the box is too
+    if turned >= 5:  # The target is rotated by 90 degrees, so the box is, too.
         width, height = height, width
     box = _centred_box((header.width, header.height), width / height)
     gap = DECODE_GAP * width / (box[2] - box[0])
@@ -162,7 +164,8 @@ def _prepare(header: Header, width: int, height: int) -> Pixels:
         if transform and image.width * image.height > CONVERT_MAX_PIXELS:
             image, box = _averaged(image, box, width)
         image = _opaque_srgb(image, transform)
-        if turned >= 5:  # before the resize, whose two passes do not commute exactly
+        # The image is rotated before the resize, whose two passes do not commute exactly.
+        if turned >= 5:
             image, box = image.transpose(Image.Transpose.TRANSPOSE), (*box[1::-1], *box[:1:-1])
             width, height = height, width
         if image.size != (width, height) or box != (0, 0, width, height):
@@ -184,7 +187,7 @@ def _turn(header: Header) -> AbstractContextManager[object]:
 
 
 def _centred_box(size: tuple[int, int], aspect: float) -> Box:
-    """Returns the largest centred box with width / height = aspect; its edges may cut pixels."""
+    """Returns the largest centred box with width / height = aspect. Its edges may cut pixels."""
     width, height = size
     box_width = min(width, height * aspect)
     box_height = min(height, width / aspect)
@@ -198,7 +201,7 @@ def _scaled(box: Box, divisor: int, size: tuple[int, int]) -> Box:
 
 
 def _averaged(image: Image.Image, box: Box, width: int) -> tuple[Image.Image, Box]:
-    """Cuts the box out and averages squares of its pixels; returns the image and the new box."""
+    """Cuts the box out and averages squares of its pixels. Returns the image and the new box."""
     left, upper, right, lower = box
     factor = max(1, int((right - left) / (width * CONVERT_GAP)))
     cut = (int(left), int(upper), math.ceil(right), math.ceil(lower))

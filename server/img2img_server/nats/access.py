@@ -51,7 +51,7 @@ class NatsAccess:
 
     @property
     def needs_tls(self) -> bool:
-        """Whether a connection without TLS must be refused."""
+        """Whether connections without TLS must be refused."""
         secure = any(server.startswith(("tls:", "wss:")) for server in self.servers)
         return secure or bool(self.ca_file or self.cert_file)
 
@@ -71,7 +71,7 @@ class NatsAccess:
 
     @classmethod
     def of(cls, urls: Sequence[str]) -> NatsAccess:
-        """Reads URLs in the form of IMG2IMG_NATS_URL. Raises SettingsError."""
+        """Reads NATS URLs, comma separated as in IMG2IMG_NATS_URL. Raises SettingsError."""
         found = [_server(url.strip()) for url in urls if url.strip()]
         if not found:
             raise SettingsError(f"{URL}: no server is named, for example nats://nats:4222")
@@ -129,7 +129,8 @@ def _server(url: str) -> tuple[str, Login]:
     try:
         parts = urlsplit(url if "://" in url else f"nats://{url}")
         port = parts.port
-    except ValueError:  # a "/" in the password makes the rest of it a port
+    except ValueError:
+        # After a "/" in the password, the parser takes the rest of the password for a port.
         raise SettingsError(
             f"{URL}: it is no address; in a user, password or token write / ? # @ : , and % as "
             "%2F %3F %23 %40 %3A %2C and %25"

@@ -33,7 +33,7 @@ async def _is_ready(_: float) -> None: ...
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bus:
-    """The queue, logs, records and settings that the roles share."""
+    """The queue, event logs, job records and settings that the roles share."""
 
     queue: JobQueue
     events: EventLog

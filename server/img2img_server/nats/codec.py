@@ -41,7 +41,7 @@ def decode(data: bytes, kind: type[T]) -> T:
 
 
 class EventHead(msgspec.Struct, frozen=True):
-    """The fields of an entry of a log that do not depend on the type of the event: {"sequence": 3,
+    """The fields of an event log's entry that every type of event has: {"sequence": 3,
     "type": "Queued", "time": 1.7e9, "job_id": 10000001, "event": {…}}."""
 
     sequence: int
@@ -72,7 +72,7 @@ def encode_event(envelope: Envelope) -> bytes:
 
 
 def decode_head(data: bytes) -> EventHead:
-    """Decodes an envelope but not its event. Raises UndecodableError."""
+    """Decodes the head of an envelope, without its event. Raises UndecodableError."""
     return decode(data, EventHead)
 
 
@@ -93,7 +93,7 @@ def decode_event(data: bytes) -> Envelope | None:
     try:
         event: Event = decode(bytes(head.event), kind)
     except UndecodableError:
-        if head.is_terminal:  # a reader must not miss it
+        if head.is_terminal:  # A terminal event must not be skipped.
             raise
         return None
     return Envelope(sequence=head.sequence, time=head.time, job_id=head.job_id, event=event)

@@ -28,16 +28,17 @@ from img2img_server.nats.inbox import Interrupted, ReplyInbox
 from img2img_server.nats.patched_client import DENIED, PatchedClient
 from img2img_server.settings import SettingsError
 
-REQUEST_SECONDS: Final = 4.0  # longest wait for a response
-RECONNECT_WAIT_SECONDS: Final = 2.0  # how long a call waits for a lost connection
-RECONNECT_SECONDS: Final = 0.2  # between two attempts to reconnect
-CONNECT_SECONDS: Final = 10.0  # default of the longest wait for the first connection
-REPORT_SECONDS: Final = 5.0  # until the same reason is logged again
+REQUEST_SECONDS: Final = 4.0  # seconds; longest wait for a response
+RECONNECT_WAIT_SECONDS: Final = 2.0  # seconds; how long a call waits for a lost connection
+RECONNECT_SECONDS: Final = 0.2  # seconds between two attempts to reconnect
+CONNECT_SECONDS: Final = 10.0  # seconds; default of the longest wait for the first connection
+REPORT_SECONDS: Final = 5.0  # seconds until the same reason is logged again
 # A stream whose leader died has a new one within 4 to 9 s (the election timeouts of NATS).
 ELECTION_SECONDS: Final = 12.0
 ELECTION_PAUSE_SECONDS: Final = 0.25
 NO_RESPONDERS: Final = "503"
-_END_OF_BATCH: Final = ("204", "404")  # after the last message; there is none
+# status codes: the last message was sent; there is no message
+_END_OF_BATCH: Final = ("204", "404")
 PENDING_BYTES: Final = 16 * 2**20  # most bytes that wait to be sent
 
 T = TypeVar("T")
@@ -55,8 +56,9 @@ class NatsConnection:
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
         self._inboxes: WeakSet[ReplyInbox] = WeakSet()
-        self._faults: dict[str, ConnectFault] = {}  # of the last attempts, by host and port
-        self._reported = ("", 0.0)  # the last reason that was logged, and when
+        # the faults of the last attempts, by host and port
+        self._faults: dict[str, ConnectFault] = {}
+        self._reported = ("", 0.0)  # the last reason that was logged, and the time of that log line
         self._hopeless = asyncio.Event()
         self._denied = ""
         self._needed_bytes = 0
@@ -84,7 +86,7 @@ class NatsConnection:
             connect_timeout=2,
             max_reconnect_attempts=-1,
             reconnect_time_wait=RECONNECT_SECONDS,  # type: ignore[arg-type]
-            ping_interval=3,  # a silent server is given up after 6 to 9 s
+            ping_interval=3,  # A server that does not respond is given up after 6 to 9 s.
             pending_size=PENDING_BYTES,
             drain_timeout=3,
         )
@@ -101,7 +103,9 @@ class NatsConnection:
         self._up.set()
 
     def _why_not(self) -> str:
-        """Returns the faults of the last attempts, each with its setting; empty without faults."""
+        """Returns the faults of the last attempts to connect, each with its setting; empty without
+        faults.
+        """
         sentences = (f"{fault.setting}: {fault.sentence}" for fault in self._faults.values())
         return "; ".join(dict.fromkeys(sentences))
 
@@ -115,7 +119,7 @@ class NatsConnection:
     async def unless_denied(self, work: Awaitable[object]) -> None:
         """Waits for `work`, but not longer than until the server reports a missing permission.
 
-        The server does not respond to such a request otherwise, so it would wait for its timeout.
+        The server sends no response to a request that it denies, so the request would time out.
 
         Raises:
             SettingsError: The user lacks a permission.
@@ -139,7 +143,7 @@ class NatsConnection:
         return True
 
     def check_max_payload(self, needed_bytes: int) -> None:
-        """Raises SettingsError when the server does not take messages of that size."""
+        """Raises SettingsError if the server does not accept messages of that size."""
         self._needed_bytes = needed_bytes
         if why := self._too_small():
             raise SettingsError(why)
@@ -158,9 +162,10 @@ class NatsConnection:
             said = str(error).removeprefix("nats: ").strip("' ")
             self._denied = f"the NATS server denies the user a permission that it needs ({said})"
             self._is_denied.set()
-            log.warning("NATS permission is missing: %s", said)
+            log.warning("nats_permission_missing: %s", said)
         elif self.nc.is_connected:
-            # Readers of dropped messages notice the gap and ask again, so it is no warning.
+            # Readers of dropped messages notice the gap and read again, so this event is no
+            # warning.
             level = logging.DEBUG if isinstance(error, SlowConsumerError) else logging.WARNING
             log.log(level, "NATS error: %r", error)
         else:
@@ -176,7 +181,7 @@ class NatsConnection:
         now = time.monotonic()
         if fault.sentence != reason or now - at > REPORT_SECONDS:
             self._reported = (fault.sentence, now)
-            log.warning("NATS is not connected: %s: %s", fault.setting, fault.sentence)
+            log.warning("nats_not_connected: %s: %s", fault.setting, fault.sentence)
         ours = {urlsplit(server).netloc for server in self._access.servers}
         final = {server for server, each in self._faults.items() if each.final}
         if ours <= final and not self._up.is_set():
@@ -195,7 +200,8 @@ class NatsConnection:
 
     async def _on_reconnect(self) -> None:
         log.warning("nats_reconnected")
-        if why := self._too_small():  # another server, or another configuration
+        # the client may have reached another server, or one with another configuration
+        if why := self._too_small():
             log.error("%s", why)
         self._faults.clear()
         self._reported = ("", 0.0)
@@ -313,7 +319,7 @@ class NatsConnection:
             await self.nc.publish(subject, data, reply=reply)
 
     async def last(self, stream: str, subject: str) -> RawStreamMsg | None:
-        """Returns the last message of a subject (wildcards allowed), as the leader has it."""
+        """Returns the last message of a subject (wildcards allowed) from the stream's leader."""
         try:
             return await self.ask(lambda: self.js.get_last_msg(stream, subject))
         except nats.js.errors.NotFoundError:
@@ -390,7 +396,7 @@ async def connect(
     """Connects to NATS; closes the connection at the end.
 
     Args:
-        where: How to reach it, or only addresses in the form of IMG2IMG_NATS_URL.
+        where: The servers and credentials, or only URLs as in IMG2IMG_NATS_URL.
         reconnect_wait_seconds: How long a call waits for a lost connection.
         connect_seconds: How long the first connection is attempted.
         stop: Ends these attempts with StoppedError.

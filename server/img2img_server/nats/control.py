@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class NatsControl:
-    """A Control on core NATS: messages reach those who are connected, and are not stored.
-
-    Its methods raise UnavailableError, those that return a context on entering it.
+    """A Control on core NATS: messages reach the roles that are connected, and are not stored.
+    Methods raise UnavailableError; a method that returns a context raises it on entering the
+    context.
     """
 
     def __init__(self, link: NatsConnection) -> None:
@@ -66,15 +66,17 @@ class NatsControl:
         async def receive(msg: Msg) -> None:
             try:
                 await handler(codec.decode(msg.data, kind))
-            except codec.UndecodableError as error:  # of a later version
-                log.info("a message on %s is ignored: %s", subject, error)
-            except Exception:  # the next message must still be handled
-                log.exception("the message on %s was not handled: %r", subject, msg.data)
+            except codec.UndecodableError as error:  # a role of a later version sent the message
+                log.info("control_message_ignored: %s: %s", subject, error)
+            except Exception:
+                # an error of one handler must not keep the next message from being handled
+                log.exception("control_message_failed: %s: %r", subject, msg.data)
 
         await self._link.ready()
         with unavailable():
             subscription = await self._link.nc.subscribe(subject, cb=receive)
-            await self._link.nc.flush(timeout=2)  # the server knows the subscription
+            # After this flush the server knows the subscription.
+            await self._link.nc.flush(timeout=2)
         try:
             yield
         finally:

@@ -23,7 +23,7 @@ class JetStreamEventLog:
         self._link = link
 
     async def open(self, job_id: int, *, fresh: bool = False) -> JetStreamEventWriter:
-        """Takes over the log of a job. Raises UnavailableError."""
+        """Opens the log of a job for writing; earlier writers lose it. Raises UnavailableError."""
         writer = JetStreamEventWriter(self._link, job_id)
         if not fresh:
             await writer.catch_up()
@@ -56,8 +56,8 @@ class Envelopes:
     Unlike a generator it can be asked again after a wait that was cancelled.
 
     Args:
-        read: Given the last number, returns a later envelope, or one to skip: an earlier or unknown
-            one.
+        read: Given the last number, returns the next envelope. One with an earlier number or an
+            unknown event is skipped.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class JetStreamEventWriter:
         self._turn = asyncio.Lock()
 
     async def catch_up(self) -> None:
-        """Reads the last number of the log and its fence."""
+        """Reads the last event number of the log and the stream sequence that fences writers."""
         last = await self._link.last(subjects.EVENTS, subjects.events_filter(self._job_id))
         if last is None:
             return
@@ -131,7 +131,7 @@ class JetStreamEventWriter:
         except WrongLastSequenceError as error:
             if not self._fence or await self._link.last(subjects.EVENTS, self._log_subject):
                 raise self._lost() from error
-            self._fence = 0  # the whole log has expired
+            self._fence = 0  # all events of the log have expired
             return await self._store(data)
 
     async def _store_preview(self, data: bytes, sample: int) -> None:

@@ -1,4 +1,4 @@
-"""Errors of NATS as errors and sentences of the service."""
+"""Translates errors of NATS to errors and sentences of the service."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import nats.js.errors
 from img2img_server.certificates import refused_certificate
 from img2img_server.errors import MessageTooLargeError, UnavailableError
 
-# Error codes of the server. 10077 says that storing failed, and only its text says why;
-# tests/contract/test_queue_jobs.py checks the text with the real server.
+# Error codes of the server. 10077 means that storing failed; only the error's text has the reason,
+# so tests/contract/test_queue_jobs.py checks the text with the real server.
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _STORE_FAILED: Final = 10077
 _SUBJECT_FULL: Final = "maximum messages per subject exceeded"
@@ -47,7 +47,7 @@ class SubjectFullError(Exception):
 
 
 def is_leaderless(error: BaseException | None) -> bool:
-    """Returns whether the stream or consumer has no leader, so that nothing was done."""
+    """Returns whether the stream or consumer has no leader, so that the request had no effect."""
     if isinstance(error, nats.js.errors.APIError):
         return error.err_code in _NO_LEADER
     silent = nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class _GapError(Exception):
-    """A message was lost: the numbers of the server have a gap."""
+    """A message was lost: the server's sequence numbers have a gap."""
 
 
 class Follower:
@@ -53,14 +53,14 @@ class Follower:
             try:
                 data = await self._next()
             except (_GapError, Interrupted, TimeoutError) as reason:
-                log.debug("reading %s again: %r", self._subject, reason)
+                log.debug("stream_read_again: %s: %r", self._subject, reason)
                 await self._restart()
             else:
                 if data is not None:
                     return data
 
     async def _next(self) -> bytes | None:
-        if self._inbox is None:  # a restart was cancelled
+        if self._inbox is None:  # The restart was cancelled.
             raise Interrupted
         async with asyncio.timeout(2.5 * HEARTBEAT_SECONDS):
             msg = await self._inbox.get()
@@ -104,7 +104,7 @@ class Follower:
         inbox, self._inbox = self._inbox, None
         consumer, self._consumer = self._consumer, ""
         if consumer and self._link.nc.is_connected:
-            # The server would delete a consumer without a subscriber by itself, a little later.
+            # The server deletes a consumer without a subscriber by itself, but later.
             api = f"$JS.API.CONSUMER.DELETE.{self._stream}.{consumer}"
             with suppress(UnavailableError):
                 await self._link.send(api, b"", reply=self._link.nc.new_inbox())
@@ -117,5 +117,5 @@ class Follower:
             try:
                 return await self.start()
             except (UnavailableError, nats.js.errors.APIError) as error:
-                log.debug("cannot read %s yet: %r", self._subject, error)
+                log.debug("stream_not_readable: %s: %r", self._subject, error)
                 await asyncio.sleep(RETRY_SECONDS)

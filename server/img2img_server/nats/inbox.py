@@ -18,14 +18,15 @@ CLOSE_SECONDS: Final = 2.0
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the reader asks again
-    """The connection was lost and is open again: earlier requests get no response."""
+    """The connection was lost and is open again: requests sent before get no response."""
 
 
 class ReplyInbox:
     """A private subject and the messages that arrived there. See `NatsConnection.open_inbox`.
 
     Args:
-        max_bytes: Most unread bytes; further messages are dropped, for readers that detect gaps.
+        max_bytes: Most unread bytes; further messages are dropped, which only readers that detect
+            gaps can use.
         late: Receives the messages that arrive after a `close` that was cancelled.
     """
 
@@ -80,13 +81,14 @@ class ReplyInbox:
         return rest
 
     async def close(self) -> None:
-        """Unsubscribes; no message arrives afterwards. May be called again."""
+        """Unsubscribes, after which no message arrives. May be called again."""
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
         draining = asyncio.ensure_future(self._drain(subscription))
         try:
-            await asyncio.shield(draining)  # continues for two seconds if the caller is cancelled
+            # Unsubscribing continues for up to two seconds if the caller is cancelled.
+            await asyncio.shield(draining)
         except asyncio.CancelledError:
             self._abandoned = True
             raise

@@ -20,8 +20,9 @@ from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import SubjectFullError
 from img2img_server.nats.pull import Puller
 
-MAX_ACK_PENDING: Final = 10_000  # most jobs of one model and lane that all workers hold
-INFO_SECONDS: Final = 0.2  # most age of the state that position and depth are computed from
+MAX_ACK_PENDING: Final = 10_000  # most delivered and unacknowledged jobs of one model and lane
+# seconds; greatest age of the consumer state from which position and depth are computed
+INFO_SECONDS: Final = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class JetStreamDelivery:
         return int(self._msg.metadata.num_delivered)
 
     async def ack(self) -> None:
-        # As a request: after a lost ack another worker would run the job again.
+        # The ack is sent as a request: after a lost ack another worker would run the job again.
         await self._link.request(self._msg.reply, Msg.Ack.Ack)
 
     async def nak(self) -> None:
@@ -75,7 +76,7 @@ class JetStreamJobQueue:
 
     async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
         subject = subjects.jobs_subject(model, lane, job.tenant)
-        # The id makes the second attempt after a lost response the same message.
+        # With the id, the server ignores a repeated publish after a lost response.
         headers = {"Nats-Msg-Id": str(job.job_id)}
         try:
             return (await self._link.publish(subject, codec.encode(job), headers)).seq
@@ -141,8 +142,9 @@ class JetStreamJobQueue:
             try:
                 job = codec.decode(msg.data, QueuedJob)
             except codec.UndecodableError as error:
-                log.warning("a job that cannot be decoded becomes a dead letter: %s", error)
-                await dead_letter(self._link, msg, b"", str(error))  # it may hold an image
+                log.warning("undecodable_job_dead_lettered: %s", error)
+                # The content may hold an image, so the dead letter has none.
+                await dead_letter(self._link, msg, b"", str(error))
             else:
                 deliveries.append(JetStreamDelivery(self._link, msg, job))
         return deliveries
@@ -153,6 +155,6 @@ class JetStreamJobQueue:
             filter_subject=subjects.lane_filter(model, lane),
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=self.ack_wait_seconds,
-            max_deliver=-1,  # the worker limits the attempts
+            max_deliver=-1,  # The worker limits the attempts, not the consumer.
             max_ack_pending=MAX_ACK_PENDING,
         )

@@ -14,7 +14,7 @@ from img2img_server.nats.connection import REQUEST_SECONDS, NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
 
 _PAGES_OVERLAP: Final = 1000
-_MARKER: Final = "KV-Operation"  # header of the message that other clients delete a key with
+_MARKER: Final = "KV-Operation"  # header of the message by which NATS clients delete a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Bucket:
         return KvEntry(msg.data or b"", msg.seq or 0)
 
     async def put(self, key: str, value: bytes) -> int:
-        """Writes unconditionally; returns the revision."""
+        """Writes the value whatever the key's revision is; returns the new revision."""
         subject = subjects.key_subject(self._name, key)
         return (await self._link.publish(subject, value, repeatable=True)).seq
 
@@ -69,7 +69,7 @@ class Bucket:
         return await self._link.replace(self._stream, subject, value, revision)
 
     async def claim(self, key: str, value: bytes) -> KvEntry:
-        """Writes if the key does not exist; returns the entry that exists then."""
+        """Writes if the key does not exist. Returns the existing entry otherwise."""
         while True:
             try:
                 return KvEntry(value, await self.swap(key, value, 0))
@@ -77,7 +77,7 @@ class Bucket:
                 entry = await self.get(key)
                 if entry is not None:
                     return entry
-                # It expired in between: try again.
+                # The key expired between the two calls.
 
     async def remove(self, key: str) -> None:
         """Removes the key and its history, if it exists."""
@@ -85,7 +85,7 @@ class Bucket:
         await self._link.ask(lambda: self._link.js.purge_stream(self._stream, subject=subject))
 
     async def keys(self, pattern: str = ">") -> list[str]:
-        """Returns the keys that match the pattern, in no order."""
+        """Returns the keys that match the pattern, in any order."""
         subject = subjects.key_subject(self._name, pattern)
         found: set[str] = set()
         offset, more = 0, True
@@ -99,7 +99,8 @@ class Bucket:
         return [each[start:] for each in found]
 
     async def _page(self, subject: str, offset: int) -> dict[str, Any]:
-        """Reads subjects from the offset on, by name; the server returns at most 100 000 at once.
+        """Reads the subjects from the offset on, sorted by name; the server returns at most 100 000
+        at once.
 
         {"total": 100001, "offset": 0, "limit": 100000, "state": {"subjects": {"$KV.b.k": 1, …}, …}}
         """

@@ -19,7 +19,7 @@ from img2img_server.tasks import reraise_cancellation
 
 NO_INFO: Final = "nats: something else when expecting INFO message"
 CLOSE_SECONDS: Final = 1.0
-DENIED: Final = "permissions violation"  # begins the server's error about a missing permission
+DENIED: Final = "permissions violation"  # prefix of the server's error about a missing permission
 
 
 class PatchedClient(Client):
@@ -39,7 +39,7 @@ class PatchedClient(Client):
 
     @property
     def offers_jetstream(self) -> bool:
-        """Whether the server that we are connected to has JetStream itself."""
+        """Whether the connected server itself runs JetStream."""
         return bool(self._server_info.get("jetstream"))
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
@@ -53,8 +53,8 @@ class PatchedClient(Client):
     async def _close_transport(self) -> None:
         if transport := self._transport:
             transport.close()  # type: ignore[no-untyped-call]
-            # The connection is broken, so its errors are ignored. The future inside may have been
-            # cancelled by another task.
+            # The connection is broken, so its errors are ignored. Another task may have cancelled
+            # the future that holds them.
             closed = asyncio.ensure_future(transport.wait_closed())  # type: ignore[no-untyped-call]
             await asyncio.wait([closed], timeout=CLOSE_SECONDS)
             closed.cancel()
@@ -62,20 +62,20 @@ class PatchedClient(Client):
 
     async def _connect_to_server(self, s: Srv) -> None:
         self.attempted = s.uri.netloc
-        await self._close_transport()  # of an attempt that failed
+        await self._close_transport()  # the transport of an attempt that failed
         await super()._connect_to_server(s)
 
     async def _process_connect_init(self) -> None:
         try:
             await super()._process_connect_init()
-        except ValueError as error:  # would end the attempts to reconnect
-            if isinstance(error, OSError):  # a certificate that is not trusted is both
+        except ValueError as error:  # This error would end the attempts to reconnect.
+            if isinstance(error, OSError):  # an untrusted certificate raises an error of both types
                 raise
             raise nats.errors.Error(NO_INFO) from error
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         server = self._current_server
-        # A WebSocket has its TLS below it.
+        # The TLS of a WebSocket is below the WebSocket's own transport.
         if initial_connection and self._needs_tls and server and server.uri.scheme not in WEBSOCKET:
             if not (info.get("tls_required") or info.get("tls_available")):
                 raise nats.errors.SecureConnWantedError

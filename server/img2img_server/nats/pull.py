@@ -1,4 +1,6 @@
-"""Pulls messages from durable consumers of one stream; nothing that was delivered stays unread."""
+"""Pulls messages from durable consumers of one stream and requeues those that the caller does not
+get.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from img2img_server.errors import UnavailableError
 from img2img_server.nats.connection import NatsConnection, status_of
 from img2img_server.nats.inbox import Interrupted, ReplyInbox
 
-STATUS_SECONDS: Final = 1.0  # longest wait for the server's status that no message came
+# seconds; longest wait for the server's status that no message is available
+STATUS_SECONDS: Final = 1.0
 _NO_RESPONDERS: Final = "503"
 
 
@@ -33,9 +36,9 @@ class Puller:
     ) -> list[Msg]:
         """Returns 1 to `most` messages, or none when none came in time.
 
-        Each consumer in turn is asked for the messages that wait; when there are none, all are
-        asked to send what comes. Messages that arrive while the requests end are returned too.
-        Those above `most`, and all of them when the caller is cancelled, go back to the consumer.
+        Asks each consumer in turn for its waiting messages. If there are none, asks all consumers
+        for the next new messages. Messages that arrive while the requests end are returned too.
+        Those above `most`, and all of them when the caller is cancelled, are requeued.
 
         Raises:
             UnavailableError: NATS is down, or a consumer was deleted.
@@ -58,7 +61,7 @@ class Puller:
             closing = asyncio.create_task(self._close(inbox, taken[keep:]))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-            if not keep:  # cancelled
+            if not keep:  # The caller was cancelled.
                 await asyncio.shield(closing)
         return taken[:keep]
 
@@ -95,7 +98,8 @@ class Puller:
                     msg = await inbox.get()
                     status = status_of(msg)
                     if status == _NO_RESPONDERS:
-                        self._created.clear()  # deleted; the next pull creates them again
+                        # The consumer was deleted; the next pull creates it again.
+                        self._created.clear()
                         raise UnavailableError
                     if status:
                         requests -= 1

@@ -32,7 +32,7 @@ class Rates:
     def __init__(self, values: KeyValue, clock: Callable[[], float] = time.time) -> None:
         self._values = values
         self._clock = clock
-        self._known: dict[str, KvEntry] = {}  # last read or written
+        self._known: dict[str, KvEntry] = {}  # the value that was last read or written
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def take(self, key_id: str, per_minute: int) -> float:
@@ -51,14 +51,15 @@ class Rates:
                     revision = await self._values.swap(
                         key_id, value, entry.revision if entry else 0
                     )
-                except WrongLastSequenceError:  # another api counted, or it has expired
+                except WrongLastSequenceError:
+                    # Another api has counted a job, or the value has expired.
                     await self._read(key_id)
                     continue
                 self._known[key_id] = KvEntry(value, revision)
                 return 0.0
 
     def wait(self, key_id: str, per_minute: int) -> float:
-        """Returns what `take` would return by the cached count; counts nothing."""
+        """Returns the seconds to wait by the cached value, or 0.0. Counts nothing."""
         return self._next(key_id, per_minute)[2]
 
     def _next(self, key_id: str, per_minute: int) -> tuple[KvEntry | None, float, float]:
@@ -68,7 +69,7 @@ class Rates:
         full_at = max(now, float(entry.value)) if entry else now
         full_at += MINUTE / per_minute
         wait = full_at - now - MINUTE
-        # The cached time may be old, but it only grows: a refusal is right anyway.
+        # The cached time may be old. It only grows, so a refusal by it is right.
         return entry, full_at, wait if wait > 1e-6 else 0.0
 
     async def _read(self, key_id: str) -> None:

@@ -94,10 +94,11 @@ class KvJobStore:
 async def newest(
     read: Callable[[int, int], Awaitable[list[int]]], before: int, most: int
 ) -> list[int]:
-    """Returns up to `most` numbers below `before`, highest first, from a stream that reads upwards.
+    """Returns up to `most` numbers below `before`, highest first. A stream can only be read
+    upwards.
 
-    Reads windows below `before`, which grow until one holds more numbers than are read at once, and
-    then shrink: about the logarithm of `before` reads.
+    Reads windows below `before`, whose size grows and then shrinks until it holds about as many
+    numbers as one read returns. This takes about log2(`before`) reads.
 
     Args:
         read: Returns the first numbers from a start on, ascending: `read(start, most)`.

@@ -23,7 +23,7 @@ DEAD: Final = "DEAD"
 EVENTS: Final = "EVENTS"
 IDS: Final = "IDS"
 WEBHOOKS: Final = "WEBHOOKS"
-WEBHOOKS_CONSUMER: Final = "webhooks"  # all api pods share it
+WEBHOOKS_CONSUMER: Final = "webhooks"  # consumer that all api processes share
 
 RECORDS_BUCKET: Final = "img2img-jobs"
 REQUESTS_BUCKET: Final = "img2img-requests"

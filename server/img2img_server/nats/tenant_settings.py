@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Record:
     version: str
-    sealed: bytes  # all StorageDetails: a public address identifies the tenant
+    # All of StorageDetails is encrypted, since a public address would identify the tenant.
+    sealed: bytes
 
 
 class TenantStorage:
@@ -27,7 +28,7 @@ class TenantStorage:
 
     A job keeps the version that was current when it was accepted. A version that is replaced or
     reset moves to a second bucket, which keeps it as long as such jobs may run. Every method raises
-    UnavailableError when NATS is down, methods that read also SealBrokenError.
+    UnavailableError when NATS is down. Methods that read also raise SealBrokenError.
     """
 
     def __init__(self, vault: Vault, current: KeyValue, retired: KeyValue) -> None:
@@ -56,7 +57,7 @@ class TenantStorage:
         return self._open(codec.decode(entry.value, _Record)) if entry else None
 
     async def put(self, tenant: str, deploy_type: str, details: StorageDetails) -> str:
-        """Replaces the stored details; returns the new version. Only when `can_store`."""
+        """Replaces the stored details and returns the new version. Call only if `can_store`."""
         record = _Record(uuid.uuid4().hex, self._vault.seal(codec.encode(details)))
         key = _key(tenant, deploy_type)
         while True:
@@ -64,7 +65,7 @@ class TenantStorage:
             try:
                 await self._current.swap(key, codec.encode(record), there)
             except WrongLastSequenceError:
-                continue  # another api was quicker: its version is replaced
+                continue  # Another api has written a version meanwhile; this one replaces it.
             return record.version
 
     async def remove(self, tenant: str, deploy_type: str) -> None:
@@ -74,7 +75,8 @@ class TenantStorage:
         await self._current.remove(key)
 
     async def rotate(self) -> None:
-        """Encrypts all current versions with the first key, so that older keys can be removed.
+        """Encrypts all current versions again with the first key, so that older keys can be
+        removed.
 
         Retired versions are not encrypted again: they expire soon.
         """
@@ -90,12 +92,14 @@ class TenantStorage:
                 changed = codec.encode(_Record(record.version, sealed))
                 await self._current.swap(key, changed, entry.revision)
             except WrongLastSequenceError:
-                continue  # written meanwhile, so with the first key
+                continue  # The key was written meanwhile, so it is encrypted with the first key.
             except SealBrokenError:
-                log.warning("the storage details of %s cannot be decrypted: no key fits", key)
+                log.warning("storage_details_undecryptable: no key fits %s", key)
 
     async def _retire(self, tenant: str, key: str) -> int:
-        """Copies the current version to the second bucket; returns its revision, 0 without one."""
+        """Copies the current version to the bucket of old versions. Returns its revision, 0 if
+        there is none.
+        """
         entry = await self._current.get(key)
         if entry is None:
             return 0
@@ -108,7 +112,7 @@ class TenantStorage:
 
 
 def kv_tenant_storage(link: NatsConnection, vault: Vault) -> TenantStorage:
-    """Creates it on JetStream; topology.py defines how long versions are kept."""
+    """Creates the storage details on JetStream; topology.py sets how long versions are kept."""
     return TenantStorage(
         vault, Bucket(link, subjects.STORAGE_BUCKET), Bucket(link, subjects.RETIRED_STORAGE_BUCKET)
     )

@@ -1,4 +1,4 @@
-"""All streams and buckets with their bounds; created or updated when a role connects."""
+"""Defines all streams and buckets with their limits, and creates or updates them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from img2img_server.settings import SettingsError
 
 _EXISTS_DIFFERENTLY: Final = 10058
 _URL: Final = "IMG2IMG_NATS_URL"
-# Error codes that another attempt cannot change, each with its setting:
-# no JetStream at all or for the account, and more replicas than servers.
+# Error codes of permanent failures, each with the setting to correct: the server or the account has
+# no JetStream, or there are fewer servers than replicas.
 _FINAL: Final = {
     10039: _URL,
     10076: _URL,
@@ -37,12 +37,12 @@ HOUR: Final = 3600.0
 RECORD_MARGIN_SECONDS: Final = HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
-RATES_SECONDS: Final = 120.0  # longer than the minute that is counted
+RATES_SECONDS: Final = 120.0  # longer than the minute in which a rate limit counts
 DEAD_SECONDS: Final = 7 * 24 * HOUR
 DEAD_MAX_BYTES: Final = 2**28
 # Longer than all attempts at a webhook take together: 11 hours at most.
 WEBHOOKS_SECONDS: Final = 24 * HOUR
-WEBHOOK_REPEAT_SECONDS: Final = 600.0  # as REPEAT_SECONDS; longer than a redelivery takes
+WEBHOOK_REPEAT_SECONDS: Final = 600.0  # longer than a redelivery takes
 # Within this time a repeated publish with the same Nats-Msg-Id is stored once.
 REPEAT_SECONDS: Final = 20.0
 
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Limits of sizes and times. `replicas`: copies of each stream and bucket."""
+    """Limits of sizes, ages and times. `replicas`: copies of each stream and bucket."""
 
     queue_limit: int = 15
     retention_seconds: float = 24 * HOUR
@@ -88,7 +88,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         ),
         StreamConfig(
             name=subjects.DEAD,
-            description="Jobs that can never work, without their images; the reason in a header.",
+            description="Jobs that can never run, without their images. A header has the reason.",
             subjects=["img2img.dead.>"],
             retention=RetentionPolicy.LIMITS,
             max_age=DEAD_SECONDS,
@@ -108,29 +108,29 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         ),
         StreamConfig(
             name=subjects.IDS,
-            description="Job ids by tenant: the sequence of a message is a number of a job.",
-            # Without a tenant: apis of an older version, while they are replaced.
+            description="Job ids by tenant: the sequence of a message is the id of a job.",
+            # The subject without a tenant is for apis of an older version during a rolling update.
             subjects=["img2img.ids", "img2img.ids.*"],
             retention=RetentionPolicy.LIMITS,
-            # A job may wait for one retention and run before it is kept for another one.
+            # A job may wait for one retention period and run, and is then kept for another one.
             max_age=2 * bounds.retention_seconds + RECORD_MARGIN_SECONDS,
             allow_direct=True,
             duplicate_window=REPEAT_SECONDS,
         ),
         _bucket(subjects.RECORDS_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
-        # Never longer than the record of its job.
+        # Events are not kept longer than the record of their job.
         _bucket(subjects.REQUESTS_BUCKET, min(REQUEST_ID_SECONDS, bounds.retention_seconds)),
         _bucket(subjects.WORKERS_BUCKET, WORKER_SECONDS),
         _bucket(subjects.MODELS_BUCKET, 0.0),
         _bucket(subjects.STORAGE_BUCKET, 0.0),
         _bucket(subjects.RATES_BUCKET, RATES_SECONDS),
-        # As long as a job may wait that was accepted when it was current.
+        # A job that was accepted with this version may wait this long.
         _bucket(subjects.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]
 
 
 def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
-    # The layout of the NATS clients, so that `nats kv` reads the bucket.
+    # This is the layout of the NATS clients, so `nats kv` reads the bucket.
     return StreamConfig(
         name=subjects.bucket_stream(name),
         subjects=[subjects.key_subject(name, ">")],
@@ -166,7 +166,7 @@ async def prepare(link: NatsConnection, bounds: Bounds, ends_at: float = 0.0) ->
                 sentence += f" (IMG2IMG_EVENTS_MAX_BYTES reserves {bounds.events_max_bytes} bytes)"
             if time.monotonic() > ends_at:
                 raise UnavailableError(f"{sentence}; given up") from error
-            log.warning("%s, trying again", sentence)
+            log.warning("jetstream_not_ready, trying again: %s", sentence)
         await asyncio.sleep(_PAUSE_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""The outbox on the WEBHOOKS stream: one durable pull consumer for all api pods."""
+"""The webhook outbox on the WEBHOOKS stream: one durable pull consumer for all apis."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class JetStreamWebhookOutbox:
             durable_name=subjects.WEBHOOKS_CONSUMER,
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=ack_wait_seconds,
-            max_deliver=-1,  # the dispatcher bounds the attempts
-            max_ack_pending=-1,  # webhooks that wait for their next attempt do not delay others
+            max_deliver=-1,  # The dispatcher limits the attempts, not the consumer.
+            max_ack_pending=-1,  # Webhooks that wait for their next attempt must not delay others.
         )
 
     async def put(self, job: Job, *, again: bool = False) -> None:
@@ -77,6 +77,6 @@ class JetStreamWebhookOutbox:
                 job = codec.decode(msg.data, Job)
                 pending.append(JetStreamPending(self._link, msg, job))
             except codec.UndecodableError as error:
-                log.warning("a webhook that cannot be decoded is dropped: %s", error)
+                log.warning("undecodable_webhook_dropped: %s", error)
                 await self._link.request(msg.reply, Msg.Ack.Term)
         return pending

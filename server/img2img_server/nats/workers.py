@@ -56,5 +56,5 @@ def _decoded(entry: KvEntry, kind: type[T]) -> T | None:
     try:
         return codec.decode(entry.value, kind)
     except codec.UndecodableError as error:
-        log.warning("an announcement that cannot be decoded is ignored: %s", error)
+        log.warning("undecodable_announcement_ignored: %s", error)
         return None

@@ -66,6 +66,6 @@ def _tls_fault(error: OSError) -> str:
 
 
 def _system_fault(error: OSError) -> str:
-    """Returns the system's text for the error number, which holds no address."""
-    # For several addresses asyncio raises one error without a number.
+    """Returns the system's text for the error number. The text contains no address."""
+    # If several addresses fail, asyncio raises one error without a number.
     return os.strerror(error.errno).lower() if error.errno else "all its addresses failed"

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 Address = IPv4Address | IPv6Address
 
-# IANA IPv4 Special-Purpose Address Registry, without the globally reachable entries.
+# IANA IPv4 Special-Purpose Address Registry, without its globally reachable entries.
 NOT_PUBLIC_V4 = tuple(
     map(
         IPv4Network,
@@ -30,8 +30,8 @@ NOT_PUBLIC_V4 = tuple(
         ),
     )
 )
-# Only global unicast is public: this leaves out loopback, IPv4-mapped and IPv4-compatible, unique
-# local, link-local, site-local and multicast addresses.
+# Only global unicast addresses are public. This excludes loopback, IPv4-mapped and IPv4-compatible,
+# unique local, link-local, site-local and multicast addresses.
 GLOBAL_UNICAST = IPv6Network("2000::/3")
 NOT_PUBLIC_V6 = tuple(
     map(
@@ -44,7 +44,7 @@ NOT_PUBLIC_V6 = tuple(
         ),
     )
 )
-# DNS64 gives IPv6-only hosts this form of every IPv4 address (RFC 6052).
+# NAT64 maps every IPv4 address to this prefix (RFC 6052).
 NAT64 = IPv6Network("64:ff9b::/96")
 
 

@@ -1,8 +1,9 @@
 """The policy for connections to addresses that callers supply: init images, webhooks, S3 endpoints.
 
 A URL is checked before each request, redirects included. A name is resolved once, all its addresses
-are checked, and the connection goes to one of them: it has no effect that the name server returns
-another address later. The request line has the caller's bytes, see domain/urls.py.
+are checked, and the connection uses one of them. So a name server cannot pass the check with one
+address and connect to another one. The request line contains the URL exactly as the caller wrote
+it, see domain/urls.py.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from img2img_server.outbound.networks import Address, is_public
 from img2img_server.settings import Settings, SettingsError
 
 DEFAULT_USER_AGENT = f"img2img/{__version__}"
-# Response headers up to the sizes that browsers accept: security policies and cookies of large
-# sites exceed aiohttp's 8190 bytes a header and 128 headers.
+# Limits of response headers as in browsers: security policies and cookies of large sites exceed
+# aiohttp's limits of 8190 bytes a header and 128 headers.
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 512
 # A host whose last part is a number is an IPv4 address in some spelling (WHATWG URL, section 3.5):
@@ -54,12 +55,14 @@ class ForbiddenAddressError(Exception):
 
 
 class ConnectionBrokenError(aiohttp.ClientError):
-    """The connection ended before the response headers; aiohttp would repeat such requests."""
+    """The connection ended before the response headers. aiohttp retries such requests by itself
+    unless the error has another type.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class OutboundPolicy:
-    """Public addresses are allowed, and those that the operator lists.
+    """Allows public addresses and those that the operator lists.
 
     `hosts`: names that may have any address. `networks`: addresses that any name may have.
     `user_agent`: the User-Agent of requests.
@@ -115,16 +118,16 @@ class OutboundPolicy:
 
         Raises:
             ForbiddenAddressError: The address is malformed, has a user part, a port of another
-                protocol, or a host that is not public or is an IP address in an unusual spelling.
+                protocol, or a host that is not public, or an IP address in an unusual spelling.
         """
         try:
             parsed = parse_url(text) if base is None else join_url(parse_url(str(base)), text)
             named = URL.build(scheme=parsed.scheme, host=parsed.host, port=parsed.port)
         except UrlError as error:
             raise ForbiddenAddressError(f"the address {error}") from error
-        except ValueError as error:  # not a valid international name
+        except ValueError as error:  # The host is not a valid international name.
             raise ForbiddenAddressError("the address has a host name that is not valid") from error
-        # yarl cannot express an empty query, so the path holds path and query as they are sent.
+        # yarl cannot express an empty query, so path and query are kept together as they are sent.
         authority = named.raw_authority
         url = URL.build(scheme=parsed.scheme, authority=authority, path=parsed.target, encoded=True)
         self._check_host(url.raw_host or "")
@@ -132,7 +135,7 @@ class OutboundPolicy:
         return url
 
     def _check_host(self, host: str) -> None:
-        """Checks the host of a request; only the form of a name."""
+        """Checks the host of a request. Of a name, only the syntax is checked."""
         address = _literal(host)
         if address is not None:
             self.check_addresses(host, [address])
@@ -172,7 +175,8 @@ class OutboundPolicy:
         Args:
             resolver: Resolves names; DNS by default.
         """
-        # c-ares instead of getaddrinfo: a slow name server occupies no thread.
+        # c-ares is used instead of getaddrinfo, which occupies a thread while a name server is
+        # slow.
         names = resolver or aiohttp.AsyncResolver()
         try:
             async with aiohttp.ClientSession(
@@ -210,7 +214,7 @@ class OutboundPolicy:
 
 
 class _CheckingResolver(AbstractResolver):
-    """Returns the addresses that another resolver found, all of them or none."""
+    """Returns the addresses that another resolver found, if all of them are allowed."""
 
     def __init__(self, policy: OutboundPolicy, names: AbstractResolver) -> None:
         self._policy = policy
@@ -231,7 +235,7 @@ def shown(url: str) -> str:
     """Returns the URL as logs may show it: without query, fragment and user part."""
     try:
         parsed = URL(url.strip())
-        if not parsed.host:  # the text may be a password
+        if not parsed.host:  # The text may be a password.
             return "malformed"
         return str(parsed.with_user(None).with_query(None).with_fragment(None))
     except ValueError:
@@ -239,7 +243,7 @@ def shown(url: str) -> str:
 
 
 def _literal(host: str) -> Address | None:
-    """Returns the IP address that the host is, None when it is a name.
+    """Returns the IP address in the host, or None if the host is a name.
 
     Raises:
         ForbiddenAddressError: The host is an IP address in an unusual spelling.

@@ -17,5 +17,5 @@ def seconds_of(retry_after: str, now: float) -> float:
         return float(text[:9])
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - now)
-    except (ValueError, OverflowError):  # a year or an offset that no timestamp has
+    except (ValueError, OverflowError):  # No timestamp can have this year or offset.
         return 0.0

@@ -1,4 +1,4 @@
-"""Safety checkers of finished images."""
+"""Safety checkers of generated images."""
 
 from __future__ import annotations
 
@@ -9,5 +9,7 @@ from img2img_server.settings import Settings
 
 
 def safety_checker(settings: Settings, source: str) -> SafetyChecker:
-    """Returns the checker of the settings, not loaded yet. `source`: model directory or hub id."""
+    """Returns the checker that the settings choose; it loads its model later. `source`: model
+    directory or hub id.
+    """
     return ModelChecker(source) if settings.safety_checker == "model" else NsfwChecker()

@@ -22,7 +22,7 @@ class SafetyChecker(Protocol):
     """Scores finished images. May be called from several threads."""
 
     async def warm_up(self) -> None:
-        """Loads what the first check would have to wait for.
+        """Loads the model, so that the first check need not wait for it.
 
         Raises:
             SafetyCheckError: the checker cannot run on this machine.
@@ -31,11 +31,13 @@ class SafetyChecker(Protocol):
 
     @property
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """The context of a check, entered before it takes a thread: waiting there needs none."""
+        """A context that limits parallel checks. Enter it before a thread is taken, so that no
+        thread waits.
+        """
         ...
 
     def check(self, pixels: Pixels) -> float:
-        """Returns 0 (safe for work) to 1 (not); computes and blocks.
+        """Returns a score from 0 (safe for work) to 1 (not safe). Blocks while it computes.
 
         Args:
             pixels: height x width x 3, RGB.
@@ -50,7 +52,8 @@ class LazyChecker(ABC):
     """A SafetyChecker that loads its model before the first check."""
 
     def __init__(self) -> None:
-        self.turn: AbstractAsyncContextManager[None] = nullcontext()  # checks run in parallel
+        # By default, checks run in parallel.
+        self.turn: AbstractAsyncContextManager[None] = nullcontext()
         self._score: Callable[[Pixels], float] | None = None
         self._loading = threading.Lock()
 
@@ -75,7 +78,7 @@ class LazyChecker(ABC):
 
 @contextmanager
 def _safety_check_error(sentence: str) -> Iterator[None]:
-    """Logs an error of the body and raises SafetyCheckError with the sentence instead."""
+    """Replaces an error of the body by SafetyCheckError with this sentence, and logs the error."""
     try:
         yield
     except Exception as error:
@@ -84,5 +87,5 @@ def _safety_check_error(sentence: str) -> Iterator[None]:
 
 
 def blank(pixels: Pixels) -> Pixels:
-    """Returns a black image of the same size, which replaces a flagged one."""
+    """Returns a black image of the same size, the replacement of a flagged image."""
     return np.zeros(pixels.shape, np.uint8)

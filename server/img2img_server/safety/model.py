@@ -1,4 +1,4 @@
-"""The safety checker in the directory of a model: diffusers' own, in the folder safety_checker."""
+"""The safety checker of diffusers, from the folder safety_checker of a model's directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelChecker(LazyChecker):
 
     def load(self) -> Callable[[Pixels], float]:
         from diffusers.pipelines.stable_diffusion.safety_checker import (
-            StableDiffusionSafetyChecker,  # torch takes seconds
+            StableDiffusionSafetyChecker,  # Importing torch takes seconds.
         )
         from transformers import CLIPImageProcessorPil
 
@@ -40,12 +40,13 @@ class ModelChecker(LazyChecker):
         )
         checker.eval()
         prepare = CLIPImageProcessorPil.from_pretrained(self._source, subfolder="feature_extractor")
-        one_at_a_time = threading.Lock()  # also after a check whose caller was cancelled
+        # A thread may outlive the check that started it, so the threads take turns themselves.
+        one_at_a_time = threading.Lock()
 
         def score(pixels: Pixels) -> float:
             with one_at_a_time:
                 ready = prepare(images=Image.fromarray(pixels), return_tensors="pt").pixel_values
-                # It blanks the images that it gets; only the flags are needed.
+                # The checker blanks its input images; only its flags are used.
                 _, flagged = checker(clip_input=ready, images=[np.zeros(1)])
                 return float(bool(flagged[0]))
 

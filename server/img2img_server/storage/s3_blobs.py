@@ -34,10 +34,10 @@ from img2img_server.storage.s3_faults import (
 )
 
 CHUNK_BYTES: Final = 64 * 1024
-PART_BYTES: Final = 64 * 2**20  # files are far smaller, so each takes one request
+PART_BYTES: Final = 64 * 2**20  # bytes; files are far smaller, so each upload takes one request
 THREADS: Final = 8
-# A request is repeated at once and after a second where the connection fails or the store is
-# overloaded or broken; not where TLS fails.
+# The SDK repeats a request at once and after a second if the connection fails or the store reports
+# a transient error. Failures of TLS are not repeated.
 RETRIES: Final = urllib3.Retry(
     total=2,
     other=0,
@@ -49,14 +49,16 @@ RETRIES: Final = urllib3.Retry(
 )
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 30.0
-ATTEMPT_SECONDS: Final = 5.0  # least time for an attempt at the start
-CLOSE_SECONDS: Final = 2.0  # longest wait for calls whose callers were cancelled
+ATTEMPT_SECONDS: Final = 5.0  # seconds; least time for an attempt at the start
+CLOSE_SECONDS: Final = 2.0  # seconds; longest wait for calls whose callers were cancelled
 FOLDERS: Final = ("generations", "temp")
 
-CHECK_KEY: Final = "temp/img2img-check-{}.txt"  # the bucket expires it if this key may not delete
+# The file of the start check. The bucket expires it if the key must not delete.
+CHECK_KEY: Final = "temp/img2img-check-{}.txt"
 CHECK_DATA: Final = b"A check of img2img whether files can be stored; it may be deleted.\n"
-RULES_SECONDS: Final = 20.0  # longest wait for the lifecycle rules
-RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)  # pauses at the start, the last one repeated
+RULES_SECONDS: Final = 20.0  # seconds; longest wait for the lifecycle rules
+# seconds between attempts at the start; the last value repeats
+RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)
 _MINE_ALREADY: Final = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 _NO_RULES: Final = "NoSuchLifecycleConfiguration"
 
@@ -78,7 +80,7 @@ class S3BlobStore:
         self._warned: set[str] = set()
         self._putting: dict[
             Future[Any], str
-        ] = {}  # threads continue when their callers are cancelled
+        ] = {}  # The SDK's threads continue after their callers are cancelled.
 
     async def prepare(self, seconds: float = 0.0) -> None:
         """Proves that files can be stored, and creates the bucket if it is missing. Then sets the
@@ -128,12 +130,12 @@ class S3BlobStore:
                     raise SettingsError(f"{fault}{self._needs(error.__cause__)}") from error
                 if loop.time() >= ends_at:
                     raise StorageError(f"{fault}; given up after {seconds:g} s") from error
-                log.warning("object store is not ready, trying again: %s", fault)
+                log.warning("object_store_not_ready, trying again: %s", fault)
             await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
             attempt += 1
 
     def _needs(self, error: BaseException | None) -> str:
-        """Returns the permission that the key lacks; only for a denied put it is known."""
+        """Returns the permission that the key lacks. Only a denied put allows to name it."""
         denied = isinstance(error, S3Error) and error.code in DENIED
         return f": the key needs s3:PutObject in {self._bucket}" if denied else ""
 
@@ -159,7 +161,7 @@ class S3BlobStore:
             if error.code in MISSING:
                 self._warn_once("a file that was stored is not found at once: links may return 404")
             elif error.code in DENIED:
-                log.info("this key may store files and not read them: %s", error.code)
+                log.info("s3_key_cannot_read: %s", error.code)
             else:
                 raise
         try:
@@ -203,19 +205,19 @@ class S3BlobStore:
     def _warn_once(self, sentence: str) -> None:
         if sentence not in self._warned:
             self._warned.add(sentence)
-            log.warning("object store: %s", sentence)
+            log.warning("object_store_call_failed: %s", sentence)
 
     def _make_bucket(self) -> None:
         try:
             self._client.make_bucket(self._bucket, location=self._access.region)
         except FAULTS as error:
             code = error.code if isinstance(error, S3Error) else type(error).__name__
-            if code in _MINE_ALREADY:  # another role has created it meanwhile
+            if code in _MINE_ALREADY:  # Another role has created the bucket meanwhile.
                 return
             if is_transient(error):
                 raise
             raise NoBucketError(f"this key cannot create it ({code})") from error
-        log.info("bucket created: %s", self._bucket)
+        log.info("bucket_created: %s", self._bucket)
 
     def _make_rules(self) -> None:
         ours = [self._rule(folder) for folder in FOLDERS]
@@ -269,7 +271,7 @@ class S3BlobStore:
         except S3Error as error:
             if error.code in MISSING:
                 return None
-            # HEAD has no body in its response: only GET reports a wrong key.
+            # HEAD has no body in its response, so only GET reports a wrong key.
             return self._stat_by_get(key)
         return BlobInfo(key=key, size_bytes=found.size or 0, media_type=found.content_type or "")
 
@@ -312,7 +314,8 @@ class S3BlobStore:
         await self._call(remove)
 
     async def _run(self, work: Callable[[], T], putting: str = "") -> T:
-        future = self._pool.submit(copy_context().run, work)  # log lines name the role and the job
+        # The log context of the caller names the role and the job.
+        future = self._pool.submit(copy_context().run, work)
         if putting:
             self._putting[future] = putting
             future.add_done_callback(self._putting.pop)
@@ -331,7 +334,7 @@ class S3BlobStore:
 
 
 def _sentence(error: Exception) -> str:
-    # A part of Job.error, so it names no host, path or key.
+    # This message becomes a part of Job.error, so it names no host, path or key.
     if isinstance(error, S3Error):
         return f"the object store refused: {error.code}"
     return "the object store cannot be reached"
@@ -345,7 +348,7 @@ def _facts(rule: Rule) -> tuple[object, ...]:
 
 @asynccontextmanager
 async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
-    """Opens the bucket of settings.s3_*; connects with the first call. Call `prepare` before `put`.
+    """Opens the bucket of settings.s3_*; the first call connects. Call `prepare` before `put`.
 
     Raises:
         SettingsError: The endpoint, the region or the bucket cannot be used.
@@ -361,7 +364,8 @@ async def connect_blobs(settings: Settings) -> AsyncIterator[S3BlobStore]:
     try:
         yield S3BlobStore(client, pool, access, keep_days=math.ceil(settings.retention_hours / 24))
     finally:
-        with suppress(TimeoutError):  # a silent store occupies a thread for READ_SECONDS
+        # A store that does not respond occupies a thread for READ_SECONDS.
+        with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         connections.clear()

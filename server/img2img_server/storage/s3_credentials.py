@@ -26,9 +26,10 @@ from minio.credentials.providers import IamAwsProvider, Provider, WebIdentityPro
 from img2img_server.setting_files import read_text
 from img2img_server.settings import Settings
 
-REFRESH: Final = timedelta(minutes=5)  # before they expire; AWS offers new ones by then
-RETRY: Final = timedelta(seconds=30)  # between two attempts to refresh valid credentials
-LEAST: Final = timedelta(seconds=10)  # credentials that last less long count as expired
+# how long before the expiry credentials are renewed; AWS offers new ones by then
+REFRESH: Final = timedelta(minutes=5)
+RETRY: Final = timedelta(seconds=30)  # seconds between two attempts to renew valid credentials
+LEAST: Final = timedelta(seconds=10)  # credentials that expire within this time count as expired
 _OURS: Final = "IMG2IMG_S3_ACCESS_KEY"
 _IDENTITY_FILE: Final = "AWS_WEB_IDENTITY_TOKEN_FILE"
 _TOKEN_FILE: Final = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"  # noqa: S105
@@ -38,7 +39,7 @@ _CONTAINER: Final = (
 )
 METADATA_URL: Final = "http://169.254.169.254"
 _CONTAINER_URL: Final = "http://169.254.170.2"
-# Where credentials may be asked for without TLS: ECS and EKS, and this machine.
+# Hosts that may be asked for credentials without TLS: those of ECS and EKS, and this machine.
 _CONTAINER_HOSTS: Final = ("localhost", "169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 _TIMEOUT: Final = urllib3.Timeout(connect=2.0, read=5.0)
 _STATUS: Final = re.compile(r"HTTP status code (\d+)")
@@ -61,7 +62,7 @@ class Source:
 
     Args:
         access, secret, token: The settings that hold them, for error messages.
-        fetch: Gets them; blocks. Raises CredentialsError.
+        fetch: Reads the credentials; blocks. Raises CredentialsError.
     """
 
     access: str
@@ -97,7 +98,7 @@ class RefreshingProvider(Provider):
                 try:
                     self._known = self._source.fetch()
                 except CredentialsError as error:
-                    log.warning("S3 credentials are not renewed yet: %s", error)
+                    log.warning("s3_credentials_not_renewed: %s", error)
             return self._known
 
     def _left(self) -> timedelta:
@@ -163,7 +164,7 @@ def _by_web_identity(env: Mapping[str, str]) -> Credentials:
 
 
 def _by_file(path: Path, profile: str) -> Credentials:
-    # Not by minio's provider: a "%" in a key breaks its parser.
+    # minio's provider is not used: a "%" in a key breaks its parser.
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(read_text(path))
@@ -189,7 +190,8 @@ def _by_container(name: str, env: Mapping[str, str]) -> Credentials:
         raise CredentialsError(name, why)
     token = _text(_TOKEN_FILE, env) or env.get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
     hint = "the service account or task must have a role"
-    # Not by `retrieve`: it sends a token to any host, and the line break at the end of its file.
+    # minio's `retrieve` is not used: it sends the token to any host, with the file's last line
+    # break.
     headers: dict[str, str | list[str] | tuple[str]] = {"Authorization": token} if token else {}
     return _fetched(
         name, parts.netloc, hint, lambda http: IamAwsProvider(http_client=http).fetch(url, headers)
@@ -224,7 +226,7 @@ def _by_metadata(env: Mapping[str, str], file: Path) -> Credentials:
 
 
 def _text(name: str, env: Mapping[str, str]) -> str:
-    """Returns the content of the file that a variable names; empty where it is not set."""
+    """Returns the content of the file that a variable names, or "" if the variable is not set."""
     path = env.get(name)
     try:
         return read_text(Path(path)).strip() if path else ""
@@ -235,7 +237,7 @@ def _text(name: str, env: Mapping[str, str]) -> str:
 def _fetched(
     setting: str, where: str, hint: str, fetch: Callable[[urllib3.PoolManager], Credentials]
 ) -> Credentials:
-    """Returns the result of `fetch`. Its errors hold tokens in URLs, so they are replaced."""
+    """Returns the result of `fetch`. Replaces its errors, whose URLs contain tokens."""
     why, final = "", False
     try:
         with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as http:

@@ -61,11 +61,11 @@ class StoreFault:
 
 
 class NotAStoreError(MinioException):
-    """The server responds like a store and is none; the sentence says how it differs."""
+    """The server is no S3 store; the sentence says how its response differs."""
 
 
 class NoBucketError(MinioException):
-    """The bucket is missing and could not be created."""
+    """The bucket is missing and cannot be created."""
 
 
 def is_transient(error: BaseException) -> bool:
@@ -90,7 +90,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _may_pass(status: int) -> bool:
-    return status == 429 or (status >= 500 and status != 501)  # 501: not implemented
+    return status == 429 or (status >= 500 and status != 501)  # HTTP 501: not implemented
 
 
 def explain(error: BaseException | None, access: S3Access) -> StoreFault:
@@ -180,7 +180,7 @@ def _unreachable(error: BaseException, access: S3Access) -> str:
         case urllib3.exceptions.LocationParseError():
             return f"{where} is no host"
         case urllib3.exceptions.NewConnectionError():
-            why = str(error).rpartition(": ")[2].rpartition("] ")[2]  # without "[Errno 111] "
+            why = str(error).rpartition(": ")[2].rpartition("] ")[2]  # removes "[Errno 111] "
             return f"{where} cannot be reached ({why})"
         case urllib3.exceptions.TimeoutError():
             return f"{where} does not answer in time"

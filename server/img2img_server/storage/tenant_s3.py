@@ -1,7 +1,8 @@
 """Uploads to a tenant's own S3 storage, under the outbound policy.
 
-The minio SDK signs; the session of the policy sends the request to the addresses that it checked.
-The bucket may also be part of the host name, and there is no client of the SDK for each tenant.
+The minio SDK signs a request, and the session of the policy sends it to addresses that it has
+checked. The bucket may also be part of the host name, and there is no client of the SDK for each
+tenant.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
 TRIES: Final = 3
 FIRST_PAUSE_SECONDS: Final = 0.2
 TRY_SECONDS: Final = 20.0
-_ANSWER_BYTES: Final = 4096  # of a refusal; its code is near the start
+# bytes that are read of an error response; the error code is near its start
+_ANSWER_BYTES: Final = 4096
 _CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=TRY_SECONDS, sock_connect=3.0)
 
@@ -61,7 +63,7 @@ class _RefusedError(Exception):
 
 
 class TenantS3:
-    """Stores files by a tenant's storage details.
+    """Stores files in the storage of a tenant.
 
     Args:
         resolver: Resolves names; DNS by default.
@@ -82,11 +84,11 @@ class TenantS3:
             try:
                 await self._try(details, url, data, media_type)
             except ForbiddenAddressError as error:
-                log.warning("upload refused by the outbound policy", why=str(error), url=shown(url))
+                log.warning("tenant_upload_refused", why=str(error), url=shown(url))
                 raise StorageError("the tenant's store has a forbidden address") from error
             except (_RefusedError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 why = str(error) if isinstance(error, _RefusedError) else type(error).__name__
-                log.warning("upload to a tenant's store failed", why=why, left=left, url=shown(url))
+                log.warning("tenant_upload_failed", why=why, left=left, url=shown(url))
                 if not left:
                     raise StorageError("the tenant's store does not take the file") from error
                 pause = FIRST_PAUSE_SECONDS * 4 ** (TRIES - 1 - left)
@@ -98,8 +100,8 @@ class TenantS3:
         """Stores a small file, reads it by its link and removes it.
 
         Returns:
-            Which detail is to blame when the store does not take it, else None; and a warning when
-            its link does not serve it.
+            The violation of the wrong setting if the store rejects the file, else None; and a
+            warning if the file's link does not return it.
         """
         name = f"img2img-check-{uuid.uuid4()}.txt"
         try:
@@ -111,7 +113,7 @@ class TenantS3:
             field, why = _TO_BLAME.get(error.code, ("endpoint_url", f"refuses a file: {error}"))
             return Violation(field, Reason.STORE_REFUSED, f"{field} {why}"), ""
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            log.info("storage check failed", why=type(error).__name__)
+            log.info("storage_check_failed", why=type(error).__name__)
             cause = cause_of(error, urlsplit(details.endpoint_url).hostname or "the host")
             message = "endpoint_url does not answer"
             return Violation("endpoint_url", Reason.UNREACHABLE, message, cause), ""
@@ -120,7 +122,7 @@ class TenantS3:
         return None, "" if served else "public_url does not serve the files"
 
     def _sendable(self, url: str) -> str:
-        """Returns the URL as it is sent, its host in ASCII; exactly this URL is signed.
+        """Returns the URL that is signed and sent, with its host in ASCII.
 
         Raises:
             ForbiddenAddressError: it must not be contacted.
@@ -139,15 +141,15 @@ class TenantS3:
             return False
 
     async def _remove(self, details: StorageDetails, url: str) -> None:
-        """Removes a file if the key may do so: a key that may only write is a good key."""
+        """Removes a file if the key has that permission, which no upload needs."""
         try:
             await self._request(details, url, method="DELETE")
         except (ForbiddenAddressError, aiohttp.ClientError, TimeoutError, OSError) as error:
-            log.info("the file of a storage check stays", why=type(error).__name__)
+            log.info("storage_check_file_not_removed", why=type(error).__name__)
 
     async def _try(self, details: StorageDetails, url: str, data: bytes, media_type: str) -> None:
         status, code = await self._request(details, url, data, media_type, acl=True)
-        if 400 <= status < 500 or status == 501:  # the store may refuse the ACL
+        if 400 <= status < 500 or status == 501:  # Some stores refuse the ACL.
             status, code = await self._request(details, url, data, media_type)
         if not 200 <= status < 300:
             raise _RefusedError(status, code)
@@ -163,7 +165,8 @@ class TenantS3:
         acl: bool = False,
     ) -> tuple[int, str]:
         """Sends a signed request. Returns the HTTP status and the store's code for a refusal."""
-        target = URL(self._sendable(url), encoded=True)  # the URL that is signed is the one sent
+        # The URL that is signed must be the one that is sent.
+        target = URL(self._sendable(url), encoded=True)
         more = {"Content-Type": media_type} if media_type else {}
         if acl:
             more["x-amz-acl"] = "public-read"
@@ -181,7 +184,7 @@ class TenantS3:
 def _signed(
     details: StorageDetails, method: str, url: URL, data: bytes, more: dict[str, str]
 ) -> dict[str, str]:
-    """Returns the headers `more` and those that sign the request."""
+    """Returns the headers `more` and the headers that sign the request."""
     date = datetime.now(UTC)
     digest = hashlib.sha256(data).hexdigest()
     signed = sign_v4_s3(

@@ -25,7 +25,7 @@ class Vault:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no key, so that nothing can be encrypted or decrypted."""
+        """Whether there is no key to encrypt and decrypt with."""
         return not self._keys
 
     def seal(self, data: bytes) -> bytes:
@@ -42,7 +42,7 @@ class Vault:
             raise SealBrokenError("no storage key decrypts it") from None
 
     def is_current(self, sealed: bytes) -> bool:
-        """Returns whether the first key decrypts the data, so that no other key is needed."""
+        """Returns whether the first key decrypts the data."""
         try:
             self._keys[0].decrypt(sealed)
         except InvalidToken:

@@ -1,4 +1,4 @@
-"""A file store that monitors whether it takes files, so that no work begins while it does not."""
+"""A file store that monitors itself, so that no job starts while files cannot be stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Final
 from img2img_server.errors import StorageError
 from img2img_server.storage.interface import BlobStore
 
-PAUSES_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # between probes, the last one repeated
+# seconds between probes; the last value repeats
+PAUSES_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 class WatchedBlobs:
     """Stores and deletes files in another store, and probes that store after a failed `put`.
 
-    `healthy` is set while the store takes files. `trouble` is the reason while it does not.
+    `healthy` is set while files can be stored. Otherwise `trouble` has the reason.
     """
 
     def __init__(self, blobs: BlobStore, pauses_seconds: Sequence[float] = PAUSES_SECONDS) -> None:
@@ -35,7 +36,7 @@ class WatchedBlobs:
             await self._failed.wait()
             pauses = iter(self._pauses_seconds)
             pause = 0.0
-            while not self.healthy.is_set():  # until a probe or a put has succeeded
+            while not self.healthy.is_set():  # The loop ends after a successful probe or put.
                 pause = next(pauses, pause)
                 await asyncio.sleep(pause)
                 try:
@@ -49,11 +50,11 @@ class WatchedBlobs:
         self.trouble = error.detail or str(error)
         self.healthy.clear()
         self._failed.set()
-        log.warning("object_store_unavailable, no jobs are pulled: %s", self.trouble)
+        log.warning("object_store_unavailable: no jobs are pulled: %s", self.trouble)
 
     def _recover(self) -> None:
         if not self.healthy.is_set():
-            log.warning("object_store_available, jobs are pulled")
+            log.warning("object_store_available")
         self.trouble = ""
         self.healthy.set()
         self._failed.clear()

@@ -260,7 +260,7 @@ def _emit(run: _Run, event: EngineEvent) -> bool:
     try:
         run.sink(event)
     except Exception:
-        _log.exception("the sink of job %d failed", run.job.job_id)
+        _log.exception("event_sink_failed: job %d", run.job.job_id)
     return isinstance(event, JobDone | JobStopped | JobFailed | DeviceLost)
 
 

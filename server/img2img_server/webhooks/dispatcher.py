@@ -26,9 +26,10 @@ SPREAD = 0.2
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
 OVERFLOW_SECONDS = 5.0
 LONGEST_OVERFLOW_SECONDS = 300.0
-MOST_AT_ONCE = 64  # attempts of one api; a slow receiver takes one of them for 30 s
-MOST_OF_A_TENANT = 16  # attempts of one tenant at one api
-_ROOM_SECONDS = 0.05  # how long webhooks above the tenant's limit wait for one of its attempts
+MOST_AT_ONCE = 64  # most running attempts of one api; a slow receiver occupies one of them for 30 s
+MOST_OF_A_TENANT = 16  # most running attempts of one tenant at one api
+# seconds that webhooks above the tenant's limit wait for one of its attempts to end
+_ROOM_SECONDS = 0.05
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 
@@ -57,8 +58,9 @@ class BackoffPolicy:
         """Returns the seconds to wait after a failed attempt, or None after the last one.
 
         Args:
-            attempt: from 1.
-            retry_after_seconds: what the receiver asked for; it lengthens a delay, up to an hour.
+            attempt: The number of the attempt, from 1.
+            retry_after_seconds: The delay that the receiver asked for. A longer one than ours is
+                used, up to an hour.
         """
         if attempt > len(self.delays_seconds):
             return None
@@ -66,7 +68,9 @@ class BackoffPolicy:
         return max(delay, min(retry_after_seconds, LONGEST_RETRY_AFTER_SECONDS))
 
     def overflow_delay(self, deliveries: int) -> float:
-        """Returns the seconds to defer a webhook for that was taken so many times, from 1."""
+        """Returns the delay of a webhook above its tenant's limit, by the number of its deliveries
+        from 1.
+        """
         seconds = self.overflow_seconds * 2.0 ** min(deliveries - 1, 10)
         return self._spread(min(seconds, LONGEST_OVERFLOW_SECONDS))
 
@@ -95,12 +99,12 @@ class WebhookDispatcher:
         self._signer = signer
         self._backoff = backoff
         self._drain_seconds = drain_seconds
-        self._attempts: dict[asyncio.Task[None], str] = {}  # the tenants of running attempts
+        self._attempts: dict[asyncio.Task[None], str] = {}  # the tenant of each running attempt
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Delivers until `stop` is set; running attempts then have `drain_seconds` to end.
+        """Delivers until `stop` is set; running attempts then get `drain_seconds` to end.
 
-        The outbox returns an attempt that was cancelled, to this or another api.
+        The outbox redelivers a webhook whose attempt was cancelled, to this or another api.
         """
         async with asyncio.TaskGroup() as tasks:
             pulling = tasks.create_task(self._pull(tasks))
@@ -126,7 +130,7 @@ class WebhookDispatcher:
     async def _start(
         self, tasks: asyncio.TaskGroup, waiting: list[PendingWebhook]
     ) -> list[PendingWebhook]:
-        """Begins attempts; returns the webhooks whose tenants have reached their limit.
+        """Begins attempts. Returns the webhooks whose tenants have reached their limit.
 
         Waits a moment for attempts to end, so that a tenant whose receiver is quick is not
         deferred.
@@ -140,7 +144,7 @@ class WebhookDispatcher:
             await asyncio.wait(self._attempts, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
     def _begin(self, tasks: asyncio.TaskGroup, pending: PendingWebhook) -> bool:
-        """Begins an attempt and returns True, if the tenant's limit allows one more."""
+        """Begins an attempt if the tenant's limit allows one more. Returns whether it did."""
         tenant = pending.job.tenant
         if list(self._attempts.values()).count(tenant) >= MOST_OF_A_TENANT:
             return False

@@ -10,7 +10,7 @@ from img2img_server.domain.job import Job
 from img2img_server.interfaces.records import ConflictError, JobStore
 from img2img_server.interfaces.webhooks import OutboxFullError, WebhookOutbox
 
-RETRYING, SUCCESS, FAILED = "retrying", "success", "failed"  # Job.webhook_status
+RETRYING, SUCCESS, FAILED = "retrying", "success", "failed"  # the values of Job.webhook_status
 
 log = structlog.get_logger()
 
@@ -18,9 +18,10 @@ log = structlog.get_logger()
 async def announce(outbox: WebhookOutbox, jobs: JobStore, job: Job) -> None:
     """Puts the webhook of an ended job into the outbox, if the job has one.
 
-    Call it after the record of the job has ended and before its log does: if the process dies in
-    between, the next owner of the job calls it again, and the outbox keeps one of the two webhooks.
-    If the outbox is full, the webhook is given up and the job is not. Raises UnavailableError.
+    Call it after the end is in the job's record and before the terminal event is in its log. If the
+    process dies in between, the next owner of the job calls it again, and the outbox drops the
+    duplicate. If the outbox is full, the webhook is given up; the job still ends normally. Raises
+    UnavailableError.
     """
     if not job.params.webhook:
         return
@@ -51,5 +52,5 @@ async def set_status(
         try:
             await jobs.update(changed, stored.revision)
         except ConflictError:
-            continue  # the record has changed meanwhile
+            continue  # The record has changed meanwhile, so it is read again.
         return

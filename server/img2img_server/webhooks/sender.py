@@ -26,8 +26,8 @@ class Outcome:
     """The outcome of an attempt.
 
     `final`: no further attempt is made. `retry_after_seconds`: the delay that the receiver asked
-    for. `reason`: for the caller, a clause without IP addresses. `detail`: for the log, if it adds
-    to the reason.
+    for. `reason`: a clause for the caller, without IP addresses. `detail`: a text for the log, if
+    it says more than the reason.
     """
 
     delivered: bool

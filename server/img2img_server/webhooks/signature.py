@@ -26,7 +26,7 @@ class Signer:
         """Reads the setting webhook_secret: secrets separated by spaces. If empty, signs nothing.
 
         Raises:
-            SettingsError: one is not "whsec_" and the base64 of 24 to 64 bytes.
+            SettingsError: a secret is not "whsec_" and the base64 of 24 to 64 bytes.
         """
         self._keys = [Webhook(_checked(secret)) for secret in secrets.split()]
 
@@ -48,6 +48,6 @@ def _checked(secret: str) -> str:
         key = b""
     if not secret.startswith(_PREFIX) or not _LEAST_BYTES <= len(key) <= _MOST_BYTES:
         raise SettingsError(
-            "IMG2IMG_WEBHOOK_SECRET: a secret is whsec_ and the base64 of 24 to 64 bytes"
+            "IMG2IMG_WEBHOOK_SECRET: every secret must be whsec_ and the base64 of 24 to 64 bytes"
         )
     return secret
