@@ -137,9 +137,7 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._fixed_step_cost = fixed_step_cost
         self._max_wait_seconds = max_wait_seconds
-        self._limits: dict[
-            tuple[int, int], tuple[int, float]
-        ] = {}  # forwards, and when the bound expires
+        self._limits: dict[tuple[int, int], tuple[int, float]] = {}  # forwards, expiry
         self._entries: dict[Key, _Entry] = {}
         self._work_of_tenant = FairShare()
         self._seconds_per_work = 0.0  # 0.0: not measured yet
