@@ -147,6 +147,14 @@ class Denoiser(Protocol):
         ...
 
     @property
+    def warm_up_prompts(self) -> tuple[str, ...]:
+        """Returns prompts to warm up with: each alone, and each in batches with the first one.
+
+        There are several if the code that is compiled depends on the lengths of prompts.
+        """
+        ...
+
+    @property
     def warm_up_calls(self) -> int:
         """Returns how often a warm-up runs each batch size until everything is compiled."""
         ...

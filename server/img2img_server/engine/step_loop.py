@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -97,18 +98,23 @@ class StepLoop:
 
     def _warm_up(self, height: int, width: int, forwards: int) -> None:
         denoiser = self._denoiser
-        text = TextInput(
-            prompt="", negative_prompt="", guidance_scale=0.0, height=height, width=width
-        )
-        (conditioning,) = denoiser.encode_texts([text])
+        texts = [
+            TextInput(
+                prompt=prompt, negative_prompt="", guidance_scale=0.0, height=height, width=width
+            )
+            for prompt in denoiser.warm_up_prompts
+        ]
+        first, *others = denoiser.encode_texts(texts)
+        batches = [[each] * forwards for each in (first, *others)]
+        batches += [list(islice(cycle((each, first)), forwards)) for each in others]
         images = [np.zeros((height, width, 3), np.uint8)]
         images *= min(forwards, denoiser.max_vae_batch(height, width))
         latents = torch.stack([image.mean for image in denoiser.encode_images(images)])
         rows = [latents[:1]] * forwards
         timesteps = torch.full((forwards,), 500.0, device=denoiser.device)
-        for _ in range(denoiser.warm_up_calls):
+        for batch in batches * denoiser.warm_up_calls:
             with self._memory.measured(height, width, forwards):
-                denoiser.denoise(rows, timesteps, [conditioning] * forwards)
+                denoiser.denoise(rows, timesteps, batch)
         denoiser.decode(latents)
         denoiser.preview(latents[:1])
 

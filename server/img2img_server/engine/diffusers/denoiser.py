@@ -40,6 +40,10 @@ _CPU_STEP_OVERHEAD_PER_THREAD = 35_000
 # than the denoiser. On a CPU batching does not help, and the first image would wait.
 _MAX_AUTOENCODER_PIXELS = 4 * 1024 * 1024
 
+# An empty one, one whose length is no multiple of 32, which Z-Image pads to, and one that is longer
+# than any prompt that is read.
+_WARM_UP_PROMPTS = ("", "a " * 100, "a " * 2048)
+
 
 class DiffusersDenoiser:
     """A pipeline's networks without the pipeline's loop.
@@ -111,7 +115,7 @@ class DiffusersDenoiser:
             max_batch_size=max_batch_size,
             family=family,
         )
-        accelerate(denoiser._model.network, options)
+        accelerate(denoiser._model.network, options, family.lengths_vary)
         return denoiser
 
     @property
@@ -150,6 +154,12 @@ class DiffusersDenoiser:
         if self.device.type == "cpu" and not self._is_compiled:
             return (1,)
         return batch_size_buckets(self._max_batch_size)
+
+    @property
+    def warm_up_prompts(self) -> tuple[str, ...]:
+        if not self._family.lengths_vary:
+            return ("",)
+        return _WARM_UP_PROMPTS if self._is_compiled else _WARM_UP_PROMPTS[-1:]
 
     @property
     def warm_up_calls(self) -> int:

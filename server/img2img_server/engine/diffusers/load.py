@@ -38,11 +38,17 @@ def load_pipeline(
     fp16 files are widened where dtype says so.
 
     Raises:
-        ModelError: It cannot be loaded, or nothing can be compiled on this machine.
+        ModelError: It cannot be loaded, or cannot be compiled so, or not on this machine.
     """
     for quiet in (diffusers_logging, transformers_logging):
         quiet.set_verbosity_error()  # they would log prompts that are too long
         quiet.disable_progress_bar()
+    if family.lengths_vary and options.compile is Compile.WHOLE:
+        raise ModelError(
+            f"{files.class_name} takes prompts of any length: to compile its network as a whole "
+            "would take minutes for each length; it must be regional or off",
+            setting="compile",
+        )
     if options.compile is not Compile.OFF:  # before what takes long
         _try_compiler(device, options.compile)
     try:
@@ -83,8 +89,11 @@ def read_files(source: str) -> ModelFiles:
     return ModelFiles.read(folder)
 
 
-def accelerate(network: Any, options: ModelOptions) -> None:
+def accelerate(network: Any, options: ModelOptions, lengths_vary: bool = False) -> None:
     """Fuses and compiles the denoiser. Compiled code is built at the first use of a shape.
+
+    Args:
+        lengths_vary: The network takes prompts of any length: its blocks are compiled once for all.
 
     Raises:
         ModelError: Its projections cannot be fused.
@@ -105,7 +114,7 @@ def accelerate(network: Any, options: ModelOptions) -> None:
             whole = network._no_split_modules or ()
             network._repeated_blocks = [name for name in whole if name.endswith("Block")]
         # Graphs of many small regions would cost more launches than they save.
-        network.compile_repeated_blocks(dynamic=False)
+        network.compile_repeated_blocks(dynamic=lengths_vary)
     else:
         network.compile(dynamic=False, **graphs)
 

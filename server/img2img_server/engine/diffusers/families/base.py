@@ -87,6 +87,7 @@ class Family:
         tokenizers: The parts of the pipeline that read prompts.
         lora_parts: The parts of the pipeline that a LoRA may change.
         default_scheduler: The scheduler of models that name none.
+        lengths_vary: Whether the network's inputs are as long as the prompts of a batch.
     """
 
     name: ClassVar[str] = ""
@@ -99,6 +100,7 @@ class Family:
     denoiser: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lora_parts: ClassVar[tuple[str, ...]]
+    lengths_vary: ClassVar[bool] = False
     side_multiple: ClassVar[int] = 16
     native_size: ClassVar[int] = 1024
     max_side: ClassVar[int] = 2048

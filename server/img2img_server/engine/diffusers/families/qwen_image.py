@@ -30,6 +30,7 @@ class QwenImage(FlowFamily):
         "QwenImageImg2ImgPipeline",
     )
     native_size = 1328
+    lengths_vary = True
     num_inference_steps = 50
     guidance_scale = 4.0
 

@@ -28,6 +28,7 @@ class ZImage(FlowFamily):
         ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
         "ZImageImg2ImgPipeline",
     )
+    lengths_vary = True
     num_inference_steps = 28
     guidance_scale = 4.0
 
