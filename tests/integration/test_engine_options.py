@@ -22,13 +22,14 @@ from img2img_server.engine.executor import BatchExecutor
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.memory import MemoryModel, NoProbe
-from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.engine.model_spec import ModelSpec, read_model_spec
 from img2img_server.engine.options import Compile, EngineOptions, ModelOptions, TinyVaeUse
 from img2img_server.engine.step_loop import admit
 from img2img_server.errors import OutOfMemoryError
 from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, ReplyInbox, blocks, difference, images, job, run, running
+from tests.oracle.harness import families, models
 from tests.tiny_models import write_sd
 
 WANTED = job(guidance_scale=4.0, seeds=(1, 2, 3), num_inference_steps=5, preview_interval_steps=1)
@@ -316,3 +317,27 @@ def test_batches_and_jobs_are_held_against_the_peaks_that_were_measured(
     assert isinstance(end, JobFailed)
     assert isinstance(end.error, OutOfMemoryError)
     assert (end.error.width, end.error.needed_bytes) == (144, 400 * 2**20)
+
+
+@pytest.mark.parametrize("family", families())
+def test_fused_projections_give_the_same_images_or_are_refused(family: str, tmp_path: Path) -> None:
+    model = next(iter(families()[family].values()))
+    folder = model.write(tmp_path)
+    wanted = job(
+        scheduler=read_model_spec(str(folder)).scheduler,
+        init_image=blocks(*model.sizes[0]),
+        guidance_scale=model.guidance_scales[-1],
+        strength=0.9,
+        **model.options,
+    )
+    try:
+        fused = load(folder, ModelOptions(fuse_qkv=True))
+    except ModelError:
+        return
+    assert worst(made(fused, wanted), made(load(folder), wanted)) <= BOUND
+
+
+def test_stable_diffusion_3_refuses_fused_projections(tmp_path: Path) -> None:
+    folder = models()["sd3.5"].write(tmp_path)
+    with pytest.raises(ModelError, match="cannot fuse its projections; it must be off"):
+        load(folder, ModelOptions(fuse_qkv=True))

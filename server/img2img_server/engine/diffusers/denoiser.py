@@ -115,7 +115,12 @@ class DiffusersDenoiser:
             max_batch_size=max_batch_size,
             family=family,
         )
-        accelerate(denoiser._model.network, options, family.lengths_vary)
+        accelerate(
+            denoiser._model.network,
+            options,
+            family.lengths_vary,
+            can_fuse=family.can_fuse_projections,
+        )
         return denoiser
 
     @property

@@ -89,17 +89,20 @@ def read_files(source: str) -> ModelFiles:
     return ModelFiles.read(folder)
 
 
-def accelerate(network: Any, options: ModelOptions, lengths_vary: bool = False) -> None:
+def accelerate(
+    network: Any, options: ModelOptions, lengths_vary: bool = False, *, can_fuse: bool = True
+) -> None:
     """Fuses and compiles the denoiser. Compiled code is built at the first use of a shape.
 
     Args:
         lengths_vary: The network takes prompts of any length: its blocks are compiled once for all.
+        can_fuse: Whether diffusers computes the same with fused projections.
 
     Raises:
         ModelError: Its projections cannot be fused.
     """
     if options.fuse_qkv:
-        if not hasattr(network, "fuse_qkv_projections"):
+        if not (can_fuse and hasattr(network, "fuse_qkv_projections")):
             raise ModelError(
                 f"{type(network).__name__} cannot fuse its projections; it must be off",
                 setting="fuse_qkv",

@@ -86,6 +86,7 @@ class Family:
         denoiser: The part of the pipeline that denoises.
         tokenizers: The parts of the pipeline that read prompts.
         lora_parts: The parts of the pipeline that a LoRA may change.
+        can_fuse_projections: Whether diffusers computes the same with fused projections.
         default_scheduler: The scheduler of models that name none.
         lengths_vary: Whether the network's inputs are as long as the prompts of a batch.
     """
@@ -101,6 +102,7 @@ class Family:
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lora_parts: ClassVar[tuple[str, ...]]
     lengths_vary: ClassVar[bool] = False
+    can_fuse_projections: ClassVar[bool] = True
     side_multiple: ClassVar[int] = 16
     native_size: ClassVar[int] = 1024
     max_side: ClassVar[int] = 2048
