@@ -60,6 +60,20 @@ _TOGETHER = (
     ("nats_user", "nats_password"),
     ("s3_access_key", "s3_secret_key"),
 )
+_CONFLICTS = (
+    (
+        "lora_dir",
+        ("fuse_qkv", "quantization", "gguf_file", "group_offload"),
+        "which changes how the weights are kept that a LoRA changes",
+    ),
+    (
+        "fuse_qkv",
+        ("quantization", "gguf_file", "group_offload"),
+        "which changes how the weights are kept that are fused",
+    ),
+    ("gguf_file", ("quantization",), "which would quantise the weights of the file again"),
+    ("group_offload", ("compile",), "which needs the weights to stay on the device"),
+)
 
 
 class SettingsError(OperatorError):
@@ -175,10 +189,10 @@ class Settings(BaseSettings):
     channels_last: bool = True
     """Keep the networks' tensors channels last: faster where it was measured."""
     fuse_qkv: bool = False
-    """Compute queries, keys and values of the UNet in one product."""
+    """Compute queries, keys and values of the denoiser in one product."""
     compile: Literal["off", "regional", "whole"] = "off"
-    """How much of the UNet torch.compile gets; on a GPU `whole` is run as CUDA graphs. Batches are
-    then filled up to a few sizes, and warm_up_sizes takes minutes."""
+    """How much of the denoiser torch.compile gets; on a GPU `whole` is run as CUDA graphs. Batches
+    are then filled up to a few sizes, and warm_up_sizes takes minutes."""
     compile_cache_dir: OptionalPath = None
     """Folder that keeps what was compiled. Empty: torch's own, in /tmp."""
     warm_up_sizes: Sizes = "512x512"
@@ -196,7 +210,19 @@ class Settings(BaseSettings):
     CPU, whose memory is not measured."""
     lora_dir: OptionalPath = None
     """Folder of LoRA files (.safetensors) that requests may name; a LoRA has the name of its file.
-    Not together with fuse_qkv."""
+    Not together with fuse_qkv, quantization, gguf_file or group_offload."""
+    text_encoder_placement: Literal["device", "offload", "cpu"] = "device"
+    """Where text encoders are kept: on the device; on the host, from where they move to the device
+    to encode new prompts; or on the host, where they also run. Prompts are cached in each case."""
+    quantization: Literal["off", "int8", "fp8"] = "off"
+    """Keep the linear weights of the denoiser in 8 bits; they are widened when they are used. Needs
+    the extra `quantization` of the package."""
+    gguf_file: OptionalPath = None
+    """GGUF file with the weights of the denoiser, used instead of the model's own. Needs the extra
+    `quantization` of the package."""
+    group_offload: bool = False
+    """Keep the denoiser on the host and move its blocks to the GPU one after the other as they run:
+    for models that do not fit the GPU, at the cost of speed. Not together with compile."""
     safety_checker: Literal["opennsfw", "model"] = "opennsfw"
     """The checker of images: the classifier that comes with the service, or the safety checker in
     the model's directory, which runs on the CPU with its own thresholds."""
@@ -325,11 +351,12 @@ class Settings(BaseSettings):
             mistakes.append(
                 "IMG2IMG_S3_SESSION_TOKEN: belongs to IMG2IMG_S3_ACCESS_KEY, which is not set"
             )
-        if {"lora_dir", "fuse_qkv"} <= is_set:
-            mistakes.append(
-                "IMG2IMG_LORA_DIR: does not work with IMG2IMG_FUSE_QKV, which fuses the weights "
-                "that a LoRA changes"
-            )
+        mistakes += [
+            f"{variable(name)}: does not work with {variable(other)}, {why}"
+            for name, others, why in _CONFLICTS
+            for other in others
+            if {name, other} <= is_set and getattr(self, name) != "off" != getattr(self, other)
+        ]
         if self.api_ca_file and lists_addresses(self.api_address):
             mistakes.append(
                 "IMG2IMG_API_ADDRESS: with TLS (IMG2IMG_API_CA_FILE) it cannot list addresses, "

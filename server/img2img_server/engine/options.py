@@ -13,7 +13,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
 class Compile(StrEnum):
-    """How much of the UNet torch.compile gets: nothing, its transformer blocks, or all of it."""
+    """How much of the denoiser torch.compile gets: nothing, its blocks, or all of it."""
 
     OFF = "off"
     REGIONAL = "regional"
@@ -27,6 +27,22 @@ class TinyVaeUse(StrEnum):
     IMAGES = "images"
 
 
+class TextEncoderPlacement(StrEnum):
+    """Where text encoders are kept: on the device, on the host until they run, or always there."""
+
+    DEVICE = "device"
+    OFFLOAD = "offload"
+    CPU = "cpu"
+
+
+class Quantization(StrEnum):
+    """The form in which the linear weights of the denoiser are kept."""
+
+    OFF = "off"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """Fields are described at the settings of the same names."""
@@ -38,6 +54,10 @@ class ModelOptions:
     tiny_vae: str = ""
     tiny_vae_use: TinyVaeUse = TinyVaeUse.PREVIEWS
     lora_dir: Path | None = None
+    text_encoder_placement: TextEncoderPlacement = TextEncoderPlacement.DEVICE
+    quantization: Quantization = Quantization.OFF
+    gguf_file: Path | None = None
+    group_offload: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +79,9 @@ class EngineOptions(ModelOptions):
         values = {field.name: getattr(source, field.name) for field in fields(cls)}
         values["compile"] = Compile(values["compile"])
         values["tiny_vae_use"] = TinyVaeUse(values["tiny_vae_use"])
+        values["quantization"] = Quantization(values["quantization"])
+        placement = values["text_encoder_placement"]
+        values["text_encoder_placement"] = TextEncoderPlacement(placement)
         return cls(**values)
 
 

@@ -55,6 +55,7 @@ class DiffusersDenoiser:
         max_batch_size: The largest batch, in forwards; batches of compiled models are padded to one
             of a few sizes below it.
         family: None for the one that serves the pipeline's class.
+        device: The device of the latents; None: the denoiser's, which is kept there.
 
     Raises:
         ModelError: No family serves the pipeline, or a LoRA does not fit it.
@@ -69,22 +70,24 @@ class DiffusersDenoiser:
         lora_dir: Path | None = None,
         max_batch_size: int = 8,
         family: Family | None = None,
+        device: torch.device | None = None,
     ) -> None:
         options = options or ModelOptions()
         self._family = family or detect(ModelFiles.of_pipeline(pipeline), "the pipeline")
         network = getattr(pipeline, self._family.denoiser)
+        is_compiled = options.compile is not Compile.OFF
         is_last = options.channels_last and self._family.kind is ModelKind.DIFFUSION
         self._model = LoadedModel(
             pipeline=pipeline,
             network=network,
-            device=torch.device(network.device),
+            device=torch.device(device or network.device),
             dtype=network.dtype,
             memory_format=torch.channels_last if is_last else torch.contiguous_format,
         )
-        self._is_compiled = options.compile is not Compile.OFF
+        self._is_compiled = is_compiled
         self._max_batch_size = max_batch_size
         self._schedules = Schedules(self._family, pipeline.scheduler.config)
-        self._text = TextEncoder(self._model, self._family)
+        self._text = TextEncoder(self._model, self._family, options.text_encoder_placement)
         self._loras = LoraSet(self._model, self._family, lora_dir)
         self._codec = self._family.codec(pipeline.vae, options.vae_tile_pixels)
         self._tiny = Autoencoder(tiny_vae, options.vae_tile_pixels) if tiny_vae else None
@@ -114,6 +117,7 @@ class DiffusersDenoiser:
             lora_dir=options.lora_dir,
             max_batch_size=max_batch_size,
             family=family,
+            device=device,
         )
         accelerate(
             denoiser._model.network,

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import logging
+import importlib
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderTiny
+from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import GGUFQuantizationConfig, TorchAoConfig
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families.base import Family
+from img2img_server.engine.diffusers.file_pages import use_channels_last
+from img2img_server.engine.diffusers.placement import log_parts, place
 from img2img_server.engine.family import ModelError, ModelFiles
-from img2img_server.engine.options import Compile, ModelOptions, TinyVaeUse
-
-_log = logging.getLogger(__name__)
+from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
 
 _MOST_SHAPES = 4096  # sizes x sizes of batches x kinds of block
 # What says which family a model is of, and how it is configured.
@@ -40,6 +44,13 @@ def load_pipeline(
     Raises:
         ModelError: It cannot be loaded, or cannot be compiled so, or not on this machine.
     """
+    if dtype == torch.float16 and not family.takes_float16:
+        raise ModelError(
+            f"models of the family {family.name} overflow in float16: use bfloat16, or float32",
+            setting="dtype",
+        )
+    if options.group_offload and device.type == "cpu":
+        raise ModelError("there is no GPU to load the groups onto", setting="group_offload")
     for quiet in (diffusers_logging, transformers_logging):
         quiet.set_verbosity_error()  # they would log prompts that are too long
         quiet.disable_progress_bar()
@@ -58,19 +69,73 @@ def load_pipeline(
     try:
         # Classes of diffusers are imported when they are asked for.
         pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
-        arguments = {**dict.fromkeys(files.absent_parts), **family.load_options}
+        arguments = {
+            **dict.fromkeys(files.absent_parts),
+            **family.load_options,
+            **quantized(family, files, source, dtype, options),
+        }
         pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **arguments)
     except (ImportError, OSError, ValueError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.IMAGES:
         pipeline.vae, tiny = tiny, None
-    pipeline.to(device)
+    place(pipeline, family.denoiser, device, options)
     if options.channels_last and family.kind is ModelKind.DIFFUSION:
         for part in filter(None, (getattr(pipeline, family.denoiser), pipeline.vae, tiny)):
-            part.to(memory_format=torch.channels_last)
+            use_channels_last(part)
     if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)  # it overflows in half precision
+    log_parts(pipeline)
     return pipeline, tiny.to(device) if tiny is not None else None
+
+
+def quantized(
+    family: Family, files: ModelFiles, source: str, dtype: torch.dtype, options: ModelOptions
+) -> Mapping[str, Any]:
+    """Returns the arguments of from_pretrained that load the denoiser with small weights.
+
+    Raises:
+        ModelError: A package is missing, or the file does not fit the model.
+    """
+    if options.gguf_file is not None:
+        return {family.denoiser: _read_gguf(family, files, source, dtype, options.gguf_file)}
+    if options.quantization is Quantization.OFF:
+        return {}
+    _need("torchao", "quantization")
+    forms: Any = importlib.import_module("torchao.quantization")
+    is_int8 = options.quantization is Quantization.INT8
+    # Version 2 is the one that can be moved between devices.
+    form = forms.Int8WeightOnlyConfig(version=2) if is_int8 else forms.Float8WeightOnlyConfig()
+    mapping: dict[str, Any] = {family.denoiser: TorchAoConfig(form)}
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)}
+
+
+def _read_gguf(
+    family: Family, files: ModelFiles, source: str, dtype: torch.dtype, file: Path
+) -> Any:
+    """Returns the denoiser with the weights of a GGUF file."""
+    _need("gguf", "gguf_file")
+    network_class = getattr(diffusers, files.index[family.denoiser][1])
+    if not hasattr(network_class, "from_single_file"):
+        raise ModelError(f"{network_class.__name__} cannot be read from GGUF", setting="gguf_file")
+    form = GGUFQuantizationConfig(compute_dtype=dtype)
+    try:
+        return network_class.from_single_file(
+            str(file),
+            quantization_config=form,
+            config=source,
+            subfolder=family.denoiser,
+            torch_dtype=dtype,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load {file}: {error}", setting="gguf_file") from error
+
+
+def _need(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"needs the package {package}: install img2img-service[quantization]", setting=setting
+        )
 
 
 def read_files(source: str) -> ModelFiles:

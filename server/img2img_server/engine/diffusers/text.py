@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ import torch
 from img2img_server.engine.base import cut_warning
 from img2img_server.engine.denoiser import Adapter, Conditioning, TextEmbedding, TextInput
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
+from img2img_server.engine.diffusers.placement import TextEncoderOffload
 from img2img_server.engine.host_copy import to_device
+from img2img_server.engine.options import TextEncoderPlacement
 
 _CACHE_PROMPTS = 128
 
@@ -33,8 +36,9 @@ class _Cut(NamedTuple):
 class TextEncoder:
     """Encodes prompts; those encoded lately come from a cache, the others pass in one batch."""
 
-    def __init__(self, model: LoadedModel, family: Family) -> None:
+    def __init__(self, model: LoadedModel, family: Family, placement: TextEncoderPlacement) -> None:
         self._model = model
+        self._offload = TextEncoderOffload(model.pipeline, model.device, placement)
         self._family = family
         parts = [getattr(model.pipeline, name) for name in family.tokenizers]
         self._tokenizers = [part for part in parts if part is not None]
@@ -70,13 +74,18 @@ class TextEncoder:
         return found
 
     def _encode(self, prompts: Sequence[_Prompt]) -> list[TextEmbedding]:
-        encoded = self._family.encode_prompts(
-            self._model,
-            [prompt.text for prompt in prompts],
-            [prompt.is_negative for prompt in prompts],
-        )
+        with self._offload.running():
+            encoded = self._family.encode_prompts(
+                replace(self._model, device=self._offload.device),
+                [prompt.text for prompt in prompts],
+                [prompt.is_negative for prompt in prompts],
+            )
+        device = self._model.device
         return [
-            TextEmbedding(tensors, self._warning(prompt))
+            TextEmbedding(
+                {name: _moved(tensor, device) for name, tensor in tensors.items()},
+                self._warning(prompt),
+            )
             for prompt, tensors in zip(prompts, encoded, strict=True)
         ]
 
@@ -107,6 +116,10 @@ class TextEncoder:
             adapter=text.adapter,
             extras=self._family.extras(self._model, text),
         )
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor if tensor.device.type == device.type else to_device(tensor, device)
 
 
 def _cut(tokenizer: Any, text: str, limit: int) -> _Cut | None:

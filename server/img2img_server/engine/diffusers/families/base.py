@@ -88,6 +88,7 @@ class Family:
         lora_parts: The parts of the pipeline that a LoRA may change.
         can_fuse_projections: Whether diffusers computes the same with fused projections.
         default_scheduler: The scheduler of models that name none.
+        takes_float16: Whether models can run in float16 without overflows.
         lengths_vary: Whether the network's inputs are as long as the prompts of a batch.
     """
 
@@ -101,6 +102,7 @@ class Family:
     denoiser: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lora_parts: ClassVar[tuple[str, ...]]
+    takes_float16: ClassVar[bool] = True
     lengths_vary: ClassVar[bool] = False
     can_fuse_projections: ClassVar[bool] = True
     side_multiple: ClassVar[int] = 16
@@ -283,6 +285,7 @@ class FlowFamily(Family):
     schedulers = FLOW_SAMPLERS
     default_scheduler = "flow_match_euler"
     denoiser = "transformer"
+    takes_float16 = False
     lora_parts: ClassVar[tuple[str, ...]] = ("transformer",)
 
     def image_tokens(self, height: int, width: int) -> int:

@@ -1,0 +1,60 @@
+"""Gives back the memory of weights that were read from a file and are kept elsewhere now."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MAPS = Path("/proc/self/maps")
+_DONT_NEED = 4  # MADV_DONTNEED of Linux
+
+
+def use_channels_last(network: torch.nn.Module) -> None:
+    """Keeps the weights of convolutions channels last, without a second copy of all of them.
+
+    diffusers maps the files of a model into memory, and a map keeps its pages as long as one of its
+    tensors is in use. So the pages of each tensor that is copied are given back one by one.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim != 4:
+            continue
+        old = tensor.data
+        tensor.data = old.contiguous(memory_format=torch.channels_last)
+        if tensor.data.data_ptr() != old.data_ptr():
+            drop_file_pages(old)
+
+
+def drop_file_pages(tensor: Tensor) -> None:
+    """Gives back the pages of a tensor in a mapped file; does nothing to any other tensor.
+
+    A later access reads the file again. Only whole pages are given back, which hold nothing else.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end <= begin or not _is_mapped_file(begin, end):
+        return
+    with suppress(AttributeError, OSError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
+
+
+def _is_mapped_file(begin: int, end: int) -> bool:
+    """Returns whether one unmodified map of a file holds the addresses."""
+    try:
+        lines = _MAPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not on Linux
+        return False
+    for line in lines:
+        addresses, _, _, _, inode, *_ = line.split()
+        first, last = (int(address, 16) for address in addresses.split("-"))
+        if first <= begin and end <= last:
+            return inode != "0"
+    return False
