@@ -35,12 +35,19 @@ LIGHTNING: dict[str, Any] = {
     "base_shift": math.log(3),
     "max_shift": math.log(3),
 }
+# The system message of the pipeline after its first 17 letters: so the message has as many tokens
+# as with the real tokenizer, and the pipeline drops just these.
+_REST = (
+    "e by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
 
 
 def write(folder: Path, *, scheduler: dict[str, Any]) -> Path:
     """Writes a model of the Qwen-Image kind; returns its folder."""
     torch.manual_seed(6)
     tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens([_REST])
     pipeline = QwenImagePipeline(
         vae=_autoencoder(),
         text_encoder=_encoder(tokenizer),
