@@ -79,5 +79,6 @@ from img2img_client.spec import Lane as Lane
 from img2img_client.spec import Options as Options
 from img2img_client.spec import Spec as Spec
 from img2img_client.spec import StreamOptions as StreamOptions
+from img2img_client.spec import StrengthMode as StrengthMode
 from img2img_client.stream import AsyncJobStream as AsyncJobStream
 from img2img_client.stream import JobStream as JobStream

@@ -165,7 +165,8 @@ class JobError:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """The record of a job. `name` is "jobs/{id}"; `future_urls` are the links that will work once
-    the images are stored."""
+    the images are stored. `start_noise` is the share of noise that the first step began with, 0 to
+    1; it is 0 before the end."""
 
     name: str
     id: int
@@ -189,6 +190,8 @@ class Job:
     original_prompt: str
     webhook_status: str
     webhook_error: str
+    denoising_steps: int
+    start_noise: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

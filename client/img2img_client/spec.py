@@ -41,6 +41,8 @@ class Options(TypedDict, total=False):
     lora_scale: float | None  # weight of the LoRA, default 1.0
     # Guidance with the negative prompt in models such as FLUX.1; 1.0 and below turn it off.
     true_cfg_scale: float | None
+    # "steps" (default): the share of steps that run; "noise_level": the share of noise at the first
+    strength_mode: str | None
     output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
     preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
     lane: str | None  # "realtime" (default) or "batch"
@@ -89,6 +91,7 @@ class Spec:
     lora: str
     lora_scale: float | None
     true_cfg_scale: float | None
+    strength_mode: StrengthMode
 
 
 class ImageFormat(StrEnum):
@@ -106,3 +109,11 @@ class Lane(StrEnum):
     UNSPECIFIED = "unspecified"
     REALTIME = "realtime"
     BATCH = "batch"
+
+
+class StrengthMode(StrEnum):
+    """Whether strength is the share of the steps that run or of noise at the first step."""
+
+    UNSPECIFIED = "unspecified"
+    STEPS = "steps"
+    NOISE_LEVEL = "noise_level"

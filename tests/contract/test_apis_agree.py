@@ -347,3 +347,12 @@ async def test_unknown_paths_and_unknown_jobs_have_reasons_of_their_own(apis: Ap
     assert fetched.json()["reason"] == "JOB_NOT_FOUND"
     events = await http.get("/v1/jobs/10000999/events", headers=KEY)
     assert events.json()["reason"] == "JOB_NOT_FOUND"
+
+
+@pytest.mark.parametrize("api", ["grpc", "v1"])
+async def test_strength_may_be_a_noise_level(api: str, apis: Apis) -> None:
+    mode = job_pb2.STRENGTH_MODE_NOISE_LEVEL
+    job = await apis.make(api, strength=0.35, strength_mode=mode)
+    assert (job.spec.strength_mode, job.warning) == (mode, "")
+    assert (job.denoising_steps, job.start_noise) == (job.timings.steps, 0.35)
+    assert (await apis.make(api)).spec.strength_mode == job_pb2.STRENGTH_MODE_STEPS

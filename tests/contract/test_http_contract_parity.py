@@ -78,6 +78,7 @@ GRPC_ONLY = {
     "lora",
     "lora_scale",
     "true_cfg_scale",
+    "strength_mode",
 }
 LIMITING = {"minimum", "maximum", "minLength", "maxLength"}
 HTTP_ONLY = {"instant_response", "enhance_style"}  # answers at once; ignored, given back

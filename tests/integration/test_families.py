@@ -41,12 +41,24 @@ async def test_a_model_of_each_family_serves_what_it_announces(
             samples=2,
         )
         first, second = [await images(stack.api, wanted) for _ in range(2)]
+        strong = spec(
+            height=256 + model.side_multiple,
+            strength=1.0,
+            num_inference_steps=2,
+            strength_mode=job_pb2.STRENGTH_MODE_NOISE_LEVEL,
+        )
+        ended = [message.event async for message in stack.api.generate(strong)][-1].succeeded.job
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stack.api.create(
                 spec(scheduler="nonesuch", height=256 + model.side_multiple // 2)
             )
 
     assert model.family == family
+    assert ended.denoising_steps >= 2
+    assert ended.start_noise > 0.9
+    has_influence = ended.start_noise < 0.9999
+    assert ("At strength 1 the init image had no influence." in ended.warning) is not has_influence
+    assert not (has_influence and model.kind == model.KIND_FLOW)
     assert {(image.width, image.height) for image in first.values()} == {(256, wanted.height)}
     assert {seed: image.sha256 for seed, image in first.items()} == {
         seed: image.sha256 for seed, image in second.items()

@@ -102,6 +102,7 @@ def test_every_field_of_a_job_is_read() -> None:
             annotations={"shelf": "3"},
             lora_scale=None,
             true_cfg_scale=None,
+            strength_mode=spec.StrengthMode.UNSPECIFIED,
             **others,  # type: ignore[arg-type]
         ),
         samples=(),
@@ -124,6 +125,8 @@ def test_every_field_of_a_job_is_read() -> None:
         original_prompt="",
         webhook_status="",
         webhook_error="",
+        denoising_steps=0,
+        start_noise=0.0,
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from img2img_server.domain.models import Guidance, ModelInfo
 from img2img_server.domain.params import JobParams, Limits
 from img2img_server.domain.resolve import complete, resolve
-from img2img_server.domain.strength import StrengthRule
+from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.warnings import join_warnings
 
 FLOOR = StrengthRule.FLOOR
@@ -212,3 +212,10 @@ def test_a_consistency_model_returns_the_init_image_below_its_schedule() -> None
     params, warnings = resolved(CONSISTENCY, strength=0.01)
     assert params.strength == 0.0
     assert warnings[0].endswith("The least strength at which a step runs is 0.02.")
+
+
+def test_steps_stay_as_they_are_when_strength_is_a_noise_level() -> None:
+    params, warnings = resolved(
+        strength=0.1, num_inference_steps=2, strength_mode=StrengthMode.NOISE_LEVEL
+    )
+    assert (params.num_inference_steps, warnings) == (2, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,10 @@ from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift
 from torch import Tensor
 
 from img2img_server.domain.schedulers import SPELLINGS, model_runs, scheduler_name
-from img2img_server.engine.diffusers.families.base import FlowFamily
+from img2img_server.domain.strength import StrengthMode
+from img2img_server.engine.diffusers.families.base import Family, FlowFamily
+from img2img_server.engine.diffusers.families.lcm import LatentConsistency
+from img2img_server.engine.diffusers.families.sana_sprint import SanaSprint
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, SAMPLERS, own_sampler
 from img2img_server.engine.diffusers.schedules import Schedules, make_scheduler
@@ -283,3 +287,70 @@ def test_the_configuration_of_a_scheduler_decides_its_name(
 def test_a_schedule_does_not_depend_on_the_variant_that_a_model_comes_with() -> None:
     karras = schedules_of({**SD, **DPM, "use_karras_sigmas": True}).get("dpmpp_2m", 8, 0.6, *SIZE)
     assert karras == schedules_of(SD).get("dpmpp_2m", 8, 0.6, *SIZE)
+
+
+NOISE = StrengthMode.NOISE_LEVEL
+SHARES = (0.02, 0.2, 0.35, 0.5, 0.61, 0.8, 0.9, 0.98)
+EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"}
+
+
+def from_noise(family: Family, config: dict[str, Any], names: Sequence[str]) -> list[Schedule]:
+    """Returns runs of 4 steps from each share, by the scheduler's name."""
+    schedules = Schedules(family, config)
+    return [schedules.get(name, 4, share, *SIZE, NOISE) for name in names for share in SHARES]
+
+
+def check_first_steps(runs: Sequence[Schedule], kind: str) -> None:
+    """Checks the first step of each run with the output of a perfect model."""
+    image, noise = 0.3, -0.7
+    for run, share in zip(runs, SHARES * (len(runs) // len(SHARES)), strict=True):
+        assert run.noise_share == pytest.approx(share, abs=1e-6)
+        first, latents = run.steps[0], run.init_signal * image + run.init_noise * noise
+        signal = (1 - share**2) ** 0.5
+        outputs = {
+            "epsilon": noise,
+            "v_prediction": signal * noise - share * image,
+            "flow": noise - image,
+        }
+        found = first.clean[0] * latents + first.clean[-2] * outputs[kind]
+        assert found == pytest.approx(image, abs=2e-4)
+        after = first.slots[0][0] * latents + first.slots[0][-2] * outputs[kind]
+        if len(run.steps) == 1:
+            assert after == pytest.approx(image, abs=2e-4)
+
+
+def test_strength_as_a_noise_level_is_the_share_of_noise_at_the_first_step() -> None:
+    names = [name for name in DIFFUSION_SAMPLERS if name not in ("lcm", "tcd")]
+    check_first_steps(from_noise(StableDiffusion(), SD, names), "epsilon")
+    check_first_steps(from_noise(StableDiffusion(), ZERO_SNR_V, names), "v_prediction")
+    for config in ({}, {"shift": 3.0}, {"use_dynamic_shifting": True}):
+        check_first_steps(from_noise(FlowFamily(), config, ["flow_match_euler"]), "flow")
+    for run, share in zip(from_noise(StableDiffusion(), EDM, ["edm_euler"]), SHARES, strict=True):
+        assert run.noise_share == pytest.approx(share, abs=1e-6)
+
+
+def test_few_steps_have_more_noise_levels_than_steps() -> None:
+    for name in DIFFUSION_SAMPLERS:
+        runs = from_noise(StableDiffusion(), SD, [name])
+        assert len({run.noise_share for run in runs}) == len(SHARES)
+        assert [len(run.steps) for run in runs] == sorted(len(run.steps) for run in runs)
+
+
+@pytest.mark.parametrize("name", DIFFUSION_SAMPLERS)
+def test_a_noise_level_of_the_schedule_is_the_run_that_begins_there(name: str) -> None:
+    schedules = schedules_of(SD)
+    for steps, strength in ((4, 0.5), (9, 1.0)):
+        plain = schedules.get(name, steps, strength, *SIZE)
+        assert schedules.get(name, steps, plain.noise_share, *SIZE, NOISE) == plain
+
+
+def test_families_with_schedules_of_their_own_take_a_noise_level() -> None:
+    for run, share in zip(from_noise(SanaSprint(), {}, ["scm"]), SHARES, strict=True):
+        assert run.noise_share == pytest.approx(share, abs=1e-6)
+    for run, share in zip(from_noise(LatentConsistency(), SD, ["lcm"]), SHARES, strict=True):
+        assert len(run.steps) == 4
+        assert run.noise_share == pytest.approx(share, abs=0.05) or share < 0.4
+
+
+def test_no_step_runs_from_no_noise() -> None:
+    assert schedules_of(SD).get("ddim", 4, 0.0, *SIZE, NOISE).steps == ()

@@ -120,6 +120,8 @@ class Job:
         storage_version: Version of the tenant's storage settings that future_urls come from; empty:
             the service's own bucket.
         deadline_time: The time after which the caller does not wait any more; 0.0: never.
+        denoising_steps: Steps that ran for each sample.
+        start_noise: Share of noise that the first step began with, 0 to 1.
         own_urls: Links in the service's own bucket, used if the tenant's storage rejects the files.
     """
 
@@ -150,6 +152,8 @@ class Job:
     storage_version: str = ""
     deadline_time: float = 0.0
     own_urls: tuple[str, ...] = ()
+    denoising_steps: int = 0
+    start_noise: float = 0.0
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from img2img_server.domain.schedulers import model_runs
-from img2img_server.domain.strength import StrengthRule
+from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.urls import (
     URL_MAX_CHARACTERS,
     NotHttpError,
@@ -110,6 +110,7 @@ class JobParams:
     lora: str = ""
     lora_scale: float = 1.0
     true_cfg_scale: float | None = None
+    strength_mode: StrengthMode = StrengthMode.STEPS
     output_format: ImageFormat = ImageFormat.JPEG
     preview_interval_steps: int = 0
     lane: Lane = Lane.REALTIME
@@ -124,6 +125,8 @@ class JobParams:
     def pixel_steps(self, rule: StrengthRule) -> int:
         """Returns the work of the job: pixels of all samples times the steps of the model."""
         steps = rule.denoising_steps(self.strength, self.num_inference_steps)
+        if self.strength and self.strength_mode is StrengthMode.NOISE_LEVEL:
+            steps = max(1, steps)  # the number is known with the schedule only
         return self.samples * self.width * self.height * model_runs(self.scheduler, steps)
 
 

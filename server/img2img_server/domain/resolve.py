@@ -9,7 +9,7 @@ from typing import Any
 
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams, Limits
-from img2img_server.domain.strength import StrengthRule
+from img2img_server.domain.strength import StrengthMode, StrengthRule
 
 _NO_STEP = "At strength 0 no step runs: the prepared init image is returned."
 
@@ -50,7 +50,9 @@ def resolve(
     Returns:
         The parameters of the run, and a sentence for each fact that the caller should know.
     """
-    if model.strength_rule is StrengthRule.ALL:
+    if params.strength_mode is StrengthMode.NOISE_LEVEL:
+        warnings = [] if params.strength else [_NO_STEP]
+    elif model.strength_rule is StrengthRule.ALL:
         params, warnings = _within_strength(params, model)
     else:
         params, warnings = _with_a_step(params, limits, model.strength_rule)
@@ -125,6 +127,8 @@ def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str])
     yield from _without_guidance(params, model)
     if "lora_scale" in given and not params.lora:
         yield "lora_scale has no effect without lora."
+    if params.strength_mode is StrengthMode.NOISE_LEVEL:
+        return
     if (every := params.preview_interval_steps) and every >= run > 0:
         steps = "1 step runs" if run == 1 else f"{run} steps run"
         yield f"No preview is sent: preview_interval_steps is {every} and {steps}."

@@ -7,6 +7,13 @@ from bisect import bisect_left
 from enum import StrEnum
 
 
+class StrengthMode(StrEnum):
+    """Whether strength is the share of steps that run or the share of noise at the first step."""
+
+    STEPS = "steps"
+    NOISE_LEVEL = "noise_level"
+
+
 class StrengthRule(StrEnum):
     """How a model family rounds steps x strength: FLOOR in UNet pipelines, CEIL in flow ones.
 

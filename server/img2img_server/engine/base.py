@@ -89,10 +89,14 @@ class JobDone:
     Attributes:
         timings: The stages of the engine; `engine`: from the first encoding to the last decoding.
         warnings: Sentences for Job.warning.
+        denoising_steps: Steps that ran for each sample.
+        start_noise: Share of noise that the first step began with, 0 to 1.
     """
 
     timings: Timings = field(default_factory=Timings)
     warnings: tuple[str, ...] = ()
+    denoising_steps: int = 0
+    start_noise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from img2img_server.domain.job import Determinism
+from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine.sampler import Schedule
 from img2img_server.imaging.base import Pixels
 
@@ -164,7 +165,13 @@ class Denoiser(Protocol):
         ...
 
     def schedule(
-        self, name: str, num_inference_steps: int, strength: float, height: int, width: int
+        self,
+        name: str,
+        num_inference_steps: int,
+        strength: float,
+        height: int,
+        width: int,
+        mode: StrengthMode = StrengthMode.STEPS,
     ) -> Schedule:
         """Returns the numbers of the sampler.
 

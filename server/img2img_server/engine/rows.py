@@ -21,6 +21,8 @@ from img2img_server.imaging.base import Pixels
 
 _log = logging.getLogger(__name__)
 
+_NO_INFLUENCE = 0.9999  # a larger share of noise leaves nothing of the init image
+
 
 @dataclass(slots=True, eq=False)
 class SampleState:
@@ -191,7 +193,12 @@ class EngineJobState:
             steps=sum(sample.steps_done for sample in self.samples),
             batch_share=self.shares / self.batches if self.batches else 0.0,
         )
-        return JobDone(timings, self.conditioning.warnings if self.conditioning else ())
+        texts = self.conditioning.warnings if self.conditioning else ()
+        share = self.schedule.noise_share
+        if share > _NO_INFLUENCE:
+            strength = self.job.params.strength
+            texts = (*texts, f"At strength {strength:g} the init image had no influence.")
+        return JobDone(timings, texts, len(self.schedule.steps), share)
 
 
 def _noise(generator: torch.Generator, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +54,14 @@ class Schedule:
     init_signal: float
     init_noise: float
     steps: tuple[Step, ...]
+    is_flow: bool = False
+
+    @property
+    def noise_share(self) -> float:
+        """Share of noise that the run begins with, 0 to 1: of the spread, or with flow matching of
+        the sum."""
+        signal, noise = self.init_signal, self.init_noise
+        return noise / (signal + noise if self.is_flow else math.hypot(signal, noise))
 
 
 # Columns of a table of coefficients. The weights follow: MAX_SLOTS + 1 lines, the last one of the

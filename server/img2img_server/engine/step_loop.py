@@ -305,7 +305,12 @@ def admit(
     if need := memory.shortfall(job.height, job.width, forwards):
         raise OutOfMemoryError(job.width, job.height, need)
     schedule = denoiser.schedule(
-        params.scheduler, params.num_inference_steps, params.strength, job.height, job.width
+        params.scheduler,
+        params.num_inference_steps,
+        params.strength,
+        job.height,
+        job.width,
+        params.strength_mode,
     )
     return EngineJobState.begin(
         job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text)

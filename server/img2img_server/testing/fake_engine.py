@@ -203,7 +203,9 @@ class FakeEngine:
         took = time.monotonic() - run.began
         steps = run.total * len(job.seeds)
         timings = Timings(denoise=took, engine=took, steps=steps, batch_share=1.0)
-        return _emit(run, JobDone(timings, self._warnings(job) if run.total else ()))
+        warnings = self._warnings(job) if run.total else ()
+        share = job.params.strength if run.total else 0.0
+        return _emit(run, JobDone(timings, warnings, run.total, share))
 
     def _warnings(self, job: EngineJob) -> tuple[str, ...]:
         texts = {"prompt": job.params.prompt}

@@ -259,6 +259,8 @@ class JobExecution:
             job,
             device=engine.device,
             determinism=engine.determinism,
+            denoising_steps=done.denoising_steps,
+            start_noise=done.start_noise,
             timings=job.timings + self._watch.timings + done.timings,
             warning=join_warnings(
                 job.warning, *done.warnings, storage_warning(job, self._deps.retention_hours)

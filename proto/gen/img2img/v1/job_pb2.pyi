@@ -73,6 +73,42 @@ LANE_BATCH: Lane.ValueType  # 2
 """For callers that do not wait. Batch jobs run when no realtime job waits."""
 Global___Lane: _TypeAlias = Lane  # noqa: Y015
 
+class _StrengthMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StrengthModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StrengthMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STRENGTH_MODE_UNSPECIFIED: _StrengthMode.ValueType  # 0
+    """The default: STRENGTH_MODE_STEPS."""
+    STRENGTH_MODE_STEPS: _StrengthMode.ValueType  # 1
+    """Strength is the share of the steps that run, by Model.strength_rule, as in the pipelines of
+    diffusers. The share of noise that the first step begins with is that of the schedule.
+    """
+    STRENGTH_MODE_NOISE_LEVEL: _StrengthMode.ValueType  # 2
+    """Strength is the share of noise that the first step begins with. The steps of the schedule below
+    it run, and the first one is adjusted to begin at exactly this share, so that models of few steps
+    have more distinct strengths than steps. Latent consistency models take the nearest share that
+    their schedule has.
+    """
+
+class StrengthMode(_StrengthMode, metaclass=_StrengthModeEnumTypeWrapper):
+    """How JobSpec.strength is read."""
+
+STRENGTH_MODE_UNSPECIFIED: StrengthMode.ValueType  # 0
+"""The default: STRENGTH_MODE_STEPS."""
+STRENGTH_MODE_STEPS: StrengthMode.ValueType  # 1
+"""Strength is the share of the steps that run, by Model.strength_rule, as in the pipelines of
+diffusers. The share of noise that the first step begins with is that of the schedule.
+"""
+STRENGTH_MODE_NOISE_LEVEL: StrengthMode.ValueType  # 2
+"""Strength is the share of noise that the first step begins with. The steps of the schedule below
+it run, and the first one is adjusted to begin at exactly this share, so that models of few steps
+have more distinct strengths than steps. Latent consistency models take the nearest share that
+their schedule has.
+"""
+Global___StrengthMode: _TypeAlias = StrengthMode  # noqa: Y015
+
 class _DeterminismClass:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -196,6 +232,7 @@ class JobSpec(_message.Message):
     LORA_FIELD_NUMBER: _builtins.int
     LORA_SCALE_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
+    STRENGTH_MODE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
@@ -287,6 +324,8 @@ class JobSpec(_message.Message):
     second time. Such models have Model.takes_negative_prompt with GUIDANCE_EMBEDDED or GUIDANCE_NONE.
     Default: off. Ignored in other models, and Job.warning says so.
     """
+    strength_mode: Global___StrengthMode.ValueType
+    """How strength is read. Default STRENGTH_MODE_STEPS."""
     @_builtins.property
     def init_image(self) -> Global___InitImage:
         """The image to start from. Required. No response contains its bytes."""
@@ -325,10 +364,11 @@ class JobSpec(_message.Message):
         lora: _builtins.str = ...,
         lora_scale: _builtins.float | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
+        strength_mode: Global___StrengthMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lora_scale", b"lora_scale", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -651,6 +691,8 @@ class Job(_message.Message):
     ORIGINAL_PROMPT_FIELD_NUMBER: _builtins.int
     WEBHOOK_STATUS_FIELD_NUMBER: _builtins.int
     WEBHOOK_ERROR_FIELD_NUMBER: _builtins.int
+    DENOISING_STEPS_FIELD_NUMBER: _builtins.int
+    START_NOISE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: "jobs/{id}"."""
     id: _builtins.int
@@ -678,6 +720,14 @@ class Job(_message.Message):
     webhook_error: _builtins.str
     """Why the last attempt to deliver the webhook failed, for example "the server answered 307;
     redirects are not followed". Empty while webhook_status is "" or "success".
+    """
+    denoising_steps: _builtins.int
+    """Number of steps that ran for each sample. A sampler that runs the model twice in a step counts
+    twice. 0 until the job has succeeded, and if no step ran.
+    """
+    start_noise: _builtins.float
+    """Share of noise that the first step began with, 0 to 1: at 1 the init image had no influence. 0
+    until the job has succeeded, and if no step ran.
     """
     @_builtins.property
     def spec(self) -> Global___JobSpec:
@@ -750,10 +800,12 @@ class Job(_message.Message):
         original_prompt: _builtins.str = ...,
         webhook_status: _builtins.str = ...,
         webhook_error: _builtins.str = ...,
+        denoising_steps: _builtins.int = ...,
+        start_noise: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "determinism", b"determinism", "device", b"device", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "file_prefix", b"file_prefix", "future_urls", b"future_urls", "id", b"id", "name", b"name", "original_prompt", b"original_prompt", "samples", b"samples", "spec", b"spec", "start_time", b"start_time", "state", b"state", "timings", b"timings", "warning", b"warning", "webhook_error", b"webhook_error", "webhook_status", b"webhook_status", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "denoising_steps", b"denoising_steps", "determinism", b"determinism", "device", b"device", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "file_prefix", b"file_prefix", "future_urls", b"future_urls", "id", b"id", "name", b"name", "original_prompt", b"original_prompt", "samples", b"samples", "spec", b"spec", "start_noise", b"start_noise", "start_time", b"start_time", "state", b"state", "timings", b"timings", "warning", b"warning", "webhook_error", b"webhook_error", "webhook_status", b"webhook_status", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelKind
+from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine import preview
 from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextInput
 from img2img_server.engine.diffusers.families import detect
@@ -181,9 +182,15 @@ class DiffusersDenoiser:
         return max(1, _MAX_AUTOENCODER_PIXELS // (height * width))
 
     def schedule(
-        self, name: str, num_inference_steps: int, strength: float, height: int, width: int
+        self,
+        name: str,
+        num_inference_steps: int,
+        strength: float,
+        height: int,
+        width: int,
+        mode: StrengthMode = StrengthMode.STEPS,
     ) -> Schedule:
-        return self._schedules.get(name, num_inference_steps, strength, height, width)
+        return self._schedules.get(name, num_inference_steps, strength, height, width, mode)
 
     @property
     def loras(self) -> tuple[str, ...]:

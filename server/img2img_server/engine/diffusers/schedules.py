@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.samplers import SAMPLERS
 from img2img_server.engine.sampler import MAX_SLOTS, Schedule, Step, draw_noise
@@ -26,6 +27,7 @@ from img2img_server.engine.sampler import MAX_SLOTS, Schedule, Step, draw_noise
 # Elements of the probe: the latents, the output, what the scheduler remembers, and one that is 0 in
 # every input and shows the noise.
 _SLOTS, _OUTPUT, _ELEMENTS = 12, 12, 14
+_SAME_SHARE = 1e-6  # shares of noise that differ by less are equal
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
@@ -49,7 +51,13 @@ class Schedules:
         self._derive = lru_cache(maxsize=256)(self._derive_uncached)
 
     def get(
-        self, name: str, num_inference_steps: int, strength: float, height: int, width: int
+        self,
+        name: str,
+        num_inference_steps: int,
+        strength: float,
+        height: int,
+        width: int,
+        mode: StrengthMode = StrengthMode.STEPS,
     ) -> Schedule:
         """Returns the schedule of one request, with as many steps as diffusers would run.
 
@@ -58,25 +66,39 @@ class Schedules:
         """
         if name not in self._family.offered(self._config):
             raise ValueError(f"there is no scheduler {name}")
-        run = self._family.strength_rule.denoising_steps(strength, num_inference_steps)
         arguments = {
             **self._family.timestep_arguments(self._config, num_inference_steps, height, width),
             **self._family.strength_arguments(strength),
         }
+        if mode is StrengthMode.NOISE_LEVEL and strength:
+            run, share = 0, strength
+        else:
+            rule, share = self._family.strength_rule, 0.0
+            run = rule.denoising_steps(strength, num_inference_steps)
         try:
-            return self._derive(name, num_inference_steps, run, tuple(arguments.items()))
+            return self._derive(name, num_inference_steps, run, share, tuple(arguments.items()))
         except (ValueError, IndexError) as error:  # diffusers raises either
             raise ValueError(
                 f"scheduler {name} cannot run {num_inference_steps} steps of this model"
             ) from error
 
     def _derive_uncached(
-        self, name: str, num_inference_steps: int, run: int, arguments: tuple[tuple[str, Any], ...]
+        self,
+        name: str,
+        num_inference_steps: int,
+        run: int,
+        share: float,
+        arguments: tuple[tuple[str, Any], ...],
     ) -> Schedule:
-        scheduler = make_scheduler(name, self._config)
-        with np.errstate(invalid="ignore"):  # one step stretched to a terminal divides by 0
-            scheduler.set_timesteps(num_inference_steps, **dict(arguments))
-        return self._family.derive_schedule(scheduler, run, num_inference_steps)
+        def make(**changes: Any) -> Any:
+            scheduler = make_scheduler(name, self._config)
+            with np.errstate(invalid="ignore"):  # one step stretched to a terminal divides by 0
+                scheduler.set_timesteps(num_inference_steps, **{**dict(arguments), **changes})
+            return scheduler
+
+        if share:
+            return self._family.schedule_from_noise(make, share, num_inference_steps)
+        return self._family.derive_schedule(make(), run, num_inference_steps)
 
 
 def derive_schedule(scheduler: Any, run: int, num_inference_steps: int) -> Schedule:
@@ -105,7 +127,110 @@ def derive_schedule(scheduler: Any, run: int, num_inference_steps: int) -> Sched
             timesteps[start:], levels, (*ratios[1:], 0.0), strict=True
         )
     ]
-    return Schedule(init_signal=levels[0][0], init_noise=levels[0][1], steps=_without_unused(steps))
+    return Schedule(
+        init_signal=levels[0][0],
+        init_noise=levels[0][1],
+        steps=_without_unused(steps),
+        is_flow=_is_flow(scheduler),
+    )
+
+
+def schedule_from_noise(
+    make: Callable[[], Any],
+    share: float,
+    num_inference_steps: int,
+    derive: Callable[[Any, int, int], Schedule],
+) -> Schedule:
+    """Returns a run that begins with a share of noise: one step from there to the next level of the
+    scheduler, and the scheduler's own steps from that level.
+
+    Args:
+        make: Returns a scheduler whose timesteps are set.
+        share: More than 0. At most what the model was trained with is used.
+        derive: Returns the run of a scheduler: its last steps.
+    """
+    scheduler, run = make(), 0
+    found = Schedule(init_signal=1.0, init_noise=0.0, steps=())
+    while run < num_inference_steps and found.noise_share < share - _SAME_SHARE:
+        run += 1
+        start = (num_inference_steps - run) * scheduler.order
+        signal, noise = _noise_level(scheduler, start)
+        found = Schedule(
+            init_signal=signal, init_noise=noise, steps=(), is_flow=_is_flow(scheduler)
+        )
+    share = min(share, max(found.noise_share, _largest_share(scheduler)))
+    if abs(found.noise_share - share) <= _SAME_SHARE:
+        return derive(make(), run, num_inference_steps)
+    return _begin_at(scheduler, share, derive(make(), run - 1, num_inference_steps))
+
+
+def _begin_at(scheduler: Any, share: float, rest: Schedule) -> Schedule:
+    """Returns a run with one more step, of first order, from a share of noise to where it began."""
+    signal, noise = math.sqrt(1 - share**2), share
+    sigma = noise / signal
+    first, _ = _noise_level(scheduler, 0)
+    counts_sigmas = abs(first - 1.0) < 1e-9 and not _is_flow(scheduler)
+    input_scale = 1.0
+    # Clean latents and noise as weights of latents and output.
+    if _is_flow(scheduler):
+        signal, noise = 1 - share, share
+        timestep = share * scheduler.config.num_train_timesteps
+        clean, drawn = (1.0, -share), (1.0, 1 - share)
+    elif hasattr(scheduler, "precondition_outputs"):
+        timestep = math.log(sigma) / 4
+        data = scheduler.config.sigma_data
+        size = math.hypot(sigma, data)
+        input_scale = 1 / size
+        sign = -1 if scheduler.config.prediction_type == "v_prediction" else 1
+        clean = data**2 / size**2, sign * sigma * data / size
+        drawn = (1 - clean[0]) / sigma, -clean[1] / sigma
+    else:
+        timestep = _timestep_of(scheduler, sigma)
+        input_scale = signal if counts_sigmas else 1.0
+        kind = scheduler.config.prediction_type
+        if kind == "v_prediction":
+            clean, drawn = (signal, -noise), (noise, signal)
+        elif kind == "sample":
+            clean, drawn = (0.0, 1.0), (1 / noise, -signal / noise)
+        else:
+            clean, drawn = (1 / signal, -noise / signal), (0.0, 1.0)
+        clean, drawn = (clean[0] * input_scale, clean[1]), (drawn[0] * input_scale, drawn[1])
+    if counts_sigmas:
+        signal, noise = 1.0, sigma
+    after = [rest.init_signal * x + rest.init_noise * y for x, y in zip(clean, drawn, strict=True)]
+    step = Step(
+        timestep=timestep,
+        input_scale=input_scale,
+        slots=((*after, 0.0),),
+        clean=(*clean, 0.0),
+        draws_noise=False,
+        sigma_after=rest.init_noise / rest.init_signal,
+    )
+    return replace(
+        rest,
+        init_signal=signal,
+        init_noise=noise,
+        steps=(step, *rest.steps),
+        is_flow=_is_flow(scheduler),
+    )
+
+
+def _largest_share(scheduler: Any) -> float:
+    """Returns the largest share of noise that a model was trained with, just below 1 if it is 1; 0
+    if the scheduler does not know it."""
+    signals = getattr(scheduler, "alphas_cumprod", None)
+    return 0.0 if signals is None else min(math.sqrt(1 - float(signals[-1])), 1 - 1e-6)
+
+
+def _timestep_of(scheduler: Any, sigma: float) -> float:
+    """Returns the timestep, with its fraction, that has this ratio of noise to signal."""
+    signals = scheduler.alphas_cumprod.double().clamp(min=1e-12).numpy()
+    sigmas = np.sqrt((1 - signals) / signals)
+    return float(np.interp(math.log(sigma), np.log(sigmas), np.arange(len(sigmas))))
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return hasattr(scheduler, "scale_noise")
 
 
 def _begin(scheduler: Any, index: int) -> None:

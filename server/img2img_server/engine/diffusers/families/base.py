@@ -7,7 +7,7 @@ import it themselves.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -208,6 +208,18 @@ class Family:
         from img2img_server.engine.diffusers.schedules import derive_schedule
 
         return derive_schedule(scheduler, run, num_inference_steps)
+
+    def schedule_from_noise(
+        self, make: Callable[..., Any], share: float, num_inference_steps: int
+    ) -> Schedule:
+        """Returns a run that begins with a share of noise, above 0.
+
+        Args:
+            make: Returns a scheduler whose timesteps are set; takes changes of the arguments.
+        """
+        from img2img_server.engine.diffusers.schedules import schedule_from_noise
+
+        return schedule_from_noise(make, share, num_inference_steps, self.derive_schedule)
 
     # Batches.
 

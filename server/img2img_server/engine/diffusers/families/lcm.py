@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
+
+if TYPE_CHECKING:
+    from img2img_server.engine.sampler import Schedule
 
 
 class LatentConsistency(StableDiffusion):
@@ -24,3 +29,15 @@ class LatentConsistency(StableDiffusion):
 
     def strength_arguments(self, strength: float) -> Mapping[str, Hashable]:
         return {"strength": strength}
+
+    def schedule_from_noise(
+        self, make: Callable[..., Any], share: float, num_inference_steps: int
+    ) -> Schedule:
+        # All steps run, so the run begins at the nearest timestep of the distillation with as many
+        # below it.
+        shares = (1 - make(strength=1.0).alphas_cumprod).sqrt()
+        original = make(strength=1.0).config.original_inference_steps
+        place = round(int((shares < share).sum()) * original / len(shares))
+        place = min(max(place, num_inference_steps), original)
+        scheduler = make(strength=math.nextafter(place / original, 2.0))
+        return self.derive_schedule(scheduler, num_inference_steps, num_inference_steps)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,16 @@ class SanaSprint(FlowFamily):
                 )
             )
         return Schedule(init_signal=signals[0], init_noise=noises[0], steps=tuple(steps))
+
+    def schedule_from_noise(
+        self, make: Callable[..., Any], share: float, num_inference_steps: int
+    ) -> Schedule:
+        scheduler = make()
+        shares = scheduler.timesteps[:num_inference_steps].sin().tolist()
+        run = max(1, sum(each < share for each in shares[1:]) + 1)
+        if share < shares[-run]:
+            scheduler.timesteps[-run - 1] = math.asin(share)
+        return self.derive_schedule(scheduler, run, num_inference_steps)
 
     def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
         import torch
