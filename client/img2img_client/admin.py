@@ -41,7 +41,9 @@ class StorageSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageUpdate:
-    """The stored settings without the keys, and a warning, which is usually empty."""
+    """The response of `update_storage`: the settings without the keys, and a warning, which is
+    usually empty.
+    """
 
     settings: StorageSettings
     warning: str

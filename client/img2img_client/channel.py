@@ -21,17 +21,18 @@ KEY_VARIABLE = "IMG2IMG_API_KEY"
 GRPC_ROOTS_VARIABLE = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
 DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_PORT = 50051
-SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")  # gRPC's
+# the schemes of gRPC targets
+SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 
 # Spreads the calls over all replicas behind a host name.
 SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # While calls are open, a dead connection is detected within 30 s. The server detects it after
+    # gRPC detects a dead connection within 30 s while calls are open. The server detects it after
     # 30 s at the earliest, and then waits 15 s for this client before it cancels the job.
-    # ping_timeout (default 60 s) bounds the wait for the response to a ping; keepalive_timeout
-    # bounds how long sent data may stay unacknowledged.
+    # ping_timeout (default 60 s) limits the wait for the response to a ping; keepalive_timeout
+    # limits how long sent data may stay unacknowledged.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),

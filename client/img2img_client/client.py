@@ -41,7 +41,7 @@ T = TypeVar("T")
 ChannelT = TypeVar("ChannelT")
 InterceptorT = TypeVar("InterceptorT")
 
-CANCEL_SECONDS = 5.0  # how long leaving a stream may take to cancel its job
+CANCEL_SECONDS = 5.0  # seconds; longest time to cancel the job when a stream is closed
 
 _clients: WeakSet[Client] = WeakSet()
 
@@ -91,7 +91,7 @@ class _Client(Generic[ChannelT, InterceptorT]):
         self._start()
 
     def _start(self) -> None:
-        """Completes __init__."""
+        """Sets the attributes that both clients share; the end of __init__."""
 
     @Unary
     def create(
@@ -125,7 +125,7 @@ class _Client(Generic[ChannelT, InterceptorT]):
 
     @Unary
     def capabilities(self) -> Rpc[Capabilities]:
-        """Returns the models that the service serves, and its limits."""
+        """Returns the models that the service serves, and the service's limits."""
         request = service_pb2.GetCapabilitiesRequest()
         return Rpc(self._stub.GetCapabilities, request, partial(read, Capabilities))
 
@@ -152,7 +152,7 @@ class _Client(Generic[ChannelT, InterceptorT]):
             return method(request, timeout=timeout_seconds, metadata=self.endpoint.metadata)
         except (ValueError, grpc.aio.UsageError) as error:
             if isinstance(error, ValueError) and "Cannot invoke RPC" not in str(error):
-                raise  # not gRPC's error for a closed channel
+                raise  # Without this check, gRPC would raise its own error for a closed channel.
             raise errors.ClientClosedError from error
 
 
@@ -300,7 +300,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
                 service_pb2.CancelJobRequest(name=job_name),
                 timeout=CANCEL_SECONDS,
                 metadata=self.endpoint.metadata,
-                wait_for_ready=True,  # the stream may be left because the connection is lost
+                wait_for_ready=True,  # The stream may be closed because the connection is lost.
             )
 
 
@@ -416,7 +416,7 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
                     raise await explain_async(last, self.endpoint) from failure
                 await asyncio.sleep(delay)
             except (asyncio.CancelledError, grpc.aio.UsageError) as closed:
-                if not is_task_cancelled():  # closing the channel cancelled the call
+                if not is_task_cancelled():  # Closing the channel has cancelled the call.
                     raise errors.ClientClosedError from closed
                 raise
 
@@ -427,5 +427,5 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
                 service_pb2.CancelJobRequest(name=job_name),
                 timeout=CANCEL_SECONDS,
                 metadata=self.endpoint.metadata,
-                wait_for_ready=True,  # the stream may be left because the connection is lost
+                wait_for_ready=True,  # The stream may be closed because the connection is lost.
             )

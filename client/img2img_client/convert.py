@@ -20,7 +20,7 @@ from img2img_client.spec import Spec
 
 T = TypeVar("T")
 
-# The event class for each kind of event in the protocol that this client knows.
+# The event class of each kind of event that this client knows.
 KINDS: dict[str, type[events.Event]] = {
     kind.name: getattr(events, name)
     for kind in event_pb2.JobEvent.DESCRIPTOR.oneofs_by_name["event"].fields
@@ -29,7 +29,7 @@ KINDS: dict[str, type[events.Event]] = {
 
 
 def event_from(message: event_pb2.JobEvent) -> events.Event | None:
-    """Returns the event, or None if this client does not know its kind; skip those."""
+    """Returns the event, or None if this client does not know its kind. Skip such events."""
     kind = message.WhichOneof("event")
     if kind not in KINDS:
         return None
@@ -39,7 +39,7 @@ def event_from(message: event_pb2.JobEvent) -> events.Event | None:
 
 
 def read(cls: type[T], message: Message, **values: object) -> T:
-    """Returns the dataclass with `values` and, for its other fields, the message's."""
+    """Returns a dataclass with the fields of a message; `values` override them."""
     if cls is Spec:
         values["init_image_url"] = message.init_image.url  # type: ignore[attr-defined]
     for name, hint in _fields(cls).items():  # type: ignore[arg-type] # a class is hashable

@@ -25,7 +25,8 @@ PROBE_SECONDS = 2.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SETTINGS_FRAME, FRAME_HEADER_BYTES = 4, 9
 TLS_ALERT = b"\x15\x03"
-PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
+# the environment variables of a proxy, in the order in which gRPC reads them
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 GRPC_ROOTS = "_cython/_credentials/roots.pem"
 # OpenSSL's codes of certificate errors, and its reasons for bytes that are not TLS.
 NOT_YET_VALID, EXPIRED, WRONG_HOST, WRONG_ADDRESS = 9, 10, 62, 64
@@ -88,7 +89,8 @@ async def explain_async(error: errors.RpcError, endpoint: Endpoint) -> errors.Rp
 def probe(endpoint: Endpoint, seconds: float = PROBE_SECONDS) -> Finding:
     """Connects to the endpoint as a call would, and returns the result within `seconds`."""
     address = endpoint.host_and_port
-    if address is None:  # a given channel, a unix socket, or a scheme that only gRPC knows
+    if address is None:
+        # The caller gave a channel, a unix socket, or a scheme that only gRPC knows.
         return WORKS
     probing = _Probe(endpoint, *address, deadline=time.monotonic() + seconds)
     # Resolving a name cannot be interrupted, so it runs in a thread that may outlive this function.
@@ -198,7 +200,11 @@ class _Probe:
         return Finding(Cause.NOT_GRPC, text)
 
     def _first_bytes(self, ip: str) -> bytes:
-        """Returns a server's first bytes without TLS, none if it closes. Raises TimeoutError."""
+        """Returns the first bytes that a server sends without TLS, or b"" if it closes the
+        connection.
+
+        Raises TimeoutError.
+        """
         try:
             with self._connect(ip) as connection:
                 connection.sendall(PREFACE)
@@ -215,7 +221,8 @@ class _Probe:
 
     def _accepts_tls(self, ip: str) -> bool:
         context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # no data is sent
+        # The probe sends no data, so it need not verify the server.
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
             with self._connect(ip) as plain, context.wrap_socket(plain):
                 return True
@@ -223,7 +230,7 @@ class _Probe:
             return False
 
     def _connect(self, ip: str, share: int = 1) -> socket.socket:
-        """Connects within the remaining time divided by `share`."""
+        """Connects within a part of the remaining time: the time divided by `share`."""
         left = max(0.05, (self._deadline - time.monotonic()) / share)
         return socket.create_connection((ip, self._port), timeout=left)
 
@@ -233,7 +240,7 @@ def _is_http2(first: bytes) -> bool:
 
 
 def _is_http1(first: bytes) -> bool:
-    return first.startswith((b"HTTP/", b"<"))  # HTTP/0.9 answers with the page alone
+    return first.startswith((b"HTTP/", b"<"))  # An HTTP/0.9 server responds without a header.
 
 
 def _text(error: Exception) -> str:

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 DETAILS_KEY = "grpc-status-details-bin"
 
-# Reasons that this client sets; all others come from the service.
-INVALID_REQUEST = "INVALID_REQUEST"  # the service uses the same reason
+# Reasons that this client sets. All other reasons come from the service.
+INVALID_REQUEST = "INVALID_REQUEST"  # The service uses the same reason.
 NO_API_KEY = "NO_API_KEY"
-TRANSPORT = "TRANSPORT"  # the connection failed; the service sent no status
+TRANSPORT = "TRANSPORT"  # The connection failed, so the service sent no status.
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
 
 
@@ -151,7 +151,9 @@ class JobEndedError(RpcError):
 
 
 class DeadlineTooShortError(RpcError):
-    """The job cannot finish within the deadline. Give more time, or wait `retry_seconds`."""
+    """The job cannot finish within the deadline. Use a longer timeout, or try again after
+    `retry_seconds`.
+    """
 
 
 class QueueFullError(RpcError):
@@ -246,14 +248,14 @@ BY_CODE: dict[str, type[RpcError]] = {
 
 def from_call(error: grpc.RpcError, endpoint: Endpoint) -> RpcError:
     """Returns the typed error for an error that gRPC raised, blocking or asyncio."""
-    call: Any = error  # gRPC raises the failed call itself, which has code and details
+    call: Any = error  # gRPC raises the failed call itself, which has code and details.
     code = call.code().name
     details = call.details() or ""
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     bad_request = error_details_pb2.BadRequest()
     for detail in _rich_status(call.trailing_metadata()).details:
         for message in (info, retry, bad_request):
-            detail.Unpack(message)  # does nothing for a detail of another type
+            detail.Unpack(message)  # Unpack does nothing for a detail of another type.
     delay = retry.retry_delay
     violations = tuple(
         Violation(broken.field, broken.description, broken.reason)

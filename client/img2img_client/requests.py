@@ -28,7 +28,7 @@ from img2img_client.errors import (
 from img2img_client.resources import Job
 from img2img_client.spec import CreateOptions, ImageSource, Options, StreamOptions
 
-MAX_MESSAGE_BYTES = 34 * 2**20  # the service's limit, see Limits.max_message_bytes
+MAX_MESSAGE_BYTES = 34 * 2**20  # bytes; the service's limit, see Limits.max_message_bytes
 OTHER_URL = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})", re.ASCII)
 
@@ -41,7 +41,7 @@ _KINDS = {
     FieldDescriptor.CPPTYPE_DOUBLE: "a number",
     FieldDescriptor.CPPTYPE_BOOL: "True or False",
     FieldDescriptor.CPPTYPE_STRING: "a str",
-    FieldDescriptor.CPPTYPE_MESSAGE: "a mapping of str to str",  # the annotations
+    FieldDescriptor.CPPTYPE_MESSAGE: "a mapping of str to str",  # the map of annotations
 }
 
 
@@ -86,7 +86,8 @@ def _job_spec(
             violations.append(Violation("init_image", text, "INVALID_URL"))
     else:
         spec.init_image.data = _bytes(init_image)
-    size, limit = len(spec.init_image.data), MAX_MESSAGE_BYTES - 2**16  # room for other fields
+    # 2**16 bytes are reserved for the other fields
+    size, limit = len(spec.init_image.data), MAX_MESSAGE_BYTES - 2**16
     if size > limit:
         text = f"init_image has {size} bytes, more than the {limit} bytes that fit into a request"
         violations.append(Violation("init_image", text, "TOO_MANY_BYTES"))
@@ -171,7 +172,7 @@ def _enum(message: Message, name: str) -> EnumDescriptor | None:
 
 
 def _expected(message: Message, name: str) -> str:
-    """Returns a phrase for the values that the protobuf field accepts."""
+    """Returns a phrase that describes the values of a protobuf field, for an error message."""
     enum = _enum(message, name)
     if enum is None:
         return _KINDS[message.DESCRIPTOR.fields_by_name[name].cpp_type]
@@ -204,7 +205,7 @@ def _bytes(source: ImageSource) -> bytes:
         raise InitImageNotFoundError(path, error) from error
     except OSError as error:
         raise InitImageFileError(path, error) from error
-    except ValueError as error:  # a NUL in the path
+    except ValueError as error:  # The path contains a NUL.
         text = f"init_image {str(path)!r} is not a path: {error}"
         raise invalid("init_image", "INVALID_FORMAT", text) from error
     if not data:
@@ -223,5 +224,5 @@ def _path(source: str | os.PathLike[str]) -> Path:
         raise invalid("init_image", "REQUIRED", "init_image is empty: give a path or a URL")
     try:
         return Path(source).expanduser()
-    except RuntimeError:  # the user in ~user does not exist
+    except RuntimeError:  # The user in ~user does not exist.
         return Path(source)

@@ -155,7 +155,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobError:
-    """Why a job failed. Branch on `reason`; `retryable`: the same request may succeed later."""
+    """The reason why a job failed. Branch on `reason`. If `retryable`, the same request may succeed
+    later.
+    """
 
     reason: str
     message: str
@@ -278,7 +280,7 @@ class Result:
     images: tuple[GeneratedImage, ...]
 
 
-# In place of an image whose event has expired: only its link is left.
+# The event with the image has expired, so only the image's link remains.
 _EXPIRED = Image(data=b"", media_type="", size_bytes=0, sha256="", width=0, height=0)
 
 

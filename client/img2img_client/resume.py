@@ -1,5 +1,7 @@
-"""Retries: when, how often, and with which request. No I/O and no clock here, so the blocking and
-the asyncio client share every decision.
+"""Decides on retries: when, how often, and with which request.
+
+This module does no I/O and reads no clock, so the blocking and the asyncio client share all
+decisions.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from img2img_client.resources import Image, Job, Result, result_of
 
 FirstRequest = service_pb2.GenerateRequest | service_pb2.WatchJobRequest
 
-# A stream that broke may still count against these limits, so such a rejection is temporary.
+# The service may still count a broken stream against these limits, so such a rejection is
+# temporary.
 _FULL = ("TOO_MANY_WATCHERS", "TOO_MANY_CALLS")
-# Codes with which a transport ends a stream that the service did not end itself.
+# Codes of streams that a proxy or the transport has ended, and not the service.
 _BROKEN_STREAM = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
 
 
@@ -63,8 +66,11 @@ class Backoff:
         self._failing_since: float | None = None
 
     def connected(self, *, new_event: bool) -> None:
-        """Notes that a message arrived. Only a new event resets the delay: a server that breaks
-        every stream after its first message must not be called in a tight loop."""
+        """Records that a message arrived.
+
+        Only a new event resets the delay: a server that breaks every stream after its first message
+        must not be called in a tight loop.
+        """
         self._budget_seconds = self._retry.resume_seconds
         self._failing_since = None
         if new_event:
@@ -113,7 +119,7 @@ class Follow:
         self._images: dict[int, Image] = {}
         self.finished = False
         self._is_abandoned = False
-        self.job: Job | None = None  # the newest record
+        self.job: Job | None = None  # the newest record of the job
         self.job_name, self.sequence = "", 0
         if isinstance(first, service_pb2.WatchJobRequest):
             self.job_name, self.sequence = first.name, first.after_sequence
@@ -154,7 +160,8 @@ class Follow:
             return None
         self.finished = isinstance(event, Ended)
         if isinstance(event, SampleFinished):
-            self._images[event.sample] = event.image  # replaces that of an earlier attempt
+            # this event replaces one of an earlier attempt
+            self._images[event.sample] = event.image
         return event
 
     def result(self) -> Result:
@@ -175,7 +182,8 @@ class Follow:
             RpcError: streams ended before the job did until no time was left.
         """
         if self.job is not None and self.job.state.is_terminal:
-            self.finished = True  # its events have expired; the record says how it ended
+            # The events of the job have expired; its record has the final state.
+            self.finished = True
         return self.delay_after(errors.unavailable("the stream ended before the job did"), now)
 
     def delay_after(self, error: errors.RpcError, now: float) -> float:

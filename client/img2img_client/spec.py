@@ -1,4 +1,4 @@
-"""The fields of a request: the options that callers pass, and the spec that the service returns.
+"""Defines the fields of a request: the options of callers, and the spec that the service returns.
 
 A new field of JobSpec needs one line in Options and one in Spec. Tests compare both with the
 protocol.
@@ -20,7 +20,7 @@ ImageSource = str | os.PathLike[str] | bytes
 class Options(TypedDict, total=False):
     """The fields of JobSpec except prompt and init image. Absent or None: the service's default."""
 
-    negative_prompt: str | None  # things to avoid; needs guidance_scale above 1
+    negative_prompt: str | None  # description of unwanted content; needs guidance_scale above 1
     width: int | None  # pixels, a multiple of 8, default 512
     height: int | None  # pixels, a multiple of 8, default 512
     samples: int | None  # number of images, default 1; image i uses seed + i
@@ -28,23 +28,23 @@ class Options(TypedDict, total=False):
     strength: float | None
     seed: int | None  # 0 to 2**63 - 1; absent or -1: drawn at random
     safety_checker: bool | None  # default True
-    enhance_prompt: bool | None  # let the service improve the prompt
-    base64: bool | None  # store the images as base64 text files
-    temp: bool | None  # keep the files under temp/ for 24 hours
+    enhance_prompt: bool | None  # whether the service rewrites the prompt
+    base64: bool | None  # whether the images are stored as base64 text files
+    temp: bool | None  # whether the files are stored under temp/ for 24 hours
     webhook: str | None  # https URL that receives one POST when the job has ended
     track_id: str | None  # your own reference, returned unchanged
-    model: str | None  # see capabilities()
+    model: str | None  # name of a model, see capabilities()
     num_inference_steps: int | None  # steps of the schedule; strength x steps run, at least one
     guidance_scale: float | None  # 1.0 and below turn guidance off
-    scheduler: str | None  # see capabilities()
-    lora: str | None  # a LoRA of the model, see capabilities()
+    scheduler: str | None  # name of a scheduler, see capabilities()
+    lora: str | None  # name of a LoRA of the model, see capabilities()
     lora_scale: float | None  # weight of the LoRA, default 1.0
     # Guidance with the negative prompt in models such as FLUX.1; 1.0 and below turn it off.
     true_cfg_scale: float | None
     # "steps" (default): the share of steps that run; "noise_level": the share of noise at the first
     strength_mode: str | None
     output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
-    preview_interval_steps: int | None  # send a Preview every this many steps; 0: never
+    preview_interval_steps: int | None  # number of steps between two Preview events; 0: no previews
     lane: str | None  # "realtime" (default) or "batch"
     annotations: Mapping[str, str] | None  # your own notes, returned unchanged
 
@@ -52,14 +52,16 @@ class Options(TypedDict, total=False):
 class CreateOptions(Options, total=False):
     """Options of `create`."""
 
-    request_id: str | None  # a UUID; the same one returns the same job for 24 hours
+    # a UUID; a second request with the same id returns the same job for 24 hours
+    request_id: str | None
 
 
 class StreamOptions(CreateOptions, total=False):
     """Options of `generate` and `stream`."""
 
-    detach: bool | None  # the job outlives this stream
-    timeout_seconds: float | None  # until the job ends; rejected if the job cannot end in time
+    detach: bool | None  # whether the job continues after the stream is closed
+    # limit for the job; the service rejects a job that cannot end in time
+    timeout_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

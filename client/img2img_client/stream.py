@@ -28,10 +28,11 @@ from img2img_client.resume import FirstRequest, Follow
 
 log = logging.getLogger("img2img_client")
 
-NAME_SECONDS = 2.0  # how long leaving a stream waits for the job's name, which cancelling needs
-SIGNAL_SECONDS = 0.1  # how long Ctrl-C may have to wait
+# seconds; longest wait for the job's name, without which the job cannot be cancelled
+NAME_SECONDS = 2.0
+SIGNAL_SECONDS = 0.1  # seconds; greatest delay before Ctrl-C is handled
 
-# Starts a call: its request and its timeout in seconds.
+# A function that starts a call with a request and a timeout in seconds.
 Open = Callable[[FirstRequest, float | None], Any]
 
 
@@ -44,8 +45,8 @@ def is_task_cancelled() -> bool:
 class _Calls:
     """The calls that read one job's events.
 
-    They hold neither the stream nor the generator of its events. The generator so ends, and its job
-    is cancelled, as soon as the caller drops it.
+    They hold neither the stream nor the generator of its events. So Python ends the generator, and
+    the job is cancelled, as soon as the caller drops the stream.
     """
 
     def __init__(self, follow: Follow, endpoint: Endpoint, open_call: Open) -> None:
@@ -54,7 +55,8 @@ class _Calls:
         self._open_call = open_call
         self._is_lost = False
         self._call: Any = None  # the newest call
-        self._events: Callable[[], Any] = lambda: None  # a weak reference once it has started
+        # a weak reference to the generator, once it has started
+        self._events: Callable[[], Any] = lambda: None
 
     def start(self) -> Any:
         """Returns the generator of the events. Call it once."""
@@ -77,7 +79,9 @@ class _Calls:
         return self.follow.take(message.event)
 
     def _delay(self, failure: grpc.RpcError | errors.RpcError) -> float:
-        """Returns the seconds to wait before the next call. Raises RpcError when there is none."""
+        """Returns the seconds to wait before the next call. Raises RpcError if no call should
+        follow.
+        """
         error = (
             failure
             if isinstance(failure, errors.RpcError)
@@ -111,7 +115,7 @@ class BlockingCalls(_Calls):
         The client must be marked as closed before, so that the other thread makes no further call.
         """
         events = self._events()
-        with suppress(ValueError):  # another thread reads them
+        with suppress(ValueError):  # Another thread reads the events.
             if events is not None:
                 events.close()
         if self._call is not None:
@@ -119,7 +123,7 @@ class BlockingCalls(_Calls):
         self._cancel_job()
 
     def _cancel_job(self) -> None:
-        with self._leaving:  # closing the client waits for a thread that is cancelling
+        with self._leaving:  # `close` of the client waits for this thread, which cancels the job.
             if name := self.follow.abandon():
                 self._cancel(name)
 
@@ -151,7 +155,7 @@ class BlockingCalls(_Calls):
         """Yields the call's messages. Raises UnavailableError when none arrives for too long.
 
         gRPC's blocking calls wait without a limit, and a read that Ctrl-C interrupts cannot be
-        continued. So a thread reads each message when it is asked for. Unlike a Future or a
+        continued. So another thread reads each message on request. Unlike a Future or a
         Condition, a SimpleQueue stays usable when Ctrl-C interrupts the thread that waits.
         """
         self._read = read = _Read()
@@ -171,7 +175,8 @@ class BlockingCalls(_Calls):
     def _result(self, read: _Read) -> Any:
         due = time.monotonic() + self.follow.silence_seconds
         while (left := due - time.monotonic()) > 0:
-            # A signal that arrives just before the wait is handled only after it, so keep it short.
+            # A signal that arrives just before the wait is handled only after it, so the wait is
+            # short.
             with suppress(Empty):
                 return read.results.get(timeout=min(left, SIGNAL_SECONDS))
         raise self._silent()
@@ -186,19 +191,19 @@ class BlockingCalls(_Calls):
 
 
 class _Read:
-    """The thread that reads a blocking call, one message for each request."""
+    """A thread that reads a blocking call, one message for each request."""
 
     def __init__(self) -> None:
         self.requests: SimpleQueue[bool] = SimpleQueue()  # False ends the thread
-        self.results: SimpleQueue[Any] = SimpleQueue()  # messages, an error, None at the end
-        self.newest: Any = None  # the newest result
+        self.results: SimpleQueue[Any] = SimpleQueue()  # messages; an error or None at the end
+        self.newest: Any = None  # the newest entry of `results`
 
     def run(self, call: Any) -> None:
         """Runs until a request is False."""
         while self.requests.get():
             try:
                 self.newest = next(call, None)
-            except Exception as error:  # raised in the thread that waits
+            except Exception as error:  # The waiting thread raises this error.
                 self.newest = error
             self.results.put(self.newest)
 
@@ -215,13 +220,14 @@ class AsyncCalls(_Calls):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
-        self._message: asyncio.Future[Any] | None = None  # the newest of the newest call
+        self._message: asyncio.Future[Any] | None = None  # the newest read of the newest call
         self._leaving: asyncio.Future[None] | None = None
 
     async def leave(self) -> None:
         """Ends the events, even while another task reads them, and cancels the job."""
-        events = self._events()  # None also while the event loop still has to end the generator
-        with suppress(RuntimeError):  # another task reads them
+        # This is also None while the event loop still has to end the generator.
+        events = self._events()
+        with suppress(RuntimeError):  # Another task reads the events.
             if events is not None:
                 await events.aclose()
         await self._left()
@@ -242,7 +248,7 @@ class AsyncCalls(_Calls):
                     except errors.RpcError as last:
                         raise await explain_async(last, self._endpoint) from failure
                 except (asyncio.CancelledError, grpc.aio.UsageError) as closed:
-                    if not is_task_cancelled():  # closing the channel cancelled the call
+                    if not is_task_cancelled():  # Closing the channel has cancelled the call.
                         raise errors.ClientClosedError from closed
                     raise
                 call.cancel()
@@ -271,7 +277,7 @@ class AsyncCalls(_Calls):
             yield message
 
     async def _left(self) -> None:
-        """Waits until the stream is left, even if the waiting task is cancelled once more."""
+        """Waits until the stream is closed, even if the waiting task is cancelled once more."""
         if self.follow.finished:
             return
         if self._leaving is None:
@@ -313,8 +319,9 @@ class _Stream:
 
 
 class JobStream(_Stream):
-    """Iterate over it, best inside `with`. `result()` reads the remaining events and returns the
-    images. The service's heartbeats are not returned."""
+    """An iterator over the events of a job. Use it in a `with` block. `result()` reads the
+    remaining events and returns the images. The service's heartbeats are not returned.
+    """
 
     def __init__(self, follow: Follow, events: Generator[Event, None, None]) -> None:
         super().__init__(follow)
@@ -347,8 +354,9 @@ class JobStream(_Stream):
 
 
 class AsyncJobStream(_Stream):
-    """Iterate over it, best inside `async with`. Methods as in JobStream. Cancelling the task that
-    reads it leaves the stream."""
+    """An asynchronous iterator over the events of a job. Use it in an `async with` block. Methods
+    as in JobStream. Cancelling the task that reads it leaves the stream.
+    """
 
     def __init__(self, follow: Follow, events: AsyncGenerator[Event, None]) -> None:
         super().__init__(follow)

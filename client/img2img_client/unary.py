@@ -1,4 +1,4 @@
-"""Calls with a single response, declared once for the blocking and the asyncio client."""
+"""Declares calls with a single response, once for the blocking and the asyncio client."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Unary(Generic[P, R]):
     def __get__(self, instance: Asyncio, owner: type) -> Callable[P, Coroutine[Any, Any, R]]: ...
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
-            return self._describe  # for help() and the like
-        describe = self._describe.__get__(instance)  # bound, so that its signature has no self
+            return self._describe  # copies the docstring and the name for help()
+        describe = self._describe.__get__(instance)  # The bound method's signature has no self.
 
         @wraps(describe)
         def call(*args: P.args, **options: P.kwargs) -> R:

@@ -1,7 +1,7 @@
 """Starts the command `img2img`.
 
 A package of its own, because gRPC reads GRPC_VERBOSITY when it is first imported, which importing
-anything of img2img_client does. The library leaves the environment of its process alone.
+anything of img2img_client does. The library itself does not change environment variables.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 
 
 def main() -> None:
-    """Runs the command, without gRPC's own log lines between what it prints."""
+    """Runs the command and keeps gRPC's own log lines out of its output."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from img2img_client.cli import main as run
 

@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("img2img-service")
-except PackageNotFoundError:  # a checkout on PYTHONPATH
+except PackageNotFoundError:  # A checkout on PYTHONPATH has no version.
     __version__ = "0+unknown"

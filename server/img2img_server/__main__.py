@@ -20,7 +20,7 @@ from img2img_server import __version__
 from img2img_server.last_line import exit_now, exit_on_signals, exit_with_reasons
 
 PROGRAM: Final = "img2img-server"
-# Modules without which a role cannot start, by the extra of pyproject.toml that brings them.
+# Modules without which a role cannot start, by the extra of pyproject.toml that installs them.
 EXTRAS: Final = {
     "server": (
         "aiodns, aiohttp, cryptography, fastapi, fastapi_offline, grpc_health, grpc_reflection, "
@@ -31,7 +31,7 @@ EXTRAS: Final = {
     "worker": "diffusers, huggingface_hub, safetensors, torch, transformers",
 }
 INCLUDED: Final = {"server": ("server",), "worker": ("server", "worker")}
-# Extra, module and function of a role.
+# The extra, the module and the function of each role.
 ROLES: Final = {
     "api": ("server", "img2img_server.api.server", "serve_api"),
     "gateway": ("server", "img2img_server.gateway.server", "serve_gateway"),
@@ -58,7 +58,7 @@ def _run(name: str) -> None:
 
 @contextmanager
 def _ending(name: str, extra: str) -> Iterator[None]:
-    """Ends the process with a last line that says why, whatever the body raises."""
+    """Ends the process when the body raises, with a last line that has the reason."""
     program = f"{PROGRAM} {name}"
     with exit_on_signals(program):
         _require(program, extra)
@@ -73,7 +73,7 @@ def _ending(name: str, extra: str) -> Iterator[None]:
 
 
 def _require(program: str, extra: str) -> None:
-    """Ends the process with a sentence where packages of an extra are not installed."""
+    """Ends the process with a message if packages of an extra are not installed."""
     needed = INCLUDED.get(extra, ("server", "worker"))
     missing = [
         module
@@ -158,7 +158,7 @@ def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> N
 @click.option("--revision", default="", help="Branch, tag or commit of a hub model.")
 def fetch_model(source: str, folder: Path, revision: str) -> None:
     """Fetch a model once, from s3://bucket/prefix or a hub id, into FOLDER."""
-    with _ending("fetch-model", "server"):  # a hub model needs the extra worker
+    with _ending("fetch-model", "server"):  # Only hub models need the extra `worker`.
         from img2img_server.setting_checks import checked_settings
         from img2img_server.telemetry import configure_logging
 

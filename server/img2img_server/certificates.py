@@ -1,7 +1,7 @@
 """Checks PEM files of certificates and keys before a server or a channel gets them.
 
-OpenSSL decides whether a file is valid. The stricter `cryptography` only finds out which of two
-files is wrong, and why.
+OpenSSL decides whether a file is valid. `cryptography`, which is stricter, only finds the wrong one
+of two files and the reason.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from img2img_server.setting_files import read_bytes
 
 _NO_CERTIFICATE = "has no certificate in PEM format"
 _NO_KEY = "has no private key in PEM format"
-# X509_V_ERR_… of OpenSSL: the host name or address differs; expired, or not valid yet.
+# X509_V_ERR_… codes of OpenSSL: the host name or address differs; the certificate has expired, or
+# is not valid yet.
 _OTHER_NAME = (62, 64)
 _OUT_OF_TIME = (9, 10)
 
 
 def trusted_fault(content: bytes) -> str:
-    """Returns the fault of trusted certificates, as the end of a sentence; empty: none."""
+    """Returns the fault of trusted certificates as the end of a sentence, or "" without a fault."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
             cadata=content.decode("ascii", errors="ignore")
@@ -38,7 +39,7 @@ def refused_certificate(error: ssl.SSLCertVerificationError, ca_setting: str) ->
     """Returns the fault of a server's certificate, as the end of a sentence.
 
     Args:
-        ca_setting: names the authorities that are trusted.
+        ca_setting: The name of the setting with the trusted authorities.
     """
     why = error.verify_message.rstrip(".")
     if error.verify_code in _OTHER_NAME:
@@ -59,7 +60,7 @@ def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:
         return ""
 
     try:
-        # Without a function OpenSSL would ask for a passphrase at the terminal.
+        # Without this function, OpenSSL would ask for a passphrase at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password)
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "reason", "") or error)

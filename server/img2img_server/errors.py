@@ -45,12 +45,13 @@ _NEEDED_FOR = {
     "storage": "change storage settings",
     "unsafe": "turn the safety checker off",
 }
-_SHOWN_CHARACTERS = 64  # of a model's name, which the caller sent
+_SHOWN_CHARACTERS = 64  # longest name of a model, which the caller sent, in a message
 
 
 class OperatorError(Exception):
-    """A process cannot start or continue. The message says why and what the operator must change,
-    so that no traceback is needed."""
+    """A process cannot start or continue. The message has the reason and the required change, so no
+    traceback is needed.
+    """
 
 
 class Code(Enum):
@@ -212,7 +213,7 @@ class DeadlineTooShortError(ServiceError):
 
     def __post_init__(self) -> None:
         missing = self.needed_seconds - self.remaining_seconds
-        # Waiting helps only against the wait for other jobs.
+        # A retry helps only if the wait for other jobs is the cause.
         self.retry_seconds = max(1.0, missing) if missing <= self.wait_seconds else None
 
     def _values(self) -> dict[str, Any]:
@@ -242,7 +243,8 @@ class MessageTooLargeError(ServiceError):
 class QueueFullError(ServiceError):
     """The tenant has its limit of unfinished jobs.
 
-    `retry_seconds`: until a place is expected; None: unknown, then half a minute.
+    `retry_seconds`: the time until a job is expected to end; None: unknown, so callers get half a
+    minute.
     """
 
     code = Code.RESOURCE_EXHAUSTED
@@ -337,7 +339,7 @@ class NoModelError(ServiceError):
 
 
 class InternalError(ServiceError):
-    """An unexpected error; the log has it under `error_id`."""
+    """An unexpected error. The log has its cause under `error_id`."""
 
     sentence = "internal error {error_id}"
     error_id: str

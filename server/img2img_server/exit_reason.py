@@ -43,7 +43,7 @@ def logs_reason() -> Iterator[None]:
 
 
 def log_reason(error: BaseException) -> None:
-    """Logs an error that ends the process, once; an unexpected one with its traceback."""
+    """Logs an error that ends the process, only once. An unexpected error has its traceback."""
     if getattr(error, "_is_logged", False):
         return
     with suppress(AttributeError):
@@ -75,7 +75,7 @@ def reasons_of(error: BaseException) -> list[str]:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Returns whether the error's sentence is enough without a traceback."""
+    """Returns whether the error's message suffices without a traceback."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(is_expected, error.exceptions))
     return isinstance(error, _EXPECTED)

@@ -33,7 +33,8 @@ from img2img_server.storage.s3_faults import FAULTS, explain
 
 INDEX: Final = "model_index.json"
 THREADS: Final = 4
-# The files of a diffusers directory, without pickles, which can run code, and second precisions.
+# The files of a diffusers directory, without pickles, which can run code, and without variants in
+# other precisions.
 HUB_FILES: Final = (INDEX, "*/*.json", "*/*.txt", "*/*.jinja", "*/*.model", "*/*.safetensors")
 HUB_OTHERS: Final = ("*.fp16.*", "*.non_ema.*", "*/openvino*", "*/flax*")
 
@@ -50,7 +51,7 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         False when the folder existed already.
 
     Raises:
-        ModelError: The model cannot be fetched, or is no diffusers model; the sentence says why.
+        ModelError: The model cannot be fetched, or is no diffusers model.
     """
     if target.is_dir():
         log.info("model_exists", folder=str(target))
@@ -65,7 +66,7 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
             raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
         return _publish(draft, target)
     except OSError as error:
-        why = " ".join(str(error).split())  # the hub's sentences have several lines
+        why = " ".join(str(error).split())  # Errors of the hub's library have several lines.
         raise ModelError(f"{source} cannot be fetched: {why}") from error
 
 
@@ -89,7 +90,7 @@ def _publish(draft: Path, target: Path) -> bool:
     except OSError:
         if not target.is_dir():
             raise
-        shutil.rmtree(draft)  # another process was faster
+        shutil.rmtree(draft)  # Another process has fetched the model meanwhile.
         log.info("model_exists", folder=str(target))
         return False
     log.info("model_fetched", folder=str(target))

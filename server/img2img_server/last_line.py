@@ -1,4 +1,4 @@
-"""Writes the last line of a process, which says why it ends.
+"""Writes the last line of a process, which has the reason for its end.
 
 Imports the standard library only: it is used before the packages of a role are imported, and where
 they are not installed.
@@ -25,7 +25,7 @@ def is_json(log_format: str) -> bool:
 def _is_terminal() -> bool:
     try:
         return sys.stderr.isatty()
-    except (AttributeError, ValueError):  # there is none, or it is closed
+    except (AttributeError, ValueError):  # stderr does not exist or is closed
         return False
 
 
@@ -66,7 +66,7 @@ def flush_output() -> None:
 
 @contextmanager
 def exit_on_signals(program: str) -> Iterator[None]:
-    """Makes SIGTERM and SIGINT end the process with a line that says so.
+    """Makes SIGTERM and SIGINT end the process with a last line that names the signal.
 
     A role sets handlers of its own when it starts. By default the first process of a container
     ignores SIGTERM.
@@ -92,7 +92,8 @@ def _formatted(sentence: str, code: int) -> str:
         "event": sentence,
         "exit_code": code,
         "role": sentence.partition(": ")[0].split()[-1],
-        # An operator asked for an end by signal, and for a restart (lifecycle.RESTART_CODE).
+        # An operator who sends a signal or asks for a restart (lifecycle.RESTART_CODE) expects the
+        # end.
         "level": "info" if code >= 128 or code == 75 else "error",
         "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
     }

@@ -64,8 +64,9 @@ async def _run(role: Role) -> None:
 
 
 async def unless_stopped(stop: asyncio.Event | None, work: Coroutine[Any, Any, T]) -> T:
-    """Returns what `work` returns. Raises StoppedError once `stop` is set. Cancels `work` then, and
-    when it is cancelled itself."""
+    """Returns what `work` returns. Raises StoppedError once `stop` is set. Then, and when it is
+    cancelled itself, it cancels `work`.
+    """
     if stop is None:
         return await work
     task = asyncio.ensure_future(work)
@@ -80,7 +81,9 @@ async def unless_stopped(stop: asyncio.Event | None, work: Coroutine[Any, Any, T
 
 
 async def first_of(*waits: Awaitable[object]) -> None:
-    """Returns when the first of the waits has ended, and cancels the others. Raises its error."""
+    """Returns when one of the awaitables has ended, and cancels the others. Raises the error of
+    that one.
+    """
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -39,7 +39,7 @@ _FOREIGN = {
         *("NATS_CA_FILE", "NATS_CERT_FILE", "NATS_KEY_FILE", "S3_SESSION_TOKEN"),
     )
 }
-_START_SECONDS = 600.0  # a large model on a slow disk
+_START_SECONDS = 600.0  # seconds; a large model on a slow disk takes minutes
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 
 log = structlog.get_logger()
@@ -48,20 +48,21 @@ log = structlog.get_logger()
 async def serve_local(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
-    """Serves until `stop` is set or a child dies. `started` is called with the gRPC address.
+    """Serves until `stop` is set or a child dies. Calls `started` with the gRPC address.
 
     Raises:
         SettingsError: A port is in use.
-        UnavailableError: A server does not start, or a child died; with its last log line.
+        UnavailableError: A server does not start, or a child died. The message has its last log
+            line.
     """
     settings, metrics_ports = local_settings(settings)
     try:
-        # In the background: the worker loads its model at the same time.
+        # The servers start in the background, while the worker loads its model.
         engines = LocalServers(settings.state_dir, background=True)
         async with engines, AsyncExitStack() as stack:
             settings = _with_storage_key(settings)
             roles = [_role(name, settings, engines, port) for name, port in metrics_ports.items()]
-            for role in roles:  # the last one is stopped first: gateway, api, worker
+            for role in roles:  # The roles stop in reverse order: gateway, api, worker.
                 stack.push_async_callback(role.stop)
             with logs_reason():
                 await first_of(_start(roles), _server_died(engines), stop.wait())
@@ -126,7 +127,9 @@ def _role(name: str, settings: Settings, engines: LocalServers, metrics_port: in
 
 
 def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -> dict[str, str]:
-    """Returns our environment with the chosen settings; credentials are not on the command line."""
+    """Returns our environment with the chosen settings. Credentials are not on a command line,
+    which other users can read.
+    """
     chosen = {
         "GRPC_PORT": settings.grpc_port,
         "HTTP_PORT": settings.http_port,
@@ -140,7 +143,7 @@ def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -
         "S3_ACCESS_KEY": engines.s3_access_key,
         "S3_SECRET_KEY": engines.s3_secret_key,
         "STORAGE_KEYS": settings.storage_keys.get_secret_value(),
-        # Their standard error is a pipe, so they cannot detect the terminal.
+        # The standard error of the roles is a pipe, so they cannot detect the terminal.
         "LOG_FORMAT": "json" if is_json(settings.log_format) else "console",
     }
     ours = {key: value for key, value in os.environ.items() if key.upper() not in _FOREIGN}
@@ -148,7 +151,7 @@ def _environment(settings: Settings, engines: LocalServers, metrics_port: int) -
 
 
 async def _start(roles: list[Child]) -> None:
-    """Starts all at once. Raises UnavailableError when one ends before it is ready."""
+    """Starts all roles at once. Raises UnavailableError if one ends before it is ready."""
     reason = ""
     try:
         async with asyncio.timeout(_START_SECONDS), asyncio.TaskGroup() as starts:
@@ -158,15 +161,15 @@ async def _start(roles: list[Child]) -> None:
         reason = str(deaths.exceptions[0])
     except* TimeoutError:
         reason = f"the roles were not ready in {_START_SECONDS:.0f} s"
-    if reason:  # an error that is raised inside except* would be a group
+    if reason:  # An error that is raised inside except* would become a group.
         raise UnavailableError(reason)
 
 
 async def _keep_running(role: Child) -> None:
-    """Starts a role again each time it ends in order to be restarted.
+    """Starts a role again each time it ends with the exit code for a restart.
 
     Raises:
-        UnavailableError: It ended for another reason; with its last log line.
+        UnavailableError: It ended for another reason; the message has its last log line.
     """
     while (death := await role.ended()).exit_code == RESTART_CODE:
         log.info("role_restarting", role=role.name)
@@ -181,7 +184,7 @@ async def _server_died(engines: LocalServers) -> None:
     """Waits until a server ends.
 
     Raises:
-        UnavailableError: A server ended; with its last log line.
+        UnavailableError: A server ended; the message has its last log line.
         LocalServersError: A server did not start.
     """
     await engines.serving()
@@ -191,7 +194,7 @@ async def _server_died(engines: LocalServers) -> None:
 
 
 async def _probe(url: str) -> None:
-    """Returns when the role is ready, raises an error before."""
+    """Returns when the role is ready. Raises an error if it is not."""
     async with aiohttp.ClientSession(timeout=_PROBE_TIMEOUT) as session, session.get(url) as answer:
         answer.raise_for_status()
 

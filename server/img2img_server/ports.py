@@ -13,8 +13,10 @@ from typing import Final
 
 from img2img_server.settings import Settings, SettingsError, variable
 
-METRICS_PORTS: Final = ("worker", "api", "gateway")  # of `local`, from metrics_port on
-_FREE_PORTS: Final = range(20_000, 32_000)  # Linux takes outgoing ones from 32,768 on
+# Ports of the roles of `local`, counted from metrics_port.
+METRICS_PORTS: Final = ("worker", "api", "gateway")
+# Linux takes ports of outgoing connections from 32,768 on.
+_FREE_PORTS: Final = range(20_000, 32_000)
 _WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
@@ -33,10 +35,11 @@ class Listener:
         return host_port(self.host, self.port)
 
     def mistake(self, error: OSError) -> SettingsError:
-        """Returns the error of a bind, with the setting to correct."""
+        """Returns the error of a failed bind, with the setting to correct."""
         port, host = variable(self.port_setting), variable(self.host_setting)
         note = f"; {self.note}" if self.note else ""
-        if isinstance(error, socket.gaierror) or (error.errno or 0) < 0:  # of getaddrinfo
+        if isinstance(error, socket.gaierror) or (error.errno or 0) < 0:
+            # error numbers of getaddrinfo
             return SettingsError(f"{host}: the name {self.host} has no address")
         if error.errno == errno.EADDRINUSE:
             return SettingsError(f"{port}: {self.address} is in use{note}")
@@ -77,7 +80,7 @@ def listeners(role: str, settings: Settings) -> list[Listener]:
 
 
 def reserve(listeners: Sequence[Listener]) -> list[int]:
-    """Listens on all of them for a moment. Returns their ports, different ones for each 0.
+    """Opens all ports for a moment. Returns their numbers; each 0 becomes a different free port.
 
     Raises:
         SettingsError: Lists all ports that are not available.
@@ -103,7 +106,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def _reserved(listener: Listener) -> socket.socket:
-    """Opens the port; for 0 one that no outgoing connection can take before the role."""
+    """Opens a port. For 0 it chooses one that no outgoing connection can take before the role
+    starts.
+    """
     for port in random.sample(_FREE_PORTS, 9) if listener.port == 0 else ():
         with suppress(SettingsError):
             return replace(listener, port=port).open()

@@ -2,7 +2,7 @@
 
 Terms for medium, light, composition and quality are added. A term is added only where the prompt
 says nothing of its kind, and only one that fits the prompt: a sketch gets no camera terms, a night
-no sun, a monochrome image no colours.
+scene no sun, and a monochrome image no colours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WEIGHTS: Final = re.compile(r"[(\[<][^()\[\]<>:]*:[^()\[\]<>]*[)\]>]")
 
 
 def _any(*words: str) -> re.Pattern[str]:
-    """Matches any of the words or phrases, also in the plural."""
+    """Returns a pattern that matches any of the words or phrases, also in the plural."""
     return re.compile(rf"\b(?:{'|'.join(words)})(?:s|es)?\b", re.IGNORECASE)
 
 
@@ -166,6 +166,6 @@ def _without_colour(prompt: str, terms: Sequence[str]) -> Sequence[str]:
 
 
 def _pick(options: Sequence[str], prompt: str, seed: int, kind: str) -> str:
-    """Returns one of the options, the same one on every machine and version."""
+    """Returns one of the options by a hash, so every machine and version picks the same one."""
     digest = hashlib.sha256(f"{seed}/{kind}/{prompt}".encode()).digest()
     return options[int.from_bytes(digest[:8]) % len(options)]

@@ -1,7 +1,7 @@
 """Checks the settings of a role before anything slow starts, and reports all mistakes at once.
 
-`Settings` checks their text; here are files, folders, keys and ports. Only the settings that a role
-uses are checked. No check opens a connection to another machine.
+`Settings` checks the syntax; this module checks files, folders, keys and ports. Only the settings
+that a role uses are checked. No check opens a connection to another machine.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class _Checks:
                     self.add(name, f"{path} {fault}")
 
     def trusted(self, name: str) -> None:
-        """Checks certificates to trust."""
+        """Checks a file of trusted certificates."""
         content = self.read(name)
         if content is not None and (fault := trusted_fault(content)):
             self.add(name, f"{getattr(self.settings, name)} {fault}")
@@ -131,7 +131,9 @@ def _state(checks: _Checks) -> None:
 
 
 def _trust_bundle(checks: _Checks) -> None:
-    """Checks the authorities that OpenSSL trusts: it ignores a file that it cannot read."""
+    """Checks the file of authorities that OpenSSL reads: OpenSSL ignores a file that it cannot
+    read.
+    """
     if named := os.environ.get("SSL_CERT_FILE"):
         try:
             fault = trusted_fault(read_bytes(Path(named)))
@@ -257,8 +259,9 @@ def _model_folders(checks: _Checks) -> None:
 
 
 def _device_too(checks: _Checks) -> None:
-    """Reports a missing device together with a wrong dtype. Only then is torch imported here; the
-    worker checks the device before it loads anything else."""
+    """Reports a missing device together with a wrong dtype. It imports torch only if the dtype is
+    wrong. Otherwise the worker checks the device when it starts.
+    """
     if "dtype" in checks.skip and checks.settings.device.startswith("cuda"):
         from img2img_server.engine.device import choose_device
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-MAX_BYTES: Final = 16 * 2**20  # a bundle of all public authorities has 250 kB
+MAX_BYTES: Final = 16 * 2**20  # a bundle of all public authorities has about 250 kB
 
 
 def read_bytes(path: Path) -> bytes:

@@ -1,7 +1,8 @@
-"""The types of settings that are more than a number or a text. Reads no file, opens no connection.
+"""The types of settings that are more than a number or a text. This module reads no file and opens
+no connection.
 
-Each rule returns the text or raises ValueError with the end of a sentence that begins with the
-setting's name. No rule repeats the whole text: it may hold a password.
+Each rule returns the text, or raises ValueError with a message that continues the setting's name.
+No message contains the whole text, which may hold a password.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from img2img_server.domain.urls import HOST_NAME, parse_url
 
 _GRPC_SCHEME: Final = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
-_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_:]{1,61}[A-Za-z0-9]")  # as minio has it
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-_:]{1,61}[A-Za-z0-9]")  # the pattern of minio
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 _SIZE: Final = r"[1-9]\d{0,4}x[1-9]\d{0,4}\s*"
 
@@ -28,7 +29,7 @@ def _no_spaces(text: str) -> str:
 
 
 def _address(text: str) -> int:
-    """Returns the version of an IP address; 0 if it is none."""
+    """Returns the version of an IP address, or 0 for any other text."""
     try:
         return ip_address(text.strip("[]").partition("%")[0]).version
     except ValueError:
@@ -49,7 +50,7 @@ def _check_host_port(text: str) -> None:
 
 
 def listen_host(text: str) -> str:
-    """Accepts an IP address of this machine, or a name of it."""
+    """Accepts an IP address of this machine, or a host name of this machine."""
     if not _is_host(text):
         example = "such as 127.0.0.1"
         raise ValueError(f"must be an IP address or a host name without scheme and port, {example}")
@@ -57,14 +58,14 @@ def listen_host(text: str) -> str:
 
 
 def base_url(text: str) -> str:
-    """Accepts a URL that paths are appended to, and an empty text."""
+    """Accepts a URL to which paths are appended, and an empty text."""
     if text and parse_url(text) and ("?" in text or "#" in text):
         raise ValueError("must not have a query or a fragment: paths are appended to it")
     return text
 
 
 def s3_endpoint(text: str) -> str:
-    """Accepts the address of an S3 server, and an empty text for a role that uses none."""
+    """Accepts the URL of an S3 server, and an empty text for a role that uses no S3 server."""
     if text and (parse_url(text).target != "/" or "#" in text):
         raise ValueError(
             "must not have a path, a query or a fragment: the path of a request is the bucket; "
@@ -74,7 +75,7 @@ def s3_endpoint(text: str) -> str:
 
 
 def bucket_name(text: str) -> str:
-    """Accepts a name that the S3 client takes."""
+    """Accepts a bucket name that the S3 client accepts."""
     if not _BUCKET.fullmatch(text) or ".." in text:
         raise ValueError("must be the name of a bucket: 3 to 63 letters, digits, dots and hyphens")
     return text
@@ -114,7 +115,7 @@ def api_address(text: str) -> str:
 
 
 def lists_addresses(text: str) -> bool:
-    """Returns whether a gRPC target names more than one address by number."""
+    """Returns whether a gRPC target lists more than one IP address."""
     return text.startswith(("ipv4:", "ipv6:")) and "," in text
 
 
@@ -143,7 +144,7 @@ def sizes(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """Accepts a device as torch names it, and auto."""
+    """Accepts a device in torch's notation, and auto."""
     if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise ValueError("must be auto, cpu, cuda or cuda:N")
     return text
@@ -168,7 +169,7 @@ OtlpEndpoint = Annotated[str, _NO_SPACES, AfterValidator(otlp_endpoint)]
 Origins = Annotated[str, AfterValidator(origins)]
 Sizes = Annotated[str, AfterValidator(sizes)]
 Device = Annotated[str, AfterValidator(device)]
-# Their upper bounds are those of sockets, NATS, gRPC, timers and JSON.
+# The upper bounds are the limits of sockets, NATS, gRPC, timers and JSON.
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(le=2**31 - 1)]
 Bytes = Annotated[int, Field(le=2**53)]

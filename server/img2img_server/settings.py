@@ -1,4 +1,4 @@
-"""Every setting of the service: nothing else reads IMG2IMG_ variables.
+"""Defines every setting of the service; no other module reads IMG2IMG_ variables.
 
 Other variables are read where their libraries are used: AWS_* by storage/s3_credentials.py and
 storage/s3_access.py, SSL_CERT_FILE by OpenSSL, HF_* by the hub's library, OTEL_* by OpenTelemetry,
@@ -49,7 +49,7 @@ from img2img_server.setting_syntax import (
 
 PREFIX = "IMG2IMG_"
 DEV_KEY = "dev-key"  # the well-known development key, see Settings.dev_key
-# Of the command `img2img`, which may run in the same shell.
+# Variables of the client's command `img2img`, which may run in the same shell.
 CLIENT_NAMES = frozenset({"IMG2IMG_SERVER", "IMG2IMG_API_KEY"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -109,19 +109,20 @@ class Settings(BaseSettings):
     metrics_host: ListenHost = "127.0.0.1"
     """Address of metrics and probes."""
     metrics_port: Port = 9090
-    """Port of /metrics, /livez and /readyz of every role. `local` takes it for the worker and the
-    next two for api and gateway."""
+    """Port of /metrics, /livez and /readyz of every role. `local` uses it for the worker and the
+    next two ports for api and gateway.
+    """
     api_address: ApiAddress = "127.0.0.1:50051"
     """Where the gateway finds the api: host:port, or another form of a gRPC target
     (dns:///host:port, ipv4:address:port,address:port, unix:path). A list of addresses works without
     TLS only."""
     api_ca_file: OptionalPath = None
-    """PEM certificates the gateway trusts when the api has TLS. Empty: no TLS."""
+    """PEM certificates that the gateway trusts if the api uses TLS. Empty: no TLS."""
     public_base_url: BaseUrl = ""
-    """Base of the links in answers. Empty: scheme and host of the HTTP request; over gRPC http://
+    """Base of the links in responses. Empty: scheme and host of the HTTP request; over gRPC http://
     and the gateway's own address, or loopback where the gateway listens on all addresses."""
     playground: bool = True
-    """Serve the playground, a page at / of the gateway to try the service."""
+    """Serve the playground, a page at / of the gateway on which to try the service."""
     tls_cert_file: OptionalPath = None
     """PEM certificate of the gRPC server."""
     tls_key_file: OptionalPath = None
@@ -130,9 +131,9 @@ class Settings(BaseSettings):
     # NATS and S3.
     nats_url: SecretStr = SecretStr("nats://127.0.0.1:4222")
     """NATS servers, comma separated: nats://, tls://, ws:// or wss://, with `user:password@` or
-    `token@`, percent-encoded, which is the same for all."""
+    `token@`, percent-encoded. All servers must have the same credentials."""
     nats_user: str = ""
-    """User at NATS. Empty: that of nats_url, or none."""
+    """User at NATS. Empty: the user in nats_url, or none."""
     nats_password: SecretStr = SecretStr("")
     """Password of nats_user."""
     nats_token: SecretStr = SecretStr("")
@@ -140,10 +141,10 @@ class Settings(BaseSettings):
     nats_creds_file: OptionalPath = None
     """NATS credentials file."""
     nats_ca_file: OptionalPath = None
-    """PEM certificates that are trusted for NATS instead of the system's; NATS must then have
-    TLS."""
+    """PEM certificates that are trusted for NATS instead of the system's; NATS must then use TLS.
+    """
     nats_cert_file: OptionalPath = None
-    """PEM certificate of this client, for NATS that asks for one."""
+    """PEM certificate of this client, for NATS servers that require one."""
     nats_key_file: OptionalPath = None
     """PEM key of nats_cert_file."""
     nats_replicas: int = Field(1, ge=1, le=5)
@@ -151,7 +152,8 @@ class Settings(BaseSettings):
     s3_endpoint_url: S3Endpoint = "http://127.0.0.1:8333"
     """S3 endpoint: scheme, host and port, without a path and without the bucket."""
     s3_region: str = "us-east-1"
-    """S3 region. Where it is not set, at AWS: that of the endpoint's host, else AWS_REGION."""
+    """S3 region. If it is not set, AWS endpoints use the region in the host name, else AWS_REGION.
+    """
     s3_bucket: BucketName = "img2img"
     """Bucket of the service; created when missing."""
     s3_access_key: SecretStr = SecretStr("")
@@ -159,7 +161,7 @@ class Settings(BaseSettings):
     s3_secret_key: SecretStr = SecretStr("")
     """S3 secret key."""
     s3_session_token: SecretStr = SecretStr("")
-    """S3 session token, of temporary keys."""
+    """S3 session token of temporary keys."""
 
     # Keys.
     api_keys_file: OptionalPath = None
@@ -168,63 +170,74 @@ class Settings(BaseSettings):
     """Accept the API key `dev-key`; loopback only. `local` turns it on."""
 
     storage_keys: SecretStr = SecretStr("")
-    """Fernet keys, comma separated, that seal the S3 details of tenants: the first seals, all open.
-    The same for api and worker; `local` makes one. Empty: tenants cannot store S3 details."""
+    """Fernet keys, comma separated, that encrypt the S3 details of tenants: the first key encrypts,
+    all keys decrypt. Give api and worker the same keys; `local` creates one. Empty: tenants cannot
+    store S3 details.
+    """
 
     # The model.
     model: str = ""
     """Diffusers directory or hub id. Empty: the model inside the package."""
     default_model: str = ""
-    """Model of requests that name none. Empty: the one that workers announced, the first by name of
-    several."""
+    """Model of requests without a model. Empty: the first by name of the models that workers
+    announced.
+    """
     device: Device = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Number type of the model; auto: float32 on a CPU, bfloat16 on a GPU."""
     max_batch_size: int = Field(8, ge=1, le=256)
     """Largest batch of a denoising step, in forwards of the model: a sample costs one, with
-    guidance two. A worker stops pulling jobs when those it has fill a batch."""
+    guidance two. A worker stops pulling jobs when its jobs fill a batch.
+    """
     torch_threads: Count = Field(0, ge=0)
-    """CPU threads of torch; 0: its own choice."""
+    """CPU threads of torch; 0: torch's default."""
     channels_last: bool = True
-    """Keep the networks' tensors channels last: faster where it was measured."""
+    """Keep the networks' tensors in the channels-last layout, which was faster on all measured
+    devices.
+    """
     fuse_qkv: bool = False
-    """Compute queries, keys and values of the denoiser in one product."""
+    """Compute queries, keys and values of the denoiser in one matrix product."""
     compile: Literal["off", "regional", "whole"] = "off"
-    """How much of the denoiser torch.compile gets; on a GPU `whole` is run as CUDA graphs. Batches
-    are then filled up to a few sizes, and warm_up_sizes takes minutes."""
+    """The part of the denoiser that torch.compile compiles; on a GPU `whole` also uses CUDA graphs.
+    Batches are then padded to a few sizes, and the warm-up takes minutes.
+    """
     compile_cache_dir: OptionalPath = None
-    """Folder that keeps what was compiled. Empty: torch's own, in /tmp."""
+    """Folder that caches compiled code. Empty: torch's default in /tmp."""
     warm_up_sizes: Sizes = "512x512"
-    """Sizes, WIDTHxHEIGHT and comma separated, that are run before the worker is ready."""
+    """Image sizes, WIDTHxHEIGHT and comma separated, that a worker runs once before it is ready."""
     vae_tile_pixels: Count = Field(1024 * 1024, ge=1)
-    """Images of more pixels are encoded and decoded in overlapping tiles: less memory, small
-    differences."""
+    """Images of more pixels are encoded and decoded in overlapping tiles, which needs less memory
+    and changes pixels slightly.
+    """
     tiny_vae: str = ""
     """Directory or hub id of a tiny autoencoder (TAESD). Empty: none."""
     tiny_vae_use: Literal["previews", "images"] = "previews"
-    """Use of the tiny autoencoder: for better previews, or for images too, which is faster and
-    costs fine detail."""
+    """Use of the tiny autoencoder: for better previews only, or also for the images, which is
+    faster but loses fine detail.
+    """
     memory_limit_bytes: Bytes = Field(0, ge=0)
     """Most device memory for the intermediate results of a step; 0: all free memory. No effect on a
     CPU, whose memory is not measured."""
     lora_dir: OptionalPath = None
-    """Folder of LoRA files (.safetensors) that requests may name; a LoRA has the name of its file.
-    Not together with fuse_qkv, quantization, gguf_file or group_offload."""
+    """Folder of LoRA files (.safetensors); requests name a LoRA by its file name.
+    Cannot be combined with fuse_qkv, quantization, gguf_file or group_offload."""
     text_encoder_placement: Literal["device", "offload", "cpu"] = "device"
-    """Where text encoders are kept: on the device; on the host, from where they move to the device
-    to encode new prompts; or on the host, where they also run. Prompts are cached in each case."""
+    """Where text encoders are kept. device: on the device; offload: on the host, and they move to
+    the device to encode new prompts; cpu: on the host, where they also run. Prompts are cached
+    in each case."""
     quantization: Literal["off", "int8", "fp8"] = "off"
-    """Keep the linear weights of the denoiser in 8 bits; they are widened when they are used. Needs
-    the extra `quantization` of the package."""
+    """Keep the linear weights of the denoiser in 8 bits and widen them for each use. Needs the
+    extra `quantization` of the package."""
     gguf_file: OptionalPath = None
     """GGUF file with the weights of the denoiser, used instead of the model's own. Needs the extra
     `quantization` of the package."""
     group_offload: bool = False
     """Keep the denoiser on the host and move its blocks to the GPU one after the other as they run:
-    for models that do not fit the GPU, at the cost of speed. Not together with compile."""
+    for models that do not fit the GPU, at the cost of speed. Cannot be
+    combined with compile."""
     safety_checker: Literal["opennsfw", "model"] = "opennsfw"
-    """The checker of images: the classifier that comes with the service, or the safety checker in
+    """The safety checker: the classifier that comes with the service, or the safety checker in
     the model's directory, which runs on the CPU with its own thresholds."""
     safety_threshold: float = Field(0.8, ge=0.0, le=1.0)
     """Score from which an image is replaced by a black one."""
@@ -248,8 +261,9 @@ class Settings(BaseSettings):
     max_image_pixels: Count = Field(64_000_000, ge=1)
     """Largest init image in pixels."""
     rate_limit: Count = Field(0, ge=0)
-    """Jobs that a key may make in a minute, at all apis together; 0: any number. `rate_limit` of a
-    key's entry in the keys file comes before it."""
+    """Jobs that a key may make in a minute, at all apis together; 0: any number. `rate_limit` in a
+    key's entry of the keys file takes precedence.
+    """
     max_watchers: Count = Field(1000, ge=1)
     """Most open event streams of one api."""
     max_tenant_calls: Count = Field(500, ge=1)
@@ -257,11 +271,12 @@ class Settings(BaseSettings):
     max_http_requests: Count = Field(2000, ge=1)
     """Most open HTTP requests of one gateway, event streams included."""
     max_http_body_bytes: Bytes = Field(128 * 2**20, ge=32 * 2**20)
-    """Most bytes of HTTP request bodies that one gateway holds at a time; to read and pass them on
-    takes a few times as much memory. A body of more than 40,000 values, which would take far more,
-    is refused."""
+    """Most bytes of HTTP request bodies that one gateway holds at a time; parsing and forwarding
+    them takes a few times as much memory. Bodies of more than 40,000 JSON values are rejected,
+    because they would take far more.
+    """
     max_attempts: Count = Field(5, ge=1)
-    """Times a job is tried before it fails."""
+    """Most attempts at a job before it fails."""
     outbound_allow: str = ""
     """Hosts and networks that caller-supplied addresses may name although they are not public,
     comma separated: `files.internal, 10.2.0.0/16`. Give api, gateway and workers the same."""
@@ -274,7 +289,7 @@ class Settings(BaseSettings):
 
     # Times.
     startup_timeout_seconds: Seconds = Field(45.0, gt=0)
-    """How long a starting role tries to reach NATS and the bucket before it ends."""
+    """How long a starting role tries to connect to NATS and the bucket before it exits."""
     wait_seconds: Seconds = Field(30.0, ge=0)
     """How long a POST waits for its job."""
     heartbeat_seconds: Seconds = Field(15.0, ge=0)
@@ -282,10 +297,11 @@ class Settings(BaseSettings):
     do not cut the stream; 0: never."""
     disconnect_grace_seconds: Seconds = Field(15.0, ge=0)
     """How long a job continues after its Generate call broke. A WatchJob call within this time
-    keeps the job, otherwise it is cancelled; 0: it is cancelled at once, also when another api has
-    a stream of it open."""
+    keeps the job, otherwise it is cancelled; 0: it is cancelled at once, even if another api has an
+    open stream of the job.
+    """
     ack_wait_seconds: Seconds = Field(15.0, ge=0.5)
-    """Silence after which a worker's job goes to another one."""
+    """Time without a message from a worker after which its job is redelivered to another worker."""
     drain_seconds: Seconds = Field(25.0, ge=0)
     """How long running work may take when a role stops."""
     retention_hours: int = Field(24, ge=1, le=87_600)
@@ -295,18 +311,21 @@ class Settings(BaseSettings):
     events_max_bytes: Bytes = Field(2**30, ge=2**20)
     """Most bytes of replayable events."""
 
-    # The contract.
+    # The HTTP contract.
     legacy: bool = False
-    """Answer in the older form of the HTTP contract."""
+    """Respond in the older format of the HTTP contract."""
     base64_inline: bool = False
-    """Put the strings of `base64` jobs into `output`, where their links would be. Files in a
-    tenant's own storage keep their links: the service does not read there."""
+    """Put the base64 texts of `base64` jobs into `output` instead of links. Files in a tenant's own
+    storage keep their links, since the service does not read that storage.
+    """
     cors_origins: Origins = "*"
     """Origins that browsers may call from, comma separated: `*` for all, `loopback` for pages of
-    this machine. With `dev_key` it is `loopback` unless it is set, and pages of other origins are
-    refused, because that key is public."""
+    this machine. With `dev_key` the default is `loopback`, and pages of other origins are rejected,
+    because that key is public.
+    """
     webhook_secret: SecretStr = SecretStr("")
-    """Signs webhooks: whsec_…; two apart by a space while one replaces the other."""
+    """Secret that signs webhooks, whsec_…. Give two, separated by a space, while you replace one.
+    """
 
     # The process.
     state_dir: StateDir = Path(".img2img")
@@ -317,7 +336,8 @@ class Settings(BaseSettings):
     """Log format on stderr; auto: console on a terminal, else json."""
     otlp_endpoint: OtlpEndpoint = ""
     """OpenTelemetry collector that gets the traces by OTLP over gRPC, for example
-    http://collector:4317. Empty: none. OTEL_TRACES_SAMPLER and its kin hold too."""
+    http://collector:4317. Empty: none. OTEL_TRACES_SAMPLER and the other OTEL_ variables apply too.
+    """
     use_proxy_environment: bool = False
     """Use http_proxy, https_proxy, grpc_proxy, all_proxy and no_proxy for the gateway's connection
     to the api and for the export of traces. Default: connect directly."""
@@ -369,18 +389,20 @@ class Settings(BaseSettings):
 
     @property
     def has_open_dev_key(self) -> bool:
-        """Whether the well-known key works."""
+        """Whether the well-known development key is accepted."""
         return self.dev_key and not self.api_keys_file
 
     @property
     def browser_origins(self) -> str:
-        """cors_origins; where it was not set and the well-known key works, `loopback`."""
+        """The setting cors_origins, or `loopback` if it is not set and the development key is
+        accepted.
+        """
         if self.has_open_dev_key and "cors_origins" not in self.model_fields_set:
             return "loopback"
         return self.cors_origins
 
     def refuse_open_dev_key(self, host: str) -> None:
-        """Raises SettingsError when the well-known key would be open to the network at `host`."""
+        """Raises SettingsError if other machines could use the well-known key through `host`."""
         if self.has_open_dev_key and not is_loopback(host):
             raise SettingsError(
                 "IMG2IMG_API_KEYS_FILE: is not set; refusing to listen on "
@@ -392,7 +414,7 @@ class Settings(BaseSettings):
         """Reads the environment; overrides win.
 
         Raises:
-            SettingsError: a value is wrong or an IMG2IMG_ name is unknown; lists all of them.
+            SettingsError: A value is wrong or an IMG2IMG_ name is unknown. Lists all mistakes.
         """
         settings, mistakes, _ = cls.load_with_mistakes(**overrides)
         if mistakes:
@@ -401,10 +423,10 @@ class Settings(BaseSettings):
 
     @classmethod
     def load_with_mistakes(cls, **overrides: object) -> tuple[Settings, list[str], frozenset[str]]:
-        """Reads the environment, and says what is wrong with it instead of raising.
+        """Reads the environment, and returns its mistakes instead of raising.
 
         Returns:
-            The settings, those that are wrong with their defaults; a sentence for each mistake; the
+            The settings, with defaults in place of wrong values; a sentence for each mistake; the
             names of the settings that are wrong.
         """
         mistakes = _unknown(cls.model_fields)
@@ -445,7 +467,7 @@ def _is_set(value: Any) -> bool:
 
 
 def _fields_of(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:
-    """Returns the settings that an error of pydantic is about."""
+    """Returns the settings that a pydantic error is about."""
     name = _name(fault)
     if name:
         return [name] if name in fields else []

@@ -1,4 +1,4 @@
-"""Runs work in the background of other work, which it never outlives."""
+"""Runs a task in the background of a block, which cancels the task at its end."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def background_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
-    """Starts work that the body may await; cancels it if the body ends first.
+    """Starts a task that the body may await. Cancels the task if the body ends first.
 
-    Unlike with a task group, an error of the work is raised only in a body that awaits it.
+    Unlike with a task group, an error of the task is raised only if the body awaits the task.
     """
     task = asyncio.create_task(work)
     try:
@@ -28,8 +28,8 @@ async def background_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio
 def reraise_cancellation() -> Iterator[None]:
     """Raises the CancelledError that the body swallowed.
 
-    `asyncio.wait_for` of Python 3.11 drops a cancellation that comes together with its result, so
-    that a loop that was cancelled once never ends.
+    `asyncio.wait_for` of Python 3.11 drops a cancellation that comes together with its result, so a
+    cancelled loop would never end.
     """
     task = asyncio.current_task()
     known = task.cancelling() if task else 0

@@ -91,7 +91,7 @@ class _LibraryLogger(logging.Logger):
     """A logger of a library that writes only through the root logger.
 
     Some libraries add a handler for stderr to their loggers, with or without propagation to the
-    root logger: a line would be written twice, or in another format.
+    root logger: a line would be written twice, or in a second format.
     """
 
     @property
@@ -116,7 +116,7 @@ def _redirect_to_root() -> None:
     logging.captureWarnings(True)
     logging.setLoggerClass(_LibraryLogger)
     for logger in logging.root.manager.loggerDict.values():
-        if type(logger) is logging.Logger:  # it exists already
+        if type(logger) is logging.Logger:  # The default handler exists already.
             logger.__class__ = _LibraryLogger
             logger.handlers = [each for each in logger.handlers if not _writes_to_console(each)]
 

@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry, from the caller through api and queue to the steps on the device.
 
-Spans cost almost nothing until an endpoint is set; the caller's context is passed on anyway. The
-queue and the metadata of calls carry it as W3C trace context.
+Without an endpoint, spans cost almost nothing, but the caller's context is still forwarded. Queued
+messages and call metadata contain it as W3C trace context.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LAST_SPANS_SECONDS: Final = 1.0
 def exporting(settings: Settings, role: str) -> Iterator[None]:
     """Sends the spans of the body to the collector in the settings, the last ones at its end.
 
-    The OTEL_ variables of the SDK set sampling and the rest.
+    The OTEL_ variables of the SDK apply, for example to sampling.
     """
     if not settings.otlp_endpoint:
         yield
@@ -44,7 +44,7 @@ def exporting(settings: Settings, role: str) -> Iterator[None]:
         endpoint=settings.otlp_endpoint,
         insecure=plain,
         timeout=5,
-        # The SDK's type is text, but gRPC takes numbers for numbers.
+        # The SDK declares a text, but gRPC accepts only numbers for numeric options.
         channel_options=(("grpc.enable_http_proxy", int(settings.use_proxy_environment)),),  # type: ignore[arg-type]
     )
     resource = Resource.create({"service.name": f"img2img-{role}", "service.version": __version__})

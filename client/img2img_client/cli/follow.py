@@ -106,8 +106,8 @@ def follow(
     """Follows a job to its end and exits with its code.
 
     Args:
-        ours: leaving the stream early cancels the job.
-        timeout_seconds: the stream's, for the error message.
+        ours: Leaving the stream early cancels the job.
+        timeout_seconds: The timeout of the stream, for the error message.
     """
     from img2img_client.cli.report import show_ended  # rich is slow to import
 
@@ -143,7 +143,7 @@ def _signals_interrupt() -> Iterator[None]:
     known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     taken = [each for each in known if signal.getsignal(each) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
-        taken = []  # Python allows signal handlers only there
+        taken = []  # Python accepts signal handlers in the main thread only.
     for each in taken:
         signal.signal(each, signal.default_int_handler)
     try:
@@ -183,7 +183,7 @@ def _explained(
     ours: bool,
     timeout_seconds: float | None,
 ) -> errors.RpcError:
-    """Returns the error of a broken stream; says what happened to its job if there is one."""
+    """Returns the error of a broken stream, with the state of its job if there is one."""
     name, is_timeout = stream.job_name, isinstance(error, errors.DeadlineExceededError)
     fate = "before the service responded"
     if stream.job is not None and not isinstance(error, errors.NotFoundError):
@@ -201,7 +201,9 @@ def _explained(
 
 
 def _after_leaving(session: Session, name: str) -> tuple[str, str]:
-    """Returns a sentence about a job that was left, and the job's state; "" if it is unknown."""
+    """Returns a sentence about a job whose stream was closed, and the job's state; "" if it is
+    unknown.
+    """
     try:
         job = session.client.get(name)
     except errors.Img2ImgError as error:

@@ -76,7 +76,7 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
     default=None,
     help="Do not check the images for unsafe content.",
 )
-@click.option("--enhance-prompt", is_flag=True, help="Let the service improve the prompt.")
+@click.option("--enhance-prompt", is_flag=True, help="Let the service rewrite the prompt.")
 @click.option("--temp", is_flag=True, help="Store the images for 24 hours only.")
 @click.option("--base64", is_flag=True, help="Store the images as base64 text files.")
 @click.option("--webhook", metavar="URL", help="URL that receives a POST when the job has ended.")

@@ -1,4 +1,4 @@
-"""How a command ends: one exit code and, with --json, one object on stdout."""
+"""Ends a command with one exit code and, with --json, one object on stdout."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Program(click.Group):
         """Runs the command that `args` name and exits."""
         words = list(sys.argv[1:] if args is None else args)
         options = words[: words.index("--")] if "--" in words else words
-        as_json = "--json" in options  # parsing may fail before it reaches --json
+        as_json = "--json" in options  # The parser may fail before it reads --json.
         try:
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
         except EndedError as ended:
@@ -63,12 +63,12 @@ class Program(click.Group):
             code = WRONG if isinstance(error, InvalidRequestError) else FAILED
             _end(as_json, code, {"error": error_facts(error)})
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of stdout has closed it
+            if error.errno == errno.EPIPE:  # The reader of stdout has closed the pipe.
                 raise
             text = f"cannot write {error.filename or 'the output'}: {error.strerror or error}"
             click.echo(f"Error: {text}", err=True)
             _end(as_json, FAILED, error_object("FILE_NOT_WRITTEN", text))
-        except Exception as error:  # a bug of this command: the traceback shows where
+        except Exception as error:  # The command has a bug, whose place the traceback shows.
             if as_json:
                 click.echo(to_json(error_object("INTERNAL", repr(error))))
             raise
@@ -88,7 +88,7 @@ def _end(as_json: bool, code: int, facts: dict[str, object]) -> NoReturn:
     if as_json:
         try:
             click.echo(to_json(facts))
-        except OSError as error:  # stdout is full or closed; stderr says why the command ends
+        except OSError as error:  # stdout is full or closed. The message on stderr has the reason.
             click.echo(f"Error: cannot write to stdout: {error.strerror}", err=True)
             code = code or FAILED
     sys.exit(code)
@@ -130,7 +130,7 @@ def error_facts(error: Img2ImgError) -> dict[str, object]:
 
 def _usage_facts(error: click.ClickException) -> dict[str, object]:
     """Returns the facts of a wrong command line, in the form of a rejected request."""
-    name: object = getattr(error, "option_name", "")  # of an option that does not exist
+    name: object = getattr(error, "option_name", "")  # option that does not exist
     if isinstance(error, click.BadParameter):
         name = error.param.name if error.param else error.param_hint
     field = name.lstrip("-").replace("-", "_") if isinstance(name, str) else ""
@@ -138,7 +138,7 @@ def _usage_facts(error: click.ClickException) -> dict[str, object]:
 
 
 def count(number: int, noun: str) -> str:
-    """Returns for example "1 job" or "2 jobs"."""
+    """Returns a number with its noun, for example "1 job" or "2 jobs"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

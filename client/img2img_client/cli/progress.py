@@ -26,7 +26,7 @@ STAGES = {
     events.Stage.TEXT_ENCODED: "encoding the init image",
     events.Stage.IMAGE_ENCODED: "denoising",
 }
-OTHER_COLUMNS = 36  # columns of the other fields: "  sample 0 ", " 10/10 " and "seed 4294967295"
+OTHER_COLUMNS = 36  # width of the other columns: " sample 0 ", " 10/10 " and "seed 4294967295"
 
 
 class LiveDisplay:
@@ -37,7 +37,7 @@ class LiveDisplay:
         self._started = time.monotonic()
         self._status = "connecting"
         self._job_name = ""
-        self._end: tuple[str, str] | None = None  # symbol and colour
+        self._end: tuple[str, str] | None = None  # symbol and colour of the end
         self._unfinished: set[int] = set()
         self._bars = Progress(
             TextColumn("  {task.description}"),
@@ -58,15 +58,15 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end = self._end or ("-", "dim")  # left before the job ended
-        self._live.transient = not self._job_name  # the request was rejected: leave no output
+        self._end = self._end or ("-", "dim")  # The user left before the job ended.
+        self._live.transient = not self._job_name  # The request was rejected, so no output remains.
         self._live.stop()
         log.removeHandler(self._log_handler)
 
     def __rich__(self) -> Group:
         """Called by Live at every refresh."""
         line = Table.grid(padding=(0, 1))
-        for is_fixed in (True, True, False, True):  # only the status may be cut
+        for is_fixed in (True, True, False, True):  # only the status may be truncated
             line.add_column(no_wrap=is_fixed, ratio=None if is_fixed else 1)
         seconds = time.monotonic() - self._started
         head: Spinner | Text = Text(*self._end) if self._end else self._spinner
@@ -133,7 +133,7 @@ class LiveDisplay:
 
 
 class _LogHandler(logging.Handler):
-    """Shows the client's log messages: the connection is lost or established again."""
+    """Shows the client's log messages about lost and restored connections."""
 
     def __init__(self, display: LiveDisplay) -> None:
         super().__init__(logging.INFO)
@@ -144,7 +144,7 @@ class _LogHandler(logging.Handler):
 
 
 def queued_text(event: events.Queued) -> str:
-    """Returns for example "queued again (worker lost), 2 jobs ahead, about 5 s"."""
+    """Returns a status, for example "queued again (worker lost), 2 jobs ahead, about 5 s"."""
     parts = [f"queued again ({event.requeue_reason})" if event.requeue_reason else "queued"]
     if event.position >= 0:
         ahead = f"{count(event.position, 'job')} ahead"

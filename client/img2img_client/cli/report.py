@@ -15,7 +15,7 @@ from rich.text import Text
 from img2img_client.cli.program import count
 from img2img_client.resources import Capabilities, Job, Limits, Model, State, Timings
 
-# The work of each stage of Timings.
+# The descriptions of the stages of Timings.
 STAGES = {
     "queue": "waiting for a worker",
     "fetch": "downloading the init image, before acceptance",
@@ -30,7 +30,8 @@ STAGES = {
     "total": "from acceptance to the end",
 }
 PIPE_COLUMNS = 200  # the width without a terminal
-JOB_COLUMNS_BY_USE = ("state", "prompt", "created", "size", "model")  # the last is hidden first
+# If the terminal is narrow, the last columns are hidden first.
+JOB_COLUMNS_BY_USE = ("state", "prompt", "created", "size", "model")
 MIN_PROMPT_WIDTH, GAP = 12, 2
 COLOURS = {State.SUCCEEDED: "green", State.FAILED: "red", State.CANCELLED: "yellow"}
 
@@ -63,12 +64,13 @@ def timings_table(timings: Timings) -> Table:
         table.columns[column].justify = "right"
     for name, seconds in asdict(timings).items():
         stage = name.removesuffix("_seconds")
-        if stage == name or not seconds:  # a count, or a stage that took no time
+        if stage == name or not seconds:  # The value is a count, or the stage took no time.
             continue
         share = seconds / timings.total_seconds if timings.total_seconds else 0.0
         text = STAGES.get(stage, "")
         text += f", {timings.steps} in all" if stage == "denoise" else ""
-        percent = "" if stage == "fetch" else f"{share:.0%}"  # the total does not contain fetch
+        # `total` does not include `fetch`, which ends before the job is accepted.
+        percent = "" if stage == "fetch" else f"{share:.0%}"
         table.add_row(stage.replace("_", " "), f"{seconds * 1000:.0f}", percent, text)
     return table
 
@@ -122,7 +124,7 @@ def show_jobs(jobs: Sequence[Job]) -> None:
         shown.add(name)
     table = _table(*(name for name in widths if name in shown))
     for column in table.columns:
-        if column.header != "prompt":  # only the prompt may be cut
+        if column.header != "prompt":  # only the prompt may be truncated
             column.no_wrap, column.min_width = True, widths[str(column.header)]
     for row in rows:
         table.add_row(*(text for name, text in row.items() if name in shown))
@@ -174,7 +176,7 @@ def _sizes(model: Model, limits: Limits) -> str:
 
 
 def _steps(model: Model) -> str:
-    most = model.max_num_inference_steps  # 0: the service is too old to report it
+    most = model.max_num_inference_steps  # 0: the service is too old to report the limit
     return f"{model.default_num_inference_steps}" + (f" (at most {most})" if most else "")
 
 

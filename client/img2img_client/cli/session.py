@@ -1,4 +1,4 @@
-"""The options and the output that all commands share."""
+"""Defines the options and the output that all commands share."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class Seconds(click.ParamType):  # type: ignore[type-arg] # generic since click 
 
 
 def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
-    """Returns jobs/10000001 for that name or for 10000001; the callback of the JOB argument."""
+    """Returns the name jobs/10000001 for that name or for 10000001. This is the callback of the JOB
+    argument.
+    """
     try:
         return job_name(value)
     except ValueError as error:
@@ -74,7 +76,7 @@ def read_job(_ctx: click.Context, _parameter: click.Parameter, value: str) -> st
 
 
 def command(function: F) -> F:
-    """Adds the connection options and --json to a command, and passes it a Session."""
+    """Decorates a command: adds the connection options and --json, and passes it a Session."""
 
     @functools.wraps(function)
     def run(

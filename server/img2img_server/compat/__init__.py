@@ -1,1 +1,1 @@
-"""Contracts of other services that the service keeps."""
+"""HTTP contracts of other services that this service implements."""

@@ -23,9 +23,9 @@ from img2img_server.lifecycle import first_of
 
 HOST: Final = "127.0.0.1"
 PROBE_SECONDS: Final = 0.03
-STOP_SECONDS: Final = 8.0  # from SIGTERM to SIGKILL
+STOP_SECONDS: Final = 8.0  # seconds between SIGTERM and SIGKILL
 TAIL_LINES: Final = 15
-RELAY_SECONDS: Final = 1.0  # for the remaining output of an ended child
+RELAY_SECONDS: Final = 1.0  # seconds to wait for the remaining output of an ended child
 
 
 class LocalServersError(OperatorError):
@@ -79,11 +79,11 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Its process id, once it was started."""
+        """The process id, once the child was started."""
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        """Returns when it serves; bounded by the caller. Raises ServerExitedError."""
+        """Returns when the child serves. The caller sets a timeout. Raises ServerExitedError."""
         self.folder.mkdir(exist_ok=True)
         launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
         with self._open_log() as log:
@@ -113,11 +113,11 @@ class Child:
         while True:
             try:
                 return await self.probe()
-            except Exception:  # it is not ready
+            except Exception:  # the child is not ready yet
                 await asyncio.sleep(PROBE_SECONDS)
 
     async def ended(self) -> ServerExitedError:
-        """Waits for its end and returns the reason."""
+        """Waits until the child ends and returns the reason."""
         assert self._process is not None, "it was not started"
         return self._death(await self._process.wait())
 
@@ -147,7 +147,7 @@ class Child:
 class Relay:
     """Copies the output of a child to our standard error, line by line, and keeps the last lines.
 
-    A thread copies: a slow terminal delays the child and not our event loop.
+    It copies in a thread, so that a slow terminal delays the child and not our event loop.
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class Relay:
 
     def last_lines(self) -> list[str]:
         """Returns the last lines of a child that has ended."""
-        if self._thread:  # its own children may keep the pipe open
+        if self._thread:  # Its own children may still have the pipe open.
             self._thread.join(RELAY_SECONDS)
         return [line.decode(errors="replace").rstrip("\r\n") for line in list(self._lines)]
 
@@ -181,7 +181,7 @@ class Relay:
 
     def _write(self, lines: list[bytes]) -> None:
         self._lines.extend(line for line in lines if line.strip())
-        with suppress(OSError, ValueError):  # our own standard error is closed
+        with suppress(OSError, ValueError):  # Our own standard error is closed.
             sys.stderr.buffer.write(b"".join(lines))
             sys.stderr.buffer.flush()
 

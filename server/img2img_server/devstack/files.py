@@ -16,7 +16,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def kept_secret(path: Path) -> str:
-    """Returns a random secret, created at the first call."""
+    """Returns a random secret, which the first call creates and stores."""
     if not path.exists():
         write_private(path, secrets.token_urlsafe(30))
     return path.read_text()

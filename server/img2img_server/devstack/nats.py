@@ -12,7 +12,8 @@ from img2img_server.devstack.files import write_private
 from img2img_server.nats.connection import connect
 
 MAX_PAYLOAD_BYTES: Final = 8 * 2**20
-STORE_BYTES: Final = 16 * 2**30  # most bytes of all streams; not allocated in advance
+# most bytes of all streams together; the space is not allocated in advance
+STORE_BYTES: Final = 16 * 2**30
 
 
 USER: Final = "img2img"
@@ -42,7 +43,7 @@ def nats_server(folder: Path, port: int, password: str) -> Child:
 
     async def probe() -> None:
         _, writer = await asyncio.open_connection(HOST, port)
-        writer.close()  # it listens, so the client connects at the first attempt
+        writer.close()  # The server listens, so the client connects at the first attempt.
         async with connect([nats_url(port, password)]) as link:
             await link.js.account_info()
 

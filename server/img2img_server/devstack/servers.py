@@ -51,7 +51,7 @@ class LocalServers(AsyncExitStack):
 
     @property
     def nats_url(self) -> str:
-        """With the password: for settings, not for logs."""
+        """The URL with its password: for settings, not for logs."""
         return nats_url(self._ports["nats"], self._password)
 
     @property
@@ -59,7 +59,7 @@ class LocalServers(AsyncExitStack):
         return f"http://{HOST}:{self._ports['s3']}"
 
     async def died(self) -> ServerExitedError:
-        """Waits until a server ends by itself; returns which one and why."""
+        """Waits until a server ends by itself. Returns which one, and why."""
         ends = [asyncio.ensure_future(child.ended()) for child in self._children]
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -97,7 +97,7 @@ class LocalServers(AsyncExitStack):
         ]
 
     async def _start(self) -> None:
-        # In the background the caller knows the ports already, so they cannot change.
+        # The caller knows the ports already, so they cannot change in the background.
         for left in reversed(range(1 if self._background else START_TRIES)):
             death: BaseException | None = None
             try:
@@ -112,7 +112,7 @@ class LocalServers(AsyncExitStack):
                 )
             if death is None:
                 return
-            # Usually another process has taken a port meanwhile: try others.
+            # Another process has usually taken a port meanwhile, so other ports are tried.
             await self._stop_children()
             if not left:
                 raise LocalServersError(str(death)) from death

@@ -17,7 +17,7 @@ from img2img_server.devstack.files import write_private
 
 PARTS: Final = ("s3", "master", "volume", "filer", "admin")
 PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # all are set explicitly
-VOLUME_MB: Final = 256  # size of a data file
+VOLUME_MB: Final = 256  # megabytes; size of a data file
 
 
 def key_pair(folder: Path) -> tuple[str, str]:
@@ -62,8 +62,8 @@ def weed(folder: Path, ports: Mapping[str, int]) -> Child:
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
         *(f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false"),
         *("-master.telemetry=false", f"-master.volumeSizeLimitMB={VOLUME_MB}"),
-        # With its old state a single master becomes leader too late, and a volume server that was
-        # faster tries again only after 5 s. The master finds all of that state again.
+        # A single master with old state becomes leader so late that a volume server repeats its
+        # connection only 5 s later. The master rebuilds this state from the volume server.
         *("-master.resumeState=false", "-volume.preStopSeconds=0"),
     ]
     connections = urllib3.PoolManager(retries=False, timeout=2.0)
@@ -77,7 +77,7 @@ def weed(folder: Path, ports: Mapping[str, int]) -> Child:
     status_url = f"http://{HOST}:{ports['master']}/dir/status"
 
     def check() -> None:
-        client.list_buckets()  # signed, so another server fails
+        client.list_buckets()  # The request is signed, so any other server rejects it.
         if not connections.request("GET", status_url).json()["Topology"]["DataCenters"]:
             raise OSError("no volume server has joined yet: nothing can be read or written")
 

@@ -43,8 +43,8 @@ def create_app(
     """Creates the gateway in front of the api at `channel` and of the files in `blobs`.
 
     Args:
-        stop: Once set, /readyz reports it, waiting requests get `processing`, event streams end.
-        readiness: The checks of /readyz. Default: of `channel` and `blobs`.
+        stop: Once it is set, /readyz reports the stop, waiting requests get `processing`, and event
+            streams end. readiness: The checks of /readyz. Default: checks of `channel` and `blobs`.
     """
     stop = stop or asyncio.Event()
     response_format = Legacy() if settings.legacy else Current()
@@ -56,7 +56,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # `AccessLog` makes the span and the metrics of a request; FastAPI's would be a second set.
+        # `AccessLog` makes the span and the metrics of a request, so FastAPI's instrumentation is
+        # off.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.openapi = cache(partial(document, app, settings))  # type: ignore[method-assign]
@@ -78,11 +79,11 @@ def create_app(
             methods = [m for r in iter_route_contexts(app.routes) for m in _methods(r, path)]
             allow = {"Allow": ", ".join(dict.fromkeys([*methods, "OPTIONS"]))}
             return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allow))
-        if is_file_path(path):  # the route does not match a line feed
+        if is_file_path(path):  # The path parameter does not match a line feed.
             return missing()
         return refuse(RequestError(ErrorKind.NO_ROUTE))
 
-    # The middleware that is added last gets each request first.
+    # The middleware that is added last runs first.
     app.add_middleware(
         RequestLimits,
         max_requests=settings.max_http_requests,
@@ -118,7 +119,7 @@ def _files(files: Files) -> APIRouter:
         503: {"description": "The bucket cannot be read.", "content": text},
     }
 
-    # The name may contain slashes: every 404 below these folders is plain text.
+    # The name may contain slashes, so that every 404 below these folders is plain text.
     for folder in ("generations", "temp"):
         path = f"/{folder}/{{name:path}}"
         router.head(path, response_class=Response, responses=responses)(files.serve)

@@ -1,7 +1,7 @@
 """Describes the gateway's API in OpenAPI, at /openapi.json.
 
-FastAPI generates the document from the routes and their types. This module describes what FastAPI
-does not see: errors, keys, and the bodies of requests, which http/http_request.py reads.
+FastAPI generates the document from the routes and their types. This module adds errors, API keys
+and request bodies, which FastAPI does not know because http/http_request.py reads them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _KEYS = {
     "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 _IN_HEADER: list[Schema] = [{name: []} for name in _KEYS]
-_ANYWHERE: list[Schema] = [{}, *_IN_HEADER]  # the key may be in the body instead
-_SECURITY = {"img2img": _ANYWHERE, "management": _ANYWHERE, "jobs": _IN_HEADER}  # by tag
+_ANYWHERE: list[Schema] = [{}, *_IN_HEADER]  # The key may be in the body instead.
+# security requirements by tag
+_SECURITY = {"img2img": _ANYWHERE, "management": _ANYWHERE, "jobs": _IN_HEADER}
 BODY = (ErrorKind.INVALID_JSON, ErrorKind.SLOW_BODY, ErrorKind.TOO_LARGE)
 _ANY = (ErrorKind.BAD_KEY, ErrorKind.FAULT, ErrorKind.UNAVAILABLE)
 _RETRY_AFTER = {
@@ -44,7 +45,7 @@ _RETRY_AFTER = {
 
 
 def content(*schemas: str) -> Schema:
-    """Returns JSON content of one of these schemas of the document."""
+    """Returns JSON content whose schema is one of these schemas of the document."""
     refs = [{"$ref": f"#/components/schemas/{schema}"} for schema in schemas]
     return {"application/json": {"schema": refs[0] if len(refs) == 1 else {"oneOf": refs}}}
 
@@ -55,7 +56,9 @@ def body(schema: str, *, required: bool = True) -> Schema:
 
 
 def outcomes(*schemas: str, errors: Iterable[ErrorKind] = ()) -> dict[int | str, Schema]:
-    """Returns the `responses` of an operation: one of these schemas, or an error."""
+    """Returns the `responses` of an operation: the response with one of these schemas, and the
+    errors.
+    """
     outcomes: dict[int | str, Schema] = {}
     if schemas:
         outcomes[200] = {"description": "The call succeeded.", "content": content(*schemas)}
@@ -106,7 +109,7 @@ def _working(example: Schema, settings: Settings) -> Schema:
     """Returns a copy with the development key, and with an init image that can be downloaded, so
     that "Try it out" works unchanged."""
     if not settings.has_open_dev_key or "aws_secret_access_key" in example:
-        return example  # one click must not replace a tenant's storage by an invented one
+        return example  # "Execute" must not replace a tenant's storage settings by the example.
     changed = example | ({"key": DEV_KEY} if "key" in example else {})
     if "spec" in changed:
         changed["spec"] = _working(changed["spec"], settings)

@@ -1,4 +1,4 @@
-"""The pages at / and /docs, and the JSON index at / for clients that ask for no page.
+"""Serves the pages at / and /docs, and the JSON index at / for clients that do not accept HTML.
 
 The playground, in playground/static/, is a page on which a developer tries the service. It needs no
 build step and no other host, and its Content-Security-Policy allows no inline scripts. It calls the
@@ -38,7 +38,8 @@ _HEADERS = {
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'"
     ),
-    "Cache-Control": "no-cache",  # browsers revalidate, so that an upgrade takes effect at once
+    # Browsers revalidate files, so that an upgrade takes effect at once.
+    "Cache-Control": "no-cache",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -84,7 +85,7 @@ def add_root(app: FastAPI, settings: Settings) -> None:
 
     @app.get("/playground/settings.json", include_in_schema=False)
     async def page_settings(_: Request) -> JSONResponse:
-        # The development key is the only key that the page gets, and only where that key works.
+        # The page gets no other key than the development key, and only while that key is accepted.
         works = settings.has_open_dev_key
         values = {
             "api_key": DEV_KEY if works else "",

@@ -17,7 +17,7 @@ from img2img_server.gateway.upstream import SERVICE
 from img2img_server.storage.interface import BlobStore
 
 WATCH_SECONDS: Final = 2.0
-START_SECONDS: Final = 4.0  # of roles that start together, one is ready before the other
+START_SECONDS: Final = 4.0  # Of roles that start together, one becomes ready before the other.
 _CHECK_SECONDS: Final = 2.0
 _SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 _STATUS_NAME: Final = health_pb2.HealthCheckResponse.ServingStatus.Name
@@ -34,18 +34,18 @@ log = structlog.get_logger()
 
 
 class Readiness:
-    """Checks the api, the models and the bucket, and logs when one begins or ceases to be ready."""
+    """Checks the api, the models and the bucket, and logs when one becomes ready or unavailable."""
 
     def __init__(self, channel: grpc.aio.Channel, blobs: BlobStore, stop: asyncio.Event) -> None:
         self._health = health_pb2_grpc.HealthStub(channel)
         self._blobs = blobs
         self._stop = stop
-        self._logged: dict[str, str] = {}  # the last reason that was logged, by part
+        self._logged: dict[str, str] = {}  # the last logged reason by part
         self._were_ready: set[str] = set()
         self._quiet_until = time.monotonic() + START_SECONDS
 
     async def troubles(self) -> dict[str, str]:
-        """Returns why requests cannot be served, by part. Empty: they can be."""
+        """Returns the reasons why requests cannot be served, by part. Empty: they can be."""
         api, model, bucket = await asyncio.gather(
             self.api_trouble(), self._model_trouble(), self._bucket_trouble()
         )
@@ -58,9 +58,9 @@ class Readiness:
         return {part: why for part, why in troubles.items() if why}
 
     async def why_not(self) -> str:
-        """Returns why the gateway is not ready, in one sentence. Empty: it is ready.
+        """Returns why the gateway is not ready, in one sentence, or "" if it is ready.
 
-        Leaves out a missing model: workers are often started only after the gateway is ready.
+        A missing model is left out: workers are often started only after the gateway is ready.
         """
         troubles = await self.troubles()
         return "; ".join(f"{part}: {why}" for part, why in troubles.items() if part != "model")
@@ -72,7 +72,7 @@ class Readiness:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def api_trouble(self) -> str:
-        """Returns why the api cannot be used, without its address. Empty: it can be."""
+        """Returns why the api cannot be used, without its address, or "" if it can be used."""
         try:
             status = await self._status(SERVICE)
         except grpc.aio.AioRpcError as error:
@@ -82,7 +82,8 @@ class Readiness:
     async def _model_trouble(self) -> str:
         try:
             status = await self._status(names.MODELS_SERVICE)
-        except grpc.aio.AioRpcError:  # also of an api of an older version, which lacks this check
+        except grpc.aio.AioRpcError:
+            # An api of an older version, which lacks this check, is ready too.
             return ""
         return "" if status == _SERVING else "none announced yet"
 

@@ -1,4 +1,4 @@
-"""The gateway role: builds its parts, serves, stops."""
+"""Runs the gateway role: builds its components, serves and stops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
 
-_KEEP_ALIVE_SECONDS = 75  # longer than the idle time of usual load balancers
+_KEEP_ALIVE_SECONDS = 75  # seconds; longer than the idle timeout of common load balancers
 log = structlog.get_logger()
 
 
@@ -67,7 +67,7 @@ async def serve(
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the lifecycle of the role."""
+    """A uvicorn server that leaves signals to the lifecycle of the role."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -78,7 +78,7 @@ def _config(app: object, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         lifespan="off",
-        ws="none",  # so that the middleware gets HTTP requests only
+        ws="none",  # The middleware then gets HTTP requests only.
         log_config=None,
         access_log=False,
         server_header=False,

@@ -34,12 +34,12 @@ from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
 ENDED = tuple(job_pb2.Job.State.Value(f"STATE_{state.name}") for state in TERMINAL_STATES)
-_MAX_KEY_CHARACTERS = 1024  # longer ones would exceed the limit on metadata
-WATCH_AGAIN_SECONDS = 1.0  # after a stream that broke or was refused
-_CREATE_SECONDS = 60.0  # includes the download of the init image
+_MAX_KEY_CHARACTERS = 1024  # characters; longer keys would exceed the limit on metadata
+WATCH_AGAIN_SECONDS = 1.0  # seconds between two attempts at a stream
+_CREATE_SECONDS = 60.0  # seconds; the time includes the download of the init image
 _CALL_SECONDS = 10.0
-_STORAGE_CHECK_SECONDS = 90.0  # three requests to the tenant's storage
-# Methods that change nothing are retried while one api stops and another one starts.
+_STORAGE_CHECK_SECONDS = 90.0  # seconds; the check makes three requests to the tenant's storage
+# Methods without side effects are retried, for the time when one api stops and another one starts.
 _RETRIED = [
     {"service": "img2img.v1.AdminService", "method": "GetSystemDetails"},
     *({"service": SERVICE, "method": f"Get{name}"} for name in ("Caller", "Capabilities", "Job")),
@@ -62,20 +62,22 @@ _OF_REASON = {
     "TOO_MANY_CALLS": ErrorKind.RATE_LIMIT,
     "TOO_MANY_WATCHERS": ErrorKind.UNAVAILABLE,
     "NO_MODEL": ErrorKind.UNAVAILABLE,
-    "MODEL_NOT_FOUND": ErrorKind.UNAVAILABLE,  # the operator's default model
+    "MODEL_NOT_FOUND": ErrorKind.UNAVAILABLE,  # The operator chose a default model that is missing.
     "STORAGE_KEYS_MISSING": ErrorKind.UNAVAILABLE,
     "MESSAGE_TOO_LARGE": ErrorKind.UNAVAILABLE,
 }
-# Of statuses without a reason, which are those of gRPC itself, or with one of a newer api.
+# Error kinds by status, for errors without a reason, which gRPC itself raises, or with a reason of
+# a newer api.
 _OF_STATUS = {
     grpc.StatusCode.UNAUTHENTICATED: ErrorKind.BAD_KEY,
     grpc.StatusCode.PERMISSION_DENIED: ErrorKind.FORBIDDEN,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorKind.TOO_LARGE,
     grpc.StatusCode.UNAVAILABLE: ErrorKind.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: ErrorKind.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED: ErrorKind.UNAVAILABLE,  # a stopping api ends long calls so
+    # A stopping api ends long calls with this status.
+    grpc.StatusCode.CANCELLED: ErrorKind.UNAVAILABLE,
 }
-# The api's sentence says more than that of the kind.
+# The api's message is more specific than that of the kind.
 _EXPLAINED = (ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.RATE_LIMIT)
 _EXPLAINED_REASONS = ("NO_MODEL", "STORAGE_KEYS_MISSING", "MESSAGE_TOO_LARGE")
 T = TypeVar("T")
@@ -94,7 +96,8 @@ def connect(settings: Settings) -> grpc.aio.Channel:
         # Detect a dead connection within 40 s, also while no stream sends anything.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.ping_timeout_ms", 10_000),  # 60 s otherwise, whatever the line above says
+        # Without this option, gRPC waits for 60 s regardless of the line above.
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.enable_http_proxy", int(settings.use_proxy_environment)),
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
@@ -112,12 +115,12 @@ def connect(settings: Settings) -> grpc.aio.Channel:
 
 
 class Upstream:
-    """Methods of the api, called with the key of the HTTP caller. All raise RequestError."""
+    """Methods of the api, called with the key of the HTTP caller. They raise RequestError."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         stub = self._stub = service_pb2_grpc.Img2ImgServiceStub(channel)
         admin = admin_service_pb2_grpc.AdminServiceStub(channel)
-        # Methods of which the request is empty; each is called with the key.
+        # Methods whose request is empty.
         self.caller = partial(_call, stub.GetCaller, service_pb2.GetCallerRequest())
         self.capabilities = partial(
             _call, stub.GetCapabilities, service_pb2.GetCapabilitiesRequest()
@@ -140,7 +143,7 @@ class Upstream:
     ) -> job_pb2.Job:
         """Creates a job, or returns the one that `request_id` created before.
 
-        `warning`: what the spec leaves out of the caller's request, for Job.warning.
+        `warning`: sentences for Job.warning about ignored values of the caller's request.
         """
         metadata: list[tuple[str, str | bytes]] = [(names.LINK_BASE_METADATA, link_base)]
         if warning:
@@ -225,17 +228,17 @@ async def _call(
 
 
 def _metadata(key: str) -> tuple[tuple[str, str], ...]:
-    """Returns the metadata of a call. Raises BAD_KEY for a key that metadata cannot carry."""
+    """Returns the metadata of a call. Raises BAD_KEY if metadata cannot contain the key."""
     if not key or len(key) > _MAX_KEY_CHARACTERS or not all("!" <= char <= "~" for char in key):
         raise RequestError(ErrorKind.BAD_KEY)
     return (("authorization", f"Bearer {key}"), *injected().items())
 
 
 def refusal(error: grpc.aio.AioRpcError, model: str = "") -> RequestError:
-    """Returns what a failed call of the api means to the HTTP caller.
+    """Returns the RequestError for a failed call of the api.
 
     Args:
-        model: the one that the caller named.
+        model: The model that the caller named.
     """
     status = rpc_status.from_call(error) or status_pb2.Status()
     info = _detail(status, error_details_pb2.ErrorInfo())
@@ -267,7 +270,7 @@ def _detail(status: status_pb2.Status, empty: Detail) -> Detail:
 def _violation(
     item: error_details_pb2.BadRequest.FieldViolation, metadata: Mapping[str, str]
 ) -> Violation:
-    """Returns the violation as the api had it: the error's metadata has its values and cause."""
+    """Returns a violation of the api, with values and cause from the error's metadata."""
     prefix = f"{item.field}_"
     values = {
         name.removeprefix(prefix): value

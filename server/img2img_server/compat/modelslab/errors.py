@@ -7,14 +7,14 @@ from enum import Enum
 
 from img2img_server.domain.violations import Violation
 
-RETRY_SECONDS = 30  # if the api gives no estimate
+RETRY_SECONDS = 30  # seconds; used if the api gives no estimate
 
 
 class ErrorKind(Enum):
     """HTTP status, reason and default message of every error. The api's own reason replaces it."""
 
     INVALID_JSON = 400, "INVALID_JSON", "Invalid JSON body"
-    FIELDS = 400, "INVALID_REQUEST", ""  # the message is that of the first violation
+    FIELDS = 400, "INVALID_REQUEST", ""  # The message is that of the first violation.
     BAD_KEY = 401, "INVALID_API_KEY", "Invalid API key"
     FORBIDDEN = 403, "PERMISSION_DENIED", "This key lacks a permission"
     FOREIGN_PAGE = 403, "ORIGIN_NOT_ALLOWED", "Pages of this origin may not call this service"
@@ -40,8 +40,8 @@ class ErrorKind(Enum):
 
 
 class RequestError(Exception):
-    """The gateway rejects the request. Its sentences are our own; response_formats.py replaces them
-    by ModelsLab's.
+    """The gateway rejects the request. Messages are our own; response_formats.py replaces them by
+    ModelsLab's.
 
     Attributes:
         reason: A machine-readable reason. Default: the kind's.
@@ -72,5 +72,7 @@ class RequestError(Exception):
 
     @property
     def message(self) -> str:
-        """Returns the sentence of the first violation, else the given one, else the kind's."""
+        """Returns the message of the first violation, else the given message, else that of the
+        kind.
+        """
         return self.violations[0].message if self.violations else self._message

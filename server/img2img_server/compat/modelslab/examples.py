@@ -79,7 +79,7 @@ TYPES: dict[Any, Any] = {
     responses.StorageUpdated: responses.storage_updated(_STORED),
     responses.StorageReset: responses.storage_reset("realtime"),
 }
-# By the name of the schema, those of /v1 too.
+# Examples by the name of the schema, including the schemas of /v1.
 EXAMPLES: dict[str, Any] = {
     **{each.__name__: example for each, example in TYPES.items()},
     "CreateJobRequest": {

@@ -1,4 +1,4 @@
-"""The names of the service's own files, and their content in place of links."""
+"""The names of the service's own files, and base64 texts in place of links."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The request bodies of ModelsLab's contract: their fields, and how JSON values are read.
 
-Callers of ModelsLab send numbers and booleans as strings, so pydantic's lax mode reads both
+Clients of ModelsLab send numbers and booleans as strings, so pydantic's lax mode reads both
 spellings; see docs/http-contract.md#coercion. Limits appear here in the JSON Schemas only;
 domain/params.py checks them.
 """
@@ -46,9 +46,9 @@ HINTS: dict[str, tuple[str, float, float]] = {
     "guidance_scale": ("a number", 0, LIMITS.max_guidance_scale),
     "num_inference_steps": ("an integer", 1, LIMITS.max_num_inference_steps),
 }
-_MAX_NAMED_FIELDS = 20  # in a warning about ignored fields
+_MAX_NAMED_FIELDS = 20  # most unknown fields that a warning names
 _MAX_NAME_CHARACTERS = 40
-_MAX_SAMPLE_CHARACTERS = 1024  # enough for the api to recognise the kind of a file
+_MAX_SAMPLE_CHARACTERS = 1024  # characters; enough for the api to recognise the kind of a file
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _EXPECTED: dict[Any, str] = {
     str: "a string",
@@ -110,7 +110,9 @@ def _style(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _reads(read: Any, spelling: Any, *others: Any, **limits: Any) -> BeforeValidator:
-    """Returns a validator whose JSON Schema has these spellings, the first one with the limits."""
+    """Returns a validator with JSON Schemas of the accepted spellings. The first schema gets the
+    limits.
+    """
     schema: Any = Annotated[spelling, Field(**limits)]
     for other in others:
         schema |= other
@@ -146,7 +148,7 @@ ServerTypes = Literal[(REALTIME, *sorted(WITHOUT_EFFECT))]  # type: ignore[valid
 
 
 class KeyRequest(BaseModel, use_attribute_docstrings=True):
-    """A body with nothing but the key."""
+    """The body of a call that has no other field than the key."""
 
     key: str = ""
     """API key. It may be in a header instead."""
@@ -168,7 +170,7 @@ class Img2ImgRequest(KeyRequest):
     ] = _DEFAULTS.negative_prompt
     """Content that the image must not have."""
     init_image: Annotated[str, _text(min_length=1)]
-    """The image to start from: a URL, a data URI or base64 of a PNG, JPG or WebP file of at most
+    """The init image: a URL, a data URI or base64 of a PNG, JPG or WebP file of at most
     20 MB and 64 megapixels."""
     width: Side = _DEFAULTS.width
     """Width of the result in pixels."""
@@ -180,13 +182,13 @@ class Img2ImgRequest(KeyRequest):
     """How strongly the image is changed: 0 returns the prepared init image, 1 keeps nothing of it.
     Default: the model's own, else 0.7."""
     seed: Annotated[int, _integer(ge=RANDOM_SEED, le=LIMITS.max_seed)] = _UNSET
-    """Start of the random numbers. Absent, null and -1 stand for a random one for the job."""
+    """Seed of the random noise. Absent, null and -1 stand for a random one for the job."""
     safety_checker: Boolean = _DEFAULTS.safety_checker
     """Check the results, and blank images that are not safe for work."""
     base64: Boolean = _DEFAULTS.base64
     """Links to base64 text files instead of images."""
     instant_response: Boolean = False
-    """Answer `processing` at once instead of waiting for the job."""
+    """Respond with `processing` at once instead of waiting for the job."""
     enhance_prompt: Boolean = _DEFAULTS.enhance_prompt
     """Let the service rewrite the prompt; `meta.prompt` is the text that was used."""
     temp: Boolean = _DEFAULTS.temp
@@ -230,7 +232,7 @@ class ParsedBody:
     """A body as read by its model.
 
     Attributes:
-        values: The fields that could be read, without the absent ones.
+        values: The fields that are present and valid.
         violations: Every broken rule, in the order of the model's fields.
         warnings: A sentence for everything that was ignored or changed.
     """
@@ -241,7 +243,7 @@ class ParsedBody:
 
 
 def parse(model: type[BaseModel], body: Mapping[str, Any]) -> ParsedBody:
-    """Reads all fields but `key`."""
+    """Reads all fields except `key`."""
     fields = {name: info for name, info in model.model_fields.items() if name != "key"}
     given = {name: body[name] for name in fields if body.get(name) not in (None, "")}
     missing = {name: "" for name, info in fields.items() if info.is_required()}
@@ -266,8 +268,9 @@ def parse(model: type[BaseModel], body: Mapping[str, Any]) -> ParsedBody:
 def merge(
     model: type[BaseModel], violations: Iterable[Violation], others: Iterable[Violation] = ()
 ) -> list[Violation]:
-    """Returns the violations in the order of the model's fields, and of `others` those of further
-    fields."""
+    """Returns all violations in the order of the model's fields. Of `others`, only those of further
+    fields are added.
+    """
     reported = {violation.field for violation in violations}
     merged = [*violations, *(other for other in others if other.field not in reported)]
     order = {name: place for place, name in enumerate(model.model_fields)}
@@ -312,7 +315,7 @@ def _shown(name: str) -> str:
 
 
 def _in_spec(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of the fields that JobSpec has, too."""
+    """Returns the values of the fields that JobSpec also has."""
     names = job_pb2.JobSpec.DESCRIPTOR.fields_by_name
     texts = {"track_id": str(values["track_id"])} if "track_id" in values else {}
     return {name: value for name, value in values.items() if name in names} | texts
@@ -332,7 +335,7 @@ def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
 
 
 def drop_hints(spec: Message, names: Collection[str]) -> list[str]:
-    """Removes from a JobSpec those of the fields that are hints. Returns the removed ones."""
+    """Removes hints from a JobSpec. Returns the removed ones."""
     dropped = [name for name in names if name in HINTS and spec.HasField(name)]
     for name in dropped:
         spec.ClearField(name)
@@ -344,7 +347,7 @@ def init_image(text: str) -> job_pb2.InitImage:
 
     Any other text goes to the api unchanged, whose error describes it.
     """
-    text = text.strip(string.whitespace)  # a no-break space belongs to a URL
+    text = text.strip(string.whitespace)  # A no-break space is a part of a URL.
     if text[:8].lower().startswith(("http://", "https://")):
         return job_pb2.InitImage(url=text)
     try:

@@ -1,4 +1,4 @@
-"""The bodies and HTTP statuses of the default mode, of legacy mode and of /v1.
+"""Builds bodies and HTTP statuses of default mode, legacy mode and /v1.
 
 See docs/http-contract.md#modes.
 """

@@ -27,7 +27,8 @@ _DONE = {
     "update_server": "Server updated successfully",
     "update": "Server updated successfully",
     "clear_cache": "Cache cleared successfully",
-    "clear_queue": "Queue cleared, server is restarting",  # no worker restarts
+    # This is ModelsLab's sentence. No worker restarts.
+    "clear_queue": "Queue cleared, server is restarting",
 }
 
 YesNo = Literal["yes", "no"]
@@ -159,7 +160,7 @@ class Error(TypedDict):
         str,
         Field(
             pattern="^[A-Z][A-Z0-9_]*$",
-            description="For programs: the reason that gRPC callers get in ErrorInfo.",
+            description="Machine-readable reason, equal to ErrorInfo.reason over gRPC.",
         ),
     ]
     errors: NotRequired[dict[str, list[str]]]
@@ -167,7 +168,7 @@ class Error(TypedDict):
 
 
 class Legacy(TypedDict):
-    """Any response in legacy mode; `status` says which one, and other keys depend on it."""
+    """Any response in legacy mode; `status` is its kind, and the other keys depend on it."""
 
     status: Literal["success", "processing", "failed", "error"]
 
@@ -273,7 +274,7 @@ def _result(job: job_pb2.Job, output: Sequence[str]) -> Result:
 
 
 def failure(job: job_pb2.Job) -> str:
-    """Returns why a job failed, in the words of docs/http-contract.md#failed."""
+    """Returns why a job failed, with the sentences of docs/http-contract.md#failed."""
     if job.state == job_pb2.Job.STATE_CANCELLED:
         return "Cancelled"
     return _FAILURES.get(job.error.reason, f"Processing failed: {job.error.message}")
@@ -321,10 +322,10 @@ def links(job: job_pb2.Job) -> list[str]:
 
 
 def track_id(job: job_pb2.Job) -> str | int | None:
-    """Returns the caller's reference with its original type; None when there is none."""
+    """Returns the caller's reference with its original type, or None if there is none."""
     spec = job.spec
     if spec.annotations.get(names.TRACK_ID_TYPE) == "integer":
-        with suppress(ValueError):  # gRPC callers may write any text into this annotation
+        with suppress(ValueError):  # gRPC callers may write any text into this annotation.
             return int(spec.track_id)
     return spec.track_id or None
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from img2img_server.domain.violations import Reason, Violation
 
-# The entry of the field itself comes first, then the entry without a field.
+# The entry of the field itself takes precedence over the entry without a field.
 _FIELDS: dict[tuple[str, str], str] = {
     ("init_image", Reason.DOWNLOAD_FAILED): "Unable to fetch image from provided URL",
     ("init_image", Reason.INVALID_IMAGE): "init_image is not a valid PNG, JPG or WebP image",
@@ -63,5 +63,5 @@ def error_sentence(reason: str, metadata: Mapping[str, str]) -> str:
 def _filled(template: str, values: Mapping[str, str]) -> str:
     try:
         return template.format_map(values)
-    except KeyError:  # an api of another version sends fewer values
+    except KeyError:  # An api of another version may send fewer values.
         return ""

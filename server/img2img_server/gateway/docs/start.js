@@ -1,4 +1,4 @@
-// The gateway puts KEY before this: the development key, or nothing.
+// The gateway puts a line before this one that sets KEY: the development key, or "".
 const ui = SwaggerUIBundle({
   url: "/openapi.json",
   dom_id: "#swagger-ui",

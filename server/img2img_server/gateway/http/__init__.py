@@ -1,1 +1,1 @@
-"""Middleware, request parsing and files of the gateway, whatever the path."""
+"""Middleware, request parsing and file responses that all routes of the gateway share."""

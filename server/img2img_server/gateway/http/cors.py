@@ -1,9 +1,8 @@
-"""Which web pages may call the gateway from browsers (docs/http-contract.md#cors).
+"""Decides which web pages may call the gateway from browsers (docs/http-contract.md#cors).
 
 A page may send a POST without a preflight request, and the page's own host name may resolve to
-127.0.0.1. Neither helps a page that does not know an API key, but the development key is public.
-While that key works, requests from pages of other machines are therefore refused, unless
-`cors_origins` is set.
+127.0.0.1. A page also needs an API key, but the development key is public. So while that key is
+accepted, requests from pages of other machines are rejected, unless `cors_origins` is set.
 """
 
 from __future__ import annotations
@@ -29,8 +28,10 @@ _LOOPBACK = r"localhost|127(\.\d{1,3}){3}|\[::1\]"
 
 
 class Cors(CORSMiddleware):
-    """Adds CORS headers to every response, answers OPTIONS, and refuses pages of other machines
-    while the development key works."""
+    """Adds CORS headers to every response and responds to OPTIONS.
+
+    Rejects requests from pages of other machines while the development key is accepted.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings, refuse: Refuse) -> None:
         origins = [o.strip() for o in settings.browser_origins.split(",") if o.strip()]
@@ -56,7 +57,7 @@ class Cors(CORSMiddleware):
         await app(scope, receive, partial(self.send, send=send, request_headers=headers))
 
     async def send(self, message: Message, send: Send, request_headers: Headers) -> None:
-        # Starlette adds these only to responses to requests with an Origin.
+        # Starlette adds these headers only to responses to requests with an Origin header.
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message).update(self.simple_headers)
         if self.allow_all_origins:
@@ -71,5 +72,6 @@ class Cors(CORSMiddleware):
         if origin is None or self.is_allowed_origin(origin):
             return False
         # A proxy on this machine may serve the page under the proxy's own name. Pages cannot set
-        # this header, and a name of theirs that resolves to this machine is in Host, see above.
+        # this header. A name of an attacker that resolves to this machine is in Host, which is
+        # checked above.
         return headers.get("sec-fetch-site") != "same-origin"

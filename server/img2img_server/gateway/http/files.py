@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class Files:
-    """Serves what the workers stored in the service's own bucket."""
+    """Serves files that the workers have stored in the service's own bucket."""
 
     def __init__(self, blobs: BlobStore) -> None:
         self.blobs = blobs
@@ -44,7 +44,7 @@ class Files:
             if request.method == "HEAD":
                 return Response(headers=headers, media_type=media_type)
             chunks = self.blobs.read(key)
-            first = await anext(chunks, b"")  # raises before the response begins
+            first = await anext(chunks, b"")  # The first read raises before the response begins.
             return StreamingResponse(_chain(first, chunks), headers=headers, media_type=media_type)
         except KeyError:
             return missing()
@@ -66,5 +66,5 @@ def is_file_path(path: str) -> bool:
 
 
 def missing() -> Response:
-    """Returns the response of a link whose file is not there yet, or not any more."""
+    """Returns the response for a link whose file is not stored yet or was deleted."""
     return PlainTextResponse("Not found\n", 404, _NO_STORE)

@@ -1,5 +1,6 @@
-"""Reads a request's JSON body, its key and the address that it was sent to
-(docs/http-contract.md#keys)."""
+"""Reads a request's JSON body, its API key and the base URL that it was sent to
+(docs/http-contract.md#keys).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ from starlette.requests import Request
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
-# Most clients read the response only after they have sent the whole body. Up to this many bytes of
-# a body that is too large are read and dropped, so that they get the response and not a reset.
+# Most clients read the response only after they have sent the whole body. So up to this many bytes
+# of a too large body are read and dropped: without that, clients would get a connection reset
+# instead of the response.
 _MAX_DISCARDED_BYTES = 32 * 2**20
 _BODY_SECONDS = 120.0
 # A parsed value takes far more memory than its text, so the values are counted before parsing. One
-# of these bytes precedes each value, the first of an object excepted. Those inside strings count,
-# too: all prompts and annotations of the greatest lengths could have 36,000.
+# of these bytes precedes each value except the first of an object. Bytes inside strings count too:
+# prompts and annotations of the greatest length can have 36,000 of them.
 _VALUE_STARTS = (b"{", b"[", b",")
 MAX_VALUES = 40_000
 _MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,63}/[a-z0-9!#$&^_.+-]{1,63}")
@@ -70,7 +72,7 @@ async def _read(request: Request) -> bytes:
     error: ErrorKind | None = None
     if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
         error = ErrorKind.TOO_LARGE
-        if "expect" in request.headers:  # the client has not sent the body yet
+        if "expect" in request.headers:  # The client has not sent the body yet.
             raise RequestError(error)
     chunks: list[bytes] = []
     size = 0

@@ -50,7 +50,8 @@ class NormalizePath:
 class AccessLog:
     """Logs, counts and traces each request, and answers 500 when the application raises.
 
-    The log has the template of the route, never the path, the query or a header: keys may be there.
+    The log has the template of the route, never the path, the query or a header, which may contain
+    keys.
     """
 
     def __init__(self, app: ASGIApp, *, refuse: Refuse) -> None:
@@ -78,7 +79,7 @@ class AccessLog:
             pass
         except Exception as error:
             log.error("http_request_failed", error_id=secrets.token_hex(8), exc_info=error)
-            if code:  # the response has begun: the connection is closed
+            if code:  # The response has begun, so the connection is closed.
                 raise
             response = self._refuse(RequestError(ErrorKind.FAULT))
             await response(scope, receive, send_noting_code)
@@ -104,7 +105,8 @@ class AccessLog:
 
 class RequestLimits:
     """Rejects requests beyond `max_requests`, probes excepted. Gives every other request a HeldBody
-    as `request.state.body`, of which all together hold at most `max_body_bytes`."""
+    as `request.state.body`. All of these together hold at most `max_body_bytes`.
+    """
 
     def __init__(
         self, app: ASGIApp, *, max_requests: int, max_body_bytes: int, refuse: Refuse
@@ -147,6 +149,8 @@ class HeldBody:
         return True
 
     def release(self) -> None:
-        """Stops counting the body, once nothing of it is kept. May be called again."""
+        """Stops counting the body. Call it once no part of the body is in memory; a second call has
+        no effect.
+        """
         self._limits.free_body_bytes += self._size
         self._size = 0

@@ -1,1 +1,1 @@
-"""ModelsLab's enterprise realtime img2img contract."""
+"""The routes of ModelsLab's enterprise realtime img2img contract."""

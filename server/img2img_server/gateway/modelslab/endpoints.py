@@ -1,4 +1,4 @@
-"""ModelsLab's calls img2img and fetch: docs/http-contract.md#responses, #fetch."""
+"""The routes img2img and fetch of ModelsLab's contract: docs/http-contract.md#responses, #fetch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,6 @@ class Endpoints:
         self._context = ValidationContext(requests.LIMITS, is_listed=policy.lists_host)
 
     def router(self) -> APIRouter:
-        """Returns the routes."""
         router = APIRouter(tags=["img2img"])
         failing = [*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN, ErrorKind.RATE_LIMIT]
         found = outcomes("Success", "Processing", "Failed", errors=failing)
@@ -77,17 +76,17 @@ class Endpoints:
         `webhook`. A job that has not ended is fetched later."""
         sent = await read_json(request)
         key, parsed = find_key(request, sent), requests.read(sent, self._context)
-        del sent  # the fields that were not read are not kept while the job runs
+        del sent  # Fields that are no longer needed are freed while the job runs.
         if violations := parsed.violations:
             del parsed
-            await self._upstream.caller(key)  # a wrong key is reported before wrong fields
+            await self._upstream.caller(key)  # A wrong key is reported before wrong fields.
             raise RequestError(ErrorKind.FIELDS, violations=violations)
         base = link_base(request, self._settings.public_base_url)
         spec, warnings = requests.job_spec(parsed.values, base), parsed.warnings
         at_once = bool(parsed.values.get("instant_response") or spec.webhook)
         del parsed
         job = await self._make(key, base, spec, warnings)
-        del spec  # the init image is not kept while its job runs
+        del spec  # The init image is freed while its job runs.
         request.state.body.release()
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(key, job)
@@ -127,16 +126,18 @@ class Endpoints:
             raise RequestError(ErrorKind.FIELDS, violations=[required("request_id")])
         job_id = str(job_id) if type(job_id) in (int, str) else ""
         if not job_id.isascii() or len(job_id) > _MAX_ID_CHARACTERS:
-            job_id = ""  # no job has this id, and a long text is not kept during the call
+            job_id = ""  # No job has this id. A long text is not kept in memory during the call.
         job = await self._upstream.get(key, job_id)
         return await self._respond(request, job, fetched=True)
 
     async def _wait(self, key: str, job: job_pb2.Job) -> job_pb2.Job:
-        """Returns the job once it has ended, or as it is after `wait_seconds` or at a stop."""
+        """Returns the job once it has ended, or in its current state after `wait_seconds` or when
+        the gateway stops.
+        """
         with suppress(TimeoutError, StoppedError):
             async with asyncio.timeout(self._settings.wait_seconds):
                 return await unless_stopped(self._stop, self._upstream.ended(key, job.id))
-        with suppress(RequestError):  # the job exists, so the caller can fetch it later
+        with suppress(RequestError):  # The job exists, so the caller can fetch it later.
             return await self._upstream.get(key, job.id)
         return job
 
@@ -154,7 +155,8 @@ class Endpoints:
                     raise RequestError(ErrorKind.UNAVAILABLE) from None
                 # The caller must learn the id of the new job. A later fetch returns the links.
         path, base = request.scope["path"], job.spec.annotations.get(names.LINK_BASE)
-        base = base or link_base(request, self._settings.public_base_url)  # of jobs made over gRPC
+        # jobs that were created over gRPC have no such annotation
+        base = base or link_base(request, self._settings.public_base_url)
         family = next((each for each in (V6, V6_IMAGES) if path.startswith(each)), ENTERPRISE)
         fetch_result = f"{base}{family}/fetch/{job.id}"
         return JSONResponse(self._format.processing(job, fetch_result, fetched=fetched))

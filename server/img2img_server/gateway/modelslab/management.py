@@ -27,7 +27,7 @@ from img2img_server.gateway.http.http_request import find_key, read_json
 from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import Upstream
 
-Call = Callable[[str], Awaitable[object]]  # with a key
+Call = Callable[[str], Awaitable[object]]  # a call of the api with the caller's key
 _DETAILS = tuple(field.name for field in fields(StorageDetails))
 
 

@@ -1,5 +1,5 @@
-"""Methods of the gRPC service over HTTP, which offer more than ModelsLab's contract: previews, a
-model, a scheduler, cancelling.
+"""The routes under /v1: methods of the gRPC service over HTTP. They offer more than ModelsLab's
+contract: previews, a model, a scheduler, cancelling.
 
     GET  /v1/capabilities       GetCapabilities
     POST /v1/jobs               CreateJob
@@ -36,17 +36,24 @@ from img2img_server.settings import Settings
 PING_SECONDS = 15.0
 _PING = b": ping\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-_MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON reader keeps
+_MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON parser reads exactly
 _EVENT = {
     "type": "object",
     "properties": {key: {"type": "string"} for key in ("event", "id", "data")},
     "required": ["event", "id", "data"],
 }
-# FastAPI accepts every text: a wrong key is reported before a wrong number.
+# The type is str, so that a wrong key is reported before a wrong number.
 _SEQUENCE: dict[str, Any] = {"json_schema_extra": {"pattern": "^[0-9]{0,15}$"}}
-AfterSequence = Annotated[str, Query(description="Leaves out events up to it.", **_SEQUENCE)]
+AfterSequence = Annotated[
+    str, Query(description="Skips the events up to this sequence number.", **_SEQUENCE)
+]
 LastEventId = Annotated[
-    str, Header(alias="Last-Event-ID", description="The same, from browsers.", **_SEQUENCE)
+    str,
+    Header(
+        alias="Last-Event-ID",
+        description="The header that browsers send when they reconnect; like after_sequence.",
+        **_SEQUENCE,
+    ),
 ]
 JobId = Annotated[str, Path(description="The `id` of the job.")]
 
@@ -60,7 +67,6 @@ class Endpoints:
         self._stop = stop
 
     def router(self) -> APIRouter:
-        """Returns the routes."""
         router = APIRouter(prefix="/v1", tags=["jobs"])
         found = outcomes("GetCapabilitiesResponse")
         router.get("/capabilities", responses=found)(self.get_capabilities)
@@ -94,7 +100,7 @@ class Endpoints:
         del sent
         if violations:
             create.Clear()
-            await self._upstream.caller(key)  # a wrong key is reported before wrong fields
+            await self._upstream.caller(key)  # A wrong key is reported before wrong fields.
             raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
         base = link_base(request, self._settings.public_base_url)
         try:
@@ -131,7 +137,7 @@ class Endpoints:
         if last_event_id and after and await self._is_last(key, job_id, after):
             return Response(status_code=204)
         events = self._upstream.watch(key, job_id, after)
-        first = await anext(events)  # errors are reported before the stream begins
+        first = await anext(events)  # Errors are reported before the stream begins.
         return EventSourceResponse(self._frames(first, events), headers=_STREAM_HEADERS)
 
     async def _is_last(self, key: str, job_id: str, sequence: int) -> bool:
@@ -163,7 +169,7 @@ class Endpoints:
                     following = asyncio.ensure_future(anext(events))
                 elif not stopping.done():
                     yield _PING
-        except (StopAsyncIteration, RequestError):  # the job has ended, or the api stops
+        except (StopAsyncIteration, RequestError):  # The job has ended, or the api stops.
             return
         finally:
             following.cancel()

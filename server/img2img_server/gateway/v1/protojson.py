@@ -1,5 +1,6 @@
-"""Messages of img2img.v1 as JSON: the proto's own field names, 64-bit integers as strings, bytes as
-base64, every field present."""
+"""Converts messages of img2img.v1 to and from JSON: the proto's own field names, 64-bit integers as
+strings, bytes as base64, every field present.
+"""
 
 from __future__ import annotations
 
@@ -60,14 +61,14 @@ def _set(message: Message, field: FieldDescriptor, value: Any) -> bool:
     """Sets a field. Returns False for a value of another type."""
     is_number = field.cpp_type in (*_INTEGERS, field.CPPTYPE_DOUBLE, field.CPPTYPE_ENUM)
     if is_number and (isinstance(value, bool) or (isinstance(value, str) and not value.isascii())):
-        return False  # the library reads true as 1
+        return False  # The library reads true as 1.
     if field.enum_type and isinstance(value, int) and not -(2**31) <= value < 2**31:
-        return False  # the library reads it as 0
+        return False  # The library reads numbers beyond 32 bits as 0.
     if field.message_type and not isinstance(value, dict | None):
-        return False  # the library takes a text for a list of names
+        return False  # The library accepts a text as a list of names.
     try:
         json_format.ParseDict({field.name: value}, message)
-    # Also of infinite enum values and of texts that are not Unicode.
+    # The library raises it also for infinite enum values and for texts that are not Unicode.
     except (json_format.ParseError, ValueError, OverflowError, SystemError):
         return False
     return True
@@ -84,7 +85,8 @@ def _unreadable(field: FieldDescriptor, value: Any) -> Violation:
         return not_supported(field.name, [v.name for v in field.enum_type.values if v.number])
     if field.name == "init_image":
         return invalid_type("init_image", 'an object with either "url" or "data" (base64)')
-    if field.cpp_type in _INTEGERS and _INTEGER.fullmatch(str(value)):  # beyond 32 or 64 bits
+    if field.cpp_type in _INTEGERS and _INTEGER.fullmatch(str(value)):
+        # The number exceeds 32 or 64 bits.
         params = JobParams(prompt="p", **{field.name: int(value)})  # type: ignore[arg-type]
         return validate(params, ValidationContext())[0]
     return invalid_type(field.name, _EXPECTED[field.cpp_type])

@@ -19,7 +19,7 @@ _WELL_KNOWN = {
     "google.protobuf.Timestamp": _TEXT | {"format": "date-time"},
     "google.protobuf.Duration": _TEXT | {"pattern": r"^-?[0-9]+(\.[0-9]{1,9})?s$"},
 }
-# By C++ type: every spelling that ProtoJSON reads. The first one is the one that it writes.
+# Schemas by C++ type, for every spelling that ProtoJSON reads. ProtoJSON writes the first spelling.
 _SCALARS: dict[int, list[Schema]] = {
     FieldDescriptor.CPPTYPE_INT32: [{"type": "integer"}, _DIGITS],
     FieldDescriptor.CPPTYPE_INT64: [_DIGITS, {"type": "integer"}],
@@ -83,7 +83,7 @@ def _create_job_request(limits: Limits) -> Schema:
 
 
 def _read(field: FieldDescriptor, limits: Limits) -> Schema:
-    """Returns every spelling that ProtoJSON reads. Null equals an absent field."""
+    """Returns a schema for every spelling that ProtoJSON reads. Null equals an absent field."""
     if field.name == "init_image":
         return {"oneOf": [_object({each.name: _source(each, limits)}) for each in _SOURCES]}
     if field.name == "annotations":

@@ -54,7 +54,7 @@ function contract(spec, context) {
 ${post(body, "api/v6/realtime/img2img", context)}`;
 }
 
-// The only %s of the printf format stands for the init image; the rest is escaped.
+// The only %s of the printf format is the place of the init image; the rest is escaped.
 function post(body, path, { file, origin, key }) {
   const plain = (text) => quoted(text.replaceAll("\\", "\\\\").replaceAll("%", "%%"));
   const [head, tail] = JSON.stringify(body).split(JSON.stringify(PLACEHOLDER)).map(plain);

@@ -20,7 +20,7 @@ function queued(result, { position, eta, requeue_reason: reason }) {
 }
 
 function started(result, { worker, model }) {
-  result.imagesAfter = undefined; // a new attempt generates the images again
+  result.imagesAfter = undefined;  // A new attempt generates the images again.
   for (const sample of result.samples) Object.assign(sample, { step: 0, total: 0 });
   Object.assign(result, { waiting: false, text: `Running ${model} on ${worker}.` });
 }
@@ -37,7 +37,8 @@ function preview(_, { image }, sample) {
 }
 
 function sample_finished(result, { sequence, image, seed, nsfw }, sample) {
-  result.imagesAfter ??= sequence - 1; // where a reload resumes to get the images
+  // A page that is loaded again resumes the stream here, to get the images.
+  result.imagesAfter ??= sequence - 1;
   if (sample.url) URL.revokeObjectURL(sample.url);
   Object.assign(sample, { url: blobUrl(image), isPreview: false, mediaType: image.media_type, seed, nsfw });
 }
@@ -50,7 +51,7 @@ function ended(result, { kind, job }) {
   job.samples.forEach((stored, index) => {
     const sample = (result.samples[index] ??= {});
     Object.assign(sample, { link: stored.url || sample.link, seed: stored.seed, nsfw: stored.nsfw });
-    if (kind === "succeeded") sample.url ??= stored.url; // the event with the image has expired
+    if (kind === "succeeded") sample.url ??= stored.url;  // The event with the image has expired.
   });
   const seconds = Number.parseFloat(job.timings?.total ?? 0).toFixed(2);
   const text = { succeeded: `Done in ${seconds} s.`, failed: `Failed: ${withLabels(job.error?.message)}`, cancelled: "Cancelled." }[kind];

@@ -12,10 +12,10 @@ const MAX_HISTORY = 24;
 const form = $("form");
 const history = [];
 let grpc = `${location.hostname}:50051`;
-let devKey = ""; // the development key, if the service accepts it
+let devKey = "";  // the development key, if the service accepts it
 let models = [];
 let initImage = null; // {blob, name, url, width, height, thumbnail}
-let strengthChosen = false; // until then the slider shows the model's default, and none is sent
+let strengthChosen = false; // false: the model's default is shown and not sent
 let running = null; // an AbortController while a job runs
 let shown = null;
 let loaded = false; // whether the jobs from before a reload are shown again
@@ -87,7 +87,7 @@ const key = () => $("key").value.trim();
 
 async function choose(blob, name) {
   clearErrors();
-  const size = await createImageBitmap(blob).catch(() => ({})); // the service reports the fault
+  const size = await createImageBitmap(blob).catch(() => ({}));  // The service reports the fault.
   const url = size.width ? URL.createObjectURL(blob) : "";
   initImage = { blob, name, url, width: size.width, height: size.height, thumbnail: size.width && store.thumbnail(size) };
   if (url) $("chosen").src = url;
@@ -159,7 +159,7 @@ async function generate(event) {
     if (initImage) request.init_image = { data: await base64(initImage.blob) };
     result.id = (await service.create(request, key(), signal)).id;
     delete request.init_image;
-    store.save([result, ...history]); // so that a reload finds the job
+    store.save([result, ...history]);  // A reload of the page finds the job by this entry.
     await watch(result, signal);
   });
   delete request.init_image;
@@ -208,7 +208,8 @@ function base64(blob) {
 }
 
 async function stop() {
-  if (!shown?.id || shown.job) return running?.abort(); // there is no job yet: abort the request
+  // There is no job yet, so the request is aborted.
+  if (!shown?.id || shown.job) return running?.abort();
   try {
     await service.cancel(shown.id, key());
   } catch (error) {
@@ -268,7 +269,7 @@ async function reload() {
     try {
       await watch(result, new AbortController().signal, result.imagesAfter ?? 0);
     } catch {
-      const index = history.indexOf(result); // the job has expired, or another key created it
+      const index = history.indexOf(result);  // The job has expired, or another key created it.
       if (index >= 0) history.splice(index, 1);
     }
     drawHistory();

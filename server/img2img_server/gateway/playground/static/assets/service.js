@@ -9,7 +9,8 @@ const PATHS = {
 };
 const END_KINDS = { STATE_SUCCEEDED: "succeeded", STATE_FAILED: "failed", STATE_CANCELLED: "cancelled" };
 const ENVELOPE = ["sequence", "event_time", "job"];
-const SILENCE_MS = 40_000; // the service sends something every 15 seconds
+// milliseconds; the service sends an event or a heartbeat every 15 seconds
+const SILENCE_MS = 40_000;
 const PAUSE_MS = { first: 500, max: 8_000 };
 
 // An error response: the service's message, and messages by the name of the field in `fields`.
@@ -49,7 +50,7 @@ export async function* follow(id, key, signal, onLost, last = 0) {
         yield { kind, sequence: last, ...event[kind] };
         if (Object.values(END_KINDS).includes(kind)) return;
       }
-      const kind = END_KINDS[ended?.state]; // the job's events have expired, its record has not
+      const kind = END_KINDS[ended?.state]; // set if the events have expired but not the record
       if (kind) {
         yield { kind, sequence: last, job: ended };
         return;

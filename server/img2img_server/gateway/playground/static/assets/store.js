@@ -1,7 +1,7 @@
 // Keeps the tab's jobs over a reload, in its session storage: ids, requests and thumbnails of the init
 // images. The generated images are read from the service again.
 const STORED = "img2img-jobs";
-const THUMBNAIL_SIDE = 320; // pixels
+const THUMBNAIL_SIDE = 320;  // pixels of a thumbnail's longer side
 
 // Saves `results`, the newest first; see view.js.
 export function save(results) {
@@ -13,7 +13,7 @@ export function save(results) {
     try {
       sessionStorage.setItem(STORED, JSON.stringify(saved));
       return;
-    } catch { // the storage is full
+    } catch {  // The storage is full.
       if (!saved.length) return;
       saved.pop();
     }
@@ -28,7 +28,7 @@ export function load() {
       ...each, before: each.thumbnail && blobUrl(each.thumbnail), samples: [], shown: 0, text: "Loading…",
     }));
   } catch {
-    return []; // saved by another version of this page
+    return [];  // Another version of this page has saved the entry.
   }
 }
 

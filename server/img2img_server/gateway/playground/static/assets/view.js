@@ -44,7 +44,8 @@ function drawProgress({ samples, job, waiting }) {
   const total = samples.length * Math.max(0, ...samples.map((sample) => sample.total ?? 0));
   const done = samples.reduce((sum, sample) => sum + (sample.step ?? 0), 0);
   $("step").hidden = bar.hidden || waiting || !total;
-  $("step").textContent = `Step ${done} of ${total}.`; // in the status, it would be read aloud
+  // In the status element, a screen reader would read this text aloud.
+  $("step").textContent = `Step ${done} of ${total}.`;
   if (waiting || !total) bar.removeAttribute("value");
   else bar.value = done / total;
 }
