@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
+
 import grpc
 import pytest
 
 from img2img.v1 import job_pb2, service_pb2
+from img2img_server.domain.params import JobParams
+from img2img_server.engine.base import EngineJob
+from img2img_server.engine.diffusers.families import detect
+from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.load import load_engine
+from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engine.options import EngineOptions
-from tests.oracle.harness import families
+from img2img_server.engine.rows import text_of
+from tests.engine_bench import blocks
+from tests.oracle.harness import families, models
 from tests.stack import DEV, Api, refusal, running_stack, settings, spec
 
 
@@ -24,7 +34,8 @@ async def images(api: Api, wanted: job_pb2.JobSpec) -> dict[int, job_pb2.Image]:
 async def test_a_model_of_each_family_serves_what_it_announces(
     family: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = next(iter(families()[family].values())).write(tmp_path_factory.mktemp("model"))
+    tiny = next(iter(families()[family].values()))
+    folder = tiny.write(tmp_path_factory.mktemp("model"))
     engine = load_engine(
         EngineOptions.of(settings(model=str(folder), device="cpu", warm_up_sizes=""))
     )
@@ -39,6 +50,7 @@ async def test_a_model_of_each_family_serves_what_it_announces(
             negative_prompt="fog",
             scheduler=model.schedulers[-1],
             samples=2,
+            **tiny.options,
         )
         first, second = [await images(stack.api, wanted) for _ in range(2)]
         strong = spec(
@@ -68,3 +80,17 @@ async def test_a_model_of_each_family_serves_what_it_announces(
         "scheduler": "NOT_SUPPORTED",
         "height": "NOT_DIVISIBLE",
     }
+
+
+@pytest.mark.parametrize("name", models())
+def test_the_worker_counts_as_many_forwards_as_the_engine_runs(name: str, tmp_path: Path) -> None:
+    model = models()[name]
+    files = ModelFiles.read(model.write(tmp_path))
+    family, info = detect(files, name), read_model_spec(str(tmp_path)).info
+    config = files.config(family.denoiser)
+    for scale, negative, cfg in product(model.guidance_scales, ("", "fog"), (None, 1.0, 2.0)):
+        params = JobParams(
+            prompt="p", guidance_scale=scale, negative_prompt=negative, true_cfg_scale=cfg
+        )
+        wanted = EngineJob(job_id=1, tenant="t", params=params, init_image=blocks(64, 64))
+        assert info.forwards(params) == family.forwards(config, text_of(wanted)), params
