@@ -13,8 +13,8 @@ _BASE64 = re.compile(r"(?:^|;) *base64 *$", re.I | re.A)
 _MOST_HEAD_CHARACTERS = 1024
 _LONE_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _MOST_LONE_PERCENTS = 1024
-# Stands for data that cannot be decoded: the image is checked after the key, the other fields and
-# the queue.
+# A value for data that cannot be decoded. The image is checked only after the key, the other fields
+# and the queue.
 NO_IMAGE = b"\x00"
 
 
@@ -24,11 +24,11 @@ def is_data_uri(text: str) -> bool:
 
 
 def decode_data_uri(text: str) -> bytes:
-    """Returns the data of a data URI. Its media type is not looked at, its fragment is dropped.
+    """Returns the data of a data URI. Ignores the media type and the fragment.
 
     Raises:
-        ValueError: it has no comma, its data is not base64 although it says so, or it has many
-            percent signs that encode nothing.
+        ValueError: the URI has no comma, its data is not base64 although the URI declares it, or
+            many percent signs encode nothing.
     """
     scheme = _SCHEME.match(text)
     if scheme is None:
@@ -44,8 +44,8 @@ def decode_data_uri(text: str) -> bytes:
 def _end_of_head(text: str, start: int) -> int:
     """Returns the place of the comma before the data.
 
-    It is the first one outside the quoted strings, whose quotes are mostly percent-encoded; the
-    first one of all where a quoted string has no end.
+    This is the first comma outside of quoted strings, whose quotes are mostly percent-encoded. If a
+    quoted string has no end, it is the first comma of all.
     """
     first, quoted = -1, False
     for mark in _MARK.finditer(text, start, start + _MOST_HEAD_CHARACTERS):
@@ -77,8 +77,8 @@ def decode_base64(text: str) -> bytes:
 def _percent_decoded(text: str) -> bytes:
     """Returns the bytes of percent-encoded text, as urllib.parse.unquote_to_bytes does.
 
-    That function takes 5 s and 2 GB for a request body of nothing but encoded bytes. The decoder of
-    quoted-printable, which differs in the sign only, takes half a second.
+    That function takes 5 s and 2 GB for the largest request body if it is percent-encoded. Here the
+    decoder of quoted-printable does the work: it differs only in the sign and takes half a second.
     """
     data = text.encode()
     if b"%" not in data:

@@ -30,7 +30,9 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:
-    """The job waits. `position`: jobs before it, -1: unknown. `eta_seconds`: until its end."""
+    """The job waits. `position`: jobs before it, -1: unknown. `eta_seconds`: the time until the job
+    ends.
+    """
 
     position: int = -1
     eta_seconds: float | None = None
@@ -39,7 +41,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A worker started the job for the attempt-th time."""
+    """A worker started the job. `attempt`: the number of the attempt, from 1."""
 
     worker: str
     model: str
@@ -55,7 +57,9 @@ class StageFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished:
-    """Step `step` of `total` of one sample is done. `sigma`: its ratio of noise to signal now."""
+    """Step `step` of `total` of one sample is done. `sigma`: the sample's ratio of noise to signal
+    after the step.
+    """
 
     sample: int
     step: int

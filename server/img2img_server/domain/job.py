@@ -18,7 +18,7 @@ from img2img_server.domain.events import (
 )
 from img2img_server.domain.params import JobParams
 
-_NO_STAGES = ("steps", "batch_share")  # fields of Timings
+_NO_STAGES = ("steps", "batch_share")  # fields of Timings that are not durations
 FIRST_JOB_ID = 10_000_001
 LAST_JOB_ID = 2**31 - 1
 
@@ -175,8 +175,8 @@ TRANSITIONS: dict[tuple[State, type], State] = {
     (State.QUEUED, Started): State.RUNNING,
     (State.QUEUED, Failed): State.FAILED,
     (State.QUEUED, Cancelled): State.CANCELLED,
-    (State.RUNNING, Started): State.RUNNING,  # its worker was lost
-    (State.RUNNING, Queued): State.QUEUED,  # its worker stops
+    (State.RUNNING, Started): State.RUNNING,  # The worker of the job was lost.
+    (State.RUNNING, Queued): State.QUEUED,  # The worker of the job stops.
     (State.RUNNING, SampleFinished): State.RUNNING,
     (State.RUNNING, SampleStored): State.RUNNING,
     (State.RUNNING, Succeeded): State.SUCCEEDED,

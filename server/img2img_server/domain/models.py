@@ -46,8 +46,9 @@ class Guidance(StrEnum):
 
 
 def true_cfg_forwards(negative_prompt: str, scale: float | None) -> int:
-    """Returns how many forwards a step costs in models that take true_cfg_scale, as stock
-    pipelines decide it: 2 above 1 with a negative prompt."""
+    """Returns how many forwards a step costs in models that take true_cfg_scale, as in the stock
+    pipelines: 2 if the scale is above 1 and there is a negative prompt.
+    """
     return 2 if negative_prompt and scale is not None and scale > 1 else 1
 
 
@@ -57,13 +58,13 @@ class ModelInfo:
 
     name: str
     family: str
-    schedulers: tuple[str, ...]  # the default one first
+    schedulers: tuple[str, ...]  # the first one is the default
     default_num_inference_steps: int
     default_guidance_scale: float
     default_strength: float = DEFAULT_STRENGTH
     native_size: int = 512
     max_num_inference_steps: int = 100
-    side_multiple: int = 1  # of width and height, in addition to the service's own
+    side_multiple: int = 1  # the divisor of width and height, in addition to the service's own
     # Schedulers that run fewer steps than max_num_inference_steps, each with its limit.
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()
     takes_negative_prompt: bool = True
@@ -73,8 +74,8 @@ class ModelInfo:
     min_side_pixels: int = 0
     max_side_pixels: int = 1024
     loras: tuple[str, ...] = ()
-    # Measured device seconds of a pixel-step, encoders included; kept while no worker serves the
-    # model. 0.0: not measured yet.
+    # Measured device seconds of a pixel-step, encoders included. The value remains while no worker
+    # serves the model. 0.0: not measured yet.
     pixel_step_seconds: float = 0.0
 
     @property
@@ -108,7 +109,8 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """A live worker. It announces itself repeatedly and is gone when the announcement expires.
+    """A live worker, which announces itself repeatedly. It counts as lost when its announcement
+    expires.
 
     Attributes:
         job_seconds: Recent mean time of one sample at 512x512, the base of estimates; 0.0: not

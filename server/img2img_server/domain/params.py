@@ -27,7 +27,7 @@ from img2img_server.domain.violations import (
 
 DEFAULT_STRENGTH = 0.7  # for models that define none
 SEED_MAX = 2**63 - 1
-MAX_SIDE_PIXELS = 4096  # no operator can allow more
+MAX_SIDE_PIXELS = 4096  # No operator can allow more.
 # The largest seed that the service draws, and that the HTTP contract of ModelsLab accepts.
 NARROW_SEED_MAX = 2**32 - 1
 RANDOM_SEED = -1
@@ -136,8 +136,9 @@ class ValidationContext:
 
     limits: Limits = field(default_factory=Limits)
     schedulers: tuple[str, ...] = ()
-    loras: tuple[str, ...] | None = ()  # None: the model is unknown
-    is_listed: Callable[[str], bool] = lambda url: False  # allows http and any port for webhooks
+    loras: tuple[str, ...] | None = ()  # None: no worker has announced the model
+    # whether http and any port are allowed in webhook URLs
+    is_listed: Callable[[str], bool] = lambda url: False
 
 
 def validate(params: JobParams, context: ValidationContext) -> list[Violation]:

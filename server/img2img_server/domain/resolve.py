@@ -15,7 +15,8 @@ _NO_STEP = "At strength 0 no step runs: the prepared init image is returned."
 
 
 def complete(given: Mapping[str, Any], model: ModelInfo | None, service: Limits) -> JobParams:
-    """Returns the parameters of a request; what the caller left open is the model's own default.
+    """Returns the parameters of a request. Options that the caller did not set get the model's own
+    defaults.
 
     Args:
         given: the options that the caller set, by their names in JobParams; not validated.

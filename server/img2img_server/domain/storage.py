@@ -11,9 +11,9 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 from img2img_server.domain.urls import encode_path, encode_query, is_http_url
 from img2img_server.domain.violations import Reason, Violation, invalid_url, required, too_long
 
-REALTIME = "realtime"  # server type of the details that this service uses
+REALTIME = "realtime"  # the server type whose details the service uses
 MAX_CHARACTERS = 1024
-_UNRESERVED = "-_.~"  # SigV4 encodes everything except letters, digits and these
+_UNRESERVED = "-_.~"  # SigV4 encodes all characters except letters, digits and these.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class StorageDetails:
     image_directory: str
     bucket: str = ""
 
-    def __repr__(self) -> str:  # hides the secrets from logs and tracebacks
+    def __repr__(self) -> str:  # This method keeps secrets out of logs and tracebacks.
         return f"StorageDetails(endpoint_url={self.endpoint_url!r}, …)"
 
     def file_link(self, name: str) -> str:

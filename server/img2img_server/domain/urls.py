@@ -32,7 +32,9 @@ SCHEME_PORTS = {"http": 80, "https": 443}
 
 
 class UrlError(ValueError):
-    """The text is not a URL that can be requested. The message says why, after "it" or a name."""
+    """The text is not a URL that can be requested. The message is a predicate with the reason, to
+    which callers add a subject.
+    """
 
 
 class NotHttpError(UrlError):
@@ -86,7 +88,7 @@ def join_url(base: HttpUrl, reference: str) -> HttpUrl:
     A reference with a host keeps its dot segments, as an absolute URL does.
 
     Args:
-        reference: A `Location`; bytes that are not UTF-8 as surrogates (PEP 383).
+        reference: A `Location`; bytes that are not UTF-8 are surrogates (PEP 383).
 
     Raises:
         UrlError: as of parse_url, or the reference is empty.
@@ -100,7 +102,7 @@ def join_url(base: HttpUrl, reference: str) -> HttpUrl:
     if reference.startswith("//"):
         return parse_url(f"{base.scheme}:{reference}")
     found = _REFERENCE.fullmatch(reference)
-    assert found is not None  # the expression matches every text
+    assert found is not None  # The expression matches every text.
     path, query = encode_path(found[1]), encode_query(found[2] or "")
     base_path, mark, base_query = base.target.partition("?")
     if not path:

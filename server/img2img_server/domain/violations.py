@@ -78,13 +78,13 @@ def too_long(name: str, most: int) -> Violation:
 
 
 def not_supported(name: str, known: Iterable[str]) -> Violation:
-    """Returns the violation of a name that is none of the known ones."""
+    """Returns the violation for a name that is not one of the supported names."""
     message = f"{name} must be one of {', '.join(known)}"
     return Violation(name, Reason.NOT_SUPPORTED, message)
 
 
 def invalid_url(name: str, cause: str = "") -> Violation:
-    """Returns the violation of a text that is no URL, or none that may be used here."""
+    """Returns the violation for a text that is no URL, or a URL that may not be used here."""
     return Violation(name, Reason.INVALID_URL, f"{name} must be a valid URL", cause)
 
 

@@ -17,7 +17,7 @@ _CUT_SHOWN_CHARACTERS = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineJob:
-    """One job as the engine takes it.
+    """The engine's request to run one job.
 
     A strength at which no step runs returns the init image, where stock diffusers raises.
 
@@ -116,7 +116,7 @@ class JobFailed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceLost:
-    """Last event of a job in whose step, or at whose start, the device broke permanently.
+    """The last event of the job in whose step, or at whose start, the device broke permanently.
 
     No engine of this process can use the device any more. The other jobs get JobStopped.
     """

@@ -74,7 +74,7 @@ class Conditioning:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Returns a sentence for each prompt of the job that was not encoded whole."""
+        """Returns a sentence for each prompt of the job that was not encoded completely."""
         texts = (self.prompt, self.negative) if self.negative else (self.prompt,)
         return tuple(text.warning for text in texts if text.warning)
 
@@ -83,7 +83,8 @@ class Conditioning:
 class ImageLatents:
     """An encoded init image: channels x height x width of its latents.
 
-    `deviation`: the autoencoder's own spread, to be sampled once a row; None: it has none.
+    `deviation`: the standard deviation of the autoencoder's output, sampled once for each row;
+    None: its output is deterministic.
     """
 
     mean: Tensor
@@ -129,17 +130,20 @@ class Denoiser(Protocol):
         ...
 
     def batch_key(self, text: TextInput) -> Hashable:
-        """Returns what rows must agree on to share a forward: their size, in most families."""
+        """Returns the key that rows of one forward must share: in most families, their size."""
         ...
 
     @property
     def fixed_step_cost(self) -> int | None:
-        """Returns the cost of a step beyond its rows, in pixels x forwards; None: a larger batch is
-        always worthwhile."""
+        """Returns the cost of a step in addition to the cost of its rows, in pixels x forwards.
+        None: a larger batch is always worthwhile.
+        """
         ...
 
     def padded_batch_size(self, forwards: int) -> int:
-        """Returns how many forwards run for a batch of so many: more if few sizes are compiled."""
+        """Returns the number of forwards that run for a batch of this size. It is larger if only a
+        few sizes are compiled.
+        """
         ...
 
     @property
@@ -173,7 +177,7 @@ class Denoiser(Protocol):
         width: int,
         mode: StrengthMode = StrengthMode.STEPS,
     ) -> Schedule:
-        """Returns the numbers of the sampler.
+        """Returns the coefficients of the sampler.
 
         Raises:
             ValueError: the scheduler cannot run so many steps.
@@ -181,7 +185,7 @@ class Denoiser(Protocol):
         ...
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
-        """Encodes prompts; recent ones come from a cache."""
+        """Encodes prompts. Recently encoded prompts come from a cache."""
         ...
 
     def clear_cache(self) -> None:
@@ -207,9 +211,9 @@ class Denoiser(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Sequence[DeviceImage]:
-        """Starts to decode images and does not wait for the device."""
+        """Starts to decode images, without waiting for the device."""
         ...
 
     def preview(self, latents: Tensor) -> Sequence[DeviceImage]:
-        """Starts to make rough images of at most 256 pixels on the longer side; costs little."""
+        """Starts to make previews of at most 256 pixels on the longer side, with little work."""
         ...

@@ -1,6 +1,5 @@
-"""Reads the device and the number type of the settings.
-
-Imports torch and no model library, so that a missing device is reported before a model is loaded.
+"""Reads the device and the number type of the settings. It imports torch but no model library, so
+that a missing device is reported before a model is loaded.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class _Item:
     """One event to emit.
 
     Attributes:
-        make: Returns the event; may wait, and raise.
+        make: Returns the event; may wait for the device and raise an error.
         is_optional: The job continues if it fails.
         is_verdict: It is emitted although the job is broken.
     """

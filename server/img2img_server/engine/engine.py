@@ -1,4 +1,4 @@
-"""The engine: one thread owns the device; other threads queue calls for it, made between steps.
+"""The engine: one thread owns the device. Other threads queue calls, which it makes between steps.
 
 A second thread waits for images that are copied from the device, see dispatch.py.
 """
@@ -91,7 +91,7 @@ class DiffusionEngine:
         self._calls.put(self._clear_cache)
 
     def warm_up(self, height: int, width: int) -> None:
-        """Runs every operation once at this size. Blocks; for minutes if models are compiled.
+        """Runs every operation once at this size. Blocks, for minutes if models are compiled.
 
         It runs on the engine's thread, because CUDA graphs belong to the thread that captured them.
 
@@ -114,7 +114,8 @@ class DiffusionEngine:
     def _run(self) -> None:
         device = self._denoiser.device
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # events and streams are those of the thread's device
+            # Events and streams belong to the thread's current device.
+            torch.cuda.set_device(device)
         with torch.inference_mode():
             while self._make_calls():
                 began = time.monotonic()
@@ -122,7 +123,7 @@ class DiffusionEngine:
                 self._busy_seconds += time.monotonic() - began
         self._loop.stop_all()
         self._events.close()
-        while not self._calls.empty():  # copies that failed last
+        while not self._calls.empty():  # copies that have failed since the last step
             if call := self._calls.get():
                 call()
 
@@ -140,7 +141,7 @@ class DiffusionEngine:
     def _clear_cache(self) -> None:
         try:
             self._loop.clear_cache()
-        except Exception:  # a job on a broken device fails in its next step
+        except Exception:  # If the device is broken, a job fails in its next step.
             _log.exception("cache_not_cleared")
 
     def _warm_up(self, height: int, width: int, done: Future[None]) -> None:

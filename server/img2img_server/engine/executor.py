@@ -1,4 +1,6 @@
-"""Runs the operations of the device thread for many rows at once; a failure stays with its row."""
+"""Runs the operations of the device thread for many rows at once. A failure affects only its own
+row.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ T = TypeVar("T")
 class BatchExecutor:
     """Encodes, steps, previews and decodes runs and samples, also of several sizes.
 
-    Every method returns the items that failed, each with its error; all others are done.
+    Every method returns the failed items, each with its error. All other items have succeeded.
 
     Args:
         on_split: called with samples that do not fit the device together.
@@ -32,7 +34,9 @@ class BatchExecutor:
         self._step_before: torch.cuda.Event | None = None
 
     def prefetch_prompts(self, runs: Sequence[EngineJobState]) -> None:
-        """Encodes prompts in one batch into the cache. A failure here repeats in `encode`."""
+        """Encodes prompts in one batch into the cache. A failure is ignored here, because `encode`
+        repeats the work.
+        """
 
         def work(some: Sequence[EngineJobState]) -> None:
             self._denoiser.encode_texts([run.text for run in some])
@@ -76,7 +80,7 @@ class BatchExecutor:
     def decode(
         self, samples: Sequence[SampleState]
     ) -> tuple[list[tuple[SampleState, DeviceImage]], list[tuple[SampleState, Exception]]]:
-        """Makes the images."""
+        """Decodes the images of finished samples."""
         return self._images(
             samples, lambda some: self._denoiser.decode(torch.cat([it.latents for it in some]))
         )

@@ -1,4 +1,4 @@
-"""Start-time fair queueing: counts the work of tenants, so that none crowds out another."""
+"""Start-time fair queueing: counts the work of each tenant, so that no tenant delays the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Collection
 
 
 class FairShare:
-    """The work of the tenants that have rows, and of those that left with more than the others."""
+    """The work of the tenants that have rows, and of idle tenants that have had more than the
+    others.
+    """
 
     def __init__(self) -> None:
         self._work: dict[str, float] = {}
@@ -19,7 +21,7 @@ class FairShare:
         self._work[tenant] += work
 
     def activate(self, tenant: str, present: Collection[str]) -> None:
-        """Starts a returning tenant level with the others: idle time earns no credit.
+        """Raises a returning tenant to the level of the others, because idle time earns no credit.
 
         Args:
             present: the tenants that have rows.

@@ -33,7 +33,7 @@ class ModelError(OperatorError):
 
     @property
     def mistake(self) -> str:
-        """The sentence with its setting in front."""
+        """The sentence, preceded by the name of the setting."""
         return f"{variable(self.setting)}: {self}"
 
 
@@ -57,7 +57,7 @@ class ModelFiles:
             for file in ("config.json", "scheduler_config.json"):
                 if (folder / name / file).is_file():
                     configs[name] = read_json(folder / name / file)
-        for name in ("scheduler", "unet"):  # also where the index does not list them
+        for name in ("scheduler", "unet"):  # the file may exist although the index does not list it
             file = "scheduler_config.json" if name == "scheduler" else "config.json"
             configs.setdefault(name, read_json(folder / name / file))
         return cls(index, configs)
@@ -135,7 +135,7 @@ class ModelFamily(Protocol):
         ...
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        """Returns what the files say of a model of this family.
+        """Returns the traits of a model of this family from its files.
 
         Args:
             scheduler: The default scheduler that the operator chose; empty for the model's own.

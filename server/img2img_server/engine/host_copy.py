@@ -19,7 +19,7 @@ class HostCopy:
     Attributes:
         host: height x width x 3, uint8.
         is_finite: One bool on the host; None: not checked.
-        arrived: Recorded behind both copies; None: both are complete.
+        arrived: A device event that is recorded after both copies; None: both are complete.
     """
 
     host: Tensor
@@ -36,7 +36,7 @@ class HostCopy:
         if self.is_finite is not None and not bool(self.is_finite):
             raise EngineError("the image has values that are not finite")
         pixels: Pixels = self.host.numpy()
-        # Pinned memory is expensive: it is reused, while the caller keeps the copy.
+        # Pinned memory is expensive, so it is reused once no caller holds a copy.
         return pixels if self.arrived is None else pixels.copy()
 
 
@@ -51,7 +51,7 @@ def copy_to_host(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[Ho
     if pixels.device.type == "cuda":
         pixels = _pinned(pixels)
         is_finite = None if is_finite is None else _pinned(is_finite)
-        # Blocking: a thread that waits for the event sleeps.
+        # A blocking event: the thread that waits for it sleeps instead of polling.
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         arrived.record()
     return [
@@ -61,7 +61,7 @@ def copy_to_host(pixels: Tensor, is_finite: Tensor | None = None) -> Sequence[Ho
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a host tensor on the device, without waiting for the work of the device."""
+    """Copies a host tensor to the device, without waiting for the device."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Isolates the failure of one row: runs halves again until the rows that fail are alone."""
+"""Isolates a failing row: runs halves of a failed batch until the failing rows are alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def bisect_failures(
     work: Callable[[Sequence[T]], None],
     before_retry: Callable[[Sequence[T], bool], None],
 ) -> list[tuple[T, Exception]]:
-    """Does the work on all items at once; where that fails, on halves, down to single items.
+    """Does the work on all items at once. If that fails, does it on halves, down to single items.
 
     Args:
         work: must change nothing when it raises.
-        before_retry: called with items that failed together, and whether memory was missing; frees
-            memory of the failed attempt.
+        before_retry: called with items that failed together, and whether the error was out of
+            memory; frees memory of the failed attempt.
 
     Returns:
         The items that fail alone, each with its error. For all others the work is done.
@@ -35,13 +35,14 @@ def bisect_failures(
         return []
     try:
         work(items)
-    except Exception as error:  # the neighbours continue after any error
+    except Exception as error:  # The other items continue after any error.
         if len(items) == 1:
             return [(items[0], error)]
         lacked_memory = is_out_of_memory(error)
     else:
         return []
-    # Out of the handler: its traceback would keep the tensors of the failed attempt alive.
+    # The retry is outside of the except block, whose traceback would keep the tensors of the failed
+    # attempt alive.
     before_retry(items, lacked_memory)
     middle = len(items) // 2
     return [
@@ -54,7 +55,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Returns whether the device or the host had too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The CPU allocator has no exception class of its own.
+    # The CPU allocator has no exception class.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
@@ -73,9 +74,9 @@ def needed_bytes(error: Exception) -> int | None:
 
 
 def device_works(device: torch.device) -> bool:
-    """Returns whether the device still computes.
+    """Returns whether the device can still compute.
 
-    Some CUDA errors (an illegal address, a failed assertion in a kernel, a GPU that fell off the
+    Some CUDA errors (an illegal address, a failed assertion in a kernel, a GPU that is lost on the
     PCI bus) leave a context in which every later call fails.
     """
     if device.type != "cuda":

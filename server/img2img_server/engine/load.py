@@ -45,7 +45,7 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
     if device.type == "cpu":
         keep_freed_memory()
     if options.compile_cache_dir:
-        # The cache of compiled code; torch takes it from the environment only.
+        # torch reads the folder of the cache of compiled code from the environment only.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.compile_cache_dir.absolute())
     most = options.max_batch_size
     denoiser = on_own_thread(
@@ -63,7 +63,7 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
 
 
 def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> None:
-    """Runs the sizes of the setting once, so that the first jobs do not pay for it.
+    """Runs each size of the setting once, so that the first jobs are not slower.
 
     Raises:
         ModelError: a size failed.
@@ -80,11 +80,11 @@ def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> Non
 
 
 def on_own_thread(work: Callable[[], T]) -> T:
-    """Runs work that loads a model on a thread that ends with it, and so do its OpenMP threads.
+    """Loads a model on a thread that ends afterwards, together with its OpenMP threads.
 
-    OpenMP keeps its threads as long as the thread that called them. While there are more of them
-    than cores, they sleep almost at once when they wait. Measured with two callers of two threads
-    on two cores: steps took a tenth longer, decodes a quarter.
+    OpenMP keeps its threads as long as the thread that started them. If there are more of them than
+    cores, waiting threads go to sleep almost at once. With four OpenMP threads on two cores, steps
+    took a tenth longer and decodes a quarter.
     """
     with ThreadPoolExecutor(1, "engine-load") as thread:
         return thread.submit(work).result()

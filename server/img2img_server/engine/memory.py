@@ -1,4 +1,5 @@
-"""Decides which batches fit the device, by measured peaks. Pure except for the probe of a GPU.
+"""Decides which batches fit the device, by measured peaks. Only the probe of a GPU has side
+effects.
 
 The memory of a step grows with pixels x forwards. The peak of each shape is measured when it first
 runs, in the warm-up or later; for other shapes it is estimated in proportion to the largest shape
@@ -13,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-Shape = tuple[int, int, int]  # height, width, forwards
-# Share of the free memory; the allocator loses the rest between blocks.
+Shape = tuple[int, int, int]  # height, width and forwards of a batch
+# share of the free memory that batches may use; the allocator loses the rest between blocks
 _USABLE = 0.95
 
 
@@ -23,7 +24,7 @@ class MemoryProbe(Protocol):
 
     @property
     def free(self) -> int | None:
-        """Returns what can be allocated now; None: unknown, no batch is rejected."""
+        """Returns the bytes that can be allocated now. None: unknown, so no batch is rejected."""
         ...
 
     def start(self) -> None:
@@ -36,7 +37,7 @@ class MemoryProbe(Protocol):
 
 
 class NoProbe:
-    """The probe of a CPU, whose memory is shared with other processes: it measures nothing."""
+    """A probe for the CPU, whose memory is shared with other processes: it measures nothing."""
 
     @property
     def free(self) -> int | None:
@@ -79,7 +80,7 @@ class MemoryModel:
     """The peaks of one model on one device. Only the engine's thread calls it.
 
     Args:
-        limit_bytes: uses at most so much of the free memory; 0: no limit.
+        limit_bytes: The most memory to use; 0: all free memory.
     """
 
     def __init__(self, probe: MemoryProbe, limit_bytes: int = 0) -> None:
@@ -89,7 +90,7 @@ class MemoryModel:
 
     @contextmanager
     def measured(self, height: int, width: int, forwards: int) -> Iterator[None]:
-        """Measures the peak of the body, if it raises nothing."""
+        """Measures the peak memory of the body, unless it raises an error."""
         self._probe.start()
         yield
         shape = (height, width, forwards)

@@ -47,7 +47,7 @@ class _Part(BaseModel):
 
 class _Defaults(_Part):
     scheduler: str = ""
-    num_inference_steps: int = Field(default=0, ge=0, le=1000)  # 0: the family's
+    num_inference_steps: int = Field(default=0, ge=0, le=1000)  # 0: the family's default
     guidance_scale: float | None = Field(default=None, ge=0)
     strength: float = Field(default=DEFAULT_STRENGTH, ge=0, le=1)
 
@@ -104,7 +104,7 @@ class ModelSpec:
 
     @property
     def info(self) -> ModelInfo:
-        """The model as callers see it."""
+        """The model as the api announces it."""
         others = tuple(name for name in self.schedulers if name != self.scheduler)
         return ModelInfo(
             name=self.name,
@@ -127,7 +127,7 @@ class ModelSpec:
         )
 
     def refusal(self, height: int, width: int, num_inference_steps: int) -> str:
-        """Returns why the model cannot do this; empty if it can.
+        """Returns why the model cannot run this request, or "" if it can.
 
         The api has checked it with what the model announced, which may have changed since.
         """

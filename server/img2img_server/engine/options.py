@@ -1,4 +1,4 @@
-"""Options of the engine: what speeds a model up and what bounds its memory. Imports no torch."""
+"""Options of the engine for speed and memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Quantization(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
-    """Fields are described at the settings of the same names."""
+    """Options of a model; the settings of the same names describe the fields."""
 
     channels_last: bool = True
     fuse_qkv: bool = False
@@ -62,7 +62,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions(ModelOptions):
-    """Everything that load_engine needs; the settings of the same names describe the fields."""
+    """All options of load_engine; the settings of the same names describe the fields."""
 
     model: str = ""
     device: str = "auto"
@@ -86,7 +86,7 @@ class EngineOptions(ModelOptions):
 
 
 def batch_size_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Returns the batch sizes to compile or capture: powers of two below the largest, and it."""
+    """Returns the batch sizes to compile or capture: the largest, and powers of two below it."""
     sizes = [1]
     while sizes[-1] * 2 < max_batch_size:
         sizes.append(sizes[-1] * 2)
@@ -94,7 +94,9 @@ def batch_size_buckets(max_batch_size: int) -> tuple[int, ...]:
 
 
 def pad_batch_size(forwards: int, max_batch_size: int) -> int:
-    """Returns the smallest bucket that holds so many forwards; their number when none does."""
+    """Returns the smallest bucket with at least this many forwards, or the number itself if no
+    bucket is large enough.
+    """
     return next((size for size in batch_size_buckets(max_batch_size) if size >= forwards), forwards)
 
 
@@ -117,7 +119,7 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def limit_spinning() -> None:
-    """Lets OpenMP threads that wait for each other sleep soon. Must run before torch is imported.
+    """Makes waiting OpenMP threads sleep soon. Must run before torch is imported.
 
     OpenMP waits for 300,000 spins, which take milliseconds: on cores that other processes use too,
     the waiting threads keep the others from running, and a step takes many times as long. With

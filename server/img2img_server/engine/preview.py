@@ -1,6 +1,6 @@
 """Previews: a linear map from latents to colours, fitted to the autoencoder of the model.
 
-A tiny autoencoder makes better previews, if there is one; this module makes them smaller.
+A tiny autoencoder makes better previews; this module only scales them down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def fit_projection(encode: Callable[[Tensor], Tensor]) -> Tensor:
         (c + 1) x 3; the last line is the offset.
     """
     generator = torch.Generator().manual_seed(0)
-    # Soft fields of colour with some texture, as in photos and paintings.
+    # Smooth fields of colour with some texture, as in photos and paintings.
     coarse = torch.rand((_FIT_IMAGES, 3, 5, 5), generator=generator) * 2 - 1
     fine = torch.rand((_FIT_IMAGES, 3, 24, 24), generator=generator) * 2 - 1
     size = (_FIT_SIDE, _FIT_SIDE)
@@ -36,7 +36,7 @@ def fit_projection(encode: Callable[[Tensor], Tensor]) -> Tensor:
     colours = functional.adaptive_avg_pool2d(images, (latents.shape[2], latents.shape[3]))
     known = _with_offset(latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
     wanted = colours.permute(0, 2, 3, 1).reshape(-1, 3)
-    # A ridge bounds the weights of latents that hardly depend on the colour.
+    # A ridge penalty limits the weights of latents that hardly depend on the colour.
     ridge = 1e-3 * len(known) * torch.eye(known.shape[1])
     projection: Tensor = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted)
     return projection

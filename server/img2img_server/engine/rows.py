@@ -31,7 +31,7 @@ class SampleState:
     Attributes:
         slots: The tensors of the sampler, 1 x c x h x w each, float32; the latents first.
         clean: The clean latents that the last step predicted, of the same shape.
-        noise: Drawn for the next step and kept until the step succeeds, so that a retry gets the
+        noise: The noise of the next step, kept until the step succeeds, so that a retry uses the
             same numbers.
     """
 
@@ -173,13 +173,15 @@ class EngineJobState:
         self.conditioning, self.samples = conditioning, samples
 
     def note_step(self, seconds: float, share: float) -> None:
-        """Counts a batch with samples of the job."""
+        """Adds a step of a batch with samples of the job to the timings."""
         self.denoise += seconds
         self.shares += share
         self.batches += 1
 
     def note_decode(self, began: float, now: float) -> None:
-        """Counts the time until an image was on the host; overlapping copies count once."""
+        """Adds the time until an image was on the host to the timings; overlapping copies count
+        once.
+        """
         self.decode += now - max(began, self.decoded)
         self.decoded = now
 
@@ -221,7 +223,7 @@ def text_of(job: EngineJob) -> TextInput:
 
 
 def emit(sink: Sink, job: EngineJob, event: EngineEvent) -> None:
-    """Calls the sink with an event. An error of the sink is logged and goes no further."""
+    """Calls the sink with an event. An error of the sink is only logged."""
     try:
         sink(event)
     except Exception:

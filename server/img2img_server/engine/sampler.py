@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-MAX_SLOTS = 8  # of a row
+MAX_SLOTS = 8  # most slots of a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +71,14 @@ _CLEAN, _OUTPUT, _NOISE, _WIDTH = MAX_SLOTS, MAX_SLOTS, MAX_SLOTS + 1, MAX_SLOTS
 
 
 def coefficient_table(schedule: Schedule) -> Tensor:
-    """Returns the coefficients of all steps on the CPU, float32, a line each."""
+    """Returns the coefficients of all steps on the CPU, float32, one line for each step."""
     lines = [_line(step) for step in schedule.steps]
     width = _WEIGHTS + (MAX_SLOTS + 1) * _WIDTH
     return torch.tensor(lines, dtype=torch.float32).reshape(-1, width)
 
 
 def timesteps(coefficients: Tensor) -> Tensor:
-    """Returns what the model is given: one timestep a row."""
+    """Returns the timesteps for the model, one for each row."""
     return coefficients[:, _TIMESTEP]
 
 
@@ -123,7 +123,8 @@ def advance(
         drawn = [tensor for row in members if (tensor := noise[row]) is not None]
         if drawn:
             terms[_NOISE] = torch.cat(drawn)
-        # Whole lines of one row each: an index from the host would wait for the device.
+        # A whole line for each row is read on the device: an index from the host would wait for the
+        # device.
         own = torch.stack([coefficients[row] for row in members])
         *kept, clean = (
             _combine(terms, own, line, columns)
@@ -138,7 +139,7 @@ def advance(
 def draw_noise(generator: torch.Generator, like: Tensor) -> Tensor:
     """Returns standard normal noise of a tensor's shape, float32, on the CPU.
 
-    So a seed means the same noise on every device, in the order of diffusers.
+    So a seed gives the same noise on every device, drawn in the order of diffusers.
     """
     return torch.randn(like.shape, generator=generator, dtype=torch.float32)
 

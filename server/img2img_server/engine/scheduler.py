@@ -1,4 +1,4 @@
-"""Decides which samples take the next denoising step together. Pure: no torch, clock or threads.
+"""Decides which samples take the next denoising step together. It uses no torch, clock or threads.
 
 A sample is a row. Rows join and leave at every step. A batch holds rows of one batch key only (one
 size in most families, one adapter). Each step takes the rows in the order of `Priority`.
@@ -17,10 +17,10 @@ from typing import NamedTuple
 from img2img_server.domain.params import Lane
 from img2img_server.engine.fair_share import FairShare
 
-Key = tuple[int, int]  # job id, sample
+Key = tuple[int, int]  # job id and sample index
 
 _LANE_ORDER = {Lane.REALTIME: 0, Lane.BATCH: 1}
-# Added to every age, so that a new short row goes before a long one at once.
+# seconds; added to every age, so that a new short row goes before a long one at once
 _HEAD_START_SECONDS = 0.1
 # A row is urgent when the time left is less than this many times the time that it needs.
 _URGENT_RATIO = 2.0
@@ -160,7 +160,7 @@ class Scheduler:
         return gone
 
     def limit(self, height: int, width: int, forwards: int, now: float) -> None:
-        """Bounds the forwards of batches of this size for a while. A single row always runs."""
+        """Limits the forwards of batches of this size for a while. A single row always runs."""
         most = min(forwards, self._limit(height, width, now))
         self._limits[height, width] = most, now + _LIMIT_SECONDS
 
@@ -178,14 +178,14 @@ class Scheduler:
         return Batch(tuple(entry.row for entry in chosen))
 
     def put_back(self, keys: Iterable[Key]) -> None:
-        """Returns rows of a batch that did not run to the waiting ones."""
+        """Requeues rows of a batch that did not run."""
         for key in keys:
             if entry := self._entries.get(key):
                 assert entry.in_flight
                 entry.in_flight = False
 
     def complete(self, keys: Iterable[Key], now: float) -> tuple[Key, ...]:
-        """Counts a step of each row; returns those that are finished, and removes them.
+        """Counts a step of each row. Removes and returns the finished rows.
 
         Keys of rows that were cancelled in the meantime are ignored.
         """
@@ -210,7 +210,7 @@ class Scheduler:
         return forwards if now < until else self._max_batch_size
 
     def _choose(self, line: Sequence[_Entry], now: float) -> list[_Entry]:
-        """Returns the first row of the line and the rows that join it."""
+        """Returns the first row in the order of `Priority` and the rows that join it."""
         first = line[0].row
         chosen, forwards = [line[0]], first.forwards
         most = self._limit(first.height, first.width, now)
@@ -250,14 +250,16 @@ class Scheduler:
         )
 
     def _is_urgent(self, entry: _Entry, now: float) -> bool:
-        """Returns whether the row must run now to be in time; a passed deadline does not count."""
+        """Returns whether the row must run now to meet its deadline. A passed deadline does not
+        count.
+        """
         if entry.row.deadline is None:
             return False
         left = entry.row.deadline - now
         return 0 < left < _URGENT_RATIO * entry.work_left * self._seconds_per_work
 
     def _measure_speed(self, entry: _Entry, now: float) -> None:
-        """Updates the seconds that a row's work takes in its present batches."""
+        """Updates the measured seconds for a row's work, in batches of the present sizes."""
         seconds = (now - entry.step_began) / entry.row.work
         known = self._seconds_per_work or seconds
         self._seconds_per_work = known + _SPEED_WEIGHT * (seconds - known)

@@ -72,7 +72,7 @@ class StepLoop:
         self._scheduler = Scheduler(max_batch_size, denoiser.fixed_step_cost)
         self._memory = memory
         self._runs: dict[int, EngineJobState] = {}
-        self._lost = False  # the device, permanently
+        self._lost = False  # whether the device is permanently lost
 
     @property
     def has_work(self) -> bool:
@@ -188,11 +188,11 @@ class StepLoop:
             for row in batch.rows:
                 if run := self._runs.get(row.job_id):
                     self._fail(run, error)
-        if self._lost:  # the other jobs run again elsewhere
+        if self._lost:  # The other jobs are requeued and run on other workers.
             self.stop_all()
 
     def _fitting(self, batch: Batch) -> Batch:
-        """Returns the rows that fit the device, at least one; the others wait again."""
+        """Returns the rows that fit the device, at least one. The others wait for a later step."""
         most = self._memory.max_forwards(
             *batch.size, batch.forwards, self._denoiser.padded_batch_size
         )
@@ -207,7 +207,7 @@ class StepLoop:
         most = self._denoiser.max_vae_batch(*batch.size)
         if len(new) > most:
             self._executor.prefetch_prompts(new)
-        # Running jobs do not wait until the init images of all new jobs are encoded.
+        # Running jobs must not wait until the init images of all new jobs are encoded.
         self._encode(new[:most])
         late = {run.job.job_id for run in new[most:]}
         self._scheduler.put_back([row.key for row in batch.rows if row.job_id in late])
@@ -251,7 +251,7 @@ class StepLoop:
             self._fail(sample.run, error)
 
     def _note_split(self, samples: Sequence[SampleState]) -> None:
-        """Bounds later batches of this size after an out-of-memory error."""
+        """Limits later batches of this size after an out-of-memory error."""
         height, width = largest_size(samples)
         forwards = sum(sample.run.forwards for sample in samples)
         self._scheduler.limit(height, width, forwards // 2, time.monotonic())
@@ -293,7 +293,7 @@ def admit(
         EngineError: the model does not support the request.
         OutOfMemoryError: the job can never fit the device.
         ValueError: the scheduler cannot run so many steps.
-        Exception: whatever a broken device raises.
+        Exception: An error of a broken device.
     """
     params = job.params
     if sentence := spec.refusal(job.height, job.width, params.num_inference_steps):

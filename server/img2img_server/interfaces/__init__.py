@@ -1,1 +1,1 @@
-"""The interfaces: protocols with a real and an in-memory implementation."""
+"""Protocol classes, each with a real and an in-memory implementation."""

@@ -35,7 +35,7 @@ class QueuedJob:
     trace: dict[str, str] = field(default_factory=dict)
 
     def without_image(self) -> QueuedJob:
-        """Returns the message as the dead letters keep it."""
+        """Returns the message without its image, for the dead letters."""
         return replace(self, init_image=b"")
 
 
@@ -74,7 +74,7 @@ class LaneLoad:
     Attributes:
         waiting: Jobs that were never delivered.
         taken: Jobs that were delivered and have not ended, requeued ones included.
-        last_taken: The highest place that was ever delivered; 0: none.
+        last_taken: The highest place in the queue that was ever delivered; 0: none.
     """
 
     waiting: int
@@ -115,7 +115,7 @@ class JobQueue(Protocol):
         ...
 
     async def load(self, model: str, lane: Lane) -> LaneLoad:
-        """Returns the numbers of the lane with one request to NATS, however many jobs there are."""
+        """Returns the numbers of the lane with one request to NATS, whatever the number of jobs."""
         ...
 
     async def unfinished(self, tenant: str) -> int:
@@ -170,7 +170,7 @@ class EventLog(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[Envelope]]:
         """Replays the events after `after_sequence`, then follows the log without end.
 
-        Once the context is entered, no later event is missed.
+        No event that is appended after the context is entered is missed.
         """
         ...
 
@@ -200,7 +200,9 @@ class StreamState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamNotice:
-    """One api's message to all apis, itself included. `grace_seconds`: the rest, if BROKEN."""
+    """One api's message to all apis, itself included. `grace_seconds`: the remaining grace period,
+    if BROKEN.
+    """
 
     state: StreamState
     tenant: str
@@ -209,7 +211,7 @@ class StreamNotice:
 
 
 class Control(Protocol):
-    """Sends commands to every worker and notices to every api, at once; none is stored."""
+    """Sends commands to every worker and notices to every api, at once. No message is stored."""
 
     async def cancel(self, job_id: int) -> None:
         """Asks the worker that runs the job to stop it at its next step."""

@@ -37,7 +37,8 @@ class WebhookOutbox(Protocol):
     """Durable, at least once, without order. Its methods raise UnavailableError."""
 
     async def put(self, job: Job, *, again: bool = False) -> None:
-        """Stores the webhook of an ended job; within ten minutes a second time only with `again`.
+        """Stores the webhook of an ended job. A second `put` within ten minutes is ignored without
+        `again`.
 
         Raises:
             OutboxFullError: the tenant has too many undelivered webhooks.

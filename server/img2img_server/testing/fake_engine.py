@@ -40,7 +40,8 @@ FAKE_MODEL = ModelInfo(
     default_num_inference_steps=4,
     default_guidance_scale=1.0,
 )
-FAIL_PROMPT = "fail:"  # a job fails if its prompt begins so; the rest is the message
+# A job fails if its prompt begins with this text; the rest of the prompt is the message.
+FAIL_PROMPT = "fail:"
 
 
 @dataclass
@@ -63,7 +64,7 @@ class FakeEngine:
         model: the value of the property `model`.
         step_seconds: the length of a step.
         hold_after: every job waits after this many steps until `release` is called.
-        max_batch_size: the value of the property; the fake runs more all the same.
+        max_batch_size: the value of the property; larger batches run as well.
         max_prompt_words: the number of words of a prompt that it reads; it warns about the others.
     """
 
@@ -137,7 +138,9 @@ class FakeEngine:
         self._thread.join()
 
     def lose_device(self) -> None:
-        """Breaks permanently: running jobs end with DeviceLost, new ones with JobStopped."""
+        """Simulates a permanent failure of the device: running jobs end with DeviceLost, new ones
+        with JobStopped.
+        """
         with self._changed:
             self._lost = True
             self._changed.notify_all()
@@ -159,7 +162,7 @@ class FakeEngine:
             _emit(run, JobStopped())
 
     def _next_runs(self) -> list[_Run]:
-        """Waits for the length of a step, then for a job that can continue; empty: stop."""
+        """Waits for a step's length, then for jobs that can continue; none: the engine stops."""
         with self._changed:
             if any(run.step for run in self._running):
                 self._changed.wait_for(self._is_interrupted, timeout=self._step_seconds)

@@ -37,7 +37,9 @@ class Notifier:
         self._event = asyncio.Event()
 
     def wait_handle(self) -> asyncio.Event:
-        """Returns the event of the next change; take it before reading what may change."""
+        """Returns the event that the next change sets. Take it before reading the state that may
+        change.
+        """
         return self._event
 
 
@@ -47,7 +49,7 @@ class _Message:
     job: QueuedJob
     place: tuple[str, Lane]
     deliveries: int = 0
-    redelivery: asyncio.TimerHandle | None = None  # set while a worker has the message
+    redelivery: asyncio.TimerHandle | None = None  # set while a worker holds the message
 
     @property
     def taken(self) -> bool:
@@ -69,7 +71,7 @@ class MemoryJobQueue:
         self._limit = limit
         self._ack_wait_seconds = ack_wait_seconds
         self._messages: dict[int, _Message] = {}
-        self._known: dict[int, int] = {}  # sequence by job id: a job put twice is queued once
+        self._known: dict[int, int] = {}  # sequence by job id, so that a job is queued only once
         self._sequences = itertools.count(1)
         self._delivered: dict[tuple[str, Lane], int] = {}
         self._changes = Notifier()
@@ -135,18 +137,18 @@ class MemoryJobQueue:
         return _MemoryDelivery(self, message, message.deliveries)
 
     def restart_clock(self, message: _Message) -> None:
-        """Makes the message available again after ack_wait from now."""
+        """Restarts the ack_wait of the message."""
         message.release()
         loop = asyncio.get_running_loop()
         message.redelivery = loop.call_later(self._ack_wait_seconds, self.give_back, message)
 
     def give_back(self, message: _Message) -> None:
-        """Makes a taken message available again."""
+        """Requeues a taken message."""
         message.release()
         self._changes.notify()
 
     def finish(self, message: _Message, reason: str | None = None) -> None:
-        """Removes the message; with a reason it goes to the dead letters."""
+        """Removes the message. With a reason, it becomes a dead letter."""
         if self._pop(message.sequence) is not None and reason is not None:
             self.dead.append((message.job.without_image(), reason))
 
@@ -193,7 +195,7 @@ class _MemoryDelivery:
 @dataclass(slots=True, eq=False)
 class _Log:
     entries: list[Envelope] = field(default_factory=list)
-    # Counts events except previews; a writer with an older count has lost the log.
+    # The number of events without previews. A writer with an older number has lost the log.
     revision: int = 0
     changes: Notifier = field(default_factory=Notifier)
 
@@ -208,7 +210,7 @@ class _Log:
 
 
 class MemoryEventLog:
-    """An EventLog in memory; it keeps all events but replaced previews."""
+    """An EventLog in memory. It keeps all events except replaced previews."""
 
     def __init__(self) -> None:
         self._logs: dict[int, _Log] = {}

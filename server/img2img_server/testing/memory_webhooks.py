@@ -89,5 +89,5 @@ class _MemoryPending:
         self._outbox.remove(self._entry)
 
     async def retry(self, delay_seconds: float) -> None:
-        if self._entry.taken == self._taken:  # else it was delivered again
+        if self._entry.taken == self._taken:  # Otherwise the webhook was pulled again meanwhile.
             self._outbox.defer(self._entry, delay_seconds)

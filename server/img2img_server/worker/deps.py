@@ -24,9 +24,10 @@ class Throughput:
     """Moving means of the speed of this worker; 0.0 before the first measurement.
 
     Attributes:
-        job_seconds: The engine's seconds for one sample at 512x512, with the wait for the device.
-        pixel_step_seconds: The device's seconds for one pixel-step, which is less than that where
-            jobs share their batches.
+        job_seconds: The engine's seconds for one sample at 512x512, including the wait for the
+            device.
+        pixel_step_seconds: The device's seconds for one pixel-step, which is less if jobs share
+            batches.
         busy: Share of the time between the last two measurements in which the device worked.
     """
 
@@ -59,7 +60,7 @@ class Throughput:
         """
         seen, self._seen_busy_seconds = self._seen_busy_seconds, busy_seconds
         passed, self._measured_at = now - self._measured_at, now
-        if seen is None:  # work before the first call does not count
+        if seen is None:  # Work before the first call does not count.
             return
         self.busy = min(1.0, (busy_seconds - seen) / passed) if passed > 0 else 0.0
         if busy_seconds == seen:
@@ -67,7 +68,7 @@ class Throughput:
         self._busy_seconds += busy_seconds - seen
         if self._pixel_steps:
             self.pixel_step_seconds = self._busy_seconds / self._pixel_steps
-            # Both sums decay alike, so recent measurements count more.
+            # Both sums decay at the same rate, so recent measurements weigh more.
             self._busy_seconds *= 1 - _WEIGHT
             self._pixel_steps *= 1 - _WEIGHT
 

@@ -14,14 +14,15 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
     """Deletes the cached files of this model and returns the number of bytes freed. Blocks.
 
     The loaded model continues to run; the next start downloads it again. A model in a directory of
-    its own belongs to the operator and stays, as do all files while HF_HUB_OFFLINE is set.
+    the operator is not deleted. No file is deleted while HF_HUB_OFFLINE is set.
 
     Args:
-        cache: the library's cache; by default where its own variables say.
+        cache: the folder of the cache; by default the library's own.
     """
     if Path(source).is_dir():
         return 0
-    from huggingface_hub import CacheNotFound, constants, scan_cache_dir  # a second to import
+    # Importing the library takes a second.
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     if constants.HF_HUB_OFFLINE:
         log.info("downloads_kept_hub_offline", model=source)
@@ -30,7 +31,7 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
         found = scan_cache_dir(cache)
     except CacheNotFound:
         return 0
-    # By folder, not by revision: a copied repository may have the same ones.
+    # Files are deleted by folder, not by revision: a copied repository may have the same revisions.
     ours = [repo for repo in found.repos if (repo.repo_type, repo.repo_id) == ("model", source)]
     for repo in ours:
         shutil.rmtree(repo.repo_path)

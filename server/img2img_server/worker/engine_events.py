@@ -31,7 +31,7 @@ class EngineEventStream:
 
     def post(self, event: EngineEvent) -> None:
         """Adds an event, on any thread."""
-        with suppress(RuntimeError):  # the loop has ended
+        with suppress(RuntimeError):  # The event loop has ended.
             self._loop.call_soon_threadsafe(self._events.put_nowait, (time.time_ns(), event))
 
     async def get(self) -> EngineEvent:
@@ -71,7 +71,7 @@ class EngineEventStream:
 
 
 def engine_job(job: Job, init_image: Pixels) -> EngineJob:
-    """Returns the job as the engine takes it, its deadline by this machine's monotonic clock."""
+    """Returns the EngineJob of a job, with its deadline on this machine's monotonic clock."""
     deadline = None
     if job.deadline_time:
         deadline = time.monotonic() + job.deadline_time - time.time()

@@ -1,4 +1,4 @@
-"""One job on this worker: from its delivery through the engine to its end."""
+"""Runs one job on this worker: from its delivery through the engine to its end."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from img2img_server.worker.sample import Stopwatch, finish_sample, storage_warni
 
 log = structlog.get_logger()
 
-NAK_SECONDS = 2.0  # bound of a nak at shutdown
+NAK_SECONDS = 2.0  # seconds; longest time of a nak at shutdown
 _NOT_OURS = (OwnershipLostError, IllegalTransitionError)
 
 
 class _StoppedError(Exception):
-    """The engine ended the job because it was asked to."""
+    """The engine stopped the job on request."""
 
 
 class _DeviceLostError(Exception):
@@ -56,7 +56,7 @@ class JobExecution:
         self._delivery = delivery
         self._watch = Stopwatch()
         self._cancelled = False
-        self.opened = asyncio.Event()  # the record was read, or the run has ended
+        self.opened = asyncio.Event()  # The record was read, or the run has ended.
         self._leaving = asyncio.Event()
         self._submitted = False
         self._lease: JobLease | None = None
@@ -67,7 +67,7 @@ class JobExecution:
 
     @property
     def job(self) -> Job | None:
-        """Returns the job as this run knows it; None before its record was read."""
+        """The job as this run has read it; None before its record was read."""
         return self._lease.job if self._lease else None
 
     @property
@@ -84,18 +84,20 @@ class JobExecution:
         self.hand_back()
 
     def hand_back(self) -> None:
-        """Ends the run at its next step and gives the job to another worker."""
+        """Ends the run at its next step and requeues the job for another worker."""
         self._leaving.set()
         self._deps.engine.cancel(self.job_id)
 
     def adopt(self, delivery: Delivery) -> None:
-        """Continues under a newer delivery of the same job; the older one has expired."""
+        """Continues with a newer delivery of the same job. The older delivery has expired."""
         self._delivery = delivery
         if self._lease:
             self._lease.delivery = delivery
 
     async def run(self) -> None:
-        """Returns when the job has ended or another worker has it. No error of the job escapes."""
+        """Runs the job. Returns when it has ended or another worker has it. Raises no error of the
+        job.
+        """
         span = self._enter_span()
         watching = [
             asyncio.create_task(self._heartbeat()),
@@ -105,7 +107,8 @@ class JobExecution:
             self._lease = await self._open()
             self.opened.set()
             if self._lease:
-                # Preparing the init image takes as long as taking the record: both run together.
+                # Preparing the init image and taking the record are equally slow, so both run
+                # together.
                 async with background_task(self._prepare(self._lease.job.params)) as prepared:
                     if await self._lease.take(cancelled=self._cancelled):
                         await self._work(self._lease, prepared)
@@ -113,13 +116,13 @@ class JobExecution:
             log.warning("job_lost", why=str(error))
         except errors.UnavailableError as error:
             log.warning("nats_unavailable_job_will_be_redelivered", why=str(error))
-        except _DeviceLostError:  # the attempt counts: the job may have broken the device
-            await self._leaving.wait()  # or this worker would pull the job again
+        except _DeviceLostError:  # The attempt counts, because the job may have broken the device.
+            await self._leaving.wait()  # Without this pause, this worker would pull the job again.
             await self._nak()
-        except asyncio.CancelledError:  # the drain time is over
+        except asyncio.CancelledError:  # The drain time has expired.
             await self._nak()
             raise
-        except Exception as error:  # for example a record that cannot be read
+        except Exception as error:  # an unexpected error, for example a record that cannot be read
             await self._retry_or_dead_letter(error)
         finally:
             self.opened.set()
@@ -130,7 +133,9 @@ class JobExecution:
             span.end()
 
     def _enter_span(self) -> Span:
-        """Starts the span of the whole run, current in this task and in the tasks it starts."""
+        """Starts the span of the whole run. It is current in this task and in the tasks that it
+        starts.
+        """
         queued = self._delivery.job
         attributes = {
             "img2img.job": f"jobs/{queued.job_id}",
@@ -141,7 +146,7 @@ class JobExecution:
         return enter("run job", extracted(queued.trace.items()), SpanKind.CONSUMER, attributes)
 
     async def _retry_or_dead_letter(self, error: Exception) -> None:
-        """Leaves the message to be redelivered, or to the dead letters after the last attempt."""
+        """Lets the message be redelivered, or dead-letters it after the last attempt."""
         log.error("job_execution_failed", attempt=self._delivery.attempt, exc_info=error)
         if self._delivery.attempt >= self._deps.max_attempts:
             with suppress(errors.UnavailableError):
@@ -154,7 +159,7 @@ class JobExecution:
                 await self._delivery.in_progress()
 
     async def _poll_cancel(self) -> None:
-        """Cancels a job whose record says so: a reconnect can lose the cancel message."""
+        """Cancels a job whose record requests it: a reconnect can lose the cancel message."""
         queued = self._delivery.job
         while True:
             await asyncio.sleep(self._deps.queue.ack_wait_seconds / 3)
@@ -164,7 +169,7 @@ class JobExecution:
                     self.cancel()
 
     async def _nak(self) -> None:
-        """Returns the message to the queue at once and leaves the record as it is."""
+        """Requeues the message at once and leaves the record unchanged."""
         with suppress(errors.UnavailableError, TimeoutError):
             async with asyncio.timeout(NAK_SECONDS):
                 await self._delivery.nak()
@@ -185,7 +190,7 @@ class JobExecution:
                 try:
                     events = self._submit(lease.job, await _checked_pixels(prepared))
                 except Exception:
-                    await started  # the log must have it before the failure
+                    await started  # The log must have the start before the failure.
                     raise
                 await started
             done = await self._follow(lease, events)
@@ -216,7 +221,7 @@ class JobExecution:
         engine, events = self._deps.engine, EngineEventStream()
         engine.submit(engine_job(job, pixels), events.post)
         self._submitted = True
-        if self._leaving.is_set():  # requested while the image was prepared
+        if self._leaving.is_set():  # The cancel was requested while the image was prepared.
             engine.cancel(job.id)
         return events
 

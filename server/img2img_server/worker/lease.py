@@ -27,18 +27,16 @@ from img2img_server.telemetry import JOBS_ENDED, REDELIVERIES, STAGE_SECONDS
 from img2img_server.webhooks.record import announce
 from img2img_server.worker.deps import WorkerDeps
 
-# A job may end its workers before they can write down that they have it.
+# Most deliveries of one attempt: a job may break its workers before they can record an attempt.
 DELIVERIES_OF_AN_ATTEMPT = 10
 
 log = structlog.get_logger()
 
 
 class JobLease:
-    """Makes every change of a job in this order: record, outbox, log, queue.
-
-    A process that dies in between leaves enough for the next worker to continue. Methods raise
-    OwnershipLostError or IllegalTransitionError when another worker has the job, UnavailableError
-    when NATS is down.
+    """Makes every change of a job in this order: record, outbox, log, queue. So if a process dies
+    in between, the next worker can continue. Methods raise OwnershipLostError or
+    IllegalTransitionError when another worker has the job, and UnavailableError when NATS is down.
     """
 
     def __init__(
@@ -54,10 +52,10 @@ class JobLease:
         self._attempt = stored.job.attempt + 1
 
     async def take(self, *, cancelled: bool) -> bool:
-        """Takes the job, see append_started for its log.
+        """Takes the job in its record; append_started adds the event.
 
         Returns:
-            False when the job has ended, before or now: then there is nothing to run.
+            False if the job has ended before or ends now, so that there is nothing to run.
         """
         if self.job.state.is_terminal:
             await self._ensure_terminal_event()
@@ -99,13 +97,14 @@ class JobLease:
             await self._writer.append(event)
 
     async def record_sample(self, event: Event) -> None:
-        """Appends an event of a sample; the record is written when the job ends."""
+        """Appends an event of a sample. The record is written only when the job ends."""
         await self.append(event)
         self.job = advance(self.job, event, time.time())
 
     async def fail(self, error: Exception, *, dead: bool = False) -> None:
         """Ends the job as failed; an unexpected error is reported without its details."""
-        if isinstance(error, errors.MessageTooLargeError):  # its sentence helps the operator
+        if isinstance(error, errors.MessageTooLargeError):
+            # The error's message helps the operator.
             error = errors.EngineError(str(error))
         if not isinstance(error, errors.JobFailedError):
             log.error("job_failed_unexpectedly", exc_info=error)
@@ -144,14 +143,16 @@ class JobLease:
         log.info("job_handed_back")
 
     async def _ensure_terminal_event(self) -> None:
-        """Appends the end of an ended record to outbox and log, if its writer died before."""
+        """Appends the terminal event of an ended record to outbox and log, if its writer died
+        before it could.
+        """
         if not self._writer.ended:
             await announce(self._deps.outbox, self._deps.jobs, self.job)
             await self.append(terminal_event(self.job))
         await self.delivery.ack()
 
     async def _swap(self, event: Event) -> None:
-        """Advances the record. Only a cancel request may have changed it meanwhile."""
+        """Advances the record. Only a cancel request may have changed the record meanwhile."""
         while True:
             job = advance(self.job, event, time.time())
             try:

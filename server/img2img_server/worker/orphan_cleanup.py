@@ -15,7 +15,8 @@ from img2img_server.interfaces.records import JobStore
 from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.watched_blobs import WatchedBlobs
 
-MOST_WAITING = 1000  # jobs; the files of others stay until the bucket's lifecycle rules delete them
+# most queued jobs; the bucket's lifecycle rules delete the files of further jobs
+MOST_WAITING = 1000
 
 log = structlog.get_logger()
 
@@ -23,7 +24,7 @@ log = structlog.get_logger()
 class OrphanCleanup:
     """Deletes the files of one job at a time, so that uploads keep their threads.
 
-    Only the record decides: a job that another worker has, or has finished, keeps its files.
+    It reads the record first: a job that another worker has taken or finished keeps its files.
     """
 
     def __init__(self, jobs: JobStore, blobs: BlobStore | WatchedBlobs) -> None:
@@ -33,7 +34,7 @@ class OrphanCleanup:
 
     def add(self, job: Job) -> None:
         """Adds a job whose run is over, however it ended. Returns at once."""
-        if job.state is State.SUCCEEDED or not job.attempt:  # nothing to delete
+        if job.state is State.SUCCEEDED or not job.attempt:  # There is nothing to delete.
             return
         try:
             self._waiting.put_nowait(job)
@@ -46,13 +47,13 @@ class OrphanCleanup:
             job = await self._waiting.get()
             try:
                 await self._delete_files(job)
-            except Exception as error:  # must not end the worker
+            except Exception as error:  # An error must not end the worker.
                 log.warning("orphan_files_kept", job=job.id, why=str(error))
             finally:
                 self._waiting.task_done()
 
     async def finish(self, seconds: float) -> None:
-        """Returns when the files of all added jobs are deleted, or the time is over."""
+        """Returns when the files of all added jobs are deleted, or when the time has expired."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._waiting.join()

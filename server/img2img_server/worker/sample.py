@@ -49,7 +49,7 @@ async def finish_sample(
     """Yields the image once it is checked and encoded, then its link once it is stored.
 
     Raises:
-        SafetyCheckError: the check was requested and cannot run.
+        SafetyCheckError: the requested check cannot run.
         StorageError: the store refused the file, also after retries.
     """
     params, index = job.params, ready.sample
@@ -84,11 +84,11 @@ def _file(pixels: Pixels, png: bytes | None, as_base64: bool) -> tuple[bytes, st
 async def _store(deps: WorkerDeps, job: Job, index: int, data: bytes, media_type: str) -> str:
     """Stores one sample's file and returns its link.
 
-    If the tenant's storage does not take it, the file goes into our own bucket, which
-    `storage_warning` reports; the job does not fail.
+    If the tenant's storage rejects the file, it is stored in the service's own bucket and
+    `storage_warning` reports that; the job does not fail.
 
     Raises:
-        StorageError: our own bucket refused it, also after retries.
+        StorageError: the service's own bucket rejected the file, also after retries.
         UnavailableError: NATS is down.
     """
     key = job.file_key(index)
@@ -106,7 +106,9 @@ async def _store(deps: WorkerDeps, job: Job, index: int, data: bytes, media_type
 
 
 def storage_warning(job: Job, retention_hours: int) -> str:
-    """Returns the warning about files that are not where they were announced; mostly empty."""
+    """Returns the warning about files that are not at their announced links, or "" if there are
+    none.
+    """
     if all(sample.url == job.future_urls[sample.index] for sample in job.samples):
         return ""
     return (

@@ -44,9 +44,9 @@ log = structlog.get_logger()
 async def serve_worker(
     settings: Settings, stop: asyncio.Event, started: Callable[[str], None] | None = None
 ) -> None:
-    """Runs jobs until `stop` is set. `started` is called with the worker's name once it serves."""
+    """Runs jobs until `stop` is set. Calls `started` with the worker's name once it serves."""
     ready = False
-    needs: list[Callable[[], str]] = []  # each returns why it cannot be used
+    needs: list[Callable[[], str]] = []  # Each function returns why its part cannot be used.
 
     def why_not_ready() -> str:
         if stop.is_set():
@@ -62,7 +62,7 @@ async def serve_worker(
         needs = [bus.trouble, lambda: store.trouble]
         with logs_reason():
             safety = safety_checker(settings, _source(settings))
-            # When the worker is stopped while it loads, the threads end with the process.
+            # If the worker is stopped while models load, the loading threads end with the process.
             loading = _load_all(safety, settings, blobs)
             engine = await unless_stopped(stop, loading)
         try:
@@ -80,7 +80,7 @@ async def serve_worker(
                 await unless_stopped(stop, bus.ready(settings.startup_timeout_seconds))
                 await work(settings, name, bus, store, engine, safety, stop, announced)
         finally:
-            with suppress(TimeoutError):  # a step that hangs ends with the process
+            with suppress(TimeoutError):  # A step that hangs ends with the process.
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
                     await asyncio.to_thread(engine.stop)
     log.info("worker_stopped")
@@ -89,7 +89,8 @@ async def serve_worker(
 async def _load_all(safety: SafetyChecker, settings: Settings, blobs: S3BlobStore) -> Engine:
     """Loads the models and prepares the bucket at the same time. Raises the first error.
 
-    The bucket begins earlier, so that a wrong key is reported before torch loads the machine.
+    The check of the bucket starts first, so that a wrong key is reported before torch occupies the
+    CPU.
     """
     async with background_task(blobs.prepare(settings.startup_timeout_seconds)) as preparing:
         await asyncio.wait({preparing}, timeout=HEAD_START_SECONDS)
@@ -100,7 +101,9 @@ async def _load_all(safety: SafetyChecker, settings: Settings, blobs: S3BlobStor
 
 
 async def _load_models(safety: SafetyChecker, settings: Settings) -> Engine:
-    """Loads the models one after the other if both import diffusers, which two threads cannot."""
+    """Loads the models, one after the other if both import diffusers, which two threads cannot do
+    at once.
+    """
     await asyncio.to_thread(_check_device, settings)
     if settings.safety_checker == "model":
         engine = await asyncio.to_thread(_load_engine, settings)
@@ -159,8 +162,9 @@ async def work(
     stop: asyncio.Event,
     announced: Callable[[], None] | None = None,
 ) -> None:
-    """Runs jobs with these dependencies until `stop` is set. `announced` is called once, when
-    apis can find the worker."""
+    """Runs jobs with these dependencies until `stop` is set. Calls `announced` once apis can find
+    the worker.
+    """
     store = blobs if isinstance(blobs, WatchedBlobs) else WatchedBlobs(blobs)
     deps = WorkerDeps(
         name=name,

@@ -24,8 +24,8 @@ from img2img_server.worker.orphan_cleanup import OrphanCleanup
 ANNOUNCE_SECONDS = 5.0
 PULL_END_SECONDS = 2.0
 WITHDRAW_SECONDS = 3.0
-HAND_BACK_SECONDS = 5.0  # for the steps and uploads that run when the drain time is over
-CLEANUP_SECONDS = 2.0  # for deleting the files of unsuccessful jobs
+HAND_BACK_SECONDS = 5.0  # seconds for running steps and uploads after the drain time
+CLEANUP_SECONDS = 2.0  # seconds for deleting the files of unsuccessful jobs
 _PULL_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 _LANES = (Lane.REALTIME, Lane.BATCH)
@@ -75,7 +75,7 @@ class Worker:
             pulling.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
             with suppress(errors.UnavailableError, TimeoutError):
-                async with asyncio.timeout(WITHDRAW_SECONDS):  # the announcement expires anyway
+                async with asyncio.timeout(WITHDRAW_SECONDS):  # The announcement expires by itself.
                     await self._registry.withdraw(self._deps.name)
             may_drain = stop.is_set() and not lost.is_set()
             await self._drain(self._drain_seconds if may_drain else 0.0)
@@ -103,15 +103,15 @@ class Worker:
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             for delivery in taken:
-                if deps.blobs.trouble:  # the job came while the store became unavailable
+                if deps.blobs.trouble:  # The job arrived while the store became unavailable.
                     with suppress(errors.UnavailableError):
                         await delivery.nak()
                 elif run := self._take(delivery):
                     self._tasks[run.job_id] = tasks.create_task(self._run(run))
-                    await run.opened.wait()  # now `run.forwards` is known
+                    await run.opened.wait()  # `run.forwards` is known from here on.
 
     def _take(self, delivery: Delivery) -> JobExecution | None:
-        """Adds the job to the runs; returns None when it runs here already and continues."""
+        """Adds the job to the runs. Returns None if it already runs here and continues."""
         job_id = delivery.job.job_id
         if earlier := self._runs.get(job_id):
             earlier.adopt(delivery)
@@ -139,13 +139,13 @@ class Worker:
         for run in list(self._runs.values()):
             run.hand_back()
         await self._emptied(HAND_BACK_SECONDS)
-        # An upload or a step that hangs: another worker runs the job again.
+        # The upload or step hangs, so another worker runs the job again.
         for job_id, task in self._tasks.items():
             log.warning("job_cancelled_at_shutdown", job=job_id)
             task.cancel()
 
     async def _emptied(self, seconds: float) -> None:
-        """Waits until no job runs, or the time is over."""
+        """Waits until no job runs or the time has expired."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._runs:
@@ -171,7 +171,8 @@ class Worker:
     async def _announce(self, announced: Callable[[], None] | None) -> None:
         deps = self._deps
         throughput = deps.throughput
-        with suppress(errors.UnavailableError):  # start with the measurement of earlier workers
+        with suppress(errors.UnavailableError):
+            # The throughput starts with the measurement of earlier workers.
             known = await self._registry.model(deps.engine.model.name)
             throughput.pixel_step_seconds = known.pixel_step_seconds if known else 0.0
         while True:

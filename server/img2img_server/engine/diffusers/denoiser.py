@@ -33,8 +33,9 @@ from img2img_server.engine.options import Compile, ModelOptions, batch_size_buck
 from img2img_server.engine.sampler import Schedule
 from img2img_server.imaging.base import Pixels
 
-# Measured with the packaged model at 256 and 320 pixels a side: a step takes 13 ms beyond the time
-# of its rows. On two cores that is 65,000 to 78,000 pixels x forwards, on one core half of that.
+# Measured with the packaged model at 256 and 320 pixels a side: a step takes 13 ms in addition to
+# the time of its rows. That is the time of 65,000 to 78,000 pixels x forwards on two cores, and of
+# half as many on one core.
 _CPU_STEP_OVERHEAD_PER_THREAD = 35_000
 
 # Pixels in one batch of the autoencoder on a GPU: its full-resolution layers need far more memory
@@ -173,7 +174,7 @@ class DiffusersDenoiser:
 
     @property
     def warm_up_calls(self) -> int:
-        # A CUDA graph is built in the first call, captured in the second, played in the third.
+        # A CUDA graph is built in the first call, captured in the second and replayed in the third.
         return 3 if self.device.type == "cuda" and self._is_compiled else 1
 
     def max_vae_batch(self, height: int, width: int) -> int:
@@ -220,7 +221,7 @@ class DiffusersDenoiser:
     ) -> Sequence[Tensor]:
         self._loras.use(conditionings[0].adapter)
         rows = list(zip(latents, torch.split(timesteps, 1), conditionings, strict=True))
-        # Guided rows come a second time, after all others, with their negative prompt.
+        # The guided rows are repeated after all rows, with their negative prompts.
         guided = [index for index, row in enumerate(conditionings) if row.negative is not None]
         forwards = [Forward(x, t, row.prompt, row) for x, t, row in rows]
         for index in guided:

@@ -24,8 +24,8 @@ from img2img_server.engine.diffusers.placement import log_parts, place
 from img2img_server.engine.family import ModelError, ModelFiles
 from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
 
-_MOST_SHAPES = 4096  # sizes x sizes of batches x kinds of block
-# What says which family a model is of, and how it is configured.
+_MOST_SHAPES = 4096  # limit of compiled shapes: image sizes x batch sizes x kinds of block
+# The files that name the family of a model and its configuration.
 _CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 
 
@@ -52,7 +52,7 @@ def load_pipeline(
     if options.group_offload and device.type == "cpu":
         raise ModelError("there is no GPU to load the groups onto", setting="group_offload")
     for quiet in (diffusers_logging, transformers_logging):
-        quiet.set_verbosity_error()  # they would log prompts that are too long
+        quiet.set_verbosity_error()  # The tokenizers would log prompts that are too long.
         quiet.disable_progress_bar()
     if family.lengths_vary and options.compile is Compile.WHOLE:
         raise ModelError(
@@ -60,14 +60,14 @@ def load_pipeline(
             "would take minutes for each length; it must be regional or off",
             setting="compile",
         )
-    if options.compile is not Compile.OFF:  # before what takes long
+    if options.compile is not Compile.OFF:  # This check comes before the slow steps.
         _try_compiler(device, options.compile)
     try:
         tiny = _tiny(options.tiny_vae, dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {options.tiny_vae}: {error}", setting="tiny_vae") from error
     try:
-        # Classes of diffusers are imported when they are asked for.
+        # diffusers imports its classes on first access.
         pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
         arguments = {
             **dict.fromkeys(files.absent_parts),
@@ -84,7 +84,7 @@ def load_pipeline(
         for part in filter(None, (getattr(pipeline, family.denoiser), pipeline.vae, tiny)):
             use_channels_last(part)
     if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
-        pipeline.vae.to(torch.float32)  # it overflows in half precision
+        pipeline.vae.to(torch.float32)  # The autoencoder overflows in half precision.
     log_parts(pipeline)
     return pipeline, tiny.to(device) if tiny is not None else None
 
@@ -139,7 +139,7 @@ def _need(package: str, setting: str) -> None:
 
 
 def read_files(source: str) -> ModelFiles:
-    """Reads the JSON files of a directory or hub id; of a hub id nothing else is downloaded.
+    """Reads the JSON files of a directory or hub id; of a hub id, it downloads no other files.
 
     Raises:
         ModelError: They cannot be read.
@@ -149,7 +149,7 @@ def read_files(source: str) -> ModelFiles:
         try:
             folder = Path(snapshot_download(source, allow_patterns=list(_CONFIGS)))
         except (OSError, ValueError) as error:
-            why = " ".join(str(error).split())  # the hub's sentences have several lines
+            why = " ".join(str(error).split())  # Errors of the hub's library have several lines.
             raise ModelError(f"cannot load {source}: {why}") from error
     return ModelFiles.read(folder)
 
@@ -178,20 +178,20 @@ def accelerate(
     # On a GPU each shape is captured as a CUDA graph: one launch a step.
     graphs = {"mode": "reduce-overhead"} if network.device.type == "cuda" else {}
     if options.compile is Compile.REGIONAL:
-        if not getattr(network, "_repeated_blocks", None):  # not named by every class of diffusers
+        if not getattr(network, "_repeated_blocks", None):
+            # Some classes of diffusers do not name them.
             whole = network._no_split_modules or ()
             network._repeated_blocks = [name for name in whole if name.endswith("Block")]
-        # Graphs of many small regions would cost more launches than they save.
+        # Graphs of many small regions would add more launches than they save.
         network.compile_repeated_blocks(dynamic=lengths_vary)
     else:
         network.compile(dynamic=False, **graphs)
 
 
 def admit_shapes() -> None:
-    """Lets the thread that calls compile as many shapes as come up; torch keeps the limit a thread.
-
-    Every shape in use is compiled before the worker is ready: none may push another one out, nor
-    run as it is because there are too many.
+    """Lets the calling thread compile any number of shapes; torch has one limit for each thread.
+    The warm-up compiles every shape in use. With a limit, torch would evict compiled shapes, or run
+    new ones uncompiled.
     """
     config = torch._dynamo.config
     if config.recompile_limit != _MOST_SHAPES:
@@ -199,11 +199,12 @@ def admit_shapes() -> None:
 
 
 def _try_compiler(device: torch.device, wanted: Compile) -> None:
-    """Compiles a line of code: jobs are no place to learn that there is no compiler."""
+    """Compiles a line of code, so that a missing compiler is found before the first job."""
     try:
         line = torch.compile(lambda x: x.sin() + x, dynamic=False)
         line(torch.zeros(64, device=device))
-    except Exception as error:  # of many kinds: no compiler, no headers, no Triton
+    except Exception as error:
+        # torch raises many types of errors: no compiler, no headers, no Triton.
         needs = "a C compiler" if device.type == "cuda" else "a C++ compiler"
         raise ModelError(
             f"{wanted} needs {needs} on this machine (Debian: g++); "

@@ -1,8 +1,8 @@
-"""LoRA adapters, applied to the weights in place: rows with the same one share a batch.
+"""Applies LoRA adapters to the weights in place. Rows with the same adapter share a batch.
 
 An adapter is a small change of some weights: W + scale * alpha / rank * up @ down. Weights are
-written again when the adapter changes and not per step, so steps cost what they always do and
-compiled models and CUDA graphs stay valid. The first use keeps a copy of each weight it changes.
+written when the adapter changes and not at each step, so steps are not slower, and compiled models
+and CUDA graphs stay valid. The first use keeps a copy of each weight it changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from img2img_server.engine.diffusers.families.base import Family, LoadedModel, L
 from img2img_server.engine.family import ModelError
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-# Names of alphas are those of a module or of one of its factors: to_q.lora_A.weight.alpha
+# Alphas are named after a module or after one of its factors: to_q.lora_A.weight.alpha
 _ALPHA = re.compile(r"(\.lora_[AB])?(\.weight)?\.alpha$")
 
 
@@ -40,7 +40,7 @@ class _Change(NamedTuple):
 
 @dataclass(slots=True)
 class _Kept:
-    """A weight and its value without any adapter."""
+    """A weight and its original value, without any adapter."""
 
     weight: Tensor
     original: Tensor
@@ -68,7 +68,7 @@ class LoraSet:
         return tuple(self._changes)
 
     def use(self, adapter: Adapter | None) -> None:
-        """Writes the weights of this adapter; None restores those of the model.
+        """Writes the weights of this adapter. None restores the weights of the model.
 
         If it raises, for example for lack of memory, the next use writes all weights again.
         """
@@ -111,7 +111,7 @@ def _read(model: LoadedModel, family: Family, file: Path) -> list[_Change]:
 
 
 def _changes(family: Family, part: str, network: Any, content: LoraFile) -> list[_Change]:
-    """Returns what a file changes in one part of the pipeline."""
+    """Returns the changes that a file makes to one part of the pipeline."""
     prefix = part + "."
     own: Mapping[str, Any] = {
         # Converters of diffusers put the prefix before one that the file has already.
@@ -133,13 +133,15 @@ def _changes(family: Family, part: str, network: Any, content: LoraFile) -> list
         rank = down.shape[0]
         alpha = own_alphas.get(name, rank if default is None else default)
         change = _Change(weight, down, up, float(alpha) / rank)
-        change.delta()  # raises RuntimeError where the shapes do not fit
+        change.delta()  # Raises RuntimeError if the shapes do not fit.
         found.append(change)
     return found
 
 
 def _module(network: Any, name: str) -> Any:
-    """Returns the module of a name, also where newer versions of transformers drop a level."""
+    """Returns the module with a name, also if newer versions of transformers have removed a level
+    of it.
+    """
     try:
         return network.get_submodule(name)
     except AttributeError:

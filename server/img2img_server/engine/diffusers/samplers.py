@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that we offer, by our names. No torch here."""
+"""The schedulers of diffusers that the service offers, by the service's names. Imports no torch."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ SAMPLERS: Final[Mapping[str, Sampler]] = {
         variant={"algorithm_type": "dpmsolver++", "solver_order": 2},
     ),
     "heun": Sampler(class_name="HeunDiscreteScheduler", overrides={"clip_sample": False}),
-    # Without the Runge-Kutta steps, as in every published model that comes with PNDM.
+    # No Runge-Kutta steps, as in every published model that comes with PNDM.
     "pndm": Sampler(class_name="PNDMScheduler", defaults={"skip_prk_steps": True}),
     "tcd": Sampler(class_name="TCDScheduler", overrides=_NOT_CLIPPED),
     "unipc": Sampler(class_name="UniPCMultistepScheduler", overrides=_UNCLIPPED),

@@ -24,14 +24,14 @@ from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.samplers import SAMPLERS
 from img2img_server.engine.sampler import MAX_SLOTS, Schedule, Step, draw_noise
 
-# Elements of the probe: the latents, the output, what the scheduler remembers, and one that is 0 in
-# every input and shows the noise.
+# Elements of the probe: the latents, the output, the tensors that the scheduler remembers, and one
+# that is 0 in every input and shows the noise.
 _SLOTS, _OUTPUT, _ELEMENTS = 12, 12, 14
 _SAME_SHARE = 1e-6  # shares of noise that differ by less are equal
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """Returns the diffusers scheduler behind one of our names, configured as the model says."""
+    """Returns the diffusers scheduler for one of our names, with the model's configuration."""
     sampler = SAMPLERS[name]
     scheduler_class = getattr(diffusers, sampler.class_name)
     changes = {**sampler.overrides, **sampler.variant}
@@ -77,7 +77,7 @@ class Schedules:
             run = rule.denoising_steps(strength, num_inference_steps)
         try:
             return self._derive(name, num_inference_steps, run, share, tuple(arguments.items()))
-        except (ValueError, IndexError) as error:  # diffusers raises either
+        except (ValueError, IndexError) as error:  # diffusers raises errors of both types
             raise ValueError(
                 f"scheduler {name} cannot run {num_inference_steps} steps of this model"
             ) from error
@@ -92,7 +92,8 @@ class Schedules:
     ) -> Schedule:
         def make(**changes: Any) -> Any:
             scheduler = make_scheduler(name, self._config)
-            with np.errstate(invalid="ignore"):  # one step stretched to a terminal divides by 0
+            with np.errstate(invalid="ignore"):
+                # A schedule of one step that is stretched to a terminal value divides by 0.
                 scheduler.set_timesteps(num_inference_steps, **{**dict(arguments), **changes})
             return scheduler
 
@@ -246,7 +247,7 @@ def _unit(element: int) -> Tensor:
 
 
 def _noise_level(scheduler: Any, index: int) -> tuple[float, float]:
-    """Returns the factors of the image and of the noise when a run begins at this step."""
+    """Returns the factors of the image and of the noise at the start of a run at this step."""
     _begin(scheduler, index)
     image, noise, timestep = _unit(0), _unit(_OUTPUT), scheduler.timesteps[index : index + 1]
     if hasattr(scheduler, "scale_noise"):  # flow matching
@@ -259,7 +260,7 @@ def _noise_level(scheduler: Any, index: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A tensor that a scheduler remembers, and the function that puts another one there."""
+    """A tensor that a scheduler remembers, with a function that replaces it."""
 
     tensor: Tensor
     put: Callable[[Tensor], object]
@@ -281,14 +282,14 @@ def _is_probe(value: Any) -> bool:
 
 
 def _distinct(places: Sequence[_Place]) -> list[Tensor]:
-    """Returns the tensors behind the places, each once."""
+    """Returns the distinct tensors of the places."""
     return list({id(place.tensor): place.tensor for place in places}.values())
 
 
 def _probe(
     scheduler: Any, timestep: Tensor, level: tuple[float, float], sigma_after: float
 ) -> Step:
-    """Runs one step of the scheduler on unit inputs and reads its weights off."""
+    """Runs one step of the scheduler on unit inputs and reads its weights from the result."""
     places = list(_remembered(scheduler))
     known = _distinct(places)
     if len(known) >= _SLOTS:
@@ -328,14 +329,14 @@ def _scales(scheduler: Any) -> bool:
 
 
 def _weights(tensor: Tensor, width: int, drawn: Tensor | None) -> tuple[float, ...]:
-    """Returns the weights that a result shows: of the slots, of the output, of the noise."""
+    """Returns the weights in a result: of the slots, of the output and of the noise."""
     values, noise = tensor.flatten(), 0.0
     if drawn is not None:
         drawn = drawn.flatten()
         noise = float(values[-1] / drawn[-1])
         share = noise * drawn
         values = values - share
-        # Rounding errors where the weight is 0.
+        # Rounding errors are removed where the exact weight is 0.
         values = torch.where(values.abs() <= 1e-6 * share.abs(), 0.0, values)
     return (*values[:width].tolist(), float(values[_OUTPUT]), noise)
 
@@ -360,13 +361,14 @@ def _predicted(scheduler: Any, level: tuple[float, float], width: int) -> tuple[
 
 
 def _without_unused(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Leaves out what the scheduler remembers and no later step uses.
+    """Removes remembered tensors that no later step uses.
 
     Raises:
         ValueError: A step needs more than a row keeps.
     """
     found: list[Step] = []
-    used: Sequence[int] = (0,)  # slots after the step that count; of the last one the latents
+    # the slots that later steps use after this one; after the last step, the latents
+    used: Sequence[int] = (0,)
     for step in reversed(steps):
         lines = [step.slots[slot] for slot in used]
         count = len(step.clean) - 2

@@ -1,4 +1,4 @@
-"""Encodes prompts with the text encoders of a diffusers pipeline and keeps the latest ones."""
+"""Encodes prompts with the text encoders of a diffusers pipeline, and caches the latest ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class _Prompt(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """The number of tokens that an encoder reads and of all, and the words it does not read."""
+    """The number of tokens that an encoder reads, the number of all tokens, and the words that are
+    not read.
+    """
 
     kept: int
     tokens: int
@@ -34,7 +36,7 @@ class _Cut(NamedTuple):
 
 
 class TextEncoder:
-    """Encodes prompts; those encoded lately come from a cache, the others pass in one batch."""
+    """Encodes prompts in one batch. Recently encoded prompts come from a cache."""
 
     def __init__(self, model: LoadedModel, family: Family, placement: TextEncoderPlacement) -> None:
         self._model = model
@@ -58,7 +60,7 @@ class TextEncoder:
         ]
 
     def clear_cache(self) -> None:
-        """Forgets the encoded prompts."""
+        """Drops the encoded prompts."""
         self._cache.clear()
 
     def _look_up(self, prompts: Sequence[_Prompt]) -> dict[_Prompt, TextEmbedding]:
@@ -90,14 +92,16 @@ class TextEncoder:
         ]
 
     def _warning(self, prompt: _Prompt) -> str:
-        """Returns a sentence about what of a prompt no encoder reads; empty if one reads all."""
+        """Returns a sentence about the part of a prompt that no encoder reads, or "" if one encoder
+        reads all of it.
+        """
         cuts = [
             _cut(tokenizer, prompt.text, self._family.token_limit(tokenizer))
             for tokenizer in self._tokenizers
         ]
         if None in cuts:
             return ""
-        # Words have no effect at all if the encoder with the longest window does not read them.
+        # Words have no effect if the encoder with the longest window does not read them.
         kept, tokens, rest = min((cut for cut in cuts if cut), key=lambda cut: len(cut.rest))
         return cut_warning(
             "negative prompt" if prompt.is_negative else "prompt", kept, tokens, rest
@@ -151,6 +155,7 @@ def _cut(tokenizer: Any, text: str, limit: int) -> _Cut | None:
 def _whole_words(text: str, begin: int) -> str:
     """Returns the text from the first word that begins at or after `begin`."""
     rest = text[begin:]
-    if begin and not text[begin - 1].isspace() and not rest[:1].isspace():  # within a word
+    if begin and not text[begin - 1].isspace() and not rest[:1].isspace():
+        # The part begins within a word.
         return rest.partition(" ")[2].strip() or rest
     return rest

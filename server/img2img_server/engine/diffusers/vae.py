@@ -15,8 +15,8 @@ class Autoencoder:
     """Converts images to latents as the sampler expects them (scaled, float32) and back.
 
     An image of more pixels than `tile_pixels` passes in tiles of the model's own size, which
-    overlap and are blended: bounded memory for small differences. The same is tried when one
-    image alone does not fit the device, and kept for its size and larger ones.
+    overlap and are blended: bounded memory for small differences. Tiles are also used if one image
+    alone does not fit the device, and from then on for images of this size and larger ones.
 
     Families with another autoencoder override `run_encode`, `run_decode` and `scaling`.
 
@@ -35,7 +35,8 @@ class Autoencoder:
         self.side_scale = _side_scale(vae)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns mean and deviation of the latents; None if the autoencoder has no spread.
+        """Returns mean and deviation of the latents; the deviation is None if the output is
+        deterministic.
 
         Args:
             images: n x 3 x h x w in -1..1.
@@ -54,11 +55,11 @@ class Autoencoder:
         return images.float()
 
     def run_encode(self, images: Tensor) -> Any:
-        """Returns what the autoencoder makes of images, in the classes of diffusers."""
+        """Returns the autoencoder's encoding of images, in the classes of diffusers."""
         return self._vae.encode(images)
 
     def run_decode(self, latents: Tensor) -> Tensor:
-        """Returns what the autoencoder makes of its own latents."""
+        """Returns the autoencoder's decoding of its own latents."""
         images: Tensor = self._vae.decode(latents).sample
         return images
 
@@ -83,7 +84,8 @@ class Autoencoder:
             alone = len(inputs) == 1
             if self._vae.use_tiling or not alone or not is_out_of_memory(error):
                 raise
-        # Out of the handler: its traceback would keep the tensors of the failed attempt alive.
+        # The retry is outside of the except block, whose traceback would keep the tensors of the
+        # failed attempt alive.
         if inputs.device.type == "cuda":
             torch.cuda.empty_cache()
         self._tile_pixels, self._vae.use_tiling = pixels - 1, True

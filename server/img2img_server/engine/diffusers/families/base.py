@@ -1,6 +1,5 @@
-"""The base of all model families: everything that one family of models does in its own way.
-
-A family has no state; the model that it works on is an argument. Importing a family must not import
+"""The base class of all model families, with a method for each operation that families do
+differently. A family has no state: the model is an argument. Importing a family must not import
 torch or diffusers: the api and `check` read models without them. So functions that need torch
 import it themselves.
 """
@@ -38,7 +37,7 @@ class LoadedModel:
 
     Attributes:
         network: The part that denoises.
-        device, dtype: Those of the network, which takes milliseconds to report them.
+        device, dtype: The network's own values, cached because it takes milliseconds to read them.
         memory_format: The layout of the inputs, one for all steps: a compiled network is compiled
             for the strides of its inputs.
     """
@@ -56,7 +55,7 @@ class Forward:
 
     Attributes:
         latents: 1 x c x h x w, float32; sizes differ only if the family's batch key allows it.
-        timestep: Of the sampler, one number, float32.
+        timestep: The sampler's timestep, one number, float32.
         text: The part of the conditioning for this forward.
     """
 
@@ -111,10 +110,10 @@ class Family:
     num_inference_steps: ClassVar[int] = 20
     guidance_scale: ClassVar[float] = 7.5
 
-    # Before a model is loaded: from its JSON files, without torch.
+    # Methods for JSON files, before a model is loaded. They do not need torch.
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
-        """Returns what the files say of a model of this family.
+        """Returns the traits of a model of this family from its files.
 
         Raises:
             ModelError: The model cannot be served, or comes with a scheduler that is not offered.
@@ -144,7 +143,7 @@ class Family:
         return ""
 
     def guidance(self, config: Mapping[str, Any]) -> Guidance:
-        """Returns what a model makes of guidance_scale.
+        """Returns the effect of guidance_scale on a model.
 
         Args:
             config: The configuration of the denoiser.
@@ -152,14 +151,14 @@ class Family:
         return Guidance.CLASSIFIER_FREE
 
     def native_side(self, config: Mapping[str, Any]) -> int:
-        """Returns the side of the images that a model was trained for."""
+        """Returns the side of the images that a model was trained on."""
         return self.native_size
 
     def own_scheduler(self, config: Mapping[str, Any]) -> str:
         """Returns our name of the scheduler that a model comes with.
 
         Raises:
-            ModelError: It is not offered; it is not replaced by another one either.
+            ModelError: It is not offered. No other scheduler replaces it.
         """
         class_name = str(config.get("_class_name", ""))
         if not class_name:
@@ -184,7 +183,7 @@ class Family:
         return self.schedulers
 
     def scheduler_max_steps(self, config: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-        """Returns schedulers that run fewer steps than the model's limit, and how many."""
+        """Returns the limits of schedulers that run fewer steps than the model's limit, by name."""
         return ()
 
     # Schedules.
@@ -204,7 +203,7 @@ class Family:
         return {}
 
     def derive_schedule(self, scheduler: Any, run: int, num_inference_steps: int) -> Schedule:
-        """Returns the run of a scheduler whose timesteps are set: its last `run` steps."""
+        """Returns the schedule of a scheduler whose timesteps are set: its last `run` steps."""
         from img2img_server.engine.diffusers.schedules import derive_schedule
 
         return derive_schedule(scheduler, run, num_inference_steps)
@@ -224,7 +223,7 @@ class Family:
     # Batches.
 
     def batch_key(self, text: TextInput) -> Hashable:
-        """Returns what rows must agree on to share a forward, apart from the LoRA."""
+        """Returns the key that rows of one forward must share, apart from the LoRA."""
         return text.height, text.width
 
     def forwards(self, config: Mapping[str, Any], text: TextInput) -> int:
@@ -236,7 +235,7 @@ class Family:
         return self.guidance(config).forwards(text.guidance_scale)
 
     def cfg_scale(self, text: TextInput) -> float:
-        """Returns the scale that `combine` gets."""
+        """Returns the scale for `combine`."""
         return text.guidance_scale
 
     def combine(self, prompted: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
@@ -255,7 +254,7 @@ class Family:
     def encode_prompts(
         self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
     ) -> list[Mapping[str, Tensor]]:
-        """Encodes prompts in one batch; returns the tensors of each by name.
+        """Encodes prompts in one batch; returns the tensors of each prompt by name.
 
         Each tensor belongs to one prompt and has no batch dimension. Lengths may differ.
         """
@@ -266,7 +265,7 @@ class Family:
         return int(tokenizer.model_max_length)
 
     def extras(self, model: LoadedModel, text: TextInput) -> Mapping[str, Tensor]:
-        """Returns further tensors that steer the rows of one job, with a batch dimension of 1."""
+        """Returns further tensors for the rows of one job, with a batch dimension of 1."""
         return {}
 
     # Autoencoder.
@@ -285,7 +284,7 @@ class Family:
         return LoraFile(weights, {}, metadata or {})
 
     def lora_keys(self, part: str, weights: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the weights of one part by the names of modules: NAME.lora_A.weight."""
+        """Returns the LoRA's weights of one part, by the names of modules: NAME.lora_A.weight."""
         return weights
 
 

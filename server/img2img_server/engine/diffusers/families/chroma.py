@@ -31,7 +31,7 @@ class Chroma(PackedFamily):
 
         height, width = forwards[0].latents.shape[2:]
         mask = torch.stack([forward.text.tensors["mask"] for forward in forwards])
-        # All tokens of the image count.
+        # All tokens of the image are attended to.
         whole = pad(mask, (0, height // 2 * (width // 2)), value=1.0)
         return predict_packed(model, forwards, attention_mask=whole)
 

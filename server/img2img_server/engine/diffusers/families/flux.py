@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from img2img_server.engine.denoiser import TextInput
 
-_T5_TOKENS = 512  # of a prompt, as in the stock pipelines
+_T5_TOKENS = 512  # longest prompt in tokens, as in the stock pipelines
 _SCHNELL_STEPS = 4
 
 
@@ -134,7 +134,9 @@ def predict_packed(
 
 
 def _positions(height: int, width: int, model: LoadedModel) -> torch.Tensor:
-    """Returns the row and the column of each token, made on the device: a copy would wait."""
+    """Returns the row and the column of each token, created on the device: a copy from the host
+    would wait.
+    """
     import torch
 
     numbers = torch.arange(height * width, device=model.device)

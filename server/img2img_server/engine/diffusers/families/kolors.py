@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from img2img_server.engine.diffusers.families.sdxl import StableDiffusionXL
 
-_TOKENS = 256  # of a prompt, special ones included, as in the stock pipeline
+_TOKENS = 256  # longest prompt in tokens, special tokens included, as in the stock pipeline
 
 
 class Kolors(StableDiffusionXL):

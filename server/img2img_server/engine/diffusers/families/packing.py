@@ -1,4 +1,4 @@
-"""Latents as tokens of 2 x 2, the input of FLUX.1, Qwen-Image and their relatives."""
+"""Packs latents into tokens of 2 x 2, the input of FLUX.1, Qwen-Image and related models."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Returns n x tokens x 4 c of n x c x h x w."""
+    """Packs latents, n x c x h x w, into tokens, n x (h / 2 * w / 2) x 4 c."""
     count, channels, height, width = latents.shape
     packed = latents.reshape(count, channels, height // 2, 2, width // 2, 2)
     return packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Returns n x c x h x w of tokens.
+    """Unpacks tokens into latents, n x c x h x w.
 
     Args:
         height, width: In tokens.

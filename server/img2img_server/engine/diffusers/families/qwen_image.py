@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from img2img_server.engine.diffusers.vae import Autoencoder
 
-_TOKENS = 512  # of a prompt, as in the stock pipeline
+_TOKENS = 512  # longest prompt in tokens, as in the stock pipeline
 _LIGHTNING_STEPS = 8
 # The model was trained with a space for an empty negative prompt.
 _EMPTY = " "
@@ -36,7 +36,8 @@ class QwenImage(FlowFamily):
 
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
         found, config = super().traits(files, scheduler), files.scheduler
-        # Lightning models come with one shift for all sizes and are not stretched to a terminal.
+        # Lightning models have one shift for all sizes, and their schedule is not stretched to a
+        # terminal value.
         is_fixed = config.get("base_shift", 0.5) == config.get("max_shift", 1.15)
         if not is_fixed or config.get("shift_terminal"):
             return found
@@ -107,7 +108,7 @@ class QwenImage(FlowFamily):
 
 
 def _token_norm(outputs: Tensor) -> Tensor:
-    """Returns the norm of each token of 2 x 2 latents, at each of its latents."""
+    """Returns the norm of each token of 2 x 2 latents, repeated for each of its latents."""
     from torch.nn.functional import avg_pool2d
 
     squares = outputs.square().sum(dim=1, keepdim=True)

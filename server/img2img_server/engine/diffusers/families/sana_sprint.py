@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from img2img_server.engine.diffusers.vae import Autoencoder
     from img2img_server.engine.sampler import Schedule
 
-_TOKENS = 300  # of a prompt with the end of the instruction before it, as in the stock pipeline
-# Timesteps are angles: at pi / 2 there is nothing but noise. Those of the stock pipeline.
+# longest prompt in tokens, including the end of the instruction before it, as in the stock pipeline
+_TOKENS = 300
+# Timesteps are angles, as in the stock pipeline: pi / 2 is pure noise.
 _FIRST_ANGLE, _SECOND_ANGLE_OF_TWO = 1.57080, 1.3
 
 
@@ -36,7 +37,8 @@ class SanaSprint(FlowFamily):
     schedulers = ("scm",)
     default_scheduler = "scm"
     side_multiple = 32
-    num_inference_steps = 4  # with 2, the default strength would leave nothing of the init image
+    # With 2 steps, the default strength would keep nothing of the init image.
+    num_inference_steps = 4
     guidance_scale = 4.5
 
     def guidance(self, config: Mapping[str, Any]) -> Guidance:
@@ -119,7 +121,7 @@ class SanaSprint(FlowFamily):
         ]
 
     def token_limit(self, tokenizer: Any) -> int:
-        # The pipeline reads two tokens less than it keeps, special ones not counted.
+        # The pipeline keeps two tokens more than it reads, special tokens not counted.
         return _TOKENS - 2 + int(tokenizer.num_special_tokens_to_add())
 
     def codec(self, vae: Any, tile_pixels: int) -> Autoencoder:
@@ -128,7 +130,7 @@ class SanaSprint(FlowFamily):
         from img2img_server.engine.diffusers.vae import Autoencoder
 
         class DeepCompression(Autoencoder):
-            """The autoencoder of Sana, which has no spread."""
+            """The autoencoder of Sana, whose output is deterministic."""
 
             def run_encode(self, images: Tensor) -> Any:
                 return AutoencoderTinyOutput(latents=self._vae.encode(images).latent)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from img2img_server.engine.denoiser import TextInput
 
-_LCM_STEPS = 50  # of the schedule that LCM picks its steps from, the default of diffusers
+# number of steps of the schedule from which LCM chooses its steps, the default of diffusers
+_LCM_STEPS = 50
 
 
 class StableDiffusion(DiffusionFamily):
@@ -128,7 +129,7 @@ class StableDiffusion(DiffusionFamily):
 
 
 def encode(model: LoadedModel, prompts: Sequence[str]) -> Any:
-    """Returns what the pipeline makes of prompts, without their negative ones."""
+    """Returns the pipeline's encoding of prompts, without negative prompts."""
     return model.pipeline.encode_prompt(
         list(prompts),
         device=model.device,

@@ -17,7 +17,7 @@ from img2img_server.engine.family import ModelFiles, ModelTraits
 if TYPE_CHECKING:
     from torch import Tensor
 
-_T5_TOKENS = 256  # of a prompt, as in the stock pipelines
+_T5_TOKENS = 256  # longest prompt in tokens, as in the stock pipelines
 
 
 class StableDiffusion3(FlowFamily):
@@ -42,11 +42,11 @@ class StableDiffusion3(FlowFamily):
     def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
         found = super().traits(files, scheduler)
         config = files.config("transformer")
-        if config.get("dual_attention_layers"):  # 3.5 Medium
+        if config.get("dual_attention_layers"):  # Stable Diffusion 3.5 Medium
             found = replace(found, num_inference_steps=40, guidance_scale=4.5)
-        elif config.get("qk_norm"):  # 3.5 Large
+        elif config.get("qk_norm"):  # Stable Diffusion 3.5 Large
             found = replace(found, guidance_scale=3.5)
-        # The grid of positions that the model knows, in tokens of 2 x 2 latents.
+        # The size of the model's position embedding, in tokens of 2 x 2 latents.
         grid = config.get("pos_embed_max_size", 192)
         return replace(found, max_side=min(found.max_side, 16 * grid))
 
@@ -63,7 +63,7 @@ class StableDiffusion3(FlowFamily):
     def timestep_arguments(
         self, config: Mapping[str, Any], num_inference_steps: int, height: int, width: int
     ) -> Mapping[str, Hashable]:
-        # The pipeline leaves the sigmas to the scheduler.
+        # The pipeline lets the scheduler choose the sigmas.
         if not config.get("use_dynamic_shifting"):
             return {}
         return {"mu": dynamic_shift(config, self.image_tokens(height, width))}

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from img2img_server.engine.denoiser import TextInput
 
-_TOKENS = 512  # of a prompt in its chat template, as in the stock pipeline
-# Turbo comes with a shift of 3, the model that it was distilled from with a shift of 6.
+_TOKENS = 512  # longest prompt in tokens, with its chat template, as in the stock pipeline
+# Turbo has a shift of 3. The model that it was distilled from has a shift of 6.
 _TURBO_SHIFT, _TURBO_STEPS = 3.0, 8
 
 
