@@ -133,6 +133,26 @@ def stock_call(wanted: EngineJob) -> dict[str, Any]:
     }
 
 
+def text_to_image_call(wanted: EngineJob, channels: int) -> dict[str, Any]:
+    """Returns the arguments of a stock text-to-image pipeline for a request of strength 1.
+
+    `latents` is a function of the generator; it returns the noise that our rows begin with.
+
+    Args:
+        channels: Of the latents.
+    """
+    height, width, _ = wanted.init_image.shape
+    shape = (1, channels, height // 8, width // 8)
+
+    def latents(generator: torch.Generator) -> torch.Tensor:
+        torch.randn(shape, generator=generator)  # the spread of the autoencoder comes first
+        return torch.randn(shape, generator=generator)
+
+    arguments = {**stock_call(wanted), "height": height, "width": width, "latents": latents}
+    del arguments["image"], arguments["strength"]
+    return arguments
+
+
 class Stock:
     """The image-to-image pipeline of diffusers as in its documentation, one sample at a time.
 
@@ -162,8 +182,11 @@ class Stock:
         scheduler: Any = self._pipeline.scheduler
         if scheduler.config.get("stochastic_sampling"):  # the pipelines pass no generator to it
             scheduler.step = partial(type(scheduler).step, scheduler, generator=generator)
+        arguments = self._call(wanted)
+        if callable(latents := arguments.get("latents")):
+            arguments["latents"] = latents(generator).to(self._pipeline.dtype)
         images = self._pipeline(
-            **self._call(wanted),
+            **arguments,
             generator=generator,
             output_type="pil",
         ).images

@@ -32,7 +32,7 @@ def test_an_image_in_bfloat16_is_as_close_as_the_stock_pipelines(
         scheduler=(*model.schedulers, SCHEDULERS[family])[0],
         guidance_scale=model.guidance_scales[1],
         negative_prompt="fog",
-        strength=0.8,
+        strength=1.0,
         num_inference_steps=5,
         init_image=blocks(*model.sizes[0]),
     )

@@ -138,6 +138,13 @@ def test_other_flow_families_do_not_offer_the_scheduler_of_sana_sprint() -> None
         traits("ZImagePipeline", scheduler={"_class_name": "SCMScheduler"})
 
 
+def test_lumina_2_runs_thirty_steps() -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0}
+    found = traits("Lumina2Pipeline", scheduler=flow)
+
+    assert (found.family, found.num_inference_steps, found.guidance_scale) == ("lumina2", 30, 4.0)
+
+
 def test_kolors_runs_fifty_steps_and_rounds_down() -> None:
     found = traits("KolorsPipeline", scheduler={"_class_name": "EulerDiscreteScheduler"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,10 @@ _STAGES = 6  # of the autoencoder: 32 pixels per latent
 def write(folder: Path) -> Path:
     """Writes a model of the Sana-Sprint kind; returns its folder."""
     torch.manual_seed(7)
-    tokenizer = _tokenizer()
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
-    ).eval()
-    perturb_norms(encoder)
+    instruction = inspect.signature(SanaSprintImg2ImgPipeline.__call__).parameters[
+        "complex_human_instruction"
+    ]
+    tokenizer = gemma_tokenizer(instruction.default)
     transformer = SanaTransformer2DModel(
         in_channels=8,
         out_channels=8,
@@ -59,7 +51,7 @@ def write(folder: Path) -> Path:
     )
     pipeline = SanaSprintPipeline(
         tokenizer=tokenizer,
-        text_encoder=encoder,
+        text_encoder=gemma_encoder(tokenizer),
         vae=_autoencoder(),
         transformer=lively(transformer),
         scheduler=SCMScheduler(sigma_data=0.5),
@@ -89,14 +81,29 @@ def _autoencoder() -> Any:
     return vae.eval()
 
 
-def _tokenizer() -> Any:
-    """Returns one that knows single letters and whole lines of the pipeline's instruction."""
+def gemma_encoder(tokenizer: Any) -> Any:
+    """Returns a text encoder of two layers."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    encoder = Gemma2Model(config).eval()
+    perturb_norms(encoder)
+    return encoder
+
+
+def gemma_tokenizer(texts: Sequence[str]) -> Any:
+    """Returns one that knows single letters and some whole texts."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     tokens = [*special, *"abcdefghijklmnopqrstuvwxyz", "▁", "\n"]
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = GemmaTokenizer(vocab=vocab, add_bos_token=True)
-    call = inspect.signature(SanaSprintImg2ImgPipeline.__call__)
-    tokenizer.add_tokens(call.parameters["complex_human_instruction"].default)
+    tokenizer.add_tokens(list(texts))
     return tokenizer
 
 
