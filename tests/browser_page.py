@@ -40,7 +40,7 @@ async def browser() -> AsyncIterator[playwright.Browser]:
 async def gateway(
     address: str, blobs: BlobStore, port: int = 0, **changes: Any
 ) -> AsyncIterator[str]:
-    """Runs a gateway of the api at `address` and yields its URL. `changes` are settings."""
+    """Runs a gateway for the api at `address` and yields its URL. `changes`: settings."""
     stop, started = asyncio.Event(), asyncio.get_running_loop().create_future()
     config = settings(
         api_address=address, http_port=port, drain_seconds=1, cors_origins="loopback", **changes
@@ -55,7 +55,7 @@ async def gateway(
 
 @asynccontextmanager
 async def opened(browser: playwright.Browser, url: str) -> AsyncIterator[playwright.Page]:
-    """Yields the page. A complaint of the browser fails the test."""
+    """Yields the page. An error in the browser's console fails the test."""
     complaints: list[str] = []
     page = await browser.new_page()
     page.on("pageerror", lambda error: complaints.append(str(error)))

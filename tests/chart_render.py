@@ -1,4 +1,4 @@
-"""The chart as helm renders it. `make test` and `make chart` put helm into .tools/."""
+"""Renders the chart with helm. `make test` and `make chart` install helm into .tools/."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def value_set(name: str) -> str:
-    """The file of a value set."""
+    """Returns the file of a value set."""
     return str(CHART / "ci" / f"{name}-values.yaml")
 
 
@@ -59,12 +59,12 @@ class Pod:
     spec: Object
 
     def containers(self) -> list[Object]:
-        """Its init containers, then its containers."""
+        """Returns the init containers, then the containers."""
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
 
 def pods(objects: list[Object]) -> Iterator[Pod]:
-    """Every pod that the objects would start."""
+    """Returns every pod that the objects would start."""
     for each in objects:
         if each["kind"] in ("Deployment", "StatefulSet"):
             template = each["spec"]["template"]
@@ -74,7 +74,7 @@ def pods(objects: list[Object]) -> Iterator[Pod]:
 
 
 def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:
-    """Objects of a kind by name."""
+    """Returns the objects of a kind by name."""
     return {each["metadata"]["name"]: each for each in objects if each["kind"] == kind}
 
 

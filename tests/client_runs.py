@@ -1,4 +1,4 @@
-"""Runs a piece of client code on both clients, each against a service of its own."""
+"""Runs the same code with both clients, each against its own service."""
 
 from __future__ import annotations
 

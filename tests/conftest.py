@@ -1,14 +1,14 @@
-"""Fixtures by subject; each file says what it offers."""
+"""Fixtures, grouped by subject; each module documents its own."""
 
 import os
 import signal
 
 pytest_plugins = ["fixtures_engines"]
 
-# A shell that starts us in the background has SIGINT ignored, and what we start would inherit that:
-# commands that tests interrupt would not receive it.
+# A shell that starts the tests in the background sets SIGINT to ignored. Child processes would
+# inherit that, and commands that tests interrupt would not receive the signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Roles without S3 keys would ask the metadata service of the machine that runs the tests.
+# Without S3 keys, roles would ask the metadata service of the machine on which the tests run.
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"

@@ -1,4 +1,6 @@
-"""Common code of the engine's tests: jobs, a sink that can be waited on, the stock pipeline."""
+"""Common code of the engine's tests: jobs, a sink on which tests can wait, and the stock
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +38,16 @@ from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.imaging.base import Pixels
 
-# Networks this small lose more to threads than they gain.
+# More threads make networks of this size slower.
 torch.set_num_threads(1)
 
 SECONDS = 30.0
-# The bound of the oracle and of neighbours: largest difference of a pixel, of 255.
+# The limit for the oracle and for neighbours: the largest difference of a pixel, of 255.
 BOUND = 2
 
 
 class ReplyInbox:
-    """A sink that can be waited on."""
+    """A sink on which tests can wait."""
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
@@ -54,14 +56,14 @@ class ReplyInbox:
         self._events.put(event)
 
     def until(self, *kinds: type) -> list[EngineEvent]:
-        """Events up to and with the first of one of the kinds."""
+        """Returns the events up to and including the first one of these kinds."""
         events: list[EngineEvent] = []
         while not events or not isinstance(events[-1], kinds):
             events.append(self._events.get(timeout=SECONDS))
         return events
 
     def all(self) -> list[EngineEvent]:
-        """Events up to and with the last one of the job."""
+        """Returns the events up to and including the last one of the job."""
         return self.until(JobDone, JobStopped, JobFailed, DeviceLost)
 
     def is_empty(self) -> bool:
@@ -79,7 +81,9 @@ _ENGINE_JOB = {field.name for field in fields(EngineJob)}
 
 
 def job(**changes: Any) -> EngineJob:
-    """Returns a small job. `seeds` must be consecutive; other names are those of JobParams too."""
+    """Returns a small job. `seeds` must be consecutive; all other arguments are fields of
+    JobParams.
+    """
     seeds = changes.pop("seeds", (5,))
     assert list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
     own = {name: changes.pop(name) for name in _ENGINE_JOB & changes.keys()}
@@ -98,7 +102,7 @@ def load(folder: Path) -> DiffusersDenoiser:
 def running(
     denoiser: Denoiser, max_batch_size: int = 8, memory: MemoryModel | None = None, **limits: Any
 ) -> Iterator[Engine]:
-    """An engine on the denoiser; `limits`: of its ModelSpec."""
+    """Yields an engine on the denoiser. `limits`: those of its ModelSpec."""
     spec = ModelSpec(source="", name="tiny", **{"max_num_inference_steps": 1000, **limits})
     engine = DiffusionEngine(denoiser, spec, max_batch_size, memory)
     try:
@@ -180,7 +184,8 @@ class Stock:
     def _image(self, wanted: EngineJob, seed: int) -> Pixels:
         generator = torch.Generator().manual_seed(seed)
         scheduler: Any = self._pipeline.scheduler
-        if scheduler.config.get("stochastic_sampling"):  # the pipelines pass no generator to it
+        if scheduler.config.get("stochastic_sampling"):
+            # The pipelines pass no generator to this function.
             scheduler.step = partial(type(scheduler).step, scheduler, generator=generator)
         arguments = self._call(wanted)
         if callable(latents := arguments.get("latents")):
@@ -194,6 +199,6 @@ class Stock:
 
 
 def difference(one: Pixels, other: Pixels) -> int:
-    """Largest difference of any pixel."""
+    """Returns the largest difference of any pixel."""
     assert one.shape == other.shape
     return int(np.abs(one.astype(int) - other.astype(int)).max())

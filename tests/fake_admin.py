@@ -1,4 +1,4 @@
-"""Management calls that always work, for FakeService."""
+"""Management calls that always succeed, for FakeService."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""An S3 server on loopback that keeps files in memory and answers single calls as a test says."""
+"""An S3 server on loopback that keeps files in memory and returns scripted responses to single
+calls.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LIFECYCLE = "lifecycle"
 
 @dataclass(frozen=True)
 class Answer:
-    """A response in place of the real one. `code`: of S3, in XML; empty: the text alone."""
+    """A response that replaces the real one. `code`: the error code of S3 in XML; empty: the text
+    only.
+    """
 
     status: int
     code: str = ""
@@ -36,9 +40,8 @@ class Answer:
 
 @dataclass
 class FakeS3:
-    """`answers`: by call, such as "PUT object", "GET lifecycle", "PUT bucket" or "any".
-
-    `calls`: the calls that came. `headers`: those of the last one.
+    """A server. `answers`: the responses by call, such as "PUT object", "GET lifecycle", "PUT
+    bucket" or "any". `calls`: the received calls. `headers`: the headers of the last one.
     """
 
     url: str = ""
@@ -48,7 +51,7 @@ class FakeS3:
     buckets: set[str] = field(default_factory=lambda: {"img2img"})
     files: dict[str, bytes] = field(default_factory=dict)
     rules: str = ""
-    hangs: set[str] = field(default_factory=set)  # calls that wait for `released`
+    hangs: set[str] = field(default_factory=set)  # calls that wait until `released` is set
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
@@ -96,13 +99,13 @@ class FakeS3:
         return web.Response(text=self.rules, content_type="application/xml")
 
     def prefixes(self) -> list[str]:
-        """Of the lifecycle rules."""
+        """The prefixes of the lifecycle rules."""
         return re.findall(r"<Prefix>([^<]*)</Prefix>", self.rules)
 
 
 @asynccontextmanager
 async def fake_s3() -> AsyncIterator[FakeS3]:
-    """The server on a free port, with an empty bucket `img2img`."""
+    """Yields a server on a free port, with an empty bucket `img2img`."""
     store = FakeS3()
     async with serving(every_request(store.handle)) as port:
         store.url = f"http://127.0.0.1:{port}"

@@ -1,7 +1,6 @@
-"""A scripted service: one job with fixed events, streams that break where the script says.
-
-It runs on gRPC's threads, so that both clients, and commands in other processes, can be tested
-against it from one process.
+"""A scripted service: one job with fixed events, streams that break as scripted. It runs on gRPC's
+threads, so that both clients, and commands in other processes, can be tested against it from one
+process.
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ from tests.fake_job import NAME, State, events, job
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A status with the details of the service; without a reason, a status of the transport."""
+    """A status with the details of the service; without a reason, the status is one of the
+    transport.
+    """
 
     code: grpc.StatusCode
     message: str = ""
@@ -57,20 +58,20 @@ class Refusal:
         context.abort_with_status(rpc_status.to_status(status))
 
 
-SILENCE = Refusal(grpc.StatusCode.CANCELLED)  # of a Break: the stream stays open without messages
+# value of a Break: the stream stays open without messages
+SILENCE = Refusal(grpc.StatusCode.CANCELLED)
 STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "This server is stopping.", "UNAVAILABLE")
 
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """Ends a stream after `after` messages; without a refusal the stream ends with OK.
-
-    With SILENCE it does not end, and nothing more is sent until the caller leaves.
+    """Ends a stream after `after` messages, with OK if there is no refusal. With SILENCE the stream
+    stays open without further messages until the caller closes it.
     """
 
     after: int
     refusal: Refusal | None = STOPPING
-    heartbeats: int = 0  # sent before that, one every 0.1 s
+    heartbeats: int = 0  # heartbeats that are sent before, one every 0.1 s
 
 
 def started() -> threading.Event:
@@ -82,22 +83,26 @@ def started() -> threading.Event:
 
 @dataclass
 class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
-    """Responds as scripted and keeps every request."""
+    """Responds as scripted and records every request."""
 
     log: list[event_pb2.JobEvent] = field(default_factory=events)
     pages: dict[str, service_pb2.ListJobsResponse] = field(default_factory=dict)
-    breaks: deque[Break] = field(default_factory=deque)  # one for each stream, in turn
-    refusals: deque[Refusal] = field(default_factory=deque)  # one for each other call, in turn
-    slow_start: threading.Event = field(default_factory=started)  # streams begin when it is set
-    pause_after: int | None = None  # events of the log, then the job stays as it is
+    # one response for each stream, in this order
+    breaks: deque[Break] = field(default_factory=deque)
+    # one response for each other call, in this order
+    refusals: deque[Refusal] = field(default_factory=deque)
+    # Streams begin when this event is set.
+    slow_start: threading.Event = field(default_factory=started)
+    pause_after: int | None = None  # The events of the log. After them, the job does not change.
     requests: list[Message] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     device: str = "cpu"
-    request_ids: set[str] = field(default_factory=set)  # each one is a job
+    request_ids: set[str] = field(default_factory=set)  # requests; each one creates a job
     paused: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    warning: str = ""  # of the job
-    left: threading.Event = field(default_factory=threading.Event)  # a caller ended its stream
+    warning: str = ""  # the ids of the job
+    # set when a caller has closed its stream
+    left: threading.Event = field(default_factory=threading.Event)
 
     def Generate(  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: grpc.ServicerContext[Any, Any]
@@ -252,7 +257,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
         yield from self.log[: self.pause_after]
         if self.pause_after is not None:
             self.paused.set()
-            self.left.wait()  # until the caller leaves or the server stops
+            self.left.wait()  # The call waits until the caller leaves or the server stops.
 
     def _job(self) -> job_pb2.Job:
         ended = self.log[-1]
@@ -267,7 +272,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
         self.keys.append(str(given.get("authorization", "")))
 
     def note(self, request: Message, context: grpc.ServicerContext[Any, Any]) -> None:
-        """Keeps the request and raises the next refusal, if there is one."""
+        """Records the request and raises the next refusal, if there is one."""
         self._keep(request, context)
         if self.refusals:
             self.refusals.popleft().abort(context)
@@ -277,7 +282,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
 def serving(
     service: FakeService, port: int = 0, credentials: grpc.ServerCredentials | None = None
 ) -> Iterator[int]:
-    """Serves on a loopback port and yields it; leaving ends every call at once."""
+    """Yields a service on a loopback port. At the end all calls end at once."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
     service_pb2_grpc.add_Img2ImgServiceServicer_to_server(service, server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(FakeAdmin(service.note), server)
@@ -294,5 +299,5 @@ def serving(
 
 
 def last(requests: Sequence[Message], kind: type[Message]) -> Any:
-    """Returns the last request of a kind."""
+    """Returns the last request of a type."""
     return [request for request in requests if isinstance(request, kind)][-1]

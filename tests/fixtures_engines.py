@@ -1,4 +1,4 @@
-"""Real NATS and S3 servers for tests, and implementations that pass the same contract tests."""
+"""Real NATS and S3 servers for tests, and the implementations that share contract tests."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from img2img_server.testing.memory_blobs import MemoryBlobStore
 QUEUE_LIMIT = 3
 ACK_WAIT_SECONDS = 0.5
 
-# Opens one more connection to NATS, as another process would.
+# Opens one more connection to NATS, as if from another process.
 OpenBus = Callable[[], AbstractAsyncContextManager[Bus]]
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalServers]:
-    """One nats-server and one S3 server for the whole test run."""
+    """Yields one nats-server and one S3 server for the whole test run."""
     async with LocalServers(tmp_path_factory.mktemp("state")) as running:
         yield running
 
 
 @pytest.fixture
 async def engine_settings(engines: LocalServers) -> Callable[..., Settings]:
-    """Makes settings for the engines of the test run: NATS empty, the bucket a new one."""
+    """Returns settings for the servers of the test run, with an empty NATS and a new bucket."""
     async with connect([engines.nats_url]) as link:
         for stream in await link.js.streams_info():
             await link.js.delete_stream(stream.config.name)
@@ -56,7 +56,9 @@ async def engine_settings(engines: LocalServers) -> Callable[..., Settings]:
 
 @pytest.fixture(params=["memory", "jetstream"])
 def open_bus(request: pytest.FixtureRequest) -> OpenBus:
-    """Connections to an empty bus with a queue limit of 3 and an ack_wait of half a second."""
+    """Yields connections to an empty bus with a queue limit of 3 and an ack_wait of half a
+    second.
+    """
     if request.param == "memory":
         shared = memory_bus(queue_limit=QUEUE_LIMIT, ack_wait_seconds=ACK_WAIT_SECONDS)
 
@@ -73,7 +75,7 @@ def open_bus(request: pytest.FixtureRequest) -> OpenBus:
 
 @pytest.fixture
 async def bus(open_bus: OpenBus) -> AsyncIterator[Bus]:
-    """One connection to an empty bus."""
+    """Yields one connection to an empty bus."""
     async with open_bus() as connected:
         yield connected
 
@@ -93,19 +95,19 @@ def open_blobs(
 async def unprepared_blobs(
     open_blobs: Callable[[], AbstractAsyncContextManager[BlobStore]],
 ) -> AsyncIterator[BlobStore]:
-    """A store whose bucket does not exist yet."""
+    """Yields a store whose bucket does not exist yet."""
     async with open_blobs() as store:
         yield store
 
 
 @pytest.fixture
 async def blobs(unprepared_blobs: BlobStore) -> BlobStore:
-    """An empty store, ready for files."""
+    """Yields an empty store that is ready for files."""
     await unprepared_blobs.prepare()
     return unprepared_blobs
 
 
 @pytest.fixture
 def state_dir(tmp_path: Path) -> Path:
-    """A state folder of this test's own, for engines that it starts and kills."""
+    """Returns a state folder for one test, for servers that it starts and kills."""
     return tmp_path / "state"

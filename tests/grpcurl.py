@@ -1,4 +1,4 @@
-"""As much of grpcurl as the README shows, on server reflection alone: none of our stubs are used.
+"""A small grpcurl with the options of the README. It uses server reflection and none of our stubs.
 
 grpcurl -plaintext -H 'NAME: VALUE' [-d @] HOST:PORT PACKAGE.SERVICE/METHOD
 """
@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 
 def main() -> int:
-    """Prints each answer as JSON, returns 1 when the call fails."""
+    """Prints each response as JSON. Returns 1 if the call fails."""
     parser = argparse.ArgumentParser()
     parser.add_argument("-plaintext", action="store_true", required=True)
     parser.add_argument("-H", dest="header", required=True)

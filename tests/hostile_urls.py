@@ -1,7 +1,7 @@
 """Addresses that must be refused without a connection. PORT stands for a listener's port.
 
-Whatever a spelling means, it reaches the listener if it is not refused: it is an address of this
-machine, or a name that the test's resolver maps to one.
+An address that is not rejected reaches the listener, because it is one of this machine, or a name
+that the test's resolver maps to this machine.
 """
 
 # ruff: noqa: RUF001 - characters that look alike are the point
@@ -254,7 +254,7 @@ PORTS = (
     "http://93.184.215.14:25/",
     "http://[2606:4700::1111]:22/",
 )
-# These are well-formed; what their name resolves to is forbidden.
+# These addresses are well-formed, but their names resolve to forbidden addresses.
 NAMES = (
     "http://localhost:PORT/",
     "http://LOCALHOST:PORT/",
@@ -301,7 +301,7 @@ WITHOUT_RESOLVING = (
     *PORTS,
 )
 ALL = (*WITHOUT_RESOLVING, *NAMES)
-# Addresses that a name may turn out to have.
+# Forbidden addresses to which a name may resolve.
 FORBIDDEN_ADDRESSES = (
     "127.0.0.1",
     "127.8.8.8",

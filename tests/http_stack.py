@@ -1,4 +1,4 @@
-"""The REST gateway in front of the service in one process, and how to call it."""
+"""The REST gateway with the service in one process, and functions that call it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PHOTO_URL = "https://files.example.org/harbour.png"
 
 
 def error_body(reason: str, message: str, **more: Any) -> dict[str, Any]:
-    """The body of a refusal in default mode."""
+    """Returns the body of an error in default mode."""
     return {"status": "error", "message": message, "reason": reason, **more}
 
 
 def legacy_error_body(message: Any) -> dict[str, Any]:
-    """The body of a refusal in legacy mode, which knows no reasons."""
+    """Returns the body of an error in legacy mode, which has no reasons."""
     return {"status": "error", "message": message, "messege": message}
 
 
@@ -68,19 +68,19 @@ META_KEYS = [
 
 
 async def fetch_photo(url: str) -> bytes:
-    """Downloads the one photo that there is."""
+    """Returns the one photo instead of a download."""
     if url != PHOTO_URL:
         raise FetchError
     return photo(96, 64)
 
 
 def photo_base64() -> str:
-    """A small photo as callers inline it."""
+    """Returns a small photo in base64."""
     return base64.b64encode(photo()).decode()
 
 
 def body(**changes: Any) -> dict[str, Any]:
-    """A small good request; changes replace its fields, `...` removes one."""
+    """Returns a small valid request. `changes` replace its fields, and `...` removes a field."""
     fields = {
         "key": "dev-key",
         "prompt": "a harbour at dusk",
@@ -95,7 +95,7 @@ def body(**changes: Any) -> dict[str, Any]:
 
 @dataclass
 class Gateway:
-    """A gateway and the parts behind it."""
+    """A gateway and the components behind it."""
 
     http: httpx.AsyncClient
     stack: Stack
@@ -113,7 +113,7 @@ class Gateway:
 async def gateway_before(
     stack: Stack, *, blobs: BlobStore | None = None, address: str = "", **changes: Any
 ) -> AsyncIterator[Gateway]:
-    """A gateway on a running stack; changes are settings."""
+    """Yields a gateway in front of a running stack. `changes`: settings."""
     config = settings(api_address=address or stack.api.address, **changes)
     stop = asyncio.Event()
     async with connect(config) as channel:
@@ -127,7 +127,9 @@ async def gateway_before(
 async def running_gateway(
     stack: dict[str, Any] | None = None, **changes: Any
 ) -> AsyncIterator[Gateway]:
-    """A gateway with everything behind it; `stack` is for running_stack, changes are settings."""
+    """Yields a gateway with all components behind it. `stack`: arguments of running_stack.
+    `changes`: settings.
+    """
     async with (
         running_stack(fetch=fetch_photo, **(stack or {})) as running,
         gateway_before(running, **changes) as gateway,
@@ -137,7 +139,7 @@ async def running_gateway(
 
 @dataclass
 class ServedGateway:
-    """A gateway behind a port."""
+    """A gateway on a port."""
 
     address: str
     http: httpx.AsyncClient
@@ -149,7 +151,9 @@ class ServedGateway:
 
 @asynccontextmanager
 async def served_gateway() -> AsyncIterator[ServedGateway]:
-    """A gateway on a free port; jobs stop after their first step until the engine is released."""
+    """Yields a gateway on a free port. Jobs stop after their first step until the engine is
+    released.
+    """
     engine = FakeEngine(hold_after=1)
     async with running_stack(engine, fetch=fetch_photo) as stack:
         stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()

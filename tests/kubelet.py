@@ -1,10 +1,11 @@
-"""Pods of rendered manifests as processes of this machine, as near to a kubelet's as they come.
+"""Runs pods of rendered manifests as processes, with the behaviour of a kubelet.
 
-A container keeps its command, its environment, its probes, its volumes at their places and its
-read-only root; as root also its user and its lack of capabilities (tests/pod_root.sh). Its pod has
-an address of its own in 127.0.0.0/8, which Services lead to by name, so ports stay what they are.
-Two things are changed: where it would listen on every address, it listens on the pod's; and S3 has
-another port, because weed does not start where any address of the machine uses its own.
+A container has the command, environment, probes, volumes and read-only root of the manifest. If the
+tests run as root, it also has the user and no capabilities (tests/pod_root.sh). Each pod has its
+own address in 127.0.0.0/8, and the names of Services resolve to it, so all ports are unchanged.
+There are two differences: a container that would listen on all addresses listens on the pod's
+address only, and S3 has another port, because weed does not start if its port is used on any
+address of the machine.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ UNSHARE = ["unshare", "--mount"] if AS_ROOT else ["unshare", "--user", "--map-ro
 
 
 def cannot_run_pods() -> str:
-    """Why this machine cannot run them; empty when it can."""
+    """Returns why this machine cannot run pods, or "" if it can."""
     if sys.platform != "linux":
         return "pods as processes need Linux: mount namespaces and all of 127.0.0.0/8"
     if not all(map(shutil.which, ("unshare", "setpriv", "chroot"))):
@@ -62,7 +63,7 @@ class Kubelet:
         self.folder = folder
         self.hosts = folder / "hosts"
         self.ports = {8333: free_port()}
-        # Any part of loopback, so that two test runs at a time do not meet.
+        # A random part of loopback, so that two test runs at the same time do not collide.
         network = f"127.{random.randint(2, 250)}.{random.randint(0, 250)}"
         self.pods = {
             pod.name: RunningPod(self, pod, f"{network}.{number}")
@@ -82,7 +83,7 @@ class Kubelet:
         return lines
 
     async def stop(self) -> None:
-        """Ends what still runs, without ceremony."""
+        """Kills all processes that still run."""
         await asyncio.gather(*(each.kill() for each in self.pods.values()))
 
 
@@ -103,7 +104,7 @@ class RunningPod:
 
     @property
     def log(self) -> str:
-        """Everything that its containers wrote."""
+        """Returns the output of all containers."""
         return (self._folder / "log").read_text(encoding="utf-8", errors="replace")
 
     @property
@@ -119,18 +120,18 @@ class RunningPod:
         self._process = await self._run(self.main)
 
     async def ended(self) -> int:
-        """The exit code of the main container."""
+        """Returns the exit code of the main container."""
         assert self._process is not None, "it was not started"
         return await self._process.wait()
 
     async def ready(self) -> None:
-        """Returns when the startup probe and then the readiness probe are content."""
+        """Returns when the startup probe and then the readiness probe succeed."""
         for kind in ("startup", "readiness"):
             if f"{kind}Probe" in self.main:
                 await self.until(kind, True)
 
     async def until(self, kind: str, content: bool) -> None:
-        """Returns when a probe answers so. Raises AssertionError with the log when it does not."""
+        """Returns when a probe has this result. Raises AssertionError with the log on a timeout."""
         assert self._process is not None, "it was not started"
         deadline = time.monotonic() + READY_SECONDS
         while await self.probe(kind) != content:
@@ -139,7 +140,7 @@ class RunningPod:
             await asyncio.sleep(POLL_SECONDS)
 
     async def probe(self, kind: str) -> bool:
-        """Whether a probe is content: startup, readiness or liveness."""
+        """Returns whether a probe succeeds: startup, readiness or liveness."""
         asked = self.main[f"{kind}Probe"]
         timeout = asked.get("timeoutSeconds", 1)
         if "grpc" in asked:
@@ -170,9 +171,8 @@ class RunningPod:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> tuple[int, float]:
-        """Ends it as the kubelet does; returns the exit code and the seconds it took.
-
-        It is killed after its grace period, and the exit code is then -9.
+        """Stops the pod as the kubelet does. Returns the exit code and the seconds that the stop
+        took. After its grace period the pod is killed, and the exit code is -9.
         """
         assert self._process is not None, "it was not started"
         started = time.monotonic()
@@ -193,7 +193,7 @@ class RunningPod:
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
     def read_only_mounts(self) -> dict[str, bool]:
-        """Where something is mounted in its container, and whether that is read-only."""
+        """Returns the mount points in the container, and whether each is read-only."""
         assert self._process is not None, "it was not started"
         lines = Path(f"/proc/{self._process.pid}/mounts").read_text(encoding="utf-8").splitlines()
         return {each[1]: "ro" in each[3].split(",") for each in map(str.split, lines)}
@@ -203,7 +203,7 @@ class RunningPod:
         self._process.send_signal(number)
 
     async def kill(self) -> None:
-        """SIGKILL. Fine when it has ended or was never started."""
+        """Sends SIGKILL. Does nothing if the process has ended or was never started."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.kill()

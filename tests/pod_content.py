@@ -1,4 +1,4 @@
-"""The content of a pod's containers: command, environment, files. See kubelet.py."""
+"""The content of a pod's containers: command, environment and files. See kubelet.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PodContent:
         self._folder = folder
 
     def command(self, container: Object) -> list[str]:
-        """Command and arguments."""
+        """Returns the command and its arguments."""
         return [self._own(each) for each in (*container["command"], *container["args"])]
 
     def _own(self, text: str) -> str:
@@ -68,7 +68,7 @@ class PodContent:
         raise AssertionError(f"unknown source of a value: {source}")
 
     def make_volumes(self, owner: int) -> None:
-        """Writes what ConfigMaps and Secrets hold; an empty folder belongs to `owner`."""
+        """Writes the files of ConfigMaps and Secrets. An empty folder belongs to `owner`."""
         for volume in self._pod.spec["volumes"]:
             place = self._folder / volume["name"]
             place.mkdir(parents=True, exist_ok=True)
@@ -96,16 +96,16 @@ class PodContent:
         }
 
     def mounts(self, container: Object) -> list[str]:
-        """Lines for pod_root.sh."""
+        """Returns the lines of MOUNTS for pod_root.sh."""
         lines = [
             f"{mode(each)} {self._folder / each['name']} {each['mountPath']}\n"
             for each in container["volumeMounts"]
         ]
-        # The content of the image: the interpreter, its packages, this repository.
+        # The files of the image: the interpreter, its packages and this repository.
         image = {Path(sys.base_prefix), Path(sys.prefix).resolve(), ROOT}
         return lines + [f"ro {each} {each}\n" for each in sorted(image)]
 
 
 def mode(mount: Object) -> str:
-    """How a volume is mounted."""
+    """Returns how a volume is mounted: ro or rw."""
     return "ro" if mount.get("readOnly") else "rw"

@@ -2,8 +2,8 @@
 # pod_root.sh ROOT MOUNTS HOSTS COMMAND…
 #
 # Runs a command as in a container: a read-only root with the system's programs, its own /etc/hosts,
-# and the volumes of MOUNTS (lines: ro|rw SOURCE TARGET) at their places. To be started in a mount
-# namespace of its own (unshare --mount); the process that it becomes is the one that was started.
+# and the volumes of MOUNTS (lines: ro|rw SOURCE TARGET) at their paths. Start it in a new mount
+# namespace (unshare --mount). The command replaces this process, so its process id is the same.
 set -eu
 root=$1 mounts=$2 hosts=$3
 shift 3
@@ -17,7 +17,7 @@ for each in /bin /sbin /lib /lib32 /lib64 /usr /dev /proc /sys; do
     case $each in /dev | /proc | /sys) ;; *) mount -o remount,bind,ro "$root$each" ;; esac
   fi
 done
-cp -r /etc "$root/etc" 2>/dev/null || true # some of it is not for everybody
+cp -r /etc "$root/etc" 2>/dev/null || true  # Some of these files are not readable for every user.
 cp "$hosts" "$root/etc/hosts"
 mkdir "$root/tmp"
 while read -r mode source target; do

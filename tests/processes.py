@@ -1,4 +1,4 @@
-"""Roles as real processes: started from their command, killed by real signals."""
+"""Runs roles as real processes and sends them real signals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOP_SECONDS = 30.0
 
 
 class Role:
-    """`img2img-server NAME` with an environment; ready when its probe says so."""
+    """A process `img2img-server NAME` with an environment. Its probe shows whether it is ready."""
 
     def __init__(self, name: str, environment: dict[str, str], log: Path) -> None:
         self.name = name
@@ -35,12 +35,14 @@ class Role:
         return self._process.pid
 
     async def start(self) -> None:
-        """Returns when it is ready. Raises AssertionError with its log when it is not."""
+        """Starts the role and returns when it is ready. Raises AssertionError with its log on a
+        timeout.
+        """
         await self.launch()
         await self.until("/readyz")
 
     async def launch(self) -> None:
-        """Begins it, and returns at once."""
+        """Starts the role and returns at once."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -54,7 +56,7 @@ class Role:
             )
 
     async def until(self, path: str) -> None:
-        """Returns when that probe says yes."""
+        """Returns when a probe succeeds."""
         assert self._process is not None
         url = f"http://127.0.0.1:{self._metrics_port}{path}"
         async with asyncio.timeout(START_SECONDS), aiohttp.ClientSession() as session:
@@ -67,19 +69,19 @@ class Role:
                 await asyncio.sleep(0.02)
 
     async def kill(self) -> None:
-        """SIGKILL: no farewell."""
+        """Sends SIGKILL."""
         assert self._process is not None
         self._process.kill()
         await self._process.wait()
 
     async def ended(self) -> int:
-        """Waits until it ends by itself; returns the exit code."""
+        """Waits until the role ends by itself and returns its exit code."""
         assert self._process is not None
         async with asyncio.timeout(START_SECONDS):
             return await self._process.wait()
 
     async def stop(self) -> int:
-        """SIGTERM; returns the exit code. Fine when it has ended."""
+        """Sends SIGTERM and returns the exit code. Does nothing if the role has ended."""
         if self._process is None:
             return 0
         if self._process.returncode is None:

@@ -1,4 +1,4 @@
-"""ICC profiles for tests, built by hand: matrix profiles, grey ones and one of CMYK."""
+"""Creates ICC profiles for tests: matrix profiles, grey profiles and a CMYK profile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BRADFORD = np.array(
 
 
 def rgb_profile(space: tuple[tuple[float, ...], float]) -> bytes:
-    """A matrix profile; gamma 0 stands for sRGB's curve."""
+    """Returns a matrix profile. gamma 0: the curve of sRGB."""
     (rx, ry, gx, gy, bx, by), gamma = space
     primaries = np.array([[x, y, 1 - x - y] for x, y in ((rx, ry), (gx, gy), (bx, by))]).T
     matrix = primaries * np.linalg.solve(primaries, _D65)
@@ -36,7 +36,9 @@ def grey_profile(gamma: float) -> bytes:
 
 
 def cmyk_profile() -> bytes:
-    """Inks of a printer that is not Pillow's: a table of two steps an ink, to Lab."""
+    """Returns a CMYK profile that differs from Pillow's: a table to Lab with two steps for each
+    ink.
+    """
     table = bytearray()
     for cyan, magenta, yellow, black in np.ndindex(2, 2, 2, 2):
         light = 1 - black * 0.9
@@ -53,7 +55,7 @@ def cmyk_profile() -> bytes:
 def profile(
     space: bytes, connection: bytes, tags: dict[bytes, bytes], *, kind: bytes = b"mntr"
 ) -> bytes:
-    """A version 2 profile with these tags."""
+    """Returns a version 2 profile with these tags."""
     tags = {
         b"desc": b"desc\0\0\0\0\0\0\0\x05test\0" + bytes(78),
         b"cprt": b"text\0\0\0\0none\0",

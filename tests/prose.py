@@ -119,7 +119,8 @@ NO_VERBS = frozenset(
         "Workers",
     }
 )
-NO_RULE = re.compile(r"RFC|WHATWG|PNG", re.ASCII)  # their sections are not those of our contract
+# Sections of these documents are not sections of our contract.
+NO_RULE = re.compile(r"RFC|WHATWG|PNG", re.ASCII)
 SECTION = re.compile(r"\b[Ss]ections? [1-9]")
 QUESTION = re.compile(r"(?:^|(?<=[.:!] ))(What|Who|Whom|Whose) [^.?!]*[.!:]")
 CODE = re.compile(r"``[^`]*``|`[^`]*`|https?://\S+|\[[^\]]*\]\([^)]*\)")
@@ -147,7 +148,7 @@ PLACES = (
 LEFT_OUT = re.compile(
     r"proto/gen/|tests/golden/|/assets/.*\.svg|LICENSE|constraints|/NOTICE|checks|models/recipe/words.py"
 )
-FIRST_COMMIT = "268a36e"  # subjects are checked from here on
+FIRST_COMMIT = "268a36e"  # Subjects are checked from this commit on.
 SUBJECT_CHARACTERS = 72
 NO_IMPERATIVES = re.compile(r"\w+(?<!s)s$|\w+(?<!e)ed$|\w{3,}ing$")
 IMPERATIVES = frozenset({"Bring", "Embed", "Shed", "String"})
@@ -195,7 +196,7 @@ def _is_good_name(name: str) -> bool:
 
 
 def check(passage: Passage) -> Iterator[Finding]:
-    """Yields what is forbidden in a passage."""
+    """Yields the forbidden words and forms of a passage."""
     if passage.kind == "name" and _is_good_name(passage.text):
         return
     text = " ".join(passage.text.split())
@@ -313,7 +314,7 @@ def _comments(name: str, text: str, sign: str) -> Iterator[Passage]:
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """Yields the name and the path of every file of the repository that has prose of ours."""
+    """Yields the name and the path of every file of the repository with prose of this project."""
     for place in PLACES:
         top = ROOT / place
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
@@ -324,7 +325,9 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 def findings(*places: str) -> list[Finding]:
-    """Returns what is forbidden in the files whose names begin with one of the places."""
+    """Returns the forbidden words and forms in the files whose names begin with one of the
+    places.
+    """
     return [
         found
         for name, path in files()
@@ -343,7 +346,7 @@ def subjects() -> list[str] | None:
 
 
 def check_subject(subject: str) -> list[str]:
-    """Returns what is wrong with the subject of a commit."""
+    """Returns the faults in the subject of a commit."""
     first = subject.split(" ")[0]
     wrong = []
     if len(subject) > SUBJECT_CHARACTERS:

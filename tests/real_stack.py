@@ -1,6 +1,7 @@
 """A fixture: the whole service as processes around a small model with random weights.
 
-Its images mean nothing, its path is the real one. Import `stack` and `worker` to use it.
+Its images have no meaning, but the code is the real one. Import `stack` and `worker` to use the
+fixtures.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SHORT: dict[str, Any] = {**LONG, "num_inference_steps": 4}
 
 @dataclass
 class RealStack:
-    """Where everything listens, and how to start more of it."""
+    """The addresses of the running processes, and methods that start more of them."""
 
     folder: Path
     environment: dict[str, str]
@@ -70,7 +71,9 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealS
 
 @asynccontextmanager
 async def running_stack(folder: Path, **changes: str) -> AsyncIterator[RealStack]:
-    """Engines, api and gateway; the caller starts workers. `changes`: settings."""
+    """Yields running servers, an api and a gateway. The caller starts workers. `changes`:
+    settings.
+    """
     model = write_sd(folder / "tiny", tiny_vae=True, scheduler=ZERO_SNR_V)
     grpc_port, http_port = free_port(), free_port()
     async with LocalServers(folder / "state") as engines, AsyncExitStack() as exits:

@@ -1,4 +1,4 @@
-"""A receiver of webhooks: a real HTTP server whose responses the test sets."""
+"""A receiver of webhooks: a real HTTP server with scripted responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAIT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Received:
-    """One attempt as it came in."""
+    """One attempt as it was received."""
 
     headers: dict[str, str]
     body: bytes
@@ -25,12 +25,14 @@ class Received:
 
 @dataclass
 class Receiver:
-    """Sends its responses in order, the last one repeatedly: statuses, or statuses with headers."""
+    """Sends its responses in order and repeats the last one. A response is a status, or a status
+    with headers.
+    """
 
     answers: list[int | tuple[int, dict[str, str]]]
     port: int = 0
     arrived: asyncio.Queue[Received] = field(default_factory=asyncio.Queue)
-    # Set to let it answer; a slow receiver is one that is held.
+    # The receiver responds once this event is set. A slow receiver has an event that is not set.
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -54,7 +56,7 @@ class Receiver:
 async def receiving(
     *answers: int | tuple[int, dict[str, str]], held: bool = False
 ) -> AsyncIterator[Receiver]:
-    """A receiver on a free port of 127.0.0.1."""
+    """Yields a receiver on a free port of 127.0.0.1."""
     receiver = Receiver(list(answers) or [200])
     if not held:
         receiver.may_answer.set()

@@ -1,4 +1,6 @@
-"""The service in one process: a real gRPC api, a worker with the fake engine, a bus in memory."""
+"""The service in one process: a real gRPC api, a worker with the fake engine, and a bus in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ DEV = (("authorization", "Bearer dev-key"),)
 
 
 def settings(**changes: Any) -> Settings:
-    """Settings of a test: free ports, the development key, the fake model."""
+    """Returns settings for a test: free ports, the development key and the fake model."""
     base: dict[str, Any] = {
         "grpc_port": 0,
         "metrics_port": 0,
@@ -61,7 +63,7 @@ def photo(width: int = 64, height: int = 64, *, form: str = "JPEG", seed: int = 
 
 
 def spec(**changes: Any) -> job_pb2.JobSpec:
-    """A small good request; changes replace its fields."""
+    """Returns a small valid request. `changes` replace its fields."""
     fields: dict[str, Any] = {
         "prompt": "a harbour at dusk",
         "init_image": job_pb2.InitImage(data=photo()),
@@ -73,18 +75,18 @@ def spec(**changes: Any) -> job_pb2.JobSpec:
 
 
 async def no_fetch(_: str) -> bytes:
-    """A fetch to nowhere."""
+    """Replaces the download of init images, which tests do not use."""
     raise FetchError
 
 
 async def no_post(*_: object) -> Outcome:
-    """A webhook to nowhere."""
+    """Replaces the sender of webhooks, which tests do not use."""
     return Outcome(delivered=False, reason="nowhere")
 
 
 @dataclass
 class Api:
-    """A running api and how to call it."""
+    """A running api and methods that call it."""
 
     address: str
     channel: grpc.aio.Channel
@@ -107,7 +109,9 @@ class Api:
         return (await self.stub.GetJob(request, metadata=DEV, timeout=WAIT_SECONDS)).job
 
     async def reaches(self, name: str, state: int, metadata: Any = DEV) -> job_pb2.Job:
-        """Returns the job once it is in that state. Does not watch it: that would keep it alive."""
+        """Returns the job once it is in that state. It polls, because a watch would prevent the
+        job's cancellation.
+        """
         request = service_pb2.GetJobRequest(name=name)
         async with asyncio.timeout(WAIT_SECONDS):
             while True:
@@ -134,7 +138,7 @@ async def running_api(
     keys: KeyRing | None = None,
     webhooks: Webhooks | None = None,
 ) -> AsyncIterator[Api]:
-    """A real gRPC server on a free port in front of NATS or its in-memory implementation."""
+    """Yields a real gRPC server on a free port, with NATS or its in-memory implementation."""
     config = config or settings()
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
     sending = webhooks or Webhooks(no_post, Signer())
@@ -160,9 +164,9 @@ async def running_api(
 
 @dataclass
 class RunningWorker:
-    """A worker with its engine; `stop` drains it."""
+    """A worker with its engine. `stop` drains it."""
 
-    engine: Any  # a FakeEngine, unless the test gave another one
+    engine: Any  # a FakeEngine, unless a test uses another one
     blobs: MemoryBlobStore
     stop: asyncio.Event
     task: asyncio.Task[None]
@@ -182,7 +186,7 @@ async def running_worker(
     safety: SafetyChecker | None = None,
     config: Settings | None = None,
 ) -> AsyncIterator[RunningWorker]:
-    """A worker that is announced and pulls jobs."""
+    """Yields a worker that is announced and pulls jobs."""
     engine = engine or FakeEngine()
     blobs = blobs or MemoryBlobStore()
     stop = asyncio.Event()
@@ -201,15 +205,15 @@ async def running_worker(
         if isinstance(engine, FakeEngine):
             engine.release()
         stop.set()
-        if not task.cancelled():  # a test may have killed it
-            with suppress(RestartError):  # nothing here restarts it
+        if not task.cancelled():  # A test may have killed the worker.
+            with suppress(RestartError):  # The worker is not restarted.
                 await task
         await asyncio.to_thread(engine.stop)
 
 
 @dataclass
 class Stack:
-    """Everything at once."""
+    """Bus, worker and api of one service."""
 
     bus: Bus
     api: Api
@@ -224,7 +228,7 @@ async def running_stack(
     api_config: Settings | None = None,
     **worker: Any,
 ) -> AsyncIterator[Stack]:
-    """A bus, a worker and an api."""
+    """Yields a bus, a worker and an api."""
     bus = memory_bus()
     async with (
         running_worker(bus, engine, **worker) as running,
@@ -234,7 +238,9 @@ async def running_stack(
 
 
 def two_tenants(folder: Path) -> tuple[KeyRing, str, str]:
-    """A key ring of the tenants "a" (may turn off safety) and "b" (may not), and their keys."""
+    """Returns a key ring with the tenants "a" (with the permission unsafe) and "b" (without), and
+    their keys.
+    """
     key_a, entry_a = new_key("a", ["unsafe"])
     key_b, entry_b = new_key("b", [])
     file = folder / "keys.toml"
@@ -244,7 +250,7 @@ def two_tenants(folder: Path) -> tuple[KeyRing, str, str]:
 
 @dataclass
 class Refusal:
-    """An RPC's error with its details."""
+    """The error of an RPC with its details."""
 
     code: grpc.StatusCode
     reason: str
@@ -255,7 +261,7 @@ class Refusal:
 
 
 def refusal(error: grpc.aio.AioRpcError) -> Refusal:
-    """Unpacks the details of a status."""
+    """Returns the error of an RPC with its details."""
     found = Refusal(error.code(), "")
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     for packed in status.details if status else ():
@@ -274,12 +280,12 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
 
 
 def kinds(messages: list[Any]) -> list[str]:
-    """The kinds of the events of a stream."""
+    """Returns the kinds of the events of a stream."""
     return [str(message.event.WhichOneof("event")) for message in messages]
 
 
 async def read_until(call: Any, kind: str, into: list[Any] | None = None) -> list[Any]:
-    """Reads a stream up to the first event of that kind."""
+    """Reads a stream up to the first event of this kind."""
     messages = [] if into is None else into
     async for message in call:
         messages.append(message)
@@ -289,6 +295,6 @@ async def read_until(call: Any, kind: str, into: list[Any] | None = None) -> lis
 
 
 async def known_model(bus: Bus) -> None:
-    """Announces the fake model, then leaves: jobs are queued and do not run."""
+    """Announces the fake model without a worker: jobs are queued and do not run."""
     async with running_worker(bus):
         pass

@@ -16,7 +16,7 @@ T5_WIDTH, T5_LENGTH = 16, 24
 DYNAMIC_SHIFT: dict[str, Any] = {"use_dynamic_shifting": True, "shift": 3.0}
 
 
-# Heights and widths: none square, none a multiple of 64 in both.
+# Heights and widths. None is square, and none has two multiples of 64.
 SIZES = ((64, 80), (80, 112), (112, 48))
 
 
@@ -33,7 +33,7 @@ def sized_call(wanted: EngineJob) -> dict[str, Any]:
 
 
 def autoencoder(channels: int = 16) -> Any:
-    """Returns an autoencoder with a shift, as FLUX.1 and Stable Diffusion 3 have it."""
+    """Returns an autoencoder with a shift, as in FLUX.1 and Stable Diffusion 3."""
     blocks = 4
     found = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -52,7 +52,7 @@ def autoencoder(channels: int = 16) -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """Returns one that knows single letters only."""
+    """Returns a tokenizer that knows single letters only."""
     letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
@@ -77,8 +77,9 @@ def t5_encoder(tokenizer: Any, width: int = T5_WIDTH) -> Any:
 
 @torch.no_grad()
 def lively(transformer: Any, factor: float = 3.0) -> Any:
-    """Strengthens the attention, which is weak with random weights, so that a prompt has an effect,
-    and moves norms away from their initial values."""
+    """Strengthens the attention, whose effect is small with random weights, so that a prompt has an
+    effect. Moves norms away from their initial values.
+    """
     perturb_norms(transformer)
     for name, parameter in transformer.named_parameters():
         if "attn" in name and parameter.ndim == 2:

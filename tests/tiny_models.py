@@ -1,4 +1,4 @@
-"""Small Stable Diffusion models with random weights, in the directories that real ones come in."""
+"""Small Stable Diffusion models with random weights, in the directory layout of real models."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def write_sd(
 
 
 def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bool = False) -> Path:
-    """A model of the SDXL kind, with two text encoders and size inputs; returns its folder."""
+    """Writes a model of the SDXL kind, with two text encoders and size inputs; returns its
+    folder.
+    """
     torch.manual_seed(2)
     tokenizer = clip_tokenizer(folder / "words")
     time_width = 8
@@ -113,7 +115,7 @@ def write_sdxl(folder: Path, *, scheduler: dict[str, Any] = EPSILON, is_deep: bo
 
 
 def replace_scheduler(folder: Path, scheduler: Any, class_name: str = "") -> Path:
-    """Gives a written model another scheduler, and another pipeline class; returns its folder."""
+    """Replaces the scheduler and the pipeline class of a written model; returns its folder."""
     scheduler.save_pretrained(folder / "scheduler")
     file = folder / "model_index.json"
     index = json.loads(file.read_text(encoding="utf-8"))
@@ -177,8 +179,9 @@ def perturb_norms(module: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def lively_unet(unet: Any) -> Any:
-    """Strengthens the effect of the text, which is weak with random weights, and moves norms away
-    from their initial values."""
+    """Strengthens the effect of the text, which is small with random weights, and moves norms away
+    from their initial values.
+    """
     perturb_norms(unet)
     for name, parameter in unet.named_parameters():
         if "attn2.to_v" in name or "attn2.to_out" in name or "cond_proj" in name:
@@ -188,7 +191,9 @@ def lively_unet(unet: Any) -> Any:
 
 @torch.no_grad()
 def vivid(autoencoder: Any) -> Any:
-    """Makes images with contrast: random weights give an even grey, which would prove nothing."""
+    """Increases the contrast of images: random weights give a uniform grey, with which tests would
+    prove nothing.
+    """
     noise = torch.randn(1, autoencoder.config.latent_channels, 8, 8)
     image = autoencoder.decode(noise / autoencoder.config.scaling_factor).sample
     last = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
@@ -212,7 +217,7 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """One that knows single letters only."""
+    """Returns a tokenizer that knows single letters only."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [

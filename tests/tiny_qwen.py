@@ -16,7 +16,7 @@ _TEMPLATE = (
 
 
 def qwen_tokenizer() -> Any:
-    """Returns one that knows single bytes and the tokens of chats."""
+    """Returns a tokenizer that knows single bytes and the tokens of chats."""
     tokens = [*_SPECIAL, *sorted(ByteLevel.alphabet())]
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)

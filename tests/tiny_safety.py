@@ -1,4 +1,4 @@
-"""A small safety checker with random weights, in the folders that real ones come in."""
+"""A small safety checker with random weights, in the directory layout of real ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SIDE, WIDTH = 32, 16
 
 
 def write_checker(folder: Path, *, margin: float, photo: Pixels) -> Path:
-    """A model directory whose checker finds one concept in `photo`, by this margin of the cosine.
-
-    Below 0 it does not find it; from 2 on it finds it in everything.
+    """Writes a model directory whose checker finds one concept in `photo`, with this margin of the
+    cosine. With a margin below 0 it does not find the concept; from 2 on it finds it in every
+    image.
     """
     torch.manual_seed(3)
     small = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1}
@@ -37,8 +37,8 @@ def write_checker(folder: Path, *, margin: float, photo: Pixels) -> Path:
     with torch.no_grad():
         ready = prepare(images=photo, return_tensors="pt").pixel_values
         embedding = checker.visual_projection(checker.vision_model(ready)[1])
-        checker.concept_embeds[0] = embedding[0]  # a cosine of 1 with this very photo
-        checker.concept_embeds_weights[:] = 2.0  # out of reach
+        checker.concept_embeds[0] = embedding[0]  # The cosine of this photo with itself is 1.
+        checker.concept_embeds_weights[:] = 2.0  # No cosine reaches this threshold.
         checker.concept_embeds_weights[0] = 1.0 - margin
         checker.special_care_embeds_weights[:] = 2.0
     checker.save_pretrained(folder / "safety_checker")

@@ -1,4 +1,4 @@
-"""The other side of outbound connections: names, servers, and listeners that must stay silent."""
+"""The peers of outbound connections: names, servers, and listeners that must get no connection."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from img2img_server.imaging.fetch import fetch_image
 from img2img_server.outbound.policy import OutboundPolicy
 
 IMAGE = photos.jpeg()
-# Names under which a test's own server is a host like any other: listed, whatever it has.
+# Host names of a test's server that the policy allows, because they are listed.
 CDN = OutboundPolicy(hosts=frozenset({"files.test", "cdn.test"}))
 
 
 class Names(AbstractResolver):
-    """Answers from a table, one answer a question and the last one for ever; counts questions."""
+    """A resolver that returns addresses from a table, in order, and repeats the last one. It counts
+    queries.
+    """
 
     def __init__(self, *default: str, **answers: list[list[str]]) -> None:
         self._default = list(default)
@@ -55,7 +57,7 @@ class Names(AbstractResolver):
 
 
 class Listener:
-    """Counts who connects to any address of this machine."""
+    """Counts connections to any address of this machine."""
 
     def __init__(self) -> None:
         self.connections = 0
@@ -71,7 +73,7 @@ class Listener:
 
 @asynccontextmanager
 async def listening(host: str | None = None, port: int = 0) -> AsyncIterator[Listener]:
-    """A listener on one address, or on all of them, IPv6 too where there is IPv6."""
+    """Yields a listener on one address, or on all addresses, including IPv6 if it is available."""
     listener = Listener()
     server = await asyncio.start_server(listener.accept, host or "0.0.0.0", port)
     listener.port = server.sockets[0].getsockname()[1]
@@ -89,7 +91,7 @@ async def listening(host: str | None = None, port: int = 0) -> AsyncIterator[Lis
 
 @asynccontextmanager
 async def serving(*routes: web.RouteDef) -> AsyncIterator[int]:
-    """An HTTP server on 127.0.0.1; gives its port."""
+    """Yields the port of an HTTP server on 127.0.0.1."""
     app = web.Application(client_max_size=2**26)
     app.add_routes(routes)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
@@ -103,12 +105,12 @@ async def serving(*routes: web.RouteDef) -> AsyncIterator[int]:
 
 
 def every_request(handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.RouteDef:
-    """A route that gives every request to one handler."""
+    """Returns a route that passes every request to one handler."""
     return web.route("*", "/{path:.*}", handle)
 
 
 class Origin:
-    """An HTTP server that answers with given bytes and keeps the requests as they arrived."""
+    """An HTTP server that sends given bytes and keeps the received requests."""
 
     def __init__(self, answers: list[bytes]) -> None:
         self.answers = answers
@@ -118,7 +120,7 @@ class Origin:
 
     @property
     def targets(self) -> list[str]:
-        """The request targets, as the request lines have them."""
+        """The request targets of the request lines."""
         return [request.split(b"\r\n")[0].split(b" ", 1)[1].decode() for request in self.requests]
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -131,7 +133,7 @@ class Origin:
             writer.write(begin)
             await writer.drain()
             if reset:
-                linger = struct.pack("ii", 1, 0)  # close() sends RST
+                linger = struct.pack("ii", 1, 0)  # With this option, close() sends RST.
                 writer.get_extra_info("socket").setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, linger
                 )
@@ -141,18 +143,20 @@ class Origin:
             await writer.wait_closed()
 
 
-RESET = b"RESET"  # in a response: the connection is reset there
+RESET = b"RESET"  # The marker in a response at which the connection is reset.
 
 
 def answer(status: int, body: bytes = b"", *headers: str) -> bytes:
-    """The bytes of an HTTP response that ends its connection."""
+    """Returns the bytes of an HTTP response that ends its connection."""
     lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Connection: close", *headers]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 @asynccontextmanager
 async def origin(*answers: bytes, tls: ssl.SSLContext | None = None) -> AsyncIterator[Origin]:
-    """An Origin on 127.0.0.1; the last answer is given for ever, without any it is the image."""
+    """Yields an Origin on 127.0.0.1. It repeats the last response; the default response is the
+    image.
+    """
     found = Origin(list(answers) or [answer(200, IMAGE)])
     server = await asyncio.start_server(found.accept, "127.0.0.1", 0, ssl=tls)
     found.port = server.sockets[0].getsockname()[1]

@@ -7,7 +7,7 @@ import httpx
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.browser_page import MARKS, browser, gateway, opened, playwright, stack_of
 
-__all__ = ["browser"]  # a fixture
+__all__ = ["browser"]  # `gateway` is a fixture.
 pytestmark = MARKS
 
 

@@ -1,4 +1,6 @@
-"""The playground in a real browser: a job watched, refused, cancelled, resumed; the key."""
+"""The playground in a real browser: following, cancelling and resuming a job, rejected requests,
+and the API key.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ from tests.browser_page import (
 )
 from tests.stack import running_api
 
-__all__ = ["browser"]  # a fixture
+__all__ = ["browser"]  # `gateway` is a fixture.
 pytestmark = MARKS
 
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """Jobs stop after their first step until it is released."""
+    """Yields an engine whose jobs stop after their first step until it is released."""
     return FakeEngine(hold_after=1)
 
 
@@ -41,7 +43,8 @@ async def test_a_job_shows_its_preview_and_then_the_image_next_to_the_init_image
         await start(page, Samples="2", Seed="7")
         await page.get_by_text("Step 2 of 4.").wait_for()
         after = page.get_by_alt_text("After: the generated image")
-        assert (await after.get_attribute("src") or "").startswith("blob:")  # a preview
+        # The event is a preview.
+        assert (await after.get_attribute("src") or "").startswith("blob:")
         bar = page.get_by_role("progressbar", name="Denoising")
         assert await bar.evaluate("bar => bar.value") == pytest.approx(2 / 4)
         preview = await after.get_attribute("src")
@@ -75,7 +78,7 @@ async def test_errors_are_shown_at_their_fields_with_the_labels_of_the_page(
         )
         steps = await page.locator('[data-field="num_inference_steps"] .error').inner_text()
         assert steps.startswith("Steps must be between")
-        await prompt.fill("a cat")  # a new value clears the error of the field
+        await prompt.fill("a cat")  # A new value removes the error of its field.
         assert await prompt.get_attribute("aria-invalid") is None
         assert await page.get_by_text("Prompt is required").count() == 0
         assert await page.locator('[data-field="width"] .error').count() == 1

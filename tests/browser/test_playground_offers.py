@@ -1,4 +1,6 @@
-"""The playground offers a model's LoRAs and defaults, and the request as code that runs."""
+"""The playground offers the LoRAs and the defaults of a model, and shows the request as code that
+runs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.browser_page import MARKS, browser, playground, playwright, start
 from tests.stack import Stack
 
-__all__ = ["browser"]  # a fixture
+__all__ = ["browser"]  # `gateway` is a fixture.
 CAT = Path(__file__).parents[2] / "examples" / "cat.jpg"
 PROMPT = """it's 50% "done" \\n %s é"""
 pytestmark = MARKS
@@ -110,7 +112,7 @@ async def test_the_request_as_curl_sends_the_prompt_and_the_file_as_they_are(
     data = CAT.read_bytes()
     (tmp_path / name).write_bytes(data)
     curl = tmp_path / "curl"
-    curl.write_text("#!/bin/sh\nexec cat\n")  # prints what would be sent
+    curl.write_text("#!/bin/sh\nexec cat\n")  # This curl prints the request instead of sending it.
     curl.chmod(0o755)
     async with playground(browser, FakeEngine()) as shown:
         page = shown.page
@@ -142,7 +144,7 @@ async def test_a_file_that_is_no_image_is_not_shown_as_a_broken_one(
 
 
 async def printed(page: playwright.Page, folder: Path) -> bytes:
-    """Returns the output of the code on the page, run with the curl of the folder."""
+    """Returns the output of the code on the page; its `curl` is the one in the folder."""
     text = await page.locator("#code").text_content() or ""
     process = await asyncio.create_subprocess_exec(
         "bash",

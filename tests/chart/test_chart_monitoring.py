@@ -1,4 +1,4 @@
-"""Alerts, dashboard and scalers ask for what the service really exports."""
+"""Alerts, dashboard and scalers query only metrics that the service exports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from img2img_server.gateway.http import middleware
 from img2img_server.nats import subjects
 from tests.chart_render import ROOT, SETS, Object, of_kind, pods, render
 
-# Of Prometheus itself, with the labels that the operator gives to targets.
+# Metrics of Prometheus itself, with the labels that the operator adds to targets.
 TARGET_LABELS = {"namespace", "pod", "service"}
 KNOWN: dict[str, set[str]] = {"up": set()}
 SUFFIXES = {Counter: ("_total",), Gauge: ("",), Histogram: ("_bucket", "_sum", "_count")}
@@ -27,7 +27,9 @@ for _metric in (*vars(telemetry).values(), *vars(middleware).values()):
 
 
 def selectors(expression: str) -> Iterator[tuple[str, set[str]]]:
-    """Metrics of an expression with the labels that are asked of them. Raises on bad syntax."""
+    """Returns the metrics of an expression with their label selectors. Raises an error for wrong
+    syntax.
+    """
     node = promql_parser.parse(expression).prettify()
     for name, labels in re.findall(r"(\w+)\{([^}]*)\}", node):
         yield name, set(re.findall(r"(\w+)(?:=~|!=|!~|=)", labels))

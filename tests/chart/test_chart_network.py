@@ -1,4 +1,4 @@
-"""Allowed connections, derived from the NetworkPolicies as in Kubernetes."""
+"""Allowed connections, computed from the NetworkPolicies as Kubernetes does."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def policies_for(objects: list[Object], pod: Pod) -> list[Object]:
 
 
 def admits(peers: list[Object] | None, other: Pod) -> bool:
-    """Whether peers of a rule admit a pod of this namespace; none named admits all."""
+    """Returns whether the peers of a rule admit a pod of this namespace. A rule without peers
+    admits all pods.
+    """
     if peers is None:
         return True
     for peer in peers:
         if "ipBlock" in peer:
-            continue  # pods have addresses that are not public
+            continue  # Pods have addresses that are not public.
         selector = peer.get("podSelector", {}).get("matchLabels", {})
         if selector.items() <= other.labels.items():
             return True

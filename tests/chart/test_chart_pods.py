@@ -1,4 +1,6 @@
-"""Every pod of every value set: confined, probed, given time to stop, pointing at what exists."""
+"""Every pod of every value set has a security context, probes and time to stop, and refers to
+existing objects only.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def test_every_pod_is_confined(name: str) -> None:
     for pod in found(name):
         assert pod.spec["securityContext"] == POD_SECURITY
         assert pod.spec["automountServiceAccountToken"] is False
-        # Kubernetes' IMG2IMG_API_SERVICE_HOST is no setting: the roles would not start.
+        # Kubernetes' variable IMG2IMG_API_SERVICE_HOST is no setting, so the roles would not start.
         assert pod.spec["enableServiceLinks"] is False
         for container in pod.containers():
             assert container["securityContext"] == CONTAINER_SECURITY
@@ -78,7 +80,7 @@ def claim_templates(objects: list[Object], name: str) -> list[Object]:
 
 
 def references(volumes: dict[str, Object], pod: Pod) -> set[tuple[str, str]]:
-    """ConfigMaps and Secrets that a pod takes something from."""
+    """Returns the ConfigMaps and Secrets that a pod uses."""
     found = set()
     for volume in volumes.values():
         if "configMap" in volume:

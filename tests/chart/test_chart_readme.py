@@ -1,4 +1,4 @@
-"""The README's `helm install`, but for the cluster."""
+"""The values of the README's `helm install` command render."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The chart and `Settings` agree: every variable exists, what must be set is set, and it loads."""
+"""The chart and `Settings` agree: every variable exists, all required ones are set, and the
+settings load.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from img2img_server.settings import PREFIX, Settings, is_loopback
 from tests.chart_render import CHART, SETS, Object, environment, pods, render
 
 ROLES = ("api", "gateway", "worker")
-# Of each role, what its defaults cannot know on a cluster.
+# For each role, the settings whose defaults are wrong on a cluster.
 MUST = {
     "api": {"grpc_host", "metrics_host", "nats_url", "api_keys_file", "drain_seconds"},
     "gateway": {
@@ -32,7 +34,7 @@ NAMES = {PREFIX + name.upper(): name for name in Settings.model_fields}
 
 
 def containers(name: str) -> list[tuple[list[Object], str, Object]]:
-    """Every container of our command: the objects around it, its role, itself."""
+    """Yields every container that runs our command, with its object and its role."""
     objects = render(name)
     return [
         (objects, container["args"][0], container)
@@ -43,7 +45,7 @@ def containers(name: str) -> list[tuple[list[Object], str, Object]]:
 
 
 def ours(objects: list[Object], container: Object) -> dict[str, Any]:
-    """Its settings."""
+    """Returns the IMG2IMG_ variables of a container."""
     found = environment(objects, container)
     return {key: value for key, value in found.items() if key.startswith(PREFIX)}
 
@@ -68,7 +70,7 @@ def test_every_setting_that_points_at_this_machine_is_given_on_a_cluster() -> No
         if any(f in str(field.get_default()) for f in ("127.0.0.1", "localhost"))
         or (isinstance(field.default, str) and is_loopback(field.default))
     }
-    secret = {"nats_url"}  # its default does not show
+    secret = {"nats_url"}  # SecretStr hides its default, which is on loopback.
     assert (local | secret) - set().union(*MUST.values()) == set()
 
 
@@ -119,7 +121,7 @@ def test_addresses_of_ipv6_have_the_form_that_each_server_takes() -> None:
 
 
 def stand_in(source: Object) -> str:
-    """Something of the kind that the cluster would put there."""
+    """Returns a value of the kind that the cluster would insert."""
     return "2" if "resourceFieldRef" in source else "nats://somewhere:4222"
 
 

@@ -1,4 +1,4 @@
-"""Wrong values are refused, and the sentence says where and why."""
+"""Wrong values are rejected, with a message that names the value and the reason."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_values_that_do_not_fit_together_are_refused_with_the_way_out(
 
 
 def limits(*given: str) -> dict[str, Any]:
-    """The resources of a worker of pool `default`."""
+    """Returns the resources of a worker in the pool `default`."""
     pod = next(
         pod
         for pod in pods(render("default", *(f"--set={each}" for each in given)))

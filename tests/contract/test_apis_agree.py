@@ -57,7 +57,7 @@ MODEL = replace(
 
 
 class Apis:
-    """One service behind each of its APIs; returns the job at its end."""
+    """Sends one request to each API of one service and returns the job when it has ended."""
 
     def __init__(self, today: Gateway, legacy: Gateway) -> None:
         self.today, self.legacy = today, legacy
@@ -117,7 +117,8 @@ async def test_seeds_may_have_64_bits(name: str, seed: int, apis: Apis) -> None:
     job = await apis.make(name, seed=seed, samples=2)
     assert job.spec.seed == seed
     assert [sample.seed for sample in job.samples] == [seed, (seed + 1) % 2**63]
-    # In JSON as a string, so that no reader rounds it; and as a number of the contract's answers.
+    # The seed is a string in JSON, so that no parser rounds it, and a number in the responses of
+    # the HTTP contract.
     found = await apis.today.fetch(job.id)
     assert f'"seed":{seed},' in found.text.replace(" ", "")
 

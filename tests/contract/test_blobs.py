@@ -63,7 +63,7 @@ async def test_a_file_is_seen_whole_or_not_at_all(blobs: BlobStore) -> None:
     while not putting.done():
         info = await blobs.stat(KEY)
         seen.add(info.size_bytes if info else None)
-        await asyncio.sleep(0)  # in memory nothing else gives the put its turn
+        await asyncio.sleep(0)  # In memory, only this lets the put begin.
     await putting
     assert seen <= {None, len(data)}
     assert await content(blobs, KEY) == data
@@ -82,11 +82,11 @@ async def test_a_file_whose_put_was_cancelled_is_gone_once_it_was_deleted(
     async with open_blobs() as blobs:
         await blobs.prepare()
         putting = asyncio.create_task(blobs.put(KEY, os.urandom(4_000_000), "image/png"))
-        await asyncio.sleep(0)  # a thread has it
+        await asyncio.sleep(0)  # A thread is executing the put.
         putting.cancel()
         await asyncio.gather(putting, return_exceptions=True)
         await blobs.delete(KEY)
-    async with open_blobs() as blobs:  # to close the first one waited for its threads
+    async with open_blobs() as blobs:  # Closing the first store has waited for its threads.
         assert await blobs.stat(KEY) is None
 
 

@@ -1,4 +1,4 @@
-"""The gRPC methods that the gateway offers as JSON: what they take, answer and refuse."""
+"""The gRPC methods that the gateway offers as JSON: their requests, responses and errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 def body(request_id: str = "", **changes: Any) -> dict[str, Any]:
-    """A small good CreateJobRequest; changes replace fields of its spec."""
+    """Returns a small valid CreateJobRequest; `changes` replace fields of its spec."""
     spec = {
         "prompt": "a harbour at dusk",
         "init_image": {"data": photo_base64()},
@@ -148,7 +148,7 @@ async def test_a_model_that_no_worker_serves_is_reported_at_its_field(gateway: G
 async def test_what_cannot_be_read_is_reported_at_its_field(
     body: dict[str, Any], field: str, text: str, gateway: Gateway
 ) -> None:
-    # httpx would not send an infinity.
+    # httpx does not send infinite numbers.
     content = str(body).replace("'", '"').replace("inf}", "Infinity}")
     content = content.replace("True", "true").replace("False", "false")
     answer = await gateway.http.post("/v1/jobs", content=content, headers=KEY)

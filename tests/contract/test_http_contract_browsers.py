@@ -1,4 +1,6 @@
-"""Web pages that may call, and the responses to the others (docs/http-contract.md#cors)."""
+"""Web pages that may call the gateway, and the responses to all other pages
+(docs/http-contract.md#cors).
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ async def test_only_listed_origins_may_read_when_there_is_a_list(gateway: Gatewa
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def local(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    """A gateway as `local` starts it: with the development key."""
+    """Yields a gateway with the development key, as in the role `local`."""
     config = Settings(api_address=gateway.stack.api.address, dev_key=True)
     async with connect(config) as channel:
         app = create_app(config, channel, gateway.stack.worker.blobs)
@@ -94,7 +96,7 @@ async def test_with_the_development_key_pages_of_this_machine_may_call(
         {"Origin": "null"},
         {"Origin": ""},
         {"Origin": "http://[::1"},
-        # A host name of the page that resolves to this machine: the origin is the same.
+        # The page's host name resolves to this machine, so its origin is the gateway's own.
         {"Origin": "http://evil.example:8080", "Host": "evil.example:8080"},
         {"Host": "evil.example:8080"},
     ],
@@ -104,7 +106,8 @@ async def test_with_the_development_key_other_pages_are_refused(
     headers: dict[str, str], local: httpx.AsyncClient, gateway: Gateway
 ) -> None:
     jobs = await gateway.stack.bus.jobs.list_ids("dev")
-    simple = {"Content-Type": "text/plain", **headers}  # sent without a preflight
+    # Browsers send this request without a preflight request.
+    simple = {"Content-Type": "text/plain", **headers}
     for path in (f"{ENTERPRISE}/img2img", f"{ENTERPRISE}/restart_server"):
         answer = await local.post(path, json=body(), headers=simple)
         assert (answer.status_code, answer.json()) == (

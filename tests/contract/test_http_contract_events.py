@@ -1,4 +1,4 @@
-"""A job's events over HTTP: what EventSource and other readers of event streams get."""
+"""A job's events over HTTP, for EventSource and other readers of event streams."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 async def finished(gateway: Gateway) -> int:
-    """A job of ten events that has ended."""
+    """Returns a job that has ended, with ten events."""
     answer = await gateway.create(strength=0.5)
     job_id: int = answer.json()["id"]
     return job_id
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """The events of a stream: {"event": "step", "id": "6", "data": {…}}."""
+    """Returns the events of a stream: {"event": "step", "id": "6", "data": {…}}."""
     found = []
     for block in text.split("\n\n"):
         lines = [line.partition(": ")[::2] for line in block.split("\n") if line]

@@ -43,7 +43,7 @@ async def legacy(today: Gateway) -> AsyncIterator[Gateway]:
 
 @dataclass(frozen=True)
 class Refused:
-    """A rule, a request that breaks it, and the sentence by which both modes say so."""
+    """A rule, a request that breaks it, and the message of both modes."""
 
     rule: str
     sent: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Files (docs/http-contract.md#files), CORS and logs; probes and pages of documentation."""
+"""Files (docs/http-contract.md#files), CORS, logs, probes and the pages of the documentation."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class AwayBlobs(MemoryBlobStore):
 
 
 class VanishingBlobs(MemoryBlobStore):
-    """A bucket whose lifecycle rule comes between stat and read."""
+    """A bucket whose lifecycle rule deletes a file between stat and read."""
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         raise KeyError(key)
@@ -179,7 +179,7 @@ async def test_requests_are_counted_by_route_and_code(gateway: Gateway) -> None:
 
 async def test_ready_needs_the_api_and_the_bucket(gateway: Gateway) -> None:
     assert (await gateway.http.get("/healthz")).json() == {"status": "alive"}
-    for probe in ("/healthz", "/readyz"):  # uptime monitors ask with HEAD
+    for probe in ("/healthz", "/readyz"):  # Uptime monitors send HEAD requests.
         head = await gateway.http.head(probe)
         assert (head.status_code, head.content) == (200, b"")
     ready = await gateway.http.get("/readyz")
@@ -224,7 +224,7 @@ async def test_openapi_has_every_route_and_every_field(gateway: Gateway) -> None
         if route.path not in hidden
         for method in route.methods
     }
-    routes -= {("/healthz", "HEAD"), ("/readyz", "HEAD")}  # of a GET that is documented
+    routes -= {("/healthz", "HEAD"), ("/readyz", "HEAD")}  # This path is documented for GET only.
     documented = {
         (path, method.upper()) for path, methods in openapi["paths"].items() for method in methods
     }

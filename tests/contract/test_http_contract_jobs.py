@@ -31,27 +31,27 @@ from tests.http_stack import (
 from tests.stack import running_api, running_stack, settings
 
 V6_IMAGES = "/api/v6/images"
-SOON_SECONDS = 10  # well below wait_seconds
+SOON_SECONDS = 10  # a time well below wait_seconds
 UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 @asynccontextmanager
 async def held_gateway(**changes: Any) -> AsyncIterator[tuple[Gateway, FakeEngine]]:
-    """A gateway whose jobs stop after their first step until the engine is released."""
+    """Yields a gateway whose jobs stop after their first step until the engine is released."""
     engine = FakeEngine(hold_after=1)
     async with running_gateway({"engine": engine}, **changes) as gateway:
         yield gateway, engine
 
 
 async def ended(gateway: Gateway, job_id: int) -> job_pb2.Job:
-    """The record of a job once it has ended."""
+    """Returns the record of a job once it has ended."""
     async for _ in gateway.stack.api.watch(f"jobs/{job_id}"):
         pass
     return await gateway.stack.api.get(f"jobs/{job_id}")
 
 
 def golden(answer: httpx.Response) -> str:
-    """Code and body as a golden file has them: without what differs from run to run."""
+    """Returns status and body for a golden file, without the values that differ in each run."""
     text = json.dumps({"http": answer.status_code, "body": answer.json()}, indent=1)
     text = re.sub(UUID, "00000000-0000-4000-8000-000000000000", text)
     return re.sub(r'("generationTime"|"eta"): [0-9.]+', r"\1: 0.5", text) + "\n"
@@ -146,7 +146,8 @@ async def test_fetch_result_stays_in_the_family_that_was_called(family: str) -> 
     async with held_gateway() as (gateway, _):
         made = (await gateway.create(f"{family}/img2img", instant_response=True)).json()
         assert made["fetch_result"] == f"{BASE}{family}/fetch/{made['id']}"
-        for called in (ENTERPRISE, V6, V6_IMAGES):  # an id works whichever path made it
+        for called in (ENTERPRISE, V6, V6_IMAGES):
+            # A job id works on every path, whichever path created the job.
             reported = (await gateway.fetch(made["id"], called)).json()
             assert reported["fetch_result"] == f"{BASE}{called}/fetch/{made['id']}"
         for called, stays in (("/api/v1/enterprise", ENTERPRISE), (V6_IMAGES, V6_IMAGES)):

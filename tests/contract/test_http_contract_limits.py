@@ -43,7 +43,7 @@ from tests.stack import DEV, Api, Stack, kinds, refusal, running_api, running_wo
 async def limited(
     *, keys: KeyRing | None = None, legacy: bool = False, hold: bool = False, **changes: int
 ) -> AsyncIterator[Gateway]:
-    """A gateway and an api with these limits; `hold`: jobs wait after their first step."""
+    """Yields a gateway and an api with these limits. `hold`: jobs wait after their first step."""
     bus = memory_bus(queue_limit=50)
     engine = FakeEngine(hold_after=1) if hold else FakeEngine()
     async with (
@@ -108,7 +108,7 @@ async def test_an_init_image_that_cannot_be_downloaded_or_read_costs_no_job() ->
         for wrong in (NOWHERE, NOT_AN_IMAGE):
             assert (await gateway.create(init_image=wrong)).status_code == 400
         assert (await gateway.create()).json()["status"] == "success"
-        # The job of this minute is made: nothing is downloaded for one that cannot be.
+        # The limit of this minute is reached, so no init image is downloaded.
         assert (await gateway.create(init_image=NOWHERE)).status_code == 429
 
 
@@ -119,7 +119,7 @@ async def test_a_flood_of_bad_init_images_is_rejected_before_their_download() ->
         for next_one in (
             NOWHERE,
             PHOTO_URL,
-        ):  # the gateway cannot distinguish them before the download
+        ):  # The gateway cannot distinguish the two cases before the download.
             refused = await gateway.create(init_image=next_one)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "6")
             limit = f"Maximum {MISTAKES} requests per minute allowed."
@@ -190,7 +190,7 @@ async def test_each_tenant_has_its_own_limit_of_open_calls(tmp_path: Path) -> No
             f"/v1/jobs/{jobs[0].id}/events", headers={"Authorization": f"Bearer {a}"}
         )
         assert events.status_code == 429
-        # Short calls are not counted: fetch is never limited.
+        # Short calls are not counted, so fetch is never limited.
         assert (await gateway.fetch(jobs[0].id, key=a)).json()["status"] == "processing"
         gateway.stack.worker.engine.release()
         ended = [kinds([message async for message in stream])[-1] for stream in streams]
@@ -283,7 +283,8 @@ async def test_the_bodies_of_all_requests_are_bounded_before_their_keys_are_know
             "1",
         )
         assert refused.json()["message"].startswith("Service temporarily unavailable")
-        assert (await gateway.create()).json()["status"] == "success"  # what fits, passes
+        # A body of exactly the limit is accepted.
+        assert (await gateway.create()).json()["status"] == "success"
         go_on.set()
         assert (await slow).json()["message"].lower() == "invalid api key"
         assert (await gateway.http.post(path, content=filled(3))).json()["status"] == "success"
@@ -314,7 +315,9 @@ async def test_a_body_may_have_as_many_values_as_the_longest_texts_have_commas()
 
 @asynccontextmanager
 async def measuring() -> AsyncIterator[Callable[[], int]]:
-    """Yields a function that returns the bytes allocated since and not freed."""
+    """Yields a function that returns the number of bytes that were allocated since and not
+    freed.
+    """
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -343,7 +346,7 @@ HELD: list[tuple[str, dict[str, Any]]] = [
 async def test_the_parsed_body_is_freed_before_the_call_of_the_api(
     path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Written in ASCII; one character beyond it makes four bytes of each.
+    # ASCII text; one character beyond ASCII makes Python store four bytes for each character.
     parsed = {"key": "wrong", "filling": "x" * 2**20 + "🎨", "values": [{}] * 5_000}
     sent = json.dumps(body(**parsed, **fields)).encode()
     held: list[int] = []
@@ -395,7 +398,7 @@ async def test_a_post_waits_on_when_its_job_cannot_be_watched(
     monkeypatch.setattr(upstream, "WATCH_AGAIN_SECONDS", 0.01)
     async with limited(hold=True) as gateway:
         waiting = asyncio.create_task(gateway.create())
-        # At the second try it was refused before.
+        # The first attempts have passed, so this one is rejected.
         twice = asyncio.gather(tried.acquire(), tried.acquire())
         await asyncio.wait({waiting, twice}, return_when=asyncio.FIRST_COMPLETED)
         assert not waiting.done()
@@ -419,7 +422,7 @@ async def test_a_post_that_cannot_watch_or_get_its_job_returns_processing_in_tim
 
 async def test_retry_after_says_when_a_place_is_expected() -> None:
     async with limited(hold=True, queue_limit=2) as gateway:
-        # A worker that takes 40 s for 512x512 has 10 s for a quarter of it.
+        # A worker that takes 40 s at 512x512 takes 10 s for a quarter of the pixels.
         seconds = WorkerInfo(name="w2", model=FAKE_MODEL, device="cpu", job_seconds=40.0)
         await gateway.stack.bus.workers.announce(seconds)
         for _ in range(2):
@@ -437,7 +440,8 @@ async def test_a_hint_beyond_the_models_own_limit_is_ignored() -> None:
         assert (answer.status_code, found["status"]) == (200, "success")
         job = await gateway.stack.api.get(f"jobs/{found['id']}")
         assert job.spec.num_inference_steps == FAKE_MODEL.default_num_inference_steps
-        assert found["meta"]["strength"] == 0.4  # the model's own default, as over gRPC
+        # The value is the model's own default, as over gRPC.
+        assert found["meta"]["strength"] == 0.4
         assert found["warning"] == ("num_inference_steps was ignored: it must be between 1 and 6.")
         wrong = await gateway.create(num_inference_steps=50, width=5)
         assert list(wrong.json()["errors"]) == ["width"]

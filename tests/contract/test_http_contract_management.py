@@ -48,7 +48,7 @@ KEY = {"key": "dev-key"}
 
 @pytest_asyncio.fixture(params=[False, True], ids=["today", "legacy"])
 async def gateway(request: pytest.FixtureRequest) -> AsyncIterator[Gateway]:
-    """A gateway without a worker, so that no worker restarts."""
+    """Yields a gateway without a worker, so that no worker is restarted."""
     bus = memory_bus()
     async with running_worker(bus) as worker:
         await worker.drained()
@@ -142,7 +142,7 @@ async def test_other_methods_are_405(gateway: Gateway) -> None:
 
 @asynccontextmanager
 async def busy_gateway() -> AsyncIterator[tuple[Gateway, int]]:
-    """A gateway whose only worker is busy with a job, and the job's id."""
+    """Yields a gateway whose only worker runs a job, and the job's id."""
     engine = FakeEngine(hold_after=1, max_batch_size=1)
     async with running_gateway({"engine": engine}) as gateway:
         running = (await gateway.create(instant_response=True)).json()["id"]

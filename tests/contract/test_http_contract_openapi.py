@@ -1,7 +1,7 @@
-"""The OpenAPI document against the gateway: schemathesis makes requests of it, right and wrong.
-
-Its checks: no status of 500 and above, every response as documented (code, media type, headers and
-body), what the document allows is accepted, what it forbids is refused, other methods are 405.
+"""Compares the OpenAPI document with the gateway: schemathesis generates valid and invalid requests
+from it. It checks that no status is 500 or above, that every response is documented (status, media
+type, headers and body), that valid requests are accepted and invalid ones rejected, and that other
+methods get 405.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from tests.stack import running_api, running_worker, settings
 
 HOOKS = Path(__file__).parents[1] / "openapi_hooks.py"
 EXAMPLES_OF_AN_OPERATION = 15
-# The paths below /api/v6 have the endpoints and the schemas of those below /api/v1: one request for
-# each documented example shows that they are there.
+# The paths below /api/v6 have the endpoints and the schemas of the paths below /api/v1. So one
+# request for each documented example suffices.
 CONFIG = """
 [[operations]]
 include-path-regex = "^/api/v6/"
 phases = { coverage = { enabled = false }, fuzzing = { enabled = false } }
 """
-IDLE = replace(FAKE_MODEL, name="idle")  # its jobs wait for ever
-# Two processes, so that the test takes half the time on two processors.
+IDLE = replace(FAKE_MODEL, name="idle")  # Its jobs never end.
+# The test runs in two processes, which halves its time on two processors.
 HALVES = [
     f"--{verb}-path-regex=^/(v1|api/v1/enterprise/update_s3)" for verb in ("include", "exclude")
 ]
-SECONDS = 360.0  # under a minute on two idle cores
+SECONDS = 360.0  # less than a minute on two idle cores
 
 
 @asynccontextmanager
 async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]]]:
-    """A gateway with all behind it: its address, and the values for the hooks. Two tenants, so that
-    the storage that one sets up is not where the other's images go.
+    """Yields the address of a complete gateway, and the values for the hooks. There are two
+    tenants, so that the storage settings of one do not affect the images of the other.
     """
     (maker, maker_entry), (manager, manager_entry) = (
         new_key("maker", ["unsafe"]),
@@ -61,7 +61,7 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
     bus = memory_bus(queue_limit=100_000, storage_keys=new_storage_key())
     blobs, stop = MemoryBlobStore(), asyncio.Event()
 
-    async def work() -> None:  # and again after a restart command
+    async def work() -> None:  # The worker comes back after a restart command.
         while not stop.is_set():
             async with running_worker(bus, blobs=blobs) as worker:
                 await first_of(stop.wait(), asyncio.wait([worker.task]))
@@ -92,7 +92,9 @@ async def everything(folder: Path) -> AsyncIterator[tuple[str, dict[str, object]
 
 
 async def _some_jobs(url: str, key: str) -> dict[str, object]:
-    """Two jobs that have ended, one of them with `temp`: the id of the first, their files."""
+    """Creates two jobs and waits until they have ended, one of them with `temp`. Returns the id of
+    the first job and the names of the files.
+    """
     async with httpx.AsyncClient(base_url=url) as http:
         made = [
             (await http.post(f"{V6}/img2img", json=body(key=key, temp=temp))).json()
@@ -115,7 +117,7 @@ async def report_of(folder: Path, known: dict[str, object], selection: str) -> s
         "--no-shrink",
         "--continue-on-failure",
         "--warnings=off",
-        "--exclude-checks=ignored_auth",  # it takes keys away that the hooks put back
+        "--exclude-checks=ignored_auth",  # The run removes keys, which the hooks insert again.
         cwd=folder,
         env={
             **os.environ,

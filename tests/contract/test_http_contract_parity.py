@@ -1,4 +1,6 @@
-"""The same request over HTTP and over gRPC: the same job, the same image, the same errors."""
+"""The same request over HTTP and over gRPC gives the same job, the same image and the same
+errors.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 @dataclass(frozen=True)
 class Both:
-    """One request in both forms; `spec` is what differs from `body`."""
+    """One request in both forms. `spec` has the fields that differ from `body`."""
 
     name: str
     body: dict[str, Any]
@@ -67,7 +69,7 @@ class Both:
         return job_pb2.JobSpec(**(fields | (self.spec or {})))
 
 
-# Fields that only one transport has; every other field is in both lists below.
+# Fields that only one transport has. Every other field is in both lists below.
 GRPC_ONLY = {
     "model",
     "scheduler",
@@ -81,12 +83,13 @@ GRPC_ONLY = {
     "strength_mode",
 }
 LIMITING = {"minimum", "maximum", "minLength", "maxLength"}
-HTTP_ONLY = {"instant_response", "enhance_style"}  # answers at once; ignored, given back
+# The response comes at once; the field is ignored and returned unchanged.
+HTTP_ONLY = {"instant_response", "enhance_style"}
 INLINE = {"init_image": job_pb2.InitImage(data=photo())}
 
 
 def address(text: str) -> Both:
-    """The same address over both."""
+    """Returns a request with this address in both forms."""
     spec = {"init_image": job_pb2.InitImage(url=text)}
     return Both(f"init_image {text[:40]!r}", {"init_image": text}, spec)
 
@@ -150,7 +153,7 @@ REFUSED = [
         {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
     ),
     Both(
-        "not an image and other errors",  # the image is not decoded
+        "not an image and other errors",  # The image is not decoded before the other checks.
         {"init_image": "AAAA", "width": 5},
         {"init_image": job_pb2.InitImage(data=b"\0\0\0")},
     ),
@@ -203,13 +206,13 @@ async def test_the_lists_cover_every_field() -> None:
         for name in in_body
         if LIMITING & properties[name].get("anyOf", [properties[name]])[0].keys()
     }
-    # Over HTTP, hints are never an error and have no documented limits.
+    # Over HTTP, hints are never an error, and the document has no limits for them.
     assert {name for case in REFUSED for name in case.body} == limited
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Something that is refused for another reason than its fields, asked over both."""
+    """A request that is rejected for a reason other than its fields, in both forms."""
 
     reason: str
     status: int
@@ -277,8 +280,9 @@ REASONS = [
 async def refusing(
     gateway: Gateway, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Gateway, Api, dict[str, str]]]:
-    """A gateway and an api with these keys: one without rights, one whose queue is full, one that
-    has made its job of the minute."""
+    """Yields a gateway and an api with three keys: without permissions, with a full queue, and with
+    a used rate limit.
+    """
     made = {
         "weak": new_key("weak", []),
         "full": new_key("full", []),
@@ -315,13 +319,13 @@ async def test_both_refuse_for_the_same_reason(
         await case.grpc(api, [("authorization", f"Bearer {keys[case.key]}")])
     assert (answer.status_code, refusal(caught.value).reason) == (case.status, case.reason)
     reported = answer.json()["message"]
-    if case.status in (401, 403):  # elsewhere the contract has sentences of its own
+    if case.status in (401, 403):  # In other cases the contract has its own message.
         assert reported == caught.value.details()
 
 
 @dataclass(frozen=True)
 class Address:
-    """The response of an init image's address, and the errors of both APIs."""
+    """The address of an init image, and the errors of both APIs for it."""
 
     name: str
     answer: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -331,7 +335,7 @@ class Address:
 
     @property
     def text(self) -> str:
-        """The sentence with its cause."""
+        """Returns the message with its cause."""
         return f"{self.sentence}: {self.cause}" if self.cause else self.sentence
 
 
@@ -400,10 +404,10 @@ async def test_both_complain_about_the_same(case: Both, gateway: Gateway) -> Non
     assert (answer.status_code, reported.reason) == (400, "INVALID_REQUEST")
     assert answer.json()["reason"] == reported.reason
     errors = {name: said[0] for name, said in answer.json()["errors"].items()}
-    if "seed" in errors:  # the contract keeps its own range
+    if "seed" in errors:  # The contract keeps its own range.
         assert reported.violations["seed"] == "seed must be between 0 and 9223372036854775807"
         reported.violations["seed"] = "seed must be between 0 and 4294967295"
-    if "init_image" in errors:  # the contract has a sentence of its own, with the same cause
+    if "init_image" in errors:  # The contract has its own message, with the same cause.
         cause = reported.violations.pop("init_image").partition(": ")[2]
         assert errors.pop("init_image").partition(": ")[2] == cause
     assert errors == reported.violations

@@ -15,7 +15,7 @@ import pytest
 from tests.http_stack import PHOTO_URL, ServedGateway, served_gateway
 from tests.readme import ROOT, blocks
 
-# The SDK is written for an older pydantic, which says so at every turn.
+# The SDK was written for an older pydantic, which emits many warnings.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from modelslab_py.core.apis.realtime import Realtime
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method:DeprecationWar
 
 
 def realtime(gateway: ServedGateway, *, key: str = "dev-key", enterprise: bool = True) -> Realtime:
-    """The SDK's client, set up as the contract shows, but quicker to give up."""
+    """Returns the client of the SDK, configured as in the contract but with shorter timeouts."""
     client = Client(api_key=key, fetch_retry=3, fetch_timeout=0)
     client.base_url = f"http://{gateway.address}/api/"
     return Realtime(client, enterprise=enterprise)
@@ -39,7 +39,7 @@ def request(**options: Any) -> RealtimeImage2ImageSchema:
 
 
 async def call(method: Callable[..., Any], *given: Any) -> dict[str, Any]:
-    """The SDK blocks, the gateway lives in this loop: the SDK goes to a thread."""
+    """Calls the SDK in a thread: it blocks, and the gateway runs in this event loop."""
     answer: dict[str, Any] = await asyncio.to_thread(method, *given)
     return answer
 

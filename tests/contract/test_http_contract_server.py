@@ -1,4 +1,4 @@
-"""The gateway as a process serves it: a real HTTP server, real clients, a real stop."""
+"""The gateway as a server: real HTTP connections, real clients and a real stop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECONDS = 20.0
 
 
 async def api_trouble(channel: grpc.aio.Channel) -> str:
-    """Returns why a gateway with this channel cannot use its api."""
+    """Returns the reason why a gateway with this channel cannot use its api."""
     return await Readiness(channel, MemoryBlobStore(), asyncio.Event()).api_trouble()
 
 

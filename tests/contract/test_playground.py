@@ -137,7 +137,7 @@ async def test_the_examples_of_the_docs_work_with_the_development_key() -> None:
     }
     assert example_of(config, jobs)["spec"]["init_image"] == {"url": url}
     assert example_of(config, "/api/v1/enterprise/update_s3")["key"] == "my-key"
-    for other in (Settings(), Settings(dev_key=True)):  # the api could not fetch the example image
+    for other in (Settings(), Settings(dev_key=True)):  # The api cannot download the example image.
         assert example_of(other, jobs)["spec"]["init_image"]["url"].startswith("https://files.")
     assert example_of(Settings(), path)["key"] == "my-key"
     async with page_of(config) as http:
@@ -203,7 +203,8 @@ async def test_local_says_where_it_is_and_the_command_for_it(
     assert command.startswith(f"command: img2img generate --server 127.0.0.1:4321{key} --prompt ")
     assert more == (["playground: http://127.0.0.1:8123/"] if playground else [])
     name, *words = shlex.split(command.removeprefix("command: img2img "))
-    # click keeps the help option of a command from its first context, so that needs its parent.
+    # click caches the help option of a command with the command's first context, so a parent is
+    # needed.
     with cli.make_context("img2img", [name, *words]) as parent:
         assert cli.commands[name].make_context(name, words, parent=parent)
 

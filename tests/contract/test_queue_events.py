@@ -52,7 +52,7 @@ async def take(events: AsyncIterator[Envelope], count: int) -> list[tuple[int, E
 
 
 async def replay(bus: Bus, after: int = 0) -> list[tuple[int, Event]]:
-    """Everything in the log, up to its terminal event."""
+    """Returns all events of the log, up to the terminal event."""
     taken = []
     async with asyncio.timeout(LONG), bus.events.watch(JOB, after) as events:
         async for envelope in events:

@@ -1,4 +1,6 @@
-"""Cases of a real NATS server: outages, lost messages, messages that cannot be read."""
+"""Cases that need a real NATS server: outages, lost messages and messages that cannot be
+decoded.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ PASSWORD = "of-this-test"
 
 
 class Nats:
-    """A nats-server of one test, always at the same address with the same data."""
+    """A nats-server of one test. After a restart it has the same address and the same data."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,7 +68,7 @@ async def nats(tmp_path: Path) -> AsyncIterator[Nats]:
 
 @asynccontextmanager
 async def raw(settings: Settings) -> AsyncIterator[NatsConnection]:
-    """A second connection to NATS."""
+    """Yields a second connection to NATS."""
     async with connect([settings.nats_url.get_secret_value()]) as link:
         yield link
 
@@ -113,7 +115,8 @@ async def test_while_the_server_is_away_calls_fail_quickly_and_work_again_later(
         await nats.start()
         await later(lambda: bus.queue.put(a_job(), MODEL, Lane.REALTIME))
         (delivery,) = await bus.queue.pull(MODEL, [Lane.REALTIME], 5, LONG)
-        assert delivery.job == a_job()  # once: what had failed was not sent after all
+        # The job is queued only once: the failed put was not sent later.
+        assert delivery.job == a_job()
         assert (await writer.append(Queued())).sequence == 1
         assert await bus.jobs.next_id("acme") == drawn + 1
 
@@ -141,7 +144,7 @@ async def test_a_page_of_ids_costs_what_it_holds_and_not_what_there_is(
 
 
 async def later(call: Callable[[], object]) -> None:
-    """Calls until NATS responds again."""
+    """Repeats a call until NATS responds again."""
     async with asyncio.timeout(LONG):
         while True:
             try:
@@ -277,9 +280,8 @@ async def test_a_changed_limit_holds_from_the_next_connection_on(nats: Nats) -> 
 
 
 class LostAnswers:
-    """The first `count` replies to published messages are lost; `tries` counts all.
-
-    `stored`: the messages themselves arrive.
+    """Loses the first `count` replies to published messages. `tries`: number of published messages.
+    `stored`: whether the messages themselves are stored.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, *, stored: bool = True) -> None:
@@ -379,13 +381,14 @@ async def test_a_slow_reader_misses_nothing_of_what_did_not_fit(
             await writer.append(step(number))
         async with asyncio.timeout(LONG):
             seen = [(await anext(events)).event for _ in range(4)]
-            await writer.append(step(31))  # now there is room again, and a gap before it
+            await writer.append(step(31))  # The stream has room again, and its sequence has a gap.
             seen += [(await anext(events)).event for _ in range(27)]
         assert seen == [step(number) for number in range(1, 32)]
 
 
 async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Nats) -> None:
-    # ack_wait is 15 s here: a job that was lost with its pull would not come back in time.
+    # ack_wait is 15 s in this test, so a job that was lost together with its pull would not be
+    # redelivered in time.
     async with connect_bus(nats.settings) as api, connect_bus(nats.settings) as worker:
         for turn in range(90):
             job = a_job(JOB + turn)
@@ -395,7 +398,7 @@ async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Na
                 await asyncio.sleep(0)
             pulling.cancel()
             await putting
-            pulling.cancel()  # once more, while it cleans up
+            pulling.cancel()  # The caller is cancelled once more, during the cleanup.
             (got,) = await asyncio.gather(pulling, return_exceptions=True)
             async with asyncio.timeout(LONG):
                 while not isinstance(got, list) or not got:
@@ -420,7 +423,8 @@ async def test_more_keys_are_listed_than_the_server_returns_at_once(nats: Nats) 
                 await link.nc.publish(
                     subjects.key_subject(subjects.RECORDS_BUCKET, f"{tenant}.{job_id}")
                 )
-        await bucket.put("busy.last", b"")  # answered once all before it are stored
+        # The response comes once all messages before it are stored.
+        await bucket.put("busy.last", b"")
         assert set(await bucket.keys("busy.*")) == {*(f"busy.{n}" for n in ids), "busy.last"}
         assert set(await bucket.keys("acme.*")) == {f"acme.{JOB}", f"acme.{JOB + 1}"}
         assert await bucket.keys("nobody.*") == []
@@ -433,7 +437,8 @@ async def test_the_ids_of_an_older_version_stay_drawn(nats: Nats) -> None:
             await link.js.publish("img2img.ids", b"")
         async with connect_bus(nats.settings) as bus:
             drawn = [await bus.jobs.next_id("acme") for _ in range(2)]
-            await link.js.publish("img2img.ids", b"")  # an api of that version still draws
+            # An api of the older version still draws ids.
+            await link.js.publish("img2img.ids", b"")
             drawn.append(await bus.jobs.next_id("acme"))
             assert drawn == [FIRST_JOB_ID + 3, FIRST_JOB_ID + 4, FIRST_JOB_ID + 6]
             assert await bus.jobs.list_ids("acme") == drawn[::-1]

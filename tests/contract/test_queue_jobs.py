@@ -16,11 +16,11 @@ from img2img_server.nats.bus import Bus
 
 MODEL = "atelier"
 LANES = (Lane.REALTIME, Lane.BATCH)
-SOON = 0.05  # long enough to look, when nothing is expected
-LONG = 10.0  # never waited for in full
+SOON = 0.05  # seconds; long enough to detect a message when none is expected
+LONG = 10.0  # seconds; a timeout that no passing test reaches
 
 _ids = itertools.count(10_000_001)
-_routes: dict[int, tuple[str, Lane]] = {}  # where each job belongs
+_routes: dict[int, tuple[str, Lane]] = {}  # the position of each job
 
 
 def a_job(*, tenant: str = "acme", model: str = MODEL, lane: Lane = Lane.REALTIME) -> QueuedJob:
@@ -61,7 +61,7 @@ async def test_places_grow(bus: Bus) -> None:
 async def test_a_waiting_pull_gets_a_job_that_is_put_later(open_bus: OpenBus) -> None:
     async with open_bus() as api, open_bus() as worker, asyncio.TaskGroup() as tasks:
         waiting = tasks.create_task(pull_one(worker))
-        assert await pull(api) == []  # a round trip: by now the other pull waits too
+        assert await pull(api) == []  # After this round trip, the other pull waits too.
         job = a_job(lane=Lane.BATCH)
         await put(api, job)
         assert (await waiting).job == job
@@ -114,7 +114,7 @@ async def test_no_job_is_taken_twice(open_bus: OpenBus) -> None:
 async def test_a_cancelled_pull_loses_no_job(open_bus: OpenBus) -> None:
     async with open_bus() as one, open_bus() as two:
         pulling = asyncio.create_task(pull_one(one))
-        assert await pull(two) == []  # a round trip: by now the other pull waits too
+        assert await pull(two) == []  # After this round trip, the other pull waits too.
         pulling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await pulling
@@ -154,7 +154,7 @@ async def test_unfinished_counts_the_jobs_of_one_tenant_in_all_models_and_lanes(
     for job in (a_job(), a_job(), a_job(tenant="other"), a_job(model="other"), batch):
         await put(bus, job)
     assert await counts() == [4, 1, 0, 0]
-    delivery = await pull_one(bus)  # being run still counts
+    delivery = await pull_one(bus)  # A running job counts as unfinished.
     assert await counts() == [4, 1, 0, 0]
     await delivery.ack()
     assert await counts() == [3, 1, 0, 0]
@@ -253,7 +253,8 @@ async def test_position_and_depth_count_what_waits(open_bus: OpenBus) -> None:
         assert [await bus.queue.position(MODEL, Lane.REALTIME, p) for p in places] == [0, 1, 2]
         assert await bus.queue.depth(MODEL, Lane.REALTIME) == 3
         await pull_one(bus)
-    async with open_bus() as bus:  # numbers may be a moment old: ask with a new connection
+    async with open_bus() as bus:
+        # Numbers may be cached for a moment, so a new connection reads them.
         assert [await bus.queue.position(MODEL, Lane.REALTIME, p) for p in places] == [0, 0, 1]
         assert await bus.queue.depth(MODEL, Lane.REALTIME) == 2
         assert await bus.queue.depth(MODEL, Lane.BATCH) == 0
@@ -261,7 +262,8 @@ async def test_position_and_depth_count_what_waits(open_bus: OpenBus) -> None:
 
 async def test_the_load_of_a_lane_tells_what_waits_and_what_was_taken(open_bus: OpenBus) -> None:
     async def load() -> LaneLoad:
-        async with open_bus() as bus:  # numbers may be a moment old: ask with a new connection
+        async with open_bus() as bus:
+            # Numbers may be cached for a moment, so a new connection reads them.
             return await bus.queue.load(MODEL, Lane.BATCH)
 
     assert await load() == LaneLoad(waiting=0, taken=0, last_taken=0)
@@ -271,7 +273,7 @@ async def test_the_load_of_a_lane_tells_what_waits_and_what_was_taken(open_bus: 
         taken = await pull(worker, most=2, seconds=LONG)
         assert await load() == LaneLoad(waiting=1, taken=2, last_taken=places[1])
         await taken[0].ack()
-        await taken[1].nak()  # requeued: it has not ended
+        await taken[1].nak()  # The job was requeued, so it has not ended.
         assert await load() == LaneLoad(waiting=1, taken=1, last_taken=places[1])
 
 

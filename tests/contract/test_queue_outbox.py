@@ -19,8 +19,8 @@ from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
 
 LIMIT = 3
 ACK_WAIT_SECONDS = 0.5
-SOON = 0.05  # long enough to look, when nothing is expected
-LONG = 10.0  # never waited for in full
+SOON = 0.05  # seconds; long enough to detect a message when none is expected
+LONG = 10.0  # seconds; a timeout that no passing test reaches
 
 OpenOutbox = Callable[[], AbstractAsyncContextManager[WebhookOutbox]]
 
@@ -39,7 +39,9 @@ def a_job(number: int = 1, *, tenant: str = "acme") -> Job:
 
 @pytest.fixture(params=["memory", "jetstream"])
 def open_outbox(request: pytest.FixtureRequest) -> OpenOutbox:
-    """Connects to an empty outbox that holds 3 webhooks a tenant; twice is two connections."""
+    """Connects to an empty outbox that holds 3 webhooks for each tenant. Each call opens a new
+    connection.
+    """
     if request.param == "memory":
         shared = MemoryWebhookOutbox(limit=LIMIT, ack_wait_seconds=ACK_WAIT_SECONDS)
         return lambda: nullcontext(shared)
@@ -75,7 +77,7 @@ async def test_a_webhook_arrives_with_its_job_as_it_ended(outbox: WebhookOutbox)
 async def test_a_waiting_pull_gets_what_is_put_later(open_outbox: OpenOutbox) -> None:
     async with open_outbox() as worker, open_outbox() as api, asyncio.TaskGroup() as tasks:
         waiting = tasks.create_task(pull_one(api))
-        assert await worker.pull(1, SOON) == []  # a round trip: by now the other pull waits too
+        assert await worker.pull(1, SOON) == []  # After this round trip, the other pull waits too.
         await worker.put(a_job())
         assert (await waiting).job == a_job()
 
@@ -103,7 +105,8 @@ async def test_a_webhook_comes_again_after_the_delay_and_not_before(outbox: Webh
     await outbox.put(a_job())
     pending = await pull_one(outbox)
     started = time.monotonic()
-    await pending.retry(2 * ACK_WAIT_SECONDS)  # longer than silence may last
+    # The delay is longer than ack_wait.
+    await pending.retry(2 * ACK_WAIT_SECONDS)
     again = await pull_one(outbox)
     assert time.monotonic() - started > 1.9 * ACK_WAIT_SECONDS
     assert (again.job, again.deliveries) == (a_job(), 2)
@@ -139,7 +142,7 @@ async def test_none_is_taken_twice(open_outbox: OpenOutbox) -> None:
 
 async def test_a_cancelled_pull_loses_none(outbox: WebhookOutbox) -> None:
     pulling = asyncio.create_task(pull_one(outbox))
-    assert await outbox.pull(1, SOON) == []  # a round trip: by now the other pull waits too
+    assert await outbox.pull(1, SOON) == []  # After this round trip, the other pull waits too.
     pulling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await pulling

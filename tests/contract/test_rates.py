@@ -1,4 +1,6 @@
-"""Rate limits of keys: the algorithm by a clock, the count that apis share on both buses."""
+"""Rate limits of keys: the algorithm with a simulated clock, and the count that apis share on both
+buses.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ async def test_as_many_as_a_minute_has_come_at_once_then_one_by_one() -> None:
     assert [await rates.take("k", 60) for _ in range(60)] == [0.0] * 60
     assert await rates.take("k", 60) == pytest.approx(1.0)
     now += 0.75
-    assert await rates.take("k", 60) == pytest.approx(0.25)  # a refusal does not count
+    assert await rates.take("k", 60) == pytest.approx(0.25)  # A rejected call is not counted.
     now += 0.25
     assert await rates.take("k", 60) == 0.0
     assert await rates.take("k", 60) == pytest.approx(1.0)

@@ -145,7 +145,7 @@ async def test_a_record_goes_with_the_retention_however_late_it_was_written(
         for n, hours in enumerate((24.01, 23.9))
     )
     async with open_bus() as bus:
-        await bus.jobs.create(old)  # as if its webhook's status had just been written
+        await bus.jobs.create(old)  # This update simulates one of the webhook's status.
         revision = await bus.jobs.create(young)
         assert await bus.jobs.get(TENANT, old.id) is None
         assert await bus.jobs.get(TENANT, young.id) == Stored(young, revision)
@@ -180,7 +180,7 @@ async def test_pages_of_jobs_hold_what_a_plain_list_holds(open_bus: OpenBus) -> 
             tenant = "other" if number % 3 else TENANT
             job = a_job(await one.jobs.next_id(tenant), tenant)
             drawn.insert(0, replace(job, state=[State.QUEUED, State.RUNNING][number % 2]))
-            if number % 7:  # the others are refused after their id is drawn
+            if number % 7:  # The other jobs are rejected after their ids are drawn.
                 await one.jobs.create(drawn[0])
         for states in (None, {State.RUNNING}):
             expected = [

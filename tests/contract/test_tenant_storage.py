@@ -1,4 +1,4 @@
-"""Key-value buckets and tenants' storage details in them, in memory and on JetStream."""
+"""Key-value buckets with the storage details of tenants, in memory and on JetStream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER = replace(GOOD, image_directory="other", aws_secret_access_key="SK-OTHER")
 
 @dataclass
 class Buckets:
-    """Two empty buckets, and storage on them with any keys."""
+    """Two empty buckets, and a TenantStorage on them with any keys."""
 
     current: KeyValue
     retired: KeyValue

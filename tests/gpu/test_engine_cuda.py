@@ -36,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class NoWaits(DiffusersDenoiser):
-    """No call but the first of a kind, which builds kernels, may wait for the device."""
+    """Fails if a call waits for the device, except the first call of a kind, which builds
+    kernels.
+    """
 
     def count(self) -> None:
         self.calls: Counter[str] = Counter()

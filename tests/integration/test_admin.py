@@ -76,7 +76,7 @@ async def get(api: Api, job: job_pb2.Job, metadata: Any) -> job_pb2.Job:
 
 @asynccontextmanager
 async def announced() -> AsyncIterator[Bus]:
-    """A bus that knows the fake model although no worker runs."""
+    """Yields a bus on which the fake model is announced although no worker runs."""
     bus = memory_bus()
     worker = WorkerInfo(name="w", model=FAKE_MODEL, device="cpu")
     await bus.workers.announce(worker)
@@ -144,7 +144,7 @@ async def test_clear_queue_ends_the_tenants_waiting_jobs_and_no_others(tmp_path:
         await read_until(stream, "step")
         waiting = [await create(api, keys.a) for _ in range(2)]
         strangers = await create(api, keys.b)
-        with pytest.raises(grpc.aio.AioRpcError):  # the queue is full
+        with pytest.raises(grpc.aio.AioRpcError):  # The queue is full.
             await create(api, keys.a)
         assert (await call(api, "ClearQueue", keys.a)).cleared_jobs == 2
         for job in waiting:
@@ -157,7 +157,7 @@ async def test_clear_queue_ends_the_tenants_waiting_jobs_and_no_others(tmp_path:
         assert (await get(api, running, keys.a)).state == job_pb2.Job.STATE_RUNNING
         assert (await get(api, strangers, keys.b)).state == job_pb2.Job.STATE_QUEUED
         assert (await call(api, "ClearQueue", keys.a)).cleared_jobs == 0
-        await create(api, keys.a)  # there is room again
+        await create(api, keys.a)  # The queue has room again.
         engine.release()
         await read_until(stream, "succeeded")
 
@@ -195,7 +195,7 @@ async def test_clear_queue_looks_again_at_a_job_that_moves_on_meanwhile() -> Non
         jobs = bus.jobs
 
         class Moving:
-            """A store in which a worker is quicker once."""
+            """A store whose first update of a failed job conflicts, as if a worker were faster."""
 
             moved = 0
 
@@ -284,7 +284,7 @@ async def test_system_details_tell_models_queue_and_use() -> None:
             await api.create(spec())
         found = await call(api, "GetSystemDetails")
     assert (found.server_version, found.model_count, found.queued_jobs) == (__version__, 2, 3)
-    assert found.queue_duration.ToTimedelta().total_seconds() == 4.5  # 3 jobs, 3 s, 2 workers
+    assert found.queue_duration.ToTimedelta().total_seconds() == 4.5  # 3 jobs of 3 s on 2 workers
     assert found.gpu_usage == pytest.approx(0.45)
     assert 0.0 < found.uptime.ToTimedelta().total_seconds() < WAIT_SECONDS
 

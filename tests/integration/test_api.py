@@ -388,7 +388,7 @@ async def test_a_full_queue_refuses_at_once_with_a_retry_hint() -> None:
         assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         assert found.retry_seconds == 30.0
         listed = await api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
-        assert len(listed.jobs) == 2  # the refused one left nothing
+        assert len(listed.jobs) == 2  # The rejected request has created nothing.
 
 
 async def test_the_jobs_of_a_tenant_count_together_whatever_their_lane() -> None:
@@ -426,7 +426,7 @@ async def test_a_full_queue_refuses_before_the_init_image_is_fetched_or_decoded(
             assert refusal(caught.value).reason == "QUEUE_FULL"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await api.create(spec(width=5, init_image=broken))
-        assert set(refusal(caught.value).violations) == {"width"}  # fields come first
+        assert set(refusal(caught.value).violations) == {"width"}  # Fields are checked first.
     assert len(fetched) == 1
 
 
@@ -504,7 +504,7 @@ async def test_a_repeated_request_finds_its_job_in_a_full_queue() -> None:
         one, other = str(uuid.uuid4()), str(uuid.uuid4())
         first = await api.create(spec(), request_id=one)
         assert (await api.create(spec(), request_id=one)).id == first.id
-        for _ in range(2):  # refused, not remembered
+        for _ in range(2):  # The rejected request was not stored.
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await api.create(spec(), request_id=other)
             assert refusal(caught.value).reason == "QUEUE_FULL"
@@ -513,7 +513,8 @@ async def test_a_repeated_request_finds_its_job_in_a_full_queue() -> None:
 
 
 async def test_a_request_id_is_free_again_when_the_queue_refused_its_job() -> None:
-    bus = memory_bus(queue_limit=1)  # less than the api believes: only the queue itself refuses
+    # The api's cached number is smaller, so only the queue itself rejects the job.
+    bus = memory_bus(queue_limit=1)
     async with running_worker(bus) as worker:
         await worker.drained()
     async with running_api(bus, settings(queue_limit=2)) as api:
@@ -652,7 +653,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_and_retried_only_if_wait
     bus = memory_bus()
     await known_model(bus)
     async with running_api(bus) as api:
-        # A worker that takes 4 s for 512x512, so 1 s for each of these.
+        # A worker that takes 4 s at 512x512 takes 1 s for each of these jobs.
         worker = WorkerInfo(name="w1", model=FAKE_MODEL, device="cpu", job_seconds=4.0)
         await bus.workers.announce(worker)
         for _ in range(waiting):
@@ -682,7 +683,8 @@ async def test_health_and_reflection_answer_without_a_key() -> None:
 
 async def test_a_stranger_is_refused_before_a_large_request_is_read() -> None:
     async with running_stack() as stack:
-        large = spec(init_image=job_pb2.InitImage(data=bytes(60 * 2**20)))  # above the limit, too
+        # This value exceeds the limit, too.
+        large = spec(init_image=job_pb2.InitImage(data=bytes(60 * 2**20)))
         request = service_pb2.CreateJobRequest(spec=large)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stack.api.stub.CreateJob(request, metadata=(("authorization", "Bearer no"),))

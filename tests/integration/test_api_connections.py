@@ -1,4 +1,4 @@
-"""Connections to the api: they are renewed, so that apis that were added get their share."""
+"""Connections to the api are renewed, so that new apis get their share of the calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.stack import Api, known_model, running_api, spec
 
 
 def connections(api: Api) -> set[int]:
-    """Our ports of the connections to it."""
+    """Returns our ports of the connections to this port."""
     port = int(api.address.rpartition(":")[2])
     found = psutil.Process().net_connections(kind="tcp")
     return {each.laddr.port for each in found if each.raddr and each.raddr.port == port}

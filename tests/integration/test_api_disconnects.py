@@ -1,4 +1,4 @@
-"""Generate calls that break: how their jobs are kept or cancelled, and when."""
+"""Generate calls whose connections break: when their jobs continue, and when they are cancelled."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def apis(
     open_bus: OpenBus, engine: FakeEngine, count: int = 1, **changes: Any
 ) -> AsyncIterator[list[Api]]:
-    """A worker and so many apis, each with a connection of its own to NATS."""
+    """Yields a worker and a number of apis, each with its own connection to NATS."""
     config = settings(**({"disconnect_grace_seconds": GRACE_SECONDS} | changes))
     async with AsyncExitStack() as parts:
         bus = await parts.enter_async_context(open_bus())
@@ -83,7 +83,7 @@ async def broken(api: Api, logs: list[Any], **fields: Any) -> str:
 
 
 async def outlive_the_grace_period(api: Api, *names: str) -> None:
-    """Asserts that none of the jobs is cancelled when the grace period is over."""
+    """Asserts that none of the jobs is cancelled when the grace period ends."""
     await asyncio.sleep(GRACE_SECONDS + 0.3)
     for name in names:
         assert (await api.get(name)).state != CANCELLED
@@ -92,7 +92,7 @@ async def outlive_the_grace_period(api: Api, *names: str) -> None:
 async def test_a_broken_call_is_cancelled_after_the_grace_period_and_the_log_says_why(
     tmp_path: Any,
 ) -> None:
-    """Queued or running, and although another tenant tried to watch it."""
+    """The job is queued or runs, and another tenant has tried to watch it."""
     keys, key_a, key_b = two_tenants(tmp_path)
     ours, theirs = ((("authorization", f"Bearer {key}"),) for key in (key_a, key_b))
     config = settings(disconnect_grace_seconds=GRACE_SECONDS)
@@ -123,7 +123,9 @@ async def test_a_broken_call_is_cancelled_after_the_grace_period_and_the_log_say
 
 @ON_NATS
 async def test_a_stream_at_another_api_keeps_the_job(open_bus: OpenBus) -> None:
-    """A WatchJob call keeps it permanently, a repeated Generate call until that breaks, too."""
+    """A WatchJob call keeps the job permanently. A repeated Generate call keeps it until that call
+    breaks.
+    """
     engine, request_id = FakeEngine(hold_after=1), str(uuid.uuid4())
     with capture_logs() as logs:
         async with apis(open_bus, engine, 2) as (first, second):
@@ -131,7 +133,7 @@ async def test_a_stream_at_another_api_keeps_the_job(open_bus: OpenBus) -> None:
             watched_before = str((await read_until(call, "step"))[0].event.job)
             open_before = second.watch(watched_before)
             await anext(aiter(open_before))
-            call.cancel()  # the server notices only now what the caller has long noticed
+            call.cancel()  # The server detects the loss now, long after the caller.
             await logged(logs, "generate_disconnected", watched_before)
             watched = await broken(first, logs)
             watch = second.watch(watched)
@@ -202,7 +204,7 @@ async def test_without_a_grace_period_a_broken_call_is_cancelled_at_once() -> No
 
 
 async def test_a_call_that_breaks_before_its_job_has_a_name_is_cancelled_at_once() -> None:
-    """Without a request_id no caller can ask for the job again."""
+    """Without a request_id no caller can find the job again."""
     bus = memory_bus()
     await known_model(bus)
     fetching, goes_on = asyncio.Event(), asyncio.Event()
@@ -239,7 +241,7 @@ async def test_a_call_that_is_closed_after_the_jobs_end_has_not_broken() -> None
 
 
 class CutOff:
-    """A control whose first cancels do not reach NATS."""
+    """A Control whose first cancel messages do not reach NATS."""
 
     def __init__(self, inner: Any, failures: int) -> None:
         self._inner, self._failures = inner, failures

@@ -1,4 +1,4 @@
-"""A job is known as long after its end as its links work, and not longer."""
+"""A job exists exactly as long after its end as its links work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOUR = 3600.0
 
 
 async def ended_hours_ago(bus: Bus, job_id: int, hours: float) -> Stored:
-    """Puts the job's end into the past."""
+    """Changes the record so that the job ended in the past."""
     stored = await bus.jobs.get("dev", job_id)
     assert stored is not None
     job = replace(stored.job, end_time=time.time() - hours * HOUR)
@@ -64,7 +64,8 @@ async def test_a_late_webhook_status_does_not_keep_the_job_known(bus: Bus) -> No
         stored = await ended_hours_ago(bus, job.id, 23.999)
         await set_status(bus.jobs, stored.job, SUCCESS)
         await ended_hours_ago(bus, job.id, 24.001)
-        await set_status(bus.jobs, stored.job, "failed")  # fine, though it is gone
+        # The call succeeds although the file is already deleted.
+        await set_status(bus.jobs, stored.job, "failed")
         assert await listed(api) == []
 
 

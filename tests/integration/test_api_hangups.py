@@ -1,4 +1,6 @@
-"""Callers who leave, servers that die half way, parts that fail in between: nothing is stranded."""
+"""Callers that disconnect, servers that die during a call and components that fail: no job is left
+unfinished.
+"""
 
 import asyncio
 import dataclasses
@@ -28,7 +30,7 @@ from tests.stack import (
 
 
 class Through:
-    """Something as it is, but for what a subclass changes."""
+    """A proxy of an object; subclasses replace single methods."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -38,7 +40,7 @@ class Through:
 
 
 class GatedQueue(Through):
-    """Jobs wait until it is opened."""
+    """A queue that keeps new jobs waiting until it is opened."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
@@ -83,7 +85,9 @@ async def test_a_request_repeated_after_its_api_died_half_way_is_finished() -> N
     queue = GatedQueue(bus.queue)
     async with running_api(dataclasses.replace(bus, queue=queue)) as doomed:
         dying = asyncio.create_task(doomed.create(spec(), request_id=request_id))
-        await queue.reached.wait()  # recorded and claimed, not queued, and then it dies
+        # The api dies after it has created the record and claimed the request_id, and before it
+        # queues the job.
+        await queue.reached.wait()
         async with running_api(bus) as api, running_worker(bus, name="w2"):
             messages = [m async for m in api.generate(spec(), request_id=request_id)]
             assert kinds(messages)[-1] == "succeeded"
@@ -124,7 +128,7 @@ async def test_of_two_streams_of_one_request_the_first_may_leave() -> None:
 
 
 class ForgetfulEvents(Through):
-    """Its first writer cannot append."""
+    """An event log whose first writer cannot append."""
 
     failures = 1
 
@@ -151,7 +155,7 @@ REQUEST = "0c2ad4d2-9b7d-4c6e-8f4c-6d0c9a6a3a11"
 
 
 class UnreadableJobs(Through):
-    """One record cannot be read any more."""
+    """A store in which one record cannot be decoded."""
 
     unreadable = 0
 
@@ -214,7 +218,7 @@ async def test_a_record_that_cannot_be_read_is_the_services_trouble_for_now_and_
             found = refusal(caught.value)
             assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
             assert caught.value.details() == "The job's record cannot be read by this server."
-        jobs.unreadable = 0  # another api, which can
+        jobs.unreadable = 0  # Another api can decode the record.
         assert (await api.cancel(bad.name)).state == job_pb2.Job.STATE_CANCELLED
 
 

@@ -1,4 +1,4 @@
-"""LoRA and deadline on their way from the caller to the engine."""
+"""LoRA and deadline on the way from the caller to the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.stack import DEV, refusal, running_stack, spec
 
 
 class Listening(FakeEngine):
-    """Notes what it is given."""
+    """An engine that records its jobs."""
 
     def __init__(self) -> None:
         self.jobs: list[EngineJob] = []

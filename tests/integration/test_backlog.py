@@ -1,4 +1,4 @@
-"""The figure that workers are scaled by: device seconds of jobs that have not ended."""
+"""The metric by which workers are scaled: device seconds of jobs that have not ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.stack import kinds, running_api, running_worker, spec
 
 MODEL = replace(FAKE_MODEL, pixel_step_seconds=1e-6)
 _ids = itertools.count(1)
-SMALL, LARGE = 256 * 256 * 10, 512 * 512 * 20 * 2  # pixel-steps of the two jobs below
+SMALL, LARGE = 256 * 256 * 10, 512 * 512 * 20 * 2  # pixel-steps of the two jobs below together
 
 
 def small(lane: Lane = Lane.REALTIME) -> JobParams:
@@ -101,7 +101,7 @@ async def test_an_api_that_saw_no_job_counts_with_the_models_own_request() -> No
     bus = memory_bus(queue_limit=100)
     await announce(bus)
     await put(bus, None, small(), small())
-    default = FAKE_MODEL.native_size**2 * 2  # 4 steps at 0.7
+    default = FAKE_MODEL.native_size**2 * 2  # 4 steps run at strength 0.7
     assert await seconds(Backlog(bus.queue, bus.workers), "waiting") == round(2 * default * 1e-6, 6)
 
 
@@ -116,12 +116,12 @@ async def test_live_workers_say_how_fast_they_are_and_the_model_remembers_it() -
     assert await seconds(backlog, "waiting") == round(SMALL * 2e-6, 6)
     for name in ("w", "slow", "fast"):
         await bus.workers.withdraw(name)
-    assert await seconds(backlog, "waiting") == round(SMALL * 1e-6, 6)  # the last one announced
+    assert await seconds(backlog, "waiting") == round(SMALL * 1e-6, 6)  # the last announced value
 
 
 def test_a_worker_measures_its_device_not_the_time_before_or_between() -> None:
     pace = Throughput()
-    pace.add_busy_seconds(100.0, 10.0)  # compiling
+    pace.add_busy_seconds(100.0, 10.0)  # The worker is compiling.
     for _ in range(10):
         pace.count_step(small())
     pace.add_busy_seconds(102.0, 20.0)
@@ -131,7 +131,8 @@ def test_a_worker_measures_its_device_not_the_time_before_or_between() -> None:
         pace.add_busy_seconds(102.0, 30.0)
     assert pace.busy == 0.0
     pace.add_busy_seconds(104.0, 40.0)
-    assert pace.pixel_step_seconds > 2.0 / SMALL  # busy for as long, and nothing was finished
+    # The device was busy without finishing a step.
+    assert pace.pixel_step_seconds > 2.0 / SMALL
 
 
 async def test_the_metric_follows_a_job_with_the_pace_that_its_worker_measured(
@@ -153,7 +154,7 @@ async def test_the_metric_follows_a_job_with_the_pace_that_its_worker_measured(
 
     async with running_worker(bus, engine), running_api(bus) as api:
         call = api.generate(spec(num_inference_steps=10, strength=1.0))
-        await reaches(0.15, 0.4)  # 10 steps of 0.02 s; unmeasured it would be 0.66
+        await reaches(0.15, 0.4)  # 10 steps of 0.02 s; the estimate without a measurement is 0.66 s
         engine.release()
         assert kinds([m async for m in call])[-1] == "succeeded"
         await reaches(0.0, 0.0)

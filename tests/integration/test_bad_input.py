@@ -1,4 +1,6 @@
-"""Bad input over gRPC: a typed error names every violated field; other requests go through."""
+"""Invalid requests over gRPC: a typed error names every field with a fault, and other requests
+succeed.
+"""
 
 import io
 import zlib
@@ -15,7 +17,7 @@ from tests.stack import DEV, kinds, photo, refusal, running_stack, spec
 
 
 def image_of_70_megapixels() -> bytes:
-    """A PNG whose header says 10000 x 7000; tiny as a file."""
+    """Returns a PNG of a few bytes whose header declares 10000 x 7000 pixels."""
     header = io.BytesIO()
     Image.new("L", (1, 1)).save(header, "PNG")
     data = bytearray(header.getvalue())
@@ -35,7 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Reason]]] = {
     "samples 9": ({"samples": 9}, {"samples": Reason.OUT_OF_RANGE}),
     "no image": ({"init_image": None}, {"init_image": Reason.REQUIRED}),
     "not an image": (inline(b"just some text"), {"init_image": Reason.INVALID_IMAGE}),
-    "an address that gives nothing": (  # real ones: test_http_contract_parity.py
+    "an address that gives nothing": (  # real addresses are in test_http_contract_parity.py
         {"init_image": job_pb2.InitImage(url="http://127.0.0.1:9/none.png")},
         {"init_image": Reason.DOWNLOAD_FAILED},
     ),
@@ -54,7 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Reason]]] = {
             "height": Reason.OUT_OF_RANGE,
             "samples": Reason.OUT_OF_RANGE,
             "strength": Reason.OUT_OF_RANGE,
-        },  # the image is checked when all else is good
+        },  # The image is checked after all other fields.
     ),
     "unknown enum values": (
         {"output_format": 77, "lane": 9},
@@ -87,7 +89,7 @@ async def test_bad_input_names_every_violated_field_and_later_requests_work(case
         good = [m async for m in stack.api.generate(spec())]
         assert kinds(good)[-1] == "succeeded"
         listed = await stack.api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
-        assert len(listed.jobs) == 1  # refused requests leave no job
+        assert len(listed.jobs) == 1  # Rejected requests create no job.
 
 
 @pytest.mark.parametrize("header", ["Bearer unknown", "Bearer ", "dev-key", ""])

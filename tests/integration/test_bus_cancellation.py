@@ -1,4 +1,4 @@
-"""Callers who stop waiting in the middle do not damage the shared connection."""
+"""Callers that are cancelled in the middle of a call do not damage the shared connection."""
 
 import asyncio
 from pathlib import Path
@@ -22,7 +22,8 @@ async def test_cancelled_watches_leave_the_connection_alive(tmp_path: Path) -> N
 
             for turn in range(60):
                 task = asyncio.create_task(watch())
-                for _ in range(turn):  # every moment of entering, reading and leaving
+                for _ in range(turn):
+                    # The cancel comes at each moment of entering, reading and leaving.
                     await asyncio.sleep(0)
                 task.cancel()
                 await asyncio.sleep(0)

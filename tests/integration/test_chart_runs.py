@@ -1,4 +1,4 @@
-"""The quickstart that the chart renders, run: a job from gateway to S3, probes, drain."""
+"""Runs the pods of the rendered quickstart: a job from the gateway to S3, probes and drain."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def kubelet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kubelet]:
-    """Every pod of the quickstart, ready, and its model known."""
+    """Yields every pod of the quickstart, once all are ready and the model is announced."""
     if why := cannot_run_pods():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("pods")
@@ -61,7 +61,7 @@ async def start(pod: RunningPod) -> None:
 
 
 async def post(kubelet: Kubelet, path: str, **fields: object) -> Object:
-    """One request at the gateway, with the key that the chart made."""
+    """Sends one request to the gateway with the key that the chart created."""
     key = config(kubelet.objects, "Secret", f"{NAME}-quickstart")["api-key"].decode()
     url = f"http://{pod(kubelet, 'gateway').address}:8080{path}"
     body = json.dumps({"key": key, **fields})
@@ -162,13 +162,13 @@ async def test_a_worker_that_is_stopped_finishes_its_job_within_its_grace_period
 
 
 def client(kubelet: Kubelet) -> AsyncClient:
-    """A gRPC client of the api with the key that the chart made."""
+    """Yields a gRPC client of the api with the key that the chart created."""
     key = config(kubelet.objects, "Secret", f"{NAME}-quickstart")["api-key"].decode()
     return AsyncClient(f"{pod(kubelet, 'api').address}:50051", api_key=key)
 
 
 async def until_served(caller: AsyncClient, model: str) -> None:
-    """Returns when the api knows the model: a worker announces it after it is ready."""
+    """Returns when a worker has announced the model to the api, after the worker is ready."""
     async with asyncio.timeout(30):
         while model not in [  # noqa: ASYNC110 - another process
             each.name for each in (await caller.capabilities()).models
@@ -177,7 +177,7 @@ async def until_served(caller: AsyncClient, model: str) -> None:
 
 
 async def until_running(kubelet: Kubelet, job_id: int) -> None:
-    """Returns when a worker has the job, as the api's own events say."""
+    """Returns when a worker runs the job, by the events of the api."""
     key = config(kubelet.objects, "Secret", f"{NAME}-quickstart")["api-key"].decode()
     url = f"http://{pod(kubelet, 'gateway').address}:8080/v1/jobs/{job_id}/events"
     headers = {"Authorization": f"Bearer {key}"}

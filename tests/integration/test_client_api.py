@@ -78,7 +78,7 @@ async def test_a_stream_survives_a_restart_of_the_api_without_gap_or_duplicate()
     assert (await stream.result()).job.state is State.SUCCEEDED
     numbers = [event.sequence for event in seen]
     assert numbers == list(range(len(numbers)))
-    assert seen[1:] == whole[1:]  # all but the snapshot, which is older
+    assert seen[1:] == whole[1:]  # All records except the snapshot, which is older.
 
 
 async def test_leaving_a_stream_cancels_the_job_in_the_service() -> None:

@@ -1,4 +1,4 @@
-"""Announced sizes are compiled before the worker is ready, and nothing after that."""
+"""Announced sizes are compiled before the worker is ready, and no shape is compiled later."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_every_announced_shape_is_compiled_before_the_first_job_and_none_after_i
 ) -> None:
     compiled, limits = list[int](), set[int]()
 
-    # In place of the real compiler, which would take minutes: when and how often it is called.
+    # This function replaces the compiler, which would take minutes. The test counts its calls.
     def counting(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         compiled.append(len(graph.graph.nodes))
-        limits.add(torch._dynamo.config.recompile_limit)  # of this thread
+        limits.add(torch._dynamo.config.recompile_limit)  # the limit of this thread
         return graph.forward
 
     compile_module = torch.nn.Module.compile

@@ -1,6 +1,6 @@
 """The effect of words and strength on the packaged model.
 
-Looks change the photo, unknown words do not spoil it, and only full strength forgets it.
+Styles change the photo, unknown words keep it intact, and only full strength ignores it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def photo() -> Pixels:
 
 @pytest.fixture
 def draw(engine: Engine, photo: Pixels) -> Draw:
-    """Returns an image made of the photo, or of another one, at the model's own defaults."""
+    """Returns an image generated from a photo with the model's own defaults."""
     model = engine.model
 
     def image(
@@ -70,12 +70,12 @@ def draw(engine: Engine, photo: Pixels) -> Draw:
 
 
 def distance(one: Pixels, other: Pixels) -> float:
-    """Root mean square of the pixels' differences, 0 to 255."""
+    """Returns the root mean square of the pixels' differences, 0 to 255."""
     return float(np.sqrt(np.mean((one.astype(np.float32) - other) ** 2)))
 
 
 def likeness(one: Pixels, other: Pixels) -> float:
-    """Correlation of the brightness of 8 x 8 blocks, -1 to 1."""
+    """Returns the correlation of the brightness of 8 x 8 blocks, -1 to 1."""
     blocks = [
         image.mean(axis=2).reshape(SIDE // 8, 8, SIDE // 8, 8).mean(axis=(1, 3)).ravel()
         for image in (one, other)

@@ -1,4 +1,4 @@
-"""A device that breaks permanently: the engine reports it once, and fails no job for it."""
+"""A device that breaks permanently: the engine reports it once and does not fail the other jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny_models import write_sd
 
 
 class Breaking(NoProbe):
-    """The memory of a device that cannot report it any more once it is broken."""
+    """A memory probe that raises errors once the device is broken."""
 
     is_broken = False
 

@@ -1,4 +1,4 @@
-"""From settings to a warm engine."""
+"""Loads and warms up an engine by its settings."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_unknown_dtype_is_refused() -> None:
 def test_what_the_front_roles_import_leaves_torch_out() -> None:
     engine = "from img2img_server.engine import base, model_spec, scheduler"
     twin = "from img2img_server.testing import fake_engine"
-    read = "model_spec.read_model_spec('')"  # imports all model families
+    read = "model_spec.read_model_spec('')"  # This import loads all model families.
     code = f"import sys; {engine}; {twin}; {read}; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 

@@ -1,4 +1,4 @@
-"""LoRA by request: images of the changed weights, only for requests with the LoRA."""
+"""LoRAs by request: images have the changed weights only in requests with the LoRA."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
 CONVOLUTION = "down_blocks.0.resnets.0.conv1"
 TEXT = "encoder.layers.0.self_attn.q_proj"
 UNET = (("unet", LINEAR), ("unet", OUT), ("unet", CONVOLUTION), ("text_encoder", TEXT))
-# Weights of models with a transformer, by family.
+# Names of weights in models with a transformer, by family.
 TRANSFORMERS = {
     "flux": (
         ("transformer", "single_transformer_blocks.1.proj_mlp"),
@@ -72,7 +72,7 @@ WANTED: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "stre
 
 
 class Written:
-    """A model, files of LoRAs for it, and the stock pipeline with the weights they make."""
+    """A model, LoRA files for it, and the stock pipeline with the changed weights."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ def _find(network: Any, name: str) -> Any:
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     found = Written(tmp_path_factory.mktemp("lora"), request.param)
     found.add("ink", "peft", alpha=RANK)
-    if request.param is write_sd:  # that of SDXL needs all of its real blocks
+    if request.param is write_sd:  # The UNet of SDXL needs all of its real blocks for this format.
         found.add("oil", "kohya", alpha=1.0)
     return found
 

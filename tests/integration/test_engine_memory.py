@@ -16,7 +16,7 @@ WARM_UP_JOBS, JOBS, WAVE = 144, 160, 16
 
 
 def run_wave(engine: Engine, first_id: int) -> None:
-    """Jobs of two sizes and all samplers, some cancelled, every prompt a new one."""
+    """Runs jobs of two sizes with all samplers and different prompts, and cancels some of them."""
     inboxes = []
     for job_id in range(first_id, first_id + WAVE):
         inboxes.append(ReplyInbox())
@@ -39,7 +39,8 @@ def run_wave(engine: Engine, first_id: int) -> None:
 def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path) -> None:
     process = psutil.Process()
     with running(load(write_sd(tmp_path, tiny_vae=True))) as engine:
-        for first_id in range(0, WARM_UP_JOBS, WAVE):  # fills the caches of prompts and schedules
+        for first_id in range(0, WARM_UP_JOBS, WAVE):
+            # This wave fills the caches of prompts and schedules.
             run_wave(engine, first_id)
         before = process.memory_info().rss
         for first_id in range(WARM_UP_JOBS, WARM_UP_JOBS + JOBS, WAVE):

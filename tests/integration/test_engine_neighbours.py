@@ -1,4 +1,4 @@
-"""Rows of a batch: they change no other image, and their errors affect no other row."""
+"""Rows of one batch do not change each other's images, and an error of one affects no other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ POISON = "poison"
 
 
 class Faulty(DiffusersDenoiser):
-    """The real denoiser with errors where a test wants them; it notes the size of every batch."""
+    """The real denoiser, which raises errors as a test requests. It records the size of every
+    batch.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -106,7 +108,9 @@ def denoiser(loaded: Faulty) -> Faulty:
 
 
 def strangers(first_id: int = 100) -> list[EngineJob]:
-    """Jobs of every kind: each sampler, guided and not, short and long, another size too."""
+    """Returns jobs of every kind: each sampler, guided and unguided, short and long, and another
+    size.
+    """
     found = [
         job(
             job_id=first_id + index,
@@ -168,7 +172,7 @@ def test_batches_stay_within_the_capacity(denoiser: Faulty) -> None:
 
 
 class Mixing(DiffusersDenoiser):
-    """A model that takes rows of several sizes in one call."""
+    """A model that accepts rows of several sizes in one call."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -176,7 +180,7 @@ class Mixing(DiffusersDenoiser):
 
     @property
     def fixed_step_cost(self) -> None:
-        """Batching always helps, as on a GPU."""
+        """Returns None: batching always helps, as on a GPU."""
 
     def max_vae_batch(self, height: int, width: int) -> int:
         return 16
@@ -220,7 +224,7 @@ def test_rows_of_several_sizes_share_a_batch_where_the_model_takes_them(
 
 
 def run_poisoned(denoiser: Faulty) -> tuple[Exception, list[list[Pixels]]]:
-    """The error of a poisoned job, and the images of its neighbours."""
+    """Returns the error of the failing job, and the images of the other jobs."""
     with running(denoiser) as engine:
         jobs = [WANTED[0], job(job_id=66, prompt=POISON), job(job_id=2)]
         inboxes = submit_all(engine, jobs)

@@ -1,4 +1,4 @@
-"""Options for speed and memory change no image, or only within their stated bound."""
+"""Options for speed and memory do not change images, or only within their documented limit."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_speed_switch_changes_no_image(
 def test_a_compiled_model_sees_few_batch_sizes_and_makes_the_same_images(
     folder: Path, plain: list[Pixels], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The real compiler would take a minute; the test is about the calls of the model.
+    # The real compiler would take a minute. The test is about the model's calls.
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="eager")
@@ -282,7 +282,7 @@ def test_a_size_that_does_not_run_is_reported_at_the_start(folder: Path) -> None
 
 
 class SmallDevice(DiffusersDenoiser):
-    """Says that every forward of 64x72 needs 100 MiB, of which three fit; its own meter."""
+    """A memory probe by which every forward of 64x72 needs 100 MiB and three of them fit."""
 
     free: int | None = 330 * 2**20
 

@@ -1,4 +1,4 @@
-"""Prompts that the text encoders cut are announced, and the announcement is true."""
+"""If a text encoder truncates a prompt, the job has a warning with the correct words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiny_models import write_sd, write_sdxl
 
 
 def kept_text(prompt: str, warning: str) -> str:
-    """The part of the prompt before the words that the warning names."""
+    """Returns the part of the prompt before the words that the warning names."""
     match = re.search(r"the words from '(.*?)…?' on have no effect\.$", warning)
     assert match, warning
     return prompt[: prompt.index(match[1])]

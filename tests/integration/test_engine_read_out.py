@@ -1,4 +1,4 @@
-"""Images that are copied from the device: steps continue, events keep their order."""
+"""Images that are copied from the device: the copy delays no step, and events keep their order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tiny_models import write_sd
 
 @dataclass(eq=False)
 class Held:
-    """An image that is being copied until it is released."""
+    """An image whose copy ends when it is released."""
 
     real: DeviceImage
     gone: threading.Event = field(default_factory=threading.Event)
@@ -54,7 +54,9 @@ class Held:
 
 
 class SlowReading(DiffusersDenoiser):
-    """As on a GPU: images and previews are there only later, here when a test says so."""
+    """A denoiser whose images and previews are ready later, as on a GPU: when the test releases
+    them.
+    """
 
     def hold(self) -> None:
         self.held: queue.SimpleQueue[Held] = queue.SimpleQueue()
@@ -94,7 +96,7 @@ def test_the_steps_continue_while_an_image_is_on_its_way(denoiser: SlowReading) 
         image = denoiser.next()
         engine.submit(job(job_id=2, strength=1.0, num_inference_steps=9), second)
         steps = second.until(StepFinished)
-        while steps[-1].step < 9:  # every step of the other job, to its own image
+        while steps[-1].step < 9:  # All steps of the other job, up to its own image.
             steps += second.until(StepFinished)
         other = denoiser.next()
         events = first.until(StepFinished) + first.until(StepFinished)
@@ -116,7 +118,7 @@ def test_what_a_job_tells_next_waits_for_its_preview(denoiser: SlowReading) -> N
     inbox = ReplyInbox()
     with running(denoiser) as engine:
         engine.submit(job(preview_interval_steps=1), inbox)
-        preview, image = denoiser.next(), denoiser.next()  # both steps are done
+        preview, image = denoiser.next(), denoiser.next()  # Both steps are finished.
         events = inbox.until(StepFinished)
         assert inbox.is_empty()
         image.let_go()
@@ -140,7 +142,7 @@ def test_the_times_of_a_job_end_with_its_image(denoiser: SlowReading) -> None:
     with running(denoiser) as engine:
         engine.submit(job(), inbox)
         image = denoiser.next()
-        time.sleep(0.05)  # what the device still needs
+        time.sleep(0.05)  # the time that the device still needs for the image
         image.let_go()
         done = inbox.all()[-1]
 
@@ -160,7 +162,7 @@ def test_an_image_that_cannot_be_read_ends_its_job_and_no_other(denoiser: SlowRe
         two.let_go()
         other.let_go()
         assert len(images(second.all())) == 1
-        engine.submit(job(), first)  # its id is free again
+        engine.submit(job(), first)  # The id of the job is free again.
         denoiser.next().let_go()
         assert len(images(first.all())) == 1
 

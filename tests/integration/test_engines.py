@@ -1,4 +1,4 @@
-"""The supervisor of the embedded engines, with real processes and real signals."""
+"""The supervisor of the local servers, with real processes and real signals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def settings_of(engines: LocalServers) -> Settings:
 
 
 def running(state_dir: Path, parent: int | None = None) -> dict[str, psutil.Process]:
-    """The engines of a state folder below a process (ours, when none is given), by name."""
+    """Returns the servers of a state folder by name: children of a process, by default of
+    this one.
+    """
     below = psutil.Process(parent).children(recursive=True)
     return {
         process.name(): process
@@ -50,7 +52,7 @@ def running(state_dir: Path, parent: int | None = None) -> dict[str, psutil.Proc
 
 
 def sockets(engines: LocalServers) -> list[Path]:
-    """Returns the sockets that weed has left."""
+    """Returns the remaining sockets of weed."""
     ports = engines._ports.values()
     return [file for port in ports for file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
 
@@ -63,7 +65,8 @@ async def test_data_and_keys_survive_a_crash_and_a_clean_stop(state_dir: Path) -
             await blobs.put(KEY, b"image", "image/png")
             assert await bus.jobs.next_id("acme") == FIRST_JOB_ID
             async with connect([engines.nats_url]) as link:
-                await link.js.purge_stream("IDS")  # as if it had expired: its number stays used
+                # The id expires; its number must not be used again after the restart.
+                await link.js.purge_stream("IDS")
         for process in running(state_dir).values():
             process.kill()
     for number in (1, 2):
@@ -136,7 +139,7 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def supervisor(state_dir: Path) -> Any:
-    """A process of its own that runs the engines."""
+    """Starts a process that runs the servers."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", SUPERVISOR, str(state_dir)),
         stdout=subprocess.PIPE,
@@ -176,11 +179,12 @@ async def test_ctrl_c_reaches_the_supervisor_only(state_dir: Path) -> None:
         engines = running(state_dir, process.pid)
         groups = {name: os.getpgid(engine.pid) for name, engine in engines.items()}
         assert process.pid not in groups.values()
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        # A terminal sends this signal to the whole group on Ctrl-C.
+        os.killpg(process.pid, signal.SIGINT)
         await process.wait()
         await gone(engines)
     log = (state_dir / "engines" / "nats.log").read_text()
-    assert "Initiating Shutdown" in log  # asked to end, not killed
+    assert "Initiating Shutdown" in log  # The servers get SIGTERM, not SIGKILL.
 
 
 def shell(script: str, folder: Path, probe: Callable[[], Any]) -> Child:
@@ -189,7 +193,7 @@ def shell(script: str, folder: Path, probe: Callable[[], Any]) -> Child:
 
 
 async def nothing() -> None:
-    """A probe that is content."""
+    """A probe that always succeeds."""
 
 
 async def never() -> None:

@@ -1,4 +1,4 @@
-"""enhance_prompt through the service: what the job says, and what the engine gets."""
+"""enhance_prompt in the whole service: the record of the job, and the prompt for the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of each family, through the api and a worker."""
+"""A model of each family in a service of api and worker."""
 
 from __future__ import annotations
 

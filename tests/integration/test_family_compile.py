@@ -1,4 +1,4 @@
-"""Networks whose inputs are as long as their prompts are compiled once for all lengths."""
+"""Networks whose inputs depend on the length of the prompt are compiled once for all lengths."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_length_of_a_prompt_is_compiled_after_the_warm_up(
         graphs.append(graph)
         return graph
 
-    # The real compiler would take minutes; the test counts what it would have to compile.
+    # The real compiler would take minutes. The test counts its calls.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     model = next(iter(families()[family.name].values()))
     folder, size = model.write(tmp_path), model.sizes[0]

@@ -1,4 +1,4 @@
-"""The words of a prompt that a model reads, in every family."""
+"""The words of a prompt that the model of each family reads."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_the_warning_about_a_long_prompt_counts_the_tokens_that_are_read(
         with torch.inference_mode():
             return denoiser.encode_texts([text])[0].prompt
 
-    # The tokenizers of the tiny models know single letters only.
+    # The tokenizers of the small models know single letters only.
     letters = 2000
     whole = encode("a" * letters)
     kept, tokens = map(int, re.findall(r"[0-9]+", whole.warning)[:2])
-    read = kept - (tokens - letters)  # some put a token before the first letter
+    read = kept - (tokens - letters)  # Some tokenizers insert a token before the first letter.
     last_read, first_unread = ("a" * place + "b" * (letters - place) for place in (read - 1, read))
 
     assert are_equal(encode(first_unread), whole)

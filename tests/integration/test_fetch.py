@@ -1,4 +1,4 @@
-"""Downloads of init images from real sockets; names get the addresses that the test says."""
+"""Downloads of init images over real sockets. The test's resolver maps the names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def cause_of_failure(url: str, **more: object) -> str:
-    """Why the download of a named host fails, as the caller reads it."""
+    """Returns the caller's error message for a failed download from a named host."""
     with pytest.raises(FetchError) as caught:
         await fetch(url, CDN, Names("127.0.0.1"), **more)
     return caught.value.violation.cause
@@ -412,7 +412,7 @@ async def test_the_cause_of_a_failed_download_reaches_the_caller() -> None:
 
 async def test_the_cause_names_what_the_caller_sent_and_no_address_behind_it() -> None:
     refused = socket.socket()
-    refused.bind(("127.0.0.1", 0))  # bound and not listening
+    refused.bind(("127.0.0.1", 0))  # The socket is bound but does not listen.
     port = refused.getsockname()[1]
     with refused:
         cause = await cause_of_failure(f"http://cdn.test:{port}/")
@@ -456,7 +456,7 @@ async def test_a_certificate_that_is_not_valid_is_reported_with_its_fault() -> N
 def test_a_certificate_for_another_host_does_not_name_the_host_of_a_redirect() -> None:
     inner = ssl.SSLCertVerificationError(1, "certificate verify failed")
     inner.verify_message = "Hostname mismatch, certificate is not valid for 'inside.test'."
-    key: Any = None  # of the connection, which only the error's own text shows
+    key: Any = None  # the port of the connection, which only the error's own text contains
     cause = cause_of(aiohttp.ClientConnectorCertificateError(key, inner), "the host of a redirect")
     assert cause == "the TLS certificate of the host of a redirect is not valid: Hostname mismatch"
 

@@ -1,4 +1,4 @@
-"""Forbidden addresses are refused without a connection: their listener must stay silent."""
+"""Forbidden addresses are rejected before any connection: their listener gets none."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_no_redirect_to_the_corpus_is_followed() -> None:
         asked = await reader.readuntil(b"\r\n\r\n")
         if asked.startswith(b"GET /go "):
             writer.write(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n")
-        else:  # the reference meant this very server
+        else:  # The reference names this server.
             writer.write(b"HTTP/1.1 404 Not Found\r\n")
         writer.write(b"Content-Length: 0\r\nConnection: close\r\n\r\n")
         writer.close()

@@ -35,7 +35,7 @@ SMALL = {
 
 @pytest.fixture
 def model_bucket(engine_settings: Callable[..., Settings]) -> Settings:
-    """Settings for a bucket that holds a small model below models/tiny."""
+    """Yields settings for a bucket with a small model below models/tiny."""
     settings = engine_settings()
     put(settings, {f"models/tiny/{name}": data for name, data in SMALL.items()})
     return settings
@@ -84,7 +84,7 @@ async def test_of_many_who_fetch_at_the_same_time_one_wins_and_all_find_it(
 
 @contextmanager
 def killed_at(name: str) -> Iterator[None]:
-    """The fetch breaks off at the file of that name, which is listed last."""
+    """Kills the download at the file with that name, which is listed last."""
     whole = Minio.fget_object
 
     def fget(client: Minio, bucket: str, key: str, path: str) -> object:
@@ -105,7 +105,8 @@ async def test_who_was_killed_goes_on_where_it_was(model_bucket: Settings, tmp_p
     [draft] = entries(tmp_path)
     left = draft / "unet" / "config.json"
     changed = b"x" * len(SMALL["unet/config.json"])
-    left.write_bytes(changed)  # as long: taken as it is, and seen below
+    # The file has the same length, so it is not downloaded again, which the test checks below.
+    left.write_bytes(changed)
     (left.parent / "diffusion_pytorch_model.safetensors").write_bytes(b"shorter")
     assert await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
     assert content(tmp_path / "tiny") == SMALL | {"unet/config.json": changed}
@@ -151,7 +152,7 @@ async def test_a_bucket_that_is_not_there_is_named(model_bucket: Settings, tmp_p
 
 @asynccontextmanager
 async def hub(files: dict[str, bytes]) -> AsyncIterator[tuple[str, list[str]]]:
-    """As much of the hub as a download needs. Yields its address and what it was asked."""
+    """Yields the address of a small hub that supports downloads, and the received requests."""
     asked: list[str] = []
 
     async def info(_: web.Request) -> web.Response:
@@ -185,7 +186,7 @@ def digest(data: bytes) -> str:
 
 
 async def run(*arguments: object, **environment: str) -> tuple[int, str]:
-    """The command as a process: exit code and what it said."""
+    """Runs the command as a process. Returns its exit code and its output."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "img2img_server", "fetch-model", *map(str, arguments)),
@@ -210,7 +211,7 @@ async def test_a_model_is_fetched_from_the_hub_without_pickles_and_second_precis
     assert content(folder) == SMALL
     again, said = await run(
         "owner/tiny", folder, HF_ENDPOINT=address, **home
-    )  # no server there now
+    )  # No server runs at this address any more.
     assert again == 0, said
 
 

@@ -1,4 +1,4 @@
-"""A bus that fails while a request is taken in: the same request, sent again, makes one job."""
+"""NATS fails while a request is accepted: the repeated request creates exactly one job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.stack import kinds, running_api, running_worker, spec
 
 
 class FailsOnce:
-    """A method that raises UnavailableError the first time."""
+    """A proxy whose method raises UnavailableError at the first call."""
 
     def __init__(self, method: Any) -> None:
         self._method = method

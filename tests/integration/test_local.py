@@ -1,4 +1,4 @@
-"""`img2img-server local`: refuses unsafe settings, says what is wrong, stops cleanly."""
+"""`img2img-server local` rejects unsafe settings, reports errors and stops cleanly."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 
 @asynccontextmanager
 async def started(folder: Path, **settings: object) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The command with a clean environment, its output piped together."""
+    """Starts the command with a clean environment. Its stdout and stderr share one pipe."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("IMG2IMG_")}
     chosen = {"state_dir": folder / "state", "grpc_port": 0, "http_port": 0, "metrics_port": 0}
     names = {f"IMG2IMG_{key.upper()}": str(value) for key, value in {**chosen, **settings}.items()}
@@ -43,7 +43,7 @@ async def started(folder: Path, **settings: object) -> AsyncIterator[asyncio.sub
 
 
 async def said(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
-    """Its exit code and all that it wrote."""
+    """Returns the exit code and the complete output."""
     async with asyncio.timeout(120):
         output, _ = await process.communicate()
     return process.returncode, output.decode()
@@ -58,7 +58,7 @@ async def test_it_refuses_to_listen_beyond_loopback_without_keys(
     assert code == 2
     assert "refusing to listen on 0.0.0.0 with the well-known development key" in text
     assert "IMG2IMG_API_KEYS_FILE" in text
-    assert not (tmp_path / "state" / "engines").exists()  # nothing was started
+    assert not (tmp_path / "state" / "engines").exists()  # The command has started no server.
 
 
 async def test_it_names_every_wrong_setting_at_once(tmp_path: Path) -> None:
@@ -90,7 +90,8 @@ async def test_it_says_that_the_model_is_not_there(tmp_path: Path) -> None:
 async def test_it_says_plainly_that_an_engine_died_and_stops_the_rest(tmp_path: Path) -> None:
     model = write_sd(tmp_path / "tiny", tiny_vae=True)
     async with started(tmp_path, model=model) as process:
-        api = await eventually(lambda: role(process.pid, "api"))  # the engines serve by then
+        # The servers already serve at this time.
+        api = await eventually(lambda: role(process.pid, "api"))
         found = await eventually(lambda: engine(process.pid, "nats-server"))
         found.send_signal(signal.SIGKILL)
         code, text = await said(process)
@@ -103,7 +104,7 @@ async def test_it_makes_an_image_and_stops_cleanly_with_all_its_children(tmp_pat
     model = write_sd(tmp_path / "tiny", tiny_vae=True)
     async with local_stack(tmp_path / "state", IMG2IMG_MODEL=str(model)) as stack:
         children = psutil.Process(stack.pid).children(recursive=True)
-        assert len(children) >= 5  # two engines, three roles
+        assert len(children) >= 5  # The children are two servers and three roles.
         async with AsyncClient(stack.grpc_address, api_key="dev-key") as client:
             result = await client.generate(
                 "a cat", PHOTO, width=256, height=256, strength=0.5, num_inference_steps=4
@@ -131,7 +132,7 @@ async def test_it_starts_a_worker_again_that_was_reported_to_restart(tmp_path: P
 
 
 async def eventually(find: Callable[[], psutil.Process | None]) -> psutil.Process:
-    """Polls until the process is there; no event announces it."""
+    """Polls until the process exists, since no event announces it."""
     async with asyncio.timeout(60):
         while not (found := find()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)

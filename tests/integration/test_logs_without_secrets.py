@@ -32,7 +32,7 @@ REFUSAL = f"""<?xml version="1.0"?><Error><Code>InvalidAccessKeyId</Code>
 
 
 async def refuse(_: web.Request) -> web.Response:
-    """Answers as S3 does, which repeats what it was sent."""
+    """Responds as S3 does, which repeats values of the request."""
     return web.Response(status=403, text=REFUSAL, content_type="application/xml")
 
 

@@ -1,4 +1,4 @@
-"""Three NATS servers, everything kept three times: one dies under load, nothing is lost."""
+"""Three NATS servers with three replicas: one server dies under load, and no job is lost."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.nats_cluster import NAMES, NatsCluster, nats_cluster
 from tests.stack import photo, running_api, running_worker, settings
 
 CALLERS, JOBS_EACH = 16, 8
-BEFORE = 24  # jobs that have ended when the server dies
+BEFORE = 24  # number of jobs that have ended when the server dies
 
 
 @asynccontextmanager
 async def service(config: Settings) -> AsyncIterator[AsyncClient]:
-    """An api and a worker, each with a connection of its own."""
+    """Yields an api and a worker, each with its own connection."""
     engine = FakeEngine(step_seconds=0.02, max_batch_size=4)
     async with (
         connect_bus(config) as api_bus,
@@ -37,7 +37,7 @@ async def service(config: Settings) -> AsyncIterator[AsyncClient]:
         yield client
 
 
-# nats-py leaves a stream open when a server that it asks to let it in says nothing.
+# nats-py leaves a StreamWriter open if a server does not respond while connecting.
 @pytest.mark.filterwarnings(r"ignore:.*StreamWriter:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "frozen"])
@@ -70,7 +70,7 @@ async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
             await cluster.kill(dead)
         assert await cluster.leader(subjects.JOBS) in set(NAMES) - {dead}
         assert await replicas(cluster) == {3}
-        async with connect_bus(config) as bus:  # with one of its addresses dead
+        async with connect_bus(config) as bus:  # One of its addresses has no server.
             assert [model.name for model in await bus.workers.models()] == ["fake"]
     ended = [(result.job.state, len(result.images)) for result in results]
     assert ended == [("succeeded", 1)] * (CALLERS * JOBS_EACH)
@@ -81,6 +81,6 @@ async def test_a_streams_leader_is_lost_under_load_and_every_job_ends_once(
 
 
 async def replicas(cluster: NatsCluster) -> set[int]:
-    """How often each stream and bucket is kept."""
+    """Returns the number of replicas of each stream and bucket."""
     async with connect(cluster.url.split(",")) as link:
         return {info.config.num_replicas for info in await link.js.streams_info()}

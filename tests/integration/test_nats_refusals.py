@@ -1,4 +1,4 @@
-"""A role and its NATS server: credentials that work, and refusals that name the setting."""
+"""A role with its NATS server: valid credentials, and errors that name the setting."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def with_user(password: str) -> str:
 
 
 async def refused(url: str, kind: type[Exception] = SettingsError, **more: Any) -> str:
-    """Why a role with these settings does not get its bus."""
+    """Returns the error of a role with these settings when it connects to NATS."""
     more.setdefault("startup_timeout_seconds", 0.5 if kind is UnavailableError else LONG)
     async with asyncio.timeout(LONG / 2):
         with pytest.raises(kind) as caught:
@@ -101,7 +101,7 @@ async def test_what_cannot_be_reached_is_reported_apart() -> None:
 
 @asynccontextmanager
 async def answering(greeting: bytes) -> AsyncIterator[str]:
-    """Something that is no NATS server; yields its address."""
+    """Yields the address of a server that is no NATS server."""
 
     async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting)
@@ -238,7 +238,7 @@ async def test_tls_with_an_own_authority_and_a_client_certificate(tmp_path: Path
         said = await refused(f"tls://{nats.address}")
         assert said.startswith("IMG2IMG_NATS_CA_FILE: ")
         assert "is not trusted" in said
-        said = await refused(f"nats://{nats.address}")  # the server demands TLS
+        said = await refused(f"nats://{nats.address}")  # The server requires TLS.
         assert said.startswith("IMG2IMG_NATS_CA_FILE: ")
         said = await refused(f"tls://{nats.address}", nats_ca_file=ours["nats_ca_file"])
         assert "certificate" in said
@@ -257,7 +257,7 @@ async def until(condition: Any) -> None:
 
 
 async def test_a_user_that_is_refused_while_running_is_let_in_again_later(tmp_path: Path) -> None:
-    """A rotated password closes the connection; nats-py would never open it again."""
+    """A changed password closes the connection, which nats-py alone would never open again."""
 
     def change(nats: NatsServer, password: str) -> None:
         nats.configure(with_user(password))
@@ -297,7 +297,7 @@ async def test_the_permissions_that_the_documentation_names_are_enough(
 async def test_a_server_that_the_cluster_reported_about_gets_the_credentials_too(
     tmp_path: Path,
 ) -> None:
-    """nats-py takes credentials from the address, and such an address has none."""
+    """nats-py takes credentials from the address, and addresses from the cluster have none."""
     routes = [free_port(), free_port()]
 
     def member(number: int) -> str:
@@ -321,7 +321,7 @@ async def test_a_server_that_the_cluster_reported_about_gets_the_credentials_too
 
 @pytest.mark.filterwarnings("ignore:parameter 'timeout' of type 'float':DeprecationWarning")
 async def test_a_websocket_with_tls_needs_no_second_one(tmp_path: Path) -> None:
-    """As behind an ingress: TLS ends before NATS, whose INFO says nothing of it."""
+    """Behind an ingress, TLS ends before NATS, and the server's INFO does not mention it."""
     await asyncio.to_thread(certificates, tmp_path / "tls")
     port, front = free_port(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     front.load_cert_chain(tmp_path / "tls" / "server.pem", tmp_path / "tls" / "server.key")

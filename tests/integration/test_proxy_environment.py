@@ -1,4 +1,4 @@
-"""The service's own connections use no proxy of the environment, unless a setting says so."""
+"""The service's own connections ignore the proxy variables, unless a setting enables them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 
 @asynccontextmanager
 async def recording_proxy() -> AsyncIterator[tuple[str, list[str]]]:
-    """Yields the address of a proxy that refuses clients, and the first lines of its requests."""
+    """Yields the address of a proxy that rejects all requests, and the first lines of the
+    requests.
+    """
     asked: list[str] = []
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -48,14 +50,14 @@ async def test_the_gateway_reaches_the_api_directly_unless_asked_to_use_the_prox
         async with connect(config) as channel:
             readiness = Readiness(channel, MemoryBlobStore(), asyncio.Event())
             trouble = await readiness.api_trouble()
-    is_used = use and spelling is str.lower  # gRPC knows the lower case ones only
+    is_used = use and spelling is str.lower  # gRPC reads the variables in lower case only.
     assert (trouble.partition(":")[0], sorted(set(asked))) == (
         ("UNAVAILABLE", [f"CONNECT {stack.api.address} HTTP/1.1"]) if is_used else ("", [])
     )
 
 
 async def test_the_probe_port_says_what_readyz_says() -> None:
-    """The gateway is not ready before the api answers, at neither of its ports."""
+    """The gateway is not ready on either port before the api responds."""
     blobs = MemoryBlobStore()
     await blobs.prepare()
     ready = {}

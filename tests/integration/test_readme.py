@@ -26,18 +26,18 @@ README = ROOT / "README.md"
 BIN = Path(sys.executable).parent
 ENVELOPE = {"sequence", "eventTime", "job"}
 CHANGING = {"job", "id", "worker", "url", "output", "generationTime", "sigma"}
-TOLERANCE = 2  # of 255: what the determinism class BOUNDED allows
+TOLERANCE = 2  # of 255; the limit of the determinism class BOUNDED
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader who copies a block of the README into a terminal."""
+    """Runs blocks of the README as a reader does who copies them into a terminal."""
 
     service: LocalStack
     folder: Path
 
     async def runs(self, sign: str, *, language: str = "sh") -> str:
-        """Runs the one block that contains `sign`, returns what it prints."""
+        """Runs the only block that contains `sign` and returns its output."""
         [block] = [block for block in blocks(README, language) if sign in block.text]
         text = block.text.replace("127.0.0.1:50051", self.service.grpc_address)
         text = text.replace("http://127.0.0.1:8080", self.service.http_url)
@@ -61,7 +61,7 @@ class Reader:
         return out.decode()
 
     async def pixels(self, source: str) -> np.ndarray:
-        """Returns an image by its link, or by its name in the reader's folder."""
+        """Returns an image by its link, or by its name in the folder of the commands."""
         path = self.folder / source
         if source.startswith("http"):
             async with httpx.AsyncClient() as http:
@@ -85,7 +85,7 @@ async def reader(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Read
 
 
 def shown_after(sign: str, *, language: str = "sh") -> str:
-    """The block that the README shows as the output of the block that contains `sign`."""
+    """Returns the block that the README shows as the output of the block that contains `sign`."""
     every = fences(README)
     [place] = [
         number
@@ -97,26 +97,30 @@ def shown_after(sign: str, *, language: str = "sh") -> str:
 
 
 def normal(text: str) -> list[str]:
-    """The lines of a text without what changes at every run: numbers, ids and the worker's name."""
+    """Returns the lines of a text without the values that change in every run: numbers, ids and the
+    worker's name.
+    """
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
     text = re.sub(r"worker \S+", "worker NAME", re.sub(r"\d+(\.\d+)?", "0", text))
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
 def assert_printed(output: str, shown: str) -> None:
-    """Every line that is shown was printed; … and ... stand for anything."""
+    """Asserts that every shown line was printed. … and ... match any text."""
     for line in normal(shown.replace("...", "…")):
         pattern = re.escape(line).replace("…", ".*")
         assert any(re.fullmatch(pattern, each) for each in normal(output)), f"{line}\n{output}"
 
 
 def parsed(shown: str) -> Any:
-    """The shown JSON without what … stands for."""
+    """Returns the shown JSON without the parts that … replaces."""
     return json.loads(re.sub(r'("\w+": )?(…|\[\.\.\.\]|\.\.\.)(?=[\]},])', '"…": 0', shown))
 
 
 def assert_within(shown: Any, printed: Any, where: str) -> None:
-    """All that is shown was printed; of values that change at every run only the type counts."""
+    """Asserts that all shown values were printed. Of values that change in every run, only the type
+    is compared.
+    """
     if isinstance(shown, dict):
         for name, value in shown.items():
             if name == "…":

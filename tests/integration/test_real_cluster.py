@@ -28,13 +28,14 @@ from tests.stack import photo
 
 JOBS = 200
 SMALL_PHOTO = photo(256, 256)
-EARLY = 150  # sent at once; the others when the added worker is there
+# The number of jobs that are sent at once. The others follow when the added worker is ready.
+EARLY = 150
 FIRST = ("leda", "castor", "pollux")
 KILLED, DRAINED, ADDED = "castor", "pollux", "helena"
 
 
 def request(number: int) -> dict[str, Any]:
-    """Every job is another one, so that no image can be confused with another."""
+    """Returns a request that differs from all others, so that images cannot be confused."""
     return {
         "width": 256,
         "height": 256,
@@ -43,7 +44,7 @@ def request(number: int) -> dict[str, Any]:
         "guidance_scale": 1.0,
         "seed": number,
         "output_format": "png",
-        "safety_checker": False,  # the dearest part of so small a job
+        "safety_checker": False,  # This is the slowest part of such a small job.
     }
 
 
@@ -57,7 +58,7 @@ class Load:
     seen: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def call(self, number: int) -> None:
-        """One caller, from its request to its image."""
+        """Runs one caller, from its request to its image."""
         mine = self.events[number] = []
         async with self.client.stream("a cat", SMALL_PHOTO, **request(number)) as stream:
             async for event in stream:
@@ -73,7 +74,7 @@ class Load:
             await self.seen.wait_for(reached)
 
     def running_on(self, worker: str) -> set[int]:
-        """Jobs in the middle of their steps on that worker."""
+        """Returns the jobs that the worker runs now."""
         return {
             number
             for number, events in self.events.items()
@@ -98,7 +99,7 @@ async def three_workers(folder: Path) -> AsyncIterator[tuple[RealStack, dict[str
 
 
 async def disturbed(load: Load, stack: RealStack, workers: dict[str, Role]) -> set[int]:
-    """Runs the load while workers go and come; returns the jobs that the killed one had."""
+    """Runs the load while workers stop and start. Returns the jobs of the killed worker."""
     async with asyncio.TaskGroup() as callers:
         for number in range(EARLY):
             callers.create_task(load.call(number))
@@ -128,7 +129,7 @@ async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_
         assert victims
         async with connect([stack.environment["IMG2IMG_NATS_URL"]]) as link:
             left = {n: (await link.js.stream_info(n)).state.messages for n in (JOBS_STREAM, DEAD)}
-    assert left == {JOBS_STREAM: 0, DEAD: 0}  # nothing lost, nothing given up
+    assert left == {JOBS_STREAM: 0, DEAD: 0}  # No job is lost, and none failed.
     assert set(load.ended_by()) == {*FIRST, ADDED}
     for number in range(JOBS):
         events, result = load.events[number], load.results[number]
@@ -149,7 +150,7 @@ async def test_workers_are_killed_drained_and_added_under_load_and_every_caller_
             for one, other in others
         )
         > 2 * BOUND
-    )  # no image could be confused with another
+    )  # Every image is the right one.
 
 
 def pixels(result: Result) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Processes that die, stop and come back: no job is lost, no event is missed or doubled."""
+"""Processes that die, stop and restart: no job is lost, and no event is missed or repeated."""
 
 import asyncio
 from pathlib import Path

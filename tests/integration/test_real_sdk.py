@@ -22,7 +22,7 @@ from img2img_client.events import Started
 from tests.real_stack import PHOTO
 from tests.tiny_models import ZERO_SNR_V, write_sd
 
-with warnings.catch_warnings():  # the SDK is written for an older pydantic
+with warnings.catch_warnings():  # The SDK was written for an older pydantic.
     warnings.simplefilter("ignore", DeprecationWarning)
     from modelslab_py.core.apis.realtime import Realtime
     from modelslab_py.core.client import Client
@@ -32,13 +32,15 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings("ignore:The `dict` method:DeprecationWarning"),
 ]
-BROKEN = "z"  # a prompt with this letter breaks the model
+BROKEN = "z"  # A prompt with this letter makes the model fail.
 FAMILIES = pytest.mark.parametrize("enterprise", [True, False], ids=["enterprise", "v6"])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalStack]:
-    """The command itself, with a small model and one place for a job to run in."""
+    """Yields the command `img2img-server local` with a small model, which runs one job at a
+    time.
+    """
     folder = tmp_path_factory.mktemp("local")
     model = write_sd(folder / "tiny", tiny_vae=True, scheduler=ZERO_SNR_V)
     broken_for(BROKEN, model)
@@ -53,9 +55,10 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
 
 
 def broken_for(letter: str, model: Path) -> None:
-    """Makes the model's images of this letter nothing but NaN, as an overflow would."""
+    """Makes the model return NaN for prompts with this letter, like an overflow."""
     text = CLIPTextModel.from_pretrained(model / "text_encoder")
-    tokens = (ord(letter) - ord("a"), ord(letter) - ord("a") + 26)  # inside a word, at its end
+    # the token of the letter within a word and at its end
+    tokens = (ord(letter) - ord("a"), ord(letter) - ord("a") + 26)
     with torch.no_grad():
         text.get_input_embeddings().weight[list(tokens)] = torch.nan
     text.save_pretrained(model / "text_encoder")
@@ -76,12 +79,12 @@ def request(**options: Any) -> RealtimeImage2ImageSchema:
 
 
 def long_request(**options: Any) -> RealtimeImage2ImageSchema:
-    """A job that is sure to be running when the next call comes."""
+    """Returns a job that still runs when the next call arrives."""
     return request(num_inference_steps=50, strength=1.0, instant_response=True, **options)
 
 
 async def started(service: LocalStack, job: dict[str, Any], times: int = 1) -> None:
-    """Returns when the job has been begun so often."""
+    """Returns when the job has been started this many times."""
     async with AsyncClient(service.grpc_address, api_key="dev-key") as client:
         async for event in client.watch(job["id"]):
             times -= isinstance(event, Started)
@@ -151,7 +154,7 @@ async def test_a_bad_key_manages_nothing(service: LocalStack) -> None:
 async def test_the_asynchronous_client_does_the_same(service: LocalStack) -> None:
     api = realtime(service)
     async with api.client as client:
-        client.fetch_timeout = 60  # also the limit of each request
+        client.fetch_timeout = 60  # This is also the timeout of each request.
         done = await api.async_image_to_image(request(seed=7))
         assert (done["status"], done["meta"]["seed"]) == ("success", 7)
         assert await api.async_fetch(str(done["id"])) == done

@@ -1,4 +1,6 @@
-"""The whole service as processes: real gRPC, nats-server, S3 server, gateway, diffusion engine."""
+"""The whole service as processes: gRPC api, nats-server, S3 server, gateway and diffusion
+engine.
+"""
 
 import asyncio
 import base64
@@ -55,7 +57,7 @@ async def test_a_streamed_job_ends_with_a_link_that_serves_the_image(
     status, media_type, data = await get(sample.url)
     assert (status, media_type) == (200, "image/png")
     assert hashlib.sha256(data).hexdigest() == sample.sha256
-    assert data == result.images[0].data  # PNG was asked for inline, too
+    assert data == result.images[0].data  # The request asks for PNG in events, too.
 
 
 async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
@@ -68,7 +70,7 @@ async def test_the_checker_that_a_model_brings_blanks_what_it_flags(
         checked = await client.generate("a cat", PHOTO, model="strict", **SHORT)
         free = await client.generate("a cat", PHOTO, model="strict", safety_checker=False, **SHORT)
     async with stack.client() as client, asyncio.timeout(10):
-        # Until the api notices that it is gone, it may be the model of requests that name none.
+        # Until the api detects the loss, the model may still be the default of requests.
         while any(m.name == "strict" and m.workers for m in (await client.capabilities()).models):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert [checked.job.samples[0].nsfw, free.job.samples[0].nsfw] == [True, False]
@@ -118,9 +120,9 @@ async def test_two_clients_at_once_get_what_each_gets_alone(stack: RealStack, wo
 
     alone = [await one(seed) for seed in (1, 2)]
     together = await asyncio.gather(one(1), one(2))
-    assert np.abs(alone[0] - alone[1]).max() > 20  # they are different images
+    assert np.abs(alone[0] - alone[1]).max() > 20  # The images differ.
     for calm, batched in zip(alone, together, strict=True):
-        assert np.abs(calm - batched).max() <= 2  # the bound of the determinism class
+        assert np.abs(calm - batched).max() <= 2  # the limit of the determinism class
 
 
 async def test_a_running_job_is_cancelled_mid_run(stack: RealStack, worker: Role) -> None:
@@ -220,7 +222,7 @@ async def test_bad_input_over_http_is_typed_and_leaves_the_servers_as_they_were(
             assert sorted(body.get("errors", {})) == sorted(fields)
 
     async with aiohttp.ClientSession() as session:
-        await send_all(session)  # until the allocators have what they want
+        await send_all(session)  # The first jobs fill the allocators' caches.
         before = [server.memory_info().rss for server in servers]
         for _ in range(3):
             await send_all(session)

@@ -1,4 +1,4 @@
-"""A webhook outlives the death of every role, as processes on the real engines."""
+"""A webhook is delivered although every role dies, with real processes and servers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_webhook_is_delivered_although_every_role_dies_on_the_way(
             async for event in stream:
                 if type(event).__name__ == "StepFinished":
                     break
-        await killed_and_restarted(worker, stack.api, stack.gateway)  # in the middle of the job
+        await killed_and_restarted(worker, stack.api, stack.gateway)  # The job is running.
 
         refused = await receiver.next()
         fetch = f"fetch/{job.id}"
@@ -55,7 +55,8 @@ async def test_a_webhook_is_delivered_although_every_role_dies_on_the_way(
 
         await until(status, "retrying")
         before = await post(stack, fetch)
-        await killed_and_restarted(stack.api, stack.gateway)  # between two attempts
+        # The webhook waits between two attempts.
+        await killed_and_restarted(stack.api, stack.gateway)
         delivered = await receiver.next()
         reported = Webhook(SECRET).verify(delivered.body, delivered.headers)
         assert (delivered.body, delivered.headers["webhook-id"]) == (

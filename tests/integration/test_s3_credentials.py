@@ -1,4 +1,4 @@
-"""Credentials for S3 from the settings and from the default chain of AWS, by real requests."""
+"""Credentials for S3 from the settings and from the default chain of AWS, with real requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ WORD = "eyJ-secret-token"
 
 @dataclass
 class Identity:
-    """STS, the container's and EC2's metadata services in one; `status`: what they answer."""
+    """A server for STS and the metadata services of containers and EC2. `status`: the status of its
+    responses.
+    """
 
     url: str = ""
     status: int = 200
@@ -35,7 +37,7 @@ class Identity:
     lives: timedelta = timedelta(hours=1)
 
     def key(self) -> str:
-        """A new one for each request."""
+        """Returns new credentials for each request."""
         return f"KEY{len(self.requests)}"
 
     async def handle(self, request: web.Request) -> web.Response:
@@ -84,7 +86,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 async def signed_by(s3: FakeS3, **more: Any) -> tuple[str, str]:
-    """The access key and the session token of the requests that a role makes."""
+    """Returns the access key and the session token that signed the requests of a role."""
     async with connect_blobs(Settings(s3_endpoint_url=s3.url, **more)) as blobs:
         await blobs.prepare()
     found = set()
@@ -92,7 +94,7 @@ async def signed_by(s3: FakeS3, **more: Any) -> tuple[str, str]:
         key = re.search(r"Credential=([^/]+)/", headers["Authorization"])
         assert key
         token = headers.get("X-Amz-Security-Token", "")
-        # A token that is not signed could be taken away.
+        # An attacker could remove a token that is not signed.
         assert bool(token) == ("x-amz-security-token" in headers["Authorization"])
         found.add((key[1], token))
     assert len(found) == 1
@@ -259,7 +261,7 @@ async def test_the_credentials_of_one_role_are_asked_for_once_by_many_uploads(
 
 
 class Clock:
-    """Time that passes when a test says so, and credentials that live an hour."""
+    """A simulated clock, and credentials that are valid for an hour."""
 
     def __init__(self) -> None:
         self.now = datetime(2026, 1, 1, tzinfo=UTC)

@@ -1,4 +1,6 @@
-"""Buckets with few permissions: an optional one is a warning, an error names its setting."""
+"""Buckets with few permissions: a missing optional permission is a warning, any other error names
+its setting.
+"""
 
 from __future__ import annotations
 
@@ -283,7 +285,9 @@ async def test_a_stop_ends_the_wait_for_the_store_at_once() -> None:
 async def test_without_the_right_to_list_a_missing_file_is_missing(
     s3: FakeS3, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """AWS answers 403 for it; a wrong key gets 403 too, which only the response to GET shows."""
+    """AWS responds with 403 for a missing file, and with 403 for a wrong key. Only the response to
+    GET distinguishes them.
+    """
     s3.answers.update({"HEAD object": Answer(403), "GET object": Answer(403, "AccessDenied")})
     async with connect_blobs(Settings(**s3.settings())) as blobs:
         await blobs.start_reading()

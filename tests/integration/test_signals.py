@@ -1,4 +1,4 @@
-"""Real signals to real processes: how a role ends when it is early, slow or stuck."""
+"""Real signals to real processes: the end of a role that starts, is slow or hangs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_worker_that_still_loads_its_model_ends_when_it_is_asked_to(
     }
     worker = Role("worker", environment, tmp_path / "worker.log")
     await worker.launch()
-    await worker.until("/livez")  # torch is not even imported yet
+    await worker.until("/livez")  # The process has not imported torch yet.
     asked = time.monotonic()
     assert await worker.stop() == 0
     assert time.monotonic() - asked < 15

@@ -1,5 +1,6 @@
-"""A role that cannot start: real processes. The last line on stderr names the setting and the
-reason, every line of a JSON log is an object, and the end comes at once."""
+"""Roles that cannot start, as real processes. The last line on stderr names the setting and the
+reason, every line of a JSON log is an object, and the process ends at once.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ from img2img_server.devstack.child import last_line
 from img2img_server.settings import Settings
 from tests.processes import Role
 
-# In quiet the whole process takes about 0.7 s without torch. CPU time, so that a busy machine does
-# not matter; the wall time includes waits, which CPU time does not see.
+# On an idle machine the process takes about 0.7 s without torch. CPU time does not depend on other
+# processes; the wall time includes waits.
 CPU_SECONDS = 2.0
 WALL_SECONDS = 15.0
 TORCH_CPU_SECONDS = 12.0
-# Prints what the interpreter has imported when the process ends.
+# Prints the modules that the interpreter has imported when the process ends.
 LOADED = """
 import os, sys
 import img2img_server.lifecycle as lifecycle
@@ -46,7 +47,7 @@ main()
 
 @dataclass(frozen=True)
 class End:
-    """How a process ended. `lines`: those of stderr."""
+    """The end of a process. `lines`: the lines of its stderr."""
 
     code: int
     lines: list[str]
@@ -55,7 +56,7 @@ class End:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Every line of a JSON log. Raises where one is no object."""
+        """Returns every line of a JSON log as an object. Raises an error for any other line."""
         found = [json.loads(line) for line in self.lines]
         assert all(isinstance(each, dict) for each in found)
         return found
@@ -102,7 +103,7 @@ def taken_port() -> Iterator[int]:
 
 
 def of(config: Settings) -> dict[str, object]:
-    """The settings by which a process reaches the servers of the test run."""
+    """Returns settings with which a process reaches the servers of the test run."""
     return {
         "nats_url": config.nats_url.get_secret_value(),
         "s3_endpoint_url": config.s3_endpoint_url,
@@ -115,7 +116,7 @@ def of(config: Settings) -> dict[str, object]:
 async def test_wrong_settings_end_a_role_at_once_with_all_of_them_in_the_last_line(
     tmp_path: Path,
 ) -> None:
-    """A mistake of each class, of all four roles."""
+    """The settings contain a mistake of each class, for all four roles."""
     none = str(tmp_path / "none")
     with taken_port() as port:
         taken = f"127.0.0.1:{port} is in use"
@@ -317,7 +318,7 @@ async def test_what_libraries_and_the_interpreter_say_are_json_lines_once() -> N
 async def test_every_line_of_a_running_api_and_gateway_is_json(
     engine_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    """Also when callers speak plaintext to TLS, which the core of gRPC writes about."""
+    """This includes callers that use plaintext on a TLS port, about which gRPC's core logs."""
     authority = trustme.CA()
     issued = authority.issue_cert("localhost", "127.0.0.1")
     files = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
@@ -337,7 +338,7 @@ async def test_every_line_of_a_running_api_and_gateway_is_json(
         },
         tmp_path / "api.log",
     )
-    # Without the authority: it speaks plaintext to a TLS port.
+    # Without the CA setting, the gateway uses plaintext on a TLS port.
     gateway = Role(
         "gateway",
         common | {"IMG2IMG_HTTP_PORT": "0", "IMG2IMG_API_ADDRESS": f"127.0.0.1:{grpc_port}"},

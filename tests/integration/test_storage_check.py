@@ -1,4 +1,4 @@
-"""The connection check of update_s3, against the real S3 server, over HTTP and over gRPC."""
+"""The connection check of update_s3, with a real S3 server, over HTTP and over gRPC."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Streams over networks that break: three kinds of callers, each with a job of its own.
-
-The blocking client, the asyncio client and a caller without our library, who calls WatchJob itself.
-Every job ends once, with all its images.
+"""Streams over unreliable networks, with three callers: the blocking client, the asyncio client,
+and a caller that uses WatchJob without our library. Every caller has its own job, which ends once
+with all its images.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ KEEPALIVE = {
     "grpc.keepalive_timeout_ms": 500,
     "grpc.http2.ping_timeout_ms": 500,
 }
-SILENCE_SECONDS = 1.5  # after which a caller takes its stream for broken
+SILENCE_SECONDS = 1.5  # seconds without a message after which a caller reconnects
 IMAGES = 2
 REQUEST = {"prompt": "a harbour", "strength": 1.0, "samples": IMAGES, "width": 256, "height": 256}
 COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
@@ -53,7 +52,7 @@ COMMAND = [sys.executable, "-c", "from img2img_client.cli import main; main()"]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections that died silently are noticed within a second."""
+    """Sets timeouts so that a lost connection is detected within a second."""
     options = api_server.server_options
     fast = {"grpc.http2.min_ping_interval_without_data_ms": 50, **KEEPALIVE}
     monkeypatch.setattr(
@@ -69,7 +68,7 @@ def retry() -> Retry:
 
 
 def use_blocking(address: str) -> int:
-    """Returns how many images came."""
+    """Returns the number of received images."""
     with Client(address, api_key="dev-key", retry=retry()) as client:
         return len(client.generate(init_image=photo(), **REQUEST).images)
 
@@ -80,7 +79,7 @@ async def use_async(address: str) -> int:
 
 
 async def use_raw(address: str) -> int:
-    """Follows the rules that the protocol's comments state, and nothing else."""
+    """Follows only the rules in the comments of the protocol."""
     options = {"grpc.use_local_subchannel_pool": 1, **KEEPALIVE}
     async with grpc.aio.insecure_channel(address, options=[*options.items()]) as wire:
         stub = service_pb2_grpc.Img2ImgServiceStub(wire)
@@ -111,7 +110,7 @@ async def use_raw(address: str) -> int:
 
 @dataclass
 class Scene:
-    """An api, the way to it, and jobs that wait until `go_on`."""
+    """An api, the network in front of it, and jobs that wait until `go_on` is called."""
 
     api: Api
     bus: Any
@@ -121,7 +120,7 @@ class Scene:
     callers: list[asyncio.Task[int]] = field(default_factory=list)
 
     async def begin(self, address: str) -> None:
-        """Starts the callers at the address; returns when their jobs are in the phase."""
+        """Starts the callers at the address. Returns when their jobs are in the phase."""
         blocking = asyncio.to_thread(use_blocking, address)
         ways = (blocking, use_async(address), use_raw(address))
         self.callers = [asyncio.create_task(way) for way in ways]
@@ -131,7 +130,7 @@ class Scene:
                 await asyncio.sleep(0.01)
 
     async def go_on(self) -> None:
-        """Has the jobs run to their end."""
+        """Lets the jobs run to their end."""
         if self.is_queued:
             await self.parts.enter_async_context(running_worker(self.bus, self.engine))
         self.engine.release()
@@ -141,7 +140,7 @@ class Scene:
         return list(listed.jobs)
 
     async def check(self) -> None:
-        """Every caller has all images, and every job ended once."""
+        """Asserts that every caller has all images and every job ended once."""
         async with asyncio.timeout(30):
             assert await asyncio.gather(*self.callers) == [IMAGES] * 3
         for job in await self.jobs():
@@ -168,7 +167,7 @@ async def scene(phase: str, **changes: Any) -> AsyncIterator[Scene]:
 
 
 async def at_once(play: Callable[..., Awaitable[None]], *cases: Any) -> None:
-    """Plays every case with jobs that are queued and with jobs that run, all at the same time."""
+    """Runs every case with queued jobs and with running jobs, all at the same time."""
     async with asyncio.TaskGroup() as plays:
         for case, phase in itertools.product(cases, ("queued", "running")):
             plays.create_task(play(case, phase), name=f"{case} {phase}")
@@ -180,7 +179,7 @@ async def test_a_connection_that_breaks_costs_no_job_and_no_image() -> None:
         async with scene(phase) as stage, Relay(stage.api.address).running() as relay:
             await stage.begin(relay.address)
             accident(relay)
-            # Longer than the server needs to notice, and than the grace period lasts then.
+            # longer than the server needs to detect the loss, and than the grace period
             await asyncio.sleep(GRACE_SECONDS + 1.0)
             await stage.go_on()
             await stage.check()
@@ -220,7 +219,7 @@ async def test_heartbeats_keep_a_proxy_from_cutting_a_silent_stream(
 
 
 async def test_a_stream_that_a_proxy_cuts_is_resumed_before_the_grace_period_is_over() -> None:
-    """The api sees RST_STREAM, as from a caller who leaves."""
+    """The api receives RST_STREAM, as from a caller that cancels."""
 
     async def play(cut_after: float, phase: str) -> None:
         async with (

@@ -1,4 +1,6 @@
-"""Jobs whose files go to the tenant's own bucket: a real S3 server, real gRPC and HTTP."""
+"""Jobs whose files are stored in the tenant's own bucket, with a real S3 server over gRPC
+and HTTP.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ class Shop:
 
 @dataclass
 class Shops:
-    """The service with two tenants that may manage their storage."""
+    """The service with two tenants that have the permission `storage`."""
 
     a: Shop
     b: Shop
@@ -77,7 +79,7 @@ class Shops:
 
 
 def bucket_of(engines: LocalServers, name: str) -> tuple[Minio, str]:
-    """A new bucket with public read access."""
+    """Returns a new bucket with public read access."""
     client = Minio(
         engines.s3_endpoint_url.removeprefix("http://"),
         access_key=engines.s3_access_key,
@@ -142,7 +144,7 @@ async def fetched(link: str) -> tuple[int, bytes]:
 
 
 def own(link: str) -> str:
-    """Key of a link in our own bucket."""
+    """Returns the key of a link in the service's own bucket."""
     return link.removeprefix("http://img.example.com/")
 
 
@@ -219,7 +221,9 @@ async def test_a_store_that_does_not_take_the_file_leaves_it_with_us_and_warns(
 
 @asynccontextmanager
 async def front(engines: LocalServers, refuse: Callable[[web.Request], bool]) -> Any:
-    """The S3 server behind one that refuses some requests. Yields its URL and what it saw."""
+    """Yields the URL of a proxy in front of the S3 server, which rejects some requests, and the
+    received requests.
+    """
     seen: list[tuple[str, bool, int]] = []
 
     async def handle(request: web.Request) -> web.Response:
@@ -264,7 +268,7 @@ async def test_an_upload_is_tried_three_times(
     def refuse(_: web.Request) -> bool:
         nonlocal refused
         refused += 1
-        return refused <= 4  # both forms of two tries
+        return refused <= 4  # two attempts, each with both forms of the request
 
     async with (
         front(engines, refuse) as (url, seen),
@@ -350,7 +354,7 @@ async def test_update_s3_answers_without_the_secrets(
         answer = await shops.update(shops.a, deploy_type="flux")
         warning = "deploy_type flux is stored without effect: only realtime runs here"
         assert answer.json() == reported | {"deploy_type": "flux", "warning": warning}
-        for _ in range(2):  # also fine when none are stored
+        for _ in range(2):  # The call also succeeds if no details are stored.
             sent = {"key": shops.a.key, "deploy_type": "flux"}
             answer = await shops.gateway.http.post(RESET, json=sent)
             assert answer.json() == {
@@ -462,11 +466,13 @@ async def test_details_that_no_key_opens_any_more_leave_the_files_with_us(
         assert job["warning"].startswith("Your S3 details cannot be read")
 
 
-# Where the service connects to.
+# the addresses to which the service connects
 
 
 class Pointing(AbstractResolver):
-    """Every name has the same address: that of this machine, until it is changed."""
+    """A resolver that returns one address for every name: this machine's, until a test
+    changes it.
+    """
 
     address = "127.0.0.1"
 
@@ -482,7 +488,7 @@ class Pointing(AbstractResolver):
 
 @asynccontextmanager
 async def listener(answer: Callable[[], web.Response]) -> AsyncIterator[tuple[int, list[str]]]:
-    """A server that notes the paths it is asked for. Yields its port and the paths."""
+    """Yields the port of a server and the paths of the requests that it receives."""
     asked: list[str] = []
 
     async def handle(request: web.Request) -> web.Response:
@@ -501,7 +507,7 @@ async def test_an_endpoint_that_comes_to_a_private_address_is_never_contacted() 
         with pytest.raises(StorageError, match="forbidden address"):
             await store.put(details, "a.png", PNG, "image/png")
         assert asked == []
-        # The same once the operator lists the host: so it was the policy that kept us away.
+        # The request succeeds once the operator lists the host, so the policy had rejected it.
         store = TenantS3(OutboundPolicy.parse("s3.example.com"), Pointing())
         await store.put(details, "a.png", PNG, "image/png")
         assert asked == ["/renders/a.png"]
@@ -538,7 +544,8 @@ async def test_a_host_may_be_spelled_as_people_do(host: str, engines: LocalServe
     )
     store = TenantS3(OutboundPolicy.parse("xn--bcher-kva.example"), Pointing())
     assert await store.check(details) == (None, "")
-    assert list(client.list_objects(bucket, recursive=True)) == []  # the check removed its file
+    # The check has removed its file.
+    assert list(client.list_objects(bucket, recursive=True)) == []
     await store.put(details, "a.png", PNG, "image/png")
     link = details.file_link("a.png").replace(base, engines.s3_endpoint_url)
     assert await fetched(link) == (200, PNG)

@@ -29,7 +29,7 @@ TRACE, PARENT = int(CALLER.split("-")[1], 16), int(CALLER.split("-")[2], 16)
 
 @pytest.fixture(scope="module")
 def recorder() -> Iterator[InMemorySpanExporter]:
-    """The spans of api and worker. A process can set a tracer provider only once."""
+    """Records the spans of api and worker. A process can set a tracer provider only once."""
     exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
@@ -44,7 +44,7 @@ def spans(recorder: InMemorySpanExporter) -> InMemorySpanExporter:
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps the spans that arrive over OTLP, by the service they come from."""
+    """Collects the spans that arrive over OTLP, by service."""
 
     def __init__(self) -> None:
         self.spans: dict[str, list[WireSpan]] = {}
@@ -137,7 +137,7 @@ async def test_a_gateway_exports_its_span_and_passes_the_context_on_past_any_pro
                 "IMG2IMG_S3_ACCESS_KEY": config.s3_access_key.get_secret_value(),
                 "IMG2IMG_S3_SECRET_KEY": config.s3_secret_key.get_secret_value(),
                 "IMG2IMG_OTLP_ENDPOINT": collector.address,
-                # No process listens there, so the api and the collector are not reached through it.
+                # No process listens on this proxy port, so the test proves that no proxy is used.
                 **dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:1"),
             },
             tmp_path / "gateway.log",
@@ -159,7 +159,7 @@ async def test_a_gateway_exports_its_span_and_passes_the_context_on_past_any_pro
             ):
                 assert (await answer.json())["status"] == "success"
         finally:
-            await gateway.stop()  # what waits to be sent is sent at the end
+            await gateway.stop()  # Waiting spans are sent at the end.
     sent = {span.name: span for span in collector.spans["img2img-gateway"]}
     request = sent["POST /api/v6/realtime/img2img"]
     assert (request.trace_id.hex(), request.parent_span_id.hex()) == tuple(CALLER.split("-")[1:3])
@@ -173,7 +173,7 @@ async def test_a_gateway_exports_its_span_and_passes_the_context_on_past_any_pro
 async def test_an_http_request_is_one_span_and_a_probe_none(
     spans: InMemorySpanExporter,
 ) -> None:
-    """FastAPI makes spans of its own where OpenTelemetry is installed, in a trace of their own."""
+    """With OpenTelemetry installed, FastAPI would create its own spans in another trace."""
     async with served_gateway() as gateway:
         for path, headers in (
             ("/v1/capabilities", {"Authorization": "Bearer dev-key"}),

@@ -1,4 +1,4 @@
-"""The bundle that the chart's `trustBundle` mounts: SSL_CERT_FILE holds for NATS and for S3."""
+"""The chart's `trustBundle` sets SSL_CERT_FILE, which NATS and S3 connections use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.local_stack import free_port
 from img2img_server.devstack.child import Child, binary
 from img2img_server.settings import PREFIX
 
-# As a role does it, in a process of its own: OpenSSL reads the variable when a context is made.
+# The code runs in a new process, like a role: OpenSSL reads the variable when a context is created.
 ASK = """
 import asyncio, sys, urllib3
 from img2img_server.settings import Settings
@@ -36,7 +36,7 @@ asyncio.run(main(Settings.load()))
 
 @asynccontextmanager
 async def nats_with_tls(folder: Path) -> AsyncIterator[int]:
-    """A nats-server that speaks TLS with the certificate of `folder`; yields its port."""
+    """Yields the port of a nats-server that uses TLS with the certificate of `folder`."""
     port = free_port()
     (folder / "nats.conf").write_text(
         f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{folder / "js"}" }}\n'
@@ -60,7 +60,7 @@ async def nats_with_tls(folder: Path) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def bucket_with_tls(folder: Path) -> AsyncIterator[int]:
-    """A server that has every bucket; yields its port."""
+    """Yields the port of a server that accepts every bucket name."""
 
     async def found(_: web.Request) -> web.Response:
         return web.Response()

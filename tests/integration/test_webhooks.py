@@ -1,4 +1,4 @@
-"""Webhooks from a job's end to a real receiver, in memory and on NATS."""
+"""Webhooks from the end of a job to a real receiver, in memory and on NATS."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def api_that_delivers(
     allow: str = "127.0.0.1",
     timeout_seconds: float = 30.0,
 ) -> AsyncIterator[Api]:
-    """An api whose webhooks go out for real."""
+    """Yields an api that sends its webhooks."""
     policy = OutboundPolicy.parse(allow)
     async with (
         open_sender(policy, timeout_seconds=timeout_seconds, resolver=Names("127.0.0.1")) as post,
@@ -61,7 +61,7 @@ async def api_that_delivers(
 
 
 async def run_to_end(api: Api, **changes: Any) -> job_pb2.Job:
-    """A job's record from its terminal event; its webhook may be quicker than the event."""
+    """Returns a job's record from its terminal event. The webhook may arrive before this event."""
     async for message in api.generate(spec(**changes)):
         event = message.event
     return without_status(getattr(event, event.WhichOneof("event")).job)
@@ -163,7 +163,7 @@ async def test_retry_after_holds_the_next_attempt_back(status: int) -> None:
             ended = await run_to_end(api, webhook=receiver.url)
             await receiver.next()
             await status_becomes(api, ended.name, "retrying")
-        assert await bus.outbox.pull(1, 0.3) == []  # the table alone says 0.02 s
+        assert await bus.outbox.pull(1, 0.3) == []  # The table of delays alone would give 0.02 s.
 
 
 async def test_a_slow_receiver_holds_up_neither_the_job_nor_other_webhooks(bus: Bus) -> None:
@@ -175,10 +175,11 @@ async def test_a_slow_receiver_holds_up_neither_the_job_nor_other_webhooks(bus: 
     ):
         late = await run_to_end(api, webhook=slow.url)
         await slow.next()
-        prompt = await run_to_end(api, webhook=quick.url)  # both ended while the slow one held
+        # The second webhook is delivered while the first one still waits for the slow receiver.
+        prompt = await run_to_end(api, webhook=quick.url)
         await quick.next()
         await status_becomes(api, prompt.name, "success")
-        await slow.next()  # given up once, tried again
+        await slow.next()  # The first attempt has timed out, and this is the second one.
         slow.may_answer.set()
         await status_becomes(api, late.name, "success")
         assert without_status(await api.get(late.name)) == late
@@ -252,7 +253,7 @@ async def test_cancelled_and_failed_jobs_tell_too(bus: Bus) -> None:
 
 
 class FailsOnce(MemoryWebhookOutbox):
-    """An outbox whose bus is away the first time."""
+    """An outbox that is unavailable at the first call."""
 
     failed = False
 
@@ -317,7 +318,7 @@ async def test_redelivery_is_refused_where_there_is_nothing_to_deliver() -> None
             reasons[name] = (caught.value.code(), refusal(caught.value).reason)
         engine.release()
         ended = await run_to_end(api)
-        await status_becomes(api, waiting.name, "failed")  # the outbox has no room
+        await status_becomes(api, waiting.name, "failed")  # The outbox is full.
         for name in (ended.name, waiting.name):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await redeliver(api, name)

@@ -1,4 +1,4 @@
-"""One attempt at a webhook against real sockets: the outcome that the caller gets."""
+"""One attempt at a webhook over real sockets, and the outcome for the caller."""
 
 from __future__ import annotations
 

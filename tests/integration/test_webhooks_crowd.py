@@ -1,4 +1,4 @@
-"""Many webhooks of one tenant, and what they leave to others."""
+"""Many webhooks of one tenant, and their effect on other tenants."""
 
 from __future__ import annotations
 

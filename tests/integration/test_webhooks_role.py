@@ -1,4 +1,4 @@
-"""Webhooks of the api role as it is started: its own settings, the real bus and the real bucket."""
+"""Webhooks of the api role with its own settings, on real NATS and a real bucket."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_texts_that_cannot_be_read_now_are_a_failed_attempt() -> None:
         config = settings(outbound_allow="127.0.0.1")
         async with running_api(bus, config, webhooks=webhooks) as api:
             await api.create(spec(webhook=receiver.url, base64=True))
-            got = await receiver.next()  # the first attempt did not come as far
+            got = await receiver.next()  # The first attempt failed before the request was sent.
             found = Webhook(SECRET).verify(got.body, got.headers)
             assert base64.b64decode(found["output"][0]).startswith(b"\x89PNG")
             assert not Away.away

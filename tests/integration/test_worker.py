@@ -1,4 +1,4 @@
-"""A worker whose surroundings fail: nothing is lost, nothing is done twice."""
+"""A worker whose dependencies fail: no job is lost, and none runs twice."""
 
 import asyncio
 import base64
@@ -47,7 +47,7 @@ async def test_a_killed_workers_job_is_finished_by_another_with_the_same_image()
         async with running_worker(bus, FakeEngine(hold_after=2), name="doomed") as doomed:
             call = api.generate(request)
             messages = await read_until(call, "step")
-            doomed.task.cancel()  # no ack, no nak, no farewell
+            doomed.task.cancel()  # The worker sends neither ack nor nak nor a withdrawal.
             await asyncio.gather(doomed.task, return_exceptions=True)
             async with running_worker(bus, name="heir"):
                 messages += [m async for m in call]
@@ -60,7 +60,7 @@ async def test_a_killed_workers_job_is_finished_by_another_with_the_same_image()
 
 
 class SilentDelivery:
-    """A delivery whose signs of life do not arrive."""
+    """A delivery whose in-progress messages are lost."""
 
     def __init__(self, inner: Delivery) -> None:
         self._inner = inner
@@ -72,7 +72,7 @@ class SilentDelivery:
 
 
 class SilentQueue:
-    """The queue as a worker sees it whose signs of life do not arrive."""
+    """A queue whose in-progress messages are lost."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -93,12 +93,12 @@ async def test_a_worker_that_came_back_from_the_dead_cannot_write_any_more() -> 
         messages = await read_until(call, "step")
         async with running_worker(bus, name="heir"):
             messages += [m async for m in call]
-        frozen.release()  # it continues as if nothing had happened
+        frozen.release()  # The worker continues without a notice of the loss.
         await first.drained()
         job_id = int(messages[0].event.job.split("/")[1])
         last = (await bus.events.open(job_id)).sequence
     assert kinds(messages).count("succeeded") == 1
-    assert messages[-1].event.sequence == last  # nothing was written after the end
+    assert messages[-1].event.sequence == last  # The worker has written nothing after the end.
     assert messages[-1].event.succeeded.job.worker == "heir"
 
 
@@ -122,7 +122,7 @@ async def test_a_job_that_kills_its_workers_fails_at_last_and_lands_in_the_dead_
                 assert stored is not None
                 started = Started(worker="doomed", model="fake", attempt=attempt)
                 await bus.jobs.update(advance(stored.job, started, time.time()), stored.revision)
-            await delivery.nak()  # NATS does the same after its ack_wait
+            await delivery.nak()  # NATS redelivers the message in the same way after its ack_wait.
         async with running_worker(bus, config=settings(max_attempts=2)):
             messages = [m async for m in api.watch(job.name)]
     error = messages[-1].event.failed.job.error
@@ -147,14 +147,14 @@ async def test_a_job_that_is_handed_on_without_a_run_loses_no_attempt() -> None:
 
 
 async def eventually(reached: Callable[[], Awaitable[bool]]) -> None:
-    """Returns when it is true; for changes without an event."""
+    """Polls until the condition is true, for changes without an event."""
     async with asyncio.timeout(10):
         while not await reached():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
 async def take(bus: Bus) -> Delivery | None:
-    """Takes one message as a worker would."""
+    """Takes one message as a worker does."""
     found = await bus.queue.pull("fake", [Lane.REALTIME], 1, 1.0)
     return found[0] if found else None
 
@@ -169,7 +169,7 @@ async def test_a_writer_that_died_before_its_last_word_gets_it_said_by_the_next_
         assert stored is not None
         started = Started(worker="doomed", model="fake", attempt=1)
         record = advance(advance(stored.job, started, time.time()), Succeeded(), time.time())
-        await bus.jobs.update(record, stored.revision)  # and then it died
+        await bus.jobs.update(record, stored.revision)  # The worker dies here.
         async with running_worker(bus) as worker:
 
             async def ended() -> bool:
@@ -179,7 +179,7 @@ async def test_a_writer_that_died_before_its_last_word_gets_it_said_by_the_next_
             await worker.drained()
         messages = [m async for m in api.watch(job.name)]
         assert kinds(messages) == ["snapshot", "queued", "succeeded"]
-        await asyncio.sleep(0.15)  # had it not been acked, it would come back now
+        await asyncio.sleep(0.15)  # A message without an ack would be redelivered now.
         assert await bus.queue.depth("fake", Lane.REALTIME) == 0
 
 
@@ -199,7 +199,7 @@ async def test_a_cancel_request_outlives_the_worker_that_should_have_received_it
 
 
 class BrokenBlobStore(MemoryBlobStore):
-    """A store that takes nothing."""
+    """A store that rejects all files."""
 
     async def put(self, key: str, data: bytes, media_type: str) -> None:
         raise StorageError("the object store does not answer")
@@ -214,7 +214,7 @@ async def test_a_store_that_takes_nothing_fails_the_job_and_says_that_a_retry_ma
 
 
 class BrokenSafetyChecker:
-    """A checker that cannot run."""
+    """A checker that always fails."""
 
     turn = nullcontext()
 
@@ -272,7 +272,7 @@ async def test_realtime_jobs_are_taken_before_batch_jobs() -> None:
     bus = memory_bus()
     engine = FakeEngine(hold_after=1, max_batch_size=1)
     async with running_worker(bus, engine), running_api(bus) as api:
-        await api.create(spec(strength=1.0))  # keeps the worker busy
+        await api.create(spec(strength=1.0))  # This job keeps the worker busy.
         batch = await api.create(spec(lane=job_pb2.LANE_BATCH))
         realtime = await api.create(spec())
         engine.release()

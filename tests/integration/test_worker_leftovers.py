@@ -1,4 +1,4 @@
-"""Files of a job without success are deleted from the service's own bucket; all others stay."""
+"""Files of unsuccessful jobs are deleted from the service's own bucket. All other files remain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from tests.stack import kinds, known_model, read_until, running_api, running_wor
 
 
 class HalfStore(MemoryBlobStore):
-    """Takes first files at once. Second ones wait for theirs and a word, and are refused then."""
+    """Stores first samples at once. A second sample waits for the first one and for `refuse`, and
+    is then rejected.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,13 +85,13 @@ async def test_the_link_of_a_failed_job_answers_404_again() -> None:
 
 
 async def take(bus: Bus) -> Delivery:
-    """Takes the one message as a worker would."""
+    """Takes the only message as a worker does."""
     (delivery,) = await bus.queue.pull("fake", [Lane.REALTIME], 1, 10.0)
     return delivery
 
 
 async def advanced(bus: Bus, job_id: int, *events: Event) -> Job:
-    """Writes into the record what a worker would; returns the job."""
+    """Changes the record as a worker does and returns the job."""
     stored = await bus.jobs.get("dev", job_id)
     assert stored is not None
     job = stored.job
@@ -161,7 +163,7 @@ async def test_a_worker_that_lost_a_job_deletes_its_files_only_where_no_worker_n
 
 
 class HangingStore(HalfStore):
-    """Deletes nothing, and says nothing."""
+    """A store whose deletes hang."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ class HangingStore(HalfStore):
 
 
 class RefusingStore(HangingStore):
-    """Deletes nothing, and says so."""
+    """A store that rejects deletes."""
 
     async def delete(self, key: str) -> None:
         self.asked.set()

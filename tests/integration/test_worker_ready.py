@@ -1,4 +1,6 @@
-"""The worker role without NATS or the bucket: it stays, reports the reason, and continues."""
+"""The worker role without NATS or the bucket: it does not exit, reports the reason, and continues
+later.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ async def test_a_worker_says_why_it_is_not_ready_and_goes_on_by_itself(
     stores: list[WatchedBlobs] = []
 
     class Kept(WatchedBlobs):
-        """The one of the role."""
+        """A WatchedBlobs that the test can reach: it adds itself to `stores`."""
 
         def __init__(self, blobs: Any) -> None:
             super().__init__(blobs, pauses_seconds=(0.05,))

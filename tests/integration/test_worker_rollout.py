@@ -1,4 +1,4 @@
-"""A worker that must stop: it does so on time and loses nothing, whatever hangs or breaks."""
+"""A worker that must stop does so in time and loses no job, whatever hangs or fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAME = spec(strength=1.0, output_format=job_pb2.IMAGE_FORMAT_PNG)
 
 
 class HangingStore(MemoryBlobStore):
-    """Takes a file and never says that it is stored."""
+    """A store whose puts never return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class HangingStore(MemoryBlobStore):
 
 
 async def image(api: Api) -> str:
-    """The result of the job when nothing happens to it."""
+    """Returns the image of the job in an undisturbed run."""
     messages = [message async for message in api.generate(SAME)]
     return str(messages[-1].event.succeeded.job.samples[0].sha256)
 
 
 async def finished_elsewhere(bus: Bus, api: Api, name: str) -> tuple[str, job_pb2.Job]:
-    """Another worker comes; how the job's stream ends then, and the job."""
+    """Starts another worker. Returns the last event of the job's stream, and the job."""
     async with running_worker(bus, name="heir"):
         messages = [message async for message in api.watch(name)]
     return kinds(messages)[-1], messages[-1].event.succeeded.job
@@ -48,7 +48,7 @@ async def test_an_upload_that_hangs_is_cut_short_after_the_drain_and_done_again_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("img2img_server.worker.worker.HAND_BACK_SECONDS", 0.1)
-    bus = memory_bus(ack_wait_seconds=60.0)  # too long to be waited for
+    bus = memory_bus(ack_wait_seconds=60.0)  # seconds; too long for the test to wait
     store = HangingStore()
     async with running_api(bus) as api:
         async with running_worker(bus):
@@ -67,7 +67,8 @@ async def test_a_step_that_hangs_does_not_hold_up_a_worker_that_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("img2img_server.worker.worker.HAND_BACK_SECONDS", 0.1)
-    monkeypatch.setattr(FakeEngine, "cancel", lambda *_: None)  # its thread is in the driver
+    # A thread of the engine is in the driver.
+    monkeypatch.setattr(FakeEngine, "cancel", lambda *_: None)
     bus = memory_bus(ack_wait_seconds=60.0)
     async with running_api(bus) as api:
         engine = FakeEngine(hold_after=1)
@@ -104,7 +105,7 @@ async def test_a_job_that_breaks_every_device_fails_after_its_attempts() -> None
     bus = memory_bus(ack_wait_seconds=60.0)
     config = settings(max_attempts=2)
     async with running_api(bus) as api:
-        async with running_worker(bus):  # so that the model is known
+        async with running_worker(bus):  # This makes the model known to the api.
             await image(api)
         job = await api.create(SAME)
         for attempt in range(2):
@@ -118,7 +119,7 @@ async def test_a_job_that_breaks_every_device_fails_after_its_attempts() -> None
 async def lost_in_its_step(
     bus: Bus, api: Api, engine: FakeEngine, name: str, attempt: int, **changes: Any
 ) -> None:
-    """A worker comes, takes the job, loses its device in a step and goes."""
+    """Starts a worker, which takes the job, loses its device in a step and exits."""
 
     async def work() -> None:
         async with running_worker(bus, engine, name=f"w{attempt}", **changes) as worker:
@@ -133,7 +134,7 @@ async def lost_in_its_step(
 
 
 async def attempt_of(api: Api, name: str, attempt: int) -> None:
-    """Waits for a step of that attempt."""
+    """Waits for a step of this attempt."""
     now = 0
     async for message in api.watch(name):
         if message.event.HasField("started"):
@@ -148,7 +149,7 @@ async def test_a_cancel_whose_word_was_lost_is_read_from_the_record(
     bus = memory_bus(ack_wait_seconds=0.3)
 
     async def ignore(_: int) -> None:
-        """The worker's connection is away."""
+        """Ignores the errors of the worker, whose connection is lost."""
 
     monkeypatch.setattr(bus.control, "cancel", ignore)
     engine = FakeEngine(hold_after=1)

@@ -1,4 +1,6 @@
-"""A worker whose object store takes no files: it stays, takes no jobs, and continues by itself."""
+"""A worker whose object store rejects files: it keeps running, takes no jobs, and continues by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from tests.stack import kinds, read_until, running_api, running_worker, spec
 
 
 class AwayStore(MemoryBlobStore):
-    """Takes no files until the test allows it; `probed` is set by each probe."""
+    """A store that rejects files until the test allows them. `probed` is set by each probe."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ async def test_a_job_that_was_pulled_while_the_store_went_away_goes_back_at_once
     async with running_worker(bus, blobs=store), running_api(bus) as api:
         first = [message async for message in api.generate(spec())]
         assert kinds(first)[-1] == "failed"
-        # The worker's pull was under way when the store failed, and gets this one.
+        # The worker's pull was waiting when the store failed, so it gets this job.
         waiting = await api.create(spec())
         blobs.away = False
         done = await read_until(api.watch(waiting.name), "succeeded")

@@ -1,7 +1,6 @@
-"""The oracle's view of a family, and its requests.
-
-A module in tests/oracle/families has `MODELS`: a name and an OracleModel for each tiny model of its
-family. Nothing else is needed to have a family compared.
+"""The models and requests of the oracle tests. A module in tests/oracle/families has `MODELS`: a
+name and an OracleModel for each tiny model of its family. A family needs nothing else to be
+compared with diffusers.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from typing import Any
 from img2img_server.engine.base import EngineJob
 from tests.engine_bench import blocks, job, stock_call
 
-# `make oracle` sets it: every combination instead of a set that covers each pair of values.
+# `make oracle` sets this variable, which selects every combination instead of a set that covers
+# each pair of values.
 IS_FULL = os.environ.get("ORACLE") == "full"
 
-# Strength and num_inference_steps. The first four are those where rounding differs by family, or
-# where the float expression differs from an exact ceiling.
+# Pairs of strength and num_inference_steps. For the first four, rounding differs by family, or the
+# float expression differs from an exact ceiling.
 RUNS = (
     (0.28, 25),
     (0.14, 50),
@@ -36,8 +36,8 @@ RUNS = (
     (1.0, 1),
     (1.0, 11),
 )
-# Their pipelines pack the latents before the scheduler draws its noise, so the same numbers land
-# in other places of the image.
+# Their pipelines pack the latents before the scheduler draws its noise, so the same numbers are at
+# other places of the image.
 _PACKED = ("flux", "qwen_image", "chroma")
 PROMPTS = ("a boat", "a very long walk along the sea wall at noon")
 NEGATIVE_PROMPTS = ("", "fog")
@@ -46,7 +46,7 @@ SEEDS = ((5,), (11, 12, 13, 14))
 
 @dataclass(frozen=True, slots=True)
 class OracleModel:
-    """A tiny random model, and how its family is used.
+    """A tiny random model, and the requests for its family.
 
     Attributes:
         write: Writes the model into a folder and returns it.
@@ -69,7 +69,7 @@ class OracleModel:
 
 @cache
 def families() -> Mapping[str, Mapping[str, OracleModel]]:
-    """Returns the models by family: the modules of tests/oracle/families."""
+    """Returns the models by family, from the modules of tests/oracle/families."""
     folder = Path(__file__).parent / "families"
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     return {name: importlib.import_module(f"tests.oracle.families.{name}").MODELS for name in names}
@@ -133,7 +133,7 @@ def _cases(
     schedulers: Sequence[str],
     runs: Sequence[tuple[float, int]],
 ) -> list[Case]:
-    # Sizes and scales by position, since they differ between the models.
+    # The position selects sizes and scales, since these differ between the models.
     first = next(iter(found.values()))
     dimensions: list[Sequence[Any]] = [
         list(found),
@@ -164,7 +164,7 @@ def _cases(
 
 
 def covering(dimensions: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-    """Yields rows in which each pair of values of two dimensions occurs; few, not the fewest."""
+    """Yields a small number of rows in which each pair of values of two dimensions occurs."""
     counts = [range(len(values)) for values in dimensions]
     pairs = itertools.combinations(range(len(counts)), 2)
     missing = {(i, a, j, b) for i, j in pairs for a in counts[i] for b in counts[j]}

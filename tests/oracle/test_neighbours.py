@@ -1,4 +1,6 @@
-"""The same request alone, among strangers, joining in mid-run, and after an out-of-memory split."""
+"""The same request alone, in a mixed batch, joining a running batch, and after an out-of-memory
+split.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,16 @@ SCHEDULERS = {family.name: family.schedulers for family in served()}
 
 
 class SmallDevice(DiffusersDenoiser):
-    """The real denoiser on a device that runs out of memory; it notes the size of every batch
-    and the number of batches with images of several sizes."""
+    """The real denoiser on a device that runs out of memory. It records the size of every batch and
+    the number of batches with images of several sizes.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.reset()
 
     def reset(self) -> None:
-        """Gives it all memory again."""
+        """Makes all memory available again."""
         self.batches: list[int] = []
         self.mixed_batches = 0
         self.most_forwards = 100
@@ -99,7 +102,9 @@ def subject(loaded: Subject) -> Subject:
 
 
 def strangers(subject: Subject) -> list[EngineJob]:
-    """Returns jobs of every kind: each sampler, guided and not, short and long, other sizes too."""
+    """Returns jobs of every kind: each sampler, guided and unguided, short and long, and other
+    sizes.
+    """
     model, schedulers = subject.model, subject.schedulers
     return [
         job(
@@ -180,7 +185,7 @@ def test_an_image_is_the_same_when_it_joins_in_mid_run(subject: Subject, case: i
 
 
 def test_a_warm_up_runs_as_many_forwards_as_it_measures(subject: Subject) -> None:
-    subject.denoiser.most_forwards = 1  # of a guided row: out of memory
+    subject.denoiser.most_forwards = 1  # The negative half of a guided row runs out of memory.
     with running(subject.denoiser) as engine:
         engine.warm_up(*subject.model.sizes[0])
 

@@ -1,4 +1,4 @@
-"""The oracle: our image is the one that the stock pipeline of diffusers makes."""
+"""Our images are equal to those of the stock pipelines of diffusers."""
 
 from __future__ import annotations
 

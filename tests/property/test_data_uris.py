@@ -51,7 +51,7 @@ def test_every_spelling_of_base64_gives_the_same_bytes(more: st.DataObject, data
         text = text.rstrip("=")
     for character in more.draw(st.sampled_from(["", "+/=", "+", "=-_"])):
         text = text.replace(character, f"%{ord(character):02{more.draw(st.sampled_from('xX'))}}")
-    # Between encoded characters only, so as not to cut a percent-encoding.
+    # The text is cut only between encoded characters.
     middle = 0 if "%" in text else len(text) // 2
     space = more.draw(SPACES)
     text = text[:middle] + space + text[middle:] + more.draw(SPACES)
@@ -118,7 +118,7 @@ def test_what_is_no_base64_is_refused(text: str) -> None:
     st.lists(st.sampled_from(["%", "%4", "%41", "%3D", "%0a", "=", "4", "\r", "\n", " ", "z", "ü"]))
 )
 def test_percent_signs_are_read_as_the_standard_library_reads_them(parts: list[str]) -> None:
-    text = "z" + "".join(parts) + "z"  # white space around the data is dropped
+    text = "z" + "".join(parts) + "z"  # White space around the data is dropped.
     assert decode_data_uri(f"data:,{text}") == unquote_to_bytes(text)
 
 

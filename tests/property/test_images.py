@@ -1,4 +1,5 @@
-"""The image check against Pillow: whole files are accepted with Pillow's pixels, cut ones refused.
+"""Compares the image check with Pillow: complete files are accepted with Pillow's pixels, and
+truncated files are rejected.
 
 TEST_EXAMPLES sets the number of examples of each test, see CONTRIBUTING.md.
 """
@@ -32,7 +33,8 @@ examples = settings(
     derandomize="TEST_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-# Rows that end just before, at and after a block of the unpacker, in one-byte and other pixels.
+# Rows that end just before, at and after a block of the unpacker, with pixels of one byte and of
+# more.
 EDGE_SIZES = [
     (INFLATED_BYTES // rows + more, rows) for rows in (1, 64, 512) for more in (-2, -1, 0)
 ]
@@ -46,7 +48,7 @@ CONTENTS = st.sampled_from(["flat", "zero", "full", "stripes", "gradient", "nois
 
 
 def content(kind: str, seed: int, width: int, height: int, channels: int, top: int) -> Array:
-    """Values from 0 to top: height x width x channels."""
+    """Draws values from 0 to top: height x width x channels."""
     random = np.random.default_rng(seed)
     shape = (height, width, channels)
     match kind:
@@ -69,7 +71,7 @@ def content(kind: str, seed: int, width: int, height: int, channels: int, top: i
 
 
 def accepted(data: bytes, size: tuple[int, int]) -> Array:
-    """The pixels of a file that the check must let through."""
+    """Returns the pixels of a file that the check must accept."""
     width, height = size
     check_image(data, width=256, height=256, limits=Limits())
     return prepare_image(data, width=width, height=height)
@@ -84,7 +86,7 @@ def is_accepted(data: bytes) -> bool:
 
 
 def pillow(data: bytes) -> Array:
-    """Pillow's straightforward path: open, on white where transparent, RGB."""
+    """Returns the pixels by Pillow alone: opened, and on white where transparent."""
     with photos.opened(data) as image:
         image.load()
         if image.mode == "I;16":
@@ -120,7 +122,7 @@ PNG_FILES = st.fixed_dictionaries(
 
 
 def png_file(made: dict[str, Any]) -> tuple[bytes, Array]:
-    """A PNG of any kind, and the values it holds."""
+    """Draws a PNG of any kind, and the values in it."""
     (colour, depth), (width, height) = made["kind"], made["size"]
     channels, top = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour], (1 << depth) - 1
     values = content(made["content"], made["seed"], width, height, channels, top)
@@ -193,7 +195,7 @@ def test_whole_png_files_are_accepted_with_the_pixels_that_they_hold(made: dict[
 def test_png_files_without_all_rows_are_refused(
     made: dict[str, Any], part: float, ended: bool
 ) -> None:
-    """Cut anywhere, or the rows end early in a file that is whole otherwise."""
+    """The file is truncated, or its rows end early in an otherwise complete file."""
     data, _ = png_file(made | {"end": True, "trailing": b"", "chunk_bytes": 2**30})
     start = data.index(b"IDAT") + 4
     packed = data[start : start + int.from_bytes(data[start - 8 : start - 4], "big")]
@@ -209,7 +211,8 @@ def test_png_files_without_all_rows_are_refused(
         assert not is_accepted(data[:end])
     elif unpacker.eof:
         assert is_accepted(data[:end])
-    # In the few bytes between, all rows are there, and Pillow may or may not see the last one.
+    # If only a few bytes are missing, all rows may be there, and Pillow may or may not read the
+    # last one.
 
 
 JPEG_FILES = st.fixed_dictionaries(
@@ -254,7 +257,7 @@ def jpeg_file(made: dict[str, Any]) -> bytes:
                 optimize=made["optimize"],
                 restart_marker_blocks=made["restart"],
             )
-        except OSError:  # many restart markers do not fit into Pillow's buffer
+        except OSError:  # Many restart markers exceed Pillow's buffer.
             assume(False)
     return bytes(data)
 
@@ -273,16 +276,20 @@ def test_whole_jpeg_files_are_accepted_with_pillows_pixels(made: dict[str, Any])
 def test_jpeg_files_without_all_rows_are_refused(
     made: dict[str, Any], part: float, ended: bool
 ) -> None:
-    """Cut anywhere in the scans; an end marker put there makes it no better."""
-    if made["mode"] == "CMYK":  # otherwise missing bits are found by the pixels they change
+    """The file is truncated within the scans. An end marker after the cut does not make it
+    valid.
+    """
+    if made["mode"] == "CMYK":
+        # Otherwise missing bits are detected by the pixels that they change.
         made = made | {"subsampling": "4:4:4"}
     data = jpeg_file(made)
     first, last = data.index(b"\xff\xda"), data.rindex(b"\xff\xd9") - 1
     end = first + int((last - first) * part)
-    next_segments = (data[end : end + 2], data[end - 1 : end + 1])  # the cut may leave its 0xFF
+    # The cut may keep the 0xFF of a marker.
+    next_segments = (data[end : end + 2], data[end - 1 : end + 1])
     whole_scans = made["progressive"] and {b"\xff\xc4", b"\xff\xda"}.intersection(next_segments)
 
-    if ended and whole_scans:  # fewer scans and an end marker: a coarser image, but whole
+    if ended and whole_scans:  # Fewer scans with an end marker are a coarser but complete image.
         return
     cut = data[:end] + (b"\xff\xd9" if ended else b"")
     assert not is_accepted(cut)

@@ -1,4 +1,4 @@
-"""Lists of jobs in pages, compared with a plain list, and what they read."""
+"""Pages of jobs, compared with a plain list, and the number of records that they read."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_pages_hold_the_jobs_of_a_plain_list(
             assert len(page) <= size
             found += page
             pages += 1
-            for _ in range(came_later):  # a newer job does not move older ones
+            for _ in range(came_later):  # A newer job does not move older ones to another page.
                 await store.draw(TENANT, State.QUEUED)
         assert found == expected
 

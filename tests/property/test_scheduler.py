@@ -1,4 +1,4 @@
-"""The batching scheduler against a plain model of what it promises."""
+"""The batching scheduler, compared with a simple model of its rules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_WAIT_SECONDS = 5.0
 
 @dataclass
 class Expected:
-    """The test's record of a row. `ahead`: rows before it in the line of the overdue."""
+    """The test's record of a row. `ahead`: number of overdue rows before it."""
 
     row: Row
     steps_left: int
@@ -34,7 +34,7 @@ class Expected:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Adds, cancels, runs and completes at random; never loses, repeats or starves a row."""
+    """Adds, cancels, runs and completes rows at random. No row is lost, repeated or starved."""
 
     batches: Bundle[Batch] = Bundle("batches")
 
@@ -142,7 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.put_back(key for key in keys if key in self.in_flight)
         self.in_flight -= set(keys)
         for expected in self.expected.values():
-            expected.ahead = None  # the line forms again: rows that were put back keep their places
+            # The order is computed again: rows that were put back keep their positions.
+            expected.ahead = None
 
     @invariant()
     def holds_every_row(self) -> None:
@@ -159,7 +160,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 expected.ahead = place
 
     def _check_overdue(self, left: set[Key]) -> None:
-        """Every batch serves at least the head of the line, so a place in it only gets better."""
+        """Asserts that every batch serves at least the first overdue row, so that positions only
+        decrease.
+        """
         for key in left:
             expected = self.expected[key]
             if expected.ahead is not None:

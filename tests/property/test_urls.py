@@ -1,4 +1,4 @@
-"""URLs reach the origin byte for byte, and are encoded as httpx encodes them where they must be."""
+"""URLs are sent byte for byte, and characters that must be encoded are encoded as by httpx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from img2img_server.domain.urls import join_url, parse_url
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
 from img2img_server.webhooks.sender import open_sender
 
-# Characters that RFC 3986 allows in a path, percent-encodings with digits of either case among it.
+# Characters that RFC 3986 allows in a path, including percent-encodings with digits in both cases.
 HEX = st.sampled_from(string.hexdigits)
 ENCODED = st.builds("%{}{}".format, HEX, HEX)
 PLAIN = st.sampled_from(string.ascii_letters + string.digits + "-._~!$&'()*+,;=:@/")
@@ -33,7 +33,7 @@ TARGETS = st.one_of(
 @example("/a%28b%29.png?X-Sig=%2f%3a", "/?")
 @example("/a/../b/./%2e%2e//", "//a/../b?c?")
 def test_init_images_and_redirects_are_requested_byte_for_byte(first: str, second: str) -> None:
-    assume(not second.startswith("//"))  # another host
+    assume(not second.startswith("//"))  # The reference names another host.
 
     async def fetched() -> list[str]:
         async with origin(answer(302), answer(200, IMAGE)) as server:
@@ -59,8 +59,8 @@ def test_webhooks_are_posted_to_the_address_byte_for_byte(target: str) -> None:
     assert asyncio.run(posted()) == [f"{target} HTTP/1.1"]
 
 
-# httpx follows WHATWG, but for a circumflex in a path and an apostrophe in a query; it removes dot
-# segments and encodes a percent sign that encodes nothing.
+# httpx follows WHATWG except for a circumflex in a path and an apostrophe in a query. It also
+# removes dot segments and encodes a percent sign that encodes nothing.
 OTHER = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\\#?%^'")
 
 

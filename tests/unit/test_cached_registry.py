@@ -15,7 +15,7 @@ TWO = WorkerInfo(name="two", model=FAKE_MODEL, device="cpu")
 
 
 class Registry(MemoryWorkerRegistry):
-    """Counts reads, can be unavailable, and responds once it may."""
+    """A registry that counts reads, can be unavailable, and responds when the test allows it."""
 
     def __init__(self) -> None:
         super().__init__(ttl_seconds=1e9)
@@ -34,7 +34,7 @@ class Registry(MemoryWorkerRegistry):
 
 
 class Clock:
-    """Seconds, moved by hand."""
+    """A clock that the test sets."""
 
     now = 100.0
 
@@ -60,7 +60,7 @@ def cached(registry: Registry, clock: Clock) -> CachedWorkerRegistry:
 
 
 async def settled() -> None:
-    """Lets tasks end that wait for nothing else."""
+    """Lets all tasks run that do not wait for an event."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -119,7 +119,7 @@ async def test_what_was_asked_before_a_forget_does_not_come_back(
     clock.now += 1.1
     registry.may_answer.clear()
     await cached.workers()
-    await settled()  # the question is on its way, with the old answer
+    await settled()  # The read has begun, with the old result.
     await registry.announce(TWO)
     cached.forget()
     registry.may_answer.set()
@@ -132,7 +132,7 @@ async def test_a_read_that_runs_during_a_forget_is_not_cached(
 ) -> None:
     registry.may_answer.clear()
     waiting = asyncio.create_task(cached.workers())
-    await settled()  # the question is on its way, with the old answer
+    await settled()  # The read has begun, with the old result.
     await registry.announce(TWO)
     cached.forget()
     registry.may_answer.set()

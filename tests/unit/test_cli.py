@@ -1,4 +1,4 @@
-"""The command img2img against a scripted service: what it sends, saves, prints and returns."""
+"""The command img2img with a scripted service: requests, files, output and exit codes."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def read_terminal(descriptor: int) -> str:
     while True:
         try:
             part = os.read(descriptor, 65536)
-        except OSError:  # EIO: the other side is closed
+        except OSError:  # EIO means that the other side is closed.
             part = b""
         if not part:
             break
@@ -209,7 +209,7 @@ def test_a_full_stdout_exits_with_1_and_an_error_message(
 def test_ctrl_c_while_connecting_is_one_object_and_130(arguments: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = start(silent.getsockname()[1], *arguments, "--json")
-        silent.accept()[0].close()  # the command is connecting
+        silent.accept()[0].close()  # The command is connecting.
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 130

@@ -162,7 +162,7 @@ def test_an_invalid_timeout_is_rejected(seconds: str) -> None:
 
 def test_an_unreachable_local_service_is_reported_with_a_hint() -> None:
     with serving(FakeService()) as port:
-        pass  # nothing listens on the port from here on
+        pass  # From here on, nothing listens on the port.
     result = CliRunner().invoke(main, ["capabilities", "--server", f"127.0.0.1:{port}"])
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [

@@ -28,7 +28,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 def test_the_error_of_an_unreachable_service_has_its_address(run: Run) -> None:
     service = FakeService()
     with serving(service) as port:
-        pass  # nothing listens on the port from here on
+        pass  # From here on, nothing listens on the port.
 
     def use(client: Any) -> Any:
         other = type(client)(

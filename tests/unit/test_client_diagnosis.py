@@ -43,9 +43,8 @@ def tls_server(
 
 @contextmanager
 def plain_server(answer: bytes, tls: ssl.SSLContext | None = None) -> Iterator[int]:
-    """A TCP server that answers every connection's first bytes with `answer`, then closes.
-
-    `tls`: it takes those that begin with a TLS handshake.
+    """Yields a TCP server that sends `answer` after the first bytes of each connection and closes
+    it. `tls`: it accepts TLS handshakes.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -86,7 +85,9 @@ def failure(server: str, *, tls: bool = False, root: bytes | None = None) -> Una
 
 @contextmanager
 def web_server_with_tls(page: bytes) -> Iterator[int]:
-    """A server like a proxy in front of the service: it answers plain bytes with `page`."""
+    """Yields a server with TLS, like a proxy in front of the service. It responds to plaintext with
+    `page`.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     AUTHORITY.issue_cert("127.0.0.1").configure_cert(context)
     with plain_server(page, context) as port:
@@ -102,7 +103,7 @@ def closed_port() -> Iterator[int]:
 
 WEB_PAGE = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
 LONG_AGO = datetime.datetime(2020, 1, 1)
-# A server, how the client connects to it, and the cause that it reports.
+# A server, the client's options, and the cause that the client reports.
 SERVERS: dict[str, tuple[Callable[[], AbstractContextManager[int]], dict[str, Any], Cause]] = {
     "plain server, TLS client": (lambda: serving(FakeService()), {"tls": True}, Cause.NO_TLS),
     "TLS server, plain client": (lambda: tls_server("localhost"), {}, Cause.TLS_EXPECTED),

@@ -31,8 +31,8 @@ def test_every_command_on_the_page_parses(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    # click keeps the help option of a command from its first context, so that needs its parent:
-    # only `main` says that -h means help.
+    # click caches the help option of a command with the command's first context, so a parent is
+    # needed: only `main` defines -h as help.
     with main.make_context("img2img", list(words)) as parent:
         command = main.commands[words[0]]
         if isinstance(command, click.Group):

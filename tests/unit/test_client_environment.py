@@ -1,4 +1,4 @@
-"""The client's variables and the server's settings can be set in one environment."""
+"""The variables of the client and of the server can be set in the same environment."""
 
 import pytest
 

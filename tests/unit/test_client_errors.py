@@ -28,7 +28,7 @@ from tests.fake_service import FakeService, Refusal, serving
 from tests.golden_file import assert_golden
 
 NO_PATH: Any = 7
-# A use of the client, the builtin error that it raises, and the field of its violation.
+# A call of the client, the builtin error that it raises, and the field of its violation.
 MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "missing file": (lambda c: c.generate("p", "none.jpg"), FileNotFoundError, "init_image"),
     "folder": (lambda c: c.create("p", Path("/")), OSError, "init_image"),

@@ -29,7 +29,7 @@ def on_blocking_channel(service: FakeService, use: Use, **arguments: Any) -> Any
         with Client(channel=channel, api_key="k", retry=RETRY, **arguments) as client:
             found = use(client)
             found = list(found) if isinstance(found, api.JobStream) else found
-        # The client is closed and the channel is not.
+        # The client is closed, but the channel is not.
         call = channel.unary_unary("/img2img.v1.Img2ImgService/GetCapabilities")
         assert call(b"", timeout=5)
         return found
@@ -76,7 +76,7 @@ def test_a_call_is_retried_and_a_rejection_raises_the_typed_error(run: Any) -> N
     with pytest.raises(api.NotFoundError) as caught:
         run(service, lambda client: client.get(1))
     assert caught.value.reason == "JOB_NOT_FOUND"
-    assert len(service.requests) == 2  # STOPPING was retried
+    assert len(service.requests) == 2  # The status STOPPING was retried.
 
 
 def test_leaving_a_stream_cancels_its_job(run: Any) -> None:
@@ -131,7 +131,7 @@ async def test_an_async_channel_that_its_owner_closed_is_a_closed_client(
 def test_a_service_that_cannot_be_reached_is_reported_without_an_address() -> None:
     retry = api.Retry(connect_seconds=0.05, first_delay_seconds=0.01)
     with serving(FakeService()) as port:
-        pass  # nothing listens on the port from here on
+        pass  # From here on, nothing listens on the port.
     with (
         grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
         Client(channel=channel, retry=retry) as client,

@@ -1,4 +1,4 @@
-"""The decisions about retries, without any connection."""
+"""The decisions about retries, without connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG_RETRY = Retry(connect_seconds=1e6)
 
 
 class Longest(random.Random):
-    """Draws the upper end, so that delays are known."""
+    """A random generator that returns the upper limit, so that delays are known."""
 
     def uniform(self, a: float, b: float) -> float:
         return b
@@ -34,7 +34,7 @@ def snapshot(sequence: int) -> service_pb2.event_pb2.JobEvent:  # type: ignore[n
     return message
 
 
-@settings(deadline=None)  # a busy machine must not fail the test
+@settings(deadline=None)  # A busy machine must not make the test fail.
 @given(data=st.data())
 def test_every_event_is_seen_once_however_streams_break_and_overlap(data: st.DataObject) -> None:
     follow = Follow(
@@ -48,7 +48,7 @@ def test_every_event_is_seen_once_however_streams_break_and_overlap(data: st.Dat
             assert request.request_id == "7f1c"
             after = 0
         else:
-            # A server may repeat events that the client has seen.
+            # A server may repeat events that the client has received.
             after = data.draw(st.integers(0, request.after_sequence), label="replayed after")
         messages = [snapshot(after), *(event for event in LOG if event.sequence > after)]
         upto = data.draw(st.integers(0, len(messages)), label="messages before the break")
@@ -57,7 +57,7 @@ def test_every_event_is_seen_once_however_streams_break_and_overlap(data: st.Dat
             break
         now += follow.delay_after(LOST, now) + 0.01
     else:
-        return  # broke twenty times before the end: nothing to check
+        return  # The stream broke in every round, so there is no result to check.
     assert [event.sequence for event in seen] == [0, *(event.sequence for event in LOG)]
     assert follow.job is not None
     assert [image.seed for image in follow.result().images] == [7, 8]
@@ -68,7 +68,8 @@ def test_delays_grow_to_a_bound_and_are_reset_by_a_new_event() -> None:
     backoff.connected(new_event=True)
     assert [backoff.delay(LOST, 0.0) for _ in range(5)] == [0.5, 1.0, 2.0, 4.0, 4.0]
     backoff.connected(new_event=False)
-    assert backoff.delay(LOST, 0.0) == 4.0  # a message without a new event does not reset the delay
+    # A message without a new event does not reset the delay.
+    assert backoff.delay(LOST, 0.0) == 4.0
     backoff.connected(new_event=True)
     assert backoff.delay(LOST, 0.0) == 0.5
 
@@ -141,7 +142,7 @@ def test_a_heartbeat_is_not_an_event_and_changes_nothing() -> None:
     follow = Follow(service_pb2.GenerateRequest(request_id="7f1c"), RETRY)
     heartbeat = type(LOG[0])()
     heartbeat.heartbeat.SetInParent()
-    assert follow.take(heartbeat) is None  # before the job has a name
+    assert follow.take(heartbeat) is None  # The call broke before the job had a name.
     assert follow.next_request() == service_pb2.GenerateRequest(request_id="7f1c")
     for message in (snapshot(0), *LOG[:2]):
         follow.take(message)

@@ -1,4 +1,4 @@
-"""Streams of both clients against a scripted service: broken, resumed and left streams."""
+"""Streams of both clients with a scripted service: broken, resumed and closed streams."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_stream_that_breaks_anywhere_is_resumed_without_gap_or_duplicate(
 @pytest.mark.parametrize(
     "refusal",
     [
-        None,  # the stream ends without an error
+        None,  # The stream ends without an error.
         Refusal(grpc.StatusCode.CANCELLED),
         Refusal(grpc.StatusCode.UNKNOWN, "Stream removed"),
         Refusal(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
@@ -168,7 +168,7 @@ def test_a_rejection_after_the_first_event_is_not_retried(run: Run) -> None:
 
 
 def leave_early(client: Any, **options: Any) -> Any:
-    """Reads two events of a stream and leaves it."""
+    """Reads two events of a stream and closes it."""
     if isinstance(client, Client):
         with client.stream("p", b"photo", **options) as stream:
             iterator = iter(stream)
@@ -242,7 +242,7 @@ def test_a_closed_stream_has_no_result(run: Run) -> None:
 
 
 def silent_after(after: int) -> FakeService:
-    """Returns a service whose first stream sends nothing more after some messages."""
+    """Returns a service whose first stream stops sending after some messages."""
     return FakeService(breaks=deque([Break(after, SILENCE)]))
 
 
@@ -321,7 +321,7 @@ def test_closing_the_client_leaves_its_streams(run: Run) -> None:
 
     def close(client: Any) -> Any:
         if isinstance(client, Client):
-            events = iter(client.stream("p", b"photo"))  # nothing refers to the stream itself
+            events = iter(client.stream("p", b"photo"))  # No variable refers to the stream itself.
             next(events)
             client.close()
             return None
@@ -390,7 +390,7 @@ def test_breaking_out_of_a_loop_cancels_the_job_without_with(run: Run) -> None:
 
         return leaving()
 
-    gc.disable()  # the stream must not need garbage collection
+    gc.disable()  # The stream must end without a run of the garbage collector.
     try:
         run(service, leave)
     finally:

@@ -39,7 +39,8 @@ def test_a_value_has_every_field_of_its_message(cls: type, message: type) -> Non
 
 def test_there_is_a_class_with_every_field_for_each_kind_of_event() -> None:
     oneof = event_pb2.JobEvent.DESCRIPTOR.oneofs_by_name["event"]
-    kinds = [field for field in oneof.fields if field.name != "heartbeat"]  # not returned
+    # This field is never returned.
+    kinds = [field for field in oneof.fields if field.name != "heartbeat"]
     assert set(convert.KINDS) == {field.name for field in kinds}
     envelope = {field.name for field in fields(events.Event)}
     for field in kinds:

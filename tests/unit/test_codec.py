@@ -1,4 +1,4 @@
-"""Bytes in NATS, of this version and of neighbouring ones."""
+"""The encoding of messages in NATS, of this version and of neighbouring versions."""
 
 from __future__ import annotations
 
@@ -122,8 +122,9 @@ def test_an_event_comes_back_as_it_was(event: Event) -> None:
     assert codec.decode_event(codec.encode_event(envelope(event))) == envelope(event)
 
 
-# The files were written by the version that made them. A change that cannot read them any more
-# breaks a cluster while it is rolled; `make gold` is for additions and for the first release after.
+# Each file was written by the version of its name. A change that cannot read the files breaks a
+# cluster during a rolling update. Run `make gold` only for additions, and for the first release
+# after one.
 def golden(name: str, today: bytes) -> bytes:
     path = FOLDER / "wire" / f"{name}.msgpack"
     if os.environ.get("GOLD") == "1":
@@ -144,8 +145,8 @@ def test_golden_bytes_of_events_are_read(event: Event) -> None:
     assert codec.decode_event(data) == envelope(event)
 
 
-# Bytes of the version before LoRA, deadlines and traces. `make gold` does not rewrite these files:
-# such bytes are stored on a bus while a cluster is rolled. The start of each one's SHA-256:
+# Bytes of the version before LoRA, deadlines and traces. `make gold` does not rewrite these files,
+# because NATS stores such bytes during a rolling update. The start of each file's SHA-256:
 BEFORE = {
     "job": "3c1d467fb476303b",
     "queued_job": "682da5f125733986",
@@ -158,20 +159,20 @@ BEFORE = {
 def test_messages_of_the_version_before_are_read(name: str) -> None:
     data = (FOLDER / "wire-before" / f"{name}.msgpack").read_bytes()
     assert hashlib.sha256(data).hexdigest().startswith(BEFORE[name])
-    value = GOLDEN[name]  # which has the fields that are new since at their defaults
+    value = GOLDEN[name]  # This value has the defaults of the fields that are new since.
     assert codec.encode(value) != data
     assert codec.decode(data, type(value)) == value
 
 
 def changed(value: object, **changes: object) -> bytes:
-    """The bytes of a value with fields added, and those set to ... left out."""
+    """Returns the bytes of a value with added fields. Fields with the value ... are left out."""
     fields = msgspec.msgpack.decode(codec.encode(value)) | changes
     return codec.encode({key: field for key, field in fields.items() if field is not ...})
 
 
-# Everything that two roles of neighbouring versions may hand each other. A field without a default
-# has been there since the first version; a new one must have a default, or the golden bytes of the
-# version before cannot be read.
+# All messages between two roles of neighbouring versions. A field without a default exists since
+# the first version. A new field must have a default, so that the golden bytes of the previous
+# version can be read.
 EXCHANGED = [*GOLDEN.values(), *EVENTS]
 
 
@@ -182,12 +183,12 @@ def test_fields_of_a_later_version_are_ignored(value: Any) -> None:
 
 
 def from_the_future(value: Any) -> Any:
-    """With one more field in every map, at any depth."""
+    """Returns a value with one more field in every map, at any depth."""
     if isinstance(value, list):
         return [from_the_future(item) for item in value]
     if not isinstance(value, dict):
         return value
-    # The context of callers' tracers is an arbitrary map.
+    # The context of a caller's tracer is a map with any keys.
     later = {k: v if k == "trace" else from_the_future(v) for k, v in value.items()}
     return later | {"from_the_future": {"a": [1]}}
 
@@ -230,7 +231,7 @@ def test_an_event_with_a_value_of_a_later_version_is_skipped_unless_it_is_the_la
 
 @dataclass(frozen=True)
 class Paused:
-    """An event of a later version."""
+    """An event type of a later version."""
 
     seconds: float
 

@@ -1,4 +1,6 @@
-"""Content-Encoding is read as a list and undone within the byte limit."""
+"""Content-Encoding headers are read as a list, and codings are removed within the limit of
+bytes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, their words exist, the generated ones are current."""
+"""The pages of the documentation: links work, names exist, and generated pages are current."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGES = [page.relative_to(ROOT).as_posix() for page in pages()]
 
 
 def script(path: str) -> ModuleType:
-    """Imports a file that is not part of a package."""
+    """Imports a module that is not part of a package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
@@ -52,7 +52,7 @@ def test_every_link_of_a_page_leads_to_a_file(page: str) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Returns what a link to a place in the page may name: explicit anchors and its headings."""
+    """Returns the anchors of a page: explicit ones and those of its headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     found = set(re.findall(r'<a id="([^"]+)"></a>', text))
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""The files that clear_cache deletes from the hub's cache, and those it keeps."""
+"""The files that clear_cache deletes from the hub's cache, and the files that it keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cached(cache: Path, repo: str, content: bytes) -> Path:
-    """A repository as the hub's library keeps it; returns the file in its snapshot."""
+    """Creates a repository in the layout of the hub's cache; returns the file in its snapshot."""
     folder = cache / f"models--{repo.replace('/', '--')}"
     blob, snapshot = folder / "blobs" / "b1", folder / "snapshots" / REVISION
     for path in (blob.parent, snapshot, folder / "refs"):

@@ -1,4 +1,4 @@
-"""The shapes that the device benchmark measures are those of the real models."""
+"""The architectures of the device benchmark have the shapes of the real models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.engine_architectures import _unet
 
-# Parameters as published with the models: SD 1.5, SD-Turbo (2.1), SDXL.
+# Numbers of parameters of the published models: SD 1.5, SD-Turbo (2.1), SDXL.
 PUBLISHED = {"sd15": 859_520_964, "sd-turbo": 865_910_724, "sdxl-turbo": 2_567_463_684}
 
 

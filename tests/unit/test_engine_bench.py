@@ -1,4 +1,4 @@
-"""The engine benchmark's arithmetic: whose requests count as what."""
+"""The arithmetic of the engine benchmark: the classes of requests."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_the_same_seed_gives_the_same_requests_and_another_one_other_numbers() -
 
 
 def test_a_short_request_is_behind_a_long_one_that_could_not_be_done_yet() -> None:
-    pace = 1.0 / (100 * 64)  # the long one of 100 steps takes a second
+    pace = 1.0 / (100 * 64)  # The long request of 100 steps takes a second.
     load = [
-        request(0, 0.0, steps=2),  # before the long one
+        request(0, 0.0, steps=2),  # This request arrives before the long one.
         request(1, 1.0, steps=100),
         request(2, 1.9, steps=2),
-        request(3, 2.1, steps=3),  # the long one could be done
+        request(3, 2.1, steps=3),  # The long request could be finished at this time.
         request(4, 1.5, steps=50),
         request(5, 9.0, steps=60),
-        request(6, 1.5, steps=20),  # of no third
+        request(6, 1.5, steps=20),  # This request is in neither third.
     ]
 
     assert behind_long(load, pace) == {2}

@@ -1,4 +1,6 @@
-"""The GPU benchmark: what fails or has no time costs nothing else; what it needs comes along."""
+"""The GPU benchmark: a part that fails or has no time does not affect other parts, and all needed
+files are included.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,7 @@ def test_the_packages_that_are_collected_are_all_that_it_needs(tmp_path: Path) -
             if not link.exists():
                 link.symlink_to(str(package.locate_file(top)))
     output = tmp_path / "report.json"
-    # -S: without the packages of this environment.
+    # -S excludes the packages of this environment.
     command = f"{sys.executable} -S -m benchmarks.engine_device --architectures toy --loaded"
     command += f" --no-compile --device cpu --side 64 --batches 1 --repeats 1 --output {output}"
     paths = (bare, ROOT, ROOT / "proto" / "gen", ROOT / "server")

@@ -1,4 +1,4 @@
-"""Splitting work until the culprits are alone."""
+"""Splits a batch until the failing items are alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Admission by measured peaks of memory."""
+"""Limits batches by measured peaks of memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 class Device:
-    """A device with 10 GiB free, whose work needs 1 GiB a forward at 512x512."""
+    """A device with 10 GiB of free memory, on which a forward at 512x512 needs 1 GiB."""
 
     free: int | None = 10 * GIB
 
@@ -18,7 +18,7 @@ class Device:
         self.next_peak = 0
 
     def start(self) -> None:
-        """Nothing to begin."""
+        """Does nothing."""
 
     def peak(self) -> int:
         return self.next_peak

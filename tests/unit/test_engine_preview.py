@@ -13,7 +13,9 @@ MIX = torch.tensor([[1.0, 0.2, -0.4], [0.3, -1.0, 0.5], [0.1, 0.6, 0.9], [-0.5, 
 
 
 def encode(images: Tensor) -> Tensor:
-    """An autoencoder that keeps the mean colour of 8 x 8 pixels in mixed channels."""
+    """Stands for an autoencoder: returns the mean colours of 8 x 8 pixels, mixed over the
+    channels.
+    """
     return torch.einsum("nchw,kc->nkhw", functional.avg_pool2d(images, 8), MIX) + 0.25
 
 

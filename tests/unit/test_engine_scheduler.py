@@ -31,7 +31,7 @@ def row(job_id: int, **changes: Any) -> Row:
 
 
 def step(scheduler: Scheduler, now: float = 0.0) -> list[int]:
-    """Runs one batch; the job ids of its rows."""
+    """Runs one batch and returns the job ids of its rows."""
     batch = scheduler.next_batch(now)
     assert batch is not None
     scheduler.complete([member.key for member in batch.rows], now)
@@ -167,7 +167,7 @@ def test_a_long_row_that_has_waited_long_enough_goes_before_a_short_one() -> Non
 
 
 def test_rows_join_while_those_that_wait_gain_more_than_the_chosen_lose() -> None:
-    """Four of one forward each wait; a step costs as much as half a row beyond its rows."""
+    """Four rows of one forward wait. The fixed cost of a step is half the cost of a row."""
     scheduler = Scheduler(max_batch_size=8, fixed_step_cost=512 * 512 // 2)
     for job_id in (1, 2, 3, 4):
         scheduler.add(row(job_id, steps=1), now=0.0)
@@ -179,7 +179,7 @@ def test_rows_join_while_those_that_wait_gain_more_than_the_chosen_lose() -> Non
 def test_two_share_a_step_when_it_costs_more_than_a_row_beyond_them(
     overhead: float, batches: list[list[int]]
 ) -> None:
-    """Else the first would lose more than the second gains."""
+    """Otherwise the first row would lose more time than the second one saves."""
     scheduler = Scheduler(max_batch_size=8, fixed_step_cost=int(overhead * 512 * 512))
     for job_id in (1, 2):
         scheduler.add(row(job_id, steps=1), now=0.0)
@@ -204,7 +204,7 @@ def test_rows_with_different_batch_keys_share_no_batch() -> None:
 
 
 def timed_step(scheduler: Scheduler, now: float) -> list[int]:
-    """One batch that takes a second from `now`."""
+    """Runs one batch that takes a second from `now` on."""
     batch = scheduler.next_batch(now)
     assert batch is not None
     scheduler.complete([member.key for member in batch.rows], now + 1)
@@ -216,7 +216,8 @@ def test_a_row_goes_first_when_it_would_miss_its_deadline_otherwise() -> None:
     scheduler.add(row(1, steps=4, deadline=12.0), now=0.0)
     scheduler.add(row(2, steps=3), now=0.0)
 
-    # A second a step: from 5 s on less than twice the 4 s that it needs are left.
+    # Each step takes a second: from 5 s on, the remaining time is less than twice the 4 s that the
+    # row needs.
     assert [timed_step(scheduler, float(now)) for now in range(7)] == [
         [2],
         [2],

@@ -1,4 +1,4 @@
-"""Defaults and refusals of the model families, from the JSON files of a model alone."""
+"""Defaults and errors of the model families, by the JSON files of a model only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the gateway reads ModelsLab's bodies: coercions, violations, and the resulting JobSpec."""
+"""The gateway's parsing of ModelsLab's bodies: coercions, violations and the resulting JobSpec."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ INTEGERS, NUMBER, BOOLEAN, STRING = ("seed", "width"), "strength", "base64", "ne
 
 
 def value_of(field: str, value: Any) -> Any:
-    """Returns what a field reads as; raises AssertionError for what it cannot read."""
+    """Returns the parsed value of a field. Raises AssertionError if the field is invalid."""
     parsed = requests.parse(Img2ImgRequest, GOOD | {field: value})
     assert parsed.violations == []
     return parsed.values[field]
 
 
 def expected_of(field: str, value: Any) -> str:
-    """Returns what a field that cannot be read must be."""
+    """Returns the expected type in the message of an invalid field."""
     [violation] = requests.parse(Img2ImgRequest, GOOD | {field: value}).violations
     assert (violation.field, violation.reason) == (field, Reason.INVALID_TYPE)
     return violation.values["expected"]
@@ -110,9 +110,10 @@ MEGABYTE = 2**20
 def test_a_text_without_end_is_read_in_no_time(field: str, text: str) -> None:
     started = time.process_time()
     parsed = requests.parse(Img2ImgRequest, GOOD | {field: text})
-    assert time.process_time() - started < 1  # a few milliseconds; by trial and error, hours
+    # The check takes a few milliseconds. With backtracking it would take hours.
+    assert time.process_time() - started < 1
     assert [violation.field for violation in parsed.violations] == (
-        [] if field == "track_id" else [field]  # any string is a track_id
+        [] if field == "track_id" else [field]  # Any string is a valid track_id.
     )
 
 
@@ -319,7 +320,8 @@ def test_the_table_has_every_field_of_the_spec_that_http_callers_may_set() -> No
 def test_the_documented_defaults_are_those_of_the_domain() -> None:
     defaults = JobParams(prompt="")
     random_or_none = {"seed": None, "webhook": None, "track_id": None, "strength": None}
-    random_or_none |= {"num_inference_steps": None, "guidance_scale": None}  # the model's own
+    # the model's own default
+    random_or_none |= {"num_inference_steps": None, "guidance_scale": None}
     for name in SHARED:
         if not FIELDS[name].is_required():
             expected = random_or_none.get(name, getattr(defaults, name))
@@ -349,9 +351,9 @@ def test_the_fields_and_the_comments_of_the_proto_say_the_same(name: str) -> Non
     said, schema, field = proto_comments()[name].lower(), schema_of(name), FIELDS[name]
     if "maximum" in schema and name != "strength":
         low, high = schema["minimum"], schema["maximum"]
-        if name == "seed":  # the contract's range is narrower
+        if name == "seed":  # The contract's range is narrower.
             low, high = 0, SEED_MAX
-        elif name in ("width", "height"):  # too
+        elif name in ("width", "height"):  # This range is narrower, too.
             high = Settings().max_side_pixels
         decimal = ".0" if name == "guidance_scale" else ""
         assert f"{low:.0f}{decimal} to {high}" in said

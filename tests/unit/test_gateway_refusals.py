@@ -1,4 +1,4 @@
-"""HTTP errors for the statuses of the api, and sentences of rare responses."""
+"""HTTP errors for the statuses of the api, and the messages of rare responses."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def failed(error: errors.ServiceError) -> AioRpcError:
-    """The api's error as a gRPC client gets it."""
+    """Returns an error of the api as a gRPC client receives it."""
     details = status_of(error)
     trailing = Metadata(("grpc-status-details-bin", details.SerializeToString()))
     return AioRpcError(CODES[details.code], Metadata(), trailing, details.message)
 
 
 def body_of(form: Plain, error: RequestError) -> Any:
-    """The JSON that the caller gets."""
+    """Returns the JSON that the caller receives."""
     return form.error(error)[0]
 
 
@@ -116,11 +116,11 @@ def test_every_error_of_the_api_is_a_refusal(
 def test_every_error_of_the_tree_is_in_the_table_above() -> None:
     met = {
         "InvalidRequestError",
-        "JobEndedError",  # of CancelJob, which the gateway does not call
-        "JobNotEndedError",  # of RedeliverWebhook, which the gateway does not call
-        "NoWebhookError",  # the same
-        "TooManyWebhooksError",  # the same
-        "DeadlineTooShortError",  # of Generate, which the gateway does not call
+        "JobEndedError",  # only CancelJob raises it, which the gateway does not call
+        "JobNotEndedError",  # only RedeliverWebhook raises it, which the gateway does not call
+        "NoWebhookError",  # only RedeliverWebhook raises it, which the gateway does not call
+        "TooManyWebhooksError",  # only RedeliverWebhook raises it, which the gateway does not call
+        "DeadlineTooShortError",  # only Generate raises it, which the gateway does not call
         "UnauthenticatedError",
         "PermissionDeniedError",
         "JobNotFoundError",

@@ -1,4 +1,4 @@
-"""Embedded ICC profiles: colours come out as sRGB, and no profile makes an image unusable."""
+"""Embedded ICC profiles: colours are converted to sRGB, and no profile makes an image unusable."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_transparent_palette_image_is_converted_too() -> None:
 
 
 def floating_point(profile: bytes) -> bytes:
-    """With a tag table that names a chain of floating-point steps."""
+    """Returns a profile whose tag table has a chain of floating-point steps."""
     return profile.replace(b"cprt", b"D2B0", 1)
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_icc_chunk_of_a_png_is_ignored(chunk: bytes) -> None:
 
 
 def test_a_profile_in_several_segments_counts_when_all_are_there() -> None:
-    long = P3 + bytes(150_000)  # three segments of a JPEG
+    long = P3 + bytes(150_000)  # The profile fills three segments of a JPEG.
     data = photos.saved(photos.photo(64, 64), "JPEG", icc_profile=long)
     second = data.index(b"ICC_PROFILE\0\x02") - 4
     length = 2 + struct.unpack_from(">H", data, second + 2)[0]

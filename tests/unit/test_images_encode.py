@@ -1,4 +1,4 @@
-"""Images as files: their decoded pixels and their description."""
+"""Encoded images: their decoded pixels and their metadata."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_webp_looks_the_same() -> None:
 
 
 def quality(one: Pixels, other: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB."""
+    """Returns the peak signal-to-noise ratio in dB."""
     return float(10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2)))
 
 

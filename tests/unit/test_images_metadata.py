@@ -1,4 +1,4 @@
-"""EXIF orientation is honoured in every place and type where Pillow honours it."""
+"""EXIF orientation is applied for every place and type that Pillow reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT, LONG, RATIONAL, BYTE, ASCII, SIGNED, DOUBLE = 3, 4, 5, 1, 2, 9, 12
 def block(
     kind: int = SHORT, count: int = 1, order: str = "<", value: int = SIDEWAYS, before: int = 0
 ) -> bytes:
-    """A TIFF block whose directory has some entries and then the orientation."""
+    """Returns a TIFF block whose directory has some entries, followed by the orientation."""
     mark = b"II" if order == "<" else b"MM"
     entries = b"".join(struct.pack(f"{order}HHII", 0x0100, LONG, 1, 64) for _ in range(before))
     directory = 8 + 2 + 12 * (before + 1) + 4
@@ -52,7 +52,7 @@ def xmp(text: str = 'tiff:Orientation="6"') -> bytes:
 
 
 def prepared(data: bytes) -> Pixels:
-    """The image as it comes out, at the size that Pillow's transposed image has."""
+    """Returns the prepared image, at the size of the image that Pillow transposes."""
     with photos.opened(data) as image:
         size = ImageOps.exif_transpose(image).size
     check_image(data, width=256, height=256, limits=Limits())
@@ -65,9 +65,9 @@ def as_pillow_shows_it(data: bytes) -> Pixels:
 
 
 def assert_turned(data: bytes) -> None:
-    """Pillow turns it, and so do we."""
+    """Asserts that our code rotates the image as Pillow does."""
     expected = as_pillow_shows_it(data)
-    assert expected.shape[:2] == (64, 32)  # stored as 64x32
+    assert expected.shape[:2] == (64, 32)  # The image is stored as 64x32.
     assert np.abs(prepared(data).astype(int) - expected).max() <= 1
 
 
@@ -90,7 +90,7 @@ def png_with(*chunks: tuple[bytes, bytes], at_end: bool = False) -> bytes:
 
 
 def webp_with(*chunks: tuple[bytes, bytes]) -> bytes:
-    """With an extended header, which announces them."""
+    """Returns a WebP with these chunks and an extended header that declares them."""
     data = saved("WEBP", exif=photos.exif(1))
     end = data.index(b"EXIF")
     flags = data.index(b"VP8X") + 8
@@ -191,7 +191,7 @@ def test_damaged_metadata_does_not_hide_the_sound_one(chunk: tuple[bytes, bytes]
     sound = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp())
     if chunk[0] == b"eXIf" or chunk[1].startswith(
         b"XML"
-    ):  # the place that Pillow asks first says nothing: upright
+    ):  # The place that Pillow reads first has no orientation, so the image is upright.
         assert prepared(png_with(chunk)).shape[:2] == (32, 64)
     else:
         data = png_with(chunk, sound)
@@ -201,7 +201,8 @@ def test_damaged_metadata_does_not_hide_the_sound_one(chunk: tuple[bytes, bytes]
 
 
 def test_a_long_exif_block_is_read_at_its_beginning_only() -> None:
-    many = struct.pack("<HIIH", 42, 8, 0, 0)  # nothing; the entries below point at all of it
+    # The entry has no data; the entries below refer to all of it.
+    many = struct.pack("<HIIH", 42, 8, 0, 0)
     head = b"II*\0" + struct.pack("<IH", 8, 60_000)
     entry = struct.pack("<HHII", 0x9000, 7, 400_000, 8)
     bomb = head + entry * 60_000 + many

@@ -1,4 +1,4 @@
-"""Init images: accepted and refused files, and the resulting pixels."""
+"""Init images: accepted and rejected files, and the resulting pixels."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prepare(data: bytes, width: int, height: int) -> npt.NDArray[np.uint8]:
 
 
 def differ(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> int:
-    """Largest difference of a channel."""
+    """Returns the largest difference of a channel."""
     assert one.shape == other.shape
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
@@ -70,7 +70,7 @@ def test_an_image_over_512_kib_is_prepared_and_encoded_once_more() -> None:
     assert checked.prepared
     with photos.opened(checked.data) as image:
         assert (image.format, image.size) == ("JPEG", (512, 256))
-        assert image.layer[0][1:3] == image.layer[1][1:3]  # 4:4:4
+        assert image.layer[0][1:3] == image.layer[1][1:3]  # subsampling 4:4:4
     again = prepare_image(checked.data, width=512, height=256, prepared=True)
     assert np.mean(np.abs(again.astype(int) - prepare(data, 512, 256))) < 2
 
@@ -111,7 +111,7 @@ def test_a_prepared_image_of_another_size_is_refused() -> None:
         photos.png(8, 0, b""),
         photos.png(8, 8, bytes(200), depth=3),
         photos.png(8, 8, bytes(200), colour=5),
-        photos.png(8, 8, bytes(72), colour=3),  # no palette
+        photos.png(8, 8, bytes(72), colour=3),  # The PNG has no palette.
         photos.png(8, 8, bytes(200)).replace(b"IDAT", b"IDAX"),
     ],
 )
@@ -123,7 +123,8 @@ def test_what_is_no_image_of_an_accepted_format_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_an_image_cut_anywhere_is_refused(container: str, progressive: bool) -> None:
     data = photos.saved(photos.photo(96, 64), container, progressive=progressive)
-    # A PNG ends with the checksums of its rows (4 bytes of zlib, 4 of the chunk) and IEND (12).
+    # A PNG ends with the checksums of its rows (4 bytes of zlib, 4 bytes of the chunk) and IEND (12
+    # bytes).
     last = len(data) - (24 if container == "PNG" else 3)
     for end in [*range(0, last, len(data) // 60), last]:
         assert refusal(data[:end]) == NOT_VALID
@@ -145,7 +146,7 @@ def test_a_missing_end_marker_is_no_fault_when_all_rows_are_there(progressive: b
     png = photos.saved(photos.photo(96, 64), "PNG")
 
     assert differ(prepare(jpeg[:-2], 96, 64), prepare(jpeg, 96, 64)) == 0
-    for end in (len(png) - 12, len(png) - 16):  # without IEND, without the last checksum too
+    for end in (len(png) - 12, len(png) - 16):  # The file has no IEND, or also no last checksum.
         assert check(png[:end]).prepared is False
         assert differ(prepare(png[:end], 96, 64), prepare(png, 96, 64)) == 0
 
@@ -232,7 +233,7 @@ except InvalidImageError:
 
 
 def stuffed(container: str, parts: int) -> bytes:
-    """Returns an image with so many parts between its header and its pixels that say nothing."""
+    """Returns an image with many metadata parts between its header and its pixels."""
     data = photos.saved(photos.photo(), "JPEG" if "JPEG" in container else container)
     match container:
         case "PNG":
@@ -291,7 +292,7 @@ def test_a_lossless_jpeg_is_decoded_whole() -> None:
 
 @pytest.mark.parametrize("scan", range(3))
 def test_no_second_frame_header_makes_a_jpeg_lossless(scan: int) -> None:
-    """The decoder that must not get lossless images would write beyond its buffer."""
+    """A decoder that must not get lossless images would write beyond its buffer."""
     data = photos.separate_scans_jpeg(photos.photo(96, 64))
     frame = data[data.index(b"\xff\xc0") :][:19].replace(b"\xff\xc0", b"\xff\xc3")
     place = [found.start() for found in re.finditer(b"\xff\xda", data)][scan]
@@ -354,16 +355,17 @@ def test_a_sequential_jpeg_of_one_scan_a_component_needs_all_of_them(scans: int)
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_cut_in_a_scan_header_is_refused(progressive: bool, missing: int) -> None:
     data = photos.saved(photos.photo(8, 8), "JPEG", progressive=progressive, quality=1)
-    header = 10 if progressive else 14  # bytes: for one component and for three
+    # the length of the scan header for one component and for three
+    header = 10 if progressive else 14
     cut = data[: data.rindex(b"\xff\xda") + header - missing]
 
     assert refusal(cut) == NOT_VALID
-    if not progressive:  # else the scans before it are whole
+    if not progressive:  # Otherwise the scans before the cut are complete.
         assert refusal(cut + b"\xff\xd9") == NOT_VALID
 
 
 def test_an_arithmetic_coded_jpeg_needs_its_end_marker() -> None:
-    """Its encoder may leave out zeros at the end, so missing bits are no warning."""
+    """Its encoder may leave out final zeros, so missing bits cause no warning."""
     data = photos.arithmetic_jpeg()
     with photos.opened(data) as image:
         expected = np.asarray(image.convert("RGB"))
@@ -375,7 +377,7 @@ def test_an_arithmetic_coded_jpeg_needs_its_end_marker() -> None:
 
 
 def test_a_jpeg_with_stray_bytes_is_accepted_whole_and_refused_cut() -> None:
-    """The decoder's warning about stray bytes comes before the one about missing bits."""
+    """The decoder warns of stray bytes first and of missing bits later."""
     whole = photos.saved(photos.photo(96, 64), "JPEG", restart_marker_blocks=4)
     place = whole.index(b"\xff\xd1")
     data = whole[:place] + bytes(30) + whole[place:]
@@ -405,7 +407,7 @@ def test_a_progressive_jpeg_without_end_marker_needs_all_its_scans() -> None:
     tables = [data.rindex(b"\xff\xc4", 0, start) for start in starts[2:]]
 
     assert check(data.removesuffix(b"\xff\xd9")).prepared is False
-    for end in tables:  # whole scans, but not all of them
+    for end in tables:  # The scans are complete, but some are missing.
         assert refusal(data[:end]) == NOT_VALID
 
 
@@ -439,7 +441,7 @@ def test_exif_rotation_is_applied(orientation: int, size: tuple[int, int]) -> No
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(64, 64), (96, 48), (50, 90), (200, 300)])
 def test_a_rotated_image_is_resized_as_an_upright_one(orientation: int, size: Size) -> None:
-    """Lanczos along rows and then columns clips other pixels than the other way round."""
+    """Lanczos on rows and then columns clips other pixels than in the opposite order."""
     noise = np.random.default_rng(1).integers(0, 2, (128, 128, 3), np.uint8) * 255
     data = photos.saved(noise, "PNG", exif=photos.exif(orientation))
     with photos.opened(data) as image:
@@ -596,7 +598,7 @@ def test_a_large_jpeg_decoded_smaller_looks_the_same() -> None:
     fully = prepare(photos.saved(large, "PNG", compress_level=0), 256, 256)
 
     error = np.mean((prepared.astype(float) - fully) ** 2)
-    assert 10 * np.log10(255**2 / error) > 42  # dB, what JPEG itself costs included
+    assert 10 * np.log10(255**2 / error) > 42  # dB, including the loss of JPEG itself
 
 
 def test_the_same_bytes_give_the_same_pixels_in_every_thread() -> None:

@@ -1,4 +1,4 @@
-"""The life of a job."""
+"""The states of a job."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""API keys: hashed, with tenants and permissions, read again when the file changes."""
+"""API keys: hashed, with tenants and permissions, and read again when the file changes."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from img2img_server.settings import SettingsError
 
 
 def held(key: str, tenant: str, *permissions: str, rate_limit: int | None = None) -> Principal:
-    """Returns the principal of a key with these permissions in the file."""
+    """Returns the principal of a key with these permissions in a keys file."""
     if "manage" in permissions:
         permissions += ("operate", "storage")
     key_id = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -49,7 +49,7 @@ def test_a_made_key_works_with_its_entry_and_the_entry_does_not_hold_it(tmp_path
 
 
 def test_a_file_as_windows_tools_write_it_is_read(tmp_path: Path) -> None:
-    """With a byte order mark, CRLF and digests in upper case."""
+    """The file has a byte order mark, CRLF and digests in upper case."""
     digest = hashlib.sha256(b"k1").hexdigest().upper()
     file = tmp_path / "keys.toml"
     file.write_bytes(f'\ufeff[[keys]]\r\nsha256 = "{digest}"\r\ntenant = "shop"\r\n'.encode())
@@ -165,7 +165,7 @@ TENANTS = st.one_of(
 )
 
 
-@settings(deadline=None)  # a busy machine is not a failure
+@settings(deadline=None)  # A busy machine must not make the test fail.
 @given(
     tenant=TENANTS,
     permissions=st.lists(st.sampled_from([*sorted(PERMISSIONS), "fly", "Manage"]), max_size=2),
@@ -192,7 +192,7 @@ def test_a_key_is_made_exactly_where_an_api_takes_its_entry(
 
 
 def _toml(text: str) -> str:
-    """The text as TOML spells it: JSON's, but without surrogates or a bare DEL."""
+    """Returns the text in TOML: as in JSON, but without surrogates or an unescaped DEL."""
     return json.dumps(text).replace("\x7f", "\\u007f")
 
 

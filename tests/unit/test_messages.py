@@ -1,6 +1,5 @@
 """Every sentence that a rejected request or a failed job can give its caller, in one golden file.
-
-Other tests assert fields and reasons, so that a sentence is reworded in one place.
+Other tests assert fields and reasons, so a message is reworded in one place only.
 """
 
 import inspect
@@ -15,7 +14,7 @@ from img2img_server.domain.violations import Reason, Violation, invalid_type
 from img2img_server.imaging import base
 from tests.golden_file import assert_golden
 
-# A value for each argument of an error's constructor.
+# A value for each parameter of the errors' constructors.
 ARGUMENTS = {
     "attempts": 3,
     "cause": "the server answered 403",

@@ -1,4 +1,4 @@
-"""IMG2IMG_NATS_URL and the settings with it: addresses, credentials, TLS."""
+"""IMG2IMG_NATS_URL and related settings: addresses, credentials and TLS."""
 
 from __future__ import annotations
 

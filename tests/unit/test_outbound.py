@@ -1,4 +1,4 @@
-"""The outbound policy by itself: no name is resolved and nothing is contacted."""
+"""The outbound policy alone: no test resolves a name or opens a connection."""
 
 # ruff: noqa: RUF001 - characters that look alike are the point
 

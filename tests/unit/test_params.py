@@ -63,7 +63,7 @@ def test_each_broken_rule_is_named(
 def test_a_lora_of_a_model_without_any_is_refused() -> None:
     (found,) = validate(dataclasses.replace(GOOD, lora="ink"), ValidationContext())
     assert (found.field, found.reason) == ("lora", Reason.NOT_SUPPORTED)
-    unknown = ValidationContext(loras=None)  # the model is refused later, with its name
+    unknown = ValidationContext(loras=None)  # An unknown model is rejected later, with its name.
     assert validate(dataclasses.replace(GOOD, lora="ink"), unknown) == []
 
 

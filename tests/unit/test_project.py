@@ -1,4 +1,6 @@
-"""The project around the code: what an install brings, the content of the wheel, the pins."""
+"""The packaging of the project: the packages of an install, the content of the wheel, and
+the pins.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ HEAVY = {"torch", "diffusers", "transformers", "numpy", "pillow", "fastapi", "na
 
 
 def pins() -> dict[str, str]:
-    """The constraints file: canonical name to the one version."""
+    """Returns the versions in the constraints file by canonical name."""
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     pairs = [line.split("==") for line in lines]
@@ -99,7 +101,7 @@ def test_the_changelog_begins_with_the_version_of_the_project() -> None:
 
 
 def test_a_checkout_that_is_not_installed_has_a_version_too() -> None:
-    # -S: without site-packages, so that no package's metadata is found.
+    # -S excludes site-packages, so that no package's metadata is found.
     answer = subprocess.run(
         [sys.executable, "-S", "-c", "import img2img_server; print(img2img_server.__version__)"],
         env={"PYTHONPATH": str(ROOT / "server")},

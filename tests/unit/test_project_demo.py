@@ -1,4 +1,4 @@
-"""The script behind `make demo`: what it says when something goes wrong, and that it cleans up.
+"""The script of `make demo`: its error messages, and its cleanup.
 
 Small shell scripts replace the two commands; the real ones run in CI's `make demo`.
 """
@@ -34,7 +34,7 @@ echo "$@" > "$DEMO/client"
 
 @dataclass
 class Stage:
-    """A copy of the script in a folder with commands of our own."""
+    """A copy of the script in a folder with commands of the test."""
 
     root: Path
 
@@ -114,7 +114,7 @@ def test_the_demo_runs_next_to_another_service_except_where_the_user_chose_other
         "IMG2IMG_HTTP_PORT=8123",
         "IMG2IMG_METRICS_PORT=0",
         "IMG2IMG_STATE_DIR=.img2img/demo",
-        "IMG2IMG_API_KEYS_FILE=",  # the demo uses dev-key
+        "IMG2IMG_API_KEYS_FILE=",  # The demo uses dev-key.
     ]
 
 

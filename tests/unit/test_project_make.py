@@ -1,4 +1,4 @@
-"""The make words: what each of them would run on a machine where nothing is installed."""
+"""The make targets: the commands that each would run on a machine where nothing is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol as a client sees it on the wire. A released number never changes its meaning."""
+"""The protocol as clients see it. A released field number never changes its meaning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.golden_file import assert_golden
 
 
 def described(file: FileDescriptor) -> Iterator[str]:
-    """One line for each enum value, field and method of the file."""
+    """Returns one line for each enum value, field and method of the file."""
     proto = FileDescriptorProto()
     file.CopyToProto(proto)
     for enum in proto.enum_type:
@@ -45,7 +45,9 @@ def message_lines(message: DescriptorProto, scope: str) -> Iterator[str]:
 
 
 def kind(field: FieldDescriptorProto, message: DescriptorProto) -> str:
-    """For example "optional int32", "repeated img2img.v1.Sample" or "bytes in source"."""
+    """Returns a type, for example "optional int32", "repeated img2img.v1.Sample" or "bytes in
+    source".
+    """
     scalar = FieldDescriptorProto.Type.Name(field.type).removeprefix("TYPE_").lower()
     name = field.type_name[1:] or scalar
     if field.label == FieldDescriptorProto.LABEL_REPEATED:

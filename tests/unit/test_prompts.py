@@ -23,7 +23,7 @@ ELABORATE = [
 
 
 def added(prompt: str) -> str:
-    """Everything that any seed adds to the prompt."""
+    """Returns all terms that any seed adds to the prompt."""
     return " / ".join(rewrite(prompt, seed).removeprefix(prompt) for seed in SEEDS)
 
 
@@ -57,7 +57,8 @@ def test_the_longest_prompt_is_read_in_no_time(piece: str) -> None:
     prompt = (piece * 2000)[:2000]
     started = time.process_time()
     rewrite(prompt, 1)
-    assert time.process_time() - started < 1  # some milliseconds; by trial and error, seconds
+    # The check takes some milliseconds. With backtracking it would take seconds.
+    assert time.process_time() - started < 1
 
 
 def test_a_text_that_would_become_too_long_stays_as_it_is() -> None:

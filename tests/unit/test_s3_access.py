@@ -1,4 +1,4 @@
-"""The settings of S3: endpoints, regions and buckets that can be used, and those that cannot."""
+"""The settings of S3: valid and invalid endpoints, regions and buckets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safety checkers: the real one and its stand-ins."""
+"""Safety checkers: the real one and its replacements."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_real_harmless_photos_pass(nsfw: NsfwChecker, path: Path) -> None:
 async def finished(
     safety: SafetyChecker, threshold: float, pixels: Pixels, *, wanted: bool = True
 ) -> tuple[bool, Pixels, Pixels]:
-    """Runs the worker's last stage; returns the flag, the image sent and the image stored."""
+    """Runs the worker's last stage. Returns the flag, the sent image and the stored image."""
     params = JobParams(prompt="a cup", safety_checker=wanted, output_format=ImageFormat.PNG)
     job = Job(id=1, tenant="t", params=params, file_prefix="f", future_urls=("u",), create_time=0.0)
     blobs = MemoryBlobStore()

@@ -1,4 +1,4 @@
-"""The safety checker that a model directory brings: a tiny one with random weights."""
+"""The safety checker in a model directory: a small one with random weights."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_images_that_wait_for_the_checker_hold_no_thread(
             for _ in range(3):
                 tasks.create_task(finished(checker, 0.5, photos.photo()))
             await began.wait()
-            await asyncio.to_thread(int)  # there is a thread for others
+            await asyncio.to_thread(int)  # A thread is free for other work.
             assert entered == [1]
             go.set()
     assert entered == [3]

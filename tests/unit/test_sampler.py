@@ -1,4 +1,4 @@
-"""Our linear update against the schedulers of diffusers, step by step."""
+"""Compares our linear update with the schedulers of diffusers, step by step."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def schedules_of(config: dict[str, Any]) -> Schedules:
 
 
 def model(latents: Tensor, timestep: float) -> Tensor:
-    """Stands for a network: neither linear nor blind to the timestep."""
+    """Stands for a network: not linear, and dependent on the timestep."""
     return torch.tanh(latents.flip(3) * 0.8 + timestep / 1000) * 1.5
 
 
 def stock(name: str, config: dict[str, Any], steps: int, strength: float, seed: int) -> Tensor:
-    """The loop of StableDiffusionImg2ImgPipeline around the stock scheduler."""
+    """Runs the loop of StableDiffusionImg2ImgPipeline with the stock scheduler."""
     scheduler = make_scheduler(name, config)
     scheduler.set_timesteps(steps)
     start = max(steps - min(int(steps * strength), steps), 0) * scheduler.order
@@ -91,7 +91,7 @@ def stock(name: str, config: dict[str, Any], steps: int, strength: float, seed: 
 
 
 def ours(runs: list[tuple[Schedule, int]]) -> list[Tensor]:
-    """Runs all schedules in one batch; rows leave as they finish."""
+    """Runs all schedules in one batch, from which rows leave when they end."""
     generators = [torch.Generator().manual_seed(seed) for _, seed in runs]
     images = [draw_noise(generator, LIKE) for generator in generators]
     noises = [draw_noise(generator, LIKE) for generator in generators]
@@ -124,7 +124,8 @@ def test_all_samplers_in_one_batch_follow_their_stock_scheduler(config: str) -> 
 
     for seed, (case, result) in enumerate(zip(cases, ours(batch), strict=True)):
         expected = stock(case[0], CONFIGS[config], case[1], case[2], seed)
-        # Latents of a clean image have a spread of about 1; 0.004 is half a grey level of 255.
+        # Latents of a clean image have a standard deviation of about 1; 0.004 is half a grey level
+        # of 255.
         torch.testing.assert_close(result, expected, atol=0.004, rtol=0.001, msg=str(case))
 
 
@@ -148,7 +149,7 @@ def flow_name(config: dict[str, Any]) -> str:
 
 
 def stock_flow(config: dict[str, Any], steps: int, strength: float, seed: int) -> Tensor:
-    """The loop of FluxImg2ImgPipeline around the stock scheduler."""
+    """Runs the loop of FluxImg2ImgPipeline with the stock scheduler."""
     scheduler = make_scheduler(flow_name(config), config)
     mu = calculate_shift(
         SIZE[0] // 16 * (SIZE[1] // 16),

@@ -1,4 +1,6 @@
-"""A role cannot start: every setting wrong in turn, and the error names it; all of them at once."""
+"""Checks of a role's settings: each setting is wrong once, and the error names it. All mistakes are
+reported together.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ from img2img_server.settings import Settings, SettingsError, variable
 from tests.readme import ROOT
 
 ROLES = ("api", "gateway", "worker", "local")
-# A value that no role may accept. InlineBase64 that may be anything must at least be one line.
+# A value that no role accepts. A setting that accepts any text must be one line.
 WRONG: dict[str, str] = {
     "grpc_host": "http://0.0.0.0",
     "http_host": "127.0.0.1:8080",
@@ -558,7 +560,7 @@ def accepts(rule: Callable[[str], str], text: str) -> bool:
 
 
 def test_addresses_by_number_are_refused_with_tls() -> None:
-    """One certificate is checked against one name, so gRPC connects to none of several."""
+    """A certificate is compared with one name, so gRPC connects to no address of a list."""
     both = "ipv4:10.0.0.1:50051,10.0.0.2:50051"
     assert Settings(api_address=both).api_address == both
     with pytest.raises(ValueError, match="IMG2IMG_API_ADDRESS: with TLS"):
@@ -614,7 +616,7 @@ def test_the_packages_that_a_role_asks_for_are_those_of_its_extra() -> None:
         wanted = {
             canonicalize_name(name) for module in modules.split(", ") for name in brought[module]
         }
-        if extra == "server":  # a role of the worker can do without some
+        if extra == "server":  # The worker role can run without some of these settings.
             assert listed == wanted & listed
         assert all(
             listed & {canonicalize_name(name) for name in brought[module]}
@@ -665,7 +667,7 @@ def test_a_model_that_is_a_file_is_reported(give: Callable[..., None], tmp_path:
 
 
 def test_the_command_of_a_plain_install_says_what_to_install(tmp_path: Path) -> None:
-    """A finder that hides the packages of the extras stands in for an install without them."""
+    """An import hook that hides the packages of the extras simulates an install without them."""
     program = """
 import sys
 class Hidden:

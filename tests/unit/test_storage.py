@@ -1,4 +1,4 @@
-"""A tenant's S3 details: joining of links and uploads, their rules, and their sealing."""
+"""A tenant's S3 details: the addresses of links and uploads, their rules, and their encryption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GOOD = StorageDetails(
 @pytest.mark.parametrize(
     ("public_url", "image_directory", "link"),
     [
-        # The table of the contract.
+        # The table of the HTTP contract.
         ("https://cdn.example.com/generations/", "generations", "cdn.example.com/generations/NAME"),
         (
             "https://my-bucket.s3.amazonaws.com/",
@@ -69,7 +69,7 @@ def test_a_link_is_joined_in_the_path_with_single_slashes(
 @pytest.mark.parametrize(
     ("endpoint_url", "bucket", "image_directory", "url"),
     [
-        # The bucket in the host name, as the first part of the directory, and in its own field.
+        # The bucket is in the host name, in the first part of the directory, or in its own field.
         ("https://b.s3.amazonaws.com", "", "renders", "https://b.s3.amazonaws.com/renders/NAME"),
         ("https://s3.example.com/", "", "/b/renders/", "https://s3.example.com/b/renders/NAME"),
         ("https://s3.example.com", "b", "renders", "https://s3.example.com/b/renders/NAME"),

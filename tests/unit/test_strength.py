@@ -1,4 +1,4 @@
-"""The steps that run at a strength are those of the stock pipelines."""
+"""The number of steps at a strength is equal to that of the stock pipelines."""
 
 from __future__ import annotations
 

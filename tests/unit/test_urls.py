@@ -1,4 +1,4 @@
-"""URLs that callers supply are split without changing a byte that a URL may have."""
+"""URLs of callers are split without changing a byte that URLs may contain."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_url_that_cannot_be_requested_is_refused_with_its_cause(text: str, cau
         ("g;x=1/./y", "/b/c/g;x=1/y"),
         ("g?y/../x", "/b/c/g?y/../x"),
         ("g#s/../x", "/b/c/g"),
-        # Beyond the RFC's list: bytes stay, an empty query too.
+        # In addition to the RFC's list: bytes are unchanged, and so is an empty query.
         ("?", "/b/c/d;p?"),
         ("g?", "/b/c/g?"),
         ("%2e%2E/%28", "/b/c/%2e%2E/%28"),

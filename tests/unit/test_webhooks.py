@@ -1,4 +1,4 @@
-"""Parts of webhook delivery that need no network: signatures, pauses, bodies, the record."""
+"""Parts of webhook delivery that need no network: signatures, delays, bodies and the record."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_two_secrets_give_two_signatures_either_of_which_verifies() -> None:
     assert first == Signer(SECRET).headers(1, 1767225600, BODY)["webhook-signature"]
     assert second == Signer(OTHER).headers(1, 1767225600, BODY)["webhook-signature"]
     assert first != second
-    assert Webhook(OTHER)  # the reference library reads it too
+    assert Webhook(OTHER)  # The reference library accepts the signature, too.
 
 
 def test_without_a_secret_there_is_no_signature() -> None:
@@ -188,7 +188,7 @@ async def test_a_full_outbox_gives_up_the_webhook_and_says_so() -> None:
 
 async def test_the_status_is_written_past_a_change_under_way() -> None:
     class Busy(MemoryJobStore):
-        """Changes a record right after the first time it was read."""
+        """A store that changes a record right after the first read."""
 
         async def get(self, tenant: str, job_id: int) -> object:  # type: ignore[override]
             stored = await super().get(tenant, job_id)
@@ -241,7 +241,7 @@ async def test_a_record_that_has_expired_is_left_alone() -> None:
 
 async def test_a_record_that_cannot_be_read_holds_up_neither_webhooks_nor_the_service() -> None:
     class Unreadable(MemoryJobStore):
-        """Has a record of another version."""
+        """A store with a record of another version."""
 
         async def get(self, tenant: str, job_id: int) -> Stored | None:
             if job_id == first.id:
@@ -273,4 +273,5 @@ async def test_a_record_that_cannot_be_read_holds_up_neither_webhooks_nor_the_se
     stored = await jobs.get(second.tenant, second.id)
     assert stored is not None
     assert stored.job.webhook_status == "success"
-    assert await outbox.pull(1, 0.01) == []  # both are delivered, not left to come again
+    # Both webhooks are delivered, and none is left to be redelivered.
+    assert await outbox.pull(1, 0.01) == []

@@ -1,4 +1,4 @@
-"""Chroma, with its schedule shifted by the size and with one of beta sigmas."""
+"""Chroma, with a schedule that is shifted by the size, and with a schedule of beta sigmas."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.oracle.harness import OracleModel
 from tests.tiny_models import DEEP, WIDTH, lively_unet, save, sd_autoencoder, unet_options
 
 _TIME_WIDTH = 8
-# The one of the published model: more noise at the end than SDXL.
+# The schedule of the published model, which has more noise at the end than SDXL's.
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.014,
@@ -66,14 +66,14 @@ def _encoder() -> Any:
         original_rope=True,
     )
     encoder = ChatGLMModel(config, empty_init=False).eval()
-    # Its weights are not initialized.
+    # The class does not initialize its weights.
     for parameter in encoder.parameters():
         parameter.normal_(mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
     return encoder
 
 
 def _tokenizer(folder: Path) -> Any:
-    """Returns one that knows single letters only."""
+    """Returns a tokenizer that knows single letters only."""
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     SentencePieceTrainer.train(
@@ -90,7 +90,9 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def call(wanted: EngineJob) -> dict[str, Any]:
-    """Returns the arguments of the stock pipeline, whose default size is not the init image's."""
+    """Returns the arguments of the stock pipeline, whose default size differs from the init
+    image's.
+    """
     height, width, _ = wanted.init_image.shape
     return {**stock_call(wanted), "height": height, "width": width}
 

@@ -1,4 +1,4 @@
-"""A latent consistency model, with the pipeline and the scheduler that it comes with."""
+"""A latent consistency model, with its own pipeline and scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.engine_bench import stock_call
 from tests.oracle.harness import OracleModel
 from tests.tiny_models import EPSILON, replace_scheduler, write_sd
 
-# No more steps than original_inference_steps x strength can run.
+# At most original_inference_steps x strength steps can run.
 _RUNS = ((0.14, 3), (0.28, 4), (0.3, 7), (0.5, 9), (0.6, 8), (0.85, 5), (1.0, 1), (1.0, 11))
 
 

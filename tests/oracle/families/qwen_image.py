@@ -35,8 +35,8 @@ LIGHTNING: dict[str, Any] = {
     "base_shift": math.log(3),
     "max_shift": math.log(3),
 }
-# The system message of the pipeline after its first 17 letters: so the message has as many tokens
-# as with the real tokenizer, and the pipeline drops just these.
+# The system message of the pipeline after its first 17 letters. With it, the message has as many
+# tokens as with the real tokenizer, and the pipeline drops exactly these.
 _REST = (
     "e by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background:"
@@ -95,11 +95,13 @@ def _autoencoder() -> Any:
 
 
 def call(wanted: EngineJob) -> dict[str, Any]:
-    """Returns the arguments of the stock pipeline, with its own name of the guidance scale."""
+    """Returns the arguments of the stock pipeline, which has another name for the guidance
+    scale.
+    """
     height, width, _ = wanted.init_image.shape
     arguments = {**stock_call(wanted), "height": height, "width": width}
     arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
-    # A space is what the authors recommend for an empty negative prompt.
+    # The authors recommend a space for an empty negative prompt.
     arguments["negative_prompt"] = wanted.params.negative_prompt or " "
     return arguments
 
@@ -110,7 +112,8 @@ MODELS = {
         guidance_scales=(1.0, 2.0, 4.0),
         sizes=SIZES,
         call=call,
-        # One step cannot be stretched to a terminal: the stock pipeline divides by zero.
+        # A schedule of one step cannot be stretched to a terminal value: the stock pipeline divides
+        # by zero.
         runs=tuple(run for run in RUNS if run[1] > 1),
     ),
     "qwen-image lightning": OracleModel(

@@ -24,7 +24,7 @@ from tests.tiny_flow import lively
 from tests.tiny_models import perturb_norms, save
 
 TEXT_WIDTH = 16
-_STAGES = 6  # of the autoencoder: 32 pixels per latent
+_STAGES = 6  # pixels per latent of the autoencoder
 
 
 def write(folder: Path) -> Path:
@@ -98,7 +98,7 @@ def gemma_encoder(tokenizer: Any) -> Any:
 
 
 def gemma_tokenizer(texts: Sequence[str]) -> Any:
-    """Returns one that knows single letters and some whole texts."""
+    """Returns a tokenizer that knows single letters and some whole texts."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     tokens = [*special, *"abcdefghijklmnopqrstuvwxyz", "▁", "\n"]
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -108,7 +108,7 @@ def gemma_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def call(wanted: EngineJob) -> dict[str, Any]:
-    """Returns the arguments of the stock pipeline for an image of just this size."""
+    """Returns the arguments of the stock pipeline for an image of this size."""
     height, width, _ = wanted.init_image.shape
     arguments = {**stock_call(wanted), "height": height, "width": width}
     del arguments["negative_prompt"]
@@ -124,7 +124,7 @@ MODELS = {
         guidance_scales=(1.0, 4.5, 7.0),
         sizes=((64, 96), (96, 160), (160, 96)),
         call=call,
-        # Two steps have an angle of their own.
+        # The pipeline has a special angle for two steps.
         runs=(*RUNS, (0.5, 2), (1.0, 2)),
     )
 }

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, with what their relatives change."""
+"""Stable Diffusion 1.x and 2.x, and models derived from them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import partial
 from tests.oracle.harness import IS_FULL, RUNS, OracleModel
 from tests.tiny_models import EPSILON, TURBO, ZERO_SNR_V, write_sd
 
-# Every scheduler at some runs with two models, some schedulers at every run with the others;
-# tests/unit/test_sampler.py has every scheduler at more runs.
+# Two models are compared with every scheduler at some runs, the others with some schedulers at
+# every run. tests/unit/test_sampler.py has every scheduler at more runs.
 _RUNS = RUNS if IS_FULL else (RUNS[0], *RUNS[2:4], RUNS[7], RUNS[-1])
 _FEW = () if IS_FULL else ("ddim", "euler_a", "heun", "pndm")
 

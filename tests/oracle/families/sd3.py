@@ -27,7 +27,8 @@ from tests.tiny_flow import (
 )
 from tests.tiny_models import WIDTH, clip_tokenizer, save, text_config
 
-JOINT_WIDTH = 2 * WIDTH  # of both CLIP encoders together; T5's width in models that have it
+# the width of both CLIP encoders together, which is T5's width in models with T5
+JOINT_WIDTH = 2 * WIDTH
 
 
 def write(folder: Path, *, scheduler: dict[str, Any], has_t5: bool = True, **changes: Any) -> Path:
@@ -68,7 +69,9 @@ def write(folder: Path, *, scheduler: dict[str, Any], has_t5: bool = True, **cha
 
 
 def call_without_t5(wanted: EngineJob) -> dict[str, Any]:
-    """Returns the arguments of the stock pipeline, which puts 256 zeros in the place of T5."""
+    """Returns the arguments of the stock pipeline, which uses 256 zeros instead of T5's
+    encoding.
+    """
     return {**sized_call(wanted), "max_sequence_length": 256}
 
 

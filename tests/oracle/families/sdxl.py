@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and its relatives: Turbo, models that predict v, EDM models."""
+"""Stable Diffusion XL and related models: Turbo, models that predict v, and EDM models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def write_edm(folder: Path) -> Path:
     return replace_scheduler(write_sdxl(folder, scheduler=EPSILON), scheduler)
 
 
-# Stable Diffusion has all of them; what an SDXL pipeline adds does not depend on the scheduler.
+# All schedulers are compared with Stable Diffusion. The additions of an SDXL pipeline do not depend
+# on the scheduler.
 _FEW = () if IS_FULL else ("ddim", "euler", "heun", "dpmpp_2m_sde_karras")
 
 MODELS = {
