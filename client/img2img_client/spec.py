@@ -21,8 +21,8 @@ class Options(TypedDict, total=False):
     """The fields of JobSpec except prompt and init image. Absent or None: the service's default."""
 
     negative_prompt: str | None  # description of unwanted content; needs guidance_scale above 1
-    width: int | None  # pixels, a multiple of 8, default 512
-    height: int | None  # pixels, a multiple of 8, default 512
+    width: int | None  # pixels; default: the native area of the model
+    height: int | None  # pixels; default: at the aspect ratio of the init image
     samples: int | None  # number of images, default 1; image i uses seed + i
     # 0.0 returns the init image, 1.0 ignores it; default: the model's, see capabilities()
     strength: float | None

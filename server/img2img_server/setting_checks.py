@@ -16,7 +16,7 @@ from typing import Final
 from img2img_server.api.keys import load_keys
 from img2img_server.certificates import pair_faults, trusted_fault
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
 from img2img_server.engine.options import sizes
 from img2img_server.nats.access import NatsAccess
 from img2img_server.outbound.policy import OutboundPolicy
@@ -224,7 +224,7 @@ def _model(checks: _Checks) -> None:
     if "model" in checks.skip:
         return
     try:
-        spec = read_model_spec(settings.model)
+        spec = read_model_spec(settings.model, defaults=ModelDefaults.of(settings))
     except (ModelError, ValueError) as error:
         checks.add("model", str(error))
         return

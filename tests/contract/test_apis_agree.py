@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import AsyncIterator
 from dataclasses import fields, replace
 from typing import Any
@@ -10,6 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf import json_format
+from PIL import ExifTags, Image
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.api.deps import service_limits
@@ -357,3 +360,34 @@ async def test_strength_may_be_a_noise_level(api: str, apis: Apis) -> None:
     assert (job.spec.strength_mode, job.warning) == (mode, "")
     assert (job.denoising_steps, job.start_noise) == (job.timings.steps, 0.35)
     assert (await apis.make(api)).spec.strength_mode == job_pb2.STRENGTH_MODE_STEPS
+
+
+def wide() -> bytes:
+    """Returns a PNG of 300 x 200 pixels that EXIF turns upright."""
+    image, exif = Image.new("RGB", (200, 300)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("api", APIS)
+async def test_a_missing_size_is_the_models_at_the_aspect_of_the_init_image(
+    api: str, apis: Apis
+) -> None:
+    image = wide()
+    if api == "grpc":
+        init_image = job_pb2.InitImage(data=image)
+        request = job_pb2.JobSpec(prompt="p", init_image=init_image)
+        job = await apis.ended((await apis.api.create(request)).id)
+    elif api == "v1":
+        sent = {"prompt": "p", "init_image": {"data": base64.b64encode(image).decode()}}
+        answer = await apis.today.http.post("/v1/jobs", json={"spec": sent}, headers=KEY)
+        job = await apis.ended(int(answer.json()["job"]["id"]))
+    else:
+        gateway = apis.today if api == "today" else apis.legacy
+        sent = {"key": "dev-key", "prompt": "p", "init_image": base64.b64encode(image).decode()}
+        answer = await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)
+        job = await apis.ended(int(answer.json()["id"]))
+    size = job.spec.width, job.spec.height
+    assert size == ((624, 416) if api in ("grpc", "v1") else (512, 512))

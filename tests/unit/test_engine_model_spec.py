@@ -10,7 +10,7 @@ import pytest
 from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.model_spec import ModelSpec, read_model_spec
+from img2img_server.engine.model_spec import ModelDefaults, ModelSpec, read_model_spec
 
 
 def write_model(folder: Path, toml: str = "", **files: dict[str, object]) -> Path:
@@ -26,7 +26,7 @@ def write_model(folder: Path, toml: str = "", **files: dict[str, object]) -> Pat
 
 def test_a_plain_diffusers_directory_is_described_by_its_own_files(tmp_path: Path) -> None:
     folder = write_model(
-        tmp_path / "turbo",
+        tmp_path / "plain",
         model_index={"_class_name": "StableDiffusionXLPipeline"},
         scheduler__scheduler_config={"_class_name": "EulerAncestralDiscreteScheduler"},
         unet__config={"sample_size": 128},
@@ -34,7 +34,7 @@ def test_a_plain_diffusers_directory_is_described_by_its_own_files(tmp_path: Pat
 
     assert read_model_spec(str(folder)) == ModelSpec(
         source=str(folder),
-        name="turbo",
+        name="plain",
         family="sdxl",
         scheduler="euler_a",
         num_inference_steps=20,
@@ -171,3 +171,17 @@ def test_a_folder_without_model_index_is_refused(tmp_path: Path) -> None:
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no model at"):
         read_model_spec(str(tmp_path / "missing"))
+
+
+def test_the_operators_defaults_win_over_those_of_the_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "[defaults]\nnum_inference_steps = 30\nstrength = 0.4")
+    defaults = ModelDefaults(
+        default_scheduler="DPM++ 2M Karras", default_guidance_scale=0.0, native_size=640
+    )
+    spec = read_model_spec(str(folder), defaults=defaults)
+
+    assert (spec.scheduler, spec.guidance_scale) == ("dpmpp_2m_karras", 0.0)
+    assert (spec.num_inference_steps, spec.strength, spec.native_size) == (30, 0.4, 640)
+    few = ModelDefaults(default_num_inference_steps=4, default_strength=0.0)
+    spec = read_model_spec(str(folder), defaults=few)
+    assert (spec.num_inference_steps, spec.strength) == (4, 0.0)

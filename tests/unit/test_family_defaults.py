@@ -151,3 +151,49 @@ def test_kolors_runs_fifty_steps_and_rounds_down() -> None:
     assert (found.family, found.scheduler, found.num_inference_steps) == ("kolors", "euler", 50)
     assert (found.guidance_scale, found.strength_rule) == (5.0, StrengthRule.FLOOR)
     assert (found.native_size, found.side_multiple) == (1024, 8)
+
+
+EULER = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
+TRAILING = {**EULER, "timestep_spacing": "trailing"}
+ANCESTRAL = {**TRAILING, "_class_name": "EulerAncestralDiscreteScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "steps", "scale"),
+    [
+        (
+            "stabilityai/sdxl-turbo",
+            {**TRAILING, "_class_name": "EulerAncestralDiscreteScheduler"},
+            4,
+            0.0,
+        ),
+        ("distilled", TRAILING, 4, 0.0),
+        ("ByteDance/SDXL-Lightning-4step", TRAILING, 4, 0.0),
+        ("RealVisXL_Lightning", {"_class_name": "DPMSolverMultistepScheduler"}, 8, 0.0),
+        ("DreamShaper-XL-Turbo", {"_class_name": "DPMSolverMultistepScheduler"}, 8, 2.0),
+        ("DreamShaper-LCM", {"_class_name": "LCMScheduler"}, 8, 1.5),
+        ("tcd", {"_class_name": "TCDScheduler"}, 8, 0.0),
+        ("playground-v2.5", {"_class_name": "EDMDPMSolverMultistepScheduler"}, 20, 3.0),
+        ("sdxl-base", EULER, 20, 7.5),
+        (
+            "noobai-v-pred",
+            {**TRAILING, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            20,
+            7.5,
+        ),
+    ],
+)
+def test_relatives_of_sdxl_have_defaults_by_their_scheduler_and_name(
+    name: str, scheduler: dict[str, Any], steps: int, scale: float
+) -> None:
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    files = ModelFiles(index, {"scheduler": scheduler, "unet": {"sample_size": 64}}, name)
+    found = detect(files, name).traits(files)
+    assert (found.num_inference_steps, found.guidance_scale) == (steps, scale)
+    assert found.native_size == 512
+
+
+def test_a_latent_consistency_model_has_the_defaults_of_its_pipeline() -> None:
+    found = traits("LatentConsistencyModelPipeline", scheduler={"_class_name": "LCMScheduler"})
+    assert (found.family, found.num_inference_steps, found.guidance_scale) == ("lcm", 4, 8.5)
+    assert (found.schedulers, found.strength_rule) == (("lcm",), "all")

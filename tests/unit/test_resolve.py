@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from img2img_server.domain.models import Guidance, ModelInfo
 from img2img_server.domain.params import JobParams, Limits
-from img2img_server.domain.resolve import complete, resolve
+from img2img_server.domain.resolve import complete, fit_size, resolve
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.warnings import join_warnings
 
@@ -219,3 +219,26 @@ def test_steps_stay_as_they_are_when_strength_is_a_noise_level() -> None:
         strength=0.1, num_inference_steps=2, strength_mode=StrengthMode.NOISE_LEVEL
     )
     assert (params.num_inference_steps, warnings) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "image", "size"),
+    [
+        ({}, (1000, 1000), (1024, 1024)),
+        ({}, (3000, 2000), (1256, 840)),
+        ({}, (2000, 3000), (840, 1256)),
+        ({}, (9000, 1000), (1536, 344)),
+        ({"width": 768}, (3000, 2000), (768, 512)),
+        ({"height": 512}, (3000, 2000), (768, 512)),
+        ({"width": 256}, (3000, 1000), (256, 256)),
+    ],
+)
+def test_a_missing_side_follows_the_init_image(
+    given: dict[str, int], image: tuple[int, int], size: tuple[int, int]
+) -> None:
+    assert fit_size(given, 1024, Limits(max_side_pixels=1536), image) == size
+
+
+def test_missing_sides_are_multiples_of_the_models() -> None:
+    width, height = fit_size({}, 1024, Limits(side_multiple=32), (1000, 999))
+    assert (width % 32, height % 32) == (0, 0)

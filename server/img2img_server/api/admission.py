@@ -21,10 +21,10 @@ from img2img_server.domain.params import (
     ValidationContext,
     validate,
 )
-from img2img_server.domain.resolve import resolve
+from img2img_server.domain.resolve import fit_size, resolve
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.imaging.base import CheckedImage, InvalidImageError
-from img2img_server.imaging.prepare import check_image, is_cheap
+from img2img_server.imaging.prepare import Fit, check_image, is_cheap
 from img2img_server.nats.rates import Rates
 from img2img_server.prompts import NO_REWRITER, rewrite
 from img2img_server.tasks import background_task
@@ -133,11 +133,12 @@ class Admission:
             raise await self._no_model(spec.model, name)
         started = time.monotonic()
         try:
-            image, position, eta = await self._examine(request, caller)
+            image, position, eta = await self._examine(request, model, caller)
         except (errors.InvalidRequestError, errors.DeadlineTooShortError):
             await self._rate_limit.count(caller.principal, refused=True)
             raise
         await self._rate_limit.count(caller.principal)
+        params = replace(params, width=image.width, height=image.height)
         original_prompt, rewriting = params.prompt, ""
         if params.enhance_prompt and self._deps.settings.prompt_rewriter == "rules":
             params = replace(params, prompt=rewrite(params.prompt, params.seed))
@@ -174,7 +175,7 @@ class Admission:
         return known[0] if known else ""
 
     async def _examine(
-        self, request: convert.Request, caller: Caller
+        self, request: convert.Request, model: ModelInfo, caller: Caller
     ) -> tuple[CheckedImage, int, float | None]:
         """Makes the expensive checks.
 
@@ -182,7 +183,7 @@ class Admission:
             The init image, the number of jobs before this one and the seconds until it ends.
         """
         async with background_task(self._estimator.new_job(request.params)) as estimate:
-            image = await self._image_given_room(request, caller)
+            image = await self._image_given_room(request, model, caller)
             position, eta, wait = await estimate
         remaining = caller.remaining_seconds
         if remaining is not None and eta is not None and eta > remaining:
@@ -197,7 +198,9 @@ class Admission:
             raise errors.QueueFullError(limit, await self._estimator.place(params, unfinished))
         self._rate_limit.check(caller.principal)
 
-    async def _image_given_room(self, request: convert.Request, caller: Caller) -> CheckedImage:
+    async def _image_given_room(
+        self, request: convert.Request, model: ModelInfo, caller: Caller
+    ) -> CheckedImage:
         """Returns the checked init image, if the queue and the rate limit have room.
 
         A small inline image is decoded while the queue is asked; its errors come second. Otherwise
@@ -205,12 +208,12 @@ class Admission:
         """
         if not request.init_image or not is_cheap(request.init_image):
             await self._check_room(request.params, caller)
-            return await self._image(request)
-        async with background_task(self._image(request)) as decoded:
+            return await self._image(request, model)
+        async with background_task(self._image(request, model)) as decoded:
             await self._check_room(request.params, caller)
             return await decoded
 
-    async def _image(self, request: convert.Request) -> CheckedImage:
+    async def _image(self, request: convert.Request, model: ModelInfo) -> CheckedImage:
         params = request.params
         try:
             data = request.init_image or await self._deps.fetch(params.init_image_url)
@@ -221,6 +224,16 @@ class Admission:
                 height=params.height,
                 limits=self._deps.limits,
                 downloaded=not request.init_image,
+                fit=self._fit(request, model),
             )
         except InvalidImageError as error:
             raise errors.InvalidRequestError([error.violation]) from error
+
+    def _fit(self, request: convert.Request, model: ModelInfo) -> Fit | None:
+        """Returns what sets the sides that the caller left open; None if there are none."""
+        sides = {name: getattr(request.params, name) for name in ("width", "height")}
+        given = {name: side for name, side in sides.items() if name in request.given}
+        if len(given) == 2:
+            return None
+        limits = model.limits(self._deps.limits, request.params.scheduler)
+        return lambda *image: fit_size(given, model.native_size, limits, image)

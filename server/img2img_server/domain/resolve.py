@@ -34,8 +34,39 @@ def complete(given: Mapping[str, Any], model: ModelInfo | None, service: Limits)
         ),
         "guidance_scale": model.default_guidance_scale,
         "scheduler": model.schedulers[0],
+        # Of a square; the size of the init image is not known yet, see fit_size.
+        "width": _side(model.native_size, limits),
+        "height": _side(model.native_size, limits),
     }
     return JobParams(**{**defaults, **given})
+
+
+def fit_size(
+    given: Mapping[str, int], native_size: int, limits: Limits, image: tuple[int, int]
+) -> tuple[int, int]:
+    """Returns width and height of the result at the aspect ratio of the init image.
+
+    Args:
+        given: The sides that the caller set, by their names.
+        native_size: The side of a square of the model's native area.
+        image: Width and height of the init image.
+    """
+    ratio = image[0] / image[1]
+    width, height = given.get("width"), given.get("height")
+    if width is None:
+        width = _side(height * ratio if height else native_size * ratio**0.5, limits)
+    if height is None:
+        height = _side(
+            given["width"] / ratio if "width" in given else native_size / ratio**0.5, limits
+        )
+    return width, height
+
+
+def _side(pixels: float, limits: Limits) -> int:
+    """Returns the nearest side within the limits, a multiple of the model's."""
+    multiple = limits.side_multiple
+    least = -(-limits.min_side_pixels // multiple)
+    return multiple * min(max(round(pixels / multiple), least), limits.max_side_pixels // multiple)
 
 
 def resolve(

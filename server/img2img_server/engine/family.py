@@ -39,10 +39,15 @@ class ModelError(OperatorError):
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The JSON files of a model: model_index.json and the configuration of each part."""
+    """The JSON files of a model: model_index.json and the configuration of each part.
+
+    Attributes:
+        name: The name of its folder, or its hub id; empty if not known.
+    """
 
     index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    name: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> ModelFiles:
@@ -60,7 +65,7 @@ class ModelFiles:
         for name in ("scheduler", "unet"):  # the file may exist although the index does not list it
             file = "scheduler_config.json" if name == "scheduler" else "config.json"
             configs.setdefault(name, read_json(folder / name / file))
-        return cls(index, configs)
+        return cls(index, configs, folder.name)
 
     @classmethod
     def of_pipeline(cls, pipeline: Any) -> ModelFiles:
@@ -83,6 +88,13 @@ class ModelFiles:
     def scheduler(self) -> Mapping[str, Any]:
         """The configuration of the model's own scheduler."""
         return self.config("scheduler")
+
+    @property
+    def known_names(self) -> str:
+        """The names that the model and the models it was made from have, in lower case."""
+        origins = [self.name, self.index.get("_name_or_path")]
+        origins += [config.get("_name_or_path") for config in self.configs.values()]
+        return " ".join(str(origin) for origin in origins if origin).lower()
 
     def config(self, part: str) -> Mapping[str, Any]:
         """Returns the configuration of a part of the pipeline; empty if there is none."""

@@ -19,7 +19,7 @@ from img2img_server.engine.diffusers.load import read_files
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, probe_of
-from img2img_server.engine.model_spec import ModelSpec, read_model_spec
+from img2img_server.engine.model_spec import ModelDefaults, ModelSpec, read_model_spec
 from img2img_server.engine.options import EngineOptions, sizes
 from img2img_server.malloc import keep_freed_memory
 
@@ -36,9 +36,10 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
         ModelError: the model cannot be loaded, or its dry run failed.
     """
     device, dtype = device_and_dtype(options.device, options.dtype)
-    spec = read_model_spec(options.model)
+    defaults = ModelDefaults.of(options)
+    spec = read_model_spec(options.model, defaults=defaults)
     if not Path(spec.source).is_dir():
-        spec = read_model_spec(options.model, read_files(spec.source))
+        spec = read_model_spec(options.model, read_files(spec.source), defaults)
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     _log.info("model_loading: %s on %s as %s", spec.name, device, dtype)

@@ -23,9 +23,10 @@ In addition to diffusers' own files it can hold an `img2img.toml`; every entry h
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -143,7 +144,42 @@ def packaged_model() -> Path:
     return Path(str(resources.files("img2img_server"))) / "models" / DEFAULT_MODEL
 
 
-def read_model_spec(source: str, files: ModelFiles | None = None) -> ModelSpec:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDefaults:
+    """Defaults that an operator sets in place of the model's own; see the settings."""
+
+    default_scheduler: str = ""
+    default_num_inference_steps: int = 0
+    default_guidance_scale: float = -1.0
+    default_strength: float = -1.0
+    native_size: int = 0
+
+    @classmethod
+    def of(cls, source: object) -> Self:
+        """Returns the defaults from the attributes of the same names."""
+        return cls(**{field.name: getattr(source, field.name) for field in fields(cls)})
+
+    def over(self, file: _File) -> _File:
+        """Returns the content of img2img.toml with these defaults in place of its own."""
+        own = {
+            "scheduler": self.default_scheduler or None,
+            "num_inference_steps": self.default_num_inference_steps or None,
+            "guidance_scale": self.default_guidance_scale,
+            "strength": self.default_strength,
+        }
+        chosen = {name: value for name, value in own.items() if value not in (None, -1.0)}
+        sizes = {"native": self.native_size} if self.native_size else {}
+        return file.model_copy(
+            update={
+                "defaults": file.defaults.model_copy(update=chosen),
+                "sizes": file.sizes.model_copy(update=sizes),
+            }
+        )
+
+
+def read_model_spec(
+    source: str, files: ModelFiles | None = None, defaults: ModelDefaults | None = None
+) -> ModelSpec:
     """Reads a model directory; an empty source is the model inside the package.
 
     Args:
@@ -153,6 +189,7 @@ def read_model_spec(source: str, files: ModelFiles | None = None) -> ModelSpec:
         ModelError: The directory is not one of diffusers', the model cannot be served, or its
             img2img.toml is wrong.
     """
+    defaults = defaults or ModelDefaults()
     folder = Path(source) if source else packaged_model()
     if not folder.is_dir():
         if folder.exists():
@@ -163,10 +200,10 @@ def read_model_spec(source: str, files: ModelFiles | None = None) -> ModelSpec:
             raise ModelError(f"there is no model at {source or folder}")
         if files is None:
             return ModelSpec(source=source, name=folder.name)
-        return _spec(source, folder.name, _File(), files)
+        return _spec(source, folder.name, defaults.over(_File()), files)
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is no diffusers model: it has no model_index.json")
-    toml = _read_toml(folder / "img2img.toml")
+    toml = defaults.over(_read_toml(folder / "img2img.toml"))
     return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder))
 
 

@@ -72,6 +72,11 @@ class EngineOptions(ModelOptions):
     compile_cache_dir: Path | None = None
     warm_up_sizes: str = "512x512"
     memory_limit_bytes: int = 0
+    default_scheduler: str = ""
+    default_num_inference_steps: int = 0
+    default_guidance_scale: float = -1.0
+    default_strength: float = -1.0
+    native_size: int = 0
 
     @classmethod
     def of(cls, source: object) -> Self:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -56,11 +57,18 @@ FLIPS = {
     7: Image.Transpose.ROTATE_180,
     8: Image.Transpose.FLIP_TOP_BOTTOM,
 }
+Fit = Callable[[int, int], tuple[int, int]]  # from width and height to width and height
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 
 
 def check_image(
-    data: bytes, *, width: int, height: int, limits: Limits, downloaded: bool = False
+    data: bytes,
+    *,
+    width: int,
+    height: int,
+    limits: Limits,
+    downloaded: bool = False,
+    fit: Fit | None = None,
 ) -> CheckedImage:
     """Proves that an init image decodes completely within the limits.
 
@@ -68,6 +76,7 @@ def check_image(
 
     Args:
         downloaded: The data comes from a URL of the caller, for the error message.
+        fit: Returns width and height for those of the upright image, in place of the fixed ones.
 
     Raises:
         InvalidImageError: The image is too large, has too many pixels, is damaged, incomplete or of
@@ -85,12 +94,20 @@ def check_image(
             check_scans(header)
     except HeaderError as error:
         raise _invalid(header.container, error) from error
+    if fit:
+        width, height = fit(*_upright_size(header))
     if len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS:
         # The smallest scale skips the inverse transform but still reads every coefficient.
         _decode(header, smallest=(1, 1))
-        return CheckedImage(data=data, prepared=False)
+        return CheckedImage(data=data, prepared=False, width=width, height=height)
     pixels = _prepare(header, width, height)
-    return CheckedImage(data=encode_image(pixels, ImageFormat.JPEG), prepared=True)
+    data = encode_image(pixels, ImageFormat.JPEG)
+    return CheckedImage(data=data, prepared=True, width=width, height=height)
+
+
+def _upright_size(header: Header) -> tuple[int, int]:
+    turned, _ = read_metadata(header)
+    return (header.height, header.width) if turned >= 5 else (header.width, header.height)
 
 
 def is_cheap(data: bytes) -> bool:

@@ -242,12 +242,14 @@ class JobSpec(_message.Message):
     width: _builtins.int
     """Width of the result in pixels: within the range of the model and a multiple of
     Model.side_multiple. The service allows 256 to 1536 by default, and most models less; the HTTP
-    contract allows 256 to 1024, a multiple of 8. Default 512.
+    contract allows 256 to 1024, a multiple of 8, default 512. Default: at the aspect ratio of the init
+    image; if width and height are absent, with the area of a square of Model.native_size.
     """
     height: _builtins.int
     """Height of the result in pixels: within the range of the model and a multiple of
     Model.side_multiple. The service allows 256 to 1536 by default, and most models less; the HTTP
-    contract allows 256 to 1024, a multiple of 8. Default 512.
+    contract allows 256 to 1024, a multiple of 8, default 512. Default: at the aspect ratio of the init
+    image; if width and height are absent, with the area of a square of Model.native_size.
     """
     samples: _builtins.int
     """Number of images: 1 to 4, default 1. Sample i uses the seed seed + i, see Sample.seed."""

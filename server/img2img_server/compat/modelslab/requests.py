@@ -330,7 +330,9 @@ def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
         annotations[names.ENHANCE_STYLE] = style[: LIMITS.max_annotation_characters]
     if isinstance(values.get("track_id"), int):
         annotations[names.TRACK_ID_TYPE] = "integer"
-    fields = _in_spec(values) | {"init_image": init_image(values["init_image"])}
+    # The contract has a size of its own; over gRPC the model's is the default.
+    sides = {"width": _DEFAULTS.width, "height": _DEFAULTS.height}
+    fields = sides | _in_spec(values) | {"init_image": init_image(values["init_image"])}
     return job_pb2.JobSpec(**fields, annotations=annotations)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def read_files(source: str) -> ModelFiles:
         except (OSError, ValueError) as error:
             why = " ".join(str(error).split())  # Errors of the hub's library have several lines.
             raise ModelError(f"cannot load {source}: {why}") from error
-    return ModelFiles.read(folder)
+    return replace(ModelFiles.read(folder), name=source)
 
 
 def accelerate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
+from img2img_server.engine.family import ModelFiles
 
 if TYPE_CHECKING:
     from img2img_server.engine.sampler import Schedule
@@ -26,6 +27,9 @@ class LatentConsistency(StableDiffusion):
     default_scheduler = "lcm"
     num_inference_steps = 4
     guidance_scale = 8.5
+
+    def few_steps(self, files: ModelFiles) -> tuple[int, float] | None:
+        return self.num_inference_steps, self.guidance_scale
 
     def strength_arguments(self, strength: float) -> Mapping[str, Hashable]:
         return {"strength": strength}

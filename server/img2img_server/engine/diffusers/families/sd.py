@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.domain.models import Guidance
@@ -12,7 +14,7 @@ from img2img_server.engine.diffusers.families.base import (
     LoadedModel,
     LoraFile,
 )
-from img2img_server.engine.family import ModelFiles
+from img2img_server.engine.family import ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from img2img_server.engine.denoiser import TextInput
 
+# Schedulers of Turbo models, together with trailing timesteps.
+_TURBO = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+_EDM_GUIDANCE_SCALE = 3.0
 # number of steps of the schedule from which LCM chooses its steps, the default of diffusers
 _LCM_STEPS = 50
 
@@ -45,6 +50,31 @@ class StableDiffusion(DiffusionFamily):
     side_multiple = 8
     native_size = 512
     max_side = 1024
+
+    def traits(self, files: ModelFiles, scheduler: str = "") -> ModelTraits:
+        found = super().traits(files, scheduler)
+        if few := self.few_steps(files):
+            return replace(found, num_inference_steps=few[0], guidance_scale=few[1])
+        if files.scheduler.get("_class_name", "").startswith("EDM"):
+            return replace(found, guidance_scale=_EDM_GUIDANCE_SCALE)
+        return found
+
+    def few_steps(self, files: ModelFiles) -> tuple[int, float] | None:
+        """Returns steps and guidance scale of a distilled model; None for other models."""
+        config, names = files.scheduler, files.known_names
+        own = config.get("_class_name")
+        if own == "LCMScheduler":
+            is_embedded = self.guidance(files.config("unet")) is Guidance.EMBEDDED
+            return 8, 8.5 if is_embedded else 1.5
+        if own == "TCDScheduler" or "lightning" in names or "hyper-sd" in names:
+            steps = re.search(r"\b([1-9]|1[0-6])[-_ ]?steps?\b", names)
+            return int(steps[1]) if steps else 8, 0.0
+        is_plain = config.get("prediction_type", "epsilon") == "epsilon"
+        is_trailing = config.get("timestep_spacing") == "trailing"
+        if own in _TURBO and is_plain and is_trailing and not config.get("rescale_betas_zero_snr"):
+            return 4, 0.0
+        # Merges with a Turbo model run with little guidance.
+        return (8, 2.0) if "turbo" in names else None
 
     def refusal(self, files: ModelFiles) -> str:
         unet = files.config("unet")
