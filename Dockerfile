@@ -3,9 +3,9 @@
 #   docker build --target slim -t img2img-service:0.1.0-slim .   api and gateway, without torch
 #   docker build -t img2img-service:0.1.0 .                      all three
 #
-# The image runs as a user without privileges on a read-only root file system; a worker needs a writable
-# /tmp. torch's wheels contain CUDA, so the base is plain Python for any host with a driver. The role
-# `local` is not for containers: its NATS and S3 servers are left out.
+# The image runs as a user without privileges on a read-only root file system; a worker needs a
+# writable /tmp. torch's wheels contain CUDA, so the base is plain Python for any host with a
+# driver. The role `local` does not run in containers, so its NATS and S3 servers are not installed.
 
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 # sha256:… pins the exact base image.
@@ -56,8 +56,8 @@ LABEL org.opencontainers.image.title="img2img-service" \
       org.opencontainers.image.created="${CREATED}" \
       org.opencontainers.image.base.name="${BASE_IMAGE}" \
       org.opencontainers.image.base.digest="${BASE_DIGEST}"
-# Roles listen on all addresses, because loopback is not reachable from outside of a container. Caches of
-# libraries must be in a writable folder.
+# Roles listen on all addresses, because loopback is not reachable from outside a container. Caches
+# of libraries must be in a writable folder.
 ENV PATH=/opt/img2img/bin:$PATH \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp HF_HOME=/tmp/huggingface \

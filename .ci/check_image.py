@@ -1,4 +1,5 @@
-"""Fails unless FILE is a PNG of WIDTH x HEIGHT that was made from PHOTO: similar, but not equal.
+"""Fails unless FILE is a PNG of WIDTH x HEIGHT that was generated from PHOTO: similar, but not
+equal.
 
 python .ci/check_image.py FILE PHOTO WIDTH HEIGHT
 """
@@ -10,7 +11,8 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 
 LEAST_SPREAD = 10.0  # standard deviation of a channel, of 255; a blank image has 0
 LEAST_CHANGE = 4.0  # mean difference from PHOTO, of 255
-MOST_CHANGE = 60.0  # mean difference of both blurred, of 255; an unrelated image has more
+# mean difference of both images after blurring, of 255; for an unrelated image it is larger
+MOST_CHANGE = 60.0
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
@@ -20,7 +22,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def main(file: str, photo: str, width: str, height: str) -> int:
-    """Returns 1 and prints the reason if the image is not as wanted."""
+    """Returns 1 and prints the reason if the image fails a check."""
     with Image.open(Path(file)) as image, Image.open(Path(photo)) as source:
         found = (image.format, image.size)
         made = image.convert("RGB")

@@ -4,8 +4,9 @@
     python -m benchmarks.bus --cluster  three on this machine, three replicas
 
 A job is the photo of examples/ at 512x512 with 14 steps: api and worker are the real ones, the
-engine is that of the tests, so that only the service itself is measured. Messages and
-bytes are counted by the clients (`nc.stats`); CPU time is that of the servers' processes.
+engine is the fake engine of the tests, so that only the service itself is measured. Messages
+and bytes are counted by the clients (`nc.stats`). CPU time is measured for the servers'
+processes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def cpu_seconds() -> float:
 
 
 async def jobs(config: Settings) -> dict[str, Any]:
-    """Runs whole jobs; returns messages and bytes of each connection for one job."""
+    """Runs whole jobs. Returns messages and bytes of each connection for one job."""
     async with connect_bus(config) as api_bus, connect_bus(config) as worker_bus:
         links = {"api": link_of(api_bus), "worker": link_of(worker_bus)}
         async with (
@@ -110,7 +111,9 @@ async def jobs(config: Settings) -> dict[str, Any]:
 
 
 async def operation(do: Callable[[int], Awaitable[object]]) -> dict[str, float]:
-    """Measures milliseconds one after the other, then the rate and servers' CPU with 32 at once."""
+    """Measures the milliseconds of sequential operations, then the rate and the servers' CPU time
+    with 32 operations at a time.
+    """
     for number in range(5):
         await do(number)
     began = time.monotonic()

@@ -7,9 +7,9 @@
 #       nine minutes; writes OUTPUT.json and OUTPUT.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# What is imported. pip finds what these need; none of them asks for torch.
+# The imported packages. pip finds their dependencies, none of which requires torch.
 packages='diffusers transformers pydantic-settings pillow'
-# For downloads and for many connections: missed by nobody here.
+# These packages serve downloads and many connections, which the benchmark does not use.
 unneeded='hf_xet uvloop'
 pip=(python3 -m pip --disable-pip-version-check -q)
 word=$([ $# -lt 3 ] || echo "$1")

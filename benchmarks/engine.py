@@ -62,7 +62,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = arguments.requests, arguments.loads, arguments.sides, arguments.rounds
     for name, found in compare(servers, *sizes):
         report["results"][name] = found
-        write(report, arguments.output, markdown)  # also if the next one fails
+        # This server is also stopped if the next one fails.
+        write(report, arguments.output, markdown)
     return report
 
 
@@ -96,11 +97,12 @@ def compare(
 
     Args:
         count: requests of a round.
-        seconds: limit of the first system's work; fewer requests, but at least eight, fit it.
+        seconds: limit of the first system's work. Requests beyond the limit are left out, but at
+            least eight remain.
     """
     try:
         for server in servers.values():
-            server.serve(requests(4, None, sides, seed=99))  # warm up
+            server.serve(requests(4, None, sides, seed=99))  # This load warms up the systems.
         alone = next(iter(servers.values())).serve(requests(count, None, sides))
         pace = alone.busy / sum(outcome.request.pixel_forwards for outcome in alone.outcomes)
         rate_alone = count / alone.busy
@@ -188,9 +190,11 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.9])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 320])
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads of torch; 0: torch's default"
+    )
     parser.add_argument("--litserve", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--note", default="", help="what else is to be known of this run")
+    parser.add_argument("--note", default="", help="note about this run, for the report")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     end_on_sigterm()

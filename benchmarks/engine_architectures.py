@@ -47,7 +47,7 @@ _UNETS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    # Not a real architecture: tests the benchmark itself in seconds.
+    # This is no real architecture. It tests the benchmark itself in seconds.
     "toy": {
         **_SD_BLOCKS,
         "block_out_channels": (32, 32, 64, 64),
@@ -56,7 +56,7 @@ _UNETS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 8,
     },
 }
-# Width, layers, heads of the text encoders.
+# width, layers and heads of the text encoders
 _CLIP_L, _OPEN_CLIP_H, _OPEN_CLIP_G = (768, 12, 12), (1024, 23, 16), (1280, 32, 20)
 _TEXT = {"sd15": _CLIP_L, "sd-turbo": _OPEN_CLIP_H, "toy": (768, 1, 12)}
 _VAE_CHANNELS = (128, 256, 512, 512)
@@ -158,7 +158,7 @@ def _scheduler() -> EulerDiscreteScheduler:
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """Returns a tokenizer of single letters: the words of a prompt do not matter for speed."""
+    """Returns a tokenizer of single letters: the content of a prompt does not affect the speed."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = [
         *letters,

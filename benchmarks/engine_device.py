@@ -3,8 +3,9 @@
 Weights do not matter for speed. The most important parts come first: for every architecture time
 and rate of a UNet step by batch size and the end-to-end time of one request of 1 to 4 steps; then
 the systems of benchmarks.engine under the mixed load; then requests and steps compiled. Every part
-has a process and a time limit of its own, and the budget ends all of them: what fails or has no
-time does not affect the others and is named. The report is written again after every number.
+has a process and a time limit of its own, and the budget ends all of them: a part that fails or has
+no time does not affect the others, and the report names it. The report is written again after every
+number.
 
     python -m benchmarks.engine_device --output FILE.json [--budget 540]
 
@@ -44,7 +45,7 @@ class PartError(Exception):
 
 
 class Report:
-    """Results, failures and parts that are not finished; it is correct even after a kill.
+    """Results, failures and parts that are not finished; it is valid even after SIGKILL.
 
     Args:
         output: path of the JSON; the Markdown is next to it. None: in memory only.
@@ -61,7 +62,7 @@ class Report:
         self._output = output
 
     def run(self, architecture: str, part: str, work: Work, seconds: float) -> None:
-        """Records the results of a part as they come, and its failure."""
+        """Records the results of a part when they arrive, and its failure."""
         name, began = f"{architecture}: {part}", time.monotonic()
         self.found["left_out"].remove(name)
         try:
@@ -115,14 +116,14 @@ def _work(end: Connection, work: Work) -> None:
     try:
         for found in work():
             end.send(found)
-    except Exception:  # any error: the other parts continue
+    except Exception:  # The other parts continue after any error.
         end.send(traceback.format_exc()[-2000:])
 
 
 def _part(
     part: str, architecture: str, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, Rows]]:
-    # This takes seconds of the budget.
+    # This check takes seconds of the budget.
     from benchmarks.engine_device_parts import PARTS
 
     return PARTS[part](architecture, arguments)
@@ -173,8 +174,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--compiled-batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--requests", type=int, default=24, help="of a load, at most")
-    parser.add_argument("--load-seconds", type=float, default=10.0, help="of the stock pipeline")
+    parser.add_argument("--requests", type=int, default=24, help="most requests of a load")
+    parser.add_argument(
+        "--load-seconds", type=float, default=10.0, help="most rows in a call of the stock pipeline"
+    )
     parser.add_argument("--loads", type=float, nargs="*", default=[0.9])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
@@ -184,7 +187,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(words)
     end_on_sigterm()
-    limit_spinning()  # in the processes of the parts
+    limit_spinning()  # Processes of the parts inherit this variable.
     parts = plan(arguments)
     report = Report([f"{architecture}: {part}" for architecture, part in parts], arguments.output)
     for architecture, part in parts:

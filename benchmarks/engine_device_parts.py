@@ -106,7 +106,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             self.pipeline = build(name, Path(folder), self._device, self._dtype)
         self._rate = matrix_rate(self._device, self._dtype)
-        self._flops = self._count()  # before compiling: the counter does not see compiled code
+        # The FLOPs are counted before compiling, because the counter does not see compiled code.
+        self._flops = self._count()
 
     @property
     def hardware(self) -> tuple[str, dict[str, str]]:
@@ -134,8 +135,10 @@ class Bench:
             yield title, {str(batch): row}
 
     def requests(self, title: str, options: ModelOptions) -> Found:
-        """Yields milliseconds of an unguided request alone: the median of five after two others."""
-        # No clock, which would disturb the compiler; one row, so that no other batches are
+        """Yields the milliseconds of an unguided single request: the median of five, after two
+        warm-up requests.
+        """
+        # The clock would disturb the compiler. There is one row, so that no other batch sizes are
         # compiled.
         server = EngineServer(self.pipeline, None, 1, options)
         for steps in (1, 2, 3, 4):

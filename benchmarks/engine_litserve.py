@@ -1,4 +1,4 @@
-"""LitServe as one of the benchmark's systems. Its packages are in .img2img/."""
+"""LitServe as one of the systems in the benchmark. Its packages are in .img2img/."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class LitServeServer:
         self._port = free_port()
         arguments = [place.source, self._port, place.rows, place.threads, place.device, place.dtype]
         names = [str(argument) for argument in arguments]
-        # Its own packages come first; torch and diffusers are shared.
+        # LitServe's own packages come first; torch and diffusers are shared.
         paths = [str(PACKAGES), str(ROOT), *(path for path in sys.path if path)]
-        limit_spinning()  # as for the other systems
+        limit_spinning()  # the same number of threads as in the other systems
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         with log.open("wb") as output:
@@ -125,7 +125,8 @@ class LitServeServer:
             os.killpg(self._process.pid, number)
 
     def _ask(self, request: Request, start: float) -> tuple[Outcome, dict[str, Any]]:
-        asked = replace(request, arrival=0.0)  # its clock differs from the server's
+        # The clock of this process differs from the server's.
+        asked = replace(request, arrival=0.0)
         figures = self._post(asdict(asked))
         now = time.perf_counter() - start
         assert figures.pop("image")

@@ -30,11 +30,11 @@ class Img2Img(litserve.LitAPI):
         self._place = place
 
     def setup(self, device: object) -> None:
-        self._place.settle()  # the comparison is of the loops
+        self._place.settle()  # There is no safety checker, because only the loops are compared.
         self._pipeline = self._place.pipeline()
         self._stock, self._clock, self._busy = Stock(self._pipeline), Clock(self._pipeline), 0.0
 
-    def decode_request(self, request):  # LitServe reads annotations as FastAPI does
+    def decode_request(self, request):  # LitServe reads annotations in the same way as FastAPI.
         return Request(**request)
 
     def batch(self, inputs: list[Request]) -> list[Request]:

@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Times of a request, in seconds after the start; `first_look`: first preview or image."""
+    """Times of a request, in seconds after the start; `first_look`: the first preview or image."""
 
     request: Request
     first_look: float
@@ -67,8 +67,8 @@ class Served:
 def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0) -> list[Request]:
     """Returns a load of `count` requests, `rate` of them a second; None: all at once.
 
-    Arrivals are those of a Poisson process under the condition that `count` of them come in
-    `count / rate` seconds, because few requests would otherwise have quite another rate.
+    Arrivals are those of a Poisson process under the condition that `count` of them arrive in
+    `count / rate` seconds; otherwise a small number of requests would have another rate.
     """
     rng = random.Random(seed)
     found, now = [], 0.0
@@ -122,7 +122,7 @@ def behind_long(load: Sequence[Request], pace: float) -> set[int]:
     long. The result depends on the arrivals, not on the system that serves them.
 
     Args:
-        pace: seconds a pixel x forward takes the stock pipeline.
+        pace: seconds of the stock pipeline for a pixel x forward.
     """
     by_work = sorted(load, key=lambda request: request.pixel_forwards)
     third = max(1, len(load) // 3)

@@ -1,7 +1,7 @@
 """Measures the memory of an engine on the CPU over thousands of jobs with the model that ships.
 
-Small images of several sizes, all samplers, every prompt a new one, some jobs cancelled. Exits
-with 1 when resident memory grows by 20 MB or more after the warm-up.
+The jobs have small images of several sizes, all samplers and different prompts, and some are
+cancelled. Exits with 1 when resident memory grows by 20 MB or more after the warm-up.
 
     python -m benchmarks.engine_memory [--jobs 2000] [--output FILE.json]
 """
@@ -29,7 +29,7 @@ from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.malloc import keep_freed_memory
 
 BOUND_BYTES = 20_000_000
-# Fills the caches of prompts (128) and schedules, and those of the allocator.
+# These jobs fill the caches of prompts (128) and schedules, and those of the allocator.
 WARM_UP_JOBS, WAVE = 400, 20
 _SIDES = (32, 48, 64)
 
@@ -77,7 +77,7 @@ def measure(jobs: int) -> dict[str, object]:
     """Returns the report: memory in bytes after the warm-up, at the end, and the maximum."""
     spec = read_model_spec("")
     device, dtype = torch.device("cpu"), torch.float32
-    keep_freed_memory()  # as a worker does
+    keep_freed_memory()  # as in a worker
     engine = DiffusionEngine(DiffusersDenoiser.load(spec.source, device, dtype), spec, 8)
     process = psutil.Process()
     try:

@@ -37,7 +37,8 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """The same for every system: the model, the device, the threads of torch, the rows of a batch.
+    """The values that all systems share: the model, the device, the threads of torch, the rows of a
+    batch.
 
     `source`: a diffusers directory, or the name of an architecture with random weights.
     """
@@ -82,7 +83,7 @@ class EngineOf:
     place: Place
 
     def __call__(self) -> Server:
-        from img2img_server.engine.load import on_own_thread  # imports torch
+        from img2img_server.engine.load import on_own_thread  # This import loads torch.
 
         def load() -> EngineServer:
             pipeline = self.place.pipeline()
@@ -92,10 +93,10 @@ class EngineOf:
 
 
 class RemoteServer:
-    """A system in its process, which begins to load at once."""
+    """A system in its own process, which begins to load at once."""
 
     def __init__(self, make: StockOf | EngineOf) -> None:
-        limit_spinning()  # inherited by the process
+        limit_spinning()  # The process inherits this setting.
         context = multiprocessing.get_context("spawn")
         self._end, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, make), daemon=True)
@@ -130,7 +131,7 @@ def _serve(end: Connection, make: StockOf | EngineOf) -> None:
                 return
             try:
                 end.send(server.serve(load))
-            except Exception as error:  # reported to the process that compares
+            except Exception as error:  # The process that compares the systems receives this error.
                 end.send(error)
     finally:
         server.stop()

@@ -1,4 +1,4 @@
-"""This engine as one of the benchmark's systems."""
+"""This engine as one of the systems in the benchmark."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class EngineServer:
         feeder.join()
         networks = self._network_seconds - networks
         while self._engine.busy_seconds - busy < networks:
-            time.sleep(0.001)  # the last step is counted after its events
+            time.sleep(0.001)  # The last step is counted after its events.
         return Served(outcomes, self._engine.busy_seconds - busy, networks)
 
     def stop(self) -> None:

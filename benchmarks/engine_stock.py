@@ -22,7 +22,9 @@ SCHEDULER = "euler"
 
 
 def load_pipeline(source: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Returns the pipeline of all systems, channels last: the benchmark compares their loops."""
+    """Returns the pipeline of all systems, channels last, since the benchmark compares only their
+    loops.
+    """
     pipeline = AutoPipelineForImage2Image.from_pretrained(source, dtype=dtype, safety_checker=None)
     for part in (pipeline.unet, pipeline.vae):
         part.to(memory_format=torch.channels_last)
@@ -107,7 +109,7 @@ class StockServer:
 
 
 def feed(load: Sequence[Request], start: float, put: Callable[[Request], object]) -> None:
-    """Yields each request when it arrives; `start`: a time of perf_counter."""
+    """Yields each request when it arrives. `start`: a time of perf_counter."""
     for request in load:
         time.sleep(max(0.0, start + request.arrival - time.perf_counter()))
         put(request)

@@ -40,7 +40,7 @@ from img2img_server.engine.options import EngineOptions, limit_spinning
 from img2img_server.settings import Settings
 
 _WHOLE = {"compile": "whole", "compile_cache_dir": "cache/whole"}
-# Values of settings; paths are in a folder of this run.
+# Values of settings. Paths are in the folder of this run.
 SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "channels_last=false": {"channels_last": False},
@@ -60,7 +60,7 @@ _STEPS = 4
 
 
 class Switched:
-    """An engine in its process."""
+    """An engine in its own process."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -76,7 +76,7 @@ class Switched:
         self._pool.shutdown()
 
 
-_engines: list[DiffusionEngine] = []  # the one job of the process
+_engines: list[DiffusionEngine] = []  # The process runs only this job.
 
 
 def _load(settings: dict[str, Any]) -> float:
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     end_on_sigterm()
-    limit_spinning()  # in the processes of the engines
+    limit_spinning()  # Processes of the engines inherit this variable.
     report = measure(arguments)
     print(markdown(report))
     write(report, arguments.output, markdown)

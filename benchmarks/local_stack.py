@@ -1,4 +1,4 @@
-"""`img2img-server local` as a child process with a state folder and ports of its own."""
+"""Runs `img2img-server local` as a child process with its own state folder and ports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_SECONDS = 180.0
 
 @dataclass(frozen=True)
 class LocalStack:
-    """Addresses of a running stack. `pid`: that of the supervisor."""
+    """Addresses of a running stack. `pid`: process id of the supervisor."""
 
     grpc_address: str
     http_url: str
@@ -26,7 +26,7 @@ class LocalStack:
 
 @asynccontextmanager
 async def local_stack(state_dir: Path, **environment: str) -> AsyncIterator[LocalStack]:
-    """Starts the stack, waits for its ready line, stops it with SIGTERM."""
+    """Starts the stack and waits until it is ready. Stops it with SIGTERM."""
     grpc_port, http_port = free_port(), free_port()
     names = {
         "IMG2IMG_STATE_DIR": str(state_dir),

@@ -35,7 +35,8 @@ from img2img.v1 import job_pb2, service_pb2, service_pb2_grpc
 
 PHOTO = Path(__file__).parent.parent / "examples" / "cat.jpg"
 STAGES = ("fetch", "queue", "safety", "image_encode")
-PARALLEL = ("prepare",)  # runs during the queue stage; any longer time counts as transport
+# The download runs during the queue stage. Any longer time counts as transport.
+PARALLEL = ("prepare",)
 KEY = (("authorization", "Bearer dev-key"),)
 
 
@@ -198,7 +199,7 @@ def main() -> int:
     """Runs the benchmark, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--steps", type=int, help="num_inference_steps; the model's own if absent")
+    parser.add_argument("--steps", type=int, help="num_inference_steps. Default: the model's own.")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     report = asyncio.run(run(arguments.requests, arguments.steps))

@@ -1,4 +1,4 @@
-"""Makes the images of the README with a running service: `make serve`, then run this.
+"""Generates the images of the README with a running service: run `make serve`, then this script.
 
 after.jpg is the result of `make demo`; styles.jpg shows one photo in several styles, each named
 only by its prompt.
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def generate(client: Client, prompt: str, photo: str) -> Image.Image:
-    """Returns an image made of the example photo."""
+    """Returns an image generated from the example photo."""
     path = ROOT / "examples" / photo
     result = client.generate(prompt, path, strength=0.7, seed=1)
     return Image.open(io.BytesIO(result.images[0].data)).convert("RGB")

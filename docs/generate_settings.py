@@ -29,9 +29,7 @@ loaded. A name that begins with `IMG2IMG_` and is not listed here is an error, e
 Sizes are in bytes; the unit of a time is at the end of its name. An empty path means that no path
 is set. Files must be regular files of at most 16 MiB, not pipes.
 """
-# A heading is a comment line of its own inside the class, a field follows it:
-#     # Addresses.
-#     grpc_host: str = Field(...
+# A heading is a comment line inside the class, followed by a field:
 LINE = re.compile(r"^    (?:# (?P<heading>[A-Z].*)\.|(?P<field>[a-z0-9_]+): )", re.MULTILINE)
 
 COLUMNS = "\n| variable | type | default | meaning |\n| --- | --- | --- | --- |\n"

@@ -32,7 +32,7 @@ LOG = FOLDER / "server.log"
 # The line on standard output that reports that the server is ready (its logs go to stderr):
 # img2img is ready: gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8080 (docs at ...), API key dev-key
 READY = re.compile(rb"ready: gRPC (?P<address>[^\s,]+)")
-SETTINGS = {  # of the server, where the environment has none; port 0: any free one
+SETTINGS = {  # Settings of the server, unless the environment has them; port 0: any free port.
     "IMG2IMG_GRPC_PORT": "0",
     "IMG2IMG_HTTP_PORT": "0",
     "IMG2IMG_METRICS_PORT": "0",
@@ -58,7 +58,7 @@ async def running(
     stderr: IO[bytes] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Process]:
-    """Runs a command of this project; at the end of the block it is stopped and waited for.
+    """Runs a command of this project. At the end of the block it is stopped.
 
     The process has its own session, so that Ctrl-C reaches this script only, which then stops
     everything in order.
@@ -121,7 +121,8 @@ async def generate(address: str) -> int:
     async with running(*command, stop=signal.SIGINT, stdout=PIPE) as client:
         assert client.stdout is not None
         async for line in client.stdout:
-            if not line.lstrip().startswith(b"http"):  # a link ends with the service
+            if not line.lstrip().startswith(b"http"):
+                # A link ends with the name of a file in the service.
                 print(line.decode(), end="", flush=True)
         return await client.wait()
 

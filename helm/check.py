@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "img2img"
 TOOLS = ROOT / ".tools"
-# The oldest that Chart.yaml allows and the newest that is known.
+# The oldest Kubernetes version that Chart.yaml allows, and the newest one that the schemas have.
 KUBERNETES = ("1.31.0", "1.37.0")
 
 

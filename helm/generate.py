@@ -40,7 +40,7 @@ OWNED = frozenset({
 # Settings that only `local` uses.
 LOCAL = frozenset({"dev_key", "state_dir"})
 NEVER_NULL = {("settings",), ("env",)}  # maps that templates read without a default
-POOL = "workerDefaults"  # a pool in `workers` has some of the same values
+POOL = "workerDefaults"  # A pool in `workers` has some of the same values.
 
 Path_ = tuple[str, ...]
 
@@ -96,7 +96,7 @@ def schema_of(value: Any, path: Path_, comments: Comments) -> dict[str, Any]:
 
 
 def needed(value: dict[str, Any], path: Path_, comments: Comments) -> dict[str, Any]:
-    """Returns a schema that refuses a null for a group of values, because templates read its inner
+    """Returns a schema that rejects a null for a group of values, because templates read its inner
     values. Maps that a comment opens can be null."""
     groups = [
         key
@@ -123,7 +123,7 @@ def settings_schema() -> dict[str, Any]:
 
 def definitions() -> dict[str, Any]:
     """Returns the schemas that several values share."""
-    # A null removes a default.
+    # A null removes the default.
     amounts = {
         "type": ["object", "null"],
         "additionalProperties": {"type": ["string", "number", "null"]},
@@ -161,7 +161,7 @@ def render_schema(text: str) -> str:
         "type": "object",
         "additionalProperties": False,
         **needed(values, (), comments),
-        # `global` is Helm's own, for charts that hold this one.
+        # `global` belongs to Helm: charts that contain this chart set it.
         "properties": {**properties, "global": {"type": "object"}},
         "definitions": definitions() | {"pool": pool},
     }

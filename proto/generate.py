@@ -42,7 +42,8 @@ def generate(out: Path) -> int:
     """Writes the package of stubs below `out`, returns protoc's exit code."""
     sources = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob(f"{PACKAGE}/*.proto"))
     include = Path(protoc.__file__).parent / "_proto"
-    plugins = Path(sys.executable).parent  # found also when the virtual environment is not active
+    # protoc finds the plugins also when the virtual environment is not active.
+    plugins = Path(sys.executable).parent
     code = protoc.main(
         [
             "protoc",
@@ -60,14 +61,15 @@ def generate(out: Path) -> int:
     if code:
         return int(code)
     (out / PACKAGE / "__init__.py").write_text(INIT)
-    for name in ("job", "event"):  # messages only: their service stubs would be empty
+    for name in ("job", "event"):
+        # These files have messages only, so their service stubs would be empty.
         for suffix in ("py", "pyi"):
             (out / PACKAGE / f"{name}_pb2_grpc.{suffix}").unlink(missing_ok=True)
     return 0
 
 
 def differences(fresh: Path, committed: Path) -> list[str]:
-    """Names of files that are missing, left over or different in `committed`."""
+    """Returns the names of files that are missing, left over or different in `committed`."""
     names = {path.name for folder in (fresh, committed) for path in folder.glob("*.py*")}
     same, _, _ = filecmp.cmpfiles(fresh, committed, names, shallow=False)
     return sorted(names - set(same))

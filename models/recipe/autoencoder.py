@@ -1,4 +1,5 @@
-"""Trains the decoder on photos and rendered views; the encoder is computed (`encoder.py`).
+"""Trains the decoder on photos and rendered views. The encoder is not trained, but computed
+(`encoder.py`).
 
 `python -m recipe.autoencoder --minutes 30` starts, or resumes from the last checkpoint.
 """
@@ -28,7 +29,9 @@ from recipe.encoder import (
 from recipe.muon import optimizers, set_rate
 from recipe.runtime import Clock, device, follow
 
-NOISE = 0.1  # deviation; the denoiser's latents are never exact, and the decoder learns that
+# standard deviation of the noise on latents: the denoiser's latents are never exact, so the decoder
+# is trained with noise
+NOISE = 0.1
 HINTS = 0.3  # weight of the loss at the inner resolutions
 CHECKPOINT = paths.CHECKPOINTS / "decoder.pt"
 
@@ -129,7 +132,12 @@ def train(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=40, help="in all, resumed runs included")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=40,
+        help="minutes of training in total, including resumed runs",
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.015)

@@ -1,4 +1,6 @@
-"""Random captions: the look in many wordings, early, late or alone, with any subject words."""
+"""Creates random captions. A caption names the style in different words, at its beginning, at its
+end or alone, with any subject.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attribution that ships with the model, made from data/sources.csv."""
+"""Writes the attribution that is part of the model, from data/sources.csv."""
 
 from __future__ import annotations
 

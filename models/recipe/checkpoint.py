@@ -1,6 +1,7 @@
-"""A training on disk: weights, their running average, the optimizers, steps and minutes.
+"""The state of a training on disk: weights, their running average, the optimizers, steps and
+minutes.
 
-Weights belong to the encoder whose latents they were trained on; another encoder is refused.
+Weights are valid only for the latents of one encoder. A checkpoint of another encoder is rejected.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Checkpoint:
             if name in state:
                 module.load_state_dict(state[name])
         for optimizer, reached in zip(self.optimizers, state.get("optimizers", ()), strict=False):
-            # Only the state of the gradients: learning rates are those of this run.
+            # Only the state of the gradients is restored. The learning rates are those of this run.
             ours = optimizer.state_dict()
             optimizer.load_state_dict({**ours, "state": reached["state"]})
         self.step, self.spent = state["step"], state["spent"]
@@ -58,7 +59,7 @@ class Checkpoint:
         save(state, self.path)
 
     def stepped(self, clock: Clock) -> None:
-        """Counts a step; a kill loses the last minute of training at most."""
+        """Counts a step. Saves once a minute, so that SIGKILL loses at most the last minute."""
         self.step += 1
         if time.monotonic() - self._saved > SAVE_EVERY_SECONDS:
             self.keep(clock)
@@ -67,15 +68,19 @@ class Checkpoint:
 def read(path: Path) -> dict[str, Any]:
     """Reads the checkpoint. Raises SystemExit if there is none or it belongs to another encoder."""
     if not path.exists():
-        raise SystemExit(f"{path} is not there: train first, or start from the export (see README)")
+        raise SystemExit(
+            f"{path} does not exist: train first, or start from the export (see README)"
+        )
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state["encoder"] != encoder_key():
-        raise SystemExit(f"{path} was trained with another encoder: delete it, or bring that back")
+        raise SystemExit(
+            f"{path} was trained with another encoder: delete it, or restore that encoder"
+        )
     return state
 
 
 def averaged(path: Path) -> State:
-    """Returns the weights to use."""
+    """Returns the averaged weights."""
     average: State = read(path)["average"]
     return average
 

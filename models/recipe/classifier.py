@@ -1,4 +1,4 @@
-"""Names the look of an image; trained on real renderings of the training photos only.
+"""Names the style of an image. It is trained on renderings of the training photos only.
 
 `python -m recipe.classifier` trains it; the evaluation uses it on images generated from photos that
 neither it nor the model has seen. Half of its examples are softened and grainy, so that it does not
@@ -36,7 +36,9 @@ def _softened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _describe(view: int) -> np.ndarray:
-    """Returns the features of every look of one view, plain and softened: looks x 2 x features."""
+    """Returns the features of every style of one view, unchanged and softened: styles x 2 x
+    features.
+    """
     cv2.setNumThreads(1)
     renders = np.load(RENDERS, mmap_mode="r")
     rng = np.random.default_rng(view)
@@ -51,7 +53,7 @@ def train(every: int = 4, workers: int = 2) -> float:
     with ProcessPoolExecutor(workers) as pool:
         table = np.stack(list(pool.map(_describe, views, chunksize=4)))
     labels = np.broadcast_to(np.arange(len(NAMES))[None, :, None], table.shape[:3])
-    last = max(1, len(table) // 6)  # the photos at the end
+    last = max(1, len(table) // 6)  # The photos at the end are the test set.
 
     def flat(rows: slice) -> tuple[np.ndarray, np.ndarray]:
         return table[rows].reshape(-1, table.shape[-1]), labels[rows].reshape(-1)

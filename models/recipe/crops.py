@@ -1,4 +1,4 @@
-"""Random crops that the autoencoder learns from: sharp photos, and views in every look."""
+"""Random crops that train the autoencoder: sharp photos, and views in every style."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from PIL import Image
 from recipe.photos import Photo, open_photo, photos
 from recipe.views import RENDERS
 
-SHORT_SIDES = (512, 704)  # pixels; about native, where photos have the most detail
-PHOTOS = 0.6  # share of crops straight from photos
-VIEWS = 160  # in memory: a page fault per crop costs more than the step
+SHORT_SIDES = (512, 704)  # pixels; near the native size, where photos have the most detail
+PHOTOS = 0.6  # share of crops from photos without a style
+# The crops are in memory: a page fault per crop would take longer than the training step.
+VIEWS = 160
 
 
 def _scaled(photo: Photo) -> list[np.ndarray]:
@@ -29,7 +30,7 @@ def _scaled(photo: Photo) -> list[np.ndarray]:
 
 
 class Crops:
-    """`views`: uint8, views x looks x side x side x 3."""
+    """Random crops. `views`: uint8, views x styles x side x side x 3."""
 
     def __init__(self, seed: int) -> None:
         renders = np.load(RENDERS, mmap_mode="r")
@@ -45,7 +46,7 @@ class Crops:
         return self.views[rng.integers(len(self.views)), rng.integers(self.views.shape[1])]
 
     def draw(self, count: int, side: int) -> np.ndarray:
-        """Returns crops: uint8, count x side x side x 3; half of them mirrored."""
+        """Returns crops: uint8, count x side x side x 3. Half of them are mirrored."""
         out = np.empty((count, side, side, 3), np.uint8)
         for crop in out:
             source = self._source()

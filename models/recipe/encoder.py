@@ -1,4 +1,5 @@
-"""diffusers' AutoencoderTiny, 8x smaller in each direction, 32 channels, and its encoder.
+"""Creates an AutoencoderTiny of diffusers with 32 channels, which makes images 8x smaller in each
+direction, and its encoder.
 
 The encoder is a linear code that is computed, not trained (`basis.py`): `python -m recipe.encoder`.
 Latents and all trained weights belong to it, so an existing one is kept.
@@ -21,7 +22,7 @@ from recipe.runtime import save
 ENCODER = paths.CHECKPOINTS / "encoder.pt"
 WIDTH, LATENT_CHANNELS = 48, 32
 ENCODER_BLOCKS, DECODER_BLOCKS = (0, 0, 0, 0), (3, 2, 1, 0)
-CROPS, SIDE = 1500, 64  # pixels from which the code is computed
+CROPS, SIDE = 1500, 64  # number of pixels from which the code is computed
 
 
 def new_autoencoder() -> AutoencoderTiny:
@@ -36,7 +37,8 @@ def new_autoencoder() -> AutoencoderTiny:
     )
     for name, module in model.decoder.named_modules():
         if isinstance(module, nn.Conv2d):
-            last_of_branch = name.endswith("conv.4")  # AutoencoderTinyBlock: conv, relu, x3
+            # layers of an AutoencoderTinyBlock: convolution and ReLU, three times
+            last_of_branch = name.endswith("conv.4")
             nn.init.orthogonal_(module.weight, gain=0.2 if last_of_branch else 1.2)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -67,7 +69,7 @@ def build() -> None:
 def encoder_state() -> dict[str, torch.Tensor]:
     """Returns the state of the encoder. Raises SystemExit if there is none."""
     if not ENCODER.exists():
-        raise SystemExit(f"{ENCODER} is not there: `python -m recipe.encoder` computes it")
+        raise SystemExit(f"{ENCODER} does not exist: run `python -m recipe.encoder`")
     state: dict[str, torch.Tensor] = torch.load(ENCODER, map_location="cpu", weights_only=True)
     return state
 
@@ -79,12 +81,12 @@ def load_encoder() -> nn.Module:
 
 
 def channel_deviations() -> torch.Tensor:
-    """Returns how much each latent channel changes pixels, as deviation over a block."""
+    """Returns how much each latent channel changes pixels, as a standard deviation over a block."""
     return deviations_of(load_encoder())
 
 
 def encoder_key() -> str:
-    """Returns a name made of the encoder's weights, which half precision does not change."""
+    """Returns a name computed from the encoder's weights. Half precision does not change it."""
     digest = sha256()
     for name, value in sorted(encoder_state().items()):
         digest.update(name.encode() + value.half().contiguous().numpy().tobytes())

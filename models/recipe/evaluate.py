@@ -46,7 +46,9 @@ def autoencoder_quality(count: int) -> dict[str, object]:
 
 
 def adherence(wanted: list[Request]) -> dict[str, object]:
-    """Measures for every look whether it is named and how much of the photo is kept."""
+    """Measures for every style how often the classifier names it, and how much of the photo is
+    kept.
+    """
     gallery.make(wanted)
     classifier = load_classifier()
     right, ceiling, asked = Counter(), Counter(), Counter()
@@ -141,7 +143,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=int, default=20)
     parser.add_argument(
-        "--sparse", type=int, default=4, help="looks of photos not on a sheet; 0: all"
+        "--sparse",
+        type=int,
+        default=4,
+        help="number of styles for each photo that is on no sheet; 0: all styles",
     )
     args = parser.parse_args()
     print(json.dumps(evaluate(args.photos, args.sparse), indent=2, default=float))

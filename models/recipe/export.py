@@ -32,7 +32,7 @@ def scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # unused with trailing steps; 0 makes diffusers warn
+        steps_offset=1,  # This has no effect with trailing steps, but with 0 diffusers would warn.
     )
 
 
@@ -55,8 +55,8 @@ def _write(target: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    # The text encoder stays fp32: transformers would load it in the dtype it finds, diffusers
-    # loads the rest as fp32, and both must fit if no dtype is given.
+    # The text encoder stays float32: without a dtype, transformers would load it in the stored
+    # dtype, but diffusers loads all other parts as float32.
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(target, safe_serialization=True)

@@ -1,4 +1,6 @@
-"""Numbers that describe a look: colours, tones, edges at three scales, regular patterns."""
+"""Computes numbers that describe a style: colours, tones, edges at three scales and regular
+patterns.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import cv2
 import numpy as np
 
 _SLOPES = (0.0, 0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 9.0)
-# Wave vectors per 32 pixels of the dots (2, 2), the tiles (2, 0) and the leading (1, 1).
+# Wave vectors per 32 pixels of the dots (2, 2), the tiles (2, 0) and the leading of stained glass
+# (1, 1).
 _WAVES = ((1, 1), (1, -1), (2, 2), (2, -2), (2, 0), (0, 2), (4, 0), (0, 4))
 _WINDOW = 256
 

@@ -23,7 +23,9 @@ def lay_down_export(source: Path = paths.EXPORT) -> None:
     """Writes the checkpoint. Raises SystemExit if it would replace trained weights."""
     for path in (ENCODER, DECODER, DENOISER):
         if path.exists():
-            raise SystemExit(f"{path} is there: move it away to start from the packaged model")
+            raise SystemExit(
+                f"{path} exists: move it to another folder to start from the packaged model"
+            )
     tokenizer = json.loads((source / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     model = tokenizer["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

@@ -1,6 +1,7 @@
-"""Generates many images in parallel, one thread a process.
+"""Generates many images in parallel, with one thread for each process.
 
-They are kept in build/gallery/<hash of the exported model>, so that none outlives its model.
+They are stored in build/gallery/<hash of the exported model>, so that images of an old model are
+never used.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _make(request: Request) -> None:
 
 
 def make(requests: list[Request], workers: int = 2) -> None:
-    """Generates the missing images; deletes those of other models."""
+    """Generates the missing images. Deletes images of other models."""
     _folder().mkdir(parents=True, exist_ok=True)
     for other in GALLERY.iterdir():
         if other != _folder():

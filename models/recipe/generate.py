@@ -77,5 +77,5 @@ def held_out(count: int, side: int = 512) -> list[np.ndarray]:
 
 
 def subject(photo: Photo) -> str:
-    """Returns a plain word for the prompt: `animal-red-panda` -> `a red panda`."""
+    """Returns a plain word for the prompt: `animal-red-panda` becomes `a red panda`."""
     return "a " + photo.id.split("-", 1)[1].replace("-", " ")

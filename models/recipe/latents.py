@@ -1,4 +1,4 @@
-"""Encodes the rendered views once, so that training the denoiser never touches pixels.
+"""Encodes the rendered views once, so that training the denoiser needs no pixels.
 
 `python -m recipe.latents` writes build/latents/latents.npy: float16,
 views x looks x channels x side/8 x side/8.

@@ -1,4 +1,4 @@
-"""The looks: each a deterministic, local, pixel-aligned rendering of a photo."""
+"""Defines the styles. Each one is a deterministic, local, pixel-aligned rendering of a photo."""
 
 from __future__ import annotations
 
@@ -197,6 +197,8 @@ NAMES = tuple(LOOKS)
 
 
 def render(name: str, image: np.ndarray) -> np.ndarray:
-    """Renders the photo (uint8) in a look, at the same size; textures start at the corner."""
+    """Renders the photo (uint8) in a style, at the same size. Textures start at the top left
+    corner.
+    """
     drawn = LOOKS[name](image.astype(np.float32) / 255)
     return (np.clip(drawn, 0, 1) * 255 + 0.5).astype(np.uint8)

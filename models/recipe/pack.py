@@ -25,12 +25,12 @@ from recipe.runtime import save
 from recipe.train import CHECKPOINT as DENOISER
 
 PIECE_BYTES = 16_000_000
-LONGEST_SIDE = 1024  # pixels of a packed photo
+LONGEST_SIDE = 1024  # pixels of the longer side of a packed photo
 TEXT_FILES = ("vocab.json", "merges.txt")
 
 
 def _weights() -> bytes | None:
-    """Returns the encoder and, once trained, decoder and denoiser."""
+    """Returns the encoder and, if they are trained, the decoder and the denoiser."""
     if not ENCODER.exists():
         return None
     kept: dict[str, object] = {"encoder": half(encoder_state())}

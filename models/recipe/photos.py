@@ -23,7 +23,7 @@ from PIL import Image
 from recipe import paths
 from recipe.rcc import read_rcc
 
-LONGEST_SIDE = 1600  # pixels; more teaches nothing about 512-pixel images
+LONGEST_SIDE = 1600  # pixels; a model for 512-pixel images learns nothing from larger photos
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Photo:
     author: str
     licence: str
     source: str
-    sha256: str  # of the file in the package
+    sha256: str  # SHA-256 of the file in the package
 
     @property
     def path(self) -> Path:

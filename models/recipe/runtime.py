@@ -1,4 +1,6 @@
-"""Common code of training scripts: the device, a clock that sets the learning rate, safe saving."""
+"""Common code of the training scripts: the device, a clock that sets the learning rate, and atomic
+saving.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ def device() -> torch.device:
 
 
 class Threads:
-    """Measures one thread and all threads from time to time, and keeps the faster number.
+    """Chooses the number of threads: measures one thread and all threads from time to time, and
+    uses the faster number.
 
-    If another process uses a core, every operation of two threads waits for the slower one.
+    If another process uses a core, each operation with two threads waits for the slower thread.
     """
 
     def __init__(self, trial: int = 10, period: int = 400) -> None:
@@ -49,9 +52,9 @@ class Threads:
 
 
 class Clock:
-    """Training is bounded by minutes; `spent` are the minutes of earlier, resumed runs.
+    """The clock of a training, which is limited by minutes. `spent`: the minutes of earlier runs.
 
-    It also continues until `at_least` steps are done, however slow the machine is.
+    The training also continues until `at_least` steps are done, on a machine of any speed.
     """
 
     def __init__(self, minutes: float, spent: float = 0.0, at_least: int = 0) -> None:

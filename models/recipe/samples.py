@@ -18,9 +18,9 @@ from recipe.captions import caption, caption_without_look
 from recipe.looks import NAMES
 from recipe.schedule import STEPS, levels
 
-CELL = 4  # latents; crops start on the textures' 32-pixel period
-KEEP = 0.1  # share of captions without a look
-# Looks that need more than their share: fine lines and blocks, and the greys that look alike.
+CELL = 4  # size in latents; crops start on the textures' 32-pixel period
+KEEP = 0.1  # share of captions without a style
+# Styles that need more samples: fine lines and blocks, and the grey styles that look similar.
 WEIGHTS = {
     "photo": 1.5,
     "pencil sketch": 1.5,
@@ -33,8 +33,9 @@ WEIGHTS = {
     "snow": 2.0,
 }
 BACK = 0.3  # share of captions that ask for a photo; lost colours cannot be restored
-SEEN = 0.5  # channels that move the pixels more count more: to this power of their deviation
-USED = 0.7  # part of the schedule; above it, the photo is lost, and few users need that
+# Channels that change pixels more have more weight: their standard deviation to this power.
+SEEN = 0.5
+USED = 0.7  # part of the schedule that is used; beyond it the photo is lost, which few users need
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Batch:
 
 
 class Samples:
-    """Endless batches from the latents (views x looks x channels x h x w).
+    """Endless batches from the latents (views x styles x channels x h x w).
 
     Args:
         deviations: how far each channel moves the pixels.
@@ -70,7 +71,8 @@ class Samples:
         window = (slice(None), slice(top, top + side), slice(left, left + side))
         keep = self.rng.random() < KEEP
         from_look = 0
-        if look == 0 and self.rng.random() < BACK:  # come from any look, end at the photo
+        if look == 0 and self.rng.random() < BACK:
+            # These samples start from any style and end at the photo.
             from_look = self.rng.randrange(len(NAMES))
         start = self.latents[view, from_look][window].float()
         end = self.latents[view, look][window].float()
@@ -83,7 +85,7 @@ class Samples:
         return 1.0 if draw < 0.7 else self.rng.uniform(0, 1.2)
 
     def _steps(self, size: int) -> torch.Tensor:
-        """Returns timesteps; three of four from the part that strengths up to 0.8 use."""
+        """Returns timesteps. Three of four are from the part that strengths up to 0.8 use."""
         tau = torch.rand(size, generator=self.generator)
         low = torch.rand(size, generator=self.generator) < 0.85
         return (STEPS * torch.where(low, USED * tau, USED + (1 - USED) * tau)).long()

@@ -1,4 +1,4 @@
-"""The noise schedule and how strength acts.
+"""Defines the noise schedule and the effect of strength.
 
 Noise grows slowly through most of the time and reaches pure noise only at the end, so that strength
 0.7 keeps the layout of the photo and 1.0 nothing of it. The styled share grows in the same way: the
@@ -19,7 +19,7 @@ def noise_level(tau: torch.Tensor) -> torch.Tensor:
 
 
 def style_share(tau: torch.Tensor) -> torch.Tensor:
-    """Returns how far a full prediction moves the latent to the look: 0 at 0, 1 from 0.75 on."""
+    """Returns the share of a full prediction's move from photo to style: 0 at 0, 1 from 0.75 on."""
     x = (tau / 0.75).clamp(0, 1)
     return x * x * (3 - 2 * x)
 

@@ -21,7 +21,7 @@ LOOKS_PHOTOS = (
 )
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 STRENGTH_LOOKS = ("oil painting", "pencil sketch", "night")
-LABEL = 14  # pixels of height
+LABEL = 14  # height in pixels
 
 
 def _cell(image: np.ndarray, side: int, label: str) -> Image.Image:

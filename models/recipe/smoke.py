@@ -12,11 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # not in the processes that render, which import this file too
+if __name__ == "__main__":
+    # Only in the main process: the processes that render import this file, too.
     _FOLDER = tempfile.TemporaryDirectory(prefix="atelier-smoke-")
-    for name in ("build", "export", "reports"):  # before recipe.paths is imported
+    for name in ("build", "export", "reports"):
+        # These variables must be set before recipe.paths is imported.
         os.environ[f"ATELIER_{name.upper()}"] = f"{_FOLDER.name}/{name}"
-    os.environ.setdefault("ATELIER_THREADS", "1")  # many small products: two threads are slower
+    # The products are small, so two threads would be slower.
+    os.environ.setdefault("ATELIER_THREADS", "1")
 
 import numpy as np
 import torch
@@ -45,8 +48,10 @@ from recipe.photos import Photo, fetch, photos
 
 _BEGAN = time.monotonic()
 DECODER_STEPS, DENOISER_STEPS, MORE = 60, 60, 5
-RATE = 0.02  # of the denoiser
-LEARNED = 0.97  # most of the denoiser's loss is fine detail that noise has taken, and stays
+RATE = 0.02  # steps of the denoiser
+# Most of the denoiser's loss is fine detail that is lost in the noise, so this part of the loss
+# remains.
+LEARNED = 0.97
 
 
 def check(name: str, fine: bool) -> None:

@@ -1,4 +1,4 @@
-"""Building blocks of the rendered looks. Images are RGB float32 in 0..1, height x width x 3.
+"""Functions from which the styles are built. Images are RGB float32 in 0..1, height x width x 3.
 
 Strokes are derived from the image. The few regular patterns (dots, tiles, leading) repeat every
 16 or 32 pixels from the image's corner: 2 or 4 cells of the 8-pixel latent grid. A pattern that
@@ -31,7 +31,7 @@ def stretch(grey: np.ndarray) -> np.ndarray:
 
 
 def smooth(image: np.ndarray, passes: int = 3, colour: float = 0.12, space: int = 7) -> np.ndarray:
-    """Flattens regions and keeps edges."""
+    """Smooths regions and keeps edges."""
     for _ in range(passes):
         image = cv2.bilateralFilter(image.astype(np.float32), space, colour, space)
     return image

@@ -18,7 +18,8 @@ from recipe.looks import NAMES
 
 VOCABULARY, LENGTH, WIDTH = 3000, 32, 128
 START, END = "<|startoftext|>", "<|endoftext|>"
-# The split of CLIP's own tokenizer: contractions, words, single digits, runs of the rest.
+# The regular expression of CLIP's own tokenizer: contractions, words, single digits and runs of
+# other characters.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 

@@ -73,7 +73,7 @@ def train(
     while clock.tick():
         began = time.monotonic()
         set_rate(chosen, clock.rate())
-        large = kept.step % 2 == 1  # every second batch: fewer, larger crops
+        large = kept.step % 2 == 1  # This applies to every second batch: fewer and larger crops.
         data = samples.batch(max(1, batch // 4) if large else batch, 2 * side if large else side)
         loss = loss_of(model, data, where)
         loss.backward()
@@ -93,9 +93,14 @@ def train(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=95, help="in all, resumed runs included")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=95,
+        help="minutes of training in total, including resumed runs",
+    )
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--side", type=int, default=16, help="of the crops, in latents")
+    parser.add_argument("--side", type=int, default=16, help="side of the crops, in latents")
     parser.add_argument("--rate", type=float, default=0.012)
     parser.add_argument("--decay", type=float, default=0.999)
     train(**vars(parser.parse_args()))

@@ -90,7 +90,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Wordings that cannot follow "a … of": they stand alone or after the subject.
+# Wordings that cannot follow "a … of": they are used alone or after the subject.
 SCENES = ("night", "sunset", "fog", "snow", "neon")
 
 SUBJECTS = _words("""

@@ -62,7 +62,7 @@ class GetSystemDetailsResponse(_message.Message):
 
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
-        """Estimated time until these jobs have ended. 0 if unknown."""
+        """Estimated time until the jobs that queued_jobs counts have ended. 0 if unknown."""
 
     def __init__(
         self,

@@ -28,8 +28,8 @@ if _version_not_supported:
 class AdminServiceStub:
     """Manages a running service.
 
-    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
-    every method can fail with:
+    Authentication, error details and the errors of every method are those of Img2ImgService. In
+    addition, every method can fail with:
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
     includes it). Use another key.
 
@@ -72,8 +72,8 @@ class AdminServiceStub:
 class AdminServiceServicer:
     """Manages a running service.
 
-    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
-    every method can fail with:
+    Authentication, error details and the errors of every method are those of Img2ImgService. In
+    addition, every method can fail with:
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
     includes it). Use another key.
 
@@ -162,8 +162,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 class AdminService:
     """Manages a running service.
 
-    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
-    every method can fail with:
+    Authentication, error details and the errors of every method are those of Img2ImgService. In
+    addition, every method can fail with:
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
     includes it). Use another key.
 

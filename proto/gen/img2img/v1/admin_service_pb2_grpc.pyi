@@ -29,8 +29,8 @@ GRPC_VERSION: str
 class AdminServiceStub:
     """Manages a running service.
 
-    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
-    every method can fail with:
+    Authentication, error details and the errors of every method are those of Img2ImgService. In
+    addition, every method can fail with:
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
       includes it). Use another key.
 
@@ -69,8 +69,8 @@ class AdminServiceStub:
 class AdminServiceAsyncStub(AdminServiceStub):
     """Manages a running service.
 
-    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
-    every method can fail with:
+    Authentication, error details and the errors of every method are those of Img2ImgService. In
+    addition, every method can fail with:
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
       includes it). Use another key.
 
@@ -105,8 +105,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages a running service.
 
-    Authentication, error details and the errors of every method are those of Img2ImgService. Besides,
-    every method can fail with:
+    Authentication, error details and the errors of every method are those of Img2ImgService. In
+    addition, every method can fail with:
     - PERMISSION_DENIED, PERMISSION_DENIED: the key lacks the permission "operate" (or "manage", which
       includes it). Use another key.
 
