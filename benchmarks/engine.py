@@ -110,13 +110,13 @@ def compare(
         rates: dict[str, float | None] = {f"load {load:g}": load * rate_alone for load in loads}
         for name, rate in {SATURATED: None, **rates}.items():
             rounds_of = [requests(count, rate, sides, seed) for seed in range(rounds)]
-            yield name, _serve(servers, rounds_of, pace)
+            yield name, serve_rounds(servers, rounds_of, pace)
     finally:
         for server in servers.values():
             server.stop()
 
 
-def _serve(
+def serve_rounds(
     servers: dict[str, Server], loads: Sequence[Sequence[Request]], pace: float
 ) -> dict[str, dict[str, Any]]:
     """Serves a load with each system in turn: the first one of a round is the last of the next."""

@@ -7,21 +7,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from img2img_server.engine.diffusers.placement import modules
+
 
 class Clock:
-    """Adds up the seconds in UNet, autoencoder and text encoders of one pipeline.
+    """Adds up the seconds in denoiser, autoencoder and text encoders of one pipeline.
 
     On a GPU, calls return before the work is done, so the sum has no meaning there.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self.seconds = 0.0
-        self._watch(pipeline.unet, "forward")
-        self._watch(pipeline.vae, "encode")
-        self._watch(pipeline.vae, "decode")
-        for name in ("text_encoder", "text_encoder_2"):
-            if (encoder := getattr(pipeline, name, None)) is not None:
-                self._watch(encoder, "forward")
+        for name, network in modules(pipeline).items():
+            methods = ("encode", "decode") if name == "vae" else ("forward",)
+            for method in methods:
+                self._watch(network, method)
 
     def _watch(self, module: Any, method: str) -> None:
         work: Callable[..., Any] = getattr(module, method)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from img2img_server.domain.models import Guidance
 from img2img_server.domain.strength import StrengthRule
 
 STEPS = (4, 8, 16, 30)
@@ -13,6 +14,23 @@ STEPS = (4, 8, 16, 30)
 # pipeline.
 STRENGTHS = tuple(tenth / 10 for tenth in range(3, 10))
 PROMPTS = ("an oil painting of a harbour", "a pencil sketch", "a watercolour garden", "a mosaic")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How requests to a family of models differ from those to another one.
+
+    Attributes:
+        guidance_scales: Off first, by the family's own rule.
+    """
+
+    scheduler: str = "euler"
+    strength_rule: StrengthRule = StrengthRule.FLOOR
+    guidance: Guidance = Guidance.CLASSIFIER_FREE
+    guidance_scales: tuple[float, ...] = (1.0, 5.0)
+
+
+UNET = Traits()
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Request:
     num_inference_steps: int
     guidance_scale: float
     prompt: str
+    traits: Traits = UNET
 
     @property
     def seed(self) -> int:
@@ -33,9 +52,10 @@ class Request:
 
     @property
     def forwards(self) -> int:
-        """Returns the number of UNet forwards."""
-        steps = StrengthRule.FLOOR.denoising_steps(self.strength, self.num_inference_steps)
-        return steps * (2 if self.guidance_scale > 1 else 1)
+        """Returns the number of forwards of the denoiser."""
+        rule, guidance = self.traits.strength_rule, self.traits.guidance
+        steps = rule.denoising_steps(self.strength, self.num_inference_steps)
+        return steps * guidance.forwards(self.guidance_scale)
 
     @property
     def pixel_forwards(self) -> int:
@@ -64,7 +84,13 @@ class Served:
     networks: float
 
 
-def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0) -> list[Request]:
+def requests(
+    count: int,
+    rate: float | None,
+    sides: Sequence[int],
+    seed: int = 0,
+    traits: Traits = UNET,
+) -> list[Request]:
     """Returns a load of `count` requests, `rate` of them a second; None: all at once.
 
     Arrivals are those of a Poisson process under the condition that `count` of them arrive in
@@ -81,8 +107,9 @@ def requests(count: int, rate: float | None, sides: Sequence[int], seed: int = 0
                 side=rng.choice(list(sides)),
                 strength=rng.choice(STRENGTHS),
                 num_inference_steps=rng.choice(STEPS),
-                guidance_scale=rng.choice([1.0, 5.0]),
+                guidance_scale=rng.choice(traits.guidance_scales),
                 prompt=rng.choice(PROMPTS),
+                traits=traits,
             )
         )
     stretch = count / rate / now if rate else 1.0

@@ -15,8 +15,9 @@ import torch
 from benchmarks.engine_architectures import ARCHITECTURES, build
 from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Request, Served
-from benchmarks.engine_servers import EngineServer
-from benchmarks.engine_stock import StockServer, load_pipeline
+from benchmarks.engine_servers import EngineServer, job_of
+from benchmarks.engine_stock import StockServer, call, load_pipeline
+from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engine.options import limit_spinning
 from img2img_server.malloc import keep_freed_memory
 
@@ -41,6 +42,7 @@ class Place:
     batch.
 
     `source`: a diffusers directory, or the name of an architecture with random weights.
+    `oracle`: the name of the small model of the oracle in that directory, if it is one.
     """
 
     source: str
@@ -48,6 +50,7 @@ class Place:
     dtype: str
     threads: int
     rows: int
+    oracle: str = ""
 
     def settle(self) -> None:
         """Configures this process like that of a worker."""
@@ -72,8 +75,14 @@ class StockOf:
     most: int
 
     def __call__(self) -> Server:
-        pipeline = self.place.pipeline()
-        return StockServer(pipeline, Clock(pipeline), self.most)
+        pipeline, arguments = self.place.pipeline(), call
+        if self.place.oracle:
+            from tests.oracle.harness import models
+
+            one = models()[self.place.oracle].call
+            arguments = lambda group: one(job_of(group[0]))  # noqa: E731
+            self.place.settle()  # the import of the oracle has changed the number of threads
+        return StockServer(pipeline, Clock(pipeline), self.most, arguments)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,9 @@ class EngineOf:
 
         def load() -> EngineServer:
             pipeline = self.place.pipeline()
-            return EngineServer(pipeline, Clock(pipeline), self.place.rows)
+            is_folder = self.place.source not in ARCHITECTURES
+            spec = read_model_spec(self.place.source) if is_folder else None
+            return EngineServer(pipeline, Clock(pipeline), self.place.rows, spec=spec)
 
         return on_own_thread(load)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Outcome, Request, Served
-from benchmarks.engine_stock import SCHEDULER, feed, photo
+from benchmarks.engine_stock import feed, photo
 from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, PreviewReady
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
@@ -32,10 +32,11 @@ class EngineServer:
         clock: Clock | None,
         max_batch_size: int,
         options: ModelOptions | None = None,
+        spec: ModelSpec | None = None,
     ) -> None:
         self._clock = clock
         denoiser = DiffusersDenoiser(pipeline, options, max_batch_size=max_batch_size)
-        spec = ModelSpec(source="", name="bench")
+        spec = spec or ModelSpec(source="", name="bench")
         self._engine = DiffusionEngine(denoiser, spec, max_batch_size)
 
     def serve(self, load: Sequence[Request]) -> Served:
@@ -88,7 +89,7 @@ def job_of(request: Request) -> EngineJob:
         seed=request.seed,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
-        scheduler=SCHEDULER,
+        scheduler=request.traits.scheduler,
         preview_interval_steps=1,
     )
     image = photo(request.side)

@@ -6,28 +6,34 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 from benchmarks.engine_clock import Clock
 from benchmarks.engine_load import Outcome, Request, Served
+from img2img_server.domain.models import ModelKind
+from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.schedules import make_scheduler
+from img2img_server.engine.family import ModelFiles
 from img2img_server.imaging.base import Pixels
-
-SCHEDULER = "euler"
 
 
 def load_pipeline(source: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Returns the pipeline of all systems, channels last, since the benchmark compares only their
-    loops.
-    """
-    pipeline = AutoPipelineForImage2Image.from_pretrained(source, dtype=dtype, safety_checker=None)
-    for part in (pipeline.unet, pipeline.vae):
-        part.to(memory_format=torch.channels_last)
+    """Returns the pipeline of all systems, channels last: the benchmark compares their loops."""
+    diffusers.utils.logging.set_verbosity_error()  # it would report each prompt that is cut
+    files = ModelFiles.read(Path(source))
+    family = detect(files, source)
+    options = {**dict.fromkeys(files.absent_parts), **family.load_options}
+    pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
+    pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **options)
+    if family.kind is ModelKind.DIFFUSION:
+        for part in (pipeline.unet, pipeline.vae):
+            part.to(memory_format=torch.channels_last)
     return pipeline.to(device)
 
 
@@ -42,29 +48,40 @@ def kind(request: Request) -> tuple[Any, ...]:
     return request.side, request.num_inference_steps, request.strength, request.guidance_scale
 
 
+Call = Callable[[Sequence[Request]], dict[str, Any]]
+
+
+def call(group: Sequence[Request]) -> dict[str, Any]:
+    """Returns the arguments of a pipeline of a UNet for requests of one kind."""
+    first = group[0]
+    return {
+        "prompt": [request.prompt for request in group],
+        "image": [Image.fromarray(photo(request.side)) for request in group],
+        "strength": first.strength,
+        "num_inference_steps": first.num_inference_steps,
+        "guidance_scale": first.guidance_scale,
+    }
+
+
 class Stock:
     """Calls the pipeline as in its documentation.
 
     Args:
-        pipeline: an image-to-image pipeline of diffusers, on its device.
+        pipeline: An image-to-image pipeline of diffusers, on its device.
+        arguments: Returns the pipeline's arguments for requests of one kind.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        pipeline.scheduler = make_scheduler(SCHEDULER, dict(pipeline.scheduler.config))
+    def __init__(self, pipeline: Any, arguments: Call = call) -> None:
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline
+        self._config = dict(pipeline.scheduler.config)
+        self._call = arguments
 
     def run(self, group: Sequence[Request]) -> list[Any]:
         """Returns the images of requests of one kind, from one call."""
-        first = group[0]
-        answer = self._pipeline(
-            prompt=[request.prompt for request in group],
-            image=[Image.fromarray(photo(request.side)) for request in group],
-            strength=first.strength,
-            num_inference_steps=first.num_inference_steps,
-            guidance_scale=first.guidance_scale,
-            generator=[torch.Generator().manual_seed(request.seed) for request in group],
-        )
+        self._pipeline.scheduler = make_scheduler(group[0].traits.scheduler, self._config)
+        generators = [torch.Generator().manual_seed(request.seed) for request in group]
+        answer = self._pipeline(**self._call(group), generator=generators)
         return list(answer.images)
 
 
@@ -75,8 +92,8 @@ class StockServer:
         most: largest number of requests of one kind in a call.
     """
 
-    def __init__(self, pipeline: Any, clock: Clock, most: int) -> None:
-        self._stock = Stock(pipeline)
+    def __init__(self, pipeline: Any, clock: Clock, most: int, arguments: Call = call) -> None:
+        self._stock = Stock(pipeline, arguments)
         self._clock = clock
         self._most = most
 
