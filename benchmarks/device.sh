@@ -4,7 +4,8 @@
 #   benchmarks/device.sh wheels DIR PYTHON [HAS...]   where there is a network: collect wheels for
 #       the GPU machine's Python ("3.12"), without the packages that it has ("numpy pillow")
 #   benchmarks/device.sh run DIR OUTPUT.json [...]    on the GPU machine, in a copy of this folder:
-#       nine minutes; writes OUTPUT.json and OUTPUT.md
+#       nine minutes; writes OUTPUT.json and OUTPUT.md. One part alone takes a few minutes:
+#       --architectures NAME... --parts PART... (see benchmarks/engine_device.py)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The imported packages. pip finds their dependencies, none of which requires torch.
@@ -31,7 +32,7 @@ run)
 		--budget $((540 - SECONDS)) --output "$output" "$@"
 	;;
 *)
-	sed -n '2,8s/^# \{0,1\}//p' "$0"
+	sed -n '2,9s/^# \{0,1\}//p' "$0"
 	exit 2
 	;;
 esac

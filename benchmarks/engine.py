@@ -31,7 +31,16 @@ import torch
 
 from benchmarks.ending import end_on_sigterm
 from benchmarks.engine_litserve import LitServeServer, install
-from benchmarks.engine_load import Request, Served, behind_long, merged, requests, summary
+from benchmarks.engine_load import (
+    UNET,
+    Request,
+    Served,
+    Traits,
+    behind_long,
+    merged,
+    requests,
+    summary,
+)
 from benchmarks.engine_process import EngineOf, Place, RemoteServer, Server, StockOf
 from benchmarks.engine_report import READING, SATURATED, facts, load_table, write
 from img2img_server.engine.device import choose_device, choose_dtype
@@ -92,6 +101,7 @@ def compare(
     sides: Sequence[int],
     rounds: int = 1,
     seconds: float = math.inf,
+    traits: Traits = UNET,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Serves every load with every system; yields the load and the summaries. Stops the systems.
 
@@ -102,14 +112,14 @@ def compare(
     """
     try:
         for server in servers.values():
-            server.serve(requests(4, None, sides, seed=99))  # This load warms up the systems.
-        alone = next(iter(servers.values())).serve(requests(count, None, sides))
+            server.serve(requests(4, None, sides, 99, traits))  # This load warms up the systems.
+        alone = next(iter(servers.values())).serve(requests(count, None, sides, traits=traits))
         pace = alone.busy / sum(outcome.request.pixel_forwards for outcome in alone.outcomes)
         rate_alone = count / alone.busy
         count = max(min(8, count), int(count * min(1.0, seconds / alone.busy)))
         rates: dict[str, float | None] = {f"load {load:g}": load * rate_alone for load in loads}
         for name, rate in {SATURATED: None, **rates}.items():
-            rounds_of = [requests(count, rate, sides, seed) for seed in range(rounds)]
+            rounds_of = [requests(count, rate, sides, seed, traits) for seed in range(rounds)]
             yield name, serve_rounds(servers, rounds_of, pace)
     finally:
         for server in servers.values():

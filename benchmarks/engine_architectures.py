@@ -22,7 +22,19 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from benchmarks.engine_load import UNET, Traits
+from img2img_server.domain.models import Guidance
+from img2img_server.domain.strength import StrengthRule
+
 LENGTH = 77
+_FLOW = {"scheduler": "flow_match_euler", "strength_rule": StrengthRule.CEIL}
+FLOW_ARCHITECTURES = {
+    "flux-schnell": Traits(**_FLOW, guidance=Guidance.NONE, guidance_scales=(1.0, 1.0)),
+    "sd35-medium": Traits(**_FLOW),
+    "z-image-turbo": Traits(
+        **_FLOW, guidance=Guidance.CLASSIFIER_FREE_FROM_ZERO, guidance_scales=(0.0, 4.0)
+    ),
+}
 _SD_BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -62,9 +74,20 @@ _TEXT = {"sd15": _CLIP_L, "sd-turbo": _OPEN_CLIP_H, "toy": (768, 1, 12)}
 _VAE_CHANNELS = (128, 256, 512, 512)
 
 
+def traits_of(name: str) -> Traits:
+    """Returns the traits of requests to an architecture; those of a UNet for a folder."""
+    return FLOW_ARCHITECTURES.get(name.removeprefix("toy-"), UNET)
+
+
 def build(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """Returns an image-to-image pipeline on the device. `folder`: for the tokenizer's files."""
     return ARCHITECTURES[name](name, folder, device, dtype)
+
+
+def _transformer(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from benchmarks.engine_transformers import build_transformer
+
+    return build_transformer(name, folder, device, dtype)
 
 
 def _sd(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -75,7 +98,7 @@ def _sd(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> An
     return StableDiffusionImg2ImgPipeline(
         vae=vae,
         text_encoder=text,
-        tokenizer=_tokenizer(folder),
+        tokenizer=clip_tokenizer(folder),
         unet=unet,
         scheduler=_scheduler(),
         safety_checker=None,
@@ -93,7 +116,7 @@ def _sdxl(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> 
             CLIPTextModelWithProjection(_text(_OPEN_CLIP_G)),
         ]
     unet, vae, text, text_2 = (_placed(part, dtype) for part in parts)
-    tokenizer = _tokenizer(folder)
+    tokenizer = clip_tokenizer(folder)
     return StableDiffusionXLImg2ImgPipeline(
         vae=vae,
         text_encoder=text,
@@ -111,6 +134,9 @@ ARCHITECTURES: dict[str, Callable[[str, Path, torch.device, torch.dtype], Any]] 
     "sd-turbo": _sd,
     "sdxl-turbo": _sdxl,
     "toy": _sd,
+    **dict.fromkeys(
+        (toy + name for toy in ("", "toy-") for name in FLOW_ARCHITECTURES), _transformer
+    ),
 }
 
 
@@ -157,7 +183,7 @@ def _scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """Returns a tokenizer of single letters: the content of a prompt does not affect the speed."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = [

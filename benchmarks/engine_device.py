@@ -1,13 +1,17 @@
 """Measures the real architectures on a device, with random weights and without downloads.
 
 Weights do not matter for speed. The most important parts come first: for every architecture time
-and rate of a UNet step by batch size and the end-to-end time of one request of 1 to 4 steps; then
+and rate of a step by batch size and the end-to-end time of one request of 1 to 4 steps; then
 the systems of benchmarks.engine under the mixed load; then requests and steps compiled. Every part
 has a process and a time limit of its own, and the budget ends all of them: a part that fails or has
 no time does not affect the others, and the report names it. The report is written again after every
 number.
 
     python -m benchmarks.engine_device --output FILE.json [--budget 540]
+        [--architectures flux-schnell] [--parts eager "compiled steps"] [--tiny]
+
+Z-Image is compiled by block and the others as a whole, as the engine does. `--tiny`: architectures
+with the same parts, but small, to try all of it on a CPU.
 
 On a machine that has only torch, benchmarks/device.sh provides the other packages.
 """
@@ -32,7 +36,10 @@ from img2img_server.engine.options import limit_spinning
 Rows = dict[str, Any]
 Work = Callable[[], Iterable[tuple[str, Rows]]]
 
-ARCHITECTURES = ("sd-turbo", "sdxl-turbo", "sd15", "toy")
+UNETS = ("sd-turbo", "sdxl-turbo", "sd15")
+TRANSFORMERS = ("z-image-turbo", "flux-schnell", "sd35-medium")
+TOYS = ("toy", *(f"toy-{name}" for name in TRANSFORMERS))
+ARCHITECTURES = (*UNETS, *TRANSFORMERS, *TOYS)
 HARDWARE = "hardware"
 LOAD = "mixed load, "
 # The parts in order, with the time limit of each in seconds.
@@ -154,7 +161,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 def plan(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Yields architecture and part in the order in which they run."""
-    parts = [part for part in LIMITS if arguments.compile or not part.startswith("compiled")]
+    parts = [
+        part
+        for part in LIMITS
+        if part in arguments.parts and (arguments.compile or not part.startswith("compiled"))
+    ]
     return [
         (architecture, part)
         for part in parts
@@ -162,13 +173,14 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     ]
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Runs within the budget; prints and writes JSON and Markdown."""
-    began = time.monotonic()
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments, with defaults that depend on others."""
     parser = argparse.ArgumentParser(description=__doc__)
     names: dict[str, Any] = {"choices": ARCHITECTURES}
-    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES[:3], **names)
-    parser.add_argument("--loaded", nargs="*", default=ARCHITECTURES[:1], **names)
+    parser.add_argument("--architectures", nargs="+", **names)
+    parser.add_argument("--loaded", nargs="*", **names)
+    parser.add_argument("--parts", nargs="+", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("--tiny", action="store_true", help="toys instead of real architectures")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--side", type=int, default=512)
@@ -186,6 +198,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(words)
+    if arguments.architectures is None:
+        arguments.architectures = TOYS if arguments.tiny else UNETS
+    if arguments.loaded is None:
+        arguments.loaded = arguments.architectures[:1]
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs within the budget; prints and writes JSON and Markdown."""
+    began = time.monotonic()
+    arguments = parsed(words)
     end_on_sigterm()
     limit_spinning()  # Processes of the parts inherit this variable.
     parts = plan(arguments)

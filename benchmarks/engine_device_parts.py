@@ -15,14 +15,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.engine import compare, hardware, place_of, systems
-from benchmarks.engine_architectures import build
+from benchmarks.engine_architectures import build, traits_of
 from benchmarks.engine_device import HARDWARE, LOAD
-from benchmarks.engine_load import Request
+from benchmarks.engine_load import UNET, Request
 from benchmarks.engine_servers import EngineServer
+from benchmarks.engine_stock import photo
 from img2img_server.engine.denoiser import TextInput
 from img2img_server.engine.device import choose_device, choose_dtype
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.load import accelerate
+from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.options import Compile, ModelOptions
 
 Found = Iterator[tuple[str, dict[str, Any]]]
@@ -58,7 +61,7 @@ def eager(name: str, arguments: argparse.Namespace) -> Found:
     """Measures steps by batch size, and single requests."""
     bench = Bench(name, arguments)
     yield bench.hardware
-    yield from bench.steps("UNet step by rows, eager", arguments.batches)
+    yield from bench.steps("step by rows, eager", arguments.batches)
     yield from bench.requests("one request by steps, eager", ModelOptions())
 
 
@@ -66,9 +69,12 @@ def mixed_load(name: str, arguments: argparse.Namespace) -> Found:
     """Compares the systems of benchmarks.engine."""
     device = choose_device(arguments.device)
     place = place_of(name, device, choose_dtype(arguments.dtype, device), arguments.rows)
-    servers = systems(place, arguments.litserve)
+    traits = traits_of(name)
+    servers = systems(place, arguments.litserve and traits is UNET)
     count, seconds = arguments.requests, arguments.load_seconds
-    found = compare(servers, count, arguments.loads, [arguments.side], seconds=seconds)
+    found = compare(
+        servers, count, arguments.loads, [arguments.side], seconds=seconds, traits=traits
+    )
     for load, summaries in found:
         yield LOAD + load, summaries
 
@@ -76,16 +82,15 @@ def mixed_load(name: str, arguments: argparse.Namespace) -> Found:
 def compiled_request(name: str, arguments: argparse.Namespace) -> Found:
     """Measures single requests, compiled as in the engine."""
     bench = Bench(name, arguments)
-    options = ModelOptions(compile=Compile.WHOLE)
-    accelerate(bench.pipeline.unet, options)
+    options = bench.compile()
     yield from bench.requests("one request by steps, compiled", options)
 
 
 def compiled_steps(name: str, arguments: argparse.Namespace) -> Found:
     """Measures steps, compiled as in the engine."""
     bench = Bench(name, arguments)
-    accelerate(bench.pipeline.unet, ModelOptions(compile=Compile.WHOLE))
-    yield from bench.steps("UNet step by rows, compiled", arguments.compiled_batches)
+    bench.compile()
+    yield from bench.steps("step by rows, compiled", arguments.compiled_batches)
 
 
 PARTS: dict[str, Callable[[str, argparse.Namespace], Found]] = {
@@ -105,9 +110,18 @@ class Bench:
         self._side, self._repeats = arguments.side, arguments.repeats
         with tempfile.TemporaryDirectory() as folder:
             self.pipeline = build(name, Path(folder), self._device, self._dtype)
+        self._family = detect(ModelFiles.of_pipeline(self.pipeline), name)
+        self._traits = traits_of(name)
         self._rate = matrix_rate(self._device, self._dtype)
         # The FLOPs are counted before compiling, because the counter does not see compiled code.
         self._flops = self._count()
+
+    def compile(self) -> ModelOptions:
+        """Compiles the denoiser as far as the engine does; returns the engine's options for it."""
+        lengths_vary = self._family.lengths_vary
+        options = ModelOptions(compile=Compile.REGIONAL if lengths_vary else Compile.WHOLE)
+        accelerate(getattr(self.pipeline, self._family.denoiser), options, lengths_vary)
+        return options
 
     @property
     def hardware(self) -> tuple[str, dict[str, str]]:
@@ -142,7 +156,10 @@ class Bench:
         # compiled.
         server = EngineServer(self.pipeline, None, 1, options)
         for steps in (1, 2, 3, 4):
-            one = Request(0, 0.0, self._side, 1.0, steps, 1.0, "a harbour at dusk")
+            unguided = self._traits.guidance_scales[0]
+            one = Request(
+                0, 0.0, self._side, 1.0, steps, unguided, "a harbour at dusk", self._traits
+            )
             loads = [[replace(one, number=number)] for number in range(7)]
             times = [server.serve(load).outcomes[0].latency for load in loads]
             yield title, {str(steps): {"ms": round(statistics.median(times[2:]) * 1e3, 1)}}
@@ -157,9 +174,16 @@ class Bench:
         return int(counter.get_total_flops())
 
     def _inputs(self, denoiser: DiffusersDenoiser, batch: int) -> tuple[Any, Any, Any]:
-        side, channels = self._side, self.pipeline.unet.config.in_channels
-        text = TextInput(prompt="", negative_prompt="", guidance_scale=1.0, height=side, width=side)
+        side = self._side
+        text = TextInput(
+            prompt="a harbour at dusk",
+            negative_prompt="",
+            guidance_scale=self._traits.guidance_scales[0],
+            height=side,
+            width=side,
+        )
         conditionings = denoiser.encode_texts([text])
-        latents = torch.randn(batch, channels, side // 8, side // 8, device=self._device)
+        image = denoiser.encode_images([photo(side)])[0].mean
+        latents = torch.randn(batch, *image.shape, device=self._device)
         timesteps = torch.full((batch,), 500.0, device=self._device)
         return torch.split(latents, 1), timesteps, list(conditionings) * batch

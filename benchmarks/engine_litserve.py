@@ -127,7 +127,9 @@ class LitServeServer:
     def _ask(self, request: Request, start: float) -> tuple[Outcome, dict[str, Any]]:
         # The clock of this process differs from the server's.
         asked = replace(request, arrival=0.0)
-        figures = self._post(asdict(asked))
+        body = asdict(asked)
+        del body["traits"]  # the server runs UNets only
+        figures = self._post(body)
         now = time.perf_counter() - start
         assert figures.pop("image")
         return Outcome(request, now, now), figures

@@ -14,7 +14,9 @@ from benchmarks.engine_stock import feed, photo
 from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, JobFailed, PreviewReady
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.family import ModelFiles
 from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.options import ModelOptions
 
@@ -36,7 +38,7 @@ class EngineServer:
     ) -> None:
         self._clock = clock
         denoiser = DiffusersDenoiser(pipeline, options, max_batch_size=max_batch_size)
-        spec = spec or ModelSpec(source="", name="bench")
+        spec = spec or spec_of(pipeline)
         self._engine = DiffusionEngine(denoiser, spec, max_batch_size)
 
     def serve(self, load: Sequence[Request]) -> Served:
@@ -80,6 +82,23 @@ class EngineServer:
     @property
     def _network_seconds(self) -> float:
         return self._clock.seconds if self._clock else 0.0
+
+
+def spec_of(pipeline: Any) -> ModelSpec:
+    """Returns the spec of a pipeline that was not read from files."""
+    files = ModelFiles.of_pipeline(pipeline)
+    traits = detect(files, "the pipeline").traits(files)
+    return ModelSpec(
+        source="",
+        name="bench",
+        family=traits.family,
+        kind=traits.kind,
+        strength_rule=traits.strength_rule,
+        guidance=traits.guidance,
+        scheduler=traits.scheduler,
+        schedulers=traits.schedulers,
+        multiple=traits.side_multiple,
+    )
 
 
 def job_of(request: Request) -> EngineJob:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.engine_clock import Clock
-from benchmarks.engine_load import Outcome, Request, Served
+from benchmarks.engine_load import UNET, Outcome, Request, Served
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.schedules import make_scheduler
@@ -52,9 +52,12 @@ Call = Callable[[Sequence[Request]], dict[str, Any]]
 
 
 def call(group: Sequence[Request]) -> dict[str, Any]:
-    """Returns the arguments of a pipeline of a UNet for requests of one kind."""
+    """Returns the arguments of a pipeline for requests of one kind."""
     first = group[0]
+    # The pipelines of UNets have no such arguments; those of transformers have another default.
+    is_unet = first.traits == UNET
     return {
+        **({} if is_unet else {"height": first.side, "width": first.side}),
         "prompt": [request.prompt for request in group],
         "image": [Image.fromarray(photo(request.side)) for request in group],
         "strength": first.strength,

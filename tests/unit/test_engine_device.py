@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from benchmarks import engine_device
 from benchmarks.engine_device import Report, Rows
 from tests.packages import closure
 from tests.readme import ROOT
@@ -83,6 +84,29 @@ def test_what_fails_or_takes_too_long_is_noted_and_the_rest_goes_on(tmp_path: Pa
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--architectures flux-schnell --parts eager",
+            [("flux-schnell", "eager")],
+        ),
+        (
+            "--architectures sd15 sd35-medium --loaded sd15 --no-compile",
+            [("sd15", "eager"), ("sd35-medium", "eager"), ("sd15", "mixed load")],
+        ),
+        (
+            "--tiny --parts compiled_steps",
+            [(name, "compiled steps") for name in engine_device.TOYS],
+        ),
+    ],
+)
+def test_parts_can_run_alone(words: str, expected: list[tuple[str, str]]) -> None:
+    given = [word.replace("_", " ") for word in words.split()]
+
+    assert engine_device.plan(engine_device.parsed(given)) == expected
+
+
 @pytest.mark.slow
 def test_the_packages_that_are_collected_are_all_that_it_needs(tmp_path: Path) -> None:
     script = (ROOT / "benchmarks" / "device.sh").read_text(encoding="utf-8")
@@ -114,6 +138,6 @@ def test_the_packages_that_are_collected_are_all_that_it_needs(tmp_path: Path) -
     assert (found["failed"], found["left_out"]) == ({}, [])
     tables = {title: list(rows) for title, rows in found["results"]["toy"].items()}
     assert tables == {
-        "UNet step by rows, eager": ["1"],
+        "step by rows, eager": ["1"],
         "one request by steps, eager": ["1", "2", "3", "4"],
     }

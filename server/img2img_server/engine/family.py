@@ -72,6 +72,9 @@ class ModelFiles:
         """Returns the contents that the files of a loaded pipeline would have."""
         parts = pipeline.components.items()
         configs = {name: part.config for name, part in parts if hasattr(part, "config")}
+        for name, config in configs.items():
+            if not isinstance(config, Mapping):  # of transformers
+                configs[name] = config.to_dict()
         return cls({**pipeline.config, "_class_name": type(pipeline).__name__}, configs)
 
     @property
