@@ -143,13 +143,14 @@ def text_to_image_call(wanted: EngineJob, channels: int) -> dict[str, Any]:
     `latents` is a function of the generator; it returns the noise that our rows begin with.
 
     Args:
-        channels: Of the latents.
+        channels: The number of channels of the latents.
     """
     height, width, _ = wanted.init_image.shape
     shape = (1, channels, height // 8, width // 8)
 
     def latents(generator: torch.Generator) -> torch.Tensor:
-        torch.randn(shape, generator=generator)  # the spread of the autoencoder comes first
+        # The generator first draws the noise of the autoencoder.
+        torch.randn(shape, generator=generator)
         return torch.randn(shape, generator=generator)
 
     arguments = {**stock_call(wanted), "height": height, "width": width, "latents": latents}

@@ -71,8 +71,9 @@ class Guidance(StrEnum):
 
 
 class StrengthRule(StrEnum):
-    """How strength x num_inference_steps is rounded to the number of steps that run; with ALL,
-    every step runs. UNSPECIFIED: unknown to this client or to the worker."""
+    """How strength x num_inference_steps is rounded to the number of steps that run; ALL: every
+    step runs. UNSPECIFIED: unknown to this client or to the worker.
+    """
 
     UNSPECIFIED = "unspecified"
     FLOOR = "floor"
@@ -168,7 +169,7 @@ class JobError:
 class Job:
     """The record of a job. `name` is "jobs/{id}"; `future_urls` are the links that will work once
     the images are stored. `start_noise` is the share of noise that the first step began with, 0 to
-    1; it is 0 before the end."""
+    1; 0 until the job has ended."""
 
     name: str
     id: int

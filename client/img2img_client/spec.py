@@ -21,8 +21,9 @@ class Options(TypedDict, total=False):
     """The fields of JobSpec except prompt and init image. Absent or None: the service's default."""
 
     negative_prompt: str | None  # description of unwanted content; needs guidance_scale above 1
-    width: int | None  # pixels; default: the native area of the model
-    height: int | None  # pixels; default: at the aspect ratio of the init image
+    # pixels; default: the model's native area at the aspect ratio of the init image
+    width: int | None
+    height: int | None  # pixels; default: see width
     samples: int | None  # number of images, default 1; image i uses seed + i
     # 0.0 returns the init image, 1.0 ignores it; default: the model's, see capabilities()
     strength: float | None
@@ -41,7 +42,7 @@ class Options(TypedDict, total=False):
     lora_scale: float | None  # weight of the LoRA, default 1.0
     # Guidance with the negative prompt in models such as FLUX.1; 1.0 and below turn it off.
     true_cfg_scale: float | None
-    # "steps" (default): the share of steps that run; "noise_level": the share of noise at the first
+    # "steps" (default): share of steps that run; "noise_level": share of noise at the first step
     strength_mode: str | None
     output_format: str | None  # "png" (default of this client), "jpeg" or "webp"
     preview_interval_steps: int | None  # number of steps between two Preview events; 0: no previews
@@ -114,7 +115,7 @@ class Lane(StrEnum):
 
 
 class StrengthMode(StrEnum):
-    """Whether strength is the share of the steps that run or of noise at the first step."""
+    """Whether strength is the share of steps that run, or the share of noise at the first step."""
 
     UNSPECIFIED = "unspecified"
     STEPS = "steps"

@@ -103,7 +103,7 @@ def _from_s3(settings: Settings, source: str, target: Path) -> Path:
     access = replace(S3Access.from_settings(settings), bucket=bucket)
     try:
         return _objects(access, settings.s3_endpoint_url, prefix.rstrip("/") + "/", target)
-    except OSError:  # of the disk: urllib3 has errors of its own for the network
+    except OSError:  # errors of the disk; urllib3 has its own errors for the network
         raise
     except FAULTS as error:
         fault = explain(error, access)
@@ -133,7 +133,7 @@ def _objects(access: S3Access, endpoint_url: str, prefix: str, target: Path) -> 
 
 def _file(client: Minio, bucket: str, name: str, size: int, path: Path) -> None:
     if path.is_file() and path.stat().st_size == size:
-        return  # from an earlier attempt
+        return  # files of an earlier attempt
     client.fget_object(bucket, name, str(path))
     log.info("model_file_fetched", file=name, size_bytes=size)
 
@@ -156,4 +156,5 @@ def _from_hub(source: str, revision: str, draft: Path) -> None:
         allow_patterns=list(HUB_FILES),
         ignore_patterns=list(HUB_OTHERS),
     )
-    shutil.rmtree(draft / ".cache", ignore_errors=True)  # its notes for an update of the folder
+    # the hub library's notes for later updates of the folder
+    shutil.rmtree(draft / ".cache", ignore_errors=True)

@@ -183,15 +183,15 @@ class Settings(BaseSettings):
     announced.
     """
     default_scheduler: str = ""
-    """Scheduler of requests that name none. Empty: the model's own default."""
+    """Scheduler of requests without a scheduler. Empty: the model's own default."""
     default_num_inference_steps: int = Field(0, ge=0, le=1000)
-    """Steps of requests that set none; 0: the model's own default."""
+    """Number of steps of requests without one; 0: the model's own default."""
     default_guidance_scale: float = Field(-1.0, ge=-1, le=30)
-    """Guidance scale of requests that set none; -1: the model's own default."""
+    """Guidance scale of requests without one; -1: the model's own default."""
     default_strength: float = Field(-1.0, ge=-1, le=1)
-    """Strength of requests that set none; -1: the model's own default."""
+    """Strength of requests without one; -1: the model's own default."""
     native_size: int = Field(0, ge=0, le=MAX_SIDE_PIXELS)
-    """Side in pixels of a square with the area of images whose size is not requested; 0: the
+    """Default size of images: the side in pixels of a square with their area; 0: the
     model's own."""
     device: Device = "auto"
     """auto, cpu, cuda or cuda:N."""

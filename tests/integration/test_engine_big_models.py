@@ -65,7 +65,7 @@ def difference(one: Pixels, other: Pixels) -> int:
 
 @pytest.fixture
 def texts_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of times that text encoders were moved to their device."""
+    """Returns one entry for each move of text encoders to their device."""
     seen = list[int]()
     moved = TextEncoderOffload._on_device
 
@@ -101,7 +101,8 @@ def test_offloaded_text_encoders_have_their_own_weights_again_after_a_failure(fl
 
     def fail() -> None:
         with offload.running():
-            weight.data = weight.data.clone()  # as on another device
+            # The clone replaces the copy on the device.
+            weight.data = weight.data.clone()
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):

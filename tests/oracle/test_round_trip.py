@@ -1,4 +1,4 @@
-"""Families without a stock image-to-image pipeline: almost no strength changes almost nothing."""
+"""Families without a stock image-to-image pipeline: a strength near 0 hardly changes the image."""
 
 from __future__ import annotations
 

@@ -230,7 +230,9 @@ class Admission:
             raise errors.InvalidRequestError([error.violation]) from error
 
     def _fit(self, request: convert.Request, model: ModelInfo) -> Fit | None:
-        """Returns what sets the sides that the caller left open; None if there are none."""
+        """Returns the function that sets the sides which the caller left open; None if there are
+        none.
+        """
         sides = {name: getattr(request.params, name) for name in ("width", "height")}
         given = {name: side for name, side in sides.items() if name in request.given}
         if len(given) == 2:

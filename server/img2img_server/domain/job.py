@@ -114,7 +114,8 @@ class Job:
     """The record of one request. Times are Unix seconds; 0.0 means not yet.
 
     Attributes:
-        handed_back: Attempts that a stopping worker returned; they do not count against the bound.
+        handed_back: Attempts that a stopping worker returned; they do not count as attempts of the
+            job.
         queue_sequence: Place in the work queue, to withdraw the job and to estimate its position;
             0: not queued yet.
         storage_version: Version of the tenant's storage settings that future_urls come from; empty:

@@ -25,7 +25,7 @@ from img2img_server.domain.violations import (
     too_long,
 )
 
-DEFAULT_STRENGTH = 0.7  # for models that define none
+DEFAULT_STRENGTH = 0.7  # default strength of models that define none
 SEED_MAX = 2**63 - 1
 MAX_SIDE_PIXELS = 4096  # No operator can allow more.
 # The largest seed that the service draws, and that the HTTP contract of ModelsLab accepts.
@@ -126,7 +126,7 @@ class JobParams:
         """Returns the work of the job: pixels of all samples times the steps of the model."""
         steps = rule.denoising_steps(self.strength, self.num_inference_steps)
         if self.strength and self.strength_mode is StrengthMode.NOISE_LEVEL:
-            steps = max(1, steps)  # the number is known with the schedule only
+            steps = max(1, steps)  # The number of steps is known only with the schedule.
         return self.samples * self.width * self.height * model_runs(self.scheduler, steps)
 
 
@@ -181,7 +181,7 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
 
 
 def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:
-    if not least <= value <= most:  # rejects NaN too
+    if not least <= value <= most:  # The comparison is false for NaN, too.
         yield out_of_range(name, least, most)
 
 

@@ -34,7 +34,7 @@ def complete(given: Mapping[str, Any], model: ModelInfo | None, service: Limits)
         ),
         "guidance_scale": model.default_guidance_scale,
         "scheduler": model.schedulers[0],
-        # Of a square; the size of the init image is not known yet, see fit_size.
+        # The sides of a square. The size of the init image is not known yet; see fit_size.
         "width": _side(model.native_size, limits),
         "height": _side(model.native_size, limits),
     }
@@ -47,7 +47,7 @@ def fit_size(
     """Returns width and height of the result at the aspect ratio of the init image.
 
     Args:
-        given: The sides that the caller set, by their names.
+        given: The sides that the caller set, by name.
         native_size: The side of a square of the model's native area.
         image: Width and height of the init image.
     """
@@ -63,7 +63,9 @@ def fit_size(
 
 
 def _side(pixels: float, limits: Limits) -> int:
-    """Returns the nearest side within the limits, a multiple of the model's."""
+    """Returns the nearest side within the limits that is a multiple of the model's
+    side_multiple.
+    """
     multiple = limits.side_multiple
     least = -(-limits.min_side_pixels // multiple)
     return multiple * min(max(round(pixels / multiple), least), limits.max_side_pixels // multiple)
@@ -75,9 +77,9 @@ def resolve(
     """Returns the parameters with a number of steps of which one at least can run.
 
     Args:
-        params: complete and valid ones.
-        limits: those of the model.
-        given: names of the options that the caller set.
+        params: Complete and valid parameters.
+        limits: The limits of the model.
+        given: Names of the options that the caller set.
 
     Returns:
         The parameters of the run, and a sentence for each fact that the caller should know.
@@ -116,7 +118,7 @@ def _with_a_step(
 
 
 def _within_strength(params: JobParams, model: ModelInfo) -> tuple[JobParams, list[str]]:
-    """Lowers the steps to those that the schedule has below the strength."""
+    """Lowers the number of steps to those whose noise in the schedule is below the strength."""
     steps, strength = params.num_inference_steps, params.strength
     if strength == 0:
         return params, [_NO_STEP]

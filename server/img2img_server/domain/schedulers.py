@@ -1,4 +1,6 @@
-"""Names of schedulers: ours, those of classes in diffusers, and spellings of user interfaces."""
+"""Names of schedulers: the service's own, the classes in diffusers, and spellings of user
+interfaces.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final
 
-# Our name, and what callers may write besides. Case, spaces, punctuation and the endings
-# "Scheduler" and "Discrete" make no difference, and "+" reads as "p".
+# The service's name of each scheduler, and other accepted spellings. Case, spaces, punctuation and
+# the endings "Scheduler" and "Discrete" make no difference, and "+" equals "p".
 SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "ddim": ("DDIMScheduler",),
     "euler": ("EulerDiscreteScheduler", "K_EULER"),
@@ -34,7 +36,7 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "scm": ("SCMScheduler",),
 }
 
-# Schedulers that run the model more often than once a step: how often in `steps` steps.
+# Schedulers that run the model more than once in some steps: number of runs by number of steps.
 _MODEL_RUNS: Final[Mapping[str, Callable[[int], int]]] = {
     "heun": lambda steps: 2 * steps - 1,
     "pndm": lambda steps: steps + 1,
@@ -42,12 +44,12 @@ _MODEL_RUNS: Final[Mapping[str, Callable[[int], int]]] = {
 
 
 def scheduler_name(text: str) -> str:
-    """Returns our name for a spelling, and other text as it is."""
+    """Returns the service's name for a spelling. Any other text is returned unchanged."""
     return _NAMES.get(_plain(text), text)
 
 
 def model_runs(scheduler: str, steps: int) -> int:
-    """Returns how often a scheduler runs the model in so many steps of its schedule."""
+    """Returns the number of times that a scheduler runs the model in this number of steps."""
     runs = _MODEL_RUNS.get(scheduler)
     return runs(steps) if runs and steps else steps
 

@@ -15,13 +15,14 @@ class StrengthMode(StrEnum):
 
 
 class StrengthRule(StrEnum):
-    """How a model family rounds steps x strength: FLOOR in UNet pipelines, CEIL in flow ones.
+    """The rounding of steps x strength in a model family: FLOOR in UNet pipelines, CEIL in
+    flow-matching pipelines.
 
-    With ALL, every step runs, and strength is the place in the schedule where the first one begins:
-    latent consistency models.
+    With ALL, every step runs, and strength is the place in the schedule where the first one begins,
+    as in latent consistency models.
 
-    CEIL repeats the float expression of the pipelines: `math.ceil` gives 8 for 50 steps at
-    strength 0.14, where 7 run.
+    CEIL uses the same float expression as the pipelines: `math.ceil` of the product would give 8
+    for 50 steps at strength 0.14, but 7 steps run.
     """
 
     FLOOR = "floor"

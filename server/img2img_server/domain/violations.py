@@ -35,9 +35,9 @@ class Violation:
 
     Attributes:
         field: Name of the field in the request.
-        reason: A Reason; a text of the same kind where another version sent it.
+        reason: A Reason, or the text of a reason that another version has sent.
         message: A plain sentence that is complete by itself.
-        cause: The exact fault, as a clause, where the message does not name it.
+        cause: The exact fault as a clause, if the message does not name it.
         values: Every number and name of the message that a caller may want to show differently.
     """
 

@@ -24,7 +24,8 @@ class EngineJob:
     Attributes:
         params: The parameters from the job's record; every default is filled in.
         init_image: The prepared init image, exactly height x width x 3.
-        enqueue_time: Monotonic seconds, orders waiting jobs; 0.0: the time of `submit`.
+        enqueue_time: Monotonic seconds, by which waiting jobs are ordered; 0.0: the time of
+            `submit`.
         deadline: Monotonic seconds after which the images are of no use; None: never.
     """
 
@@ -84,7 +85,7 @@ class SampleReady:
 
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """Last event of a job that ran to its end.
+    """The last event of a job that ran to its end.
 
     Attributes:
         timings: The stages of the engine; `engine`: from the first encoding to the last decoding.

@@ -153,9 +153,9 @@ class Denoiser(Protocol):
 
     @property
     def warm_up_prompts(self) -> tuple[str, ...]:
-        """Returns prompts to warm up with: each alone, and each in batches with the first one.
+        """Returns prompts for the warm-up. Each runs alone, and in batches with the first one.
 
-        There are several if the code that is compiled depends on the lengths of prompts.
+        There are several prompts if the compiled code depends on the lengths of prompts.
         """
         ...
 

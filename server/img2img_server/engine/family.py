@@ -94,7 +94,7 @@ class ModelFiles:
 
     @property
     def known_names(self) -> str:
-        """The names that the model and the models it was made from have, in lower case."""
+        """The names of the model and of the models from which it was derived, in lower case."""
         origins = [self.name, self.index.get("_name_or_path")]
         origins += [config.get("_name_or_path") for config in self.configs.values()]
         return " ".join(str(origin) for origin in origins if origin).lower()

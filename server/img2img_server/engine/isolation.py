@@ -95,6 +95,6 @@ def failure_of(error: Exception, job: EngineJob) -> Exception:
     """Returns the error that the job's caller gets for an error in the loop."""
     if is_out_of_memory(error):
         return OutOfMemoryError(job.width, job.height, needed_bytes(error))
-    if isinstance(error, ValueError):  # a scheduler raises it for options that it cannot run
+    if isinstance(error, ValueError):  # A scheduler raises it for options that it does not support.
         return EngineError(str(error))
     return error

@@ -67,7 +67,7 @@ class _File(_Part):
 
     name: str = ""
     family: str = ""
-    description: str = ""  # for readers of the file
+    description: str = ""  # for readers of the file; the service does not use it
     defaults: _Defaults = _Defaults()
     limits: _Limits = _Limits()
     sizes: _Sizes = _Sizes()
@@ -146,7 +146,9 @@ def packaged_model() -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
-    """Defaults that an operator sets in place of the model's own; see the settings."""
+    """Defaults that an operator sets instead of the model's own; see the settings of the same
+    names.
+    """
 
     default_scheduler: str = ""
     default_num_inference_steps: int = 0
@@ -156,11 +158,11 @@ class ModelDefaults:
 
     @classmethod
     def of(cls, source: object) -> Self:
-        """Returns the defaults from the attributes of the same names."""
+        """Returns the defaults from attributes of the same names."""
         return cls(**{field.name: getattr(source, field.name) for field in fields(cls)})
 
     def over(self, file: _File) -> _File:
-        """Returns the content of img2img.toml with these defaults in place of its own."""
+        """Returns the content of img2img.toml, with these defaults replacing its own."""
         own = {
             "scheduler": self.default_scheduler or None,
             "num_inference_steps": self.default_num_inference_steps or None,

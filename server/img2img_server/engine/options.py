@@ -13,7 +13,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
 class Compile(StrEnum):
-    """How much of the denoiser torch.compile gets: nothing, its blocks, or all of it."""
+    """The part of the denoiser that torch.compile compiles: nothing, its blocks, or all of it."""
 
     OFF = "off"
     REGIONAL = "regional"
@@ -28,7 +28,9 @@ class TinyVaeUse(StrEnum):
 
 
 class TextEncoderPlacement(StrEnum):
-    """Where text encoders are kept: on the device, on the host until they run, or always there."""
+    """The place of text encoders: on the device, on the host until they run, or always on
+    the host.
+    """
 
     DEVICE = "device"
     OFFLOAD = "offload"
@@ -36,7 +38,7 @@ class TextEncoderPlacement(StrEnum):
 
 
 class Quantization(StrEnum):
-    """The form in which the linear weights of the denoiser are kept."""
+    """The number format of the denoiser's linear weights."""
 
     OFF = "off"
     INT8 = "int8"

@@ -21,7 +21,7 @@ from img2img_server.imaging.base import Pixels
 
 _log = logging.getLogger(__name__)
 
-_NO_INFLUENCE = 0.9999  # a larger share of noise leaves nothing of the init image
+_NO_INFLUENCE = 0.9999  # With a larger share of noise, nothing of the init image remains.
 
 
 @dataclass(slots=True, eq=False)

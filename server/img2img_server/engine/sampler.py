@@ -1,15 +1,15 @@
 """Samplers as numbers: every sampler is a linear recurrence with its own weights.
 
-A row keeps a few tensors of one size, its slots. Slot 0 holds the latents; the others hold what the
-sampler remembers of earlier steps, for example earlier predictions. With the model's output and
-fresh noise, one step is:
+A row keeps a few tensors of one size, its slots. Slot 0 holds the latents; the others hold tensors
+that the sampler remembers from earlier steps, for example earlier predictions. With the model's
+output and fresh noise, one step is:
 
     slot'[i] = sum over j of weight[i, j] * slot[j] + weight[i, O] * output + weight[i, N] * noise
     clean    = the same sum with weights of its own: the clean latents that this step predicts
 
 The weights of a row depend on its scheduler, step count, strength and size, and are known before
-the row begins. So rows with different samplers take a step together, and neighbours cannot change
-each other.
+the row begins. So rows with different samplers can share a step, and no row changes the result of
+another one.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Step:
 
     Attributes:
         timestep: The timestep for the model; may have a fraction.
-        input_scale: The model sees the latents times this.
+        input_scale: The factor of the latents in the model's input.
         slots: The weights of each slot after the step: of the slots before it, of the output, of
             the noise.
         clean: The weights of the predicted clean latents, in the same order.
-        draws_noise: Whether the row's generator is asked for noise, even if its weight is 0.
+        draws_noise: Whether the row's generator draws noise, even if its weight is 0.
         sigma_after: The ratio of noise to signal after the step.
     """
 
@@ -58,8 +58,9 @@ class Schedule:
 
     @property
     def noise_share(self) -> float:
-        """Share of noise that the run begins with, 0 to 1: of the spread, or with flow matching of
-        the sum."""
+        """Share of noise that the run begins with, 0 to 1: the noise's share of the standard
+        deviation or, with flow matching, of the sum.
+        """
         signal, noise = self.init_signal, self.init_noise
         return noise / (signal + noise if self.is_flow else math.hypot(signal, noise))
 

@@ -36,7 +36,8 @@ class Row:
         forwards: The cost of a step; 2 with guidance, whose unguided prediction is a forward too.
         steps: The number of steps that the row still needs, at least 1.
         batch_key: Rows with different keys share no batch.
-        deadline: When the image becomes useless, by the clock of `enqueue_time`; None: never.
+        deadline: The time at which the image becomes useless, on the clock of `enqueue_time`; None:
+            never.
     """
 
     job_id: int
@@ -101,7 +102,8 @@ class Priority(NamedTuple):
         tenant_work: The tenant that has had the least work (pixels x forwards) goes first.
         is_urgent: 0 for rows that will soon miss their deadline, else 1.
         score: -age / (remaining work)^2, so that a short job does not wait for a long one. With the
-            plain ratio all jobs would be slowed alike, a short one by the length of the long ones.
+            plain ratio, all jobs would be slowed by the same factor, and a short job would wait for
+            the length of a long one.
         enqueue_time: Among equals, the older row goes first; the rest makes the order total.
     """
 
@@ -137,7 +139,8 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._fixed_step_cost = fixed_step_cost
         self._max_wait_seconds = max_wait_seconds
-        self._limits: dict[tuple[int, int], tuple[int, float]] = {}  # forwards, expiry
+        # the limit of forwards by size, and the time at which it expires
+        self._limits: dict[tuple[int, int], tuple[int, float]] = {}
         self._entries: dict[Key, _Entry] = {}
         self._work_of_tenant = FairShare()
         self._seconds_per_work = 0.0  # 0.0: not measured yet

@@ -112,7 +112,8 @@ class Readiness:
         if not why:
             log.info(f"{part}_available")
         elif part == "model":
-            log.info("model_unavailable", reason=why)  # at every start: models load slowly
+            # This is normal at every start, since models load slowly.
+            log.info("model_unavailable", reason=why)
         else:
             log.warning(f"{part}_unavailable", reason=why)
 

@@ -54,7 +54,7 @@ class CheckedImage:
     """An encoded init image that was proven to decode within the limits.
 
     `prepared`: the data was re-encoded at the requested size and only needs decoding.
-    `width`, `height`: the size that it is or will be prepared at.
+    `width`, `height`: the size of the prepared image.
     """
 
     data: bytes

@@ -42,7 +42,7 @@ HEADERS: Final = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
 
 
 class _AttemptFailedError(Exception):
-    """A request did not give an image; the message is a clause for the caller.
+    """A request returned no image; the message is a clause for the caller.
 
     Attributes:
         transient: The same request may succeed a moment later.

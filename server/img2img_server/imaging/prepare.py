@@ -57,7 +57,8 @@ FLIPS = {
     7: Image.Transpose.ROTATE_180,
     8: Image.Transpose.FLIP_TOP_BOTTOM,
 }
-Fit = Callable[[int, int], tuple[int, int]]  # from width and height to width and height
+# a function from width and height to the requested width and height
+Fit = Callable[[int, int], tuple[int, int]]
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 
 
@@ -75,8 +76,9 @@ def check_image(
     Small files are returned unchanged, others are prepared at width x height as JPEG.
 
     Args:
-        downloaded: The data comes from a URL of the caller, for the error message.
-        fit: Returns width and height for those of the upright image, in place of the fixed ones.
+        downloaded: Whether the data comes from a URL of the caller, for the error message.
+        fit: Returns the requested width and height for the size of the upright image; replaces
+            `width` and `height`.
 
     Raises:
         InvalidImageError: The image is too large, has too many pixels, is damaged, incomplete or of

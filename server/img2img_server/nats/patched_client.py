@@ -26,10 +26,10 @@ class PatchedClient(Client):
     """A NATS client that survives cancelled calls and reconnects after errors of the server.
 
     Args:
-        needs_tls: Refuse servers without TLS.
+        needs_tls: Whether servers without TLS are rejected.
 
     Attributes:
-        attempted: Host and port of the last server that a connection was tried to.
+        attempted: Host and port of the last server to which it tried to connect.
     """
 
     def __init__(self, *, needs_tls: bool) -> None:

@@ -93,7 +93,7 @@ class _StrengthModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Strength
     """
 
 class StrengthMode(_StrengthMode, metaclass=_StrengthModeEnumTypeWrapper):
-    """How JobSpec.strength is read."""
+    """The meaning of JobSpec.strength."""
 
 STRENGTH_MODE_UNSPECIFIED: StrengthMode.ValueType  # 0
 """The default: STRENGTH_MODE_STEPS."""
@@ -327,7 +327,7 @@ class JobSpec(_message.Message):
     Default: off. Ignored in other models, and Job.warning says so.
     """
     strength_mode: Global___StrengthMode.ValueType
-    """How strength is read. Default STRENGTH_MODE_STEPS."""
+    """The meaning of strength. Default STRENGTH_MODE_STEPS."""
     @_builtins.property
     def init_image(self) -> Global___InitImage:
         """The image to start from. Required. No response contains its bytes."""

@@ -229,7 +229,7 @@ class UpdateS3Request(ResetS3Request):
 
 @dataclass(frozen=True, slots=True)
 class ParsedBody:
-    """A body as read by its model.
+    """A body, parsed by its pydantic model.
 
     Attributes:
         values: The fields that are present and valid.
@@ -330,7 +330,7 @@ def job_spec(values: Mapping[str, Any], link_base: str) -> job_pb2.JobSpec:
         annotations[names.ENHANCE_STYLE] = style[: LIMITS.max_annotation_characters]
     if isinstance(values.get("track_id"), int):
         annotations[names.TRACK_ID_TYPE] = "integer"
-    # The contract has a size of its own; over gRPC the model's is the default.
+    # The contract has its own default size. Over gRPC the model's native size is the default.
     sides = {"width": _DEFAULTS.width, "height": _DEFAULTS.height}
     fields = sides | _in_spec(values) | {"init_image": init_image(values["init_image"])}
     return job_pb2.JobSpec(**fields, annotations=annotations)

@@ -42,8 +42,8 @@ _CPU_STEP_OVERHEAD_PER_THREAD = 35_000
 # than the denoiser. On a CPU batching does not help, and the first image would wait.
 _MAX_AUTOENCODER_PIXELS = 4 * 1024 * 1024
 
-# An empty one, one whose length is no multiple of 32, which Z-Image pads to, and one that is longer
-# than any prompt that is read.
+# Prompts for the warm-up: an empty one, one whose length is no multiple of 32 (Z-Image pads it to
+# one), and one that is longer than the longest prompt.
 _WARM_UP_PROMPTS = ("", "a " * 100, "a " * 2048)
 
 
@@ -56,8 +56,8 @@ class DiffusersDenoiser:
         lora_dir: The folder of the LoRAs that requests may name.
         max_batch_size: The largest batch, in forwards; batches of compiled models are padded to one
             of a few sizes below it.
-        family: None for the one that serves the pipeline's class.
-        device: The device of the latents; None: the denoiser's, which is kept there.
+        family: None: the family that serves the pipeline's class.
+        device: The device of the latents; None: the device on which the denoiser is.
 
     Raises:
         ModelError: No family serves the pipeline, or a LoRA does not fit it.

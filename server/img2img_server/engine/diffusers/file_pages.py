@@ -1,4 +1,4 @@
-"""Gives back the memory of weights that were read from a file and are kept elsewhere now."""
+"""Releases the memory of weights that were read from a file and are no longer needed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _DONT_NEED = 4  # MADV_DONTNEED of Linux
 
 
 def use_channels_last(network: torch.nn.Module) -> None:
-    """Keeps the weights of convolutions channels last, without a second copy of all of them.
+    """Converts the weights of convolutions to the channels-last layout, without a second copy of
+    all of them.
 
     diffusers maps the files of a model into memory, and a map keeps its pages as long as one of its
-    tensors is in use. So the pages of each tensor that is copied are given back one by one.
+    tensors is in use. So the pages of each copied tensor are released one by one.
     """
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.ndim != 4:
@@ -30,9 +31,9 @@ def use_channels_last(network: torch.nn.Module) -> None:
 
 
 def drop_file_pages(tensor: Tensor) -> None:
-    """Gives back the pages of a tensor in a mapped file; does nothing to any other tensor.
+    """Releases the pages of a tensor in a mapped file. Does nothing to any other tensor.
 
-    A later access reads the file again. Only whole pages are given back, which hold nothing else.
+    A later access reads the file again. Only pages without other data are released.
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
@@ -47,10 +48,10 @@ def drop_file_pages(tensor: Tensor) -> None:
 
 
 def _is_mapped_file(begin: int, end: int) -> bool:
-    """Returns whether one unmodified map of a file holds the addresses."""
+    """Returns whether these addresses are in one unmodified map of a file."""
     try:
         lines = _MAPS.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not on Linux
+    except OSError:  # The file exists on Linux only.
         return False
     for line in lines:
         addresses, _, _, _, inode, *_ = line.split()

@@ -43,7 +43,8 @@ def load_pipeline(
     fp16 files are widened where dtype says so.
 
     Raises:
-        ModelError: It cannot be loaded, or cannot be compiled so, or not on this machine.
+        ModelError: The model cannot be loaded, or cannot be compiled in this way or on this
+            machine.
     """
     if dtype == torch.float16 and not family.takes_float16:
         raise ModelError(
@@ -51,7 +52,7 @@ def load_pipeline(
             setting="dtype",
         )
     if options.group_offload and device.type == "cpu":
-        raise ModelError("there is no GPU to load the groups onto", setting="group_offload")
+        raise ModelError("there is no GPU for group offloading", setting="group_offload")
     for quiet in (diffusers_logging, transformers_logging):
         quiet.set_verbosity_error()  # The tokenizers would log prompts that are too long.
         quiet.disable_progress_bar()
@@ -93,7 +94,7 @@ def load_pipeline(
 def quantized(
     family: Family, files: ModelFiles, source: str, dtype: torch.dtype, options: ModelOptions
 ) -> Mapping[str, Any]:
-    """Returns the arguments of from_pretrained that load the denoiser with small weights.
+    """Returns the arguments of from_pretrained that load the denoiser with quantised weights.
 
     Raises:
         ModelError: A package is missing, or the file does not fit the model.
@@ -105,7 +106,7 @@ def quantized(
     _need("torchao", "quantization")
     forms: Any = importlib.import_module("torchao.quantization")
     is_int8 = options.quantization is Quantization.INT8
-    # Version 2 is the one that can be moved between devices.
+    # Tensors of version 2 can be moved between devices.
     form = forms.Int8WeightOnlyConfig(version=2) if is_int8 else forms.Float8WeightOnlyConfig()
     mapping: dict[str, Any] = {family.denoiser: TorchAoConfig(form)}
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)}
@@ -161,11 +162,12 @@ def accelerate(
     """Fuses and compiles the denoiser. Compiled code is built at the first use of a shape.
 
     Args:
-        lengths_vary: The network takes prompts of any length: its blocks are compiled once for all.
-        can_fuse: Whether diffusers computes the same with fused projections.
+        lengths_vary: The network accepts prompts of any length, so its blocks are compiled once for
+            all lengths.
+        can_fuse: Whether diffusers computes the same images with fused projections.
 
     Raises:
-        ModelError: Its projections cannot be fused.
+        ModelError: The projections of the network cannot be fused.
     """
     if options.fuse_qkv:
         if not (can_fuse and hasattr(network, "fuse_qkv_projections")):

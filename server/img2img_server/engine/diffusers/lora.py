@@ -114,7 +114,7 @@ def _changes(family: Family, part: str, network: Any, content: LoraFile) -> list
     """Returns the changes that a file makes to one part of the pipeline."""
     prefix = part + "."
     own: Mapping[str, Any] = {
-        # Converters of diffusers put the prefix before one that the file has already.
+        # Converters of diffusers add the prefix although the file has it already.
         key.removeprefix(prefix).removeprefix(prefix): value
         for entries in (content.weights, content.alphas)
         for key, value in entries.items()

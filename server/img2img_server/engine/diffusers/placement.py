@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 def place(pipeline: Any, denoiser: str, device: torch.device, options: ModelOptions) -> None:
-    """Moves each part of a pipeline to where the options keep it, one part after the other.
+    """Moves each part of a pipeline to the place that the options set, one part after the other.
 
     Args:
         denoiser: The name of the part that denoises.
@@ -45,7 +45,7 @@ def offload_groups(network: Any, device: torch.device) -> None:
     Raises:
         ModelError: The network cannot be divided into blocks.
     """
-    streams = device.type == "cuda"  # copies the next block while this one runs
+    streams = device.type == "cuda"  # Copies the next block while the present one runs.
     try:
         network.enable_group_offload(
             onload_device=device,
@@ -62,10 +62,11 @@ def offload_groups(network: Any, device: torch.device) -> None:
 
 
 class TextEncoderOffload:
-    """The text encoders of a pipeline: where they are kept and where they run.
+    """The text encoders of a pipeline, which may run on another device than the one that keeps
+    them.
 
     Attributes:
-        device: Where they run.
+        device: The device on which they run.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class TextEncoderOffload:
         self.device = torch.device("cpu") if placement is TextEncoderPlacement.CPU else device
 
     def running(self) -> AbstractContextManager[None]:
-        """Returns a context in which the text encoders are on the device where they run."""
+        """Returns a context during which the text encoders are on the device on which they run."""
         return self._on_device() if self._moves else nullcontext()
 
     @contextmanager
@@ -92,7 +93,7 @@ class TextEncoderOffload:
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
             yield
         finally:
-            # The weights are not copied back: they did not change.
+            # The weights have not changed, so they are not copied back.
             for tensor, kept in zip(tensors, host, strict=True):
                 tensor.data = kept
 
@@ -113,7 +114,7 @@ def log_parts(pipeline: Any) -> None:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Returns the memory of a tensor; that of its parts if it is quantised."""
+    """Returns the memory of a tensor. For a quantised tensor, it is the sum of its parts."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.untyped_storage().nbytes() if tensor.is_contiguous() else tensor.nbytes
     names, _ = tensor.__tensor_flatten__()

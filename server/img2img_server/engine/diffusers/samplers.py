@@ -15,9 +15,9 @@ class Sampler:
 
     Attributes:
         class_name: Its name in diffusers.
-        overrides: Entries of its configuration that we set whatever the model's own says.
-        defaults: Entries that count where the model's configuration does not have them.
-        variant: Entries by which samplers of one class differ; we set them too.
+        overrides: Entries of its configuration that replace the model's own.
+        defaults: Entries for models whose configuration does not have them.
+        variant: Entries that distinguish samplers of one class; they also replace the model's own.
         kind: The kind of model that it samples.
         is_general: Whether every family of this kind can offer it.
     """
@@ -56,7 +56,7 @@ def _flow(*, stochastic: bool) -> Sampler:
     )
 
 
-# The first sampler of a class has the entries that diffusers assumes where they are absent.
+# The first sampler of a class has the entries that diffusers assumes if a configuration has none.
 SAMPLERS: Final[Mapping[str, Sampler]] = {
     "ddim": Sampler(class_name="DDIMScheduler", overrides=_NOT_CLIPPED),
     "euler": Sampler(class_name="EulerDiscreteScheduler"),
@@ -76,7 +76,7 @@ SAMPLERS: Final[Mapping[str, Sampler]] = {
     "pndm": Sampler(class_name="PNDMScheduler", defaults={"skip_prk_steps": True}),
     "tcd": Sampler(class_name="TCDScheduler", overrides=_NOT_CLIPPED),
     "unipc": Sampler(class_name="UniPCMultistepScheduler", overrides=_UNCLIPPED),
-    # For models that were trained with these inputs and outputs only.
+    # Only models that were trained with these inputs and outputs have this sampler.
     "edm_euler": Sampler(class_name="EDMEulerScheduler", is_general=False),
     "edm_dpmpp_2m": Sampler(
         class_name="EDMDPMSolverMultistepScheduler",
@@ -91,7 +91,9 @@ SAMPLERS: Final[Mapping[str, Sampler]] = {
 
 
 def own_sampler(config: Mapping[str, Any]) -> str:
-    """Returns our name of a scheduler with this configuration; empty if we offer none like it."""
+    """Returns the service's name of a scheduler with this configuration, or "" if it offers
+    none.
+    """
     assumed: Mapping[str, Any] | None = None
     for name, sampler in SAMPLERS.items():
         if sampler.class_name == config.get("_class_name"):

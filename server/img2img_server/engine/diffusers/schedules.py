@@ -27,7 +27,7 @@ from img2img_server.engine.sampler import MAX_SLOTS, Schedule, Step, draw_noise
 # Elements of the probe: the latents, the output, the tensors that the scheduler remembers, and one
 # that is 0 in every input and shows the noise.
 _SLOTS, _OUTPUT, _ELEMENTS = 12, 12, 14
-_SAME_SHARE = 1e-6  # shares of noise that differ by less are equal
+_SAME_SHARE = 1e-6  # Shares of noise with a smaller difference count as equal.
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
@@ -142,13 +142,14 @@ def schedule_from_noise(
     num_inference_steps: int,
     derive: Callable[[Any, int, int], Schedule],
 ) -> Schedule:
-    """Returns a run that begins with a share of noise: one step from there to the next level of the
-    scheduler, and the scheduler's own steps from that level.
+    """Returns a schedule that begins with a share of noise: one step from this share to the next
+    noise level of the scheduler, then the scheduler's own steps.
 
     Args:
         make: Returns a scheduler whose timesteps are set.
-        share: More than 0. At most what the model was trained with is used.
-        derive: Returns the run of a scheduler: its last steps.
+        share: The share of noise, above 0. It is limited to the largest share in the model's
+            training.
+        derive: Returns the schedule of a scheduler's last steps.
     """
     scheduler, run = make(), 0
     found = Schedule(init_signal=1.0, init_noise=0.0, steps=())
@@ -166,13 +167,15 @@ def schedule_from_noise(
 
 
 def _begin_at(scheduler: Any, share: float, rest: Schedule) -> Schedule:
-    """Returns a run with one more step, of first order, from a share of noise to where it began."""
+    """Returns a schedule with one more step at its beginning, of first order, from a share of
+    noise.
+    """
     signal, noise = math.sqrt(1 - share**2), share
     sigma = noise / signal
     first, _ = _noise_level(scheduler, 0)
     counts_sigmas = abs(first - 1.0) < 1e-9 and not _is_flow(scheduler)
     input_scale = 1.0
-    # Clean latents and noise as weights of latents and output.
+    # Clean latents and noise, expressed as weights of latents and output.
     if _is_flow(scheduler):
         signal, noise = 1 - share, share
         timestep = share * scheduler.config.num_train_timesteps
@@ -224,7 +227,9 @@ def _largest_share(scheduler: Any) -> float:
 
 
 def _timestep_of(scheduler: Any, sigma: float) -> float:
-    """Returns the timestep, with its fraction, that has this ratio of noise to signal."""
+    """Returns the timestep, with a fraction, at which the ratio of noise to signal has this
+    value.
+    """
     signals = scheduler.alphas_cumprod.double().clamp(min=1e-12).numpy()
     sigmas = np.sqrt((1 - signals) / signals)
     return float(np.interp(math.log(sigma), np.log(sigmas), np.arange(len(sigmas))))
@@ -250,7 +255,7 @@ def _noise_level(scheduler: Any, index: int) -> tuple[float, float]:
     """Returns the factors of the image and of the noise at the start of a run at this step."""
     _begin(scheduler, index)
     image, noise, timestep = _unit(0), _unit(_OUTPUT), scheduler.timesteps[index : index + 1]
-    if hasattr(scheduler, "scale_noise"):  # flow matching
+    if hasattr(scheduler, "scale_noise"):  # a model with flow matching
         mixed = scheduler.scale_noise(image, timestep, noise)
     else:
         mixed = scheduler.add_noise(image, noise, timestep)
@@ -301,7 +306,7 @@ def _probe(
     input_scale = scheduler.scale_model_input(sample, timestep) if _scales(scheduler) else sample
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    # Eta is 0 in the stock pipelines, whatever the scheduler assumes without them.
+    # The stock pipelines pass an eta of 0, which overrides the scheduler's default.
     arguments = {"generator": generator, "eta": 0.0}
     taken = inspect.signature(scheduler.step).parameters.keys() & arguments.keys()
     answer = scheduler.step(output, timestep, sample, **{name: arguments[name] for name in taken})

@@ -86,7 +86,7 @@ class Family:
         tokenizers: The parts of the pipeline that read prompts.
         lora_parts: The parts of the pipeline that a LoRA may change.
         can_fuse_projections: Whether diffusers computes the same with fused projections.
-        default_scheduler: The scheduler of models that name none.
+        default_scheduler: The scheduler of models without one.
         takes_float16: Whether models can run in float16 without overflows.
         lengths_vary: Whether the network's inputs are as long as the prompts of a batch.
     """
@@ -211,10 +211,11 @@ class Family:
     def schedule_from_noise(
         self, make: Callable[..., Any], share: float, num_inference_steps: int
     ) -> Schedule:
-        """Returns a run that begins with a share of noise, above 0.
+        """Returns a schedule whose first step has this share of noise, which is above 0.
 
         Args:
-            make: Returns a scheduler whose timesteps are set; takes changes of the arguments.
+            make: Returns a scheduler whose timesteps are set; its arguments change the scheduler's
+                options.
         """
         from img2img_server.engine.diffusers.schedules import schedule_from_noise
 
@@ -326,7 +327,7 @@ class DiffusionFamily(Family):
     denoiser = "unet"
 
     def offered(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        # The inputs and outputs of EDM models differ from those of all others.
+        # EDM models have other inputs and outputs than all other models.
         is_edm = str(config.get("_class_name", "")).startswith("EDM")
         return EDM_SAMPLERS if is_edm else self.schedulers
 

@@ -37,8 +37,8 @@ class LatentConsistency(StableDiffusion):
     def schedule_from_noise(
         self, make: Callable[..., Any], share: float, num_inference_steps: int
     ) -> Schedule:
-        # All steps run, so the run begins at the nearest timestep of the distillation with as many
-        # below it.
+        # All steps run, so the run begins at the nearest timestep of the distillation that has
+        # enough timesteps below it.
         shares = (1 - make(strength=1.0).alphas_cumprod).sqrt()
         original = make(strength=1.0).config.original_inference_steps
         place = round(int((shares < share).sum()) * original / len(shares))

@@ -14,7 +14,8 @@ from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, L
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TOKENS = 256  # of a prompt with the system prompt before it, as in the stock pipeline
+# longest prompt in tokens, with the system prompt before it, as in the stock pipeline
+_TOKENS = 256
 _SEPARATOR = " <Prompt Start> "
 _SYSTEM_PROMPT = (
     "You are an assistant designed to generate superior images with the superior degree of "

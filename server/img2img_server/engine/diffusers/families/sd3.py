@@ -34,7 +34,7 @@ class StableDiffusion3(FlowFamily):
     )
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
     lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "text_encoder_2")
-    can_fuse_projections = False  # diffusers leaves the norms of queries and keys out
+    can_fuse_projections = False  # diffusers does not convert the norms of queries and keys
     takes_float16 = True
     num_inference_steps = 28
     guidance_scale = 7.0
