@@ -120,13 +120,13 @@ def strangers(first_id: int = 100) -> list[EngineJob]:
             scheduler=scheduler,
             seeds=(index,),
             guidance_scale=6.0 if index % 2 else 1.0,
-            strength=1.0 - index / 10,
-            num_inference_steps=5 + 3 * index,
+            strength=1.0 - index / 20,
+            num_inference_steps=5 + 2 * index,
             init_image=blocks(64, 72, seed=index),
         )
         for index, scheduler in enumerate(DIFFUSION_SAMPLERS)
     ]
-    return [*found, job(job_id=first_id + 9, init_image=blocks(72, 64))]
+    return [*found, job(job_id=first_id + 99, init_image=blocks(72, 64))]
 
 
 WANTED = [

@@ -55,6 +55,7 @@ class OracleModel:
         call: Returns the stock pipeline's arguments for a request.
         schedulers: Those to compare; empty for all that the family offers.
         runs: Strengths and steps to compare.
+        most_steps: The largest number of steps at strength 1, if steps / strength is limited.
         options: Further parameters of each request.
     """
 
@@ -64,6 +65,7 @@ class OracleModel:
     call: Callable[[EngineJob], dict[str, Any]] = stock_call
     schedulers: tuple[str, ...] = ()
     runs: tuple[tuple[float, int], ...] = RUNS
+    most_steps: int = 1000
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

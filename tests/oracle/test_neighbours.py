@@ -117,7 +117,7 @@ def strangers(subject: Subject) -> list[EngineJob]:
             seeds=(index,),
             guidance_scale=model.guidance_scales[index % len(model.guidance_scales)],
             strength=1.0 - index / 10,
-            num_inference_steps=5 + 3 * index,
+            num_inference_steps=min(5 + 3 * index, int(model.most_steps * (1.0 - index / 10))),
             init_image=blocks(*model.sizes[0 if index < 5 else index % len(model.sizes)], index),
             **model.options,
         )

@@ -34,8 +34,10 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
     "--seed", type=int, help="The same seed gives the same images. Default, and -1: a random seed."
 )
 @click.option("--samples", type=int, help="Number of images. Default: 1.")
-@click.option("--width", type=int, help="Width in pixels, a multiple of 8. Default: 512.")
-@click.option("--height", type=int, help="Height in pixels, a multiple of 8. Default: 512.")
+@click.option("--width", type=int, help="Width in pixels. Default: the native area of the model.")
+@click.option(
+    "--height", type=int, help="Height in pixels. Default: at the aspect ratio of the init image."
+)
 @click.option(
     "--output",
     metavar="PATH",

@@ -32,7 +32,7 @@ def call(wanted: EngineJob) -> dict[str, Any]:
 
 
 MODELS = {
-    "lcm": OracleModel(write, call=call, runs=_RUNS),
+    "lcm": OracleModel(write, call=call, runs=_RUNS, most_steps=50),
     "lcm with a longer schedule": OracleModel(
         partial(write, original_inference_steps=100), call=call, runs=_RUNS
     ),
