@@ -67,7 +67,7 @@ def _fill(template: str, look: str, rng: random.Random) -> str:
 
 
 def caption(look: str, rng: random.Random) -> str:
-    """Returns a prompt that asks for the look; half of the prompts use the look's own name."""
+    """Returns a prompt that asks for the style; half of the prompts use the style's own name."""
     wordings = WORDINGS[look]
     wording = wordings[0] if rng.random() < 0.5 else rng.choice(wordings)
     shaped = _SCENE_LOOK if look in SCENES else _NOUN_LOOK
@@ -76,5 +76,5 @@ def caption(look: str, rng: random.Random) -> str:
 
 
 def caption_without_look(rng: random.Random) -> str:
-    """Returns an empty prompt, or words without a look: the image must stay unchanged."""
+    """Returns an empty prompt, or words without a style: the image must stay unchanged."""
     return "" if rng.random() < 0.5 else _fill(rng.choice(_NO_LOOK), "", rng)

@@ -2,7 +2,7 @@
 
 `python -m recipe.classifier` trains it; the evaluation uses it on images generated from photos that
 neither it nor the model has seen. Half of its examples are softened and grainy, so that it does not
-take the softness of the autoencoder for a look.
+take the softness of the autoencoder for a style.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _describe(view: int) -> np.ndarray:
 
 
 def train(every: int = 4, workers: int = 2) -> float:
-    """Trains on every n-th view; returns the share of looks named correctly in other views."""
+    """Trains on every n-th view; returns the share of styles named correctly in other views."""
     views = range(0, len(np.load(RENDERS, mmap_mode="r")), every)
     with ProcessPoolExecutor(workers) as pool:
         table = np.stack(list(pool.map(_describe, views, chunksize=4)))

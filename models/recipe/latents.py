@@ -1,7 +1,7 @@
 """Encodes the rendered views once, so that training the denoiser needs no pixels.
 
 `python -m recipe.latents` writes build/latents/latents.npy: float16,
-views x looks x channels x side/8 x side/8.
+views x styles x channels x side/8 x side/8.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def build() -> None:
 def load_latents() -> np.ndarray:
     """Returns the latents in memory, because a page fault per crop costs more than the denoiser.
 
-    Raises SystemExit if they belong to another encoder or to a different list of looks.
+    Raises SystemExit if they belong to another encoder or to a different list of styles.
     """
     latents = np.load(LATENTS)
     want, got = (len(NAMES), LATENT_CHANNELS), latents.shape[1:3]

@@ -1,9 +1,9 @@
-"""The training samples of the denoiser: a latent between photo and look, with noise.
+"""The training samples of the denoiser: a latent between photo and style, with noise.
 
 z = photo + u (styled - photo), u mostly 0 (an untouched photo) or 1 (ordinary diffusion);
 x_t = signal z + noise eps; the clean target latent is z + share(t) (styled - z). The target of a
-caption without a look is z itself, so the unconditional branch does not change the image and the
-guidance scale says how strongly the look is applied.
+caption without a style is z itself, so the unconditional branch does not change the image and the
+guidance scale says how strongly the style is applied.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def look_photos(count: int) -> list[Photo]:
 
 
 def look_requests(chosen: list[Photo], sparse: int = 0) -> list[Request]:
-    """Returns every look of the sheet's photos, and all or `sparse` looks of the others."""
+    """Returns every style of the sheet's photos, and all or `sparse` styles of the others."""
     requests = []
     for number, photo in enumerate(chosen):
         whole = not sparse or photo.id in LOOKS_PHOTOS
@@ -67,7 +67,7 @@ def look_requests(chosen: list[Photo], sparse: int = 0) -> list[Request]:
 
 
 def looks_sheets(wanted: list[Request], side: int = 112) -> None:
-    """Draws all looks of some photos, ten looks a sheet; the first column is the photo."""
+    """Draws all styles of some photos, ten styles a sheet; the first column is the photo."""
     gallery.make(wanted)
     for part, names in enumerate((NAMES[:10], NAMES[10:]), start=1):
         rows = []

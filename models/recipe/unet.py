@@ -1,7 +1,7 @@
 """The denoiser: a small UNet2DConditionModel that predicts v from the latents.
 
 The pooled text also modulates every block together with the time (`addition_embed_type="text"`),
-so that a look reaches the full-resolution level, which has no attention.
+so that a style reaches the full-resolution level, which has no attention.
 """
 
 from __future__ import annotations

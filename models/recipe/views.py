@@ -1,7 +1,7 @@
-"""Square views of the training photos, rendered in every look.
+"""Square views of the training photos, rendered in every style.
 
 `python -m recipe.views` writes build/latents/renders.npy: uint8, views x looks x side x side x 3.
-A view is a random scale, crop and flip of one photo; the same view in all looks is one sample.
+A view is a random scale, crop and flip of one photo; the same view in all styles is one sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Word lists for captions: wordings of the looks, and subjects of images."""
+"""Word lists for captions: wordings of the styles, and subjects of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ def _words(block: str, separator: str | None = None) -> list[str]:
     return [word.strip() for word in block.replace("\n", " ").strip().split(separator)]
 
 
-# The first wording is the look's own name.
+# The first wording is the style's own name.
 WORDINGS: dict[str, tuple[str, ...]] = {
     "photo": ("photo", "photograph", "realistic photo", "original photo", "photorealistic"),
     "pencil sketch": (

@@ -147,7 +147,7 @@ def _place(draft: Path, name: str) -> Path:
 
 
 def _from_hub(source: str, revision: str, draft: Path) -> None:
-    from huggingface_hub import snapshot_download  # a second to import
+    from huggingface_hub import snapshot_download  # Importing the library takes a second.
 
     snapshot_download(
         source,

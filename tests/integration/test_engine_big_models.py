@@ -204,8 +204,8 @@ def test_the_memory_of_each_part_is_logged(flux: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO):
         load(flux)
 
-    lines = [line for line in caplog.messages if line.startswith("model part ")]
-    assert {line.split()[2].rstrip(":") for line in lines} == {
+    lines = [line for line in caplog.messages if line.startswith("model_part_placed: ")]
+    assert {line.split()[1].rstrip(":") for line in lines} == {
         "text_encoder",
         "text_encoder_2",
         "transformer",

@@ -60,7 +60,7 @@ async def test_a_bucket_without_lifecycle_rules_is_a_warning(
     assert s3.files == {f"img2img/{KEY}": b"x"}
     (line,) = caplog.messages
     assert "the bucket img2img takes no lifecycle rules" in line
-    assert "nothing deletes old files" in line
+    assert "so nothing deletes old files" in line
     assert "expire generations/ and temp/ after 1 days" in line
 
 

@@ -568,7 +568,7 @@ def test_addresses_by_number_are_refused_with_tls() -> None:
     assert Settings(api_address="dns:///api:50051", api_ca_file="ca.pem").api_ca_file
 
 
-# The reasons.
+# Reasons in the error messages.
 
 
 def test_reasons_are_single_lines_and_those_of_groups_are_all_reported() -> None:

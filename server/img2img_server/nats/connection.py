@@ -202,7 +202,7 @@ class NatsConnection:
         log.warning("nats_reconnected")
         # the client may have reached another server, or one with another configuration
         if why := self._too_small():
-            log.error("%s", why)
+            log.error("nats_max_payload_too_small: %s", why)
         self._faults.clear()
         self._reported = ("", 0.0)
         self._up.set()

@@ -102,8 +102,8 @@ class S3BlobStore:
             if isinstance(error, StorageError):
                 why = explain(error.__cause__, self._access).sentence
             log.warning(
-                "the bucket %s takes no lifecycle rules (%s): nothing deletes old files. Add rules "
-                "that expire generations/ and temp/ after %d days.",
+                "lifecycle_rules_refused: the bucket %s takes no lifecycle rules (%s), so nothing "
+                "deletes old files. Add rules that expire generations/ and temp/ after %d days.",
                 self._bucket,
                 why,
                 self._keep_days,

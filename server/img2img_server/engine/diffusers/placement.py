@@ -108,7 +108,7 @@ def log_parts(pipeline: Any) -> None:
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.parameters()})
         )
         _log.info(
-            "model part %s: %s, %d MiB on %s as %s",
+            "model_part_placed: %s: %s, %d MiB on %s as %s",
             *(name, type(part).__name__, size // 2**20, devices, dtypes),
         )
 
