@@ -87,7 +87,7 @@ class Report:
 
 
 def bounded(work: Work, seconds: float) -> Iterator[tuple[str, Rows]]:
-    """Yields the results of `work` in its own process, which is ended after so many seconds.
+    """Yields the results of `work` in its own process, which is ended after this number of seconds.
 
     Raises:
         PartError: the work raised, its process died, or the time was not enough.

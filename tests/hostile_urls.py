@@ -1,4 +1,4 @@
-"""Addresses that must be refused without a connection. PORT stands for a listener's port.
+"""Addresses that must be rejected without a connection. PORT stands for a listener's port.
 
 An address that is not rejected reaches the listener, because it is one of this machine, or a name
 that the test's resolver maps to this machine.

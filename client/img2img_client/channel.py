@@ -131,7 +131,7 @@ class Endpoint:
 
     @property
     def host_and_port(self) -> tuple[str, int] | None:
-        """The host and port of the target; None if it is not one such pair."""
+        """The host and port of the target; None if the target has another form."""
         match = re.fullmatch(
             r"(?:dns:(?://[^/]*/)?)?(?:\[([^\]]*)\]|([^/\[\]:]*)):(\d{1,9})", self.target
         )

@@ -199,7 +199,7 @@ class _Read:
         self.newest: Any = None  # the newest entry of `results`
 
     def run(self, call: Any) -> None:
-        """Runs until a request is False."""
+        """Reads a message for each request in `requests`, until a request is False."""
         while self.requests.get():
             try:
                 self.newest = next(call, None)

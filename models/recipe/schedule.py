@@ -2,7 +2,7 @@
 
 Noise grows slowly through most of the time and reaches pure noise only at the end, so that strength
 0.7 keeps the layout of the photo and 1.0 nothing of it. The styled share grows in the same way: the
-denoiser learns to move a latent towards its look by `style_share`.
+denoiser learns to move a latent towards its style by `style_share`.
 """
 
 from __future__ import annotations

@@ -339,5 +339,5 @@ def test_fused_projections_give_the_same_images_or_are_refused(family: str, tmp_
 
 def test_stable_diffusion_3_refuses_fused_projections(tmp_path: Path) -> None:
     folder = models()["sd3.5"].write(tmp_path)
-    with pytest.raises(ModelError, match="cannot fuse its projections; it must be off"):
+    with pytest.raises(ModelError, match="cannot fuse its projections, so the setting must be off"):
         load(folder, ModelOptions(fuse_qkv=True))

@@ -80,7 +80,7 @@ def test_no_length_of_a_prompt_is_compiled_after_the_warm_up(
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_compiling_such_a_network_as_a_whole_is_refused(family: Any, tmp_path: Path) -> None:
     folder = next(iter(families()[family.name].values())).write(tmp_path)
-    with pytest.raises(ModelError, match="it must be regional or off") as caught:
+    with pytest.raises(ModelError, match="the setting must be regional or off") as caught:
         load(folder, Compile.WHOLE)
 
     assert caught.value.setting == "compile"

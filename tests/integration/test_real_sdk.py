@@ -90,7 +90,7 @@ async def started(service: LocalStack, job: dict[str, Any], times: int = 1) -> N
             times -= isinstance(event, Started)
             if not times:
                 return
-    raise AssertionError(f"{times} starts are missing")
+    raise AssertionError(f"the job was not started {times} times")
 
 
 @FAMILIES

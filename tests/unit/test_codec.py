@@ -146,7 +146,7 @@ def test_golden_bytes_of_events_are_read(event: Event) -> None:
 
 
 # Bytes of the version before LoRA, deadlines and traces. `make gold` does not rewrite these files,
-# because NATS stores such bytes during a rolling update. The start of each file's SHA-256:
+# because NATS stores such bytes during a rolling update. The beginning of each file's SHA-256:
 BEFORE = {
     "job": "3c1d467fb476303b",
     "queued_job": "682da5f125733986",

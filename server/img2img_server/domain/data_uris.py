@@ -45,7 +45,7 @@ def _end_of_head(text: str, start: int) -> int:
     """Returns the place of the comma before the data.
 
     This is the first comma outside of quoted strings, whose quotes are mostly percent-encoded. If a
-    quoted string has no end, it is the first comma of all.
+    quoted string has no end, it is the first comma of the URI.
     """
     first, quoted = -1, False
     for mark in _MARK.finditer(text, start, start + _MOST_HEAD_CHARACTERS):

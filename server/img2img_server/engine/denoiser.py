@@ -180,7 +180,7 @@ class Denoiser(Protocol):
         """Returns the coefficients of the sampler.
 
         Raises:
-            ValueError: the scheduler cannot run so many steps.
+            ValueError: The scheduler cannot run this number of steps.
         """
         ...
 

@@ -32,7 +32,7 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
     """Loads the model onto the device and warms it up. Blocks for seconds to minutes.
 
     Raises:
-        SettingsError: the device is not there, or cannot compute with the dtype.
+        SettingsError: the device does not exist, or cannot compute with the dtype.
         ModelError: the model cannot be loaded, or its dry run failed.
     """
     device, dtype = device_and_dtype(options.device, options.dtype)

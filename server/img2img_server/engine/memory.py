@@ -116,7 +116,7 @@ class MemoryModel:
         """Returns the most forwards up to `most` that fit in one batch; at least 1.
 
         Args:
-            padded_batch_size: how many forwards run for a batch of so many.
+            padded_batch_size: Returns the number of forwards that run for a batch size.
         """
         sizes = range(most, 1, -1)
         return next(

@@ -197,7 +197,7 @@ def read_model_spec(
         if folder.exists():
             raise ModelError(f"{folder} is a file; a model is a directory in diffusers' layout")
         if folder.is_symlink():
-            raise ModelError(f"{folder} is a link to {folder.readlink()}, which is not there")
+            raise ModelError(f"{folder} is a link to {folder.readlink()}, which does not exist")
         if not source or source.startswith(("/", ".", "~")) or source.count("/") != 1:
             raise ModelError(f"there is no model at {source or folder}")
         if files is None:

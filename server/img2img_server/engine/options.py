@@ -129,7 +129,7 @@ def limit_spinning() -> None:
     """Makes waiting OpenMP threads sleep soon. Must run before torch is imported.
 
     OpenMP waits for 300,000 spins, which take milliseconds: on cores that other processes use too,
-    the waiting threads keep the others from running, and a step takes many times as long. With
+    the waiting threads keep other threads from running, and a step takes many times as long. With
     3,000 spins a step takes as long as with 300,000 on free cores. An OMP_WAIT_POLICY of the
     environment has precedence.
     """

@@ -104,7 +104,8 @@ class Priority(NamedTuple):
         score: -age / (remaining work)^2, so that a short job does not wait for a long one. With the
             plain ratio, all jobs would be slowed by the same factor, and a short job would wait for
             the length of a long one.
-        enqueue_time: Among equals, the older row goes first; the rest makes the order total.
+        enqueue_time: Among equals, the older row goes first. The remaining fields make the order
+            total.
     """
 
     has_waited_too_long: int

@@ -292,7 +292,7 @@ def admit(
     Raises:
         EngineError: the model does not support the request.
         OutOfMemoryError: the job can never fit the device.
-        ValueError: the scheduler cannot run so many steps.
+        ValueError: the scheduler cannot run this number of steps.
         Exception: An error of a broken device.
     """
     params = job.params

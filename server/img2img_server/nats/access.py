@@ -132,8 +132,8 @@ def _server(url: str) -> tuple[str, Login]:
     except ValueError:
         # After a "/" in the password, the parser takes the rest of the password for a port.
         raise SettingsError(
-            f"{URL}: it is no address; in a user, password or token write / ? # @ : , and % as "
-            "%2F %3F %23 %40 %3A %2C and %25"
+            f"{URL}: an entry is no address; in a user, password or token write "
+            "/ ? # @ : , and % as %2F %3F %23 %40 %3A %2C and %25"
         ) from None
     if parts.scheme not in _SCHEMES:
         raise SettingsError(f"{URL}: the scheme must be one of {', '.join(_SCHEMES)}")

@@ -229,7 +229,7 @@ class S3BlobStore:
         others = [rule for rule in there if rule.rule_id not in ids]
         self._client.set_bucket_lifecycle(self._bucket, LifecycleConfig(others + ours))
         if not ids <= {rule.rule_id for rule in self._rules()}:
-            raise MinioException("it took the rules and does not list them")
+            raise MinioException("the store accepted the rules but does not list them")
 
     def _rules(self) -> list[Rule]:
         try:

@@ -2,7 +2,7 @@
 
 The sources of the chain and their variables are those of the AWS SDKs: environment, web identity
 (IRSA, workload identity), credentials file, container (ECS, EKS pod identity), EC2 metadata. The
-first one that is configured is used; when it fails, that is an error, and no other one is tried.
+first source that is configured is used. If it fails, no other source is tried.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Vault:
         try:
             return MultiFernet(self._keys).decrypt(sealed)
         except InvalidToken:
-            raise SealBrokenError("no storage key decrypts it") from None
+            raise SealBrokenError("no storage key decrypts the data") from None
 
     def is_current(self, sealed: bytes) -> bool:
         """Returns whether the first key decrypts the data."""

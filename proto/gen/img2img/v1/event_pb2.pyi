@@ -101,7 +101,7 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:
-        """The stream is silent but alive. Not part of the event log."""
+        """Sent while there is no event. Not part of the event log."""
 
     def __init__(
         self,

@@ -118,7 +118,7 @@ class _DeterminismClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dete
     DETERMINISM_CLASS_UNSPECIFIED: _DeterminismClass.ValueType  # 0
     """Unknown, because the job has not run yet."""
     DETERMINISM_CLASS_EXACT: _DeterminismClass.ValueType  # 1
-    """Byte for byte equal on the same build and hardware, whatever shares the batch."""
+    """Byte for byte equal on the same build and hardware, whatever jobs share the batch."""
     DETERMINISM_CLASS_BOUNDED: _DeterminismClass.ValueType  # 2
     """Equal within 2 of 255 levels a channel: batching can change the last bits of a sum."""
     DETERMINISM_CLASS_CLOSE: _DeterminismClass.ValueType  # 3
@@ -132,7 +132,7 @@ class DeterminismClass(_DeterminismClass, metaclass=_DeterminismClassEnumTypeWra
 DETERMINISM_CLASS_UNSPECIFIED: DeterminismClass.ValueType  # 0
 """Unknown, because the job has not run yet."""
 DETERMINISM_CLASS_EXACT: DeterminismClass.ValueType  # 1
-"""Byte for byte equal on the same build and hardware, whatever shares the batch."""
+"""Byte for byte equal on the same build and hardware, whatever jobs share the batch."""
 DETERMINISM_CLASS_BOUNDED: DeterminismClass.ValueType  # 2
 """Equal within 2 of 255 levels a channel: batching can change the last bits of a sum."""
 DETERMINISM_CLASS_CLOSE: DeterminismClass.ValueType  # 3

@@ -1,6 +1,6 @@
 """ModelsLab's sentences about rejected requests, by field and reason.
 
-domain/violations.py and errors.py have our own sentences. Those may be reworded, these may not.
+Our own sentences, in domain/violations.py and errors.py, may be reworded; ModelsLab's may not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Denoiser of diffusers models, of whatever family."""
+"""The Denoiser of diffusers models of every family."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def load_pipeline(
     if family.lengths_vary and options.compile is Compile.WHOLE:
         raise ModelError(
             f"{files.class_name} takes prompts of any length: to compile its network as a whole "
-            "would take minutes for each length; it must be regional or off",
+            "would take minutes for each length; the setting must be regional or off",
             setting="compile",
         )
     if options.compile is not Compile.OFF:  # This check comes before the slow steps.
@@ -172,7 +172,7 @@ def accelerate(
     if options.fuse_qkv:
         if not (can_fuse and hasattr(network, "fuse_qkv_projections")):
             raise ModelError(
-                f"{type(network).__name__} cannot fuse its projections; it must be off",
+                f"{type(network).__name__} cannot fuse its projections, so the setting must be off",
                 setting="fuse_qkv",
             )
         network.fuse_qkv_projections()
@@ -211,7 +211,7 @@ def _try_compiler(device: torch.device, wanted: Compile) -> None:
         needs = "a C compiler" if device.type == "cuda" else "a C++ compiler"
         raise ModelError(
             f"{wanted} needs {needs} on this machine (Debian: g++); "
-            f"without one it must be off: {str(error).splitlines()[0]}",
+            f"without a compiler the setting must be off: {str(error).splitlines()[0]}",
             setting="compile",
         ) from error
 

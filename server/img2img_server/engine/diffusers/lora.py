@@ -105,7 +105,7 @@ def _read(model: LoadedModel, family: Family, file: Path) -> list[_Change]:
         ) from error
     if not found:
         raise ModelError(
-            f"LoRA {file.name} does not fit the model: it changes nothing of it", setting="lora_dir"
+            f"LoRA {file.name} does not fit the model: it changes no weight", setting="lora_dir"
         )
     return found
 

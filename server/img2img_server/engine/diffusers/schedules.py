@@ -62,7 +62,7 @@ class Schedules:
         """Returns the schedule of one request, with as many steps as diffusers would run.
 
         Raises:
-            ValueError: The family has no such scheduler, or it cannot run so many steps.
+            ValueError: The family has no such scheduler, or it cannot run this number of steps.
         """
         if name not in self._family.offered(self._config):
             raise ValueError(f"there is no scheduler {name}")
@@ -110,8 +110,8 @@ def derive_schedule(scheduler: Any, run: int, num_inference_steps: int) -> Sched
             the model for each.
 
     Raises:
-        ValueError: The scheduler cannot run so many steps, or remembers too much.
-        IndexError: The same; diffusers raises either.
+        ValueError: The scheduler cannot run this number of steps, or remembers too many tensors.
+        IndexError: The scheduler cannot run this number of steps.
     """
     if not run:
         return Schedule(init_signal=1.0, init_noise=0.0, steps=())
