@@ -39,6 +39,7 @@ check: setup ## Check lint, types, imports and generated files; change nothing
 	$(BIN)/python docs/generate_settings.py --check
 	$(BIN)/python helm/generate.py --check
 	$(if $(WITH_NPM),node_modules/.bin/buf lint proto,@echo "skipped: buf lint (no npm here)")
+	$(if $(WITH_NPM),node_modules/.bin/buf breaking proto --against proto/baseline.binpb,@echo "skipped: buf breaking (no npm here)")
 
 fix: setup ## Correct lint and format errors
 	$(BIN)/ruff check --fix .
