@@ -68,7 +68,8 @@ def compare(
     """Returns the summaries of both loads, and the ratios."""
     sides, rounds = arguments.sides, arguments.rounds
     for server in servers.values():
-        server.serve(requests(4, None, sides, seed=99, traits=traits))  # warm up
+        # These requests warm the systems up.
+        server.serve(requests(4, None, sides, seed=99, traits=traits))
     alone = servers[_STOCK].serve(requests(16, None, sides, seed=98, traits=traits))
     pace = alone.busy / sum(outcome.request.pixel_forwards for outcome in alone.outcomes)
     waiting = [requests(16, None, sides, seed, traits) for seed in range(rounds)]
@@ -144,7 +145,8 @@ def main(words: Sequence[str] | None = None) -> None:
     }
     for family in arguments.families:
         report["families"][family] = measure(family, arguments)
-        write(report, arguments.output, markdown)  # also if the next one fails
+        # Write the report after each family, so that a later failure does not lose it.
+        write(report, arguments.output, markdown)
     print(markdown(report))
     missed = misses(report)
     print("\n".join(missed))

@@ -25,7 +25,8 @@ from img2img_server.imaging.base import Pixels
 
 def load_pipeline(source: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Returns the pipeline of all systems, channels last: the benchmark compares their loops."""
-    diffusers.utils.logging.set_verbosity_error()  # it would report each prompt that is cut
+    # The tokenizer would report each truncated prompt.
+    diffusers.utils.logging.set_verbosity_error()
     files = ModelFiles.read(Path(source))
     family = detect(files, source)
     options = {**dict.fromkeys(files.absent_parts), **family.load_options}

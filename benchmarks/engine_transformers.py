@@ -106,7 +106,7 @@ def network(name: str) -> Any:
         return SD3Transformer2DModel(**options)
     found = ZImageTransformer2DModel(**options)
     for token in (found.x_pad_token, found.cap_pad_token):
-        torch.nn.init.normal_(token)  # diffusers leaves them uninitialised
+        torch.nn.init.normal_(token)  # diffusers does not initialise these weights.
     return found
 
 

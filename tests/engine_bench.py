@@ -42,7 +42,7 @@ from img2img_server.imaging.base import Pixels
 torch.set_num_threads(1)
 
 SECONDS = 30.0
-# The limit for the oracle and for neighbours: the largest difference of a pixel, of 255.
+# The largest allowed difference of a pixel, of 255, from the stock pipeline and between batches.
 BOUND = 2
 
 

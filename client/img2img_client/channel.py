@@ -126,7 +126,7 @@ class Endpoint:
 
     @property
     def description(self) -> str:
-        """The service as error messages name it."""
+        """The name of the service in error messages."""
         return f"the service at {self.target}" if self.target else "the service"
 
     @property

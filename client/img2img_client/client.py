@@ -210,7 +210,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         self.close()
 
     def close(self) -> None:
-        """Leaves all open streams, see JobStream.close, and closes the channel that it opened.
+        """Closes all open streams, see JobStream.close, and the channel if this client opened it.
 
         Streams, and calls on that channel, that another thread waits for raise ClientClosedError.
         """
@@ -355,7 +355,7 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
         await self.close()
 
     async def close(self) -> None:
-        """Leaves all streams and closes the channel that it opened, as Client.close."""
+        """Closes all streams, and the channel if this client opened it, as Client.close."""
         self._is_closed = True
         for calls in list(self._streams):
             await calls.leave()

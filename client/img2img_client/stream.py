@@ -220,7 +220,8 @@ class AsyncCalls(_Calls):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
-        self._message: asyncio.Future[Any] | None = None  # the newest read of the newest call
+        # the newest task that reads a message of the newest call
+        self._message: asyncio.Future[Any] | None = None
         self._leaving: asyncio.Future[None] | None = None
 
     async def leave(self) -> None:

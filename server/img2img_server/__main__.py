@@ -136,7 +136,7 @@ def local() -> None:
 @click.option(
     "--rate-limit",
     type=click.IntRange(min=0),
-    help="Jobs a minute that it may make, 0 for any number. Default: IMG2IMG_RATE_LIMIT.",
+    help="Jobs a minute that the key may create, 0 for any number. Default: IMG2IMG_RATE_LIMIT.",
 )
 def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> None:
     """Make an API key: the key on stderr, its entry for the keys file on stdout."""

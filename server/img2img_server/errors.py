@@ -372,7 +372,7 @@ class InitImageError(JobFailedError):
 
 
 class SafetyCheckError(JobFailedError):
-    """A requested safety check cannot run; it is never skipped silently."""
+    """A requested safety check cannot run. The check is never skipped silently."""
 
     reason = "SAFETY_CHECK_UNAVAILABLE"
 

@@ -43,7 +43,9 @@ def logs_reason() -> Iterator[None]:
 
 
 def log_reason(error: BaseException) -> None:
-    """Logs an error that ends the process, only once. An unexpected error has its traceback."""
+    """Logs an error that ends the process, only once. An unexpected error is logged with its
+    traceback.
+    """
     if getattr(error, "_is_logged", False):
         return
     with suppress(AttributeError):

@@ -63,7 +63,7 @@ class End:
 
 
 async def ended(role: str, *, program: str = "", **changes: object) -> End:
-    """Runs a role until it ends by itself."""
+    """Runs a role until its process ends."""
     clean = {key: value for key, value in os.environ.items() if "IMG2IMG" not in key}
     chosen = {"grpc_port": 0, "http_port": 0, "metrics_port": 0, "log_format": "json", **changes}
     names = {f"IMG2IMG_{name.upper()}": str(value) for name, value in chosen.items()}

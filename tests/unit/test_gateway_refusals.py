@@ -116,11 +116,16 @@ def test_every_error_of_the_api_is_a_refusal(
 def test_every_error_of_the_tree_is_in_the_table_above() -> None:
     met = {
         "InvalidRequestError",
-        "JobEndedError",  # only CancelJob raises it, which the gateway does not call
-        "JobNotEndedError",  # only RedeliverWebhook raises it, which the gateway does not call
-        "NoWebhookError",  # only RedeliverWebhook raises it, which the gateway does not call
-        "TooManyWebhooksError",  # only RedeliverWebhook raises it, which the gateway does not call
-        "DeadlineTooShortError",  # only Generate raises it, which the gateway does not call
+        # only CancelJob raises this error, and the gateway does not call CancelJob
+        "JobEndedError",
+        # only RedeliverWebhook raises this error, and the gateway does not call that method
+        "JobNotEndedError",
+        # only RedeliverWebhook raises this error, and the gateway does not call that method
+        "NoWebhookError",
+        # only RedeliverWebhook raises this error, and the gateway does not call that method
+        "TooManyWebhooksError",
+        # only Generate raises this error, and the gateway does not call Generate
+        "DeadlineTooShortError",
         "UnauthenticatedError",
         "PermissionDeniedError",
         "JobNotFoundError",

@@ -101,7 +101,7 @@ def test_every_other_image_format_that_pillow_writes_is_refused() -> None:
         try:
             IMAGE.save(file, container)
         except (OSError, ValueError, KeyError, AttributeError):
-            continue  # Pillow cannot write these formats from RGB, or not without another library.
+            continue  # Pillow cannot write these formats from RGB without another library.
         with pytest.raises(InvalidImageError) as caught:
             check_image(file.getvalue(), width=512, height=512, limits=Limits())
         assert caught.value.violation.reason == Reason.INVALID_IMAGE

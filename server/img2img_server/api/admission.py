@@ -55,7 +55,7 @@ class Admitted:
     pixel_steps: int  # the cost of the job
     image: CheckedImage
     fetch_seconds: float
-    position: int  # number of jobs that are queued before it
+    position: int  # number of jobs that are queued before this one
     eta_seconds: float | None
 
 

@@ -1,4 +1,6 @@
-"""How many denoising steps run at a strength: the rules of the stock pipelines of diffusers."""
+"""Computes the number of denoising steps at a strength, by the rules of diffusers' stock
+pipelines.
+"""
 
 from __future__ import annotations
 

@@ -95,6 +95,7 @@ def failure_of(error: Exception, job: EngineJob) -> Exception:
     """Returns the error that the job's caller gets for an error in the loop."""
     if is_out_of_memory(error):
         return OutOfMemoryError(job.width, job.height, needed_bytes(error))
-    if isinstance(error, ValueError):  # A scheduler raises it for options that it does not support.
+    if isinstance(error, ValueError):
+        # A scheduler raises this error for options that it does not support.
         return EngineError(str(error))
     return error

@@ -49,7 +49,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A whole run. It begins with `init_signal * image latents + init_noise * randn`."""
+    """The schedule of a whole run, which begins with `init_signal * image latents + init_noise *
+    randn`.
+    """
 
     init_signal: float
     init_noise: float

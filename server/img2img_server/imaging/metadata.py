@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 # bytes.
 MAX_EXIF_BYTES = 2**17
 MAX_PROFILE_BYTES = 2**22  # profiles of printers have up to 3 MB
-# ImageMagick stores EXIF in a PNG under these names, as hexadecimal text.
+# ImageMagick stores EXIF in a PNG under this keyword, as hexadecimal text.
 _RAW_EXIF = "Raw profile type exif"
 
 # Pillow warns when it skips a damaged EXIF entry.

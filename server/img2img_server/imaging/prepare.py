@@ -48,7 +48,7 @@ DECODE_GAP = 3.0
 CONVERT_MAX_PIXELS = 2**22
 CONVERT_GAP = 2.0
 
-# The last step for each EXIF orientation. From 5 on, rows and columns are swapped before it.
+# The last transformation for each EXIF orientation. From 5 on, rows and columns are swapped before.
 FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

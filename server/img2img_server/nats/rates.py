@@ -69,7 +69,7 @@ class Rates:
         full_at = max(now, float(entry.value)) if entry else now
         full_at += MINUTE / per_minute
         wait = full_at - now - MINUTE
-        # The cached time may be old. It only grows, so a refusal by it is right.
+        # The cached time may be old, but the stored time only grows, so a refusal is right.
         return entry, full_at, wait if wait > 1e-6 else 0.0
 
     async def _read(self, key_id: str) -> None:

@@ -1,4 +1,4 @@
-"""The tables of public IP addresses, the same on every Python version."""
+"""Decides which IP addresses are public, with tables that do not depend on the Python version."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ class ModelChecker(LazyChecker):
         )
         checker.eval()
         prepare = CLIPImageProcessorPil.from_pretrained(self._source, subfolder="feature_extractor")
-        # A thread may outlive the check that started it, so the threads take turns themselves.
+        # A thread may outlive the check that started it, so a lock in the threads keeps the checks
+        # sequential.
         one_at_a_time = threading.Lock()
 
         def score(pixels: Pixels) -> float:

@@ -1,1 +1,1 @@
-"""File storage: the bucket of the service and those of tenants."""
+"""Stores files in the bucket of the service and in the buckets of tenants."""

@@ -146,7 +146,7 @@ class FakeEngine:
             self._changed.notify_all()
 
     def release(self) -> None:
-        """Lets held jobs continue, and holds no later ones."""
+        """Lets held jobs continue. Later jobs are not held."""
         with self._changed:
             self._hold_after = None
             self._changed.notify_all()

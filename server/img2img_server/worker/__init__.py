@@ -1,1 +1,1 @@
-"""The worker role: the queue on one side, the engine and the store on the other."""
+"""The worker role: takes jobs from the queue, runs them on the engine and stores the results."""

@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """Serves the queue with one engine. It stops pulling when its jobs fill a batch."""
+    """Runs jobs of the queue on one engine. Pulls no more jobs while its jobs fill a batch."""
 
     def __init__(
         self, deps: WorkerDeps, control: Control, registry: WorkerRegistry, *, drain_seconds: float

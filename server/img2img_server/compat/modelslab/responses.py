@@ -133,7 +133,9 @@ class SystemDetails(Done):
 
     model_count: Annotated[int, Field(ge=0)]
     queue_num: Annotated[int, Field(ge=0, description="Waiting jobs.")]
-    queue_time: Annotated[float, Field(ge=0, description="Seconds until they have ended.")]
+    queue_time: Annotated[
+        float, Field(ge=0, description="Seconds until the waiting jobs have ended.")
+    ]
     data: ServerData
 
 

@@ -182,7 +182,7 @@ def accelerate(
     graphs = {"mode": "reduce-overhead"} if network.device.type == "cuda" else {}
     if options.compile is Compile.REGIONAL:
         if not getattr(network, "_repeated_blocks", None):
-            # Some classes of diffusers do not name them.
+            # Some classes of diffusers do not name their repeated blocks.
             whole = network._no_split_modules or ()
             network._repeated_blocks = [name for name in whole if name.endswith("Block")]
         # Graphs of many small regions would add more launches than they save.

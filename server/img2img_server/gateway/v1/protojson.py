@@ -68,7 +68,8 @@ def _set(message: Message, field: FieldDescriptor, value: Any) -> bool:
         return False  # The library accepts a text as a list of names.
     try:
         json_format.ParseDict({field.name: value}, message)
-    # The library raises it also for infinite enum values and for texts that are not Unicode.
+    # The library raises these errors also for infinite enum values and for texts that are not
+    # Unicode.
     except (json_format.ParseError, ValueError, OverflowError, SystemError):
         return False
     return True
