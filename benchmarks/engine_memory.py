@@ -77,7 +77,7 @@ def measure(jobs: int) -> dict[str, object]:
     """Returns the report: memory in bytes after the warm-up, at the end, and the maximum."""
     spec = read_model_spec("")
     device, dtype = torch.device("cpu"), torch.float32
-    keep_freed_memory()  # as in a worker
+    keep_freed_memory()  # as worker processes do
     engine = DiffusionEngine(DiffusersDenoiser.load(spec.source, device, dtype), spec, 8)
     process = psutil.Process()
     try:

@@ -81,7 +81,7 @@ class StockOf:
 
             one = models()[self.place.oracle].call
             arguments = lambda group: one(job_of(group[0]))  # noqa: E731
-            self.place.settle()  # the import of the oracle has changed the number of threads
+            self.place.settle()  # Importing the oracle has changed the number of threads.
         return StockServer(pipeline, Clock(pipeline), self.most, arguments)
 
 

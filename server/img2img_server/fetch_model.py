@@ -126,7 +126,8 @@ def _objects(access: S3Access, endpoint_url: str, prefix: str, target: Path) -> 
     files = [(each.object_name or "", each.size or 0) for each in listed]
     with ThreadPoolExecutor(THREADS) as pool:
         wanted = [(name, size, _place(draft, name.removeprefix(prefix))) for name, size in files]
-        list(pool.map(lambda each: _file(client, bucket, *each), wanted))  # raises their errors
+        # list() raises the errors of the threads.
+        list(pool.map(lambda each: _file(client, bucket, *each), wanted))
     connections.clear()
     return draft
 

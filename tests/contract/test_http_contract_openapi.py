@@ -39,7 +39,7 @@ CONFIG = """
 include-path-regex = "^/api/v6/"
 phases = { coverage = { enabled = false }, fuzzing = { enabled = false } }
 """
-IDLE = replace(FAKE_MODEL, name="idle")  # Its jobs never end.
+IDLE = replace(FAKE_MODEL, name="idle")  # a model without a worker, so its jobs wait
 # The test runs in two processes, which halves its time on two processors.
 HALVES = [
     f"--{verb}-path-regex=^/(v1|api/v1/enterprise/update_s3)" for verb in ("include", "exclude")

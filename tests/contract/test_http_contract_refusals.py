@@ -129,7 +129,7 @@ async def test_jobs_belong_to_the_tenant_of_the_key(tmp_path: Path) -> None:
         )
 
 
-# BodyBudget.
+# Limits of request bodies.
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ async def test_live_workers_say_how_fast_they_are_and_the_model_remembers_it() -
     assert await seconds(backlog, "waiting") == round(SMALL * 2e-6, 6)
     for name in ("w", "slow", "fast"):
         await bus.workers.withdraw(name)
-    assert await seconds(backlog, "waiting") == round(SMALL * 1e-6, 6)  # the last announced value
+    # The last announced value remains.
+    assert await seconds(backlog, "waiting") == round(SMALL * 1e-6, 6)
 
 
 def test_a_worker_measures_its_device_not_the_time_before_or_between() -> None:

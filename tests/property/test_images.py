@@ -280,7 +280,7 @@ def test_jpeg_files_without_all_rows_are_refused(
     valid.
     """
     if made["mode"] == "CMYK":
-        # Otherwise missing bits are detected by the pixels that they change.
+        # With other subsampling, missing bits are detected by the pixels that they change.
         made = made | {"subsampling": "4:4:4"}
     data = jpeg_file(made)
     first, last = data.index(b"\xff\xda"), data.rindex(b"\xff\xd9") - 1

@@ -351,9 +351,9 @@ def test_the_fields_and_the_comments_of_the_proto_say_the_same(name: str) -> Non
     said, schema, field = proto_comments()[name].lower(), schema_of(name), FIELDS[name]
     if "maximum" in schema and name != "strength":
         low, high = schema["minimum"], schema["maximum"]
-        if name == "seed":  # The contract's range is narrower.
+        if name == "seed":  # The contract's range of seeds is narrower.
             low, high = 0, SEED_MAX
-        elif name in ("width", "height"):  # This range is narrower, too.
+        elif name in ("width", "height"):  # The contract's range of sides is narrower.
             high = Settings().max_side_pixels
         decimal = ".0" if name == "guidance_scale" else ""
         assert f"{low:.0f}{decimal} to {high}" in said

@@ -229,7 +229,7 @@ except InvalidImageError:
         capture_output=True,
         check=True,
     )
-    assert int(ran.stdout) < 10  # MiB
+    assert int(ran.stdout) < 10  # mebibytes of memory
 
 
 def stuffed(container: str, parts: int) -> bytes:

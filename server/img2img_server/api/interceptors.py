@@ -43,7 +43,7 @@ async def abort(context: Context, status: status_pb2.Status) -> NoReturn:
     call_status = rpc_status.to_status(status)
     context.set_trailing_metadata(call_status.trailing_metadata)
     await context.abort(call_status.code, call_status.details)
-    raise AssertionError  # abort raises
+    raise AssertionError  # context.abort always raises.
 
 
 class OpenCalls:

@@ -16,7 +16,7 @@ from img2img_server.devstack.child import HOST, Child, binary
 from img2img_server.devstack.files import write_private
 
 PARTS: Final = ("s3", "master", "volume", "filer", "admin")
-PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # all are set explicitly
+PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # All ports are set explicitly.
 VOLUME_MB: Final = 256  # megabytes; size of a data file
 
 

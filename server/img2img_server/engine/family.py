@@ -73,7 +73,7 @@ class ModelFiles:
         parts = pipeline.components.items()
         configs = {name: part.config for name, part in parts if hasattr(part, "config")}
         for name, config in configs.items():
-            if not isinstance(config, Mapping):  # of transformers
+            if not isinstance(config, Mapping):  # transformers has objects instead of dictionaries
                 configs[name] = config.to_dict()
         return cls({**pipeline.config, "_class_name": type(pipeline).__name__}, configs)
 

@@ -273,7 +273,8 @@ class NatsConnection:
             WrongLastSequenceError: The headers expect another last sequence.
             SubjectFullError: The subject has as many messages as its stream allows.
         """
-        known_once = "Nats-Msg-Id" in (headers or {})  # a duplicate is not stored
+        # With this header, the server stores no duplicate.
+        known_once = "Nats-Msg-Id" in (headers or {})
         return await self.ask(
             lambda: self.js.publish(subject, data, headers=headers),
             repeatable=repeatable or known_once,

@@ -108,7 +108,8 @@ async def newest(
     while before > 1 and len(found) < most:
         start = max(1, before - width)
         numbers = [number for number in await read(start, most) if number < before]
-        if len(numbers) == most and before - start > most:  # newer numbers may follow
+        if len(numbers) == most and before - start > most:
+            # The window may have more numbers than one read returns.
             width, growth = max(most, width // _WINDOW_GROWTH), 1
             continue
         found += reversed(numbers)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _MAPS = Path("/proc/self/maps")
-_DONT_NEED = 4  # MADV_DONTNEED of Linux
+_DONT_NEED = 4  # the constant MADV_DONTNEED of Linux
 
 
 def use_channels_last(network: torch.nn.Module) -> None:

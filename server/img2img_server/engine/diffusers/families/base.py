@@ -186,7 +186,7 @@ class Family:
         """Returns the limits of schedulers that run fewer steps than the model's limit, by name."""
         return ()
 
-    # Schedules.
+    # Methods for schedules.
 
     def timestep_arguments(
         self, config: Mapping[str, Any], num_inference_steps: int, height: int, width: int
@@ -221,7 +221,7 @@ class Family:
 
         return schedule_from_noise(make, share, num_inference_steps, self.derive_schedule)
 
-    # Batches.
+    # Methods for batches.
 
     def batch_key(self, text: TextInput) -> Hashable:
         """Returns the key that rows of one forward must share, apart from the LoRA."""
@@ -250,7 +250,7 @@ class Family:
         """
         raise NotImplementedError
 
-    # Text.
+    # Methods for text.
 
     def encode_prompts(
         self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
@@ -269,7 +269,7 @@ class Family:
         """Returns further tensors for the rows of one job, with a batch dimension of 1."""
         return {}
 
-    # Autoencoder.
+    # Methods for the autoencoder.
 
     def codec(self, vae: Any, tile_pixels: int) -> Autoencoder:
         """Returns the autoencoder between images and latents."""
@@ -277,7 +277,7 @@ class Family:
 
         return Autoencoder(vae, tile_pixels)
 
-    # LoRA.
+    # Methods for LoRAs.
 
     def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
         """Reads a LoRA file with the pipeline's own reader, which knows the common formats."""
