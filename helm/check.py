@@ -47,7 +47,7 @@ def render(values: Path, folder: Path) -> Path:
 
 
 def validate(manifests: list[Path]) -> None:
-    """Validates strictly against two Kubernetes versions; prints the kinds without a schema."""
+    """Validates the manifests against two Kubernetes versions; prints kinds without a schema."""
     program = TOOLS / "checks" / "bin" / "kubernetes-validate"
     for version in KUBERNETES:
         said = run(program, "--strict", "--kubernetes-version", version, *manifests)

@@ -284,7 +284,7 @@ def _names_and_comments(name: str, text: str, texts: list[ast.Constant]) -> Iter
 
 
 def _is_plain_function(node: ast.AST, name: str) -> bool:
-    """Returns whether the docstring must begin with a verb: that of a property need not."""
+    """Returns whether the docstring must begin with a verb; those of properties need not."""
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or name.startswith("tests/"):
         return False
     decorators = {ast.unparse(decorator).split("(")[0] for decorator in node.decorator_list}

@@ -85,8 +85,8 @@ def _checked(photo: Photo) -> bytes:
     found = sha256(data).hexdigest()
     if found != photo.sha256:
         raise SystemExit(
-            f"{photo.id}: {photo.member} of {photo.package} is another file than data/sources.csv "
-            f"names (sha256 {found}). Look at it and its licence, then write that down there."
+            f"{photo.id}: {photo.member} of {photo.package} is not the file that data/sources.csv "
+            f"names (sha256 {found}). Check the file and its licence, then update data/sources.csv."
         )
     return data
 
