@@ -10,7 +10,7 @@ from tests.tiny_models import EPSILON, TURBO, ZERO_SNR_V, write_sd
 # Two models are compared with every scheduler at some runs, the others with some schedulers at
 # every run. tests/unit/test_sampler.py has every scheduler at more runs.
 _RUNS = RUNS if IS_FULL else (RUNS[0], *RUNS[2:4], RUNS[7], RUNS[-1])
-_FEW = () if IS_FULL else ("ddim", "euler_a", "heun", "pndm")
+_FEW = () if IS_FULL else ("ddim", "euler_a", "pndm")
 
 MODELS = {
     "sd with a KL autoencoder": OracleModel(

@@ -20,7 +20,7 @@ def write_edm(folder: Path) -> Path:
 
 # All schedulers are compared with Stable Diffusion. The additions of an SDXL pipeline do not depend
 # on the scheduler.
-_FEW = () if IS_FULL else ("ddim", "euler", "heun", "dpmpp_2m_sde_karras")
+_FEW = () if IS_FULL else ("euler", "heun", "dpmpp_2m_sde_karras")
 
 MODELS = {
     "sdxl": OracleModel(partial(write_sdxl, scheduler=EPSILON, is_deep=True), schedulers=_FEW),
