@@ -28,23 +28,23 @@ class _Item:
     Attributes:
         make: Returns the event; may wait for the device and raise an error.
         is_optional: The job continues if it fails.
-        is_verdict: It is emitted although the job is broken.
+        is_final: It is emitted although the job is broken.
     """
 
     run: EngineJobState
     make: Callable[[], EngineEvent]
     is_optional: bool = False
-    is_verdict: bool = False
+    is_final: bool = False
 
 
 class EventDispatcher:
     """Calls the sinks: on the caller's thread, or on its own thread if an image must be waited for.
 
-    A job whose image cannot be copied emits nothing more but its verdict.
+    A job whose image cannot be copied emits only its last event.
 
     Args:
         failed: called with a run whose image cannot be copied, and the error, on either thread. The
-            owner of the run then calls `emit_verdict`.
+            owner of the run then calls `emit_final_event`.
     """
 
     def __init__(self, failed: Callable[[EngineJobState, Exception], None]) -> None:
@@ -75,9 +75,9 @@ class EventDispatcher:
         item = _Item(run, lambda: event(image.pixels()), is_optional)
         self._put(item, must_wait=not image.is_ready)
 
-    def emit_verdict(self, run: EngineJobState, event: EngineEvent) -> None:
+    def emit_final_event(self, run: EngineJobState, event: EngineEvent) -> None:
         """Emits the last event of a job whose image could not be copied."""
-        self._put(_Item(run, lambda: event, is_verdict=True))
+        self._put(_Item(run, lambda: event, is_final=True))
 
     def close(self) -> None:
         """Emits the waiting events and ends the thread; later events must not wait."""
@@ -103,7 +103,7 @@ class EventDispatcher:
 
     def _deliver(self, item: _Item) -> None:
         run = item.run
-        if run.is_broken and not item.is_verdict:
+        if run.is_broken and not item.is_final:
             return
         try:
             event = item.make()

@@ -150,7 +150,7 @@ class StepLoop:
         if self._runs.get(run.job.job_id) is run:
             del self._runs[run.job.job_id]
             self._scheduler.cancel(run.job.job_id)
-        self._events.emit_verdict(run, self._verdict(run, error))
+        self._events.emit_final_event(run, self._final_event(run, error))
         if self._lost:
             self.stop_all()
 
@@ -161,9 +161,9 @@ class StepLoop:
 
     def _fail(self, run: EngineJobState, error: Exception) -> None:
         if run.job.job_id in self._runs:
-            self._end(run.job.job_id, self._verdict(run, error))
+            self._end(run.job.job_id, self._final_event(run, error))
 
-    def _verdict(self, run: EngineJobState, error: Exception) -> JobFailed | DeviceLost:
+    def _final_event(self, run: EngineJobState, error: Exception) -> JobFailed | DeviceLost:
         if self._loses_device(error):
             return DeviceLost(error)
         _log.error("job_failed: job %d", run.job.job_id, exc_info=error)
