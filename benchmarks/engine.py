@@ -22,7 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -127,17 +127,17 @@ def compare(
 
 
 def serve_rounds(
-    servers: dict[str, Server], loads: Sequence[Sequence[Request]], pace: float
+    servers: dict[str, Server], loads: Iterable[Sequence[Request]], pace: float
 ) -> dict[str, dict[str, Any]]:
     """Serves a load with each system in turn: the first one of a round is the last of the next."""
     served: dict[str, list[Served]] = {label: [] for label in servers}
-    line = list(servers.items())
-    for load in loads:
+    line, behind = list(servers.items()), set[int]()
+    for load in loads:  # A load can depend on measurements that are made when it is asked for.
+        behind |= behind_long(load, pace)
         for label, server in line:
             served[label].append(server.serve(load))
             print(label, summary(served[label][-1]), flush=True)
         line = [*line[1:], line[0]]
-    behind = set().union(*(behind_long(load, pace) for load in loads))
     return {
         label: {
             **summary(merged(rounds), behind),

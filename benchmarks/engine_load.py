@@ -28,6 +28,7 @@ class Traits:
     strength_rule: StrengthRule = StrengthRule.FLOOR
     guidance: Guidance = Guidance.CLASSIFIER_FREE
     guidance_scales: tuple[float, ...] = (1.0, 5.0)
+    steps: tuple[int, ...] = STEPS
 
 
 UNET = Traits()
@@ -106,7 +107,7 @@ def requests(
                 arrival=now,
                 side=rng.choice(list(sides)),
                 strength=rng.choice(STRENGTHS),
-                num_inference_steps=rng.choice(STEPS),
+                num_inference_steps=rng.choice(traits.steps),
                 guidance_scale=rng.choice(traits.guidance_scales),
                 prompt=rng.choice(PROMPTS),
                 traits=traits,

@@ -29,6 +29,11 @@ Short requests are the third with the fewest pixels x forwards, long ones the th
 A short request is behind a long one if it arrives before the long one could be finished alone.
 Latencies are those of all rounds together."""
 
+# The throughput to reach, as a multiple of the stock pipeline's; a forward of Z-Image pads all rows
+# to the longest one.
+_LEAST = {"z_image": 1.0}
+_LEAST_OF_OTHERS, _LEAST_P95 = 1.2, 3.0
+
 
 def write(report: Mapping[str, Any], output: Path | None, markdown: Callable[[Any], str]) -> None:
     """Writes the report as JSON and as Markdown next to it; None: not at all."""
@@ -63,3 +68,15 @@ def table(
 def facts(values: Mapping[str, Any]) -> str:
     """Returns the values in one line."""
     return ", ".join(f"{key}: {value}" for key, value in values.items())
+
+
+def misses(report: dict[str, Any]) -> list[str]:
+    """Returns a sentence for each ratio that is too small."""
+    found = []
+    for family, one in report["families"].items():
+        least = _LEAST.get(family, _LEAST_OF_OTHERS)
+        if one["throughput ratio"] < least:
+            found.append(f"{family}: throughput {one['throughput ratio']}, at least {least}")
+        if one["short p95 ratio"] < _LEAST_P95:
+            found.append(f"{family}: short p95 {one['short p95 ratio']}, at least {_LEAST_P95}")
+    return found

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.engine_load import (
     Outcome,
     Request,
     Served,
+    Traits,
     behind_long,
     merged,
     requests,
     span,
     summary,
 )
+from benchmarks.engine_report import misses
+from img2img_server.domain.models import Guidance
+from img2img_server.domain.strength import StrengthRule
 
 
 def request(number: int, arrival: float, steps: int) -> Request:
@@ -40,6 +46,35 @@ def test_a_short_request_is_behind_a_long_one_that_could_not_be_done_yet() -> No
     ]
 
     assert behind_long(load, pace) == {2}
+
+
+def test_the_work_of_a_request_depends_on_its_family() -> None:
+    flow = Traits(
+        scheduler="flow_match_euler",
+        strength_rule=StrengthRule.CEIL,
+        guidance=Guidance.CLASSIFIER_FREE_FROM_ZERO,
+        guidance_scales=(0.0, 1.0),
+        steps=(8,),
+    )
+    one = Request(0, 0.0, 64, 0.6, 8, 1.0, "a mosaic")
+
+    assert one.forwards == 4
+    assert replace(one, traits=flow).forwards == 5 * 2
+    load = requests(20, None, [64], traits=flow)
+    assert {each.num_inference_steps for each in load} == {8}
+    assert {each.guidance_scale for each in load} == {0.0, 1.0}
+
+
+def test_a_ratio_that_is_too_small_is_named() -> None:
+    found = {
+        "flux": {"throughput ratio": 1.1, "short p95 ratio": 3.0},
+        "z_image": {"throughput ratio": 1.0, "short p95 ratio": 2.9},
+    }
+
+    assert misses({"families": found}) == [
+        "flux: throughput 1.1, at least 1.2",
+        "z_image: short p95 2.9, at least 3.0",
+    ]
 
 
 def test_rounds_are_summed_up_without_the_time_between_them() -> None:
