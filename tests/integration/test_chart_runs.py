@@ -103,7 +103,7 @@ async def test_helm_test_makes_an_image(kubelet: Kubelet) -> None:
     await test.start()
     async with asyncio.timeout(60):
         assert await test.ended() == 0, test.log
-    assert "image.png 256x256, seed 1" in test.log
+    assert "image.png  256x256, seed 1" in test.log
     assert f"http://{NAME}-gateway.{NAMESPACE}.svc:8080/generations/" in test.log
 
 
