@@ -28,6 +28,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from img2img_server.domain.params import MAX_SIDE_PIXELS
 from img2img_server.errors import OperatorError
+from img2img_server.setting_files import read_bytes
 from img2img_server.setting_syntax import (
     ApiAddress,
     BaseUrl,
@@ -411,6 +412,19 @@ class Settings(BaseSettings):
         if self.has_open_dev_key and "cors_origins" not in self.model_fields_set:
             return "loopback"
         return self.cors_origins
+
+    def read_file(self, name: str) -> bytes:
+        """Returns the content of the file that a setting names.
+
+        Raises:
+            SettingsError: The file cannot be read.
+        """
+        path = getattr(self, name)
+        try:
+            return read_bytes(path)
+        except OSError as error:
+            reason = f"{variable(name)}: {path} cannot be read: {error.strerror}"
+            raise SettingsError(reason) from error
 
     def refuse_open_dev_key(self, host: str) -> None:
         """Raises SettingsError if other machines could use the well-known key through `host`."""

@@ -37,7 +37,6 @@ from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import host_port, is_wildcard, listeners, reachable
-from img2img_server.setting_files import read_bytes
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
@@ -252,15 +251,7 @@ def _listen(server: grpc.aio.Server, settings: Settings) -> int:
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials:
-    assert settings.tls_cert_file, "checked by Settings"
-    assert settings.tls_key_file, "checked by Settings"
-    try:
-        pair = (read_bytes(settings.tls_key_file), read_bytes(settings.tls_cert_file))
-    except OSError as error:
-        raise SettingsError(
-            f"IMG2IMG_TLS_CERT_FILE, IMG2IMG_TLS_KEY_FILE: {error.filename} cannot be read: "
-            f"{error.strerror}"
-        ) from error
+    pair = (settings.read_file("tls_key_file"), settings.read_file("tls_cert_file"))
     if fault := validity_fault(pair[1]):
         log.warning(
             "tls_certificate_not_valid",

@@ -44,7 +44,8 @@ def create_app(
 
     Args:
         stop: Once it is set, /readyz reports the stop, waiting requests get `processing`, and event
-            streams end. readiness: The checks of /readyz. Default: checks of `channel` and `blobs`.
+            streams end.
+        readiness: The checks of /readyz. Default: checks of `channel` and `blobs`.
     """
     stop = stop or asyncio.Event()
     response_format = Legacy() if settings.legacy else Current()

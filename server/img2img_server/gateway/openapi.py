@@ -57,8 +57,7 @@ def body(schema: str, *, required: bool = True) -> Schema:
 
 def outcomes(*schemas: str, errors: Iterable[ErrorKind] = ()) -> dict[int | str, Schema]:
     """Returns the `responses` of an operation: the response with one of these schemas, and the
-    errors.
-    """
+    errors."""
     outcomes: dict[int | str, Schema] = {}
     if schemas:
         outcomes[200] = {"description": "The call succeeded.", "content": content(*schemas)}

@@ -28,8 +28,7 @@ from img2img_server.compat.modelslab import names
 from img2img_server.compat.modelslab.errors import RETRY_SECONDS, ErrorKind, RequestError
 from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
-from img2img_server.setting_files import read_bytes
-from img2img_server.settings import Settings, SettingsError
+from img2img_server.settings import Settings
 from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
@@ -104,13 +103,7 @@ def connect(settings: Settings) -> grpc.aio.Channel:
     ]
     if settings.api_ca_file is None:
         return grpc.aio.insecure_channel(settings.api_address, options=options)
-    try:
-        roots = read_bytes(settings.api_ca_file)
-    except OSError as error:
-        raise SettingsError(
-            f"IMG2IMG_API_CA_FILE: {settings.api_ca_file} cannot be read: {error.strerror}"
-        ) from error
-    credentials = grpc.ssl_channel_credentials(root_certificates=roots)
+    credentials = grpc.ssl_channel_credentials(settings.read_file("api_ca_file"))
     return grpc.aio.secure_channel(settings.api_address, credentials, options=options)
 
 

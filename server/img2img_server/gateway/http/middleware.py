@@ -105,8 +105,7 @@ class AccessLog:
 
 class RequestLimits:
     """Rejects requests beyond `max_requests`, probes excepted. Gives every other request a HeldBody
-    as `request.state.body`. All of these together hold at most `max_body_bytes`.
-    """
+    as `request.state.body`. All of these together hold at most `max_body_bytes`."""
 
     def __init__(
         self, app: ASGIApp, *, max_requests: int, max_body_bytes: int, refuse: Refuse
@@ -150,7 +149,6 @@ class HeldBody:
 
     def release(self) -> None:
         """Stops counting the body. Call it once no part of the body is in memory; a second call has
-        no effect.
-        """
+        no effect."""
         self._limits.free_body_bytes += self._size
         self._size = 0

@@ -132,8 +132,7 @@ class Endpoints:
 
     async def _wait(self, key: str, job: job_pb2.Job) -> job_pb2.Job:
         """Returns the job once it has ended, or in its current state after `wait_seconds` or when
-        the gateway stops.
-        """
+        the gateway stops."""
         with suppress(TimeoutError, StoppedError):
             async with asyncio.timeout(self._settings.wait_seconds):
                 return await unless_stopped(self._stop, self._upstream.ended(key, job.id))

@@ -11,15 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from img2img.v1 import service_pb2
-from img2img_server.compat.modelslab import responses
+from img2img_server.compat.modelslab import requests, responses
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
-from img2img_server.compat.modelslab.requests import (
-    ParsedBody,
-    ResetS3Request,
-    UpdateS3Request,
-    merge,
-    parse,
-)
 from img2img_server.compat.modelslab.server_types import validate_server_type
 from img2img_server.domain.storage import REALTIME, StorageDetails, validate_storage
 from img2img_server.errors import PermissionDeniedError
@@ -44,13 +37,10 @@ class Management:
         calls: dict[str, tuple[Call, str]] = {
             "restart_server": (
                 upstream.restart,
-                "Restarts the workers and requeues running jobs.",
+                "Restarts the workers; running jobs are requeued.",
             ),
             "update_server": (upstream.update, "Reads configuration and model files again."),
-            "update": (
-                upstream.update,
-                "Is the name of update_server in the official SDK.",
-            ),
+            "update": (upstream.update, "Is the name of update_server in the official SDK."),
             "clear_cache": (upstream.clear_cache, "Empties the workers' caches."),
             "clear_queue": (upstream.clear_queue, "Ends the tenant's waiting jobs as failed."),
         }
@@ -76,7 +66,7 @@ class Management:
 
     async def update_s3(self, request: Request) -> JSONResponse:
         """Replaces all S3 details of the tenant."""
-        key, values = await self._read(request, UpdateS3Request)
+        key, values = await self._read(request, requests.UpdateS3Request)
         check_connection = values.pop("check_connection", False)
         update = service_pb2.UpdateStorageSettingsRequest(
             settings=service_pb2.StorageSettings(**values), check_connection=check_connection
@@ -86,35 +76,30 @@ class Management:
 
     async def reset_s3(self, request: Request) -> JSONResponse:
         """Removes the S3 details of the tenant."""
-        key, values = await self._read(request, ResetS3Request)
+        key, values = await self._read(request, requests.ResetS3Request)
         response = await self._upstream.reset_storage(key, values["deploy_type"])
         return JSONResponse(responses.storage_reset(response.deploy_type))
 
     async def _read(
-        self, request: Request, model: type[ResetS3Request]
+        self, request: Request, model: type[requests.ResetS3Request]
     ) -> tuple[str, dict[str, Any]]:
         """Returns the key and the values. Reports a wrong key and a missing permission before wrong
         fields."""
-        key, parsed = _parse(request, await read_json(request), model)
-        if not parsed.violations:
-            return key, parsed.values
-        parsed.values.clear()
+        sent = await read_json(request)
+        key, parsed = find_key(request, sent), requests.parse(model, sent)
+        del sent  # Long texts are freed before the call below.
+        values = parsed.values
+        broken = validate_server_type(values.setdefault("deploy_type", REALTIME))
+        if model is requests.UpdateS3Request:
+            broken += validate_storage(StorageDetails(**{n: values.get(n, "") for n in _DETAILS}))
+        violations = requests.merge(model, parsed.violations, broken)
+        if not violations:
+            return key, values
+        values.clear()
         caller = await self._upstream.caller(key)
         if "storage" not in caller.permissions:
             raise RequestError(ErrorKind.FORBIDDEN, str(PermissionDeniedError("storage")))
-        raise RequestError(ErrorKind.FIELDS, violations=parsed.violations)
-
-
-def _parse(
-    request: Request, sent: dict[str, Any], model: type[ResetS3Request]
-) -> tuple[str, ParsedBody]:
-    parsed = parse(model, sent)
-    broken = validate_server_type(parsed.values.setdefault("deploy_type", REALTIME))
-    if model is UpdateS3Request:
-        details = {name: parsed.values.get(name, "") for name in _DETAILS}
-        broken += validate_storage(StorageDetails(**details))
-    violations = merge(model, parsed.violations, broken)
-    return find_key(request, sent), ParsedBody(parsed.values, violations)
+        raise RequestError(ErrorKind.FIELDS, violations=violations)
 
 
 def _calling(
