@@ -48,6 +48,7 @@ async def test_the_role_signs_with_its_secret_and_puts_texts_where_the_operator_
         receiving() as receiver,
         running_worker(bus, blobs=blobs),  # type: ignore[arg-type]
     ):
+        await blobs.prepare()
         serving = asyncio.create_task(serve_api(config, stop, address.set_result))
         await asyncio.wait({serving, address}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
