@@ -117,8 +117,8 @@ class Admission:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, QueueFullError,
             RateLimitedError, DeadlineTooShortError, UnavailableError.
         """
-        default = self._deps.settings.default_model or await self._announced_model()
-        name = spec.model or default
+        named = spec.model or self._deps.settings.default_model
+        name = named or await self._announced_model()
         model = await self._deps.workers.model(name)
         request = convert.request(
             spec, name, model, self._deps.limits, random_seed=secrets.randbelow(NARROW_SEED_MAX + 1)
