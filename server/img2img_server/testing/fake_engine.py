@@ -162,7 +162,10 @@ class FakeEngine:
             _emit(run, JobStopped())
 
     def _next_runs(self) -> list[_Run]:
-        """Waits for a step's length, then for jobs that can continue; none: the engine stops."""
+        """Waits as long as a step takes, then until jobs can continue, and returns these jobs.
+
+        Returns an empty list when the engine stops.
+        """
         with self._changed:
             if any(run.step for run in self._running):
                 self._changed.wait_for(self._is_interrupted, timeout=self._step_seconds)

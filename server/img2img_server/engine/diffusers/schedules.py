@@ -255,7 +255,7 @@ def _noise_level(scheduler: Any, index: int) -> tuple[float, float]:
     """Returns the factors of the image and of the noise at the start of a run at this step."""
     _begin(scheduler, index)
     image, noise, timestep = _unit(0), _unit(_OUTPUT), scheduler.timesteps[index : index + 1]
-    if hasattr(scheduler, "scale_noise"):  # a model with flow matching
+    if _is_flow(scheduler):
         mixed = scheduler.scale_noise(image, timestep, noise)
     else:
         mixed = scheduler.add_noise(image, noise, timestep)
@@ -349,7 +349,7 @@ def _weights(tensor: Tensor, width: int, drawn: Tensor | None) -> tuple[float, .
 def _predicted(scheduler: Any, level: tuple[float, float], width: int) -> tuple[float, ...]:
     """Returns the weights of the clean latents for schedulers that do not give them."""
     signal, noise = level
-    if hasattr(scheduler, "scale_noise"):
+    if _is_flow(scheduler):
         sample, output = 1.0, -noise
     else:
         size = (signal**2 + noise**2) ** 0.5

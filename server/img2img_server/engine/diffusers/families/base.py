@@ -266,7 +266,10 @@ class Family:
         return int(tokenizer.model_max_length)
 
     def extras(self, model: LoadedModel, text: TextInput) -> Mapping[str, Tensor]:
-        """Returns further tensors for the rows of one job, with a batch dimension of 1."""
+        """Returns further inputs of the network for the rows of one job, by name.
+
+        Each tensor has a batch dimension of 1.
+        """
         return {}
 
     # Methods for the autoencoder.
