@@ -4,6 +4,7 @@ and the API key.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from pathlib import Path
 
@@ -225,6 +226,33 @@ async def test_a_stream_that_breaks_is_resumed(
         engine.release()
         async with gateway(address, blobs, port):
             await page.get_by_text("Done in").wait_for()
+        await page.close()
+
+
+async def test_a_key_that_is_typed_while_the_page_loads_is_kept(
+    browser: playwright.Browser,
+) -> None:
+    loading = asyncio.Event()
+
+    async def later(route: playwright.Route) -> None:
+        await loading.wait()
+        await route.continue_()
+
+    async with (
+        stack_of(FakeEngine()) as stack,
+        gateway(stack.api.address, stack.worker.blobs) as url,
+    ):
+        page = await browser.new_page()
+        page.set_default_timeout(10_000)
+        await page.route("**/playground/settings.json", later)
+        await page.goto(url)
+        field = page.get_by_label("API key")
+        await field.fill("wrong")
+        async with page.expect_response("**/playground/settings.json"):
+            loading.set()
+        await field.press("Tab")
+        await page.locator('[data-field="key"] .error').get_by_text("Invalid").wait_for()
+        assert await field.input_value() == "wrong"
         await page.close()
 
 

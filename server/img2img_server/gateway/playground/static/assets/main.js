@@ -30,7 +30,8 @@ async function begin() {
   } catch (error) {
     showError(error);
   }
-  $("key").value = sessionStorage.getItem(STORED_KEY) ?? devKey;
+  // A key that was typed while the settings were loaded stays.
+  $("key").value ||= sessionStorage.getItem(STORED_KEY) ?? devKey;
   if (devKey) $("key-hint").textContent = `This service accepts the development key, ${devKey}.`;
   await loadCapabilities();
   drawCode();

@@ -141,6 +141,7 @@ export function withLabels(text) {
 
 // Shows an error: sentences about a field next to it, the others below the form.
 export function showError(error) {
+  clearErrors(); // of another request that failed meanwhile
   const fields = error.status === 401 ? { key: [error.message] } : (error.fields ?? {});
   const elsewhere = [];
   for (const [name, sentences] of Object.entries(fields)) {
