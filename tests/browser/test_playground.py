@@ -52,7 +52,7 @@ async def test_a_job_shows_its_preview_and_then_the_image_next_to_the_init_image
         engine.release()
         await page.get_by_text("Done in").wait_for()
         assert await after.get_attribute("src") != preview
-        assert await after.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
+        assert await after.evaluate("image => image.decode().then(() => image.naturalWidth)") == 624
         await page.get_by_role("button", name="Image 2").click()
         await page.get_by_text("Seed8").wait_for()
         link = await page.get_by_role("link", name="Stored PNG").get_attribute("href")
@@ -123,7 +123,7 @@ async def test_a_reload_resumes_the_running_job_and_keeps_the_history(
                 assert await shown_image.evaluate(
                     "image => image.decode().then(() => image.naturalWidth)"
                 )
-            assert await page.locator("#after").evaluate("image => image.naturalWidth") == 512
+            assert await page.locator("#after").evaluate("image => image.naturalWidth") == 624
             assert await page.get_by_role("button", name="Generate").is_enabled()
 
 

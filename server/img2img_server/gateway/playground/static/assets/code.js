@@ -51,6 +51,7 @@ function contract(spec, context) {
   const kept = Object.entries(spec).filter(([name]) => !NOT_IN_CONTRACT.includes(name));
   const body = { ...Object.fromEntries(kept), init_image: PLACEHOLDER };
   return `# ModelsLab's API has no model, scheduler, LoRA, format or previews: the service's defaults apply.
+# A side that is not given is 512.
 ${post(body, "api/v6/realtime/img2img", context)}`;
 }
 

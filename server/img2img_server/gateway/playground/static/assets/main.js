@@ -64,16 +64,21 @@ function adaptToModel() {
   for (const side of [$("width"), $("height")]) {
     Object.assign(side, { min: model.min_side_pixels, max: model.max_side_pixels, step: model.side_multiple });
   }
-  $("steps").max = model.max_num_inference_steps;
   if (!strengthChosen) $("strength").value = model.default_strength;
   $("steps").placeholder = model.default_num_inference_steps;
   $("guidance").placeholder = model.default_guidance_scale;
   options($("scheduler"), model.schedulers.map((name) => [name, name]));
+  adaptToScheduler();
   const loras = model.loras ?? [];
   options($("lora"), [["", "none"], ...loras.map((name) => [name, name])]);
   $("loras").hidden = !loras.length;
   if (!loras.length) $("lora-scale").value = "";
   drawCode();
+}
+
+function adaptToScheduler() {
+  const model = models.find(({ name }) => name === $("model").value);
+  $("steps").max = model.scheduler_max_steps?.[$("scheduler").value] ?? model.max_num_inference_steps;
 }
 
 function options(select, pairs) {
@@ -94,19 +99,7 @@ async function choose(blob, name) {
   if (url) $("chosen").src = url;
   $("chosen").hidden = !url;
   $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : `${name} (this browser cannot display it)`;
-  $("fit").disabled = !size.width;
   if (!running) draw((shown = { spec: spec(), before: url, samples: [], shown: 0, text: "Ready." }));
-  drawCode();
-}
-
-function fit() {
-  const multiple = Number($("width").step) || 8;
-  const [min, max] = [Number($("width").min) || 256, Number($("width").max) || 1024];
-  const area = 512 * 512;
-  const side = (length) => Math.min(max, Math.max(min, multiple * Math.round(length / multiple)));
-  const width = Math.sqrt((area * initImage.width) / initImage.height);
-  $("width").value = side(width);
-  $("height").value = side(area / width);
   drawCode();
 }
 
@@ -286,9 +279,9 @@ form.addEventListener("input", ({ target }) => {
   drawCode();
 });
 $("cancel").addEventListener("click", stop);
-$("fit").addEventListener("click", fit);
 $("language").addEventListener("change", drawCode);
 $("model").addEventListener("change", adaptToModel);
+$("scheduler").addEventListener("change", adaptToScheduler);
 $("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText($("code").textContent);
   $("copy").textContent = "Copied";
@@ -311,5 +304,4 @@ document.addEventListener("paste", ({ clipboardData }) => {
   const file = clipboardData.files[0];
   if (file) choose(file, file.name || "pasted.png");
 });
-$("fit").disabled = true;
 begin();

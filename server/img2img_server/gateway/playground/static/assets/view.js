@@ -23,8 +23,6 @@ export function draw(result) {
   $("compare").classList.toggle("empty", !result.before);
   $("compare").classList.toggle("generated", Boolean(sample?.url));
   $("compare").classList.toggle("preview", Boolean(sample?.isPreview));
-  const shape = (result.spec.width ?? 512) / (result.spec.height ?? 512);
-  $("compare").style.setProperty("--shape", shape > 0.1 && shape < 10 ? shape : 1);
   source($("before"), result.before);
   source($("after"), sample?.url);
   setStatus(result.text);
@@ -32,6 +30,13 @@ export function draw(result) {
   drawSamples(result);
   drawFacts(result, sample);
 }
+
+// The place of the images has the shape of the generated image, before that of the init image.
+for (const image of [$("before"), $("after")]) image.addEventListener("load", () => {
+  const { naturalWidth, naturalHeight } = $("after").hasAttribute("src") ? $("after") : $("before");
+  const shape = naturalWidth / naturalHeight;
+  $("compare").style.setProperty("--shape", shape > 0.1 && shape < 10 ? shape : 1);
+});
 
 function source(image, url) {
   if (!url) image.removeAttribute("src");
