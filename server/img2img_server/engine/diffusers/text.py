@@ -17,6 +17,7 @@ from img2img_server.engine.host_copy import to_device
 from img2img_server.engine.options import TextEncoderPlacement
 
 _CACHE_PROMPTS = 128
+_CACHE_BYTES = 2**27  # a prompt of SD takes 0.2 MB, one of 512 tokens of T5-XXL in bfloat16 4 MB
 
 
 class _Prompt(NamedTuple):
@@ -71,7 +72,9 @@ class TextEncoder:
                 found[prompt] = self._cache[prompt]
             self._cache[prompt] = found[prompt]
             self._cache.move_to_end(prompt)
-        while len(self._cache) > _CACHE_PROMPTS:
+        while len(self._cache) > _CACHE_PROMPTS or (
+            len(self._cache) > 1 and sum(map(_size, self._cache.values())) > _CACHE_BYTES
+        ):
             self._cache.popitem(last=False)
         return found
 
@@ -99,7 +102,7 @@ class TextEncoder:
             _cut(tokenizer, prompt.text, self._family.token_limit(tokenizer))
             for tokenizer in self._tokenizers
         ]
-        if None in cuts:
+        if not cuts or None in cuts:
             return ""
         # Words have no effect if the encoder with the longest window does not read them.
         kept, tokens, rest = min((cut for cut in cuts if cut), key=lambda cut: len(cut.rest))
@@ -120,6 +123,10 @@ class TextEncoder:
             adapter=text.adapter,
             extras=self._family.extras(self._model, text),
         )
+
+
+def _size(embedding: TextEmbedding) -> int:
+    return sum(tensor.nbytes for tensor in embedding.tensors.values())
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
