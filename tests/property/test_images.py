@@ -29,7 +29,6 @@ Array = npt.NDArray[Any]
 EXAMPLES = int(os.environ.get("TEST_EXAMPLES", "40"))
 examples = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     derandomize="TEST_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

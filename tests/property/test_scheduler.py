@@ -173,7 +173,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         return self.now - self.expected[key].waiting_since > MAX_WAIT_SECONDS
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None
-)
+SchedulerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestScheduler = SchedulerMachine.TestCase

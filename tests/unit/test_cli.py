@@ -41,7 +41,8 @@ def test_every_option_reaches_the_request() -> None:
     words = "--strength 0.5 --seed 7 --samples 2 --width 640 --height 384 --steps 30 --guidance 4.5"
     words += " --negative-prompt dog --scheduler euler --model atelier --preview-every 5 --batch"
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
-    words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5"
+    words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5 --true-cfg-scale 2"
+    words += " --noise-level --annotation order=7 --annotation note=a=b"
     assert run(service, *REQUEST, *words.split()).exit_code == 0
     assert service.requests == [
         service_pb2.GenerateRequest(
@@ -70,9 +71,21 @@ def test_every_option_reaches_the_request() -> None:
                 lane=job_pb2.LANE_BATCH,
                 lora="ink",
                 lora_scale=0.5,
+                true_cfg_scale=2,
+                strength_mode=job_pb2.STRENGTH_MODE_NOISE_LEVEL,
+                annotations={"order": "7", "note": "a=b"},
             ),
         )
     ]
+    sent = {field.name for field, _ in service.requests[0].spec.ListFields()}
+    assert sent == set(job_pb2.JobSpec.DESCRIPTOR.fields_by_name)
+
+
+@pytest.mark.parametrize("words", [("--annotation", "order"), ("--annotation", "a=1") * 2])
+def test_a_wrong_annotation_is_a_usage_error(words: tuple[str, ...]) -> None:
+    service = FakeService()
+    assert run(service, *REQUEST, *words).exit_code == 2
+    assert not service.requests
 
 
 def test_omitted_options_are_not_sent() -> None:

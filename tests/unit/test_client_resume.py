@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from img2img.v1 import service_pb2
@@ -34,7 +34,6 @@ def snapshot(sequence: int) -> service_pb2.event_pb2.JobEvent:  # type: ignore[n
     return message
 
 
-@settings(deadline=None)  # A busy machine must not make the test fail.
 @given(data=st.data())
 def test_every_event_is_seen_once_however_streams_break_and_overlap(data: st.DataObject) -> None:
     follow = Follow(
@@ -99,7 +98,6 @@ def test_no_delay_exceeds_the_deadline() -> None:
         backoff.delay(LOST, 0.0)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 30))
 def test_delays_are_drawn_between_0_and_the_bound(seed: int) -> None:
     backoff = Backoff(RETRY, draw=random.Random(seed))

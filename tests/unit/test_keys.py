@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -165,7 +165,6 @@ TENANTS = st.one_of(
 )
 
 
-@settings(deadline=None)  # A busy machine must not make the test fail.
 @given(
     tenant=TENANTS,
     permissions=st.lists(st.sampled_from([*sorted(PERMISSIONS), "fly", "Manage"]), max_size=2),

@@ -16,6 +16,21 @@ from img2img_client.resources import Job, State
 STATES = [state.value for state in State if state is not State.UNSPECIFIED]
 
 
+def _read_annotations(
+    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str] | None:
+    """Raises click.BadParameter for an annotation without an equals sign or a name twice."""
+    read: dict[str, str] = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{each!r} is not NAME=VALUE.")
+        if name in read:
+            raise click.BadParameter(f"{name!r} is given twice.")
+        read[name] = value
+    return read or None
+
+
 @click.command()
 @click.option("--prompt", required=True, help="Description of the image.")
 @click.option(
@@ -29,6 +44,13 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
     type=float,
     help="How strongly the init image is changed: 0.0 (not at all) to 1.0 (completely). "
     "Default: the model's, see `img2img capabilities`.",
+)
+@click.option(
+    "--noise-level",
+    "strength_mode",
+    flag_value="noise_level",
+    default=None,
+    help="Read strength as the share of noise at the first step, not as the share of steps.",
 )
 @click.option(
     "--seed", type=int, help="The same seed gives the same images. Default, and -1: a random seed."
@@ -60,6 +82,12 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
     help="How closely the image follows the prompt; 1.0 and below turn guidance off. Default: the "
     "model's.",
 )
+@click.option(
+    "--true-cfg-scale",
+    type=float,
+    help="Guidance with the negative prompt in models such as FLUX.1; 1.0 and below turn it off. "
+    "Default: off.",
+)
 @click.option("--scheduler", help="Name of the scheduler, see `img2img capabilities`.")
 @click.option("--lora", help="Name of a LoRA, see `img2img capabilities --json`.")
 @click.option("--lora-scale", type=float, help="Weight of the LoRA. Default: 1.0.")
@@ -81,6 +109,14 @@ STATES = [state.value for state in State if state is not State.UNSPECIFIED]
 @click.option("--enhance-prompt", is_flag=True, help="Let the service rewrite the prompt.")
 @click.option("--temp", is_flag=True, help="Store the images for 24 hours only.")
 @click.option("--base64", is_flag=True, help="Store the images as base64 text files.")
+@click.option(
+    "--annotation",
+    "annotations",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=_read_annotations,
+    help="Your own note on the job, returned unchanged. Can be given several times.",
+)
 @click.option("--webhook", metavar="URL", help="URL that receives a POST when the job has ended.")
 @click.option("--track-id", help="Your own reference for the job.")
 @click.option(
