@@ -37,7 +37,7 @@ class Encodes(StableDiffusion):
 def encoder(family: Encodes) -> text.TextEncoder:
     model = LoadedModel(
         pipeline=SimpleNamespace(components={}),
-        network=None,
+        network=SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=None)),
         device=torch.device("cpu"),
         dtype=torch.float32,
         memory_format=torch.contiguous_format,
