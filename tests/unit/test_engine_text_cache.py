@@ -75,5 +75,5 @@ def test_prompts_larger_than_the_cache_are_encoded_once_a_batch(
     cache = encoder(family := Encodes())
     encode(cache, "a", "b", "a")
     assert family.encoded == ["a", "b"]
-    encode(cache, "b")
+    encode(cache, "a")  # the one used last
     assert family.encoded == ["a", "b"]
