@@ -18,6 +18,7 @@ ServiceError
 ├── TooManyCallsError          RESOURCE_EXHAUSTED   TOO_MANY_CALLS       retry
 ├── TooManyWatchersError       RESOURCE_EXHAUSTED   TOO_MANY_WATCHERS    retry
 ├── TooManyWebhooksError       RESOURCE_EXHAUSTED   TOO_MANY_WEBHOOKS    retry
+├── ServerBusyError            RESOURCE_EXHAUSTED   SERVER_BUSY          retry
 ├── UnavailableError           UNAVAILABLE          UNAVAILABLE          retry
 ├── NoModelError               UNAVAILABLE          NO_MODEL             retry
 └── InternalError              INTERNAL             INTERNAL             logged with its id
@@ -294,6 +295,16 @@ class TooManyWebhooksError(ServiceError):
     reason = "TOO_MANY_WEBHOOKS"
     sentence = "the tenant has too many webhooks that are not delivered yet"
     retry_seconds = 60.0
+
+
+class ServerBusyError(ServiceError):
+    """A bounded resource of this server is in use, see budget.py. `resource`: its name."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "SERVER_BUSY"
+    sentence = "this server has no room for the request now: its {resource} are in use"
+    resource: str
+    retry_seconds: float | None = 1.0
 
 
 class UnavailableError(ServiceError):

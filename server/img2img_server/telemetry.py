@@ -39,6 +39,19 @@ STAGE_SECONDS = Histogram(
 )
 STEPS = Counter("img2img_steps_total", "Denoising steps run.")
 WEBHOOKS = Counter("img2img_webhooks_total", "Attempts at webhooks.", ["status"])
+BUDGET_TOTAL = Gauge(
+    "img2img_budget_total", "Size of a budget, see docs/operations.md.", ["budget"]
+)
+BUDGET_USED = Gauge("img2img_budget_used", "Part of a budget that requests hold.", ["budget"])
+BUDGET_WAITING = Gauge(
+    "img2img_budget_waiting", "Requests that wait for a part of a budget.", ["budget"]
+)
+BUDGET_REFUSED = Counter(
+    "img2img_budget_refused_total",
+    "Requests that got no part of a budget: it was `full`, no part became free in time (`wait`), "
+    "or the request needs more than a tenant may hold (`size`).",
+    ["budget", "why"],
+)
 REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
 
 

@@ -29,6 +29,7 @@ ARGUMENTS = {
     "per_minute": 60,
     "permission": "operate",
     "remaining_seconds": 3.0,
+    "resource": "image bytes",
     "request_id": "6f1c0f3e-0000-4000-8000-000000000000",
     "retry_seconds": 4.0,
     "sentence": "This key may not …",

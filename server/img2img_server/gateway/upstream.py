@@ -60,6 +60,7 @@ _OF_REASON = {
     "QUEUE_FULL": ErrorKind.RATE_LIMIT,
     "TOO_MANY_CALLS": ErrorKind.RATE_LIMIT,
     "TOO_MANY_WATCHERS": ErrorKind.UNAVAILABLE,
+    "SERVER_BUSY": ErrorKind.UNAVAILABLE,
     "NO_MODEL": ErrorKind.UNAVAILABLE,
     "MODEL_NOT_FOUND": ErrorKind.UNAVAILABLE,  # The operator chose a default model that is missing.
     "STORAGE_KEYS_MISSING": ErrorKind.UNAVAILABLE,

@@ -172,6 +172,8 @@ class Img2ImgServiceServicer:
         WatchJob at this server. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
         in RetryInfo.
+        - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+        tenant holds its share of them. Retry after the time in RetryInfo.
         - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

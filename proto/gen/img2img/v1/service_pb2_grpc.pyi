@@ -89,6 +89,8 @@ class Img2ImgServiceStub:
       WatchJob at this server. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+      tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
     """
     CreateJob: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateJobRequest, _service_pb2.CreateJobResponse]
@@ -242,6 +244,8 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
       WatchJob at this server. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+      tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
     """
     CreateJob: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateJobRequest, _service_pb2.CreateJobResponse]  # type: ignore[assignment]
@@ -398,6 +402,8 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
           WatchJob at this server. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
           in RetryInfo.
+        - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+          tenant holds its share of them. Retry after the time in RetryInfo.
         - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
         """
 
