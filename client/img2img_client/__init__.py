@@ -54,6 +54,7 @@ from img2img_client.events import Stage as Stage
 from img2img_client.events import StageFinished as StageFinished
 from img2img_client.events import Started as Started
 from img2img_client.events import StepFinished as StepFinished
+from img2img_client.events import StorageWaiting as StorageWaiting
 from img2img_client.events import Succeeded as Succeeded
 from img2img_client.resources import Caller as Caller
 from img2img_client.resources import Capabilities as Capabilities

@@ -99,6 +99,15 @@ class SampleStored(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StorageWaiting(Event):
+    """The file of a finished image waits for the service's object store, which cannot be used now.
+    The job continues by itself. `reason`: a sentence for people."""
+
+    sample: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended(Event):
     """Base class of the terminal events, with the job's final record."""
 

@@ -195,6 +195,7 @@ class Job:
     webhook_error: str
     denoising_steps: int
     start_noise: float
+    state_reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

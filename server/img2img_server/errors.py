@@ -391,15 +391,17 @@ class SafetyCheckError(JobFailedError):
 class StorageError(JobFailedError):
     """The object store rejected the result, also after retries.
 
-    `detail`: the setting to correct and the host, for the operator and not for callers.
+    `detail`: the setting to correct and the host, for the operator and not for callers. `final`:
+    the store refuses permanently, for example because a permission is missing.
     """
 
     reason = "STORAGE_UNAVAILABLE"
     retryable = True
 
-    def __init__(self, sentence: str = "", detail: str = "") -> None:
+    def __init__(self, sentence: str = "", detail: str = "", *, final: bool = False) -> None:
         super().__init__(sentence)
         self.detail = detail
+        self.final = final
 
 
 class AttemptsExhaustedError(JobFailedError):

@@ -163,6 +163,12 @@ class Settings(BaseSettings):
     """S3 secret key."""
     s3_session_token: SecretStr = SecretStr("")
     """S3 session token of temporary keys."""
+    s3_wait_seconds: Seconds = Field(600.0, ge=0)
+    """How long a finished image waits while the bucket cannot be used; then its job fails."""
+    s3_wait_bytes: Bytes = Field(256 * 2**20, ge=2**24)
+    """Most bytes of finished images that one worker holds while they are stored or wait for the
+    bucket. At half of it, the worker pulls no more jobs.
+    """
 
     # Keys.
     api_keys_file: OptionalPath = None

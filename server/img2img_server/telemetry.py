@@ -34,6 +34,9 @@ QUEUED_GPU_SECONDS = Gauge(
     ["model", "lane", "state"],
 )
 JOBS_RUNNING = Gauge("img2img_jobs_running", "Jobs this worker has taken and not ended.")
+STORE_WAITING_BYTES = Gauge(
+    "img2img_store_waiting_bytes", "Bytes of files that are being stored or wait for the bucket."
+)
 STAGE_SECONDS = Histogram(
     "img2img_stage_seconds", "Time of a job by stage.", ["stage"], buckets=_SECONDS
 )

@@ -305,15 +305,35 @@ async def test_a_store_that_fails_is_probed_until_it_takes_files_again(s3: FakeS
         store = WatchedBlobs(blobs, pauses_seconds=(0.01,))
         watching = asyncio.create_task(store.watch())
         s3.answers["PUT object"] = Answer(403, "SignatureDoesNotMatch")
-        with pytest.raises(StorageError):
-            await store.put(KEY, b"x", "image/png")
-        assert not store.healthy.is_set()
-        assert store.trouble.startswith("IMG2IMG_S3_SECRET_KEY: ")
-        probes = len(s3.calls)
+        storing = asyncio.create_task(store.put(KEY, b"x", "image/png"))
+        calls = len(s3.calls)
         async with asyncio.timeout(5):
-            while len(s3.calls) < probes + 2:  # noqa: ASYNC110
+            while len(s3.calls) < calls + 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
+            assert store.trouble.startswith("IMG2IMG_S3_SECRET_KEY: ")
+            assert not store.takes_work
             s3.answers.clear()
-            await store.healthy.wait()
+            await storing
         assert store.trouble == ""
+        assert s3.files[f"img2img/{KEY}"] == b"x"
         watching.cancel()
+
+
+@pytest.mark.parametrize(
+    ("answer", "tries"),
+    [
+        (Answer(400, "RequestTimeout"), 3),
+        (Answer(409, "OperationAborted"), 3),
+        (Answer(403, "AccessDenied"), 1),
+    ],
+)
+async def test_refusals_that_pass_are_repeated_whatever_their_status(
+    answer: Answer, tries: int, s3: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_blobs, "REPEAT_SECONDS", (0.01, 0.01))
+    async with connect_blobs(Settings(**s3.settings())) as blobs:
+        s3.answers["PUT object"] = answer
+        with pytest.raises(StorageError, match=answer.code) as refused:
+            await blobs.put(KEY, b"x", "image/png")
+        assert s3.calls.count("PUT object") == tries
+        assert refused.value.final is (tries == 1)

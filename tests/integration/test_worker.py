@@ -206,8 +206,11 @@ class BrokenBlobStore(MemoryBlobStore):
 
 
 async def test_a_store_that_takes_nothing_fails_the_job_and_says_that_a_retry_may_help() -> None:
-    bus = memory_bus()
-    async with running_worker(bus, blobs=BrokenBlobStore()), running_api(bus) as api:
+    bus, config = memory_bus(), settings(s3_wait_seconds=0.1)
+    async with (
+        running_worker(bus, blobs=BrokenBlobStore(), config=config),
+        running_api(bus) as api,
+    ):
         messages = [m async for m in api.generate(spec(samples=2))]
         error = messages[-1].event.failed.job.error
         assert (error.reason, error.retryable) == ("STORAGE_UNAVAILABLE", True)

@@ -22,7 +22,17 @@ from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker import worker as worker_module
 from img2img_server.worker.orphan_cleanup import OrphanCleanup
 from tests.http_stack import running_gateway
-from tests.stack import kinds, known_model, read_until, running_api, running_worker, spec
+from tests.stack import (
+    kinds,
+    known_model,
+    read_until,
+    running_api,
+    running_worker,
+    settings,
+    spec,
+)
+
+NO_WAIT = settings(s3_wait_seconds=0.0)
 
 
 class HalfStore(MemoryBlobStore):
@@ -58,7 +68,10 @@ def key_of(link: str) -> str:
 async def test_a_failed_jobs_stored_files_are_deleted(base64: bool, temp: bool) -> None:
     bus, blobs = memory_bus(), HalfStore()
     blobs.refuse.set()
-    async with running_worker(bus, blobs=blobs) as worker, running_api(bus) as api:
+    async with (
+        running_worker(bus, blobs=blobs, config=NO_WAIT) as worker,
+        running_api(bus) as api,
+    ):
         good = await read_until(api.generate(spec(base64=base64, temp=temp)), "succeeded")
         failing = api.generate(spec(samples=2, base64=base64, temp=temp))
         assert kinds([m async for m in failing])[-1] == "failed"
@@ -70,7 +83,7 @@ async def test_a_failed_jobs_stored_files_are_deleted(base64: bool, temp: bool) 
 
 async def test_the_link_of_a_failed_job_answers_404_again() -> None:
     blobs = HalfStore()
-    async with running_gateway({"blobs": blobs}) as gateway:
+    async with running_gateway({"blobs": blobs, "config": NO_WAIT}) as gateway:
         made = (await gateway.create(samples=2, instant_response=True)).json()
         link = made["future_links"][0]
         await blobs.first_stored.wait()
@@ -190,7 +203,10 @@ async def test_a_store_that_does_not_delete_holds_up_no_end_no_job_and_no_stop(
     bus, blobs = memory_bus(), kind()
     blobs.refuse.set()
     one_at_a_time = FakeEngine(max_batch_size=1)
-    async with running_worker(bus, one_at_a_time, blobs=blobs) as worker, running_api(bus) as api:
+    async with (
+        running_worker(bus, one_at_a_time, blobs=blobs, config=NO_WAIT) as worker,
+        running_api(bus) as api,
+    ):
         failed = [m async for m in api.generate(spec(samples=2))]
         assert failed[-1].event.failed.job.error.reason == "STORAGE_UNAVAILABLE"
         async with asyncio.timeout(5):

@@ -128,6 +128,7 @@ def test_every_field_of_a_job_is_read() -> None:
         webhook_error="",
         denoising_steps=0,
         start_noise=0.0,
+        state_reason="",
     )
 
 

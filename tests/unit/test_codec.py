@@ -26,6 +26,7 @@ from img2img_server.domain.events import (
     StageFinished,
     Started,
     StepFinished,
+    StorageWaiting,
     Succeeded,
 )
 from img2img_server.domain.job import (
@@ -52,6 +53,7 @@ EVENTS: tuple[Event, ...] = (
     Preview(sample=1, step=3, image=IMAGE),
     SampleFinished(sample=1, seed=2**32 - 1, image=IMAGE, nsfw=True),
     SampleStored(sample=1, url="https://x.example/1.png", sha256="cd" * 32, size_bytes=3),
+    StorageWaiting(sample=1, reason="the object store cannot be reached"),
     Succeeded(),
     Failed(reason="OUT_OF_MEMORY", message="zu groß", retryable=True),
     Cancelled(),

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from img2img_client import events
 from img2img_client.cli.program import count
-from img2img_client.cli.report import COLOURS
+from img2img_client.cli.report import COLOURS, with_reason
 from img2img_client.resources import State
 
 log = logging.getLogger("img2img_client")
@@ -112,6 +112,8 @@ class LiveDisplay:
                 task = self._task(event.sample)
                 note = self._bars.tasks[task].fields["note"]
                 self._bars.update(task, note=f"{note}, stored".lstrip(", "))
+            case events.StorageWaiting():
+                self.note(f"waiting for storage ({event.reason})")
             case events.Ended(job=job):
                 succeeded = job.state is State.SUCCEEDED
                 self.note("done" if succeeded else str(job.state))
@@ -119,7 +121,8 @@ class LiveDisplay:
 
     def _begin(self, event: events.Snapshot) -> None:
         self._unfinished = set(range(event.job.spec.samples))
-        self.note("queued" if event.job.state is State.QUEUED else "running")
+        state = "queued" if event.job.state is State.QUEUED else "running"
+        self.note(with_reason(state, event.job))
 
     def _reset_bars(self) -> None:
         self._unfinished |= set(self._tasks)

@@ -80,7 +80,7 @@ def show_job(job: Job) -> None:
     table = Table.grid(padding=(0, 2))
     rows = {
         "job": job.name,
-        "state": job.state,
+        "state": with_reason(job.state, job),
         "prompt": job.spec.prompt,
         "model": job.spec.model,
         "size": f"{job.spec.width}x{job.spec.height}, " + count(job.spec.samples, "sample"),
@@ -106,6 +106,12 @@ def show_job(job: Job) -> None:
         click.echo(url)
     if job.timings is not None and job.state.is_terminal:
         _print(timings_table(job.timings))
+
+
+def with_reason(state: str, job: Job) -> str:
+    """Returns the state with the reason why the job does not proceed, if there is one."""
+    reason = job.state_reason.replace("_", " ").lower()
+    return f"{state} ({reason})" if reason else state
 
 
 def show_jobs(jobs: Sequence[Job]) -> None:

@@ -40,6 +40,7 @@ _EVENTS = {
     events.Preview: "preview",
     events.SampleFinished: "sample_finished",
     events.SampleStored: "sample_stored",
+    events.StorageWaiting: "storage_waiting",
     events.Succeeded: "succeeded",
     events.Failed: "failed",
     events.Cancelled: "cancelled",

@@ -97,6 +97,14 @@ class SampleStored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StorageWaiting:
+    """The file of an image waits until it can be stored. `reason`: a sentence for the caller."""
+
+    sample: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded:
     """Terminal: every image is stored."""
 
@@ -123,6 +131,7 @@ Event = (
     | Preview
     | SampleFinished
     | SampleStored
+    | StorageWaiting
     | Succeeded
     | Failed
     | Cancelled

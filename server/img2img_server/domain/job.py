@@ -14,6 +14,7 @@ from img2img_server.domain.events import (
     SampleFinished,
     SampleStored,
     Started,
+    StorageWaiting,
     Succeeded,
 )
 from img2img_server.domain.params import JobParams
@@ -35,6 +36,13 @@ class State(StrEnum):
     @property
     def is_terminal(self) -> bool:
         return self in TERMINAL_STATES
+
+
+class StateReason(StrEnum):
+    """Why a job that has not ended does not proceed; see Job.state_reason in job.proto."""
+
+    WAITING_FOR_STORAGE = "WAITING_FOR_STORAGE"
+    WORKER_LOST = "WORKER_LOST"
 
 
 class Determinism(StrEnum):
@@ -122,6 +130,8 @@ class Job:
             the service's own bucket.
         deadline_time: The time after which the caller does not wait any more; 0.0: never.
         denoising_steps: Steps that ran for each sample.
+        state_reason: A StateReason, or "" if the job proceeds. A string, since later versions may
+            add reasons.
         start_noise: Share of noise that the first step began with, 0 to 1.
         own_urls: Links in the service's own bucket, used if the tenant's storage rejects the files.
     """
@@ -155,6 +165,7 @@ class Job:
     own_urls: tuple[str, ...] = ()
     denoising_steps: int = 0
     start_noise: float = 0.0
+    state_reason: str = ""
 
     @property
     def name(self) -> str:
@@ -180,6 +191,7 @@ TRANSITIONS: dict[tuple[State, type], State] = {
     (State.RUNNING, Queued): State.QUEUED,  # The worker of the job stops.
     (State.RUNNING, SampleFinished): State.RUNNING,
     (State.RUNNING, SampleStored): State.RUNNING,
+    (State.RUNNING, StorageWaiting): State.RUNNING,
     (State.RUNNING, Succeeded): State.SUCCEEDED,
     (State.RUNNING, Failed): State.FAILED,
     (State.RUNNING, Cancelled): State.CANCELLED,
@@ -200,6 +212,8 @@ def advance(job: Job, event: Event, now: float) -> Job:
     if state is None:
         raise IllegalTransitionError(job, event)
     job = replace(job, state=state)
+    if state.is_terminal or isinstance(event, Started | Queued):
+        job = replace(job, state_reason="")
     if state.is_terminal:
         job = replace(job, end_time=now, timings=_ended(job, now))
     match event:
@@ -221,6 +235,8 @@ def advance(job: Job, event: Event, now: float) -> Job:
             return _with_sample(
                 job, event.sample, url=event.url, sha256=event.sha256, size_bytes=event.size_bytes
             )
+        case StorageWaiting():
+            return replace(job, state_reason=StateReason.WAITING_FOR_STORAGE)
         case Failed():
             failure = JobFailure(
                 reason=event.reason, message=event.message, retryable=event.retryable

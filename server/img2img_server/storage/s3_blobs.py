@@ -30,6 +30,7 @@ from img2img_server.storage.s3_faults import (
     NoBucketError,
     NotAStoreError,
     explain,
+    is_repeatable_refusal,
     is_transient,
 )
 
@@ -47,6 +48,9 @@ RETRIES: Final = urllib3.Retry(
     status_forcelist=(429, 500, 502, 503, 504),
     raise_on_status=False,
 )
+# seconds before a call is repeated that the store refused for a reason that passes. The SDK repeats
+# only by the HTTP status, and some of these refusals are 400 or 409.
+REPEAT_SECONDS: Final = (0.2, 0.8)
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 30.0
 ATTEMPT_SECONDS: Final = 5.0  # seconds; least time for an attempt at the start
@@ -327,10 +331,16 @@ class S3BlobStore:
         Args:
             putting: The key that the call stores, if any.
         """
-        try:
-            return await self._run(work, putting)
-        except FAULTS as error:
-            raise StorageError(_sentence(error), str(explain(error, self._access))) from error
+        pauses = iter(REPEAT_SECONDS)
+        while True:
+            try:
+                return await self._run(work, putting)
+            except FAULTS as error:
+                pause = next(pauses, None) if is_repeatable_refusal(error) else None
+                if pause is None:
+                    fault = explain(error, self._access)
+                    raise StorageError(_sentence(error), str(fault), final=fault.final) from error
+            await asyncio.sleep(pause)
 
 
 def _sentence(error: Exception) -> str:

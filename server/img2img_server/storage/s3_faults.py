@@ -89,6 +89,18 @@ def is_transient(error: BaseException) -> bool:
             return False
 
 
+def is_repeatable_refusal(error: BaseException) -> bool:
+    """Returns whether the store refused a call for a transient reason with a status of which the
+    SDK repeats nothing, for example 400 RequestTimeout or 409 OperationAborted.
+    """
+    return (
+        isinstance(error, S3Error)
+        and is_transient(error)
+        and error.response is not None
+        and not _may_pass(error.response.status)
+    )
+
+
 def _may_pass(status: int) -> bool:
     return status == 429 or (status >= 500 and status != 501)  # HTTP 501: not implemented
 

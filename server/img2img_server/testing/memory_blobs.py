@@ -33,6 +33,10 @@ class MemoryBlobStore:
         info = BlobInfo(key=key, size_bytes=len(data), media_type=media_type)
         self._files[key] = (info, bytes(data))
 
+    def stored_keys(self) -> list[str]:
+        """Returns the keys of all files."""
+        return list(self._files)
+
     async def stat(self, key: str) -> BlobInfo | None:
         found = self._files.get(key)
         return found[0] if found else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -49,15 +50,25 @@ class _DeviceLostError(Exception):
 
 
 class JobExecution:
-    """Runs one delivered job to its end. `cancel` and `hand_back` may be called meanwhile."""
+    """Runs one delivered job to its end. `cancel` and `hand_back` may be called meanwhile.
 
-    def __init__(self, deps: WorkerDeps, delivery: Delivery) -> None:
+    Args:
+        on_stepped: called when the device has finished with the job; its uploads may still run.
+    """
+
+    def __init__(
+        self, deps: WorkerDeps, delivery: Delivery, on_stepped: Callable[[], None] = lambda: None
+    ) -> None:
+        self._on_stepped = on_stepped
         self._deps = deps
         self._delivery = delivery
         self._watch = Stopwatch()
         self._cancelled = False
         self.opened = asyncio.Event()  # The record was read, or the run has ended.
         self._leaving = asyncio.Event()
+        self._abandoned = asyncio.Event()  # Uploads are not waited for any more.
+        self._has_stepped = False
+        self._requeue_reason = ""
         self._submitted = False
         self._lease: JobLease | None = None
 
@@ -72,19 +83,28 @@ class JobExecution:
 
     @property
     def forwards(self) -> int:
-        """Returns the forwards of one step of all samples; 0 without a record of the job."""
-        if self.job is None:
+        """Returns the forwards of one step of all samples; 0 without a record of the job, and once
+        the device has finished with it.
+        """
+        if self.job is None or self._has_stepped:
             return 0
         params = self.job.params
         return params.samples * self._deps.engine.model.forwards(params)
 
     def cancel(self) -> None:
-        """Ends the job as cancelled at its next step."""
+        """Ends the job as cancelled at its next step, or at once if it has finished its steps."""
         self._cancelled = True
+        self._abandoned.set()
         self.hand_back()
 
-    def hand_back(self) -> None:
-        """Ends the run at its next step and requeues the job for another worker."""
+    def hand_back(self, reason: str = "worker stopped") -> None:
+        """Ends the run at its next step and requeues the job for another worker.
+
+        Uploads may finish, unless they wait for a store that cannot be used.
+        """
+        if self._deps.blobs.trouble:
+            self._abandoned.set()
+        self._requeue_reason = reason
         self._leaving.set()
         self._deps.engine.cancel(self.job_id)
 
@@ -198,7 +218,7 @@ class JobExecution:
             if self._cancelled:
                 await lease.finish(Cancelled())
             else:
-                await lease.hand_back()
+                await lease.hand_back(self._requeue_reason)
         except (*_NOT_OURS, _DeviceLostError, errors.UnavailableError):
             raise
         except Exception as error:
@@ -229,14 +249,19 @@ class JobExecution:
         """Appends the engine's events to the log; returns when every image is stored."""
         try:
             async with asyncio.TaskGroup() as finishing:
+                uploads: set[asyncio.Task[None]] = set()
                 while True:
                     match event := await events.get():
                         case SampleReady():
-                            finishing.create_task(self._finish(lease, event))
+                            uploads.add(finishing.create_task(self._finish(lease, event)))
+                            del event  # It holds the pixels.
                         case PreviewReady(sample=sample, step=step, pixels=pixels):
                             image = await asyncio.to_thread(preview_jpeg, pixels)
                             await lease.append(Preview(sample=sample, step=step, image=image))
                         case JobDone():
+                            self._has_stepped = True
+                            self._on_stepped()
+                            await self._all_stored(uploads)
                             return event
                         case JobFailed():
                             raise event.error
@@ -254,8 +279,21 @@ class JobExecution:
         finally:
             events.close()
 
+    async def _all_stored(self, uploads: set[asyncio.Task[None]]) -> None:
+        """Waits for the uploads. Raises _StoppedError once they are abandoned."""
+        async with background_task(self._abandoned.wait()) as abandoned:
+            while uploads and not abandoned.done():
+                done, _ = await asyncio.wait(
+                    {*uploads, abandoned}, return_when=asyncio.FIRST_COMPLETED
+                )
+                uploads -= done
+        if self._abandoned.is_set():
+            raise _StoppedError
+
     async def _finish(self, lease: JobLease, ready: SampleReady) -> None:
-        async for event in finish_sample(self._deps, lease.job, ready, self._watch):
+        finishing = finish_sample(self._deps, lease.job, ready, self._watch, lease.record_waiting)
+        del ready  # It holds the pixels.
+        async for event in finishing:
             await lease.record_sample(event)
 
     async def _succeed(self, lease: JobLease, done: JobDone) -> None:

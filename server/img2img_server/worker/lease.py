@@ -13,11 +13,20 @@ from dataclasses import replace
 import structlog
 
 from img2img_server import errors
-from img2img_server.domain.events import Cancelled, Event, Failed, Queued, Started
+from img2img_server.domain.events import (
+    Cancelled,
+    Event,
+    Failed,
+    Queued,
+    Started,
+    StorageWaiting,
+    Succeeded,
+)
 from img2img_server.domain.job import (
     IllegalTransitionError,
     Job,
     State,
+    StateReason,
     advance,
     terminal_event,
 )
@@ -101,6 +110,12 @@ class JobLease:
         await self.append(event)
         self.job = advance(self.job, event, time.time())
 
+    async def record_waiting(self, event: StorageWaiting) -> None:
+        """Records that a file waits for the store, and appends the event."""
+        if self.job.state_reason != StateReason.WAITING_FOR_STORAGE:
+            await self._swap(event)
+        await self.append(event)
+
     async def fail(self, error: Exception, *, dead: bool = False) -> None:
         """Ends the job as failed; an unexpected error is reported without its details."""
         if isinstance(error, errors.MessageTooLargeError):
@@ -113,11 +128,14 @@ class JobLease:
         await self.finish(failed, dead_reason=error.reason if dead else None)
 
     async def finish(self, event: Event, *, dead_reason: str | None = None) -> None:
-        """Ends the job; with a reason its message goes to the dead letters."""
-        await self._swap(event)
+        """Ends the job; with a reason its message goes to the dead letters.
+
+        A job whose cancel was requested before ends as cancelled, whatever `event` is.
+        """
+        event = await self._swap(event)
         await announce(self._deps.outbox, self._deps.jobs, self.job)
         await self.append(event)
-        if dead_reason:
+        if dead_reason and isinstance(event, Failed):
             await self.delivery.term(dead_reason)
         else:
             await self.delivery.ack()
@@ -134,9 +152,9 @@ class JobLease:
             attempt=job.attempt,
         )
 
-    async def hand_back(self) -> None:
+    async def hand_back(self, reason: str) -> None:
         """Gives the job to another worker; this attempt does not count."""
-        requeued = Queued(requeue_reason="worker stopped")
+        requeued = Queued(requeue_reason=reason)
         await self._swap(requeued)
         await self.append(requeued)
         await self.delivery.nak()
@@ -151,9 +169,15 @@ class JobLease:
             await self.append(terminal_event(self.job))
         await self.delivery.ack()
 
-    async def _swap(self, event: Event) -> None:
-        """Advances the record. Only a cancel request may have changed the record meanwhile."""
+    async def _swap(self, event: Event) -> Event:
+        """Advances the record. Only a cancel request may have changed the record meanwhile.
+
+        Returns:
+            The event that the record has: Cancelled instead of another end after a cancel request.
+        """
         while True:
+            if self.job.cancel_requested and isinstance(event, Succeeded | Failed):
+                event = Cancelled()
             job = advance(self.job, event, time.time())
             try:
                 self._revision = await self._deps.jobs.update(job, self._revision)
@@ -161,7 +185,7 @@ class JobLease:
                 await self._reload(event)
             else:
                 self.job = job
-                return
+                return event
 
     async def _reload(self, event: Event) -> None:
         stored = await self._deps.jobs.get(self.job.tenant, self.job.id)

@@ -6,13 +6,13 @@ import asyncio
 import base64
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import structlog
 
-from img2img_server.domain.events import SampleFinished, SampleStored
+from img2img_server.domain.events import SampleFinished, SampleStored, StorageWaiting
 from img2img_server.domain.job import Job, Timings
 from img2img_server.domain.params import ImageFormat
 from img2img_server.engine.base import SampleReady
@@ -21,6 +21,7 @@ from img2img_server.imaging.base import Pixels
 from img2img_server.imaging.encode import encode_image, encoded
 from img2img_server.safety.base import blank
 from img2img_server.storage.vault import SealBrokenError
+from img2img_server.storage.watched_blobs import OnWait
 from img2img_server.tracing import TRACER
 from img2img_server.worker.deps import WorkerDeps
 
@@ -44,13 +45,20 @@ class Stopwatch:
 
 
 async def finish_sample(
-    deps: WorkerDeps, job: Job, ready: SampleReady, watch: Stopwatch
+    deps: WorkerDeps,
+    job: Job,
+    ready: SampleReady,
+    watch: Stopwatch,
+    on_wait: Callable[[StorageWaiting], Awaitable[None]],
 ) -> AsyncIterator[SampleFinished | SampleStored]:
     """Yields the image once it is checked and encoded, then its link once it is stored.
 
+    Args:
+        on_wait: called once if the file has to wait for the store.
+
     Raises:
         SafetyCheckError: the requested check cannot run.
-        StorageError: the store refused the file, also after retries.
+        StorageError: the store refused the file, or the wait took too long.
     """
     params, index = job.params, ready.sample
     pixels, nsfw = ready.pixels, False
@@ -68,7 +76,12 @@ async def finish_sample(
     png = inline.data if params.output_format is ImageFormat.PNG else None
     with watch.measure("upload"):
         data, media_type, digest = await asyncio.to_thread(_file, pixels, png, params.base64)
-        url = await _store(deps, job, index, data, media_type)
+        del pixels, ready, inline, png  # While the file waits, only its own bytes are held.
+
+        async def waits(reason: str) -> None:
+            await on_wait(StorageWaiting(sample=index, reason=reason))
+
+        url = await _store(deps, job, index, data, media_type, waits)
     yield SampleStored(sample=index, url=url, sha256=digest, size_bytes=len(data))
 
 
@@ -81,14 +94,16 @@ def _file(pixels: Pixels, png: bytes | None, as_base64: bool) -> tuple[bytes, st
     return data, media_type, hashlib.sha256(data).hexdigest()
 
 
-async def _store(deps: WorkerDeps, job: Job, index: int, data: bytes, media_type: str) -> str:
+async def _store(
+    deps: WorkerDeps, job: Job, index: int, data: bytes, media_type: str, on_wait: OnWait
+) -> str:
     """Stores one sample's file and returns its link.
 
     If the tenant's storage rejects the file, it is stored in the service's own bucket and
     `storage_warning` reports that; the job does not fail.
 
     Raises:
-        StorageError: the service's own bucket rejected the file, also after retries.
+        StorageError: the service's own bucket rejected the file, or could not be used for too long.
         UnavailableError: NATS is down.
     """
     key = job.file_key(index)
@@ -101,7 +116,7 @@ async def _store(deps: WorkerDeps, job: Job, index: int, data: bytes, media_type
             return job.future_urls[index]
         except (StorageError, SealBrokenError) as error:
             log.warning("file_kept_in_own_bucket", why=str(error), tenant=job.tenant)
-    await deps.blobs.put(key, data, media_type)
+    await deps.blobs.put(key, data, media_type, on_wait)
     return job.own_urls[index] if job.own_urls else job.future_urls[index]
 
 

@@ -58,7 +58,7 @@ async def serve_worker(
         connect_bus(settings, reconnect_wait_seconds=RECONNECT_WAIT_SECONDS, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):
-        store = WatchedBlobs(blobs)
+        store = _watched(blobs, settings)
         needs = [bus.trouble, lambda: store.trouble]
         with logs_reason():
             safety = safety_checker(settings, _source(settings))
@@ -152,6 +152,12 @@ def _load_engine(settings: Settings) -> Engine:
         ) from error
 
 
+def _watched(blobs: BlobStore, settings: Settings) -> WatchedBlobs:
+    return WatchedBlobs(
+        blobs, wait_seconds=settings.s3_wait_seconds, wait_bytes=settings.s3_wait_bytes
+    )
+
+
 async def work(
     settings: Settings,
     name: str,
@@ -165,7 +171,7 @@ async def work(
     """Runs jobs with these dependencies until `stop` is set. Calls `announced` once apis can find
     the worker.
     """
-    store = blobs if isinstance(blobs, WatchedBlobs) else WatchedBlobs(blobs)
+    store = blobs if isinstance(blobs, WatchedBlobs) else _watched(blobs, settings)
     deps = WorkerDeps(
         name=name,
         engine=engine,

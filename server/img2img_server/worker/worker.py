@@ -22,6 +22,7 @@ from img2img_server.worker.execution import JobExecution
 from img2img_server.worker.orphan_cleanup import OrphanCleanup
 
 ANNOUNCE_SECONDS = 5.0
+HAND_BACK_CHECK_SECONDS = 5.0
 PULL_END_SECONDS = 2.0
 WITHDRAW_SECONDS = 3.0
 HAND_BACK_SECONDS = 5.0  # seconds for running steps and uploads after the drain time
@@ -66,6 +67,7 @@ class Worker:
         ):
             cleaning = tasks.create_task(self._cleanup.run())
             watching = tasks.create_task(self._deps.blobs.watch())
+            handing_back = tasks.create_task(self._hand_back_without_store())
             announcing = tasks.create_task(self._announce(announced))
             pulling = tasks.create_task(self._pull(tasks))
             lost = self._deps.device_lost
@@ -73,6 +75,7 @@ class Worker:
             # Order: stop announcing, stop pulling, end or requeue the jobs, delete orphan files.
             announcing.cancel()
             pulling.cancel()
+            handing_back.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
             with suppress(errors.UnavailableError, TimeoutError):
                 async with asyncio.timeout(WITHDRAW_SECONDS):  # The announcement expires by itself.
@@ -95,7 +98,7 @@ class Worker:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
-            await deps.blobs.healthy.wait()
+            await deps.blobs.until_takes_work()
             try:
                 taken = await deps.queue.pull(deps.engine.model.name, _LANES, 1, _PULL_SECONDS)
             except errors.UnavailableError as error:
@@ -103,7 +106,8 @@ class Worker:
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             for delivery in taken:
-                if deps.blobs.trouble:  # The job arrived while the store became unavailable.
+                # The job may arrive while the store becomes unavailable.
+                if not deps.blobs.takes_work:
                     with suppress(errors.UnavailableError):
                         await delivery.nak()
                 elif run := self._take(delivery):
@@ -116,7 +120,7 @@ class Worker:
         if earlier := self._runs.get(job_id):
             earlier.adopt(delivery)
             return None
-        run = self._runs[job_id] = JobExecution(self._deps, delivery)
+        run = self._runs[job_id] = JobExecution(self._deps, delivery, self._changed.set)
         JOBS_RUNNING.set(len(self._runs))
         return run
 
@@ -152,6 +156,27 @@ class Worker:
                     self._changed.clear()
                     await self._changed.wait()
 
+    async def _hand_back_without_store(self) -> None:
+        """Requeues all jobs while the store is away from this worker, but not from another one."""
+        deps = self._deps
+        while True:
+            await deps.blobs.changed(HAND_BACK_CHECK_SECONDS)
+            if not (deps.blobs.is_away and self._runs and await self._others_can_store()):
+                continue
+            log.warning("jobs_handed_back_without_store", jobs=len(self._runs))
+            for run in list(self._runs.values()):
+                run.hand_back("the worker cannot store files")
+
+    async def _others_can_store(self) -> bool:
+        """Returns whether another live worker of the model can store files."""
+        with suppress(errors.UnavailableError):
+            return any(
+                worker.model.name == self._deps.engine.model.name and not worker.store_trouble
+                for worker in await self._registry.workers()
+                if worker.name != self._deps.name
+            )
+        return False
+
     async def _on_cancel(self, job_id: int) -> None:
         if run := self._runs.get(job_id):
             run.cancel()
@@ -184,10 +209,11 @@ class Worker:
                 device=deps.engine.device,
                 job_seconds=throughput.job_seconds,
                 busy=throughput.busy,
+                store_trouble=deps.blobs.trouble,
             )
             with suppress(errors.UnavailableError):
                 await self._registry.announce(info)
                 if announced:
                     announced()
                 announced = None
-            await asyncio.sleep(ANNOUNCE_SECONDS)
+            await deps.blobs.changed(ANNOUNCE_SECONDS)

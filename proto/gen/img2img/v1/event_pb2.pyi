@@ -44,6 +44,7 @@ class JobEvent(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    STORAGE_WAITING_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the event within the job, from 1. A snapshot has the number that the stream resumes
     after, a heartbeat that of the last event of this stream. Missing numbers were previews that later
@@ -103,6 +104,10 @@ class JobEvent(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Sent while there is no event. Not part of the event log."""
 
+    @_builtins.property
+    def storage_waiting(self) -> Global___StorageWaiting:
+        """The file of a sample waits for the object store, which cannot be used now."""
+
     def __init__(
         self,
         *,
@@ -121,12 +126,13 @@ class JobEvent(_message.Message):
         failed: Global___JobFailed | None = ...,
         cancelled: Global___JobCancelled | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        storage_waiting: Global___StorageWaiting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "succeeded", b"succeeded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "storage_waiting", b"storage_waiting", "succeeded", b"succeeded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "job", b"job", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "sequence", b"sequence", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "succeeded", b"succeeded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "job", b"job", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "sequence", b"sequence", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "storage_waiting", b"storage_waiting", "succeeded", b"succeeded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "queued", "started", "stage", "step", "preview", "sample_finished", "sample_stored", "succeeded", "failed", "cancelled", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "queued", "started", "stage", "step", "preview", "sample_finished", "sample_stored", "succeeded", "failed", "cancelled", "heartbeat", "storage_waiting"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -402,6 +408,35 @@ class SampleStored(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleStored: _TypeAlias = SampleStored  # noqa: Y015
+
+@_typing.final
+class StorageWaiting(_message.Message):
+    """The file of a sample waits for the object store, which cannot be used now. The image is finished and
+    is not computed again. The job continues by itself; if the wait takes too long, it fails with
+    STORAGE_UNAVAILABLE.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    sample: _builtins.int
+    """Index of the sample."""
+    reason: _builtins.str
+    """Why the file cannot be stored, a sentence for people."""
+    def __init__(
+        self,
+        *,
+        sample: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "sample", b"sample"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StorageWaiting: _TypeAlias = StorageWaiting  # noqa: Y015
 
 @_typing.final
 class JobSucceeded(_message.Message):

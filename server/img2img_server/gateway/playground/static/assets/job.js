@@ -3,7 +3,7 @@ import { withLabels } from "./view.js";
 
 export function apply(result, event) {
   const sample = event.sample === undefined ? null : (result.samples[event.sample] ??= {});
-  const handlers = { snapshot, queued, started, step, preview, sample_finished, sample_stored };
+  const handlers = { snapshot, queued, started, step, preview, sample_finished, sample_stored, storage_waiting };
   if (["succeeded", "failed", "cancelled"].includes(event.kind)) ended(result, event);
   else handlers[event.kind]?.(result, event, sample);
 }
@@ -45,6 +45,10 @@ function sample_finished(result, { sequence, image, seed, nsfw }, sample) {
 
 function sample_stored(_, { url }, sample) {
   sample.link = url;
+}
+
+function storage_waiting(result, { reason }) {
+  result.text = `Waiting for storage: ${reason}.`;
 }
 
 function ended(result, { kind, job }) {
