@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test oracle bench image-test
+.PHONY: help setup gen check fix test gold chart demo serve images-test oracle bench attack image-test
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 	$(BIN)/python -m benchmarks.engine --output .img2img/bench/engine.json $(ENGINE_ARGS)
 	$(BIN)/python -m benchmarks.engine_memory
+
+attack: setup ## Attack a service on this machine and show what another tenant notices
+	$(BIN)/python -m benchmarks.attack $(ARGS)
 
 image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc)
 	PYTHONPATH=. $(BIN)/python .ci/image_test.py $(ARGS)

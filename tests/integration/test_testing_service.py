@@ -46,6 +46,19 @@ async def test_a_job_of_a_held_engine_can_be_cancelled() -> None:
             await client.watch(job).result()
 
 
+async def test_a_held_job_runs_until_it_is_cancelled_and_does_not_stop_others() -> None:
+    async with (
+        running_service() as service,
+        AsyncClient(channel=service.channel, api_key="dev-key") as client,
+    ):
+        held = await client.create("hold: p", photo(), **SMALL)  # type: ignore[arg-type]
+        await client.generate("p", photo(), **SMALL)  # type: ignore[arg-type]
+        assert (await client.get(held)).state == "running"
+        await client.cancel(held)
+        with pytest.raises(JobCancelledError):
+            await client.watch(held).result()
+
+
 async def test_an_error_of_the_block_passes_unchanged() -> None:
     with pytest.raises(LookupError):
         async with running_service():

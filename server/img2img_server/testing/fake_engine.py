@@ -42,6 +42,8 @@ FAKE_MODEL = ModelInfo(
 )
 # A job fails if its prompt begins with this text; the rest of the prompt is the message.
 FAIL_PROMPT = "fail:"
+# A job whose prompt begins with this text runs until it is cancelled.
+HOLD_PROMPT = "hold:"
 
 
 @dataclass
@@ -58,7 +60,8 @@ class FakeEngine:
     """Runs every submitted job at once, one step of each in turn.
 
     Its images depend on the same parameters as those of a real engine, and on nothing else. A
-    prompt that begins with "fail:" fails with EngineError after its first stage.
+    prompt that begins with "fail:" fails with EngineError after its first stage, and one that
+    begins with "hold:" runs until it is cancelled.
 
     Args:
         model: the value of the property `model`.
@@ -178,10 +181,14 @@ class FakeEngine:
         return self._stopping or any(run.cancelled for run in self._running)
 
     def _movable(self) -> list[_Run]:
-        hold = self._hold_after
-        if hold is None or self._lost:
+        if self._lost:
             return list(self._running)
-        return [run for run in self._running if run.step < hold or run.cancelled]
+        return [run for run in self._running if run.cancelled or not self._is_held(run)]
+
+    def _is_held(self, run: _Run) -> bool:
+        if run.step and run.job.params.prompt.startswith(HOLD_PROMPT):
+            return True
+        return self._hold_after is not None and run.step >= self._hold_after
 
     def _advance(self, run: _Run) -> bool:
         """Runs one step of every sample; returns whether the job has ended."""
