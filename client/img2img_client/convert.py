@@ -34,7 +34,12 @@ def event_from(message: event_pb2.JobEvent) -> events.Event | None:
     if kind not in KINDS:
         return None
     time = message.event_time.ToDatetime(UTC) if message.HasField("event_time") else None
-    envelope = {"sequence": message.sequence, "event_time": time, "job_name": message.job}
+    envelope = {
+        "sequence": message.sequence,
+        "event_time": time,
+        "job_name": message.job,
+        "missing_from": message.missing_from,
+    }
     return read(KINDS[kind], getattr(message, kind), **envelope)
 
 

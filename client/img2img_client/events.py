@@ -20,11 +20,13 @@ class Stage(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One event of a job. `sequence` counts from 1 within the job; missing numbers were previews
-    that a later preview replaced."""
+    that a later preview replaced. `missing_from`: the number of the first event that the service
+    removed before it could send it, 0 if there is none between the event before and this one."""
 
     sequence: int
     event_time: datetime | None
     job_name: str
+    missing_from: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

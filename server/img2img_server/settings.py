@@ -283,7 +283,7 @@ class Settings(BaseSettings):
     key's entry of the keys file takes precedence.
     """
     max_watchers: Count = Field(1000, ge=1)
-    """Most open event streams of one api."""
+    """Most open event streams of one api. It keeps a quarter more for tenants that have few."""
     max_tenant_calls: Count = Field(500, ge=1)
     """Most open event streams and job requests of a tenant at one api."""
     max_http_requests: Count = Field(2000, ge=1)

@@ -90,6 +90,7 @@ class Canceller:
         """Appends the terminal event and queues the webhook, unless a worker owns the log."""
         with suppress(OwnershipLostError):
             writer = await self._events.open(job.id)
+            writer.continue_after(job.used_number(writer.sequence))
             if not writer.ended:
                 await announce(self._outbox, self._jobs, job)
                 await writer.append(terminal_event(job))

@@ -135,7 +135,7 @@ class Intake:
             samples=params.samples,
             image_bytes=len(accepted.image.data),
         )
-        job = replace(job, queue_sequence=place)
+        job = replace(job, queue_sequence=place, last_event=writer.sequence)
         # A worker has started the job, so its place in the queue no longer matters.
         with suppress(ConflictError):
             revision = await self._jobs.update(job, revision)

@@ -62,9 +62,15 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     async def Generate(  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[service_pb2.GenerateResponse]:
-        # The limit is checked before there is a job that could not be streamed.
-        self._watcher.check_room()
         caller = self._caller(context)
+        # The place is taken before there is a job that could not be streamed.
+        with self._watcher.places.taken(caller.principal.tenant):
+            async for event in self._generate(request, caller, context):
+                yield service_pb2.GenerateResponse(event=event)
+
+    async def _generate(
+        self, request: service_pb2.GenerateRequest, caller: Caller, context: Context
+    ) -> AsyncIterator[event_pb2.JobEvent]:
         call = GenerateCall(
             disconnects=self._disconnects,
             creation=self._create(request, caller),
@@ -74,21 +80,19 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         )
         _when_done(context, call.done)
         try:
-            async for event in self._generate(call):
-                yield service_pb2.GenerateResponse(event=event)
-        except errors.TooManyWatchersError:
-            raise  # The job exists, and the caller does not know its name yet.
+            async for event in self._create_and_watch(call):
+                yield event
         except Exception:
             call.has_ended = True
             raise
         call.has_ended = True
 
-    async def _generate(self, call: GenerateCall) -> AsyncIterator[event_pb2.JobEvent]:
+    async def _create_and_watch(self, call: GenerateCall) -> AsyncIterator[event_pb2.JobEvent]:
         async for heartbeat in self._watcher.heartbeats_until(call.creation):
             yield heartbeat
         job = call.creation.result().job
         call.opened(job.tenant, job.id)
-        async for event in self._watcher.stream(job.tenant, job.id, 0):
+        async for event in self._watcher.stream(job.tenant, job.id, 0, is_new=True):
             call.sends(event.WhichOneof("event"))
             yield event
 
@@ -127,13 +131,14 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             violation = Violation("after_sequence", Reason.OUT_OF_RANGE, message)
             raise errors.InvalidRequestError([violation])
         tenant, job_id = current_principal().tenant, _job_id(request.name)
-        events = self._watcher.stream(tenant, job_id, request.after_sequence)
-        snapshot = await anext(events)  # Raises unless the job belongs to this tenant.
-        self._disconnects.opened(tenant, job_id)
-        _when_done(context, lambda: self._disconnects.closed(job_id))
-        yield service_pb2.WatchJobResponse(event=snapshot)
-        async for event in events:
-            yield service_pb2.WatchJobResponse(event=event)
+        with self._watcher.places.taken(tenant):
+            events = self._watcher.stream(tenant, job_id, request.after_sequence)
+            snapshot = await anext(events)  # Raises unless the job belongs to this tenant.
+            self._disconnects.opened(tenant, job_id)
+            _when_done(context, lambda: self._disconnects.closed(job_id))
+            yield service_pb2.WatchJobResponse(event=snapshot)
+            async for event in events:
+                yield service_pb2.WatchJobResponse(event=event)
 
     async def CancelJob(  # noqa: N802
         self, request: service_pb2.CancelJobRequest, context: Context

@@ -12,17 +12,17 @@ from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
+from img2img_server.api.places import StreamPlaces
 from img2img_server.api.records import found
 from img2img_server.domain.events import Envelope
 from img2img_server.domain.job import Job, terminal_event
-from img2img_server.telemetry import WATCHERS
 
 SEQUENCE_MOST = 2**63 - 1  # int64; the greatest sequence that a caller can send
 STOPPING = "This server is stopping; watch again with the last sequence seen."
 
 
 class Watcher:
-    """Streams logs to callers, limits the number of streams, and ends them when the server stops.
+    """Streams logs to callers, and ends the streams when the server stops.
 
     Streams end early only while `end_streams_at_stop` runs.
     """
@@ -32,10 +32,9 @@ class Watcher:
         self._events = deps.bus.events
         self._estimator = estimator
         self._stop = deps.stop
-        self._most = deps.settings.max_watchers
+        self.places = StreamPlaces(deps.settings.max_watchers)
         self._retention_hours = deps.settings.retention_hours
         self._heartbeat_seconds = deps.settings.heartbeat_seconds
-        self._open = 0
         self._waits: set[asyncio.Timeout] = set()
 
     async def end_streams_at_stop(self) -> None:
@@ -53,55 +52,48 @@ class Watcher:
                 yield convert.heartbeat(sequence=0, time=time.time())
 
     async def stream(
-        self, tenant: str, job_id: int, after_sequence: int
+        self, tenant: str, job_id: int, after_sequence: int, *, is_new: bool = False
     ) -> AsyncIterator[event_pb2.JobEvent]:
         """Yields the job's events until its terminal one, and heartbeats while there is none.
 
-        Raises:
-            JobNotFoundError, TooManyWatchersError; UnavailableError when the server stops.
-        """
-        self.check_room()
-        self._open += 1
-        WATCHERS.inc()
-        try:
-            # The log is opened before the record is read, so that no event between the two is
-            # missed.
-            async with self._events.watch(job_id, after_sequence) as log:
-                job = await self._get(tenant, job_id)
-                yield await self._snapshot(job, after_sequence)
-                last = None
-                if job.state.is_terminal:
-                    last = await self._events.last_sequence(job_id)
-                if last is None or last > after_sequence:
-                    while True:
-                        envelope = await self._next(log)
-                        if envelope is None:
-                            yield convert.heartbeat(
-                                sequence=after_sequence, time=time.time(), job_name=job.name
-                            )
-                            continue
-                        yield await self._message(tenant, envelope)
-                        if envelope.is_terminal:
-                            return
-                        after_sequence = envelope.sequence
-                        if last is not None and after_sequence >= last:
-                            break
-                # The log has expired, or its writer died before the terminal event.
-                ending = Envelope(
-                    sequence=min(after_sequence + 1, SEQUENCE_MOST),
-                    time=job.end_time,
-                    job_id=job.id,
-                    event=terminal_event(job),
-                )
-                yield await self._message(tenant, ending)
-        finally:
-            self._open -= 1
-            WATCHERS.dec()
+        Args:
+            is_new: The caller has just created the job. Otherwise the record is read before the log
+                is opened, so that a job of another tenant costs one read.
 
-    def check_room(self) -> None:
-        """Raises TooManyWatchersError."""
-        if self._open >= self._most:
-            raise errors.TooManyWatchersError(self._most)
+        Raises:
+            JobNotFoundError; UnavailableError when the server stops.
+        """
+        if not is_new:
+            await self._get(tenant, job_id)
+        async with self._events.watch(job_id, after_sequence) as log:
+            # The log is open before the record is read here, so no event between the two is missed.
+            job = await self._get(tenant, job_id)
+            yield await self._snapshot(job, after_sequence)
+            last = None
+            if job.state.is_terminal:
+                last = await self._events.last_sequence(job_id)
+            seen = after_sequence
+            if last is None or last > seen:
+                while True:
+                    envelope = await self._next(log)
+                    if envelope is None:
+                        yield convert.heartbeat(sequence=seen, time=time.time(), job_name=job.name)
+                        continue
+                    yield await self._message(tenant, envelope, seen)
+                    if envelope.is_terminal:
+                        return
+                    seen = envelope.sequence
+                    if last is not None and seen >= last:
+                        break
+            # The log was removed, or its writer died before the terminal event.
+            ending = Envelope(
+                sequence=min(max(seen, job.last_event) + 1, SEQUENCE_MOST),
+                time=job.end_time,
+                job_id=job.id,
+                event=terminal_event(job),
+                previous=job.last_event,
+            )
+            yield await self._message(tenant, ending, seen)
 
     async def message(self, job: Job) -> job_pb2.Job:
         """Returns the Job message of a record, with its estimate."""
@@ -114,11 +106,16 @@ class Watcher:
     async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
         return convert.snapshot(await self.message(job), sequence=sequence, time=time.time())
 
-    async def _message(self, tenant: str, envelope: Envelope) -> event_pb2.JobEvent:
-        if not envelope.is_terminal:
-            return convert.event(envelope)
-        job = await self._get(tenant, envelope.job_id)
-        return convert.event(envelope, await self.message(job))
+    async def _message(self, tenant: str, envelope: Envelope, seen: int) -> event_pb2.JobEvent:
+        """Returns the message of an event. `seen`: the number of the event before it."""
+        if envelope.is_terminal:
+            job = await self._get(tenant, envelope.job_id)
+            message = convert.event(envelope, await self.message(job))
+        else:
+            message = convert.event(envelope)
+        if envelope.previous > seen:
+            message.missing_from = seen + 1
+        return message
 
     async def _next(self, log: AsyncIterator[Envelope]) -> Envelope | None:
         """Returns the next event of the log, or None when a heartbeat is due.

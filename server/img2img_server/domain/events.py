@@ -141,12 +141,20 @@ TERMINAL = (Succeeded, Failed, Cancelled)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
-    """One entry of a job's log. `sequence` counts from 1; `time`: Unix seconds."""
+    """One entry of a job's log.
+
+    Attributes:
+        sequence: Number of the event within its job, from 1.
+        time: Unix seconds.
+        previous: Number of the event before that is no preview, 0 if there is none. -1: a writer of
+            an older version did not say.
+    """
 
     sequence: int
     time: float
     job_id: int
     event: Event
+    previous: int = -1
 
     @property
     def is_terminal(self) -> bool:

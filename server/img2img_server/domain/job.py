@@ -22,6 +22,9 @@ from img2img_server.domain.params import JobParams
 _NO_STAGES = ("steps", "batch_share")  # fields of Timings that are not durations
 FIRST_JOB_ID = 10_000_001
 LAST_JOB_ID = 2**31 - 1
+# More events than one attempt at a job can have. The numbers of a log that was removed continue
+# after so many.
+MOST_EVENTS_OF_AN_ATTEMPT = 100_000
 
 
 class State(StrEnum):
@@ -133,6 +136,7 @@ class Job:
         state_reason: A StateReason, or "" if the job proceeds. A string, since later versions may
             add reasons.
         start_noise: Share of noise that the first step began with, 0 to 1.
+        last_event: Number of the last event of the job when the record was written.
         own_urls: Links in the service's own bucket, used if the tenant's storage rejects the files.
     """
 
@@ -162,6 +166,7 @@ class Job:
     queue_sequence: int = 0
     storage_version: str = ""
     deadline_time: float = 0.0
+    last_event: int = 0
     own_urls: tuple[str, ...] = ()
     denoising_steps: int = 0
     start_noise: float = 0.0
@@ -175,6 +180,18 @@ class Job:
     def is_expired(self, retention_seconds: float, now: float) -> bool:
         """Returns whether the job ended `retention_seconds` before `now`, Unix seconds."""
         return 0.0 < self.end_time <= now - retention_seconds
+
+    def used_number(self, last_logged: int) -> int:
+        """Returns the highest number that an event of the job can have.
+
+        Args:
+            last_logged: The number of the last event in the log; 0 if the log is empty or was
+                removed.
+        """
+        if last_logged or not self.attempt:
+            return max(last_logged, self.last_event)
+        # An attempt appends events without writing the record.
+        return self.last_event + MOST_EVENTS_OF_AN_ATTEMPT
 
     def file_key(self, index: int) -> str:
         """Returns the key of one sample's file, for example "generations/{uuid}-0.png"."""

@@ -145,6 +145,10 @@ class EventWriter(Protocol):
         """Returns whether the log has its terminal event."""
         ...
 
+    def continue_after(self, number: int) -> None:
+        """Makes the next event have a number above `number`, also if the log was removed."""
+        ...
+
     async def append(self, event: Event) -> Envelope:
         """Numbers and stores the event.
 

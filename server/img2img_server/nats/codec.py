@@ -49,6 +49,7 @@ class EventHead(msgspec.Struct, frozen=True):
     job_id: int
     type: str
     event: msgspec.Raw
+    previous: int = -1
 
     @property
     def is_terminal(self) -> bool:
@@ -67,6 +68,7 @@ def encode_event(envelope: Envelope) -> bytes:
         job_id=envelope.job_id,
         type=type(envelope.event).__name__,
         event=msgspec.Raw(encode(envelope.event)),
+        previous=envelope.previous,
     )
     return encode(head)
 
@@ -96,4 +98,10 @@ def decode_event(data: bytes) -> Envelope | None:
         if head.is_terminal:  # A terminal event must not be skipped.
             raise
         return None
-    return Envelope(sequence=head.sequence, time=head.time, job_id=head.job_id, event=event)
+    return Envelope(
+        sequence=head.sequence,
+        time=head.time,
+        job_id=head.job_id,
+        event=event,
+        previous=head.previous,
+    )

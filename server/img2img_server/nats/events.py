@@ -89,6 +89,7 @@ class JetStreamEventWriter:
         self._job_id = job_id
         self._log_subject = subjects.log_subject(job_id)
         self.sequence = 0
+        self._previous = 0  # the number of the last event that is no preview
         self._fence = 0
         self.ended = False
         self._turn = asyncio.Lock()
@@ -98,12 +99,20 @@ class JetStreamEventWriter:
         last = await self._link.last(subjects.EVENTS, subjects.events_filter(self._job_id))
         if last is None:
             return
-        self.sequence = codec.decode_head(last.data or b"").sequence
+        head = codec.decode_head(last.data or b"")
+        self.sequence = head.sequence
         if last.subject != self._log_subject:
             last = await self._link.last(subjects.EVENTS, self._log_subject)
         if last is not None:
+            head = codec.decode_head(last.data or b"")
             self._fence = last.seq or 0
-            self.ended = codec.decode_head(last.data or b"").is_terminal
+            self._previous = head.sequence
+            self.ended = head.is_terminal
+
+    def continue_after(self, number: int) -> None:
+        """Makes the next event have a number above `number`, also if the log was removed."""
+        if number > self.sequence:
+            self.sequence = self._previous = number
 
     async def append(self, event: Event) -> Envelope:
         """Numbers and stores the event.
@@ -114,13 +123,18 @@ class JetStreamEventWriter:
         """
         async with self._turn:
             envelope = Envelope(
-                sequence=self.sequence + 1, time=time.time(), job_id=self._job_id, event=event
+                sequence=self.sequence + 1,
+                time=time.time(),
+                job_id=self._job_id,
+                event=event,
+                previous=self._previous,
             )
             data = codec.encode_event(envelope)
             if isinstance(event, Preview):
                 await self._store_preview(data, event.sample)
             else:
                 self._fence = await self._store(data)
+                self._previous = envelope.sequence
             self.sequence = envelope.sequence
             self.ended = self.ended or isinstance(event, TERMINAL)
             return envelope

@@ -239,6 +239,8 @@ class _MemoryEventWriter:
         self._revision = 0 if fresh else log.revision
         known = [] if fresh else log.entries
         self._sequence = known[-1].sequence if known else 0
+        logged = [entry for entry in known if not isinstance(entry.event, Preview)]
+        self._previous = logged[-1].sequence if logged else 0
         self._ended = any(entry.is_terminal for entry in known)
 
     @property
@@ -249,19 +251,28 @@ class _MemoryEventWriter:
     def ended(self) -> bool:
         return self._ended
 
+    def continue_after(self, number: int) -> None:
+        if number > self._sequence:
+            self._sequence = self._previous = number
+
     async def append(self, event: Event) -> Envelope:
         log = self._log
         if log.revision != self._revision:
             raise OwnershipLostError(f"job {self._job_id}: another writer has the log")
         self._sequence += 1
         entry = Envelope(
-            sequence=self._sequence, time=time.time(), job_id=self._job_id, event=event
+            sequence=self._sequence,
+            time=time.time(),
+            job_id=self._job_id,
+            event=event,
+            previous=self._previous,
         )
         if isinstance(event, Preview):
             log.entries = [e for e in log.entries if not _same_preview(e.event, event)]
         else:
             log.revision += 1
             self._revision += 1
+            self._previous = entry.sequence
         log.entries.append(entry)
         self._ended = self._ended or isinstance(event, TERMINAL)
         log.changes.notify()

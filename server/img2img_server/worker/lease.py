@@ -59,6 +59,7 @@ class JobLease:
         self.job: Job = stored.job
         # The record counts attempts: a message may be delivered without a run.
         self._attempt = stored.job.attempt + 1
+        writer.continue_after(stored.job.used_number(writer.sequence))
 
     async def take(self, *, cancelled: bool) -> bool:
         """Takes the job in its record; append_started adds the event.
@@ -178,7 +179,7 @@ class JobLease:
         while True:
             if self.job.cancel_requested and isinstance(event, Succeeded | Failed):
                 event = Cancelled()
-            job = advance(self.job, event, time.time())
+            job = replace(advance(self.job, event, time.time()), last_event=self._writer.sequence)
             try:
                 self._revision = await self._deps.jobs.update(job, self._revision)
             except ConflictError:

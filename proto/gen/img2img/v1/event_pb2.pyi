@@ -45,13 +45,18 @@ class JobEvent(_message.Message):
     CANCELLED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     STORAGE_WAITING_FIELD_NUMBER: _builtins.int
+    MISSING_FROM_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the event within the job, from 1. A snapshot has the number that the stream resumes
     after, a heartbeat that of the last event of this stream. Missing numbers were previews that later
-    ones replaced.
+    ones replaced, or events that missing_from reports.
     """
     job: _builtins.str
     """Resource name of the job: "jobs/{id}". Empty in a heartbeat before the snapshot."""
+    missing_from: _builtins.int
+    """0, unless events before this one were removed from the log before they were sent: then the number of
+    the first of them. The last of them has a number below sequence. Job has the results of these events.
+    """
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When the event happened, by the clock of the process that wrote it."""
@@ -127,10 +132,11 @@ class JobEvent(_message.Message):
         cancelled: Global___JobCancelled | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         storage_waiting: Global___StorageWaiting | None = ...,
+        missing_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "storage_waiting", b"storage_waiting", "succeeded", b"succeeded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "job", b"job", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "sequence", b"sequence", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "storage_waiting", b"storage_waiting", "succeeded", b"succeeded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "event", b"event", "event_time", b"event_time", "failed", b"failed", "heartbeat", b"heartbeat", "job", b"job", "missing_from", b"missing_from", "preview", b"preview", "queued", b"queued", "sample_finished", b"sample_finished", "sample_stored", b"sample_stored", "sequence", b"sequence", "snapshot", b"snapshot", "stage", b"stage", "started", b"started", "step", b"step", "storage_waiting", b"storage_waiting", "succeeded", b"succeeded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "queued", "started", "stage", "step", "preview", "sample_finished", "sample_stored", "succeeded", "failed", "cancelled", "heartbeat", "storage_waiting"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

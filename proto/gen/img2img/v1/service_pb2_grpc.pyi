@@ -117,9 +117,10 @@ class Img2ImgServiceStub:
 
     To resume a stream that broke, call WatchJob with the last sequence that was received; any server
     can resume it, without gaps and duplicates. A job that has ended returns its past events, then the
-    stream ends. Events are kept for an hour by default; later the stream has only the snapshot and the
-    terminal event. The end of this call does not affect the job. The call ends the grace period of a
-    broken Generate call, see Generate.
+    stream ends. Events are kept until an hour after the end of the job by default, or shorter if newer
+    jobs of the tenant need the space. Then the stream has only the snapshot and the terminal event, and
+    missing_from reports the gap. The end of this call does not affect the job. The call ends the grace
+    period of a broken Generate call, see Generate.
 
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
@@ -272,9 +273,10 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
 
     To resume a stream that broke, call WatchJob with the last sequence that was received; any server
     can resume it, without gaps and duplicates. A job that has ended returns its past events, then the
-    stream ends. Events are kept for an hour by default; later the stream has only the snapshot and the
-    terminal event. The end of this call does not affect the job. The call ends the grace period of a
-    broken Generate call, see Generate.
+    stream ends. Events are kept until an hour after the end of the job by default, or shorter if newer
+    jobs of the tenant need the space. Then the stream has only the snapshot and the terminal event, and
+    missing_from reports the gap. The end of this call does not affect the job. The call ends the grace
+    period of a broken Generate call, see Generate.
 
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
@@ -454,9 +456,10 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
 
         To resume a stream that broke, call WatchJob with the last sequence that was received; any server
         can resume it, without gaps and duplicates. A job that has ended returns its past events, then the
-        stream ends. Events are kept for an hour by default; later the stream has only the snapshot and the
-        terminal event. The end of this call does not affect the job. The call ends the grace period of a
-        broken Generate call, see Generate.
+        stream ends. Events are kept until an hour after the end of the job by default, or shorter if newer
+        jobs of the tenant need the space. Then the stream has only the snapshot and the terminal event, and
+        missing_from reports the gap. The end of this call does not affect the job. The call ends the grace
+        period of a broken Generate call, see Generate.
 
         Errors:
         - INVALID_ARGUMENT, INVALID_REQUEST: after_sequence is negative.
