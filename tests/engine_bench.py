@@ -137,16 +137,17 @@ def stock_call(wanted: EngineJob) -> dict[str, Any]:
     }
 
 
-def text_to_image_call(wanted: EngineJob, channels: int) -> dict[str, Any]:
+def text_to_image_call(wanted: EngineJob, channels: int, side_scale: int = 8) -> dict[str, Any]:
     """Returns the arguments of a stock text-to-image pipeline for a request of strength 1.
 
     `latents` is a function of the generator; it returns the noise that our rows begin with.
 
     Args:
         channels: The number of channels of the latents.
+        side_scale: Pixels of an image's side per latent.
     """
     height, width, _ = wanted.init_image.shape
-    shape = (1, channels, height // 8, width // 8)
+    shape = (1, channels, height // side_scale, width // side_scale)
 
     def latents(generator: torch.Generator) -> torch.Tensor:
         # The generator first draws the noise of the autoencoder.
@@ -166,13 +167,16 @@ class Stock:
     """
 
     def __init__(
-        self, folder: Path, call: Callable[[EngineJob], dict[str, Any]] = stock_call
+        self,
+        folder: Path,
+        call: Callable[[EngineJob], dict[str, Any]] = stock_call,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         files = ModelFiles.read(folder)
         family = detect(files, str(folder))
         pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
         options = {**dict.fromkeys(files.absent_parts), **family.load_options}
-        self._pipeline = pipeline_class.from_pretrained(folder, **options)
+        self._pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **options)
         self._pipeline.set_progress_bar_config(disable=True)
         self._config = dict(self._pipeline.scheduler.config)
         self._call = call

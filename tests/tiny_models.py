@@ -195,7 +195,8 @@ def vivid(autoencoder: Any) -> Any:
     prove nothing.
     """
     noise = torch.randn(1, autoencoder.config.latent_channels, 8, 8)
-    image = autoencoder.decode(noise / autoencoder.config.scaling_factor).sample
+    scale = autoencoder.config.get("scaling_factor", 1.0)
+    image = autoencoder.decode(noise / scale).sample
     last = [m for m in autoencoder.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
     last.weight *= 0.5 / image.std()
     return autoencoder.eval()

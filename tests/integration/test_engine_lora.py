@@ -64,6 +64,8 @@ TRANSFORMERS = {
         ("transformer", "transformer_blocks.0.img_mlp.net.2"),
     ),
     "sana_sprint": (("transformer", "transformer_blocks.1.attn2.to_v"),),
+    "krea2": (("transformer", "transformer_blocks.1.attn.to_v"),),
+    "ernie_image": (("transformer", "layers.1.self_attention.to_v"),),
     "lumina2": (("transformer", "layers.1.attn.to_v"),),
     "kolors": (("unet", LINEAR), ("unet", OUT)),
 }

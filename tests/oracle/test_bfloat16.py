@@ -36,10 +36,8 @@ def test_an_image_in_bfloat16_is_as_close_as_the_stock_pipelines(
         num_inference_steps=5,
         init_image=blocks(*model.sizes[0]),
     )
-    stock = Stock(folder, model.call)
-    (exact,) = stock.images(wanted)
-    stock._pipeline.to(torch.bfloat16)
-    (theirs,) = stock.images(wanted)
+    (exact,) = Stock(folder, model.call).images(wanted)
+    (theirs,) = Stock(folder, model.call, torch.bfloat16).images(wanted)
     denoiser = DiffusersDenoiser.load(str(folder), torch.device("cpu"), torch.bfloat16)
     with running(denoiser) as engine:
         (ours,) = images(run(engine, wanted))

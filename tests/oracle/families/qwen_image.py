@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -21,7 +20,7 @@ from tests.engine_bench import stock_call
 from tests.oracle.harness import RUNS, OracleModel
 from tests.tiny_flow import SIZES, lively
 from tests.tiny_models import perturb_norms, save
-from tests.tiny_qwen import TEXT_WIDTH, qwen_tokenizer, text_options
+from tests.tiny_qwen import TEXT_WIDTH, describing_tokenizer, text_options, video_autoencoder
 
 SHIFT: dict[str, Any] = {
     "use_dynamic_shifting": True,
@@ -35,21 +34,14 @@ LIGHTNING: dict[str, Any] = {
     "base_shift": math.log(3),
     "max_shift": math.log(3),
 }
-# The system message of the pipeline after its first 17 letters. With it, the message has as many
-# tokens as with the real tokenizer, and the pipeline drops exactly these.
-_REST = (
-    "e by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-    "objects and background:"
-)
 
 
 def write(folder: Path, *, scheduler: dict[str, Any]) -> Path:
     """Writes a model of the Qwen-Image kind; returns its folder."""
     torch.manual_seed(6)
-    tokenizer = qwen_tokenizer()
-    tokenizer.add_tokens([_REST])
+    tokenizer = describing_tokenizer()
     pipeline = QwenImagePipeline(
-        vae=_autoencoder(),
+        vae=video_autoencoder(),
         text_encoder=_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=lively(
@@ -82,16 +74,6 @@ def _encoder(tokenizer: Any) -> Any:
     encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
     perturb_norms(encoder)
     return encoder
-
-
-@torch.no_grad()
-def _autoencoder() -> Any:
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, num_res_blocks=1)
-    for part in (vae.encoder, vae.decoder):
-        perturb_norms(part)
-    image = vae.decode(torch.randn(1, 16, 1, 8, 8)).sample
-    vae.decoder.conv_out.weight *= 0.5 / image.std()
-    return vae.eval()
 
 
 def call(wanted: EngineJob) -> dict[str, Any]:

@@ -88,7 +88,10 @@ class DiffusersDenoiser:
         )
         self._is_compiled = is_compiled
         self._max_batch_size = max_batch_size
-        self._schedules = Schedules(self._family, pipeline.scheduler.config)
+        self._schedules = Schedules(
+            self._family,
+            self._family.scheduler_config(pipeline.config, pipeline.scheduler.config),
+        )
         self._text = TextEncoder(self._model, self._family, options.text_encoder_placement)
         self._loras = LoraSet(self._model, self._family, lora_dir)
         self._codec = self._family.codec(pipeline.vae, options.vae_tile_pixels)

@@ -188,6 +188,17 @@ class Family:
 
     # Methods for schedules.
 
+    def scheduler_config(
+        self, pipeline: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Returns the scheduler's configuration as the pipeline uses it.
+
+        Args:
+            pipeline: The configuration of the pipeline.
+            config: The model's scheduler configuration.
+        """
+        return config
+
     def timestep_arguments(
         self, config: Mapping[str, Any], num_inference_steps: int, height: int, width: int
     ) -> Mapping[str, Hashable]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from img2img_server.engine.diffusers.families.base import FlowFamily, Forward, LoadedModel
+from img2img_server.engine.diffusers.families.codecs import one_frame
 from img2img_server.engine.diffusers.families.packing import pack, unpack
 from img2img_server.engine.family import ModelFiles, ModelTraits
 
@@ -87,24 +88,7 @@ class QwenImage(FlowFamily):
         return _TOKENS
 
     def codec(self, vae: Any, tile_pixels: int) -> Autoencoder:
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-        from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-        from img2img_server.engine.diffusers.vae import Autoencoder
-
-        class OneFrame(Autoencoder):
-            """An autoencoder of videos: an image is a video of one frame."""
-
-            def run_encode(self, images: Tensor) -> Any:
-                encoded = self._vae.encode(images.unsqueeze(2)).latent_dist
-                frame = DiagonalGaussianDistribution(encoded.parameters.squeeze(2))
-                return AutoencoderKLOutput(latent_dist=frame)
-
-            def run_decode(self, latents: Tensor) -> Tensor:
-                frames: Tensor = self._vae.decode(latents.unsqueeze(2)).sample
-                return frames.squeeze(2)
-
-        return OneFrame(vae, tile_pixels)
+        return one_frame(vae, tile_pixels)
 
 
 def _token_norm(outputs: Tensor) -> Tensor:

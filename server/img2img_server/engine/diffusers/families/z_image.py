@@ -86,7 +86,4 @@ class ZImage(FlowFamily):
 
 
 def _is_turbo(files: ModelFiles) -> bool:
-    names = (files.index, *files.configs.values())
-    if any("turbo" in str(config.get("_name_or_path", "")).lower() for config in names):
-        return True
-    return float(files.scheduler.get("shift") or 0.0) == _TURBO_SHIFT
+    return "turbo" in files.known_names or float(files.scheduler.get("shift") or 0) == _TURBO_SHIFT
