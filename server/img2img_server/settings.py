@@ -165,9 +165,9 @@ class Settings(BaseSettings):
     """S3 session token of temporary keys."""
     s3_wait_seconds: Seconds = Field(600.0, ge=0)
     """How long a finished image waits while the bucket cannot be used; then its job fails."""
-    s3_wait_bytes: Bytes = Field(256 * 2**20, ge=2**24)
-    """Most bytes of finished images that one worker holds while they are stored or wait for the
-    bucket. At half of it, the worker pulls no more jobs.
+    s3_wait_bytes: Bytes = Field(256 * 2**20, ge=2**20)
+    """A worker pulls no more jobs while its finished images that are not stored yet have this many
+    bytes.
     """
 
     # Keys.

@@ -34,6 +34,11 @@ QUEUED_GPU_SECONDS = Gauge(
     ["model", "lane", "state"],
 )
 JOBS_RUNNING = Gauge("img2img_jobs_running", "Jobs this worker has taken and not ended.")
+CLOCK_SKEW = Gauge(
+    "img2img_clock_skew_seconds",
+    "This machine's clock minus that of NATS or the object store.",
+    ["against"],
+)
 STORE_WAITING_BYTES = Gauge(
     "img2img_store_waiting_bytes", "Bytes of files that are being stored or wait for the bucket."
 )

@@ -8,10 +8,12 @@ import asyncio
 import logging
 import re
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from benchmarks.local_stack import free_port
 from img2img_server.errors import StorageError
 from img2img_server.lifecycle import StoppedError, unless_stopped
 from img2img_server.settings import Settings, SettingsError
-from img2img_server.storage import s3_blobs
+from img2img_server.storage import s3_blobs, s3_faults
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.storage.watched_blobs import WatchedBlobs
 from tests.fake_s3 import Answer, FakeS3, fake_s3
@@ -267,6 +269,21 @@ async def test_a_store_that_comes_late_is_used_then(
             await asyncio.sleep(0.005)
         s3.answers.clear()
         await preparing
+
+
+async def test_a_clock_that_differs_from_the_stores_is_reported_with_the_difference(
+    s3: FakeS3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real_time = time.time
+    monkeypatch.setattr(s3_faults, "time", SimpleNamespace(time=lambda: real_time() - 3600))
+    async with connect_blobs(Settings(**s3.settings())) as blobs:
+        await blobs.put(KEY, b"x", "image/png")
+        assert "s behind that of the object store" in caplog.text
+        s3.answers["PUT object"] = Answer(403, "RequestTimeTooSkewed")
+        with pytest.raises(StorageError) as refused:
+            await blobs.put(KEY, b"x", "image/png")
+    (seconds,) = re.findall(r"differ by (\d+) s", refused.value.detail)
+    assert abs(int(seconds) - 3600) <= 2
 
 
 async def test_a_stop_ends_the_wait_for_the_store_at_once() -> None:

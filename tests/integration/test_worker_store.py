@@ -102,13 +102,13 @@ async def test_images_wait_for_the_store_while_steps_continue_and_no_job_runs_tw
         assert store.trouble == ""
 
 
-async def test_a_worker_pulls_no_jobs_while_waiting_images_fill_half_of_their_bound() -> None:
+async def test_a_worker_pulls_no_jobs_while_the_bytes_that_wait_reach_their_bound() -> None:
     bus, (_, probe) = memory_bus(), await watched()
     sizes: list[int] = []
     probe.put = lambda key, data, *_: _noted(sizes, data)  # type: ignore[method-assign]
     async with running_worker(bus, blobs=probe), running_api(bus) as api:
         await read_until(api.generate(spec()), "succeeded")
-    blobs, store = await watched(AWAY, wait_bytes=int(sizes[0] * 4.5))
+    blobs, store = await watched(AWAY, wait_bytes=int(sizes[0] * 2.5))
     engine = CountingEngine(max_batch_size=1)
     async with running_worker(bus, engine, blobs=store), running_api(bus) as api:
         jobs = [await api.create(spec()) for _ in range(8)]

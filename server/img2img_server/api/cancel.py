@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import suppress
 from dataclasses import replace
 
 import structlog
 
-from img2img_server import errors
+from img2img_server import clock, errors
 from img2img_server.api.records import found, readable
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import LAST_JOB_ID, Job, State, advance, terminal_event
@@ -78,7 +77,7 @@ class Canceller:
         raise errors.UnavailableError(f"jobs/{job_id} changes too fast to be ended.")
 
     async def _end(self, job: Job, revision: int, event: Cancelled | Failed) -> Job:
-        job = advance(job, event, time.time())
+        job = advance(job, event, clock.now())
         await self._jobs.update(job, revision)
         await self._ensure_terminal_event(job)
         if job.queue_sequence:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 import uuid
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +10,7 @@ from dataclasses import replace
 import structlog
 
 from img2img.v1 import job_pb2
-from img2img_server import errors
+from img2img_server import clock, errors
 from img2img_server.api.admission import Admission, Admitted, Caller
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Backlog
@@ -150,11 +149,11 @@ class Intake:
             params=accepted.params,
             file_prefix=str(uuid.uuid4()),
             future_urls=(),
-            create_time=time.time(),
+            create_time=clock.now(),
             original_prompt=accepted.original_prompt,
             timings=Timings(fetch=accepted.fetch_seconds),
             warning=accepted.warning,
-            deadline_time=time.time() + remaining if remaining is not None else 0.0,
+            deadline_time=clock.now() + remaining if remaining is not None else 0.0,
         )
         addressed = self._addressed(job, caller)
         if job_id:

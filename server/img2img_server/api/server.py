@@ -292,7 +292,8 @@ async def _updated_health(
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 has_models = bool(await bus.workers.models())
-            is_serving = True
+            await bus.probe()
+            is_serving = not bus.trouble()
         except (errors.UnavailableError, TimeoutError):
             is_serving = False
         states = dict.fromkeys(("", *SERVICE_NAMES), is_serving)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from img2img.v1 import event_pb2, job_pb2
-from img2img_server import errors
+from img2img_server import clock, errors
 from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
@@ -49,7 +48,7 @@ class Watcher:
         while not task.done():
             await asyncio.wait({task}, timeout=self._heartbeat_seconds or None)
             if not task.done():
-                yield convert.heartbeat(sequence=0, time=time.time())
+                yield convert.heartbeat(sequence=0, time=clock.now())
 
     async def stream(
         self, tenant: str, job_id: int, after_sequence: int, *, is_new: bool = False
@@ -77,7 +76,7 @@ class Watcher:
                 while True:
                     envelope = await self._next(log)
                     if envelope is None:
-                        yield convert.heartbeat(sequence=seen, time=time.time(), job_name=job.name)
+                        yield convert.heartbeat(sequence=seen, time=clock.now(), job_name=job.name)
                         continue
                     yield await self._message(tenant, envelope, seen)
                     if envelope.is_terminal:
@@ -104,7 +103,7 @@ class Watcher:
         return (await found(self._jobs, tenant, job_id)).job
 
     async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
-        return convert.snapshot(await self.message(job), sequence=sequence, time=time.time())
+        return convert.snapshot(await self.message(job), sequence=sequence, time=clock.now())
 
     async def _message(self, tenant: str, envelope: Envelope, seen: int) -> event_pb2.JobEvent:
         """Returns the message of an event. `seen`: the number of the event before it."""

@@ -18,6 +18,7 @@ from img2img_server.nats.connection import RECONNECT_WAIT_SECONDS, connect
 from img2img_server.nats.control import NatsControl
 from img2img_server.nats.events import JetStreamEventLog
 from img2img_server.nats.jobs import JetStreamJobQueue
+from img2img_server.nats.probe import Probe
 from img2img_server.nats.rates import Rates, kv_rates
 from img2img_server.nats.records import KvJobStore
 from img2img_server.nats.tenant_settings import TenantStorage, kv_tenant_storage
@@ -29,6 +30,9 @@ from img2img_server.storage.vault import Vault
 
 
 async def _is_ready(_: float) -> None: ...
+
+
+async def _is_writable() -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,8 @@ class Bus:
     rates: Rates
     # Waits at most that many seconds until NATS can be used. Raises UnavailableError.
     ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
+    # Tests whether NATS stores messages, for `trouble`, and compares the clocks.
+    probe: Callable[[], Coroutine[Any, Any, None]] = _is_writable
     # Returns why NATS cannot be used now; empty while it can.
     trouble: Callable[[], str] = lambda: ""
 
@@ -81,6 +87,8 @@ async def connect_bus(
     ) as link:
         link.check_max_payload(NEEDED_PAYLOAD_BYTES)
         await unless_stopped(stop, prepare(link, _bounds(settings), ends_at))
+        probe = Probe(link)
+        await unless_stopped(stop, probe())
         yield Bus(
             queue=JetStreamJobQueue(
                 link, limit=settings.queue_limit, ack_wait_seconds=settings.ack_wait_seconds
@@ -92,8 +100,9 @@ async def connect_bus(
             outbox=JetStreamWebhookOutbox(link),
             storage=kv_tenant_storage(link, vault),
             rates=kv_rates(link),
-            trouble=lambda: link.trouble,
+            trouble=lambda: link.trouble or probe.trouble,
             ready=link.ready,
+            probe=probe,
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Self
 
+from img2img_server import clock
 from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
 from img2img_server.interfaces.queue import OwnershipLostError
 from img2img_server.nats import codec, subjects
@@ -124,7 +124,7 @@ class JetStreamEventWriter:
         async with self._turn:
             envelope = Envelope(
                 sequence=self.sequence + 1,
-                time=time.time(),
+                time=clock.now(),
                 job_id=self._job_id,
                 event=event,
                 previous=self._previous,

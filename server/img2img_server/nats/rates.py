@@ -10,10 +10,10 @@ have.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Callable
 
+from img2img_server import clock
 from img2img_server.nats import subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
@@ -29,7 +29,7 @@ class Rates:
         clock: Unix seconds; the clocks of the apis should agree within about a second.
     """
 
-    def __init__(self, values: KeyValue, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, values: KeyValue, clock: Callable[[], float] = clock.now) -> None:
         self._values = values
         self._clock = clock
         self._known: dict[str, KvEntry] = {}  # the value that was last read or written

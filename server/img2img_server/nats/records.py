@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from img2img_server import clock
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID, Job
 from img2img_server.interfaces.records import ConflictError, Stored, UnreadableError
 from img2img_server.nats import codec, subjects
@@ -47,7 +47,7 @@ class KvJobStore:
             job = codec.decode(entry.value, Job)
         except codec.UndecodableError as error:
             raise UnreadableError(f"jobs/{job_id}: {error}") from error
-        if job.is_expired(self._retention_seconds, time.time()):
+        if job.is_expired(self._retention_seconds, clock.now()):
             return None
         return Stored(job, entry.revision)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
@@ -19,6 +19,7 @@ from minio.commonconfig import ENABLED, Filter
 from minio.error import MinioException, S3Error
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
+from img2img_server.clock import SkewReport
 from img2img_server.errors import StorageError
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.interface import CACHE_CONTROL, BlobInfo
@@ -29,6 +30,7 @@ from img2img_server.storage.s3_faults import (
     MISSING,
     NoBucketError,
     NotAStoreError,
+    clock_skew,
     explain,
     is_repeatable_refusal,
     is_transient,
@@ -82,6 +84,9 @@ class S3BlobStore:
         self._bucket = access.bucket
         self._keep_days = keep_days
         self._warned: set[str] = set()
+        self._skew = SkewReport(
+            "the object store", "It refuses requests if the difference exceeds 15 minutes."
+        )
         self._putting: dict[
             Future[Any], str
         ] = {}  # The SDK's threads continue after their callers are cancelled.
@@ -256,7 +261,7 @@ class S3BlobStore:
         await self._call(lambda: self._put(key, data, media_type), key)
 
     def _put(self, key: str, data: bytes, media_type: str) -> None:
-        self._client.put_object(
+        result = self._client.put_object(
             self._bucket,
             key,
             BytesIO(data),
@@ -265,6 +270,12 @@ class S3BlobStore:
             metadata={"Cache-Control": CACHE_CONTROL},
             part_size=PART_BYTES,
         )
+        self._compare_clocks(result.http_headers)
+
+    def _compare_clocks(self, headers: Mapping[str, str]) -> None:
+        skew = clock_skew(headers)
+        if skew is not None:
+            self._skew.note(skew)
 
     async def stat(self, key: str) -> BlobInfo | None:
         return await self._call(lambda: self._stat(key))
@@ -336,6 +347,8 @@ class S3BlobStore:
             try:
                 return await self._run(work, putting)
             except FAULTS as error:
+                if isinstance(error, S3Error) and error.response is not None:
+                    self._compare_clocks(error.response.headers)
                 pause = next(pauses, None) if is_repeatable_refusal(error) else None
                 if pause is None:
                     fault = explain(error, self._access)

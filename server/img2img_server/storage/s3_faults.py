@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ssl
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Final
 from xml.etree import ElementTree as ET
 
@@ -89,6 +92,17 @@ def is_transient(error: BaseException) -> bool:
             return False
 
 
+def clock_skew(headers: Mapping[str, str]) -> float | None:
+    """Returns the local time minus the time of a response, which has whole seconds. None if the
+    response has no date.
+    """
+    try:
+        sent = parsedate_to_datetime(headers.get("date", ""))
+    except ValueError:
+        return None
+    return time.time() - sent.timestamp() - 0.5
+
+
 def is_repeatable_refusal(error: BaseException) -> bool:
     """Returns whether the store refused a call for a transient reason with a status of which the
     SDK repeats nothing, for example 400 RequestTimeout or 409 OperationAborted.
@@ -151,7 +165,9 @@ def _refusal(error: S3Error, access: S3Access) -> tuple[str, str]:
     if code in DENIED:
         return source.access, f"does not allow it ({code})"
     if code in _SKEWED:
-        why = f"refused the request ({code}): its clock and that of this machine differ"
+        skew = clock_skew(error.response.headers if error.response else {})
+        size = "" if skew is None else f" by {abs(skew):.0f} s"
+        why = f"refused the request ({code}): its clock and that of this machine differ{size}"
         return ENDPOINT, why
     if code in _REGION:
         found = error.response.headers.get("x-amz-bucket-region") if error.response else None

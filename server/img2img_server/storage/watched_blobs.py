@@ -45,7 +45,8 @@ class WatchedBlobs:
 
     Args:
         wait_seconds: The longest wait of a file.
-        wait_bytes: The most bytes of files that are being stored or wait.
+        wait_bytes: The bytes of files that are being stored or wait, at which the worker should
+            take no more jobs.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class WatchedBlobs:
         """Whether the worker should take jobs: their files can be stored, or held until the store
         is back.
         """
-        return not self.is_away and self._bytes <= self._wait_bytes / 2
+        return not self.is_away and self._bytes < self._wait_bytes
 
     @property
     def is_away(self) -> bool:
@@ -180,11 +181,8 @@ class WatchedBlobs:
             on_wait: called once with the reason if the file has to wait.
 
         Raises:
-            StorageError: The store refuses this file, the wait took too long, or too many bytes
-                wait already.
+            StorageError: The store refuses this file, or the wait took too long.
         """
-        if self._bytes + len(data) > self._wait_bytes:
-            raise StorageError("the object store cannot be used, and too many images wait for it")
         self._bytes += len(data)
         STORE_WAITING_BYTES.set(self._bytes)
         storing = asyncio.ensure_future(self._store(key, data, media_type))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from img2img_server import errors
+from img2img_server import clock, errors
 from img2img_server.domain.job import Job
 from img2img_server.interfaces.records import JobStore, UnreadableError
 from img2img_server.interfaces.webhooks import PendingWebhook, WebhookOutbox
@@ -202,7 +202,7 @@ class WebhookDispatcher:
     async def _post(self, job: Job) -> Outcome:
         try:
             body = await self._payload(job)
-            headers = self._signer.headers(job.id, int(time.time()), body)
+            headers = self._signer.headers(job.id, int(clock.now()), body)
             return await self._sender(job.params.webhook, body, headers)
         except errors.StorageError as error:
             return Outcome(delivered=False, reason=str(error))

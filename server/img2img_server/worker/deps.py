@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from img2img_server.domain.params import JobParams
@@ -90,6 +90,8 @@ class WorkerDeps:
     safety_threshold: float
     max_attempts: int
     retention_hours: int
+    # Tests whether NATS stores messages.
+    probe: Callable[[], Awaitable[None]]
     # Deletes cached downloads of the model and returns the bytes freed. Blocks. Raises OSError.
     forget_downloads: Callable[[], int] = lambda: 0
     throughput: Throughput = field(default_factory=Throughput)

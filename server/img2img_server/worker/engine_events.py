@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from opentelemetry.trace import Span
 
+from img2img_server import clock
 from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.domain.job import Job
 from img2img_server.engine.base import EngineEvent, EngineJob, SampleReady
@@ -74,7 +75,7 @@ def engine_job(job: Job, init_image: Pixels) -> EngineJob:
     """Returns the EngineJob of a job, with its deadline on this machine's monotonic clock."""
     deadline = None
     if job.deadline_time:
-        deadline = time.monotonic() + job.deadline_time - time.time()
+        deadline = time.monotonic() + job.deadline_time - clock.now()
     return EngineJob(
         job_id=job.id,
         tenant=job.tenant,

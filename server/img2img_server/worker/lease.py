@@ -7,12 +7,11 @@ the log. A worker that loses either has lost the job to another worker and leave
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 
 import structlog
 
-from img2img_server import errors
+from img2img_server import clock, errors
 from img2img_server.domain.events import (
     Cancelled,
     Event,
@@ -109,7 +108,7 @@ class JobLease:
     async def record_sample(self, event: Event) -> None:
         """Appends an event of a sample. The record is written only when the job ends."""
         await self.append(event)
-        self.job = advance(self.job, event, time.time())
+        self.job = advance(self.job, event, clock.now())
 
     async def record_waiting(self, event: StorageWaiting) -> None:
         """Records that a file waits for the store, and appends the event."""
@@ -179,7 +178,7 @@ class JobLease:
         while True:
             if self.job.cancel_requested and isinstance(event, Succeeded | Failed):
                 event = Cancelled()
-            job = replace(advance(self.job, event, time.time()), last_event=self._writer.sequence)
+            job = replace(advance(self.job, event, clock.now()), last_event=self._writer.sequence)
             try:
                 self._revision = await self._deps.jobs.update(job, self._revision)
             except ConflictError:

@@ -180,6 +180,7 @@ async def work(
         jobs=bus.jobs,
         blobs=store,
         outbox=bus.outbox,
+        probe=bus.probe,
         storage=bus.storage,
         tenant_s3=TenantS3(OutboundPolicy.of(settings)),
         safety=safety,

@@ -216,4 +216,5 @@ class Worker:
                 if announced:
                     announced()
                 announced = None
+            await deps.probe()
             await deps.blobs.changed(ANNOUNCE_SECONDS)
