@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from typing import Self
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -34,14 +35,14 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def _string(text: str) -> bytes:
-    data = text.encode()
+def _string(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
     if len(data) < 127:
         return bytes([len(data)]) + data
     return b"\x7f" + _varint(len(data) - 127) + data
 
 
-def _header(name: str, value: str) -> bytes:
+def _header(name: str, value: str | bytes) -> bytes:
     return b"\0" + _string(name) + _string(value)  # a literal that is not indexed
 
 
@@ -50,6 +51,7 @@ class Connection:
 
     Attributes:
         received: Bytes of response data by stream.
+        sent: Bytes of request data by stream.
         ended: Streams that the server has ended.
     """
 
@@ -65,6 +67,7 @@ class Connection:
         self._credits: dict[int, int] = {}
         self._changed = asyncio.Condition()
         self.received: Counter[int] = Counter()
+        self.sent: Counter[int] = Counter()
         self.ended: set[int] = set()
         self.closed = False
         self._receiving = asyncio.create_task(self._receive())
@@ -79,11 +82,13 @@ class Connection:
         await writer.drain()
         return connection
 
-    async def call(self, method: str, key: str = "") -> int:
+    async def call(
+        self, method: str, key: str = "", metadata: Mapping[str, str | bytes] | None = None
+    ) -> int:
         """Sends the headers of a gRPC call and returns the number of its stream."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
         self._credits[stream] = self._initial
-        fields = {
+        fields: dict[str, str | bytes] = {
             ":method": "POST",
             ":scheme": "http",
             ":path": method,
@@ -93,6 +98,7 @@ class Connection:
         }
         if key:
             fields["authorization"] = f"Bearer {key}"
+        fields |= metadata or {}
         block = b"".join(_header(name, value) for name, value in fields.items())
         await self._write(self._frame(HEADERS, END_HEADERS, stream, block))
         return stream
@@ -114,6 +120,7 @@ class Connection:
                 return
             self._credit -= size
             self._credits[stream] -= size
+            self.sent[stream] += size
             await self._write(self._frame(DATA, 0, stream, bytes(view[:size])))
             view = view[size:]
         if end and stream not in self.ended:

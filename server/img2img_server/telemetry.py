@@ -8,13 +8,14 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final, TextIO
 
 import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
 from img2img_server.last_line import is_json
+from img2img_server.library_logs import LibraryLimit, mask_secrets
 from img2img_server.ports import host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.tracing import trace_id
@@ -72,31 +73,15 @@ def configure_logging(settings: Settings, role: str) -> None:
     libraries are imported.
     """
     as_json = is_json(settings.log_format)
-    renderer: structlog.types.Processor = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
-    )
-    shared: list[structlog.types.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        _add_trace,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[settings.log_level.upper()]
         ),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
-        )
-    )
+    handler = log_handler(sys.stderr, as_json=as_json)
     logging.root.handlers = [handler]
     # Libraries log at warning and above: some log whole requests at info.
     logging.root.setLevel(logging.WARNING)
@@ -106,6 +91,22 @@ def configure_logging(settings: Settings, role: str) -> None:
     if as_json:
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     structlog.contextvars.bind_contextvars(role=role)
+
+
+def log_handler(stream: TextIO, *, as_json: bool) -> logging.Handler:
+    """Returns the handler that writes the records of the service and of its libraries."""
+    renderer: structlog.types.Processor = (
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    )
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(LibraryLimit())
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*_SHARED, mask_secrets],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    return handler
 
 
 class _LibraryLogger(logging.Logger):
@@ -159,6 +160,15 @@ def _add_trace(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappi
     if found := trace_id():
         event["trace_id"] = found
     return event
+
+
+_SHARED: Final[tuple[structlog.types.Processor, ...]] = (
+    structlog.contextvars.merge_contextvars,
+    _add_trace,
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.format_exc_info,
+)
 
 
 @asynccontextmanager
