@@ -69,6 +69,9 @@ class Budget:
 
     - A tenant holds `tenant_most` of `total` at most, also when the rest is idle: so a tenant
       that holds nothing finds room at once, unless several other tenants hold all of it.
+    - With `leaves_free`, what a tenant holds never exceeds what was free before it took the last
+      part. One tenant gets about half of `total`, two get about a third each, and so on: so there
+      is always room left for another tenant.
     - Below that, a tenant may use what others leave idle. When an amount becomes free, the waiting
       tenant that holds least is served next; requests of one tenant are served in their order.
     - A request waits `wait_seconds` at most, and `most_waiting` requests of a tenant wait at most.
@@ -86,12 +89,14 @@ class Budget:
         total: int,
         tenant_most: int | None = None,
         *,
+        leaves_free: bool = False,
         wait_seconds: float | None = 0.0,
         most_waiting: int = 1000,
     ) -> None:
         self.name = name
         self.total = total
         self.tenant_most = total if tenant_most is None else min(tenant_most, total)
+        self._leaves_free = leaves_free
         self._wait_seconds = wait_seconds
         self._most_waiting = most_waiting
         self._used: Counter[str] = Counter()
@@ -156,7 +161,15 @@ class Budget:
         return waiter
 
     def _fits(self, tenant: str, amount: int) -> bool:
-        return self._sum + amount <= self.total and self._used[tenant] + amount <= self.tenant_most
+        held, free = self._used[tenant], self.total - self._sum
+        if self._leaves_free and held + amount > free:
+            return False
+        return amount <= free and held + amount <= self.tenant_most
+
+    def _is_due(self, tenant: str, amount: int) -> bool:
+        """Returns whether the tenant has a right to the amount once it is free."""
+        held = self._used[tenant]
+        return held + amount <= self.tenant_most and not (self._leaves_free and held)
 
     def _add(self, tenant: str, amount: int) -> None:
         self._sum += amount
@@ -196,7 +209,7 @@ class Budget:
                 return
             if self._fits(tenant, waiter.amount):
                 yield tenant, waiter
-            elif self._used[tenant] + waiter.amount <= self.tenant_most:
+            elif self._is_due(tenant, waiter.amount):
                 is_blocked = True
 
     def _forget(self, tenant: str, waiter: _Waiter) -> None:

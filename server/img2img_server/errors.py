@@ -2,6 +2,7 @@
 
 ServiceError
 ├── InvalidRequestError        INVALID_ARGUMENT     INVALID_REQUEST      lists all fields
+├── MalformedRequestError      INVALID_ARGUMENT     MALFORMED_REQUEST
 ├── UnauthenticatedError       UNAUTHENTICATED      INVALID_API_KEY
 ├── PermissionDeniedError      PERMISSION_DENIED    PERMISSION_DENIED
 ├── JobNotFoundError           NOT_FOUND            JOB_NOT_FOUND
@@ -15,6 +16,7 @@ ServiceError
 ├── MessageTooLargeError       FAILED_PRECONDITION  MESSAGE_TOO_LARGE
 ├── QueueFullError             RESOURCE_EXHAUSTED   QUEUE_FULL           retry
 ├── RateLimitedError           RESOURCE_EXHAUSTED   RATE_LIMITED         retry
+├── RequestTooLargeError       RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE
 ├── TooManyCallsError          RESOURCE_EXHAUSTED   TOO_MANY_CALLS       retry
 ├── TooManyWatchersError       RESOURCE_EXHAUSTED   TOO_MANY_WATCHERS    retry
 ├── TooManyWebhooksError       RESOURCE_EXHAUSTED   TOO_MANY_WEBHOOKS    retry
@@ -114,6 +116,14 @@ class InvalidRequestError(ServiceError):
             for name, value in {**violation.values, "cause": violation.cause}.items()
             if value
         }
+
+
+class MalformedRequestError(ServiceError):
+    """The bytes of the request are no message of the method's type, or the call has no request."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "MALFORMED_REQUEST"
+    sentence = "the request is not a message of the type that this method takes"
 
 
 class UnauthenticatedError(ServiceError):
@@ -266,6 +276,15 @@ class RateLimitedError(ServiceError):
     sentence = "the API key may not create more than {per_minute} jobs per minute"
     per_minute: int
     retry_seconds: float | None
+
+
+class RequestTooLargeError(ServiceError):
+    """The request of a method that takes small requests only is too large."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "REQUEST_TOO_LARGE"
+    sentence = "the request of this method must not be larger than {limit} bytes"
+    limit: int
 
 
 class TooManyCallsError(ServiceError):

@@ -270,6 +270,12 @@ class Settings(BaseSettings):
     """Most unfinished jobs of a tenant."""
     max_message_bytes: int = Field(34 * 2**20, ge=2**20, le=2**31 - 1)
     """Largest gRPC message, in and out."""
+    max_request_bytes: Bytes = Field(256 * 2**20, ge=2**20)
+    """Most bytes of gRPC requests that one api holds at a time, at least twice max_message_bytes. A
+    request counts as one of max_message_bytes until it has arrived. A tenant holds no more than it
+    leaves free."""
+    max_grpc_connections: Count = Field(2000, ge=1)
+    """Most open connections to one api."""
     max_side_pixels: int = Field(1536, ge=256, le=MAX_SIDE_PIXELS)
     """Largest width and height of images over gRPC and /v1, if the model's own limit is not lower;
     the calls of the HTTP contract accept up to 1024. Above 1536, `max_payload` of NATS must be

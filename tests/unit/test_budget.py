@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 
 import pytest
 from prometheus_client import REGISTRY
@@ -188,3 +189,38 @@ async def test_the_metrics_name_the_budget_and_no_tenant() -> None:
         assert (value("used"), value("total")) == (2, 2)
     assert value("used") == 0
     assert value("refused_total", why="full") == 1
+
+
+async def test_any_number_of_tenants_leaves_room_for_another() -> None:
+    budget = Budget("test", 1000, leaves_free=True)
+    for number in range(6):
+        with suppress(ServerBusyError):
+            while budget.try_take(f"tenant{number}", 1):
+                pass
+
+    held = [budget.used(f"tenant{number}") for number in range(6)]
+    assert held == [500, 250, 125, 63, 31, 16]
+    assert budget.try_take("another", 1)
+
+
+async def test_a_tenant_that_leaves_room_may_take_a_large_amount_at_once() -> None:
+    budget = Budget("test", 10, leaves_free=True)
+
+    with budget.try_take("alpha", 10):
+        assert budget.used() == 10
+
+
+async def test_a_small_request_does_not_pass_a_large_one_of_a_tenant_that_holds_nothing() -> None:
+    budget = Budget("test", 10, leaves_free=True, wait_seconds=LONG)
+    held = [budget.try_take("alpha", 1), budget.try_take("alpha", 4)]
+    large = asked(budget, "beta", 8)
+    await turns()
+    small = asked(budget, "alpha", 1)
+
+    held[0].release()
+    await turns()
+    assert served(large, small) == [False, False]
+
+    held[1].release()
+    await turns()
+    assert served(large, small) == [True, True]

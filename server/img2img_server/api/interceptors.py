@@ -9,23 +9,28 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 import structlog
 from google.rpc import status_pb2
-from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
 from img2img_server import errors
 from img2img_server.api.convert_service import status_of
 from img2img_server.api.keys import KeyRing, Principal
+from img2img_server.api.public import PublicServices
+from img2img_server.api.receive import RECEIVE_SECONDS, WAIT_SECONDS, Parse, Receiver, abort
+from img2img_server.budget import Budget
+from img2img_server.settings import Settings
 from img2img_server.telemetry import RPC_SECONDS, RPCS
 from img2img_server.tracing import end, enter, extracted
 
 PACKAGE = "/img2img.v1."  # prefix of the names of the api's services
 # The calls that need memory or hold a stream. The HTTP contract promises not to limit fetch.
 _COUNTED = frozenset({"Generate", "CreateJob", "WatchJob"})
+# Open calls with one response, of all tenants. A tenant has no more than it leaves free.
+UNARY_CALLS: Final = 1000
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _principal: ContextVar[Principal] = ContextVar("principal")
@@ -36,14 +41,6 @@ log = structlog.get_logger()
 def current_principal() -> Principal:
     """Returns the principal of the current call's key."""
     return _principal.get()
-
-
-async def abort(context: Context, status: status_pb2.Status) -> NoReturn:
-    """Ends the RPC with the status."""
-    call_status = rpc_status.to_status(status)
-    context.set_trailing_metadata(call_status.trailing_metadata)
-    await context.abort(call_status.code, call_status.details)
-    raise AssertionError  # context.abort always raises.
 
 
 class OpenCalls:
@@ -81,13 +78,24 @@ class OpenCalls:
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates calls, maps errors and counts open calls. Leaves health and reflection
-    unchanged.
+    """Authenticates calls, maps errors, and bounds open calls and the bytes of requests. Health and
+    reflection need no key, see public.py.
     """
 
-    def __init__(self, keys: KeyRing, calls: OpenCalls) -> None:
+    def __init__(self, keys: KeyRing, settings: Settings) -> None:
         self._keys = keys
-        self._calls = calls
+        self._calls = OpenCalls(settings.max_tenant_calls)
+        self._unary = Budget("unary calls", UNARY_CALLS, leaves_free=True)
+        request_bytes = Budget(
+            "request bytes",
+            max(settings.max_request_bytes, 2 * settings.max_message_bytes),
+            leaves_free=True,
+            wait_seconds=WAIT_SECONDS,
+        )
+        self._receiver = Receiver(
+            request_bytes, settings.max_message_bytes, seconds=RECEIVE_SECONDS
+        )
+        self._public = PublicServices(settings.max_message_bytes)
 
     async def intercept_service(  # type: ignore[override]  # the stub is generic by method
         self,
@@ -97,10 +105,13 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(details)
-        if not details.method.startswith(PACKAGE) or handler is None:
+        if handler is None:
             return handler
         principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
-        rpc = _Rpc(details, principal)
+        if not details.method.startswith(PACKAGE):
+            tenant = principal.tenant if principal else ""
+            return self._public.bounded(details.method, handler, tenant)
+        rpc = _Rpc(details, principal, self._receiver)
         if principal is None:
             return rpc.refusing(errors.UnauthenticatedError())
         try:
@@ -109,18 +120,20 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             task = asyncio.current_task()
             assert task is not None
             rpc.held = self._calls.count(rpc.method, principal.tenant, task)
-        except errors.TooManyCallsError as refused:
+            if not handler.response_streaming:
+                rpc.held.enter_context(self._unary.try_take(principal.tenant, 1))
+        except (errors.TooManyCallsError, errors.ServerBusyError) as refused:
+            rpc.held.close()
             return rpc.refusing(refused)
+        # Both are declared with streams of requests, see receive.py.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                rpc.streaming(handler.unary_stream),
-                handler.request_deserializer,
-                handler.response_serializer,
+            return grpc.stream_stream_rpc_method_handler(
+                rpc.streaming(handler.unary_stream, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
             )
-        return grpc.unary_unary_rpc_method_handler(
-            rpc.unary(handler.unary_unary),
-            handler.request_deserializer,
-            handler.response_serializer,
+        return grpc.stream_unary_rpc_method_handler(
+            rpc.unary(handler.unary_unary, handler.request_deserializer),
+            response_serializer=handler.response_serializer,
         )
 
 
@@ -135,13 +148,16 @@ class _Rpc:
     collection. So the frames of that exception do not hold the request, which can have megabytes.
     """
 
-    def __init__(self, details: grpc.HandlerCallDetails, principal: Principal | None) -> None:
+    def __init__(
+        self, details: grpc.HandlerCallDetails, principal: Principal | None, receiver: Receiver
+    ) -> None:
         self.method = details.method.rpartition("/")[2]
         # The stack is closed at the end of the call, which then no longer counts.
         self.held = ExitStack()
         self._path = details.method.removeprefix("/")
         self._trace = extracted(details.invocation_metadata or ())
         self._principal = principal
+        self._receiver = receiver
         self._code = "OK"
         self._facts: dict[str, str] = {}
         if principal:
@@ -160,41 +176,46 @@ class _Rpc:
         # calling it.
         return grpc.stream_stream_rpc_method_handler(call)
 
-    def unary(self, inner: Any) -> Callable[..., Awaitable[Any]]:
+    def unary(self, inner: Any, parse: Parse) -> Callable[..., Awaitable[Any]]:
         """Returns the handler of a call with one response."""
 
-        async def call(request: Any, context: Context) -> Any:
+        async def call(_: Any, context: Context) -> Any:
             with self._measured():
                 try:
                     with self.held:
-                        return await inner(request, context)
+                        return await inner(await self._receive(context, parse), context)
                 except (grpc.aio.AbortError, asyncio.CancelledError):
                     raise
                 except Exception as error:
                     status = self._failed(error)
-                del request
                 return await abort(context, status)
 
         return call
 
-    def streaming(self, inner: Any) -> Callable[..., AsyncIterator[Any]]:
+    def streaming(self, inner: Any, parse: Parse) -> Callable[..., AsyncIterator[Any]]:
         """Returns the handler of a call with a stream of responses."""
 
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def call(_: Any, context: Context) -> AsyncIterator[Any]:
             with self._measured():
                 try:
                     with self.held:
-                        async for message in inner(request, context):
+                        async for message in inner(await self._receive(context, parse), context):
                             yield message
                     return
                 except (grpc.aio.AbortError, asyncio.CancelledError):
                     raise
                 except Exception as error:
                     status = self._failed(error)
-                del request
                 await abort(context, status)
 
         return call
+
+    async def _receive(self, context: Context, parse: Parse) -> Any:
+        """Returns the request, whose bytes count until the call ends."""
+        assert self._principal
+        request, held = await self._receiver.receive(context, self._principal.tenant, parse)
+        self.held.callback(held.end_call)
+        return request
 
     def _failed(self, error: Exception) -> status_pb2.Status:
         """Returns the status of an error. An unexpected error becomes INTERNAL with an id that the

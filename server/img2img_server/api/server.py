@@ -23,8 +23,9 @@ from img2img_server.api.deps import ApiDeps, Fetch, service_limits
 from img2img_server.api.disconnects import Disconnects
 from img2img_server.api.estimate import Backlog, Estimator
 from img2img_server.api.intake import Intake
-from img2img_server.api.interceptors import OpenCalls, ServiceInterceptor
+from img2img_server.api.interceptors import UNARY_CALLS, ServiceInterceptor
 from img2img_server.api.keys import KeyRing, load_keys
+from img2img_server.api.public import CALLS as PUBLIC_CALLS
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
@@ -49,6 +50,7 @@ _Status = health_pb2.HealthCheckResponse
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
 _HEALTH_SECONDS = 2.0
 CONNECTION_AGE_MS = 300_000
+_HANDSHAKE_MS = 20_000
 
 # Returns the texts of base64 files by their links. Raises StorageError.
 InlineBase64 = Callable[[Sequence[str]], Awaitable[list[str]]]
@@ -128,7 +130,7 @@ class ApiServer:
         servicer = Img2ImgServicer(deps, intake, self._watcher, canceller, self._disconnects)
         self._health = health.aio.HealthServicer()
         self._server = server = grpc.aio.server(
-            interceptors=[ServiceInterceptor(keys, OpenCalls(deps.settings.max_tenant_calls))],
+            interceptors=[ServiceInterceptor(keys, deps.settings)],
             options=server_options(deps.settings),
         )
         service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)
@@ -218,6 +220,9 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
 
     A connection takes new calls for five minutes; open calls keep it. So callers resolve the name
     of the api again, and a new api gets its share of the calls.
+
+    Requests that no handler reads yet take at most 64 KiB each, see receive.py: with the probe of
+    the bandwidth, gRPC would let up to 4 MiB of each arrive.
     """
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -230,6 +235,10 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         # the client sends a ping every 10 s
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.so_reuseport", 0),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.max_concurrent_streams", settings.max_watchers + UNARY_CALLS + PUBLIC_CALLS),
+        ("grpc.max_allowed_incoming_connections", settings.max_grpc_connections),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
     ]
 
 

@@ -22,6 +22,7 @@ from img2img_server.api.deps import ApiDeps
 from img2img_server.api.disconnects import Disconnects, GenerateCall
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import OpenCalls, current_principal
+from img2img_server.api.receive import request_kept
 from img2img_server.api.records import found, page_of
 from img2img_server.api.watch import Watcher
 from img2img_server.compat.modelslab import names
@@ -78,6 +79,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             is_repeatable=bool(request.request_id),
             remaining_seconds=caller.remaining_seconds,
         )
+        del request  # The stream continues after the job has taken the init image.
         _when_done(context, call.done)
         try:
             async for event in self._create_and_watch(call):
@@ -201,7 +203,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         caller: Caller,
     ) -> Stored:
         # The creation counts as one more open call: it holds the image after the call has ended.
-        with self._creations.counted("CreateJob", caller.principal.tenant):
+        with self._creations.counted("CreateJob", caller.principal.tenant), request_kept():
             return await self._intake.create(request.spec, request.request_id, caller)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

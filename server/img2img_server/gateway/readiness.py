@@ -76,6 +76,8 @@ class Readiness:
         try:
             status = await self._status(SERVICE)
         except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return ""  # The api responds; only its budget for calls without a key is used up.
             return f"{error.code().name}: {_reason(error.details() or '')}"
         return "" if status == _SERVING else _STATUS_NAME(status)
 

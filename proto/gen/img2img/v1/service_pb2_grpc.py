@@ -43,11 +43,17 @@ class Img2ImgServiceStub:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+    tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
     backoff.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
     metadata.
+
+    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
+    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     def __init__(self, channel):
@@ -131,11 +137,17 @@ class Img2ImgServiceServicer:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+    tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
     backoff.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
     metadata.
+
+    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
+    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     def Generate(self, request, context):
@@ -172,8 +184,6 @@ class Img2ImgServiceServicer:
         WatchJob at this server. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
         in RetryInfo.
-        - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
-        tenant holds its share of them. Retry after the time in RetryInfo.
         - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -395,11 +405,17 @@ class Img2ImgService:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+    tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
     backoff.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
     metadata.
+
+    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
+    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     @staticmethod

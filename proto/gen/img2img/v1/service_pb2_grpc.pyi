@@ -44,11 +44,17 @@ class Img2ImgServiceStub:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+      tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
       backoff.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
+
+    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
+    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     @_typing.overload
@@ -89,8 +95,6 @@ class Img2ImgServiceStub:
       WatchJob at this server. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
-    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
-      tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
     """
     CreateJob: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateJobRequest, _service_pb2.CreateJobResponse]
@@ -203,11 +207,17 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+      tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
       backoff.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
+
+    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
+    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -245,8 +255,6 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
       WatchJob at this server. Retry after the time in RetryInfo.
     - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
       in RetryInfo.
-    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
-      tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
     """
     CreateJob: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateJobRequest, _service_pb2.CreateJobResponse]  # type: ignore[assignment]
@@ -358,11 +366,17 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
+      tenant holds its share of them. Retry after the time in RetryInfo.
     - UNAVAILABLE, UNAVAILABLE: the service, its queue or its storage is down or stopping. Retry with
       backoff.
     - DEADLINE_EXCEEDED: the call took longer than its deadline. Retry with a longer one.
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
+
+    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
+    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     @_abc_1.abstractmethod
@@ -404,8 +418,6 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
           WatchJob at this server. Retry after the time in RetryInfo.
         - RESOURCE_EXHAUSTED, TOO_MANY_WATCHERS: the server has too many open streams. Retry after the time
           in RetryInfo.
-        - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
-          tenant holds its share of them. Retry after the time in RetryInfo.
         - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
         """
 
