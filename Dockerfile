@@ -1,44 +1,61 @@
 # One image for all roles; the role is the argument: api | gateway | worker.
 #
-#   docker build --target slim -t img2img-service:0.1.0-slim .   api and gateway, without torch
-#   docker build -t img2img-service:0.1.0 .                      all three
+#   docker build --build-arg BASE_DIGEST=sha256:… --target slim -t img2img-service:0.1.0-slim .
+#   docker build --build-arg BASE_DIGEST=sha256:… -t img2img-service:0.1.0 .
+#
+# The first one is for api and gateway and has no torch, the second one is for all three.
 #
 # The image runs as a user without privileges on a read-only root file system; a worker needs a
 # writable /tmp. torch's wheels contain CUDA, so the base is plain Python for any host with a
 # driver. The role `local` does not run in containers, so its NATS and S3 servers are not installed.
 
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
-# sha256:… pins the exact base image.
+# The digest of the exact base image, sha256:…; docs/operations.md says how to look it up. The build
+# fails without a digest, unless UNPINNED_BASE=yes.
 ARG BASE_DIGEST=
+ARG UNPINNED_BASE=
 
 FROM ${BASE_IMAGE}${BASE_DIGEST:+@${BASE_DIGEST}} AS base
 
 
 # This stage installs the packages. Only its /opt/img2img becomes part of an image.
 FROM base AS slim-build
+ARG BASE_IMAGE
+ARG BASE_DIGEST
+ARG UNPINNED_BASE
+RUN if [ -z "${BASE_DIGEST}" ] && [ "${UNPINNED_BASE}" != yes ]; then \
+      echo "BASE_DIGEST is not set, so ${BASE_IMAGE} can be another image at every build. Set it with" \
+        "--build-arg BASE_DIGEST=sha256:…, or accept any base with --build-arg UNPINNED_BASE=yes." >&2; \
+      exit 1; \
+    fi
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv /opt/pip \
  && python3 -m venv --without-pip /opt/img2img
 WORKDIR /src
-# Dependencies come first, because they change less often than the code. Only wheels are used, so nothing
-# is compiled. The secret `pip` is a pip.conf for an index of your own.
-COPY pyproject.toml constraints.txt ./
-RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-e = p['optional-dependencies']; own = p['name']; \
-write = lambda name, lines: open(name, 'w').write('\n'.join(x for x in lines if not x.startswith(own))); \
-write('server.txt', p['dependencies'] + e['server']); write('worker.txt', e['worker'])"
+# Dependencies come first, because they change less often than the code. Every file must have a known
+# hash. Only wheels are used, so nothing is compiled. The secret `pip` is a pip.conf for an index of your
+# own.
+COPY requirements requirements
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/pip/bin/pip --python /opt/img2img install --quiet --only-binary :all: \
-    -c constraints.txt -r server.txt
+    /opt/pip/bin/pip install --quiet --only-binary :all: --require-hashes --no-deps \
+    -r requirements/build.txt \
+ && /opt/pip/bin/pip --python /opt/img2img install --quiet --only-binary :all: --require-hashes --no-deps \
+    -r requirements/server.txt
 COPY . .
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/pip/bin/pip --python /opt/img2img install --quiet --no-deps -c constraints.txt . \
+RUN /opt/pip/bin/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir /tmp/wheel . \
+ && /opt/pip/bin/pip --python /opt/img2img install --quiet --no-index --no-deps /tmp/wheel/*.whl \
+ && rm -r /tmp/wheel \
  && /opt/img2img/bin/img2img-server --version
 
 FROM slim-build AS full-build
+# For another build of torch than PyPI's, which is the one for CUDA: TORCH="-c constraints.txt torch" and
+# the index in pip.conf.
+ARG TORCH="--require-hashes --no-deps -r requirements/torch.txt"
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/pip/bin/pip --python /opt/img2img install --quiet --only-binary :all: \
-    -c constraints.txt -r worker.txt
+    /opt/pip/bin/pip --python /opt/img2img install --quiet --only-binary :all: --require-hashes --no-deps \
+    -r requirements/worker.txt \
+ && /opt/pip/bin/pip --python /opt/img2img install --quiet --only-binary :all: ${TORCH} \
+ && /opt/pip/bin/pip --python /opt/img2img check
 
 
 # The parts that both images share.

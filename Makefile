@@ -82,14 +82,23 @@ image-test: .venv/.dev ## Build the image without Docker and run its roles (root
 		"(Debian: apt-get install python3 python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.local: pyproject.toml constraints.txt | .venv/bin/python
+# Installs the packages of an extra, each only if its hash is known; any build of torch of the pinned
+# version, since the builds for CPU and CUDA come from different indexes; and the project itself.
+define install
+$(PIP) install --require-hashes --no-deps -r requirements/build.txt -r requirements/$(1).txt
+$(PIP) install -c constraints.txt torch
+$(PIP) install --no-deps --no-build-isolation -e '.[$(1)]'
+endef
+LOCKS := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
+
+.venv/.local: $(LOCKS) | .venv/bin/python
 	@echo "Installing the service into .venv (the first time takes some minutes)"
-	$(PIP) install -c constraints.txt -e '.[local]'
+	$(call install,local)
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.dev: $(LOCKS) | .venv/bin/python
 	@echo "Installing the service and the tools into .venv (the first time takes some minutes)"
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(call install,dev)
 	@touch .venv/.local $@
 
 .tools/helm: helm/fetch_helm.py | .venv/bin/python

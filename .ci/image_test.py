@@ -95,7 +95,8 @@ def build(target: str, base: str) -> str:
     revision = run("git", "-C", str(ROOT), "rev-parse", "HEAD")
     created = run("git", "-C", str(ROOT), "log", "-1", "--format=%cI")
     arguments = [f"--build-arg=BASE_IMAGE={base}", f"--build-arg=REVISION={revision}"]
-    arguments += [f"--build-arg=CREATED={created}", "--build-arg=BASE_DIGEST="]
+    arguments += [f"--build-arg=CREATED={created}", "--build-arg=UNPINNED_BASE=yes"]
+    arguments += ["--build-arg=TORCH=-c constraints.txt torch"]  # the build that this machine has
     with pip_configuration() as configuration:
         command = ["buildah", *STORE, "bud", "--isolation=chroot", "--layers", "--pull=never"]
         command += [*configuration, *arguments, f"--target={target}", f"--tag={tag}", str(ROOT)]

@@ -54,6 +54,30 @@ def test_the_pins_are_the_development_environment_and_nothing_else() -> None:
     assert sorted(set(pins()) - needed) == []
 
 
+def locked(file: str) -> dict[str, str]:
+    """Returns the versions in a file of requirements/ and in the files that it includes."""
+    text = (ROOT / "requirements" / f"{file}.txt").read_text(encoding="utf-8")
+    found = {canonicalize_name(name): version for name, version in _LOCKED.findall(text)}
+    for included in _INCLUDED.findall(text):
+        found |= locked(included)
+    return found
+
+
+_LOCKED = re.compile(
+    r"^([\w.-]+)==([^\s;\\]+)[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", re.MULTILINE
+)
+_INCLUDED = re.compile(r"^-r (\w+)\.txt$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("extra", ["server", "worker", "local", "dev"])
+def test_every_package_of_an_extra_is_locked_by_its_hashes(extra: str) -> None:
+    versions, files = pins(), locked(extra) | locked("torch")
+    needed = closure(DISTRIBUTION, frozenset({extra}))
+    assert sorted(needed - set(files)) == []  # `python requirements/lock.py` writes the files anew
+    pinned = {name: version for name, version in files.items() if name in versions}
+    assert pinned == {name: versions[name] for name in pinned}
+
+
 def test_a_pin_names_a_version_that_other_machines_have() -> None:
     local_builds = {name: version for name, version in pins().items() if "+" in version}
     assert local_builds == {}
