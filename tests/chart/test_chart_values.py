@@ -152,13 +152,29 @@ def test_large_numbers_reach_the_environment_as_digits() -> None:
 
 
 def test_the_quickstart_draws_keys_of_its_own_when_none_are_given() -> None:
-    none = ("quickstart.apiKey.value=", "quickstart.s3.accessKey=", "quickstart.s3.secretKey=")
+    names = ("apiKey.value", "nats.password", "s3.accessKey", "s3.secretKey")
+    none = [f"quickstart.{name}=" for name in names]
     secrets = of_kind(render("quickstart", *(f"--set={each}" for each in none)), "Secret")
     key = secrets["demo-img2img-quickstart"]["stringData"]["api-key"]
     pair = secrets["demo-img2img-s3"]["stringData"]
-    assert [len(key), len(pair["access-key"]), len(pair["secret-key"])] == [40, 40, 40]
-    assert len({key, pair["access-key"], pair["secret-key"]}) == 3
+    nats = secrets["demo-img2img-nats"]["stringData"]
+    drawn = [key, pair["access-key"], pair["secret-key"], nats["password"]]
+    assert [len(each) for each in drawn] == [40] * 4
+    assert len(set(drawn)) == 4
     assert pair["access-key"] in pair["s3.json"]
+    assert f'password: "{nats["password"]}"' in nats["nats.conf"]
+
+
+def test_only_the_roles_of_a_quickstart_can_use_its_nats_server() -> None:
+    objects = render("quickstart")
+    roles = [pod for pod in pods(objects) if pod.name.endswith(("-api", "-worker-default"))]
+    assert len(roles) == 2
+    for pod in roles:
+        for container in pod.containers():
+            variables = environment(objects, container)
+            for entry in ("user", "password"):
+                source = {"secretKeyRef": {"name": "demo-img2img-nats", "key": entry}}
+                assert variables[f"IMG2IMG_NATS_{entry.upper()}"] == source
 
 
 def test_a_platform_that_assigns_users_is_not_reported_one() -> None:

@@ -45,6 +45,13 @@
 {{- end -}}
 
 {{- define "img2img.natsEnv" -}}
+{{- if .Values.quickstart.nats.enabled }}
+{{- $secret := printf "%s-nats" (include "img2img.fullname" .) }}
+- name: IMG2IMG_NATS_USER
+  {{- include "img2img.fromSecret" (list $secret "user") | nindent 2 }}
+- name: IMG2IMG_NATS_PASSWORD
+  {{- include "img2img.fromSecret" (list $secret "password") | nindent 2 }}
+{{- end }}
 {{- with .Values.nats }}
 {{- if .existingSecret }}
 - name: IMG2IMG_NATS_URL
