@@ -10,6 +10,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from img2img.v1 import service_pb2
+from img2img_server.gateway.v1 import protojson
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from tests.contract.test_http_contract_events import parse
 from tests.http_stack import (
@@ -55,6 +57,36 @@ async def test_capabilities_are_those_of_the_api(gateway: Gateway) -> None:
     assert [model["name"] for model in reported["models"]] == [FAKE_MODEL.name]
     assert reported["models"][0]["schedulers"] == list(FAKE_MODEL.schedulers)
     assert (reported["limits"]["min_side_pixels"], reported["limits"]["max_samples"]) == (256, 4)
+
+
+async def test_no_cache_may_keep_a_response_of_a_path_that_takes_a_key(gateway: Gateway) -> None:
+    job = (await create(gateway)).json()["job"]["id"]
+    fetch = f"/api/v6/realtime/fetch/{job}"
+    answers = [
+        await gateway.http.get(fetch, headers={"key": "dev-key"}),
+        await gateway.http.get(fetch, headers={"key": "another"}),
+        await gateway.fetch(job),
+        await gateway.create(),
+        await gateway.http.post("/api/v1/enterprise/realtime/system_details", json={}, headers=KEY),
+        await gateway.http.get("/v1/capabilities", headers=KEY),
+        await gateway.http.get("/v1/capabilities"),
+        await gateway.http.get("/v1/nowhere", headers=KEY),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 401, 200, 200, 200, 200, 401, 404]
+    assert [answer.headers.get("cache-control") for answer in answers] == ["no-store"] * 8
+
+
+async def test_thousands_of_annotations_are_refused_before_they_are_converted(
+    gateway: Gateway,
+) -> None:
+    notes = {f"note-{number}": "" for number in range(17)}
+    answer = await gateway.http.post("/v1/jobs", json=body(annotations=notes), headers=KEY)
+    assert "annotations must not have more than 16 entries" in answer.json()["message"]
+    message = service_pb2.CreateJobRequest()
+    assert [one.field for one in protojson.fill(message, body(annotations=notes))] == [
+        "annotations"
+    ]
+    assert len(message.spec.annotations) == 0
 
 
 async def test_a_job_has_everything_that_the_proto_knows(gateway: Gateway) -> None:

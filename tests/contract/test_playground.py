@@ -126,6 +126,12 @@ async def test_every_path_that_the_page_calls_is_a_route() -> None:
         assert any(route.matches(scope)[0] is Match.FULL for route in app.routes), path
 
 
+async def test_no_page_of_another_site_can_show_the_docs_in_a_frame() -> None:
+    async with page_of(Settings()) as http:
+        policy = (await http.get("/docs")).headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in policy
+
+
 async def test_the_examples_of_the_docs_work_with_the_development_key() -> None:
     path, jobs = "/api/v1/enterprise/realtime/img2img", "/v1/jobs"
     config = Settings(dev_key=True, http_port=8123, outbound_allow="127.0.0.0/8")

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2, service_pb2
-from img2img_server.api import admission
+from img2img_server.api import admission, service
 from img2img_server.api.deps import service_limits
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.domain.models import WorkerInfo
@@ -548,6 +548,36 @@ async def test_jobs_are_listed_newest_first_in_pages_by_state() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stack.api.stub.ListJobs(bad, metadata=DEV)
         assert set(refusal(caught.value).violations) == {"page_size", "page_token"}
+
+
+async def test_a_flood_of_lists_reads_two_pages_at_a_time_and_is_refused_beyond_fifty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, most, released = 0, 0, asyncio.Event()
+
+    async def page_of(*_: object) -> tuple[list[Any], int]:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        await released.wait()
+        reading -= 1
+        return [], 0
+
+    monkeypatch.setattr(service, "page_of", page_of)
+    async with running_api(memory_bus()) as api:
+
+        async def listed() -> str:
+            try:
+                await api.stub.ListJobs(service_pb2.ListJobsRequest(), metadata=DEV)
+            except grpc.aio.AioRpcError as error:
+                released.set()  # The others end once the first is refused.
+                return refusal(error).reason
+            return "OK"
+
+        reasons = await asyncio.gather(*(listed() for _ in range(60)))
+    assert most == 2
+    assert set(reasons) == {"OK", "SERVER_BUSY"}
+    assert reasons.count("OK") >= 52
 
 
 async def test_capabilities_tell_the_validators_own_limits() -> None:

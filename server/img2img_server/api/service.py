@@ -25,6 +25,7 @@ from img2img_server.api.interceptors import OpenCalls, current_principal
 from img2img_server.api.receive import request_kept
 from img2img_server.api.records import found, page_of
 from img2img_server.api.watch import Watcher
+from img2img_server.budget import Budget
 from img2img_server.compat.modelslab import names
 from img2img_server.domain.job import FIRST_JOB_ID, LAST_JOB_ID
 from img2img_server.domain.urls import is_http_url
@@ -58,6 +59,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._disconnects = disconnects
         self._storage = StorageCalls(deps)
         self._creations = OpenCalls(deps.settings.max_tenant_calls)
+        # A page reads up to 100 records, so pages are read a few at a time.
+        self._listings = Budget("job lists", 6, 2, wait_seconds=5.0, most_waiting=50)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def Generate(  # noqa: N802
@@ -117,9 +120,10 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         size, before = _page(request)
         states = convert.states(request.states)
         tenant = current_principal().tenant
-        jobs, before = await page_of(
-            self._deps.jobs, tenant, before, size, states if request.states else None
-        )
+        with await self._listings.take(tenant, 1):
+            jobs, before = await page_of(
+                self._deps.jobs, tenant, before, size, states if request.states else None
+            )
         return service_pb2.ListJobsResponse(
             jobs=[await self._watcher.message(job) for job in jobs],
             next_page_token=_token(before) if before else "",

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from img2img_server import __version__
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
+from img2img_server.gateway.http.caching import NoStore
 from img2img_server.gateway.http.cors import Cors
 from img2img_server.gateway.http.files import Files, is_file_path, missing
 from img2img_server.gateway.http.middleware import AccessLog, NormalizePath, RequestLimits
@@ -93,6 +94,7 @@ def create_app(
     )
     app.add_middleware(AccessLog, refuse=refuse)
     app.add_middleware(Cors, settings=settings, refuse=refuse)
+    app.add_middleware(NoStore)
     app.add_middleware(NormalizePath)
     for router in (
         modelslab.Endpoints(settings, upstream, files, response_format, stop).router(),

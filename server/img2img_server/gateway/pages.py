@@ -43,7 +43,14 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_DOCS_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+_DOCS_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 class _RootRoute(Route):
@@ -103,7 +110,7 @@ def add_docs(app: FastAPI, settings: Settings) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def page(_: Request) -> HTMLResponse:
-        return HTMLResponse(html, headers={"Content-Security-Policy": _DOCS_POLICY})
+        return HTMLResponse(html, headers=_DOCS_HEADERS)
 
     @app.get("/docs/start.js", include_in_schema=False)
     async def start(_: Request) -> Response:

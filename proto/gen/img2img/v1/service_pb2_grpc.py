@@ -216,6 +216,7 @@ class Img2ImgServiceServicer:
         Errors:
         - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
         ListJobs returned.
+        - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

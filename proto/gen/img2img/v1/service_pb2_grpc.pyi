@@ -115,6 +115,7 @@ class Img2ImgServiceStub:
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
       ListJobs returned.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_service_pb2.WatchJobRequest, _service_pb2.WatchJobResponse]
     """Streams the events of a job: a snapshot, then every event after after_sequence, until the job ends.
@@ -275,6 +276,7 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
       ListJobs returned.
+    - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_service_pb2.WatchJobRequest, _service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams the events of a job: a snapshot, then every event after after_sequence, until the job ends.
@@ -456,6 +458,7 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
           ListJobs returned.
+        - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
         """
 
     @_abc_1.abstractmethod

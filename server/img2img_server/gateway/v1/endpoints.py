@@ -35,7 +35,7 @@ from img2img_server.settings import Settings
 
 PING_SECONDS = 15.0
 _PING = b": ping\n\n"
-_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 _MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON parser reads exactly
 _EVENT = {
     "type": "object",
@@ -184,5 +184,4 @@ def _frame(event: event_pb2.JobEvent) -> bytes:
 
 
 def _json(message: Message) -> Response:
-    headers = {"Cache-Control": "no-store"}
-    return Response(protojson.dump(message), media_type="application/json", headers=headers)
+    return Response(protojson.dump(message), media_type="application/json")

@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from img2img_server.domain.params import JobParams, ValidationContext, validate
+from img2img_server.domain.params import JobParams, Limits, ValidationContext, validate
 from img2img_server.domain.violations import Reason, Violation, invalid_type, not_supported
 
 _EXPECTED = {
@@ -22,6 +22,7 @@ _EXPECTED = {
     FieldDescriptor.CPPTYPE_STRING: "a string",
     FieldDescriptor.CPPTYPE_MESSAGE: "an object",
 }
+_MOST_NOTES = Limits().max_annotations
 _INTEGERS = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 _INTEGER = re.compile(r"-?[0-9]{1,400}", re.ASCII)
 _NAME = re.compile(r"\w{1,64}")
@@ -52,6 +53,8 @@ def fill(message: Message, body: dict[str, Any]) -> list[Violation]:
             violations.append(_unknown(name))
         elif field.name == "spec" and isinstance(value, dict):
             violations += fill(message.spec, value)  # type: ignore[attr-defined]
+        elif field.name == "annotations" and isinstance(value, dict) and len(value) > _MOST_NOTES:
+            violations += _too_many_notes()  # Conversion would take a second for thousands.
         elif not _set(message, field, value):
             violations.append(_unreadable(field, value))
     return violations
@@ -73,6 +76,11 @@ def _set(message: Message, field: FieldDescriptor, value: Any) -> bool:
     except (json_format.ParseError, ValueError, OverflowError, SystemError):
         return False
     return True
+
+
+def _too_many_notes() -> list[Violation]:
+    notes = tuple((f"note-{number}", "") for number in range(_MOST_NOTES + 1))
+    return validate(JobParams(prompt="p", annotations=notes), ValidationContext())
 
 
 def _unknown(name: str) -> Violation:
