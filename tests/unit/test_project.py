@@ -73,7 +73,7 @@ _INCLUDED = re.compile(r"^-r (\w+)\.txt$", re.MULTILINE)
 def test_every_package_of_an_extra_is_locked_by_its_hashes(extra: str) -> None:
     versions, files = pins(), locked(extra) | locked("torch")
     needed = closure(DISTRIBUTION, frozenset({extra}))
-    assert sorted(needed - set(files)) == []  # `python requirements/lock.py` writes the files anew
+    assert sorted(needed - set(files)) == []  # `python requirements/lock.py` updates them
     pinned = {name: version for name, version in files.items() if name in versions}
     assert pinned == {name: versions[name] for name in pinned}
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.readme import ROOT
 
-# What pip may install: files whose hash is known, the pinned version of torch, the project itself.
+# pip may install files whose hash is known, the pinned version of torch, and the project itself.
 PINNED = re.compile(r"--require-hashes|-c constraints.txt torch$|--no-deps .*-e '\.\[\w+\]'$")
 
 
