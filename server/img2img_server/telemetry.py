@@ -27,6 +27,14 @@ _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 RPCS = Counter("img2img_rpcs_total", "Finished RPCs.", ["method", "code"])
 RPC_SECONDS = Histogram("img2img_rpc_seconds", "Time of RPCs.", ["method"], buckets=_SECONDS)
 WATCHERS = Gauge("img2img_watchers", "Open event streams.")
+EVENT_BYTES = Gauge(
+    "img2img_event_bytes",
+    "Bytes of events in memory: `kept` for all streams, or `sending` to callers.",
+    ["state"],
+)
+EVENT_REREADS = Counter(
+    "img2img_event_rereads_total", "Reads of the event log for a stream that fell behind."
+)
 JOBS_CREATED = Counter("img2img_jobs_created_total", "Jobs accepted.", ["model", "lane"])
 JOBS_ENDED = Counter("img2img_jobs_ended_total", "Jobs ended by this worker.", ["model", "state"])
 QUEUED_GPU_SECONDS = Gauge(

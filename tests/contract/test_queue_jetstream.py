@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from nats.js.api import PubAck
 
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.nats import nats_server, nats_url
-from img2img_server.domain.events import Queued, Started, StepFinished, Succeeded
+from img2img_server.domain.events import (
+    EncodedImage,
+    Envelope,
+    Queued,
+    SampleFinished,
+    Started,
+    StepFinished,
+    Succeeded,
+)
 from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
@@ -180,30 +189,57 @@ async def test_a_pull_is_released_when_the_connection_comes_back(nats: Nats) -> 
             assert await pulling == []
 
 
-async def test_a_watch_whose_consumer_is_gone_reads_on_with_a_new_one(
-    monkeypatch: pytest.MonkeyPatch, nats: Nats
-) -> None:
-    monkeypatch.setattr(follow, "HEARTBEAT_SECONDS", 0.1)
+async def test_a_watch_goes_on_although_its_notices_are_lost(nats: Nats) -> None:
     async with (
         raw(nats.settings) as link,
         connect_bus(nats.settings) as bus,
         bus.events.watch(JOB) as events,
     ):
+        info = await link.js.stream_info(subjects.EVENTS)
+        await link.js.update_stream(info.config.evolve(republish=None))
         writer = await bus.events.open(JOB, fresh=True)
-        await writer.append(step(1))
-        assert (await anext(events)).event == step(1)
-        (consumer,) = await link.js.consumers_info(subjects.EVENTS)
-        await link.js.delete_consumer(subjects.EVENTS, consumer.name)
-        await writer.append(step(2))
-        async with asyncio.timeout(LONG):
-            assert (await anext(events)).event == step(2)
+        for number in (1, 2):
+            await writer.append(step(number))
+            async with asyncio.timeout(LONG):
+                assert (await anext(events)).event == step(number)
 
 
-async def test_a_watch_that_has_ended_leaves_no_consumer(nats: Nats) -> None:
+async def test_a_watch_creates_no_consumer_and_leaves_no_subscription(nats: Nats) -> None:
     async with raw(nats.settings) as link, connect_bus(nats.settings) as bus:
-        async with bus.events.watch(JOB):
-            assert len(await link.js.consumers_info(subjects.EVENTS)) == 1
+        subscriptions = bus.events._link.nc._subs  # type: ignore[attr-defined]
+        async with bus.events.watch(JOB) as events:
+            await (await bus.events.open(JOB, fresh=True)).append(step(1))
+            assert (await anext(events)).event == step(1)
+            opened = set(subscriptions)
+        before = len(opened)
+        for _ in range(3):
+            async with bus.events.watch(JOB), bus.events.watch(JOB):
+                assert len(subscriptions) == before
+        assert len(subscriptions) == before - 1
         assert await link.js.consumers_info(subjects.EVENTS) == []
+
+
+async def test_an_event_is_read_once_for_all_watchers(
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    read: list[int] = []
+    decode = codec.decode_event
+
+    def counted(data: bytes) -> Any:
+        read.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(codec, "decode_event", counted)
+    async with connect_bus(nats.settings) as bus, AsyncExitStack() as stack:
+        watches = [await stack.enter_async_context(bus.events.watch(JOB)) for _ in range(20)]
+        writer = await bus.events.open(JOB, fresh=True)
+        for number in range(1, 11):
+            await writer.append(step(number))
+        for events in watches:
+            async with asyncio.timeout(LONG):
+                seen = [(await anext(events)).event for _ in range(10)]
+            assert seen == [step(number) for number in range(1, 11)]
+        assert len(read) == 10
 
 
 async def test_events_of_a_later_version_are_skipped(nats: Nats) -> None:
@@ -370,20 +406,59 @@ async def test_queued_jobs_and_records_survive_a_restart(nats: Nats) -> None:
         assert await bus.jobs.claim_request("acme", "r", "other", 2) == ("print", JOB)
 
 
-async def test_a_slow_reader_misses_nothing_of_what_did_not_fit(
+async def test_a_slow_watcher_reads_again_what_is_no_longer_kept(
     monkeypatch: pytest.MonkeyPatch, nats: Nats
 ) -> None:
-    monkeypatch.setattr(follow, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(follow, "MAX_WAITING_BYTES", 500)
-    async with connect_bus(nats.settings) as bus, bus.events.watch(JOB) as events:
+    monkeypatch.setattr(follow, "KEPT_BYTES", 500)
+    async with (
+        connect_bus(nats.settings) as bus,
+        bus.events.watch(JOB) as slow,
+        bus.events.watch(JOB) as fast,
+    ):
+        followers = bus.events._followers  # type: ignore[attr-defined]
         writer = await bus.events.open(JOB, fresh=True)
         for number in range(1, 31):
             await writer.append(step(number))
+            async with asyncio.timeout(LONG):
+                assert (await anext(fast)).event == step(number)
+                assert followers._kept_bytes <= 500
         async with asyncio.timeout(LONG):
-            seen = [(await anext(events)).event for _ in range(4)]
-            await writer.append(step(31))  # The stream has room again, and its sequence has a gap.
-            seen += [(await anext(events)).event for _ in range(27)]
+            seen = [(await anext(slow)).event for _ in range(4)]
+            await writer.append(step(31))
+            seen += [(await anext(slow)).event for _ in range(27)]
         assert seen == [step(number) for number in range(1, 32)]
+
+
+async def test_events_that_are_being_sent_take_only_a_share_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, nats: Nats
+) -> None:
+    size = 100_000
+    monkeypatch.setattr(follow, "SENDING_BYTES", 8 * size)
+    monkeypatch.setattr(follow, "KEPT_BYTES", 3 * size)
+    image = EncodedImage(
+        data=b"x" * size, media_type="image/png", sha256="a" * 64, width=8, height=8
+    )
+    async with connect_bus(nats.settings) as bus, AsyncExitStack() as stack:
+        writer = await bus.events.open(JOB, fresh=True)
+        for _ in range(4):
+            await writer.append(SampleFinished(sample=0, seed=1, image=image))
+
+        async def watch(tenant: str) -> AsyncIterator[Envelope]:
+            return await stack.enter_async_context(bus.events.watch(JOB, tenant=tenant))
+
+        stuck = [asyncio.ensure_future(anext(await watch("alpha"))) for _ in range(12)]
+        sending = bus.events._followers.sending  # type: ignore[attr-defined]
+        async with asyncio.timeout(LONG):
+            for completed in islice(asyncio.as_completed(stuck), 3):
+                await completed
+            innocent = await watch("beta")
+            assert [(await anext(innocent)).sequence for _ in range(4)] == [1, 2, 3, 4]
+        assert sending.held < 8 * size
+        assert sum(task.done() for task in stuck) <= 4
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
+    assert sending.held == 0
 
 
 async def test_pulls_cancelled_at_any_moment_leave_their_jobs_to_others(nats: Nats) -> None:

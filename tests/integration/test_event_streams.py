@@ -42,9 +42,11 @@ async def test_the_job_of_another_tenant_costs_one_read_and_opens_no_log(
     for kind, name in ((MemoryEventLog, "watch"), (MemoryJobStore, "get")):
         original = getattr(kind, name)
 
-        def counted(*arguments: Any, _name: str = name, _original: Any = original) -> Any:
+        def counted(
+            *values: Any, _name: str = name, _original: Any = original, **named: Any
+        ) -> Any:
             calls.append(_name)
-            return _original(*arguments)
+            return _original(*values, **named)
 
         monkeypatch.setattr(kind, name, counted)
     async with running_worker(bus), running_api(bus, keys=keys) as api:

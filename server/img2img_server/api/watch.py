@@ -64,7 +64,7 @@ class Watcher:
         """
         if not is_new:
             await self._get(tenant, job_id)
-        async with self._events.watch(job_id, after_sequence) as log:
+        async with self._events.watch(job_id, after_sequence, tenant=tenant) as log:
             # The log is open before the record is read here, so no event between the two is missed.
             job = await self._get(tenant, job_id)
             yield await self._snapshot(job, after_sequence)

@@ -170,11 +170,14 @@ class EventLog(Protocol):
         ...
 
     def watch(
-        self, job_id: int, after_sequence: int = 0
+        self, job_id: int, after_sequence: int = 0, *, tenant: str = ""
     ) -> AbstractAsyncContextManager[AsyncIterator[Envelope]]:
         """Replays the events after `after_sequence`, then follows the log without end.
 
         No event that is appended after the context is entered is missed.
+
+        Args:
+            tenant: The tenant whose share of the memory for events is used.
         """
         ...
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -46,6 +46,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class Interruptible(Protocol):
+    """A reader that must ask again after a reconnect."""
+
+    def interrupt(self) -> None: ...
+
+
 class NatsConnection:
     """A connection that reconnects when it is lost. Created by `connect`."""
 
@@ -55,7 +61,7 @@ class NatsConnection:
         self.nc = PatchedClient(needs_tls=access.needs_tls)
         self.js: JetStreamContext = self.nc.jetstream(timeout=REQUEST_SECONDS)
         self._up = asyncio.Event()
-        self._inboxes: WeakSet[ReplyInbox] = WeakSet()
+        self._readers: WeakSet[Interruptible] = WeakSet()
         # the faults of the last attempts, by host and port
         self._faults: dict[str, ConnectFault] = {}
         self._reported = ("", 0.0)  # the last reason that was logged, and the time of that log line
@@ -206,8 +212,12 @@ class NatsConnection:
         self._faults.clear()
         self._reported = ("", 0.0)
         self._up.set()
-        for inbox in self._inboxes:
-            inbox.interrupt()
+        for reader in self._readers:
+            reader.interrupt()
+
+    def interrupt_at_reconnect(self, reader: Interruptible) -> None:
+        """Calls `reader.interrupt` each time that a lost connection is open again."""
+        self._readers.add(reader)
 
     async def ready(self, seconds: float | None = None) -> None:
         """Waits until the connection is open.
@@ -326,6 +336,14 @@ class NatsConnection:
         except nats.js.errors.NotFoundError:
             return None
 
+    async def next_sequence(self, stream: str, subject: str, start: int) -> int | None:
+        """Returns the sequence of the subject's first message from `start` on, from the leader."""
+        try:
+            msg = await self.ask(lambda: self.js.get_msg(stream, start, subject, next=True))
+        except nats.js.errors.NotFoundError:
+            return None
+        return msg.seq
+
     async def sequences(self, stream: str, subject: str, start: int, most: int) -> list[int]:
         """Returns the sequences of the subject's first messages from `start` on, up to `most`.
 
@@ -376,7 +394,7 @@ class NatsConnection:
         await self.ready()
         inbox = ReplyInbox(self.nc, max_bytes=max_bytes, late=late)
         await inbox.open()
-        self._inboxes.add(inbox)
+        self.interrupt_at_reconnect(inbox)
         return inbox
 
 

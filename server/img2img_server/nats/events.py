@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Self
 
 from img2img_server import clock
@@ -13,7 +13,7 @@ from img2img_server.interfaces.queue import OwnershipLostError
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
-from img2img_server.nats.follow import Follower
+from img2img_server.nats.follow import LogFollowers
 
 
 class JetStreamEventLog:
@@ -21,6 +21,7 @@ class JetStreamEventLog:
 
     def __init__(self, link: NatsConnection) -> None:
         self._link = link
+        self._followers = LogFollowers(link)
 
     async def open(self, job_id: int, *, fresh: bool = False) -> JetStreamEventWriter:
         """Opens the log of a job for writing; earlier writers lose it. Raises UnavailableError."""
@@ -34,20 +35,10 @@ class JetStreamEventLog:
         last = await self._link.last(subjects.EVENTS, subjects.events_filter(job_id))
         return codec.decode_head(last.data or b"").sequence if last else 0
 
-    @asynccontextmanager
-    async def watch(
-        self, job_id: int, after_sequence: int = 0
-    ) -> AsyncIterator[AsyncIterator[Envelope]]:
-        follower = Follower(self._link, subjects.EVENTS, subjects.events_filter(job_id))
-
-        async def read(_: int) -> Envelope | None:
-            return codec.decode_event(await anext(follower))
-
-        try:
-            await follower.start()
-            yield Envelopes(read, after_sequence)
-        finally:
-            await follower.stop()
+    def watch(
+        self, job_id: int, after_sequence: int = 0, *, tenant: str = ""
+    ) -> AbstractAsyncContextManager[AsyncIterator[Envelope]]:
+        return self._followers.watching(job_id, after_sequence, tenant)
 
 
 class Envelopes:

@@ -4,6 +4,7 @@ img2img.jobs.<model>.<lane>.<tenant>     the work queue
 img2img.dead.<model>.<lane>.<tenant>     dead letters
 img2img.events.<job id>.log              a job's numbered events
 img2img.events.<job id>.preview.<sample> its newest preview
+img2img.notices.<job id>.…               headers of each stored event, not stored
 img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
 img2img.ids.<tenant>                     one empty message a job id
 img2img.control.cancel                   not stored
@@ -33,6 +34,8 @@ STORAGE_BUCKET: Final = "img2img-storage"
 RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
 RATES_BUCKET: Final = "img2img-rates"
 
+EVENTS_SUBJECT: Final = "img2img.events.>"
+NOTICES_SUBJECT: Final = "img2img.notices.>"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 COMMAND_SUBJECT: Final = "img2img.control.command"
 STREAMS_SUBJECT: Final = "img2img.control.streams"
@@ -90,6 +93,11 @@ def preview_subject(job_id: int, sample: int) -> str:
 def events_filter(job_id: int) -> str:
     """Returns the filter for all events of one job."""
     return f"img2img.events.{job_id}.>"
+
+
+def notices_filter(job_id: int) -> str:
+    """Returns the filter for the notices about all events of one job."""
+    return f"img2img.notices.{job_id}.>"
 
 
 def bucket_stream(bucket: str) -> str:

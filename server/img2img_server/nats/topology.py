@@ -11,7 +11,7 @@ from typing import Final
 
 import nats.js.errors
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import DiscardPolicy, RePublish, RetentionPolicy, StorageType, StreamConfig
 
 from img2img_server.errors import UnavailableError
 from img2img_server.nats import subjects
@@ -78,12 +78,15 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         StreamConfig(
             name=subjects.EVENTS,
             description="Numbered events by job; a preview replaces the one before.",
-            subjects=["img2img.events.>"],
+            subjects=[subjects.EVENTS_SUBJECT],
             retention=RetentionPolicy.LIMITS,
             max_age=bounds.events_retention_seconds,
             max_bytes=bounds.events_max_bytes,
             allow_rollup_hdrs=True,
             allow_direct=True,
+            republish=RePublish(
+                src=subjects.EVENTS_SUBJECT, dest=subjects.NOTICES_SUBJECT, headers_only=True
+            ),
             duplicate_window=REPEAT_SECONDS,
         ),
         StreamConfig(

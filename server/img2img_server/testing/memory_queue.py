@@ -227,7 +227,7 @@ class MemoryEventLog:
 
     @asynccontextmanager
     async def watch(
-        self, job_id: int, after_sequence: int = 0
+        self, job_id: int, after_sequence: int = 0, *, tenant: str = ""
     ) -> AsyncIterator[AsyncIterator[Envelope]]:
         yield Envelopes(self._log(job_id).read, after_sequence)
 
