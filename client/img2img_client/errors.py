@@ -45,6 +45,7 @@ DETAILS_KEY = "grpc-status-details-bin"
 # Reasons that this client sets. All other reasons come from the service.
 INVALID_REQUEST = "INVALID_REQUEST"  # The service uses the same reason.
 NO_API_KEY = "NO_API_KEY"
+UNAVAILABLE = "UNAVAILABLE"  # The service uses this reason while it has no NATS.
 TRANSPORT = "TRANSPORT"  # The connection failed, so the service sent no status.
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
 

@@ -28,8 +28,9 @@ _BROKEN_STREAM = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
 class Retry:
     """How long and how often to retry. All times in seconds.
 
-    A call without a response is retried for `connect_seconds`. A broken stream is resumed for
-    `resume_seconds` after the loss of the connection. Delays are drawn between 0 and
+    A call without a response is retried for `connect_seconds`. A call that the service answers with
+    UNAVAILABLE, because it has lost NATS for a while, is retried for `unavailable_seconds`. A broken
+    stream is resumed for `resume_seconds` after the loss of the connection. Delays are drawn between 0 and
     `first_delay_seconds` x 2^n, at most `longest_delay_seconds` (full jitter), but are never
     shorter than the service asks for.
 
@@ -39,6 +40,7 @@ class Retry:
     """
 
     connect_seconds: float = 5.0
+    unavailable_seconds: float = 40.0
     resume_seconds: float = 60.0
     first_delay_seconds: float = 0.2
     longest_delay_seconds: float = 3.0
@@ -93,7 +95,10 @@ class Backoff:
         )
         self._attempts += 1
         delay = max(self._draw.uniform(0.0, longest), error.retry_seconds or 0.0)
-        if now + delay > min(self._failing_since + self._budget_seconds, self._deadline):
+        budget = self._budget_seconds
+        if error.reason == errors.UNAVAILABLE:
+            budget = max(budget, self._retry.unavailable_seconds)
+        if now + delay > min(self._failing_since + budget, self._deadline):
             raise error
         return delay
 

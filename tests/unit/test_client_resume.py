@@ -73,6 +73,23 @@ def test_delays_grow_to_a_bound_and_are_reset_by_a_new_event() -> None:
     assert backoff.delay(LOST, 0.0) == 0.5
 
 
+def seconds_of_retries(error: UnavailableError) -> float:
+    """Returns for how long a call that fails at once each time is retried by default."""
+    backoff, now = Backoff(Retry(), draw=Longest()), 0.0
+    with pytest.raises(UnavailableError):
+        while True:
+            now += backoff.delay(error, now)
+    return now
+
+
+def test_a_call_is_retried_through_an_outage_of_the_services_nats() -> None:
+    away = UnavailableError("away", code="UNAVAILABLE", reason="UNAVAILABLE", retry_seconds=1.0)
+    assert seconds_of_retries(away) > 30.0
+    for reason in ("TRANSPORT", "NO_MODEL"):
+        other = UnavailableError("other", code="UNAVAILABLE", reason=reason, retry_seconds=1.0)
+        assert seconds_of_retries(other) <= 5.0
+
+
 def test_a_first_call_is_retried_for_less_time_than_a_stream() -> None:
     first = Backoff(RETRY, draw=Longest())
     assert first.delay(LOST, 100.0) == 0.5
