@@ -29,8 +29,8 @@ class Retry:
     """How long and how often to retry. All times in seconds.
 
     A call without a response is retried for `connect_seconds`. A call that the service answers with
-    UNAVAILABLE, because it has lost NATS for a while, is retried for `unavailable_seconds`. A broken
-    stream is resumed for `resume_seconds` after the loss of the connection. Delays are drawn between 0 and
+    UNAVAILABLE, because it has lost NATS, is retried for `unavailable_seconds`. A broken stream is
+    resumed for `resume_seconds` after the loss of the connection. Delays are drawn between 0 and
     `first_delay_seconds` x 2^n, at most `longest_delay_seconds` (full jitter), but are never
     shorter than the service asks for.
 

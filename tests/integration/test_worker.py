@@ -25,6 +25,7 @@ from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker import execution
 from img2img_server.worker.lease import DELIVERIES_OF_AN_ATTEMPT
 from tests.stack import (
+    RunningWorker,
     kinds,
     known_model,
     read_until,
@@ -196,6 +197,68 @@ async def test_a_cancel_request_outlives_the_worker_that_should_have_received_it
             messages += [m async for m in call]
     assert kinds(messages)[-1] == "cancelled"
     assert kinds(messages).count("started") == 1
+
+
+async def killed(worker: RunningWorker, bus: Bus, name: str) -> None:
+    """Ends a worker without a message, and its announcement as if it had expired."""
+    worker.task.cancel()
+    await asyncio.gather(worker.task, return_exceptions=True)
+    await bus.workers.withdraw(name)
+
+
+async def test_a_job_whose_worker_is_lost_is_queued_with_the_reason() -> None:
+    bus = memory_bus(ack_wait_seconds=0.2)
+    async with running_api(bus) as api:
+        async with running_worker(bus, FakeEngine(hold_after=1), name="doomed") as doomed:
+            call = api.generate(spec(strength=1.0))
+            messages = await read_until(call, "step")
+            name = messages[0].event.job
+            assert (await api.get(name)).state == job_pb2.Job.STATE_RUNNING
+            await killed(doomed, bus, "doomed")
+            lost = await api.reaches(name, job_pb2.Job.STATE_QUEUED)
+            assert lost.state_reason == "WORKER_LOST"
+            assert not lost.HasField("start_time")
+        async with running_worker(bus, name="heir"):
+            messages += [m async for m in call]
+    assert kinds(messages)[-1] == "succeeded"
+    assert messages[-1].event.succeeded.job.state_reason == ""
+
+
+async def test_a_job_whose_worker_is_lost_is_cancelled_without_another_worker() -> None:
+    bus, blobs = memory_bus(ack_wait_seconds=0.2), MemoryBlobStore()
+    async with running_api(bus) as api:
+        async with running_worker(bus, FakeEngine(hold_after=1), name="doomed") as doomed:
+            call = api.generate(spec(strength=1.0))
+            messages = await read_until(call, "step")
+            await killed(doomed, bus, "doomed")
+            job = await api.cancel(messages[0].event.job)
+            assert job.state == job_pb2.Job.STATE_CANCELLED
+            messages += [m async for m in call]
+        assert kinds(messages)[-1] == "cancelled"
+        async with running_worker(bus, name="heir", blobs=blobs):
+
+            async def acknowledged() -> bool:
+                return await bus.queue.unfinished("dev") == 0
+
+            await eventually(acknowledged)
+
+
+async def test_a_job_of_a_draining_worker_runs() -> None:
+    bus = memory_bus()
+    engine = FakeEngine(hold_after=1)
+    async with running_api(bus) as api, running_worker(bus, engine) as worker:
+        messages = await read_until(api.generate(spec(strength=1.0), detach=True), "step")
+        worker.stop.set()
+
+        async def draining() -> bool:
+            return not await bus.workers.workers()
+
+        await eventually(draining)
+        job = await api.get(messages[0].event.job)
+        assert (job.state, job.state_reason) == (job_pb2.Job.STATE_RUNNING, "")
+        engine.release()
+        await worker.drained()
+        assert await bus.workers.names() == set()
 
 
 class BrokenBlobStore(MemoryBlobStore):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import structlog
 
 from img2img_server import clock, errors
+from img2img_server.api.lost_workers import is_lost
 from img2img_server.api.records import found, readable
 from img2img_server.domain.events import Cancelled, Failed
 from img2img_server.domain.job import LAST_JOB_ID, Job, State, advance, terminal_event
@@ -32,9 +33,12 @@ class Canceller:
         self._events = bus.events
         self._control = bus.control
         self._outbox = bus.outbox
+        self._workers = bus.workers
 
     async def cancel(self, tenant: str, job_id: int) -> Job:
         """Cancels a job and returns it: cancelled, or running until its next step.
+
+        A job whose worker is lost ends at once.
 
         Raises JobNotFoundError, JobEndedError, UnavailableError.
         """
@@ -47,6 +51,10 @@ class Canceller:
             if job.state.is_terminal:
                 raise errors.JobEndedError(job.name, job.state)
             with suppress(ConflictError):  # The record has changed: read it again.
+                if await is_lost(job, self._workers):
+                    # The message stays in the queue: the next worker deletes the job's files.
+                    job = replace(job, queue_sequence=0)
+                    return await self._end(job, stored.revision, Cancelled())
                 if job.state is State.QUEUED:
                     return await self._end(job, stored.revision, Cancelled())
                 return await self._ask(job, stored.revision)

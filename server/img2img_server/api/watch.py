@@ -11,6 +11,7 @@ from img2img_server import clock, errors
 from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
+from img2img_server.api.lost_workers import as_seen
 from img2img_server.api.places import StreamPlaces
 from img2img_server.api.records import found
 from img2img_server.domain.events import Envelope
@@ -28,6 +29,7 @@ class Watcher:
 
     def __init__(self, deps: ApiDeps, estimator: Estimator) -> None:
         self._jobs = deps.jobs
+        self._workers = deps.workers
         self._events = deps.bus.events
         self._estimator = estimator
         self._stop = deps.stop
@@ -96,6 +98,7 @@ class Watcher:
 
     async def message(self, job: Job) -> job_pb2.Job:
         """Returns the Job message of a record, with its estimate."""
+        job = await as_seen(job, self._workers)
         eta = await self._estimator.job(job)
         return convert.job(job, retention_hours=self._retention_hours, eta_seconds=eta)
 

@@ -51,6 +51,9 @@ class CachedWorkerRegistry:
     async def workers(self) -> list[WorkerInfo]:
         return await self._remembered("workers", self._registry.workers)
 
+    async def names(self) -> set[str]:
+        return await self._remembered("names", self._registry.names)
+
     async def models(self) -> list[ModelInfo]:
         return await self._remembered("models", self._registry.models)
 

@@ -116,6 +116,7 @@ class WorkerInfo:
         job_seconds: Recent mean time of one sample at 512x512, the base of estimates; 0.0: not
             measured yet.
         busy: Share of the time since the last announcement in which the device worked, 0 to 1.
+        draining: The worker finishes its jobs and takes no more.
         store_trouble: Why the worker cannot store files now; empty while it can.
     """
 
@@ -124,4 +125,5 @@ class WorkerInfo:
     device: str
     job_seconds: float = 0.0
     busy: float = 0.0
+    draining: bool = False
     store_trouble: str = ""

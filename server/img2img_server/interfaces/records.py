@@ -97,7 +97,11 @@ class WorkerRegistry(Protocol):
         ...
 
     async def workers(self) -> list[WorkerInfo]:
-        """Returns the live workers, by name."""
+        """Returns the live workers that take jobs, by name."""
+        ...
+
+    async def names(self) -> set[str]:
+        """Returns the names of all live workers, also of those that drain."""
         ...
 
     async def models(self) -> list[ModelInfo]:

@@ -34,7 +34,12 @@ class KvWorkerRegistry:
         await self._workers.remove(subjects.token(name))
 
     async def workers(self) -> list[WorkerInfo]:
-        return sorted(await _all(self._workers, WorkerInfo), key=lambda worker: worker.name)
+        found = await _all(self._workers, WorkerInfo)
+        taking = [worker for worker in found if not worker.draining]
+        return sorted(taking, key=lambda worker: worker.name)
+
+    async def names(self) -> set[str]:
+        return {worker.name for worker in await _all(self._workers, WorkerInfo)}
 
     async def models(self) -> list[ModelInfo]:
         return sorted(await _all(self._models, ModelInfo), key=lambda model: model.name)

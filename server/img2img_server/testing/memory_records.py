@@ -94,9 +94,15 @@ class MemoryWorkerRegistry:
         self._workers.pop(name, None)
 
     async def workers(self) -> list[WorkerInfo]:
+        alive = self._alive()
+        return [alive[name] for name in sorted(alive) if not alive[name].draining]
+
+    async def names(self) -> set[str]:
+        return set(self._alive())
+
+    def _alive(self) -> dict[str, WorkerInfo]:
         now = self._clock()
-        alive = {name: worker for name, (until, worker) in self._workers.items() if now < until}
-        return [alive[name] for name in sorted(alive)]
+        return {name: worker for name, (until, worker) in self._workers.items() if now < until}
 
     async def models(self) -> list[ModelInfo]:
         return [self._models[name] for name in sorted(self._models)]

@@ -16,6 +16,7 @@ from img2img_server.domain.params import Lane
 from img2img_server.interfaces.queue import Control, Delivery, WorkerCommand
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import RestartError, first_of
+from img2img_server.tasks import background_task
 from img2img_server.telemetry import JOBS_RUNNING
 from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.execution import JobExecution
@@ -77,11 +78,11 @@ class Worker:
             pulling.cancel()
             handing_back.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
-            with suppress(errors.UnavailableError, TimeoutError):
-                async with asyncio.timeout(WITHDRAW_SECONDS):  # The announcement expires by itself.
-                    await self._registry.withdraw(self._deps.name)
+            await self._withdraw(draining=bool(self._runs))
             may_drain = stop.is_set() and not lost.is_set()
-            await self._drain(self._drain_seconds if may_drain else 0.0)
+            async with background_task(self._announce_draining()):
+                await self._drain(self._drain_seconds if may_drain else 0.0)
+            await self._withdraw()
             await self._cleanup.finish(CLEANUP_SECONDS)
             cleaning.cancel()
             watching.cancel()
@@ -193,6 +194,32 @@ class Worker:
                 except OSError as error:
                     log.warning("downloads_not_deleted", why=str(error))
 
+    async def _withdraw(self, *, draining: bool = False) -> None:
+        """Withdraws the announcement, which expires by itself, or changes it to draining."""
+        with suppress(errors.UnavailableError, TimeoutError):
+            async with asyncio.timeout(WITHDRAW_SECONDS):
+                if draining:
+                    await self._registry.announce(replace(self._info(), draining=True))
+                else:
+                    await self._registry.withdraw(self._deps.name)
+
+    async def _announce_draining(self) -> None:
+        """Keeps the announcement alive, so that the worker's jobs do not look like lost ones."""
+        while True:
+            await asyncio.sleep(ANNOUNCE_SECONDS)
+            await self._withdraw(draining=True)
+
+    def _info(self) -> WorkerInfo:
+        deps, throughput = self._deps, self._deps.throughput
+        return WorkerInfo(
+            name=deps.name,
+            model=replace(deps.engine.model, pixel_step_seconds=throughput.pixel_step_seconds),
+            device=deps.engine.device,
+            job_seconds=throughput.job_seconds,
+            busy=throughput.busy,
+            store_trouble=deps.blobs.trouble,
+        )
+
     async def _announce(self, announced: Callable[[], None] | None) -> None:
         deps = self._deps
         throughput = deps.throughput
@@ -202,17 +229,8 @@ class Worker:
             throughput.pixel_step_seconds = known.pixel_step_seconds if known else 0.0
         while True:
             throughput.add_busy_seconds(deps.engine.busy_seconds, time.monotonic())
-            seconds = throughput.pixel_step_seconds
-            info = WorkerInfo(
-                name=deps.name,
-                model=replace(deps.engine.model, pixel_step_seconds=seconds),
-                device=deps.engine.device,
-                job_seconds=throughput.job_seconds,
-                busy=throughput.busy,
-                store_trouble=deps.blobs.trouble,
-            )
             with suppress(errors.UnavailableError):
-                await self._registry.announce(info)
+                await self._registry.announce(self._info())
                 if announced:
                     announced()
                 announced = None
