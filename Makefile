@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test oracle bench attack image-test
+.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench attack image-test
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,10 @@ chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
 
 images-test: setup ## Test the image check against Pillow on 10,000 files of each kind
 	TEST_EXAMPLES=$${TEST_EXAMPLES:-10000} $(BIN)/python -m pytest tests/property/test_images.py $(ARGS)
+
+races: setup ## Create jobs in 10,000 races of calls in memory and 300 with NATS, with faults at every step
+	MEMORY_RACES=$${MEMORY_RACES:-10000} JETSTREAM_RACES=$${JETSTREAM_RACES:-300} \
+		$(BIN)/python -m pytest tests/integration/test_intake_races.py $(ARGS)
 
 oracle: setup ## Compare every family and sampler with the stock pipelines, every combination
 	ORACLE=full $(BIN)/python -m pytest tests/oracle/test_stock.py $(ARGS)

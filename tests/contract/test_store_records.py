@@ -125,14 +125,29 @@ async def test_one_of_many_updates_at_once_wins(open_bus: OpenBus) -> None:
     assert [isinstance(result, ConflictError) for result in results].count(True) == 3
 
 
-async def test_a_deleted_record_is_gone_and_may_be_created_again(bus: Bus) -> None:
+async def test_an_abandoned_record_is_gone_and_is_created_again_only_from_its_end(bus: Bus) -> None:
     revision = await bus.jobs.create(a_job())
-    await bus.jobs.delete(TENANT, FIRST_JOB_ID)
-    await bus.jobs.delete(TENANT, FIRST_JOB_ID)
+    end = await bus.jobs.abandon(TENANT, FIRST_JOB_ID, revision)
     assert await bus.jobs.get(TENANT, FIRST_JOB_ID) is None
+    assert await bus.jobs.latest(TENANT, FIRST_JOB_ID) == (None, end)
+    for write in (
+        bus.jobs.update(a_job(), revision),
+        bus.jobs.create(a_job()),
+        bus.jobs.create(a_job(), revision),
+        bus.jobs.abandon(TENANT, FIRST_JOB_ID, revision),
+    ):
+        with pytest.raises(ConflictError):
+            await write
+    again = await bus.jobs.create(a_job(), end)
+    assert await bus.jobs.latest(TENANT, FIRST_JOB_ID) == (a_job(), again)
+
+
+async def test_a_record_that_was_abandoned_before_it_existed_is_not_created(bus: Bus) -> None:
+    assert await bus.jobs.latest(TENANT, FIRST_JOB_ID) == (None, 0)
+    end = await bus.jobs.abandon(TENANT, FIRST_JOB_ID, 0)
     with pytest.raises(ConflictError):
-        await bus.jobs.update(a_job(), revision)
-    await bus.jobs.create(a_job())
+        await bus.jobs.create(a_job())
+    await bus.jobs.create(a_job(), end)
 
 
 @pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED, State.CANCELLED])
@@ -179,7 +194,8 @@ async def test_pages_of_jobs_hold_what_a_plain_list_holds(open_bus: OpenBus) -> 
         for number in range(40):
             tenant = "other" if number % 3 else TENANT
             job = a_job(await one.jobs.next_id(tenant), tenant)
-            drawn.insert(0, replace(job, state=[State.QUEUED, State.RUNNING][number % 2]))
+            state = [State.QUEUED, State.RUNNING][number % 2]
+            drawn.insert(0, replace(job, state=state, queue_sequence=number + 1))
             if number % 7:  # The other jobs are rejected after their ids are drawn.
                 await one.jobs.create(drawn[0])
         for states in (None, {State.RUNNING}):
@@ -210,15 +226,11 @@ async def test_a_request_id_belongs_to_its_first_job(open_bus: OpenBus) -> None:
     assert others == [("fingerprint-b", 2)] * 2
 
 
-async def test_a_request_id_can_be_looked_up_and_freed(bus: Bus) -> None:
+async def test_a_request_id_can_be_looked_up(bus: Bus) -> None:
     assert await bus.jobs.find_request(TENANT, "r") is None
     await bus.jobs.claim_request(TENANT, "r", "fingerprint", 1)
     assert await bus.jobs.find_request(TENANT, "r") == ("fingerprint", 1)
     assert await bus.jobs.find_request("other", "r") is None
-    await bus.jobs.release_request("other", "r")
-    await bus.jobs.release_request(TENANT, "r")
-    assert await bus.jobs.find_request(TENANT, "r") is None
-    assert await bus.jobs.claim_request(TENANT, "r", "another", 2) == ("another", 2)
 
 
 async def test_of_many_claims_at_once_all_learn_the_winner(bus: Bus) -> None:

@@ -31,9 +31,9 @@ async def test_a_request_whose_first_try_left_its_log_behind_makes_its_job_the_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bus = memory_bus()
-    put, release = FailsOnce(bus.queue.put), FailsOnce(bus.jobs.release_request)
+    put, abandon = FailsOnce(bus.queue.put), FailsOnce(bus.jobs.abandon)
     monkeypatch.setattr(bus.queue, "put", put)
-    monkeypatch.setattr(bus.jobs, "release_request", release)
+    monkeypatch.setattr(bus.jobs, "abandon", abandon)
     request_id = str(uuid.uuid4())
     async with running_worker(bus), running_api(bus) as api:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -41,7 +41,7 @@ async def test_a_request_whose_first_try_left_its_log_behind_makes_its_job_the_s
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         job = await api.create(spec(), request_id=request_id)
         events = [message async for message in api.watch(job.name)]
-    assert (put.calls, release.calls) == (2, 1)
+    assert (put.calls, abandon.calls) == (2, 1)
     assert kinds(events)[-1] == "succeeded"
     numbers = [message.event.sequence for message in events]
     assert numbers == list(range(len(numbers)))
@@ -52,10 +52,12 @@ async def test_a_request_whose_first_try_left_its_log_behind_makes_its_job_the_s
     [
         (MessageTooLargeError(), grpc.StatusCode.FAILED_PRECONDITION),
         (RuntimeError("an internal error"), grpc.StatusCode.INTERNAL),
+        (UnavailableError(), grpc.StatusCode.UNAVAILABLE),
     ],
 )
-async def test_a_job_that_cannot_be_queued_leaves_no_record(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, code: grpc.StatusCode
+@pytest.mark.parametrize("request_id", ["", str(uuid.uuid4())])
+async def test_a_job_that_cannot_be_queued_leaves_neither_record_nor_permit(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: grpc.StatusCode, request_id: str
 ) -> None:
     bus = memory_bus()
 
@@ -65,7 +67,8 @@ async def test_a_job_that_cannot_be_queued_leaves_no_record(
     async with running_worker(bus), running_api(bus) as api:
         monkeypatch.setattr(bus.queue, "put", put)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await api.create(spec())
+            await api.create(spec(), request_id=request_id)
         assert refused.value.code() is code
         (drawn,) = await bus.jobs.list_ids("dev")
         assert await bus.jobs.get("dev", drawn) is None
+        assert await bus.permits.count("dev") == 0

@@ -321,7 +321,9 @@ async def test_a_job_whose_record_has_expired_goes_to_the_dead_letters() -> None
     await known_model(bus)
     async with running_api(bus) as api:
         job = await api.create(spec())
-        await bus.jobs.delete("dev", job.id)
+        stored = await bus.jobs.get("dev", job.id)
+        assert stored is not None
+        await bus.jobs.abandon("dev", job.id, stored.revision)
         async with running_worker(bus) as worker:
 
             async def is_dead_letter() -> bool:

@@ -49,7 +49,7 @@ class CountingStore(MemoryJobStore):
 
     async def draw(self, tenant: str, state: State | None) -> Job:
         """Draws an id; creates its record unless `state` is None."""
-        job = replace(RECORD, id=await self.next_id(tenant), tenant=tenant)
+        job = replace(RECORD, id=await self.next_id(tenant), tenant=tenant, queue_sequence=1)
         if state is not None:
             job = replace(job, state=state)
             await self.create(job)

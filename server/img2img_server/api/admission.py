@@ -14,6 +14,7 @@ from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
+from img2img_server.api.quota import Quota
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import (
     NARROW_SEED_MAX,
@@ -105,9 +106,10 @@ class RateLimit:
 class Admission:
     """Admits requests."""
 
-    def __init__(self, deps: ApiDeps, estimator: Estimator) -> None:
+    def __init__(self, deps: ApiDeps, estimator: Estimator, quota: Quota) -> None:
         self._deps = deps
         self._estimator = estimator
+        self._quota = quota
         self._rate_limit = RateLimit(deps.bus.rates, deps.settings.rate_limit)
 
     async def admit(self, spec: job_pb2.JobSpec, caller: Caller) -> Admitted:
@@ -193,7 +195,7 @@ class Admission:
     async def _check_room(self, params: JobParams, caller: Caller) -> None:
         """Raises QueueFullError, RateLimitedError."""
         limit, tenant = self._deps.settings.queue_limit, caller.principal.tenant
-        unfinished = await self._deps.bus.queue.unfinished(tenant)
+        unfinished = await self._quota.unfinished(tenant)
         if unfinished >= limit:
             raise errors.QueueFullError(limit, await self._estimator.place(params, unfinished))
         self._rate_limit.check(caller.principal)

@@ -30,6 +30,7 @@ class Canceller:
     def __init__(self, bus: Bus) -> None:
         self._jobs = bus.jobs
         self._queue = bus.queue
+        self._permits = bus.permits
         self._events = bus.events
         self._control = bus.control
         self._outbox = bus.outbox
@@ -90,6 +91,8 @@ class Canceller:
         await self._ensure_terminal_event(job)
         if job.queue_sequence:
             await self._queue.remove(job.queue_sequence)
+        with suppress(errors.UnavailableError):  # A permit that stays is found when it is needed.
+            await self._permits.release(job.permit)
         log.info("queued_job_ended", job=job.id, state=job.state)
         return job
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
 from contextlib import suppress
 from dataclasses import replace
+from typing import Final
 
 import structlog
 
@@ -14,13 +16,14 @@ from img2img_server import clock, errors
 from img2img_server.api.admission import Admission, Admitted, Caller
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Backlog
-from img2img_server.api.records import known
+from img2img_server.api.quota import Quota
+from img2img_server.api.records import unreadable
 from img2img_server.domain.events import Queued
-from img2img_server.domain.job import Job, State, Timings
+from img2img_server.domain.job import Job, Timings
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.interfaces.queue import OwnershipLostError, QueuedJob
-from img2img_server.interfaces.records import ConflictError, Stored
+from img2img_server.interfaces.records import ConflictError, Stored, UnreadableError
 from img2img_server.storage.vault import SealBrokenError
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import JOBS_CREATED
@@ -29,13 +32,17 @@ from img2img_server.tracing import injected
 log = structlog.get_logger()
 
 CREATING = "The job of this request_id is being created; try again."
+_TRIES: Final = 5
+_ABANDON_SECONDS: Final = 3.0  # longest time to remove the record of a job that was not accepted
 SEALED = "Your S3 details cannot be read at the moment; this service keeps the files."
 
 
 class Intake:
-    """Creates jobs."""
+    """Creates jobs. Any api can repeat and finish each step of another api
+    (docs/adr/0013-one-job-for-each-request-id.md).
+    """
 
-    def __init__(self, deps: ApiDeps, admission: Admission, backlog: Backlog) -> None:
+    def __init__(self, deps: ApiDeps, admission: Admission, backlog: Backlog, quota: Quota) -> None:
         self._settings = deps.settings
         self._jobs = deps.jobs
         self._queue = deps.bus.queue
@@ -43,6 +50,7 @@ class Intake:
         self._storage = deps.bus.storage
         self._admission = admission
         self._backlog = backlog
+        self._quota = quota
 
     async def create(self, spec: job_pb2.JobSpec, request_id: str, caller: Caller) -> Stored:
         """Creates a job, or returns the job of an earlier request with the same request_id.
@@ -52,76 +60,133 @@ class Intake:
             QueueFullError, RateLimitedError, DeadlineTooShortError, UnavailableError.
         """
         if not request_id:
-            accepted = await self._admission.admit(spec, caller)
-            return await self._enqueue(await self._record(accepted, caller), accepted)
+            return await self._create(spec, caller, 0, await self._admission.admit(spec, caller))
         tenant, request_id, fingerprint = caller.principal.tenant, _uuid(request_id), _digest(spec)
         # Before any check: a repeated request gets its job even when the queue is full.
         bound = await self._jobs.find_request(tenant, request_id)
-        job: Job | None = None
+        accepted = None
         if bound is None:
             accepted = await self._admission.admit(spec, caller)
-            job = await self._record(accepted, caller)
-            bound = await self._jobs.claim_request(tenant, request_id, fingerprint, job.id)
+            drawn = await self._jobs.next_id(tenant)
+            bound = await self._jobs.claim_request(tenant, request_id, fingerprint, drawn)
         if bound[0] != fingerprint:
             raise errors.RequestIdReusedError(request_id)
-        if job is None or bound[1] != job.id:
-            return await self._existing(tenant, bound[1], spec, caller)
-        try:
-            return await self._enqueue(job, accepted)
-        except errors.ServiceError:
-            with suppress(errors.ServiceError):
-                await self._jobs.release_request(tenant, request_id)
-            raise
+        return await self._create(spec, caller, bound[1], accepted)
 
-    async def _existing(
-        self, tenant: str, job_id: int, spec: job_pb2.JobSpec, caller: Caller
+    async def _create(
+        self, spec: job_pb2.JobSpec, caller: Caller, job_id: int, accepted: Admitted | None
     ) -> Stored:
-        stored = await known(self._jobs, tenant, job_id)
-        if stored is not None and not _is_stranded(stored.job):
-            return stored
-        # The api that handled the first call has died before the job was queued, or is queueing it
-        # now. A second message does no harm.
-        accepted = await self._admission.admit(spec, caller)
-        job = await self._record(accepted, caller, job_id)
-        return await self._enqueue(job, accepted, begun=True)
+        """Returns the accepted job with this id. Has it accepted unless another call has done so.
 
-    async def _enqueue(self, job: Job, accepted: Admitted, *, begun: bool = False) -> Stored:
-        """Creates the record, appends the first event and queues the job.
-
-        `begun`: an earlier call may have done a part of this work.
+        Args:
+            job_id: The id that the request_id is bound to; 0: draws one.
+            accepted: The admitted request, if this call has admitted it already.
         """
-        created = True
+        tenant = caller.principal.tenant
+        for _ in range(_TRIES):
+            job, revision = await self._latest(tenant, job_id) if job_id else (None, 0)
+            if job is not None and job.is_accepted:
+                return Stored(job, revision)
+            if accepted is None:
+                accepted = await self._admission.admit(spec, caller)
+                continue  # That may have taken long, so the record is read again.
+            if job is not None:  # Another call is queueing the job now, or has died before that.
+                return await self._enqueue(job, revision, accepted)
+            job = await self._record(accepted, caller, job_id)
+            with suppress(ConflictError):  # Another call has created the record.
+                return await self._begin(job, revision, accepted)
+            job_id = job.id
+        raise errors.UnavailableError(CREATING)
+
+    async def _begin(self, job: Job, revision: int, accepted: Admitted) -> Stored:
+        """Creates the record and queues the job. Leaves neither record nor permit if that fails.
+
+        Args:
+            revision: That of the abandoned record which the new one replaces.
+
+        Raises:
+            ConflictError: Another call has created or abandoned the record.
+        """
+        job = replace(job, permit=await self._quota.take(job.tenant, job.id))
+        created = 0
         try:
-            revision = await self._jobs.create(job)
-        except ConflictError:
-            created = False
-            stored = await known(self._jobs, job.tenant, job.id)
-            if stored is None or not _is_stranded(stored.job):
-                raise errors.UnavailableError(CREATING) from None
-            job, revision = stored.job, stored.revision
-        try:
-            writer = await self._events.open(job.id, fresh=created and not begun)
-            if not writer.sequence:
-                queued = Queued(position=accepted.position, eta_seconds=accepted.eta_seconds)
-                await writer.append(queued)
-            place = await self._queue.put(
-                QueuedJob(
-                    job_id=job.id,
-                    tenant=job.tenant,
-                    init_image=accepted.image.data,
-                    init_image_prepared=accepted.image.prepared,
-                    trace=injected(),
-                ),
-                job.params.model,
-                job.params.lane,
-            )
-        except OwnershipLostError:  # A repeated call with the same request_id was faster.
-            raise errors.UnavailableError(CREATING) from None
+            created = await self._jobs.create(job, revision)
+            return await self._enqueue(job, created, accepted, fresh=not revision)
         except Exception:
-            # Without a queued message the job would never end, so its record is removed.
-            with suppress(errors.ServiceError):
-                await self._jobs.delete(job.tenant, job.id)
+            with suppress(errors.UnavailableError, UnreadableError, ConflictError, TimeoutError):
+                async with asyncio.timeout(_ABANDON_SECONDS):
+                    await self._abandon(job, created or revision)
             raise
+
+    async def _abandon(self, job: Job, revision: int) -> None:
+        """Abandons the record at that revision and releases its permit, unless the job is accepted.
+
+        A message that was queued nevertheless belongs to no record, so no worker runs it.
+        """
+        try:
+            await self._jobs.abandon(job.tenant, job.id, revision)
+        except ConflictError:
+            there, revision = await self._jobs.latest(job.tenant, job.id)
+            if there is not None and there.permit == job.permit:
+                if there.is_accepted:
+                    return
+                await self._jobs.abandon(job.tenant, job.id, revision)
+        await self._quota.release(job.permit)
+
+    async def _enqueue(
+        self, job: Job, revision: int, accepted: Admitted, *, fresh: bool = False
+    ) -> Stored:
+        """Queues the job of a record, then notes in the record that the job is accepted.
+
+        Args:
+            fresh: This call has created the first record of the job.
+        """
+        writer = await self._events.open(job.id, fresh=fresh)
+        if not writer.sequence:
+            queued = Queued(position=accepted.position, eta_seconds=accepted.eta_seconds)
+            with suppress(OwnershipLostError):  # A repeated call with the same id was faster.
+                await writer.append(queued)
+        message = QueuedJob(
+            job_id=job.id,
+            tenant=job.tenant,
+            init_image=accepted.image.data,
+            init_image_prepared=accepted.image.prepared,
+            trace=injected(),
+            permit=job.permit,
+        )
+        place = await self._queue.put(message, job.params.model, job.params.lane)
+        try:
+            job = replace(job, queue_sequence=place, last_event=max(1, writer.sequence))
+            stored, is_new = Stored(job, await self._jobs.update(job, revision)), True
+        except ConflictError:
+            stored = await self._overtaken(job, place)
+            is_new = not stored.job.queue_sequence  # No other call has noted the job.
+        if is_new:
+            self._note(stored.job, place, accepted)
+        return stored
+
+    async def _overtaken(self, job: Job, place: int) -> Stored:
+        """Returns the job that a worker has taken, or another call noted, before this call could
+        note it.
+
+        Raises:
+            UnavailableError: The record was abandoned.
+        """
+        there, revision = await self._latest(job.tenant, job.id)
+        if there is not None and there.is_accepted and there.permit == job.permit:
+            return Stored(there, revision)
+        await self._queue.remove(place)  # The message of the abandoned record.
+        raise errors.UnavailableError(CREATING)
+
+    async def _latest(self, tenant: str, job_id: int) -> tuple[Job | None, int]:
+        """Returns the record, accepted or not, and its revision. Raises UnavailableError."""
+        try:
+            return await self._jobs.latest(tenant, job_id)
+        except UnreadableError as error:
+            raise unreadable(job_id, error) from error
+
+    def _note(self, job: Job, place: int, accepted: Admitted) -> None:
+        """Counts and logs an accepted job."""
         params = job.params
         self._backlog.note(params, place, accepted.pixel_steps)
         JOBS_CREATED.labels(params.model, params.lane).inc()
@@ -134,11 +199,6 @@ class Intake:
             samples=params.samples,
             image_bytes=len(accepted.image.data),
         )
-        job = replace(job, queue_sequence=place, last_event=writer.sequence)
-        # A worker has started the job, so its place in the queue no longer matters.
-        with suppress(ConflictError):
-            revision = await self._jobs.update(job, revision)
-        return Stored(job, revision)
 
     async def _record(self, accepted: Admitted, caller: Caller, job_id: int = 0) -> Job:
         """Returns the record of a new job. Draws an id if `job_id` is 0."""
@@ -179,11 +239,6 @@ class Intake:
         version, details = stored
         urls = tuple(details.file_link(key.rpartition("/")[2]) for key in keys)
         return replace(job, future_urls=urls, own_urls=own_urls, storage_version=version)
-
-
-def _is_stranded(job: Job) -> bool:
-    """Returns True if the job has a record which says that the job was never queued."""
-    return job.state is State.QUEUED and not (job.queue_sequence or job.attempt)
 
 
 def _digest(spec: job_pb2.JobSpec) -> str:

@@ -19,17 +19,22 @@ log = structlog.get_logger()
 
 
 async def known(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
-    """Returns the record of one job, or None if there is none.
+    """Returns the record of one job, or None if no such job was accepted.
 
     Raises:
         UnavailableError: Also if the record cannot be decoded, since an api of a later version may
             be able to.
     """
     try:
-        return await jobs.get(tenant, job_id)
+        return _accepted(await jobs.get(tenant, job_id))
     except UnreadableError as error:
-        log.error("job_record_unreadable", job=job_id, error=str(error))
-        raise errors.UnavailableError(UNREADABLE) from error
+        raise unreadable(job_id, error) from error
+
+
+def unreadable(job_id: int, error: UnreadableError) -> errors.UnavailableError:
+    """Logs that a record cannot be decoded, and returns the error for the caller."""
+    log.error("job_record_unreadable", job=job_id, error=str(error))
+    return errors.UnavailableError(UNREADABLE)
 
 
 async def found(jobs: JobStore, tenant: str, job_id: int) -> Stored:
@@ -75,11 +80,15 @@ async def page_of(
 
 
 async def readable(jobs: JobStore, tenant: str, job_id: int) -> Stored | None:
-    """Returns a record of a page, or None if it does not exist or cannot be decoded. Raises
-    UnavailableError.
+    """Returns a record of a page, or None if no such job was accepted or its record cannot be
+    decoded. Raises UnavailableError.
     """
     try:
-        return await jobs.get(tenant, job_id)
+        return _accepted(await jobs.get(tenant, job_id))
     except UnreadableError as error:
         log.warning("job_record_skipped", job=job_id, error=str(error))
         return None
+
+
+def _accepted(stored: Stored | None) -> Stored | None:
+    return stored if stored and stored.job.is_accepted else None

@@ -26,6 +26,7 @@ from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import UNARY_CALLS, ServiceInterceptor
 from img2img_server.api.keys import KeyRing, load_keys
 from img2img_server.api.public import CALLS as PUBLIC_CALLS
+from img2img_server.api.quota import Quota
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
@@ -126,7 +127,8 @@ class ApiServer:
         self._watcher = Watcher(deps, estimator)
         self._disconnects = Disconnects(deps, canceller)
         self._dispatcher = _dispatcher(deps, webhooks)
-        intake = Intake(deps, Admission(deps, estimator), self._backlog)
+        quota = Quota(deps.bus, limit=deps.settings.queue_limit)
+        intake = Intake(deps, Admission(deps, estimator, quota), self._backlog, quota)
         servicer = Img2ImgServicer(deps, intake, self._watcher, canceller, self._disconnects)
         self._health = health.aio.HealthServicer()
         self._server = server = grpc.aio.server(

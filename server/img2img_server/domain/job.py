@@ -129,6 +129,8 @@ class Job:
             job.
         queue_sequence: Place in the work queue, to withdraw the job and to estimate its position;
             0: not queued yet.
+        permit: The permit that counts the job against the tenant's limit. Two records of one job id
+            have different permits: a record may be abandoned before its job is accepted. 0: none.
         storage_version: Version of the tenant's storage settings that future_urls come from; empty:
             the service's own bucket.
         deadline_time: The time after which the caller does not wait any more; 0.0: never.
@@ -171,6 +173,15 @@ class Job:
     denoising_steps: int = 0
     start_noise: float = 0.0
     state_reason: str = ""
+    permit: int = 0
+
+    @property
+    def is_accepted(self) -> bool:
+        """Returns whether the job was queued. A record is created before that, and nothing shows it
+        until then.
+        """
+        touched = self.queue_sequence or self.attempt or self.handed_back
+        return bool(touched) or self.state is not State.QUEUED
 
     @property
     def name(self) -> str:

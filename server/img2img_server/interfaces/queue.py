@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from img2img_server.domain.events import Envelope, Event
+from img2img_server.domain.job import Job
 from img2img_server.domain.params import Lane
 
 
@@ -26,6 +27,7 @@ class QueuedJob:
         init_image: An encoded PNG, JPEG or WebP that was proven to decode within the limits.
         init_image_prepared: The init image already has the requested size and needs decoding only.
         trace: W3C trace context of the call that created the job.
+        permit: The permit of the record that the message belongs to; 0: any record of the job.
     """
 
     job_id: int
@@ -33,6 +35,11 @@ class QueuedJob:
     init_image: bytes
     init_image_prepared: bool = False
     trace: dict[str, str] = field(default_factory=dict)
+    permit: int = 0
+
+    def is_of(self, job: Job) -> bool:
+        """Returns False if the call that queued the message has abandoned its record since."""
+        return not self.permit or self.permit == job.permit
 
     def without_image(self) -> QueuedJob:
         """Returns the message without its image, for the dead letters."""
@@ -51,7 +58,7 @@ class Delivery(Protocol):
         ...
 
     async def ack(self) -> None:
-        """Removes the message of a job that has ended."""
+        """Removes the message of a job that has ended, and releases its permit."""
         ...
 
     async def nak(self) -> None:
@@ -59,7 +66,7 @@ class Delivery(Protocol):
         ...
 
     async def term(self, reason: str) -> None:
-        """Moves the message to the dead letters, without its init image."""
+        """Moves the message to the dead letters, without its init image; releases its permit."""
         ...
 
     async def in_progress(self) -> None:
@@ -91,7 +98,8 @@ class JobQueue(Protocol):
     async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
         """Queues the job for workers of the model and returns its place: a growing number above 0.
 
-        A job id is queued once: putting it again within 20 s returns the place it got.
+        A job id is queued once with each permit: putting it again within 120 s returns the place
+        that it got.
 
         Raises:
             QueueFullError: the tenant has its limit of unfinished jobs in this model and lane.
@@ -129,6 +137,35 @@ class JobQueue(Protocol):
         self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
     ) -> list[Delivery]:
         """Returns up to `most` jobs, earlier lanes first; empty if none came in time."""
+        ...
+
+
+class Permits(Protocol):
+    """One permit for each unfinished job. The number of a tenant's permits is bounded.
+
+    A permit is taken before its job has a record, and released once the record has ended or was
+    abandoned. A process that dies in between leaves its permit to `api.quota`. Every method raises
+    UnavailableError when NATS is down.
+    """
+
+    async def take(self, tenant: str, job_id: int) -> int:
+        """Takes a permit and returns its number, which is never used again.
+
+        Raises:
+            QueueFullError: the tenant has its limit of permits.
+        """
+        ...
+
+    async def release(self, permit: int) -> None:
+        """Releases a permit, if it was not released before."""
+        ...
+
+    async def count(self, tenant: str) -> int:
+        """Returns the number of the tenant's permits."""
+        ...
+
+    async def oldest(self, tenant: str, most: int) -> list[tuple[int, int]]:
+        """Returns the tenant's first permits, each with the id of its job."""
         ...
 
 

@@ -36,8 +36,16 @@ class JobStore(Protocol):
         """Draws a job id of the tenant: growing, never used twice. Raises UnavailableError."""
         ...
 
-    async def create(self, job: Job) -> int:
-        """Stores a new record, returns its revision. Raises ConflictError, UnavailableError."""
+    async def create(self, job: Job, revision: int = 0) -> int:
+        """Stores a new record and returns its revision.
+
+        Args:
+            revision: The revision at which an earlier record of the job was abandoned; 0: the job
+                never had a record.
+
+        Raises:
+            ConflictError, UnavailableError.
+        """
         ...
 
     async def get(self, tenant: str, job_id: int) -> Stored | None:
@@ -48,12 +56,27 @@ class JobStore(Protocol):
         """
         ...
 
+    async def latest(self, tenant: str, job_id: int) -> tuple[Job | None, int]:
+        """Returns the record, also an expired one, and its revision.
+
+        Without a record it returns None and the revision for `create` and `abandon`.
+
+        Raises:
+            UnreadableError, UnavailableError.
+        """
+        ...
+
     async def update(self, job: Job, revision: int) -> int:
         """Replaces the record read at `revision`. Raises ConflictError, UnavailableError."""
         ...
 
-    async def delete(self, tenant: str, job_id: int) -> None:
-        """Removes the record of a job that never reached the queue."""
+    async def abandon(self, tenant: str, job_id: int, revision: int) -> int:
+        """Removes the record that was read at `revision`, or prevents that a call which has read
+        `revision` creates one. Returns the revision for the next record.
+
+        Raises:
+            ConflictError, UnavailableError.
+        """
         ...
 
     async def list_ids(
@@ -73,15 +96,11 @@ class JobStore(Protocol):
     async def claim_request(
         self, tenant: str, request_id: str, fingerprint: str, job_id: int
     ) -> tuple[str, int]:
-        """Binds an idempotency key to a job, unless it is bound already.
+        """Binds an idempotency key to a job id, unless it is bound already.
 
         Returns:
             The fingerprint and job id that are stored now.
         """
-        ...
-
-    async def release_request(self, tenant: str, request_id: str) -> None:
-        """Frees the idempotency key of a job that never reached the queue."""
         ...
 
 

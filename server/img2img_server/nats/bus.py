@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from img2img_server.interfaces.queue import Control, EventLog, JobQueue
+from img2img_server.interfaces.queue import Control, EventLog, JobQueue, Permits
 from img2img_server.interfaces.records import JobStore, WorkerRegistry
 from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.lifecycle import unless_stopped
@@ -18,6 +18,7 @@ from img2img_server.nats.connection import RECONNECT_WAIT_SECONDS, connect
 from img2img_server.nats.control import NatsControl
 from img2img_server.nats.events import JetStreamEventLog
 from img2img_server.nats.jobs import JetStreamJobQueue
+from img2img_server.nats.permits import JetStreamPermits
 from img2img_server.nats.probe import Probe
 from img2img_server.nats.rates import Rates, kv_rates
 from img2img_server.nats.records import KvJobStore
@@ -40,6 +41,7 @@ class Bus:
     """The queue, event logs, job records and settings that the roles share."""
 
     queue: JobQueue
+    permits: Permits
     events: EventLog
     control: Control
     jobs: JobStore
@@ -93,6 +95,7 @@ async def connect_bus(
             queue=JetStreamJobQueue(
                 link, limit=settings.queue_limit, ack_wait_seconds=settings.ack_wait_seconds
             ),
+            permits=JetStreamPermits(link, limit=settings.queue_limit),
             events=JetStreamEventLog(link),
             control=NatsControl(link),
             jobs=KvJobStore(link, retention_seconds=settings.retention_hours * HOUR),

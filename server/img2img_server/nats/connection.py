@@ -290,7 +290,14 @@ class NatsConnection:
             repeatable=repeatable or known_once,
         )
 
-    async def replace(self, stream: str, subject: str, data: bytes, last: int) -> int:
+    async def replace(
+        self,
+        stream: str,
+        subject: str,
+        data: bytes,
+        last: int,
+        headers: dict[str, str] | None = None,
+    ) -> int:
         """Stores a message if `last` is the sequence of the subject's last one (0: there is none).
 
         Returns:
@@ -300,7 +307,7 @@ class NatsConnection:
             UnavailableError: No response; the message may be stored or not.
             WrongLastSequenceError: Another client has written to the subject.
         """
-        expected = {"Nats-Expected-Last-Subject-Sequence": str(last)}
+        expected = {"Nats-Expected-Last-Subject-Sequence": str(last), **(headers or {})}
         in_doubt = False
 
         async def call() -> int:
@@ -347,18 +354,28 @@ class NatsConnection:
     async def sequences(self, stream: str, subject: str, start: int, most: int) -> list[int]:
         """Returns the sequences of the subject's first messages from `start` on, up to `most`.
 
-        One request reads them all, from any replica of the stream. Raises UnavailableError.
+        Raises UnavailableError.
+        """
+        return [sequence for sequence, _ in await self.first(stream, subject, start, most)]
+
+    async def first(
+        self, stream: str, subject: str, start: int, most: int
+    ) -> list[tuple[int, bytes]]:
+        """Returns the sequence and the data of the subject's first messages from `start` on.
+
+        One request reads them all, up to `most`, from any replica of the stream. Raises
+        UnavailableError.
         """
         request = json.dumps({"seq": start, "next_by_subj": subject, "batch": most}).encode()
 
-        async def call() -> list[int]:
+        async def call() -> list[tuple[int, bytes]]:
             inbox = await self.open_inbox()
-            found: list[int] = []
+            found: list[tuple[int, bytes]] = []
             try:
                 await self.send(f"$JS.API.DIRECT.GET.{stream}", request, reply=inbox.subject)
                 async with asyncio.timeout(REQUEST_SECONDS):
                     while not (status := status_of(msg := await inbox.get())):
-                        found.append(int((msg.headers or {})["Nats-Sequence"]))
+                        found.append((int((msg.headers or {})["Nats-Sequence"]), msg.data))
             except Interrupted as error:
                 raise TimeoutError from error
             finally:
@@ -370,6 +387,14 @@ class NatsConnection:
             return found
 
         return await self.ask(call)
+
+    async def count(self, stream: str, subject: str) -> int:
+        """Returns the number of messages under a subject, wildcards allowed.
+
+        Raises UnavailableError.
+        """
+        info = await self.ask(lambda: self.js.stream_info(stream, subject))
+        return sum((info.state.subjects or {}).values())
 
     async def delete(self, stream: str, sequence: int) -> bool:
         """Deletes one message; False when there is none. Raises UnavailableError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,11 +14,12 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
 
 from img2img_server.domain.params import Lane
-from img2img_server.errors import QueueFullError
+from img2img_server.errors import QueueFullError, UnavailableError
 from img2img_server.interfaces.queue import Delivery, LaneLoad, QueuedJob
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import SubjectFullError
+from img2img_server.nats.permits import JetStreamPermits
 from img2img_server.nats.pull import Puller
 
 MAX_ACK_PENDING: Final = 10_000  # most delivered and unacknowledged jobs of one model and lane
@@ -42,12 +44,21 @@ class JetStreamDelivery:
     async def ack(self) -> None:
         # The ack is sent as a request: after a lost ack another worker would run the job again.
         await self._link.request(self._msg.reply, Msg.Ack.Ack)
+        await self._release()
 
     async def nak(self) -> None:
         await self._link.send(self._msg.reply, Msg.Ack.Nak)
 
     async def term(self, reason: str) -> None:
         await dead_letter(self._link, self._msg, codec.encode(self.job.without_image()), reason)
+        await self._release()
+
+    async def _release(self) -> None:
+        """Releases the job's permit. A permit that stays is found when its tenant's limit is
+        reached.
+        """
+        with suppress(UnavailableError):
+            await JetStreamPermits(self._link).release(self.job.permit)
 
     async def in_progress(self) -> None:
         await self._link.send(self._msg.reply, Msg.Ack.Progress)
@@ -77,7 +88,7 @@ class JetStreamJobQueue:
     async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
         subject = subjects.jobs_subject(model, lane, job.tenant)
         # With the id, the server ignores a repeated publish after a lost response.
-        headers = {"Nats-Msg-Id": str(job.job_id)}
+        headers = {"Nats-Msg-Id": f"{job.job_id}-{job.permit}"}
         try:
             return (await self._link.publish(subject, codec.encode(job), headers)).seq
         except SubjectFullError as error:
@@ -97,7 +108,7 @@ class JetStreamJobQueue:
     async def load(self, model: str, lane: Lane) -> LaneLoad:
         info = await self._info(model, lane)
         if info is None:  # no worker has ever pulled: all jobs wait
-            waiting = await self._messages(subjects.lane_filter(model, lane))
+            waiting = await self._link.count(subjects.JOBS, subjects.lane_filter(model, lane))
             return LaneLoad(waiting=waiting, taken=0, last_taken=0)
         return LaneLoad(
             waiting=info.num_pending or 0,
@@ -106,12 +117,7 @@ class JetStreamJobQueue:
         )
 
     async def unfinished(self, tenant: str) -> int:
-        return await self._messages(subjects.tenant_filter(tenant))
-
-    async def _messages(self, subject: str) -> int:
-        """Returns the number of messages under a subject, wildcards allowed."""
-        stream = await self._link.ask(lambda: self._link.js.stream_info(subjects.JOBS, subject))
-        return sum((stream.state.subjects or {}).values())
+        return await self._link.count(subjects.JOBS, subjects.tenant_filter(tenant))
 
     async def _info(self, model: str, lane: Lane) -> ConsumerInfo | None:
         """Returns the consumer's state, at most INFO_SECONDS old; None without a consumer."""

@@ -49,10 +49,17 @@ class Bucket:
 
     async def get(self, key: str) -> KvEntry | None:
         """Returns the value that was written last, or None."""
+        value, revision = await self.latest(key)
+        return None if value is None else KvEntry(value, revision)
+
+    async def latest(self, key: str) -> tuple[bytes | None, int]:
+        """Returns the value and its revision. Without a value: None and the revision of the
+        deletion, or 0 if the key was never written.
+        """
         msg = await self._link.last(self._stream, subjects.key_subject(self._name, key))
-        if msg is None or _MARKER in (msg.headers or {}):
-            return None
-        return KvEntry(msg.data or b"", msg.seq or 0)
+        if msg is None:
+            return None, 0
+        return None if _MARKER in (msg.headers or {}) else msg.data or b"", msg.seq or 0
 
     async def put(self, key: str, value: bytes) -> int:
         """Writes the value whatever the key's revision is; returns the new revision."""
@@ -67,6 +74,19 @@ class Bucket:
         """
         subject = subjects.key_subject(self._name, key)
         return await self._link.replace(self._stream, subject, value, revision)
+
+    async def retire(self, key: str, revision: int) -> int:
+        """Deletes the value if the key is at `revision` (0: it was never written).
+
+        Returns:
+            The revision of the deletion, from which the key can be written again.
+
+        Raises:
+            WrongLastSequenceError: The key is at another revision.
+        """
+        subject = subjects.key_subject(self._name, key)
+        deleted = {_MARKER: "DEL"}
+        return await self._link.replace(self._stream, subject, b"", revision, deleted)
 
     async def claim(self, key: str, value: bytes) -> KvEntry:
         """Writes if the key does not exist. Returns the existing entry otherwise."""

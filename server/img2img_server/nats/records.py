@@ -36,20 +36,23 @@ class KvJobStore:
         drawn = await self._link.publish(subjects.ids_subject(tenant), b"", repeatable=True)
         return FIRST_JOB_ID - 1 + drawn.seq
 
-    async def create(self, job: Job) -> int:
-        return await self._swap(job, 0)
+    async def create(self, job: Job, revision: int = 0) -> int:
+        return await self._swap(job, revision)
 
     async def get(self, tenant: str, job_id: int) -> Stored | None:
-        entry = await self._records.get(_key(tenant, job_id))
-        if entry is None:
+        job, revision = await self.latest(tenant, job_id)
+        if job is None or job.is_expired(self._retention_seconds, clock.now()):
             return None
+        return Stored(job, revision)
+
+    async def latest(self, tenant: str, job_id: int) -> tuple[Job | None, int]:
+        value, revision = await self._records.latest(_key(tenant, job_id))
+        if value is None:
+            return None, revision
         try:
-            job = codec.decode(entry.value, Job)
+            return codec.decode(value, Job), revision
         except codec.UndecodableError as error:
             raise UnreadableError(f"jobs/{job_id}: {error}") from error
-        if job.is_expired(self._retention_seconds, clock.now()):
-            return None
-        return Stored(job, entry.revision)
 
     async def update(self, job: Job, revision: int) -> int:
         return await self._swap(job, revision)
@@ -60,8 +63,11 @@ class KvJobStore:
         except WrongLastSequenceError as error:
             raise ConflictError(f"{job.name} is not at revision {revision}") from error
 
-    async def delete(self, tenant: str, job_id: int) -> None:
-        await self._records.remove(_key(tenant, job_id))
+    async def abandon(self, tenant: str, job_id: int, revision: int) -> int:
+        try:
+            return await self._records.retire(_key(tenant, job_id), revision)
+        except WrongLastSequenceError as error:
+            raise ConflictError(f"jobs/{job_id} is not at revision {revision}") from error
 
     async def list_ids(
         self, tenant: str, before: int = LAST_JOB_ID + 1, most: int = 100
@@ -86,9 +92,6 @@ class KvJobStore:
         key = _request_key(tenant, request_id)
         entry = await self._requests.claim(key, codec.encode((fingerprint, job_id)))
         return codec.decode(entry.value, tuple[str, int])
-
-    async def release_request(self, tenant: str, request_id: str) -> None:
-        await self._requests.remove(_request_key(tenant, request_id))
 
 
 async def newest(

@@ -7,6 +7,7 @@ img2img.events.<job id>.preview.<sample> its newest preview
 img2img.notices.<job id>.…               headers of each stored event, not stored
 img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
 img2img.ids.<tenant>                     one empty message a job id
+img2img.permits.<tenant>                 one message for each unfinished job: its job id
 img2img.control.cancel                   not stored
 img2img.control.command                  not stored
 img2img.control.streams                  between apis, not stored
@@ -23,6 +24,7 @@ JOBS: Final = "JOBS"
 DEAD: Final = "DEAD"
 EVENTS: Final = "EVENTS"
 IDS: Final = "IDS"
+PERMITS: Final = "PERMITS"
 WEBHOOKS: Final = "WEBHOOKS"
 WEBHOOKS_CONSUMER: Final = "webhooks"  # consumer that all api processes share
 
@@ -80,6 +82,10 @@ def webhooks_subject(tenant: str) -> str:
 
 def ids_subject(tenant: str) -> str:
     return f"img2img.ids.{token(tenant)}"
+
+
+def permits_subject(tenant: str) -> str:
+    return f"img2img.permits.{token(tenant)}"
 
 
 def log_subject(job_id: int) -> str:

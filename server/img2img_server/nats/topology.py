@@ -45,6 +45,8 @@ WEBHOOKS_SECONDS: Final = 24 * HOUR
 WEBHOOK_REPEAT_SECONDS: Final = 600.0  # longer than a redelivery takes
 # Within this time a repeated publish with the same Nats-Msg-Id is stored once.
 REPEAT_SECONDS: Final = 20.0
+# The calls that repeat a request may queue its job this long after one another.
+JOB_REPEAT_SECONDS: Final = 120.0
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,19 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
             discard_new_per_subject=True,
             max_msgs_per_subject=bounds.queue_limit,
             max_age=bounds.retention_seconds,
+            duplicate_window=min(bounds.retention_seconds, JOB_REPEAT_SECONDS),
+        ),
+        StreamConfig(
+            name=subjects.PERMITS,
+            description="One message for each unfinished job of a tenant: its job id.",
+            subjects=["img2img.permits.*"],
+            retention=RetentionPolicy.LIMITS,
+            discard=DiscardPolicy.NEW,
+            discard_new_per_subject=True,
+            max_msgs_per_subject=bounds.queue_limit,
+            # Longer than a job is kept in the queue.
+            max_age=bounds.retention_seconds + RECORD_MARGIN_SECONDS,
+            allow_direct=True,
             duplicate_window=REPEAT_SECONDS,
         ),
         StreamConfig(

@@ -6,7 +6,12 @@ from img2img_server.nats.bus import Bus
 from img2img_server.nats.rates import Rates
 from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.storage.vault import Vault
-from img2img_server.testing.memory_queue import MemoryControl, MemoryEventLog, MemoryJobQueue
+from img2img_server.testing.memory_queue import (
+    MemoryControl,
+    MemoryEventLog,
+    MemoryJobQueue,
+    MemoryPermits,
+)
 from img2img_server.testing.memory_records import (
     MemoryBucket,
     MemoryJobStore,
@@ -19,8 +24,11 @@ def memory_bus(
     *, queue_limit: int = 15, ack_wait_seconds: float = 15.0, storage_keys: str = ""
 ) -> Bus:
     """Returns a Bus whose parts are all in memory."""
+    permits = MemoryPermits(limit=queue_limit)
+    queue = MemoryJobQueue(limit=queue_limit, ack_wait_seconds=ack_wait_seconds, permits=permits)
     return Bus(
-        queue=MemoryJobQueue(limit=queue_limit, ack_wait_seconds=ack_wait_seconds),
+        queue=queue,
+        permits=permits,
         events=MemoryEventLog(),
         control=MemoryControl(),
         jobs=MemoryJobStore(),

@@ -64,14 +64,48 @@ class _Message:
             self.redelivery = None
 
 
+class MemoryPermits:
+    """Permits in memory."""
+
+    def __init__(self, *, limit: int = 15) -> None:
+        self._limit = limit
+        self._numbers = itertools.count(1)
+        self._taken: dict[int, tuple[str, int]] = {}
+
+    async def take(self, tenant: str, job_id: int) -> int:
+        if await self.count(tenant) >= self._limit:
+            raise QueueFullError(self._limit)
+        permit = next(self._numbers)
+        self._taken[permit] = tenant, job_id
+        return permit
+
+    async def release(self, permit: int) -> None:
+        self._taken.pop(permit, None)
+
+    async def count(self, tenant: str) -> int:
+        return sum(owner == tenant for owner, _ in self._taken.values())
+
+    async def oldest(self, tenant: str, most: int) -> list[tuple[int, int]]:
+        taken = self._taken.items()
+        return [(permit, job_id) for permit, (owner, job_id) in taken if owner == tenant][:most]
+
+
 class MemoryJobQueue:
     """A JobQueue in memory. `dead`: the messages that were dead-lettered, each with its reason."""
 
-    def __init__(self, *, limit: int = 15, ack_wait_seconds: float = 15.0) -> None:
+    def __init__(
+        self,
+        *,
+        limit: int = 15,
+        ack_wait_seconds: float = 15.0,
+        permits: MemoryPermits | None = None,
+    ) -> None:
         self._limit = limit
+        self._permits = permits or MemoryPermits(limit=limit)
         self._ack_wait_seconds = ack_wait_seconds
         self._messages: dict[int, _Message] = {}
-        self._known: dict[int, int] = {}  # sequence by job id, so that a job is queued only once
+        # sequence by job id and permit, so that a job is queued only once
+        self._known: dict[tuple[int, int], int] = {}
         self._sequences = itertools.count(1)
         self._delivered: dict[tuple[str, Lane], int] = {}
         self._changes = Notifier()
@@ -82,12 +116,13 @@ class MemoryJobQueue:
         return self._ack_wait_seconds
 
     async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
-        if job.job_id in self._known:
-            return self._known[job.job_id]
+        key = job.job_id, job.permit
+        if key in self._known:
+            return self._known[key]
         mine = [m for m in self._messages.values() if m.job.tenant == job.tenant]
         if sum(m.is_for(model, lane) for m in mine) >= self._limit:
             raise QueueFullError(self._limit)
-        sequence = self._known[job.job_id] = next(self._sequences)
+        sequence = self._known[key] = next(self._sequences)
         self._messages[sequence] = _Message(sequence, job, (model, lane))
         self._changes.notify()
         return sequence
@@ -147,10 +182,11 @@ class MemoryJobQueue:
         message.release()
         self._changes.notify()
 
-    def finish(self, message: _Message, reason: str | None = None) -> None:
-        """Removes the message. With a reason, it becomes a dead letter."""
+    async def finish(self, message: _Message, reason: str | None = None) -> None:
+        """Removes the message and its permit. With a reason, it becomes a dead letter."""
         if self._pop(message.sequence) is not None and reason is not None:
             self.dead.append((message.job.without_image(), reason))
+        await self._permits.release(message.job.permit)
 
     def _pop(self, sequence: int) -> _Message | None:
         message = self._messages.pop(sequence, None)
@@ -178,14 +214,14 @@ class _MemoryDelivery:
         return self._message.taken and self._message.deliveries == self._attempt
 
     async def ack(self) -> None:
-        self._queue.finish(self._message)
+        await self._queue.finish(self._message)
 
     async def nak(self) -> None:
         if self._current:
             self._queue.give_back(self._message)
 
     async def term(self, reason: str) -> None:
-        self._queue.finish(self._message, reason)
+        await self._queue.finish(self._message, reason)
 
     async def in_progress(self) -> None:
         if self._current:

@@ -24,6 +24,7 @@ class MemoryJobStore:
         self._drawn: dict[str, list[int]] = {}  # ids by tenant, oldest first
         self._revisions = itertools.count(1)
         self._records: dict[tuple[str, int], Stored] = {}
+        self._abandoned: dict[tuple[str, int], int] = {}  # revisions of removed records
         self._requests: dict[tuple[str, str], tuple[str, int]] = {}
 
     async def next_id(self, tenant: str) -> int:
@@ -31,9 +32,9 @@ class MemoryJobStore:
         self._drawn.setdefault(tenant, []).append(job_id)
         return job_id
 
-    async def create(self, job: Job) -> int:
-        if (job.tenant, job.id) in self._records:
-            raise ConflictError(f"{job.name} exists")
+    async def create(self, job: Job, revision: int = 0) -> int:
+        if await self.latest(job.tenant, job.id) != (None, revision):
+            raise ConflictError(f"{job.name} exists or was changed since revision {revision}")
         return self._store(job)
 
     async def get(self, tenant: str, job_id: int) -> Stored | None:
@@ -41,6 +42,12 @@ class MemoryJobStore:
         if stored and stored.job.is_expired(self._retention_seconds, time.time()):
             return None
         return stored
+
+    async def latest(self, tenant: str, job_id: int) -> tuple[Job | None, int]:
+        key = tenant, job_id
+        if stored := self._records.get(key):
+            return stored.job, stored.revision
+        return None, self._abandoned.get(key, 0)
 
     async def update(self, job: Job, revision: int) -> int:
         stored = self._records.get((job.tenant, job.id))
@@ -53,8 +60,12 @@ class MemoryJobStore:
         self._records[job.tenant, job.id] = stored
         return stored.revision
 
-    async def delete(self, tenant: str, job_id: int) -> None:
+    async def abandon(self, tenant: str, job_id: int, revision: int) -> int:
+        if (await self.latest(tenant, job_id))[1] != revision:
+            raise ConflictError(f"jobs/{job_id} was changed since revision {revision}")
         self._records.pop((tenant, job_id), None)
+        abandoned = self._abandoned[tenant, job_id] = next(self._revisions)
+        return abandoned
 
     async def list_ids(
         self, tenant: str, before: int = LAST_JOB_ID + 1, most: int = 100
@@ -70,9 +81,6 @@ class MemoryJobStore:
         self, tenant: str, request_id: str, fingerprint: str, job_id: int
     ) -> tuple[str, int]:
         return self._requests.setdefault((tenant, request_id), (fingerprint, job_id))
-
-    async def release_request(self, tenant: str, request_id: str) -> None:
-        self._requests.pop((tenant, request_id), None)
 
 
 class MemoryWorkerRegistry:

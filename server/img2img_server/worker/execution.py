@@ -202,6 +202,10 @@ class JobExecution:
         if stored is None:
             await self._delivery.term("its record has expired")
             return None
+        if not self._delivery.job.is_of(stored.job):
+            await self._delivery.ack()
+            log.info("job_message_abandoned")
+            return None
         return JobLease(self._deps, self._delivery, stored, writer)
 
     async def _work(self, lease: JobLease, prepared: asyncio.Task[Pixels]) -> None:
