@@ -11,6 +11,7 @@ import photos
 import pytest
 
 from img2img_server.imaging.codings import (
+    MAX_GZIP_MEMBERS,
     CodingError,
     DecodedTooLargeError,
     content_codings,
@@ -50,6 +51,7 @@ def test_a_list_of_codings_is_read(values: list[str], codings: list[str]) -> Non
         (["gzip"], gzip.compress(IMAGE)),
         (["x-gzip"], gzip.compress(IMAGE)),
         (["gzip"], gzip.compress(IMAGE[:99]) + gzip.compress(IMAGE[99:])),
+        (["gzip"], gzip.compress(b"") * (MAX_GZIP_MEMBERS - 1) + gzip.compress(IMAGE) + bytes(9)),
         (["deflate"], zlib.compress(IMAGE)),
         (["deflate"], raw_deflate(IMAGE)),
         (["deflate", "gzip"], gzip.compress(zlib.compress(IMAGE))),
@@ -72,6 +74,7 @@ def test_a_coding_is_decoded_or_reported_as_wrong(codings: list[str], sent: byte
         (["deflate"], zlib.compress(IMAGE)[:-9], "deflate, but the data is damaged"),
         (["deflate"], b"not deflate", "deflate, but the data is damaged"),
         (["gzip"] * 3, b"", "more than 2 content codings"),
+        (["gzip"], gzip.compress(b"") * (MAX_GZIP_MEMBERS + 1), "more than 64 gzip members"),
     ],
 )
 def test_data_that_cannot_be_decoded_is_refused(
