@@ -26,7 +26,7 @@ from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
 from img2img_server.webhooks.dispatcher import BackoffPolicy
-from img2img_server.webhooks.sender import open_sender
+from img2img_server.webhooks.sender import webhook_sender
 from img2img_server.webhooks.signature import Signer
 from tests.stack import (
     DEV,
@@ -53,10 +53,10 @@ async def api_that_delivers(
 ) -> AsyncIterator[Api]:
     """Yields an api that sends its webhooks."""
     policy = OutboundPolicy.parse(allow)
-    async with (
-        open_sender(policy, timeout_seconds=timeout_seconds, resolver=Names("127.0.0.1")) as post,
-        running_api(bus, LOCAL, webhooks=Webhooks(post, Signer(SECRET), pauses)) as api,
-    ):
+    names = Names("127.0.0.1")
+    post = webhook_sender(policy, timeout_seconds=timeout_seconds, resolver=names)
+    webhooks = Webhooks(post, Signer(SECRET), pauses)
+    async with running_api(bus, LOCAL, webhooks=webhooks) as api:
         yield api
 
 

@@ -9,7 +9,7 @@ from receiver import receiving
 from web_peers import RESET, Names, origin
 
 from img2img_server.outbound.policy import OutboundPolicy
-from img2img_server.webhooks.sender import open_sender
+from img2img_server.webhooks.sender import webhook_sender
 
 
 async def test_an_attempt_says_why_the_server_was_not_reached() -> None:
@@ -18,11 +18,8 @@ async def test_an_attempt_says_why_the_server_was_not_reached() -> None:
     names = Names("127.0.0.1", no_test=[[]])
     policy = OutboundPolicy.parse("cdn.test, no.test")
     reasons = []
-    async with (
-        open_sender(policy, resolver=names, timeout_seconds=5) as post,
-        origin(RESET) as broken,
-        origin(tls=context) as unknown,
-    ):
+    post = webhook_sender(policy, resolver=names, timeout_seconds=5)
+    async with origin(RESET) as broken, origin(tls=context) as unknown:
         for url in (
             f"http://cdn.test:{broken.port}/",
             f"https://cdn.test:{unknown.port}/",
@@ -42,7 +39,8 @@ async def test_an_attempt_says_why_the_server_was_not_reached() -> None:
 
 async def test_a_server_that_does_not_respond_is_reported_with_the_time() -> None:
     policy = OutboundPolicy.parse("127.0.0.1")
-    async with receiving(held=True) as receiver, open_sender(policy, timeout_seconds=0.1) as post:
+    post = webhook_sender(policy, timeout_seconds=0.1)
+    async with receiving(held=True) as receiver:
         outcome = await post(receiver.url, b"{}", {})
         receiver.may_answer.set()
     assert outcome.reason == "the server did not answer within 0.1 s"

@@ -22,7 +22,7 @@ from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.webhooks.dispatcher import BackoffPolicy
-from img2img_server.webhooks.sender import open_sender
+from img2img_server.webhooks.sender import webhook_sender
 from img2img_server.webhooks.signature import Signer
 from tests.stack import Api, running_api, running_worker, settings, spec
 
@@ -84,11 +84,8 @@ async def test_texts_that_cannot_be_read_now_are_a_failed_attempt() -> None:
             return super().read(key)
 
     bus, blobs = memory_bus(), Away()
-    async with (
-        receiving() as receiver,
-        open_sender(OutboundPolicy.parse("127.0.0.1")) as post,
-        running_worker(bus, blobs=blobs),
-    ):
+    post = webhook_sender(OutboundPolicy.parse("127.0.0.1"))
+    async with receiving() as receiver, running_worker(bus, blobs=blobs):
         webhooks = Webhooks(
             post, Signer(SECRET), BackoffPolicy((0.02,) * 7), partial(inline, blobs)
         )

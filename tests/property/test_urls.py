@@ -15,7 +15,7 @@ from web_peers import CDN, IMAGE, Names, answer, fetch, origin
 
 from img2img_server.domain.urls import join_url, parse_url
 from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy
-from img2img_server.webhooks.sender import open_sender
+from img2img_server.webhooks.sender import webhook_sender
 
 # Characters that RFC 3986 allows in a path, including percent-encodings with digits in both cases.
 HEX = st.sampled_from(string.hexdigits)
@@ -50,7 +50,8 @@ def test_init_images_and_redirects_are_requested_byte_for_byte(first: str, secon
 def test_webhooks_are_posted_to_the_address_byte_for_byte(target: str) -> None:
     async def posted() -> list[str]:
         names = Names("127.0.0.1")
-        async with origin(answer(204)) as server, open_sender(CDN, resolver=names) as post:
+        post = webhook_sender(CDN, resolver=names)
+        async with origin(answer(204)) as server:
             headers: Mapping[str, str] = {}
             outcome = await post(f"http://cdn.test:{server.port}{target}", b"{}", headers)
             assert outcome.delivered

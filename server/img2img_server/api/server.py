@@ -44,7 +44,7 @@ from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
 from img2img_server.webhooks.dispatcher import BackoffPolicy, WebhookDispatcher
-from img2img_server.webhooks.sender import WebhookSender, open_sender
+from img2img_server.webhooks.sender import WebhookSender, webhook_sender
 from img2img_server.webhooks.signature import Signer
 
 _Status = health_pb2.HealthCheckResponse
@@ -86,10 +86,9 @@ async def serve_api(
     signer = Signer(settings.webhook_secret.get_secret_value())
     async with (
         connect_bus(settings, stop=stop) as bus,
-        open_sender(policy) as sender,
         _inline_base64(settings, stop) as inline_base64,
     ):
-        webhooks = Webhooks(sender, signer, inline_base64=inline_base64)
+        webhooks = Webhooks(webhook_sender(policy), signer, inline_base64=inline_base64)
         await serve(settings, bus, fetch, webhooks, keys, stop, started)
 
 

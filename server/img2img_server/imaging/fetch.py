@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
@@ -27,6 +27,7 @@ from img2img_server.outbound.policy import (
     OutboundPolicy,
     shown,
 )
+from img2img_server.outbound.reading import OverheadExceededError, ReadBudget
 from img2img_server.outbound.retry_after import seconds_of
 
 log = structlog.get_logger(__name__)
@@ -37,7 +38,12 @@ MAX_RETRIES: Final = 2  # of one download with all its redirects
 RETRIED_STATUSES: Final = (429, 500, 502, 503, 504)
 FIRST_PAUSE_SECONDS: Final = 0.2
 # These errors are permanent: names and certificates rarely change.
-_PERMANENT_ERRORS: Final = (aiohttp.ClientSSLError, aiohttp.ClientConnectorDNSError, ValueError)
+_PERMANENT_ERRORS: Final = (
+    aiohttp.ClientSSLError,
+    aiohttp.ClientConnectorDNSError,
+    OverheadExceededError,
+    ValueError,
+)
 HEADERS: Final = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
 
 
@@ -66,6 +72,7 @@ class _Progress:
     retries: int = 0
     answered: bool = False  # whether the response headers of the current request have arrived
     received: int = 0  # received bytes of its body
+    budget: ReadBudget = field(default_factory=ReadBudget)  # of all requests together
 
     @property
     def host(self) -> str:
@@ -103,7 +110,10 @@ async def fetch_image(
     progress = _Progress()
     ends = time.monotonic() + timeout_seconds
     try:
-        async with asyncio.timeout(timeout_seconds), policy.open_session(resolver) as session:
+        async with (
+            asyncio.timeout(timeout_seconds),
+            policy.open_session(resolver, progress.budget) as session,
+        ):
             data = await _download(session, policy, url, limits, progress, ends)
         if progress.retries:
             log.info("init_image_fetched_after_retries", retries=progress.retries, url=shown(url))
@@ -175,6 +185,8 @@ async def _request(
     except (aiohttp.ClientError, OSError, ValueError) as error:
         if type(error) is TimeoutError:  # The timeout of the whole download has expired.
             raise
+        if progress.budget.exceeded:
+            error = OverheadExceededError()
         cause = cause_of(error, progress.host)
         if progress.answered and isinstance(error, aiohttp.ClientPayloadError | OSError):
             cause = f"the connection broke after {progress.received} bytes"
@@ -197,6 +209,7 @@ async def _body(response: aiohttp.ClientResponse, limits: Limits, progress: _Pro
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
+        progress.budget.add_content(len(chunk))
         progress.received = len(body)
         if len(body) > limits.max_image_bytes:
             raise too_large(limits)

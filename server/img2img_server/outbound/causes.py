@@ -11,6 +11,7 @@ import ssl
 import aiohttp
 
 from img2img_server.outbound.policy import ConnectionBrokenError, ForbiddenAddressError
+from img2img_server.outbound.reading import OVERHEAD_BYTES, OverheadExceededError
 
 _MOST_CHARACTERS = 300
 
@@ -37,6 +38,9 @@ def _cause(error: Exception, host: str) -> str:
             return f"the TLS connection to {host} failed: {_tls_fault(error.os_error)}"
         case aiohttp.ClientConnectorError():
             return f"no connection to {host}: {_system_fault(error.os_error)}"
+        case OverheadExceededError():
+            limit = f"{OVERHEAD_BYTES // 1024} KiB"
+            return f"the server sent more than {limit} of headers and other data without content"
         case ConnectionBrokenError():
             return "the connection broke before the server answered"
         case aiohttp.ClientPayloadError():

@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 import aiohttp
@@ -29,6 +30,7 @@ from img2img_server.domain.urls import (
     parse_url,
 )
 from img2img_server.outbound.networks import Address, is_public
+from img2img_server.outbound.reading import OverheadExceededError, ReadBudget
 from img2img_server.settings import Settings, SettingsError
 
 DEFAULT_USER_AGENT = f"img2img/{__version__}"
@@ -165,25 +167,31 @@ class OutboundPolicy:
 
     @asynccontextmanager
     async def open_session(
-        self, resolver: AbstractResolver | None = None
+        self, resolver: AbstractResolver | None = None, budget: ReadBudget | None = None
     ) -> AsyncIterator[aiohttp.ClientSession]:
         """Opens a session that cannot connect to a forbidden address: no proxy, no cookies.
 
-        Its requests raise ForbiddenAddressError. The caller follows redirects itself, with
-        check_url: the session would not see the user part of a redirect.
+        Its requests raise ForbiddenAddressError, and OverheadExceededError if the servers exceed
+        the budget before they answer. The caller follows redirects itself, with check_url: the
+        session would not see the user part of a redirect.
 
         Args:
             resolver: Resolves names; DNS by default.
+            budget: Limits the bytes of all responses; the caller adds their content to it. By
+                default, they may have as many bytes as other responses without their content.
         """
+        budget = budget or ReadBudget()
         # c-ares is used instead of getaddrinfo, which occupies a thread while a name server is
         # slow.
         names = resolver or aiohttp.AsyncResolver()
         try:
             async with aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    resolver=_CheckingResolver(self, names), use_dns_cache=False
+                    resolver=_CheckingResolver(self, names),
+                    use_dns_cache=False,
+                    socket_factory=budget.open_socket,
                 ),
-                middlewares=(self._guard,),
+                middlewares=(partial(self._guard, budget),),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept-Encoding": "identity", "User-Agent": self.user_agent},
                 auto_decompress=False,
@@ -197,7 +205,10 @@ class OutboundPolicy:
             await names.close()
 
     async def _guard(
-        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+        self,
+        budget: ReadBudget,
+        request: aiohttp.ClientRequest,
+        handler: aiohttp.ClientHandlerType,
     ) -> aiohttp.ClientResponse:
         """Checks hosts that are IP addresses, which the resolver does not see."""
         url = request.url
@@ -207,10 +218,13 @@ class OutboundPolicy:
         self._check_port(url)
         try:
             return await handler(request)
-        except aiohttp.ClientConnectorError:
+        except (aiohttp.ClientError, OSError) as error:
+            if budget.exceeded:
+                raise OverheadExceededError from error
+            broken = isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError)
+            if broken and not isinstance(error, aiohttp.ClientConnectorError):
+                raise ConnectionBrokenError from error
             raise
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-            raise ConnectionBrokenError from error
 
 
 class _CheckingResolver(AbstractResolver):
@@ -238,6 +252,15 @@ def shown(url: str) -> str:
         if not parsed.host:  # The text may be a password.
             return "malformed"
         return str(parsed.with_user(None).with_query(None).with_fragment(None))
+    except ValueError:
+        return "malformed"
+
+
+def shown_origin(url: str) -> str:
+    """Returns scheme, host and port of the URL, for logs. The path of a webhook may be a secret."""
+    try:
+        parsed = URL(url.strip())
+        return str(parsed.with_user(None).origin()) if parsed.host else "malformed"
     except ValueError:
         return "malformed"
 

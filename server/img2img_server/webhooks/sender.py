@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import aiohttp
@@ -41,44 +40,47 @@ class Outcome:
 WebhookSender = Callable[[str, bytes, Mapping[str, str]], Awaitable[Outcome]]
 
 
-@asynccontextmanager
-async def open_sender(
+def webhook_sender(
     policy: OutboundPolicy,
     *,
     timeout_seconds: float = TIMEOUT_SECONDS,
     resolver: AbstractResolver | None = None,
-) -> AsyncIterator[WebhookSender]:
-    """Yields a sender that connects only to allowed addresses and follows no redirect.
+) -> WebhookSender:
+    """Returns a sender that connects only to allowed addresses and follows no redirect.
+
+    Each attempt has a connection of its own: a receiver cannot send more than one attempt may read.
 
     Args:
         timeout_seconds: from resolving the name to the headers of the response, whose body is not
             read.
         resolver: resolves names; DNS by default.
     """
-    async with policy.open_session(resolver) as session:
 
-        async def post(address: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
-            host = ""
-            try:
-                url = policy.check_url(address)
-                host = url.raw_host or ""
-                if url.scheme == "http" and not policy.lists(url):
-                    cause = "the address is http and the operator does not list its host"
-                    raise ForbiddenAddressError(cause)
-                async with asyncio.timeout(timeout_seconds):
-                    return await _post(session, url, body, headers)
-            except TimeoutError:
-                reason = f"the server did not answer within {timeout_seconds:g} s"
-                return Outcome(delivered=False, reason=reason)
-            except (ForbiddenAddressError, OSError, ValueError, aiohttp.ClientError) as error:
-                forbidden = isinstance(error, ForbiddenAddressError)
-                return Outcome(
-                    delivered=False,
-                    reason=cause_of(error, host),
-                    detail=str(error) if forbidden else type(error).__name__,
-                )
+    async def post(address: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+        host = ""
+        try:
+            url = policy.check_url(address)
+            host = url.raw_host or ""
+            if url.scheme == "http" and not policy.lists(url):
+                cause = "the address is http and the operator does not list its host"
+                raise ForbiddenAddressError(cause)
+            async with (
+                asyncio.timeout(timeout_seconds),
+                policy.open_session(resolver) as session,
+            ):
+                return await _post(session, url, body, headers)
+        except TimeoutError:
+            reason = f"the server did not answer within {timeout_seconds:g} s"
+            return Outcome(delivered=False, reason=reason)
+        except (ForbiddenAddressError, OSError, ValueError, aiohttp.ClientError) as error:
+            forbidden = isinstance(error, ForbiddenAddressError)
+            return Outcome(
+                delivered=False,
+                reason=cause_of(error, host),
+                detail=str(error) if forbidden else type(error).__name__,
+            )
 
-        yield post
+    return post
 
 
 async def _post(
