@@ -1,4 +1,4 @@
-"""No log contains the S3 secret or the webhook secret (docs/http-contract.md#logs)."""
+"""No log contains a secret or the path of a webhook (docs/http-contract.md#logs)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from img2img_server.storage import tenant_s3
 from img2img_server.storage.vault import new_key as new_storage_key
 from img2img_server.testing.bus import memory_bus
 from img2img_server.webhooks.dispatcher import BackoffPolicy
-from img2img_server.webhooks.sender import open_sender
+from img2img_server.webhooks.sender import webhook_sender
 from img2img_server.webhooks.signature import Signer
 from tests.http_stack import ENTERPRISE, fetch_photo, gateway_before
 from tests.stack import Stack, running_api, running_worker, settings
@@ -47,11 +47,11 @@ async def test_logs_hold_no_s3_key_no_s3_secret_and_no_webhook_secret(
     config = settings(outbound_allow="127.0.0.1")
     bus = memory_bus(storage_keys=new_storage_key())
     signer, once_more = Signer(f"whsec_{WEBHOOK_SECRET}"), BackoffPolicy(delays_seconds=(0.01,))
+    post = webhook_sender(OutboundPolicy.parse("127.0.0.1"))
     with capture_logs() as logs:
         async with (
             serving(web.put("/{path:.*}", refuse)) as store,
             receiving(500) as receiver,
-            open_sender(OutboundPolicy.parse("127.0.0.1")) as post,
             running_worker(bus, config=config) as worker,
             running_api(
                 bus,
@@ -93,5 +93,8 @@ async def test_logs_hold_no_s3_key_no_s3_secret_and_no_webhook_secret(
     assert {"storage_settings_stored", "tenant_upload_failed", "webhook"} <= said
     everything = repr(logs) + caplog.text + "".join(answer.text for answer in answers)
     assert f"{ENTERPRISE}/fetch" in everything
+    (attempt, *_) = [line for line in logs if line["event"] == "webhook"]
+    assert attempt["url"] == f"http://127.0.0.1:{receiver.port}"
+    assert "/hook" not in repr(logs) + caplog.text
     for hidden in (ACCESS_KEY, SECRET_KEY, WEBHOOK_SECRET, api_key):
         assert hidden not in everything

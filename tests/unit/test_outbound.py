@@ -11,7 +11,12 @@ import pytest
 from yarl import URL
 
 from img2img_server.outbound.networks import is_public
-from img2img_server.outbound.policy import ForbiddenAddressError, OutboundPolicy, shown
+from img2img_server.outbound.policy import (
+    ForbiddenAddressError,
+    OutboundPolicy,
+    shown,
+    shown_origin,
+)
 from img2img_server.settings import SettingsError
 
 PUBLIC_ONLY = OutboundPolicy.parse("")
@@ -238,3 +243,17 @@ def test_an_ordinary_address_is_public(address: str) -> None:
 )
 def test_logs_show_no_query_and_no_user_part(url: str, expected: str) -> None:
     assert shown(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://hooks.slack.com/services/T0/B0/secret", "https://hooks.slack.com"),
+        ("https://user:secret@example.com:8443/secret?secret#secret", "https://example.com:8443"),
+        ("secret", "malformed"),
+        ("https:///secret", "malformed"),
+        ("http://[::1", "malformed"),
+    ],
+)
+def test_logs_show_only_the_origin_of_a_webhook(url: str, expected: str) -> None:
+    assert shown_origin(url) == expected

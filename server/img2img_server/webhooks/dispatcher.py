@@ -15,7 +15,7 @@ from img2img_server import clock, errors
 from img2img_server.domain.job import Job
 from img2img_server.interfaces.records import JobStore, UnreadableError
 from img2img_server.interfaces.webhooks import PendingWebhook, WebhookOutbox
-from img2img_server.outbound.policy import shown
+from img2img_server.outbound.policy import shown_origin
 from img2img_server.telemetry import WEBHOOKS
 from img2img_server.webhooks.record import FAILED, RETRYING, SUCCESS, set_status
 from img2img_server.webhooks.sender import Outcome, WebhookSender
@@ -188,7 +188,7 @@ class WebhookDispatcher:
             job=job.id,
             status=status,
             attempt=attempt,
-            url=shown(job.params.webhook),
+            url=shown_origin(job.params.webhook),
             reason=outcome.detail or outcome.reason,
         )
         if stored is not None:
