@@ -181,7 +181,10 @@ class Race:
         self._turns = Turns(self._rng)
         self._request_id = str(uuid.UUID(int=self._rng.getrandbits(128)))
         self._caller: Any = SimpleNamespace(
-            principal=SimpleNamespace(tenant=TENANT), link_base="", remaining_seconds=None
+            principal=SimpleNamespace(tenant=TENANT),
+            link_base="",
+            remaining_seconds=None,
+            fingerprint="",
         )
         self.runs: list[int] = []  # ids of the jobs that were run
         self.reports: list[Report] = []

@@ -58,6 +58,12 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
                 case.body["request_id"] = str(uuid.uuid4())
     elif case.headers is not None:
         case.headers["X-API-Key"] = key
+    if meant_to_be_right:
+        if case.query and "page_token" in case.query:  # Only a response has a valid one.
+            case.query["page_token"] = ""
+        if case.headers and "Idempotency-Key" in case.headers:
+            # A used key would return the job of another request.
+            case.headers["Idempotency-Key"] = str(uuid.uuid4())
     if meant_to_be_right and case.path_parameters:
         known = {"job_id": KNOWN["job"], "name": KNOWN["names"].get(case.path.split("/")[1])}
         for name in case.path_parameters:

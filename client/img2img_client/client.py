@@ -260,9 +260,14 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         """
         return self._stream(requests.watch_job(job, after_sequence), timeout_seconds)
 
-    def list(self, *states: State | str, page_size: int = 100) -> Iterator[Job]:
-        """Yields the jobs that have not expired, newest first; with `states`, only those."""
-        request = requests.build(service_pb2.ListJobsRequest, page_size=page_size, states=[*states])
+    def list(
+        self, *states: State | str, page_size: int = 100, request_id: str = ""
+    ) -> Iterator[Job]:
+        """Yields the jobs that have not expired, newest first; with `states`, only those.
+
+        `request_id`: yields only the job that was created with it.
+        """
+        request = requests.list_jobs(states, page_size, request_id)
         while True:
             page = self._call(self._stub.ListJobs, request)
             yield from (read(Job, job) for job in page.jobs)
@@ -386,9 +391,11 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
         """Returns a snapshot of a job, then its events, as Client.watch."""
         return self._stream(requests.watch_job(job, after_sequence), timeout_seconds)
 
-    async def list(self, *states: State | str, page_size: int = 100) -> AsyncIterator[Job]:
+    async def list(
+        self, *states: State | str, page_size: int = 100, request_id: str = ""
+    ) -> AsyncIterator[Job]:
         """Yields the jobs that have not expired, newest first, as Client.list."""
-        request = requests.build(service_pb2.ListJobsRequest, page_size=page_size, states=[*states])
+        request = requests.list_jobs(states, page_size, request_id)
         while True:
             page = await self._call(self._stub.ListJobs, request)
             for job in page.jobs:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -94,6 +94,18 @@ def _job_spec(
     if violations:
         raise InvalidArgumentError(*violations)
     return spec
+
+
+def list_jobs(
+    states: Sequence[str], page_size: int, request_id: str
+) -> service_pb2.ListJobsRequest:
+    """Returns the request of the first page. Raises InvalidArgumentError."""
+    return build(
+        service_pb2.ListJobsRequest,
+        page_size=page_size,
+        states=[*states],
+        request_id=request_id,
+    )
 
 
 def build(kind: type[M], **values: Any) -> M:

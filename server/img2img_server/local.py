@@ -26,6 +26,7 @@ from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import logs_reason
 from img2img_server.last_line import is_json
 from img2img_server.lifecycle import RESTART_CODE, first_of
+from img2img_server.nats.topology import needed_payload_bytes
 from img2img_server.ports import METRICS_PORTS, host_port, listeners, reachable, reserve
 from img2img_server.settings import DEV_KEY, PREFIX, Settings
 from img2img_server.storage.vault import new_key
@@ -58,7 +59,11 @@ async def serve_local(
     settings, metrics_ports = local_settings(settings)
     try:
         # The servers start in the background, while the worker loads its model.
-        engines = LocalServers(settings.state_dir, background=True)
+        engines = LocalServers(
+            settings.state_dir,
+            background=True,
+            payload_bytes=needed_payload_bytes(settings.max_side_pixels),
+        )
         async with engines, AsyncExitStack() as stack:
             settings = _with_storage_key(settings)
             roles = [_role(name, settings, engines, port) for name, port in metrics_ports.items()]

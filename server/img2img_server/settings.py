@@ -278,8 +278,9 @@ class Settings(BaseSettings):
     """Most open connections to one api."""
     max_side_pixels: int = Field(1536, ge=256, le=MAX_SIDE_PIXELS)
     """Largest width and height of images over gRPC and /v1, if the model's own limit is not lower;
-    the calls of the HTTP contract accept up to 1024. Above 1536, `max_payload` of NATS must be
-    larger than 8 MB: 3 bytes a pixel."""
+    the calls of the HTTP contract accept up to 1024. `max_payload` of NATS must hold an image of
+    that size, 3 bytes a pixel: 8 MB for 1536, 13 MB for 2048. Messages have at most 32 MiB, which
+    no image below 3338 exceeds."""
     max_image_bytes: Bytes = Field(20_971_520, ge=1)
     """Largest init image."""
     max_image_pixels: Count = Field(64_000_000, ge=1)

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 
 from benchmarks.local_stack import free_port
+from img2img_server.devstack.nats import nats_server
+from img2img_server.domain.params import Lane
 from img2img_server.errors import MessageTooLargeError, UnavailableError
+from img2img_server.interfaces.queue import QueuedJob
 from img2img_server.lifecycle import StoppedError
 from img2img_server.nats.bus import connect_bus
 from img2img_server.nats.connection import connect
@@ -212,8 +216,41 @@ async def test_a_server_with_the_default_max_payload_is_refused_at_the_start(
 ) -> None:
     async with nats_configured(tmp_path, "") as nats:
         said = await refused(f"nats://{nats.address}")
-    assert "at most 1048576 bytes (max_payload), and images need 4000000" in said
+    assert "at most 1048576 bytes (max_payload), and images need 7208960" in said
     assert "max_payload: 8MB" in said
+    assert "IMG2IMG_MAX_SIDE_PIXELS" in said
+
+
+@pytest.mark.parametrize(
+    ("side", "enough"), [(1024, "3500000"), (1536, "8MB"), (2048, "13MB"), (3328, "34MB")]
+)
+async def test_max_payload_is_enough_for_the_largest_image(
+    tmp_path: Path, side: int, enough: str
+) -> None:
+    async with nats_configured(tmp_path, f"max_payload: {enough}") as nats:
+        url = f"nats://{nats.address}"
+        async with connect_bus(Settings(nats_url=url, max_side_pixels=side)) as bus:
+            image = np.random.default_rng(0).bytes(3 * side**2)
+            job = QueuedJob(job_id=1, tenant="t", init_image=image)
+            assert await bus.queue.put(job, "m", Lane.BATCH)
+        said = await refused(url, max_side_pixels=side + side // 4) if side < 3200 else ""
+    assert side >= 3200 or "(max_payload), and images need" in said
+
+
+async def test_a_message_that_no_stream_takes_is_too_large(tmp_path: Path) -> None:
+    async with nats_configured(tmp_path, "max_payload: 51MB") as nats:
+        url = f"nats://{nats.address}"
+        async with connect_bus(Settings(nats_url=url, max_side_pixels=4096)) as bus:
+            job = QueuedJob(job_id=1, tenant="t", init_image=bytes(2**25))
+            with pytest.raises(MessageTooLargeError):
+                await bus.queue.put(job, "m", Lane.BATCH)
+
+
+def test_the_nats_of_local_takes_the_largest_image(tmp_path: Path) -> None:
+    nats_server(tmp_path, 4222, "p", payload_bytes=51_000_000)
+    assert "max_payload: 51000000\n" in (tmp_path / "nats.conf").read_text()
+    nats_server(tmp_path, 4222, "p")
+    assert "max_payload: 8388608\n" in (tmp_path / "nats.conf").read_text()
 
 
 async def test_a_message_beyond_max_payload_is_an_error_of_the_service(tmp_path: Path) -> None:

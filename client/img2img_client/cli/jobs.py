@@ -217,12 +217,15 @@ def get(session: Session, *, job: str) -> None:
     show_default=True,
     help="Maximum number of jobs.",
 )
+@click.option("--request-id", metavar="UUID", help="List only the job of this request.")
 @command
-def list_jobs(session: Session, *, states: tuple[str, ...], limit: int) -> None:
+def list_jobs(
+    session: Session, *, states: tuple[str, ...], limit: int, request_id: str | None
+) -> None:
     """List your jobs, newest first."""
     from img2img_client.cli.report import show_jobs
 
-    pages = session.client.list(*states, page_size=min(limit, 100))
+    pages = session.client.list(*states, page_size=min(limit, 100), request_id=request_id or "")
     found = list(itertools.islice(pages, limit))
     session.answer({"jobs": [job_facts(job) for job in found]}, lambda: show_jobs(found))
 

@@ -37,13 +37,15 @@ MISTAKES: Final = 10  # the least number of refused requests that a key may make
 class Caller:
     """The caller of a request: the key, the base of the links and the time until the deadline.
 
-    `warning`: sentences for Job.warning about values that the gateway ignored.
+    `warning`: sentences for Job.warning about values that the gateway ignored. `fingerprint`: that
+    of the HTTP request, if it differs from the JobSpec.
     """
 
     principal: Principal
     link_base: str
     remaining_seconds: float | None = None
     warning: str = ""
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import uuid
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Final
 import structlog
 
 from img2img.v1 import job_pb2
-from img2img_server import clock, errors
+from img2img_server import clock, errors, idempotency
 from img2img_server.api.admission import Admission, Admitted, Caller
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Backlog
@@ -61,7 +60,8 @@ class Intake:
         """
         if not request_id:
             return await self._create(spec, caller, 0, await self._admission.admit(spec, caller))
-        tenant, request_id, fingerprint = caller.principal.tenant, _uuid(request_id), _digest(spec)
+        tenant, request_id = caller.principal.tenant, request_uuid(request_id)
+        fingerprint = caller.fingerprint or idempotency.fingerprint(spec)
         # Before any check: a repeated request gets its job even when the queue is full.
         bound = await self._jobs.find_request(tenant, request_id)
         accepted = None
@@ -241,11 +241,8 @@ class Intake:
         return replace(job, future_urls=urls, own_urls=own_urls, storage_version=version)
 
 
-def _digest(spec: job_pb2.JobSpec) -> str:
-    return hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
-
-
-def _uuid(request_id: str) -> str:
+def request_uuid(request_id: str) -> str:
+    """Returns the request_id in its canonical form. Raises InvalidRequestError."""
     try:
         return str(uuid.UUID(request_id))
     except ValueError:

@@ -45,6 +45,16 @@ async def found(jobs: JobStore, tenant: str, job_id: int) -> Stored:
     return stored
 
 
+async def of_request(jobs: JobStore, tenant: str, request_id: str) -> list[Job]:
+    """Returns the job that was created with the request_id, if it was accepted.
+
+    Raises UnavailableError.
+    """
+    bound = await jobs.find_request(tenant, request_id)
+    stored = await readable(jobs, tenant, bound[1]) if bound else None
+    return [stored.job] if stored else []
+
+
 async def page_of(
     jobs: JobStore, tenant: str, before: int, size: int, states: Container[State] | None = None
 ) -> tuple[list[Job], int]:

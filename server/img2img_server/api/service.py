@@ -20,10 +20,10 @@ from img2img_server.api.cancel import Canceller
 from img2img_server.api.convert_service import capabilities
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.disconnects import Disconnects, GenerateCall
-from img2img_server.api.intake import Intake
+from img2img_server.api.intake import Intake, request_uuid
 from img2img_server.api.interceptors import OpenCalls, current_principal
 from img2img_server.api.receive import request_kept
-from img2img_server.api.records import found, page_of
+from img2img_server.api.records import found, of_request, page_of
 from img2img_server.api.watch import Watcher
 from img2img_server.budget import Budget
 from img2img_server.compat.modelslab import names
@@ -36,6 +36,7 @@ from img2img_server.interfaces.webhooks import OutboxFullError
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _WARNING_MOST_CHARACTERS = 2000
+_FINGERPRINT_MOST_CHARACTERS = 64
 _PAGE_DEFAULT, _PAGE_MOST = 20, 100
 
 log = structlog.get_logger()
@@ -120,10 +121,13 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         size, before = _page(request)
         states = convert.states(request.states)
         tenant = current_principal().tenant
+        wanted = states if request.states else None
         with await self._listings.take(tenant, 1):
-            jobs, before = await page_of(
-                self._deps.jobs, tenant, before, size, states if request.states else None
-            )
+            if request.request_id:
+                known = await of_request(self._deps.jobs, tenant, request_uuid(request.request_id))
+                jobs, before = [j for j in known if wanted is None or j.state in wanted], 0
+            else:
+                jobs, before = await page_of(self._deps.jobs, tenant, before, size, wanted)
         return service_pb2.ListJobsResponse(
             jobs=[await self._watcher.message(job) for job in jobs],
             next_page_token=_token(before) if before else "",
@@ -227,6 +231,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             base if is_http_url(base) else self._deps.link_base,
             context.time_remaining() if with_deadline else None,
             warning[:_WARNING_MOST_CHARACTERS],
+            str(metadata.get(names.FINGERPRINT_METADATA, ""))[:_FINGERPRINT_MOST_CHARACTERS],
         )
 
 

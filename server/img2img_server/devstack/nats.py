@@ -11,7 +11,7 @@ from img2img_server.devstack.child import HOST, Child, binary
 from img2img_server.devstack.files import write_private
 from img2img_server.nats.connection import connect
 
-MAX_PAYLOAD_BYTES: Final = 8 * 2**20
+MIN_PAYLOAD_BYTES: Final = 8 * 2**20
 # most bytes of all streams together; the space is not allocated in advance
 STORE_BYTES: Final = 16 * 2**30
 
@@ -24,11 +24,14 @@ def nats_url(port: int, password: str) -> str:
     return f"nats://{USER}:{password}@{HOST}:{port}"
 
 
-def nats_server(folder: Path, port: int, password: str) -> Child:
+def nats_server(folder: Path, port: int, password: str, *, payload_bytes: int = 0) -> Child:
     """Creates a server that keeps its data, its configuration and its log in `folder`.
 
     The password keeps other users of this machine from reading or creating jobs. Raises
     LocalServersError when the program is not installed.
+
+    Args:
+        payload_bytes: Size of the largest message that the roles send.
     """
     store = folder / "nats"
     config = folder / "nats.conf"
@@ -36,7 +39,7 @@ def nats_server(folder: Path, port: int, password: str) -> Child:
         config,
         f'listen: "{HOST}:{port}"\n'
         f'authorization {{\n  user: "{USER}"\n  password: "{password}"\n}}\n'
-        f"max_payload: {MAX_PAYLOAD_BYTES}\n"
+        f"max_payload: {max(MIN_PAYLOAD_BYTES, payload_bytes)}\n"
         f"jetstream {{\n  store_dir: {json.dumps(str(store))}\n"
         f"  max_file_store: {STORE_BYTES}\n}}\n",
     )

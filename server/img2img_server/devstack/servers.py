@@ -39,10 +39,13 @@ class LocalServers(AsyncExitStack):
         LocalServersError: A binary is missing, the folder is in use, or a server does not start.
     """
 
-    def __init__(self, state_dir: Path, *, background: bool = False) -> None:
+    def __init__(
+        self, state_dir: Path, *, background: bool = False, payload_bytes: int = 0
+    ) -> None:
         super().__init__()
         self.s3_access_key = self.s3_secret_key = ""
         self._background = background
+        self._payload_bytes = payload_bytes
         self._serving: asyncio.Task[None] | None = None
         self._folder = state_dir.absolute() / "engines"
         self._ports: dict[str, int] = {}
@@ -92,7 +95,12 @@ class LocalServers(AsyncExitStack):
     def _choose(self) -> None:
         self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self._children = [
-            nats_server(self._folder, self._ports["nats"], self._password),
+            nats_server(
+                self._folder,
+                self._ports["nats"],
+                self._password,
+                payload_bytes=self._payload_bytes,
+            ),
             weed.weed(self._folder, self._ports),
         ]
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -36,12 +38,15 @@ ENDED = tuple(job_pb2.Job.State.Value(f"STATE_{state.name}") for state in TERMIN
 _MAX_KEY_CHARACTERS = 1024  # characters; longer keys would exceed the limit on metadata
 WATCH_AGAIN_SECONDS = 1.0  # seconds between two attempts at a stream
 _CREATE_SECONDS = 60.0  # seconds; the time includes the download of the init image
+_CREATE_AGAIN_SECONDS = 5.0  # seconds; how long a call that creates a job is repeated
+_FIRST_PAUSE_SECONDS = 0.1  # seconds; the pause between two of these calls, doubled each time
 _CALL_SECONDS = 10.0
 _STORAGE_CHECK_SECONDS = 90.0  # seconds; the check makes three requests to the tenant's storage
+_READS = ("GetCaller", "GetCapabilities", "GetJob", "ListJobs")
 # Methods without side effects are retried, for the time when one api stops and another one starts.
 _RETRIED = [
     {"service": "img2img.v1.AdminService", "method": "GetSystemDetails"},
-    *({"service": SERVICE, "method": f"Get{name}"} for name in ("Caller", "Capabilities", "Job")),
+    *({"service": SERVICE, "method": name} for name in _READS),
 ]
 _RETRY_POLICY = {
     "maxAttempts": 4,
@@ -108,6 +113,34 @@ def connect(settings: Settings) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(settings.api_address, credentials, options=options)
 
 
+@dataclass(frozen=True, slots=True)
+class Creation:
+    """A job to create.
+
+    Attributes:
+        link_base: The base of the links of the job.
+        request_id: Makes it safe to repeat the call.
+        warning: Sentences for Job.warning about ignored values of the caller's request.
+        fingerprint: That of the caller's request, if `spec` differs from it.
+    """
+
+    key: str
+    spec: job_pb2.JobSpec
+    link_base: str
+    request_id: str
+    warning: str = ""
+    fingerprint: str = ""
+
+    def metadata(self) -> list[tuple[str, str | bytes]]:
+        """Returns the metadata of the call."""
+        metadata: list[tuple[str, str | bytes]] = [(names.LINK_BASE_METADATA, self.link_base)]
+        if self.warning:
+            metadata.append((names.WARNING_METADATA, self.warning.encode(errors="replace")))
+        if self.fingerprint:
+            metadata.append((names.FINGERPRINT_METADATA, self.fingerprint))
+        return metadata
+
+
 class Upstream:
     """Methods of the api, called with the key of the HTTP caller. They raise RequestError."""
 
@@ -127,31 +160,44 @@ class Upstream:
         self.clear_cache = partial(_call, admin.ClearCache, admin_service_pb2.ClearCacheRequest())
         self.clear_queue = partial(_call, admin.ClearQueue, admin_service_pb2.ClearQueueRequest())
 
-    async def create(
-        self,
-        key: str,
-        spec: job_pb2.JobSpec,
-        link_base: str,
-        request_id: str = "",
-        warning: str = "",
-    ) -> job_pb2.Job:
-        """Creates a job, or returns the one that `request_id` created before.
+    async def create(self, creation: Creation) -> job_pb2.Job:
+        """Creates a job, or returns the one that the request_id created before.
 
-        `warning`: sentences for Job.warning about ignored values of the caller's request.
+        Repeats the call while no api can be reached or says that it is unavailable.
         """
-        metadata: list[tuple[str, str | bytes]] = [(names.LINK_BASE_METADATA, link_base)]
-        if warning:
-            metadata.append((names.WARNING_METADATA, warning.encode(errors="replace")))
-        request = service_pb2.CreateJobRequest(spec=spec, request_id=request_id)
-        response = await _call(
-            self._stub.CreateJob, request, key, _CREATE_SECONDS, metadata, spec.model
-        )
-        return response.job
+        spec, metadata = creation.spec, creation.metadata()
+        request = service_pb2.CreateJobRequest(spec=spec, request_id=creation.request_id)
+        until = time.monotonic() + _CREATE_AGAIN_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                response = await _call(
+                    self._stub.CreateJob,
+                    request,
+                    creation.key,
+                    _CREATE_SECONDS,
+                    metadata,
+                    spec.model,
+                )
+            except RequestError as error:
+                is_down = error.kind is ErrorKind.UNAVAILABLE and error.reason == error.kind.reason
+                if not is_down or time.monotonic() + pause > until:
+                    raise
+            else:
+                return response.job
+            await asyncio.sleep(pause)
+            pause *= 2
 
     async def get(self, key: str, job_id: int | str) -> job_pb2.Job:
         """Returns the record of a job."""
         request = service_pb2.GetJobRequest(name=f"jobs/{job_id}")
         return (await _call(self._stub.GetJob, request, key)).job
+
+    async def list_jobs(
+        self, key: str, request: service_pb2.ListJobsRequest
+    ) -> service_pb2.ListJobsResponse:
+        """Returns a page of the tenant's jobs."""
+        return await _call(self._stub.ListJobs, request, key)
 
     async def cancel(self, key: str, job_id: int | str) -> job_pb2.Job:
         """Cancels a job and returns its record."""

@@ -23,7 +23,7 @@ from img2img_server.nats.probe import Probe
 from img2img_server.nats.rates import Rates, kv_rates
 from img2img_server.nats.records import KvJobStore
 from img2img_server.nats.tenant_settings import TenantStorage, kv_tenant_storage
-from img2img_server.nats.topology import HOUR, NEEDED_PAYLOAD_BYTES, Bounds, prepare
+from img2img_server.nats.topology import HOUR, Bounds, needed_payload_bytes, prepare
 from img2img_server.nats.webhooks import JetStreamWebhookOutbox
 from img2img_server.nats.workers import KvWorkerRegistry
 from img2img_server.settings import Settings
@@ -87,7 +87,7 @@ async def connect_bus(
         connect_seconds=settings.startup_timeout_seconds,
         stop=stop,
     ) as link:
-        link.check_max_payload(NEEDED_PAYLOAD_BYTES)
+        link.check_max_payload(needed_payload_bytes(settings.max_side_pixels))
         await unless_stopped(stop, prepare(link, _bounds(settings), ends_at))
         probe = Probe(link)
         await unless_stopped(stop, probe())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -160,7 +161,8 @@ class NatsConnection:
         return (
             f"IMG2IMG_NATS_URL: the NATS server at {self.nc.attempted} takes messages of at "
             f"most {self.nc.max_payload} bytes (max_payload), and images need "
-            f"{self._needed_bytes}: set `max_payload: 8MB` in the configuration of the NATS server"
+            f"{self._needed_bytes}: set `max_payload: {_megabytes(self._needed_bytes)}MB` in the "
+            "configuration of the NATS server, or lower IMG2IMG_MAX_SIDE_PIXELS (1024 needs 4MB)"
         )
 
     async def _on_error(self, error: Exception) -> None:
@@ -421,6 +423,11 @@ class NatsConnection:
         await inbox.open()
         self.interrupt_at_reconnect(inbox)
         return inbox
+
+
+def _megabytes(needed_bytes: int) -> int:
+    """Returns at least the recommended 8."""
+    return max(8, math.ceil(needed_bytes / 1e6))
 
 
 def status_of(msg: Msg) -> str:

@@ -20,6 +20,7 @@ from img2img_server.errors import MessageTooLargeError, UnavailableError
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _STORE_FAILED: Final = 10077
 _SUBJECT_FULL: Final = "maximum messages per subject exceeded"
+_MESSAGE_TOO_LARGE: Final = "message too large"  # for a stream, whatever max_payload is
 _NO_LEADER: Final = (10008, 10009)
 NO_MESSAGE: Final = (10037, 10043, 10057)
 DOWN: Final = (
@@ -67,6 +68,8 @@ def unavailable() -> Iterator[None]:
             raise WrongLastSequenceError from error
         if error.err_code == _STORE_FAILED and error.description == _SUBJECT_FULL:
             raise SubjectFullError from error
+        if error.err_code == _STORE_FAILED and error.description == _MESSAGE_TOO_LARGE:
+            raise MessageTooLargeError from error
         if isinstance(error, DOWN):
             raise _unavailable(error) from error
         raise

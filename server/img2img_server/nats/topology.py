@@ -30,8 +30,10 @@ _FINAL: Final = {
 }
 _NO_STORAGE: Final = 10047
 _PAUSE_SECONDS: Final = 1.0
-# The largest message: an image of 1024x1024 that does not compress, and its record.
-NEEDED_PAYLOAD_BYTES: Final = 4_000_000
+_CONTRACT_SIDE_PIXELS: Final = 1024  # the largest side in the HTTP contract
+_BYTES_OF_A_PIXEL: Final = 3
+_STORED_BYTES: Final = 2**25  # no stream takes a larger message
+_OTHER_FIELDS_BYTES: Final = 2**17  # at most, of an event or a queued job
 HOUR: Final = 3600.0
 # The bucket keeps a record longer than the service shows it, because clocks differ.
 RECORD_MARGIN_SECONDS: Final = HOUR
@@ -161,6 +163,12 @@ def _bucket(name: str, ttl_seconds: float) -> StreamConfig:
         deny_delete=True,
         duplicate_window=min(ttl_seconds or REPEAT_SECONDS, REPEAT_SECONDS),
     )
+
+
+def needed_payload_bytes(max_side_pixels: int) -> int:
+    """Returns the size of the largest message: an image of that side that does not compress."""
+    side = max(max_side_pixels, _CONTRACT_SIDE_PIXELS)
+    return min(_BYTES_OF_A_PIXEL * side**2 + _OTHER_FIELDS_BYTES, _STORED_BYTES)
 
 
 async def prepare(link: NatsConnection, bounds: Bounds, ends_at: float = 0.0) -> None:

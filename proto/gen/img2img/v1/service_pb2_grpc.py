@@ -214,8 +214,8 @@ class Img2ImgServiceServicer:
         """Returns the tenant's jobs that have not expired, newest first, page by page.
 
         Errors:
-        - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
-        ListJobs returned.
+        - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, page_token is not one that ListJobs
+        returned, or request_id is no UUID.
         - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -113,8 +113,8 @@ class Img2ImgServiceStub:
     """Returns the tenant's jobs that have not expired, newest first, page by page.
 
     Errors:
-    - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
-      ListJobs returned.
+    - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, page_token is not one that ListJobs
+      returned, or request_id is no UUID.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_service_pb2.WatchJobRequest, _service_pb2.WatchJobResponse]
@@ -274,8 +274,8 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     """Returns the tenant's jobs that have not expired, newest first, page by page.
 
     Errors:
-    - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
-      ListJobs returned.
+    - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, page_token is not one that ListJobs
+      returned, or request_id is no UUID.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_service_pb2.WatchJobRequest, _service_pb2.WatchJobResponse]  # type: ignore[assignment]
@@ -456,8 +456,8 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns the tenant's jobs that have not expired, newest first, page by page.
 
         Errors:
-        - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, or page_token is not one that
-          ListJobs returned.
+        - INVALID_ARGUMENT, INVALID_REQUEST: page_size is out of range, page_token is not one that ListJobs
+          returned, or request_id is no UUID.
         - RESOURCE_EXHAUSTED, SERVER_BUSY: too many lists are being read. Retry after the time in RetryInfo.
         """
 

@@ -8,6 +8,7 @@ LINK_BASE = "http.link_base"  # base URL of fetch_result, fixed at acceptance
 
 # gRPC metadata of the gateway's calls.
 LINK_BASE_METADATA = "img2img-link-base"  # base URL of the links of a new job
+FINGERPRINT_METADATA = "img2img-fingerprint"  # of the HTTP request, if the JobSpec differs from it
 WARNING_METADATA = "img2img-warning-bin"  # sentences for Job.warning, in UTF-8
 
 # A service name of the gRPC health check: SERVING once a worker has announced a model.

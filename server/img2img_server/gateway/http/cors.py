@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.http.middleware import Refuse
+from img2img_server.gateway.http.request_ids import HEADER
 from img2img_server.settings import Settings
 
 _PREFLIGHT = {
@@ -51,7 +52,7 @@ class Cors(CORSMiddleware):
         headers = Headers(scope=scope)
         app = self.app
         if scope["method"] == "OPTIONS":
-            app = Response(status_code=204, headers=_PREFLIGHT)
+            app = Response(status_code=204, headers=_preflight(headers))
         elif self._is_guarded and self._is_foreign(headers):
             app = self._refuse(RequestError(ErrorKind.FOREIGN_PAGE))
         await app(scope, receive, partial(self.send, send=send, request_headers=headers))
@@ -75,3 +76,12 @@ class Cors(CORSMiddleware):
         # this header. A name of an attacker that resolves to this machine is in Host, which is
         # checked above.
         return headers.get("sec-fetch-site") != "same-origin"
+
+
+def _preflight(headers: Headers) -> dict[str, str]:
+    """Returns the headers of the response to OPTIONS."""
+    asked = headers.get("access-control-request-headers", "").lower()
+    if HEADER.lower() not in asked:
+        return _PREFLIGHT
+    name = "Access-Control-Allow-Headers"
+    return _PREFLIGHT | {name: f"{_PREFLIGHT[name]}, {HEADER}"}

@@ -15,12 +15,13 @@ import structlog
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 from prometheus_client import Counter, Histogram
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.http.request_ids import RESPONSE_HEADER
 from img2img_server.tracing import end, enter, extracted
 
 REQUESTS = Counter("img2img_http_requests_total", "HTTP requests.", ["route", "method", "code"])
@@ -71,6 +72,8 @@ class AccessLog:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = message["status"]
+                if request_id := scope.get("state", {}).get("request_id", ""):
+                    MutableHeaders(scope=message)[RESPONSE_HEADER] = request_id
             await send(message)
 
         try:
@@ -89,14 +92,15 @@ class AccessLog:
             seconds = time.monotonic() - started
             REQUESTS.labels(route, method, code).inc()
             SECONDS.labels(route).observe(seconds)
-            caller = scope.get("state", {}).get("caller", "")
+            state = scope.get("state", {})
+            known = {name: state[name] for name in ("caller", "request_id") if state.get(name)}
             (log.debug if is_probe else log.info)(
                 "http_request",
                 route=route,
                 method=method,
                 code=code or "gone",
                 seconds=round(seconds, 4),
-                **({"caller": caller} if caller else {}),
+                **known,
             )
             span.update_name(f"{method} {route}")
             span.set_attributes({"http.route": route, "http.response.status_code": code})

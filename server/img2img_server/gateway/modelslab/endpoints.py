@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Path
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from img2img.v1 import job_pb2
+from img2img_server import idempotency
 from img2img_server.compat.modelslab import names, requests, responses
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.files import inline
@@ -19,10 +21,11 @@ from img2img_server.domain.params import ValidationContext
 from img2img_server.domain.violations import required
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.errors import StorageError
+from img2img_server.gateway.http import request_ids
 from img2img_server.gateway.http.files import Files
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
 from img2img_server.gateway.openapi import BODY, body, outcomes
-from img2img_server.gateway.upstream import Upstream
+from img2img_server.gateway.upstream import Creation, Upstream
 from img2img_server.lifecycle import StoppedError, unless_stopped
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.settings import Settings
@@ -31,6 +34,7 @@ ENTERPRISE = "/api/v1/enterprise/realtime"
 V6 = "/api/v6/realtime"
 V6_IMAGES = "/api/v6/images"
 _MAX_ID_CHARACTERS = 12
+_KEY_REUSED = f"{request_ids.HEADER} was used for a different request"
 JobId = Annotated[str, Path(description="The `id` of the response to img2img.")]
 
 
@@ -55,10 +59,11 @@ class Endpoints:
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["img2img"])
-        failing = [*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN, ErrorKind.RATE_LIMIT]
+        creating = (ErrorKind.FORBIDDEN, ErrorKind.REQUEST_ID_REUSED, ErrorKind.RATE_LIMIT)
+        failing = [*BODY, ErrorKind.FIELDS, *creating]
         found = outcomes("Success", "Processing", "Failed", errors=failing)
         for family in (ENTERPRISE, V6):
-            extra = body("Img2ImgRequest")
+            extra = body("Img2ImgRequest") | request_ids.PARAMETERS
             router.post(f"{family}/img2img", responses=found, openapi_extra=extra)(self.img2img)
         failing = [*BODY, ErrorKind.FIELDS, ErrorKind.UNKNOWN_JOB]
         found = outcomes("Success", "Processing", "Failed", errors=failing)
@@ -77,7 +82,8 @@ class Endpoints:
         sent = await read_json(request)
         key, parsed = find_key(request, sent), requests.read(sent, self._context)
         del sent  # Fields that are no longer needed are freed while the job runs.
-        if violations := parsed.violations:
+        request_id, wrong = request_ids.find(request)
+        if violations := parsed.violations + wrong:
             del parsed
             await self._upstream.caller(key)  # A wrong key is reported before wrong fields.
             raise RequestError(ErrorKind.FIELDS, violations=violations)
@@ -85,28 +91,34 @@ class Endpoints:
         spec, warnings = requests.job_spec(parsed.values, base), parsed.warnings
         at_once = bool(parsed.values.get("instant_response") or spec.webhook)
         del parsed
-        job = await self._make(key, base, spec, warnings)
+        creation = Creation(key, spec, base, request_id)
+        job = await self._make(creation, warnings)
+        del creation
         del spec  # The init image is freed while its job runs.
         request.state.body.release()
         if self._settings.wait_seconds > 0 and not at_once:
             job = await self._wait(key, job)
         return await self._respond(request, job, fetched=False)
 
-    async def _make(
-        self, key: str, base: str, spec: job_pb2.JobSpec, warnings: list[str]
-    ) -> job_pb2.Job:
+    async def _make(self, creation: Creation, warnings: list[str]) -> job_pb2.Job:
         # Legacy mode has only the warnings of the original API.
         warning = "" if self._settings.legacy else join_warnings(*warnings)
+        spec = creation.spec
         try:
-            return await self._upstream.create(key, spec, base, warning=warning)
+            return await self._upstream.create(replace(creation, warning=warning))
         except RequestError as refused:
+            if refused.kind is ErrorKind.REQUEST_ID_REUSED:
+                raise RequestError(refused.kind, _KEY_REUSED, metadata=refused.metadata) from None
             broken = {violation.field: violation.message for violation in refused.violations}
+            # The caller may repeat the request with the hints.
+            fingerprint = creation.fingerprint or idempotency.fingerprint(spec)
             # The model's limits may be narrower than the contract's, but a hint is never an error.
             if dropped := requests.drop_hints(spec, broken):
                 more = [
                     requests.ignored(name, broken[name].replace(name, "it", 1)) for name in dropped
                 ]
-                return await self._make(key, base, spec, [*warnings, *more])
+                again = replace(creation, fingerprint=fingerprint)
+                return await self._make(again, [*warnings, *more])
             refused.violations = requests.merge(requests.Img2ImgRequest, refused.violations)
             raise
 

@@ -27,10 +27,12 @@ from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.requests import Img2ImgRequest, merge
 from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
+from img2img_server.gateway.http import request_ids
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
 from img2img_server.gateway.openapi import BODY, body, outcomes
-from img2img_server.gateway.upstream import ENDED, Upstream
+from img2img_server.gateway.upstream import ENDED, Creation, Upstream
 from img2img_server.gateway.v1 import protojson
+from img2img_server.idempotency import request_id_of
 from img2img_server.settings import Settings
 
 PING_SECONDS = 15.0
@@ -55,6 +57,10 @@ LastEventId = Annotated[
         **_SEQUENCE,
     ),
 ]
+RequestId = Annotated[
+    str, Query(description="An Idempotency-Key, X-Request-Id or request_id of a request.")
+]
+PageToken = Annotated[str, Query(description="`next_page_token` of the previous page.")]
 JobId = Annotated[str, Path(description="The `id` of the job.")]
 
 
@@ -72,8 +78,10 @@ class Endpoints:
         router.get("/capabilities", responses=found)(self.get_capabilities)
         creating = (ErrorKind.FORBIDDEN, ErrorKind.REQUEST_ID_REUSED, ErrorKind.RATE_LIMIT)
         found = outcomes("CreateJobResponse", errors=[*BODY, ErrorKind.FIELDS, *creating])
-        extra = body("CreateJobRequest")
+        extra = body("CreateJobRequest") | request_ids.PARAMETERS
         router.post("/jobs", responses=found, openapi_extra=extra)(self.create_job)
+        found = outcomes("ListJobsResponse", errors=[ErrorKind.FIELDS])
+        router.get("/jobs", responses=found)(self.list_jobs)
         failing = [*BODY, ErrorKind.UNKNOWN_JOB, ErrorKind.JOB_ENDED]
         found = outcomes("CancelJobResponse", errors=failing)
         router.post("/jobs/{job_id}:cancel", responses=found)(self.cancel_job)
@@ -97,6 +105,8 @@ class Endpoints:
         sent.pop("key", None)
         create = service_pb2.CreateJobRequest()
         violations = protojson.fill(create, sent)
+        create.request_id, wrong = request_ids.find(request, create.request_id)
+        violations += wrong
         del sent
         if violations:
             create.Clear()
@@ -104,11 +114,31 @@ class Endpoints:
             raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
         base = link_base(request, self._settings.public_base_url)
         try:
-            job = await self._upstream.create(key, create.spec, base, create.request_id)
+            creation = Creation(key, create.spec, base, create.request_id)
+            job = await self._upstream.create(creation)
         except RequestError as error:
             error.violations = merge(Img2ImgRequest, error.violations)
             raise
         return _json(service_pb2.CreateJobResponse(job=job))
+
+    async def list_jobs(
+        self,
+        request: Request,
+        request_id: RequestId = "",
+        page_token: PageToken = "",
+    ) -> Response:
+        """Returns a page of your jobs, newest first, as ListJobs does over gRPC. With `request_id`,
+        only the job that was created with it: so a caller that got no response finds its job. The
+        key must be in a header."""
+        key, wanted = find_key(request, {}), service_pb2.ListJobsRequest(page_token=page_token)
+        if request_id:
+            try:
+                wanted.request_id = request_id_of(request_id)
+            except ValueError:
+                await self._upstream.caller(key)
+                wrong = Violation("request_id", Reason.INVALID_FORMAT, request_ids.INVALID)
+                raise RequestError(ErrorKind.FIELDS, violations=[wrong]) from None
+        return _json(await self._upstream.list_jobs(key, wanted))
 
     async def cancel_job(self, request: Request, job_id: JobId) -> Response:
         """Ends a queued job at once and a running one at its next step, as CancelJob does over

@@ -33,7 +33,12 @@ _SOURCES = job_pb2.InitImage.DESCRIPTOR.fields
 def schemas(limits: Limits) -> dict[str, Schema]:
     """Returns the schemas of the requests and responses of /v1, by name."""
     found: dict[str, Schema] = {"CreateJobRequest": _create_job_request(limits)}
-    for message in ("CreateJobResponse", "CancelJobResponse", "GetCapabilitiesResponse"):
+    for message in (
+        "CreateJobResponse",
+        "ListJobsResponse",
+        "CancelJobResponse",
+        "GetCapabilitiesResponse",
+    ):
         _add(service_pb2.DESCRIPTOR.message_types_by_name[message], found)
     _add(event_pb2.JobEvent.DESCRIPTOR, found)
     return found
