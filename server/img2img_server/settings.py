@@ -285,6 +285,30 @@ class Settings(BaseSettings):
     """Largest init image."""
     max_image_pixels: Count = Field(64_000_000, ge=1)
     """Largest init image in pixels."""
+    decode_processes: Count = Field(0, ge=0, le=64)
+    """Processes of an api or a worker that decode init images; 0: one for each CPU, but 2 to 4. A
+    tenant uses all but one of them at most.
+    """
+    decode_memory_bytes: Bytes = Field(448 * 2**20, ge=64 * 2**20)
+    """Memory for the init images that an api or a worker decodes at a time. A tenant uses seven
+    eighths of it at most, and an image that needs more than that is rejected.
+    """
+    decode_cpu_seconds: Seconds = Field(1.0, ge=0.05)
+    """CPU time that an init image may take to decode, and a fifth of that more for each megapixel.
+    Beyond it the image is rejected. Ordinary images take a tenth of it; raise it on slow CPUs.
+    """
+    max_fetches: Count = Field(64, ge=2)
+    """Most downloads of init images under way in one api, retries included. A tenant has three
+    quarters of them at most.
+    """
+    max_fetched_bytes: Bytes = Field(128 * 2**20, ge=32 * 2**20)
+    """Most bytes of downloaded init images that one api holds at a time. A tenant holds three
+    quarters of them at most.
+    """
+    admission_wait_seconds: Seconds = Field(20.0, ge=0)
+    """Longest wait of a request for a process or memory that decodes its init image, or for a
+    download; then it is refused with `SERVER_BUSY`.
+    """
     rate_limit: Count = Field(0, ge=0)
     """Jobs that a key may make in a minute, at all apis together; 0: any number. `rate_limit` in a
     key's entry of the keys file takes precedence.

@@ -16,13 +16,13 @@ from img2img_server.domain.job import advance
 from img2img_server.domain.params import Lane
 from img2img_server.engine.base import JobFailed
 from img2img_server.errors import SafetyCheckError, StorageError
+from img2img_server.imaging import decoder
 from img2img_server.imaging.base import not_an_image
 from img2img_server.interfaces.queue import Delivery
 from img2img_server.nats.bus import Bus
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from img2img_server.testing.memory_blobs import MemoryBlobStore
-from img2img_server.worker import execution
 from img2img_server.worker.lease import DELIVERIES_OF_AN_ATTEMPT
 from tests.stack import (
     RunningWorker,
@@ -420,7 +420,7 @@ async def test_a_job_whose_image_cannot_be_prepared_began_before_it_failed(
     def broken(*_: object, **__: object) -> None:
         raise not_an_image("it is damaged")
 
-    monkeypatch.setattr(execution, "prepare_image", broken)
+    monkeypatch.setattr(decoder, "prepare_image", broken)
     async with running_stack() as stack:
         messages = [message async for message in stack.api.generate(spec())]
     assert kinds(messages)[-2:] == ["started", "failed"]

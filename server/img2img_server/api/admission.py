@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from img2img.v1 import job_pb2
@@ -25,7 +25,7 @@ from img2img_server.domain.params import (
 from img2img_server.domain.resolve import fit_size, resolve
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.imaging.base import CheckedImage, InvalidImageError
-from img2img_server.imaging.prepare import Fit, check_image, is_cheap
+from img2img_server.imaging.prepare import OWN_MAX_BYTES, Fit
 from img2img_server.nats.rates import Rates
 from img2img_server.prompts import NO_REWRITER, rewrite
 from img2img_server.tasks import background_task
@@ -207,22 +207,23 @@ class Admission:
     ) -> CheckedImage:
         """Returns the checked init image, if the queue and the rate limit have room.
 
-        A small inline image is decoded while the queue is asked; its errors come second. Otherwise
+        A small inline file is decoded while the queue is asked; its errors come second. Otherwise
         nothing is downloaded or decoded before there is room.
         """
-        if not request.init_image or not is_cheap(request.init_image):
+        tenant = caller.principal.tenant
+        if not 0 < len(request.init_image) <= OWN_MAX_BYTES:
             await self._check_room(request.params, caller)
-            return await self._image(request, model)
-        async with background_task(self._image(request, model)) as decoded:
+            return await self._image(request, model, tenant)
+        async with background_task(self._image(request, model, tenant)) as decoded:
             await self._check_room(request.params, caller)
             return await decoded
 
-    async def _image(self, request: convert.Request, model: ModelInfo) -> CheckedImage:
+    async def _image(self, request: convert.Request, model: ModelInfo, tenant: str) -> CheckedImage:
         params = request.params
         try:
             data = request.init_image or await self._deps.fetch(params.init_image_url)
-            return await asyncio.to_thread(
-                check_image,
+            return await self._deps.decoder.check(
+                tenant,
                 data,
                 width=params.width,
                 height=params.height,
@@ -242,4 +243,4 @@ class Admission:
         if len(given) == 2:
             return None
         limits = model.limits(self._deps.limits, request.params.scheduler)
-        return lambda *image: fit_size(given, model.native_size, limits, image)
+        return partial(fit_size, given, model.native_size, limits)

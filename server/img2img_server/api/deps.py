@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from img2img_server.api.worker_cache import CachedWorkerRegistry
 from img2img_server.domain.params import Limits
+from img2img_server.imaging.decoder import ImageDecoder
 from img2img_server.interfaces.records import JobStore
 from img2img_server.nats.bus import Bus
 from img2img_server.outbound.policy import OutboundPolicy
@@ -28,6 +29,7 @@ class ApiDeps:
     bus: Bus
     workers: CachedWorkerRegistry
     fetch: Fetch
+    decoder: ImageDecoder
     policy: OutboundPolicy
     limits: Limits
     link_base: str

@@ -34,7 +34,9 @@ from img2img_server.certificates import validity_fault
 from img2img_server.compat.modelslab import names, responses
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.domain.job import Job
+from img2img_server.imaging.decoder import ImageDecoder, ThreadDecoder
 from img2img_server.imaging.fetch import fetch_image
+from img2img_server.imaging.pool import DecoderPool
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
@@ -85,11 +87,12 @@ async def serve_api(
     )
     signer = Signer(settings.webhook_secret.get_secret_value())
     async with (
+        DecoderPool.of(settings, wait_seconds=settings.admission_wait_seconds) as decoder,
         connect_bus(settings, stop=stop) as bus,
         _inline_base64(settings, stop) as inline_base64,
     ):
         webhooks = Webhooks(webhook_sender(policy), signer, inline_base64=inline_base64)
-        await serve(settings, bus, fetch, webhooks, keys, stop, started)
+        await serve(settings, bus, fetch, webhooks, keys, stop, started, decoder=decoder)
 
 
 async def serve(
@@ -100,13 +103,18 @@ async def serve(
     keys: KeyRing,
     stop: asyncio.Event,
     started: Callable[[str], None] | None = None,
+    *,
+    decoder: ImageDecoder | None = None,
 ) -> None:
-    """Serves with existing dependencies; see `serve_api`."""
+    """Serves with existing dependencies; see `serve_api`. Without a decoder, init images are
+    decoded in threads without limits.
+    """
     deps = ApiDeps(
         settings=settings,
         bus=bus,
         workers=CachedWorkerRegistry(bus.workers),
         fetch=fetch,
+        decoder=decoder or ThreadDecoder(),
         policy=OutboundPolicy.of(settings),
         limits=service_limits(settings),
         link_base=_link_base(settings),

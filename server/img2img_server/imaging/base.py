@@ -49,6 +49,25 @@ def too_large(limits: Limits) -> InvalidImageError:
     return InvalidImageError(Violation("init_image", Reason.TOO_MANY_BYTES, message, values=values))
 
 
+def too_slow() -> InvalidImageError:
+    """Returns the error of an image whose decoding reached the limit of CPU time."""
+    return _too_expensive("it takes too long to decode; send it as an ordinary JPEG or PNG")
+
+
+def too_much_memory(needed_bytes: int, most_bytes: int) -> InvalidImageError:
+    """Returns the error of an image that needs more memory than one image may use."""
+    needed, most = needed_bytes / 2**20, most_bytes / 2**20
+    return _too_expensive(
+        f"it needs too much memory to decode, {needed:.0f} MiB of at most {most:.0f} MiB; send it "
+        "with fewer pixels, or as an ordinary JPEG"
+    )
+
+
+def _too_expensive(cause: str) -> InvalidImageError:
+    message = "init_image cannot be decoded within the limits"
+    return InvalidImageError(Violation("init_image", Reason.INVALID_IMAGE, message, cause))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedImage:
     """An encoded init image that was proven to decode within the limits.

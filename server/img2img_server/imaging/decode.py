@@ -7,6 +7,7 @@ module finds, nor missing rows of a PNG, which completeness.py finds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 
@@ -20,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from img2img_server.imaging.completeness import check_scans
 from img2img_server.imaging.header import JPEG_END, Container, Header, HeaderError
+from img2img_server.imaging.webp import decode_webp
 
 # The plugins are used and not Image.open, which warns by a global pixel limit.
 PLUGINS: dict[Container, type[ImageFile]] = {
@@ -32,16 +34,17 @@ _MISSING_ROWS = ("premature end of data segment", "found marker 0xd9 instead of 
 # Bytes that are inserted after the last scan; every Huffman table decodes them differently.
 _PADS = (b"\0" * 8, b"\x55" * 8, b"\xaa" * 8, b"\xfe" * 8)
 # Each inserted byte costs one more decoding, whose time grows with the pixels of all scans.
-_MAX_COMPARED_PIXELS = 2**24
+MAX_COMPARED_PIXELS = 2**24
 _MAX_COMPARED_SCANNED = 2**27
 _SCAN = b"\xff\xda"
 _RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)]
-# rows of a 16-bit PNG that are compared with its colour key at once
+# rows of a 16-bit PNG that are read at once
 _STRIP_ROWS = 256
 
 
 def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
-    """Returns the first frame as L, LA, RGB, RGBA or CMYK with 8 bits each, without EXIF rotation.
+    """Returns the first frame as L, LA, RGB, RGBX, RGBA or CMYK with 8 bits each, without EXIF
+    rotation. The fourth channel of RGBX has no meaning.
 
     Args:
         smallest: A JPEG may be decoded at a half, quarter or eighth, but not below this size.
@@ -51,7 +54,8 @@ def decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
     """
     try:
         image = _decode_jpeg(header, smallest) if header.jpeg else None
-        return _plain(image or _decode_with_pillow(header, smallest), header)
+        image = image or decode_webp(header) or _decode_with_pillow(header, smallest)
+        return _plain(image, header)
     except (MemoryError, HeaderError):
         raise
     except Exception as error:  # Decoders raise a dozen types of errors.
@@ -81,10 +85,8 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
         if not _may_be_whole(header, ""):
             raise HeaderError("rows are missing")
         return None
-    # Pillow stores RGB as RGBX, so it copies RGBX fast.
     space = {1: "GRAY", 3: "RGBX"}.get(len(header.jpeg.components), "CMYK")
-    room = min(header.width // smallest[0], header.height // smallest[1])
-    divisor = next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
+    divisor = divisor_of(header, smallest)
     try:
         pixels = simplejpeg.decode_jpeg(
             header.data,
@@ -102,7 +104,16 @@ def _decode_jpeg(header: Header, smallest: tuple[int, int]) -> Image.Image | Non
     if space == "GRAY":
         return Image.fromarray(pixels[..., 0])
     height, width, _ = pixels.shape
-    return Image.frombytes("RGB", (width, height), pixels.data, "raw", "RGBX")
+    # An image of this mode shares the memory of the array.
+    return Image.frombuffer("RGBX", (width, height), pixels.data, "raw", "RGBX", 0, 1)
+
+
+def divisor_of(header: Header, smallest: tuple[int, int]) -> int:
+    """Returns the number by which the sides of an image are divided while it is decoded."""
+    if not header.jpeg or header.jpeg.lossless:
+        return 1
+    room = min(header.width // smallest[0], header.height // smallest[1])
+    return next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
 
 
 def _may_be_whole(header: Header, warning: str) -> bool:
@@ -119,7 +130,7 @@ def _may_be_whole(header: Header, warning: str) -> bool:
         return True
     end = check_scans(header)
     scanned = header.pixels * header.data.count(_SCAN, header.jpeg.first_scan, end)
-    slow = header.pixels > _MAX_COMPARED_PIXELS or scanned > _MAX_COMPARED_SCANNED
+    slow = header.pixels > MAX_COMPARED_PIXELS or scanned > _MAX_COMPARED_SCANNED
     if slow or header.jpeg.arithmetic:
         return end < len(header.data) - len(JPEG_END)
     return _holds_all_bits(header, end)
@@ -135,9 +146,13 @@ def _holds_all_bits(header: Header, end: int) -> bool:
     for pad in _PADS:
         padding = b"".join(pad + mark for mark in _RESTARTS)
         padded = replace(header, data=header.data[:end] + padding + header.data[end:])
-        if _decode_with_pillow(padded, size) != without:
+        if not _are_equal(_decode_with_pillow(padded, size), without):
             return False
     return True
+
+
+def _are_equal(one: Image.Image, other: Image.Image) -> bool:
+    return all(one.crop(box).tobytes() == other.crop(box).tobytes() for box in _strips(one))
 
 
 def _plain(image: Image.Image, header: Header) -> Image.Image:
@@ -159,12 +174,24 @@ def _plain(image: Image.Image, header: Header) -> Image.Image:
 
 def _grey8(image: Image.Image) -> Image.Image:
     """Returns the upper 8 bits of 16-bit grey, which Pillow would clip."""
-    values = np.asarray(image)
-    grey = Image.fromarray((values >> 8).astype(np.uint8))
     key = image.info.get("transparency")
-    if key is not None:
-        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
-    return grey
+    grey = np.empty((image.height, image.width), np.uint8)
+    mask = None if key is None else np.empty_like(grey)
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))
+        grey[box[1] : box[3]] = values >> 8
+        if mask is not None:
+            mask[box[1] : box[3]] = np.where(values == key, 0, 255)
+    result = Image.fromarray(grey)
+    if mask is not None:
+        result.putalpha(Image.fromarray(mask))
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Yields boxes of rows. Work by strips needs little memory besides the image."""
+    for top in range(0, image.height, _STRIP_ROWS):
+        yield 0, top, image.width, min(top + _STRIP_ROWS, image.height)
 
 
 def _key_mask(upper: Image.Image, header: Header) -> Image.Image:
@@ -177,9 +204,8 @@ def _key_mask(upper: Image.Image, header: Header) -> Image.Image:
     lower.load()
     key = np.array(header.colour_key)
     mask = np.empty((header.height, header.width), np.uint8)
-    for top in range(0, header.height, _STRIP_ROWS):
-        box = (0, top, header.width, min(top + _STRIP_ROWS, header.height))
+    for box in _strips(upper):
         is_key = np.asarray(upper.crop(box)) == key >> 8
         is_key &= np.asarray(lower.crop(box)) == key & 0xFF
-        mask[top : box[3]] = np.where(is_key.all(-1), 0, 255)
+        mask[box[1] : box[3]] = np.where(is_key.all(-1), 0, 255)
     return Image.fromarray(mask)

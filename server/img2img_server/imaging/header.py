@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from operator import mul
 from typing import NamedTuple
 
 from img2img_server.imaging.png import PNG_SIGNATURE, png_chunk
@@ -48,11 +49,13 @@ class JpegFrame(NamedTuple):
     Attributes:
         marker: The last byte of its SOF marker, 0xC0 to 0xCF, which names the coding.
         components: One identifier each.
+        samples: Samples of a pixel: 3 where colours have full resolution, 1.5 where they have half.
         first_scan: The offset of the first scan in Header.data.
     """
 
     marker: int
     components: bytes
+    samples: float = 0.0
     first_scan: int = 0
 
     @property
@@ -239,7 +242,9 @@ def _read_jpeg(data: bytes) -> Header:
             bits, height, width, count = struct.unpack_from(">BHHB", content)
             if bits != 8:
                 raise HeaderError(f"it has {bits} bits for each sample, not 8")
-            frame = JpegFrame(marker, components=content[6 : 6 + 3 * count : 3])
+            frame = JpegFrame(
+                marker, content[6 : 6 + 3 * count : 3], _samples(content[7 : 6 + 3 * count : 3])
+            )
             header = replace(header, width=width, height=height, jpeg=frame)
         if marker == 0xE1 and content.startswith(b"Exif\0\0"):
             metadata.append((b"exif", content[6:]))
@@ -258,6 +263,15 @@ def _read_jpeg(data: bytes) -> Header:
         metadata=tuple(metadata),
         jpeg=header.jpeg._replace(first_scan=first_scan),
     )
+
+
+def _samples(factors: bytes) -> float:
+    """Returns the samples of a pixel, given the sampling factors of the components: horizontal and
+    vertical, 4 bits each.
+    """
+    across, down = [byte >> 4 for byte in factors], [byte & 0xF for byte in factors]
+    most = max(across, default=0) * max(down, default=0)
+    return sum(map(mul, across, down)) / most if most else float(len(factors))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:

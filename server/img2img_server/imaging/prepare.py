@@ -1,15 +1,14 @@
 """Checks and prepares init images, see docs/http-contract.md#init-image-preparation.
 
-The functions block while they compute: call them in a thread. Pillow, libjpeg-turbo and Little CMS
-release the GIL while they decode, resize, convert and encode.
+The functions block while they compute and trust no byte of the data. Roles call them in the
+processes of pool.py.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -25,7 +24,8 @@ from img2img_server.imaging.base import (
 )
 from img2img_server.imaging.colour import apply_transform, srgb_transform
 from img2img_server.imaging.completeness import check_scans, prove_rows
-from img2img_server.imaging.decode import decode
+from img2img_server.imaging.cost import Admit, admit_all, cost_of, may_be_transparent
+from img2img_server.imaging.decode import decode, divisor_of
 from img2img_server.imaging.encode import encode_image
 from img2img_server.imaging.formats import PLAIN_TEXT, format_name
 from img2img_server.imaging.header import Container, Header, HeaderError, container_of, read_header
@@ -35,10 +35,6 @@ from img2img_server.imaging.metadata import read_metadata
 # again: that costs less than its transport in the queue or its decoding in the worker.
 OWN_MAX_BYTES = 512 * 2**10
 OWN_MAX_PIXELS = 2**22
-# Larger images are decoded one at a time: each takes up to 16 bytes a pixel (WebP) or 4 to 9
-# (others).
-LARGE_PIXELS = 2**24
-ONE_LARGE = threading.Lock()
 # A JPEG may be decoded at a half, quarter or eighth if that leaves this many times the requested
 # pixels along each side: the resized image then looks like one of the full size.
 DECODE_GAP = 3.0
@@ -47,6 +43,7 @@ DECODE_GAP = 3.0
 # left: edges between saturated colours differ by a few of 255.
 CONVERT_MAX_PIXELS = 2**22
 CONVERT_GAP = 2.0
+STRIP_ROWS = 256  # rows whose colours are converted at once
 
 # The last transformation for each EXIF orientation. From 5 on, rows and columns are swapped before.
 FLIPS = {
@@ -57,8 +54,9 @@ FLIPS = {
     7: Image.Transpose.ROTATE_180,
     8: Image.Transpose.FLIP_TOP_BOTTOM,
 }
-# a function from width and height to the requested width and height
-Fit = Callable[[int, int], tuple[int, int]]
+# A function from the size of the image to the requested size. Roles send it to another process, so
+# it must be a function of a module, or a functools.partial of one.
+Fit = Callable[[tuple[int, int]], tuple[int, int]]
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 
 
@@ -70,6 +68,7 @@ def check_image(
     limits: Limits,
     downloaded: bool = False,
     fit: Fit | None = None,
+    admit: Admit = admit_all,
 ) -> CheckedImage:
     """Proves that an init image decodes completely within the limits.
 
@@ -79,6 +78,7 @@ def check_image(
         downloaded: Whether the data comes from a URL of the caller, for the error message.
         fit: Returns the requested width and height for the size of the upright image; replaces
             `width` and `height`.
+        admit: Is called once, before any pixel is decoded.
 
     Raises:
         InvalidImageError: The image is too large, has too many pixels, is damaged, incomplete or of
@@ -89,6 +89,11 @@ def check_image(
     header = _header(data, "the URL served" if downloaded else "the data is")
     if header.pixels > limits.max_image_pixels:
         raise _too_many_pixels(header, limits)
+    if fit:
+        width, height = fit(_upright_size(header))
+    plan = _planned(header, width, height)
+    is_kept = len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS
+    admit(cost_of(header, len(data), plan.divisor, 0 if is_kept else plan.copied_pixels))
     try:
         if header.png:
             prove_rows(header)
@@ -96,14 +101,11 @@ def check_image(
             check_scans(header)
     except HeaderError as error:
         raise _invalid(header.container, error) from error
-    if fit:
-        width, height = fit(*_upright_size(header))
-    if len(data) <= OWN_MAX_BYTES and header.pixels <= OWN_MAX_PIXELS:
+    if is_kept:
         # The smallest scale skips the inverse transform but still reads every coefficient.
         _decode(header, smallest=(1, 1))
         return CheckedImage(data=data, prepared=False, width=width, height=height)
-    pixels = _prepare(header, width, height)
-    data = encode_image(pixels, ImageFormat.JPEG)
+    data = encode_image(_prepare(header, plan), ImageFormat.JPEG)
     return CheckedImage(data=data, prepared=True, width=width, height=height)
 
 
@@ -112,15 +114,9 @@ def _upright_size(header: Header) -> tuple[int, int]:
     return (header.height, header.width) if turned >= 5 else (header.width, header.height)
 
 
-def is_cheap(data: bytes) -> bool:
-    """Returns whether check_image takes a few milliseconds at most, by size and header."""
-    try:
-        return len(data) <= OWN_MAX_BYTES and read_header(data).pixels <= OWN_MAX_PIXELS
-    except HeaderError:
-        return True
-
-
-def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = False) -> Pixels:
+def prepare_image(
+    data: bytes, *, width: int, height: int, prepared: bool = False, admit: Admit = admit_all
+) -> Pixels:
     """Prepares an init image as height x width x 3 pixels; deterministic.
 
     EXIF rotation, first frame, colours to sRGB, transparency on white, 8-bit RGB, the largest
@@ -129,6 +125,7 @@ def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = Fals
     Args:
         data: An image that check_image has accepted; limits are not checked again.
         prepared: The image must have the requested size already.
+        admit: Is called once, before any pixel is decoded.
 
     Raises:
         InvalidImageError: The image is damaged, or was prepared at another size.
@@ -136,7 +133,9 @@ def prepare_image(data: bytes, *, width: int, height: int, prepared: bool = Fals
     header = _header(data)
     if prepared and (header.width, header.height) != (width, height):
         raise not_an_image("it was prepared at another size")
-    return _prepare(header, width, height)
+    plan = _planned(header, width, height)
+    admit(cost_of(header, len(data), plan.divisor, plan.copied_pixels))
+    return _prepare(header, plan)
 
 
 def _header(data: bytes, source: str = "the data is") -> Header:
@@ -168,27 +167,64 @@ def _too_many_pixels(header: Header, limits: Limits) -> InvalidImageError:
     )
 
 
-def _prepare(header: Header, width: int, height: int) -> Pixels:
+class _Plan(NamedTuple):
+    """How an image is prepared.
+
+    Attributes:
+        turned: The EXIF orientation.
+        width, height: The requested size, before the rotation.
+        box: The part of the image that is used.
+        smallest: The least size at which a JPEG may be decoded.
+        divisor: The number by which the sides are divided while it is decoded.
+        copied_pixels: The pixels of a second image, which exists besides the decoded one.
+    """
+
+    turned: int
+    profile: bytes
+    width: int
+    height: int
+    box: Box
+    smallest: tuple[int, int]
+    divisor: int
+    copied_pixels: int
+
+
+def _planned(header: Header, width: int, height: int) -> _Plan:
     turned, profile = read_metadata(header)
     if turned >= 5:  # The target is rotated by 90 degrees, so the box is, too.
         width, height = height, width
     box = _centred_box((header.width, header.height), width / height)
     gap = DECODE_GAP * width / (box[2] - box[0])
     smallest = (int(header.width * gap) + 1, int(header.height * gap) + 1)
-    with _turn(header):
-        image = _decode(header, smallest)
-        if image.size != (header.width, header.height):
-            box = _scaled(box, round(header.width / image.width), image.size)
-        transform = srgb_transform(profile, image.mode.removesuffix("A"))
-        if transform and image.width * image.height > CONVERT_MAX_PIXELS:
-            image, box = _averaged(image, box, width)
-        image = _opaque_srgb(image, transform)
-        # The image is rotated before the resize, whose two passes do not commute exactly.
-        if turned >= 5:
-            image, box = image.transpose(Image.Transpose.TRANSPOSE), (*box[1::-1], *box[:1:-1])
-            width, height = height, width
-        if image.size != (width, height) or box != (0, 0, width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS, box)
+    divisor = divisor_of(header, smallest)
+    decoded = header.pixels // divisor**2
+    copied = int(width * (box[3] - box[1]) / divisor)  # The resize works on the columns first.
+    is_cmyk = header.jpeg and len(header.jpeg.components) > 3
+    if profile or is_cmyk or may_be_transparent(header):
+        cut = (box[2] - box[0]) * (box[3] - box[1]) / divisor**2
+        factor = _factor(box, width * divisor) if decoded > CONVERT_MAX_PIXELS else 1
+        copied = max(copied, int(cut / factor**2))
+    if turned >= 5:
+        copied = max(copied, decoded)
+    return _Plan(turned, profile, width, height, box, smallest, divisor, copied)
+
+
+def _prepare(header: Header, plan: _Plan) -> Pixels:
+    turned, profile, width, height, box, smallest, *_ = plan
+    image = _decode(header, smallest)
+    if image.size != (header.width, header.height):
+        box = _scaled(box, round(header.width / image.width), image.size)
+    transform = srgb_transform(profile, _colours(image))
+    is_simple = transform is None and image.mode in ("L", "RGB", "RGBX")
+    if not is_simple and image.width * image.height > CONVERT_MAX_PIXELS:
+        image, box = _averaged(image, box, width)
+    image = _opaque_srgb(image, transform)
+    # The image is rotated before the resize, whose two passes do not commute exactly.
+    if turned >= 5:
+        image, box = image.transpose(Image.Transpose.TRANSPOSE), (*box[1::-1], *box[:1:-1])
+        width, height = height, width
+    if image.size != (width, height) or box != (0, 0, width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box)
     if turned in FLIPS:
         image = image.transpose(FLIPS[turned])
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -199,10 +235,6 @@ def _decode(header: Header, smallest: tuple[int, int]) -> Image.Image:
         return decode(header, smallest)
     except HeaderError as error:
         raise _invalid(header.container, error) from error
-
-
-def _turn(header: Header) -> AbstractContextManager[object]:
-    return ONE_LARGE if header.pixels > LARGE_PIXELS else nullcontext()
 
 
 def _centred_box(size: tuple[int, int], aspect: float) -> Box:
@@ -220,19 +252,56 @@ def _scaled(box: Box, divisor: int, size: tuple[int, int]) -> Box:
 
 
 def _averaged(image: Image.Image, box: Box, width: int) -> tuple[Image.Image, Box]:
-    """Cuts the box out and averages squares of its pixels. Returns the image and the new box."""
+    """Cuts the box out and averages squares of its pixels. Returns the image and the new box.
+
+    It works by strips of rows, so it needs little memory besides the two images. Transparent pixels
+    have no part in the average colour.
+    """
     left, upper, right, lower = box
-    factor = max(1, int((right - left) / (width * CONVERT_GAP)))
+    factor = _factor(box, width)
     cut = (int(left), int(upper), math.ceil(right), math.ceil(lower))
-    image = image.reduce(factor, cut)
+    size = (-(-(cut[2] - cut[0]) // factor), -(-(cut[3] - cut[1]) // factor))
+    reduced = Image.new(image.mode, size)
+    weighted = {"LA": "La", "RGBA": "RGBa"}.get(image.mode)
+    for row in range(0, size[1], STRIP_ROWS):
+        top = cut[1] + row * factor
+        bottom = min(cut[1] + (row + STRIP_ROWS) * factor, cut[3])
+        strip = image.crop((cut[0], top, cut[2], bottom))
+        if weighted:
+            strip = strip.convert(weighted).reduce(factor).convert(image.mode)
+        else:
+            strip = strip.reduce(factor)
+        reduced.paste(strip, (0, row))
+    image = reduced
     moved = (left - cut[0], upper - cut[1], right - cut[0], lower - cut[1])
     return image, _scaled(moved, factor, image.size)
 
 
+def _factor(box: Box, width: int) -> int:
+    """Returns the side of the squares whose pixels are averaged."""
+    return max(1, int((box[2] - box[0]) / (width * CONVERT_GAP)))
+
+
+def _colours(image: Image.Image) -> str:
+    """Returns the mode of an image without its alpha channel: L, RGB or CMYK."""
+    return image.mode.removesuffix("A").removesuffix("X")
+
+
 def _opaque_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:
-    """Returns grey or RGB: converts the colours, then puts transparent parts on white."""
+    """Returns grey, RGB or RGBX: converts the colours, then puts transparent parts on white."""
+    if transform is None and image.mode in ("L", "RGB", "RGBX"):
+        return image
+    is_grey = transform is None and _colours(image) == "L"
+    opaque = Image.new("L" if is_grey else "RGB", image.size)
+    for row in range(0, image.height, STRIP_ROWS):
+        strip = image.crop((0, row, image.width, min(row + STRIP_ROWS, image.height)))
+        opaque.paste(_opaque_strip(strip, transform), (0, row))
+    return opaque
+
+
+def _opaque_strip(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colours = image.convert(image.mode.removesuffix("A")) if alpha else image
+    colours = image if image.mode == "CMYK" else image.convert(_colours(image))
     if transform:
         colours = apply_transform(colours, transform)
     elif colours.mode == "CMYK":

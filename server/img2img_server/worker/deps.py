@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import Engine
+from img2img_server.imaging.decoder import ImageDecoder, ThreadDecoder
 from img2img_server.interfaces.queue import EventLog, JobQueue
 from img2img_server.interfaces.records import JobStore
 from img2img_server.interfaces.webhooks import WebhookOutbox
@@ -94,5 +95,6 @@ class WorkerDeps:
     probe: Callable[[], Awaitable[None]]
     # Deletes cached downloads of the model and returns the bytes freed. Blocks. Raises OSError.
     forget_downloads: Callable[[], int] = lambda: 0
+    decoder: ImageDecoder = field(default_factory=ThreadDecoder)
     throughput: Throughput = field(default_factory=Throughput)
     device_lost: asyncio.Event = field(default_factory=asyncio.Event)

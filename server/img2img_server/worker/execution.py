@@ -25,7 +25,6 @@ from img2img_server.engine.base import (
 )
 from img2img_server.imaging.base import InvalidImageError, Pixels
 from img2img_server.imaging.encode import preview_jpeg
-from img2img_server.imaging.prepare import prepare_image
 from img2img_server.interfaces.queue import Delivery, OwnershipLostError
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import STEPS
@@ -233,8 +232,8 @@ class JobExecution:
     async def _prepare(self, params: JobParams) -> Pixels:
         queued = self._delivery.job
         with self._watch.measure("prepare"):
-            return await asyncio.to_thread(
-                prepare_image,
+            return await self._deps.decoder.prepare(
+                queued.tenant,
                 queued.init_image,
                 width=params.width,
                 height=params.height,

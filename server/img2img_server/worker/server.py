@@ -17,6 +17,8 @@ from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.engine.options import EngineOptions, limit_spinning
 from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.exit_reason import logs_reason
+from img2img_server.imaging.decoder import ImageDecoder, ThreadDecoder
+from img2img_server.imaging.pool import DecoderPool
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.outbound.policy import OutboundPolicy
@@ -55,6 +57,7 @@ async def serve_worker(
 
     async with (
         probe_server(settings, why_not_ready) as probes,
+        DecoderPool.of(settings) as decoder,
         connect_bus(settings, reconnect_wait_seconds=RECONNECT_WAIT_SECONDS, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):
@@ -78,7 +81,9 @@ async def serve_worker(
             with logs_reason():
                 # NATS may have become unavailable while the model was loaded.
                 await unless_stopped(stop, bus.ready(settings.startup_timeout_seconds))
-                await work(settings, name, bus, store, engine, safety, stop, announced)
+                await work(
+                    settings, name, bus, store, engine, safety, stop, announced, decoder=decoder
+                )
         finally:
             with suppress(TimeoutError):  # A step that hangs ends with the process.
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
@@ -167,9 +172,11 @@ async def work(
     safety: SafetyChecker,
     stop: asyncio.Event,
     announced: Callable[[], None] | None = None,
+    *,
+    decoder: ImageDecoder | None = None,
 ) -> None:
     """Runs jobs with these dependencies until `stop` is set. Calls `announced` once apis can find
-    the worker.
+    the worker. Without a decoder, init images are decoded in threads without limits.
     """
     store = blobs if isinstance(blobs, WatchedBlobs) else _watched(blobs, settings)
     deps = WorkerDeps(
@@ -187,6 +194,7 @@ async def work(
         safety_threshold=settings.safety_threshold,
         max_attempts=settings.max_attempts,
         retention_hours=settings.retention_hours,
+        decoder=decoder or ThreadDecoder(),
         forget_downloads=partial(forget_downloads, settings.model),
     )
     worker = Worker(deps, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
