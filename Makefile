@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench attack image-test
+.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench chaos attack image-test
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,9 @@ bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 	$(BIN)/python -m benchmarks.engine --output .img2img/bench/engine.json $(ENGINE_ARGS)
 	$(BIN)/python -m benchmarks.engine_memory
+
+chaos: setup ## Break the parts of a service on this machine under load and count the damage
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 attack: setup ## Attack a service on this machine and show what another tenant notices
 	$(BIN)/python -m benchmarks.attack $(ARGS)

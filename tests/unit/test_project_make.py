@@ -28,7 +28,9 @@ def test_trying_the_service_installs_no_development_tools(word: str) -> None:
     assert "npm" not in plan
 
 
-@pytest.mark.parametrize("word", ["test", "check", "fix", "gen", "gold", "bench", "attack"])
+@pytest.mark.parametrize(
+    "word", ["test", "check", "fix", "gen", "gold", "bench", "attack", "chaos"]
+)
 def test_every_development_word_sets_everything_up_first(word: str) -> None:
     plan = planned(word).splitlines()
     installs = next(number for number, line in enumerate(plan) if "-e '.[dev]'" in line)
