@@ -64,6 +64,7 @@ class Child:
         probe: Returns once it serves, and raises any error before.
         env: Its whole environment. None: a minimal one, without proxies and credentials.
         stop_seconds: Time from SIGTERM to SIGKILL.
+        umask: Permissions that its files do not get. -1: as those of our own files.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Child:
     probe: Callable[[], Awaitable[None]]
     env: Mapping[str, str] | None = None
     stop_seconds: float = STOP_SECONDS
+    umask: int = -1
     _process: asyncio.subprocess.Process | None = field(default=None, init=False)
     _relay: Relay | None = field(default=None, init=False)
 
@@ -96,6 +98,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=self.umask,
             )
         await first_of(self._until_serving(), self._process.wait())
         if self._process.returncode is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from typing import Final
+
+PRIVATE: Final = 0o077  # the umask of files that only their owner may read
 
 
 def write_private(path: Path, text: str) -> None:

