@@ -84,7 +84,8 @@ async def serve_local(
 
 
 def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
-    """Chooses the ports and turns the development key on unless keys are configured.
+    """Chooses the ports. Turns the development key on and allows addresses of this machine unless
+    keys are configured.
 
     Args:
         settings: They have passed `setting_checks`.
@@ -96,13 +97,15 @@ def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
         SettingsError: A port is in use.
     """
     grpc_port, http_port, *metrics_ports = reserve(listeners("local", settings))
+    # Other tenants' callers must not reach what listens on this machine.
+    allowed = _LOOPBACK_ALLOWED if settings.api_keys_file is None else ""
     ours = settings.model_copy(
         update={
             "dev_key": settings.api_keys_file is None,
             "grpc_port": grpc_port,
             "http_port": http_port,
             "default_model": settings.default_model or read_model_spec(settings.model).name,
-            "outbound_allow": settings.outbound_allow or _LOOPBACK_ALLOWED,
+            "outbound_allow": settings.outbound_allow or allowed,
         }
     )
     return ours, dict(zip(METRICS_PORTS, metrics_ports, strict=True))

@@ -328,7 +328,9 @@ class Settings(BaseSettings):
     """Most attempts at a job before it fails."""
     outbound_allow: str = ""
     """Hosts and networks that caller-supplied addresses may name although they are not public,
-    comma separated: `files.internal, 10.2.0.0/16`. Give api, gateway and workers the same."""
+    comma separated: `files.internal, 10.2.0.0/16`. Give api, gateway and workers the same. `none`
+    lists nothing, like the empty default; but without a keys file, `local` lists the addresses of
+    its machine unless this is set."""
     outbound_user_agent: str = Field("", pattern=r"^[ -~]*$")
     """User-Agent of requests to caller-supplied addresses, for example `img2img/0.1.0
     (+https://example.com/contact)`; some servers refuse one without a contact. Empty: `img2img/`

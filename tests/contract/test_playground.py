@@ -143,7 +143,12 @@ async def test_the_examples_of_the_docs_work_with_the_development_key() -> None:
     }
     assert example_of(config, jobs)["spec"]["init_image"] == {"url": url}
     assert example_of(config, "/api/v1/enterprise/update_s3")["key"] == "my-key"
-    for other in (Settings(), Settings(dev_key=True)):  # The api cannot download the example image.
+    closed = Settings(dev_key=True, http_port=8123, outbound_allow="none")
+    for other in (
+        Settings(),
+        Settings(dev_key=True),
+        closed,
+    ):  # The api cannot download the example image.
         assert example_of(other, jobs)["spec"]["init_image"]["url"].startswith("https://files.")
     assert example_of(Settings(), path)["key"] == "my-key"
     async with page_of(config) as http:

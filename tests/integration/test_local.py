@@ -14,6 +14,9 @@ import pytest
 
 from benchmarks.local_stack import local_stack
 from img2img_client import AsyncClient
+from img2img_server.local import local_settings
+from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.settings import Settings
 from tests.tiny_models import write_sd
 
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
@@ -47,6 +50,31 @@ async def said(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
     async with asyncio.timeout(120):
         output, _ = await process.communicate()
     return process.returncode, output.decode()
+
+
+@pytest.mark.parametrize(
+    ("has_keys", "allow", "is_listed"),
+    [
+        (False, "", True),
+        (False, "none", False),
+        (False, "files.internal", False),
+        (True, "", False),
+        (True, "none", False),
+        (True, "127.0.0.1", True),
+    ],
+)
+def test_addresses_of_this_machine_are_allowed_only_without_keys(
+    tmp_path: Path, has_keys: bool, allow: str, is_listed: bool
+) -> None:
+    keys_file = tmp_path / "keys.toml" if has_keys else None
+    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+    given = Settings(api_keys_file=keys_file, outbound_allow=allow, **ports)
+    found, _ = local_settings(given)
+    assert found.dev_key is not has_keys
+    policy = OutboundPolicy.of(found)
+    assert policy.lists_host("http://127.0.0.1:9333/") is is_listed
+    for host in ("[::1]", "localhost"):
+        assert policy.lists_host(f"http://{host}:9333/") is (is_listed and not allow)
 
 
 @pytest.mark.parametrize("setting", ["grpc_host", "http_host"])

@@ -200,7 +200,7 @@ def test_a_wrong_entry_of_the_list_is_named(text: str) -> None:
     assert repr(text) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", " ", ",", " , ,"])
+@pytest.mark.parametrize("text", ["", " ", ",", " , ,", "none", " None "])
 def test_an_empty_list_lists_nothing(text: str) -> None:
     assert OutboundPolicy.parse(text) == OutboundPolicy()
 

@@ -20,6 +20,7 @@ from img2img_server.compat.modelslab.responses import Error, Legacy
 from img2img_server.domain.params import Limits
 from img2img_server.domain.violations import required
 from img2img_server.gateway.v1.schemas import schemas as v1_schemas
+from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import host_port, reachable
 from img2img_server.settings import DEV_KEY, Settings
 
@@ -112,10 +113,11 @@ def _working(example: Schema, settings: Settings) -> Schema:
     changed = example | ({"key": DEV_KEY} if "key" in example else {})
     if "spec" in changed:
         changed["spec"] = _working(changed["spec"], settings)
-    can_download = settings.playground and settings.http_port and settings.outbound_allow
+    address = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"
+    url = f"{(settings.public_base_url or address).rstrip('/')}/playground/cat.jpg"
+    is_listed = OutboundPolicy.of(settings).lists_host(url)
+    can_download = settings.playground and settings.http_port and is_listed
     if can_download and "init_image" in changed:
-        address = f"http://{host_port(reachable(settings.http_host), settings.http_port)}"
-        url = f"{(settings.public_base_url or address).rstrip('/')}/playground/cat.jpg"
         changed["init_image"] = {"url": url} if isinstance(changed["init_image"], dict) else url
         changed["prompt"] = "an oil painting of a cat"
     return changed

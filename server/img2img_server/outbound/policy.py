@@ -84,9 +84,14 @@ class OutboundPolicy:
     def parse(cls, text: str) -> OutboundPolicy:
         """Reads the setting outbound_allow, for example "files.internal, 10.2.0.0/16, ::1".
 
+        Args:
+            text: Empty or "none" if nothing is listed.
+
         Raises:
             SettingsError: An entry is neither host nor network.
         """
+        if text.strip().lower() == "none":
+            return cls()
         hosts, networks = set(), []
         for entry in filter(None, (part.strip() for part in text.split(","))):
             try:
