@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from img2img_server.devstack.child import HOST, Child, binary
-from img2img_server.devstack.nats import MAX_PAYLOAD_BYTES, STORE_BYTES
+from img2img_server.devstack.nats import MIN_PAYLOAD_BYTES, STORE_BYTES
 from img2img_server.nats.connection import connect
 from img2img_server.ports import free_ports
 
@@ -44,7 +44,7 @@ class NatsCluster:
         config.write_text(
             f"server_name: {name}\n"
             f'listen: "{HOST}:{self._ports[f"clients {name}"]}"\n'
-            f"max_payload: {MAX_PAYLOAD_BYTES}\n"
+            f"max_payload: {MIN_PAYLOAD_BYTES}\n"
             f"jetstream {{ store_dir: {json.dumps(str(store))}, max_file_store: {STORE_BYTES} }}\n"
             "cluster {\n"
             "  name: compass\n"
