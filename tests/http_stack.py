@@ -150,14 +150,15 @@ class ServedGateway:
 
 
 @asynccontextmanager
-async def served_gateway() -> AsyncIterator[ServedGateway]:
+async def served_gateway(**changes: Any) -> AsyncIterator[ServedGateway]:
     """Yields a gateway on a free port. Jobs stop after their first step until the engine is
-    released.
+    released. `changes`: settings of the gateway.
     """
     engine = FakeEngine(hold_after=1)
     async with running_stack(engine, fetch=fetch_photo) as stack:
         stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
-        config = settings(api_address=stack.api.address, http_port=0, drain_seconds=5)
+        base_config = {"api_address": stack.api.address, "http_port": 0, "drain_seconds": 5}
+        config = settings(**base_config, **changes)
         task = asyncio.create_task(serve(config, stack.worker.blobs, stop, address.set_result))
         try:
             await asyncio.wait({task, address}, return_when=asyncio.FIRST_COMPLETED)

@@ -6,6 +6,7 @@ One user has a whole /64 network of IPv6, so its addresses count as one peer.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from urllib.parse import unquote
 
 _UNKNOWN = "unknown"
@@ -32,3 +33,12 @@ def grpc_peer_of(peer: str) -> str:
     """
     address = unquote(peer.partition(":")[2])
     return peer_of(address.rpartition(":")[0].strip("[]"))
+
+
+def is_in(host: str, networks: Iterable[str]) -> bool:
+    """Returns whether the address is one of these addresses, or in one of these networks."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return any(address in ipaddress.ip_network(each, strict=False) for each in networks)

@@ -8,7 +8,7 @@ No message contains the whole text, which may hold a password.
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -134,6 +134,18 @@ def origins(text: str) -> str:
     return text
 
 
+def networks(text: str) -> str:
+    """Accepts IP addresses and networks, comma separated, and an empty text."""
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            ip_network(entry)
+        except ValueError:
+            example = "such as 10.1.2.3 or 10.0.0.0/8"
+            fault = f"has the entry {entry!r}, which is no IP address or network, {example}"
+            raise ValueError(fault) from None
+    return text
+
+
 def sizes(text: str) -> str:
     """Accepts sizes of images, comma separated, and an empty text."""
     if not re.fullmatch(rf"\s*({_SIZE}(,\s*{_SIZE})*)?", text):
@@ -167,6 +179,7 @@ S3Endpoint = Annotated[str, _NO_SPACES, AfterValidator(s3_endpoint)]
 BucketName = Annotated[str, _NO_SPACES, AfterValidator(bucket_name)]
 OtlpEndpoint = Annotated[str, _NO_SPACES, AfterValidator(otlp_endpoint)]
 Origins = Annotated[str, AfterValidator(origins)]
+Networks = Annotated[str, AfterValidator(networks)]
 Sizes = Annotated[str, AfterValidator(sizes)]
 Device = Annotated[str, AfterValidator(device)]
 # The upper bounds are the limits of sockets, NATS, gRPC, timers and JSON.

@@ -37,6 +37,7 @@ from img2img_server.setting_syntax import (
     Count,
     Device,
     ListenHost,
+    Networks,
     OptionalPath,
     Origins,
     OtlpEndpoint,
@@ -318,10 +319,12 @@ class Settings(BaseSettings):
     max_tenant_calls: Count = Field(500, ge=1)
     """Most open event streams and job requests of a tenant at one api."""
     max_http_requests: Count = Field(2000, ge=1)
-    """Most open HTTP requests of one gateway, event streams included."""
+    """Most open HTTP connections of one gateway, event streams included. A tenant, and an address
+    without a key, has no more than it leaves free."""
     max_http_body_bytes: Bytes = Field(128 * 2**20, ge=32 * 2**20)
-    """Most bytes of HTTP request bodies that one gateway holds at a time; parsing and forwarding
-    them takes a few times as much memory. Bodies of more than 40,000 JSON values are rejected,
+    """Most bytes of HTTP request bodies with a valid key that one gateway holds at a time; parsing
+    and forwarding them takes a few times as much memory. A tenant holds no more than it leaves
+    free. Bodies of more than 40,000 JSON values are rejected,
     because they would take far more.
     """
     max_attempts: Count = Field(5, ge=1)
@@ -369,6 +372,10 @@ class Settings(BaseSettings):
     """Put the base64 texts of `base64` jobs into `output` instead of links. Files in a tenant's own
     storage keep their links, since the service does not read that storage.
     """
+    trusted_proxies: Networks = ""
+    """Addresses and networks of proxies in front of the gateway, comma separated: `10.0.0.0/8`.
+    Only their X-Forwarded-For and X-Forwarded-Proto are used. Empty: proxies on this machine.
+    Without the addresses of an ingress here, all its clients share the limits of one address."""
     cors_origins: Origins = "*"
     """Origins that browsers may call from, comma separated: `*` for all, `loopback` for pages of
     this machine. With `dev_key` the default is `loopback`, and pages of other origins are rejected,
@@ -451,6 +458,12 @@ class Settings(BaseSettings):
         if self.has_open_dev_key and "cors_origins" not in self.model_fields_set:
             return "loopback"
         return self.cors_origins
+
+    @property
+    def trusted_proxy_networks(self) -> list[str]:
+        """The entries of the setting trusted_proxies, or this machine."""
+        entries = [entry.strip() for entry in self.trusted_proxies.split(",")]
+        return list(filter(None, entries)) or ["127.0.0.1"]
 
     def read_file(self, name: str) -> bytes:
         """Returns the content of the file that a setting names.

@@ -17,6 +17,8 @@ from img2img_server import __version__
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
 from img2img_server.gateway.http.caching import NoStore
+from img2img_server.gateway.http.callers import Callers
+from img2img_server.gateway.http.connections import Connections
 from img2img_server.gateway.http.cors import Cors
 from img2img_server.gateway.http.files import Files, is_file_path, missing
 from img2img_server.gateway.http.middleware import AccessLog, NormalizePath, RequestLimits
@@ -62,6 +64,8 @@ def create_app(
         # off.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
+    proxies = settings.trusted_proxy_networks
+    app.state.connections = Connections(settings.max_http_requests, proxies)
     app.openapi = cache(partial(document, app, settings))  # type: ignore[method-assign]
 
     def refuse(error: RequestError) -> Response:
@@ -88,7 +92,8 @@ def create_app(
     # The middleware that is added last runs first.
     app.add_middleware(
         RequestLimits,
-        max_requests=settings.max_http_requests,
+        connections=app.state.connections,
+        callers=Callers(upstream.tenant),
         max_body_bytes=settings.max_http_body_bytes,
         refuse=refuse,
     )

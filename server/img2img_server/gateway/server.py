@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from img2img_server.gateway.app import create_app
+from img2img_server.gateway.http.connections import KEEP_ALIVE_SECONDS, BoundedProtocol
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import connect
 from img2img_server.lifecycle import first_of, unless_stopped
@@ -20,7 +23,6 @@ from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
 
-_KEEP_ALIVE_SECONDS = 75  # seconds; longer than the idle timeout of common load balancers
 log = structlog.get_logger()
 
 
@@ -74,15 +76,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _config(app: object, settings: Settings) -> uvicorn.Config:
+def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         lifespan="off",
         ws="none",  # The middleware then gets HTTP requests only.
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips="127.0.0.1",
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        http=partial(BoundedProtocol, app.state.connections),  # type: ignore[arg-type]
+        forwarded_allow_ips=list(settings.trusted_proxy_networks),
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )

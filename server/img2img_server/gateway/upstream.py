@@ -41,6 +41,7 @@ _CREATE_SECONDS = 60.0  # seconds; the time includes the download of the init im
 _CREATE_AGAIN_SECONDS = 5.0  # seconds; how long a call that creates a job is repeated
 _FIRST_PAUSE_SECONDS = 0.1  # seconds; the pause between two of these calls, doubled each time
 _CALL_SECONDS = 10.0
+_KEY_SECONDS = 1.0
 _STORAGE_CHECK_SECONDS = 90.0  # seconds; the check makes three requests to the tenant's storage
 _READS = ("GetCaller", "GetCapabilities", "GetJob", "ListJobs")
 # Methods without side effects are retried, for the time when one api stops and another one starts.
@@ -159,6 +160,11 @@ class Upstream:
         self.update = partial(_call, admin.UpdateServer, admin_service_pb2.UpdateServerRequest())
         self.clear_cache = partial(_call, admin.ClearCache, admin_service_pb2.ClearCacheRequest())
         self.clear_queue = partial(_call, admin.ClearQueue, admin_service_pb2.ClearQueueRequest())
+
+    async def tenant(self, key: str) -> str:
+        """Returns the tenant of the key."""
+        request = service_pb2.GetCallerRequest()
+        return (await _call(self._stub.GetCaller, request, key, _KEY_SECONDS)).tenant
 
     async def create(self, creation: Creation) -> job_pb2.Job:
         """Creates a job, or returns the one that the request_id created before.

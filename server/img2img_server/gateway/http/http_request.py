@@ -9,13 +9,14 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.http.callers import header_key
 
 MAX_BODY_BYTES = 32 * 2**20
 # Most clients read the response only after they have sent the whole body. So up to this many bytes
@@ -23,6 +24,9 @@ MAX_BODY_BYTES = 32 * 2**20
 # instead of the response.
 _MAX_DISCARDED_BYTES = 32 * 2**20
 _BODY_SECONDS = 120.0
+# Each part of this size must arrive in this time: 8 KiB a second.
+_PART_BYTES = 80 * 2**10
+_PART_SECONDS = 10.0
 # A parsed value takes far more memory than its text, so the values are counted before parsing. One
 # of these bytes precedes each value except the first of an object. Bytes inside strings count too:
 # prompts and annotations of the greatest length can have 36,000 of them.
@@ -67,31 +71,48 @@ def _not_json(request: Request) -> RequestError:
     return RequestError(ErrorKind.INVALID_JSON, message, reason="UNSUPPORTED_MEDIA_TYPE")
 
 
-async def _read(request: Request) -> bytes:
-    announced = request.headers.get("content-length", "")
-    error: ErrorKind | None = None
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        error = ErrorKind.TOO_LARGE
+async def _read(request: Request) -> bytearray:
+    """Returns the body. Raises RequestError, TimeoutError."""
+    text = request.headers.get("content-length", "")
+    announced = int(text) if text.isdecimal() else 0
+    error: RequestError | None = None
+    if announced > MAX_BODY_BYTES:
+        error = RequestError(ErrorKind.TOO_LARGE)
         if "expect" in request.headers:  # The client has not sent the body yet.
-            raise RequestError(error)
-    chunks: list[bytes] = []
+            raise error
+    body = bytearray()
     size = 0
-    async for chunk in request.stream():
+    async for chunk in _parts(request):
         size += len(chunk)
         if size > MAX_BODY_BYTES + _MAX_DISCARDED_BYTES:
             break
         if size > MAX_BODY_BYTES:
-            error = ErrorKind.TOO_LARGE
-        elif not error and not request.state.body.reserve(len(chunk)):
-            error = ErrorKind.UNAVAILABLE
+            error = RequestError(ErrorKind.TOO_LARGE)
+        if not error:
+            body += chunk
+            try:
+                await request.state.body.count(body, announced)
+            except RequestError as refused:
+                error = refused
         if error:
-            chunks.clear()
+            body.clear()
             request.state.body.release()
-        else:
-            chunks.append(chunk)
     if error:
-        raise RequestError(error, retry_seconds=1)
-    return b"".join(chunks)
+        raise error
+    return body
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    """Yields the body as it arrives. Raises TimeoutError if it arrives too slowly."""
+    size = 0
+    stream = request.stream()
+    async with asyncio.timeout(_PART_SECONDS) as part:
+        async for chunk in stream:
+            yield chunk
+            size += len(chunk)
+            if size >= _PART_BYTES:
+                size = 0
+                part.reschedule(asyncio.get_running_loop().time() + _PART_SECONDS)
 
 
 def find_key(request: Request, body: Mapping[str, Any]) -> str:
@@ -110,10 +131,7 @@ def _find_key(request: Request, body: Mapping[str, Any]) -> str:
     in_body = body.get("key")
     if in_body is not None and in_body != "":
         return in_body if isinstance(in_body, str) else ""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return request.headers.get("key") or request.headers.get("x-api-key") or ""
+    return header_key(request.headers)
 
 
 def link_base(request: Request, public_base_url: str) -> str:

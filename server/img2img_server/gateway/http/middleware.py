@@ -1,15 +1,13 @@
-"""Middleware of all requests: the path, the log line, metrics, the span, and limits.
-
-The limits count all callers together, because a request is held before its key is known.
-"""
+"""Middleware of all requests: the path, the log line, metrics, the span, and limits."""
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import structlog
 from opentelemetry import trace
@@ -20,8 +18,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from img2img_server.budget import Budget, Share
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.errors import ServerBusyError
+from img2img_server.gateway.http.callers import Callers, KeySearch, header_key
+from img2img_server.gateway.http.connections import SCOPE_KEY, Connection, Connections
 from img2img_server.gateway.http.request_ids import RESPONSE_HEADER
+from img2img_server.peers import peer_of
 from img2img_server.tracing import end, enter, extracted
 
 REQUESTS = Counter("img2img_http_requests_total", "HTTP requests.", ["route", "method", "code"])
@@ -33,6 +36,9 @@ SECONDS = Histogram(
 )
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
 PROBES = ("/healthz", "/readyz")
+# Bytes of bodies without a valid key. A single peer can send one of the largest size.
+PEER_BYTES: Final = 64 * 2**20
+UNCOUNTED_BYTES: Final = 16 * 2**10  # of each body without a valid key
 Refuse: TypeAlias = Callable[[RequestError], Response]
 log = structlog.get_logger()
 
@@ -108,51 +114,118 @@ class AccessLog:
 
 
 class RequestLimits:
-    """Rejects requests beyond `max_requests`, probes excepted. Gives every other request a HeldBody
-    as `request.state.body`. All of these together hold at most `max_body_bytes`."""
+    """Counts every request but probes to its tenant or its peer, and rejects it if they have no
+    more room. Gives it a HeldBody as `request.state.body`.
+
+    The tenant is that of the key in the headers. Without one, the request counts to its peer until
+    its body shows a valid key.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, max_requests: int, max_body_bytes: int, refuse: Refuse
+        self,
+        app: ASGIApp,
+        *,
+        connections: Connections,
+        callers: Callers,
+        max_body_bytes: int,
+        refuse: Refuse,
     ) -> None:
         self._app = app
-        self._free_requests = max_requests
-        self.free_body_bytes = max_body_bytes
+        self._connections = connections
+        self.callers = callers
+        self.tenant_bytes = Budget("http body bytes", max_body_bytes, leaves_free=True)
+        self.peer_bytes = Budget("http body bytes without a key", PEER_BYTES, leaves_free=True)
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
-        if self._free_requests == 0:
-            response = self._refuse(RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1))
-            await response(scope, receive, send)
+        peer = peer_of((scope.get("client") or ("",))[0])
+        # A server without sockets, as in tests, has no connections.
+        connection = scope.get(SCOPE_KEY) or self._connections.open(peer, lambda: None)
+        if connection is None:
+            await self._reject(scope, receive, send)
             return
-        body = scope.setdefault("state", {})["body"] = HeldBody(self)
-        self._free_requests -= 1
+        body = HeldBody(self, connection, peer)
+        scope.setdefault("state", {})["body"] = body
         try:
+            body.know(await self.callers.tenant(header_key(Headers(scope=scope))))
+        except RequestError:
+            await self._reject(scope, receive, send)
+        else:
             await self._app(scope, receive, send)
         finally:
-            self._free_requests += 1
             body.release()
+            if SCOPE_KEY not in scope:
+                self._connections.close(connection)
+
+    def claim(self, connection: Connection, owner: str, *, has_key: bool) -> None:
+        """Counts the connection to the owner. Raises RequestError if the owner has no more room."""
+        if not self._connections.claim(connection, owner, has_key=has_key):
+            raise RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1)
+
+    async def _reject(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = self._refuse(RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1))
+        await response(scope, receive, send)
 
 
 class HeldBody:
-    """The bytes of one request's body that count against the limit."""
+    """The bytes of one request's body, which count to the tenant of its key or to its peer."""
 
-    def __init__(self, limits: RequestLimits) -> None:
+    def __init__(self, limits: RequestLimits, connection: Connection, peer: str) -> None:
         self._limits = limits
-        self._size = 0
+        self._connection = connection
+        self._peer = peer
+        self._tenant = ""
+        self._search = KeySearch()
+        self._share: Share | None = None
 
-    def reserve(self, size: int) -> bool:
-        """Counts `size` more bytes. Returns False when they exceed the limit."""
-        if size > self._limits.free_body_bytes:
-            return False
-        self._limits.free_body_bytes -= size
-        self._size += size
-        return True
+    def know(self, tenant: str) -> None:
+        """Counts the request to the tenant; "" counts it to its peer.
+
+        Raises:
+            RequestError: The tenant or the peer has no more room.
+        """
+        self._tenant = tenant
+        owner = f"tenant {tenant}" if tenant else self._peer
+        self._limits.claim(self._connection, owner, has_key=bool(tenant))
+
+    async def count(self, body: bytearray, announced: int) -> None:
+        """Counts the part of the body that has arrived, and looks for a key in it.
+
+        Args:
+            announced: The size of the whole body, or 0 if it is not known.
+
+        Raises:
+            RequestError: The tenant or the peer has no more room.
+        """
+        if not self._tenant:
+            for key in self._search.candidates(body):
+                if tenant := await self._limits.callers.tenant(key):
+                    self.release()
+                    self.know(tenant)
+                    break
+        # A key at the beginning is found, whatever the peer holds.
+        size = max(len(body), announced) if self._tenant else max(0, len(body) - UNCOUNTED_BYTES)
+        try:
+            self._grow(size)
+        except ServerBusyError as error:
+            seconds = math.ceil(error.retry_seconds or 1)
+            raise RequestError(ErrorKind.UNAVAILABLE, retry_seconds=seconds) from None
+
+    def _grow(self, size: int) -> None:
+        if self._share:
+            self._share.resize(max(size, self._share.amount))
+        elif self._tenant:
+            self._share = self._limits.tenant_bytes.try_take(self._tenant, size)
+        elif size:
+            self._share = self._limits.peer_bytes.try_take(self._peer, size)
 
     def release(self) -> None:
         """Stops counting the body. Call it once no part of the body is in memory; a second call has
-        no effect."""
-        self._limits.free_body_bytes += self._size
-        self._size = 0
+        no effect.
+        """
+        if self._share:
+            self._share.release()
+            self._share = None
