@@ -42,7 +42,12 @@ QUEUED_GPU_SECONDS = Gauge(
     "Estimated device time of jobs that have not ended: `waiting` for a worker, or `taken` by one.",
     ["model", "lane", "state"],
 )
-JOBS_RUNNING = Gauge("img2img_jobs_running", "Jobs this worker has taken and not ended.")
+UNFINISHED_JOBS = Gauge(
+    "img2img_unfinished_jobs",
+    "Jobs that wait or run, in the whole installation.",
+    ["model", "lane"],
+)
+JOBS_RUNNING = Gauge("img2img_jobs_running", "Jobs that this worker has begun and not ended.")
 CLOCK_SKEW = Gauge(
     "img2img_clock_skew_seconds",
     "This machine's clock minus that of NATS or the object store.",

@@ -13,7 +13,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from img2img_server import telemetry
 from img2img_server.domain.params import Lane
 from img2img_server.gateway.http import middleware
-from img2img_server.nats import subjects
 from tests.chart_render import ROOT, SETS, Object, of_kind, pods, render
 
 # Metrics of Prometheus itself, with the labels that the operator adds to targets.
@@ -97,18 +96,28 @@ def test_the_scaler_asks_for_the_queued_device_time_of_its_pool() -> None:
     ("name", "pool", "model"),
     [("two-pools", "turbo", "sd-turbo"), ("everything", "default", "private.v2")],
 )
-def test_the_scaler_names_the_consumers_that_the_workers_share(
+def test_the_scaler_reads_the_unfinished_jobs_of_each_lane_from_the_api(
     name: str, pool: str, model: str
 ) -> None:
     scaled = next(
         each for key, each in of_kind(render(name), "ScaledObject").items() if key.endswith(pool)
     )
     asked = {each["name"]: each["metadata"] for each in scaled["spec"]["triggers"]}
-    assert {lane: each["consumer"] for lane, each in asked.items()} == {
-        lane.value: subjects.lane_consumer(model, lane) for lane in Lane
+    assert {lane: each["valueLocation"] for lane, each in asked.items()} == {
+        lane.value: f'img2img_unfinished_jobs{{lane="{lane.value}",model="{model}"}}'
+        for lane in Lane
     }
-    assert {each["stream"] for each in asked.values()} == {subjects.JOBS}
-    assert int(asked["batch"]["lagThreshold"]) > int(asked["realtime"]["lagThreshold"])
+    for each in asked.values():
+        assert_exported(each["valueLocation"])
+    (url,) = {each["url"] for each in asked.values()}
+    (service,) = (
+        each
+        for key, each in of_kind(render(name), "Service").items()
+        if key.endswith("api-headless")
+    )
+    (port,) = (each["port"] for each in service["spec"]["ports"] if each["name"] == "metrics")
+    assert url == f"http://{service['metadata']['name']}.demo.svc:{port}/metrics"
+    assert int(asked["batch"]["targetValue"]) > int(asked["realtime"]["targetValue"])
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -70,11 +70,10 @@ def test_everything_that_is_missing_is_said_at_once() -> None:
         ),
         ("default", "workers.default.model.source=/models/x", "/models/x needs a modelCache"),
         ("default", "workers.default.modelCache.type=image", "modelCache.image is missing"),
-        ("default", "workers.default.autoscaling.enabled=true", "needs nats.monitoringEndpoint"),
         (
             "two-pools",
-            "workers.turbo.autoscaling.minReplicas=0",
-            "workers.turbo: the trigger jetstream needs minReplicas of 1 or more",
+            "api.enabled=false",
+            "workers.turbo: without an api in this release, the trigger jobs needs",
         ),
     ],
 )

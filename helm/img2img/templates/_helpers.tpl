@@ -68,9 +68,10 @@ nats://{{ include "img2img.fullname" . }}-nats:4222
 {{- end -}}
 {{- end -}}
 
-{{- define "img2img.natsMonitoring" -}}
-{{- $own := printf "%s-nats.%s.svc:8222" (include "img2img.fullname" .) .Release.Namespace -}}
-{{- ternary $own .Values.nats.monitoringEndpoint .Values.quickstart.nats.enabled -}}
+{{- define "img2img.apiMetrics" -}}
+{{- $root := index . 0 -}}
+{{- $own := printf "http://%s-api-headless.%s.svc:9090/metrics" (include "img2img.fullname" $root) $root.Release.Namespace -}}
+{{- default (ternary $own "" $root.Values.api.enabled) (index . 1).apiMetricsUrl -}}
 {{- end -}}
 
 {{- define "img2img.s3Url" -}}

@@ -68,11 +68,8 @@
 {{- if and (eq $cache "image") (not $pool.modelCache.image) -}}
 {{- $mistakes = append $mistakes (printf "workers.%s: modelCache.image is missing" $name) -}}
 {{- end -}}
-{{- if and $auto.enabled (eq $auto.trigger "jetstream") (not (include "img2img.natsMonitoring" $)) -}}
-{{- $mistakes = append $mistakes (printf "workers.%s: the trigger jetstream needs nats.monitoringEndpoint" $name) -}}
-{{- end -}}
-{{- if and $auto.enabled (eq $auto.trigger "jetstream") (lt (int $auto.minReplicas) 1) -}}
-{{- $mistakes = append $mistakes (printf "workers.%s: the trigger jetstream needs minReplicas of 1 or more: where no worker ever was, KEDA takes the whole stream for the queue" $name) -}}
+{{- if and $auto.enabled (eq $auto.trigger "jobs") (not (include "img2img.apiMetrics" (list $ $auto))) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: without an api in this release, the trigger jobs needs autoscaling.apiMetricsUrl" $name) -}}
 {{- end -}}
 {{- if and $auto.enabled (eq $auto.trigger "prometheus") (not $auto.prometheusAddress) -}}
 {{- $mistakes = append $mistakes (printf "workers.%s: the trigger prometheus needs autoscaling.prometheusAddress" $name) -}}

@@ -21,7 +21,7 @@ from img2img_server.domain.schedulers import model_runs
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import JobQueue, LaneLoad
 from img2img_server.interfaces.records import WorkerRegistry
-from img2img_server.telemetry import QUEUED_GPU_SECONDS
+from img2img_server.telemetry import QUEUED_GPU_SECONDS, UNFINISHED_JOBS
 
 log = structlog.get_logger()
 
@@ -125,6 +125,7 @@ class Backlog:
             step_seconds = await self._pixel_step_seconds(model)
             for lane in Lane:
                 load = await self._queue.load(model.name, lane)
+                UNFINISHED_JOBS.labels(model.name, lane.value).set(load.waiting + load.taken)
                 for state, pixel_steps in self._work(model, lane, load):
                     found[model.name, lane, state] = pixel_steps * step_seconds
         return found
@@ -154,6 +155,7 @@ class Backlog:
                 found = await self.measure()
             except Exception as error:  # A failed measurement must not end the api.
                 QUEUED_GPU_SECONDS.clear()
+                UNFINISHED_JOBS.clear()
                 if not isinstance(error, UnavailableError):
                     log.error("queued_device_time_not_measured", exc_info=error)
             else:
