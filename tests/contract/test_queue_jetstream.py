@@ -32,7 +32,7 @@ from img2img_server.domain.job import FIRST_JOB_ID
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError, UnavailableError
-from img2img_server.interfaces.queue import QueuedJob, WorkerCommand
+from img2img_server.interfaces.queue import QueuedJob, WorkerCommand, slot_of
 from img2img_server.interfaces.records import UnreadableError
 from img2img_server.nats import codec, connection, follow, subjects
 from img2img_server.nats.bus import Bus, connect_bus
@@ -179,14 +179,16 @@ async def test_a_watch_goes_on_through_a_restart_without_gap_or_duplicate(nats: 
             assert [(await anext(events)).event for _ in range(2)] == [step(2), step(3)]
 
 
-async def test_a_pull_is_released_when_the_connection_comes_back(nats: Nats) -> None:
+async def test_a_waiting_pull_gets_a_job_after_the_connection_came_back(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, asyncio.TaskGroup() as tasks:
         pulling = tasks.create_task(bus.queue.pull(MODEL, [Lane.REALTIME], 1, 60.0))
         assert await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05) == []
         await nats.stop()
         await nats.start()
         async with asyncio.timeout(LONG):
-            assert await pulling == []
+            await later(lambda: bus.queue.put(a_job(), MODEL, Lane.REALTIME))
+            (delivery,) = await pulling
+        assert delivery.job == a_job()
 
 
 async def test_a_watch_goes_on_although_its_notices_are_lost(nats: Nats) -> None:
@@ -266,7 +268,7 @@ async def test_a_dead_letter_keeps_the_job_without_its_image_and_says_why(nats: 
         await delivery.term("given up\nafter 5 attempts")
         dead = await link.last(subjects.DEAD, "img2img.dead.>")
         assert dead is not None
-        assert dead.subject == "img2img.dead.atelier.realtime.acme"
+        assert dead.subject == "img2img.dead.atelier.realtime.0.62.acme"
         assert codec.decode(dead.data or b"", QueuedJob) == replace(a_job(), init_image=b"")
         assert dead.headers is not None
         assert dead.headers["Img2img-Reason"] == "given up after 5 attempts"
@@ -299,11 +301,14 @@ async def test_a_job_that_cannot_be_read_goes_to_the_dead_letters_and_the_others
 
 async def test_a_lost_consumer_is_created_again(nats: Nats) -> None:
     async with connect_bus(nats.settings) as bus, raw(nats.settings) as link:
-        assert await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05) == []
-        await link.js.delete_consumer(subjects.JOBS, subjects.lane_consumer(MODEL, Lane.REALTIME))
+        await bus.queue.put(a_job(), MODEL, Lane.REALTIME)
+        (delivery,) = await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)
+        await delivery.ack()
+        source = (Lane.REALTIME, 0, slot_of("acme"))
+        await link.js.delete_consumer(subjects.JOBS, subjects.source_consumer(MODEL, *source))
+        await bus.queue.put(a_job(JOB + 1), MODEL, Lane.REALTIME)
         with pytest.raises(UnavailableError):
             await bus.queue.pull(MODEL, [Lane.REALTIME], 1, 0.05)
-        await bus.queue.put(a_job(), MODEL, Lane.REALTIME)
         assert len(await bus.queue.pull(MODEL, [Lane.REALTIME], 1, LONG)) == 1
 
 

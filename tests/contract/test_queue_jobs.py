@@ -157,7 +157,8 @@ async def test_unfinished_counts_the_jobs_of_one_tenant_in_all_models_and_lanes(
     delivery = await pull_one(bus)  # A running job counts as unfinished.
     assert await counts() == [4, 1, 0, 0]
     await delivery.ack()
-    assert await counts() == [3, 1, 0, 0]
+    acme = delivery.job.tenant == "acme"
+    assert await counts() == [4 - acme, acme, 0, 0]
 
 
 async def test_a_job_put_twice_is_queued_once(bus: Bus) -> None:

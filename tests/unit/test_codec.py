@@ -286,17 +286,17 @@ def test_tokens_are_plain_and_no_two_names_share_one() -> None:
 
 def test_subjects_look_as_documented() -> None:
     assert [
-        subjects.jobs_subject("sd 1.5", Lane.REALTIME, "acme"),
-        subjects.dead_subject(subjects.jobs_subject("sd 1.5", Lane.BATCH, "acme")),
-        subjects.lane_filter("sd 1.5", Lane.BATCH),
-        subjects.lane_consumer("sd 1.5", Lane.BATCH),
+        subjects.jobs_subject("sd 1.5", Lane.REALTIME, 2, "acme"),
+        subjects.dead_subject(subjects.jobs_subject("sd 1.5", Lane.BATCH, 0, "acme")),
+        subjects.source_filter("sd 1.5", Lane.BATCH, 0, 7),
+        subjects.source_consumer("sd 1.5", Lane.BATCH, 0, 7),
         subjects.log_subject(10_000_001),
         subjects.preview_subject(10_000_001, 3),
     ] == [
-        "img2img.jobs.sd=201=2E5.realtime.acme",
-        "img2img.dead.sd=201=2E5.batch.acme",
-        "img2img.jobs.sd=201=2E5.batch.*",
-        "worker-sd=201=2E5-batch",
+        "img2img.jobs.sd=201=2E5.realtime.2.62.acme",
+        "img2img.dead.sd=201=2E5.batch.0.62.acme",
+        "img2img.jobs.sd=201=2E5.batch.0.7.*",
+        "worker-sd=201=2E5-batch-0-7",
         "img2img.events.10000001.log",
         "img2img.events.10000001.preview.3",
     ]

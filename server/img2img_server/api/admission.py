@@ -26,6 +26,7 @@ from img2img_server.domain.resolve import fit_size, resolve
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.imaging.base import CheckedImage, InvalidImageError
 from img2img_server.imaging.prepare import OWN_MAX_BYTES, Fit
+from img2img_server.interfaces.queue import size_of
 from img2img_server.nats.rates import Rates
 from img2img_server.prompts import NO_REWRITER, rewrite
 from img2img_server.tasks import background_task
@@ -56,6 +57,7 @@ class Admitted:
     original_prompt: str
     warning: str
     pixel_steps: int  # the cost of the job
+    size: int  # the size class of the job in the queue
     image: CheckedImage
     fetch_seconds: float
     position: int  # number of jobs that are queued before this one
@@ -153,8 +155,17 @@ class Admission:
         ignored = convert.unknown_fields(spec)
         warning = join_warnings(caller.warning, ignored, *resolving, rewriting)
         seconds = time.monotonic() - started
-        work = params.pixel_steps(model.strength_rule)
-        return Admitted(params, original_prompt, warning, work, image, seconds, position, eta)
+        return Admitted(
+            params=params,
+            original_prompt=original_prompt,
+            warning=warning,
+            pixel_steps=params.pixel_steps(model.strength_rule),
+            size=size_of(model.work(params)),
+            image=image,
+            fetch_seconds=seconds,
+            position=position,
+            eta_seconds=eta,
+        )
 
     def _context(self, model: ModelInfo | None, scheduler: str) -> ValidationContext:
         listed = self._deps.policy.lists_host

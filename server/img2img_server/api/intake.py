@@ -154,7 +154,8 @@ class Intake:
             trace=injected(),
             permit=job.permit,
         )
-        place = await self._queue.put(message, job.params.model, job.params.lane)
+        params = job.params
+        place = await self._queue.put(message, params.model, params.lane, accepted.size)
         try:
             job = replace(job, queue_sequence=place, last_event=max(1, writer.sequence))
             stored, is_new = Stored(job, await self._jobs.update(job, revision)), True

@@ -89,6 +89,13 @@ class ModelInfo:
             return true_cfg_forwards(params.negative_prompt, params.true_cfg_scale)
         return self.guidance.forwards(params.guidance_scale)
 
+    def work(self, params: JobParams) -> float:
+        """Returns the forwards of all samples of a job, each counted as a share of one at the
+        model's native size.
+        """
+        pixels = params.pixel_steps(self.strength_rule) * self.forwards(params)
+        return pixels / self.native_size**2
+
     def limits(self, service: Limits, scheduler: str = "") -> Limits:
         """Returns the limits of requests for this model: those of the service, narrowed by those of
         the model and of the scheduler; an empty name means the model's default scheduler."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,14 +16,11 @@ _CUT_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class EngineJob:
-    """The engine's request to run one job.
-
-    A strength at which no step runs returns the init image, where stock diffusers raises.
+class JobPlan:
+    """A job as far as the order of jobs depends on it.
 
     Attributes:
         params: The parameters from the job's record; every default is filled in.
-        init_image: The prepared init image, exactly height x width x 3.
         enqueue_time: Monotonic seconds, by which waiting jobs are ordered; 0.0: the time of
             `submit`.
         deadline: Monotonic seconds after which the images are of no use; None: never.
@@ -32,9 +29,29 @@ class EngineJob:
     job_id: int
     tenant: str
     params: JobParams
-    init_image: Pixels
     enqueue_time: float = 0.0
     deadline: float | None = None
+
+    @property
+    def height(self) -> int:
+        return self.params.height
+
+    @property
+    def width(self) -> int:
+        return self.params.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineJob(JobPlan):
+    """The engine's request to run one job.
+
+    A strength at which no step runs returns the init image, where stock diffusers raises.
+
+    Attributes:
+        init_image: The prepared init image, exactly height x width x 3.
+    """
+
+    init_image: Pixels
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -167,6 +184,12 @@ class Engine(Protocol):
 
         Raises:
             EngineError: the engine is stopped.
+        """
+        ...
+
+    def next_jobs(self, plans: Sequence[JobPlan]) -> Collection[int]:
+        """Returns the ids of the jobs that would take part in the next step if the planned jobs
+        were added to those of the engine now. Rows that end at once count no more.
         """
         ...
 

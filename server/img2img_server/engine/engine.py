@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -17,12 +17,13 @@ import torch
 
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
-from img2img_server.engine.base import EngineJob, Sink
+from img2img_server.engine.base import EngineJob, JobPlan, Sink
 from img2img_server.engine.denoiser import Denoiser
 from img2img_server.engine.dispatch import EventDispatcher
 from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelSpec
-from img2img_server.engine.rows import EngineJobState
+from img2img_server.engine.rows import EngineJobState, rows_of, text_of
+from img2img_server.engine.scheduler import Row
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
 
@@ -53,6 +54,7 @@ class DiffusionEngine:
         self._events = EventDispatcher(self._on_copy_failed)
         self._loop = StepLoop(denoiser, spec, max_batch_size, memory, self._events)
         self._lock = threading.Lock()
+        self._arriving: dict[int, JobPlan] = {}  # submitted jobs that the step loop has not added
         self._stopping = False
         self._busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -82,7 +84,31 @@ class DiffusionEngine:
         with self._lock:
             if self._stopping:
                 raise EngineError("the engine is stopped")
-            self._calls.put(partial(self._loop.begin, job, sink))
+            self._arriving[job.job_id] = job
+            self._calls.put(partial(self._begin, job, sink))
+
+    def _begin(self, job: EngineJob, sink: Sink) -> None:
+        self._loop.begin(job, sink)
+        with self._lock:
+            self._arriving.pop(job.job_id, None)
+
+    def next_jobs(self, plans: Sequence[JobPlan]) -> Collection[int]:
+        with self._lock:
+            jobs = {plan.job_id: plan for plan in (*plans, *self._arriving.values())}
+        now = time.monotonic()
+        rows = [row for job in jobs.values() for row in self._rows(job, now)]
+        without_steps = jobs.keys() - {row.job_id for row in rows}
+        return self._loop.outlook.next_jobs(rows, now) | without_steps
+
+    def _rows(self, job: JobPlan, now: float) -> list[Row]:
+        """Returns the rows that a job will have; none if no step runs."""
+        params, text = job.params, text_of(job)
+        rule = self._spec.info.strength_rule
+        steps = params.pixel_steps(rule) // (params.samples * job.height * job.width)
+        if not steps:
+            return []
+        forwards, key = self._denoiser.forwards(text), self._denoiser.batch_key(text)
+        return rows_of(job, forwards, steps, key, now)
 
     def cancel(self, job_id: int) -> None:
         self._calls.put(partial(self._loop.cancel, job_id))

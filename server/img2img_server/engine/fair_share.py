@@ -36,3 +36,9 @@ class FairShare:
         self._work = {
             tenant: work for tenant, work in self._work.items() if tenant in present or work > least
         }
+
+    def copy(self) -> FairShare:
+        """Returns an independent copy."""
+        other = FairShare()
+        other._work = dict(self._work)
+        return other

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from img2img_server.domain.events import StepFinished
 from img2img_server.domain.job import Timings
-from img2img_server.engine.base import EngineEvent, EngineJob, JobDone, SampleReady, Sink
+from img2img_server.engine.base import (
+    EngineEvent,
+    EngineJob,
+    JobDone,
+    JobPlan,
+    SampleReady,
+    Sink,
+)
 from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
 from img2img_server.engine.host_copy import to_device
 from img2img_server.engine.sampler import Schedule, Step, coefficient_table, draw_noise
@@ -139,24 +146,7 @@ class EngineJobState:
 
     def rows(self, now: float) -> list[Row]:
         """Returns the rows of the job for the scheduler."""
-        job, params = self.job, self.job.params
-        scale = params.lora_scale if params.lora else 0.0
-        return [
-            Row(
-                job_id=job.job_id,
-                sample=sample,
-                tenant=job.tenant,
-                lane=params.lane,
-                height=job.height,
-                width=job.width,
-                forwards=self.forwards,
-                steps=len(self.schedule.steps),
-                enqueue_time=job.enqueue_time or now,
-                batch_key=(self.batch_key, params.lora, scale),
-                deadline=job.deadline,
-            )
-            for sample in range(len(job.seeds))
-        ]
+        return rows_of(self.job, self.forwards, len(self.schedule.steps), self.batch_key, now)
 
     def prepare(self, conditioning: Conditioning, image: ImageLatents) -> None:
         """Creates the samples; draws noise in the order of diffusers: first the autoencoder's."""
@@ -208,7 +198,29 @@ def _noise(generator: torch.Generator, like: Tensor) -> Tensor:
     return to_device(draw_noise(generator, like), like.device)
 
 
-def text_of(job: EngineJob) -> TextInput:
+def rows_of(job: JobPlan, forwards: int, steps: int, batch_key: Hashable, now: float) -> list[Row]:
+    """Returns the rows of a job for the scheduler."""
+    params = job.params
+    scale = params.lora_scale if params.lora else 0.0
+    return [
+        Row(
+            job_id=job.job_id,
+            sample=sample,
+            tenant=job.tenant,
+            lane=params.lane,
+            height=job.height,
+            width=job.width,
+            forwards=forwards,
+            steps=steps,
+            enqueue_time=job.enqueue_time or now,
+            batch_key=(batch_key, params.lora, scale),
+            deadline=job.deadline,
+        )
+        for sample in range(params.samples)
+    ]
+
+
+def text_of(job: JobPlan) -> TextInput:
     """Returns the text input of a job."""
     params = job.params
     return TextInput(

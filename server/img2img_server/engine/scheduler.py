@@ -11,7 +11,7 @@ saves time for the rows that join and for the rows that still wait.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from img2img_server.domain.params import Lane
@@ -26,6 +26,8 @@ _HEAD_START_SECONDS = 0.1
 _URGENT_RATIO = 2.0
 _SPEED_WEIGHT = 0.2
 _LIMIT_SECONDS = 600.0
+# A job is taken this long before its first step, so that the device does not wait for its record.
+LEAD_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +169,36 @@ class Scheduler:
         """Limits the forwards of batches of this size for a while. A single row always runs."""
         most = min(forwards, self._limit(height, width, now))
         self._limits[height, width] = most, now + _LIMIT_SECONDS
+
+    def copy(self) -> Scheduler:
+        """Returns an independent copy, which another thread may ask for `next_jobs`."""
+        other = Scheduler(self._max_batch_size, self._fixed_step_cost, self._max_wait_seconds)
+        other._limits = dict(self._limits)
+        other._entries = {key: replace(entry) for key, entry in self._entries.items()}
+        other._work_of_tenant = self._work_of_tenant.copy()
+        other._seconds_per_work = self._seconds_per_work
+        return other
+
+    def next_jobs(self, rows: Iterable[Row], now: float) -> frozenset[int]:
+        """Returns the jobs that would take part in the next step if these rows were added now.
+
+        Rows in flight that will end within LEAD_SECONDS count no more. The scheduler does not
+        change.
+        """
+        later = self.copy()
+        for key, entry in list(later._entries.items()):
+            if entry.in_flight and self._ends_soon(entry):
+                later._remove(key)
+            entry.in_flight = False
+        for row in rows:
+            if row.key not in later._entries:
+                later.add(row, now)
+        batch = later.next_batch(now)
+        return frozenset(row.job_id for row in batch.rows) if batch else frozenset()
+
+    def _ends_soon(self, entry: _Entry) -> bool:
+        seconds = entry.work_left * self._seconds_per_work
+        return entry.steps_left == 1 or 0.0 < seconds <= LEAD_SECONDS
 
     def next_batch(self, now: float) -> Batch | None:
         """Returns the rows that step next, or None. Each stays in flight until `complete`."""

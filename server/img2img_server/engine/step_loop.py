@@ -73,6 +73,15 @@ class StepLoop:
         self._memory = memory
         self._runs: dict[int, EngineJobState] = {}
         self._lost = False  # whether the device is permanently lost
+        self._outlook = self._scheduler.copy()
+
+    @property
+    def outlook(self) -> Scheduler:
+        """Returns a copy of the scheduler as it was after the last change, for other threads."""
+        return self._outlook
+
+    def _publish(self) -> None:
+        self._outlook = self._scheduler.copy()
 
     @property
     def has_work(self) -> bool:
@@ -144,12 +153,14 @@ class StepLoop:
         now = time.monotonic()
         for row in run.rows(now):
             self._scheduler.add(row, now)
+        self._publish()
 
     def copy_failed(self, run: EngineJobState, error: Exception) -> None:
         """Ends a job with an image that could not be copied to the host."""
         if self._runs.get(run.job.job_id) is run:
             del self._runs[run.job.job_id]
             self._scheduler.cancel(run.job.job_id)
+            self._publish()
         self._events.emit_final_event(run, self._final_event(run, error))
         if self._lost:
             self.stop_all()
@@ -157,6 +168,7 @@ class StepLoop:
     def _end(self, job_id: int, event: JobStopped | JobFailed | DeviceLost) -> None:
         if run := self._runs.pop(job_id, None):
             self._scheduler.cancel(job_id)
+            self._publish()
             self._events.emit(run, event)
 
     def _fail(self, run: EngineJobState, error: Exception) -> None:
@@ -179,6 +191,7 @@ class StepLoop:
     def run_batch(self) -> None:
         """Runs the next step of the batch that the scheduler picks. Never raises."""
         batch = self._scheduler.next_batch(time.monotonic())
+        self._publish()
         if batch is None:
             return
         try:
@@ -215,6 +228,7 @@ class StepLoop:
         samples = [self._runs[row.job_id].samples[row.sample] for row in rows]
         self._step(samples)
         finished = set(self._scheduler.complete([row.key for row in rows], time.monotonic()))
+        self._publish()
         self._report_steps([sample for sample in samples if self._is_alive(sample)])
         done = [sample for sample in samples if sample.key in finished]
         for start in range(0, len(done), most):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -44,6 +46,71 @@ class QueuedJob:
     def without_image(self) -> QueuedJob:
         """Returns the message without its image, for the dead letters."""
         return replace(self, init_image=b"")
+
+
+# Tenants share the order of their jobs with other tenants only by accident: see `slot_of`.
+SLOTS = 128
+SIZES = 4
+_SIZE_STEP = 4
+
+
+def slot_of(tenant: str) -> int:
+    """Returns the slot of a tenant, from 0 to SLOTS - 1."""
+    return zlib.crc32(tenant.encode()) % SLOTS
+
+
+def size_of(work: float) -> int:
+    """Returns the size class of a job, from 0 to SIZES - 1; shorter jobs have smaller classes.
+
+    Args:
+        work: the job's forwards, each counted as a share of one at the model's native size.
+    """
+    size, most = 0, float(_SIZE_STEP)
+    while work >= most and size < SIZES - 1:
+        size, most = size + 1, most * _SIZE_STEP
+    return size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSource:
+    """Unfinished jobs of one model, lane, size class and slot. They are delivered in their order.
+
+    Attributes:
+        jobs: The number of unfinished jobs of each tenant, delivered ones included.
+    """
+
+    lane: Lane
+    size: int
+    slot: int
+    jobs: Mapping[str, int]
+
+    @property
+    def key(self) -> tuple[Lane, int, int]:
+        return self.lane, self.size, self.slot
+
+
+class SourceOrder(Protocol):
+    """Decides from which sources a worker pulls."""
+
+    def order(self, sources: Sequence[QueueSource]) -> Sequence[QueueSource]:
+        """Returns the sources from which to pull now, the first one first."""
+        ...
+
+    def note(self, empty: Sequence[QueueSource], taken: QueueSource | None) -> None:
+        """Receives the outcome: the sources that had no waiting job, and the one that had."""
+        ...
+
+
+class InTurn:
+    """The order of lanes, shorter jobs first."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = list(lanes)
+
+    def order(self, sources: Sequence[QueueSource]) -> Sequence[QueueSource]:
+        return sorted(sources, key=lambda each: (self._lanes.index(each.lane), each.size))
+
+    def note(self, empty: Sequence[QueueSource], taken: QueueSource | None) -> None: ...
 
 
 class Delivery(Protocol):
@@ -95,14 +162,17 @@ class JobQueue(Protocol):
     @property
     def ack_wait_seconds(self) -> float: ...
 
-    async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
+    async def put(self, job: QueuedJob, model: str, lane: Lane, size: int = 0) -> int:
         """Queues the job for workers of the model and returns its place: a growing number above 0.
 
         A job id is queued once with each permit: putting it again within 120 s returns the place
         that it got.
 
+        `size`: the size class of the job, see `size_of`.
+
         Raises:
-            QueueFullError: the tenant has its limit of unfinished jobs in this model and lane.
+            QueueFullError: the tenant has its limit of unfinished jobs of this model, lane and
+                size.
             UnavailableError: NATS is down.
         """
         ...
@@ -134,9 +204,33 @@ class JobQueue(Protocol):
         ...
 
     async def pull(
-        self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
+        self,
+        model: str,
+        lanes: Sequence[Lane],
+        most: int,
+        timeout_seconds: float,
+        *,
+        order: SourceOrder | None = None,
+        is_idle: bool = True,
+        interrupt: asyncio.Event | None = None,
     ) -> list[Delivery]:
-        """Returns up to `most` jobs, earlier lanes first; empty if none came in time."""
+        """Returns up to `most` jobs of one source; none if none came in time.
+
+        Args:
+            order: Chooses the sources; by default earlier lanes first, then shorter jobs.
+            is_idle: The caller has no job that runs. Idle callers get new jobs first, and ask the
+                holders of waiting jobs for one (`on_wanted`).
+            interrupt: Ends the wait when it is set; the caller then decides again.
+        """
+        ...
+
+    def on_wanted(
+        self, model: str, handler: Callable[[], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Calls `handler` when an idle worker found no job. Of several listeners one is called.
+
+        Enter it only while a job could be requeued.
+        """
         ...
 
 
@@ -254,6 +348,15 @@ class StreamNotice:
     grace_seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageReport:
+    """The device seconds that a worker has spent on each tenant since its last report."""
+
+    worker: str
+    model: str
+    seconds: dict[str, float]
+
+
 class Control(Protocol):
     """Sends commands to every worker and notices to every api, at once. No message is stored."""
 
@@ -285,4 +388,14 @@ class Control(Protocol):
         self, handler: Callable[[StreamNotice], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
         """Calls `handler` with every notice."""
+        ...
+
+    async def report_usage(self, report: UsageReport) -> None:
+        """Sends a report to every worker that listens now, the sender included."""
+        ...
+
+    def on_usage(
+        self, handler: Callable[[UsageReport], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Calls `handler` with every report of device time."""
         ...

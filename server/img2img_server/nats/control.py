@@ -11,7 +11,7 @@ from typing import TypeVar
 import nats.errors
 from nats.aio.msg import Msg
 
-from img2img_server.interfaces.queue import StreamNotice, WorkerCommand
+from img2img_server.interfaces.queue import StreamNotice, UsageReport, WorkerCommand
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import unavailable
@@ -53,6 +53,14 @@ class NatsControl:
         self, handler: Callable[[StreamNotice], Awaitable[None]]
     ) -> AbstractAsyncContextManager[None]:
         return self._receive(subjects.STREAMS_SUBJECT, StreamNotice, handler)
+
+    async def report_usage(self, report: UsageReport) -> None:
+        await self._link.send(subjects.USAGE_SUBJECT, codec.encode(report))
+
+    def on_usage(
+        self, handler: Callable[[UsageReport], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        return self._receive(subjects.USAGE_SUBJECT, UsageReport, handler)
 
     async def _send(self, subject: str, message: object) -> None:
         await self._link.send(subject, codec.encode(message))

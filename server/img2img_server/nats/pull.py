@@ -37,7 +37,8 @@ class Puller:
         """Returns 1 to `most` messages, or none when none came in time.
 
         Asks each consumer in turn for its waiting messages. If there are none, asks all consumers
-        for the next new messages. Messages that arrive while the requests end are returned too.
+        for the next new messages, unless `timeout_seconds` is 0. Messages that arrive while the
+        requests end are returned too.
         Those above `most`, and all of them when the caller is cancelled, are requeued.
 
         Raises:
@@ -78,6 +79,8 @@ class Puller:
             await self._collect(inbox, taken, most, requests=1, seconds=STATUS_SECONDS)
             if taken:
                 return
+        if timeout_seconds <= 0:
+            return
         expires = max(1, int(timeout_seconds * 1e9))
         for name in names:
             await self._request(inbox, name, {"batch": most, "expires": expires})

@@ -1,7 +1,7 @@
 """Names in NATS: streams, buckets, subjects.
 
-img2img.jobs.<model>.<lane>.<tenant>     the work queue
-img2img.dead.<model>.<lane>.<tenant>     dead letters
+img2img.jobs.<model>.<lane>.<size>.<slot>.<tenant>  the work queue
+img2img.dead.<model>.<lane>.<size>.<slot>.<tenant>  dead letters
 img2img.events.<job id>.log              a job's numbered events
 img2img.events.<job id>.preview.<sample> its newest preview
 img2img.notices.<job id>.…               headers of each stored event, not stored
@@ -11,14 +11,19 @@ img2img.permits.<tenant>                 one message for each unfinished job: it
 img2img.control.cancel                   not stored
 img2img.control.command                  not stored
 img2img.control.streams                  between apis, not stored
+img2img.control.usage                    device time by tenant, between workers, not stored
+img2img.control.queued.<model>           a job waits, not stored
+img2img.control.wanted.<model>           a worker is idle, not stored
 """
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Final
 
 from img2img_server.domain.params import Lane
+from img2img_server.interfaces.queue import slot_of
 
 JOBS: Final = "JOBS"
 DEAD: Final = "DEAD"
@@ -41,6 +46,7 @@ NOTICES_SUBJECT: Final = "img2img.notices.>"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 COMMAND_SUBJECT: Final = "img2img.control.command"
 STREAMS_SUBJECT: Final = "img2img.control.streams"
+USAGE_SUBJECT: Final = "img2img.control.usage"
 
 _PLAIN: Final = frozenset((string.ascii_letters + string.digits + "_-").encode())
 
@@ -53,23 +59,55 @@ def token(text: str) -> str:
     return "".join(chr(b) if b in _PLAIN else f"={b:02X}" for b in text.encode()) or "="
 
 
-def jobs_subject(model: str, lane: Lane, tenant: str) -> str:
-    return f"img2img.jobs.{token(model)}.{lane.value}.{token(tenant)}"
+def text_of(encoded: str) -> str:
+    """Returns the text of a token."""
+    if encoded == "=":
+        return ""
+    plain = re.sub(rb"=([0-9A-F]{2})", lambda code: bytes([int(code[1], 16)]), encoded.encode())
+    return plain.decode()
 
 
-def lane_filter(model: str, lane: Lane) -> str:
-    """Returns the filter for all jobs of one model and lane."""
-    return f"img2img.jobs.{token(model)}.{lane.value}.*"
+def jobs_subject(model: str, lane: Lane, size: int, tenant: str) -> str:
+    slot = slot_of(tenant)
+    return f"img2img.jobs.{token(model)}.{lane.value}.{size}.{slot}.{token(tenant)}"
+
+
+def model_filter(model: str) -> str:
+    """Returns the filter for all jobs of one model."""
+    return f"img2img.jobs.{token(model)}.>"
+
+
+def source_filter(model: str, lane: Lane, size: int, slot: int) -> str:
+    """Returns the filter for the jobs of one source."""
+    return f"img2img.jobs.{token(model)}.{lane.value}.{size}.{slot}.*"
 
 
 def tenant_filter(tenant: str) -> str:
     """Returns the filter for all jobs of one tenant."""
-    return f"img2img.jobs.*.*.{token(tenant)}"
+    return f"img2img.jobs.*.*.*.*.{token(tenant)}"
 
 
-def lane_consumer(model: str, lane: Lane) -> str:
-    """Returns the name of the consumer that all workers of a model share for a lane."""
+def source_consumer(model: str, lane: Lane, size: int, slot: int) -> str:
+    """Returns the name of the consumer that all workers of a model share for a source."""
+    return f"worker-{token(model)}-{lane.value}-{size}-{slot}"
+
+
+def earlier_lane_filter(model: str, lane: Lane) -> str:
+    """Returns the filter for jobs that an api of version 0.1.0 queued during a rolling update."""
+    return f"img2img.jobs.{token(model)}.{lane.value}.*"
+
+
+def earlier_lane_consumer(model: str, lane: Lane) -> str:
+    """Returns the name of the consumer of these jobs, which workers of version 0.1.0 share."""
     return f"worker-{token(model)}-{lane.value}"
+
+
+def queued_subject(model: str) -> str:
+    return f"img2img.control.queued.{token(model)}"
+
+
+def wanted_subject(model: str) -> str:
+    return f"img2img.control.wanted.{token(model)}"
 
 
 def dead_subject(jobs_subject: str) -> str:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ import numpy as np
 from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.domain.job import Determinism, Timings
 from img2img_server.domain.models import ModelInfo
+from img2img_server.domain.params import JobParams, Lane
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.base import (
     DeviceLost,
@@ -22,6 +24,7 @@ from img2img_server.engine.base import (
     EngineJob,
     JobDone,
     JobFailed,
+    JobPlan,
     JobStopped,
     PreviewReady,
     SampleReady,
@@ -120,6 +123,20 @@ class FakeEngine:
             )
             self._waiting.append(_Run(job, sink, total))
             self._changed.notify_all()
+
+    def next_jobs(self, plans: Sequence[JobPlan]) -> Collection[int]:
+        with self._changed:
+            found = {run.job.job_id: run.job.params for run in (*self._waiting, *self._running)}
+        forwards = sum(self._forwards(params) for params in found.values())
+        for plan in sorted(plans, key=lambda plan: plan.params.lane is Lane.BATCH):
+            forwards += self._forwards(plan.params)
+            if plan.job_id not in found and found and forwards > self._max_batch_size:
+                break
+            found[plan.job_id] = plan.params
+        return found.keys()
+
+    def _forwards(self, params: JobParams) -> int:
+        return params.samples * self._model.forwards(params)
 
     @property
     def busy_seconds(self) -> float:

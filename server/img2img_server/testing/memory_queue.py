@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,15 +16,22 @@ from img2img_server.domain.params import Lane
 from img2img_server.errors import QueueFullError
 from img2img_server.interfaces.queue import (
     Delivery,
+    InTurn,
     LaneLoad,
     OwnershipLostError,
     QueuedJob,
+    QueueSource,
+    SourceOrder,
     StreamNotice,
+    UsageReport,
     WorkerCommand,
+    slot_of,
 )
 from img2img_server.nats.events import Envelopes
 
 T = TypeVar("T")
+
+POLL_SECONDS = 1.0  # longest time between two looks at the queue while nothing changes
 
 
 class Notifier:
@@ -48,12 +56,17 @@ class _Message:
     sequence: int
     job: QueuedJob
     place: tuple[str, Lane]
+    size: int = 0
     deliveries: int = 0
     redelivery: asyncio.TimerHandle | None = None  # set while a worker holds the message
 
     @property
     def taken(self) -> bool:
         return self.redelivery is not None
+
+    @property
+    def source(self) -> tuple[Lane, int, int]:
+        return self.place[1], self.size, slot_of(self.job.tenant)
 
     def is_for(self, model: str, lane: Lane) -> bool:
         return self.place == (model, lane)
@@ -109,21 +122,22 @@ class MemoryJobQueue:
         self._sequences = itertools.count(1)
         self._delivered: dict[tuple[str, Lane], int] = {}
         self._changes = Notifier()
+        self._holders: dict[str, list[Callable[[], Awaitable[None]]]] = {}
         self.dead: list[tuple[QueuedJob, str]] = []
 
     @property
     def ack_wait_seconds(self) -> float:
         return self._ack_wait_seconds
 
-    async def put(self, job: QueuedJob, model: str, lane: Lane) -> int:
+    async def put(self, job: QueuedJob, model: str, lane: Lane, size: int = 0) -> int:
         key = job.job_id, job.permit
         if key in self._known:
             return self._known[key]
         mine = [m for m in self._messages.values() if m.job.tenant == job.tenant]
-        if sum(m.is_for(model, lane) for m in mine) >= self._limit:
+        if sum(m.is_for(model, lane) and m.size == size for m in mine) >= self._limit:
             raise QueueFullError(self._limit)
         sequence = self._known[key] = next(self._sequences)
-        self._messages[sequence] = _Message(sequence, job, (model, lane))
+        self._messages[sequence] = _Message(sequence, job, (model, lane), size)
         self._changes.notify()
         return sequence
 
@@ -149,17 +163,66 @@ class MemoryJobQueue:
         return sum(message.job.tenant == tenant for message in self._messages.values())
 
     async def pull(
-        self, model: str, lanes: Sequence[Lane], most: int, timeout_seconds: float
+        self,
+        model: str,
+        lanes: Sequence[Lane],
+        most: int,
+        timeout_seconds: float,
+        *,
+        order: SourceOrder | None = None,
+        is_idle: bool = True,
+        interrupt: asyncio.Event | None = None,
     ) -> list[Delivery]:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_seconds):
-                while True:
-                    changed = self._changes.wait_handle()
-                    waiting = [m for lane in lanes for m in self._waiting(model, lane)]
-                    if waiting:
-                        return [self._deliver(message) for message in waiting[:most]]
-                    await changed.wait()
+        order = order or InTurn(lanes)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + timeout_seconds
+        while True:
+            changed = self._changes.wait_handle()
+            if taken := self._take(model, lanes, most, order):
+                return taken
+            if is_idle and self._holders.get(model):
+                await self._holders[model][0]()
+            left = ends - loop.time()
+            if left <= 0 or (interrupt and interrupt.is_set()):
+                return []
+            waits = [asyncio.ensure_future(changed.wait())]
+            if interrupt:
+                waits.append(asyncio.ensure_future(interrupt.wait()))
+            await asyncio.wait(
+                waits, timeout=min(left, POLL_SECONDS), return_when=asyncio.FIRST_COMPLETED
+            )
+            for wait in waits:
+                wait.cancel()
+            if not is_idle:
+                await asyncio.sleep(0)  # Idle workers get the job.
+
+    def _take(
+        self, model: str, lanes: Sequence[Lane], most: int, order: SourceOrder
+    ) -> list[Delivery]:
+        jobs: dict[tuple[Lane, int, int], Counter[str]] = {}
+        for message in self._messages.values():
+            if message.place[0] == model and message.place[1] in lanes:
+                jobs.setdefault(message.source, Counter())[message.job.tenant] += 1
+        listed = [
+            QueueSource(lane=lane, size=size, slot=slot, jobs=each)
+            for (lane, size, slot), each in jobs.items()
+        ]
+        empty: list[QueueSource] = []
+        for source in order.order(listed):
+            waiting = [m for m in self._waiting(model, source.lane) if m.source == source.key]
+            if waiting:
+                order.note(empty, source)
+                return [self._deliver(message) for message in waiting[:most]]
+            empty.append(source)
+        order.note(empty, None)
         return []
+
+    @asynccontextmanager
+    async def on_wanted(
+        self, model: str, handler: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        with _listed(self._holders.setdefault(model, []), handler):
+            yield
 
     def _waiting(self, model: str, lane: Lane) -> list[_Message]:
         return [m for m in self._messages.values() if not m.taken and m.is_for(model, lane)]
@@ -326,6 +389,7 @@ class MemoryControl:
         self._cancel_handlers: list[Callable[[int], Awaitable[None]]] = []
         self._command_handlers: list[Callable[[WorkerCommand], Awaitable[None]]] = []
         self._notice_handlers: list[Callable[[StreamNotice], Awaitable[None]]] = []
+        self._usage_handlers: list[Callable[[UsageReport], Awaitable[None]]] = []
 
     async def cancel(self, job_id: int) -> None:
         for handler in list(self._cancel_handlers):
@@ -356,6 +420,17 @@ class MemoryControl:
         self, handler: Callable[[StreamNotice], Awaitable[None]]
     ) -> AsyncIterator[None]:
         with _listed(self._notice_handlers, handler):
+            yield
+
+    async def report_usage(self, report: UsageReport) -> None:
+        for handler in list(self._usage_handlers):
+            await handler(report)
+
+    @asynccontextmanager
+    async def on_usage(
+        self, handler: Callable[[UsageReport], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        with _listed(self._usage_handlers, handler):
             yield
 
 

@@ -16,6 +16,8 @@ from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.storage.tenant_s3 import TenantS3
 from img2img_server.storage.watched_blobs import WatchedBlobs
+from img2img_server.worker.dispatch import Dispatcher
+from img2img_server.worker.usage import FleetUsage
 
 _BASE_PIXELS = 512 * 512
 _WEIGHT = 0.2
@@ -91,6 +93,8 @@ class WorkerDeps:
     safety_threshold: float
     max_attempts: int
     retention_hours: int
+    usage: FleetUsage
+    dispatcher: Dispatcher
     # Tests whether NATS stores messages.
     probe: Callable[[], Awaitable[None]]
     # Deletes cached downloads of the model and returns the bytes freed. Blocks. Raises OSError.

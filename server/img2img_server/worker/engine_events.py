@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import fields
 
 from opentelemetry.trace import Span
 
 from img2img_server import clock
 from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.domain.job import Job
-from img2img_server.engine.base import EngineEvent, EngineJob, SampleReady
+from img2img_server.engine.base import EngineEvent, EngineJob, JobPlan, SampleReady
 from img2img_server.imaging.base import Pixels
 from img2img_server.tracing import TRACER
 
@@ -71,16 +72,21 @@ class EngineEventStream:
             self._denoised[event.sample] = at
 
 
-def engine_job(job: Job, init_image: Pixels) -> EngineJob:
-    """Returns the EngineJob of a job, with its deadline on this machine's monotonic clock."""
+def job_plan(job: Job) -> JobPlan:
+    """Returns the plan of a job, with its deadline on this machine's monotonic clock."""
     deadline = None
     if job.deadline_time:
         deadline = time.monotonic() + job.deadline_time - clock.now()
-    return EngineJob(
+    return JobPlan(
         job_id=job.id,
         tenant=job.tenant,
         params=job.params,
-        init_image=init_image,
         enqueue_time=time.monotonic(),
         deadline=deadline,
     )
+
+
+def engine_job(plan: JobPlan, init_image: Pixels) -> EngineJob:
+    """Returns the EngineJob of a planned job."""
+    values = {each.name: getattr(plan, each.name) for each in fields(plan)}
+    return EngineJob(**values, init_image=init_image)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -25,13 +24,15 @@ from img2img_server.engine.base import (
 )
 from img2img_server.imaging.base import InvalidImageError, Pixels
 from img2img_server.imaging.encode import preview_jpeg
-from img2img_server.interfaces.queue import Delivery, OwnershipLostError
+from img2img_server.interfaces.queue import Delivery, OwnershipLostError, size_of
+from img2img_server.lifecycle import first_of
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import STEPS
 from img2img_server.tracing import enter, extracted
 from img2img_server.worker.deps import WorkerDeps
-from img2img_server.worker.engine_events import EngineEventStream, engine_job
-from img2img_server.worker.lease import JobLease
+from img2img_server.worker.dispatch import HeldJob, Phase
+from img2img_server.worker.engine_events import EngineEventStream, engine_job, job_plan
+from img2img_server.worker.lease import DELIVERIES_OF_AN_ATTEMPT, JobLease, counted_attempts
 from img2img_server.worker.sample import Stopwatch, finish_sample, storage_warning
 
 log = structlog.get_logger()
@@ -49,16 +50,9 @@ class _DeviceLostError(Exception):
 
 
 class JobExecution:
-    """Runs one delivered job to its end. `cancel` and `hand_back` may be called meanwhile.
+    """Runs one delivered job to its end. `cancel` and `hand_back` may be called meanwhile."""
 
-    Args:
-        on_stepped: called when the device has finished with the job; its uploads may still run.
-    """
-
-    def __init__(
-        self, deps: WorkerDeps, delivery: Delivery, on_stepped: Callable[[], None] = lambda: None
-    ) -> None:
-        self._on_stepped = on_stepped
+    def __init__(self, deps: WorkerDeps, delivery: Delivery) -> None:
         self._deps = deps
         self._delivery = delivery
         self._watch = Stopwatch()
@@ -66,10 +60,10 @@ class JobExecution:
         self.opened = asyncio.Event()  # The record was read, or the run has ended.
         self._leaving = asyncio.Event()
         self._abandoned = asyncio.Event()  # Uploads are not waited for any more.
-        self._has_stepped = False
         self._requeue_reason = ""
         self._submitted = False
         self._lease: JobLease | None = None
+        self._held: HeldJob | None = None
 
     @property
     def job_id(self) -> int:
@@ -79,16 +73,6 @@ class JobExecution:
     def job(self) -> Job | None:
         """The job as this run has read it; None before its record was read."""
         return self._lease.job if self._lease else None
-
-    @property
-    def forwards(self) -> int:
-        """Returns the forwards of one step of all samples; 0 without a record of the job, and once
-        the device has finished with it.
-        """
-        if self.job is None or self._has_stepped:
-            return 0
-        params = self.job.params
-        return params.samples * self._deps.engine.model.forwards(params)
 
     def cancel(self) -> None:
         """Ends the job as cancelled at its next step, or at once if it has finished its steps."""
@@ -107,6 +91,13 @@ class JobExecution:
         self._leaving.set()
         self._deps.engine.cancel(self.job_id)
 
+    def hand_back_waiting(self) -> bool:
+        """Requeues the job if it has not begun; returns whether it has not."""
+        if self._held is None or self._held.phase is not Phase.WAITS:
+            return False
+        self._leaving.set()
+        return True
+
     def adopt(self, delivery: Delivery) -> None:
         """Continues with a newer delivery of the same job. The older delivery has expired."""
         self._delivery = delivery
@@ -124,13 +115,14 @@ class JobExecution:
         ]
         try:
             self._lease = await self._open()
-            self.opened.set()
-            if self._lease:
+            if self._lease and not await self._lease.settle(cancelled=self._cancelled):
                 # Preparing the init image and taking the record are equally slow, so both run
                 # together.
                 async with background_task(self._prepare(self._lease.job.params)) as prepared:
-                    if await self._lease.take(cancelled=self._cancelled):
-                        await self._work(self._lease, prepared)
+                    if await self._begun(self._lease.job):
+                        await self._take_and_work(prepared)
+                    else:
+                        await self._nak()
         except _NOT_OURS as error:
             log.warning("job_lost", why=str(error))
         except errors.UnavailableError as error:
@@ -147,6 +139,9 @@ class JobExecution:
             self.opened.set()
             for task in watching:
                 task.cancel()
+            if self._held:
+                gives = self._held.phase is Phase.WAITS
+                self._deps.dispatcher.remove(self._held, requeued=gives)
             if self._submitted:
                 self._deps.engine.cancel(self.job_id)
             span.end()
@@ -165,9 +160,9 @@ class JobExecution:
         return enter("run job", extracted(queued.trace.items()), SpanKind.CONSUMER, attributes)
 
     async def _retry_or_dead_letter(self, error: Exception) -> None:
-        """Lets the message be redelivered, or dead-letters it after the last attempt."""
-        log.error("job_execution_failed", attempt=self._delivery.attempt, exc_info=error)
-        if self._delivery.attempt >= self._deps.max_attempts:
+        """Lets the message be redelivered, or dead-letters it after the last delivery."""
+        log.error("job_execution_failed", delivery=self._delivery.attempt, exc_info=error)
+        if self._delivery.attempt >= self._deps.max_attempts * DELIVERIES_OF_AN_ATTEMPT:
             with suppress(errors.UnavailableError):
                 await self._delivery.term(f"its execution failed: {type(error).__name__}")
 
@@ -186,6 +181,8 @@ class JobExecution:
                 stored = await self._deps.jobs.get(queued.tenant, queued.job_id)
                 if stored and stored.job.cancel_requested and not self._cancelled:
                     self.cancel()
+                elif stored is None or stored.job.state.is_terminal:
+                    self.hand_back_waiting()
 
     async def _nak(self) -> None:
         """Requeues the message at once and leaves the record unchanged."""
@@ -206,6 +203,29 @@ class JobExecution:
             log.info("job_message_abandoned")
             return None
         return JobLease(self._deps, self._delivery, stored, writer)
+
+    async def _begun(self, job: Job) -> bool:
+        """Waits until the job may begin. Returns False if another worker should have it."""
+        deps = self._deps
+        size = size_of(deps.engine.model.work(job.params))
+        self._held = held = deps.dispatcher.add(job_plan(job), size, counted_attempts(job))
+        self.opened.set()
+        if held.may_begin.is_set():
+            return True
+        async with deps.queue.on_wanted(deps.engine.model.name, self._on_wanted):
+            await first_of(held.may_begin.wait(), self._leaving.wait())
+        if not held.may_begin.is_set() and not self._cancelled:
+            return False
+        # The caller may have cancelled the job meanwhile.
+        self._lease = await self._open()
+        return True
+
+    async def _on_wanted(self) -> None:
+        self.hand_back_waiting()
+
+    async def _take_and_work(self, prepared: asyncio.Task[Pixels]) -> None:
+        if self._lease and await self._lease.take(cancelled=self._cancelled):
+            await self._work(self._lease, prepared)
 
     async def _work(self, lease: JobLease, prepared: asyncio.Task[Pixels]) -> None:
         try:
@@ -242,8 +262,9 @@ class JobExecution:
 
     def _submit(self, job: Job, pixels: Pixels) -> EngineEventStream:
         engine, events = self._deps.engine, EngineEventStream()
-        engine.submit(engine_job(job, pixels), events.post)
-        self._submitted = True
+        assert self._held is not None
+        engine.submit(engine_job(self._held.plan, pixels), events.post)
+        self._submitted = self._held.is_submitted = True
         if self._leaving.is_set():  # The cancel was requested while the image was prepared.
             engine.cancel(job.id)
         return events
@@ -262,8 +283,7 @@ class JobExecution:
                             image = await asyncio.to_thread(preview_jpeg, pixels)
                             await lease.append(Preview(sample=sample, step=step, image=image))
                         case JobDone():
-                            self._has_stepped = True
-                            self._on_stepped()
+                            self._free_device()
                             await self._all_stored(uploads)
                             return event
                         case JobFailed():
@@ -275,7 +295,7 @@ class JobExecution:
                             raise _DeviceLostError from event.error
                         case _:
                             if isinstance(event, StepFinished):
-                                self._deps.throughput.count_step(lease.job.params)
+                                self._count_step(lease.job)
                             await lease.append(event)
         except BaseExceptionGroup as group:
             raise _first(group) from group
@@ -292,6 +312,16 @@ class JobExecution:
                 uploads -= done
         if self._abandoned.is_set():
             raise _StoppedError
+
+    def _count_step(self, job: Job) -> None:
+        deps = self._deps
+        deps.throughput.count_step(job.params)
+        deps.usage.add_step(job.tenant, job.params, deps.throughput.pixel_step_seconds)
+        deps.dispatcher.check()
+
+    def _free_device(self) -> None:
+        if self._held:
+            self._deps.dispatcher.finish(self._held)
 
     async def _finish(self, lease: JobLease, ready: SampleReady) -> None:
         finishing = finish_sample(self._deps, lease.job, ready, self._watch, lease.record_waiting)

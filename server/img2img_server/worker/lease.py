@@ -36,7 +36,8 @@ from img2img_server.webhooks.record import announce
 from img2img_server.worker.deps import WorkerDeps
 
 # Most deliveries of one attempt: a job may break its workers before they can record an attempt.
-DELIVERIES_OF_AN_ATTEMPT = 10
+# Workers requeue waiting jobs for idle workers, which is a delivery too.
+DELIVERIES_OF_AN_ATTEMPT = 20
 
 log = structlog.get_logger()
 
@@ -60,22 +61,29 @@ class JobLease:
         self._attempt = stored.job.attempt + 1
         writer.continue_after(stored.job.used_number(writer.sequence))
 
-    async def take(self, *, cancelled: bool) -> bool:
-        """Takes the job in its record; append_started adds the event.
-
-        Returns:
-            False if the job has ended before or ends now, so that there is nothing to run.
-        """
+    async def settle(self, *, cancelled: bool) -> bool:
+        """Ends a job that must not run; returns whether the job has ended, before or now."""
         if self.job.state.is_terminal:
             await self._ensure_terminal_event()
-            return False
+            return True
         if cancelled or self.job.cancel_requested:
             await self.finish(Cancelled())
-            return False
+            return True
         most, back = self._deps.max_attempts, self.job.handed_back
         deliveries = self.delivery.attempt - back
         if self._attempt - back > most or deliveries > most * DELIVERIES_OF_AN_ATTEMPT:
             await self.fail(errors.AttemptsExhaustedError(self._deps.max_attempts), dead=True)
+            return True
+        return False
+
+    async def take(self, *, cancelled: bool) -> bool:
+        """Takes the job in its record, just before its first step; from then on the attempt counts.
+        append_started adds the event.
+
+        Returns:
+            False if the job has ended before or ends now, so that there is nothing to run.
+        """
+        if await self.settle(cancelled=cancelled):
             return False
         if self.job.state is State.RUNNING:
             REDELIVERIES.inc()
@@ -199,3 +207,8 @@ class JobLease:
             cancel_requested=stored.job.cancel_requested,
             queue_sequence=stored.job.queue_sequence,
         )
+
+
+def counted_attempts(job: Job) -> int:
+    """Returns the attempts at a job that began a step, without those of stopping workers."""
+    return job.attempt - job.handed_back

@@ -32,7 +32,9 @@ from img2img_server.storage.watched_blobs import WatchedBlobs
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
 from img2img_server.worker.deps import WorkerDeps
+from img2img_server.worker.dispatch import Dispatcher
 from img2img_server.worker.downloads import forget_downloads
+from img2img_server.worker.usage import FleetUsage
 from img2img_server.worker.worker import Worker
 
 ENGINE_STOP_SECONDS = 2.0
@@ -179,8 +181,11 @@ async def work(
     the worker. Without a decoder, init images are decoded in threads without limits.
     """
     store = blobs if isinstance(blobs, WatchedBlobs) else _watched(blobs, settings)
+    usage = FleetUsage(name, engine.model.name)
     deps = WorkerDeps(
         name=name,
+        usage=usage,
+        dispatcher=Dispatcher(engine, usage),
         engine=engine,
         queue=bus.queue,
         events=bus.events,

@@ -1,4 +1,4 @@
-"""Pulls jobs as long as the engine has room, runs them, and requeues them when it stops."""
+"""Pulls the jobs that its dispatcher allows, runs them, and requeues them when it stops."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import structlog
 from img2img_server import errors
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import Lane
-from img2img_server.interfaces.queue import Control, Delivery, WorkerCommand
+from img2img_server.interfaces.queue import Control, Delivery, UsageReport, WorkerCommand
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.lifecycle import RestartError, first_of
 from img2img_server.tasks import background_task
-from img2img_server.telemetry import JOBS_RUNNING
 from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.execution import JobExecution
 from img2img_server.worker.orphan_cleanup import OrphanCleanup
 
 ANNOUNCE_SECONDS = 5.0
 HAND_BACK_CHECK_SECONDS = 5.0
+USAGE_SECONDS = 0.5  # seconds between two reports of device time by tenant
+CHECK_SECONDS = 0.02
 PULL_END_SECONDS = 2.0
 WITHDRAW_SECONDS = 3.0
 HAND_BACK_SECONDS = 5.0  # seconds for running steps and uploads after the drain time
@@ -36,7 +37,7 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """Runs jobs of the queue on one engine. Pulls no more jobs while its jobs fill a batch."""
+    """Runs jobs of the queue on one engine. It pulls what can run now, and one job ahead."""
 
     def __init__(
         self, deps: WorkerDeps, control: Control, registry: WorkerRegistry, *, drain_seconds: float
@@ -64,6 +65,7 @@ class Worker:
         async with (
             self._control.on_cancel(self._on_cancel),
             self._control.on_command(self._on_command),
+            self._control.on_usage(self._on_usage),
             asyncio.TaskGroup() as tasks,
         ):
             cleaning = tasks.create_task(self._cleanup.run())
@@ -71,6 +73,8 @@ class Worker:
             handing_back = tasks.create_task(self._hand_back_without_store())
             announcing = tasks.create_task(self._announce(announced))
             pulling = tasks.create_task(self._pull(tasks))
+            checking = tasks.create_task(self._check_waiting())
+            sharing = tasks.create_task(self._share_usage())
             lost = self._deps.device_lost
             await first_of(stop.wait(), self._restarting.wait(), lost.wait())
             # Order: stop announcing, stop pulling, end or requeue the jobs, delete orphan files.
@@ -84,24 +88,31 @@ class Worker:
                 await self._drain(self._drain_seconds if may_drain else 0.0)
             await self._withdraw()
             await self._cleanup.finish(CLEANUP_SECONDS)
-            cleaning.cancel()
-            watching.cancel()
+            for task in (cleaning, watching, checking, sharing):
+                task.cancel()
         if lost.is_set():
             raise errors.UnavailableError("the device is lost; only a new process can use it")
         if not stop.is_set():
             raise RestartError("an operator requested a restart")
 
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
-        deps = self._deps
+        deps, dispatcher = self._deps, self._deps.dispatcher
         while True:
-            running = sum(run.forwards for run in self._runs.values())
-            if running >= deps.engine.max_batch_size:
-                self._changed.clear()
-                await self._changed.wait()
+            dispatcher.changed.clear()
+            if not dispatcher.may_pull:
+                await dispatcher.changed.wait()
                 continue
             await deps.blobs.until_takes_work()
             try:
-                taken = await deps.queue.pull(deps.engine.model.name, _LANES, 1, _PULL_SECONDS)
+                taken = await deps.queue.pull(
+                    deps.engine.model.name,
+                    _LANES,
+                    1,
+                    _PULL_SECONDS,
+                    order=dispatcher,
+                    is_idle=dispatcher.is_idle,
+                    interrupt=dispatcher.changed,
+                )
             except errors.UnavailableError as error:
                 log.warning("pull_failed", why=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -113,7 +124,25 @@ class Worker:
                         await delivery.nak()
                 elif run := self._take(delivery):
                     self._tasks[run.job_id] = tasks.create_task(self._run(run))
-                    await run.opened.wait()  # `run.forwards` is known from here on.
+                    await run.opened.wait()  # The dispatcher has the job from here on.
+
+    async def _share_usage(self) -> None:
+        """Reports the device time of tenants to the other workers."""
+        while True:
+            await asyncio.sleep(USAGE_SECONDS)
+            if report := self._deps.usage.take_report():
+                with suppress(errors.UnavailableError):
+                    await self._control.report_usage(report)
+
+    async def _on_usage(self, report: UsageReport) -> None:
+        self._deps.usage.receive(report)
+
+    async def _check_waiting(self) -> None:
+        """Lets waiting jobs begin also when no event of the engine announces their turn."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            if self._deps.dispatcher.has_waiting:
+                self._deps.dispatcher.check()
 
     def _take(self, delivery: Delivery) -> JobExecution | None:
         """Adds the job to the runs. Returns None if it already runs here and continues."""
@@ -121,8 +150,7 @@ class Worker:
         if earlier := self._runs.get(job_id):
             earlier.adopt(delivery)
             return None
-        run = self._runs[job_id] = JobExecution(self._deps, delivery, self._changed.set)
-        JOBS_RUNNING.set(len(self._runs))
+        run = self._runs[job_id] = JobExecution(self._deps, delivery)
         return run
 
     async def _run(self, run: JobExecution) -> None:
@@ -134,10 +162,11 @@ class Worker:
                 self._cleanup.add(run.job)
             del self._runs[run.job_id]
             del self._tasks[run.job_id]
-            JOBS_RUNNING.set(len(self._runs))
             self._changed.set()
 
     async def _drain(self, seconds: float) -> None:
+        for run in list(self._runs.values()):
+            run.hand_back_waiting()
         if self._runs:
             log.info("worker_drains", jobs=len(self._runs), seconds=seconds)
         await self._emptied(seconds)
