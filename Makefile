@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench chaos attack image-test
+.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench chaos attack fleet image-test
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -78,6 +78,9 @@ chaos: setup ## Break the parts of a service on this machine under load and coun
 
 attack: setup ## Attack a service on this machine and show what another tenant notices
 	$(BIN)/python -m benchmarks.attack $(ARGS)
+
+fleet: setup ## Measure how jobs are shared among workers; BASELINE=commit prints its values too
+	$(BIN)/python -m benchmarks.fleet $(if $(BASELINE),--baseline $(BASELINE)) $(ARGS)
 
 image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc)
 	PYTHONPATH=. $(BIN)/python .ci/image_test.py $(ARGS)

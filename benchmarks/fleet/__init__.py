@@ -1,0 +1,1 @@
+"""Measures how jobs are shared among workers: real api, NATS and worker code, simulated devices."""
