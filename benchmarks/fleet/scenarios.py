@@ -104,7 +104,7 @@ async def more_workers(costs: Costs, *, jobs: int = 10, workers: int = 4) -> Res
 
 
 async def short_behind_long(costs: Costs, *, workers: int, long_jobs: int = 15) -> Result:
-    """Measures short jobs of tenant b behind long ones of tenant a: their latency, of that alone."""
+    """Measures short jobs of one tenant behind long ones of another: latency, of that alone."""
 
     async def shorts(fleet: Fleet) -> float:
         one = [await fleet.run("b", SHORT_STEPS) for _ in range(3)]

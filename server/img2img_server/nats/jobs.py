@@ -279,7 +279,7 @@ class JetStreamJobQueue:
             yield notices
 
     async def _notify(self, model: str, hops: int = 0) -> None:
-        """Wakes one idle and one busy worker, because a job waits. Without NATS, they look later."""
+        """Wakes one idle and one busy worker for a waiting job. Without NATS, they look later."""
         with suppress(UnavailableError):
             await self._link.send(subjects.queued_subject(model), str(hops).encode())
 

@@ -162,7 +162,10 @@ class JobExecution:
     async def _retry_or_dead_letter(self, error: Exception) -> None:
         """Lets the message be redelivered, or dead-letters it after the last delivery."""
         log.error("job_execution_failed", delivery=self._delivery.attempt, exc_info=error)
-        if self._delivery.attempt >= self._deps.max_attempts * DELIVERIES_OF_AN_ATTEMPT:
+        most = self._deps.max_attempts
+        if self._held:  # It may have been delivered often for workers that were idle.
+            most *= DELIVERIES_OF_AN_ATTEMPT
+        if self._delivery.attempt >= most:
             with suppress(errors.UnavailableError):
                 await self._delivery.term(f"its execution failed: {type(error).__name__}")
 
