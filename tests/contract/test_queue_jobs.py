@@ -105,9 +105,13 @@ async def test_no_job_is_taken_twice(open_bus: OpenBus) -> None:
         waiting = [asyncio.create_task(pull(bus, 2, LONG)) for bus in (one, two, one)]
         for job in jobs:
             await put(two, job)
-        taken = [job_id for got in await asyncio.gather(*waiting) for job_id in ids(got)]
+        first = [delivery for got in await asyncio.gather(*waiting) for delivery in got]
+        await asyncio.gather(*(delivery.ack() for delivery in first))
+        taken = ids(first)
         while len(taken) < len(jobs):
-            taken += ids(await pull(one, seconds=LONG))
+            later = await pull(one, seconds=LONG)
+            await asyncio.gather(*(delivery.ack() for delivery in later))
+            taken += ids(later)
         assert sorted(taken) == [job.job_id for job in jobs]
 
 
