@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
@@ -18,7 +19,11 @@ from img2img_server.last_line import is_json
 from img2img_server.library_logs import LibraryLimit, mask_secrets
 from img2img_server.ports import host_port, listeners
 from img2img_server.settings import Settings
+from img2img_server.tasks import background_task
 from img2img_server.tracing import trace_id
+
+# seconds between the callbacks whose lag is measured
+LAG_INTERVAL_SECONDS: Final = 0.1
 
 log = structlog.get_logger()
 
@@ -73,6 +78,11 @@ BUDGET_REFUSED = Counter(
     "Requests that got no part of a budget: it was `full`, no part became free in time (`wait`), "
     "or the request needs more than a tenant may hold (`size`).",
     ["budget", "why"],
+)
+LOOP_LAG = Histogram(
+    "img2img_event_loop_lag_seconds",
+    "How much later than scheduled a callback of the event loop ran.",
+    buckets=_SECONDS,
 )
 REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
 
@@ -184,11 +194,21 @@ _SHARED: Final[tuple[structlog.types.Processor, ...]] = (
 )
 
 
+async def _observe_loop_lag() -> None:
+    """Measures how late the event loop runs its callbacks. Runs until it is cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_INTERVAL_SECONDS
+        await asyncio.sleep(LAG_INTERVAL_SECONDS)
+        LOOP_LAG.observe(max(0.0, loop.time() - due))
+
+
 @asynccontextmanager
 async def probe_server(
     settings: Settings, why_not_ready: Callable[[], str | Awaitable[str]]
 ) -> AsyncIterator[str]:
-    """Serves /metrics, /livez (the event loop runs) and /readyz (the role may get traffic).
+    """Serves /metrics, /livez (the event loop runs) and /readyz (the role may get traffic), and
+    measures the lag of the event loop.
 
     Args:
         why_not_ready: returns why the role is not ready; empty while it is.
@@ -226,6 +246,7 @@ async def probe_server(
         except OSError as error:
             raise listener.mistake(error) from error
         host, port = runner.addresses[0][:2]
-        yield host_port(host, port)
+        async with background_task(_observe_loop_lag()):
+            yield host_port(host, port)
     finally:
         await runner.cleanup()
