@@ -67,7 +67,7 @@ def assert_exported(expression: str) -> None:
 
 
 def test_every_alert_asks_for_metrics_and_labels_that_exist() -> None:
-    assert len(alerts()) == 11
+    assert len(alerts()) == 12
     for expression in alerts().values():
         assert_exported(expression)
 
