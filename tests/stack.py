@@ -140,11 +140,17 @@ async def running_api(
 ) -> AsyncIterator[Api]:
     """Yields a real gRPC server on a free port, with NATS or its in-memory implementation."""
     config = config or settings()
+
+    async def fetched(url: str, report: Callable[[int], None]) -> bytes:
+        data = await fetch(url)
+        report(len(data))
+        return data
+
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
     sending = webhooks or Webhooks(no_post, Signer())
     ring = keys or KeyRing(None, dev_key=True)
     serving = asyncio.create_task(
-        serve(config, bus, fetch, sending, ring, stop, address.set_result)
+        serve(config, bus, fetched, sending, ring, stop, address.set_result)
     )
     await asyncio.wait({serving, address}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():

@@ -15,6 +15,7 @@ from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.keys import Principal
 from img2img_server.api.quota import Quota
+from img2img_server.budget import Budget
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import (
     NARROW_SEED_MAX,
@@ -31,6 +32,7 @@ from img2img_server.nats.rates import Rates
 from img2img_server.prompts import NO_REWRITER, rewrite
 from img2img_server.tasks import background_task
 
+TENANT_SHARE: Final = 0.75  # the most of a budget that one tenant holds
 MISTAKES: Final = 10  # the least number of refused requests that a key may make in a minute
 
 
@@ -115,6 +117,18 @@ class Admission:
         self._estimator = estimator
         self._quota = quota
         self._rate_limit = RateLimit(deps.bus.rates, deps.settings.rate_limit)
+        settings = deps.settings
+        self._downloads = Budget(
+            "downloads",
+            settings.max_fetches,
+            int(settings.max_fetches * TENANT_SHARE),
+            wait_seconds=settings.admission_wait_seconds,
+        )
+        self._downloaded = Budget(
+            "downloaded bytes",
+            settings.max_fetched_bytes,
+            int(settings.max_fetched_bytes * TENANT_SHARE),
+        )
 
     async def admit(self, spec: job_pb2.JobSpec, caller: Caller) -> Admitted:
         """Checks a request in the order of the HTTP contract, the cheapest checks first.
@@ -230,20 +244,28 @@ class Admission:
             return await decoded
 
     async def _image(self, request: convert.Request, model: ModelInfo, tenant: str) -> CheckedImage:
-        params = request.params
-        try:
-            data = request.init_image or await self._deps.fetch(params.init_image_url)
-            return await self._deps.decoder.check(
-                tenant,
-                data,
-                width=params.width,
-                height=params.height,
-                limits=self._deps.limits,
-                downloaded=not request.init_image,
-                fit=self._fit(request, model),
-            )
-        except InvalidImageError as error:
-            raise errors.InvalidRequestError([error.violation]) from error
+        """Downloads and checks an init image within the tenant's shares of the budgets.
+
+        The bytes of an inline image count as bytes of its request.
+        """
+        params, decoder = request.params, self._deps.decoder
+        with self._downloaded.try_take(tenant, 0) as held:
+            try:
+                data = request.init_image
+                if not data:
+                    with await self._downloads.take(tenant, 1):
+                        data = await self._deps.fetch(params.init_image_url, held.resize)
+                return await decoder.check(
+                    tenant,
+                    data,
+                    width=params.width,
+                    height=params.height,
+                    limits=self._deps.limits,
+                    downloaded=not request.init_image,
+                    fit=self._fit(request, model),
+                )
+            except InvalidImageError as error:
+                raise errors.InvalidRequestError([error.violation]) from error
 
     def _fit(self, request: convert.Request, model: ModelInfo) -> Fit | None:
         """Returns the function that sets the sides which the caller left open; None if there are

@@ -14,8 +14,9 @@ from img2img_server.nats.bus import Bus
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.settings import Settings
 
-# Downloads an init image. Raises InvalidImageError.
-Fetch = Callable[[str], Awaitable[bytes]]
+# Downloads an init image and reports the received bytes as they grow. Raises InvalidImageError, and
+# the errors of the report.
+Fetch = Callable[[str, Callable[[int], None]], Awaitable[bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

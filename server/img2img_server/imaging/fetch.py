@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -47,6 +48,10 @@ _PERMANENT_ERRORS: Final = (
 HEADERS: Final = {"Accept": "image/png, image/jpeg, image/webp, */*;q=0.1"}
 
 
+def _report_nothing(_: int) -> None:
+    """Ignores the received bytes."""
+
+
 class _AttemptFailedError(Exception):
     """A request returned no image; the message is a clause for the caller.
 
@@ -70,6 +75,7 @@ class _Progress:
     url: URL | None = None
     redirects: int = 0
     retries: int = 0
+    report: Callable[[int], None] = _report_nothing
     answered: bool = False  # whether the response headers of the current request have arrived
     received: int = 0  # received bytes of its body
     budget: ReadBudget = field(default_factory=ReadBudget)  # of all requests together
@@ -88,6 +94,7 @@ class _Progress:
 
 async def fetch_image(
     url: str,
+    report: Callable[[int], None] = _report_nothing,
     *,
     policy: OutboundPolicy,
     limits: Limits,
@@ -102,12 +109,13 @@ async def fetch_image(
     Args:
         timeout_seconds: The limit from resolving the first name to the last byte.
         resolver: Resolves names; DNS by default.
+        report: Is called with the received bytes as they grow. Its errors end the download.
 
     Raises:
         FetchError: The address is forbidden, or the download fails.
         InvalidImageError: The file is larger than limits.max_image_bytes.
     """
-    progress = _Progress()
+    progress = _Progress(report=report)
     ends = time.monotonic() + timeout_seconds
     try:
         async with (
@@ -213,6 +221,7 @@ async def _body(response: aiohttp.ClientResponse, limits: Limits, progress: _Pro
         progress.received = len(body)
         if len(body) > limits.max_image_bytes:
             raise too_large(limits)
+        progress.report(len(body))
     codings = content_codings(response.headers.getall("Content-Encoding", ()))
     if not codings:
         return bytes(body)

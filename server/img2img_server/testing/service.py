@@ -78,7 +78,7 @@ async def running_service(engine: FakeEngine | None = None) -> AsyncIterator[Run
         await asyncio.to_thread(engine.stop)
 
 
-async def _no_fetch(_: str) -> bytes:
+async def _no_fetch(*_: object) -> bytes:
     raise FetchError
 
 
