@@ -59,7 +59,8 @@ chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
 	$(BIN)/python helm/check.py
 
 images-test: setup ## Test the image check against Pillow on 10,000 files of each kind
-	TEST_EXAMPLES=$${TEST_EXAMPLES:-10000} $(BIN)/python -m pytest tests/property/test_images.py $(ARGS)
+	TEST_EXAMPLES=$${TEST_EXAMPLES:-10000} $(BIN)/python -m pytest tests/property/test_images.py \
+		tests/property/test_images_cpu_time.py $(ARGS)
 
 races: setup ## Create jobs in 10,000 races of calls in memory and 300 with NATS, with faults at every step
 	MEMORY_RACES=$${MEMORY_RACES:-10000} JETSTREAM_RACES=$${JETSTREAM_RACES:-300} \

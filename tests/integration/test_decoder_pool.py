@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -97,6 +98,19 @@ async def test_refusals_are_those_of_the_image_check(pool: DecoderPool) -> None:
         with pytest.raises(InvalidImageError) as there:
             await check(pool, data)
         assert there.value.violation == here.value.violation
+
+
+async def test_a_refused_image_is_not_kept_in_memory(pool: DecoderPool) -> None:
+    data = photos.jpeg()[:-400]
+    gc.disable()
+    try:
+        references = sys.getrefcount(data)
+        with suppress(InvalidImageError):  # pytest.raises would keep the error.
+            await check(pool, data)
+        # The loop releases the finished task a moment later.
+        await until(lambda: sys.getrefcount(data) == references)
+    finally:
+        gc.enable()
 
 
 async def test_a_tenant_with_many_images_leaves_a_process_to_others(pool: DecoderPool) -> None:

@@ -21,8 +21,8 @@ from PIL import Image
 
 from img2img_server.domain.params import Limits
 from img2img_server.imaging.base import InvalidImageError
-from img2img_server.imaging.completeness import INFLATED_BYTES
-from img2img_server.imaging.header import MAX_JPEG_SCANS
+from img2img_server.imaging.completeness import INFLATED_BYTES, check_scans
+from img2img_server.imaging.header import MAX_JPEG_SCANS, HeaderError, read_header
 from img2img_server.imaging.prepare import check_image, prepare_image
 
 Array = npt.NDArray[Any]
@@ -353,3 +353,13 @@ def test_no_segment_between_scans_hides_scans_from_the_bound(hidden: bytes) -> N
 
     assert is_accepted(few)
     assert not is_accepted(many)
+
+
+def test_a_reserved_marker_hides_no_scans_from_the_bound() -> None:
+    many = photos.many_scans_jpeg(MAX_JPEG_SCANS)
+    start = many.index(b"\xff\xda", many.index(b"\xff\xda") + 1)
+    hidden = b"\xff\x02\xff\xff" + (many[start:-2] * 9)[: 0xFFFF - 2]
+    data = photos.many_scans_jpeg(0)[:-2] + hidden + b"\xff\xd9"
+
+    with pytest.raises(HeaderError, match="marker between its scans"):
+        check_scans(read_header(data))

@@ -78,7 +78,7 @@ def check_scans(header: Header) -> int:
     Raises:
         HeaderError: more than MAX_JPEG_SCANS, a component has no scan, a progressive image
             without end marker lacks scans, a scan is cut in its header, or an arithmetic-coded
-            image has no end marker.
+            image has no end marker, or a marker is reserved.
     """
     frame = header.jpeg
     assert frame
@@ -89,6 +89,10 @@ def check_scans(header: Header) -> int:
     scans, start = 0, frame.first_scan
     for _ in range(MAX_PARTS):
         marker, end = data[start + 1], start + 2
+        if 0x01 < marker < 0xC0:
+            # Where a restart marker is due, libjpeg searches for the next marker from here on and
+            # not behind a segment.
+            raise HeaderError("a marker between its scans is invalid")
         if marker not in (0x01, 0xD8, 0xD9):  # All other markers have a length.
             (length,) = struct.unpack_from(">H", data, end)
             end += length

@@ -1,7 +1,7 @@
 """Decodes images in a few processes, each with a memory limit and a CPU deadline.
 
 The kernel enforces both limits, so no file keeps a decoder busy for longer than its pixels justify.
-A process that ends is replaced; see docs/adr/0013-decoding-in-processes.md.
+A process that ends is replaced; see docs/adr/0015-decoding-in-processes.md.
 """
 
 from __future__ import annotations
@@ -268,7 +268,10 @@ class DecoderPool:
         task = asyncio.create_task(self._use(slot, tenant, (name, arguments), data))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        finally:
+            del task  # An error of the task would keep this frame, and so the image, in a cycle.
 
     async def _use(
         self, slot: Share, tenant: str, request: tuple[str, dict[str, Any]], data: bytes
