@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind
 
 from img2img_server import errors
 from img2img_server.api.convert_service import status_of
+from img2img_server.api.encoded import serializer
 from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.api.public import PublicServices
 from img2img_server.api.receive import RECEIVE_SECONDS, WAIT_SECONDS, Parse, Receiver, abort
@@ -129,7 +130,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 rpc.streaming(handler.unary_stream, handler.request_deserializer),
-                response_serializer=handler.response_serializer,
+                response_serializer=serializer(handler.response_serializer or bytes),
             )
         return grpc.stream_unary_rpc_method_handler(
             rpc.unary(handler.unary_unary, handler.request_deserializer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ async def serve_api(
         _inline_base64(settings, stop) as inline_base64,
     ):
         webhooks = Webhooks(webhook_sender(policy), signer, inline_base64=inline_base64)
+        # The modules are not searched for garbage again: that would pause all streams.
+        gc.freeze()
         await serve(settings, bus, fetch, webhooks, keys, stop, started, decoder=decoder)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 import structlog
 
-from img2img.v1 import event_pb2, service_pb2, service_pb2_grpc
+from img2img.v1 import service_pb2, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.admin import StorageCalls
@@ -20,6 +20,7 @@ from img2img_server.api.cancel import Canceller
 from img2img_server.api.convert_service import capabilities
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.disconnects import Disconnects, GenerateCall
+from img2img_server.api.encoded import StreamedEvent
 from img2img_server.api.intake import Intake, request_uuid
 from img2img_server.api.interceptors import OpenCalls, current_principal
 from img2img_server.api.receive import request_kept
@@ -64,18 +65,18 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._listings = Budget("job lists", 6, 2, wait_seconds=5.0, most_waiting=50)
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def Generate(  # noqa: N802
+    async def Generate(  # type: ignore[override]  # noqa: N802
         self, request: service_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[service_pb2.GenerateResponse]:
+    ) -> AsyncIterator[bytes]:
         caller = self._caller(context)
         # The place is taken before there is a job that could not be streamed.
         with self._watcher.places.taken(caller.principal.tenant):
             async for event in self._generate(request, caller, context):
-                yield service_pb2.GenerateResponse(event=event)
+                yield event.data
 
     async def _generate(
         self, request: service_pb2.GenerateRequest, caller: Caller, context: Context
-    ) -> AsyncIterator[event_pb2.JobEvent]:
+    ) -> AsyncIterator[StreamedEvent]:
         call = GenerateCall(
             disconnects=self._disconnects,
             creation=self._create(request, caller),
@@ -93,13 +94,13 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             raise
         call.has_ended = True
 
-    async def _create_and_watch(self, call: GenerateCall) -> AsyncIterator[event_pb2.JobEvent]:
+    async def _create_and_watch(self, call: GenerateCall) -> AsyncIterator[StreamedEvent]:
         async for heartbeat in self._watcher.heartbeats_until(call.creation):
             yield heartbeat
         job = call.creation.result().job
         call.opened(job.tenant, job.id)
         async for event in self._watcher.stream(job.tenant, job.id, 0, is_new=True):
-            call.sends(event.WhichOneof("event"))
+            call.sends(event.kind)
             yield event
 
     async def CreateJob(  # noqa: N802
@@ -133,9 +134,9 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             next_page_token=_token(before) if before else "",
         )
 
-    async def WatchJob(  # noqa: N802
+    async def WatchJob(  # type: ignore[override]  # noqa: N802
         self, request: service_pb2.WatchJobRequest, context: Context
-    ) -> AsyncIterator[service_pb2.WatchJobResponse]:
+    ) -> AsyncIterator[bytes]:
         if request.after_sequence < 0:
             message = "after_sequence must not be negative"
             violation = Violation("after_sequence", Reason.OUT_OF_RANGE, message)
@@ -146,9 +147,9 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
             snapshot = await anext(events)  # Raises unless the job belongs to this tenant.
             self._disconnects.opened(tenant, job_id)
             _when_done(context, lambda: self._disconnects.closed(job_id))
-            yield service_pb2.WatchJobResponse(event=snapshot)
+            yield snapshot.data
             async for event in events:
-                yield service_pb2.WatchJobResponse(event=event)
+                yield event.data
 
     async def CancelJob(  # noqa: N802
         self, request: service_pb2.CancelJobRequest, context: Context

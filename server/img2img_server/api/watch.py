@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from img2img.v1 import event_pb2, job_pb2
+from img2img.v1 import job_pb2
 from img2img_server import clock, errors
 from img2img_server.api import convert
 from img2img_server.api.deps import ApiDeps
+from img2img_server.api.encoded import EncodedEvents, StreamedEvent, streamed
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.lost_workers import as_seen
 from img2img_server.api.places import StreamPlaces
@@ -18,6 +19,8 @@ from img2img_server.domain.events import Envelope
 from img2img_server.domain.job import Job, terminal_event
 
 SEQUENCE_MOST = 2**63 - 1  # int64; the greatest sequence that a caller can send
+# Interval in which a silent stream looks whether its job has ended, if there are no heartbeats.
+LOOK_SECONDS = 15.0
 STOPPING = "This server is stopping; watch again with the last sequence seen."
 
 
@@ -37,6 +40,8 @@ class Watcher:
         self._retention_hours = deps.settings.retention_hours
         self._heartbeat_seconds = deps.settings.heartbeat_seconds
         self._waits: set[asyncio.Timeout] = set()
+        self._encoded = EncodedEvents()
+        self._endings: dict[int, asyncio.Task[job_pb2.Job]] = {}
 
     async def end_streams_at_stop(self) -> None:
         """Waits until the server stops, then ends every stream that waits for an event."""
@@ -45,16 +50,16 @@ class Watcher:
             if not wait.expired():
                 wait.reschedule(0.0)
 
-    async def heartbeats_until(self, task: asyncio.Task[Any]) -> AsyncIterator[event_pb2.JobEvent]:
+    async def heartbeats_until(self, task: asyncio.Task[Any]) -> AsyncIterator[StreamedEvent]:
         """Yields heartbeats of a stream that has no job yet, until the task is done."""
         while not task.done():
             await asyncio.wait({task}, timeout=self._heartbeat_seconds or None)
             if not task.done():
-                yield convert.heartbeat(sequence=0, time=clock.now())
+                yield streamed(convert.heartbeat(sequence=0, time=clock.now()))
 
     async def stream(
         self, tenant: str, job_id: int, after_sequence: int, *, is_new: bool = False
-    ) -> AsyncIterator[event_pb2.JobEvent]:
+    ) -> AsyncIterator[StreamedEvent]:
         """Yields the job's events until its terminal one, and heartbeats while there is none.
 
         Args:
@@ -69,23 +74,22 @@ class Watcher:
         async with self._events.watch(job_id, after_sequence, tenant=tenant) as log:
             # The log is open before the record is read here, so no event between the two is missed.
             job = await self._get(tenant, job_id)
-            yield await self._snapshot(job, after_sequence)
-            last = None
-            if job.state.is_terminal:
-                last = await self._events.last_sequence(job_id)
             seen = after_sequence
-            if last is None or last > seen:
-                while True:
-                    envelope = await self._next(log)
-                    if envelope is None:
-                        yield convert.heartbeat(sequence=seen, time=clock.now(), job_name=job.name)
-                        continue
-                    yield await self._message(tenant, envelope, seen)
-                    if envelope.is_terminal:
-                        return
-                    seen = envelope.sequence
-                    if last is not None and seen >= last:
-                        break
+            yield await self._snapshot(job, seen)
+            last = await self._last(job)
+            while last is None or last > seen:
+                envelope = await self._next(log)
+                if envelope is None:
+                    job = await self._get(tenant, job_id)
+                    last = await self._last(job)
+                    if self._heartbeat_seconds:
+                        beat = convert.heartbeat(sequence=seen, time=clock.now(), job_name=job.name)
+                        yield streamed(beat)
+                    continue
+                yield await self._event(tenant, envelope, seen)
+                if envelope.is_terminal:
+                    return
+                seen = envelope.sequence
             # The log was removed, or its writer died before the terminal event.
             ending = Envelope(
                 sequence=min(max(seen, job.last_event) + 1, SEQUENCE_MOST),
@@ -94,7 +98,11 @@ class Watcher:
                 event=terminal_event(job),
                 previous=job.last_event,
             )
-            yield await self._message(tenant, ending, seen)
+            yield await self._event(tenant, ending, seen)
+
+    async def _last(self, job: Job) -> int | None:
+        """Returns the number of the last event of a job that has ended, else None."""
+        return await self._events.last_sequence(job.id) if job.state.is_terminal else None
 
     async def message(self, job: Job) -> job_pb2.Job:
         """Returns the Job message of a record, with its estimate."""
@@ -105,22 +113,35 @@ class Watcher:
     async def _get(self, tenant: str, job_id: int) -> Job:
         return (await found(self._jobs, tenant, job_id)).job
 
-    async def _snapshot(self, job: Job, sequence: int) -> event_pb2.JobEvent:
-        return convert.snapshot(await self.message(job), sequence=sequence, time=clock.now())
+    async def _snapshot(self, job: Job, sequence: int) -> StreamedEvent:
+        message = await self.message(job)
+        return streamed(convert.snapshot(message, sequence=sequence, time=clock.now()))
 
-    async def _message(self, tenant: str, envelope: Envelope, seen: int) -> event_pb2.JobEvent:
-        """Returns the message of an event. `seen`: the number of the event before it."""
-        if envelope.is_terminal:
-            job = await self._get(tenant, envelope.job_id)
-            message = convert.event(envelope, await self.message(job))
-        else:
-            message = convert.event(envelope)
-        if envelope.previous > seen:
+    async def _event(self, tenant: str, envelope: Envelope, seen: int) -> StreamedEvent:
+        """Encodes an event. `seen`: the number of the event before it."""
+        is_missing = envelope.previous > seen
+        if not envelope.is_terminal and not is_missing:
+            return self._encoded.get(envelope)
+        job = await self._ended(tenant, envelope.job_id) if envelope.is_terminal else None
+        message = convert.event(envelope, job)
+        if is_missing:
             message.missing_from = seen + 1
-        return message
+        return streamed(message)
+
+    async def _ended(self, tenant: str, job_id: int) -> job_pb2.Job:
+        """Returns the Job message of a terminal event. Streams that end together share it."""
+        reading = self._endings.get(job_id)
+        if reading is None:
+            reading = asyncio.create_task(self._read_message(tenant, job_id))
+            self._endings[job_id] = reading
+            reading.add_done_callback(lambda _: self._endings.pop(job_id))
+        return await asyncio.shield(reading)
+
+    async def _read_message(self, tenant: str, job_id: int) -> job_pb2.Job:
+        return await self.message(await self._get(tenant, job_id))
 
     async def _next(self, log: AsyncIterator[Envelope]) -> Envelope | None:
-        """Returns the next event of the log, or None when a heartbeat is due.
+        """Returns the next event of the log, or None after the heartbeat interval without one.
 
         It uses a timeout and no second task, because it runs for every event of every stream.
 
@@ -130,7 +151,7 @@ class Watcher:
         if self._stop.is_set():
             raise errors.UnavailableError(STOPPING)
         try:
-            async with asyncio.timeout(self._heartbeat_seconds or None) as wait:
+            async with asyncio.timeout(self._heartbeat_seconds or LOOK_SECONDS) as wait:
                 self._waits.add(wait)
                 try:
                     return await anext(log)
