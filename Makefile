@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench chaos attack fleet image-test
+.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench chaos attack fleet image-test fanout
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,9 @@ bench: setup ## Measure the service and the engine on this machine
 
 chaos: setup ## Break the parts of a service on this machine under load and count the damage
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+fanout: setup ## Measure a thousand event streams of one api next to a bare gRPC fan-out
+	$(BIN)/python -m benchmarks.fanout $(ARGS)
 
 attack: setup ## Attack a service on this machine and show what another tenant notices
 	$(BIN)/python -m benchmarks.attack $(ARGS)
