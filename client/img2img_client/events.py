@@ -47,11 +47,13 @@ class Queued(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
-    """A worker started the job; `attempt` counts from 1. All samples start at their first step."""
+    """A worker started the job; `attempt` counts from 1. All samples start at their first step,
+    except `stored_samples`: an earlier attempt has stored them."""
 
     worker: str
     model: str
     attempt: int
+    stored_samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,26 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another_one(engine:
 
     assert difference(first[1], again[0]) <= BOUND
     assert difference(first[0], first[1]) > BOUND
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_stored_samples_are_not_generated_and_the_others_are_the_same(
+    engine: Engine, strength: float
+) -> None:
+    whole = job(seeds=(5, 6, 7, 8), strength=strength)
+    every = {event.sample: event.pixels for event in ready(run(engine, whole))}
+    rest = run(engine, replace(whole, stored=frozenset({0, 2})))
+
+    assert {event.sample for event in ready(rest)} == {1, 3}
+    assert all(difference(event.pixels, every[event.sample]) <= BOUND for event in ready(rest))
+    assert {event.sample for event in rest if isinstance(event, StepFinished)} <= {1, 3}
+    done = rest[-1]
+    assert isinstance(done, JobDone)
+    assert done.timings.steps == 2 * done.denoising_steps
+
+
+def ready(events: list[EngineEvent]) -> list[SampleReady]:
+    return [event for event in events if isinstance(event, SampleReady)]
 
 
 def test_strength_zero_gives_the_init_image_without_a_stage_or_a_step(engine: Engine) -> None:

@@ -239,3 +239,54 @@ async def test_a_worker_that_stops_does_not_wait_for_its_store() -> None:
         async with running_worker(bus, blobs=good, name="other"):
             await read_until(stream, "succeeded", log)
     assert kinds(log).count("started") == 2
+
+
+class HalfStore(AwayStore):
+    """A store that takes the first sample of a job and hangs at the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers.clear()
+        self.half_stored = asyncio.Event()
+        self.keys: list[str] = []
+
+    async def put(self, key: str, data: bytes, media_type: str) -> None:
+        self.keys.append(key)
+        if "-0." in key:
+            await MemoryBlobStore.put(self, key, data, media_type)
+            return
+        await super().put(key, data, media_type)
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+async def test_stored_samples_of_a_lost_worker_are_not_made_again(end: str) -> None:
+    bus = memory_bus(ack_wait_seconds=0.3)
+    request = spec(samples=3, output_format=job_pb2.IMAGE_FORMAT_PNG)
+    half = HalfStore()
+    await half.prepare()
+    async with running_api(bus) as api:
+        async with running_worker(bus, name="calm"):
+            calm = (await read_until(api.generate(request), "succeeded"))[-1].event.succeeded.job
+        stream = api.generate(request)
+        config = settings(drain_seconds=0.05)
+        async with running_worker(bus, blobs=half, name="doomed", config=config) as doomed:
+            log = await read_until(stream, "sample_stored")
+            if end == "killed":
+                doomed.task.cancel()
+                await asyncio.gather(doomed.task, return_exceptions=True)
+            else:
+                half.error = AWAY
+                half.answers.set()
+                await read_until(stream, "storage_waiting", log)
+                await doomed.drained()
+        heirs = HalfStore()
+        heirs.answers.set()
+        await heirs.prepare()
+        async with running_worker(bus, name="heir", blobs=heirs):
+            await read_until(stream, "succeeded", log)
+    starts = [message.event.started for message in log if message.event.HasField("started")]
+    assert [list(start.stored_samples) for start in starts] == [[], [0]]
+    assert not [key for key in heirs.keys if "-0." in key]
+    job = log[-1].event.succeeded.job
+    assert [each.sha256 for each in job.samples] == [each.sha256 for each in calm.samples]
+    assert kinds(log).count("sample_stored") == 3

@@ -47,7 +47,7 @@ IMAGE = EncodedImage(
 )
 EVENTS: tuple[Event, ...] = (
     Queued(position=2, eta_seconds=1.5, requeue_reason="worker lost"),
-    Started(worker="w", model="atelier", attempt=2),
+    Started(stored_samples=(0, 2), worker="w", model="atelier", attempt=2),
     StageFinished(stage=Stage.IMAGE_ENCODED),
     StepFinished(sample=1, step=3, total=14, sigma=0.25),
     Preview(sample=1, step=3, image=IMAGE),

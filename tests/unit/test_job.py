@@ -59,11 +59,11 @@ def test_a_job_that_goes_well_collects_its_samples_and_times() -> None:
     assert (job.timings.queue, job.timings.total) == (1.0, 4.0)
 
 
-def test_a_taken_over_job_begins_its_samples_again() -> None:
+def test_a_job_that_was_taken_over_keeps_its_stored_samples_only() -> None:
     job = advance(advance(make_job(), STARTED, 101.0), STORED, 102.0)
     again = advance(job, Started(worker="w2", model="m", attempt=2), 110.0)
     assert (again.worker, again.attempt, again.start_time) == ("w2", 2, 110.0)
-    assert [sample.url for sample in again.samples] == ["", ""]
+    assert [sample.url for sample in again.samples] == ["", "http://x/1"]
     assert again.timings.queue == 1.0
 
 

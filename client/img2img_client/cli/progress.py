@@ -93,7 +93,7 @@ class LiveDisplay:
             case events.Started():
                 again = f" (attempt {event.attempt})" if event.attempt > 1 else ""
                 self.note(f"encoding the prompt with {event.model} on {event.worker}{again}")
-                self._reset_bars()
+                self._reset_bars(event.stored_samples)
             case events.StageFinished():
                 self.note(STAGES.get(event.stage, self._status))
                 if event.stage is events.Stage.IMAGE_ENCODED:
@@ -124,10 +124,12 @@ class LiveDisplay:
         state = "queued" if event.job.state is State.QUEUED else "running"
         self.note(with_reason(state, event.job))
 
-    def _reset_bars(self) -> None:
+    def _reset_bars(self, stored: tuple[int, ...]) -> None:
         self._unfinished |= set(self._tasks)
-        for task in self._tasks.values():
-            self._bars.update(task, completed=0, note="")
+        self._unfinished -= set(stored)
+        for sample, task in self._tasks.items():
+            if sample not in stored:
+                self._bars.update(task, completed=0, note="")
 
     def _task(self, sample: int) -> TaskID:
         if sample not in self._tasks:

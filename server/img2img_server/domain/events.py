@@ -41,11 +41,14 @@ class Queued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A worker started the job. `attempt`: the number of the attempt, from 1."""
+    """A worker started the job. `attempt`: the number of the attempt, from 1. `stored_samples`:
+    indices of the samples that an earlier attempt has stored.
+    """
 
     worker: str
     model: str
     attempt: int
+    stored_samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -252,7 +252,7 @@ def advance(job: Job, event: Event, now: float) -> Job:
                 start_time=now,
                 worker=event.worker,
                 attempt=event.attempt,
-                samples=_fresh_samples(job.params),
+                samples=_samples_to_start_with(job),
                 timings=replace(job.timings, queue=max(0.0, queued)),
             )
         case Queued():
@@ -289,8 +289,11 @@ def _ended(job: Job, now: float) -> Timings:
     return replace(job.timings, total=max(0.0, now - job.create_time))
 
 
-def _fresh_samples(params: JobParams) -> tuple[SampleResult, ...]:
-    return tuple(SampleResult(index=i, seed=params.sample_seed(i)) for i in range(params.samples))
+def _samples_to_start_with(job: Job) -> tuple[SampleResult, ...]:
+    """Returns the samples of a new attempt: those that are stored, and fresh ones."""
+    stored = {sample.index: sample for sample in job.samples if sample.url}
+    seeds = map(job.params.sample_seed, range(job.params.samples))
+    return tuple(stored.get(i) or SampleResult(index=i, seed=seed) for i, seed in enumerate(seeds))
 
 
 def _with_sample(job: Job, index: int, **changes: object) -> Job:

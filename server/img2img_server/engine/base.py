@@ -24,6 +24,7 @@ class JobPlan:
         enqueue_time: Monotonic seconds, by which waiting jobs are ordered; 0.0: the time of
             `submit`.
         deadline: Monotonic seconds after which the images are of no use; None: never.
+        stored: Indices of samples that an earlier attempt has stored; they are not generated.
     """
 
     job_id: int
@@ -31,6 +32,12 @@ class JobPlan:
     params: JobParams
     enqueue_time: float = 0.0
     deadline: float | None = None
+    stored: frozenset[int] = frozenset()
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The indices of the samples to generate."""
+        return tuple(index for index in range(self.params.samples) if index not in self.stored)
 
     @property
     def height(self) -> int:

@@ -134,7 +134,7 @@ class EngineJobState:
         batch_key: Hashable,
     ) -> EngineJobState:
         table = to_device(coefficient_table(schedule), device)
-        return cls(job, sink, schedule, forwards, table, batch_key, unfinished=len(job.seeds))
+        return cls(job, sink, schedule, forwards, table, batch_key, unfinished=len(job.indices))
 
     @property
     def text(self) -> TextInput:
@@ -151,8 +151,8 @@ class EngineJobState:
     def prepare(self, conditioning: Conditioning, image: ImageLatents) -> None:
         """Creates the samples; draws noise in the order of diffusers: first the autoencoder's."""
         schedule, samples = self.schedule, []
-        for index, seed in enumerate(self.job.seeds):
-            generator = torch.Generator().manual_seed(seed)
+        for index in self.job.indices:
+            generator = torch.Generator().manual_seed(self.job.seeds[index])
             latents = image.mean[None]
             if image.deviation is not None:
                 latents = latents + image.deviation * _noise(generator, latents)
@@ -161,6 +161,10 @@ class EngineJobState:
             sample = SampleState(self, index, generator, (latents,), latents)
             samples.append(sample)
         self.conditioning, self.samples = conditioning, samples
+
+    def sample(self, index: int) -> SampleState:
+        """Returns the sample of this index."""
+        return next(sample for sample in self.samples if sample.index == index)
 
     def note_step(self, seconds: float, share: float) -> None:
         """Adds a step of a batch with samples of the job to the timings."""
@@ -216,7 +220,7 @@ def rows_of(job: JobPlan, forwards: int, steps: int, batch_key: Hashable, now: f
             batch_key=(batch_key, params.lora, scale),
             deadline=job.deadline,
         )
-        for sample in range(params.samples)
+        for sample in job.indices
     ]
 
 

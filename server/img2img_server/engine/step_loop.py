@@ -145,7 +145,7 @@ class StepLoop:
             emit(sink, job, JobFailed(failure_of(error, job)))
             return
         if not run.schedule.steps:
-            for index in range(len(job.seeds)):
+            for index in job.indices:
                 self._events.emit(run, SampleReady(index, job.init_image.copy()))
             self._events.finish(run)
             return
@@ -225,7 +225,7 @@ class StepLoop:
         late = {run.job.job_id for run in new[most:]}
         self._scheduler.put_back([row.key for row in batch.rows if row.job_id in late])
         rows = [row for row in batch.rows if row.job_id in self._runs.keys() - late]
-        samples = [self._runs[row.job_id].samples[row.sample] for row in rows]
+        samples = [self._runs[row.job_id].sample(row.sample) for row in rows]
         self._step(samples)
         finished = set(self._scheduler.complete([row.key for row in rows], time.monotonic()))
         self._publish()

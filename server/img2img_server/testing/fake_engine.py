@@ -228,10 +228,10 @@ class FakeEngine:
             self._step(run)
         if run.step < run.total:
             return False
-        for sample in range(len(job.seeds)):
+        for sample in job.indices:
             _emit(run, SampleReady(sample, fake_image(job, sample)))
         took = time.monotonic() - run.began
-        steps = run.total * len(job.seeds)
+        steps = run.total * len(job.indices)
         timings = Timings(denoise=took, engine=took, steps=steps, batch_share=1.0)
         warnings = self._warnings(job) if run.total else ()
         share = job.params.strength if run.total else 0.0
@@ -250,7 +250,7 @@ class FakeEngine:
 
     def _step(self, run: _Run) -> None:
         job, step = run.job, run.step
-        for sample in range(len(job.seeds)):
+        for sample in job.indices:
             _emit(
                 run,
                 StepFinished(

@@ -83,6 +83,7 @@ def job_plan(job: Job) -> JobPlan:
         params=job.params,
         enqueue_time=time.monotonic(),
         deadline=deadline,
+        stored=frozenset(sample.index for sample in job.samples if sample.url),
     )
 
 

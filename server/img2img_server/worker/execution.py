@@ -306,14 +306,14 @@ class JobExecution:
             events.close()
 
     async def _all_stored(self, uploads: set[asyncio.Task[None]]) -> None:
-        """Waits for the uploads. Raises _StoppedError once they are abandoned."""
+        """Waits for the uploads. Raises _StoppedError if they are abandoned before."""
         async with background_task(self._abandoned.wait()) as abandoned:
             while uploads and not abandoned.done():
                 done, _ = await asyncio.wait(
                     {*uploads, abandoned}, return_when=asyncio.FIRST_COMPLETED
                 )
                 uploads -= done
-        if self._abandoned.is_set():
+        if uploads or self._cancelled:
             raise _StoppedError
 
     def _count_step(self, job: Job) -> None:

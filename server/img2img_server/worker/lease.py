@@ -17,6 +17,8 @@ from img2img_server.domain.events import (
     Event,
     Failed,
     Queued,
+    SampleFinished,
+    SampleStored,
     Started,
     StorageWaiting,
     Succeeded,
@@ -55,6 +57,7 @@ class JobLease:
         self._writer = writer
         self._revision = stored.revision
         self._turn = asyncio.Lock()
+        self._changing = asyncio.Lock()  # One change of `job` at a time, also while it is stored.
         self.delivery = delivery
         self.job: Job = stored.job
         # The record counts attempts: a message may be delivered without a run.
@@ -99,6 +102,7 @@ class JobLease:
             worker=self._deps.name,
             model=self._deps.engine.model.name,
             attempt=self._attempt,
+            stored_samples=tuple(sample.index for sample in self.job.samples if sample.url),
         )
 
     async def append(self, event: Event) -> None:
@@ -113,10 +117,22 @@ class JobLease:
         async with self._turn:
             await self._writer.append(event)
 
-    async def record_sample(self, event: Event) -> None:
-        """Appends an event of a sample. The record is written only when the job ends."""
+    async def record_sample(self, event: SampleFinished | SampleStored) -> None:
+        """Appends an event of a sample.
+
+        The record gets a stored sample at once if others are missing, so that no further attempt
+        generates it again. Otherwise it is written when the job ends.
+        """
+        if isinstance(event, SampleStored) and self._misses_another(event.sample):
+            await self._swap(event)
+            await self.append(event)
+            return
         await self.append(event)
-        self.job = advance(self.job, event, clock.now())
+        async with self._changing:
+            self.job = advance(self.job, event, clock.now())
+
+    def _misses_another(self, index: int) -> bool:
+        return any(not sample.url for sample in self.job.samples if sample.index != index)
 
     async def record_waiting(self, event: StorageWaiting) -> None:
         """Records that a file waits for the store, and appends the event."""
@@ -183,6 +199,10 @@ class JobLease:
         Returns:
             The event that the record has: Cancelled instead of another end after a cancel request.
         """
+        async with self._changing:
+            return await self._swap_alone(event)
+
+    async def _swap_alone(self, event: Event) -> Event:
         while True:
             if self.job.cancel_requested and isinstance(event, Succeeded | Failed):
                 event = Cancelled()

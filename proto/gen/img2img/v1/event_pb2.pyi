@@ -3,10 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from img2img.v1 import job_pb2 as _job_pb2
 import builtins as _builtins
@@ -209,24 +211,32 @@ class JobStarted(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    STORED_SAMPLES_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Name of the worker."""
     model: _builtins.str
     """Name of the model."""
     attempt: _builtins.int
     """Number of times a worker has started the job, from 1. In each attempt, the samples start from
-    their first step.
+    their first step, except those in stored_samples.
     """
+    @_builtins.property
+    def stored_samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indices of the samples that an earlier attempt has stored. They are not generated again, and their
+        events are not repeated.
+        """
+
     def __init__(
         self,
         *,
         worker: _builtins.str = ...,
         model: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        stored_samples: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "model", b"model", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "model", b"model", "stored_samples", b"stored_samples", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,9 +19,11 @@ function queued(result, { position, eta, requeue_reason: reason }) {
   Object.assign(result, { waiting: true, text: `Queued: ${place}${about}${reason ? ` (${reason})` : ""}.` });
 }
 
-function started(result, { worker, model }) {
-  result.imagesAfter = undefined;  // A new attempt generates the images again.
-  for (const sample of result.samples) Object.assign(sample, { step: 0, total: 0 });
+function started(result, { worker, model, stored_samples: stored = [] }) {
+  if (!stored.length) result.imagesAfter = undefined;  // A new attempt generates the images again.
+  result.samples.forEach((sample, index) => {
+    if (!stored.includes(index)) Object.assign(sample, { step: 0, total: 0 });
+  });
   Object.assign(result, { waiting: false, text: `Running ${model} on ${worker}.` });
 }
 
