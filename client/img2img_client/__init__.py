@@ -13,6 +13,8 @@ with Client("127.0.0.1:50051", api_key="dev-key") as client:
 from img2img_client.admin import StorageSettings as StorageSettings
 from img2img_client.admin import StorageUpdate as StorageUpdate
 from img2img_client.admin import SystemDetails as SystemDetails
+from img2img_client.admin import Usage as Usage
+from img2img_client.admin import UsageOfDay as UsageOfDay
 from img2img_client.channel import CHANNEL_OPTIONS as CHANNEL_OPTIONS
 from img2img_client.client import AsyncClient as AsyncClient
 from img2img_client.client import Client as Client
@@ -59,6 +61,7 @@ from img2img_client.events import Succeeded as Succeeded
 from img2img_client.resources import Caller as Caller
 from img2img_client.resources import Capabilities as Capabilities
 from img2img_client.resources import DeterminismClass as DeterminismClass
+from img2img_client.resources import Estimate as Estimate
 from img2img_client.resources import GeneratedImage as GeneratedImage
 from img2img_client.resources import Guidance as Guidance
 from img2img_client.resources import Image as Image

@@ -26,6 +26,27 @@ class SystemDetails:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UsageOfDay:
+    """The usage of one tenant on one day, "2026-11-30" in UTC. `price`: of the device seconds; 0 if
+    the operator configured no price."""
+
+    day: str
+    tenant: str
+    jobs: int
+    images: int
+    device_seconds: float
+    price: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Usage by day and tenant, newest first. `currency`: that of the prices; empty without any."""
+
+    usage: tuple[UsageOfDay, ...]
+    currency: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StorageSettings:
     """A tenant's own S3 storage; see img2img/v1/service.proto. Responses never contain the keys."""
 
@@ -91,6 +112,13 @@ class _Admin:
         """Fails all queued jobs of the tenant and returns their number."""
         request = admin_service_pb2.ClearQueueRequest()
         return Rpc(self._stub.ClearQueue, request, lambda response: int(response.cleared_jobs))
+
+    @Unary
+    def usage(self, days: int = 7) -> Rpc[Usage]:
+        """Returns what each tenant used on each of the last days. A key without the permission
+        `operate` gets the usage of its own tenant."""
+        request = requests.build(admin_service_pb2.GetUsageRequest, days=days)
+        return Rpc(self._stub.GetUsage, request, partial(read, Usage))
 
     @Unary
     def update_storage(

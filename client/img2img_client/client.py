@@ -20,9 +20,9 @@ from img2img_client.admin import Admin, AsyncAdmin
 from img2img_client.channel import Endpoint
 from img2img_client.convert import read
 from img2img_client.diagnosis import explain, explain_async
-from img2img_client.resources import Caller, Capabilities, Job, Result, State
+from img2img_client.resources import Caller, Capabilities, Estimate, Job, Result, State
 from img2img_client.resume import Backoff, FirstRequest, Follow, Retry, checked
-from img2img_client.spec import CreateOptions, ImageSource, StreamOptions
+from img2img_client.spec import CreateOptions, ImageSource, Options, StreamOptions
 from img2img_client.stream import (
     AsyncCalls,
     AsyncJobStream,
@@ -100,6 +100,15 @@ class _Client(Generic[ChannelT, InterceptorT]):
         """Queues a job and returns at once; follow it with `watch` or `get`."""
         request = requests.new_job(service_pb2.CreateJobRequest, prompt, init_image, options)
         return Rpc(self._stub.CreateJob, request, _job)
+
+    @Unary
+    def estimate(
+        self, prompt: str, init_image: ImageSource | None = None, **options: Unpack[Options]
+    ) -> Rpc[Estimate]:
+        """Estimates a job without creating it: device time, wait and price. Without an init image
+        a square one is assumed."""
+        request = requests.estimate(prompt, init_image, options)
+        return Rpc(self._stub.EstimateJob, request, partial(read, Estimate))
 
     @Unary
     def get(self, job: Job | str | int) -> Rpc[Job]:

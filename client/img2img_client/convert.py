@@ -61,7 +61,7 @@ def _fields(cls: type) -> dict[str, Any]:
 
 def _value(message: Any, name: str, hint: Any) -> object:
     """Returns the message's field as a value of the type `hint`."""
-    source = name.removesuffix("_seconds")
+    source = name if name in message.DESCRIPTOR.fields_by_name else name.removesuffix("_seconds")
     if isinstance(hint, UnionType):
         if not message.HasField(source):
             return None

@@ -75,11 +75,23 @@ def new_job(
     return build(kind, spec=_job_spec(prompt, init_image, given), **values)
 
 
+def estimate(
+    prompt: str, init_image: ImageSource | None, options: Options
+) -> service_pb2.EstimateJobRequest:
+    """Returns the request that estimates a job. Raises the errors of new_job."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return service_pb2.EstimateJobRequest(spec=_job_spec(prompt, init_image, given))
+
+
 def _job_spec(
-    prompt: str, init_image: ImageSource, options: Mapping[str, object]
+    prompt: str, init_image: ImageSource | None, options: Mapping[str, object]
 ) -> job_pb2.JobSpec:
     spec = job_pb2.JobSpec()
     violations = _set_fields(spec, {"prompt": prompt, "output_format": "png", **options})
+    if init_image is None:
+        if violations:
+            raise InvalidArgumentError(*violations)
+        return spec
     if isinstance(init_image, str) and is_address(init_image):
         if _set_fields(spec.init_image, {"url": init_image}):
             text = "init_image is a URL with characters that are not valid Unicode"

@@ -166,10 +166,26 @@ class JobError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """The cost of a job that was not created. `device_seconds` is 0 and the times are None while no
+    worker has measured the model. `currency` is empty without a price."""
+
+    spec: Spec
+    warning: str
+    device_seconds: float
+    position: int
+    wait_seconds: float | None
+    eta_seconds: float | None
+    price: float
+    currency: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """The record of a job. `name` is "jobs/{id}"; `future_urls` are the links that will work once
     the images are stored. `start_noise` is the share of noise that the first step began with, 0 to
-    1; 0 until the job has ended."""
+    1, `device_seconds` the time of the device that the job used; both are 0 until the job has
+    succeeded."""
 
     name: str
     id: int
@@ -196,6 +212,7 @@ class Job:
     denoising_steps: int
     start_noise: float
     state_reason: str
+    device_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

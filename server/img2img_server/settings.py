@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from img2img_server.domain.params import MAX_SIDE_PIXELS
+from img2img_server.domain.price import PATTERN as PRICE_PATTERN
 from img2img_server.errors import OperatorError
 from img2img_server.setting_files import read_bytes
 from img2img_server.setting_syntax import (
@@ -265,6 +266,10 @@ class Settings(BaseSettings):
     prompt_rewriter: Literal["off", "rules"] = "rules"
     """Effect of enhance_prompt: rules add terms to the prompt; off: the prompt is used as sent, and
     the job has a warning."""
+
+    device_second_price: str = Field("", pattern=PRICE_PATTERN)
+    """Price of a second of device time and its currency, for example 0.0004 EUR: for EstimateJob
+    and GetUsage. Empty: no price."""
 
     # Limits.
     queue_limit: Count = Field(15, ge=1)

@@ -84,7 +84,23 @@ LOOP_LAG = Histogram(
     "How much later than scheduled a callback of the event loop ran.",
     buckets=_SECONDS,
 )
+TENANT_DEVICE_SECONDS = Counter(
+    "img2img_tenant_device_seconds_total",
+    "Device time of succeeded jobs, by tenant. A process names its first 100 tenants; `other` is "
+    "the sum of the others.",
+    ["tenant"],
+)
+_NAMED_TENANTS: Final = 100
+_named_tenants: set[str] = set()
 REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
+
+
+def count_usage(tenant: str, device_seconds: float) -> None:
+    """Adds device time to the metric of a tenant."""
+    if len(_named_tenants) < _NAMED_TENANTS:
+        _named_tenants.add(tenant)
+    label = tenant if tenant in _named_tenants else "other"
+    TENANT_DEVICE_SECONDS.labels(label).inc(device_seconds)
 
 
 def configure_logging(settings: Settings, role: str) -> None:

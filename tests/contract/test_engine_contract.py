@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,6 +76,21 @@ def test_timings_count_the_steps_of_all_samples_and_lie_within_the_whole(engine:
     assert timings.steps == 12
     assert 0.0 < timings.batch_share <= 1.0
     assert 0.0 < timings.encode + timings.denoise + timings.decode <= timings.engine * 1.001
+    assert 0.0 < done.device_seconds <= timings.engine * 1.001
+
+
+def test_jobs_that_share_batches_share_the_device_seconds(denoiser: DiffusersDenoiser) -> None:
+    inboxes = [ReplyInbox() for _ in range(4)]
+    with running(denoiser) as engine:
+        began = time.monotonic()
+        for number, inbox in enumerate(inboxes, start=1):
+            engine.submit(job(job_id=number, seeds=(number, number + 1)), inbox)
+        done = [inbox.all()[-1] for inbox in inboxes]
+        took = time.monotonic() - began
+    seconds = [each.device_seconds for each in done if isinstance(each, JobDone)]
+    assert len(seconds) == 4
+    assert min(seconds) > 0.0
+    assert sum(seconds) <= took * 1.001
 
 
 def test_the_same_seed_gives_the_same_image_and_another_seed_another_one(engine: Engine) -> None:

@@ -35,6 +35,30 @@ def details(session: Session) -> None:
 
 
 @admin.command()
+@click.option(
+    "--days",
+    type=click.IntRange(1, 62),
+    default=7,
+    show_default=True,
+    help="Number of days, today included, in UTC.",
+)
+@command
+def usage(session: Session, *, days: int) -> None:
+    """Show what each tenant used on each day."""
+    found = session.client.admin.usage(days)
+
+    def show() -> None:
+        for each in found.usage:
+            price = f", {each.price:.2f} {found.currency}" if found.currency else ""
+            used = f"{each.device_seconds:.1f} device s{price}"
+            click.echo(f"{each.day} {each.tenant}: {count(each.jobs, 'job')}, {used}")
+        if not found.usage:
+            click.echo("no usage")
+
+    session.answer(found, show)
+
+
+@admin.command()
 @command
 def restart(session: Session) -> None:
     """Restart every worker. Running jobs go back to the queue and start again."""

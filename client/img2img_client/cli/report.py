@@ -92,6 +92,7 @@ def show_job(job: Job) -> None:
         "expires": _time(job.expire_time),
         "expected": "" if job.eta_seconds is None else f"in about {job.eta_seconds:.0f} s",
         "worker": " on ".join(part for part in (job.worker, job.device) if part),
+        "device time": f"{job.device_seconds:.2f} s" if job.device_seconds else "",
         "track id": job.spec.track_id,
         "webhook": ": ".join(part for part in (job.webhook_status, job.webhook_error) if part),
         "error": f"{job.error.reason}: {job.error.message}" if job.error else "",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 import grpc
 import structlog
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2
-from img2img_server import __version__, errors
+from img2img_server import __version__, clock, errors
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.convert import duration
 from img2img_server.api.convert_service import storage_details, storage_settings
@@ -18,13 +19,16 @@ from img2img_server.api.estimate import Estimator
 from img2img_server.api.interceptors import current_principal
 from img2img_server.api.keys import Principal
 from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT, validate_server_type
+from img2img_server.domain.price import Price
 from img2img_server.domain.storage import REALTIME, validate_storage
-from img2img_server.domain.violations import Reason, Violation
+from img2img_server.domain.violations import Reason, Violation, out_of_range
 from img2img_server.interfaces.queue import WorkerCommand
+from img2img_server.nats.usage import MOST_DAYS
 from img2img_server.outbound.policy import ForbiddenAddressError
 from img2img_server.storage.tenant_s3 import TenantS3
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_USAGE_DAYS = 7
 _CPU = "cpu"  # the device name of workers without a GPU
 
 log = structlog.get_logger()
@@ -38,6 +42,8 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self._workers = deps.workers
         self._estimator = estimator
         self._canceller = canceller
+        self._usage = deps.bus.usage
+        self._price = Price.parse(deps.settings.device_second_price)
         self._started_at = time.monotonic()
 
     async def GetSystemDetails(  # noqa: N802
@@ -87,6 +93,30 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         cleared = await self._canceller.clear(principal.tenant)
         log.info("queue_cleared", tenant=principal.tenant, jobs=cleared)
         return admin_service_pb2.ClearQueueResponse(cleared_jobs=cleared)
+
+    async def GetUsage(  # noqa: N802
+        self, request: admin_service_pb2.GetUsageRequest, context: Context
+    ) -> admin_service_pb2.GetUsageResponse:
+        days = request.days or _USAGE_DAYS
+        if not 1 <= days <= MOST_DAYS:
+            raise errors.InvalidRequestError([out_of_range("days", 1, MOST_DAYS)])
+        principal = current_principal()
+        tenant = "" if "operate" in principal.permissions else principal.tenant
+        today = datetime.fromtimestamp(clock.now(), UTC).date()
+        return admin_service_pb2.GetUsageResponse(
+            usage=[
+                admin_service_pb2.UsageOfDay(
+                    day=str(each.day),
+                    tenant=each.tenant,
+                    jobs=each.usage.jobs,
+                    images=each.usage.images,
+                    device_seconds=each.usage.device_seconds,
+                    price=self._price.of(each.usage.device_seconds),
+                )
+                for each in await self._usage.read(today, days, tenant)
+            ],
+            currency=self._price.currency,
+        )
 
     async def _broadcast(self, command: WorkerCommand) -> None:
         principal = current_principal()

@@ -24,6 +24,7 @@ from img2img_server.domain.params import (
     validate,
 )
 from img2img_server.domain.resolve import fit_size, resolve
+from img2img_server.domain.violations import required
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.imaging.base import CheckedImage, InvalidImageError
 from img2img_server.imaging.prepare import OWN_MAX_BYTES, Fit
@@ -137,6 +138,55 @@ class Admission:
             InvalidRequestError, PermissionDeniedError, ModelNotFoundError, QueueFullError,
             RateLimitedError, DeadlineTooShortError, UnavailableError.
         """
+        request, model = await self._valid(spec, caller)
+        params = request.params
+        started = time.monotonic()
+        try:
+            image, position, eta = await self._examine(request, model, caller)
+        except (errors.InvalidRequestError, errors.DeadlineTooShortError):
+            await self._rate_limit.count(caller.principal, refused=True)
+            raise
+        await self._rate_limit.count(caller.principal)
+        original_prompt = params.prompt
+        params, warning = self._resolved(spec, request, model, caller, (image.width, image.height))
+        return Admitted(
+            params=params,
+            original_prompt=original_prompt,
+            warning=warning,
+            pixel_steps=params.pixel_steps(model.strength_rule),
+            size=size_of(model.work(params)),
+            image=image,
+            fetch_seconds=time.monotonic() - started,
+            position=position,
+            eta_seconds=eta,
+        )
+
+    async def resolve(
+        self, spec: job_pb2.JobSpec, caller: Caller
+    ) -> tuple[JobParams, ModelInfo, str]:
+        """Checks a request without its init image, which may be absent.
+
+        Returns:
+            The parameters that its job would have, its model, and the warning of its job.
+
+        Raises:
+            InvalidRequestError, PermissionDeniedError, ModelNotFoundError, UnavailableError.
+        """
+        request, model = await self._valid(spec, caller, needs_image=False)
+        fit = self._fit(request, model)
+        square = model.native_size, model.native_size
+        size = fit(square) if fit else (request.params.width, request.params.height)
+        params, warning = self._resolved(spec, request, model, caller, size)
+        return params, model, warning
+
+    async def _valid(
+        self, spec: job_pb2.JobSpec, caller: Caller, *, needs_image: bool = True
+    ) -> tuple[convert.Request, ModelInfo]:
+        """Returns the request and its model, if its fields are valid and the key permits them.
+
+        Raises:
+            InvalidRequestError, PermissionDeniedError, ModelNotFoundError, UnavailableError.
+        """
         named = spec.model or self._deps.settings.default_model
         name = named or await self._announced_model()
         model = await self._deps.workers.model(name)
@@ -145,21 +195,28 @@ class Admission:
         )
         params = request.params
         violations = request.violations + validate(params, self._context(model, params.scheduler))
+        if not needs_image:
+            missing = required("init_image")
+            violations = [violation for violation in violations if violation != missing]
         if violations:
             raise errors.InvalidRequestError(violations)
         if not params.safety_checker:
             caller.principal.require("unsafe")
         if model is None:
             raise await self._no_model(spec.model, name)
-        started = time.monotonic()
-        try:
-            image, position, eta = await self._examine(request, model, caller)
-        except (errors.InvalidRequestError, errors.DeadlineTooShortError):
-            await self._rate_limit.count(caller.principal, refused=True)
-            raise
-        await self._rate_limit.count(caller.principal)
-        params = replace(params, width=image.width, height=image.height)
-        original_prompt, rewriting = params.prompt, ""
+        return request, model
+
+    def _resolved(
+        self,
+        spec: job_pb2.JobSpec,
+        request: convert.Request,
+        model: ModelInfo,
+        caller: Caller,
+        size: tuple[int, int],
+    ) -> tuple[JobParams, str]:
+        """Returns the parameters of the job and its warning. `size`: width and height."""
+        params = replace(request.params, width=size[0], height=size[1])
+        rewriting = ""
         if params.enhance_prompt and self._deps.settings.prompt_rewriter == "rules":
             params = replace(params, prompt=rewrite(params.prompt, params.seed))
         elif params.enhance_prompt:
@@ -167,19 +224,7 @@ class Admission:
         limits = model.limits(self._deps.limits, params.scheduler)
         params, resolving = resolve(params, model, limits, request.given)
         ignored = convert.unknown_fields(spec)
-        warning = join_warnings(caller.warning, ignored, *resolving, rewriting)
-        seconds = time.monotonic() - started
-        return Admitted(
-            params=params,
-            original_prompt=original_prompt,
-            warning=warning,
-            pixel_steps=params.pixel_steps(model.strength_rule),
-            size=size_of(model.work(params)),
-            image=image,
-            fetch_seconds=seconds,
-            position=position,
-            eta_seconds=eta,
-        )
+        return params, join_warnings(caller.warning, ignored, *resolving, rewriting)
 
     def _context(self, model: ModelInfo | None, scheduler: str) -> ValidationContext:
         listed = self._deps.policy.lists_host

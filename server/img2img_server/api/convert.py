@@ -126,11 +126,7 @@ def _init_image(image: job_pb2.InitImage) -> tuple[str, bytes]:
 def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> job_pb2.Job:
     """Returns the Job message of a record."""
     message = fill(job_pb2.Job(), job)
-    fill(message.spec, job.params)
-    if not job.params.lora:
-        message.spec.ClearField("lora_scale")
-    if job.params.init_image_url:
-        message.spec.init_image.url = job.params.init_image_url
+    message.spec.CopyFrom(spec(job.params))
     if job.failure:
         fill(message.error, job.failure)
     if job.state.is_terminal:
@@ -140,6 +136,16 @@ def job(job: Job, *, retention_hours: int, eta_seconds: float | None = None) -> 
         message.ClearField("timings")
         if eta_seconds is not None:
             message.eta.CopyFrom(duration(eta_seconds))
+    return message
+
+
+def spec(params: JobParams) -> job_pb2.JobSpec:
+    """Returns the JobSpec of a job, with every default filled in."""
+    message = fill(job_pb2.JobSpec(), params)
+    if not params.lora:
+        message.ClearField("lora_scale")
+    if params.init_image_url:
+        message.init_image.url = params.init_image_url
     return message
 
 

@@ -52,6 +52,18 @@ class Estimator:
         own = await self._seconds(params, 0) if before else seconds
         return before, seconds, max(0.0, (seconds or 0.0) - (own or 0.0))
 
+    async def device_seconds(self, params: JobParams, model: ModelInfo) -> float:
+        """Returns the seconds that the device works on a job; 0.0 if no worker has measured its
+        model.
+        """
+        measured = [
+            worker.model.pixel_step_seconds
+            for worker in await self._workers.workers()
+            if worker.model.name == model.name and worker.model.pixel_step_seconds
+        ]
+        step_seconds = _mean(measured) or model.pixel_step_seconds
+        return params.pixel_steps(model.strength_rule) * step_seconds
+
     async def place(self, params: JobParams, unfinished: int) -> float | None:
         """Returns the seconds until the first of a tenant's `unfinished` jobs ends, if known."""
         others = await self._queue.depth(params.model, params.lane) - unfinished

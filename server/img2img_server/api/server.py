@@ -22,6 +22,7 @@ from img2img_server.api.admission import Admission
 from img2img_server.api.cancel import Canceller
 from img2img_server.api.deps import ApiDeps, Fetch, service_limits
 from img2img_server.api.disconnects import Disconnects
+from img2img_server.api.dry_run import DryRun
 from img2img_server.api.estimate import Backlog, Estimator
 from img2img_server.api.intake import Intake
 from img2img_server.api.interceptors import UNARY_CALLS, ServiceInterceptor
@@ -138,8 +139,12 @@ class ApiServer:
         self._disconnects = Disconnects(deps, canceller)
         self._dispatcher = _dispatcher(deps, webhooks)
         quota = Quota(deps.bus, limit=deps.settings.queue_limit)
-        intake = Intake(deps, Admission(deps, estimator, quota), self._backlog, quota)
-        servicer = Img2ImgServicer(deps, intake, self._watcher, canceller, self._disconnects)
+        admission = Admission(deps, estimator, quota)
+        intake = Intake(deps, admission, self._backlog, quota)
+        dry_run = DryRun(deps, admission, estimator)
+        servicer = Img2ImgServicer(
+            deps, intake, dry_run, self._watcher, canceller, self._disconnects
+        )
         self._health = health.aio.HealthServicer()
         self._server = server = grpc.aio.server(
             interceptors=[ServiceInterceptor(keys, deps.settings)],

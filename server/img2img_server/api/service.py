@@ -20,6 +20,7 @@ from img2img_server.api.cancel import Canceller
 from img2img_server.api.convert_service import capabilities
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.disconnects import Disconnects, GenerateCall
+from img2img_server.api.dry_run import DryRun
 from img2img_server.api.encoded import StreamedEvent
 from img2img_server.api.intake import Intake, request_uuid
 from img2img_server.api.interceptors import OpenCalls, current_principal
@@ -50,12 +51,14 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self,
         deps: ApiDeps,
         intake: Intake,
+        dry_run: DryRun,
         watcher: Watcher,
         canceller: Canceller,
         disconnects: Disconnects,
     ) -> None:
         self._deps = deps
         self._intake = intake
+        self._dry_run = dry_run
         self._watcher = watcher
         self._canceller = canceller
         self._disconnects = disconnects
@@ -109,6 +112,11 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         creation = self._create(request, self._caller(context, with_deadline=False))
         stored = await asyncio.shield(creation)
         return service_pb2.CreateJobResponse(job=await self._watcher.message(stored.job))
+
+    async def EstimateJob(  # noqa: N802
+        self, request: service_pb2.EstimateJobRequest, context: Context
+    ) -> service_pb2.EstimateJobResponse:
+        return await self._dry_run.estimate(request.spec, self._caller(context))
 
     async def GetJob(  # noqa: N802
         self, request: service_pb2.GetJobRequest, context: Context

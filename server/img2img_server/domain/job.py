@@ -137,6 +137,7 @@ class Job:
         denoising_steps: Steps that ran for each sample.
         state_reason: A StateReason, or "" if the job proceeds. A string, since later versions may
             add reasons.
+        device_seconds: Time of the device that the job used.
         start_noise: Share of noise that the first step began with, 0 to 1.
         last_event: Number of the last event of the job when the record was written.
         own_urls: Links in the service's own bucket, used if the tenant's storage rejects the files.
@@ -172,6 +173,7 @@ class Job:
     own_urls: tuple[str, ...] = ()
     denoising_steps: int = 0
     start_noise: float = 0.0
+    device_seconds: float = 0.0
     state_reason: str = ""
     permit: int = 0
 

@@ -116,12 +116,14 @@ class JobDone:
         warnings: Sentences for Job.warning.
         denoising_steps: Steps that ran for each sample.
         start_noise: Share of noise that the first step began with, 0 to 1.
+        device_seconds: Time of the device that the job used.
     """
 
     timings: Timings = field(default_factory=Timings)
     warnings: tuple[str, ...] = ()
     denoising_steps: int = 0
     start_noise: float = 0.0
+    device_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

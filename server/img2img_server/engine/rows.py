@@ -90,9 +90,9 @@ class SampleState:
         is_last = self.steps_done == len(self.run.schedule.steps)
         return bool(every) and self.steps_done % every == 0 and not is_last
 
-    def ready(self, decode_began: float, pixels: Pixels) -> SampleReady:
-        """Returns the event of the finished image."""
-        self.run.note_decode(decode_began, time.monotonic())
+    def ready(self, decode_began: float, share: float, pixels: Pixels) -> SampleReady:
+        """Returns the event of the finished image. `share`: see note_decode."""
+        self.run.note_decode(decode_began, time.monotonic(), share)
         return SampleReady(self.index, pixels)
 
 
@@ -101,6 +101,7 @@ class EngineJobState:
     """One job in the engine.
 
     Attributes:
+        device: Seconds of the device that the job has used.
         table: The coefficients of all steps on the device, so that a step copies nothing to it.
         is_broken: One of the images could not be copied to the host.
     """
@@ -119,6 +120,7 @@ class EngineJobState:
     denoise: float = 0.0
     decode: float = 0.0
     decoded: float = 0.0
+    device: float = 0.0
     shares: float = 0.0
     batches: int = 0
     is_broken: bool = False
@@ -169,14 +171,27 @@ class EngineJobState:
     def note_step(self, seconds: float, share: float) -> None:
         """Adds a step of a batch with samples of the job to the timings."""
         self.denoise += seconds
+        self.device += seconds * share
         self.shares += share
         self.batches += 1
 
-    def note_decode(self, began: float, now: float) -> None:
+    def note_encode(self, began: float, seconds: float, share: float) -> None:
+        """Adds the encoding of the prompts and the init image to the timings.
+
+        `share`: the job's share of the batch that was encoded.
+        """
+        self.started, self.encode = began, seconds
+        self.device += seconds * share
+
+    def note_decode(self, began: float, now: float, share: float) -> None:
         """Adds the time until an image was on the host to the timings; overlapping copies count
         once.
+
+        `share`: the job's share of the batch that was decoded.
         """
-        self.decode += now - max(began, self.decoded)
+        seconds = now - max(began, self.decoded)
+        self.decode += seconds
+        self.device += seconds * share
         self.decoded = now
 
     def done(self) -> JobDone:
@@ -194,7 +209,7 @@ class EngineJobState:
         if share > _NO_INFLUENCE:
             strength = self.job.params.strength
             texts = (*texts, f"At strength {strength:g} the init image had no influence.")
-        return JobDone(timings, texts, len(self.schedule.steps), share)
+        return JobDone(timings, texts, len(self.schedule.steps), share, self.device)
 
 
 def _noise(generator: torch.Generator, like: Tensor) -> Tensor:

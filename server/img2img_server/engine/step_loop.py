@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice
@@ -243,7 +244,7 @@ class StepLoop:
         began = time.monotonic()
         failed = self._executor.encode(runs)
         for run in runs:
-            run.started, run.encode = began, time.monotonic() - began
+            run.note_encode(began, time.monotonic() - began, 1 / len(runs))
             if run.is_prepared:
                 self._events.emit(run, StageFinished(stage=Stage.TEXT_ENCODED))
                 self._events.emit(run, StageFinished(stage=Stage.IMAGE_ENCODED))
@@ -286,12 +287,14 @@ class StepLoop:
         if not samples:
             return
         began = time.monotonic()
+        together = Counter(sample.run.job.job_id for sample in samples)
         images, failed = self._executor.decode(samples)
         for sample, error in failed:
             self._fail(sample.run, error)
         for sample, image in images:
             if self._is_alive(sample):
-                self._events.emit_image(sample.run, image, partial(sample.ready, began))
+                share = together[sample.run.job.job_id] / len(samples)
+                self._events.emit_image(sample.run, image, partial(sample.ready, began, share))
                 sample.run.unfinished -= 1
                 if not sample.run.unfinished:
                     del self._runs[sample.run.job.job_id]

@@ -43,7 +43,7 @@ _FIRST_PAUSE_SECONDS = 0.1  # seconds; the pause between two of these calls, dou
 _CALL_SECONDS = 10.0
 _KEY_SECONDS = 1.0
 _STORAGE_CHECK_SECONDS = 90.0  # seconds; the check makes three requests to the tenant's storage
-_READS = ("GetCaller", "GetCapabilities", "GetJob", "ListJobs")
+_READS = ("GetCaller", "GetCapabilities", "GetJob", "ListJobs", "EstimateJob")
 # Methods without side effects are retried, for the time when one api stops and another one starts.
 _RETRIED = [
     {"service": "img2img.v1.AdminService", "method": "GetSystemDetails"},
@@ -198,6 +198,11 @@ class Upstream:
         """Returns the record of a job."""
         request = service_pb2.GetJobRequest(name=f"jobs/{job_id}")
         return (await _call(self._stub.GetJob, request, key)).job
+
+    async def estimate(self, key: str, spec: job_pb2.JobSpec) -> service_pb2.EstimateJobResponse:
+        """Estimates a job without creating it."""
+        request = service_pb2.EstimateJobRequest(spec=spec)
+        return await _call(self._stub.EstimateJob, request, key, model=spec.model)
 
     async def list_jobs(
         self, key: str, request: service_pb2.ListJobsRequest

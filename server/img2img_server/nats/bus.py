@@ -24,6 +24,7 @@ from img2img_server.nats.rates import Rates, kv_rates
 from img2img_server.nats.records import KvJobStore
 from img2img_server.nats.tenant_settings import TenantStorage, kv_tenant_storage
 from img2img_server.nats.topology import HOUR, Bounds, needed_payload_bytes, prepare
+from img2img_server.nats.usage import UsageLedger, kv_usage
 from img2img_server.nats.webhooks import JetStreamWebhookOutbox
 from img2img_server.nats.workers import KvWorkerRegistry
 from img2img_server.settings import Settings
@@ -49,6 +50,7 @@ class Bus:
     outbox: WebhookOutbox
     storage: TenantStorage
     rates: Rates
+    usage: UsageLedger
     # Waits at most that many seconds until NATS can be used. Raises UnavailableError.
     ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
     # Tests whether NATS stores messages, for `trouble`, and compares the clocks.
@@ -103,6 +105,7 @@ async def connect_bus(
             outbox=JetStreamWebhookOutbox(link),
             storage=kv_tenant_storage(link, vault),
             rates=kv_rates(link),
+            usage=kv_usage(link),
             trouble=lambda: link.trouble or probe.trouble,
             ready=link.ready,
             probe=probe,

@@ -39,6 +39,7 @@ WORKERS_BUCKET: Final = "img2img-workers"
 MODELS_BUCKET: Final = "img2img-models"
 STORAGE_BUCKET: Final = "img2img-storage"
 RETIRED_STORAGE_BUCKET: Final = "img2img-storage-retired"
+USAGE_BUCKET: Final = "img2img-usage"
 RATES_BUCKET: Final = "img2img-rates"
 
 EVENTS_SUBJECT: Final = "img2img.events.>"

@@ -40,6 +40,7 @@ RECORD_MARGIN_SECONDS: Final = HOUR
 REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
 RATES_SECONDS: Final = 120.0  # longer than the minute in which a rate limit counts
+USAGE_SECONDS: Final = 63 * 24 * HOUR  # a day longer than the API reports
 DEAD_SECONDS: Final = 7 * 24 * HOUR
 DEAD_MAX_BYTES: Final = 2**28
 # Longer than all attempts at a webhook take together: 11 hours at most.
@@ -144,6 +145,7 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
         _bucket(subjects.MODELS_BUCKET, 0.0),
         _bucket(subjects.STORAGE_BUCKET, 0.0),
         _bucket(subjects.RATES_BUCKET, RATES_SECONDS),
+        _bucket(subjects.USAGE_BUCKET, USAGE_SECONDS),
         # A job that was accepted with this version may wait this long.
         _bucket(subjects.RETIRED_STORAGE_BUCKET, bounds.retention_seconds + RECORD_MARGIN_SECONDS),
     ]

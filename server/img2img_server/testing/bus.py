@@ -5,6 +5,7 @@ from __future__ import annotations
 from img2img_server.nats.bus import Bus
 from img2img_server.nats.rates import Rates
 from img2img_server.nats.tenant_settings import TenantStorage
+from img2img_server.nats.usage import UsageLedger
 from img2img_server.storage.vault import Vault
 from img2img_server.testing.memory_queue import (
     MemoryControl,
@@ -36,6 +37,7 @@ def memory_bus(
         outbox=MemoryWebhookOutbox(),
         storage=memory_tenant_storage(Vault(storage_keys)),
         rates=memory_rates(),
+        usage=UsageLedger(MemoryBucket()),
     )
 
 

@@ -235,7 +235,7 @@ class FakeEngine:
         timings = Timings(denoise=took, engine=took, steps=steps, batch_share=1.0)
         warnings = self._warnings(job) if run.total else ()
         share = job.params.strength if run.total else 0.0
-        return _emit(run, JobDone(timings, warnings, run.total, share))
+        return _emit(run, JobDone(timings, warnings, run.total, share, took))
 
     def _warnings(self, job: EngineJob) -> tuple[str, ...]:
         texts = {"prompt": job.params.prompt}

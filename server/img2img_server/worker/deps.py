@@ -13,6 +13,7 @@ from img2img_server.interfaces.queue import EventLog, JobQueue
 from img2img_server.interfaces.records import JobStore
 from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.nats.tenant_settings import TenantStorage
+from img2img_server.nats.usage import UsageLedger
 from img2img_server.safety.base import SafetyChecker
 from img2img_server.storage.tenant_s3 import TenantS3
 from img2img_server.storage.watched_blobs import WatchedBlobs
@@ -87,6 +88,7 @@ class WorkerDeps:
     jobs: JobStore
     blobs: WatchedBlobs
     outbox: WebhookOutbox
+    ledger: UsageLedger
     storage: TenantStorage
     tenant_s3: TenantS3
     safety: SafetyChecker

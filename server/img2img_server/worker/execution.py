@@ -340,6 +340,7 @@ class JobExecution:
             determinism=engine.determinism,
             denoising_steps=done.denoising_steps,
             start_noise=done.start_noise,
+            device_seconds=done.device_seconds,
             timings=job.timings + self._watch.timings + done.timings,
             warning=join_warnings(
                 job.warning, *done.warnings, storage_warning(job, self._deps.retention_hours)

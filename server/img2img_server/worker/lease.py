@@ -166,6 +166,7 @@ class JobLease:
         job = self.job
         JOBS_ENDED.labels(job.params.model, job.state).inc()
         if job.state is State.SUCCEEDED:
+            self._deps.ledger.note(job)
             for stage, seconds in job.timings.seconds.items():
                 STAGE_SECONDS.labels(stage).observe(seconds)
         log.info(

@@ -38,6 +38,7 @@ from img2img_server.worker.usage import FleetUsage
 from img2img_server.worker.worker import Worker
 
 ENGINE_STOP_SECONDS = 2.0
+USAGE_SECONDS = 2.0  # longest time to write at the end what tenants have used
 HEAD_START_SECONDS = 0.5
 # Longer than for an api: losing a running job is expensive, and another NATS server is found soon.
 RECONNECT_WAIT_SECONDS = 12.0
@@ -192,6 +193,7 @@ async def work(
         jobs=bus.jobs,
         blobs=store,
         outbox=bus.outbox,
+        ledger=bus.usage,
         probe=bus.probe,
         storage=bus.storage,
         tenant_s3=TenantS3(OutboundPolicy.of(settings)),
@@ -203,4 +205,9 @@ async def work(
         forget_downloads=partial(forget_downloads, settings.model),
     )
     worker = Worker(deps, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
-    await worker.run(stop, announced)
+    try:
+        await worker.run(stop, announced)
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(USAGE_SECONDS):
+                await bus.usage.close()

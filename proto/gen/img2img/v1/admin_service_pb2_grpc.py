@@ -67,6 +67,11 @@ class AdminServiceStub:
                 request_serializer=img2img_dot_v1_dot_admin__service__pb2.ClearQueueRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_admin__service__pb2.ClearQueueResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/img2img.v1.AdminService/GetUsage',
+                request_serializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -123,6 +128,18 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """Returns what each tenant has used on each day. A key without the permission "operate" can call this
+        method too; it gets the usage of its own tenant. Workers report every few seconds, and a worker that
+        is killed loses its last report.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -150,6 +167,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ClearQueue,
                     request_deserializer=img2img_dot_v1_dot_admin__service__pb2.ClearQueueRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_admin__service__pb2.ClearQueueResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -295,6 +317,33 @@ class AdminService:
             '/img2img.v1.AdminService/ClearQueue',
             img2img_dot_v1_dot_admin__service__pb2.ClearQueueRequest.SerializeToString,
             img2img_dot_v1_dot_admin__service__pb2.ClearQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.AdminService/GetUsage',
+            img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.SerializeToString,
+            img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,6 +64,14 @@ class AdminServiceStub:
     """Ends the tenant's waiting jobs as failed, with the reason QUEUE_CLEARED. Running jobs finish. No
     worker restarts.
     """
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetUsageRequest, _admin_service_pb2.GetUsageResponse]
+    """Returns what each tenant has used on each day. A key without the permission "operate" can call this
+    method too; it gets the usage of its own tenant. Workers report every few seconds, and a worker that
+    is killed loses its last report.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -100,6 +108,14 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ClearQueue: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearQueueRequest, _admin_service_pb2.ClearQueueResponse]  # type: ignore[assignment]
     """Ends the tenant's waiting jobs as failed, with the reason QUEUE_CLEARED. Running jobs finish. No
     worker restarts.
+    """
+    GetUsage: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetUsageRequest, _admin_service_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """Returns what each tenant has used on each day. A key without the permission "operate" can call this
+    method too; it gets the usage of its own tenant. Workers report every few seconds, and a worker that
+    is killed loses its last report.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -164,6 +180,20 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_service_pb2.ClearQueueResponse, _abc.Awaitable[_admin_service_pb2.ClearQueueResponse]]:
         """Ends the tenant's waiting jobs as failed, with the reason QUEUE_CLEARED. Running jobs finish. No
         worker restarts.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _admin_service_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.GetUsageResponse, _abc.Awaitable[_admin_service_pb2.GetUsageResponse]]:
+        """Returns what each tenant has used on each day. A key without the permission "operate" can call this
+        method too; it gets the usage of its own tenant. Workers report every few seconds, and a worker that
+        is killed loses its last report.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

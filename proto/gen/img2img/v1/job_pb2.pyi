@@ -696,6 +696,7 @@ class Job(_message.Message):
     DENOISING_STEPS_FIELD_NUMBER: _builtins.int
     START_NOISE_FIELD_NUMBER: _builtins.int
     STATE_REASON_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: "jobs/{id}"."""
     id: _builtins.int
@@ -736,6 +737,10 @@ class Job(_message.Message):
     """Why the job does not proceed: WAITING_FOR_STORAGE (images are finished and wait for the object
     store) or WORKER_LOST (the job is queued, because its worker does not respond any more). Empty
     otherwise. Later versions can add others.
+    """
+    device_seconds: _builtins.float
+    """Time that the job used the device, in seconds: its share of every batch, its encoding and its
+    decoding. 0 until the job has succeeded.
     """
     @_builtins.property
     def spec(self) -> Global___JobSpec:
@@ -811,10 +816,11 @@ class Job(_message.Message):
         denoising_steps: _builtins.int = ...,
         start_noise: _builtins.float = ...,
         state_reason: _builtins.str = ...,
+        device_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "denoising_steps", b"denoising_steps", "determinism", b"determinism", "device", b"device", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "file_prefix", b"file_prefix", "future_urls", b"future_urls", "id", b"id", "name", b"name", "original_prompt", b"original_prompt", "samples", b"samples", "spec", b"spec", "start_noise", b"start_noise", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "timings", b"timings", "warning", b"warning", "webhook_error", b"webhook_error", "webhook_status", b"webhook_status", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "denoising_steps", b"denoising_steps", "determinism", b"determinism", "device", b"device", "device_seconds", b"device_seconds", "end_time", b"end_time", "error", b"error", "eta", b"eta", "expire_time", b"expire_time", "file_prefix", b"file_prefix", "future_urls", b"future_urls", "id", b"id", "name", b"name", "original_prompt", b"original_prompt", "samples", b"samples", "spec", b"spec", "start_noise", b"start_noise", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "timings", b"timings", "warning", b"warning", "webhook_error", b"webhook_error", "webhook_status", b"webhook_status", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -134,6 +134,86 @@ class CreateJobResponse(_message.Message):
 Global___CreateJobResponse: _TypeAlias = CreateJobResponse  # noqa: Y015
 
 @_typing.final
+class EstimateJobRequest(_message.Message):
+    """Request of EstimateJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> _job_pb2.JobSpec:
+        """The request to estimate. Required."""
+
+    def __init__(
+        self,
+        *,
+        spec: _job_pb2.JobSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateJobRequest: _TypeAlias = EstimateJobRequest  # noqa: Y015
+
+@_typing.final
+class EstimateJobResponse(_message.Message):
+    """Response of EstimateJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    ETA_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    warning: _builtins.str
+    """Warning that the job would have, see Job.warning."""
+    device_seconds: _builtins.float
+    """Time that the device would work on the job, in seconds. 0 if no worker has measured the model yet."""
+    position: _builtins.int
+    """Number of jobs that wait before a job that is created now."""
+    price: _builtins.float
+    """Price of the device seconds. 0 if the operator configured no price, or device_seconds is unknown."""
+    currency: _builtins.str
+    """Currency of the price as an ISO 4217 code. Empty if there is no price."""
+    @_builtins.property
+    def spec(self) -> _job_pb2.JobSpec:
+        """The request with every default filled in."""
+
+    @_builtins.property
+    def wait(self) -> _duration_pb2.Duration:
+        """Time that the job would wait for other jobs. Absent if unknown."""
+
+    @_builtins.property
+    def eta(self) -> _duration_pb2.Duration:
+        """Time until the job would end. Absent if unknown."""
+
+    def __init__(
+        self,
+        *,
+        spec: _job_pb2.JobSpec | None = ...,
+        warning: _builtins.str = ...,
+        device_seconds: _builtins.float = ...,
+        position: _builtins.int = ...,
+        wait: _duration_pb2.Duration | None = ...,
+        eta: _duration_pb2.Duration | None = ...,
+        price: _builtins.float = ...,
+        currency: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "spec", b"spec", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "device_seconds", b"device_seconds", "eta", b"eta", "position", b"position", "price", b"price", "spec", b"spec", "wait", b"wait", "warning", b"warning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateJobResponse: _TypeAlias = EstimateJobResponse  # noqa: Y015
+
+@_typing.final
 class GetJobRequest(_message.Message):
     """Request of GetJob."""
 

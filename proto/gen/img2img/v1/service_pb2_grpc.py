@@ -72,6 +72,11 @@ class Img2ImgServiceStub:
                 request_serializer=img2img_dot_v1_dot_service__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_service__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
+        self.EstimateJob = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/EstimateJob',
+                request_serializer=img2img_dot_v1_dot_service__pb2.EstimateJobRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_service__pb2.EstimateJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/img2img.v1.Img2ImgService/GetJob',
                 request_serializer=img2img_dot_v1_dot_service__pb2.GetJobRequest.SerializeToString,
@@ -195,6 +200,21 @@ class Img2ImgServiceServicer:
         webhook. The job continues whatever happens to the caller.
 
         Idempotency and errors are those of Generate, except DEADLINE_TOO_SHORT and TOO_MANY_WATCHERS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request, context):
+        """Estimates a job without creating it. The request is validated like one of CreateJob, but the init
+        image is neither downloaded nor decoded, and may be absent. A size that is left open is that of a
+        square init image.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid; BadRequest lists all of them.
+        - NOT_FOUND, MODEL_NOT_FOUND: no worker has ever served the model.
+        - PERMISSION_DENIED, PERMISSION_DENIED: the request needs the permission "unsafe".
+        - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -335,6 +355,11 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
                     request_deserializer=img2img_dot_v1_dot_service__pb2.CreateJobRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_service__pb2.CreateJobResponse.SerializeToString,
             ),
+            'EstimateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=img2img_dot_v1_dot_service__pb2.EstimateJobRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_service__pb2.EstimateJobResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=img2img_dot_v1_dot_service__pb2.GetJobRequest.FromString,
@@ -463,6 +488,33 @@ class Img2ImgService:
             '/img2img.v1.Img2ImgService/CreateJob',
             img2img_dot_v1_dot_service__pb2.CreateJobRequest.SerializeToString,
             img2img_dot_v1_dot_service__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/EstimateJob',
+            img2img_dot_v1_dot_service__pb2.EstimateJobRequest.SerializeToString,
+            img2img_dot_v1_dot_service__pb2.EstimateJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -103,6 +103,17 @@ class Img2ImgServiceStub:
 
     Idempotency and errors are those of Generate, except DEADLINE_TOO_SHORT and TOO_MANY_WATCHERS.
     """
+    EstimateJob: _grpc.UnaryUnaryMultiCallable[_service_pb2.EstimateJobRequest, _service_pb2.EstimateJobResponse]
+    """Estimates a job without creating it. The request is validated like one of CreateJob, but the init
+    image is neither downloaded nor decoded, and may be absent. A size that is left open is that of a
+    square init image.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid; BadRequest lists all of them.
+    - NOT_FOUND, MODEL_NOT_FOUND: no worker has ever served the model.
+    - PERMISSION_DENIED, PERMISSION_DENIED: the request needs the permission "unsafe".
+    - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetJobRequest, _service_pb2.GetJobResponse]
     """Returns a job of the tenant.
 
@@ -263,6 +274,17 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     webhook. The job continues whatever happens to the caller.
 
     Idempotency and errors are those of Generate, except DEADLINE_TOO_SHORT and TOO_MANY_WATCHERS.
+    """
+    EstimateJob: _aio.UnaryUnaryMultiCallable[_service_pb2.EstimateJobRequest, _service_pb2.EstimateJobResponse]  # type: ignore[assignment]
+    """Estimates a job without creating it. The request is validated like one of CreateJob, but the init
+    image is neither downloaded nor decoded, and may be absent. A size that is left open is that of a
+    square init image.
+
+    Errors:
+    - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid; BadRequest lists all of them.
+    - NOT_FOUND, MODEL_NOT_FOUND: no worker has ever served the model.
+    - PERMISSION_DENIED, PERMISSION_DENIED: the request needs the permission "unsafe".
+    - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_service_pb2.GetJobRequest, _service_pb2.GetJobResponse]  # type: ignore[assignment]
     """Returns a job of the tenant.
@@ -433,6 +455,23 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
         webhook. The job continues whatever happens to the caller.
 
         Idempotency and errors are those of Generate, except DEADLINE_TOO_SHORT and TOO_MANY_WATCHERS.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateJob(
+        self,
+        request: _service_pb2.EstimateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.EstimateJobResponse, _abc.Awaitable[_service_pb2.EstimateJobResponse]]:
+        """Estimates a job without creating it. The request is validated like one of CreateJob, but the init
+        image is neither downloaded nor decoded, and may be absent. A size that is left open is that of a
+        square init image.
+
+        Errors:
+        - INVALID_ARGUMENT, INVALID_REQUEST: fields are invalid; BadRequest lists all of them.
+        - NOT_FOUND, MODEL_NOT_FOUND: no worker has ever served the model.
+        - PERMISSION_DENIED, PERMISSION_DENIED: the request needs the permission "unsafe".
+        - UNAVAILABLE, NO_MODEL: no worker has loaded a model yet. Retry after the time in RetryInfo.
         """
 
     @_abc_1.abstractmethod

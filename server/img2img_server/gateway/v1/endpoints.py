@@ -80,6 +80,10 @@ class Endpoints:
         found = outcomes("CreateJobResponse", errors=[*BODY, ErrorKind.FIELDS, *creating])
         extra = body("CreateJobRequest") | request_ids.PARAMETERS
         router.post("/jobs", responses=found, openapi_extra=extra)(self.create_job)
+        failing = [*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN]
+        found = outcomes("EstimateJobResponse", errors=failing)
+        extra = body("EstimateJobRequest")
+        router.post("/jobs:estimate", responses=found, openapi_extra=extra)(self.estimate_job)
         found = outcomes("ListJobsResponse", errors=[ErrorKind.FIELDS])
         router.get("/jobs", responses=found)(self.list_jobs)
         failing = [*BODY, ErrorKind.UNKNOWN_JOB, ErrorKind.JOB_ENDED]
@@ -120,6 +124,18 @@ class Endpoints:
             error.violations = merge(Img2ImgRequest, error.violations)
             raise
         return _json(service_pb2.CreateJobResponse(job=job))
+
+    async def estimate_job(self, request: Request) -> Response:
+        """Estimates a job without creating it, as EstimateJob does over gRPC. The init image may be
+        left out."""
+        sent = await read_json(request)
+        key = find_key(request, sent)
+        sent.pop("key", None)
+        wanted = service_pb2.EstimateJobRequest()
+        if violations := protojson.fill(wanted, sent):
+            await self._upstream.caller(key)  # A wrong key is reported before wrong fields.
+            raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
+        return _json(await self._upstream.estimate(key, wanted.spec))
 
     async def list_jobs(
         self,

@@ -33,13 +33,9 @@ _SOURCES = job_pb2.InitImage.DESCRIPTOR.fields
 def schemas(limits: Limits) -> dict[str, Schema]:
     """Returns the schemas of the requests and responses of /v1, by name."""
     found: dict[str, Schema] = {"CreateJobRequest": _create_job_request(limits)}
-    for message in (
-        "CreateJobResponse",
-        "ListJobsResponse",
-        "CancelJobResponse",
-        "GetCapabilitiesResponse",
-    ):
-        _add(service_pb2.DESCRIPTOR.message_types_by_name[message], found)
+    found["EstimateJobRequest"] = _estimate_job_request(limits)
+    for call in ("CreateJob", "EstimateJob", "ListJobs", "CancelJob", "GetCapabilities"):
+        _add(service_pb2.DESCRIPTOR.message_types_by_name[f"{call}Response"], found)
     _add(event_pb2.JobEvent.DESCRIPTOR, found)
     return found
 
@@ -85,6 +81,11 @@ def _create_job_request(limits: Limits) -> Schema:
         "anyOf": [_TEXT | {"format": "uuid"}, {"const": ""}, {"type": "null"}],
     }
     return _object({"spec": spec}, {"key": _TEXT, "request_id": request_id})
+
+
+def _estimate_job_request(limits: Limits) -> Schema:
+    fields = {field.name: _read(field, limits) for field in job_pb2.JobSpec.DESCRIPTOR.fields}
+    return _object({"spec": _object({"prompt": fields.pop("prompt")}, fields)}, {"key": _TEXT})
 
 
 def _read(field: FieldDescriptor, limits: Limits) -> Schema:

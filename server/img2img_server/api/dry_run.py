@@ -1,0 +1,39 @@
+"""Estimates jobs without creating them."""
+
+from __future__ import annotations
+
+from img2img.v1 import job_pb2, service_pb2
+from img2img_server.api import convert
+from img2img_server.api.admission import Admission, Caller
+from img2img_server.api.deps import ApiDeps
+from img2img_server.api.estimate import Estimator
+from img2img_server.domain.price import Price
+
+
+class DryRun:
+    """Implements EstimateJob."""
+
+    def __init__(self, deps: ApiDeps, admission: Admission, estimator: Estimator) -> None:
+        self._admission = admission
+        self._estimator = estimator
+        self._price = Price.parse(deps.settings.device_second_price)
+
+    async def estimate(
+        self, spec: job_pb2.JobSpec, caller: Caller
+    ) -> service_pb2.EstimateJobResponse:
+        """Raises what Admission.resolve raises."""
+        params, model, warning = await self._admission.resolve(spec, caller)
+        position, seconds, wait = await self._estimator.new_job(params)
+        device_seconds = await self._estimator.device_seconds(params, model)
+        response = service_pb2.EstimateJobResponse(
+            spec=convert.spec(params),
+            warning=warning,
+            device_seconds=device_seconds,
+            position=position,
+            price=self._price.of(device_seconds),
+            currency=self._price.currency if device_seconds else "",
+        )
+        if seconds is not None:
+            response.wait.CopyFrom(convert.duration(wait))
+            response.eta.CopyFrom(convert.duration(seconds))
+        return response
