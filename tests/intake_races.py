@@ -147,7 +147,17 @@ class Process:
             await self._turn()
         params = JobParams(prompt="p", model=MODEL)
         image = CheckedImage(data=b"image", prepared=True, width=64, height=64)
-        return Admitted(params, "", "", 1, image, 0.0, 0, None)
+        return Admitted(
+            params=params,
+            original_prompt="",
+            warning="",
+            pixel_steps=1,
+            size=0,
+            image=image,
+            fetch_seconds=0.0,
+            position=0,
+            eta_seconds=None,
+        )
 
 
 class Wrapped:
