@@ -366,9 +366,11 @@ class Settings(BaseSettings):
     retention_hours: int = Field(24, ge=1, le=87_600)
     """How long ended jobs and files are kept."""
     events_retention_seconds: Seconds = Field(3600.0, ge=60)
-    """How long events can be replayed."""
+    """How long the events of an ended job can be replayed."""
     events_max_bytes: Bytes = Field(2**30, ge=2**20)
-    """Most bytes of replayable events."""
+    """Most bytes of replayable events. The ended jobs of a tenant may use as many as are free, so
+    one tenant can use half of them.
+    """
 
     # The HTTP contract.
     legacy: bool = False

@@ -99,7 +99,7 @@ class Canceller:
     async def _ensure_terminal_event(self, job: Job) -> None:
         """Appends the terminal event and queues the webhook, unless a worker owns the log."""
         with suppress(OwnershipLostError):
-            writer = await self._events.open(job.id)
+            writer = await self._events.open(job.id, tenant=job.tenant)
             writer.continue_after(job.used_number(writer.sequence))
             if not writer.ended:
                 await announce(self._outbox, self._jobs, job)

@@ -141,7 +141,7 @@ class Intake:
         Args:
             fresh: This call has created the first record of the job.
         """
-        writer = await self._events.open(job.id, fresh=fresh)
+        writer = await self._events.open(job.id, tenant=job.tenant, fresh=fresh)
         if not writer.sequence:
             queued = Queued(position=accepted.position, eta_seconds=accepted.eta_seconds)
             with suppress(OwnershipLostError):  # A repeated call with the same id was faster.

@@ -166,10 +166,12 @@ class ApiServer:
             async with asyncio.TaskGroup() as tasks:
                 publishing = tasks.create_task(self._backlog.publish())
                 tasks.create_task(self._dispatcher.run(self._deps.stop))
+                removing = tasks.create_task(self._watcher.remove_expired_logs())
                 tasks.create_task(self._watcher.end_streams_at_stop())
                 tasks.create_task(self._disconnects.end_grace_periods_at_stop())
                 await self._deps.stop.wait()
                 publishing.cancel()
+                removing.cancel()
                 await self._shut_down()
         log.info("api_stopped")
 

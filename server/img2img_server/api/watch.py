@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from typing import Any
+
+import structlog
 
 from img2img.v1 import job_pb2
 from img2img_server import clock, errors
@@ -21,7 +24,10 @@ from img2img_server.domain.job import Job, terminal_event
 SEQUENCE_MOST = 2**63 - 1  # int64; the greatest sequence that a caller can send
 # Interval in which a silent stream looks whether its job has ended, if there are no heartbeats.
 LOOK_SECONDS = 15.0
+REMOVAL_SECONDS = 60.0  # average interval in which expired logs are removed
 STOPPING = "This server is stopping; watch again with the last sequence seen."
+
+log = structlog.get_logger()
 
 
 class Watcher:
@@ -40,6 +46,7 @@ class Watcher:
         self._retention_hours = deps.settings.retention_hours
         self._heartbeat_seconds = deps.settings.heartbeat_seconds
         self._waits: set[asyncio.Timeout] = set()
+        self._removal_seconds = min(REMOVAL_SECONDS, deps.settings.events_retention_seconds / 10)
         self._encoded = EncodedEvents()
         self._endings: dict[int, asyncio.Task[job_pb2.Job]] = {}
 
@@ -49,6 +56,16 @@ class Watcher:
         for wait in self._waits:
             if not wait.expired():
                 wait.reschedule(0.0)
+
+    async def remove_expired_logs(self) -> None:
+        """Removes the logs of jobs that ended before the retention, again and again."""
+        while True:
+            # Each api waits for another time, so that one of them does the work.
+            await asyncio.sleep(self._removal_seconds * random.uniform(0.5, 1.5))  # noqa: S311
+            try:
+                await self._events.remove_expired()
+            except errors.UnavailableError as error:
+                log.debug("expired_event_logs_not_removed", error=str(error))
 
     async def heartbeats_until(self, task: asyncio.Task[Any]) -> AsyncIterator[StreamedEvent]:
         """Yields heartbeats of a stream that has no job yet, until the task is done."""

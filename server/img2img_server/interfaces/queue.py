@@ -292,8 +292,15 @@ class EventWriter(Protocol):
 class EventLog(Protocol):
     """Numbered, replayable events of every job."""
 
-    async def open(self, job_id: int, *, fresh: bool = False) -> EventWriter:
-        """Takes over the log of a job; `fresh`: the log is known to be empty."""
+    async def open(self, job_id: int, *, tenant: str = "", fresh: bool = False) -> EventWriter:
+        """Takes over the log of a job; `fresh`: the log is known to be empty.
+
+        The bytes of the log count for `tenant` once it has ended.
+        """
+        ...
+
+    async def remove_expired(self) -> None:
+        """Removes the logs of jobs that ended before the retention. Raises UnavailableError."""
         ...
 
     async def last_sequence(self, job_id: int) -> int:

@@ -16,6 +16,7 @@ from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.access import NatsAccess
 from img2img_server.nats.connection import RECONNECT_WAIT_SECONDS, connect
 from img2img_server.nats.control import NatsControl
+from img2img_server.nats.event_use import EventUse
 from img2img_server.nats.events import JetStreamEventLog
 from img2img_server.nats.jobs import JetStreamJobQueue
 from img2img_server.nats.permits import JetStreamPermits
@@ -98,7 +99,14 @@ async def connect_bus(
                 link, limit=settings.queue_limit, ack_wait_seconds=settings.ack_wait_seconds
             ),
             permits=JetStreamPermits(link, limit=settings.queue_limit),
-            events=JetStreamEventLog(link),
+            events=JetStreamEventLog(
+                link,
+                EventUse(
+                    link,
+                    retention_seconds=settings.events_retention_seconds,
+                    max_bytes=settings.events_max_bytes,
+                ),
+            ),
             control=NatsControl(link),
             jobs=KvJobStore(link, retention_seconds=settings.retention_hours * HOUR),
             workers=KvWorkerRegistry(link),

@@ -50,6 +50,7 @@ class EventHead(msgspec.Struct, frozen=True):
     type: str
     event: msgspec.Raw
     previous: int = -1
+    log_bytes: int = 0  # of the events before this one
 
     @property
     def is_terminal(self) -> bool:
@@ -60,8 +61,12 @@ _EVENT_TYPES: Final[dict[str, type]] = {kind.__name__: kind for kind in get_args
 _TERMINAL_NAMES: Final = frozenset(kind.__name__ for kind in TERMINAL)
 
 
-def encode_event(envelope: Envelope) -> bytes:
-    """Encodes an envelope; the event is tagged with the name of its class."""
+def encode_event(envelope: Envelope, log_bytes: int = 0) -> bytes:
+    """Encodes an envelope; the event is tagged with the name of its class.
+
+    Args:
+        log_bytes: The bytes of the events before it.
+    """
     head = EventHead(
         sequence=envelope.sequence,
         time=envelope.time,
@@ -69,6 +74,7 @@ def encode_event(envelope: Envelope) -> bytes:
         type=type(envelope.event).__name__,
         event=msgspec.Raw(encode(envelope.event)),
         previous=envelope.previous,
+        log_bytes=log_bytes,
     )
     return encode(head)
 

@@ -12,6 +12,7 @@ from img2img_server.domain.events import TERMINAL, Envelope, Event, Preview
 from img2img_server.interfaces.queue import OwnershipLostError
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
+from img2img_server.nats.event_use import EventUse
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.follow import LogFollowers
 
@@ -19,13 +20,16 @@ from img2img_server.nats.follow import LogFollowers
 class JetStreamEventLog:
     """An EventLog on JetStream."""
 
-    def __init__(self, link: NatsConnection) -> None:
+    def __init__(self, link: NatsConnection, use: EventUse) -> None:
         self._link = link
+        self._use = use
         self._followers = LogFollowers(link)
 
-    async def open(self, job_id: int, *, fresh: bool = False) -> JetStreamEventWriter:
+    async def open(
+        self, job_id: int, *, tenant: str = "", fresh: bool = False
+    ) -> JetStreamEventWriter:
         """Opens the log of a job for writing; earlier writers lose it. Raises UnavailableError."""
-        writer = JetStreamEventWriter(self._link, job_id)
+        writer = JetStreamEventWriter(self._link, self._use, job_id, tenant)
         if not fresh:
             await writer.catch_up()
         return writer
@@ -34,6 +38,9 @@ class JetStreamEventLog:
         """Returns the number of the last event, 0 for an empty log. Raises UnavailableError."""
         last = await self._link.last(subjects.EVENTS, subjects.events_filter(job_id))
         return codec.decode_head(last.data or b"").sequence if last else 0
+
+    async def remove_expired(self) -> None:
+        await self._use.remove_expired()
 
     def watch(
         self, job_id: int, after_sequence: int = 0, *, tenant: str = ""
@@ -75,9 +82,12 @@ class JetStreamEventWriter:
     lost the log to a newer writer. Previews have subjects of their own and the same fence.
     """
 
-    def __init__(self, link: NatsConnection, job_id: int) -> None:
+    def __init__(self, link: NatsConnection, use: EventUse, job_id: int, tenant: str) -> None:
         self._link = link
+        self._use = use
         self._job_id = job_id
+        self._tenant = tenant
+        self._bytes = 0  # of all events of the log, replaced previews included
         self._log_subject = subjects.log_subject(job_id)
         self.sequence = 0
         self._previous = 0  # the number of the last event that is no preview
@@ -92,6 +102,7 @@ class JetStreamEventWriter:
             return
         head = codec.decode_head(last.data or b"")
         self.sequence = head.sequence
+        self._bytes = head.log_bytes + len(last.data or b"")
         if last.subject != self._log_subject:
             last = await self._link.last(subjects.EVENTS, self._log_subject)
         if last is not None:
@@ -120,14 +131,17 @@ class JetStreamEventWriter:
                 event=event,
                 previous=self._previous,
             )
-            data = codec.encode_event(envelope)
+            data = codec.encode_event(envelope, self._bytes)
             if isinstance(event, Preview):
                 await self._store_preview(data, event.sample)
             else:
                 self._fence = await self._store(data)
                 self._previous = envelope.sequence
             self.sequence = envelope.sequence
-            self.ended = self.ended or isinstance(event, TERMINAL)
+            self._bytes += len(data)
+            if isinstance(event, TERMINAL) and not self.ended:
+                self.ended = True
+                await self._use.add(self._tenant, self._job_id, self._bytes)
             return envelope
 
     async def _store(self, data: bytes) -> int:

@@ -4,6 +4,7 @@ img2img.jobs.<model>.<lane>.<size>.<slot>.<tenant>  the work queue
 img2img.dead.<model>.<lane>.<size>.<slot>.<tenant>  dead letters
 img2img.events.<job id>.log              a job's numbered events
 img2img.events.<job id>.preview.<sample> its newest preview
+img2img.event-use.<tenant>               one entry for each ended log
 img2img.notices.<job id>.…               headers of each stored event, not stored
 img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
 img2img.ids.<tenant>                     one empty message a job id
@@ -28,6 +29,7 @@ from img2img_server.interfaces.queue import slot_of
 JOBS: Final = "JOBS"
 DEAD: Final = "DEAD"
 EVENTS: Final = "EVENTS"
+EVENT_USE: Final = "EVENT_USE"
 IDS: Final = "IDS"
 PERMITS: Final = "PERMITS"
 WEBHOOKS: Final = "WEBHOOKS"
@@ -43,6 +45,7 @@ USAGE_BUCKET: Final = "img2img-usage"
 RATES_BUCKET: Final = "img2img-rates"
 
 EVENTS_SUBJECT: Final = "img2img.events.>"
+EVENT_USE_SUBJECT: Final = "img2img.event-use.>"
 NOTICES_SUBJECT: Final = "img2img.notices.>"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 COMMAND_SUBJECT: Final = "img2img.control.command"
@@ -143,6 +146,10 @@ def events_filter(job_id: int) -> str:
 def notices_filter(job_id: int) -> str:
     """Returns the filter for the notices about all events of one job."""
     return f"img2img.notices.{job_id}.>"
+
+
+def event_use_subject(tenant: str) -> str:
+    return f"img2img.event-use.{token(tenant)}"
 
 
 def bucket_stream(bucket: str) -> str:

@@ -65,6 +65,11 @@ class Bounds:
     webhook_limit: int = 10_000
     replicas: int = 1
 
+    @property
+    def event_log_seconds(self) -> float:
+        """Longer than a job waits and runs, and its log is then kept."""
+        return self.retention_seconds + RECORD_MARGIN_SECONDS + self.events_retention_seconds
+
 
 def streams(bounds: Bounds) -> list[StreamConfig]:
     """Returns the configurations of all streams, buckets included."""
@@ -98,13 +103,23 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
             description="Numbered events by job; a preview replaces the one before.",
             subjects=[subjects.EVENTS_SUBJECT],
             retention=RetentionPolicy.LIMITS,
-            max_age=bounds.events_retention_seconds,
+            # Logs are removed after the end of their jobs. This age is for logs without an end.
+            max_age=bounds.event_log_seconds,
             max_bytes=bounds.events_max_bytes,
             allow_rollup_hdrs=True,
             allow_direct=True,
             republish=RePublish(
                 src=subjects.EVENTS_SUBJECT, dest=subjects.NOTICES_SUBJECT, headers_only=True
             ),
+            duplicate_window=REPEAT_SECONDS,
+        ),
+        StreamConfig(
+            name=subjects.EVENT_USE,
+            description="The bytes of ended event logs by tenant.",
+            subjects=[subjects.EVENT_USE_SUBJECT],
+            retention=RetentionPolicy.LIMITS,
+            max_age=bounds.event_log_seconds,
+            allow_direct=True,
             duplicate_window=REPEAT_SECONDS,
         ),
         StreamConfig(

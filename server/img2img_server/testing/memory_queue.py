@@ -317,8 +317,12 @@ class MemoryEventLog:
     def _log(self, job_id: int) -> _Log:
         return self._logs.setdefault(job_id, _Log())
 
-    async def open(self, job_id: int, *, fresh: bool = False) -> _MemoryEventWriter:
+    async def open(
+        self, job_id: int, *, tenant: str = "", fresh: bool = False
+    ) -> _MemoryEventWriter:
         return _MemoryEventWriter(job_id, self._log(job_id), fresh)
+
+    async def remove_expired(self) -> None: ...
 
     async def last_sequence(self, job_id: int) -> int:
         entries = self._log(job_id).entries

@@ -196,7 +196,7 @@ class JobExecution:
     async def _open(self) -> JobLease | None:
         stored, writer = await asyncio.gather(
             self._deps.jobs.get(self._delivery.job.tenant, self.job_id),
-            self._deps.events.open(self.job_id),
+            self._deps.events.open(self.job_id, tenant=self._delivery.job.tenant),
         )
         if stored is None:
             await self._delivery.term("its record has expired")
