@@ -17,6 +17,7 @@ from img2img_server.settings import Settings, SettingsError, variable
 METRICS_PORTS: Final = ("worker", "api", "gateway")
 # Linux takes ports of outgoing connections from 32,768 on.
 _FREE_PORTS: Final = range(20_000, 32_000)
+BACKLOG: Final = 2048  # connections that wait to be accepted
 _WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
@@ -57,7 +58,7 @@ class Listener:
         host = self.host.strip("[]")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            return socket.create_server((host, self.port), family=family, backlog=2048)
+            return socket.create_server((host, self.port), family=family, backlog=BACKLOG)
         except OSError as error:
             raise self.mistake(error) from error
 

@@ -120,24 +120,50 @@ def test_the_first_key_of_the_headers_counts(headers: dict[str, str], key: str) 
     assert header_key(Headers(headers)) == key
 
 
-def closing(closed: list[str], name: str) -> None:
-    closed.append(name)
-
-
 def test_peers_and_tenants_leave_connections_free_for_others() -> None:
-    closed: list[str] = []
     connections = Connections(100)
 
-    def opened(peer: str, count: int) -> int:
-        before = len(closed)
-        for _ in range(count):
-            assert connections.open(peer, lambda: closing(closed, peer))
-        return count - (len(closed) - before)
+    def opened(peer: str) -> int:
+        return len([n for n in range(200) if connections.open(peer, lambda: None)])
 
-    assert opened("192.0.2.1", 200) == 50
-    assert opened("192.0.2.2", 200) == 25
-    assert opened("192.0.2.3", 200) == 13
-    assert set(closed) == {"192.0.2.1", "192.0.2.2", "192.0.2.3"}
+    assert [opened(f"192.0.2.{number}") for number in range(4)] == [50, 25, 13, 6]
+
+
+async def test_the_latest_connection_that_waits_replaces_the_oldest_one_of_its_peer() -> None:
+    closed, admitted = [], asyncio.Queue[int]()
+    connections = Connections(4)
+    for number in range(2):
+        assert connections.open("192.0.2.1", lambda number=number: closed.append(number))
+    other = connections.open("192.0.2.2", lambda: pytest.fail("closed"))
+    for number in range(2, 4):
+        waiting = connections.open(
+            "192.0.2.1", lambda: None, lambda number=number: admitted.put_nowait(number)
+        )
+        assert waiting
+        assert not waiting.owner
+
+    assert [await admitted.get(), await admitted.get()] == [3, 2]
+    assert closed == [0, 1]
+    assert other
+    assert other.owner == "192.0.2.2"
+
+
+async def test_a_connection_that_waits_gets_the_place_of_one_that_ends() -> None:
+    admitted: list[str] = []
+    connections = Connections(2)
+    assert connections.open("192.0.2.3", lambda: None)
+    first = connections.open("192.0.2.1", lambda: pytest.fail("closed"))
+    assert first
+    waiting = connections.open("192.0.2.2", lambda: None, lambda: admitted.append("192.0.2.2"))
+    gone = connections.open("192.0.2.2", lambda: None, lambda: admitted.append("gone"))
+    assert waiting
+    assert gone
+    connections.close(gone)
+
+    connections.close(first)
+
+    assert admitted == ["192.0.2.2"]
+    assert waiting.owner == "192.0.2.2"
 
 
 def test_connections_of_valid_keys_are_never_replaced() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
@@ -16,13 +17,15 @@ from img2img_server.gateway.http.connections import KEEP_ALIVE_SECONDS, BoundedP
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import connect
 from img2img_server.lifecycle import first_of, unless_stopped
-from img2img_server.ports import host_port, listeners
+from img2img_server.ports import BACKLOG, host_port, listeners
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
 from img2img_server.telemetry import probe_server
 
+# Each new connection takes a millisecond or two. Other requests get their turn after this number.
+_ACCEPTED_AT_ONCE = 16
 log = structlog.get_logger()
 
 
@@ -71,6 +74,11 @@ async def serve(
 class _Server(uvicorn.Server):
     """A uvicorn server that leaves signals to the lifecycle of the role."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(BACKLOG)  # asyncio has set it to the number that it accepts at a time.
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -86,6 +94,7 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         server_header=False,
         http=partial(BoundedProtocol, app.state.connections),  # type: ignore[arg-type]
         forwarded_allow_ips=list(settings.trusted_proxy_networks),
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
