@@ -313,11 +313,16 @@ async def test_a_lost_consumer_is_created_again(nats: Nats) -> None:
 
 
 async def test_a_changed_limit_holds_from_the_next_connection_on(nats: Nats) -> None:
-    async with connect_bus(nats.settings) as bus:
-        await bus.queue.put(a_job(JOB), MODEL, Lane.REALTIME)
+    async with connect_bus(nats.settings.model_copy(update={"queue_limit": 3})) as bus:
+        for number in range(3):
+            await bus.permits.take("acme", JOB + number)
+            await bus.queue.put(a_job(JOB + number), MODEL, Lane.REALTIME)
     async with connect_bus(nats.settings.model_copy(update={"queue_limit": 1})) as bus:
         with pytest.raises(QueueFullError):
-            await bus.queue.put(a_job(JOB + 1), MODEL, Lane.REALTIME)
+            await bus.permits.take("acme", JOB + 3)
+        assert await bus.queue.unfinished("acme") == 3  # No queued job is lost.
+    async with connect_bus(nats.settings.model_copy(update={"queue_limit": 9})) as bus:
+        await bus.permits.take("acme", JOB + 3)
 
 
 class LostAnswers:

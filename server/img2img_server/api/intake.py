@@ -64,27 +64,36 @@ class Intake:
         fingerprint = caller.fingerprint or idempotency.fingerprint(spec)
         # Before any check: a repeated request gets its job even when the queue is full.
         bound = await self._jobs.find_request(tenant, request_id)
-        accepted = None
+        accepted, drawn = None, 0
         if bound is None:
             accepted = await self._admission.admit(spec, caller)
             drawn = await self._jobs.next_id(tenant)
             bound = await self._jobs.claim_request(tenant, request_id, fingerprint, drawn)
         if bound[0] != fingerprint:
             raise errors.RequestIdReusedError(request_id)
-        return await self._create(spec, caller, bound[1], accepted)
+        return await self._create(spec, caller, bound[1], accepted, is_new=bound[1] == drawn)
 
     async def _create(
-        self, spec: job_pb2.JobSpec, caller: Caller, job_id: int, accepted: Admitted | None
+        self,
+        spec: job_pb2.JobSpec,
+        caller: Caller,
+        job_id: int,
+        accepted: Admitted | None,
+        *,
+        is_new: bool = False,
     ) -> Stored:
         """Returns the accepted job with this id. Has it accepted unless another call has done so.
 
         Args:
             job_id: The id that the request_id is bound to; 0: draws one.
             accepted: The admitted request, if this call has admitted it already.
+            is_new: This call has drawn the id, so the job has probably no record yet.
         """
         tenant = caller.principal.tenant
         for _ in range(_TRIES):
-            job, revision = await self._latest(tenant, job_id) if job_id else (None, 0)
+            job, revision = None, 0
+            if job_id and not is_new:
+                job, revision = await self._latest(tenant, job_id)
             if job is not None and job.is_accepted:
                 return Stored(job, revision)
             if accepted is None:
@@ -95,7 +104,7 @@ class Intake:
             job = await self._record(accepted, caller, job_id)
             with suppress(ConflictError):  # Another call has created the record.
                 return await self._begin(job, revision, accepted)
-            job_id = job.id
+            job_id, is_new = job.id, False
         raise errors.UnavailableError(CREATING)
 
     async def _begin(self, job: Job, revision: int, accepted: Admitted) -> Stored:

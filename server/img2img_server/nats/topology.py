@@ -241,4 +241,8 @@ async def _ensure(js: JetStreamContext, config: StreamConfig) -> None:
     except nats.js.errors.BadRequestError as error:
         if error.err_code != _EXISTS_DIFFERENTLY:
             raise
+        if config.retention is RetentionPolicy.WORK_QUEUE:
+            # With a lower limit, NATS would remove messages that wait to be processed.
+            there = (await js.stream_info(config.name or "")).config.max_msgs_per_subject or 0
+            config.max_msgs_per_subject = max(config.max_msgs_per_subject or 0, there)
         await js.update_stream(config)

@@ -90,4 +90,5 @@ EXAMPLES: dict[str, Any] = {
             "preview_interval_steps": 1,
         }
     },
+    "EstimateJobRequest": {"spec": {"prompt": "an oil painting of a cat", "strength": 0.7}},
 }
