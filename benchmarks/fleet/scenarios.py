@@ -167,6 +167,60 @@ async def drawn_load(costs: Costs, seed: int, *, workers: int = 2, jobs: int = 4
     return Result(line, p95, float("inf"), f"median {p50:.2f}")
 
 
+# The stages of a job, which add up to its total.
+STAGES = (
+    "fetch",
+    "queue",
+    "held",
+    "prepare",
+    "encode",
+    "denoise",
+    "paused",
+    "decode",
+    "safety",
+    "image_encode",
+    "upload",
+)
+
+
+def unnamed_share(timings: job_pb2.Timings) -> float:
+    """Returns the time in no stage or in two, as a share of the allowed 2 % or 5 ms."""
+    named = sum(getattr(timings, stage).ToNanoseconds() for stage in STAGES) / 1e9
+    total = timings.total.ToNanoseconds() / 1e9
+    return abs(total - named) / max(0.02 * total, 0.005)
+
+
+async def stages_add_up(costs: Costs, *, jobs: int = 200, seed: int = 3) -> Result:
+    """Runs mixed jobs on two workers and compares the named times of each with its total.
+
+    The value is the largest difference, as a share of the allowed 2 % or 5 ms.
+    """
+    rng = random.Random(seed)
+    async with fleet_of(costs, 2) as fleet:
+        gate = asyncio.Semaphore(24)
+
+        async def one() -> Times:
+            async with gate:
+                return await fleet.run(
+                    rng.choice(TENANTS),
+                    rng.choice((1, 2, 4, 8)),
+                    rng.choice((256, 256, 512)),
+                    samples=rng.choice((1, 1, 1, 2)),
+                    preview_interval_steps=rng.choice((0, 0, 2)),
+                    lane=rng.choice((job_pb2.LANE_REALTIME, job_pb2.LANE_BATCH)),
+                )
+
+        done = await asyncio.gather(*(one() for _ in range(jobs)))
+    shares = [unnamed_share(each.timings) for each in done]
+    worst = done[shares.index(max(shares))]
+    detail = ", ".join(
+        f"{name} {getattr(worst.timings, name).ToMilliseconds()}" for name in (*STAGES, "total")
+    )
+    return Result(
+        f"time of {jobs} jobs in no stage, of the allowed 2 % or 5 ms", max(shares), 1.0, detail
+    )
+
+
 Scenario = Callable[[Costs], Awaitable[Result]]
 SCENARIOS: dict[str, Scenario] = {
     "equal": equal_jobs,
@@ -175,6 +229,7 @@ SCENARIOS: dict[str, Scenario] = {
     "tenants-1": lambda costs: short_behind_long(costs, workers=1),
     "tenants-2": lambda costs: short_behind_long(costs, workers=2),
     "realtime": realtime_behind_batch,
+    "stages": stages_add_up,
     "drawn-1": lambda costs: drawn_load(costs, 1),
     "drawn-2": lambda costs: drawn_load(costs, 2),
 }

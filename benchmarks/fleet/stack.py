@@ -34,6 +34,7 @@ class Times:
     ended: float = 0.0
     worker: str = ""
     state: str = ""
+    timings: job_pb2.Timings = field(default_factory=job_pb2.Timings)
 
     @property
     def latency(self) -> float:
@@ -90,7 +91,8 @@ class Fleet:
             if kind in ("succeeded", "failed", "cancelled"):
                 times.ended = time.monotonic()
                 times.state = kind
-                times.worker = getattr(message.event, kind).job.worker
+                job = getattr(message.event, kind).job
+                times.worker, times.timings = job.worker, job.timings
         if times.state != "succeeded":
             raise RuntimeError(f"the job {times.state}")
         return times

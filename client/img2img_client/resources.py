@@ -140,10 +140,12 @@ class Timings:
     the job's mean share of the device batch, 0 to 1."""
 
     queue_seconds: float
+    held_seconds: float
     fetch_seconds: float
     prepare_seconds: float
     encode_seconds: float
     denoise_seconds: float
+    paused_seconds: float
     decode_seconds: float
     safety_seconds: float
     image_encode_seconds: float

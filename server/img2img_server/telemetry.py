@@ -62,7 +62,10 @@ STORE_WAITING_BYTES = Gauge(
     "img2img_store_waiting_bytes", "Bytes of files that are being stored or wait for the bucket."
 )
 STAGE_SECONDS = Histogram(
-    "img2img_stage_seconds", "Time of a job by stage.", ["stage"], buckets=_SECONDS
+    "img2img_stage_seconds",
+    "Time of a job by stage; `wait` is `queue` and `held`.",
+    ["stage", "model", "lane"],
+    buckets=_SECONDS,
 )
 STEPS = Counter("img2img_steps_total", "Denoising steps run.")
 WEBHOOKS = Counter("img2img_webhooks_total", "Attempts at webhooks.", ["status"])

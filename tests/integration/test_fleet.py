@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fleet.device import ONE_ROW
-from benchmarks.fleet.scenarios import equal_jobs, realtime_behind_batch, short_behind_long
+from benchmarks.fleet.device import BATCHES, ONE_ROW, Costs
+from benchmarks.fleet.scenarios import (
+    equal_jobs,
+    realtime_behind_batch,
+    short_behind_long,
+    stages_add_up,
+)
 from img2img.v1 import job_pb2
 from img2img_server.domain.params import Lane
 from img2img_server.nats.bus import Bus
@@ -152,3 +157,9 @@ async def test_short_jobs_of_a_tenant_do_not_wait_for_long_ones_of_another(worke
 async def test_realtime_jobs_do_not_wait_for_batch_jobs() -> None:
     result = await realtime_behind_batch(ONE_ROW)
     assert result.value < 3.0, result
+
+
+@pytest.mark.parametrize("costs", [ONE_ROW, BATCHES], ids=["one row", "batches"])
+async def test_the_stages_of_mixed_jobs_add_up_to_their_totals(costs: Costs) -> None:
+    result = await stages_add_up(costs, jobs=10)
+    assert result.is_good, result

@@ -21,6 +21,7 @@ from img2img_server.domain.job import (
     JobFailure,
     SampleResult,
     State,
+    Timings,
     advance,
 )
 from img2img_server.domain.params import JobParams
@@ -64,7 +65,14 @@ def test_a_job_that_was_taken_over_keeps_its_stored_samples_only() -> None:
     again = advance(job, Started(worker="w2", model="m", attempt=2), 110.0)
     assert (again.worker, again.attempt, again.start_time) == ("w2", 2, 110.0)
     assert [sample.url for sample in again.samples] == ["", "http://x/1"]
-    assert again.timings.queue == 1.0
+    assert again.timings.queue == 10.0  # The lost attempt is a part of the wait.
+
+
+def test_the_wait_in_the_queue_ends_when_a_worker_pulls_the_job() -> None:
+    started = Started(worker="w", model="m", attempt=1, pulled_time=100.5)
+    job = advance(make_job(timings=Timings(fetch=2.0)), started, 101.0)
+    ended = advance(job, Cancelled(), 103.0)
+    assert (ended.timings.queue, ended.timings.total) == (0.5, 5.0)
 
 
 def test_a_job_handed_back_waits_again_and_the_attempt_does_not_count() -> None:

@@ -18,16 +18,18 @@ from img2img_client.resources import Capabilities, Job, Limits, Model, State, Ti
 # The descriptions of the stages of Timings.
 STAGES = {
     "queue": "waiting for a worker",
+    "held": "waiting on the worker for its device",
     "fetch": "downloading the init image, before acceptance",
     "prepare": "preparing the init image",
     "encode": "prompt and init image to latents",
     "denoise": "denoising steps",
+    "paused": "between the steps, while other jobs ran",
     "decode": "latents to pixels",
     "safety": "safety check",
     "image_encode": "encoding the inline images",
     "upload": "encoding and storing the files",
     "engine": "from the first encode to the last decode",
-    "total": "from acceptance to the end",
+    "total": "from the request to the end",
 }
 PIPE_COLUMNS = 200  # the width without a terminal
 # If the terminal is narrow, the last columns are hidden first.
@@ -69,9 +71,7 @@ def timings_table(timings: Timings) -> Table:
         share = seconds / timings.total_seconds if timings.total_seconds else 0.0
         text = STAGES.get(stage, "")
         text += f", {timings.steps} in all" if stage == "denoise" else ""
-        # `total` does not include `fetch`, which ends before the job is accepted.
-        percent = "" if stage == "fetch" else f"{share:.0%}"
-        table.add_row(stage.replace("_", " "), f"{seconds * 1000:.0f}", percent, text)
+        table.add_row(stage.replace("_", " "), f"{seconds * 1000:.0f}", f"{share:.0%}", text)
     return table
 
 

@@ -41,14 +41,19 @@ class Queued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A worker started the job. `attempt`: the number of the attempt, from 1. `stored_samples`:
-    indices of the samples that an earlier attempt has stored.
+    """A worker started the job.
+
+    Attributes:
+        attempt: The number of the attempt, from 1.
+        stored_samples: Indices of the samples that an earlier attempt has stored.
+        pulled_time: Unix seconds when the worker pulled the job; 0.0: unknown.
     """
 
     worker: str
     model: str
     attempt: int
     stored_samples: tuple[int, ...] = ()
+    pulled_time: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

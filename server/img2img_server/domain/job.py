@@ -80,13 +80,15 @@ class SampleResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds by stage, summed over the samples; see Timings in job.proto."""
+    """Seconds by stage; see Timings in job.proto. The first ones add up to `total`."""
 
     queue: float = 0.0
+    held: float = 0.0
     fetch: float = 0.0
     prepare: float = 0.0
     encode: float = 0.0
     denoise: float = 0.0
+    paused: float = 0.0
     decode: float = 0.0
     safety: float = 0.0
     image_encode: float = 0.0
@@ -248,7 +250,7 @@ def advance(job: Job, event: Event, now: float) -> Job:
         job = replace(job, end_time=now, timings=_ended(job, now))
     match event:
         case Started():
-            queued = now - job.create_time if not job.start_time else job.timings.queue
+            queued = (event.pulled_time or now) - job.create_time
             return replace(
                 job,
                 start_time=now,
@@ -288,7 +290,8 @@ def terminal_event(job: Job) -> Event:
 
 
 def _ended(job: Job, now: float) -> Timings:
-    return replace(job.timings, total=max(0.0, now - job.create_time))
+    # The init image was downloaded before the job was created.
+    return replace(job.timings, total=max(0.0, now - job.create_time) + job.timings.fetch)
 
 
 def _samples_to_start_with(job: Job) -> tuple[SampleResult, ...]:

@@ -10,6 +10,7 @@ from img2img_server.domain.events import StageFinished, StepFinished
 from img2img_server.domain.job import Determinism, Timings
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams
+from img2img_server.domain.stages import Span
 from img2img_server.imaging.base import Pixels
 
 _CUT_SHOWN_CHARACTERS = 40
@@ -113,6 +114,7 @@ class JobDone:
 
     Attributes:
         timings: The stages of the engine; `engine`: from the first encoding to the last decoding.
+        spans: When the engine encoded, denoised and decoded, and when it paused the job between.
         warnings: Sentences for Job.warning.
         denoising_steps: Steps that ran for each sample.
         start_noise: Share of noise that the first step began with, 0 to 1.
@@ -124,6 +126,7 @@ class JobDone:
     denoising_steps: int = 0
     start_noise: float = 0.0
     device_seconds: float = 0.0
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

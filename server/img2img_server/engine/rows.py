@@ -12,6 +12,7 @@ from torch import Tensor
 
 from img2img_server.domain.events import StepFinished
 from img2img_server.domain.job import Timings
+from img2img_server.domain.stages import Span
 from img2img_server.engine.base import (
     EngineEvent,
     EngineJob,
@@ -123,6 +124,8 @@ class EngineJobState:
     device: float = 0.0
     shares: float = 0.0
     batches: int = 0
+    spans: list[Span] = field(default_factory=list)
+    last_active: float = 0.0
     is_broken: bool = False
 
     @classmethod
@@ -168,20 +171,29 @@ class EngineJobState:
         """Returns the sample of this index."""
         return next(sample for sample in self.samples if sample.index == index)
 
-    def note_step(self, seconds: float, share: float) -> None:
+    def _note(self, stage: str, began: float, ended: float) -> None:
+        """Adds a span, and the pause before it."""
+        if self.last_active and began > self.last_active:
+            self.spans.append(Span("paused", self.last_active, began))
+        self.spans.append(Span(stage, began, ended))
+        self.last_active = max(self.last_active, ended)
+
+    def note_step(self, began: float, ended: float, share: float) -> None:
         """Adds a step of a batch with samples of the job to the timings."""
-        self.denoise += seconds
-        self.device += seconds * share
+        self.denoise += ended - began
+        self.device += (ended - began) * share
+        self._note("denoise", began, ended)
         self.shares += share
         self.batches += 1
 
-    def note_encode(self, began: float, seconds: float, share: float) -> None:
+    def note_encode(self, began: float, ended: float, share: float) -> None:
         """Adds the encoding of the prompts and the init image to the timings.
 
         `share`: the job's share of the batch that was encoded.
         """
-        self.started, self.encode = began, seconds
-        self.device += seconds * share
+        self.started, self.encode = began, ended - began
+        self.device += (ended - began) * share
+        self._note("encode", began, ended)
 
     def note_decode(self, began: float, now: float, share: float) -> None:
         """Adds the time until an image was on the host to the timings; overlapping copies count
@@ -192,6 +204,7 @@ class EngineJobState:
         seconds = now - max(began, self.decoded)
         self.decode += seconds
         self.device += seconds * share
+        self._note("decode", began, now)
         self.decoded = now
 
     def done(self) -> JobDone:
@@ -209,7 +222,8 @@ class EngineJobState:
         if share > _NO_INFLUENCE:
             strength = self.job.params.strength
             texts = (*texts, f"At strength {strength:g} the init image had no influence.")
-        return JobDone(timings, texts, len(self.schedule.steps), share, self.device)
+        spans = tuple(self.spans)
+        return JobDone(timings, texts, len(self.schedule.steps), share, self.device, spans)
 
 
 def _noise(generator: torch.Generator, like: Tensor) -> Tensor:

@@ -146,6 +146,8 @@ class StepLoop:
             emit(sink, job, JobFailed(failure_of(error, job)))
             return
         if not run.schedule.steps:
+            now = time.monotonic()
+            run.note_encode(now, now, 1.0)
             for index in job.indices:
                 self._events.emit(run, SampleReady(index, job.init_image.copy()))
             self._events.finish(run)
@@ -244,7 +246,7 @@ class StepLoop:
         began = time.monotonic()
         failed = self._executor.encode(runs)
         for run in runs:
-            run.note_encode(began, time.monotonic() - began, 1 / len(runs))
+            run.note_encode(began, time.monotonic(), 1 / len(runs))
             if run.is_prepared:
                 self._events.emit(run, StageFinished(stage=Stage.TEXT_ENCODED))
                 self._events.emit(run, StageFinished(stage=Stage.IMAGE_ENCODED))
@@ -258,10 +260,10 @@ class StepLoop:
         forwards, size = sum(sample.run.forwards for sample in samples), largest_size(samples)
         with self._memory.measured(*size, self._denoiser.padded_batch_size(forwards)):
             failed = self._executor.step(samples)
-        took = time.monotonic() - began
+        ended = time.monotonic()
         for run in runs_of(samples):
             own = sum(run.forwards for sample in samples if sample.run is run)
-            run.note_step(took, own / forwards)
+            run.note_step(began, ended, own / forwards)
         for sample, error in failed:
             self._fail(sample.run, error)
 

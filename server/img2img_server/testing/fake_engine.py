@@ -17,6 +17,7 @@ from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.domain.job import Determinism, Timings
 from img2img_server.domain.models import ModelInfo
 from img2img_server.domain.params import JobParams, Lane
+from img2img_server.domain.stages import Span
 from img2img_server.domain.strength import StrengthRule
 from img2img_server.engine.base import (
     DeviceLost,
@@ -235,7 +236,8 @@ class FakeEngine:
         timings = Timings(denoise=took, engine=took, steps=steps, batch_share=1.0)
         warnings = self._warnings(job) if run.total else ()
         share = job.params.strength if run.total else 0.0
-        return _emit(run, JobDone(timings, warnings, run.total, share, took))
+        spans = (Span("denoise", run.began, run.began + took),)
+        return _emit(run, JobDone(timings, warnings, run.total, share, took, spans))
 
     def _warnings(self, job: EngineJob) -> tuple[str, ...]:
         texts = {"prompt": job.params.prompt}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 
@@ -12,9 +13,12 @@ from opentelemetry.trace import Span
 from img2img_server import clock
 from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.domain.job import Job
+from img2img_server.domain.stages import Span as StageSpan
 from img2img_server.engine.base import EngineEvent, EngineJob, JobPlan, SampleReady
 from img2img_server.imaging.base import Pixels
 from img2img_server.tracing import TRACER
+
+PAUSE_SPAN_SECONDS = 0.05  # shorter pauses between two steps have no span
 
 
 class EngineEventStream:
@@ -26,7 +30,8 @@ class EngineEventStream:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, EngineEvent]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, float, EngineEvent]] = asyncio.Queue()
+        self.posted = time.monotonic()  # when the engine posted the event that `get` returned last
         self._submitted = self._encoded = time.time_ns()
         self._denoising: dict[int, Span] = {}
         self._denoised: dict[int, int] = {}
@@ -34,12 +39,13 @@ class EngineEventStream:
     def post(self, event: EngineEvent) -> None:
         """Adds an event, on any thread."""
         with suppress(RuntimeError):  # The event loop has ended.
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (time.time_ns(), event))
+            stamped = time.time_ns(), time.monotonic(), event
+            self._loop.call_soon_threadsafe(self._events.put_nowait, stamped)
 
     async def get(self) -> EngineEvent:
         """Waits for the next event."""
-        posted, event = await self._events.get()
-        self._trace(posted, event)
+        at, self.posted, event = await self._events.get()
+        self._trace(at, event)
         return event
 
     def close(self) -> None:
@@ -91,3 +97,24 @@ def engine_job(plan: JobPlan, init_image: Pixels) -> EngineJob:
     """Returns the EngineJob of a planned job."""
     values = {each.name: getattr(plan, each.name) for each in fields(plan)}
     return EngineJob(**values, init_image=init_image)
+
+
+def trace_waits(job: Job, pulled: float, spans: Sequence[StageSpan]) -> None:
+    """Makes spans of the times in which a job that has ended waited.
+
+    Args:
+        pulled: Monotonic seconds when the worker pulled the job.
+        spans: The spans of the engine.
+    """
+    now, wall = time.monotonic(), time.time_ns()
+
+    def at(moment: float) -> int:
+        return wall - int((now - moment) * 1e9)
+
+    began = min((span.began for span in spans), default=pulled)
+    queued = at(pulled) - int(job.timings.queue * 1e9)
+    TRACER.start_span("queue", start_time=queued).end(at(pulled))
+    TRACER.start_span("held", start_time=at(pulled)).end(at(began))
+    for span in spans:
+        if span.stage == "paused" and span.ended - span.began >= PAUSE_SPAN_SECONDS:
+            TRACER.start_span("paused", start_time=at(span.began)).end(at(span.ended))

@@ -9,9 +9,9 @@ from dataclasses import replace
 import structlog
 from opentelemetry.trace import Span, SpanKind
 
-from img2img_server import errors
+from img2img_server import clock, errors
 from img2img_server.domain.events import Cancelled, Preview, StepFinished, Succeeded
-from img2img_server.domain.job import IllegalTransitionError, Job
+from img2img_server.domain.job import IllegalTransitionError, Job, Timings
 from img2img_server.domain.params import JobParams
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.engine.base import (
@@ -31,7 +31,7 @@ from img2img_server.telemetry import STEPS
 from img2img_server.tracing import enter, extracted
 from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.dispatch import HeldJob, Phase
-from img2img_server.worker.engine_events import EngineEventStream, engine_job, job_plan
+from img2img_server.worker.engine_events import EngineEventStream, engine_job, job_plan, trace_waits
 from img2img_server.worker.lease import DELIVERIES_OF_AN_ATTEMPT, JobLease, counted_attempts
 from img2img_server.worker.sample import Stopwatch, finish_sample, storage_warning
 
@@ -56,6 +56,7 @@ class JobExecution:
         self._deps = deps
         self._delivery = delivery
         self._watch = Stopwatch()
+        self._pulled_time = clock.now()
         self._cancelled = False
         self.opened = asyncio.Event()  # The record was read, or the run has ended.
         self._leaving = asyncio.Event()
@@ -205,7 +206,7 @@ class JobExecution:
             await self._delivery.ack()
             log.info("job_message_abandoned")
             return None
-        return JobLease(self._deps, self._delivery, stored, writer)
+        return JobLease(self._deps, self._delivery, stored, writer, self._pulled_time)
 
     async def _begun(self, job: Job) -> bool:
         """Waits until the job may begin. Returns False if another worker should have it."""
@@ -280,7 +281,8 @@ class JobExecution:
                 while True:
                     match event := await events.get():
                         case SampleReady():
-                            uploads.add(finishing.create_task(self._finish(lease, event)))
+                            sample = self._finish(lease, event, events.posted)
+                            uploads.add(finishing.create_task(sample))
                             del event  # It holds the pixels.
                         case PreviewReady(sample=sample, step=step, pixels=pixels):
                             image = await asyncio.to_thread(preview_jpeg, pixels)
@@ -326,8 +328,10 @@ class JobExecution:
         if self._held:
             self._deps.dispatcher.finish(self._held)
 
-    async def _finish(self, lease: JobLease, ready: SampleReady) -> None:
-        finishing = finish_sample(self._deps, lease.job, ready, self._watch, lease.record_waiting)
+    async def _finish(self, lease: JobLease, ready: SampleReady, began: float) -> None:
+        finishing = finish_sample(
+            self._deps, lease.job, ready, self._watch, began, lease.record_waiting
+        )
         del ready  # It holds the pixels.
         async for event in finishing:
             await lease.record_sample(event)
@@ -341,14 +345,25 @@ class JobExecution:
             denoising_steps=done.denoising_steps,
             start_noise=done.start_noise,
             device_seconds=done.device_seconds,
-            timings=job.timings + self._watch.timings + done.timings,
+            timings=self._timings(job, done),
             warning=join_warnings(
                 job.warning, *done.warnings, storage_warning(job, self._deps.retention_hours)
             ),
         )
+        trace_waits(job, self._watch.pulled, done.spans)
         self._deps.throughput.observe(job.params, done.timings.engine)
         STEPS.inc(done.timings.steps)
         await lease.finish(Succeeded())
+
+    def _timings(self, job: Job, done: JobDone) -> Timings:
+        watch = self._watch
+        if watch.spans:  # Reporting the last file is a part of its upload.
+            watch.note("upload", max(span.ended for span in watch.spans))
+        here = watch.timings(done.spans)
+        of_engine = {
+            name: getattr(done.timings, name) for name in ("engine", "steps", "batch_share")
+        }
+        return job.timings + replace(here, **of_engine)
 
 
 async def _checked_pixels(prepared: asyncio.Task[Pixels]) -> Pixels:

@@ -51,9 +51,15 @@ class JobLease:
     """
 
     def __init__(
-        self, deps: WorkerDeps, delivery: Delivery, stored: Stored, writer: EventWriter
+        self,
+        deps: WorkerDeps,
+        delivery: Delivery,
+        stored: Stored,
+        writer: EventWriter,
+        pulled_time: float,
     ) -> None:
         self._deps = deps
+        self._pulled_time = pulled_time
         self._writer = writer
         self._revision = stored.revision
         self._turn = asyncio.Lock()
@@ -103,6 +109,7 @@ class JobLease:
             model=self._deps.engine.model.name,
             attempt=self._attempt,
             stored_samples=tuple(sample.index for sample in self.job.samples if sample.url),
+            pulled_time=self._pulled_time,
         )
 
     async def append(self, event: Event) -> None:
@@ -167,8 +174,11 @@ class JobLease:
         JOBS_ENDED.labels(job.params.model, job.state).inc()
         if job.state is State.SUCCEEDED:
             self._deps.ledger.note(job)
-            for stage, seconds in job.timings.seconds.items():
-                STAGE_SECONDS.labels(stage).observe(seconds)
+            timings = job.timings
+            # Quantiles of two stages cannot be added, so the whole wait is observed, too.
+            waited = {"wait": timings.queue + timings.held}
+            for stage, seconds in (timings.seconds | waited).items():
+                STAGE_SECONDS.labels(stage, job.params.model, job.params.lane).observe(seconds)
         log.info(
             "job_ended",
             state=job.state,

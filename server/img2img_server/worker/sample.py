@@ -6,15 +6,16 @@ import asyncio
 import base64
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import Any
 
 import structlog
 
 from img2img_server.domain.events import SampleFinished, SampleStored, StorageWaiting
 from img2img_server.domain.job import Job, Timings
 from img2img_server.domain.params import ImageFormat
+from img2img_server.domain.stages import Span, seconds_by_stage
 from img2img_server.engine.base import SampleReady
 from img2img_server.errors import StorageError
 from img2img_server.imaging.base import Pixels
@@ -29,19 +30,37 @@ log = structlog.get_logger()
 
 
 class Stopwatch:
-    """Adds up the seconds of the stages outside the engine, over all samples of a job."""
+    """Notes when the stages of a job outside the engine ran."""
 
     def __init__(self) -> None:
-        self.timings = Timings()
+        self.pulled = time.monotonic()
+        self.spans: list[Span] = []
 
     @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Measures the body as a stage of Timings, and makes a span of it."""
-        start = time.monotonic()
+    def measure(self, stage: str, began: float = 0.0) -> Iterator[None]:
+        """Measures the body as a stage of Timings, and makes a span of it.
+
+        Args:
+            began: Monotonic seconds when the stage began; 0.0: now.
+        """
+        began = began or time.monotonic()
         with TRACER.start_as_current_span(stage.replace("_", " ")):
             yield
-        seconds = getattr(self.timings, stage) + time.monotonic() - start
-        self.timings = replace(self.timings, **{stage: seconds})
+        self.note(stage, began)
+
+    def note(self, stage: str, began: float) -> None:
+        """Adds a stage that ends now."""
+        self.spans.append(Span(stage, began, time.monotonic()))
+
+    def timings(self, engine: Sequence[Span]) -> Timings:
+        """Returns the seconds of the stages on this worker.
+
+        Args:
+            engine: The spans of the engine. The job was held until the first one began.
+        """
+        held = Span("held", self.pulled, min((span.began for span in engine), default=self.pulled))
+        seconds: dict[str, Any] = dict(seconds_by_stage([held, *self.spans, *engine]))
+        return Timings(**seconds)
 
 
 async def finish_sample(
@@ -49,11 +68,13 @@ async def finish_sample(
     job: Job,
     ready: SampleReady,
     watch: Stopwatch,
+    began: float,
     on_wait: Callable[[StorageWaiting], Awaitable[None]],
 ) -> AsyncIterator[SampleFinished | SampleStored]:
     """Yields the image once it is checked and encoded, then its link once it is stored.
 
     Args:
+        began: Monotonic seconds when the image was decoded.
         on_wait: called once if the file has to wait for the store.
 
     Raises:
@@ -63,18 +84,20 @@ async def finish_sample(
     params, index = job.params, ready.sample
     pixels, nsfw = ready.pixels, False
     if params.safety_checker:
-        with watch.measure("safety"):
+        with watch.measure("safety", began):
             async with deps.safety.turn:
                 score = await asyncio.to_thread(deps.safety.check, pixels)
+        began = time.monotonic()
         nsfw = score >= deps.safety_threshold
         pixels = blank(pixels) if nsfw else pixels
-    with watch.measure("image_encode"):
+    with watch.measure("image_encode", began):
         inline = await asyncio.to_thread(encoded, pixels, params.output_format)
+    began = time.monotonic()
     seed = params.sample_seed(index)
     yield SampleFinished(sample=index, seed=seed, image=inline, nsfw=nsfw)
 
     png = inline.data if params.output_format is ImageFormat.PNG else None
-    with watch.measure("upload"):
+    with watch.measure("upload", began):
         data, media_type, digest = await asyncio.to_thread(_file, pixels, png, params.base64)
         del pixels, ready, inline, png  # While the file waits, only its own bytes are held.
 
@@ -82,7 +105,9 @@ async def finish_sample(
             await on_wait(StorageWaiting(sample=index, reason=reason))
 
         url = await _store(deps, job, index, data, media_type, waits)
+    began = time.monotonic()
     yield SampleStored(sample=index, url=url, sha256=digest, size_bytes=len(data))
+    watch.note("upload", began)  # The caller has the link.
 
 
 def _file(pixels: Pixels, png: bytes | None, as_base64: bool) -> tuple[bytes, str, str]:

@@ -505,7 +505,12 @@ Global___Sample: _TypeAlias = Sample  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Durations of the stages of a job that has ended. The stages of several samples are summed."""
+    """Durations of the stages of a job that has ended.
+
+    queue, held, fetch, prepare, encode, denoise, paused, decode, safety, image_encode and upload add
+    up to total. While two of them run at the same time, for example the upload of one sample and the
+    denoising of another, only one gets the time.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -522,13 +527,15 @@ class Timings(_message.Message):
     BATCH_SHARE_FIELD_NUMBER: _builtins.int
     PREPARE_FIELD_NUMBER: _builtins.int
     IMAGE_ENCODE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Number of denoising steps that ran, summed over the samples."""
     batch_share: _builtins.float
     """Mean share of the device's batches that belonged to this job, 0 to 1."""
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
-        """Time from acceptance until a worker started the job."""
+        """Time from acceptance until a worker pulled the job from the queue. It includes earlier attempts."""
 
     @_builtins.property
     def fetch(self) -> _duration_pb2.Duration:
@@ -540,7 +547,7 @@ class Timings(_message.Message):
 
     @_builtins.property
     def denoise(self) -> _duration_pb2.Duration:
-        """Time from the begin of the first denoising step to the end of the last."""
+        """Time in denoising steps of the job."""
 
     @_builtins.property
     def decode(self) -> _duration_pb2.Duration:
@@ -548,15 +555,15 @@ class Timings(_message.Message):
 
     @_builtins.property
     def safety(self) -> _duration_pb2.Duration:
-        """Time of the safety check."""
+        """Time of the safety check, including the wait for its turn."""
 
     @_builtins.property
     def upload(self) -> _duration_pb2.Duration:
-        """Time to encode the stored files and to upload them."""
+        """Time to encode the stored files, to upload them and to report them."""
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
-        """Time from acceptance to the end of the job."""
+        """Time from the arrival of the request to the end of the job."""
 
     @_builtins.property
     def engine(self) -> _duration_pb2.Duration:
@@ -571,6 +578,14 @@ class Timings(_message.Message):
     @_builtins.property
     def image_encode(self) -> _duration_pb2.Duration:
         """Time to encode the images in events."""
+
+    @_builtins.property
+    def held(self) -> _duration_pb2.Duration:
+        """Time from the pull until the device began with the job, without prepare."""
+
+    @_builtins.property
+    def paused(self) -> _duration_pb2.Duration:
+        """Time between steps of the job: the device ran steps of other jobs, or was between two steps."""
 
     def __init__(
         self,
@@ -588,10 +603,12 @@ class Timings(_message.Message):
         batch_share: _builtins.float = ...,
         prepare: _duration_pb2.Duration | None = ...,
         image_encode: _duration_pb2.Duration | None = ...,
+        held: _duration_pb2.Duration | None = ...,
+        paused: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "denoise", b"denoise", "encode", b"encode", "engine", b"engine", "fetch", b"fetch", "image_encode", b"image_encode", "prepare", b"prepare", "queue", b"queue", "safety", b"safety", "total", b"total", "upload", b"upload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "denoise", b"denoise", "encode", b"encode", "engine", b"engine", "fetch", b"fetch", "held", b"held", "image_encode", b"image_encode", "paused", b"paused", "prepare", b"prepare", "queue", b"queue", "safety", b"safety", "total", b"total", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_share", b"batch_share", "decode", b"decode", "denoise", b"denoise", "encode", b"encode", "engine", b"engine", "fetch", b"fetch", "image_encode", b"image_encode", "prepare", b"prepare", "queue", b"queue", "safety", b"safety", "steps", b"steps", "total", b"total", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_share", b"batch_share", "decode", b"decode", "denoise", b"denoise", "encode", b"encode", "engine", b"engine", "fetch", b"fetch", "held", b"held", "image_encode", b"image_encode", "paused", b"paused", "prepare", b"prepare", "queue", b"queue", "safety", b"safety", "steps", b"steps", "total", b"total", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,7 +1,7 @@
 // Draws one result (both images, the progress, the facts) and errors.
 const STAGES = {
-  queue: "Queue", fetch: "Fetch", prepare: "Prepare", encode: "Encode", denoise: "Denoise",
-  decode: "Decode", safety: "Safety check", image_encode: "Encode file", upload: "Upload",
+  fetch: "Fetch", queue: "Queue", held: "Held", prepare: "Prepare", encode: "Encode", denoise: "Denoise",
+  paused: "Paused", decode: "Decode", safety: "Safety check", image_encode: "Encode file", upload: "Upload",
 };
 
 export const $ = (id) => document.getElementById(id);
