@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from img2img_server.outbound import reading
-from img2img_server.outbound.reading import READ_BYTES, ReadBudget
+from img2img_server.outbound.reading import CONTENT_READ_BYTES, READ_BYTES, ReadBudget
 
 CONNECTIONS = 6
 SENT = bytes(8 * READ_BYTES)
@@ -104,6 +104,17 @@ async def test_cheap_reads_of_several_connections_share_a_turn(
         noted = await read_everything(ReadBudget(2**30), turn)
     turns = [number for number, _ in noted]
     assert len(set(turns)) < len(turns)
+
+
+def test_reads_are_larger_while_most_of_the_bytes_are_content() -> None:
+    budget = ReadBudget()
+    budget.spend(1000)
+    assert budget.read_bytes == READ_BYTES
+    budget.add_content(600)
+    assert budget.read_bytes == CONTENT_READ_BYTES
+    budget.spend(1000)
+    budget.add_content(400)
+    assert budget.read_bytes == READ_BYTES
 
 
 async def test_content_extends_the_budget_and_other_bytes_use_it_up() -> None:
