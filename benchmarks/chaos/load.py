@@ -245,18 +245,15 @@ def wasted(job: Followed, *, loses_workers: bool) -> int:
     """Returns the attempts that were counted without need.
 
     An attempt whose job was requeued by its worker does not count. Where workers lose jobs, each
-    attempt but the last may end without a result, if a step ran in it; otherwise only the first
-    attempt is expected.
+    attempt that a worker began is expected, otherwise only the first one.
     """
     assert job.result is not None
-    expected, is_open, has_stepped = 0, False, False
+    expected, is_open = 0, False
     for _, event in job.events:
         match event:
             case Started():
-                expected += is_open and has_stepped and loses_workers
-                is_open, has_stepped = True, False
-            case StepFinished():
-                has_stepped = True
+                expected += is_open and loses_workers
+                is_open = True
             case Queued() if is_open:
                 expected += 1
                 is_open = False

@@ -124,7 +124,8 @@ class GeneratedImage(Image):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sample in a job's record; `url` and `sha256` are empty until its image is stored."""
+    """One sample in a job's record; `url` and `sha256` are empty until its image is stored.
+    `error`: why a job with `allow_partial` succeeded without it."""
 
     index: int
     seed: int
@@ -132,6 +133,7 @@ class Sample:
     sha256: str
     size_bytes: int
     nsfw: bool
+    error: JobError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +297,8 @@ class Caller:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A job that succeeded, and its images ordered by sample."""
+    """A job that succeeded, and its images ordered by sample. With `allow_partial`, images can be
+    missing; `job.samples` has their errors."""
 
     job: Job
     images: tuple[GeneratedImage, ...]
@@ -322,6 +325,8 @@ def result_of(job: Job, images: Mapping[int, Image]) -> Result:
         raise failure
     joined = []
     for sample in job.samples:
+        if sample.error and sample.index not in images:
+            continue
         inline = asdict(images.get(sample.index, _EXPIRED))
         facts = {name: getattr(sample, name) for name in ("index", "seed", "nsfw", "url")}
         joined.append(GeneratedImage(**inline, **facts))

@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
     preview_interval_steps: int | None  # number of steps between two Preview events; 0: no previews
     lane: str | None  # "realtime" (default) or "batch"
     annotations: Mapping[str, str] | None  # your own notes, returned unchanged
+    allow_partial: bool | None  # whether some samples are enough for success, default False
 
 
 class CreateOptions(Options, total=False):
@@ -95,6 +96,7 @@ class Spec:
     lora_scale: float | None
     true_cfg_scale: float | None
     strength_mode: StrengthMode
+    allow_partial: bool
 
 
 class ImageFormat(StrEnum):

@@ -81,6 +81,7 @@ GRPC_ONLY = {
     "lora_scale",
     "true_cfg_scale",
     "strength_mode",
+    "allow_partial",
 }
 LIMITING = {"minimum", "maximum", "minLength", "maxLength"}
 # The response comes at once; the field is ignored and returned unchanged.

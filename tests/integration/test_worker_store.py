@@ -226,6 +226,23 @@ async def test_a_store_that_is_idle_is_tested() -> None:
     watching.cancel()
 
 
+async def test_a_file_that_failed_just_before_another_succeeded_is_tried_again() -> None:
+    blobs, store = await watched()
+    watching = asyncio.create_task(store.watch())
+    blobs.error = AWAY
+
+    async def other(_: str) -> None:
+        blobs.error = None
+        await store.put("generations/b.png", b"b", "image/png")
+        await asyncio.sleep(0.1)  # `watch` notices that the store can be used.
+        assert store.trouble == ""
+
+    async with asyncio.timeout(10):
+        await store.put("generations/a.png", b"a", "image/png", other)
+    assert sorted(blobs.stored_keys()) == ["generations/a.png", "generations/b.png"]
+    watching.cancel()
+
+
 async def test_a_worker_that_stops_does_not_wait_for_its_store() -> None:
     bus, (_, store) = memory_bus(), await watched(AWAY)
     _, good = await watched()

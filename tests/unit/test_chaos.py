@@ -42,12 +42,12 @@ def followed(attempt: int, *seen: Event) -> Followed:
     [
         ([started(), stepped()], 1, 0),
         ([started(), stepped(), started(), stepped()], 2, 0),
-        ([started(), started(), stepped()], 2, 1),
+        ([started(), stepped()], 2, 1),
         ([started(), stepped(), requeued(), started(), stepped()], 2, 0),
         ([started(), stepped(), started(), stepped()], 1, 0),
     ],
 )
-def test_an_attempt_without_a_step_is_wasted_where_workers_are_lost(
+def test_an_attempt_that_no_worker_began_is_wasted_where_workers_are_lost(
     seen: list[Event], attempt: int, wasted: int
 ) -> None:
     assert load.wasted(followed(attempt, *seen), loses_workers=True) == wasted

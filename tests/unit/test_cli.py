@@ -42,7 +42,7 @@ def test_every_option_reaches_the_request() -> None:
     words += " --negative-prompt dog --scheduler euler --model atelier --preview-every 5 --batch"
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
     words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5 --true-cfg-scale 2"
-    words += " --noise-level --annotation order=7 --annotation note=a=b"
+    words += " --noise-level --allow-partial --annotation order=7 --annotation note=a=b"
     assert run(service, *REQUEST, *words.split()).exit_code == 0
     assert service.requests == [
         service_pb2.GenerateRequest(
@@ -74,6 +74,7 @@ def test_every_option_reaches_the_request() -> None:
                 true_cfg_scale=2,
                 strength_mode=job_pb2.STRENGTH_MODE_NOISE_LEVEL,
                 annotations={"order": "7", "note": "a=b"},
+                allow_partial=True,
             ),
         )
     ]
@@ -197,7 +198,8 @@ def test_every_command_prints_a_job_in_the_same_form() -> None:
         for words, found in printed.items()
     }
     assert len({tuple(names) for names, _ in keys.values()}) == 1
-    sample = ["index", "seed", "url", "sha256", "size_bytes", "nsfw", "path", "preview"]
+    sample = ["index", "seed", "url", "sha256", "size_bytes", "nsfw", "error", "path"]
+    sample.append("preview")
     assert {tuple(names) for _, found in keys.values() for names in found} == {tuple(sample)}
     assert printed[REQUEST]["samples"][0]["path"] == "10000001.png"
     assert printed["get", NAME]["error"] is None

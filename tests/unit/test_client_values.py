@@ -105,6 +105,7 @@ def test_every_field_of_a_job_is_read() -> None:
             lora_scale=None,
             true_cfg_scale=None,
             strength_mode=spec.StrengthMode.UNSPECIFIED,
+            allow_partial=False,
             **others,  # type: ignore[arg-type]
         ),
         samples=(),

@@ -117,6 +117,11 @@ def _read_annotations(
     callback=_read_annotations,
     help="Your own note on the job, returned unchanged. Can be given several times.",
 )
+@click.option(
+    "--allow-partial",
+    is_flag=True,
+    help="Succeed with the images that could be stored if others fail.",
+)
 @click.option("--webhook", metavar="URL", help="URL that receives a POST when the job has ended.")
 @click.option("--track-id", help="Your own reference for the job.")
 @click.option(

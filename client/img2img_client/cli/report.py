@@ -45,6 +45,8 @@ def show_ended(job: Job, files: Mapping[int, Path], previews: Mapping[int, Path]
         size = f"{job.spec.width}x{job.spec.height}"
         blank = ", replaced by the safety checker" if sample.nsfw else ""
         click.echo(f"{path or f'sample {sample.index}'}  {size}, seed {sample.seed}{blank}")
+        if sample.error:
+            click.echo(f"  failed ({sample.error.reason}): {sample.error.message}")
         if sample.index in previews:
             click.echo(f"  preview {previews[sample.index]}")
         if sample.url:

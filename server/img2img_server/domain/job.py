@@ -67,8 +67,19 @@ class IllegalTransitionError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailure:
+    """Why a job failed; clients branch on `reason`."""
+
+    reason: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
-    """One image of a job. `url`, `sha256` and `size_bytes` describe the file once it is stored."""
+    """One image of a job. `url`, `sha256` and `size_bytes` describe the file once it is stored.
+    `error`: why there is none, in a job that succeeded with a part of its samples.
+    """
 
     index: int
     seed: int
@@ -76,6 +87,7 @@ class SampleResult:
     sha256: str = ""
     size_bytes: int = 0
     nsfw: bool = False
+    error: JobFailure | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,15 +123,6 @@ class Timings:
                 for field in fields(self)
             }
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobFailure:
-    """Why a job failed; clients branch on `reason`."""
-
-    reason: str
-    message: str
-    retryable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,9 +276,23 @@ def advance(job: Job, event: Event, now: float) -> Job:
             failure = JobFailure(
                 reason=event.reason, message=event.message, retryable=event.retryable
             )
-            return replace(job, failure=failure)
+            samples = tuple(replace(sample, error=None) for sample in job.samples)
+            return replace(job, failure=failure, samples=samples)
         case _:
             return job
+
+
+def with_sample_errors(job: Job, failure: JobFailure, index: int | None = None) -> Job:
+    """Returns the job with the reason why a sample has no file; without `index`, every sample that
+    has neither a file nor a reason.
+    """
+    samples = tuple(
+        replace(sample, error=failure)
+        if not (sample.url or sample.error) and index in (None, sample.index)
+        else sample
+        for sample in job.samples
+    )
+    return replace(job, samples=samples)
 
 
 def terminal_event(job: Job) -> Event:

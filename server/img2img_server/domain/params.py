@@ -115,6 +115,7 @@ class JobParams:
     preview_interval_steps: int = 0
     lane: Lane = Lane.REALTIME
     annotations: tuple[tuple[str, str], ...] = ()
+    allow_partial: bool = False
 
     def sample_seed(self, index: int) -> int:
         """Returns seed + index. A seed below 2^32 starts again at 0 after 2^32 - 1, as in the HTTP

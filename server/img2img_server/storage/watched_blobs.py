@@ -217,6 +217,8 @@ class WatchedBlobs:
         """Repeats the upload whenever `watch` or the success of another upload asks for it."""
         upload = _Upload(error)
         self._waiting.append(upload)
+        if self._failing_since is None:  # Another file was stored since the failure.
+            upload.retry.set()
         try:
             async with asyncio.timeout(self._wait_seconds):
                 while not await self._try(upload, key, data, media_type):

@@ -63,6 +63,7 @@ class JobExecution:
         self._abandoned = asyncio.Event()  # Uploads are not waited for any more.
         self._requeue_reason = ""
         self._submitted = False
+        self._sample_error: errors.JobFailedError | None = None
         self._lease: JobLease | None = None
         self._held: HeldJob | None = None
 
@@ -249,6 +250,14 @@ class JobExecution:
         except (*_NOT_OURS, _DeviceLostError, errors.UnavailableError):
             raise
         except Exception as error:
+            if lease.may_be_partial:
+                engine = self._deps.engine
+                lease.job = replace(
+                    lease.job,
+                    device=engine.device,
+                    determinism=engine.determinism,
+                    timings=lease.job.timings + self._watch.timings(()),
+                )
             await lease.fail(error)
         else:
             await self._succeed(lease, done)
@@ -292,6 +301,8 @@ class JobExecution:
                             await self._all_stored(uploads)
                             return event
                         case JobFailed():
+                            if lease.may_be_partial:
+                                await self._all_stored(uploads)
                             raise event.error
                         case JobStopped():
                             raise _StoppedError
@@ -332,9 +343,16 @@ class JobExecution:
         finishing = finish_sample(
             self._deps, lease.job, ready, self._watch, began, lease.record_waiting
         )
+        index = ready.sample
         del ready  # It holds the pixels.
-        async for event in finishing:
-            await lease.record_sample(event)
+        try:
+            async for event in finishing:
+                await lease.record_sample(event)
+        except errors.JobFailedError as error:
+            if not lease.may_be_partial:
+                raise
+            await lease.record_failure(index, error)
+            self._sample_error = error
 
     async def _succeed(self, lease: JobLease, done: JobDone) -> None:
         engine, job = self._deps.engine, lease.job
@@ -353,7 +371,10 @@ class JobExecution:
         trace_waits(job, self._watch.pulled, done.spans)
         self._deps.throughput.observe(job.params, done.timings.engine)
         STEPS.inc(done.timings.steps)
-        await lease.finish(Succeeded())
+        if self._sample_error:  # The job succeeds if another sample is stored.
+            await lease.fail(self._sample_error)
+        else:
+            await lease.finish(Succeeded())
 
     def _timings(self, job: Job, done: JobDone) -> Timings:
         watch = self._watch

@@ -26,10 +26,12 @@ from img2img_server.domain.events import (
 from img2img_server.domain.job import (
     IllegalTransitionError,
     Job,
+    JobFailure,
     State,
     StateReason,
     advance,
     terminal_event,
+    with_sample_errors,
 )
 from img2img_server.interfaces.queue import Delivery, EventWriter, OwnershipLostError
 from img2img_server.interfaces.records import ConflictError, Stored
@@ -155,8 +157,24 @@ class JobLease:
         if not isinstance(error, errors.JobFailedError):
             log.error("job_failed_unexpectedly", exc_info=error)
             error = errors.EngineError("the job failed with an internal error")
+        if self.may_be_partial and any(sample.url for sample in self.job.samples):
+            self.job = with_sample_errors(self.job, _failure_of(error))
+            await self.finish(Succeeded())
+            return
         failed = Failed(reason=error.reason, message=str(error), retryable=error.retryable)
         await self.finish(failed, dead_reason=error.reason if dead else None)
+
+    @property
+    def may_be_partial(self) -> bool:
+        """Whether the job succeeds with the samples that it has if others fail."""
+        params = self.job.params
+        return params.allow_partial and params.samples > 1
+
+    async def record_failure(self, sample: int, error: errors.JobFailedError) -> None:
+        """Records why a sample has no file, for the end of a job that may be partial."""
+        log.warning("sample_failed", sample=sample, reason=error.reason)
+        async with self._changing:
+            self.job = with_sample_errors(self.job, _failure_of(error), sample)
 
     async def finish(self, event: Event, *, dead_reason: str | None = None) -> None:
         """Ends the job; with a reason its message goes to the dead letters.
@@ -238,6 +256,10 @@ class JobLease:
             cancel_requested=stored.job.cancel_requested,
             queue_sequence=stored.job.queue_sequence,
         )
+
+
+def _failure_of(error: errors.JobFailedError) -> JobFailure:
+    return JobFailure(reason=error.reason, message=str(error), retryable=error.retryable)
 
 
 def counted_attempts(job: Job) -> int:

@@ -149,7 +149,8 @@ def storage_warning(job: Job, retention_hours: int) -> str:
     """Returns the warning about files that are not at their announced links, or "" if there are
     none.
     """
-    if all(sample.url == job.future_urls[sample.index] for sample in job.samples):
+    stored = [sample for sample in job.samples if sample.url]
+    if all(sample.url == job.future_urls[sample.index] for sample in stored):
         return ""
     return (
         "Your S3 storage did not take the files; this service keeps them for "

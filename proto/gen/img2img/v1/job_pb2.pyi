@@ -233,6 +233,7 @@ class JobSpec(_message.Message):
     LORA_SCALE_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     STRENGTH_MODE_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
@@ -328,6 +329,11 @@ class JobSpec(_message.Message):
     """
     strength_mode: Global___StrengthMode.ValueType
     """The meaning of strength. Default STRENGTH_MODE_STEPS."""
+    allow_partial: _builtins.bool
+    """Whether the job succeeds with the samples that are stored if others fail; each missing sample then
+    has Sample.error. A job without any stored sample fails. Default false: the job fails with the
+    first sample, and its files are deleted.
+    """
     @_builtins.property
     def init_image(self) -> Global___InitImage:
         """The image to start from. Required. No response contains its bytes."""
@@ -367,10 +373,11 @@ class JobSpec(_message.Message):
         lora_scale: _builtins.float | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
         strength_mode: Global___StrengthMode.ValueType = ...,
+        allow_partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lora_scale", b"lora_scale", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "allow_partial", b"allow_partial", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -469,6 +476,7 @@ class Sample(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     NSFW_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position of the sample in the job, from 0."""
     seed: _builtins.int
@@ -485,6 +493,12 @@ class Sample(_message.Message):
     """Length of the stored file in bytes. 0 until it is stored."""
     nsfw: _builtins.bool
     """Whether the safety checker replaced the image by a black one."""
+    @_builtins.property
+    def error(self) -> Global___JobError:
+        """Why there is no image, in a job that succeeded without it, see JobSpec.allow_partial. Absent
+        otherwise.
+        """
+
     def __init__(
         self,
         *,
@@ -494,10 +508,11 @@ class Sample(_message.Message):
         sha256: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         nsfw: _builtins.bool = ...,
+        error: Global___JobError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "nsfw", b"nsfw", "seed", b"seed", "sha256", b"sha256", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "index", b"index", "nsfw", b"nsfw", "seed", b"seed", "sha256", b"sha256", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -666,7 +681,7 @@ class Job(_message.Message):
         STATE_RUNNING: Job._State.ValueType  # 2
         """A worker runs the job."""
         STATE_SUCCEEDED: Job._State.ValueType  # 3
-        """All images are completely stored."""
+        """All images are completely stored; with JobSpec.allow_partial at least one of them."""
         STATE_FAILED: Job._State.ValueType  # 4
         """The job failed, see Job.error."""
         STATE_CANCELLED: Job._State.ValueType  # 5
@@ -682,7 +697,7 @@ class Job(_message.Message):
     STATE_RUNNING: Job.State.ValueType  # 2
     """A worker runs the job."""
     STATE_SUCCEEDED: Job.State.ValueType  # 3
-    """All images are completely stored."""
+    """All images are completely stored; with JobSpec.allow_partial at least one of them."""
     STATE_FAILED: Job.State.ValueType  # 4
     """The job failed, see Job.error."""
     STATE_CANCELLED: Job.State.ValueType  # 5

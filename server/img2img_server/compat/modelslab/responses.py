@@ -320,7 +320,8 @@ def meta(job: job_pb2.Job) -> Meta:
 
 def links(job: job_pb2.Job) -> list[str]:
     """Returns the links to the stored files, in sample order."""
-    return [sample.url for sample in sorted(job.samples, key=lambda sample: sample.index)]
+    stored = [sample for sample in job.samples if sample.url]
+    return [sample.url for sample in sorted(stored, key=lambda sample: sample.index)]
 
 
 def track_id(job: job_pb2.Job) -> str | int | None:
