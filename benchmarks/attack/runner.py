@@ -24,7 +24,7 @@ TIMES, PLUS_SECONDS = 3.0, 1.0
 MOST_MB = {"api": 800, "gateway": 800}
 SHORT_SECONDS = 2.0
 CALLS = 5  # the least number of calls of each way, alone and under attack
-UNDER_WAY_SECONDS = 60.0
+UNDER_WAY_SECONDS = 120.0
 
 
 @dataclass
