@@ -145,12 +145,9 @@ async def _attacking(
     reading = asyncio.create_task(_read(process, attacker, started))
     try:
         async with asyncio.timeout(UNDER_WAY_SECONDS):
-            await asyncio.wait(
-                {reading, asyncio.ensure_future(started.wait())},
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await started.wait()
         yield attacker
-        if process.returncode is not None or reading.done():
+        if reading.done():
             attacker.fault = "the attack ended by itself"
     except TimeoutError:
         attacker.fault = "the attack did not get under way"
@@ -171,3 +168,4 @@ async def _read(
         attacker.requests = Counter(report["outcomes"])
         if report["under_way"]:
             started.set()
+    started.set()  # The process has ended.

@@ -81,7 +81,7 @@ ATTACKS = (
         "F2-lossless-webp",
         "lossless WebP of a photo, slow to decode",
         _flood(lambda sizes: [images.textured(sizes["side"], "WEBP", lossless=True)]),
-        {"calls": 20, "side": 4000},
+        {"calls": 20, "side": 2500},
     ),
     Attack(
         "F2-png-text",

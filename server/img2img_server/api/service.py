@@ -64,8 +64,8 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self._disconnects = disconnects
         self._storage = StorageCalls(deps)
         self._creations = OpenCalls(deps.settings.max_tenant_calls)
-        # A page reads up to 100 records, so pages are read a few at a time.
-        self._listings = Budget("job lists", 6, 2, wait_seconds=5.0, most_waiting=50)
+        # A page reads up to 100 records, so a tenant reads one at a time.
+        self._listings = Budget("job lists", 4, 1, wait_seconds=5.0, most_waiting=50)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def Generate(  # type: ignore[override]  # noqa: N802
