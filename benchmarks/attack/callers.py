@@ -97,7 +97,7 @@ async def hold_open(
         finally:
             if writer is not None:
                 writer.close()
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(2.0)  # A server that refuses connections is not flooded with them.
 
 
 async def _trickle(
