@@ -66,7 +66,7 @@ async def measure(
         attack.name, attack.title, parameters, alone, attacked, peak_mb, dict(attacker.requests)
     )
     outcome.faults = [
-        *_slow(alone, attacked),
+        *slow(alone, attacked),
         *(
             f"{name} took {peak_mb[name]} MB"
             for name, most in MOST_MB.items()
@@ -80,7 +80,7 @@ async def measure(
     return outcome
 
 
-def _slow(alone: dict[str, Latencies], attacked: dict[str, Latencies]) -> list[str]:
+def slow(alone: dict[str, Latencies], attacked: dict[str, Latencies]) -> list[str]:
     """Returns what is wrong with the innocent tenant's calls."""
     faults = []
     for way, latencies in attacked.items():

@@ -98,7 +98,6 @@ ATTACKS = (
         "messages that are no protobuf",
         unreadable_messages,
         {"connections": 20},
-        {"connections": 4},
     ),
     Attack(
         "F14-reflection",

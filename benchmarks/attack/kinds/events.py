@@ -30,7 +30,6 @@ ATTACKS = (
         "jobs with 12 MB of events each fill the log, here of 64 MiB",
         fill,
         {"jobs": 8},
-        {},
         settings={"IMG2IMG_EVENTS_MAX_BYTES": str(64 * 2**20)},
         keeps_events=True,
     ),

@@ -142,7 +142,6 @@ ATTACKS = (
         "webhooks to a server that sends 100 for ever",
         webhooks,
         {"calls": 8, "answer": "100 for ever"},
-        {"calls": 4},
     ),
     Attack(
         "F3-webhooks-tiny-chunks",

@@ -148,7 +148,6 @@ ATTACKS = (
         "many readers of one job with 12 MB of events",
         honest_readers,
         {"readers": 60},
-        {"readers": 10},
     ),
     Attack(
         "F6-slow-readers",
@@ -162,7 +161,6 @@ ATTACKS = (
         "WatchJob of another tenant's job with 12 MB of events",
         foreign_jobs,
         {"calls": 300},
-        {"calls": 40},
     ),
     Attack(
         "F6-abandoned-streams",
