@@ -180,6 +180,5 @@ def _children() -> dict[str, int]:
 @asynccontextmanager
 async def running_servers(folder: Path) -> AsyncIterator[Servers]:
     """Yields running NATS and S3 servers."""
-    folder.mkdir(parents=True, exist_ok=True)
     async with LocalServers(folder / "state") as servers:
         yield Servers(folder, servers)

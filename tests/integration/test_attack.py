@@ -1,4 +1,4 @@
-"""The short form of `make attack`: no attack of one tenant slows another tenant down or fills memory."""
+"""The short form of `make attack`, which measures the calls of one tenant while another attacks."""
 
 from __future__ import annotations
 
