@@ -15,7 +15,7 @@ from img2img_server.nats.bus import Bus
 # Seconds that an api has to get a job from its permit to the queue before other apis abandon it,
 # which they do only if the tenant has reached its limit.
 ABANDON_SECONDS: Final = 30.0
-_AGAIN_SECONDS: Final = 1.0  # between two searches for a tenant's leftover permits
+_AGAIN_SECONDS: Final = 5.0  # between two searches for a tenant's leftover permits
 _EXAMINED: Final = 100  # most permits that one search examines, oldest first
 _REMEMBERED: Final = 10_000
 
