@@ -281,7 +281,7 @@ class Settings(BaseSettings):
     request counts as one of max_message_bytes until it has arrived. A tenant holds no more than it
     leaves free."""
     max_grpc_connections: Count = Field(2000, ge=1)
-    """Most open connections to one api."""
+    """Most open connections to one api. An address has no more than it leaves free."""
     max_side_pixels: int = Field(1536, ge=256, le=MAX_SIDE_PIXELS)
     """Largest width and height of images over gRPC and /v1, if the model's own limit is not lower;
     the calls of the HTTP contract accept up to 1024. `max_payload` of NATS must hold an image of

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,7 +20,8 @@ from prometheus_client import REGISTRY
 from receiver import until
 
 from benchmarks.attack.http2 import INITIAL_WINDOW, Connection, grpc_message
-from img2img.v1 import admin_service_pb2, service_pb2
+from img2img.v1 import admin_service_pb2, service_pb2, service_pb2_grpc
+from img2img_server.api import connections as api_connections
 from img2img_server.api import interceptors, public
 from img2img_server.api.interceptors import PACKAGE
 from img2img_server.api.server import SERVICE_NAMES
@@ -40,6 +43,7 @@ from tests.stack import (
 
 MIB = 2**20
 QUIET_SECONDS = 0.3  # seconds without a window after which a stream is taken as held back
+LOCAL_POOL = [("grpc.use_local_subchannel_pool", 1)]
 CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
 GET_JOB = f"{PACKAGE}Img2ImgService/GetJob"
@@ -231,7 +235,9 @@ async def test_a_call_without_a_request_is_an_error_of_the_caller() -> None:
     assert refusal(caught.value).reason == "MALFORMED_REQUEST"
 
 
-async def test_a_large_name_of_a_service_is_refused_by_health_and_reflection() -> None:
+async def test_a_large_name_of_a_service_is_refused_by_health_and_reflection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     large = "x" * (public.MAX_BYTES + 1)
     async with running_stack() as stack:
         health = health_pb2_grpc.HealthStub(stack.api.channel)
@@ -241,13 +247,42 @@ async def test_a_large_name_of_a_service_is_refused_by_health_and_reflection() -
             "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
         )
         for call in (
-            health.Check(request, timeout=WAIT_SECONDS),
-            health.Watch(request, timeout=WAIT_SECONDS).read(),
-            reflection(asked.SerializeToString(), timeout=WAIT_SECONDS),
+            lambda: health.Check(request, timeout=WAIT_SECONDS),
+            lambda: health.Watch(request, timeout=WAIT_SECONDS).read(),
+            lambda: reflection(asked.SerializeToString(), timeout=WAIT_SECONDS),
         ):
+            monkeypatch.setattr(public, "PENALTY_SECONDS", 0.0)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
+                await call()
             assert refusal(caught.value).reason == "REQUEST_TOO_LARGE"
+        # The next calls of the address are refused unread.
+        monkeypatch.setattr(public, "PENALTY_SECONDS", 60.0)
+        small = health_pb2.HealthCheckRequest()
+        reasons = []
+        for sent, key in ((request, ()), (small, ()), (small, DEV)):
+            try:
+                await health.Check(sent, metadata=key, timeout=WAIT_SECONDS)
+                reasons.append("served")
+            except grpc.aio.AioRpcError as error:
+                reasons.append(refusal(error).reason)
+        assert reasons == ["REQUEST_TOO_LARGE", "SERVER_BUSY", "served"]
+
+
+async def test_refused_requests_of_health_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(public, "PENALTY_SECONDS", 0.0)
+    request = health_pb2.HealthCheckRequest(service="x" * 4 * MIB)
+    async with running_api(memory_bus()) as api:
+        health = health_pb2_grpc.HealthStub(api.channel)
+        tracemalloc.start()
+        gc.disable()  # grpc keeps the frames of an abort until the next collection.
+        try:
+            for _ in range(5):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await health.Check(request, timeout=WAIT_SECONDS)
+            assert tracemalloc.get_traced_memory()[0] < 8 * MIB
+        finally:
+            gc.enable()
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize("path", [CHECK, WATCH])
@@ -316,3 +351,32 @@ async def test_connections_beyond_the_limit_are_refused() -> None:
             async with raw_connection(api) as three, asyncio.timeout(WAIT_SECONDS):
                 await three.until_ended(0)
         assert await api.stub.GetCaller(service_pb2.GetCallerRequest(), metadata=DEV)
+
+
+async def test_connections_of_one_address_leave_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(api_connections, "SECONDS", 0.1)
+    async with running_api(memory_bus(), settings(max_grpc_connections=20)) as api:
+        port = int(api.address.rpartition(":")[2])
+        request = service_pb2.GetCallerRequest()
+        await api.stub.GetCaller(request, metadata=DEV, timeout=WAIT_SECONDS)
+        opened = [await Connection.open(port, source="127.0.0.2") for _ in range(30)]
+        try:
+
+            async def still_open() -> int:
+                return len([each for each in opened if not each.closed])
+
+            # One connection is ours, so 19 are left: the address has 9 and leaves 10 free.
+            await until(still_open, 9)
+            assert not any(each.closed for each in opened[:9])
+            # A new connection finds a place, and ours is still there.
+            async with grpc.aio.insecure_channel(api.address, LOCAL_POOL) as channel:
+                stub = service_pb2_grpc.Img2ImgServiceStub(channel)
+                await stub.GetCaller(
+                    request, metadata=DEV, timeout=WAIT_SECONDS, wait_for_ready=True
+                )
+            await api.stub.GetCaller(request, metadata=DEV, timeout=WAIT_SECONDS)
+        finally:
+            for each in opened:
+                await each.close()

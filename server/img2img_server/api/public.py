@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeAlias
 
 import grpc
+from google.rpc import status_pb2
 
 from img2img_server import errors
 from img2img_server.api.convert_service import status_of
@@ -21,7 +24,33 @@ MAX_BYTES: Final = 4096
 CALLS: Final = 200  # open calls of all peers, streams of health included
 _AT_ONCE: Final = 4  # requests that are read at the same time
 RECEIVE_SECONDS: Final = 2.0
+PENALTY_SECONDS: Final = 10.0  # of a peer, after a request that is too large
+_MOST_PENALTIES: Final = 10_000
 _WAIT_SECONDS: Final = 2.0
+
+
+class Penalties:
+    """The peers whose requests are refused unread for a while.
+
+    No client sends a name of megabytes by mistake, and to receive it takes much more time than to
+    send it.
+    """
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[str, float] = OrderedDict()
+
+    def check(self, owner: str) -> None:
+        """Raises ServerBusyError while the penalty of the owner lasts."""
+        left = self._until.get(owner, 0.0) - time.monotonic()
+        if left > 0:
+            raise errors.ServerBusyError("calls of this address", retry_seconds=round(left, 1))
+
+    def add(self, owner: str) -> None:
+        """Begins the penalty of the owner."""
+        self._until[owner] = time.monotonic() + PENALTY_SECONDS
+        self._until.move_to_end(owner)
+        if len(self._until) > _MOST_PENALTIES:
+            self._until.popitem(last=False)
 
 
 class PublicServices:
@@ -33,6 +62,7 @@ class PublicServices:
 
     def __init__(self, max_message_bytes: int) -> None:
         self._calls = Budget("public calls", CALLS, leaves_free=True)
+        self._penalties = Penalties()
         request_bytes = Budget(
             "public request bytes",
             _AT_ONCE * max_message_bytes,
@@ -45,7 +75,8 @@ class PublicServices:
 
     def bounded(self, path: str, handler: Handler, tenant: str) -> Handler:
         """Returns the handler with limits. `tenant`: that of the caller's key, or ""."""
-        call = _PublicCall(path.rpartition("/")[2], handler, tenant, self._calls, self._receiver)
+        method = path.rpartition("/")[2]
+        call = _PublicCall(method, handler, tenant, self._calls, self._penalties, self._receiver)
         if handler.response_streaming:
             inner = handler.stream_stream or handler.unary_stream
             is_generator = inspect.isasyncgenfunction(inner)
@@ -62,12 +93,19 @@ class _PublicCall:
     """One call of health or reflection."""
 
     def __init__(
-        self, method: str, handler: Handler, tenant: str, calls: Budget, receiver: Receiver
+        self,
+        method: str,
+        handler: Handler,
+        tenant: str,
+        calls: Budget,
+        penalties: Penalties,
+        receiver: Receiver,
     ) -> None:
         self._method = method
         self._handler = handler
         self._tenant = tenant
         self._calls = calls
+        self._penalties = penalties
         self._receiver = receiver
 
     def awaiting(self, inner: Any) -> Callable[[Any, Context], Awaitable[Any]]:
@@ -76,11 +114,12 @@ class _PublicCall:
         async def call(_: Any, context: Context) -> Any:
             owner = self._owner(context)
             try:
+                self._penalties.check(owner)
                 with self._calls.try_take(owner, 1):
                     return await inner(await self._request(context, owner), context)
             except errors.ServiceError as error:
-                failed = error
-            return await self._refuse(context, failed)
+                status = self._failed(owner, error)
+            return await abort(context, status)
 
         return call
 
@@ -90,13 +129,14 @@ class _PublicCall:
         async def call(_: Any, context: Context) -> AsyncIterator[Any]:
             owner = self._owner(context)
             try:
+                self._penalties.check(owner)
                 with self._calls.try_take(owner, 1):
                     async for response in inner(await self._request(context, owner), context):
                         yield response
                 return
             except errors.ServiceError as error:
-                failed = error
-            await self._refuse(context, failed)
+                status = self._failed(owner, error)
+            await abort(context, status)
 
         return call
 
@@ -112,6 +152,13 @@ class _PublicCall:
         held.release()  # The limit makes it small.
         return request
 
-    async def _refuse(self, context: Context, error: errors.ServiceError) -> None:
+    def _failed(self, owner: str, error: errors.ServiceError) -> status_pb2.Status:
+        """Counts the error, which may be a penalty. Returns its status.
+
+        grpc keeps the frames of an abort for a while, and the error's frames hold the request. So
+        the error itself is not kept.
+        """
+        if isinstance(error, errors.RequestTooLargeError):
+            self._penalties.add(owner)
         RPCS.labels(self._method, error.code.name).inc()
-        await abort(context, status_of(error))
+        return status_of(error)

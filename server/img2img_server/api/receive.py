@@ -111,6 +111,7 @@ class Receiver:
             if data is grpc.aio.EOF:
                 return None, HeldRequest(share)
             if len(data) > self._limit:
+                del data
                 raise errors.RequestTooLargeError(self._limit)
             share.resize(len(data))
             return parse(data) if parse else data, HeldRequest(share)

@@ -20,6 +20,7 @@ from img2img_server.api import convert
 from img2img_server.api.admin import AdminServicer
 from img2img_server.api.admission import Admission
 from img2img_server.api.cancel import Canceller
+from img2img_server.api.connections import PeerLimit
 from img2img_server.api.deps import ApiDeps, Fetch, service_limits
 from img2img_server.api.disconnects import Disconnects
 from img2img_server.api.dry_run import DryRun
@@ -185,6 +186,8 @@ class ApiServer:
             _updated_health(self._health, bus, self._deps.stop)
         )
         probes = await resources.enter_async_context(probe_server(settings, why_not_ready))
+        limit = PeerLimit(port, settings.max_grpc_connections)
+        await resources.enter_async_context(background_task(limit.watch()))
         address = host_port(settings.grpc_host, port)
         log.info("api_listening", address=address, probes=probes)
         return address
