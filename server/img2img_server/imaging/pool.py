@@ -78,7 +78,8 @@ class _Process:
         ours, its = frames.socket_pair()
         ours.setblocking(False)
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-        with its:
+        with contextlib.ExitStack() as unless_started, its:
+            unless_started.callback(ours.close)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "img2img_server.imaging.pool_process"),
                 *(str(its.fileno()), str(os.getpid())),
@@ -89,6 +90,7 @@ class _Process:
                 env=kept | _ENVIRONMENT,
                 start_new_session=True,
             )
+            unless_started.pop_all()
         started = cls(process, ours)
         try:
             async with asyncio.timeout(START_SECONDS):

@@ -132,7 +132,8 @@ _TASKS: Final = {"check": _check, "prepare": _prepare}
 
 def _set_limit(which: int, soft: int) -> None:
     hard = resource.getrlimit(which)[1]
-    resource.setrlimit(which, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    is_open = resource.RLIM_INFINITY in (soft, hard)  # its value is -1
+    resource.setrlimit(which, (max(soft, hard) if is_open else min(soft, hard), hard))
 
 
 def _data_bytes() -> int:
