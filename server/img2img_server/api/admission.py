@@ -256,20 +256,28 @@ class Admission:
         Returns:
             The init image, the number of jobs before this one and the seconds until it ends.
         """
-        async with background_task(self._estimator.new_job(request.params)) as estimate:
+        params, tenant = request.params, caller.principal.tenant
+        if self._fit(request, model) is None:  # The size is known without the init image.
+            estimating = self._estimator.new_job(params, tenant, model)
+            async with background_task(estimating) as estimate:
+                image = await self._image_given_room(request, model, caller)
+                position, eta, wait = await estimate
+        else:
             image = await self._image_given_room(request, model, caller)
-            position, eta, wait = await estimate
+            params = replace(params, width=image.width, height=image.height)
+            position, eta, wait = await self._estimator.new_job(params, tenant, model)
         remaining = caller.remaining_seconds
         if remaining is not None and eta is not None and eta > remaining:
             raise errors.DeadlineTooShortError(remaining, eta, wait)
         return image, position, eta
 
-    async def _check_room(self, params: JobParams, caller: Caller) -> None:
+    async def _check_room(self, params: JobParams, model: ModelInfo, caller: Caller) -> None:
         """Raises QueueFullError, RateLimitedError."""
         limit, tenant = self._deps.settings.queue_limit, caller.principal.tenant
         unfinished = await self._quota.unfinished(tenant)
         if unfinished >= limit:
-            raise errors.QueueFullError(limit, await self._estimator.place(params, unfinished))
+            wait = await self._estimator.place(params, tenant, model)
+            raise errors.QueueFullError(limit, wait)
         self._rate_limit.check(caller.principal)
 
     async def _image_given_room(
@@ -282,10 +290,10 @@ class Admission:
         """
         tenant = caller.principal.tenant
         if not 0 < len(request.init_image) <= OWN_MAX_BYTES:
-            await self._check_room(request.params, caller)
+            await self._check_room(request.params, model, caller)
             return await self._image(request, model, tenant)
         async with background_task(self._image(request, model, tenant)) as decoded:
-            await self._check_room(request.params, caller)
+            await self._check_room(request.params, model, caller)
             return await decoded
 
     async def _image(self, request: convert.Request, model: ModelInfo, tenant: str) -> CheckedImage:

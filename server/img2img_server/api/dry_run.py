@@ -23,7 +23,9 @@ class DryRun:
     ) -> service_pb2.EstimateJobResponse:
         """Raises what Admission.resolve raises."""
         params, model, warning = await self._admission.resolve(spec, caller)
-        position, seconds, wait = await self._estimator.new_job(params)
+        position, seconds, wait = await self._estimator.new_job(
+            params, caller.principal.tenant, model
+        )
         device_seconds = await self._estimator.device_seconds(params, model)
         response = service_pb2.EstimateJobResponse(
             spec=convert.spec(params),

@@ -1,25 +1,28 @@
 """Estimates how long jobs will take, and how much device time is queued.
 
-Workers announce the time of one sample at 512x512 and the time of a pixel-step. NATS knows how many
-jobs wait and up to which place they were taken. Each api knows only the costs of jobs that it
-queued, and takes them as a sample of all jobs. See docs/adr/0008-what-workers-are-scaled-by.md.
+Workers announce the times of a forward and of a pixel-step. NATS knows how many jobs of which size
+class and tenant wait, and up to which place they were taken. Each api knows only the costs of jobs
+that it queued, and takes them as a sample of all jobs.
+See docs/adr/0008-what-workers-are-scaled-by.md.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
+from img2img_server import clock
 from img2img_server.domain.job import Job, State
 from img2img_server.domain.models import ModelInfo, WorkerInfo
 from img2img_server.domain.params import JobParams, Lane
 from img2img_server.domain.schedulers import model_runs
 from img2img_server.errors import UnavailableError
-from img2img_server.interfaces.queue import JobQueue, LaneLoad
+from img2img_server.interfaces.queue import SIZE_STEP, JobQueue, LaneLoad, size_of
 from img2img_server.interfaces.records import WorkerRegistry
 from img2img_server.telemetry import QUEUED_GPU_SECONDS, UNFINISHED_JOBS
 
@@ -31,26 +34,57 @@ REMEMBERED: Final = 1000  # number of jobs by model and lane whose cost is kept
 # scaled up from zero, when nothing is measured.
 UNMEASURED_PIXEL_STEP_SECONDS: Final = 1e-6
 _BASE_PIXELS: Final = 512 * 512
+_LEFT_SHARE: Final = 0.5  # of a job that runs, this share is left on average
+_LEAST_SHARE: Final = 0.05  # of its own time, a job that has run longer than estimated still needs
+_SIZE_WEIGHT: Final = 0.1  # of a new job in the mean work of its size class
+_ALL_OF_REALTIME: Final = "/"  # no tenant has this name
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """The jobs that are served before a job.
+
+    Attributes:
+        jobs: The waiting ones.
+        work: Their forwards at the model's native size.
+        running: The forwards that are left of jobs that workers have.
+        goes_between: The job may run between the steps of those jobs, because its tenant has none.
+    """
+
+    jobs: int = 0
+    work: float = 0.0
+    running: float = 0.0
+    goes_between: bool = False
 
 
 class Estimator:
-    """Estimates when jobs will end, from the live workers that have measured a job."""
+    """Estimates when jobs will end, from the live workers that have measured a job.
+
+    It follows the order in which workers pull (worker/dispatch.py): realtime first, tenants in
+    turn, shorter jobs of a tenant first. The work of other jobs is known by their size class only.
+    """
 
     def __init__(self, queue: JobQueue, workers: WorkerRegistry) -> None:
         self._queue = queue
         self._workers = workers
+        self._sizes: dict[tuple[str, int], float] = {}  # mean work by model and size class
 
-    async def new_job(self, params: JobParams) -> tuple[int, float | None, float]:
+    async def new_job(
+        self, params: JobParams, tenant: str, model: ModelInfo
+    ) -> tuple[int, float | None, float]:
         """Estimates a job that is queued now.
 
         Returns:
             The number of jobs before it, the seconds until it would end, if known, and the part of
             these seconds that it would wait for the jobs before it.
         """
-        before = await self._queue.depth(params.model, params.lane)
-        seconds = await self._seconds(params, before)
-        own = await self._seconds(params, 0) if before else seconds
-        return before, seconds, max(0.0, (seconds or 0.0) - (own or 0.0))
+        work = model.work(params)
+        size = size_of(work)
+        known = self._sizes.get((model.name, size), work)
+        self._sizes[model.name, size] = known + _SIZE_WEIGHT * (work - known)
+        ahead = await self._ahead(model, params.lane, size, tenant)
+        seconds, wait = await self._seconds(params, work, ahead)
+        return ahead.jobs, seconds, wait
 
     async def device_seconds(self, params: JobParams, model: ModelInfo) -> float:
         """Returns the seconds that the device works on a job; 0.0 if no worker has measured its
@@ -64,20 +98,31 @@ class Estimator:
         step_seconds = _mean(measured) or model.pixel_step_seconds
         return params.pixel_steps(model.strength_rule) * step_seconds
 
-    async def place(self, params: JobParams, unfinished: int) -> float | None:
-        """Returns the seconds until the first of a tenant's `unfinished` jobs ends, if known."""
-        others = await self._queue.depth(params.model, params.lane) - unfinished
-        return await self._seconds(params, max(0, others))
+    async def place(self, params: JobParams, tenant: str, model: ModelInfo) -> float | None:
+        """Returns the seconds until the first of a tenant's unfinished jobs ends, if known."""
+        loads = await self._queue.loads(model.name)
+        mine = [load for load in loads if load.source.jobs.get(tenant)]
+        ahead = _Ahead()
+        if not any(load.taken for load in mine):
+            ahead = await self._ahead(model, params.lane, 0, tenant)
+        sizes = [load.source.size for load in mine] or [size_of(model.work(params))]
+        return (await self._seconds(params, self._typical(model, min(sizes)), ahead))[0]
 
     async def job(self, job: Job) -> float | None:
         """Returns the seconds until a job ends. None if it has ended or no estimate is possible."""
-        before = 0
-        if job.state is State.QUEUED and job.queue_sequence:
-            lane, place = job.params.lane, job.queue_sequence
-            before = await self._queue.position(job.params.model, lane, place)
-        elif job.state is not State.RUNNING:
+        params = job.params
+        model = await self._workers.model(params.model)
+        if model is None or job.state.is_terminal:
             return None
-        return await self._seconds(job.params, max(0, before))
+        work = model.work(params)
+        if job.state is State.RUNNING:
+            seconds, _ = await self._seconds(params, work, _Ahead())
+            ran = max(0.0, clock.now() - job.start_time)
+            return None if seconds is None else max(seconds - ran, _LEAST_SHARE * seconds)
+        if not job.queue_sequence:
+            return None
+        ahead = await self._ahead(model, params.lane, size_of(work), job.tenant, job.queue_sequence)
+        return (await self._seconds(params, work, ahead))[0]
 
     async def backlog(self, tenant: str = "") -> tuple[int, float]:
         """Returns the number of waiting jobs, and the seconds until they have ended.
@@ -88,30 +133,89 @@ class Estimator:
             tenant: Counts only the unfinished jobs of this tenant, running ones included. Empty:
                 counts all tenants' jobs that no worker has taken.
         """
-        jobs, seconds = await self._queue.unfinished(tenant) if tenant else 0, 0.0
+        jobs, seconds = 0, 0.0
         for model in await self._workers.models():
-            depth = jobs
-            if not tenant:
-                depth = sum([await self._queue.depth(model.name, lane) for lane in Lane])
-                jobs += depth
-            if serving := await self._serving(model.name):
-                seconds = max(seconds, _mean_job_seconds(serving) * depth / len(serving))
+            serving = await self._serving(model.name)
+            work, number = 0.0, 0
+            for load in await self._queue.loads(model.name):
+                count = load.source.jobs.get(tenant, 0) if tenant else load.waiting
+                number += count
+                work += count * self._typical(model, load.source.size)
+            jobs += number
+            if serving:
+                rate = _mean([worker.forward_seconds for worker in serving])
+                spent = work * rate if rate else number * _mean_job_seconds(serving)
+                seconds = max(seconds, spent / len(serving))
         return jobs, seconds
+
+    def _typical(self, model: ModelInfo, size: int) -> float:
+        """Returns the mean work of jobs of a size class."""
+        return self._sizes.get((model.name, size)) or 2.0 * SIZE_STEP**size
+
+    async def _ahead(
+        self, model: ModelInfo, lane: Lane, size: int, tenant: str, place: int = 0
+    ) -> _Ahead:
+        """Returns what is served before a job. `place`: its place in the queue; 0: it is new."""
+        loads = await self._queue.loads(model.name)
+        own: Counter[int] = Counter()  # number of waiting jobs by size class
+        others: dict[str, Counter[int]] = {}
+        for load in loads:
+            source = load.source
+            if lane is Lane.BATCH and source.lane is Lane.REALTIME:
+                others.setdefault(_ALL_OF_REALTIME, Counter())[source.size] += load.waiting
+            for each in source.jobs if source.lane is lane else ():
+                number = load.waiting_of(each)
+                if each != tenant:
+                    others.setdefault(each, Counter())[source.size] += number
+                elif source.size < size:
+                    own[source.size] += number
+                elif source.size == size:
+                    before = min(place - load.last_taken - 1, number - 1) if place else number
+                    own[source.size] += max(0, before)
+        turns = own.total()
+        jobs, work = turns, self._work(model, own)
+        for name, numbers in others.items():
+            # Another tenant has as many turns as this one before the job.
+            share = min(1.0, turns / max(1, numbers.total()))
+            share = 1.0 if name == _ALL_OF_REALTIME else share
+            jobs += round(share * numbers.total())
+            work += share * self._work(model, numbers)
+        taken: Counter[int] = Counter()
+        for load in loads:
+            taken[load.source.size] += load.taken
+        mine = any(load.taken and tenant in load.source.jobs for load in loads)
+        running = self._work(model, taken) * _LEFT_SHARE
+        return _Ahead(jobs, work, running, goes_between=not mine and not turns)
+
+    def _work(self, model: ModelInfo, numbers: Mapping[int, int]) -> float:
+        return sum(number * self._typical(model, size) for size, number in numbers.items())
 
     async def _serving(self, model: str) -> list[WorkerInfo]:
         return [
             worker
             for worker in await self._workers.workers()
-            if worker.model.name == model and worker.job_seconds > 0
+            if worker.model.name == model and worker.job_seconds > 0 and not worker.draining
         ]
 
-    async def _seconds(self, params: JobParams, before: int) -> float | None:
+    async def _seconds(
+        self, params: JobParams, work: float, ahead: _Ahead
+    ) -> tuple[float | None, float]:
+        """Returns the seconds until a job with this work ends, and the part that it waits."""
         serving = await self._serving(params.model)
         if not serving:
-            return None
-        mean = _mean_job_seconds(serving)
-        own = mean * params.samples * params.width * params.height / _BASE_PIXELS
-        return own + mean * before / len(serving)
+            return None, 0.0
+        rate = _mean([worker.forward_seconds for worker in serving])
+        latency = _mean([worker.job_forward_seconds for worker in serving])
+        if not rate or not latency:  # workers of an earlier version, or before the first jobs
+            mean = _mean_job_seconds(serving)
+            own = mean * params.samples * params.width * params.height / _BASE_PIXELS
+            wait = mean * ahead.jobs / len(serving)
+            return own + wait, wait
+        own = latency * work
+        left = ahead.running * rate / len(serving)
+        wait = ahead.work * rate / len(serving)
+        wait += min(left, own) if ahead.goes_between else left
+        return own + wait, wait
 
 
 class Backlog:

@@ -122,6 +122,9 @@ class WorkerInfo:
     Attributes:
         job_seconds: Recent mean time of one sample at 512x512, the base of estimates; 0.0: not
             measured yet.
+        forward_seconds: Recent mean of the device's seconds for a forward at the model's native
+            size; jobs that share batches share it. 0.0: not measured yet.
+        job_forward_seconds: The same for the job that waits for it; larger, if jobs share batches.
         busy: Share of the time since the last announcement in which the device worked, 0 to 1.
         draining: The worker finishes its jobs and takes no more.
         store_trouble: Why the worker cannot store files now; empty while it can.
@@ -131,6 +134,8 @@ class WorkerInfo:
     model: ModelInfo
     device: str
     job_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    job_forward_seconds: float = 0.0
     busy: float = 0.0
     draining: bool = False
     store_trouble: str = ""

@@ -51,7 +51,7 @@ class QueuedJob:
 # Tenants share the order of their jobs with other tenants only by accident: see `slot_of`.
 SLOTS = 128
 SIZES = 4
-_SIZE_STEP = 4
+SIZE_STEP = 4
 
 
 def slot_of(tenant: str) -> int:
@@ -65,9 +65,9 @@ def size_of(work: float) -> int:
     Args:
         work: the job's forwards, each counted as a share of one at the model's native size.
     """
-    size, most = 0, float(_SIZE_STEP)
+    size, most = 0, float(SIZE_STEP)
     while work >= most and size < SIZES - 1:
-        size, most = size + 1, most * _SIZE_STEP
+        size, most = size + 1, most * SIZE_STEP
     return size
 
 
@@ -156,6 +156,21 @@ class LaneLoad:
     last_taken: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceLoad:
+    """The jobs of one source; see LaneLoad for its numbers."""
+
+    source: QueueSource
+    waiting: int
+    taken: int
+    last_taken: int
+
+    def waiting_of(self, tenant: str) -> int:
+        """Returns how many waiting jobs the tenant has; an estimate if tenants share the slot."""
+        jobs = self.source.jobs
+        return round(self.waiting * jobs.get(tenant, 0) / max(1, sum(jobs.values())))
+
+
 class JobQueue(Protocol):
     """Durable work queue by model, lane and tenant; each of these parts is bounded."""
 
@@ -179,6 +194,10 @@ class JobQueue(Protocol):
 
     async def remove(self, sequence: int) -> bool:
         """Removes a job that has not ended; returns False if it was removed already."""
+        ...
+
+    async def loads(self, model: str) -> list[SourceLoad]:
+        """Returns the sources of a model that have unfinished jobs, with their numbers."""
         ...
 
     async def position(self, model: str, lane: Lane, sequence: int) -> int:

@@ -31,6 +31,7 @@ from img2img_server.interfaces.queue import (
     LaneLoad,
     QueuedJob,
     QueueSource,
+    SourceLoad,
     SourceOrder,
 )
 from img2img_server.nats import codec, subjects
@@ -164,18 +165,17 @@ class JetStreamJobQueue:
         return (await self.load(model, lane)).waiting
 
     async def load(self, model: str, lane: Lane) -> LaneLoad:
-        sources = [each for each in await self._sources(model) if each.lane == lane]
+        loads = [load for load in await self.loads(model) if load.source.lane == lane]
+        return LaneLoad(
+            waiting=sum(load.waiting for load in loads),
+            taken=sum(load.taken for load in loads),
+            last_taken=max((load.last_taken for load in loads), default=0),
+        )
+
+    async def loads(self, model: str) -> list[SourceLoad]:
+        sources = await self._sources(model)
         infos = await asyncio.gather(*(self._info(model, source) for source in sources))
-        waiting = taken = last_taken = 0
-        for source, info in zip(sources, infos, strict=True):
-            if info is None:  # no worker has ever pulled: all jobs wait
-                waiting += sum(source.jobs.values())
-                continue
-            waiting += info.num_pending or 0
-            taken += info.num_ack_pending or 0
-            if info.delivered:
-                last_taken = max(last_taken, info.delivered.stream_seq or 0)
-        return LaneLoad(waiting=waiting, taken=taken, last_taken=last_taken)
+        return [_load(source, info) for source, info in zip(sources, infos, strict=True)]
 
     async def unfinished(self, tenant: str) -> int:
         return await self._link.count(subjects.JOBS, subjects.tenant_filter(tenant))
@@ -337,3 +337,15 @@ class JetStreamJobQueue:
             max_ack_pending=MAX_ACK_PENDING,
             inactive_threshold=unused_seconds,
         )
+
+
+def _load(source: QueueSource, info: ConsumerInfo | None) -> SourceLoad:
+    if info is None:  # no worker has ever pulled: all jobs wait
+        waiting = sum(source.jobs.values())
+        return SourceLoad(source=source, waiting=waiting, taken=0, last_taken=0)
+    return SourceLoad(
+        source=source,
+        waiting=info.num_pending or 0,
+        taken=info.num_ack_pending or 0,
+        last_taken=(info.delivered.stream_seq or 0) if info.delivered else 0,
+    )

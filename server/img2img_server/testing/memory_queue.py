@@ -21,6 +21,7 @@ from img2img_server.interfaces.queue import (
     OwnershipLostError,
     QueuedJob,
     QueueSource,
+    SourceLoad,
     SourceOrder,
     StreamNotice,
     UsageReport,
@@ -196,17 +197,37 @@ class MemoryJobQueue:
             if not is_idle:
                 await asyncio.sleep(0)  # Idle workers get the job.
 
-    def _take(
-        self, model: str, lanes: Sequence[Lane], most: int, order: SourceOrder
-    ) -> list[Delivery]:
+    async def loads(self, model: str) -> list[SourceLoad]:
+        found = []
+        for source in self._sources(model, list(Lane)):
+            mine = [
+                m for m in self._messages.values() if m.place[0] == model and m.source == source.key
+            ]
+            delivered = [m for m in mine if m.deliveries]
+            found.append(
+                SourceLoad(
+                    source=source,
+                    waiting=len(mine) - len(delivered),
+                    taken=len(delivered),
+                    last_taken=max((m.sequence for m in delivered), default=0),
+                )
+            )
+        return found
+
+    def _sources(self, model: str, lanes: Sequence[Lane]) -> list[QueueSource]:
         jobs: dict[tuple[Lane, int, int], Counter[str]] = {}
         for message in self._messages.values():
             if message.place[0] == model and message.place[1] in lanes:
                 jobs.setdefault(message.source, Counter())[message.job.tenant] += 1
-        listed = [
+        return [
             QueueSource(lane=lane, size=size, slot=slot, jobs=each)
             for (lane, size, slot), each in jobs.items()
         ]
+
+    def _take(
+        self, model: str, lanes: Sequence[Lane], most: int, order: SourceOrder
+    ) -> list[Delivery]:
+        listed = self._sources(model, lanes)
         empty: list[QueueSource] = []
         for source in order.order(listed):
             waiting = [m for m in self._waiting(model, source.lane) if m.source == source.key]

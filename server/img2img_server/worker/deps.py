@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from img2img_server.domain.job import Timings
 from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import Engine
 from img2img_server.imaging.decoder import ImageDecoder, ThreadDecoder
@@ -24,6 +25,11 @@ _BASE_PIXELS = 512 * 512
 _WEIGHT = 0.2
 
 
+def _moved(known: float, seconds: float) -> float:
+    """Returns the moving mean after a measurement; 0.0 is no mean."""
+    return (known or seconds) + _WEIGHT * (seconds - (known or seconds))
+
+
 class Throughput:
     """Moving means of the speed of this worker; 0.0 before the first measurement.
 
@@ -32,28 +38,40 @@ class Throughput:
             device.
         pixel_step_seconds: The device's seconds for one pixel-step, which is less if jobs share
             batches.
+        forward_seconds: The device's seconds for a forward at the model's native size.
+        job_forward_seconds: The same as its job sees it: the seconds of encoding, steps and
+            decoding, without pauses.
         busy: Share of the time between the last two measurements in which the device worked.
     """
 
     def __init__(self) -> None:
         self.job_seconds = 0.0
         self.pixel_step_seconds = 0.0
+        self.forward_seconds = 0.0
+        self.job_forward_seconds = 0.0
         self.busy = 0.0
         self._seen_busy_seconds: float | None = None
         self._measured_at = 0.0
         self._busy_seconds = 0.0
         self._pixel_steps = 0.0
+        self._forwards = 0.0
 
-    def observe(self, params: JobParams, engine_seconds: float) -> None:
-        """Adds a finished job to job_seconds."""
-        work = params.samples * params.width * params.height / _BASE_PIXELS
-        seconds = engine_seconds / work
-        known = self.job_seconds or seconds
-        self.job_seconds = known + _WEIGHT * (seconds - known)
+    def observe(self, params: JobParams, timings: Timings, work: float) -> None:
+        """Adds a finished job.
 
-    def count_step(self, params: JobParams) -> None:
-        """Counts one step of one sample."""
+        Args:
+            work: the job's forwards at the model's native size.
+        """
+        size = params.samples * params.width * params.height / _BASE_PIXELS
+        self.job_seconds = _moved(self.job_seconds, timings.engine / size)
+        if work:
+            seconds = timings.encode + timings.denoise + timings.decode
+            self.job_forward_seconds = _moved(self.job_forward_seconds, seconds / work)
+
+    def count_step(self, params: JobParams, forwards: float = 1.0) -> None:
+        """Counts one step of one sample. `forwards`: its forwards at the model's native size."""
         self._pixel_steps += params.width * params.height
+        self._forwards += forwards
 
     def add_busy_seconds(self, busy_seconds: float, now: float) -> None:
         """Adds the device's work since the last call to pixel_step_seconds and busy.
@@ -72,9 +90,11 @@ class Throughput:
         self._busy_seconds += busy_seconds - seen
         if self._pixel_steps:
             self.pixel_step_seconds = self._busy_seconds / self._pixel_steps
+            self.forward_seconds = self._busy_seconds / self._forwards
             # Both sums decay at the same rate, so recent measurements weigh more.
             self._busy_seconds *= 1 - _WEIGHT
             self._pixel_steps *= 1 - _WEIGHT
+            self._forwards *= 1 - _WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -331,7 +331,9 @@ class JobExecution:
 
     def _count_step(self, job: Job) -> None:
         deps = self._deps
-        deps.throughput.count_step(job.params)
+        model, params = deps.engine.model, job.params
+        pixels = params.width * params.height * model.forwards(params)
+        deps.throughput.count_step(params, pixels / model.native_size**2)
         deps.usage.add_step(job.tenant, job.params, deps.throughput.pixel_step_seconds)
         deps.dispatcher.check()
 
@@ -369,7 +371,7 @@ class JobExecution:
             ),
         )
         trace_waits(job, self._watch.pulled, done.spans)
-        self._deps.throughput.observe(job.params, done.timings.engine)
+        self._deps.throughput.observe(job.params, done.timings, engine.model.work(job.params))
         STEPS.inc(done.timings.steps)
         if self._sample_error:  # The job succeeds if another sample is stored.
             await lease.fail(self._sample_error)

@@ -245,6 +245,8 @@ class Worker:
             model=replace(deps.engine.model, pixel_step_seconds=throughput.pixel_step_seconds),
             device=deps.engine.device,
             job_seconds=throughput.job_seconds,
+            forward_seconds=throughput.forward_seconds,
+            job_forward_seconds=throughput.job_forward_seconds,
             busy=throughput.busy,
             store_trouble=deps.blobs.trouble,
         )
