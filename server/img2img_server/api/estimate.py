@@ -155,7 +155,7 @@ class Estimator:
     async def _ahead(
         self, model: ModelInfo, lane: Lane, size: int, tenant: str, place: int = 0
     ) -> _Ahead:
-        """Returns what is served before a job. `place`: its place in the queue; 0: it is new."""
+        """Returns the jobs served before a job. `place`: its place in the queue; 0: it is new."""
         loads = await self._queue.loads(model.name)
         own: Counter[int] = Counter()  # number of waiting jobs by size class
         others: dict[str, Counter[int]] = {}
