@@ -7,6 +7,7 @@ which handles untrusted images, sends JSON.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 from typing import Final, TypeAlias
@@ -20,6 +21,14 @@ _READ_BYTES: Final = 2**18
 _SOCKET_BYTES: Final = 2**20  # the kernel may give less
 
 
+# Larger bodies of responses are passed in shared memory. On a busy machine, each wait for the other
+# side to empty or fill the socket costs milliseconds.
+MAX_SOCKET_BODY_BYTES: Final = 2**16
+# Shared memory beyond this is given back after each use.
+_KEPT_SHARED_BYTES: Final = 2**21
+NO_SHARED: Final = -1
+
+
 class FrameError(Exception):
     """The other side has closed the socket or sends no messages of this kind."""
 
@@ -31,6 +40,30 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             each.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
     return pair
+
+
+def open_shared() -> int:
+    """Returns a descriptor of shared memory, or NO_SHARED on systems without it."""
+    return os.memfd_create("decoded image") if hasattr(os, "memfd_create") else NO_SHARED
+
+
+def write_shared(descriptor: int, body: Buffer) -> None:
+    """Writes a body to shared memory."""
+    view, at = memoryview(body), 0
+    while at < len(view):
+        at += os.pwrite(descriptor, view[at:], at)
+
+
+def read_shared(descriptor: int, size: int) -> bytearray:
+    """Reads a body from shared memory. Raises FrameError, OSError."""
+    if not 0 <= size <= MAX_BODY_BYTES:
+        raise FrameError
+    body = bytearray(size)
+    if os.preadv(descriptor, [body], 0) != size:
+        raise FrameError
+    if size > _KEPT_SHARED_BYTES:
+        os.ftruncate(descriptor, 0)
+    return body
 
 
 def send(connection: socket.socket, head: bytes, body: Buffer = b"") -> None:

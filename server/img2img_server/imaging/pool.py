@@ -64,9 +64,12 @@ class _LostError(Exception):
 class _Process:
     """A running decoder process."""
 
-    def __init__(self, process: asyncio.subprocess.Process, connection: socket.socket) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, connection: socket.socket, shared: int
+    ) -> None:
         self._process = process
         self._connection = connection
+        self._shared = shared
 
     @property
     def pid(self) -> int:
@@ -76,14 +79,16 @@ class _Process:
     async def start(cls) -> Self:
         """Starts a process and returns once it is ready. Raises OSError, _LostError."""
         ours, its = frames.socket_pair()
+        shared = frames.open_shared()
         ours.setblocking(False)
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         with contextlib.ExitStack() as unless_started, its:
             unless_started.callback(ours.close)
+            unless_started.callback(_close, shared)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "img2img_server.imaging.pool_process"),
-                *(str(its.fileno()), str(os.getpid())),
-                pass_fds=[its.fileno()],
+                *map(str, (its.fileno(), shared, os.getpid())),
+                pass_fds=[each for each in (its.fileno(), shared) if each != frames.NO_SHARED],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -91,7 +96,7 @@ class _Process:
                 start_new_session=True,
             )
             unless_started.pop_all()
-        started = cls(process, ours)
+        started = cls(process, ours, shared)
         try:
             async with asyncio.timeout(START_SECONDS):
                 await started.receive()
@@ -115,6 +120,8 @@ class _Process:
         try:
             head, body = await frames.receive_async(self._connection)
             fields = json.loads(head)
+            if size := int(fields.pop("shared_bytes", 0)):
+                body = frames.read_shared(self._shared, size)
             notes = [(str(note.pop("event")), dict(note)) for note in fields.pop("notes")]
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise _LostError from error
@@ -131,6 +138,8 @@ class _Process:
             Its exit code, and the last line that it wrote.
         """
         self._connection.close()
+        _close(self._shared)
+        self._shared = frames.NO_SHARED
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_seconds):
                 await self._process.wait()
@@ -139,6 +148,11 @@ class _Process:
         assert self._process.stderr
         written = (await self._process.stderr.read()).decode(errors="replace").strip()
         return await self._process.wait(), written.rpartition("\n")[2]
+
+
+def _close(descriptor: int) -> None:
+    if descriptor != frames.NO_SHARED:
+        os.close(descriptor)
 
 
 class DecoderPool:

@@ -1,4 +1,4 @@
-"""A process that decodes images: `python -m img2img_server.imaging.pool_process FD PARENT_PID`.
+"""A process that decodes images: `python -m img2img_server.imaging.pool_process`.
 
 It runs one request after the other and ends with its parent. The kernel ends it when a request has
 used its CPU time, and refuses it memory beyond what the request was granted.
@@ -47,8 +47,9 @@ class _RefusedError(Exception):
 
 
 class _Server:
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, shared: int) -> None:
         self._connection = connection
+        self._shared = shared
         self._file_bytes = 0
         self._granted_bytes = 0  # the most that one image may use
         self._needed_bytes = 0
@@ -107,7 +108,11 @@ class _Server:
 
     def _respond(self, kind: str, fields: dict[str, Any] | None = None, body: Buffer = b"") -> None:
         notes, _notes[:] = _notes[:], []
-        head = json.dumps({"kind": kind, "notes": notes, **(fields or {})}, default=str)
+        fields = {"kind": kind, "notes": notes, **(fields or {})}
+        if len(body) > frames.MAX_SOCKET_BODY_BYTES and self._shared != frames.NO_SHARED:
+            frames.write_shared(self._shared, body)
+            fields["shared_bytes"], body = len(body), b""
+        head = json.dumps(fields, default=str)
         frames.send(self._connection, head.encode(), body)
 
 
@@ -159,16 +164,22 @@ def _take_note(_: Any, level: str, event: MutableMapping[str, Any]) -> dict[str,
     raise structlog.DropEvent
 
 
-def main(descriptor: int, parent: int) -> None:
-    """Serves the parent at the other end of the socket."""
+def main(descriptor: int, shared: int, parent: int) -> None:
+    """Serves the parent.
+
+    Args:
+        descriptor: The socket, with the parent at the other end.
+        shared: Shared memory for large bodies of responses, or NO_SHARED.
+        parent: The process id of the parent.
+    """
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return_large_blocks()
     structlog.configure(processors=[_take_note])
-    _Server(socket.socket(fileno=descriptor)).serve()
+    _Server(socket.socket(fileno=descriptor), shared).serve()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))
