@@ -37,6 +37,7 @@ class Scenario:
 @asynccontextmanager
 async def ready(folder: Path, *, has_cluster: bool = False) -> AsyncIterator[tuple[Service, Load]]:
     """Yields a running service, and a load whose expected images are known."""
+    folder.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240
     if has_cluster:
         async with (
             nats_cluster(folder / "nats") as cluster,
