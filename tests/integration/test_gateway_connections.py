@@ -150,6 +150,20 @@ async def test_a_body_below_the_minimum_rate_ends_and_frees_its_room(
         assert used("http body bytes") == 0
 
 
+async def test_a_slow_body_above_the_minimum_rate_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_request, "_PART_SECONDS", 1.0)
+    parts = 5
+    async with served_gateway() as gateway:
+        size = parts * http_request._PART_BYTES
+        sent = post(size, b"", path=f"{ENTERPRISE}/fetch/1", more="X-API-Key: dev-key\r\n")
+        async with sockets(gateway, sent) as (slow,):
+            for _ in range(parts):
+                await asyncio.sleep(0.4)  # in all longer than a part may take
+                slow.writer.write(b" " * http_request._PART_BYTES)
+                await slow.writer.drain()
+            assert await slow.status() == "404"
+
+
 @pytest.mark.parametrize("beginning", [post(1000, b"{"), b"GET / HTTP/1.1\r\nX-A: ", b""])
 async def test_many_connections_of_one_address_leave_room_for_others(beginning: bytes) -> None:
     async with (
