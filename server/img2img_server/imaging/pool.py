@@ -86,7 +86,8 @@ class _Process:
             unless_started.callback(ours.close)
             unless_started.callback(_close, shared)
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "img2img_server.imaging.pool_process"),
+                # -P: modules are not imported from the current folder.
+                *(sys.executable, "-P", "-m", "img2img_server.imaging.pool_process"),
                 *map(str, (its.fileno(), shared, os.getpid())),
                 pass_fds=[each for each in (its.fileno(), shared) if each != frames.NO_SHARED],
                 stdin=subprocess.DEVNULL,
