@@ -11,19 +11,16 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import structlog
 
+from benchmarks.fleet.baseline import checked_out
 from benchmarks.fleet.device import BATCHES, ONE_ROW, Costs
 from benchmarks.fleet.scenarios import SCENARIOS
 
-ROOT = Path(__file__).parents[2]
 DEVICES = (ONE_ROW, BATCHES)
 
 
@@ -44,26 +41,10 @@ async def measure(devices: list[Costs], names: list[str]) -> list[dict[str, Any]
 
 def measure_baseline(commit: str, arguments: list[str]) -> list[dict[str, Any]]:
     """Runs the scenarios on the server code of a commit."""
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        command = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*command, "add", "--detach", str(tree), commit], check=True)
-        try:
-            (tree / "benchmarks" / "fleet").mkdir(exist_ok=True)
-            for file in (ROOT / "benchmarks" / "fleet").glob("*.py"):
-                (tree / "benchmarks" / "fleet" / file.name).write_bytes(file.read_bytes())
-            paths = [tree / "server", tree / "client", tree / "proto" / "gen", tree]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.fleet", "--json", *arguments],
-                cwd=tree,
-                env=environment,
-                stdout=subprocess.PIPE,
-                check=True,
-            )
-            return list(json.loads(done.stdout))
-        finally:
-            subprocess.run([*command, "remove", "--force", str(tree)], check=True)
+    with checked_out(commit) as where:
+        command = [sys.executable, "-m", "benchmarks.fleet", "--json", *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, **where)
+        return list(json.loads(done.stdout))
 
 
 def main() -> int:
