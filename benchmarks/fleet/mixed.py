@@ -21,12 +21,12 @@ from typing import Any
 import structlog
 
 from benchmarks.fleet.baseline import checked_out
-from img2img.v1 import job_pb2
+from img2img.v1 import job_pb2, service_pb2
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.options import EngineOptions
 from img2img_server.settings import Settings
 from img2img_server.testing.bus import memory_bus
-from tests.stack import photo, running_api, running_worker, settings
+from tests.stack import DEV, photo, running_api, running_worker, settings
 
 SHORT_STEPS, LONG_STEPS = 2, 12
 SECONDS_BETWEEN = 0.5
@@ -53,7 +53,8 @@ async def load(jobs: int, seed: int) -> dict[str, float]:
                 seed=number,
             )
             began = time.monotonic()
-            messages = [message async for message in api.generate(spec)]
+            call = api.stub.Generate(service_pb2.GenerateRequest(spec=spec), metadata=DEV)
+            messages = [message async for message in call]
             assert messages[-1].event.HasField("succeeded")
             return steps, time.monotonic() - began
 
