@@ -132,11 +132,11 @@ class ForgetfulEvents(Through):
 
     failures = 1
 
-    async def open(self, job_id: int, *, fresh: bool = False) -> Any:
+    async def open(self, job_id: int, **options: Any) -> Any:
         if self.failures:
             self.failures -= 1
             raise UnavailableError
-        return await self.inner.open(job_id, fresh=fresh)
+        return await self.inner.open(job_id, **options)
 
 
 async def test_a_cancel_that_broke_off_is_completed_by_the_next() -> None:
@@ -163,6 +163,11 @@ class UnreadableJobs(Through):
         if job_id == self.unreadable:
             raise UnreadableError("this record makes no sense")
         return await self.inner.get(tenant, job_id)
+
+    async def latest(self, tenant: str, job_id: int) -> Any:
+        if job_id == self.unreadable:
+            raise UnreadableError("this record makes no sense")
+        return await self.inner.latest(tenant, job_id)
 
 
 async def test_a_record_that_cannot_be_read_kills_no_worker_and_goes_to_the_dead_letters() -> None:
