@@ -42,7 +42,7 @@ def followed(attempt: int, *seen: Event) -> Followed:
     [
         ([started(), stepped()], 1, 0),
         ([started(), stepped(), started(), stepped()], 2, 0),
-        ([started(), stepped()], 2, 1),
+        ([started(), stepped()], 3, 1),
         ([started(), stepped(), requeued(), started(), stepped()], 2, 0),
         ([started(), stepped(), started(), stepped()], 1, 0),
     ],
