@@ -166,3 +166,15 @@ async def test_workers_that_drain_serve_no_further_job(bus: Bus, estimator: Esti
     (worker,) = await bus.workers.workers()
     await bus.workers.announce(replace(worker, draining=True))
     assert (await estimator.new_job(PARAMS, "a", FAKE_MODEL))[1] is None
+
+
+async def test_jobs_that_a_worker_holds_count_as_waiting(bus: Bus, estimator: Estimator) -> None:
+    for _ in range(3):
+        await put(bus, PARAMS)
+    await announce(bus)
+    assert (await estimator.backlog())[0] == 3
+    # The worker has begun one job and holds another.
+    assert len(await bus.queue.pull("fake", [Lane.REALTIME], 2, 1.0)) == 2
+    (worker,) = await bus.workers.workers()
+    await bus.workers.announce(replace(worker, held_jobs=1))
+    assert (await estimator.backlog())[0] == 2

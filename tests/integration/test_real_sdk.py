@@ -176,9 +176,9 @@ async def test_clear_queue_ends_what_waits_and_leaves_what_runs(service: LocalSt
     api = realtime(service)
     running = await asyncio.to_thread(api.image_to_image, long_request(samples=4))
     await started(service, running)
+    # Shorter jobs could run between the steps of the first one.
     waiting = [
-        await asyncio.to_thread(api.image_to_image, request(instant_response=True))
-        for _ in range(2)
+        await asyncio.to_thread(api.image_to_image, long_request(samples=4)) for _ in range(2)
     ]
 
     async def queued() -> int:

@@ -126,6 +126,7 @@ class WorkerInfo:
             size; jobs that share batches share it. 0.0: not measured yet.
         job_forward_seconds: The same for the job that waits for it; larger, if jobs share batches.
         busy: Share of the time since the last announcement in which the device worked, 0 to 1.
+        held_jobs: Jobs that the worker has pulled and not begun; they count as queued.
         draining: The worker finishes its jobs and takes no more.
         store_trouble: Why the worker cannot store files now; empty while it can.
     """
@@ -137,5 +138,6 @@ class WorkerInfo:
     forward_seconds: float = 0.0
     job_forward_seconds: float = 0.0
     busy: float = 0.0
+    held_jobs: int = 0
     draining: bool = False
     store_trouble: str = ""

@@ -80,8 +80,9 @@ class Dispatcher:
         return len(self._in(Phase.HAS_BEGUN))
 
     @property
-    def has_waiting(self) -> bool:
-        return bool(self._in(Phase.WAITS))
+    def waiting(self) -> int:
+        """Returns the number of jobs that have not begun."""
+        return len(self._in(Phase.WAITS))
 
     @property
     def is_idle(self) -> bool:
@@ -149,7 +150,7 @@ class Dispatcher:
     @property
     def _may_look_ahead(self) -> bool:
         """Returns whether a job may be pulled that will wait for those that have begun."""
-        if self.has_waiting:
+        if self.waiting:
             return False
         if self.is_idle:
             return True

@@ -141,7 +141,7 @@ class Worker:
         """Lets waiting jobs begin also when no event of the engine announces their turn."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            if self._deps.dispatcher.has_waiting:
+            if self._deps.dispatcher.waiting:
                 self._deps.dispatcher.check()
 
     def _take(self, delivery: Delivery) -> JobExecution | None:
@@ -248,6 +248,7 @@ class Worker:
             forward_seconds=throughput.forward_seconds,
             job_forward_seconds=throughput.job_forward_seconds,
             busy=throughput.busy,
+            held_jobs=deps.dispatcher.waiting,
             store_trouble=deps.blobs.trouble,
         )
 
