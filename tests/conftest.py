@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ["fixtures_engines"]
@@ -18,3 +19,31 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 # A busy machine must not make a property test fail.
 settings.register_profile("img2img", deadline=None)
 settings.load_profile("img2img")
+
+# Modules that measure times or memory of several processes; they run one after the other.
+MEASURES = (
+    "attack",
+    "chart_runs",
+    "decoder",
+    "fanout",
+    "fleet",
+    "local",
+    "loop_lag",
+    "nats_cluster",
+    "outbound",
+    "readme",
+    "real",
+    "start",
+    "streams",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups tests for `make test`, which runs two groups at a time: each module is a group, and
+    the modules that measure are one.
+    """
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        is_measure = item.path.parent.name == "integration" and name.startswith(MEASURES)
+        item.add_marker(pytest.mark.xdist_group("measures" if is_measure else str(item.path)))
