@@ -56,7 +56,6 @@ _Status = health_pb2.HealthCheckResponse
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
 _HEALTH_SECONDS = 2.0
 CONNECTION_AGE_MS = 300_000
-MIDDLE_COLLECTIONS = 100  # between two full ones, by default 10
 _HANDSHAKE_MS = 20_000
 
 # Returns the texts of base64 files by their links. Raises StorageError.
@@ -96,17 +95,9 @@ async def serve_api(
         _inline_base64(settings, stop) as inline_base64,
     ):
         webhooks = Webhooks(webhook_sender(policy), signer, inline_base64=inline_base64)
-        _defer_full_collections()
+        # Modules are not searched for garbage again: each search would pause all streams.
+        gc.freeze()
         await serve(settings, bus, fetch, webhooks, keys, stop, started, decoder=decoder)
-
-
-def _defer_full_collections() -> None:
-    """Makes full garbage collections rare and short, because each one pauses all streams: with a
-    thousand streams for 50 ms. Young objects are collected as usual.
-    """
-    gc.freeze()  # modules are not searched again
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, MIDDLE_COLLECTIONS)
 
 
 async def serve(
