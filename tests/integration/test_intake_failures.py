@@ -55,7 +55,7 @@ async def test_a_request_whose_first_try_left_its_log_behind_makes_its_job_the_s
         (UnavailableError(), grpc.StatusCode.UNAVAILABLE),
     ],
 )
-@pytest.mark.parametrize("request_id", ["", str(uuid.uuid4())])
+@pytest.mark.parametrize("request_id", ["", "5b0f6f0e-8a53-4c0e-9a0e-3a1b6a3f2d11"])
 async def test_a_job_that_cannot_be_queued_leaves_neither_record_nor_permit(
     monkeypatch: pytest.MonkeyPatch, error: Exception, code: grpc.StatusCode, request_id: str
 ) -> None:

@@ -162,7 +162,9 @@ def test_the_first_key_seals_and_all_keys_open() -> None:
             stranger.open(sealed)
 
 
-@pytest.mark.parametrize("keys", ["short", f"{new_key()},x", "ä"])
+@pytest.mark.parametrize(
+    "keys", ["short", f"{new_key()},x", "ä"], ids=["short", "second", "letter"]
+)
 def test_a_malformed_key_is_reported_and_not_repeated(keys: str) -> None:
     with pytest.raises(SettingsError, match="IMG2IMG_STORAGE_KEYS: every key") as caught:
         Vault(keys)
