@@ -16,8 +16,9 @@ from structlog.testing import capture_logs
 
 from img2img.v1 import job_pb2, service_pb2
 from img2img_server.api.records import page_of
-from img2img_server.domain.job import LAST_JOB_ID
+from img2img_server.domain.job import LAST_JOB_ID, Job
 from img2img_server.errors import UnavailableError
+from img2img_server.telemetry import RPCS
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.stack import (
@@ -214,6 +215,10 @@ async def test_a_call_that_breaks_before_its_job_has_a_name_is_cancelled_at_once
         await goes_on.wait()
         return photo()
 
+    def broken_calls() -> float:
+        return RPCS.labels("Generate", "CANCELLED")._value.get()
+
+    before = broken_calls()
     config = settings(disconnect_grace_seconds=60.0)
     async with running_api(bus, config, fetch=fetch) as api:
         image = job_pb2.InitImage(url="https://example.com/cat.jpg")
@@ -222,10 +227,14 @@ async def test_a_call_that_breaks_before_its_job_has_a_name_is_cancelled_at_once
         await fetching.wait()
         call.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        goes_on.set()
         async with asyncio.timeout(10):
-            while not (jobs := (await page_of(bus.jobs, "dev", LAST_JOB_ID + 1, 1))[0]):  # noqa: ASYNC110
+            while broken_calls() == before:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
+            goes_on.set()
+            jobs: list[Job] = []
+            while not (jobs and jobs[0].is_accepted):
+                await asyncio.sleep(0.005)
+                jobs = (await page_of(bus.jobs, "dev", LAST_JOB_ID + 1, 1))[0]
         await api.reaches(jobs[0].name, CANCELLED)
 
 
