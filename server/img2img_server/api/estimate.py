@@ -134,16 +134,13 @@ class Estimator:
                 counts all tenants' jobs that no worker has begun.
         """
         jobs, seconds = 0, 0.0
+        workers = [] if tenant else await self._workers.workers()
         for model in await self._workers.models():
             serving = await self._serving(model.name)
-            work, number = 0.0, 0
             loads = await self._queue.loads(model.name)
-            if not tenant:
-                workers = await self._workers.workers()
-                held = sum(each.held_jobs for each in workers if each.model.name == model.name)
-                number += held
-                taken = [load.source.size for load in loads if load.taken]
-                work += held * _mean([self._typical(model, size) for size in taken])
+            number = sum(each.held_jobs for each in workers if each.model.name == model.name)
+            taken = [load.source.size for load in loads if load.taken]
+            work = number * _mean([self._typical(model, size) for size in taken])
             for load in loads:
                 count = load.source.jobs.get(tenant, 0) if tenant else load.waiting
                 number += count
