@@ -10,6 +10,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from img2img_server.imaging.completeness import ADAM7
+
 _LUMA_TABLE = bytes([0, 0, 1]) + bytes(14)  # one Huffman code, of one bit, for the symbol 0
 
 
@@ -96,7 +98,7 @@ def png_with_bomb_chunk(side: int, size: int) -> bytes:
 def png_interlaced(side: int) -> bytes:
     """Returns an interlaced PNG of one colour and 16 bits a sample, the slowest kind to decode."""
     rows = bytearray()
-    for x, y, dx, dy in _ADAM7:
+    for x, y, dx, dy in ADAM7:
         width, height = -(-(side - x) // dx), -(-(side - y) // dy)
         if width > 0 and height > 0:
             rows += (b"\4" + bytes(width * 6)) * height  # Paeth filter, RGB of 16 bits
@@ -107,14 +109,3 @@ def png_interlaced(side: int) -> bytes:
         out += struct.pack(">I", len(content)) + kind + content
         out += struct.pack(">I", zlib.crc32(kind + content))
     return out
-
-
-_ADAM7 = (
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)

@@ -44,17 +44,7 @@ async def finished_job(target: Target, tenant: str, request: job_pb2.JobSpec) ->
 async def honest_readers(target: Target, progress: Progress, sizes: Mapping[str, Any]) -> None:
     """Watches a job with 12 MB of events again and again, in many streams at a time."""
     name = await finished_job(target, "attacker-1", large_spec())
-    request, metadata = service_pb2.WatchJobRequest(name=name), target.metadata("attacker-1")
-    async with stub_of(target) as stub:
-
-        async def watch() -> None:
-            async for _ in stub.WatchJob(request, metadata=metadata, timeout=SECONDS):
-                pass
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(sizes["readers"]):
-                group.create_task(repeat(progress, watch))
-            progress.under_way()
+    await _watch_again(target, progress, name, sizes["readers"])
 
 
 async def slow_readers(target: Target, progress: Progress, sizes: Mapping[str, Any]) -> None:
@@ -81,6 +71,11 @@ async def slow_readers(target: Target, progress: Progress, sizes: Mapping[str, A
 async def foreign_jobs(target: Target, progress: Progress, sizes: Mapping[str, Any]) -> None:
     """Watches a job of another tenant, which is answered with NOT_FOUND, again and again."""
     name = await finished_job(target, "attacker-2", large_spec())
+    await _watch_again(target, progress, name, sizes["calls"])
+
+
+async def _watch_again(target: Target, progress: Progress, name: str, streams: int) -> None:
+    """Watches a job with the key of attacker-1 in as many streams at a time."""
     request, metadata = service_pb2.WatchJobRequest(name=name), target.metadata("attacker-1")
     async with stub_of(target) as stub:
 
@@ -89,7 +84,7 @@ async def foreign_jobs(target: Target, progress: Progress, sizes: Mapping[str, A
                 pass
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(sizes["calls"]):
+            for _ in range(streams):
                 group.create_task(repeat(progress, watch))
             progress.under_way()
 
