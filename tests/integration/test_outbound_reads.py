@@ -7,6 +7,7 @@ of the machine.
 from __future__ import annotations
 
 import asyncio
+import gc
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -107,10 +108,14 @@ async def measured_turns() -> AsyncIterator[Turns]:
             await asyncio.sleep(0)
             turns.longest_cpu_seconds = max(turns.longest_cpu_seconds, time.thread_time() - begin)
 
+    # A full collection would traverse the objects of all earlier tests in a turn.
+    gc.collect()
+    gc.freeze()
     task = asyncio.create_task(measure())
     try:
         yield turns
     finally:
+        gc.unfreeze()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
