@@ -10,11 +10,13 @@ from img2img_client.resources import Image, Job
 
 
 class Stage(StrEnum):
-    """Stages before denoising. UNSPECIFIED: one that this client does not know."""
+    """Stages without the denoising steps. UNSPECIFIED: one that this client does not know."""
 
     UNSPECIFIED = "unspecified"
     TEXT_ENCODED = "text_encoded"
     IMAGE_ENCODED = "image_encoded"
+    IMAGE_DECODED = "image_decoded"
+    SAFETY_CHECKED = "safety_checked"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +60,10 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFinished(Event):
-    """A stage before denoising has finished."""
+    """A stage has finished. `sample`: of this sample; None: for the whole job."""
 
     stage: Stage
+    sample: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ KINDS = [
     "stage",
     "step",
     "step",
+    "stage",
+    "stage",
     "sample_finished",
     "sample_stored",
     "succeeded",
@@ -37,7 +39,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 async def finished(gateway: Gateway) -> int:
-    """Returns a job that has ended, with ten events."""
+    """Returns a job that has ended, with twelve events."""
     answer = await gateway.create(strength=0.5)
     job_id: int = answer.json()["id"]
     return job_id
@@ -61,8 +63,8 @@ async def test_every_event_comes_once_in_order_until_the_end(gateway: Gateway) -
     assert answer.headers["cache-control"] == "no-store"
     events = parse(answer.text)
     assert [event["event"] for event in events] == KINDS
-    assert [event["id"] for event in events] == [str(number) for number in range(10)]
-    assert [event["data"]["sequence"] for event in events] == [str(n) for n in range(10)]
+    assert [event["id"] for event in events] == [str(number) for number in range(12)]
+    assert [event["data"]["sequence"] for event in events] == [str(n) for n in range(12)]
     step = events[6]["data"]
     assert (step["job"], step["step"]) == (
         f"jobs/{job_id}",
@@ -82,15 +84,15 @@ async def test_a_reader_resumes_where_it_left_off(
     answer = await gateway.http.get(f"/v1/jobs/{job_id}/events{query}", headers=KEY | headers)
     events = parse(answer.text)
     assert [event["event"] for event in events] == ["snapshot", *KINDS[7:]]
-    assert [event["id"] for event in events] == ["6", "7", "8", "9"]
+    assert [event["id"] for event in events] == ["6", "7", "8", "9", "10", "11"]
 
 
 async def test_an_event_source_that_has_seen_the_end_is_reported_to_stop(gateway: Gateway) -> None:
     path = f"/v1/jobs/{await finished(gateway)}/events"
-    seen = await gateway.http.get(path, headers=KEY | {"Last-Event-ID": "9"})
+    seen = await gateway.http.get(path, headers=KEY | {"Last-Event-ID": "11"})
     assert (seen.status_code, seen.content) == (204, b"")
-    missed = await gateway.http.get(path, headers=KEY | {"Last-Event-ID": "8"})
-    assert [event["id"] for event in parse(missed.text)] == ["8", "9"]
+    missed = await gateway.http.get(path, headers=KEY | {"Last-Event-ID": "10"})
+    assert [event["id"] for event in parse(missed.text)] == ["10", "11"]
 
 
 @pytest.mark.parametrize("place", ["Authorization", "key", "X-API-Key"])

@@ -16,7 +16,7 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from img2img.v1 import job_pb2, service_pb2
+from img2img.v1 import event_pb2, job_pb2, service_pb2
 from img2img_server.api import service
 from img2img_server.api.deps import service_limits
 from img2img_server.api.keys import KeyRing, new_key
@@ -55,12 +55,19 @@ async def test_generate_streams_from_the_snapshot_to_the_stored_link() -> None:
             "stage",
             "step",
             "step",
+            "stage",
+            "stage",
             "sample_finished",
             "sample_stored",
             "succeeded",
         ]
         numbers = [m.event.sequence for m in messages]
-        assert numbers == list(range(10))
+        assert numbers == list(range(12))
+        stages = event_pb2.StageFinished
+        assert [message.event.stage for message in messages[7:9]] == [
+            stages(stage=stages.STAGE_IMAGE_DECODED, sample=0),
+            stages(stage=stages.STAGE_SAFETY_CHECKED, sample=0),
+        ]
         job = messages[-1].event.succeeded.job
         assert job.state == job_pb2.Job.STATE_SUCCEEDED
         assert job.samples[0].url == job.future_urls[0] == messages[-2].event.sample_stored.url

@@ -12,7 +12,7 @@ import numpy as np
 import photos
 import pytest
 
-from img2img_server.domain.events import SampleFinished, StorageWaiting
+from img2img_server.domain.events import SampleFinished, Stage, StageFinished, StorageWaiting
 from img2img_server.domain.job import Job
 from img2img_server.domain.params import ImageFormat, JobParams
 from img2img_server.engine.base import SampleReady
@@ -22,7 +22,7 @@ from img2img_server.safety.base import SafetyChecker, blank
 from img2img_server.safety.nsfw import NsfwChecker
 from img2img_server.settings import Settings
 from img2img_server.storage.watched_blobs import WatchedBlobs
-from img2img_server.testing.fake_engine import FixedSafetyChecker
+from img2img_server.testing.fake_engine import FAKE_MODEL, FixedSafetyChecker
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from img2img_server.worker.sample import Stopwatch, finish_sample
 
@@ -74,15 +74,23 @@ async def finished(
     job = Job(id=1, tenant="t", params=params, file_prefix="f", future_urls=("u",), create_time=0.0)
     blobs = MemoryBlobStore()
     await blobs.prepare()
-    parts = SimpleNamespace(safety=safety, safety_threshold=threshold, blobs=WatchedBlobs(blobs))
+    parts = SimpleNamespace(
+        safety=safety,
+        safety_threshold=threshold,
+        blobs=WatchedBlobs(blobs),
+        engine=SimpleNamespace(model=FAKE_MODEL),
+    )
     ready = SampleReady(sample=0, pixels=pixels)
 
     async def waits(event: StorageWaiting) -> None:
         raise AssertionError(f"no file waits here: {event}")
 
     finishing = finish_sample(parts, job, ready, Stopwatch(), time.monotonic(), waits)
-    sample = await anext(events := finishing)
-    await anext(events)
+    events = [event async for event in finishing]
+    stages = [event.stage for event in events if isinstance(event, StageFinished)]
+    checked = [Stage.SAFETY_CHECKED] if wanted else []
+    assert stages == [Stage.IMAGE_DECODED, *checked]
+    sample = events[len(stages)]
     stored = b"".join([chunk async for chunk in blobs.read(job.file_key(0))])
     assert isinstance(sample, SampleFinished)
     sent = np.asarray(photos.opened(sample.image.data))

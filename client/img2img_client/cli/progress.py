@@ -25,6 +25,8 @@ log = logging.getLogger("img2img_client")
 STAGES = {
     events.Stage.TEXT_ENCODED: "encoding the init image",
     events.Stage.IMAGE_ENCODED: "denoising",
+    events.Stage.IMAGE_DECODED: "finishing the image",
+    events.Stage.SAFETY_CHECKED: "encoding the image",
 }
 OTHER_COLUMNS = 36  # width of the other columns: " sample 0 ", " 10/10 " and "seed 4294967295"
 
@@ -103,6 +105,8 @@ class LiveDisplay:
                 self.note("denoising")
                 task = self._task(event.sample)
                 self._bars.update(task, completed=event.step, total=event.total)
+                if event.step == event.total:
+                    self.note("decoding")
             case events.SampleFinished():
                 self._unfinished.discard(event.sample)
                 self._bars.update(self._task(event.sample), note=f"seed {event.seed}")

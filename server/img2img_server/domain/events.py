@@ -7,10 +7,12 @@ from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """Stages before denoising."""
+    """The stages of a job without its steps. The first two are finished for the whole job."""
 
     TEXT_ENCODED = "text_encoded"
     IMAGE_ENCODED = "image_encoded"
+    IMAGE_DECODED = "image_decoded"
+    SAFETY_CHECKED = "safety_checked"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +60,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFinished:
-    """A stage before denoising is done for the whole job."""
+    """A stage is done. `sample`: of this sample; None: for the whole job."""
 
     stage: Stage
+    sample: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

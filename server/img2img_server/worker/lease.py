@@ -19,6 +19,7 @@ from img2img_server.domain.events import (
     Queued,
     SampleFinished,
     SampleStored,
+    StageFinished,
     Started,
     StorageWaiting,
     Succeeded,
@@ -126,12 +127,15 @@ class JobLease:
         async with self._turn:
             await self._writer.append(event)
 
-    async def record_sample(self, event: SampleFinished | SampleStored) -> None:
+    async def record_sample(self, event: StageFinished | SampleFinished | SampleStored) -> None:
         """Appends an event of a sample.
 
         The record gets a stored sample at once if others are missing, so that no further attempt
         generates it again. Otherwise it is written when the job ends.
         """
+        if isinstance(event, StageFinished):
+            await self.append(event)
+            return
         if isinstance(event, SampleStored) and self._misses_another(event.sample):
             await self._swap(event)
             await self.append(event)

@@ -12,7 +12,13 @@ from typing import Any
 
 import structlog
 
-from img2img_server.domain.events import SampleFinished, SampleStored, StorageWaiting
+from img2img_server.domain.events import (
+    SampleFinished,
+    SampleStored,
+    Stage,
+    StageFinished,
+    StorageWaiting,
+)
 from img2img_server.domain.job import Job, Timings
 from img2img_server.domain.params import ImageFormat
 from img2img_server.domain.stages import Span, seconds_by_stage
@@ -70,8 +76,9 @@ async def finish_sample(
     watch: Stopwatch,
     began: float,
     on_wait: Callable[[StorageWaiting], Awaitable[None]],
-) -> AsyncIterator[SampleFinished | SampleStored]:
-    """Yields the image once it is checked and encoded, then its link once it is stored.
+) -> AsyncIterator[StageFinished | SampleFinished | SampleStored]:
+    """Yields the stages that finished, the image once it is checked and encoded, then its link
+    once it is stored.
 
     Args:
         began: Monotonic seconds when the image was decoded.
@@ -83,6 +90,8 @@ async def finish_sample(
     """
     params, index = job.params, ready.sample
     pixels, nsfw = ready.pixels, False
+    if params.pixel_steps(deps.engine.model.strength_rule):  # Otherwise it is the init image.
+        yield StageFinished(stage=Stage.IMAGE_DECODED, sample=index)
     if params.safety_checker:
         with watch.measure("safety", began):
             async with deps.safety.turn:
@@ -90,6 +99,7 @@ async def finish_sample(
         began = time.monotonic()
         nsfw = score >= deps.safety_threshold
         pixels = blank(pixels) if nsfw else pixels
+        yield StageFinished(stage=Stage.SAFETY_CHECKED, sample=index)
     with watch.measure("image_encode", began):
         inline = await asyncio.to_thread(encoded, pixels, params.output_format)
     began = time.monotonic()

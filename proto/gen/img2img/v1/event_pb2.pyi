@@ -244,7 +244,7 @@ Global___JobStarted: _TypeAlias = JobStarted  # noqa: Y015
 
 @_typing.final
 class StageFinished(_message.Message):
-    """A stage before denoising is finished."""
+    """A stage before or after the denoising steps is finished."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -260,9 +260,13 @@ class StageFinished(_message.Message):
         """The prompts are encoded."""
         STAGE_IMAGE_ENCODED: StageFinished._Stage.ValueType  # 2
         """The init image is encoded to latents."""
+        STAGE_IMAGE_DECODED: StageFinished._Stage.ValueType  # 3
+        """The latents of a sample are decoded to its image. Not sent if no step ran."""
+        STAGE_SAFETY_CHECKED: StageFinished._Stage.ValueType  # 4
+        """The safety checker has checked the image of a sample. Sent only if the request enabled the check."""
 
     class Stage(_Stage, metaclass=_StageEnumTypeWrapper):
-        """The stages before denoising."""
+        """The stages."""
 
     STAGE_UNSPECIFIED: StageFinished.Stage.ValueType  # 0
     """Never sent."""
@@ -270,20 +274,30 @@ class StageFinished(_message.Message):
     """The prompts are encoded."""
     STAGE_IMAGE_ENCODED: StageFinished.Stage.ValueType  # 2
     """The init image is encoded to latents."""
+    STAGE_IMAGE_DECODED: StageFinished.Stage.ValueType  # 3
+    """The latents of a sample are decoded to its image. Not sent if no step ran."""
+    STAGE_SAFETY_CHECKED: StageFinished.Stage.ValueType  # 4
+    """The safety checker has checked the image of a sample. Sent only if the request enabled the check."""
 
     STAGE_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
     stage: Global___StageFinished.Stage.ValueType
-    """The stage."""
+    """The stage. Clients ignore stages that they do not know: later versions may add some."""
+    sample: _builtins.int
+    """Index of the sample whose stage finished; unset for a stage of the whole job."""
     def __init__(
         self,
         *,
         stage: Global___StageFinished.Stage.ValueType = ...,
+        sample: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sample", b"_sample", "sample", b"sample"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample", b"_sample", "sample", b"sample", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__sample: _TypeAlias = _typing.Literal["sample"]  # noqa: Y015
+    _WhichOneofArgType__sample: _TypeAlias = _typing.Literal["_sample", b"_sample"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample) -> _WhichOneofReturnType__sample | None: ...
 
 Global___StageFinished: _TypeAlias = StageFinished  # noqa: Y015
 
