@@ -15,6 +15,7 @@ from img2img_server.nats import subjects
 from img2img_server.nats.access import NatsAccess
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.nats.connection import connect
+from img2img_server.nats.patched_client import PatchedClient
 from img2img_server.settings import Settings
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
@@ -115,6 +116,27 @@ async def test_a_complete_log_has_no_missing_events(bus: Bus) -> None:
         name = live[0].event.job
         again = [message async for message in api.watch(name, after=3)]
         assert not any(message.event.missing_from for message in again)
+
+
+async def test_the_leader_is_asked_for_events_when_a_replica_does_not_reply(
+    engine_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, lost = PatchedClient.publish, list[str]()
+
+    async def lossy(client: PatchedClient, subject: str, *args: Any, **options: Any) -> None:
+        if subject.startswith("$JS.API.DIRECT.GET."):
+            lost.append(subject)
+        else:
+            await publish(client, subject, *args, **options)
+
+    monkeypatch.setattr(PatchedClient, "publish", lossy)
+    config = engine_settings()
+    async with connect_bus(config) as bus, running_worker(bus), running_api(bus) as api:
+        live = [message async for message in api.generate(spec())]
+        again = [message async for message in api.watch(live[0].event.job, after=0)]
+    assert kinds(live)[-1] == kinds(again)[-1] == "succeeded"
+    assert not any(message.event.missing_from for message in [*live, *again])
+    assert len(lost) == len(set(lost)), "each stream's replicas are asked once in ten seconds"
 
 
 async def test_the_end_of_a_job_whose_log_was_removed_has_its_own_number(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import nats.errors
+import nats.js.errors
 from nats.aio.msg import Msg
 
 from img2img_server.nats.connection import NO_RESPONDERS, NatsConnection, status_of
@@ -16,6 +18,10 @@ from img2img_server.nats.faults import unavailable
 
 AT_ONCE: Final = 4  # pages that are read at a time; bounds the bytes that NATS sends unasked
 PAGE_SECONDS: Final = 4.0  # longest wait for the messages of a page
+# The cluster also sends requests to a frozen replica, until it notices that. After a request
+# without any reply within REPLY_SECONDS, only the leader is asked, for LEADER_SECONDS.
+REPLY_SECONDS: Final = 0.5
+LEADER_SECONDS: Final = 10.0
 # status codes: the last message was sent; there is no message
 _END_OF_PAGE: Final = ("204", "404")
 
@@ -36,6 +42,10 @@ class Page:
     is_last: bool
 
 
+class _NoReplyError(Exception):
+    """The replica that got the request sent nothing."""
+
+
 class DirectReader:
     """Reads pages of one stream. Any replica of the stream can answer, so a page can lag behind.
 
@@ -51,6 +61,7 @@ class DirectReader:
         self._inbox = ""
         self._numbers = itertools.count(1)
         self._replies: dict[str, asyncio.Queue[Msg | None]] = {}
+        self._direct_from = 0.0  # event loop time from which the replicas are asked
 
     async def page(self, subject: str, start: int, *, most: int, most_bytes: int) -> Page:
         """Returns the subject's first messages from the position `start` on.
@@ -64,28 +75,61 @@ class DirectReader:
             UnavailableError: No reply, or not all of it.
         """
         await self._link.ready()
-        request = {"seq": start, "next_by_subj": subject, "batch": most, "max_bytes": most_bytes}
         async with self._gate:
             with unavailable():
-                return await self._read(json.dumps(request).encode())
+                return await self._read(subject, start, most, most_bytes)
 
-    async def _read(self, request: bytes) -> Page:
+    async def _read(self, subject: str, start: int, most: int, most_bytes: int) -> Page:
+        now = asyncio.get_running_loop().time
+        if now() >= self._direct_from:
+            request = {
+                "seq": start,
+                "next_by_subj": subject,
+                "batch": most,
+                "max_bytes": most_bytes,
+            }
+            with suppress(_NoReplyError):
+                return await self._direct(json.dumps(request).encode())
+            self._direct_from = now() + LEADER_SECONDS
+        return await self._of_leader(subject, start)
+
+    async def _direct(self, request: bytes) -> Page:
+        """Reads a page from one of the replicas.
+
+        Raises:
+            _NoReplyError: No message within REPLY_SECONDS.
+            TimeoutError: Not all messages.
+        """
         await self._open()
         reply = f"{self._inbox}.{next(self._numbers)}"
         queue = self._replies[reply] = asyncio.Queue()
         messages: list[StoredMessage] = []
         try:
+            subject = f"$JS.API.DIRECT.GET.{self._stream}"
+            await self._link.nc.publish(subject, request, reply=reply)
+            try:
+                async with asyncio.timeout(REPLY_SECONDS):
+                    msg = await queue.get()
+            except TimeoutError as error:
+                raise _NoReplyError from error
             async with asyncio.timeout(PAGE_SECONDS):
-                subject = f"$JS.API.DIRECT.GET.{self._stream}"
-                await self._link.nc.publish(subject, request, reply=reply)
-                while (msg := await queue.get()) is not None:
+                while msg is not None:
                     headers = msg.headers or {}
                     if status := status_of(msg):
                         return _page(self._stream, messages, status, headers)
                     messages.append(StoredMessage(int(headers["Nats-Sequence"]), msg.data))
+                    msg = await queue.get()
         finally:
             del self._replies[reply]
         raise TimeoutError("the connection was lost")
+
+    async def _of_leader(self, subject: str, start: int) -> Page:
+        """Reads the first message only, because the leader sends one at a time."""
+        try:
+            msg = await self._link.js.get_msg(self._stream, start, subject, next=True)
+        except nats.js.errors.NotFoundError:
+            return Page([], is_last=True)
+        return Page([StoredMessage(msg.seq or 0, msg.data or b"")], is_last=False)
 
     async def _open(self) -> None:
         async with self._opening:
