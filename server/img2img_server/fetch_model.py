@@ -1,13 +1,14 @@
 """Fetches a model into a folder, once: `img2img-server fetch-model SOURCE FOLDER`.
 
 Prepares a volume before workers start from it, for example in an init container. SOURCE is
-`s3://bucket/prefix` on the S3 server of the settings, with their key, or a hub id `owner/name`. The
-hub's library reads its own variables (HF_TOKEN, HF_ENDPOINT).
+`s3://bucket/prefix` on the S3 server of the settings, with their key, or a hub id, `owner/name` or
+`owner/name@revision`. The hub's library reads its own variables (HF_TOKEN, HF_ENDPOINT).
 
-A folder that exists is complete: files are collected in a draft next to it, which is renamed at
-the end. Several processes may fetch into the same folder at the same time; the first one to finish
-wins. A process that is started again continues its own draft as long as the source is unchanged:
-the draft is named after host and source, `.model.host-0.0123456789ab`.
+Files are collected in a draft next to the folder. The draft is renamed at the end, after each part
+of the model was loaded once. A folder that lacks files, or has damaged ones, is fetched again.
+Several processes may fetch into the same folder at the same time; the first one to finish wins. A
+process that is started again continues its own draft as long as the source is unchanged: the draft
+is named after host and source, `.model.host-0.0123456789ab`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -25,18 +28,18 @@ import structlog
 import urllib3
 from minio import Minio
 
-from img2img_server.engine.family import ModelError
+from img2img_server.domain.hub_id import HubId
+from img2img_server.engine.diffusers.families import detect
+from img2img_server.engine.diffusers.local_model import parts_to_load
+from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.hub import INDEX, download_model
+from img2img_server.engine.weight_files import weights_of
 from img2img_server.settings import Settings
 from img2img_server.storage.s3_access import BUCKET, S3Access
 from img2img_server.storage.s3_blobs import CONNECT_SECONDS, READ_SECONDS
 from img2img_server.storage.s3_faults import FAULTS, explain
 
-INDEX: Final = "model_index.json"
 THREADS: Final = 4
-# The files of a diffusers directory, without pickles, which can run code, and without variants in
-# other precisions.
-HUB_FILES: Final = (INDEX, "*/*.json", "*/*.txt", "*/*.jinja", "*/*.model", "*/*.safetensors")
-HUB_OTHERS: Final = ("*.fp16.*", "*.non_ema.*", "*/openvino*", "*/flax*")
 
 log = structlog.get_logger()
 
@@ -53,21 +56,65 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
     Raises:
         ModelError: The model cannot be fetched, or is no diffusers model.
     """
-    if target.is_dir():
+    if not source.startswith("s3://") and HubId.parse(source) is None:
+        raise ModelError(
+            f"{source} is no source of a model: write s3://bucket/prefix, or a hub id, owner/name"
+        )
+    if revision and source.startswith("s3://"):
+        raise ModelError("--revision is for hub models; objects on an S3 server have none")
+    broken = _fault(target, settings)
+    if broken is None:
         log.info("model_exists", folder=str(target))
         return False
+    if broken:
+        log.warning("model_incomplete", folder=str(target), reason=broken)
     try:
         if source.startswith("s3://"):
             draft = _from_s3(settings, source, target)
         else:
             draft = _draft(target, source, revision)
-            _from_hub(source, revision, draft)
+            _from_hub(settings, source, revision, draft)
         if not (draft / INDEX).is_file():
             raise ModelError(f"{source} is no diffusers model: it has no {INDEX}")
-        return _publish(draft, target)
+        try:
+            _prove(draft, settings)
+        except ModelError as error:
+            why = str(error).replace(str(draft), source)
+            raise ModelError(f"{source} was fetched, but does not load: {why}") from error
+        return _publish(draft, target, settings)
     except OSError as error:
-        why = " ".join(str(error).split())  # Errors of the hub's library have several lines.
+        why = " ".join(str(error).split())
         raise ModelError(f"{source} cannot be fetched: {why}") from error
+
+
+def _fault(target: Path, settings: Settings) -> str | None:
+    """Returns why a folder has to be fetched; empty if it is absent, None if it is complete."""
+    if not target.is_dir():
+        return ""
+    try:
+        check_files(target, allow_pickles=settings.allow_pickles)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def check_files(folder: Path, *, allow_pickles: bool = False) -> None:
+    """Checks that each part of a model in diffusers' layout has its files, all of them whole.
+
+    Raises:
+        ModelError: The model is of no family, or a file is missing or damaged.
+    """
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"{folder} is no diffusers model: it has no {INDEX}")
+    files = ModelFiles.read(folder)
+    family = detect(files, str(folder))
+    family.check_parts(files)
+    for name, (_, class_name) in family.parts(files).items():
+        has_weights = not re.search(r"Tokenizer|Scheduler|Processor", class_name)
+        if has_weights:
+            weights_of(folder / name, allow_pickles=allow_pickles)
+        elif not (folder / name).is_dir():
+            raise ModelError(f"the model has no folder {folder / name}, which {class_name} needs")
 
 
 def _draft(target: Path, *source: str) -> Path:
@@ -84,7 +131,13 @@ def _draft(target: Path, *source: str) -> Path:
     return draft
 
 
-def _publish(draft: Path, target: Path) -> bool:
+def _publish(draft: Path, target: Path, settings: Settings) -> bool:
+    if target.is_dir() and _fault(target, settings):
+        # An earlier run, or another program, left it incomplete.
+        broken = target.with_name(f".{target.name}.incomplete.{draft.suffix[1:]}")
+        shutil.rmtree(broken, ignore_errors=True)
+        target.rename(broken)
+        shutil.rmtree(broken, ignore_errors=True)
     try:
         draft.rename(target)
     except OSError:
@@ -100,9 +153,13 @@ def _publish(draft: Path, target: Path) -> bool:
 def _from_s3(settings: Settings, source: str, target: Path) -> Path:
     """Returns the draft for the current objects. Raises ModelError, SettingsError."""
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise ModelError(f"{source} names no bucket: write s3://bucket/prefix")
     access = replace(S3Access.from_settings(settings), bucket=bucket)
     try:
-        return _objects(access, settings.s3_endpoint_url, prefix.rstrip("/") + "/", target)
+        return _objects(
+            access, settings.s3_endpoint_url, f"{prefix.strip('/')}/".lstrip("/"), target
+        )
     except OSError:  # errors of the disk; urllib3 has its own errors for the network
         raise
     except FAULTS as error:
@@ -147,15 +204,42 @@ def _place(draft: Path, name: str) -> Path:
     return path
 
 
-def _from_hub(source: str, revision: str, draft: Path) -> None:
-    from huggingface_hub import snapshot_download  # Importing the library takes a second.
-
-    snapshot_download(
-        source,
-        revision=revision or None,
+def _from_hub(settings: Settings, source: str, revision: str, draft: Path) -> None:
+    """Downloads the files of a hub model that are loaded. Raises ModelError."""
+    if not is_installed("huggingface_hub"):
+        raise ModelError("hub models need the extra worker: pip install 'img2img-service[worker]'")
+    hub_id = HubId.parse(source)
+    if hub_id is None:
+        raise ModelError(
+            f"{source} is no source of a model: write s3://bucket/prefix, or a hub id, owner/name"
+        )
+    if revision:
+        hub_id = HubId(hub_id.repo, revision)
+    download_model(
+        hub_id,
+        partial(parts_to_load, source=source),
         local_dir=draft,
-        allow_patterns=list(HUB_FILES),
-        ignore_patterns=list(HUB_OTHERS),
+        allow_pickles=settings.allow_pickles,
     )
     # the hub library's notes for later updates of the folder
     shutil.rmtree(draft / ".cache", ignore_errors=True)
+
+
+def _prove(folder: Path, settings: Settings) -> None:
+    """Loads each part of a model once, on the CPU, without keeping it.
+
+    Raises:
+        ModelError: A part cannot be loaded.
+    """
+    if not all(map(is_installed, ("diffusers", "transformers"))):
+        check_files(folder, allow_pickles=settings.allow_pickles)
+        log.warning("model_not_loaded", reason="the extra worker is not installed")
+        return
+    from img2img_server.engine.diffusers.parts import prove_parts  # Importing it takes seconds.
+
+    prove_parts(folder, allow_pickles=settings.allow_pickles)
+
+
+def is_installed(package: str) -> bool:
+    """Returns whether a package can be imported, without importing it."""
+    return find_spec(package) is not None

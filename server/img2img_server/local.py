@@ -21,6 +21,9 @@ from pydantic import SecretStr
 from img2img_server.devstack import LocalServers, LocalServersError, ServerExitedError
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.files import write_private
+from img2img_server.domain.hub_id import HubId
+from img2img_server.engine.diffusers.local_model import find_model
+from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
 from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import logs_reason
@@ -28,7 +31,7 @@ from img2img_server.last_line import is_json
 from img2img_server.lifecycle import RESTART_CODE, first_of
 from img2img_server.nats.topology import needed_payload_bytes
 from img2img_server.ports import METRICS_PORTS, host_port, listeners, reachable, reserve
-from img2img_server.settings import DEV_KEY, PREFIX, Settings
+from img2img_server.settings import DEV_KEY, PREFIX, Settings, SettingsError
 from img2img_server.storage.vault import new_key
 
 _LOOPBACK_ALLOWED = "127.0.0.0/8, ::1, localhost"
@@ -70,6 +73,8 @@ async def serve_local(
             for role in roles:  # The roles stop in reverse order: gateway, api, worker.
                 stack.push_async_callback(role.stop)
             with logs_reason():
+                # A download has no limit of time, but the start of the roles has one.
+                await first_of(asyncio.to_thread(_download, settings), stop.wait())
                 await first_of(_start(roles), _server_died(engines), stop.wait())
                 if not stop.is_set():
                     _announce(settings)
@@ -109,6 +114,20 @@ def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
         }
     )
     return ours, dict(zip(METRICS_PORTS, metrics_ports, strict=True))
+
+
+def _download(settings: Settings) -> None:
+    """Downloads the model of a hub id into the cache, where the worker finds it.
+
+    Raises:
+        SettingsError: It cannot be downloaded.
+    """
+    if Path(settings.model).exists() or HubId.parse(settings.model) is None:
+        return
+    try:
+        find_model(settings.model, allow_pickles=settings.allow_pickles)
+    except ModelError as error:
+        raise SettingsError(error.mistake) from error
 
 
 def _with_storage_key(settings: Settings) -> Settings:

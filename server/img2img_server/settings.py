@@ -186,7 +186,11 @@ class Settings(BaseSettings):
 
     # The model.
     model: str = ""
-    """Diffusers directory or hub id. Empty: the model inside the package."""
+    """Diffusers directory or hub id, `owner/name` or `owner/name@revision`. Empty: the model inside
+    the package."""
+    allow_pickles: bool = False
+    """Load weights from pickles (.bin, .ckpt) where a model has no safetensors. They are read with
+    PyTorch's `weights_only`, which runs no code of the file that is known to be dangerous."""
     default_model: str = ""
     """Model of requests without a model. Empty: the first by name of the models that workers
     announced.

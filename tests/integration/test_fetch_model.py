@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import functools
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import urllib3
-from aiohttp import web
 from minio import Minio
 
 from img2img_server.engine.family import ModelError
@@ -22,22 +22,26 @@ from img2img_server.engine.model_spec import packaged_model, read_model_spec
 from img2img_server.fetch_model import fetch_model
 from img2img_server.settings import PREFIX, Settings
 from img2img_server.storage.s3_access import S3Access
-from tests.web_peers import serving
+from tests.fake_hub import hub
+from tests.tiny_models import write_sd
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SMALL = {
-    "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
-    "unet/config.json": b'{"sample_size": 64}',
-    "unet/diffusion_pytorch_model.safetensors": bytes(range(256)) * 1000,
-    "tokenizer/chat_template.jinja": b"{{ messages }}",
-}
+LAST = "vae/diffusion_pytorch_model.safetensors"  # the file that is listed last
+
+
+@functools.cache
+def small() -> dict[str, bytes]:
+    """Returns the files of a small model that loads."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = content(write_sd(Path(folder) / "model"))
+    found = {name: data for name, data in found.items() if not name.startswith("words/")}
+    return {**found, "tokenizer/chat_template.jinja": b"{{ messages }}"}
 
 
 @pytest.fixture
 def model_bucket(engine_settings: Callable[..., Settings]) -> Settings:
     """Yields settings for a bucket with a small model below models/tiny."""
     settings = engine_settings()
-    put(settings, {f"models/tiny/{name}": data for name, data in SMALL.items()})
+    put(settings, {f"models/tiny/{name}": data for name, data in small().items()})
     return settings
 
 
@@ -65,7 +69,7 @@ async def test_a_model_is_fetched_from_s3_whole_and_once(
     source, folder = f"s3://{model_bucket.s3_bucket}/models/tiny", tmp_path / "cache" / "tiny"
     fetched = [await asyncio.to_thread(fetch_model, model_bucket, source, folder) for _ in range(2)]
     assert fetched == [True, False]
-    assert content(tmp_path / "cache") == {f"tiny/{name}": data for name, data in SMALL.items()}
+    assert content(tmp_path / "cache") == {f"tiny/{name}": data for name, data in small().items()}
     assert read_model_spec(str(folder)).name == "tiny"
 
 
@@ -79,7 +83,7 @@ async def test_of_many_who_fetch_at_the_same_time_one_wins_and_all_find_it(
         *(asyncio.to_thread(fetch_model, model_bucket, source, folder) for _ in range(4))
     )
     assert fetched.count(True) == 1
-    assert content(tmp_path) == {f"tiny/{name}": data for name, data in SMALL.items()}
+    assert content(tmp_path) == {f"tiny/{name}": data for name, data in small().items()}
 
 
 @contextmanager
@@ -100,16 +104,17 @@ def killed_at(name: str) -> Iterator[None]:
 
 async def test_who_was_killed_goes_on_where_it_was(model_bucket: Settings, tmp_path: Path) -> None:
     source = f"s3://{model_bucket.s3_bucket}/models/tiny"
-    with killed_at(".safetensors"):
+    with killed_at(LAST):
         await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
     [draft] = entries(tmp_path)
     left = draft / "unet" / "config.json"
-    changed = b"x" * len(SMALL["unet/config.json"])
+    changed = left.read_bytes().replace(b'"sample_size": 8', b'"sample_size": 9')
+    assert changed != left.read_bytes()
     # The file has the same length, so it is not downloaded again, which the test checks below.
     left.write_bytes(changed)
     (left.parent / "diffusion_pytorch_model.safetensors").write_bytes(b"shorter")
     assert await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
-    assert content(tmp_path / "tiny") == SMALL | {"unet/config.json": changed}
+    assert content(tmp_path / "tiny") == small() | {"unet/config.json": changed}
 
 
 @pytest.mark.parametrize("prefix", ["models/tiny", "models/tiny-2"])
@@ -117,11 +122,13 @@ async def test_who_was_killed_begins_again_when_the_source_is_another(
     prefix: str, model_bucket: Settings, tmp_path: Path
 ) -> None:
     first = f"s3://{model_bucket.s3_bucket}/models/tiny"
-    with killed_at(".safetensors"):
+    with killed_at(LAST):
         await asyncio.to_thread(fetch_model, model_bucket, first, tmp_path / "tiny")
     others = tmp_path / ".tiny.another-host.0123456789ab"
     others.mkdir()
-    corrected = SMALL | {"unet/config.json": SMALL["unet/config.json"].replace(b"64", b"32")}
+    corrected = small() | {
+        "unet/config.json": small()["unet/config.json"].replace(b'e": 8', b'e": 9')
+    }
     put(model_bucket, {f"{prefix}/{name}": data for name, data in corrected.items()})
     source = f"s3://{model_bucket.s3_bucket}/{prefix}"
     assert await asyncio.to_thread(fetch_model, model_bucket, source, tmp_path / "tiny")
@@ -150,41 +157,6 @@ async def test_a_bucket_that_is_not_there_is_named(model_bucket: Settings, tmp_p
         await asyncio.to_thread(fetch_model, model_bucket, "s3://elsewhere/x", tmp_path / "x")
 
 
-@asynccontextmanager
-async def hub(files: dict[str, bytes]) -> AsyncIterator[tuple[str, list[str]]]:
-    """Yields the address of a small hub that supports downloads, and the received requests."""
-    asked: list[str] = []
-
-    async def info(_: web.Request) -> web.Response:
-        siblings = [{"rfilename": name} for name in files]
-        return web.json_response({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings})
-
-    async def tree(_: web.Request) -> web.Response:
-        entries = [
-            {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
-            for name, data in files.items()
-        ]
-        return web.json_response(entries)
-
-    async def resolve(request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        if request.method == "GET":
-            asked.append(name)
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(files[name])}"'}
-        return web.Response(body=files[name], headers=headers)
-
-    async with serving(
-        web.get("/api/models/owner/tiny/revision/{revision}", info),
-        web.get("/api/models/owner/tiny/tree/{revision}", tree),
-        web.get("/owner/tiny/resolve/{revision}/{name:.+}", resolve),
-    ) as port:
-        yield f"http://127.0.0.1:{port}", asked
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
-
-
 async def run(*arguments: object, **environment: str) -> tuple[int, str]:
     """Runs the command as a process. Returns its exit code and its output."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
@@ -204,11 +176,11 @@ async def test_a_model_is_fetched_from_the_hub_without_pickles_and_second_precis
     others = {"unet/diffusion_pytorch_model.bin": b"pickle", "tiny.safetensors": b"all in one"}
     others["unet/diffusion_pytorch_model.fp16.safetensors"] = b"half"
     home, folder = {"HF_HOME": str(tmp_path / "home")}, tmp_path / "tiny"
-    async with hub(SMALL | others) as (address, asked):
+    async with hub(small() | others) as (address, asked):
         code, said = await run("owner/tiny", folder, HF_ENDPOINT=address, **home)
         assert code == 0, said
-        assert sorted(asked) == sorted(SMALL)
-    assert content(folder) == SMALL
+        assert sorted(asked) == sorted(small())
+    assert content(folder) == small()
     again, said = await run(
         "owner/tiny", folder, HF_ENDPOINT=address, **home
     )  # No server runs at this address any more.
@@ -225,7 +197,7 @@ async def test_a_model_of_no_family_on_the_hub_is_refused_before_its_weights_are
         "from img2img_server.settings import Settings\n"
         "load_engine(EngineOptions.of(Settings(model='owner/tiny', device='cpu')))\n"
     )
-    async with hub({**SMALL, "model_index.json": index.encode()}) as (address, asked):
+    async with hub({**small(), "model_index.json": index.encode()}) as (address, asked):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", code),
             env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)},
@@ -247,7 +219,7 @@ async def test_the_command_says_in_one_sentence_what_went_wrong(tmp_path: Path) 
     )
     assert code == 1
     last = said.strip().splitlines()[-1]
-    assert "img2img-server fetch-model: owner/tiny cannot be fetched:" in last
+    assert "img2img-server fetch-model: owner/tiny cannot be downloaded: no connection to" in last
 
 
 def test_the_packaged_model_has_the_file_that_tells_a_model() -> None:

@@ -88,6 +88,15 @@ class ModelFiles:
         return tuple(name for name, entry in self.index.items() if entry == [None, None])
 
     @property
+    def parts(self) -> Mapping[str, tuple[str, str]]:
+        """The parts that the model has, with the library and the class of each."""
+        return {
+            name: (str(entry[0]), str(entry[1]))
+            for name, entry in self.index.items()
+            if isinstance(entry, list) and len(entry) == 2 and None not in entry
+        }
+
+    @property
     def scheduler(self) -> Mapping[str, Any]:
         """The configuration of the model's own scheduler."""
         return self.config("scheduler")

@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from img2img_server.engine.device import device_and_dtype
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
-from img2img_server.engine.diffusers.load import read_files
+from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, probe_of
@@ -38,8 +37,9 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
     device, dtype = device_and_dtype(options.device, options.dtype)
     defaults = ModelDefaults.of(options)
     spec = read_model_spec(options.model, defaults=defaults)
-    if not Path(spec.source).is_dir():
-        spec = read_model_spec(options.model, read_files(spec.source), defaults)
+    model = find_model(spec.source, allow_pickles=options.allow_pickles)
+    if str(model.path) != spec.source:
+        spec = read_model_spec(options.model, model, defaults)
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     _log.info("model_loading: %s on %s as %s", spec.name, device, dtype)
@@ -49,9 +49,7 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
         # torch reads the folder of the cache of compiled code from the environment only.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.compile_cache_dir.absolute())
     most = options.max_batch_size
-    denoiser = on_own_thread(
-        lambda: DiffusersDenoiser.load(spec.source, device, dtype, options, most)
-    )
+    denoiser = on_own_thread(lambda: DiffusersDenoiser.load(model, device, dtype, options, most))
     spec = replace(spec, loras=denoiser.loras)
     memory = MemoryModel(probe_of(device), options.memory_limit_bytes)
     engine = DiffusionEngine(denoiser, spec, most, memory)

@@ -26,10 +26,11 @@ import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
 from img2img_server.domain.params import DEFAULT_STRENGTH
 from img2img_server.domain.schedulers import scheduler_name
@@ -71,6 +72,16 @@ class _File(_Part):
     defaults: _Defaults = _Defaults()
     limits: _Limits = _Limits()
     sizes: _Sizes = _Sizes()
+
+
+class FoundModel(Protocol):
+    """A model whose files are on this machine: its folder, and the contents of its JSON files."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> ModelFiles: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,12 +191,12 @@ class ModelDefaults:
 
 
 def read_model_spec(
-    source: str, files: ModelFiles | None = None, defaults: ModelDefaults | None = None
+    source: str, found: FoundModel | None = None, defaults: ModelDefaults | None = None
 ) -> ModelSpec:
     """Reads a model directory; an empty source is the model inside the package.
 
     Args:
-        files: The files of a hub id; None: unknown.
+        found: The downloaded files of a hub id; None: unknown.
 
     Raises:
         ModelError: The directory is not one of diffusers', the model cannot be served, or its
@@ -198,11 +209,13 @@ def read_model_spec(
             raise ModelError(f"{folder} is a file; a model is a directory in diffusers' layout")
         if folder.is_symlink():
             raise ModelError(f"{folder} is a link to {folder.readlink()}, which does not exist")
-        if not source or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        hub_id = HubId.parse(source)
+        if hub_id is None:
             raise ModelError(f"there is no model at {source or folder}")
-        if files is None:
-            return ModelSpec(source=source, name=folder.name)
-        return _spec(source, folder.name, defaults.over(_File()), files)
+        if found is None:
+            return ModelSpec(source=source, name=hub_id.name)
+        toml = defaults.over(_read_toml(found.path / "img2img.toml"))
+        return _spec(source, hub_id.name, toml, found.files)
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is no diffusers model: it has no model_index.json")
     toml = defaults.over(_read_toml(folder / "img2img.toml"))

@@ -60,6 +60,7 @@ class ModelOptions:
     quantization: Quantization = Quantization.OFF
     gguf_file: Path | None = None
     group_offload: bool = False
+    allow_pickles: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

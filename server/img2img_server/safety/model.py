@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from img2img_server.domain.hub_id import HubId
 from img2img_server.imaging.base import Pixels
 from img2img_server.safety.base import LazyChecker
 
@@ -35,11 +37,17 @@ class ModelChecker(LazyChecker):
         )
         from transformers import CLIPImageProcessorPil
 
+        hub_id = None if Path(self._source).is_dir() else HubId.parse(self._source)
+        source, revision = self._source, "main"
+        if hub_id is not None:
+            source, revision = hub_id.repo, hub_id.revision or "main"
         checker: Any = StableDiffusionSafetyChecker.from_pretrained(
-            self._source, subfolder="safety_checker"
+            source, subfolder="safety_checker", revision=revision
         )
         checker.eval()
-        prepare = CLIPImageProcessorPil.from_pretrained(self._source, subfolder="feature_extractor")
+        prepare = CLIPImageProcessorPil.from_pretrained(
+            source, subfolder="feature_extractor", revision=revision
+        )
         # A thread may outlive the check that started it, so a lock in the threads keeps the checks
         # sequential.
         one_at_a_time = threading.Lock()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import structlog
 
+from img2img_server.domain.hub_id import HubId
+
 log = structlog.get_logger()
 
 
@@ -19,7 +21,8 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
     Args:
         cache: the folder of the cache; by default the library's own.
     """
-    if Path(source).is_dir():
+    hub_id = None if Path(source).is_dir() else HubId.parse(source)
+    if hub_id is None:
         return 0
     # Importing the library takes a second.
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
@@ -32,7 +35,9 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
     except CacheNotFound:
         return 0
     # Files are deleted by folder, not by revision: a copied repository may have the same revisions.
-    ours = [repo for repo in found.repos if (repo.repo_type, repo.repo_id) == ("model", source)]
+    ours = [
+        repo for repo in found.repos if (repo.repo_type, repo.repo_id) == ("model", hub_id.repo)
+    ]
     for repo in ours:
         shutil.rmtree(repo.repo_path)
     freed = sum(repo.size_on_disk for repo in ours)

@@ -21,8 +21,8 @@ from img2img_server.engine.diffusers.load import (
     accelerate,
     admit_shapes,
     load_pipeline,
-    read_files,
 )
+from img2img_server.engine.diffusers.local_model import LocalModel, find_model
 from img2img_server.engine.diffusers.lora import LoraSet
 from img2img_server.engine.diffusers.schedules import Schedules
 from img2img_server.engine.diffusers.text import TextEncoder
@@ -101,20 +101,25 @@ class DiffusersDenoiser:
     @classmethod
     def load(
         cls,
-        source: str,
+        source: str | LocalModel,
         device: torch.device,
         dtype: torch.dtype,
         options: ModelOptions | None = None,
         max_batch_size: int = 8,
     ) -> Self:
-        """Loads a directory or hub id of diffusers.
+        """Loads a model.
+
+        Args:
+            source: A directory or hub id, or the files that `find_model` found.
 
         Raises:
             ModelError: It cannot be loaded, or no family serves it.
         """
-        options, files = options or ModelOptions(), read_files(source)
-        family = detect(files, source)
-        pipeline, tiny = load_pipeline(family, files, source, device, dtype, options)
+        options = options or ModelOptions()
+        if isinstance(source, str):
+            source = find_model(source, allow_pickles=options.allow_pickles)
+        family = source.family
+        pipeline, tiny = load_pipeline(source, device, dtype, options)
         denoiser = cls(
             pipeline,
             options,

@@ -30,6 +30,27 @@ def use_channels_last(network: torch.nn.Module) -> None:
             drop_file_pages(old)
 
 
+def leave_files(network: torch.nn.Module) -> None:
+    """Copies the weights that are mapped from a file into memory, one tensor after the other.
+
+    Otherwise a file that is overwritten changes the images, and one that is cut off ends the
+    process.
+    """
+    maps = _file_maps()
+    copies: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        old = tensor.data
+        if type(old) is not Tensor or old.device.type != "cpu" or not old.numel():
+            continue
+        if not _is_inside(maps, old.data_ptr(), old.data_ptr() + old.nbytes):
+            continue
+        key = old.data_ptr(), old.shape, old.stride()
+        if key not in copies:  # Tied weights share their memory.
+            copies[key] = old.clone()
+            drop_file_pages(old)
+        tensor.data = copies[key]
+
+
 def drop_file_pages(tensor: Tensor) -> None:
     """Releases the pages of a tensor in a mapped file. Does nothing to any other tensor.
 
@@ -49,13 +70,23 @@ def drop_file_pages(tensor: Tensor) -> None:
 
 def _is_mapped_file(begin: int, end: int) -> bool:
     """Returns whether these addresses are in one unmodified map of a file."""
+    return _is_inside(_file_maps(), begin, end)
+
+
+def _file_maps() -> list[tuple[int, int]]:
+    """Returns the first address and the end of each map of a file in this process."""
     try:
         lines = _MAPS.read_text(encoding="utf-8").splitlines()
     except OSError:  # The file exists on Linux only.
-        return False
+        return []
+    found = []
     for line in lines:
         addresses, _, _, _, inode, *_ = line.split()
-        first, last = (int(address, 16) for address in addresses.split("-"))
-        if first <= begin and end <= last:
-            return inode != "0"
-    return False
+        if inode != "0":
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            found.append((first, last))
+    return found
+
+
+def _is_inside(maps: list[tuple[int, int]], begin: int, end: int) -> bool:
+    return any(first <= begin and end <= last for first, last in maps)

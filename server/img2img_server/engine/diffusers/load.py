@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderTiny
-from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import GGUFQuantizationConfig, TorchAoConfig
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine.diffusers.families.base import Family
-from img2img_server.engine.diffusers.file_pages import use_channels_last
-from img2img_server.engine.diffusers.placement import log_parts, place
+from img2img_server.engine.diffusers.file_pages import leave_files, use_channels_last
+from img2img_server.engine.diffusers.local_model import LocalModel
+from img2img_server.engine.diffusers.parts import load_parts
+from img2img_server.engine.diffusers.placement import log_parts, modules, place
 from img2img_server.engine.family import ModelError, ModelFiles
 from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
 
 _MOST_SHAPES = 4096  # limit of compiled shapes: image sizes x batch sizes x kinds of block
-# The files that name the family of a model and its configuration.
-_CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 
 
 def load_pipeline(
-    family: Family,
-    files: ModelFiles,
-    source: str,
+    model: LocalModel,
     device: torch.device,
     dtype: torch.dtype,
     options: ModelOptions,
@@ -46,6 +40,7 @@ def load_pipeline(
         ModelError: The model cannot be loaded, or cannot be compiled in this way or on this
             machine.
     """
+    family = model.family
     if dtype == torch.float16 and not family.takes_float16:
         raise ModelError(
             f"models of the family {family.name} overflow in float16: use bfloat16, or float32",
@@ -58,8 +53,8 @@ def load_pipeline(
         quiet.disable_progress_bar()
     if family.lengths_vary and options.compile is Compile.WHOLE:
         raise ModelError(
-            f"{files.class_name} takes prompts of any length: to compile its network as a whole "
-            "would take minutes for each length; the setting must be regional or off",
+            f"{model.files.class_name} takes prompts of any length: to compile its network as a "
+            "whole would take minutes for each length; the setting must be regional or off",
             setting="compile",
         )
     if options.compile is not Compile.OFF:  # This check comes before the slow steps.
@@ -68,19 +63,11 @@ def load_pipeline(
         tiny = _tiny(options.tiny_vae, dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {options.tiny_vae}: {error}", setting="tiny_vae") from error
-    try:
-        # diffusers imports its classes on first access.
-        pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
-        arguments = {
-            **dict.fromkeys(files.absent_parts),
-            **family.load_options,
-            **quantized(family, files, source, dtype, options),
-        }
-        pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **arguments)
-    except (ImportError, OSError, ValueError) as error:
-        raise ModelError(f"cannot load {source}: {error}") from error
+    pipeline = _assemble(family, model, dtype, options)
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.IMAGES:
         pipeline.vae, tiny = tiny, None
+    for part in modules(pipeline).values():
+        leave_files(part)
     place(pipeline, family.denoiser, device, options)
     if options.channels_last and family.kind is ModelKind.DIFFUSION:
         for part in filter(None, (getattr(pipeline, family.denoiser), pipeline.vae, tiny)):
@@ -91,25 +78,44 @@ def load_pipeline(
     return pipeline, tiny.to(device) if tiny is not None else None
 
 
-def quantized(
-    family: Family, files: ModelFiles, source: str, dtype: torch.dtype, options: ModelOptions
-) -> Mapping[str, Any]:
-    """Returns the arguments of from_pretrained that load the denoiser with quantised weights.
+def _assemble(family: Family, model: LocalModel, dtype: torch.dtype, options: ModelOptions) -> Any:
+    """Loads all parts of a model and returns its pipeline."""
+    files, given = model.files, dict(family.load_options)
+    if options.gguf_file is not None:
+        gguf = _read_gguf(family, files, str(model.path), dtype, options.gguf_file)
+        given[family.denoiser] = gguf
+    parts = load_parts(
+        family,
+        files,
+        model.path,
+        dtype,
+        given=given,
+        quantization=_quantization(options.quantization),
+        allow_pickles=options.allow_pickles,
+    )
+    # diffusers imports its classes on first access.
+    pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
+    try:
+        return pipeline_class.from_pretrained(str(model.path), dtype=dtype, **parts)
+    except Exception as error:  # the library raises errors of many classes
+        why = " ".join(str(error).split())
+        raise ModelError(f"cannot load {model.path}: {why}") from error
+
+
+def _quantization(wanted: Quantization) -> Any:
+    """Returns the argument of from_pretrained that loads the denoiser with quantised weights.
 
     Raises:
-        ModelError: A package is missing, or the file does not fit the model.
+        ModelError: A package is missing.
     """
-    if options.gguf_file is not None:
-        return {family.denoiser: _read_gguf(family, files, source, dtype, options.gguf_file)}
-    if options.quantization is Quantization.OFF:
-        return {}
+    if wanted is Quantization.OFF:
+        return None
     _need("torchao", "quantization")
     forms: Any = importlib.import_module("torchao.quantization")
-    is_int8 = options.quantization is Quantization.INT8
+    is_int8 = wanted is Quantization.INT8
     # Tensors of version 2 can be moved between devices.
     form = forms.Int8WeightOnlyConfig(version=2) if is_int8 else forms.Float8WeightOnlyConfig()
-    mapping: dict[str, Any] = {family.denoiser: TorchAoConfig(form)}
-    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)}
+    return TorchAoConfig(form)
 
 
 def _read_gguf(
@@ -138,22 +144,6 @@ def _need(package: str, setting: str) -> None:
         raise ModelError(
             f"needs the package {package}: install img2img-service[quantization]", setting=setting
         )
-
-
-def read_files(source: str) -> ModelFiles:
-    """Reads the JSON files of a directory or hub id; of a hub id, it downloads no other files.
-
-    Raises:
-        ModelError: They cannot be read.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=list(_CONFIGS)))
-        except (OSError, ValueError) as error:
-            why = " ".join(str(error).split())  # Errors of the hub's library have several lines.
-            raise ModelError(f"cannot load {source}: {why}") from error
-    return replace(ModelFiles.read(folder), name=source)
 
 
 def accelerate(

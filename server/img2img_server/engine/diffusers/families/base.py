@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from img2img_server.engine.sampler import Schedule
 
 
+# Parts of pipelines that the engine never runs. The service has a safety checker of its own.
+UNUSED_PARTS = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadedModel:
     """A pipeline of diffusers on its device.
@@ -137,6 +141,22 @@ class Family:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
         )
+
+    def parts(self, files: ModelFiles) -> Mapping[str, tuple[str, str]]:
+        """Returns the parts of a model that are loaded, with the library and the class of each."""
+        unused = {name for name, value in self.load_options.items() if value is None}
+        unused |= UNUSED_PARTS
+        return {name: entry for name, entry in files.parts.items() if name not in unused}
+
+    def check_parts(self, files: ModelFiles) -> None:
+        """Raises ModelError if the model lacks a part that every model of the family has."""
+        found = self.parts(files)
+        needed = (self.denoiser, "vae", "scheduler")
+        if missing := [name for name in needed if name not in found]:
+            raise ModelError(
+                f"model_index.json of {files.name or 'the model'} names no {', '.join(missing)}: "
+                "it is incomplete"
+            )
 
     def refusal(self, files: ModelFiles) -> str:
         """Returns why a model of this family cannot be served; empty if it can."""

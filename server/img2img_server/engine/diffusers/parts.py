@@ -1,0 +1,247 @@
+"""Loads the parts of a pipeline one by one, and checks that each is complete."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final, Literal
+
+import diffusers
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from img2img_server.engine.diffusers.families import detect
+from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
+from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.weight_files import weights_of
+
+# Tensors in a file that no part needs: buffers that are calculated, copies and state of a training,
+# and heads of encoders.
+_HARMLESS: Final = re.compile(
+    r"(^|\.)(position_ids|inv_freq|num_batches_tracked|attention_bias_mask)$"
+    r"|(^|\.)(model_ema|ema_model|ema|optimizer|optimizer_states|lr_schedulers|loss|discriminator)\."
+    r"|^(lm_head|vision_model|visual_projection)\."
+    r"|(^|\.)(logit_scale|logit_bias)$"
+    r"|^text_projection\.(weight|bias)$"
+)
+# Parameters that no forward of the engine uses, and buffers that are calculated.
+_UNUSED: Final = re.compile(r"(^|\.)(position_ids|inv_freq)$|^lm_head\.")
+_MOST_NAMES: Final = 4
+# Rows of an embedding that no token of the tokenizer uses: the vocabulary of CLIP is not padded,
+# others are padded for speed.
+_UNUSED_ROWS: Final = 0.1
+_PADDING: Final = 128
+
+# The libraries change classes of torch while they create a model, for all threads.
+_ONE_AT_A_TIME = threading.Lock()
+
+_log = logging.getLogger(__name__)
+
+
+def load_parts(
+    family: Family,
+    files: ModelFiles,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    given: Mapping[str, Any],
+    quantization: Any = None,
+    allow_pickles: bool = False,
+) -> dict[str, Any]:
+    """Loads all parts of a model in diffusers' layout.
+
+    Args:
+        given: Parts that are loaded already.
+        quantization: The configuration of the denoiser's quantisation; None: none.
+
+    Returns:
+        The arguments of the pipeline's from_pretrained: every part, or None for an absent one.
+
+    Raises:
+        ModelError: A part is missing, damaged, incomplete, or does not fit the others.
+    """
+    pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
+    expected, _ = pipeline_class._get_signature_keys(pipeline_class)
+    found = family.parts(files)
+    parts: dict[str, Any] = dict.fromkeys(files.absent_parts)
+    parts |= dict.fromkeys(UNUSED_PARTS & set(expected))
+    for name in sorted(set(expected) - parts.keys() - given.keys()):
+        if name in found:
+            config = quantization if name == family.denoiser else None
+            parts[name] = load_part(name, found[name], folder, dtype, config, allow_pickles)
+        elif name not in pipeline_class._optional_components:
+            raise ModelError(
+                f"model_index.json in {folder} names no {name}, which {files.class_name} needs"
+            )
+    parts |= given
+    check_tokenizers(parts, str(folder))
+    return parts
+
+
+def prove_parts(folder: Path, *, allow_pickles: bool = False) -> None:
+    """Loads each part of a model in the number format of its files, one after the other.
+
+    No weights are kept, and they stay in their mapped files, so this needs little memory.
+
+    Raises:
+        ModelError: No family serves the model, or a part is missing, damaged or incomplete.
+    """
+    files = ModelFiles.read(folder)
+    family = detect(files, str(folder))
+    family.traits(files)
+    family.check_parts(files)
+    kept: dict[str, Any] = {}
+    for name, entry in sorted(family.parts(files).items()):
+        part = load_part(name, entry, folder, "auto", None, allow_pickles)
+        kept[name] = SimpleNamespace(config=part.config) if hasattr(part, "config") else part
+        del part
+    check_tokenizers(kept, str(folder))
+
+
+def load_part(
+    name: str,
+    entry: tuple[str, str],
+    folder: Path,
+    dtype: torch.dtype | Literal["auto"],
+    quantization: Any = None,
+    allow_pickles: bool = False,
+) -> Any:
+    """Loads one part.
+
+    Args:
+        entry: The library and the class in model_index.json.
+        folder: The model's folder.
+
+    Raises:
+        ModelError: The part is missing, damaged or incomplete.
+    """
+    part_class, own = part_class_of(name, entry), folder / name
+    if not own.is_dir():
+        raise ModelError(
+            f"the model has no folder {own}, which {entry[1]} needs: fetch its files again"
+        )
+    if not issubclass(part_class, torch.nn.Module):
+        return _call(own, part_class.from_pretrained, str(own), local_files_only=True)
+    weights = weights_of(own, allow_pickles=allow_pickles)
+    options: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+    if issubclass(part_class, PreTrainedModel):
+        options["dtype"] = dtype
+    elif dtype != "auto":
+        options["torch_dtype"] = dtype
+    part, info = _call(
+        own,
+        part_class.from_pretrained,
+        str(own),
+        variant=weights.variant or None,
+        use_safetensors=not weights.is_pickle,
+        output_loading_info=True,
+        local_files_only=True,
+        **options,
+    )
+    check_loaded(str(own), info)
+    return part
+
+
+def part_class_of(name: str, entry: tuple[str, str]) -> Any:
+    """Returns the class of a part.
+
+    Raises:
+        ModelError: It is not one of diffusers or transformers.
+    """
+    library, class_name = entry
+    if library in ("diffusers", "transformers"):
+        module: Any = importlib.import_module(library)
+    else:  # Some pipelines have classes of their own.
+        module = getattr(diffusers.pipelines, library, None)
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise ModelError(
+            f"model_index.json names {library}.{class_name} for {name}, which diffusers and "
+            "transformers do not have: code that comes with a model is not run"
+        )
+    return found
+
+
+def check_loaded(place: str, info: Mapping[str, Any]) -> None:
+    """Checks what a library reports of the tensors of a part.
+
+    Args:
+        place: The folder or file, for the sentence.
+
+    Raises:
+        ModelError: A parameter is not in the file, or the file has tensors that were not loaded.
+    """
+    missing = [key for key in info["missing_keys"] if not _UNUSED.search(key)]
+    if missing:
+        raise ModelError(
+            f"{place} is incomplete: its weights lack {listed(missing)}. Fetch the files again, or "
+            "check that its config.json belongs to them"
+        )
+    unexpected = [key for key in info["unexpected_keys"] if not _HARMLESS.search(key)]
+    if unexpected:
+        raise ModelError(
+            f"{place} has weights that its config.json does not describe and that would be "
+            f"ignored: {listed(unexpected)}. Check that the files belong together"
+        )
+    if info.get("mismatched_keys"):
+        keys = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+        raise ModelError(f"{place} has weights of other sizes than its config.json: {listed(keys)}")
+
+
+def listed(keys: Collection[str]) -> str:
+    """Returns the first of these names and how many there are."""
+    first = ", ".join(sorted(keys)[:_MOST_NAMES])
+    rest = len(keys) - _MOST_NAMES
+    return f"{first} and {rest} more" if rest > 0 else first
+
+
+def check_tokenizers(parts: Mapping[str, Any], place: str) -> None:
+    """Checks that each tokenizer has the vocabulary of its text encoder.
+
+    Raises:
+        ModelError: A vocabulary is too small, too large, or ends prompts with another token.
+    """
+    for name, tokenizer in parts.items():
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            continue
+        encoder_name = name.replace("tokenizer", "text_encoder")
+        encoder = parts.get(encoder_name)
+        config = getattr(encoder, "config", None)
+        if config is None:
+            continue
+        text = config.get_text_config()
+        size, rows = len(tokenizer), int(getattr(text, "vocab_size", 0) or 0)
+        where = f"the {name} of {place}"
+        is_clip = str(getattr(text, "model_type", "")).startswith("clip")
+        unused = max(rows * _UNUSED_ROWS, 0 if is_clip else _PADDING)
+        if rows and not rows - unused <= size <= rows:
+            raise ModelError(
+                f"{where} knows {size} tokens, but its {encoder_name} has {rows}: it is another "
+                f"model's, or files are missing: fetch the files of this folder again"
+            )
+        # In older files, 2 stands for the token with the largest number.
+        end = getattr(text, "eos_token_id", None)
+        if is_clip and end not in (None, 2, tokenizer.eos_token_id):
+            raise ModelError(
+                f"{where} ends prompts with token {tokenizer.eos_token_id}, but its {encoder_name} "
+                f"expects {end}: the files do not belong together"
+            )
+        longest = int(getattr(text, "max_position_embeddings", 0) or 0)
+        if is_clip and longest and tokenizer.model_max_length > longest:
+            tokenizer.model_max_length = longest
+
+
+def _call(place: Path, call: Any, *arguments: Any, **options: Any) -> Any:
+    """Calls a library, which raises errors of any class for damaged files."""
+    try:
+        with _ONE_AT_A_TIME:
+            return call(*arguments, **options)
+    except Exception as error:
+        _log.debug("part_not_loaded: %s", place, exc_info=error)
+        why = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot load {place}: {why or type(error).__name__}") from error

@@ -1,0 +1,237 @@
+"""Finds the weight files of a model and checks them before they are loaded. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from img2img_server.engine.family import ModelError, read_json
+
+# Names of weight files in the layouts of diffusers and of transformers. A variant, which names a
+# precision, is written before or after the number of a shard.
+_FILE: Final = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
+    r"(?:\.(?P<early>\w+?))?(?:-\d{5}-of-(?P<count>\d{5}))?(?:\.(?P<late>\w+))?"
+    r"\.(?P<form>safetensors|bin)"
+)
+_INDEX: Final = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
+    r"\.(?P<form>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json"
+)
+# The first of these variants that exists is loaded. Other variants come after them by name.
+_VARIANTS: Final = ("", "fp32", "fp16", "bf16")
+_LAST_VARIANTS: Final = ("ema", "non_ema")
+_MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library
+PICKLES: Final = (".ckpt", ".bin", ".pt", ".pth")
+AGAIN: Final = "fetch the file again"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """The files that together are the weights of one part of a model.
+
+    Attributes:
+        files: Names in the folder of the part.
+        variant: The part of the names that says the precision; often empty.
+        index: The name of the file that lists shards; empty without shards.
+        shard_count: How many shards there must be; 0 without shards.
+    """
+
+    files: tuple[str, ...]
+    variant: str
+    is_pickle: bool
+    index: str = ""
+    shard_count: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no shard is missing."""
+        return not self.shard_count or (len(self.files) == self.shard_count and bool(self.index))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def choose_weights(names: Collection[str], variant: str | None = None) -> WeightSet | None:
+    """Returns the weight files to load from the names in a folder; None if it has none.
+
+    Files without pickles come first, then the full precision, and complete sets before others.
+
+    Args:
+        variant: The only variant that may be chosen; None: the best one.
+    """
+    indexes = {}
+    for name in names:
+        if match := _INDEX.fullmatch(name):
+            indexes[match["stem"], match["form"], match["variant"] or ""] = name
+    found: dict[tuple[str, str, str, int], list[str]] = {}
+    for name in sorted(names):
+        if match := _FILE.fullmatch(name):
+            own = match["early"] or match["late"] or ""
+            if variant is None or own == variant:
+                key = match["stem"], match["form"], own, int(match["count"] or 0)
+                found.setdefault(key, []).append(name)
+    sets = [
+        WeightSet(
+            tuple(files),
+            own,
+            form == "bin",
+            indexes.get((stem, form, own), "") if count else "",
+            count,
+        )
+        for (stem, form, own, count), files in found.items()
+    ]
+    # The libraries prefer shards if there are both.
+    return min(
+        sets,
+        key=lambda it: (it.is_pickle, not it.is_whole, _rank(it.variant), not it.shard_count),
+        default=None,
+    )
+
+
+def _rank(variant: str) -> tuple[int, str]:
+    if variant in _VARIANTS:
+        return _VARIANTS.index(variant), ""
+    return len(_VARIANTS) + (
+        1 + _LAST_VARIANTS.index(variant) if variant in _LAST_VARIANTS else 0
+    ), variant
+
+
+def weights_of(folder: Path, *, allow_pickles: bool = False) -> WeightSet:
+    """Returns the weight files of a part's folder, after a check of their headers and sizes.
+
+    Raises:
+        ModelError: A file is missing, cut off or of another kind.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"the model has no folder {folder}, which it needs: fetch its files again")
+    names = [path.name for path in folder.iterdir()]
+    chosen = choose_weights(names)
+    if chosen is None:
+        others = sorted(name for name in names if name.endswith((".safetensors", *PICKLES)))
+        have = f", only {', '.join(others)}, whose names are not known" if others else ""
+        raise ModelError(f"{folder} has no weights{have}: fetch the files of this folder again")
+    if chosen.is_pickle:
+        refuse_pickle(folder / chosen.files[0], allow_pickles)
+    if chosen.shard_count:
+        _check_shards(folder, chosen)
+    if not chosen.is_pickle:
+        for name in chosen.files:
+            read_header(folder / name)
+    else:
+        for name in chosen.files:
+            _check_kind(folder / name, _head(folder / name))
+    return chosen
+
+
+def refuse_pickle(path: Path, is_allowed: bool) -> None:
+    """Raises ModelError for a pickle unless the operator allows pickles."""
+    if not is_allowed:
+        raise ModelError(
+            f"{path} is a pickle, which can run code when it is read: use a .safetensors file, or "
+            "set IMG2IMG_ALLOW_PICKLES if you trust where it comes from"
+        )
+
+
+def _check_shards(folder: Path, chosen: WeightSet) -> None:
+    if not chosen.index:
+        raise ModelError(
+            f"{folder} has shards but no index of them, {_index_name(chosen)}: {AGAIN}"
+        )
+    listed = read_json(folder / chosen.index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ModelError(f"{folder / chosen.index} has no weight_map: {AGAIN}")
+    missing = sorted(name for name in set(listed.values()) if not (folder / str(name)).is_file())
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {', '.join(map(str, missing))}, which {chosen.index} lists: {AGAIN}"
+        )
+
+
+def _index_name(chosen: WeightSet) -> str:
+    stem, _, _ = chosen.files[0].partition("-")
+    form = "bin" if chosen.is_pickle else "safetensors"
+    variant = f".{chosen.variant}" if chosen.variant else ""
+    return f"{stem.removesuffix(variant)}.{form}.index{variant}.json"
+
+
+def read_header(path: Path) -> Mapping[str, TensorEntry]:
+    """Returns the tensors of a safetensors file by name, from its header.
+
+    Raises:
+        ModelError: The file cannot be read, is of another kind, or does not have all its bytes.
+    """
+    head = _head(path)
+    _check_kind(path, head)
+    length = int.from_bytes(head[:8], "little")
+    size = path.stat().st_size
+    if len(head) < 8 or length > _MAX_HEADER_BYTES or head[8:9] not in (b"{", b""):
+        raise ModelError(f"{path} is not a safetensors file: {AGAIN}")
+    if 8 + length > size:
+        raise ModelError(f"{path} is cut off in its header, after {size} bytes: {AGAIN}")
+    try:
+        with path.open("rb") as file:
+            file.seek(8)
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+        found = {
+            name: TensorEntry(str(entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} is not a safetensors file: its header is damaged: {AGAIN}"
+        ) from error
+    whole = 8 + length + max(ends, default=0)
+    if size != whole:
+        how = "is cut off" if size < whole else "has bytes after its end"
+        raise ModelError(f"{path} {how}: it has {size} bytes instead of {whole}: {AGAIN}")
+    if not found:
+        raise ModelError(f"{path} has no tensors: {AGAIN}")
+    return found
+
+
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """Returns the metadata of a safetensors file that `read_header` accepts."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        found = json.loads(file.read(length)).get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(256)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _check_kind(path: Path, head: bytes) -> None:
+    """Raises ModelError for a file that is something else than weights."""
+    if not head:
+        raise ModelError(f"{path} is empty: {AGAIN}")
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelError(
+            f"{path} is a pointer of Git LFS instead of the weights: run `git lfs pull` in its "
+            f"repository, or {AGAIN}"
+        )
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ModelError(f"{path} is an HTML or XML page instead of the weights: {AGAIN}")
+    if path.suffix == ".safetensors" and head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        raise ModelError(
+            f"{path} is a pickle with the name of a safetensors file: use a .safetensors file"
+        )
