@@ -1,10 +1,14 @@
-"""Writes the values.schema.json of the chart and the table in its README from values and settings.
+"""Writes the chart's values.schema.json, templates/_empty.tpl and the table in its README from
+values and settings.
 
 Run by `make gen`; `make check` passes --check.
 
     # -- The meaning, for the table and the schema.
     # @schema {"minimum": 1}      rules beyond the type of the default, merged into the schema
     replicas: 2
+
+A null takes out every value that is empty by default, is a switch, or has `"nullable": true` in its
+rules. The schema rejects it for all others.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from img2img_server.settings import PREFIX, Settings
 CHART = Path(__file__).resolve().parent / "img2img"
 BEGIN, END = "<!-- values: begin, written by `make gen` -->\n", "<!-- values: end -->\n"
 KEY = re.compile(r"^( *)([\w./-]+):")
+ALERT = re.compile(r"\b(Img2Img\w+)")
 COMMENT = re.compile(r"^ *# ?(.*)$")
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
 
@@ -39,7 +44,7 @@ OWNED = frozenset({
 # fmt: on
 # Settings that only `local` uses.
 LOCAL = frozenset({"dev_key", "state_dir"})
-NEVER_NULL = {("settings",), ("env",)}  # maps that templates read without a default
+NULLABLE = "nullable"  # marks, in a comment, a number or text that a null can take out
 POOL = "workerDefaults"  # A pool in `workers` has some of the same values.
 
 Path_ = tuple[str, ...]
@@ -81,30 +86,93 @@ class Comments:
 
 def schema_of(value: Any, path: Path_, comments: Comments) -> dict[str, Any]:
     """Returns the schema of a value; objects are closed unless their comment opens them."""
-    said = comments.schemas.get(path, {})
+    said = {key: rule for key, rule in comments.schemas.get(path, {}).items() if key != NULLABLE}
     described = {"description": comments.docs[path]} if path in comments.docs else {}
     if "$ref" in said:
         return described | said
     if not isinstance(value, dict):
-        return described | {"type": TYPES[type(value)]} | said
-    if not value:
+        schema = {"type": TYPES[type(value)]} | said
+        return described | (or_null(schema) if is_nullable(value, path, comments) else schema)
+    if not value or "additionalProperties" in said:
         assert "additionalProperties" in said, f"{'.'.join(path)}: say what may be in it"
-        return described | {"type": "object"} | said
+        texts = said["additionalProperties"] == {"type": "string"}
+        opened = {"additionalProperties": {"type": ["string", "null"]}} if texts else {}
+        return described | or_null({"type": "object"} | said | opened)
     children = {key: schema_of(value[key], (*path, key), comments) for key in value}
-    closed = {"type": "object", "additionalProperties": False, "properties": children}
-    return described | closed | (needed(value, path, comments) if path[0] != POOL else {})
+    schema = {"type": "object", "additionalProperties": False, "properties": children}
+    if path[0] == POOL:
+        return described | (or_null(schema) if is_nullable(value, path, comments) else schema)
+    return described | schema | needed(value, path, comments)
+
+
+def or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema that also accepts null, which takes the default out."""
+    if kind := schema.get("type"):
+        kinds = kind if isinstance(kind, list) else [kind]
+        schema = schema | {"type": [*kinds, *(["null"] if "null" not in kinds else [])]}
+    return schema | ({"enum": [*schema["enum"], None]} if "enum" in schema else {})
+
+
+def is_nullable(value: Any, path: Path_, comments: Comments) -> bool:
+    """Returns whether a value can be taken out: if it is empty, a switch, a group with a switch, or
+    if it is marked."""
+    said = comments.schemas.get(path, {})
+    if isinstance(value, dict):
+        if not value or "$ref" in said or "additionalProperties" in said:
+            return True
+        # A pool can turn on what workerDefaults has taken out, and needs the other values then.
+        off = "enabled" in value and path[0] != POOL
+        return off or not needed(value, path, comments)
+    if isinstance(value, list):
+        return "minItems" not in said
+    marked = NULLABLE in said or "null" in said.get("type", ())
+    return marked or value == "" or isinstance(value, bool)
 
 
 def needed(value: dict[str, Any], path: Path_, comments: Comments) -> dict[str, Any]:
-    """Returns a schema that rejects a null for a group of values, because templates read its inner
-    values. Maps that a comment opens can be null."""
+    """Returns a schema that rejects a null for inner values that templates cannot do without. A
+    group of values is one of them if it contains one."""
+    names = [key for key in value if not is_nullable(value[key], (*path, key), comments)]
     groups = [
         key
-        for key, inner in value.items()
-        if isinstance(inner, dict)
-        and ((*path, key) not in comments.schemas or (*path, key) in NEVER_NULL)
+        for key in value
+        if path[:1] == (POOL,) and isinstance(value[key], dict)
+        if not {"$ref", "additionalProperties"} & set(comments.schemas.get((*path, key), {}))
     ]
-    return {"required": groups} if groups else {}
+    inner = {key: each for key in groups if (each := needed(value[key], (*path, key), comments))}
+    found: dict[str, Any] = {"required": names} if names else {}
+    return found | ({"properties": inner} if inner else {})
+
+
+def emptied(value: Any, path: Path_, comments: Comments) -> Any:
+    """Returns what templates read for a value that is taken out; None if there is no such value."""
+    if isinstance(value, dict):
+        inner = {key: emptied(value[key], (*path, key), comments) for key in value}
+        opened = {"$ref", "additionalProperties"} & set(comments.schemas.get(path, {}))
+        return {} if opened else {key: each for key, each in inner.items() if each is not None}
+    if type(value) in (int, float) or not is_nullable(value, path, comments):
+        return None
+    return type(value)()
+
+
+def render_empty(text: str) -> str:
+    """Returns the text of templates/_empty.tpl."""
+    comments, values = Comments(text), yaml.safe_load(text)
+    empty = {key: emptied(values[key], (key,), comments) for key in values}
+    body = yaml.dump(
+        {key: each for key, each in empty.items() if each is not None}, Dumper=_NoAliases
+    )
+    return (
+        "{{/* What templates read for values that a null takes out. Written by `make gen`. */}}\n"
+        f'{{{{- define "img2img.empty" -}}}}\n{body}{{{{- end -}}}}\n'
+    )
+
+
+class _NoAliases(yaml.SafeDumper):
+    """Writes repeated values in full."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def settings_schema() -> dict[str, Any]:
@@ -114,11 +182,55 @@ def settings_schema() -> dict[str, Any]:
         field["description"] = " ".join(field["description"].split())
     kept = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "pattern", "description")
     free = {
-        PREFIX + name.upper(): {key: known[name][key] for key in kept if key in known[name]}
+        PREFIX + name.upper(): or_null(
+            {key: known[name][key] for key in kept if key in known[name]}
+        )
         for name in known
         if name not in OWNED | LOCAL
     }
-    return {"type": "object", "additionalProperties": False, "properties": free}
+    return {"type": ["object", "null"], "additionalProperties": False, "properties": free}
+
+
+def env_schema() -> dict[str, Any]:
+    """Returns the schema of environment variables. Variables of the service must be settings."""
+    names = [PREFIX + name.upper() for name in Settings.model_fields if name not in LOCAL]
+    return {
+        "type": ["array", "null"],
+        "items": {
+            "type": "object",
+            "required": ["name"],
+            "additionalProperties": False,
+            "properties": {
+                "name": {
+                    "anyOf": [
+                        {"type": "string", "not": {"pattern": f"^{PREFIX}"}},
+                        {"enum": names},
+                    ]
+                },
+                "value": {"type": "string"},
+                "valueFrom": {"type": "object"},
+            },
+        },
+    }
+
+
+def alerts_schema() -> dict[str, Any]:
+    """Returns the schema of the changes of single alerts."""
+    text = (CHART / "templates" / "monitoring" / "prometheusrule.yaml").read_text(encoding="utf-8")
+    change = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "enabled": {"type": "boolean"},
+            "for": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h|d)$"},
+            "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+    }
+    return {
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": dict.fromkeys(sorted(set(ALERT.findall(text))), change),
+    }
 
 
 def definitions() -> dict[str, Any]:
@@ -130,13 +242,15 @@ def definitions() -> dict[str, Any]:
     }
     return {
         "settings": settings_schema(),
+        "env": env_schema(),
+        "alerts": alerts_schema(),
         "resources": {
             "type": ["object", "null"],
             "additionalProperties": False,
             "properties": {"requests": amounts, "limits": amounts},
         },
         "topologySpread": {
-            "type": "object",
+            "type": ["object", "null"],
             "additionalProperties": {"enum": ["ScheduleAnyway", "DoNotSchedule", None]},
         },
         "workers": {
@@ -199,6 +313,7 @@ def main() -> int:
     text = (CHART / "values.yaml").read_text(encoding="utf-8")
     schema, readme = CHART / "values.schema.json", CHART / "README.md"
     wanted = {
+        CHART / "templates" / "_empty.tpl": render_empty(text),
         schema: render_schema(text),
         readme: render_readme(text, readme.read_text(encoding="utf-8")),
     }
@@ -206,7 +321,10 @@ def main() -> int:
         if not check:
             path.write_text(content, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != content:
-            print(f"helm/img2img/{path.name} is not current: run `make gen`", file=sys.stderr)
+            print(
+                f"helm/img2img/{path.relative_to(CHART)} is not current: run `make gen`",
+                file=sys.stderr,
+            )
             return 1
     return 0
 

@@ -18,6 +18,8 @@ HELM = ROOT / ".tools" / "helm"
 SETS = sorted(path.name.removesuffix("-values.yaml") for path in CHART.glob("ci/*-values.yaml"))
 RELEASE = NAMESPACE = "demo"
 
+PROGRAMS = {"img2img-server", "img2img", "nats-server", "weed"}
+
 Object = dict[str, Any]
 
 
@@ -59,6 +61,10 @@ class Pod:
     spec: Object
 
     def containers(self) -> list[Object]:
+        """Returns the init containers, then the containers, without those of the operator."""
+        return [each for each in self.all_containers() if PROGRAMS & set(each.get("command", []))]
+
+    def all_containers(self) -> list[Object]:
         """Returns the init containers, then the containers."""
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
@@ -82,7 +88,8 @@ def environment(objects: list[Object], container: Object) -> dict[str, Any]:
     """Returns the environment of a container: texts, or their sources."""
     found: dict[str, Any] = {}
     for source in container.get("envFrom", []):
-        found |= of_kind(objects, "ConfigMap")[source["configMapRef"]["name"]]["data"]
+        name = source.get("configMapRef", {}).get("name")
+        found |= of_kind(objects, "ConfigMap").get(name, {}).get("data", {})
     for each in container.get("env", []):
         found[each["name"]] = each.get("value", each.get("valueFrom"))
     return found

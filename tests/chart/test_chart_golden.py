@@ -15,8 +15,8 @@ def test_the_golden_render_of_a_value_set(name: str) -> None:
     assert_golden(f"chart/{name}.yaml", text)
 
 
-def test_there_are_the_seven_value_sets() -> None:
+def test_there_are_the_eight_value_sets() -> None:
     assert [
-        *("default", "everything", "gateway-only", "identity", "production", "quickstart"),
-        "two-pools",
+        *("default", "everything", "gateway-only", "identity", "platform", "production"),
+        *("quickstart", "two-pools"),
     ] == SETS

@@ -25,10 +25,37 @@
 {{- end }}
 {{- end -}}
 
-{{/* (dict root values): the environment of a role, first the ConfigMap, then its own settings. */}}
+{{/* (list $ on): the sources of a role's environment; later ones take precedence. */}}
 {{- define "img2img.envFrom" -}}
 - configMapRef:
-    name: {{ include "img2img.fullname" . }}-settings
+    name: {{ include "img2img.fullname" (first .) }}-settings
+{{- with include "img2img.both" (append . "extraEnvFrom") }}
+{{ . }}
+{{- end }}
+{{- end -}}
+
+{{/*
+(dict root on where own): the environment of a container: its own variables as YAML, and those of
+extraEnv. Kubernetes takes the last of two variables with one name and warns, or refuses the object.
+*/}}
+{{- define "img2img.env" -}}
+{{- $extra := dict -}}
+{{- range concat .root.Values.extraEnv .on.extraEnv -}}
+{{- $_ := set $extra .name . -}}
+{{- end -}}
+{{- $all := list -}}
+{{- $where := .where -}}
+{{- range .own | fromYamlArray -}}
+{{- if and (hasKey $extra .name) (hasPrefix "IMG2IMG_" .name) -}}
+{{- fail (printf "\n\nextraEnv of %s: the chart sets %s from other values; change those\n" $where .name) -}}
+{{- else if not (hasKey $extra .name) -}}
+{{- $all = append $all . -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := keys $extra | sortAlpha -}}
+{{- $all = append $all (index $extra $name) -}}
+{{- end -}}
+{{ toYaml $all }}
 {{- end -}}
 
 {{- define "img2img.commonEnv" -}}

@@ -17,14 +17,33 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{/* (list $ component): the labels of every object. */}}
 {{- define "img2img.labels" -}}
 {{- $root := index . 0 -}}
-{{ include "img2img.selector" . }}
-app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ $root.Release.Service }}
-app.kubernetes.io/part-of: img2img
-helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
-{{- with $root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $ours := include "img2img.selector" . | fromYaml -}}
+{{- $_ := set $ours "app.kubernetes.io/version" $root.Chart.AppVersion -}}
+{{- $_ := set $ours "app.kubernetes.io/managed-by" $root.Release.Service -}}
+{{- $_ := set $ours "app.kubernetes.io/part-of" "img2img" -}}
+{{- $_ := set $ours "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_") -}}
+{{ merge $ours $root.Values.commonLabels | toYaml }}
+{{- end -}}
+
+{{/*
+(dict root selector on): the labels of pods. They do not have the versions of chart and service: a new
+version of the chart alone restarts no pod.
+*/}}
+{{- define "img2img.podLabels" -}}
+{{- $ours := .selector | fromYaml -}}
+{{- $_ := set $ours "app.kubernetes.io/part-of" "img2img" -}}
+{{ merge $ours (default dict .on.podLabels) .root.Values.podLabels .root.Values.commonLabels | toYaml }}
+{{- end -}}
+
+{{/* (list $ annotations…): the annotations of an object, with the key; the first map takes precedence. */}}
+{{- define "img2img.annotations" -}}
+{{- $all := dict -}}
+{{- range rest . -}}
+{{- $all = merge $all (default dict .) -}}
+{{- end -}}
+{{- with merge $all (first .).Values.commonAnnotations -}}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end -}}
 {{- end -}}
 
 {{/* (list $ "full"|"slim"): the image; api and gateway need no torch. */}}
@@ -48,6 +67,13 @@ valueFrom:
 {{/* Names of Secrets: the existing one or the one that this release creates. */}}
 {{- define "img2img.s3Secret" -}}
 {{- default (printf "%s-s3" (include "img2img.fullname" .)) .Values.s3.existingSecret -}}
+{{- end -}}
+
+{{/* (dict root component): the service account of a role. */}}
+{{- define "img2img.serviceAccountName" -}}
+{{- $on := default (dict "create" true) (index .root.Values.serviceAccounts .component) -}}
+{{- $own := printf "%s-%s" (include "img2img.fullname" .root) .component -}}
+{{- default (ternary $own "default" $on.create) $on.name -}}
 {{- end -}}
 
 {{- define "img2img.apiKeysSecret" -}}

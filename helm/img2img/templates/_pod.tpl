@@ -8,8 +8,8 @@ The parts that all pods share. A dict of
   grace      seconds from asking to killing
 */}}
 {{- define "img2img.pod" -}}
-serviceAccountName: {{ include "img2img.fullname" .root }}-{{ .component }}
-automountServiceAccountToken: false
+serviceAccountName: {{ include "img2img.serviceAccountName" . }}
+automountServiceAccountToken: {{ dig .component "automountToken" false .root.Values.serviceAccounts }}
 # Kubernetes would set IMG2IMG_API_SERVICE_HOST and the like, which are not settings of the service.
 enableServiceLinks: false
 securityContext:
@@ -31,6 +31,12 @@ imagePullSecrets:
 {{- range . }}
   - name: {{ . }}
 {{- end }}
+{{- end }}
+{{- with .root.Values.schedulerName }}
+schedulerName: {{ . }}
+{{- end }}
+{{- with .root.Values.dnsConfig }}
+dnsConfig: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .on.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
@@ -81,12 +87,15 @@ for the last uploads and the end of the connections.
 {{- add (default 0 .preStopSeconds | int64) (.drainSeconds | float64 | ceil | int64) 20 -}}
 {{- end -}}
 
-{{/* (dict root values): annotations of pods; they change with the settings, so that pods restart. */}}
+{{/*
+(dict root on): annotations of pods. The checksum changes with the settings and with the Secrets that the
+chart creates, so that pods restart; it does not depend on the version of the chart.
+*/}}
 {{- define "img2img.podAnnotations" -}}
-checksum/settings: {{ list (include "img2img.settings" .root) .root.Values.s3 .root.Values.nats | toJson | sha256sum }}
-{{- with .on.podAnnotations }}
-{{ toYaml . }}
-{{- end }}
+{{- $secrets := list .root.Values.s3.accessKey .root.Values.s3.secretKey .root.Values.quickstart.seed -}}
+{{- $secrets = concat $secrets (list .root.Values.quickstart.nats.password .root.Values.quickstart.s3.accessKey .root.Values.quickstart.s3.secretKey) -}}
+{{- $ours := dict "checksum/settings" (list (include "img2img.settings" .root) $secrets | toJson | sha256sum) -}}
+{{ merge $ours (default dict .on.podAnnotations) .root.Values.podAnnotations | toYaml }}
 {{- end -}}
 
 {{/* The liveness probe of all roles. */}}
@@ -105,6 +114,14 @@ lifecycle:
     sleep:
       seconds: {{ int64 .preStopSeconds }}
 {{- end }}
+{{- end -}}
+
+{{/* (list $ on key): a list of all roles, then that of one role, as YAML; nothing if both are empty. */}}
+{{- define "img2img.both" -}}
+{{- $key := index . 2 -}}
+{{- with concat (index (index . 0).Values $key) (default list (index (index . 1) $key)) -}}
+{{ toYaml . }}
+{{- end -}}
 {{- end -}}
 
 {{/* Volumes and mounts of all roles. */}}
@@ -154,21 +171,15 @@ lifecycle:
 {{- end }}
 {{- end -}}
 
-{{/* The resources of a container, with the key. A null, on any level, removes a default. */}}
+{{/* The resources of a container, with the key; an empty part is left out. */}}
 {{- define "img2img.resources" -}}
 {{- $kept := dict -}}
 {{- range $part, $amounts := default dict . -}}
-{{- $each := dict -}}
-{{- range $name, $amount := default dict $amounts -}}
-{{- if not (kindIs "invalid" $amount) -}}
-{{- $_ := set $each $name $amount -}}
+{{- with $amounts -}}
+{{- $_ := set $kept $part . -}}
 {{- end -}}
 {{- end -}}
-{{- if $each -}}
-{{- $_ := set $kept $part $each -}}
-{{- end -}}
-{{- end -}}
-{{- if $kept -}}
-resources: {{- toYaml $kept | nindent 2 }}
+{{- with $kept -}}
+resources: {{- toYaml . | nindent 2 }}
 {{- end -}}
 {{- end -}}

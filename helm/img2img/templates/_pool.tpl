@@ -10,9 +10,10 @@
 {{- define "img2img.pool" -}}
 {{- $root := index . 0 -}}
 {{- $name := index . 1 -}}
-{{- $said := deepCopy (default dict (index $root.Values.workers $name)) -}}
-{{- $pool := mergeOverwrite (deepCopy $root.Values.workerDefaults) $said -}}
-{{- $_ := set $pool "resources" (include "img2img.poolResources" (list $root.Values.workerDefaults $said) | fromYaml) -}}
+{{- $own := deepCopy (default dict (index $root.Values.workers $name)) -}}
+{{- $pool := deepCopy $root.Values.workerDefaults -}}
+{{- include "img2img.overlay" (list $pool $own) -}}
+{{- include "img2img.complete" (list $pool (include "img2img.empty" $root | fromYaml).workerDefaults) -}}
 {{- $source := $pool.model.source -}}
 {{- $folder := hasPrefix "/" $source -}}
 {{- $path := $source -}}
@@ -25,31 +26,6 @@
 {{- $_ := set $pool.model "path" $path -}}
 {{- $_ := set $pool.model "name" (default (ternary (base $path) "atelier" (not (empty $path))) $pool.model.name) -}}
 {{- toYaml $pool -}}
-{{- end -}}
-
-{{/*
-(list defaults own): the resources of a pool. mergeOverwrite is not used, because it ignores a null,
-which removes a default here.
-*/}}
-{{- define "img2img.poolResources" -}}
-{{- $said := index . 1 -}}
-{{- $merged := dict -}}
-{{- if not (and (hasKey $said "resources") (kindIs "invalid" $said.resources)) -}}
-{{- $defaults := default dict (index . 0).resources -}}
-{{- $ours := default dict $said.resources -}}
-{{- range $part := list "requests" "limits" -}}
-{{- if not (and (hasKey $ours $part) (kindIs "invalid" (index $ours $part))) -}}
-{{- $amounts := dict -}}
-{{- range $from := list (default dict (index $defaults $part)) (default dict (index $ours $part)) -}}
-{{- range $name, $amount := $from -}}
-{{- $_ := set $amounts $name $amount -}}
-{{- end -}}
-{{- end -}}
-{{- $_ := set $merged $part $amounts -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- toYaml $merged -}}
 {{- end -}}
 
 {{/* (list $ pool): selector and labels of a pool. */}}

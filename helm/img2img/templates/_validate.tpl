@@ -48,8 +48,18 @@
 {{- $mistakes = append $mistakes "gateway.apiAddress is missing: this release has no api of its own" -}}
 {{- end -}}
 {{- range $role, $on := dict "api" $v.api "gateway" $v.gateway -}}
+{{- $service := $on.service -}}
+{{- if and (eq $service.type "ClusterIP") (or $service.nodePort $service.externalTrafficPolicy) -}}
+{{- $mistakes = append $mistakes (printf "%s.service: nodePort and externalTrafficPolicy belong to the types NodePort and LoadBalancer" $role) -}}
+{{- end -}}
+{{- if and (ne $service.type "LoadBalancer") (or $service.loadBalancerClass $service.loadBalancerSourceRanges) -}}
+{{- $mistakes = append $mistakes (printf "%s.service: loadBalancerClass and loadBalancerSourceRanges belong to the type LoadBalancer" $role) -}}
+{{- end -}}
 {{- if and $on.ingress.enabled (not $on.ingress.host) -}}
 {{- $mistakes = append $mistakes (printf "%s.ingress.host is missing" $role) -}}
+{{- end -}}
+{{- if and $on.autoscaling.enabled (not (or $on.autoscaling.targetCpuPercent $on.autoscaling.metrics)) -}}
+{{- $mistakes = append $mistakes (printf "%s.autoscaling has no metric: set targetCpuPercent or metrics" $role) -}}
 {{- end -}}
 {{- if lt (int $on.autoscaling.maxReplicas) (int $on.autoscaling.minReplicas) -}}
 {{- $mistakes = append $mistakes (printf "%s.autoscaling.maxReplicas is below minReplicas" $role) -}}
@@ -73,6 +83,12 @@
 {{- end -}}
 {{- if and $auto.enabled (eq $auto.trigger "prometheus") (not $auto.prometheusAddress) -}}
 {{- $mistakes = append $mistakes (printf "workers.%s: the trigger prometheus needs autoscaling.prometheusAddress" $name) -}}
+{{- end -}}
+{{- if and $auto.enabled (eq $auto.trigger "none") (not $auto.triggers) -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: without a trigger of the chart, autoscaling.triggers must have one" $name) -}}
+{{- end -}}
+{{- if and $auto.authenticationRef (ne $auto.trigger "prometheus") -}}
+{{- $mistakes = append $mistakes (printf "workers.%s: autoscaling.authenticationRef belongs to the trigger prometheus; an entry of triggers has its own" $name) -}}
 {{- end -}}
 {{- if lt (int $auto.maxReplicas) (int $auto.minReplicas) -}}
 {{- $mistakes = append $mistakes (printf "workers.%s: autoscaling.maxReplicas is below minReplicas" $name) -}}
