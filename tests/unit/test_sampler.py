@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from inspect import signature
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from img2img_server.engine.diffusers.families.lcm import LatentConsistency
 from img2img_server.engine.diffusers.families.sana_sprint import SanaSprint
 from img2img_server.engine.diffusers.families.sd import StableDiffusion
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS, SAMPLERS, own_sampler
-from img2img_server.engine.diffusers.schedules import Schedules, make_scheduler
+from img2img_server.engine.diffusers.schedules import Schedules, _parts, make_scheduler
 from img2img_server.engine.sampler import (
     Schedule,
     advance,
@@ -328,6 +329,27 @@ def test_strength_as_a_noise_level_is_the_share_of_noise_at_the_first_step() -> 
         check_first_steps(from_noise(FlowFamily(), config, ["flow_match_euler"]), "flow")
     for run, share in zip(from_noise(StableDiffusion(), EDM, ["edm_euler"]), SHARES, strict=True):
         assert run.noise_share == pytest.approx(share, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+@pytest.mark.parametrize("level", [(0.8, 0.6), (0.3, 0.7), (1.0, 14.0)])
+def test_latents_and_output_give_the_clean_latents_and_the_noise(
+    kind: str, level: tuple[float, float]
+) -> None:
+    image, noise, (signal, sigma) = 0.3, -0.7, level
+    if kind == "flow_prediction":
+        signal = 1 - sigma
+    size = math.hypot(signal, sigma)
+    output = {
+        "epsilon": noise,
+        "v_prediction": (signal * noise - sigma * image) / size,
+        "sample": image,
+        "flow_prediction": noise - image,
+    }[kind]
+    latents = signal * image + sigma * noise
+    parts = _parts(kind, signal, sigma)
+    found = [of_latents * latents + of_output * output for of_latents, of_output in parts]
+    assert found == pytest.approx([image, noise])
 
 
 def test_few_steps_have_more_noise_levels_than_steps() -> None:

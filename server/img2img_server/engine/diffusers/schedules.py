@@ -27,6 +27,7 @@ from img2img_server.engine.sampler import MAX_SLOTS, Schedule, Step, draw_noise
 # Elements of the probe: the latents, the output, the tensors that the scheduler remembers, and one
 # that is 0 in every input and shows the noise.
 _SLOTS, _OUTPUT, _ELEMENTS = 12, 12, 14
+FLOW = "flow_prediction"
 _SAME_SHARE = 1e-6  # Shares of noise with a smaller difference count as equal.
 
 
@@ -173,31 +174,26 @@ def _begin_at(scheduler: Any, share: float, rest: Schedule) -> Schedule:
     signal, noise = math.sqrt(1 - share**2), share
     sigma = noise / signal
     first, _ = _noise_level(scheduler, 0)
-    counts_sigmas = abs(first - 1.0) < 1e-9 and not _is_flow(scheduler)
+    kind = _prediction_of(scheduler)
+    counts_sigmas = abs(first - 1.0) < 1e-9 and kind != FLOW
     input_scale = 1.0
     # Clean latents and noise, expressed as weights of latents and output.
-    if _is_flow(scheduler):
-        signal, noise = 1 - share, share
-        timestep = share * scheduler.config.num_train_timesteps
-        clean, drawn = (1.0, -share), (1.0, 1 - share)
-    elif hasattr(scheduler, "precondition_outputs"):
+    if hasattr(scheduler, "precondition_outputs"):
         timestep = math.log(sigma) / 4
         data = scheduler.config.sigma_data
         size = math.hypot(sigma, data)
         input_scale = 1 / size
-        sign = -1 if scheduler.config.prediction_type == "v_prediction" else 1
+        sign = -1 if kind == "v_prediction" else 1
         clean = data**2 / size**2, sign * sigma * data / size
         drawn = (1 - clean[0]) / sigma, -clean[1] / sigma
     else:
-        timestep = _timestep_of(scheduler, sigma)
-        input_scale = signal if counts_sigmas else 1.0
-        kind = scheduler.config.prediction_type
-        if kind == "v_prediction":
-            clean, drawn = (signal, -noise), (noise, signal)
-        elif kind == "sample":
-            clean, drawn = (0.0, 1.0), (1 / noise, -signal / noise)
+        if kind == FLOW:
+            signal, noise = 1 - share, share
+            timestep = share * scheduler.config.num_train_timesteps
         else:
-            clean, drawn = (1 / signal, -noise / signal), (0.0, 1.0)
+            timestep = _timestep_of(scheduler, sigma)
+            input_scale = signal if counts_sigmas else 1.0
+        clean, drawn = _parts(kind, signal, noise)
         clean, drawn = (clean[0] * input_scale, clean[1]), (drawn[0] * input_scale, drawn[1])
     if counts_sigmas:
         signal, noise = 1.0, sigma
@@ -237,6 +233,11 @@ def _timestep_of(scheduler: Any, sigma: float) -> float:
 
 def _is_flow(scheduler: Any) -> bool:
     return hasattr(scheduler, "scale_noise")
+
+
+def _prediction_of(scheduler: Any) -> str:
+    """Returns what the model predicts, in the words of the scheduler's configuration."""
+    return FLOW if _is_flow(scheduler) else str(scheduler.config.prediction_type)
 
 
 def _begin(scheduler: Any, index: int) -> None:
@@ -348,21 +349,29 @@ def _weights(tensor: Tensor, width: int, drawn: Tensor | None) -> tuple[float, .
 
 def _predicted(scheduler: Any, level: tuple[float, float], width: int) -> tuple[float, ...]:
     """Returns the weights of the clean latents for schedulers that do not give them."""
-    signal, noise = level
-    if _is_flow(scheduler):
-        sample, output = 1.0, -noise
-    else:
-        size = (signal**2 + noise**2) ** 0.5
-        kind = scheduler.config.prediction_type
-        if kind == "v_prediction":
-            sample, output = signal / size**2, -noise / size
-        elif kind == "sample":
-            sample, output = 0.0, 1.0
-        elif kind == "flow_prediction":
-            sample, output = 1.0, -noise
-        else:
-            sample, output = 1 / max(signal, 1e-6), -noise / max(signal, 1e-6)
+    (sample, output), _ = _parts(_prediction_of(scheduler), *level)
     return (sample, *[0.0] * (width - 1), output, 0.0)
+
+
+def _parts(
+    kind: str, signal: float, noise: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Returns the clean latents and the noise, each as weights of the latents and of the output.
+
+    Args:
+        kind: The prediction type of the model, in the words of the scheduler.
+        signal: The factor of the clean latents in the latents.
+        noise: The factor of the noise in the latents.
+    """
+    if kind == FLOW:
+        return (1.0, -noise), (1.0, signal)
+    if kind == "v_prediction":
+        size = math.hypot(signal, noise)
+        return (signal / size**2, -noise / size), (noise / size**2, signal / size)
+    signal, noise = max(signal, 1e-6), max(noise, 1e-6)
+    if kind == "sample":
+        return (0.0, 1.0), (1 / noise, -signal / noise)
+    return (1 / signal, -noise / signal), (0.0, 1.0)
 
 
 def _without_unused(steps: Sequence[Step]) -> tuple[Step, ...]:
