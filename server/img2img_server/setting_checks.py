@@ -238,7 +238,7 @@ def _model(checks: _Checks) -> None:
         if max(height, width) > (most := min(settings.max_side_pixels, spec.max_side)):
             checks.add("warm_up_sizes", f"{width}x{height}: requests have sides of at most {most}")
     folder = Path(spec.source)
-    lacking = folder.is_dir() and not (folder / "safety_checker" / "config.json").is_file()
+    lacking = folder.exists() and not (folder / "safety_checker" / "config.json").is_file()
     if settings.safety_checker == "model" and lacking:
         checks.add("safety_checker", f"is model, but {folder} has no folder safety_checker")
 

@@ -186,8 +186,11 @@ class Settings(BaseSettings):
 
     # The model.
     model: str = ""
-    """Diffusers directory or hub id, `owner/name` or `owner/name@revision`. Empty: the model inside
-    the package."""
+    """Diffusers directory, single file (.safetensors), or hub id, `owner/name` or
+    `owner/name@revision`. Empty: the model inside the package."""
+    model_parts_dir: OptionalPath = None
+    """Folder with parts of models, for single files that do not hold all parts: FAMILY/PART, each
+    in diffusers' layout, such as sd/vae."""
     allow_pickles: bool = False
     """Load weights from pickles (.bin, .ckpt) where a model has no safetensors. They are read with
     PyTorch's `weights_only`, which runs no code of the file that is known to be dangerous."""

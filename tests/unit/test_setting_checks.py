@@ -660,10 +660,21 @@ def test_a_link_that_leads_nowhere_is_reported(give: Callable[..., None], tmp_pa
     ]
 
 
-def test_a_model_that_is_a_file_is_reported(give: Callable[..., None], tmp_path: Path) -> None:
-    (tmp_path / "dreamy.safetensors").write_bytes(b"")
-    give(model=tmp_path / "dreamy.safetensors")
-    assert "is a file; a model is a directory" in "".join(refused("worker"))
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("dreamy.safetensors", "is empty: fetch the file again"),
+        ("dreamy.ckpt", "is a pickle, which can run code"),
+        ("photo.png", "is no model: a model is a directory"),
+    ],
+    ids=["empty", "pickle", "image"],
+)
+def test_a_file_that_is_no_checkpoint_is_reported(
+    name: str, fault: str, give: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(b"")
+    give(model=tmp_path / name)
+    assert fault in "".join(refused("worker"))
 
 
 def test_the_command_of_a_plain_install_says_what_to_install(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
-"""Reads a model directory, whose layout is that of diffusers.
+"""Reads a model directory, whose layout is that of diffusers, or a single-file checkpoint.
 
-In addition to diffusers' own files it can hold an `img2img.toml`; every entry has a default:
+In addition to diffusers' own files it can hold an `img2img.toml`; next to NAME.safetensors there
+can be NAME.toml. Every entry has a default:
 
     name = "atelier"                  # default: the directory's name
     family = "sd"                     # default: by the pipeline class of model_index.json
     description = "Restyles photos."  # for readers of the file
+    prediction_type = "epsilon"       # of single files; default: by the file
 
     [defaults]
     scheduler = "ddim"                # default: by scheduler/scheduler_config.json
@@ -26,7 +28,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,9 +37,11 @@ from img2img_server.domain.models import Guidance, ModelInfo, ModelKind
 from img2img_server.domain.params import DEFAULT_STRENGTH
 from img2img_server.domain.schedulers import scheduler_name
 from img2img_server.domain.strength import StrengthRule
+from img2img_server.engine.checkpoint_file import read_checkpoint, toml_of
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.samplers import DIFFUSION_SAMPLERS
 from img2img_server.engine.family import ModelError, ModelFamily, ModelFiles
+from img2img_server.engine.weight_files import PICKLES, refuse_pickle
 from img2img_server.setting_files import read_text
 
 DEFAULT_MODEL = "atelier"
@@ -69,6 +73,7 @@ class _File(_Part):
     name: str = ""
     family: str = ""
     description: str = ""  # for readers of the file; the service does not use it
+    prediction_type: Literal["", "epsilon", "v_prediction"] = ""  # of single files
     defaults: _Defaults = _Defaults()
     limits: _Limits = _Limits()
     sizes: _Sizes = _Sizes()
@@ -166,6 +171,7 @@ class ModelDefaults:
     default_guidance_scale: float = -1.0
     default_strength: float = -1.0
     native_size: int = 0
+    allow_pickles: bool = False
 
     @classmethod
     def of(cls, source: object) -> Self:
@@ -205,8 +211,10 @@ def read_model_spec(
     defaults = defaults or ModelDefaults()
     folder = Path(source) if source else packaged_model()
     if not folder.is_dir():
+        if folder.is_file():
+            return _single_file(folder, found, defaults)
         if folder.exists():
-            raise ModelError(f"{folder} is a file; a model is a directory in diffusers' layout")
+            raise ModelError(f"{folder} is no directory and no file")
         if folder.is_symlink():
             raise ModelError(f"{folder} is a link to {folder.readlink()}, which does not exist")
         hub_id = HubId.parse(source)
@@ -220,6 +228,16 @@ def read_model_spec(
         raise ModelError(f"{folder} is no diffusers model: it has no model_index.json")
     toml = defaults.over(_read_toml(folder / "img2img.toml"))
     return _spec(str(folder), folder.resolve().name, toml, ModelFiles.read(folder))
+
+
+def _single_file(path: Path, found: FoundModel | None, defaults: ModelDefaults) -> ModelSpec:
+    toml = defaults.over(_read_toml(toml_of(path)))
+    if found is not None:
+        return _spec(str(path), path.stem, toml, found.files)
+    if path.suffix in PICKLES:
+        refuse_pickle(path, defaults.allow_pickles)
+        return ModelSpec(source=str(path), name=toml.name or path.stem)
+    return _spec(str(path), path.stem, toml, read_checkpoint(path).files)
 
 
 def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:

@@ -61,6 +61,7 @@ class ModelOptions:
     gguf_file: Path | None = None
     group_offload: bool = False
     allow_pickles: bool = False
+    model_parts_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

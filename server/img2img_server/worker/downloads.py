@@ -21,7 +21,7 @@ def forget_downloads(source: str, cache: Path | None = None) -> int:
     Args:
         cache: the folder of the cache; by default the library's own.
     """
-    hub_id = None if Path(source).is_dir() else HubId.parse(source)
+    hub_id = None if Path(source).exists() else HubId.parse(source)
     if hub_id is None:
         return 0
     # Importing the library takes a second.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from img2img_server.domain.models import ModelKind
-from img2img_server.engine.diffusers.families.base import Family
+from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
 from img2img_server.engine.diffusers.file_pages import leave_files, use_channels_last
 from img2img_server.engine.diffusers.local_model import LocalModel
 from img2img_server.engine.diffusers.parts import load_parts
 from img2img_server.engine.diffusers.placement import log_parts, modules, place
+from img2img_server.engine.diffusers.single_file import load_single_file
 from img2img_server.engine.family import ModelError, ModelFiles
 from img2img_server.engine.options import Compile, ModelOptions, Quantization, TinyVaeUse
 
@@ -84,19 +86,38 @@ def _assemble(family: Family, model: LocalModel, dtype: torch.dtype, options: Mo
     if options.gguf_file is not None:
         gguf = _read_gguf(family, files, str(model.path), dtype, options.gguf_file)
         given[family.denoiser] = gguf
-    parts = load_parts(
-        family,
-        files,
-        model.path,
-        dtype,
-        given=given,
-        quantization=_quantization(options.quantization),
-        allow_pickles=options.allow_pickles,
-    )
     # diffusers imports its classes on first access.
     pipeline_class = getattr(diffusers, family.pipelines[files.class_name])
+    quantization = _quantization(options.quantization)
+    if model.checkpoint is not None:
+        parts = load_single_file(
+            family,
+            model.checkpoint,
+            model.path,
+            dtype,
+            given=given,
+            parts_dir=options.model_parts_dir,
+            quantization=quantization,
+            allow_pickles=options.allow_pickles,
+        )
+        make, arguments = pipeline_class, dict.fromkeys(UNUSED_PARTS) | parts
+        expected, optional = pipeline_class._get_signature_keys(pipeline_class)
+        known = {*expected, *optional}
+        arguments = {name: part for name, part in arguments.items() if name in known}
+    else:
+        parts = load_parts(
+            family,
+            files,
+            model.path,
+            dtype,
+            given=given,
+            quantization=quantization,
+            allow_pickles=options.allow_pickles,
+        )
+        make = partial(pipeline_class.from_pretrained, str(model.path), dtype=dtype)
+        arguments = parts
     try:
-        return pipeline_class.from_pretrained(str(model.path), dtype=dtype, **parts)
+        return make(**arguments)
     except Exception as error:  # the library raises errors of many classes
         why = " ".join(str(error).split())
         raise ModelError(f"cannot load {model.path}: {why}") from error

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from img2img_server.domain.hub_id import HubId
+from img2img_server.engine.checkpoint import Checkpoint
+from img2img_server.engine.checkpoint_file import read_checkpoint
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.family import ModelError, ModelFiles
@@ -19,22 +21,28 @@ class LocalModel:
     """A model whose files are on this machine.
 
     Attributes:
-        path: The folder in diffusers' layout.
-        files: The contents of its JSON files.
+        path: The folder in diffusers' layout, or a single file.
+        files: The contents of its JSON files; those of a single file are derived.
+        checkpoint: The contents of a single file; None for a folder.
     """
 
     path: Path
     files: ModelFiles
     family: Family
+    checkpoint: Checkpoint | None = None
 
 
 def find_model(source: str, *, allow_pickles: bool = False) -> LocalModel:
-    """Returns the model of a directory or hub id. Downloads the files of a hub id.
+    """Returns the model of a directory, hub id or single file. Downloads the files of a hub id.
 
     Raises:
         ModelError: The model cannot be downloaded, or no family serves it.
     """
     path = Path(source)
+    if path.is_file():
+        checkpoint = read_checkpoint(path, allow_pickles=allow_pickles)
+        files = checkpoint.files
+        return LocalModel(path, files, detect(files, source), checkpoint)
     hub_id = None if path.is_dir() else HubId.parse(source)
     if hub_id is not None:
         path = download_model(

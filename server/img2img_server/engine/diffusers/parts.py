@@ -126,14 +126,14 @@ def load_part(
             f"the model has no folder {own}, which {entry[1]} needs: fetch its files again"
         )
     if not issubclass(part_class, torch.nn.Module):
-        return _call(own, part_class.from_pretrained, str(own), local_files_only=True)
+        return guarded(own, part_class.from_pretrained, str(own), local_files_only=True)
     weights = weights_of(own, allow_pickles=allow_pickles)
     options: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
     if issubclass(part_class, PreTrainedModel):
         options["dtype"] = dtype
     elif dtype != "auto":
         options["torch_dtype"] = dtype
-    part, info = _call(
+    part, info = guarded(
         own,
         part_class.from_pretrained,
         str(own),
@@ -236,7 +236,7 @@ def check_tokenizers(parts: Mapping[str, Any], place: str) -> None:
             tokenizer.model_max_length = longest
 
 
-def _call(place: Path, call: Any, *arguments: Any, **options: Any) -> Any:
+def guarded(place: Path | str, call: Any, *arguments: Any, **options: Any) -> Any:
     """Calls a library, which raises errors of any class for damaged files."""
     try:
         with _ONE_AT_A_TIME:

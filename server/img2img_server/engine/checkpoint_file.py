@@ -1,0 +1,64 @@
+"""Reads what a single-file checkpoint holds, with the settings in a TOML file next to it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from img2img_server.engine.checkpoint import Checkpoint, Hints, Shapes, describe
+from img2img_server.engine.family import ModelError
+from img2img_server.engine.weight_files import (
+    PICKLES,
+    read_header,
+    read_metadata,
+    refuse_pickle,
+)
+from img2img_server.setting_files import read_text
+
+
+def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
+    """Returns what a single file holds.
+
+    Raises:
+        ModelError: The file is damaged, a pickle that is not allowed, or no checkpoint.
+    """
+    metadata = {}
+    if path.suffix in PICKLES:
+        refuse_pickle(path, allow_pickles)
+        shapes = _pickled_shapes(path)
+    elif path.suffix == ".safetensors":
+        header = read_header(path)
+        metadata = dict(read_metadata(path))
+        shapes = {name: entry.shape for name, entry in header.items()}
+    elif path.suffix == ".gguf":
+        raise ModelError(
+            f"{path} has the weights of the denoiser only: name it with IMG2IMG_GGUF_FILE, and its "
+            "base model with IMG2IMG_MODEL"
+        )
+    else:
+        raise ModelError(
+            f"{path} is no model: a model is a directory in diffusers' layout or a file with the "
+            "suffix .safetensors"
+        )
+    hints = Hints.of(path.stem, metadata, _prediction_type(toml_of(path)))
+    return describe(shapes, hints, str(path))
+
+
+def _prediction_type(toml: Path) -> str:
+    """Returns what the TOML file says of the prediction; `read_model_spec` reports its mistakes."""
+    try:
+        return str(tomllib.loads(read_text(toml)).get("prediction_type", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def _pickled_shapes(path: Path) -> Shapes:
+    # Importing torch takes seconds.
+    from img2img_server.engine.diffusers.single_file import read_tensors
+
+    return {name: tuple(it.shape) for name, it in read_tensors(path).items()}
+
+
+def toml_of(path: Path) -> Path:
+    """Returns the path of the TOML file with the settings of a single file."""
+    return path.with_suffix(".toml")

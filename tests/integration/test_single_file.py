@@ -1,0 +1,239 @@
+"""Single-file checkpoints give the images of diffusers' own loader; others are named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from img2img_server.engine.checkpoint_file import read_checkpoint
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.local_model import find_model
+from img2img_server.engine.family import ModelError
+from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.options import ModelOptions
+from tests.engine_bench import BOUND, difference, images, job, run, running
+from tests.original_layout import write_sd1, write_sd2, write_sdxl
+
+WRITERS: dict[str, Callable[[Path], tuple[Any, Path]]] = {
+    "sd1": write_sd1,
+    "sd2": write_sd2,
+    "sdxl": write_sdxl,
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model as a single file and as a directory in diffusers' layout."""
+
+    file: Path
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    made: dict[str, Written] = {}
+
+    def write(kind: str) -> Written:
+        if kind not in made:
+            place = tmp_path_factory.mktemp(kind)
+            pipeline, file = WRITERS[kind](place)
+            pipeline.save_pretrained(place / "folder")
+            made[kind] = Written(file, place / "folder")
+        return made[kind]
+
+    return write
+
+
+def load(source: Path, options: ModelOptions | None = None) -> DiffusersDenoiser:
+    return DiffusersDenoiser.load(str(source), torch.device("cpu"), torch.float32, options)
+
+
+def made_by(denoiser: DiffusersDenoiser, scheduler: str) -> Any:
+    wanted = job(scheduler=scheduler, guidance_scale=4.0, negative_prompt="blurry, low quality")
+    with running(denoiser) as engine:
+        return images(run(engine, wanted))[0]
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_a_single_file_gives_the_images_of_the_stock_loader(
+    kind: str, written: Callable[[str], Written]
+) -> None:
+    model = written(kind)
+    spec = read_model_spec(str(model.file))
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    ours = find_model(str(model.folder))
+    pipeline_class = getattr(diffusers, ours.family.pipelines[ours.files.class_name])
+    stock = pipeline_class.from_single_file(str(model.file), config=str(model.folder))
+    found = made_by(load(model.file), spec.scheduler)
+    expected = made_by(DiffusersDenoiser(stock), spec.scheduler)
+
+    assert difference(found, expected) <= BOUND
+    assert found.std() > 10, "the image has contrast"
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_a_single_file_is_described_like_its_directory(
+    kind: str, written: Callable[[str], Written]
+) -> None:
+    model = written(kind)
+    found, expected = (read_model_spec(str(it)) for it in (model.file, model.folder))
+
+    assert found.name == model.file.stem
+    for field in ("family", "scheduler", "schedulers", "native_size", "num_inference_steps"):
+        assert getattr(found, field) == getattr(expected, field), field
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_the_derived_configurations_are_those_of_the_directory(
+    kind: str, written: Callable[[str], Written]
+) -> None:
+    model = written(kind)
+    found, expected = find_model(str(model.file)).files, find_model(str(model.folder)).files
+    for part in found.configs:
+        for key, value in found.configs[part].items():
+            if key in expected.configs[part] and key not in ("architectures", "model_type"):
+                other = expected.configs[part][key]
+                same = list(other) if isinstance(other, list | tuple) else other
+                if part == "vae" and key == "sample_size":
+                    continue  # only for tiling
+                if key == "transformer_layers_per_block" and isinstance(other, int):
+                    same = [other] * len(value)
+                assert value == same, f"{part} {key}"
+
+
+def edited(file: Path, to: Path, **changes: torch.Tensor | None) -> Path:
+    tensors = load_file(file)
+    for name, tensor in changes.items():
+        if tensor is None:
+            tensors = {key: it for key, it in tensors.items() if not key.startswith(name)}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, to)
+    return to
+
+
+def test_a_missing_part_is_taken_from_the_folder_of_parts(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    model = written("sd1")
+    file = edited(model.file, tmp_path / "no_vae.safetensors", **{"first_stage_model.": None})
+    with pytest.raises(ModelError, match=r"no_vae\.safetensors does not hold the vae .*PARTS_DIR"):
+        load(file)
+    with pytest.raises(ModelError, match=r"there is no folder .*sd/vae") as caught:
+        load(file, ModelOptions(model_parts_dir=tmp_path))
+    assert caught.value.setting == "model_parts_dir"
+    (tmp_path / "sd").symlink_to(model.folder)
+
+    found = made_by(load(file, ModelOptions(model_parts_dir=tmp_path)), "pndm")
+    assert difference(found, made_by(load(model.file), "pndm")) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"model.diffusion_model.new.weight": torch.ones(3)},
+            "the unet in .* has tensors of 3 ",
+        ),
+        ({"control.weight": torch.ones(3)}, "are of no part of its model .*: control.weight"),
+        ({"model.diffusion_model.out.0.": None}, "the unet in .* lack conv_norm_out"),
+        ({"first_stage_model.quant_conv.bias": None}, "the vae in .* lack quant_conv.bias"),
+        (
+            {"cond_stage_model.transformer.text_model.final_layer_norm.": None},
+            "the text_encoder in .* lack final_layer_norm",
+        ),
+        ({"model.diffusion_model.": None}, "is no checkpoint of a layout that is known"),
+        ({"edm_mean": torch.ones(1)}, "is an EDM model"),
+    ],
+    ids=["unet-more", "more", "unet-less", "vae-less", "text-less", "no-unet", "edm"],
+)
+def test_a_checkpoint_with_more_or_less_than_its_model_is_refused(
+    changes: dict[str, torch.Tensor | None],
+    sentence: str,
+    written: Callable[[str], Written],
+    tmp_path: Path,
+) -> None:
+    file = edited(written("sd1").file, tmp_path / "model.safetensors", **changes)
+
+    with pytest.raises(ModelError, match=sentence):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["lora_unet_down_blocks_0.lora_down.weight"], "is a LoRA, not a model"),
+        (["decoder.conv_in.weight", "encoder.conv_in.weight"], "holds an autoencoder only"),
+        (["emb_params"], "is a textual inversion embedding"),
+        (["some.weight"], "is no checkpoint of a layout .*some.weight"),
+    ],
+    ids=["lora", "vae", "embedding", "other"],
+)
+def test_another_kind_of_file_is_named(names: list[str], sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    save_file({name: torch.ones(1) for name in names}, file)
+
+    with pytest.raises(ModelError, match=sentence):
+        read_model_spec(str(file))
+
+
+def test_an_inpainting_checkpoint_is_refused_by_its_channels(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    changes = {name: torch.zeros(64, 9, 3, 3)}
+    file = edited(written("sd1").file, tmp_path / "inpaint.safetensors", **changes)
+
+    with pytest.raises(ModelError, match="UNet has 9 input channels"):
+        read_model_spec(str(file))
+
+
+def test_the_operator_and_the_metadata_say_what_the_tensors_do_not(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    tensors = load_file(written("sdxl").file)
+    file = tmp_path / "noob.safetensors"
+
+    def scheduler(**metadata: str) -> Any:
+        save_file(tensors, file, metadata=metadata)
+        return read_checkpoint(file).files.scheduler
+
+    assert scheduler()["prediction_type"] == "epsilon"
+    given = {"modelspec.prediction_type": "v"}
+    assert scheduler(**given)["prediction_type"] == "v_prediction"
+    toml = 'name = "n"\nprediction_type = "epsilon"'
+    file.with_suffix(".toml").write_text(toml, encoding="utf-8")
+    assert scheduler(**given)["prediction_type"] == "epsilon"
+    assert read_model_spec(str(file)).name == "n"
+    file.with_suffix(".toml").unlink()
+    tensors |= {"v_pred": torch.ones(0), "ztsnr": torch.ones(0)}
+    found = scheduler()
+    assert (found["prediction_type"], found["rescale_betas_zero_snr"]) == ("v_prediction", True)
+
+
+def test_a_pickled_checkpoint_needs_permission_and_gives_the_same_image(
+    written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    model, file = written("sd1"), tmp_path / "model.ckpt"
+    torch.save({"state_dict": load_file(model.file), "epoch": 3}, file)
+    with pytest.raises(ModelError, match=r"model\.ckpt is a pickle, which can run code"):
+        load(file)
+
+    found = made_by(load(file, ModelOptions(allow_pickles=True)), "pndm")
+    assert difference(found, made_by(load(model.file), "pndm")) == 0
+
+
+def test_clips_tokenizer_gives_the_published_numbers() -> None:
+    from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
+
+    numbers = clip_tokenizer()("a photo of an astronaut riding a horse on mars").input_ids
+    published = [320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496]
+    assert numbers == [49406, *published, 49407]
