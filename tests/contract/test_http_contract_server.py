@@ -13,10 +13,10 @@ import grpc
 import pytest
 import trustme
 
+from img2img_server.gateway.http import event_stream
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.server import serve
 from img2img_server.gateway.upstream import connect
-from img2img_server.gateway.v1 import endpoints as event_streams
 from img2img_server.settings import SettingsError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.memory_blobs import MemoryBlobStore
@@ -70,7 +70,7 @@ async def test_events_arrive_while_the_job_runs() -> None:
 
 
 async def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_streams, "PING_SECONDS", 0.02)
+    monkeypatch.setattr(event_stream, "PING_SECONDS", 0.02)
     async with served_gateway() as gateway:
         sent = body(instant_response=True)
         job_id = (await gateway.http.post(f"{ENTERPRISE}/img2img", json=sent)).json()["id"]

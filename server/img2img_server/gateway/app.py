@@ -12,10 +12,16 @@ from fastapi.routing import RouteContext, iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from img2img_server import __version__
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
-from img2img_server.compat.modelslab.response_formats import Current, Legacy, Plain
+from img2img_server.compat.modelslab.response_formats import (
+    Current,
+    ErrorFormat,
+    Legacy,
+    Plain,
+)
 from img2img_server.gateway.http.caching import NoStore
 from img2img_server.gateway.http.callers import Callers
 from img2img_server.gateway.http.connections import Connections
@@ -24,6 +30,8 @@ from img2img_server.gateway.http.files import Files, is_file_path, missing
 from img2img_server.gateway.http.middleware import AccessLog, NormalizePath, RequestLimits
 from img2img_server.gateway.modelslab import endpoints as modelslab
 from img2img_server.gateway.modelslab.management import Management
+from img2img_server.gateway.openai import endpoints as openai
+from img2img_server.gateway.openai import errors as openai_errors
 from img2img_server.gateway.openapi import document
 from img2img_server.gateway.pages import add_docs, add_root
 from img2img_server.gateway.readiness import Readiness
@@ -53,6 +61,7 @@ def create_app(
     stop = stop or asyncio.Event()
     response_format = Legacy() if settings.legacy else Current()
     v1_format = response_format if settings.legacy else Plain()
+    openai_format = openai_errors.ErrorFormat()
     upstream, files = Upstream(channel), Files(blobs)
     app = FastAPI(
         title="img2img",
@@ -68,14 +77,18 @@ def create_app(
     app.state.connections = Connections(settings.max_http_requests, proxies)
     app.openapi = cache(partial(document, app, settings))  # type: ignore[method-assign]
 
-    def refuse(error: RequestError) -> Response:
-        return JSONResponse(*response_format.error(error))
+    def refuse(scope: Scope, error: RequestError) -> Response:
+        form: ErrorFormat = response_format
+        if openai_errors.serves(scope["path"]):
+            form = openai_format
+        elif scope["path"].startswith("/v1/"):
+            form = v1_format
+        return JSONResponse(*form.error(error))
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        form = v1_format if request.scope["path"].startswith("/v1/") else response_format
-        return JSONResponse(*form.error(error))
+        return refuse(request.scope, error)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: Exception) -> Response:
@@ -84,10 +97,10 @@ def create_app(
         if error.status_code == ErrorKind.WRONG_METHOD.status:
             methods = [m for r in iter_route_contexts(app.routes) for m in _methods(r, path)]
             allow = {"Allow": ", ".join(dict.fromkeys([*methods, "OPTIONS"]))}
-            return refuse(RequestError(ErrorKind.WRONG_METHOD, headers=allow))
+            return refuse(request.scope, RequestError(ErrorKind.WRONG_METHOD, headers=allow))
         if is_file_path(path):  # The path parameter does not match a line feed.
             return missing()
-        return refuse(RequestError(ErrorKind.NO_ROUTE))
+        return refuse(request.scope, RequestError(ErrorKind.NO_ROUTE))
 
     # The middleware that is added last runs first.
     app.add_middleware(
@@ -106,6 +119,7 @@ def create_app(
         Management(upstream).router(),
         _files(files),
         v1.Endpoints(settings, upstream, stop).router(),
+        openai.Endpoints(settings, upstream, files, stop).router(),
         _probes(readiness or Readiness(channel, blobs, stop)),
     ):
         app.include_router(router)

@@ -15,10 +15,11 @@ from pydantic import TypeAdapter
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.examples import EXAMPLES, TYPES
-from img2img_server.compat.modelslab.response_formats import Current
+from img2img_server.compat.modelslab.response_formats import Current, ErrorFormat
 from img2img_server.compat.modelslab.responses import Error, Legacy
 from img2img_server.domain.params import Limits
 from img2img_server.domain.violations import required
+from img2img_server.gateway.openai.schemas import schemas as openai_schemas
 from img2img_server.gateway.v1.schemas import schemas as v1_schemas
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import host_port, reachable
@@ -37,7 +38,13 @@ _KEYS = {
 _IN_HEADER: list[Schema] = [{name: []} for name in _KEYS]
 _ANYWHERE: list[Schema] = [{}, *_IN_HEADER]  # The key may be in the body instead.
 # security requirements by tag
-_SECURITY = {"img2img": _ANYWHERE, "management": _ANYWHERE, "jobs": _IN_HEADER}
+_SECURITY = {
+    "img2img": _ANYWHERE,
+    "management": _ANYWHERE,
+    "jobs": _IN_HEADER,
+    "openai": _IN_HEADER,
+}
+_CURRENT = Current()
 BODY = (ErrorKind.INVALID_JSON, ErrorKind.SLOW_BODY, ErrorKind.TOO_LARGE)
 _ANY = (ErrorKind.BAD_KEY, ErrorKind.FAULT, ErrorKind.UNAVAILABLE)
 _RETRY_AFTER = {
@@ -56,16 +63,27 @@ def body(schema: str, *, required: bool = True) -> Schema:
     return {"requestBody": {"required": required, "content": content(schema)}}
 
 
-def outcomes(*schemas: str, errors: Iterable[ErrorKind] = ()) -> dict[int | str, Schema]:
+def outcomes(
+    *schemas: str,
+    errors: Iterable[ErrorKind] = (),
+    form: ErrorFormat = _CURRENT,
+    schema: str = "Error",
+) -> dict[int | str, Schema]:
     """Returns the `responses` of an operation: the response with one of these schemas, and the
-    errors."""
+    errors.
+
+    Args:
+        form: The format of the errors.
+        schema: The schema of the errors.
+    """
     outcomes: dict[int | str, Schema] = {}
     if schemas:
         outcomes[200] = {"description": "The call succeeded.", "content": content(*schemas)}
     for kind in sorted({*_ANY, *errors}, key=lambda kind: kind.status):
         wrong = [required("prompt")] if kind is ErrorKind.FIELDS else []
-        example, *_ = Current().error(RequestError(kind, violations=wrong))
-        new = {"description": example["message"], "content": content("Error")}
+        error = RequestError(kind, violations=wrong)
+        example, *_ = form.error(error)
+        new = {"description": error.message, "content": content(schema)}
         outcome = outcomes.setdefault(kind.status, new)
         shown = outcome["content"]["application/json"].setdefault("examples", {})
         shown[kind.name.lower()] = {"value": example}
@@ -89,7 +107,8 @@ def document(app: FastAPI, settings: Settings) -> Schema:
     documented = [*TYPES, Error, Legacy]
     adapters: list[Any] = [(each, "validation", TypeAdapter(each)) for each in documented]
     _, types = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
-    schemas = types["$defs"] | v1_schemas(Limits(max_side_pixels=settings.max_side_pixels))
+    limits = Limits(max_side_pixels=settings.max_side_pixels)
+    schemas = types["$defs"] | v1_schemas(limits) | openai_schemas(limits)
     for name, example in EXAMPLES.items():
         schemas[name]["examples"] = [example]
     generated["components"] = {"schemas": schemas, "securitySchemes": _KEYS}
@@ -101,7 +120,8 @@ def document(app: FastAPI, settings: Settings) -> Schema:
                 operation["responses"] = {"200": _LEGACY}
             for sent in operation.get("requestBody", {}).get("content", {}).values():
                 name = sent["schema"]["$ref"].rpartition("/")[2]
-                sent["example"] = _working(EXAMPLES[name], settings)
+                if name in EXAMPLES:
+                    sent["example"] = _working(EXAMPLES[name], settings)
     return generated
 
 

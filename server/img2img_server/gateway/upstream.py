@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -34,7 +34,11 @@ from img2img_server.settings import Settings
 from img2img_server.tracing import injected
 
 SERVICE = "img2img.v1.Img2ImgService"
-ENDED = tuple(job_pb2.Job.State.Value(f"STATE_{state.name}") for state in TERMINAL_STATES)
+# The terminal states of the protocol, each with the name of its event.
+_TERMINAL = {job_pb2.Job.State.Value(f"STATE_{state.name}"): state for state in TERMINAL_STATES}
+ENDED = tuple(_TERMINAL)
+# Errors that no retry of a stream removes.
+_FINAL = (ErrorKind.BAD_KEY, ErrorKind.FORBIDDEN, ErrorKind.UNKNOWN_JOB)
 _MAX_KEY_CHARACTERS = 1024  # characters; longer keys would exceed the limit on metadata
 WATCH_AGAIN_SECONDS = 1.0  # seconds between two attempts at a stream
 _CREATE_SECONDS = 60.0  # seconds; the time includes the download of the init image
@@ -249,6 +253,33 @@ class Upstream:
                 return job
             await asyncio.sleep(WATCH_AGAIN_SECONDS)
 
+    async def follow(self, key: str, job_id: int | str) -> AsyncGenerator[event_pb2.JobEvent, None]:
+        """Yields the events of a job until its terminal one, in as many streams as that takes.
+
+        While the api has no room for a stream, only the terminal event is yielded.
+
+        Raises:
+            RequestError: The job or its key does not exist any more.
+        """
+        seen = 0
+        while True:
+            try:
+                async with aclosing(self.watch(key, job_id, seen)) as events:
+                    async for event in events:
+                        seen = max(seen, event.sequence)
+                        yield event
+                        if event.WhichOneof("event") in TERMINAL_STATES:
+                            return
+            except RequestError as error:
+                if error.kind in _FINAL:
+                    raise
+            with suppress(RequestError):
+                job = await self.get(key, job_id)
+                if job.state in ENDED:
+                    yield _terminal_event(job)
+                    return
+            await asyncio.sleep(WATCH_AGAIN_SECONDS)
+
     async def update_storage(
         self, key: str, request: service_pb2.UpdateStorageSettingsRequest
     ) -> service_pb2.UpdateStorageSettingsResponse:
@@ -262,6 +293,12 @@ class Upstream:
         """Removes the tenant's S3 settings."""
         request = service_pb2.ResetStorageSettingsRequest(deploy_type=deploy_type)
         return await _call(self._stub.ResetStorageSettings, request, key)
+
+
+def _terminal_event(job: job_pb2.Job) -> event_pb2.JobEvent:
+    event = event_pb2.JobEvent(job=job.name)
+    getattr(event, _TERMINAL[job.state]).job.CopyFrom(job)
+    return event
 
 
 async def _call(

@@ -21,11 +21,21 @@ async def inline(blobs: BlobStore, links: Sequence[str]) -> list[str]:
 
 
 async def _text(blobs: BlobStore, link: str) -> str:
+    content = await read(blobs, link)
+    return link if content is None else content.decode("ascii")
+
+
+async def read(blobs: BlobStore, link: str) -> bytes | None:
+    """Returns the content of the linked file, or None for a link to a file elsewhere and for a file
+    that was deleted.
+
+    Raises:
+        StorageError: the bucket cannot be read.
+    """
     key = "/".join(link.rsplit("/", 2)[1:])
     if not KEY.fullmatch(key):
-        return link
+        return None
     try:
-        chunks = [chunk async for chunk in blobs.read(key)]
+        return b"".join([chunk async for chunk in blobs.read(key)])
     except KeyError:
-        return link
-    return b"".join(chunks).decode("ascii")
+        return None

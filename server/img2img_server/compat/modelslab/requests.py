@@ -8,7 +8,7 @@ domain/params.py checks them.
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -296,7 +296,13 @@ def ignored(name: str, why: str) -> str:
 def _unknown(body: Mapping[str, Any]) -> list[str]:
     """Returns a warning that names the fields of the body that have no effect, if there are any."""
     known = Img2ImgRequest.model_fields.keys() - {"enhance_style"}
-    names = [name for name, value in body.items() if name not in known and value not in (None, "")]
+    return without_effect(
+        [name for name, value in body.items() if name not in known and value not in (None, "")]
+    )
+
+
+def without_effect(names: Sequence[str]) -> list[str]:
+    """Returns a warning that names the fields that have no effect, if there are any."""
     if not names:
         return []
     shown = [_shown(name) for name in names[:_MAX_NAMED_FIELDS]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab import responses, sentences
@@ -18,6 +18,14 @@ Body: TypeAlias = Mapping[str, Any]
 Reply: TypeAlias = tuple[Body, int, dict[str, str]]  # body, HTTP status, headers
 TIP = "Send the API key that the operator of this service gave you."
 TIPS = "Wait for your queued requests to finish, or ask the operator for a higher limit."
+
+
+class ErrorFormat(Protocol):
+    """The format of the errors of one API."""
+
+    def error(self, error: RequestError) -> Reply:
+        """Returns the response to a rejected request."""
+        ...
 
 
 class Plain:
@@ -33,7 +41,7 @@ class Plain:
             body["errors"] = _by_field((v.field, v.text) for v in violations)
         if error.kind is ErrorKind.RATE_LIMIT:
             body["retry_after"] = error.retry_seconds
-        return body, error.kind.status, _headers(error)
+        return body, error.kind.status, retry_headers(error)
 
 
 class Current(Plain):
@@ -79,7 +87,7 @@ class Legacy(Current):
             more = {"tips": TIPS, "retry_after": error.retry_seconds}
         body = {"status": "error", "message": message, "messege": message, **more}
         is_routing = error.kind in (ErrorKind.NO_ROUTE, ErrorKind.WRONG_METHOD)
-        return body, error.kind.status if is_routing else 200, _headers(error)
+        return body, error.kind.status if is_routing else 200, retry_headers(error)
 
     def success(self, job: job_pb2.Job, output: Sequence[str], *, fetched: bool) -> Body:
         body = super().success(job, output, fetched=fetched)
@@ -108,6 +116,7 @@ def _by_field(sentences: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return found
 
 
-def _headers(error: RequestError) -> dict[str, str]:
+def retry_headers(error: RequestError) -> dict[str, str]:
+    """Returns the headers of the error, with Retry-After if the caller may try again later."""
     has_retry = error.kind in (ErrorKind.RATE_LIMIT, ErrorKind.UNAVAILABLE)
     return error.headers | ({"Retry-After": str(error.retry_seconds)} if has_retry else {})

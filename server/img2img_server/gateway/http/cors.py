@@ -18,13 +18,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.http.middleware import Refuse
-from img2img_server.gateway.http.request_ids import HEADER
+from img2img_server.gateway.http.request_ids import HEADER, RESPONSE_HEADER
 from img2img_server.settings import Settings
 
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
     "Access-Control-Allow-Headers": "Content-Type, Authorization, key, X-API-Key, X-Requested-With",
 }
+_OF_OPENAI = re.compile(r"\b(?:x-stainless|openai)-[a-z-]{1,40}\b", re.ASCII)
+_MAX_OF_OPENAI = 20
 _LOOPBACK = r"localhost|127(\.\d{1,3}){3}|\[::1\]"
 
 
@@ -42,7 +44,13 @@ class Cors(CORSMiddleware):
             app,
             allow_origins=origins,
             allow_origin_regex=f"https?://{host}" if "loopback" in origins else None,
-            expose_headers=["Retry-After"],
+            expose_headers=[
+                "Retry-After",
+                RESPONSE_HEADER,
+                "Img2img-Job",
+                "Img2img-Ignored-Fields",
+                "Img2img-Warning",
+            ],
         )
         self._local_host = re.compile(host)
         self._is_guarded = settings.has_open_dev_key and not self.allow_all_origins
@@ -54,7 +62,7 @@ class Cors(CORSMiddleware):
         if scope["method"] == "OPTIONS":
             app = Response(status_code=204, headers=_preflight(headers))
         elif self._is_guarded and self._is_foreign(headers):
-            app = self._refuse(RequestError(ErrorKind.FOREIGN_PAGE))
+            app = self._refuse(scope, RequestError(ErrorKind.FOREIGN_PAGE))
         await app(scope, receive, partial(self.send, send=send, request_headers=headers))
 
     async def send(self, message: Message, send: Send, request_headers: Headers) -> None:
@@ -81,7 +89,11 @@ class Cors(CORSMiddleware):
 def _preflight(headers: Headers) -> dict[str, str]:
     """Returns the headers of the response to OPTIONS."""
     asked = headers.get("access-control-request-headers", "").lower()
-    if HEADER.lower() not in asked:
+    # OpenAI's client names itself in headers whose number grows with its versions.
+    more = list(dict.fromkeys(_OF_OPENAI.findall(asked)))[:_MAX_OF_OPENAI]
+    if HEADER.lower() in asked:
+        more.insert(0, HEADER)
+    if not more:
         return _PREFLIGHT
     name = "Access-Control-Allow-Headers"
-    return _PREFLIGHT | {name: f"{_PREFLIGHT[name]}, {HEADER}"}
+    return _PREFLIGHT | {name: ", ".join([_PREFLIGHT[name], *more])}

@@ -46,11 +46,7 @@ async def read_json(request: Request) -> dict[str, Any]:
             Content-Type names another type), or UNAVAILABLE if the gateway holds too many bodies.
         ClientDisconnect: the client closed the connection.
     """
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            raw = await _read(request)
-    except TimeoutError:
-        raise RequestError(ErrorKind.SLOW_BODY, headers={"Connection": "close"}) from None
+    raw = await read_body(request)
     body: Any = None
     if sum(map(raw.count, _VALUE_STARTS)) <= MAX_VALUES:
         with suppress(ValueError, RecursionError):
@@ -60,10 +56,29 @@ async def read_json(request: Request) -> dict[str, Any]:
     return body
 
 
+async def read_body(request: Request) -> bytearray:
+    """Reads the body, which counts to the tenant of the key in the headers, or to the peer.
+
+    Raises:
+        RequestError: TOO_LARGE, SLOW_BODY, or UNAVAILABLE if the gateway holds too many bodies.
+        ClientDisconnect: the client closed the connection.
+    """
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            return await _read(request)
+    except TimeoutError:
+        raise RequestError(ErrorKind.SLOW_BODY, headers={"Connection": "close"}) from None
+
+
+def media_type_of(request: Request) -> str:
+    """Returns the media type of the body in lower case, without parameters; "" if there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _not_json(request: Request) -> RequestError:
     """Returns the error for a body that is not a JSON object. On our own paths its message names
     the body's media type; on the contract's paths the message is fixed."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = media_type_of(request)
     if media_type in ("", "text/plain") or media_type.endswith("json"):
         return RequestError(ErrorKind.INVALID_JSON)
     message = ""

@@ -39,7 +39,8 @@ PROBES = ("/healthz", "/readyz")
 # Bytes of bodies without a valid key. A single peer can send one of the largest size.
 PEER_BYTES: Final = 64 * 2**20
 UNCOUNTED_BYTES: Final = 16 * 2**10  # of each body without a valid key
-Refuse: TypeAlias = Callable[[RequestError], Response]
+# Returns the response to a rejected request, in the format of its path.
+Refuse: TypeAlias = Callable[[Scope, RequestError], Response]
 log = structlog.get_logger()
 
 
@@ -90,7 +91,7 @@ class AccessLog:
             log.error("http_request_failed", error_id=secrets.token_hex(8), exc_info=error)
             if code:  # The response has begun, so the connection is closed.
                 raise
-            response = self._refuse(RequestError(ErrorKind.FAULT))
+            response = self._refuse(scope, RequestError(ErrorKind.FAULT))
             await response(scope, receive, send_noting_code)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
@@ -166,7 +167,7 @@ class RequestLimits:
             raise RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1)
 
     async def _reject(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = self._refuse(RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1))
+        response = self._refuse(scope, RequestError(ErrorKind.UNAVAILABLE, retry_seconds=1))
         await response(scope, receive, send)
 
 

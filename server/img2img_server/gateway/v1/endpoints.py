@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query
@@ -27,7 +27,8 @@ from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.compat.modelslab.requests import Img2ImgRequest, merge
 from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
-from img2img_server.gateway.http import request_ids
+from img2img_server.gateway.http import event_stream, request_ids
+from img2img_server.gateway.http.event_stream import PING, paced
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
 from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import ENDED, Creation, Upstream
@@ -35,9 +36,6 @@ from img2img_server.gateway.v1 import protojson
 from img2img_server.idempotency import request_id_of
 from img2img_server.settings import Settings
 
-PING_SECONDS = 15.0
-_PING = b": ping\n\n"
-_STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 _MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON parser reads exactly
 _EVENT = {
     "type": "object",
@@ -184,7 +182,7 @@ class Endpoints:
             return Response(status_code=204)
         events = self._upstream.watch(key, job_id, after)
         first = await anext(events)  # Errors are reported before the stream begins.
-        return EventSourceResponse(self._frames(first, events), headers=_STREAM_HEADERS)
+        return EventSourceResponse(self._frames(first, events), headers=event_stream.HEADERS)
 
     async def _is_last(self, key: str, job_id: str, sequence: int) -> bool:
         """Returns whether the job's terminal event has this sequence."""
@@ -201,27 +199,10 @@ class Endpoints:
         self, first: event_pb2.JobEvent, events: AsyncGenerator[event_pb2.JobEvent, None]
     ) -> AsyncIterator[bytes]:
         yield _frame(first)
-        stopping = asyncio.ensure_future(self._stop.wait())
-        following = asyncio.ensure_future(anext(events))
-        try:
-            while not stopping.done():
-                await asyncio.wait(
-                    {following, stopping},
-                    timeout=PING_SECONDS,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if following.done():
-                    yield _frame(following.result())
-                    following = asyncio.ensure_future(anext(events))
-                elif not stopping.done():
-                    yield _PING
-        except (StopAsyncIteration, RequestError):  # The job has ended, or the api stops.
-            return
-        finally:
-            following.cancel()
-            stopping.cancel()
-            await asyncio.gather(following, stopping, return_exceptions=True)
-            await events.aclose()
+        async with aclosing(paced(events, self._stop)) as following:
+            with suppress(RequestError):  # The api stops.
+                async for event in following:
+                    yield PING if event is None else _frame(event)
 
 
 def _frame(event: event_pb2.JobEvent) -> bytes:

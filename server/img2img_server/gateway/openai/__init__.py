@@ -1,0 +1,1 @@
+"""OpenAI's Images API, see docs/openai-api.md."""
