@@ -5,6 +5,7 @@ Schemathesis loads this file itself; see tests/contract/test_http_contract_opena
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import schemathesis
 from schemathesis import GenerationMode
+from schemathesis.core.parameters import ParameterLocation
 
 KNOWN = json.loads(os.environ["KNOWN"])  # keys, models, image, job, names of files, url
 # Fields that are read from a string as well as from a number: JSON Schema cannot express limits of
@@ -48,7 +50,17 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
     meant_to_be_right = case.meta.generation.mode == GenerationMode.POSITIVE
     managing = "management" in (case.operation.tags or [])
     key = KNOWN["manager" if managing else "maker"]
-    if isinstance(case.body, dict):
+    if "openai" in (case.operation.tags or []):
+        headers = case.meta.components.get(ParameterLocation.HEADER)
+        if not headers or headers.mode == GenerationMode.POSITIVE:
+            case.headers = {**(case.headers or {}), "X-API-Key": key}
+        is_form = case.media_type == "multipart/form-data"
+        if is_form and isinstance(case.body, dict) and not meant_to_be_right:
+            # All values of a form are texts, so a wrong type cannot be sent.
+            case.body.pop("prompt", None)
+        if isinstance(case.body, dict) and meant_to_be_right:
+            _correct_edit(case.body, base64.b64decode(KNOWN["image"]) if is_form else None)
+    elif isinstance(case.body, dict):
         if "key" not in case.body or isinstance(case.body["key"], str):
             case.body["key"] = key
         if meant_to_be_right:
@@ -65,7 +77,8 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
             # A used key would return the job of another request.
             case.headers["Idempotency-Key"] = str(uuid.uuid4())
     if meant_to_be_right and case.path_parameters:
-        known = {"job_id": KNOWN["job"], "name": KNOWN["names"].get(case.path.split("/")[1])}
+        name = KNOWN["names"].get(case.path.split("/")[1], KNOWN["model"])
+        known = {"job_id": KNOWN["job"], "name": name}
         for name in case.path_parameters:
             case.path_parameters[name] = known[name]
     # This also replaces an id from a response, whose job has ended.
@@ -78,6 +91,14 @@ def _waiting_job() -> str:
     spec = {"prompt": "a", "init_image": {"data": KNOWN["image"]}, "model": KNOWN["idle"]}
     answer = httpx.post(f"{KNOWN['url']}/v1/jobs", json={"key": KNOWN["maker"], "spec": spec})
     return str(answer.raise_for_status().json()["job"]["id"])
+
+
+def _correct_edit(body: dict[str, Any], file: bytes | None) -> None:
+    """Replaces values whose validity no schema can express."""
+    body["image"] = file or KNOWN["image"]
+    for name, known in (("model", KNOWN["model"]), ("size", "256x264"), ("image[]", "")):
+        if name in body:
+            body[name] = known
 
 
 def _correct(body: dict[str, Any]) -> None:

@@ -37,14 +37,16 @@ async def test_options_needs_no_key_and_returns_204(path: str, gateway: Gateway)
         "access-control-allow-headers": (
             "Content-Type, Authorization, key, X-API-Key, X-Requested-With"
         ),
-        "access-control-expose-headers": "Retry-After",
+        "access-control-expose-headers": (
+            "Retry-After, X-Request-Id, Img2img-Job, Img2img-Ignored-Fields, Img2img-Warning"
+        ),
     }
 
 
 async def test_browsers_may_read_responses_and_errors(gateway: Gateway) -> None:
     for answer in (await gateway.create(), await gateway.create(key="x"), await gateway.fetch(1)):
         assert answer.headers["access-control-allow-origin"] == "*"
-        assert answer.headers["access-control-expose-headers"] == "Retry-After"
+        assert answer.headers["access-control-expose-headers"].startswith("Retry-After, ")
         assert "access-control-allow-credentials" not in answer.headers
 
 
@@ -151,3 +153,12 @@ async def test_a_page_at_the_public_address_may_call(base: str, gateway: Gateway
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=base) as http:
             answer = await http.post(f"{ENTERPRISE}/img2img", json=body(), headers={"Origin": base})
     assert answer.json()["status"] == "success"
+
+
+async def test_openais_client_may_send_its_headers_from_a_page(gateway: Gateway) -> None:
+    asked = "authorization,content-type,openai-project,x-stainless-os,x-other"
+    headers = {"Origin": "https://app.example", "Access-Control-Request-Headers": asked}
+    answer = await gateway.http.options("/v1/images/edits", headers=headers)
+    allowed = answer.headers["access-control-allow-headers"].lower().split(", ")
+    assert {"authorization", "content-type", "openai-project", "x-stainless-os"} <= set(allowed)
+    assert "x-other" not in allowed

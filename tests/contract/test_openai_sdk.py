@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 from PIL import Image
-from readme import ROOT
+from readme import ROOT, blocks
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
@@ -24,6 +25,10 @@ from tests.http_stack import ServedGateway, served_gateway
 from tests.stack import photo
 
 SCRIPT = Path(__file__).with_name("openai_sdk.mjs")
+NODE = pytest.mark.skipif(
+    shutil.which("node") is None or not (ROOT / "node_modules/openai").is_dir(),
+    reason="node and its package openai are not installed",
+)
 FILE = ("harbour.jpg", photo(), "image/jpeg")
 
 
@@ -152,10 +157,7 @@ async def test_the_python_client_repeats_a_request_that_had_no_room(
     assert (len(calls), len(images.data or [])) == (2, 1)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-@pytest.mark.skipif(
-    not (ROOT / "node_modules/openai").is_dir(), reason="openai of npm is not installed"
-)
+@NODE
 async def test_the_node_client_does_the_same(gateway: ServedGateway, tmp_path: Path) -> None:
     gateway.engine.release()
     image = tmp_path / "harbour.jpg"
@@ -186,3 +188,43 @@ async def test_the_node_client_does_the_same(gateway: ServedGateway, tmp_path: P
     name = f"jobs/{int(found['job']) + 5}"
     assert (await gateway.stack.api.get(name)).spec.prompt == "hold:it"
     await gateway.stack.api.reaches(name, job_pb2.Job.STATE_CANCELLED)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_the_python_and_curl_examples_of_the_page_run(
+    gateway: ServedGateway, tmp_path: Path
+) -> None:
+    page = ROOT / "docs/openai-api.md"
+    [[python], [curl]] = blocks(page, "python"), blocks(page, "sh")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    gateway.engine.release()
+
+    async def printed(*command: str, text: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            text.replace("127.0.0.1:8080", gateway.address),
+            cwd=tmp_path,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return out.decode()
+
+    words = (await printed(sys.executable, "-c", text=python.text)).split()
+    assert words[::2] == ["image_edit.partial_image", "image_edit.completed"]
+    assert (tmp_path / "painting.png").read_bytes().startswith(b"\x89PNG")
+    response = json.loads(await printed("bash", "-c", text=curl.text))
+    assert response["data"][0]["url"].startswith(f"http://{gateway.address}/generations/")
+
+
+@NODE
+async def test_the_node_example_of_the_page_runs(gateway: ServedGateway, tmp_path: Path) -> None:
+    [js] = blocks(ROOT / "docs/openai-api.md", "js")
+    for name in ("examples", "node_modules"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    gateway.engine.release()
+    script = tmp_path / "example.mjs"
+    script.write_text(js.text.replace("127.0.0.1:8080", gateway.address))
+    process = await asyncio.create_subprocess_exec("node", str(script), cwd=tmp_path)
+    assert await process.wait() == 0
+    assert (tmp_path / "painting.png").read_bytes().startswith(b"\x89PNG")

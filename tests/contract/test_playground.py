@@ -55,7 +55,15 @@ async def test_browsers_get_a_page_and_others_an_index(
         assert (answer.status_code, answer.headers["vary"]) == (200, "Accept")
         index = answer.json()
         assert (index.pop("name"), index.pop("version")) == ("img2img", __version__)
-        assert set(index) == {"docs", "openapi", "jobs", "capabilities", "health", "readiness"}
+        assert set(index) == {
+            "docs",
+            "openapi",
+            "jobs",
+            "capabilities",
+            "openai",
+            "health",
+            "readiness",
+        }
         for path in (index["docs"], index["openapi"], index["health"]):
             assert (await http.get(path)).status_code == 200
         config = Settings()

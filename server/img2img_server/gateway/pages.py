@@ -29,6 +29,7 @@ _PATHS = {
     "openapi": "/openapi.json",
     "jobs": "/v1/jobs",
     "capabilities": "/v1/capabilities",
+    "openai": "/v1/models",
     "health": "/healthz",
     "readiness": "/readyz",
 }

@@ -225,7 +225,8 @@ def _take_stream(edit: Edit, fields: dict[str, Any], in_spec: dict[str, Any]) ->
     edit.stream = bool(known)
     if "partial_images" not in fields:
         return
-    text = str(fields["partial_images"])
+    value = fields["partial_images"]
+    text = f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
     if not re.fullmatch("-?[0-9]{1,9}", text, re.ASCII):
         edit.violations.append(invalid_type("partial_images", "an integer"))
     elif not 0 <= int(text) <= MAX_PARTIAL_IMAGES:
