@@ -42,7 +42,7 @@ EDIT_BODY: Final[Schema] = {
 def schemas(limits: Limits) -> dict[str, Schema]:
     """Returns the schemas by name."""
     fields = _fields(limits)
-    file = _TEXT | {"contentMediaType": "application/octet-stream"}
+    file = {"contentMediaType": "application/octet-stream"}
     image = _TEXT | {"minLength": 1, "description": "A URL, a data URI or base64."}
     return {
         "OpenAIEditForm": _object({"prompt": fields["prompt"], "image": file}, fields),
