@@ -24,7 +24,7 @@ from img2img_server.devstack.files import write_private
 from img2img_server.domain.hub_id import HubId
 from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
 from img2img_server.errors import UnavailableError
 from img2img_server.exit_reason import logs_reason
 from img2img_server.last_line import is_json
@@ -59,6 +59,7 @@ async def serve_local(
         UnavailableError: A server does not start, or a child died. The message has its last log
             line.
     """
+    has_default = bool(settings.default_model)
     settings, metrics_ports = local_settings(settings)
     try:
         # The servers start in the background, while the worker loads its model.
@@ -69,12 +70,18 @@ async def serve_local(
         )
         async with engines, AsyncExitStack() as stack:
             settings = _with_storage_key(settings)
+            with logs_reason():
+                # A download has no limit of time, but the start of the roles has one.
+                downloading = asyncio.create_task(asyncio.to_thread(_download, settings))
+                await first_of(stop.wait(), downloading)
+            if stop.is_set():
+                return
+            if not has_default:
+                settings = settings.model_copy(update={"default_model": downloading.result()})
             roles = [_role(name, settings, engines, port) for name, port in metrics_ports.items()]
             for role in roles:  # The roles stop in reverse order: gateway, api, worker.
                 stack.push_async_callback(role.stop)
             with logs_reason():
-                # A download has no limit of time, but the start of the roles has one.
-                await first_of(asyncio.to_thread(_download, settings), stop.wait())
                 await first_of(_start(roles), _server_died(engines), stop.wait())
                 if not stop.is_set():
                     _announce(settings)
@@ -109,23 +116,28 @@ def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
             "dev_key": settings.api_keys_file is None,
             "grpc_port": grpc_port,
             "http_port": http_port,
-            "default_model": settings.default_model or read_model_spec(settings.model).name,
+            "default_model": settings.default_model
+            or read_model_spec(settings.model, defaults=ModelDefaults.of(settings)).name,
             "outbound_allow": settings.outbound_allow or allowed,
         }
     )
     return ours, dict(zip(METRICS_PORTS, metrics_ports, strict=True))
 
 
-def _download(settings: Settings) -> None:
-    """Downloads the model of a hub id into the cache, where the worker finds it.
+def _download(settings: Settings) -> str:
+    """Downloads the model of a hub id into the cache, where the worker finds it. Blocks.
+
+    Returns:
+        The name of the model.
 
     Raises:
         SettingsError: It cannot be downloaded.
     """
-    if Path(settings.model).exists() or HubId.parse(settings.model) is None:
-        return
+    defaults, found = ModelDefaults.of(settings), None
     try:
-        find_model(settings.model, allow_pickles=settings.allow_pickles)
+        if not Path(settings.model).exists() and HubId.parse(settings.model):
+            found = find_model(settings.model, allow_pickles=settings.allow_pickles)
+        return read_model_spec(settings.model, found, defaults).name
     except ModelError as error:
         raise SettingsError(error.mistake) from error
 

@@ -17,8 +17,10 @@ from img2img_server.engine.checkpoint_file import read_checkpoint
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.family import ModelError
+from img2img_server.engine.load import load_engine
 from img2img_server.engine.model_spec import read_model_spec
-from img2img_server.engine.options import ModelOptions
+from img2img_server.engine.options import EngineOptions, ModelOptions
+from img2img_server.settings import Settings
 from tests.engine_bench import BOUND, difference, images, job, run, running
 from tests.original_layout import write_sd1, write_sd2, write_sdxl
 
@@ -27,6 +29,9 @@ WRITERS: dict[str, Callable[[Path], tuple[Any, Path]]] = {
     "sd2": write_sd2,
     "sdxl": write_sdxl,
 }
+
+
+WANTED: dict[str, Any] = {"guidance_scale": 4.0, "negative_prompt": "blurry, low quality"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,8 @@ def load(source: Path, options: ModelOptions | None = None) -> DiffusersDenoiser
 
 
 def made_by(denoiser: DiffusersDenoiser, scheduler: str) -> Any:
-    wanted = job(scheduler=scheduler, guidance_scale=4.0, negative_prompt="blurry, low quality")
     with running(denoiser) as engine:
-        return images(run(engine, wanted))[0]
+        return images(run(engine, job(**WANTED, scheduler=scheduler)))[0]
 
 
 @pytest.mark.parametrize("kind", sorted(WRITERS))
@@ -227,7 +231,15 @@ def test_a_pickled_checkpoint_needs_permission_and_gives_the_same_image(
     with pytest.raises(ModelError, match=r"model\.ckpt is a pickle, which can run code"):
         load(file)
 
-    found = made_by(load(file, ModelOptions(allow_pickles=True)), "pndm")
+    options = EngineOptions.of(
+        Settings(model=str(file), allow_pickles=True, warm_up_sizes="", device="cpu")
+    )
+    engine = load_engine(options)
+    try:
+        spec, found = engine.model, images(run(engine, job(**WANTED, scheduler="pndm")))[0]
+    finally:
+        engine.stop()
+    assert (spec.name, spec.schedulers[0], spec.native_size) == ("model", "pndm", 512)
     assert difference(found, made_by(load(model.file), "pndm")) == 0
 
 

@@ -38,7 +38,7 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
     defaults = ModelDefaults.of(options)
     spec = read_model_spec(options.model, defaults=defaults)
     model = find_model(spec.source, allow_pickles=options.allow_pickles)
-    if str(model.path) != spec.source:
+    if model.checkpoint is not None or str(model.path) != spec.source:
         spec = read_model_spec(options.model, model, defaults)
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)

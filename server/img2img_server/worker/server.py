@@ -13,7 +13,7 @@ import structlog
 
 from img2img_server.engine.base import Engine
 from img2img_server.engine.family import ModelError
-from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
 from img2img_server.engine.options import EngineOptions, limit_spinning
 from img2img_server.errors import OperatorError, SafetyCheckError
 from img2img_server.exit_reason import logs_reason
@@ -131,7 +131,7 @@ async def _warm_up(safety: SafetyChecker) -> None:
 
 def _source(settings: Settings) -> str:
     try:
-        return read_model_spec(settings.model).source
+        return read_model_spec(settings.model, defaults=ModelDefaults.of(settings)).source
     except ModelError as error:
         raise SettingsError(error.mistake) from error
 
