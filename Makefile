@@ -53,7 +53,7 @@ gen: setup ## Write the generated files: stubs in proto/gen, docs/settings.md, t
 gold: setup .tools/helm ## Rewrite the golden files; read the diff before you commit it
 	GOLD=1 $(BIN)/python -m pytest -k golden $(ARGS)
 
-chart: setup .tools/helm .tools/checks/.installed ## Check the Helm chart
+chart: setup .tools/helm .tools/promtool .tools/checks/.installed ## Check the Helm chart
 	$(BIN)/python -m pytest tests/chart $(ARGS)
 	$(BIN)/python helm/generate.py --check
 	$(BIN)/python helm/check.py
@@ -114,6 +114,9 @@ LOCKS := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 	@echo "Installing the service and the tools into .venv (the first time takes some minutes)"
 	$(call install,dev)
 	@touch .venv/.local $@
+
+.tools/promtool: helm/fetch_prometheus.py | .venv/bin/python
+	-$(BIN)/python helm/fetch_prometheus.py && touch $@
 
 .tools/helm: helm/fetch_helm.py | .venv/bin/python
 	$(BIN)/python helm/fetch_helm.py

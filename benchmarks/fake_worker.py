@@ -34,7 +34,7 @@ async def serve(stop: asyncio.Event) -> None:
         return "" if ready.is_set() else "starting"
 
     async with (
-        probe_server(settings, why_not_ready),
+        probe_server(settings, "worker", why_not_ready),
         connect_bus(settings, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):

@@ -7,14 +7,33 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    MutableMapping,
+)
 from contextlib import asynccontextmanager
+from itertools import product
 from typing import Any, Final, TextIO
 
 import structlog
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+from prometheus_client.registry import Collector
 
+from img2img_server import __version__
 from img2img_server.last_line import is_json
 from img2img_server.library_logs import LibraryLimit, mask_secrets
 from img2img_server.ports import host_port, listeners
@@ -29,6 +48,9 @@ log = structlog.get_logger()
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
+BUILD_INFO = Gauge(
+    "img2img_build_info", "Always 1; the labels are the version and the role.", ["version", "role"]
+)
 RPCS = Counter("img2img_rpcs_total", "Finished RPCs.", ["method", "code"])
 RPC_SECONDS = Histogram("img2img_rpc_seconds", "Time of RPCs.", ["method"], buckets=_SECONDS)
 WATCHERS = Gauge("img2img_watchers", "Open event streams.")
@@ -52,6 +74,7 @@ UNFINISHED_JOBS = Gauge(
     "Jobs that wait or run, in the whole installation.",
     ["model", "lane"],
 )
+WORKERS = Gauge("img2img_workers", "Live workers, in the whole installation.", ["model"])
 JOBS_RUNNING = Gauge("img2img_jobs_running", "Jobs that this worker has begun and not ended.")
 CLOCK_SKEW = Gauge(
     "img2img_clock_skew_seconds",
@@ -67,6 +90,34 @@ STAGE_SECONDS = Histogram(
     ["stage", "model", "lane"],
     buckets=_SECONDS,
 )
+BATCH_FORWARDS = Histogram(
+    "img2img_batch_forwards",
+    "Forwards of a denoising step: a sample costs one, with guidance two.",
+    ["model"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+)
+MAX_BATCH_SIZE = Gauge(
+    "img2img_max_batch_size", "Largest number of forwards of a denoising step.", ["model"]
+)
+DEVICE_BUSY_SECONDS = Counter(
+    "img2img_device_busy_seconds_total", "Seconds in which the device worked.", ["model"]
+)
+DEVICE_MEMORY_BYTES = Gauge(
+    "img2img_device_memory_bytes",
+    "Memory of the worker's device: `used` by the worker, `free`, and `total`. On a CPU it is the "
+    "memory of the machine.",
+    ["device", "state"],
+)
+STORE_CALLS = Counter(
+    "img2img_store_calls_total",
+    "Calls of the object store: `ok`, `failed` (another attempt may succeed) or `refused`.",
+    ["outcome"],
+)
+OUTCOMES: Final = ("ok", "failed", "refused")
+NATS_CALLS = Counter(
+    "img2img_nats_calls_total", "Calls of JetStream: `ok` or `failed`.", ["outcome"]
+)
+NATS_RECONNECTS = Counter("img2img_nats_reconnects_total", "Lost connections to NATS, open again.")
 STEPS = Counter("img2img_steps_total", "Denoising steps run.")
 WEBHOOKS = Counter("img2img_webhooks_total", "Attempts at webhooks.", ["status"])
 BUDGET_TOTAL = Gauge(
@@ -96,6 +147,39 @@ TENANT_DEVICE_SECONDS = Counter(
 _NAMED_TENANTS: Final = 100
 _named_tenants: set[str] = set()
 REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
+
+
+# Metrics without labels have a value, 0, in every process. Other roles do not export it.
+_ONLY_IN: Final[dict[str, frozenset[str]]] = {
+    "img2img_watchers": frozenset({"api"}),
+    "img2img_event_rereads": frozenset({"api"}),
+    "img2img_jobs_running": frozenset({"worker"}),
+    "img2img_store_waiting_bytes": frozenset({"worker"}),
+    "img2img_steps": frozenset({"worker"}),
+    "img2img_redeliveries": frozenset({"worker"}),
+    "img2img_nats_reconnects": frozenset({"api", "worker"}),
+}
+
+
+class _RoleMetrics(Collector):
+    """The metrics of one role."""
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in REGISTRY.collect():
+            if self._role in _ONLY_IN.get(metric.name, (self._role,)):
+                yield metric
+
+
+def count_from_zero(counter: Counter, *labels: Iterable[str]) -> None:
+    """Exports a counter with 0 for each combination of values of its labels.
+
+    The rate of a counter that appears with 1 is 0, so an alert would miss the first event.
+    """
+    for combination in product(*labels):
+        counter.labels(*combination)
 
 
 def count_usage(tenant: str, device_seconds: float) -> None:
@@ -224,12 +308,13 @@ async def _observe_loop_lag() -> None:
 
 @asynccontextmanager
 async def probe_server(
-    settings: Settings, why_not_ready: Callable[[], str | Awaitable[str]]
+    settings: Settings, role: str, why_not_ready: Callable[[], str | Awaitable[str]]
 ) -> AsyncIterator[str]:
     """Serves /metrics, /livez (the event loop runs) and /readyz (the role may get traffic), and
     measures the lag of the event loop.
 
     Args:
+        role: api, gateway or worker, whose metrics are exported.
         why_not_ready: returns why the role is not ready; empty while it is.
 
     Yields:
@@ -238,9 +323,13 @@ async def probe_server(
     Raises:
         SettingsError: the port cannot be used.
     """
+    BUILD_INFO.labels(__version__, role).set(1)
+    registry = CollectorRegistry()
+    registry.register(_RoleMetrics(role))
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        body = generate_latest(registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def livez(_: web.Request) -> web.Response:
         return web.Response(text="alive\n")

@@ -16,7 +16,7 @@ from img2img_server.gateway.http import middleware
 from tests.chart_render import ROOT, SETS, Object, of_kind, pods, render
 
 # Metrics of Prometheus itself, with the labels that the operator adds to targets.
-TARGET_LABELS = {"namespace", "pod", "service"}
+TARGET_LABELS = {"namespace", "pod", "service", "img2img_pool"}
 KNOWN: dict[str, set[str]] = {"up": set()}
 SUFFIXES = {Counter: ("_total",), Gauge: ("",), Histogram: ("_bucket", "_sum", "_count")}
 for _metric in (*vars(telemetry).values(), *vars(middleware).values()):
@@ -67,7 +67,7 @@ def assert_exported(expression: str) -> None:
 
 
 def test_every_alert_asks_for_metrics_and_labels_that_exist() -> None:
-    assert len(alerts()) == 12
+    assert len(alerts()) == 15
     for expression in alerts().values():
         assert_exported(expression)
 
@@ -76,7 +76,7 @@ def test_every_panel_of_the_dashboard_asks_for_metrics_and_labels_that_exist() -
     shown = panels()
     for expressions in shown.values():
         for expression in expressions:
-            assert_exported(expression.replace('"$namespace"', '"img2img"'))
+            assert_exported(re.sub(r"\$\w+", "img2img", expression))
     ours = {name for name in KNOWN if name.startswith("img2img_") and not name.endswith("_sum")}
     text = json.dumps(shown)
     roots = {name.removesuffix("_bucket").removesuffix("_count") for name in ours}

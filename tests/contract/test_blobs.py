@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from minio import Minio
 from minio.commonconfig import ENABLED, Filter
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+from prometheus_client import REGISTRY
 
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http.files import Files
@@ -162,10 +163,15 @@ async def test_shared_caches_may_not_keep_a_file_whether_it_comes_from_the_bucke
     assert gateway["Cache-Control"] == bucket["Cache-Control"]
 
 
+def outcomes(outcome: str) -> float:
+    """Returns the number of calls of the store with this outcome."""
+    return REGISTRY.get_sample_value("img2img_store_calls_total", {"outcome": outcome}) or 0.0
+
+
 async def test_a_store_that_is_down_is_tried_three_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = 0
+    calls, failed = 0, outcomes("failed")
 
     async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal calls
@@ -183,12 +189,14 @@ async def test_a_store_that_is_down_is_tried_three_times(
             with pytest.raises(StorageError, match="cannot be reached"):
                 await store.put(KEY, b"x", "image/png")
     assert calls == 3
+    assert outcomes("failed") == failed + 1
 
 
 async def test_wrong_credentials_are_refused_at_once(
     engine_settings: Callable[..., Settings],
 ) -> None:
-    settings = engine_settings(s3_secret_key="wrong-wrong-wrong")
+    settings, refused = engine_settings(s3_secret_key="wrong-wrong-wrong"), outcomes("refused")
     async with connect_blobs(settings) as store:
         with pytest.raises(StorageError, match="SignatureDoesNotMatch"):
             await store.put(KEY, b"x", "image/png")
+    assert outcomes("refused") == refused + 1

@@ -75,6 +75,21 @@ async def test_what_waits_is_the_sum_of_what_each_job_costs() -> None:
     assert await seconds(backlog, "taken") == 0.0
 
 
+async def test_live_workers_are_counted_by_model_and_a_model_without_one_has_zero() -> None:
+    bus = memory_bus(queue_limit=100)
+    backlog = Backlog(bus.queue, bus.workers)
+    await announce(bus, name="first")
+    await announce(bus, name="second")
+    await announce(bus, replace(MODEL, name="idle"), name="third")
+    await bus.workers.withdraw("third")
+    await backlog.measure()
+    found = {
+        name: REGISTRY.get_sample_value("img2img_workers", {"model": name})
+        for name in ("fake", "idle")
+    }
+    assert found == {"fake": 2.0, "idle": 0.0}
+
+
 async def test_a_taken_job_moves_over_with_its_own_cost_until_it_has_ended() -> None:
     bus = memory_bus(queue_limit=100)
     backlog = Backlog(bus.queue, bus.workers)

@@ -24,7 +24,7 @@ async def measured(session: aiohttp.ClientSession, address: str) -> tuple[float,
 
 async def test_a_blocked_event_loop_is_visible_in_the_metrics() -> None:
     async with (
-        probe_server(settings(metrics_port=0), lambda: "") as address,
+        probe_server(settings(metrics_port=0), "api", lambda: "") as address,
         aiohttp.ClientSession() as session,
         asyncio.timeout(20),
     ):

@@ -24,7 +24,7 @@ from img2img_server.domain.schedulers import model_runs
 from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.queue import SIZE_STEP, JobQueue, LaneLoad, size_of
 from img2img_server.interfaces.records import WorkerRegistry
-from img2img_server.telemetry import QUEUED_GPU_SECONDS, UNFINISHED_JOBS
+from img2img_server.telemetry import QUEUED_GPU_SECONDS, UNFINISHED_JOBS, WORKERS
 
 log = structlog.get_logger()
 
@@ -241,7 +241,9 @@ class Backlog:
         Raises UnavailableError.
         """
         found = {}
+        serving = Counter(each.model.name for each in await self._workers.workers())
         for model in await self._workers.models():
+            WORKERS.labels(model.name).set(serving[model.name])
             step_seconds = await self._pixel_step_seconds(model)
             for lane in Lane:
                 load = await self._queue.load(model.name, lane)
@@ -276,6 +278,7 @@ class Backlog:
             except Exception as error:  # A failed measurement must not end the api.
                 QUEUED_GPU_SECONDS.clear()
                 UNFINISHED_JOBS.clear()
+                WORKERS.clear()
                 if not isinstance(error, UnavailableError):
                     log.error("queued_device_time_not_measured", exc_info=error)
             else:

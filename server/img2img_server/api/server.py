@@ -14,7 +14,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from img2img.v1 import admin_service_pb2_grpc, service_pb2_grpc
+from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2, service_pb2_grpc
 from img2img_server import errors
 from img2img_server.api import convert
 from img2img_server.api.admin import AdminServicer
@@ -47,13 +47,28 @@ from img2img_server.ports import host_port, is_wildcard, listeners, reachable
 from img2img_server.settings import Settings, SettingsError
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
-from img2img_server.telemetry import probe_server
+from img2img_server.telemetry import (
+    NATS_CALLS,
+    OUTCOMES,
+    RPCS,
+    WEBHOOKS,
+    count_from_zero,
+    probe_server,
+)
 from img2img_server.webhooks.dispatcher import BackoffPolicy, WebhookDispatcher
+from img2img_server.webhooks.record import FAILED, RETRYING, SUCCESS
 from img2img_server.webhooks.sender import WebhookSender, webhook_sender
 from img2img_server.webhooks.signature import Signer
 
 _Status = health_pb2.HealthCheckResponse
 SERVICE_NAMES = ("img2img.v1.Img2ImgService", "img2img.v1.AdminService")
+_METHODS = tuple(
+    method.name
+    for module in (service_pb2, admin_service_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+)
+_COUNTED_CODES = ("OK", "INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED")  # those of alerts
 _HEALTH_SECONDS = 2.0
 CONNECTION_AGE_MS = 300_000
 _HANDSHAKE_MS = 20_000
@@ -185,7 +200,10 @@ class ApiServer:
         why_not_ready = await resources.enter_async_context(
             _updated_health(self._health, bus, self._deps.stop)
         )
-        probes = await resources.enter_async_context(probe_server(settings, why_not_ready))
+        count_from_zero(NATS_CALLS, OUTCOMES[:2])
+        count_from_zero(WEBHOOKS, (SUCCESS, RETRYING, FAILED))
+        count_from_zero(RPCS, _METHODS, _COUNTED_CODES)
+        probes = await resources.enter_async_context(probe_server(settings, "api", why_not_ready))
         limit = PeerLimit(port, settings.max_grpc_connections)
         await resources.enter_async_context(background_task(limit.watch()))
         address = host_port(settings.grpc_host, port)

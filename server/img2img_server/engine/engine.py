@@ -19,6 +19,7 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelInfo
 from img2img_server.engine.base import EngineJob, JobPlan, Sink
 from img2img_server.engine.denoiser import Denoiser
+from img2img_server.engine.device_memory import watch_memory
 from img2img_server.engine.dispatch import EventDispatcher
 from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelSpec
@@ -26,6 +27,7 @@ from img2img_server.engine.rows import EngineJobState, rows_of, text_of
 from img2img_server.engine.scheduler import Row
 from img2img_server.engine.step_loop import StepLoop
 from img2img_server.errors import EngineError
+from img2img_server.telemetry import DEVICE_BUSY_SECONDS, MAX_BATCH_SIZE
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class DiffusionEngine:
         self._arriving: dict[int, JobPlan] = {}  # submitted jobs that the step loop has not added
         self._stopping = False
         self._busy_seconds = 0.0
+        MAX_BATCH_SIZE.labels(spec.info.name).set(max_batch_size)
+        watch_memory(denoiser.device)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -142,11 +146,14 @@ class DiffusionEngine:
         if device.type == "cuda" and device.index is not None:
             # Events and streams belong to the thread's current device.
             torch.cuda.set_device(device)
+        busy = DEVICE_BUSY_SECONDS.labels(self._spec.info.name)
         with torch.inference_mode():
             while self._make_calls():
                 began = time.monotonic()
                 self._loop.run_batch()
-                self._busy_seconds += time.monotonic() - began
+                seconds = time.monotonic() - began
+                self._busy_seconds += seconds
+                busy.inc(seconds)
         self._loop.stop_all()
         self._events.close()
         while not self._calls.empty():  # copies that have failed since the last step

@@ -44,6 +44,7 @@ from img2img_server.engine.rows import (
 )
 from img2img_server.engine.scheduler import Batch, Scheduler
 from img2img_server.errors import EngineError, JobFailedError, OutOfMemoryError
+from img2img_server.telemetry import BATCH_FORWARDS
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class StepLoop:
         self._memory = memory
         self._runs: dict[int, EngineJobState] = {}
         self._lost = False  # whether the device is permanently lost
+        self._batch_forwards = BATCH_FORWARDS.labels(spec.info.name)
         self._outlook = self._scheduler.copy()
 
     @property
@@ -260,6 +262,7 @@ class StepLoop:
         forwards, size = sum(sample.run.forwards for sample in samples), largest_size(samples)
         with self._memory.measured(*size, self._denoiser.padded_batch_size(forwards)):
             failed = self._executor.step(samples)
+        self._batch_forwards.observe(forwards)
         ended = time.monotonic()
         for run in runs_of(samples):
             own = sum(run.forwards for sample in samples if sample.run is run)

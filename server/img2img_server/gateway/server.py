@@ -22,7 +22,7 @@ from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
 from img2img_server.tasks import background_task
-from img2img_server.telemetry import probe_server
+from img2img_server.telemetry import OUTCOMES, STORE_CALLS, count_from_zero, probe_server
 
 # Each new connection takes a millisecond or two. Other requests get their turn after this number.
 _ACCEPTED_AT_ONCE = 16
@@ -57,7 +57,9 @@ async def serve(
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(connect(settings))
         readiness = Readiness(channel, blobs, stop)
-        probes = await stack.enter_async_context(probe_server(settings, readiness.why_not))
+        count_from_zero(STORE_CALLS, OUTCOMES)
+        probing = probe_server(settings, "gateway", readiness.why_not)
+        probes = await stack.enter_async_context(probing)
         app = create_app(settings, channel, blobs, stop, readiness)
         server = _Server(_config(app, settings))
         await stack.enter_async_context(background_task(readiness.watch()))

@@ -28,6 +28,7 @@ from img2img_server.nats.faults import ConnectFault, WrongLastSequenceError, una
 from img2img_server.nats.inbox import Interrupted, ReplyInbox
 from img2img_server.nats.patched_client import DENIED, PatchedClient
 from img2img_server.settings import SettingsError
+from img2img_server.telemetry import NATS_CALLS, NATS_RECONNECTS
 
 REQUEST_SECONDS: Final = 4.0  # seconds; longest wait for a response
 RECONNECT_WAIT_SECONDS: Final = 2.0  # seconds; how long a call waits for a lost connection
@@ -207,6 +208,7 @@ class NatsConnection:
         self._up.clear()
 
     async def _on_reconnect(self) -> None:
+        NATS_RECONNECTS.inc()
         log.warning("nats_reconnected")
         # the client may have reached another server, or one with another configuration
         if why := self._too_small():
@@ -262,8 +264,11 @@ class NatsConnection:
             await self.ready()
             try:
                 with unavailable():
-                    return await call()
+                    answer = await call()
+                NATS_CALLS.labels("ok").inc()
+                return answer
             except UnavailableError as error:
+                NATS_CALLS.labels("failed").inc()
                 silent = isinstance(error.__cause__, TimeoutError)
                 again = (repeatable and silent) or faults.is_leaderless(error.__cause__)
                 if not again or loop.time() > until:

@@ -35,6 +35,7 @@ from img2img_server.storage.s3_faults import (
     is_repeatable_refusal,
     is_transient,
 )
+from img2img_server.telemetry import STORE_CALLS
 
 CHUNK_BYTES: Final = 64 * 1024
 PART_BYTES: Final = 64 * 2**20  # bytes; files are far smaller, so each upload takes one request
@@ -345,8 +346,11 @@ class S3BlobStore:
         pauses = iter(REPEAT_SECONDS)
         while True:
             try:
-                return await self._run(work, putting)
+                answer = await self._run(work, putting)
+                STORE_CALLS.labels("ok").inc()
+                return answer
             except FAULTS as error:
+                STORE_CALLS.labels("failed" if is_transient(error) else "refused").inc()
                 if isinstance(error, S3Error) and error.response is not None:
                     self._compare_clocks(error.response.headers)
                 pause = next(pauses, None) if is_repeatable_refusal(error) else None

@@ -11,6 +11,7 @@ from functools import partial
 
 import structlog
 
+from img2img_server.domain.job import State
 from img2img_server.engine.base import Engine
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
@@ -30,7 +31,14 @@ from img2img_server.storage.s3_blobs import S3BlobStore, connect_blobs
 from img2img_server.storage.tenant_s3 import TenantS3
 from img2img_server.storage.watched_blobs import WatchedBlobs
 from img2img_server.tasks import background_task
-from img2img_server.telemetry import probe_server
+from img2img_server.telemetry import (
+    JOBS_ENDED,
+    NATS_CALLS,
+    OUTCOMES,
+    STORE_CALLS,
+    count_from_zero,
+    probe_server,
+)
 from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.dispatch import Dispatcher
 from img2img_server.worker.downloads import forget_downloads
@@ -59,19 +67,23 @@ async def serve_worker(
         return "; ".join(filter(None, (why() for why in needs))) if ready else "starting"
 
     async with (
-        probe_server(settings, why_not_ready) as probes,
+        probe_server(settings, "worker", why_not_ready) as probes,
         DecoderPool.of(settings) as decoder,
         connect_bus(settings, reconnect_wait_seconds=RECONNECT_WAIT_SECONDS, stop=stop) as bus,
         connect_blobs(settings) as blobs,
     ):
         store = _watched(blobs, settings)
         needs = [bus.trouble, lambda: store.trouble]
+        count_from_zero(STORE_CALLS, OUTCOMES)
+        count_from_zero(NATS_CALLS, OUTCOMES[:2])
         with logs_reason():
             safety = safety_checker(settings, _source(settings))
             # If the worker is stopped while models load, the loading threads end with the process.
             loading = _load_all(safety, settings, blobs)
             engine = await unless_stopped(stop, loading)
         try:
+            states = [state.value for state in State if state.is_terminal]
+            count_from_zero(JOBS_ENDED, [engine.model.name], states)
             name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
 
             def announced() -> None:
