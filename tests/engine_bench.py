@@ -26,6 +26,7 @@ from img2img_server.engine.base import (
     JobDone,
     JobFailed,
     JobStopped,
+    JobSuspended,
     SampleReady,
 )
 from img2img_server.engine.denoiser import Denoiser
@@ -64,7 +65,7 @@ class ReplyInbox:
 
     def all(self) -> list[EngineEvent]:
         """Returns the events up to and including the last one of the job."""
-        return self.until(JobDone, JobStopped, JobFailed, DeviceLost)
+        return self.until(JobDone, JobStopped, JobSuspended, JobFailed, DeviceLost)
 
     def is_empty(self) -> bool:
         return self._events.empty()

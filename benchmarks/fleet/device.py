@@ -65,6 +65,10 @@ class SleepingDenoiser:
         self._costs = costs
 
     @property
+    def state_key(self) -> str:
+        return "sleeping"
+
+    @property
     def fixed_step_cost(self) -> int | None:
         return None if self._costs.batches_pay else 0
 

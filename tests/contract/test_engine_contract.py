@@ -6,20 +6,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.engine.base import (
+    RESTARTED_WARNING,
     Engine,
     EngineEvent,
+    EngineJob,
     JobDone,
     JobStopped,
+    JobSuspended,
     PreviewReady,
     SampleReady,
 )
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.fingerprint import fingerprint
+from img2img_server.engine.options import ModelOptions
 from img2img_server.errors import EngineError
 from img2img_server.testing.fake_engine import FakeEngine
 from tests.engine_bench import BOUND, ReplyInbox, difference, images, job, load, run, running
@@ -224,3 +232,104 @@ def test_clearing_the_cache_of_a_model_forgets_its_prompts(denoiser: DiffusersDe
         engine.clear_cache()
         engine.stop()
     assert not denoiser._text._cache
+
+
+def suspended_after(engine: Engine, one: EngineJob, step: int) -> list[EngineEvent]:
+    """Runs a job until its last sample has taken this step, then suspends it."""
+    inbox, last = ReplyInbox(), one.indices[-1]
+
+    def sink(event: EngineEvent) -> None:
+        if isinstance(event, StepFinished) and (event.sample, event.step) == (last, step):
+            engine.suspend(one.job_id)
+        inbox(event)
+
+    engine.submit(one, sink)
+    return inbox.all()
+
+
+def test_a_suspended_job_continues_with_its_next_step_and_the_same_image(engine: Engine) -> None:
+    one = job(strength=1.0, num_inference_steps=8, seeds=(1, 2))
+    expected = images(run(engine, one))
+    before = suspended_after(engine, one, 3)
+    suspended = before[-1]
+    assert isinstance(suspended, JobSuspended)
+    assert suspended.state.steps == {0: 3, 1: 3}
+    assert 0.0 < suspended.state.device_seconds <= suspended.engine_seconds * 1.001
+
+    after = run(engine, replace(one, state=suspended.state))
+    done = after[-1]
+
+    steps = [event for event in (*before, *after) if isinstance(event, StepFinished)]
+    assert sorted((step.sample, step.step) for step in steps) == [
+        (sample, step) for sample in (0, 1) for step in range(1, 9)
+    ]
+    assert isinstance(done, JobDone)
+    assert (done.timings.steps, done.denoising_steps, done.warnings) == (16, 8, ())
+    assert done.device_seconds > suspended.state.device_seconds
+    # Two samples share batches, or not; alone, the image is equal (tests/oracle/test_suspended.py).
+    assert max(map(difference, images(after), expected)) <= BOUND
+
+
+def test_a_job_without_a_step_or_with_all_steps_is_not_suspended(engine: Engine) -> None:
+    engine.suspend(99)  # an unknown job
+    assert isinstance(suspended_after(engine, job(strength=1.0), 4)[-1], JobDone)
+
+
+def test_a_state_that_cannot_be_used_starts_the_job_again_with_a_warning(
+    denoiser: DiffusersDenoiser,
+) -> None:
+    one = job(strength=1.0, num_inference_steps=8)
+    with running(denoiser) as engine:
+        expected = images(run(engine, one))
+        suspended = suspended_after(engine, one, 3)[-1]
+        assert isinstance(suspended, JobSuspended)
+        good = suspended.state
+        unusable = [
+            replace(good, state_key="another model"),
+            replace(good, job_id=2),
+            replace(good, tenant="another tenant"),
+            replace(good, total=9),
+            replace(good, steps={0: 8}),
+            replace(good, steps={1: 3}),
+            replace(good, tensors=good.tensors[: len(good.tensors) // 2]),
+            replace(good, tensors=b""),
+            replace(good, tensors=save({"0.generator": torch.zeros(4, dtype=torch.uint8)})),
+            replace(good, tensors=save({"0.slot.0": torch.zeros(1, 4, 8)})),
+        ]
+        for state in unusable:
+            events = run(engine, replace(one, state=state))
+            assert isinstance(events[-1], JobDone)
+            assert events[-1].warnings == (RESTARTED_WARNING,)
+            assert events[-1].timings.steps == 8
+            assert np.array_equal(images(events)[0], expected[0])
+
+
+def test_the_state_key_tells_models_and_options_apart(
+    denoiser: DiffusersDenoiser, tmp_path: Path
+) -> None:
+    same = load(write_sd(tmp_path / "same"))
+    assert same.state_key == denoiser.state_key
+    weight = same._model.network.conv_in.weight
+    with torch.no_grad():
+        weight.view(-1)[0] += 1e-3
+    assert same._key(ModelOptions()) != denoiser.state_key
+    folder = tmp_path / "same"
+    cpu = torch.device("cpu")
+    half = DiffusersDenoiser.load(str(folder), cpu, torch.bfloat16)
+    fused = DiffusersDenoiser.load(str(folder), cpu, torch.float32, ModelOptions(fuse_qkv=True))
+    assert len({denoiser.state_key, half.state_key, fused.state_key}) == 3
+
+
+@pytest.mark.parametrize("size", [100, 2**19 + 4099], ids=["small", "large"])
+def test_a_fingerprint_depends_on_every_value_and_its_place(size: int) -> None:
+    layer = torch.nn.Module()
+    layer.register_buffer("numbers", torch.arange(size, dtype=torch.float32))
+    first = fingerprint({"part": layer})
+    assert first == fingerprint({"part": layer})
+    for place in (0, size // 2, size - 1):
+        layer.numbers[place] += 1
+        assert fingerprint({"part": layer}) != first
+        layer.numbers[place] -= 1
+    layer.numbers[:2] = layer.numbers[:2].flip(0)
+    assert fingerprint({"part": layer}) != first
+    assert fingerprint({"another": layer}) != first

@@ -14,6 +14,9 @@ from img2img_server.domain.stages import Span
 from img2img_server.imaging.base import Pixels
 
 _CUT_SHOWN_CHARACTERS = 40
+RESTARTED_WARNING = (
+    "The worker of the job stopped, and another one started the job again from its first step."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,6 +52,36 @@ class JobPlan:
         return self.params.width
 
 
+class StateError(Exception):
+    """A job cannot continue from its state. The message says why, as a clause about the state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JobState:
+    """The state of a suspended job, from which an engine with the same key continues.
+
+    Attributes:
+        state_key: Engine.state_key of the engine that suspended the job.
+        steps: For each sample that is not finished, by its index: the steps that are done.
+        total: The steps that run for each sample.
+        tensors: The state of these samples, in the format of safetensors.
+        finished_steps: The steps of the samples that are finished.
+        device_seconds: Time of the device that the job has used.
+        shares, batches: Sum of the shares of the batches that the job was in, and their number.
+    """
+
+    state_key: str
+    job_id: int
+    tenant: str
+    steps: dict[int, int]
+    total: int
+    tensors: bytes
+    finished_steps: int = 0
+    device_seconds: float = 0.0
+    shares: float = 0.0
+    batches: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineJob(JobPlan):
     """The engine's request to run one job.
@@ -57,9 +90,12 @@ class EngineJob(JobPlan):
 
     Attributes:
         init_image: The prepared init image, exactly height x width x 3.
+        state: Continue from this state. If that is impossible, the job starts at its first step
+            with a warning.
     """
 
     init_image: Pixels
+    state: JobState | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -131,7 +167,20 @@ class JobDone:
 
 @dataclass(frozen=True, slots=True)
 class JobStopped:
-    """Last event of a job that was cancelled."""
+    """Last event of a job that was cancelled, or suspended before its first step."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobSuspended:
+    """Last event of a job that was suspended. All finished samples were emitted before.
+
+    Attributes:
+        spans, engine_seconds: As in JobDone and its timings, of this engine only.
+    """
+
+    state: JobState
+    spans: tuple[Span, ...] = ()
+    engine_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,6 +210,7 @@ EngineEvent = (
     | SampleReady
     | JobDone
     | JobStopped
+    | JobSuspended
     | JobFailed
     | DeviceLost
 )
@@ -187,6 +237,13 @@ class Engine(Protocol):
         ...
 
     @property
+    def state_key(self) -> str:
+        """Engines with the same key continue each other's jobs and make the same images. It depends
+        on the weights, the options and number formats, the libraries and the kind of device.
+        """
+        ...
+
+    @property
     def busy_seconds(self) -> float:
         """Seconds that the device has worked since the start; grows step by step."""
         ...
@@ -207,6 +264,12 @@ class Engine(Protocol):
 
     def cancel(self, job_id: int) -> None:
         """Ends the job at the next step boundary with JobStopped. Ignores unknown jobs."""
+        ...
+
+    def suspend(self, job_id: int) -> None:
+        """Ends the job at the next step boundary with JobSuspended, or with JobStopped if no step
+        of it began. Ignores unknown jobs and those whose steps are all done.
+        """
         ...
 
     def clear_cache(self) -> None:

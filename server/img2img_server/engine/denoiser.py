@@ -121,6 +121,11 @@ class Denoiser(Protocol):
         ...
 
     @property
+    def state_key(self) -> str:
+        """Returns a key that denoisers share if they compute the same; see Engine.state_key."""
+        ...
+
+    @property
     def determinism(self) -> Determinism:
         """Returns how equal the images of a repeated request are, in any batches."""
         ...

@@ -77,6 +77,10 @@ class DiffusionEngine:
         return self._denoiser.determinism
 
     @property
+    def state_key(self) -> str:
+        return self._denoiser.state_key
+
+    @property
     def max_batch_size(self) -> int:
         return self._max_batch_size
 
@@ -116,6 +120,9 @@ class DiffusionEngine:
 
     def cancel(self, job_id: int) -> None:
         self._calls.put(partial(self._loop.cancel, job_id))
+
+    def suspend(self, job_id: int) -> None:
+        self._calls.put(partial(self._loop.suspend, job_id))
 
     def clear_cache(self) -> None:
         self._calls.put(self._clear_cache)

@@ -44,13 +44,17 @@ class BatchExecutor:
         bisect_failures(runs, work, self._free_memory)
 
     def encode(self, runs: Sequence[EngineJobState]) -> list[tuple[EngineJobState, Exception]]:
-        """Encodes prompts and init images, and creates the samples."""
+        """Encodes prompts and init images, and creates the samples of jobs without a state."""
 
         def work(some: Sequence[EngineJobState]) -> None:
             conditionings = self._denoiser.encode_texts([run.text for run in some])
-            images = self._denoiser.encode_images([run.job.init_image for run in some])
-            for run, conditioning, image in zip(some, conditionings, images, strict=True):
-                run.prepare(conditioning, image)
+            new = [run for run in some if not run.resumed]
+            images = (
+                self._denoiser.encode_images([run.job.init_image for run in new]) if new else []
+            )
+            encoded = dict(zip(new, images, strict=True))
+            for run, conditioning in zip(some, conditionings, strict=True):
+                run.prepare(conditioning, encoded.get(run))
 
         groups = grouped(runs, lambda run: (run.job.height, run.job.width))
         return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from img2img_server.engine.base import (
     EngineJob,
     JobDone,
     JobPlan,
+    JobState,
     SampleReady,
     Sink,
 )
@@ -105,6 +106,8 @@ class EngineJobState:
         device: Seconds of the device that the job has used.
         table: The coefficients of all steps on the device, so that a step copies nothing to it.
         is_broken: One of the images could not be copied to the host.
+        resumed: The samples that a suspended job continues with; prepare has set the others.
+        finished_steps: Steps of samples that were finished before the job was suspended.
     """
 
     job: EngineJob
@@ -127,6 +130,9 @@ class EngineJobState:
     spans: list[Span] = field(default_factory=list)
     last_active: float = 0.0
     is_broken: bool = False
+    resumed: list[SampleState] = field(default_factory=list)
+    finished_steps: int = 0
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def begin(
@@ -151,10 +157,30 @@ class EngineJobState:
 
     def rows(self, now: float) -> list[Row]:
         """Returns the rows of the job for the scheduler."""
-        return rows_of(self.job, self.forwards, len(self.schedule.steps), self.batch_key, now)
+        steps = len(self.schedule.steps)
+        rows = rows_of(self.job, self.forwards, steps, self.batch_key, now)
+        done = {sample.index: sample.steps_done for sample in self.resumed}
+        return [replace(row, steps=steps - done.get(row.sample, 0)) for row in rows]
 
-    def prepare(self, conditioning: Conditioning, image: ImageLatents) -> None:
-        """Creates the samples; draws noise in the order of diffusers: first the autoencoder's."""
+    def resume(self, state: JobState, samples: list[SampleState]) -> None:
+        """Makes the job continue with these samples, and its sums with those of the state."""
+        self.resumed = samples
+        self.device, self.shares, self.batches = state.device_seconds, state.shares, state.batches
+        self.finished_steps = state.finished_steps
+
+    @property
+    def engine_seconds(self) -> float:
+        """Returns the seconds since the engine began with the job."""
+        return time.monotonic() - self.started if self.started else 0.0
+
+    def prepare(self, conditioning: Conditioning, image: ImageLatents | None) -> None:
+        """Creates the samples; draws noise in the order of diffusers: first the autoencoder's.
+
+        Without an image, the job continues with the samples of its state.
+        """
+        if image is None:
+            self.conditioning, self.samples = conditioning, self.resumed
+            return
         schedule, samples = self.schedule, []
         for index in self.job.indices:
             generator = torch.Generator().manual_seed(self.job.seeds[index])
@@ -213,11 +239,13 @@ class EngineJobState:
             encode=self.encode,
             denoise=self.denoise,
             decode=self.decode,
-            engine=time.monotonic() - self.started if self.started else 0.0,
-            steps=sum(sample.steps_done for sample in self.samples),
+            engine=self.engine_seconds,
+            steps=self.finished_steps + sum(sample.steps_done for sample in self.samples),
             batch_share=self.shares / self.batches if self.batches else 0.0,
         )
-        texts = self.conditioning.warnings if self.conditioning else ()
+        texts = self.warnings
+        if self.conditioning:
+            texts = (*texts, *self.conditioning.warnings)
         share = self.schedule.noise_share
         if share > _NO_INFLUENCE:
             strength = self.job.params.strength

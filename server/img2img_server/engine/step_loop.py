@@ -20,13 +20,16 @@ import torch
 
 from img2img_server.domain.events import Stage, StageFinished
 from img2img_server.engine.base import (
+    RESTARTED_WARNING,
     DeviceLost,
     EngineJob,
     JobFailed,
     JobStopped,
+    JobSuspended,
     PreviewReady,
     SampleReady,
     Sink,
+    StateError,
 )
 from img2img_server.engine.denoiser import Denoiser, TextInput
 from img2img_server.engine.dispatch import EventDispatcher
@@ -43,6 +46,7 @@ from img2img_server.engine.rows import (
     text_of,
 )
 from img2img_server.engine.scheduler import Batch, Scheduler
+from img2img_server.engine.suspension import load_samples, suspended
 from img2img_server.errors import EngineError, JobFailedError, OutOfMemoryError
 from img2img_server.telemetry import BATCH_FORWARDS
 
@@ -93,6 +97,19 @@ class StepLoop:
     def cancel(self, job_id: int) -> None:
         """Ends a job; ignores unknown jobs."""
         self._end(job_id, JobStopped())
+
+    def suspend(self, job_id: int) -> None:
+        """Ends a job with its state; ignores unknown jobs."""
+        run = self._runs.get(job_id)
+        if run is None:
+            return
+        event: JobStopped | JobSuspended = JobStopped()
+        if run.is_prepared:
+            try:
+                event = suspended(run, self._denoiser.state_key)
+            except Exception:  # The device may be lost. Another worker starts the job again.
+                _log.exception("job_state_not_saved: job %d", job_id)
+        self._end(job_id, event)
 
     def stop_all(self) -> None:
         """Ends every job."""
@@ -154,11 +171,24 @@ class StepLoop:
                 self._events.emit(run, SampleReady(index, job.init_image.copy()))
             self._events.finish(run)
             return
+        self._resume(run)
         self._runs[job.job_id] = run
         now = time.monotonic()
         for row in run.rows(now):
             self._scheduler.add(row, now)
         self._publish()
+
+    def _resume(self, run: EngineJobState) -> None:
+        """Makes a job continue from its state, if it has one that can be used."""
+        if run.job.state is None:
+            return
+        try:
+            samples = load_samples(run, run.job.state, self._denoiser.state_key)
+        except StateError as error:
+            _log.warning("job_state_unusable: job %d: %s", run.job.job_id, error)
+            run.warnings = (RESTARTED_WARNING,)
+        else:
+            run.resume(run.job.state, samples)
 
     def copy_failed(self, run: EngineJobState, error: Exception) -> None:
         """Ends a job with an image that could not be copied to the host."""
@@ -170,7 +200,7 @@ class StepLoop:
         if self._lost:
             self.stop_all()
 
-    def _end(self, job_id: int, event: JobStopped | JobFailed | DeviceLost) -> None:
+    def _end(self, job_id: int, event: JobStopped | JobSuspended | JobFailed | DeviceLost) -> None:
         if run := self._runs.pop(job_id, None):
             self._scheduler.cancel(job_id)
             self._publish()
@@ -249,7 +279,7 @@ class StepLoop:
         failed = self._executor.encode(runs)
         for run in runs:
             run.note_encode(began, time.monotonic(), 1 / len(runs))
-            if run.is_prepared:
+            if run.is_prepared and not run.resumed:
                 self._events.emit(run, StageFinished(stage=Stage.TEXT_ENCODED))
                 self._events.emit(run, StageFinished(stage=Stage.IMAGE_ENCODED))
         for run, error in failed:

@@ -26,7 +26,9 @@ from img2img_server.engine.base import (
     JobDone,
     JobFailed,
     JobPlan,
+    JobState,
     JobStopped,
+    JobSuspended,
     PreviewReady,
     SampleReady,
     Sink,
@@ -57,7 +59,9 @@ class _Run:
     total: int
     began: float = 0.0
     step: int = 0
+    first: int = 0  # the step at which it began here
     cancelled: bool = field(default=False)
+    is_suspended: bool = False  # It was cancelled by `suspend`.
 
 
 class FakeEngine:
@@ -72,6 +76,7 @@ class FakeEngine:
         step_seconds: the length of a step.
         hold_after: every job waits after this many steps until `release` is called.
         max_batch_size: the value of the property; larger batches run as well.
+        state_key: the value of the property.
         max_prompt_words: the number of words of a prompt that it reads; it warns about the others.
     """
 
@@ -83,11 +88,13 @@ class FakeEngine:
         hold_after: int | None = None,
         max_batch_size: int = 8,
         max_prompt_words: int = 2000,
+        state_key: str = "fake",
     ) -> None:
         self._model = model
         self._step_seconds = step_seconds
         self._hold_after = hold_after
         self._max_batch_size = max_batch_size
+        self._state_key = state_key
         self._max_prompt_words = max_prompt_words
         self._changed = threading.Condition()
         self._waiting: deque[_Run] = deque()
@@ -122,7 +129,10 @@ class FakeEngine:
             total = StrengthRule.FLOOR.denoising_steps(
                 job.params.strength, job.params.num_inference_steps
             )
-            self._waiting.append(_Run(job, sink, total))
+            run = _Run(job, sink, total)
+            if job.state and job.state.state_key == self.state_key:
+                run.step = run.first = job.state.steps[job.indices[0]]
+            self._waiting.append(run)
             self._changed.notify_all()
 
     def next_jobs(self, plans: Sequence[JobPlan]) -> Collection[int]:
@@ -140,6 +150,10 @@ class FakeEngine:
         return params.samples * self._model.forwards(params)
 
     @property
+    def state_key(self) -> str:
+        return self._state_key
+
+    @property
     def busy_seconds(self) -> float:
         return self._busy_seconds
 
@@ -150,6 +164,13 @@ class FakeEngine:
         with self._changed:
             for run in (*self._waiting, *self._running):
                 run.cancelled |= run.job.job_id == job_id
+            self._changed.notify_all()
+
+    def suspend(self, job_id: int) -> None:
+        with self._changed:
+            for run in (*self._waiting, *self._running):
+                if run.job.job_id == job_id and not run.cancelled:
+                    run.cancelled = run.is_suspended = True
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -211,18 +232,20 @@ class FakeEngine:
     def _advance(self, run: _Run) -> bool:
         """Runs one step of every sample; returns whether the job has ended."""
         job = run.job
+        if run.is_suspended and run.began and run.step < run.total:
+            return _emit(run, self._suspended(run))
         if run.cancelled or (self._lost and not run.step):
             return _emit(run, JobStopped())
         if self._lost:
             return _emit(run, DeviceLost(RuntimeError("CUDA error: an illegal address")))
         if not run.began:
             run.began = time.monotonic()
-            if run.total:
+            if run.total and not run.first:
                 _emit(run, StageFinished(stage=Stage.TEXT_ENCODED))
             if job.params.prompt.startswith(FAIL_PROMPT):
                 message = job.params.prompt.removeprefix(FAIL_PROMPT)
                 return _emit(run, JobFailed(EngineError(message)))
-            if run.total:
+            if run.total and not run.first:
                 _emit(run, StageFinished(stage=Stage.IMAGE_ENCODED))
         if run.step < run.total:
             run.step += 1
@@ -237,7 +260,22 @@ class FakeEngine:
         warnings = self._warnings(job) if run.total else ()
         share = job.params.strength if run.total else 0.0
         spans = (Span("denoise", run.began, run.began + took),)
-        return _emit(run, JobDone(timings, warnings, run.total, share, took, spans))
+        used = took + (job.state.device_seconds if job.state else 0.0)
+        return _emit(run, JobDone(timings, warnings, run.total, share, used, spans))
+
+    def _suspended(self, run: _Run) -> JobSuspended:
+        took = time.monotonic() - run.began
+        state = JobState(
+            state_key=self.state_key,
+            job_id=run.job.job_id,
+            tenant=run.job.tenant,
+            steps=dict.fromkeys(run.job.indices, run.step),
+            total=run.total,
+            tensors=b"",
+            device_seconds=took + (run.job.state.device_seconds if run.job.state else 0.0),
+        )
+        span = Span("denoise", run.began, run.began + took)
+        return JobSuspended(state=state, spans=(span,), engine_seconds=took)
 
     def _warnings(self, job: EngineJob) -> tuple[str, ...]:
         texts = {"prompt": job.params.prompt}
@@ -295,7 +333,7 @@ def _emit(run: _Run, event: EngineEvent) -> bool:
         run.sink(event)
     except Exception:
         _log.exception("event_sink_failed: job %d", run.job.job_id)
-    return isinstance(event, JobDone | JobStopped | JobFailed | DeviceLost)
+    return isinstance(event, JobDone | JobStopped | JobSuspended | JobFailed | DeviceLost)
 
 
 def _steps_of(job: EngineJob) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from img2img_server.engine import preview
 from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextInput
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import Family, Forward, LoadedModel
+from img2img_server.engine.diffusers.fingerprint import fingerprint
 from img2img_server.engine.diffusers.load import (
     accelerate,
     admit_shapes,
@@ -24,6 +27,7 @@ from img2img_server.engine.diffusers.load import (
 )
 from img2img_server.engine.diffusers.local_model import LocalModel, find_model
 from img2img_server.engine.diffusers.lora import LoraSet
+from img2img_server.engine.diffusers.placement import modules
 from img2img_server.engine.diffusers.schedules import Schedules
 from img2img_server.engine.diffusers.text import TextEncoder
 from img2img_server.engine.diffusers.vae import Autoencoder
@@ -41,6 +45,16 @@ _CPU_STEP_OVERHEAD_PER_THREAD = 35_000
 # Pixels in one batch of the autoencoder on a GPU: its full-resolution layers need far more memory
 # than the denoiser. On a CPU batching does not help, and the first image would wait.
 _MAX_AUTOENCODER_PIXELS = 4 * 1024 * 1024
+
+# The options that change how a step computes, in addition to the weights.
+_ARITHMETIC = (
+    "channels_last",
+    "fuse_qkv",
+    "compile",
+    "vae_tile_pixels",
+    "text_encoder_placement",
+    "quantization",
+)
 
 # Prompts for the warm-up: an empty one, one whose length is no multiple of 32 (Z-Image pads it to
 # one), and one that is longer than the longest prompt.
@@ -96,6 +110,7 @@ class DiffusersDenoiser:
         self._loras = LoraSet(self._model, self._family, lora_dir)
         self._codec = self._family.codec(pipeline.vae, options.vae_tile_pixels)
         self._tiny = Autoencoder(tiny_vae, options.vae_tile_pixels) if tiny_vae else None
+        self._state_key = self._key(options)
         self._projection = preview.fit_projection(self._encode_for_fit).to(self.device)
 
     @classmethod
@@ -146,6 +161,27 @@ class DiffusersDenoiser:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return str(self.device)
+
+    @property
+    def state_key(self) -> str:
+        return self._state_key
+
+    def _key(self, options: ModelOptions) -> str:
+        """Returns a hash of all that the arithmetic of a step depends on."""
+        pipeline = self._model.pipeline
+        kind = self.device.type
+        parts = (
+            fingerprint(modules(pipeline)),
+            type(pipeline).__name__,
+            {name: repr(part) for name, part in pipeline.components.items() if name == "scheduler"},
+            self._loras.fingerprint,
+            str(self._model.dtype),
+            torch.backends.cpu.get_cpu_capability() if kind == "cpu" else self.device_name,
+            torch.__version__,
+            diffusers.__version__,
+            {name: repr(getattr(options, name)) for name in _ARITHMETIC},
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def determinism(self) -> Determinism:

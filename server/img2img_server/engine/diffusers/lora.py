@@ -7,6 +7,7 @@ and CUDA graphs stay valid. The first use keeps a copy of each weight it changes
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ class LoraSet:
     def __init__(self, model: LoadedModel, family: Family, folder: Path | None) -> None:
         files = sorted(folder.glob("*.safetensors")) if folder else []
         self._changes = {file.stem: _read(model, family, file) for file in files}
+        self._fingerprint = hashlib.sha256(
+            b"".join(
+                file.stem.encode() + hashlib.sha256(file.read_bytes()).digest() for file in files
+            )
+        ).hexdigest()
         self._kept: dict[int, _Kept] = {}
         self._applied: Adapter | None = None
         self._is_half_written = False
@@ -66,6 +72,11 @@ class LoraSet:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._changes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns a hash of the names and files of all adapters."""
+        return self._fingerprint
 
     def use(self, adapter: Adapter | None) -> None:
         """Writes the weights of this adapter. None restores the weights of the model.
