@@ -50,12 +50,14 @@ class Queued(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
     """A worker started the job; `attempt` counts from 1. All samples start at their first step,
-    except `stored_samples`: an earlier attempt has stored them."""
+    except `stored_samples`: an earlier attempt has stored them. `done_steps`: steps of each sample
+    that another worker has finished in this attempt; empty if there are none."""
 
     worker: str
     model: str
     attempt: int
     stored_samples: tuple[int, ...] = ()
+    done_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

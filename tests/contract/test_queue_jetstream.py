@@ -544,6 +544,7 @@ async def test_everything_has_its_bounds(nats: Nats) -> None:
         "WEBHOOKS": (24 * hour, -1),
         "IDS": (5 * hour, -1),
         "PERMITS": (3 * hour, -1),
+        "STATES": (hour, -1),
         "KV_img2img-jobs": (3 * hour, -1),
         "KV_img2img-rates": (120.0, -1),
         "KV_img2img-requests": (2 * hour, -1),

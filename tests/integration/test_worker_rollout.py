@@ -69,6 +69,7 @@ async def test_a_step_that_hangs_does_not_hold_up_a_worker_that_stops(
     monkeypatch.setattr("img2img_server.worker.worker.HAND_BACK_SECONDS", 0.1)
     # A thread of the engine is in the driver.
     monkeypatch.setattr(FakeEngine, "cancel", lambda *_: None)
+    monkeypatch.setattr(FakeEngine, "suspend", lambda *_: None)
     bus = memory_bus(ack_wait_seconds=60.0)
     async with running_api(bus) as api:
         engine = FakeEngine(hold_after=1)

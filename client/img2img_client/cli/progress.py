@@ -96,6 +96,9 @@ class LiveDisplay:
                 again = f" (attempt {event.attempt})" if event.attempt > 1 else ""
                 self.note(f"encoding the prompt with {event.model} on {event.worker}{again}")
                 self._reset_bars(event.stored_samples)
+                for sample, steps in enumerate(event.done_steps):
+                    if sample in self._tasks:
+                        self._bars.update(self._tasks[sample], completed=steps)
             case events.StageFinished():
                 self.note(STAGES.get(event.stage, self._status))
                 if event.stage is events.Stage.IMAGE_ENCODED:

@@ -49,6 +49,8 @@ class Started:
         attempt: The number of the attempt, from 1.
         stored_samples: Indices of the samples that an earlier attempt has stored.
         pulled_time: Unix seconds when the worker pulled the job; 0.0: unknown.
+        done_steps: For each sample, the steps that an earlier worker of the attempt has done and
+            that do not run again; empty: the samples begin with their first step.
     """
 
     worker: str
@@ -56,6 +58,7 @@ class Started:
     attempt: int
     stored_samples: tuple[int, ...] = ()
     pulled_time: float = 0.0
+    done_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,6 +126,25 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Suspended:
+    """Where the state of a suspended job is, from which another worker continues it.
+
+    Attributes:
+        key, size, sha256: Those of the state in its store (interfaces/states.py).
+        state_key: Workers whose engines have this key can continue the job.
+        time: Unix seconds when the job was suspended.
+        done_steps: The steps that are done, for each sample; 0 for samples that are stored.
+    """
+
+    key: str
+    size: int
+    sha256: str
+    state_key: str
+    time: float
+    done_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """The record of one request. Times are Unix seconds; 0.0 means not yet.
 
@@ -145,6 +164,9 @@ class Job:
         device_seconds: Time of the device that the job used.
         start_noise: Share of noise that the first step began with, 0 to 1.
         last_event: Number of the last event of the job when the record was written.
+        suspended: The state from which the present attempt can continue; None: there is none.
+        resumes: How often workers continued the job from a state. With `attempt`, it identifies
+            the worker that has the job.
         own_urls: Links in the service's own bucket, used if the tenant's storage rejects the files.
     """
 
@@ -181,6 +203,8 @@ class Job:
     device_seconds: float = 0.0
     state_reason: str = ""
     permit: int = 0
+    suspended: Suspended | None = None
+    resumes: int = 0
 
     @property
     def is_accepted(self) -> bool:
@@ -253,17 +277,11 @@ def advance(job: Job, event: Event, now: float) -> Job:
         job = replace(job, end_time=now, timings=_ended(job, now))
     match event:
         case Started():
-            queued = (event.pulled_time or now) - job.create_time
-            return replace(
-                job,
-                start_time=now,
-                worker=event.worker,
-                attempt=event.attempt,
-                samples=_samples_to_start_with(job),
-                timings=replace(job.timings, queue=max(0.0, queued)),
-            )
+            return _started(job, event, now)
         case Queued():
-            return replace(job, handed_back=job.handed_back + 1, queue_sequence=0)
+            # A job that continues from its state stays in its attempt.
+            handed_back = job.handed_back + (job.suspended is None)
+            return replace(job, handed_back=handed_back, queue_sequence=0)
         case SampleFinished():
             return _with_sample(job, event.sample, seed=event.seed, nsfw=event.nsfw)
         case SampleStored():
@@ -280,6 +298,21 @@ def advance(job: Job, event: Event, now: float) -> Job:
             return replace(job, failure=failure, samples=samples)
         case _:
             return job
+
+
+def _started(job: Job, event: Started, now: float) -> Job:
+    pulled_time = event.pulled_time or now
+    job = replace(job, worker=event.worker, samples=_samples_to_start_with(job))
+    if job.suspended and event.attempt == job.attempt:
+        waited = max(0.0, pulled_time - job.suspended.time)
+        timings = replace(job.timings, queue=job.timings.queue + waited)
+        return replace(job, timings=timings, suspended=None, resumes=job.resumes + 1)
+    timings = job.timings
+    if job.suspended:  # The state is lost, and so is the work of the attempt.
+        timings = Timings(fetch=timings.fetch)
+        job = replace(job, suspended=None, handed_back=job.handed_back + 1)
+    timings = replace(timings, queue=max(0.0, pulled_time - job.create_time))
+    return replace(job, start_time=now, attempt=event.attempt, timings=timings)
 
 
 def with_sample_errors(job: Job, failure: JobFailure, index: int | None = None) -> Job:

@@ -128,6 +128,8 @@ class WorkerInfo:
         busy: Share of the time since the last announcement in which the device worked, 0 to 1.
         held_jobs: Jobs that the worker has pulled and not begun; they count as queued.
         draining: The worker finishes its jobs and takes no more.
+        begun_jobs: Jobs that use the device.
+        state_key: Workers with the same key continue each other's jobs; see Engine.state_key.
         store_trouble: Why the worker cannot store files now; empty while it can.
     """
 
@@ -141,3 +143,11 @@ class WorkerInfo:
     held_jobs: int = 0
     draining: bool = False
     store_trouble: str = ""
+    begun_jobs: int = 0
+    state_key: str = ""
+
+    def can_continue(self, other: WorkerInfo) -> bool:
+        """Returns whether the worker could continue a job of another one now."""
+        is_idle = not (self.begun_jobs or self.held_jobs or self.draining or self.store_trouble)
+        is_same = self.model.name == other.model.name and self.state_key == other.state_key
+        return is_idle and is_same and self.name != other.name

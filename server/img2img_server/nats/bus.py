@@ -11,6 +11,7 @@ from typing import Any
 
 from img2img_server.interfaces.queue import Control, EventLog, JobQueue, Permits
 from img2img_server.interfaces.records import JobStore, WorkerRegistry
+from img2img_server.interfaces.states import JobStates
 from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.lifecycle import unless_stopped
 from img2img_server.nats.access import NatsAccess
@@ -23,6 +24,7 @@ from img2img_server.nats.permits import JetStreamPermits
 from img2img_server.nats.probe import Probe
 from img2img_server.nats.rates import Rates, kv_rates
 from img2img_server.nats.records import KvJobStore
+from img2img_server.nats.states import JetStreamStates
 from img2img_server.nats.tenant_settings import TenantStorage, kv_tenant_storage
 from img2img_server.nats.topology import HOUR, Bounds, needed_payload_bytes, prepare
 from img2img_server.nats.usage import UsageLedger, kv_usage
@@ -52,6 +54,7 @@ class Bus:
     storage: TenantStorage
     rates: Rates
     usage: UsageLedger
+    states: JobStates
     # Waits at most that many seconds until NATS can be used. Raises UnavailableError.
     ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
     # Tests whether NATS stores messages, for `trouble`, and compares the clocks.
@@ -114,6 +117,7 @@ async def connect_bus(
             storage=kv_tenant_storage(link, vault),
             rates=kv_rates(link),
             usage=kv_usage(link),
+            states=JetStreamStates(link),
             trouble=lambda: link.trouble or probe.trouble,
             ready=link.ready,
             probe=probe,

@@ -9,6 +9,7 @@ img2img.notices.<job id>.…               headers of each stored event, not sto
 img2img.webhooks.<tenant>                webhooks of ended jobs, until delivered
 img2img.ids.<tenant>                     one empty message a job id
 img2img.permits.<tenant>                 one message for each unfinished job: its job id
+img2img.states.<key>.<chunk>              the state of a suspended job
 img2img.control.cancel                   not stored
 img2img.control.command                  not stored
 img2img.control.streams                  between apis, not stored
@@ -32,6 +33,7 @@ EVENTS: Final = "EVENTS"
 EVENT_USE: Final = "EVENT_USE"
 IDS: Final = "IDS"
 PERMITS: Final = "PERMITS"
+STATES: Final = "STATES"
 WEBHOOKS: Final = "WEBHOOKS"
 WEBHOOKS_CONSUMER: Final = "webhooks"  # consumer that all api processes share
 
@@ -46,6 +48,7 @@ RATES_BUCKET: Final = "img2img-rates"
 
 EVENTS_SUBJECT: Final = "img2img.events.>"
 EVENT_USE_SUBJECT: Final = "img2img.event-use.>"
+STATES_SUBJECT: Final = "img2img.states.>"
 NOTICES_SUBJECT: Final = "img2img.notices.>"
 CANCEL_SUBJECT: Final = "img2img.control.cancel"
 COMMAND_SUBJECT: Final = "img2img.control.command"
@@ -74,6 +77,11 @@ def text_of(encoded: str) -> str:
 def jobs_subject(model: str, lane: Lane, size: int, tenant: str) -> str:
     slot = slot_of(tenant)
     return f"img2img.jobs.{token(model)}.{lane.value}.{size}.{slot}.{token(tenant)}"
+
+
+def state_subject(key: str, chunk: str) -> str:
+    """Returns the subject of one chunk of a suspended job's state; ">" stands for all chunks."""
+    return f"img2img.states.{key}.{chunk}"
 
 
 def model_filter(model: str) -> str:

@@ -41,6 +41,9 @@ REQUEST_ID_SECONDS: Final = 24 * HOUR
 WORKER_SECONDS: Final = 20.0
 RATES_SECONDS: Final = 120.0  # longer than the minute in which a rate limit counts
 USAGE_SECONDS: Final = 63 * 24 * HOUR  # a day longer than the API reports
+STATES_SECONDS: Final = HOUR
+STATES_BYTES: Final = 2**28  # of all suspended jobs
+STATE_CHUNK_BYTES: Final = 2**18
 DEAD_SECONDS: Final = 7 * 24 * HOUR
 DEAD_MAX_BYTES: Final = 2**28
 # Longer than all attempts at a webhook take together: 11 hours at most.
@@ -121,6 +124,18 @@ def streams(bounds: Bounds) -> list[StreamConfig]:
             max_age=bounds.event_log_seconds,
             allow_direct=True,
             duplicate_window=REPEAT_SECONDS,
+        ),
+        StreamConfig(
+            name=subjects.STATES,
+            description="States of suspended jobs in chunks, until a worker continues them.",
+            subjects=[subjects.STATES_SUBJECT],
+            retention=RetentionPolicy.LIMITS,
+            # If there is no room, a job starts again. A limit of bytes would reserve them.
+            discard=DiscardPolicy.NEW,
+            max_msgs=STATES_BYTES // STATE_CHUNK_BYTES,
+            max_age=min(STATES_SECONDS, bounds.retention_seconds),
+            allow_direct=True,
+            duplicate_window=min(bounds.retention_seconds, REPEAT_SECONDS),
         ),
         StreamConfig(
             name=subjects.DEAD,

@@ -18,6 +18,7 @@ from img2img_server.testing.memory_records import (
     MemoryJobStore,
     MemoryWorkerRegistry,
 )
+from img2img_server.testing.memory_states import MemoryStates
 from img2img_server.testing.memory_webhooks import MemoryWebhookOutbox
 
 
@@ -38,6 +39,7 @@ def memory_bus(
         storage=memory_tenant_storage(Vault(storage_keys)),
         rates=memory_rates(),
         usage=UsageLedger(MemoryBucket()),
+        states=MemoryStates(),
     )
 
 

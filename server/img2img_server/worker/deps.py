@@ -12,6 +12,7 @@ from img2img_server.engine.base import Engine
 from img2img_server.imaging.decoder import ImageDecoder, ThreadDecoder
 from img2img_server.interfaces.queue import EventLog, JobQueue
 from img2img_server.interfaces.records import JobStore
+from img2img_server.interfaces.states import JobStates
 from img2img_server.interfaces.webhooks import WebhookOutbox
 from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.nats.usage import UsageLedger
@@ -109,6 +110,7 @@ class WorkerDeps:
     blobs: WatchedBlobs
     outbox: WebhookOutbox
     ledger: UsageLedger
+    states: JobStates
     storage: TenantStorage
     tenant_s3: TenantS3
     safety: SafetyChecker

@@ -34,6 +34,8 @@ MOST_FINISHING_SAMPLES: Final = 256
 REQUEUE_PAUSE_SECONDS: Final = 1.0
 FIRST_ALONE_ATTEMPT: Final = 3  # From this attempt on, a job runs alone on its worker.
 
+_TIMER_SECONDS: Final = 0.01  # A timer of the event loop may fire this much too early.
+
 _LANE_ORDER: Final = {Lane.REALTIME: 0, Lane.BATCH: 1}
 
 
@@ -69,6 +71,7 @@ class Dispatcher:
         self._held: list[HeldJob] = []
         self._unserved: dict[tuple[Lane, int, int], float] = {}  # since when, by source
         self._requeued_at = -REQUEUE_PAUSE_SECONDS
+        self._paused_until = 0.0
         self.changed = asyncio.Event()
 
     def _in(self, *phases: Phase) -> list[HeldJob]:
@@ -139,9 +142,16 @@ class Dispatcher:
         job.may_begin.set()
         self._count()
 
+    def pause(self, seconds: float) -> None:
+        """Pulls no job for a time, so that other workers get the one that is requeued now."""
+        self._paused_until = self._clock() + seconds
+        asyncio.get_running_loop().call_later(seconds + _TIMER_SECONDS, self.changed.set)
+
     @property
     def may_pull(self) -> bool:
         """Returns whether some job may be pulled now."""
+        if self._clock() < self._paused_until:
+            return False
         if any(job.is_alone for job in self._in(Phase.WAITS, Phase.HAS_BEGUN)):
             return False
         finishing = sum(job.plan.params.samples for job in self._in(Phase.FINISHES))

@@ -14,7 +14,7 @@ from img2img_server import clock
 from img2img_server.domain.events import Stage, StageFinished, StepFinished
 from img2img_server.domain.job import Job
 from img2img_server.domain.stages import Span as StageSpan
-from img2img_server.engine.base import EngineEvent, EngineJob, JobPlan, SampleReady
+from img2img_server.engine.base import EngineEvent, EngineJob, JobPlan, JobState, SampleReady
 from img2img_server.imaging.base import Pixels
 from img2img_server.tracing import TRACER
 
@@ -93,10 +93,10 @@ def job_plan(job: Job) -> JobPlan:
     )
 
 
-def engine_job(plan: JobPlan, init_image: Pixels) -> EngineJob:
-    """Returns the EngineJob of a planned job."""
+def engine_job(plan: JobPlan, init_image: Pixels, state: JobState | None = None) -> EngineJob:
+    """Returns the EngineJob of a planned job, which continues from `state`."""
     values = {each.name: getattr(plan, each.name) for each in fields(plan)}
-    return EngineJob(**values, init_image=init_image)
+    return EngineJob(**values, init_image=init_image, state=state)
 
 
 def trace_waits(job: Job, pulled: float, spans: Sequence[StageSpan]) -> None:

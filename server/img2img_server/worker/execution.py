@@ -15,10 +15,13 @@ from img2img_server.domain.job import IllegalTransitionError, Job, Timings
 from img2img_server.domain.params import JobParams
 from img2img_server.domain.warnings import join_warnings
 from img2img_server.engine.base import (
+    RESTARTED_WARNING,
     DeviceLost,
     JobDone,
     JobFailed,
+    JobState,
     JobStopped,
+    JobSuspended,
     PreviewReady,
     SampleReady,
 )
@@ -34,15 +37,31 @@ from img2img_server.worker.dispatch import HeldJob, Phase
 from img2img_server.worker.engine_events import EngineEventStream, engine_job, job_plan, trace_waits
 from img2img_server.worker.lease import DELIVERIES_OF_AN_ATTEMPT, JobLease, counted_attempts
 from img2img_server.worker.sample import Stopwatch, finish_sample, storage_warning
+from img2img_server.worker.states import (
+    OTHERS_PAUSE_SECONDS,
+    is_for_others,
+    load_state,
+    remove_state,
+    store_state,
+)
 
 log = structlog.get_logger()
 
+STEPS_WORTH_MOVING = 2  # Fewer steps run faster than a job moves.
 NAK_SECONDS = 2.0  # seconds; longest time of a nak at shutdown
 _NOT_OURS = (OwnershipLostError, IllegalTransitionError)
 
 
 class _StoppedError(Exception):
     """The engine stopped the job on request."""
+
+
+class _SuspendedError(Exception):
+    """The engine suspended the job on request."""
+
+    def __init__(self, event: JobSuspended) -> None:
+        super().__init__("the job is suspended")
+        self.event = event
 
 
 class _DeviceLostError(Exception):
@@ -66,6 +85,7 @@ class JobExecution:
         self._sample_error: errors.JobFailedError | None = None
         self._lease: JobLease | None = None
         self._held: HeldJob | None = None
+        self._steps_left: dict[int, int] = {}  # by sample, once it took a step here
 
     @property
     def job_id(self) -> int:
@@ -80,10 +100,12 @@ class JobExecution:
         """Ends the job as cancelled at its next step, or at once if it has finished its steps."""
         self._cancelled = True
         self._abandoned.set()
-        self.hand_back()
+        self._leaving.set()
+        self._deps.engine.cancel(self.job_id)
 
     def hand_back(self, reason: str = "worker stopped") -> None:
-        """Ends the run at its next step and requeues the job for another worker.
+        """Ends the run at its next step and requeues the job for another worker, which continues
+        with the steps that are left.
 
         Uploads may finish, unless they wait for a store that cannot be used.
         """
@@ -91,7 +113,14 @@ class JobExecution:
             self._abandoned.set()
         self._requeue_reason = reason
         self._leaving.set()
-        self._deps.engine.cancel(self.job_id)
+        self._deps.engine.suspend(self.job_id)
+
+    @property
+    def is_worth_moving(self) -> bool:
+        """Returns whether the job runs and has so many steps left that another worker should
+        continue it."""
+        left = self._steps_left.values()
+        return bool(left) and max(left) >= STEPS_WORTH_MOVING and not self._leaving.is_set()
 
     def hand_back_waiting(self) -> bool:
         """Requeues the job if it has not begun; returns whether it has not."""
@@ -118,6 +147,10 @@ class JobExecution:
         try:
             self._lease = await self._open()
             if self._lease and not await self._lease.settle(cancelled=self._cancelled):
+                if is_for_others(self._deps, self._lease.job):
+                    self._deps.dispatcher.pause(OTHERS_PAUSE_SECONDS)
+                    await self._nak()
+                    return
                 # Preparing the init image and taking the record are equally slow, so both run
                 # together.
                 async with background_task(self._prepare(self._lease.job.params)) as prepared:
@@ -229,14 +262,28 @@ class JobExecution:
         self.hand_back_waiting()
 
     async def _take_and_work(self, prepared: asyncio.Task[Pixels]) -> None:
-        if self._lease and await self._lease.take(cancelled=self._cancelled):
-            await self._work(self._lease, prepared)
+        lease = self._lease
+        if lease is None:
+            return
+        suspended, state = lease.job.suspended, await load_state(self._deps, lease.job)
+        if suspended and state:
+            lease.resume(suspended.done_steps)
+        elif suspended:
+            warning = join_warnings(lease.job.warning, RESTARTED_WARNING)
+            lease.job = replace(lease.job, warning=warning)
+        is_taken = await lease.take(cancelled=self._cancelled)
+        if suspended:
+            await remove_state(self._deps, suspended)
+        if is_taken:
+            await self._work(lease, prepared, state)
 
-    async def _work(self, lease: JobLease, prepared: asyncio.Task[Pixels]) -> None:
+    async def _work(
+        self, lease: JobLease, prepared: asyncio.Task[Pixels], state: JobState | None
+    ) -> None:
         try:
             async with background_task(lease.append_started()) as started:
                 try:
-                    events = self._submit(lease.job, await _checked_pixels(prepared))
+                    events = self._submit(lease.job, await _checked_pixels(prepared), state)
                 except Exception:
                     await started  # The log must have the start before the failure.
                     raise
@@ -247,6 +294,8 @@ class JobExecution:
                 await lease.finish(Cancelled())
             else:
                 await lease.hand_back(self._requeue_reason)
+        except _SuspendedError as error:
+            await self._hand_over(lease, error.event)
         except (*_NOT_OURS, _DeviceLostError, errors.UnavailableError):
             raise
         except Exception as error:
@@ -262,6 +311,15 @@ class JobExecution:
         else:
             await self._succeed(lease, done)
 
+    async def _hand_over(self, lease: JobLease, event: JobSuspended) -> None:
+        """Requeues a suspended job with its state."""
+        if self._cancelled:
+            await lease.finish(Cancelled())
+            return
+        suspended = await store_state(self._deps, lease.job, event.state)
+        times = replace(self._watch.timings(event.spans), engine=event.engine_seconds)
+        await lease.hand_back(self._requeue_reason, suspended, lease.job.timings + times)
+
     async def _prepare(self, params: JobParams) -> Pixels:
         queued = self._delivery.job
         with self._watch.measure("prepare"):
@@ -273,12 +331,12 @@ class JobExecution:
                 prepared=queued.init_image_prepared,
             )
 
-    def _submit(self, job: Job, pixels: Pixels) -> EngineEventStream:
+    def _submit(self, job: Job, pixels: Pixels, state: JobState | None) -> EngineEventStream:
         engine, events = self._deps.engine, EngineEventStream()
         assert self._held is not None
-        engine.submit(engine_job(self._held.plan, pixels), events.post)
+        engine.submit(engine_job(self._held.plan, pixels, state), events.post)
         self._submitted = self._held.is_submitted = True
-        if self._leaving.is_set():  # The cancel was requested while the image was prepared.
+        if self._leaving.is_set():  # The end was requested while the image was prepared.
             engine.cancel(job.id)
         return events
 
@@ -306,11 +364,15 @@ class JobExecution:
                             raise event.error
                         case JobStopped():
                             raise _StoppedError
+                        case JobSuspended():
+                            await self._all_stored(uploads)
+                            raise _SuspendedError(event)
                         case DeviceLost():
                             self._deps.device_lost.set()
                             raise _DeviceLostError from event.error
                         case _:
                             if isinstance(event, StepFinished):
+                                self._steps_left[event.sample] = event.total - event.step
                                 self._count_step(lease.job)
                             await lease.append(event)
         except BaseExceptionGroup as group:
@@ -371,7 +433,8 @@ class JobExecution:
             ),
         )
         trace_waits(job, self._watch.pulled, done.spans)
-        self._deps.throughput.observe(job.params, done.timings, engine.model.work(job.params))
+        if not job.resumes:  # Another worker did a part of the work.
+            self._deps.throughput.observe(job.params, done.timings, engine.model.work(job.params))
         STEPS.inc(done.timings.steps)
         if self._sample_error:  # The job succeeds if another sample is stored.
             await lease.fail(self._sample_error)

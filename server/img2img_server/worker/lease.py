@@ -30,6 +30,8 @@ from img2img_server.domain.job import (
     JobFailure,
     State,
     StateReason,
+    Suspended,
+    Timings,
     advance,
     terminal_event,
     with_sample_errors,
@@ -71,6 +73,7 @@ class JobLease:
         self.job: Job = stored.job
         # The record counts attempts: a message may be delivered without a run.
         self._attempt = stored.job.attempt + 1
+        self._done_steps: tuple[int, ...] = ()
         writer.continue_after(stored.job.used_number(writer.sequence))
 
     async def settle(self, *, cancelled: bool) -> bool:
@@ -82,6 +85,8 @@ class JobLease:
             await self.finish(Cancelled())
             return True
         most, back = self._deps.max_attempts, self.job.handed_back
+        if self.job.suspended and self._attempt > self.job.attempt:
+            back += 1  # The attempt was handed back, but its state is not used.
         deliveries = self.delivery.attempt - back
         if self._attempt - back > most or deliveries > most * DELIVERIES_OF_AN_ATTEMPT:
             await self.fail(errors.AttemptsExhaustedError(self._deps.max_attempts), dead=True)
@@ -102,6 +107,10 @@ class JobLease:
         await self._swap(self._start())
         return True
 
+    def resume(self, done_steps: tuple[int, ...]) -> None:
+        """Makes `take` continue the present attempt instead of a new one."""
+        self._attempt, self._done_steps = self.job.attempt, done_steps
+
     async def append_started(self) -> None:
         """Appends to the log that this worker has the job."""
         await self.append(self._start())
@@ -113,6 +122,7 @@ class JobLease:
             attempt=self._attempt,
             stored_samples=tuple(sample.index for sample in self.job.samples if sample.url),
             pulled_time=self._pulled_time,
+            done_steps=self._done_steps,
         )
 
     async def append(self, event: Event) -> None:
@@ -209,13 +219,23 @@ class JobLease:
             attempt=job.attempt,
         )
 
-    async def hand_back(self, reason: str) -> None:
-        """Gives the job to another worker; this attempt does not count."""
+    async def hand_back(
+        self, reason: str, suspended: Suspended | None = None, timings: Timings | None = None
+    ) -> None:
+        """Gives the job to another worker. This attempt does not count, or continues there.
+
+        Args:
+            suspended: The state from which the attempt continues.
+            timings: The times of the attempt until now.
+        """
+        if suspended:
+            times = timings or self.job.timings
+            self.job = replace(self.job, suspended=suspended, timings=times)
         requeued = Queued(requeue_reason=reason)
         await self._swap(requeued)
         await self.append(requeued)
         await self.delivery.nak()
-        log.info("job_handed_back")
+        log.info("job_handed_back", with_state=suspended is not None)
 
     async def _ensure_terminal_event(self) -> None:
         """Appends the terminal event of an ended record to outbox and log, if its writer died
@@ -250,7 +270,7 @@ class JobLease:
 
     async def _reload(self, event: Event) -> None:
         stored = await self._deps.jobs.get(self.job.tenant, self.job.id)
-        if stored is None or stored.job.attempt != self.job.attempt:
+        if stored is None or _holder(stored.job) != _holder(self.job):
             raise OwnershipLostError(f"another worker changed the record of job {self.job.id}")
         if stored.job.state is not self.job.state:
             raise IllegalTransitionError(stored.job, event)
@@ -266,6 +286,11 @@ def _failure_of(error: errors.JobFailedError) -> JobFailure:
     return JobFailure(reason=error.reason, message=str(error), retryable=error.retryable)
 
 
+def _holder(job: Job) -> tuple[int, int]:
+    """Returns numbers that differ between the workers that have the job one after the other."""
+    return job.attempt, job.resumes
+
+
 def counted_attempts(job: Job) -> int:
     """Returns the attempts at a job that began a step, without those of stopping workers."""
-    return job.attempt - job.handed_back
+    return job.attempt - job.handed_back - (job.suspended is not None)

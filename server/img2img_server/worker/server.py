@@ -206,6 +206,7 @@ async def work(
         blobs=store,
         outbox=bus.outbox,
         ledger=bus.usage,
+        states=bus.states,
         probe=bus.probe,
         storage=bus.storage,
         tenant_s3=TenantS3(OutboundPolicy.of(settings)),

@@ -19,6 +19,7 @@ from img2img_server.lifecycle import RestartError, first_of
 from img2img_server.tasks import background_task
 from img2img_server.worker.deps import WorkerDeps
 from img2img_server.worker.execution import JobExecution
+from img2img_server.worker.handover import HandOver
 from img2img_server.worker.orphan_cleanup import OrphanCleanup
 
 ANNOUNCE_SECONDS = 5.0
@@ -169,7 +170,9 @@ class Worker:
             run.hand_back_waiting()
         if self._runs:
             log.info("worker_drains", jobs=len(self._runs), seconds=seconds)
-        await self._emptied(seconds)
+        moving = HandOver(self._deps, self._registry, self._info())
+        async with background_task(moving.run(self._runs.values())):
+            await self._emptied(seconds)
         for run in list(self._runs.values()):
             run.hand_back()
         await self._emptied(HAND_BACK_SECONDS)
@@ -250,6 +253,8 @@ class Worker:
             busy=throughput.busy,
             held_jobs=deps.dispatcher.waiting,
             store_trouble=deps.blobs.trouble,
+            begun_jobs=deps.dispatcher.begun,
+            state_key=deps.engine.state_key,
         )
 
     async def _announce(self, announced: Callable[[], None] | None) -> None:

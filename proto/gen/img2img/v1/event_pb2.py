@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from img2img.v1 import job_pb2 as img2img_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16img2img/v1/event.proto\x12\nimg2img.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14img2img/v1/job.proto\"\xcb\x05\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03job\x18\x03 \x01(\t\x12+\n\x08snapshot\x18\x04 \x01(\x0b\x32\x17.img2img.v1.JobSnapshotH\x00\x12\'\n\x06queued\x18\x05 \x01(\x0b\x32\x15.img2img.v1.JobQueuedH\x00\x12)\n\x07started\x18\x06 \x01(\x0b\x32\x16.img2img.v1.JobStartedH\x00\x12*\n\x05stage\x18\x07 \x01(\x0b\x32\x19.img2img.v1.StageFinishedH\x00\x12(\n\x04step\x18\x08 \x01(\x0b\x32\x18.img2img.v1.StepFinishedH\x00\x12&\n\x07preview\x18\t \x01(\x0b\x32\x13.img2img.v1.PreviewH\x00\x12\x35\n\x0fsample_finished\x18\n \x01(\x0b\x32\x1a.img2img.v1.SampleFinishedH\x00\x12\x31\n\rsample_stored\x18\x0b \x01(\x0b\x32\x18.img2img.v1.SampleStoredH\x00\x12-\n\tsucceeded\x18\x0c \x01(\x0b\x32\x18.img2img.v1.JobSucceededH\x00\x12\'\n\x06\x66\x61iled\x18\r \x01(\x0b\x32\x15.img2img.v1.JobFailedH\x00\x12-\n\tcancelled\x18\x0e \x01(\x0b\x32\x18.img2img.v1.JobCancelledH\x00\x12*\n\theartbeat\x18\x0f \x01(\x0b\x32\x15.img2img.v1.HeartbeatH\x00\x12\x35\n\x0fstorage_waiting\x18\x10 \x01(\x0b\x32\x1a.img2img.v1.StorageWaitingH\x00\x12\x14\n\x0cmissing_from\x18\x11 \x01(\x03\x42\x07\n\x05\x65vent\"+\n\x0bJobSnapshot\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\"]\n\tJobQueued\x12\x10\n\x08position\x18\x01 \x01(\x03\x12&\n\x03\x65ta\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0erequeue_reason\x18\x03 \x01(\t\"T\n\nJobStarted\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x16\n\x0estored_samples\x18\x04 \x03(\x05\"\xe4\x01\n\rStageFinished\x12.\n\x05stage\x18\x01 \x01(\x0e\x32\x1f.img2img.v1.StageFinished.Stage\x12\x13\n\x06sample\x18\x02 \x01(\x05H\x00\x88\x01\x01\"\x82\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12STAGE_TEXT_ENCODED\x10\x01\x12\x17\n\x13STAGE_IMAGE_ENCODED\x10\x02\x12\x17\n\x13STAGE_IMAGE_DECODED\x10\x03\x12\x18\n\x14STAGE_SAFETY_CHECKED\x10\x04\x42\t\n\x07_sample\"J\n\x0cStepFinished\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\r\n\x05total\x18\x03 \x01(\x05\x12\r\n\x05sigma\x18\x04 \x01(\x01\"I\n\x07Preview\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12 \n\x05image\x18\x03 \x01(\x0b\x32\x11.img2img.v1.Image\"^\n\x0eSampleFinished\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12 \n\x05image\x18\x03 \x01(\x0b\x32\x11.img2img.v1.Image\x12\x0c\n\x04nsfw\x18\x04 \x01(\x08\"O\n\x0cSampleStored\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"0\n\x0eStorageWaiting\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\",\n\x0cJobSucceeded\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\")\n\tJobFailed\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\",\n\x0cJobCancelled\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\"\x0b\n\tHeartbeatb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16img2img/v1/event.proto\x12\nimg2img.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14img2img/v1/job.proto\"\xcb\x05\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03job\x18\x03 \x01(\t\x12+\n\x08snapshot\x18\x04 \x01(\x0b\x32\x17.img2img.v1.JobSnapshotH\x00\x12\'\n\x06queued\x18\x05 \x01(\x0b\x32\x15.img2img.v1.JobQueuedH\x00\x12)\n\x07started\x18\x06 \x01(\x0b\x32\x16.img2img.v1.JobStartedH\x00\x12*\n\x05stage\x18\x07 \x01(\x0b\x32\x19.img2img.v1.StageFinishedH\x00\x12(\n\x04step\x18\x08 \x01(\x0b\x32\x18.img2img.v1.StepFinishedH\x00\x12&\n\x07preview\x18\t \x01(\x0b\x32\x13.img2img.v1.PreviewH\x00\x12\x35\n\x0fsample_finished\x18\n \x01(\x0b\x32\x1a.img2img.v1.SampleFinishedH\x00\x12\x31\n\rsample_stored\x18\x0b \x01(\x0b\x32\x18.img2img.v1.SampleStoredH\x00\x12-\n\tsucceeded\x18\x0c \x01(\x0b\x32\x18.img2img.v1.JobSucceededH\x00\x12\'\n\x06\x66\x61iled\x18\r \x01(\x0b\x32\x15.img2img.v1.JobFailedH\x00\x12-\n\tcancelled\x18\x0e \x01(\x0b\x32\x18.img2img.v1.JobCancelledH\x00\x12*\n\theartbeat\x18\x0f \x01(\x0b\x32\x15.img2img.v1.HeartbeatH\x00\x12\x35\n\x0fstorage_waiting\x18\x10 \x01(\x0b\x32\x1a.img2img.v1.StorageWaitingH\x00\x12\x14\n\x0cmissing_from\x18\x11 \x01(\x03\x42\x07\n\x05\x65vent\"+\n\x0bJobSnapshot\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\"]\n\tJobQueued\x12\x10\n\x08position\x18\x01 \x01(\x03\x12&\n\x03\x65ta\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0erequeue_reason\x18\x03 \x01(\t\"h\n\nJobStarted\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x16\n\x0estored_samples\x18\x04 \x03(\x05\x12\x12\n\ndone_steps\x18\x05 \x03(\x05\"\xe4\x01\n\rStageFinished\x12.\n\x05stage\x18\x01 \x01(\x0e\x32\x1f.img2img.v1.StageFinished.Stage\x12\x13\n\x06sample\x18\x02 \x01(\x05H\x00\x88\x01\x01\"\x82\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12STAGE_TEXT_ENCODED\x10\x01\x12\x17\n\x13STAGE_IMAGE_ENCODED\x10\x02\x12\x17\n\x13STAGE_IMAGE_DECODED\x10\x03\x12\x18\n\x14STAGE_SAFETY_CHECKED\x10\x04\x42\t\n\x07_sample\"J\n\x0cStepFinished\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\r\n\x05total\x18\x03 \x01(\x05\x12\r\n\x05sigma\x18\x04 \x01(\x01\"I\n\x07Preview\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12 \n\x05image\x18\x03 \x01(\x0b\x32\x11.img2img.v1.Image\"^\n\x0eSampleFinished\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12 \n\x05image\x18\x03 \x01(\x0b\x32\x11.img2img.v1.Image\x12\x0c\n\x04nsfw\x18\x04 \x01(\x08\"O\n\x0cSampleStored\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"0\n\x0eStorageWaiting\x12\x0e\n\x06sample\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\",\n\x0cJobSucceeded\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\")\n\tJobFailed\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\",\n\x0cJobCancelled\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.img2img.v1.Job\"\x0b\n\tHeartbeatb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,27 +41,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOBQUEUED']._serialized_start=888
   _globals['_JOBQUEUED']._serialized_end=981
   _globals['_JOBSTARTED']._serialized_start=983
-  _globals['_JOBSTARTED']._serialized_end=1067
-  _globals['_STAGEFINISHED']._serialized_start=1070
-  _globals['_STAGEFINISHED']._serialized_end=1298
-  _globals['_STAGEFINISHED_STAGE']._serialized_start=1157
-  _globals['_STAGEFINISHED_STAGE']._serialized_end=1287
-  _globals['_STEPFINISHED']._serialized_start=1300
-  _globals['_STEPFINISHED']._serialized_end=1374
-  _globals['_PREVIEW']._serialized_start=1376
-  _globals['_PREVIEW']._serialized_end=1449
-  _globals['_SAMPLEFINISHED']._serialized_start=1451
-  _globals['_SAMPLEFINISHED']._serialized_end=1545
-  _globals['_SAMPLESTORED']._serialized_start=1547
-  _globals['_SAMPLESTORED']._serialized_end=1626
-  _globals['_STORAGEWAITING']._serialized_start=1628
-  _globals['_STORAGEWAITING']._serialized_end=1676
-  _globals['_JOBSUCCEEDED']._serialized_start=1678
-  _globals['_JOBSUCCEEDED']._serialized_end=1722
-  _globals['_JOBFAILED']._serialized_start=1724
-  _globals['_JOBFAILED']._serialized_end=1765
-  _globals['_JOBCANCELLED']._serialized_start=1767
-  _globals['_JOBCANCELLED']._serialized_end=1811
-  _globals['_HEARTBEAT']._serialized_start=1813
-  _globals['_HEARTBEAT']._serialized_end=1824
+  _globals['_JOBSTARTED']._serialized_end=1087
+  _globals['_STAGEFINISHED']._serialized_start=1090
+  _globals['_STAGEFINISHED']._serialized_end=1318
+  _globals['_STAGEFINISHED_STAGE']._serialized_start=1177
+  _globals['_STAGEFINISHED_STAGE']._serialized_end=1307
+  _globals['_STEPFINISHED']._serialized_start=1320
+  _globals['_STEPFINISHED']._serialized_end=1394
+  _globals['_PREVIEW']._serialized_start=1396
+  _globals['_PREVIEW']._serialized_end=1469
+  _globals['_SAMPLEFINISHED']._serialized_start=1471
+  _globals['_SAMPLEFINISHED']._serialized_end=1565
+  _globals['_SAMPLESTORED']._serialized_start=1567
+  _globals['_SAMPLESTORED']._serialized_end=1646
+  _globals['_STORAGEWAITING']._serialized_start=1648
+  _globals['_STORAGEWAITING']._serialized_end=1696
+  _globals['_JOBSUCCEEDED']._serialized_start=1698
+  _globals['_JOBSUCCEEDED']._serialized_end=1742
+  _globals['_JOBFAILED']._serialized_start=1744
+  _globals['_JOBFAILED']._serialized_end=1785
+  _globals['_JOBCANCELLED']._serialized_start=1787
+  _globals['_JOBCANCELLED']._serialized_end=1831
+  _globals['_HEARTBEAT']._serialized_start=1833
+  _globals['_HEARTBEAT']._serialized_end=1844
 # @@protoc_insertion_point(module_scope)

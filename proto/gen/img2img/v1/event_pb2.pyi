@@ -212,18 +212,26 @@ class JobStarted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STORED_SAMPLES_FIELD_NUMBER: _builtins.int
+    DONE_STEPS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Name of the worker."""
     model: _builtins.str
     """Name of the model."""
     attempt: _builtins.int
     """Number of times a worker has started the job, from 1. In each attempt, the samples start from
-    their first step, except those in stored_samples.
+    their first step, except those in stored_samples. An attempt has a second started event if its worker
+    stopped and another one continues it; see done_steps.
     """
     @_builtins.property
     def stored_samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the samples that an earlier attempt has stored. They are not generated again, and their
         events are not repeated.
+        """
+
+    @_builtins.property
+    def done_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Steps of each sample that an earlier worker of this attempt has finished and that do not run again, by
+        index of the sample; 0 for stored samples. Empty: all samples start from their first step.
         """
 
     def __init__(
@@ -233,10 +241,11 @@ class JobStarted(_message.Message):
         model: _builtins.str = ...,
         attempt: _builtins.int = ...,
         stored_samples: _abc.Iterable[_builtins.int] | None = ...,
+        done_steps: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "model", b"model", "stored_samples", b"stored_samples", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "done_steps", b"done_steps", "model", b"model", "stored_samples", b"stored_samples", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
