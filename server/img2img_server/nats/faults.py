@@ -20,6 +20,7 @@ from img2img_server.errors import MessageTooLargeError, UnavailableError
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _STORE_FAILED: Final = 10077
 _SUBJECT_FULL: Final = "maximum messages per subject exceeded"
+_STREAM_FULL: Final = "maximum messages exceeded"
 _MESSAGE_TOO_LARGE: Final = "message too large"  # for a stream, whatever max_payload is
 _NO_LEADER: Final = (10008, 10009)
 NO_MESSAGE: Final = (10037, 10043, 10057)
@@ -53,6 +54,15 @@ def is_leaderless(error: BaseException | None) -> bool:
         return error.err_code in _NO_LEADER
     silent = nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError
     return isinstance(error, silent)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Returns whether the stream has as many messages as its limit allows."""
+    return (
+        isinstance(error, nats.js.errors.APIError)
+        and error.err_code == _STORE_FAILED
+        and error.description == _STREAM_FULL
+    )
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import suppress
 
-import nats.js.errors
-
+from img2img_server.errors import UnavailableError
 from img2img_server.interfaces.states import StateTooLargeError
 from img2img_server.nats import subjects
 from img2img_server.nats.connection import NatsConnection
+from img2img_server.nats.faults import is_full
 from img2img_server.nats.topology import STATE_CHUNK_BYTES, STATES_BYTES
 
 MOST_BYTES = STATES_BYTES // 4  # of one state
@@ -30,16 +31,22 @@ class JetStreamStates:
         try:
             # A reader knows the number of bytes, so the order of the chunks' arrival is free.
             await asyncio.gather(
-                *(
-                    self._link.publish(
-                        subjects.state_subject(key, str(number)), chunk, repeatable=True
-                    )
-                    for number, chunk in enumerate(chunks)
-                )
+                *(self._publish(key, number, chunk) for number, chunk in enumerate(chunks))
             )
-        except nats.js.errors.APIError as error:  # for example, the stream is full
-            raise StateTooLargeError(str(error.description)) from error
+        except BaseException:
+            with suppress(UnavailableError):
+                await self.remove(key)
+            raise
         return key
+
+    async def _publish(self, key: str, number: int, chunk: bytes) -> None:
+        subject = subjects.state_subject(key, str(number))
+        try:
+            await self._link.publish(subject, chunk, repeatable=True)
+        except UnavailableError as error:
+            if is_full(error.__cause__):
+                raise StateTooLargeError("the states of other jobs need all the room") from error
+            raise
 
     async def load(self, key: str, size: int) -> bytes | None:
         count = -(-size // STATE_CHUNK_BYTES)
