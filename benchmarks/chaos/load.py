@@ -142,6 +142,21 @@ class Load:
             for at, event in job.events
         )
 
+    def repeated_steps(self, found: Damage) -> int:
+        """Returns how often a step of a sample ran again, and adds a sentence for each job."""
+        repeated = 0
+        for job in self.jobs[self._first :]:
+            steps = [
+                (event.sample, event.step)
+                for _, event in job.events
+                if isinstance(event, StepFinished)
+            ]
+            if again := len(steps) - len(set(steps)):
+                repeated += again
+                name = job.result.job.name if job.result else "a lost job"
+                found.faults.append(f"wasted: {name}: {again} steps ran again")
+        return repeated
+
     async def damage(self, *, loses_workers: bool = False) -> Damage:
         """Counts what went wrong.
 

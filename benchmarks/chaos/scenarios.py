@@ -86,6 +86,24 @@ async def killed_workers(service: Service, load: Load, short: bool) -> tuple[int
     return kills, await load.damage(loses_workers=True)
 
 
+async def stopped_workers(service: Service, load: Load, short: bool) -> tuple[int, Damage]:
+    """Stops workers with SIGTERM while they run jobs, and starts them again."""
+    stops, jobs = (3, 12) if short else (20, 80)
+    draw, sent = random.Random(3), 0
+    for number in range(stops):
+        for _ in range((jobs * (number + 1)) // stops - sent):
+            load.send()
+            sent += 1
+        await asyncio.sleep(draw.uniform(0.2, 0.8))
+        worker = draw.choice(service.workers)
+        await worker.stop()
+        await worker.start()
+    await load.ended()
+    damage = await load.damage(loses_workers=False)
+    damage.wasted += load.repeated_steps(damage)
+    return stops, damage
+
+
 async def nats_away(service: Service, load: Load, short: bool) -> tuple[int, Damage]:
     """Kills the only NATS server and starts it again later."""
     pauses, calm = ((3.0,), 0.5) if short else ((2.0, 8.0, 20.0), 4.0)
@@ -194,6 +212,7 @@ async def wrong_clocks(service: Service, load: Load, short: bool) -> tuple[int, 
 
 ALL = (
     Scenario("workers killed", killed_workers),
+    Scenario("workers stopped", stopped_workers),
     Scenario("apis killed and stopped", restarted_apis),
     Scenario("S3 away", store_away),
     Scenario("S3 frozen", store_frozen),

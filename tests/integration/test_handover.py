@@ -40,7 +40,7 @@ from tests.stack import (
 from tests.tiny_models import write_sd
 
 NO_TIME = settings(drain_seconds=0.0)
-PATIENT = settings(drain_seconds=60.0)
+LONG_DRAIN = settings(drain_seconds=60.0)
 STEPS = 8
 LONG = {"strength": 1.0, "num_inference_steps": STEPS, "output_format": job_pb2.IMAGE_FORMAT_PNG}
 
@@ -150,7 +150,7 @@ async def test_a_worker_that_drains_gives_its_job_to_a_worker_that_becomes_free(
     async with running_api(bus) as api:
         expected = await calm(bus, api)
         engine = FakeEngine(hold_after=2)
-        async with running_worker(bus, engine, name="old", config=PATIENT) as old:
+        async with running_worker(bus, engine, name="old", config=LONG_DRAIN) as old:
             seen = generate(api)
             await seen.to_step(2)
             old.stop.set()
@@ -304,7 +304,7 @@ async def test_two_real_workers_share_the_steps_of_one_job_on_jetstream(
     ):
         async with real_worker(bus, folder, "calm"):
             expected = hashes(await generate(api, scheduler=scheduler).to_end())
-        async with real_worker(bus, folder, "old", 3, config=PATIENT) as old:
+        async with real_worker(bus, folder, "old", 3, config=LONG_DRAIN) as old:
             seen = generate(api, scheduler=scheduler)
             await seen.to_step(3)
             old.stop.set()  # as SIGTERM does

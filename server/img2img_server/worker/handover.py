@@ -1,7 +1,7 @@
 """Finds other workers for the running jobs of a worker that stops.
 
 Such a job is requeued with its state, and the worker that pulls it continues with its next step.
-See docs/adr/0020-a-stopping-worker-hands-over-its-steps.md.
+See docs/adr/0021-a-stopping-worker-hands-over-its-steps.md.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class JobLease:
             return True
         most, back = self._deps.max_attempts, self.job.handed_back
         if self.job.suspended and self._attempt > self.job.attempt:
-            back += 1  # The attempt was handed back, but its state is not used.
+            back += 1  # The attempt was requeued, and its state is not used.
         deliveries = self.delivery.attempt - back
         if self._attempt - back > most or deliveries > most * DELIVERIES_OF_AN_ATTEMPT:
             await self.fail(errors.AttemptsExhaustedError(self._deps.max_attempts), dead=True)

@@ -16,7 +16,7 @@ def fingerprint(parts: Mapping[str, torch.nn.Module]) -> str:
     """Returns a hash of all weights and buffers of some networks, by name.
 
     Large tensors are hashed by the sums of their rows and columns, which a device computes as fast
-    as it reads its memory. So the hash tells models apart that differ by accident, for example in
+    as it reads its memory. So the hash differs between models that differ by accident, for example in
     their training or their number format; it is no protection against a forged model.
     """
     digest = hashlib.sha256()
