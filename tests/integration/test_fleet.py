@@ -132,7 +132,8 @@ async def test_a_stopping_worker_requeues_waiting_jobs_before_it_drains() -> Non
         second = await api.create(spec(strength=1.0))
         await held(bus)
         worker.stop.set()
-        async with running_worker(bus, name="heir"):
+        # A worker of another kind cannot continue the running job.
+        async with running_worker(bus, FakeEngine(state_key="another"), name="heir"):
             assert (await ended(api, second.name)).worker == "heir"
         engine.release()
         assert (await ended(api, first.name)).worker == "stopping"

@@ -16,8 +16,8 @@ def fingerprint(parts: Mapping[str, torch.nn.Module]) -> str:
     """Returns a hash of all weights and buffers of some networks, by name.
 
     Large tensors are hashed by the sums of their rows and columns, which a device computes as fast
-    as it reads its memory. So the hash differs between models that differ by accident, for example in
-    their training or their number format; it is no protection against a forged model.
+    as it reads its memory. So models that differ by accident, for example in their training or
+    their number format, have different hashes. It is no protection against a forged model.
     """
     digest = hashlib.sha256()
     for part, network in sorted(parts.items()):
