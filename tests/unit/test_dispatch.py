@@ -214,3 +214,15 @@ def test_sizes_grow_by_factors_of_four() -> None:
 def test_slots_are_the_same_in_every_process() -> None:
     found: dict[str, Any] = {tenant: slot_of(tenant) for tenant in ("acme", "other", "")}
     assert found == {"acme": 62, "other": 32, "": 0}
+
+
+def test_as_many_jobs_are_pulled_at_once_as_would_join_the_next_step(case: Case) -> None:
+    assert case.dispatcher.most == 1, "nothing is known about the first job"
+    case.engine.runs = {1_000_000, *range(-3, 0)}
+    held = case.hold()
+    assert case.dispatcher.most == 1, "the job has not begun"
+    case.engine.runs.add(held.plan.job_id)
+    case.dispatcher.check()
+    assert case.dispatcher.most == 3
+    case.engine.runs -= {-1, -2, -3}
+    assert case.dispatcher.most == 1, "no other job would join"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
 
@@ -30,6 +30,7 @@ MOST_PAUSED: Final = 3
 # Samples that are checked, encoded and uploaded. Above, no job is pulled. Files that wait for the
 # store have a limit of their own, by bytes (storage/watched_blobs.py).
 MOST_FINISHING_SAMPLES: Final = 256
+MOST_AT_ONCE: Final = 8  # jobs of one pull
 # After a worker has requeued a waiting job for an idle worker, it takes no job ahead for this time.
 REQUEUE_PAUSE_SECONDS: Final = 1.0
 FIRST_ALONE_ATTEMPT: Final = 3  # From this attempt on, a job runs alone on its worker.
@@ -156,6 +157,19 @@ class Dispatcher:
             return False
         finishing = sum(job.plan.params.samples for job in self._in(Phase.FINISHES))
         return finishing < MOST_FINISHING_SAMPLES and len(self._in(Phase.WAITS)) < 2
+
+    @property
+    def most(self) -> int:
+        """Returns the number of jobs to pull at once: as many as would take part in the next step
+        if they were like the one that began last.
+        """
+        begun = self._in(Phase.HAS_BEGUN)
+        if not begun or self.waiting:
+            return 1
+        arriving = [job.plan for job in begun if not job.is_submitted]
+        copies = [replace(begun[-1].plan, job_id=-number) for number in range(1, MOST_AT_ONCE + 1)]
+        chosen = self._engine.next_jobs([*arriving, *copies])
+        return max(1, sum(copy.job_id in chosen for copy in copies))
 
     @property
     def _may_look_ahead(self) -> bool:

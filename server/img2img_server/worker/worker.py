@@ -108,7 +108,7 @@ class Worker:
                 taken = await deps.queue.pull(
                     deps.engine.model.name,
                     _LANES,
-                    1,
+                    dispatcher.most,
                     _PULL_SECONDS,
                     order=dispatcher,
                     is_idle=dispatcher.is_idle,
@@ -118,6 +118,7 @@ class Worker:
                 log.warning("pull_failed", why=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
+            runs: list[JobExecution] = []
             for delivery in taken:
                 # The job may arrive while the store becomes unavailable.
                 if not deps.blobs.takes_work:
@@ -125,7 +126,9 @@ class Worker:
                         await delivery.nak()
                 elif run := self._take(delivery):
                     self._tasks[run.job_id] = tasks.create_task(self._run(run))
-                    await run.opened.wait()  # The dispatcher has the job from here on.
+                    runs.append(run)
+            for run in runs:
+                await run.opened.wait()  # The dispatcher has the job from here on.
 
     async def _share_usage(self) -> None:
         """Reports the device time of tenants to the other workers."""
