@@ -26,7 +26,9 @@ _REFINER_CLIP: Final = "conditioner.embedders.0.model."
 
 # Tensors that no part needs: constants of the training, EMA copies and state of the optimiser.
 HARMLESS: Final = re.compile(
-    r"^(model_ema\.|optimizer|lr_scheduler|callbacks|first_stage_model\.loss\.)"
+    # Z-Image does not use its last norm.
+    r"^(model\.diffusion_model\.)?norm_final\.weight$"
+    r"|^(model_ema\.|optimizer|lr_scheduler|callbacks|first_stage_model\.loss\.)"
     r"|^(betas|alphas_cumprod(_prev)?|logvar|lvlb_weights|scale_factor|global_step|epoch)$"
     r"|^(sqrt_|log_one_minus_|posterior_)|^denoiser\.sigmas$|^(v_pred|ztsnr)$"
     r"|(^|\.)(position_ids|logit_scale|attn_mask)$"
@@ -87,8 +89,8 @@ class Hints:
         )
 
 
-def describe(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
-    """Returns what a file holds.
+def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
+    """Returns the contents of a file of Stable Diffusion 1.x, 2.x or XL.
 
     Args:
         place: The path of the file, for sentences.
@@ -105,6 +107,12 @@ def describe(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
             "its directory in diffusers' layout"
         )
     found = _stable_diffusion(shapes, hints)
+    check_known(shapes, found, place)
+    return found
+
+
+def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
+    """Raises ModelError if a file has tensors that are of no part of its model."""
     known = tuple(found.prefixes.values())
     unknown = [name for name in shapes if not name.startswith(known) and not HARMLESS.search(name)]
     if unknown:
@@ -112,7 +120,6 @@ def describe(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
             f"{place} has tensors that are of no part of its model and would be ignored: "
             f"{first_names(unknown)}"
         )
-    return found
 
 
 def first_names(names: Iterable[str], count: int = 4) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from img2img_server.engine.checkpoint import Checkpoint, Hints, Shapes, describe
+from img2img_server.engine.checkpoint import (
+    Checkpoint,
+    Hints,
+    Shapes,
+    check_known,
+    describe_unet,
+)
+from img2img_server.engine.checkpoint_flow import describe_flow
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.weight_files import (
     PICKLES,
@@ -41,7 +48,10 @@ def read_checkpoint(path: Path, *, allow_pickles: bool = False) -> Checkpoint:
             "suffix .safetensors"
         )
     hints = Hints.of(path.stem, metadata, _prediction_type(toml_of(path)))
-    return describe(shapes, hints, str(path))
+    if (found := describe_flow(shapes, hints, str(path))) is None:
+        return describe_unet(shapes, hints, str(path))
+    check_known(shapes, found, str(path))
+    return found
 
 
 def _prediction_type(toml: Path) -> str:

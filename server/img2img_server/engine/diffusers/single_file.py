@@ -96,9 +96,9 @@ def load_single_file(
                 parts[name] = _clip(where, entry[1], config, own, prefix, dtype)
         elif config and name == "scheduler":
             parts[name] = getattr(diffusers, entry[1]).from_config(config)
-        elif entry[1] == "CLIPTokenizer":
+        elif entry[1] == "CLIPTokenizer" and not _has(family, name, checkpoint, parts_dir):
             encoder = checkpoint.prefixes.get(name.replace("tokenizer", "text_encoder"), "")
-            is_open = encoder.endswith(".model.")
+            is_open = encoder.endswith(".model.") or (family.name, name) == ("sd3", "tokenizer_2")
             parts[name] = clip_tokenizer(_FILLED_WITH_ZERO if is_open else "")
         else:
             parts[name] = _from_folder(family, name, entry, path, parts_dir, dtype, allow_pickles)
@@ -109,6 +109,13 @@ def load_single_file(
         if not name.startswith("_") and not isinstance(value, list)
     }
     return {**options, **parts}
+
+
+def _has(family: Family, tokenizer: str, checkpoint: Checkpoint, parts_dir: Path | None) -> bool:
+    """Returns whether a tokenizer is in the folder of parts, together with its text encoder."""
+    encoder = tokenizer.replace("tokenizer", "text_encoder")
+    is_held = encoder in checkpoint.prefixes
+    return not is_held and parts_dir is not None and (parts_dir / family.name / tokenizer).is_dir()
 
 
 def _from_folder(
