@@ -99,6 +99,7 @@ class DiffusersDenoiser:
             device=torch.device(device or network.device),
             dtype=network.dtype,
             memory_format=torch.channels_last if is_last else torch.contiguous_format,
+            is_compiled=is_compiled,
         )
         self._is_compiled = is_compiled
         self._max_batch_size = max_batch_size
@@ -212,6 +213,8 @@ class DiffusersDenoiser:
 
     @property
     def warm_up_prompts(self) -> tuple[str, ...]:
+        if self._is_compiled and (encoders := self._family.clip_encoders(self._model)):
+            return "", "a " * 2 * encoders[0].window, _WARM_UP_PROMPTS[-1]
         if not self._family.lengths_vary:
             return ("",)
         return _WARM_UP_PROMPTS if self._is_compiled else _WARM_UP_PROMPTS[-1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ class _Prompt(NamedTuple):
     text: str
     is_negative: bool
     adapter: Adapter | None
+    chunks: int  # in how many chunks it is encoded
 
 
 class _Cut(NamedTuple):
@@ -45,20 +46,31 @@ class TextEncoder:
         self._family = family
         parts = [getattr(model.pipeline, name) for name in family.tokenizers]
         self._tokenizers = [part for part in parts if part is not None]
+        self._encoders = family.clip_encoders(model) if self._tokenizers else ()
         self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
 
     def encode(self, texts: Sequence[TextInput], forwards: Sequence[int]) -> list[Conditioning]:
         """Returns one conditioning a text; rows with two forwards get their negative prompt too."""
-        prompts = [_Prompt(text.prompt, False, text.adapter) for text in texts]
-        negatives = [
-            _Prompt(text.negative_prompt, True, text.adapter) if count == 2 else None
-            for text, count in zip(texts, forwards, strict=True)
-        ]
+        pairs = [self._pair(text, count) for text, count in zip(texts, forwards, strict=True)]
+        prompts, negatives = zip(*pairs, strict=True)
         known = self._look_up([*prompts, *(prompt for prompt in negatives if prompt)])
         return [
             self._condition(text, known[prompt], known[negative] if negative else None)
             for text, prompt, negative in zip(texts, prompts, negatives, strict=True)
         ]
+
+    def _pair(self, text: TextInput, forwards: int) -> tuple[_Prompt, _Prompt | None]:
+        """Returns the prompt and the negative prompt of a row, in equally many chunks, as in the
+        stock pipelines.
+        """
+        read = [text.prompt, text.negative_prompt][:forwards]
+        chunks = max(
+            (encoder.chunks(part) for encoder in self._encoders for part in read), default=1
+        )
+        prompt = _Prompt(text.prompt, False, text.adapter, chunks)
+        if forwards == 1:
+            return prompt, None
+        return prompt, _Prompt(text.negative_prompt, True, text.adapter, chunks)
 
     def clear_cache(self) -> None:
         """Drops the encoded prompts."""
@@ -80,11 +92,7 @@ class TextEncoder:
 
     def _encode(self, prompts: Sequence[_Prompt]) -> list[TextEmbedding]:
         with self._offload.running():
-            encoded = self._family.encode_prompts(
-                replace(self._model, device=self._offload.device),
-                [prompt.text for prompt in prompts],
-                [prompt.is_negative for prompt in prompts],
-            )
+            encoded = self._tensors(replace(self._model, device=self._offload.device), prompts)
         device = self._model.device
         return [
             TextEmbedding(
@@ -93,6 +101,28 @@ class TextEncoder:
             )
             for prompt, tensors in zip(prompts, encoded, strict=True)
         ]
+
+    def _tensors(
+        self, model: LoadedModel, prompts: Sequence[_Prompt]
+    ) -> list[Mapping[str, torch.Tensor]]:
+        """Returns the tensors of each prompt. Those of one chunk are encoded in one batch."""
+        short = [prompt for prompt in prompts if prompt.chunks == 1]
+        encoded = (
+            self._family.encode_prompts(
+                model,
+                [prompt.text for prompt in short],
+                [prompt.is_negative for prompt in short],
+            )
+            if short
+            else []
+        )
+        found = dict(zip(short, encoded, strict=True))
+        for prompt in prompts:
+            if prompt not in found:
+                found[prompt] = self._family.encode_chunks(
+                    model, prompt.text, prompt.chunks, prompt.is_negative
+                )
+        return [found[prompt] for prompt in prompts]
 
     def _warning(self, prompt: _Prompt) -> str:
         """Returns a sentence about the part of a prompt that no encoder reads, or "" if one encoder

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from img2img_server.engine.denoiser import Conditioning, TextEmbedding, TextInput
     from img2img_server.engine.diffusers.vae import Autoencoder
+    from img2img_server.engine.diffusers.windows import ClipEncoder
     from img2img_server.engine.sampler import Schedule
 
 
@@ -44,6 +45,7 @@ class LoadedModel:
         device, dtype: The network's own values, cached because it takes milliseconds to read them.
         memory_format: The layout of the inputs, one for all steps: a compiled network is compiled
             for the strides of its inputs.
+        is_compiled: Whether new shapes of inputs are expensive.
     """
 
     pipeline: Any
@@ -51,6 +53,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
+    is_compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,6 +292,20 @@ class Family:
         """Encodes prompts in one batch; returns the tensors of each prompt by name.
 
         Each tensor belongs to one prompt and has no batch dimension. Lengths may differ.
+        """
+        raise NotImplementedError
+
+    def clip_encoders(self, model: LoadedModel) -> Sequence[ClipEncoder]:
+        """Returns the text encoders that read long prompts in chunks; empty: none does."""
+        return ()
+
+    def encode_chunks(
+        self, model: LoadedModel, prompt: str, chunks: int, is_negative: bool
+    ) -> Mapping[str, Tensor]:
+        """Encodes a prompt with `clip_encoders`; returns its tensors by name.
+
+        Args:
+            chunks: The number of chunks of the result.
         """
         raise NotImplementedError
 

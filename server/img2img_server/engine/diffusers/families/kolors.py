@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from img2img_server.engine.diffusers.families.sdxl import StableDiffusionXL
+
+if TYPE_CHECKING:
+    from img2img_server.engine.diffusers.families.base import LoadedModel
+    from img2img_server.engine.diffusers.windows import ClipEncoder
 
 _TOKENS = 256  # longest prompt in tokens, special tokens included, as in the stock pipeline
 
@@ -18,6 +23,9 @@ class Kolors(StableDiffusionXL):
     lora_parts: ClassVar[tuple[str, ...]] = ("unet",)
     num_inference_steps = 50
     guidance_scale = 5.0
+
+    def clip_encoders(self, model: LoadedModel) -> Sequence[ClipEncoder]:
+        return ()
 
     def token_limit(self, tokenizer: Any) -> int:
         return _TOKENS

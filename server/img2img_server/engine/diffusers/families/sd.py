@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from img2img_server.engine.denoiser import TextInput
+    from img2img_server.engine.diffusers.windows import ClipEncoder
 
 # Schedulers of Turbo models, together with trailing timesteps.
 _TURBO = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
@@ -31,7 +32,11 @@ _LCM_STEPS = 50
 
 
 class StableDiffusion(DiffusionFamily):
-    """Models with a UNet and one CLIP text encoder."""
+    """Models with a UNet and one CLIP text encoder.
+
+    Attributes:
+        takes_last_layer: Whether the UNet takes the output of the encoder's last layer.
+    """
 
     name = "sd"
     pipelines = dict.fromkeys(
@@ -47,6 +52,7 @@ class StableDiffusion(DiffusionFamily):
         "requires_safety_checker": False,
     }
     lora_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    takes_last_layer: ClassVar[bool] = True
     side_multiple = 8
     native_size = 512
     max_side = 1024
@@ -102,17 +108,29 @@ class StableDiffusion(DiffusionFamily):
     def predict(self, model: LoadedModel, forwards: Sequence[Forward]) -> Sequence[Tensor]:
         import torch
 
+        tokens, mask = self.tokens(model, forwards)
         output = model.network(
             torch.cat([forward.latents for forward in forwards]).to(
                 model.dtype, memory_format=model.memory_format
             ),
             torch.cat([forward.timestep for forward in forwards]),
-            encoder_hidden_states=torch.stack([it.text.tensors["tokens"] for it in forwards]),
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=mask,
             timestep_cond=cat_extras(forwards, "guidance_embedding"),
             added_cond_kwargs=self.added_conditions(forwards),
             return_dict=False,
         )[0]
         return torch.split(output.float(), 1)
+
+    def tokens(
+        self, model: LoadedModel, forwards: Sequence[Forward]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the encoded prompts and their mask; None: all tokens count."""
+        from img2img_server.engine.diffusers.windows import pad_chunks
+
+        window = int(model.pipeline.tokenizer.model_max_length)
+        rows = [forward.text.tensors["tokens"] for forward in forwards]
+        return pad_chunks(rows, window, model.is_compiled)
 
     def added_conditions(self, forwards: Sequence[Forward]) -> Mapping[str, Tensor] | None:
         """Returns further inputs of the UNet."""
@@ -123,6 +141,28 @@ class StableDiffusion(DiffusionFamily):
     ) -> list[Mapping[str, Tensor]]:
         encoded = encode(model, prompts)[0].to(model.dtype)
         return [{"tokens": tokens.clone()} for tokens in encoded]
+
+    def clip_encoders(self, model: LoadedModel) -> Sequence[ClipEncoder]:
+        from img2img_server.engine.diffusers.windows import ClipEncoder
+
+        parts = model.pipeline
+        return [
+            ClipEncoder(tokenizer, text_encoder, is_normalized=self.takes_last_layer)
+            for name in self.tokenizers
+            if (tokenizer := getattr(parts, name)) is not None
+            and (text_encoder := getattr(parts, name.replace("tokenizer", "text_encoder")))
+        ]
+
+    def encode_chunks(
+        self, model: LoadedModel, prompt: str, chunks: int, is_negative: bool
+    ) -> Mapping[str, Tensor]:
+        (encoder,) = self.clip_encoders(model)
+        return {"tokens": encoder.encode(prompt, chunks, model.device).to(model.dtype)}
+
+    def token_limit(self, tokenizer: Any) -> int:
+        from img2img_server.engine.diffusers.windows import MAX_TOKENS, SPECIAL_TOKENS
+
+        return MAX_TOKENS + SPECIAL_TOKENS
 
     def extras(self, model: LoadedModel, text: TextInput) -> Mapping[str, Tensor]:
         import torch

@@ -30,6 +30,7 @@ class StableDiffusionXL(StableDiffusion):
     load_options: ClassVar[Mapping[str, Any]] = {}
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
     lora_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")
+    takes_last_layer = False
     native_size = 1024
     max_side = 2048
 
@@ -51,13 +52,24 @@ class StableDiffusionXL(StableDiffusion):
     ) -> list[Mapping[str, Tensor]]:
         encoded, dtype = encode(model, prompts), model.dtype
         tokens, pooled = encoded[0].to(dtype), encoded[2].to(dtype)
-        zeros_for_empty = model.pipeline.config.force_zeros_for_empty_prompt
         found: list[Mapping[str, Tensor]] = []
         for i, (prompt, is_negative) in enumerate(zip(prompts, are_negative, strict=True)):
-            # SDXL was trained with zeros, not with the encoding of "", for an empty prompt.
-            keep = 0.0 if zeros_for_empty and is_negative and not prompt else 1.0
+            keep = _kept_share(model, prompt, is_negative)
             found.append({"tokens": tokens[i] * keep, "pooled": pooled[i] * keep})
         return found
+
+    def encode_chunks(
+        self, model: LoadedModel, prompt: str, chunks: int, is_negative: bool
+    ) -> Mapping[str, Tensor]:
+        import torch
+
+        encoders, keep = self.clip_encoders(model), _kept_share(model, prompt, is_negative)
+        tokens = [encoder.encode(prompt, chunks, model.device) for encoder in encoders]
+        return {
+            "tokens": torch.cat(tokens, dim=-1).to(model.dtype) * keep,
+            # The pooled embedding is that of the first window, as in the stock pipeline.
+            "pooled": encode(model, [prompt])[2][0].to(model.dtype) * keep,
+        }
 
     def extras(self, model: LoadedModel, text: TextInput) -> Mapping[str, Tensor]:
         import torch
@@ -69,3 +81,11 @@ class StableDiffusionXL(StableDiffusion):
         sizes = torch.tensor([[*size, 0, 0, *size]], dtype=model.dtype)
         sizes = to_device(sizes, model.device)
         return {**super().extras(model, text), "time_ids": sizes}
+
+
+def _kept_share(model: LoadedModel, prompt: str, is_negative: bool) -> float:
+    """Returns the factor of a prompt's encoding: SDXL was trained with zeros, not with the encoding
+    of "", for an empty prompt.
+    """
+    is_zero = model.pipeline.config.force_zeros_for_empty_prompt and is_negative and not prompt
+    return 0.0 if is_zero else 1.0

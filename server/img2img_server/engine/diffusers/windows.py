@@ -1,0 +1,127 @@
+"""Encodes prompts that are longer than the window of a CLIP text encoder.
+
+compel splits a prompt into chunks, at the end of a sentence where it can. The encoder reads each
+chunk alone, with its own start and end tokens, and the network gets all chunks one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
+from torch import Tensor
+
+from img2img_server.engine.host_copy import to_device
+
+# The most tokens of a prompt that are read: eight windows of CLIP, about 450 words.
+MAX_TOKENS = 600
+SPECIAL_TOKENS = 2  # start and end of a chunk
+
+
+def compiled_chunks(window: int) -> tuple[int, ...]:
+    """Returns the numbers of chunks to which batches of compiled networks are padded."""
+    return 1, 4, max_chunks(window)
+
+
+def max_chunks(window: int) -> int:
+    """Returns the most chunks of a prompt. Two neighbouring chunks have more tokens than one
+    window, so a prompt has at most twice as many chunks as it fills windows.
+    """
+    return 2 * -(-MAX_TOKENS // (window - SPECIAL_TOKENS))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClipEncoder:
+    """A CLIP text encoder with its tokenizer.
+
+    Attributes:
+        is_normalized: Whether the network takes the normalised output of the last layer; otherwise
+            it takes the output of the layer before, as in Stable Diffusion XL.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    is_normalized: bool
+
+    @property
+    def window(self) -> int:
+        """The number of tokens that the encoder reads at once, special ones included."""
+        return int(self.tokenizer.model_max_length)
+
+    def chunks(self, text: str) -> int:
+        """Returns the number of chunks of a prompt."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) + SPECIAL_TOKENS <= self.window:
+            return 1
+        provider, text = self._provider("cpu"), self._read_part(text)
+        ids, _, _ = provider.get_token_ids_and_expand_weights([text], [1.0], device="cpu")
+        return min(len(ids) // self.window, max_chunks(self.window))
+
+    def encode(self, text: str, chunks: int, device: torch.device) -> Tensor:
+        """Returns the embeddings of a prompt, tokens x width.
+
+        Args:
+            chunks: The number of chunks of the result. The embeddings of an empty prompt are
+                appended up to it, as compel does if a prompt and its negative prompt have different
+                lengths.
+        """
+        provider = self._provider(device)
+        found = provider.get_embeddings_for_weighted_prompt_fragments(
+            [[self._read_part(text)]], [[1.0]], device=device
+        )[0, : max_chunks(self.window) * self.window]
+        missing = chunks - len(found) // self.window
+        empty = [provider.empty_z[0].to(found.dtype)] * missing if missing > 0 else []
+        return torch.cat([found, *empty])
+
+    def _read_part(self, text: str) -> str:
+        """Returns the beginning of a prompt, as far as it is read."""
+        if not self.tokenizer.is_fast:
+            return text
+        coded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        places = coded["offset_mapping"]
+        return text if len(places) <= MAX_TOKENS else text[: places[MAX_TOKENS][0]]
+
+    def _provider(self, device: torch.device | str) -> Any:
+        """Returns compel's encoder. It caches the embedding of an empty prompt, which a LoRA may
+        change, so each prompt needs a new one.
+        """
+        kinds = ReturnedEmbeddingsType
+        return EmbeddingsProvider(
+            self.tokenizer,
+            self.text_encoder,
+            truncate=False,
+            returned_embeddings_type=(
+                kinds.LAST_HIDDEN_STATES_NORMALIZED
+                if self.is_normalized
+                else kinds.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            ),
+            device=device,
+            split_long_text_mode=SplitLongTextMode.SENTENCES,
+        )
+
+
+def pad_chunks(
+    rows: Sequence[Tensor], window: int, is_compiled: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the embeddings of prompts in one tensor, and the mask of their tokens; None: they
+    have the same number of tokens, and all count.
+
+    Args:
+        rows: Tokens x width each.
+    """
+    lengths = [len(row) for row in rows]
+    most = max(lengths)
+    if is_compiled and most > window:
+        most = window * next(count for count in compiled_chunks(window) if most <= window * count)
+    elif min(lengths) == most:
+        return torch.stack(list(rows)), None
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    padded = torch.nn.functional.pad(padded, (0, 0, 0, most - padded.shape[1]))
+    places = torch.arange(most, device=padded.device)
+    ends = to_device(torch.tensor(lengths), padded.device)
+    return padded, places[None] < ends[:, None]
