@@ -49,7 +49,14 @@ def test_every_announced_shape_is_compiled_before_the_first_job_and_none_after_i
         before = len(compiled)
         for number, (height, width) in enumerate(SIZES):
             image = blocks(height, width)
-            wanted = job(job_id=number, init_image=image, guidance_scale=4.0, seeds=(1, 2, 3))
+            prompt = "a boat on the sea and a house on the hill" if number % 2 else "a boat"
+            wanted = job(
+                job_id=number,
+                prompt=prompt,
+                init_image=image,
+                guidance_scale=4.0,
+                seeds=(1, 2, 3),
+            )
             assert isinstance(run(engine, wanted)[-1], JobDone)
     finally:
         engine.stop()
@@ -57,5 +64,7 @@ def test_every_announced_shape_is_compiled_before_the_first_job_and_none_after_i
 
     assert len(compiled) == before
     networks = [nodes for nodes in compiled if nodes > 99]
-    assert len(networks) == len(SIZES) * 2, "batches of 1 and 2 forwards"
+    assert len(networks) == len(SIZES) * 2 * 2, (
+        "batches of 1 and 2 forwards, short and long prompts"
+    )
     assert max(limits) > 1000, "what comes after the limit runs as slowly as if not compiled"

@@ -151,12 +151,12 @@ def test_rows_with_different_numbers_of_chunks_share_a_batch(
         ([3, 3], False, None),
         ([1, 3], False, 3),
         ([1, 1], True, None),
-        ([2, 2], True, 4),
+        ([2, 2], True, max_chunks(LENGTH)),
         ([1, 5], True, max_chunks(LENGTH)),
         ([max_chunks(LENGTH)], True, max_chunks(LENGTH)),
     ],
 )
-def test_batches_are_padded_to_few_lengths(
+def test_batches_of_compiled_models_have_one_of_two_lengths(
     chunks: list[int], is_compiled: bool, expected: int | None
 ) -> None:
     rows = [torch.ones(count * LENGTH, 2) for count in chunks]
@@ -184,7 +184,7 @@ def test_a_compiled_model_is_warmed_up_with_every_length(folder: Path) -> None:
         encoded = denoiser.encode_texts(texts)
     rows = [conditioning.prompt.tensors["tokens"] for conditioning in encoded]
     lengths = {pad_chunks([row], LENGTH, is_compiled=True)[0].shape[1] for row in rows}
-    assert lengths == {LENGTH, 4 * LENGTH, max_chunks(LENGTH) * LENGTH}
+    assert lengths == {LENGTH, max_chunks(LENGTH) * LENGTH}
 
 
 def test_two_hundred_words_that_differ_at_the_end_give_different_images() -> None:

@@ -213,8 +213,8 @@ class DiffusersDenoiser:
 
     @property
     def warm_up_prompts(self) -> tuple[str, ...]:
-        if self._is_compiled and (encoders := self._family.clip_encoders(self._model)):
-            return "", "a " * 2 * encoders[0].window, _WARM_UP_PROMPTS[-1]
+        if self._is_compiled and self._family.clip_encoders(self._model):
+            return "", _WARM_UP_PROMPTS[-1]
         if not self._family.lengths_vary:
             return ("",)
         return _WARM_UP_PROMPTS if self._is_compiled else _WARM_UP_PROMPTS[-1:]

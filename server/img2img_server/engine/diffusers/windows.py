@@ -21,11 +21,6 @@ MAX_TOKENS = 600
 SPECIAL_TOKENS = 2  # start and end of a chunk
 
 
-def compiled_chunks(window: int) -> tuple[int, ...]:
-    """Returns the numbers of chunks to which batches of compiled networks are padded."""
-    return 1, 4, max_chunks(window)
-
-
 def max_chunks(window: int) -> int:
     """Returns the most chunks of a prompt. Two neighbouring chunks have more tokens than one
     window, so a prompt has at most twice as many chunks as it fills windows.
@@ -117,7 +112,7 @@ def pad_chunks(
     lengths = [len(row) for row in rows]
     most = max(lengths)
     if is_compiled and most > window:
-        most = window * next(count for count in compiled_chunks(window) if most <= window * count)
+        most = window * max_chunks(window)  # one more shape to compile, not one a length
     elif min(lengths) == most:
         return torch.stack(list(rows)), None
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
