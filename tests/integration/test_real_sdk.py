@@ -1,4 +1,6 @@
-"""The official Python SDK of the HTTP contract, unmodified, against `img2img-server local`."""
+"""The official Python SDKs of the HTTP contract and of OpenAI, unmodified, against
+`img2img-server local`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import httpx
 import pytest
 import pytest_asyncio
 import torch
+from openai import AsyncOpenAI, InternalServerError
 from receiver import until
 from transformers import CLIPTextModel
 
@@ -224,3 +227,25 @@ async def test_a_restart_hands_the_running_job_back_and_the_gateway_stays_up(
     await started(service, job, times=2)
     done = await asyncio.to_thread(api.fetch, str(job["id"]))
     assert (done["status"], done["output"]) == ("success", job["future_links"])
+
+
+async def test_openais_client_edits_and_streams(service: LocalStack) -> None:
+    async with AsyncOpenAI(base_url=f"{service.http_url}/v1", api_key="dev-key") as sdk:
+        [model] = [each.id async for each in sdk.models.list()]
+        options: Any = {"prompt": "a cat", "model": model, "size": "256x256"}
+        steps = {"num_inference_steps": 8, "strength": 1.0, "seed": 7}
+        raw = await sdk.images.with_raw_response.edit(
+            image=PHOTO, response_format="url", n=2, extra_body=steps, **options
+        )
+        async with httpx.AsyncClient() as http:
+            files = [await http.get(each.url or "") for each in raw.parse().data or []]
+        stream = await sdk.images.edit(
+            image=PHOTO, stream=True, partial_images=3, n=2, extra_body=steps, **options
+        )
+        events = [event async for event in stream]
+        assert [event.type for event in events[-2:]] == ["image_edit.completed"] * 2
+        assert 2 <= len(events[:-2]) <= 6
+        images = [base64.b64decode(event.b64_json) for event in events[-2:]]
+        assert images == [file.content for file in files]
+        with pytest.raises(InternalServerError, match="values that are not finite"):
+            await sdk.images.edit(image=PHOTO, **(options | {"prompt": f"a {BROKEN}oo"}))
