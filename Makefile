@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle bench chaos attack fleet image-test fanout
+.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle oracle-lora bench chaos attack fleet image-test fanout
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,10 @@ races: setup ## Create jobs in 10,000 races of calls in memory and 300 with NATS
 
 oracle: setup ## Compare every family and sampler with the stock pipelines, every combination
 	ORACLE=full $(BIN)/python -m pytest tests/oracle/test_stock.py $(ARGS)
+
+oracle-lora: setup ## Compare LoRA files of every form with peft, which is installed into a folder of its own
+	$(BIN)/python -m pip install --quiet --no-deps --target .tools/peft peft==0.21.2
+	PYTHONPATH=.tools/peft $(BIN)/python -m pytest tests/oracle/test_lora_peft.py $(ARGS)
 
 bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)

@@ -247,8 +247,9 @@ class Settings(BaseSettings):
     """Most device memory for the intermediate results of a step; 0: all free memory. No effect on a
     CPU, whose memory is not measured."""
     lora_dir: OptionalPath = None
-    """Folder of LoRA files (.safetensors); requests name a LoRA by its file name.
-    Cannot be combined with fuse_qkv, quantization, gguf_file or group_offload."""
+    """Folder of LoRA files (.safetensors); requests name a LoRA by its file name. New files are
+    offered without a restart. Cannot be combined with fuse_qkv, quantization, gguf_file or
+    group_offload."""
     text_encoder_placement: Literal["device", "offload", "cpu"] = "device"
     """Where text encoders are kept. device: on the device; offload: on the host, and they move to
     the device to encode new prompts; cpu: on the host, where they also run. Prompts are cached

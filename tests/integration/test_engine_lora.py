@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from img2img_server.engine import engine as engine_module
 from img2img_server.engine.base import EngineJob, JobDone, JobFailed
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.families import families as served
-from img2img_server.engine.diffusers.lora import _Change
-from img2img_server.engine.family import ModelError
+from img2img_server.engine.diffusers.lora_forms import Change
 from img2img_server.engine.load import load_engine
 from img2img_server.engine.options import EngineOptions, ModelOptions
+from img2img_server.engine.step_loop import StepLoop
 from img2img_server.imaging.base import Pixels
 from img2img_server.settings import Settings
 from tests.engine_bench import (
     BOUND,
+    SECONDS,
     ReplyInbox,
     Stock,
     blocks,
@@ -209,17 +212,17 @@ def test_of_a_lora_that_was_written_in_half_nothing_stays(
 
     written_weights = 0
 
-    def delta(change: _Change) -> Tensor:
+    def delta(change: Change, original: Tensor, scale: float) -> Tensor:
         nonlocal written_weights
         if written_weights == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         written_weights += 1
-        return whole_delta(change)
+        return whole_delta(change, original, scale)
 
-    whole_delta = _Change.delta
+    whole_delta = Change.delta
     with running(denoiser, loras=denoiser.loras) as engine:
         with monkeypatch.context() as patched:
-            patched.setattr(_Change, "delta", delta)
+            patched.setattr(Change, "delta", delta)
             end = run(engine, inked)[-1]
         found = [images(run(engine, each))[0] for each in (plain, inked)]
 
@@ -242,26 +245,33 @@ def test_the_model_announces_its_loras_by_their_files_names(written: Written) ->
     assert str(end.error) == "model has no LoRA oil paint"
 
 
-def test_a_file_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
-    model = write_sd(tmp_path / "model", tiny_vae=True)
-    pipeline = AutoPipelineForImage2Image.from_pretrained(model, safety_checker=None)
-    weight = pipeline.unet.get_submodule(LINEAR).weight
-    good = {
-        f"unet.{LINEAR}.lora_A.weight": torch.zeros(RANK, weight.shape[1]),
-        f"unet.{LINEAR}.lora_B.weight": torch.zeros(weight.shape[0], RANK),
-    }
-    for number, wrong in enumerate(
-        (
-            {**good, f"unet.{LINEAR}.lora_A.weight": torch.zeros(RANK, 7)},
-            {key.replace("attn1", "attn9"): value for key, value in good.items()},
-            {"something": torch.zeros(1)},
-        )
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        save_file(wrong, folder / "odd.safetensors")
-        with pytest.raises(ModelError, match=r"LoRA odd\.safetensors does not fit the model"):
-            load_engine(EngineOptions.of(Settings(model=str(model), lora_dir=folder)))
+def test_a_file_that_arrives_while_the_engine_runs_is_offered(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "LORA_WATCH_SECONDS", 0.01)
+    changed = threading.Event()
+    set_loras = StepLoop.set_loras
+
+    def noted(loop: StepLoop, names: tuple[str, ...]) -> None:
+        set_loras(loop, names)
+        if names:
+            changed.set()
+
+    monkeypatch.setattr(StepLoop, "set_loras", noted)
+    settings = Settings(model=str(written.model), lora_dir=tmp_path, warm_up_sizes="64x64")
+    engine = load_engine(EngineOptions.of(settings))
+    try:
+        before = engine.model.loras
+        (tmp_path / "foreign.safetensors").write_text("<html></html>")
+        shutil.copy(written.loras / "ink.safetensors", tmp_path)
+        assert changed.wait(SECONDS)
+        wanted = job(lora="ink", **WANTED)
+        (image,) = images(run(engine, wanted))
+    finally:
+        engine.stop()
+
+    assert (before, engine.model.loras) == ((), ("ink",))
+    assert difference(image, written.expected(wanted)) <= BOUND
 
 
 def test_fused_products_and_loras_are_refused_together(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,6 +32,8 @@ from img2img_server.telemetry import DEVICE_BUSY_SECONDS, MAX_BATCH_SIZE
 
 _log = logging.getLogger(__name__)
 
+LORA_WATCH_SECONDS = 2.0
+
 
 class DiffusionEngine:
     """The Engine of base.py on a Denoiser. Its thread starts at once.
@@ -39,6 +42,8 @@ class DiffusionEngine:
         spec: the model's name, defaults and limits.
         max_batch_size: the largest batch, in forwards; a guided sample costs two.
         memory: the memory model of the device; None: a new one.
+        new_loras: reads the folder of LoRAs again and returns the names, or None if nothing has
+            changed; called again and again on a thread of its own. None: the LoRAs never change.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class DiffusionEngine:
         spec: ModelSpec,
         max_batch_size: int,
         memory: MemoryModel | None = None,
+        new_loras: Callable[[], tuple[str, ...] | None] | None = None,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
@@ -63,6 +69,22 @@ class DiffusionEngine:
         watch_memory(denoiser.device)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self._watch_ended = threading.Event()
+        if new_loras is not None:
+            watch = partial(self._watch_loras, new_loras)
+            threading.Thread(target=watch, name="engine-loras", daemon=True).start()
+
+    def _watch_loras(self, new_loras: Callable[[], tuple[str, ...] | None]) -> None:
+        while not self._watch_ended.wait(LORA_WATCH_SECONDS):
+            try:
+                names = new_loras()
+            except Exception:  # The next try may succeed.
+                _log.exception("lora_dir_not_read")
+                continue
+            if names is not None:
+                _log.info("loras_changed: %s", ", ".join(names) or "none")
+                self._spec = replace(self._spec, loras=names)
+                self._calls.put(partial(self._loop.set_loras, names))
 
     @property
     def model(self) -> ModelInfo:
@@ -140,6 +162,7 @@ class DiffusionEngine:
         done.result()
 
     def stop(self) -> None:
+        self._watch_ended.set()
         with self._lock:
             self._stopping = True
             self._calls.put(None)

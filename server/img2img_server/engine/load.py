@@ -52,7 +52,12 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
     denoiser = on_own_thread(lambda: DiffusersDenoiser.load(model, device, dtype, options, most))
     spec = replace(spec, loras=denoiser.loras)
     memory = MemoryModel(probe_of(device), options.memory_limit_bytes)
-    engine = DiffusionEngine(denoiser, spec, most, memory)
+
+    def new_loras() -> tuple[str, ...] | None:
+        return denoiser.loras if denoiser.refresh_loras() else None
+
+    watch = new_loras if options.lora_dir else None
+    engine = DiffusionEngine(denoiser, spec, most, memory, watch)
     try:
         warm_up(engine, spec, options.warm_up_sizes)
     except BaseException:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 
@@ -115,6 +116,13 @@ class StepLoop:
         """Ends every job."""
         for job_id in list(self._runs):
             self.cancel(job_id)
+
+    def set_loras(self, names: tuple[str, ...]) -> None:
+        """Sets the LoRAs that jobs may name. Drops encoded prompts: a file may have another content
+        under its old name.
+        """
+        self._spec = replace(self._spec, loras=names)
+        self._denoiser.clear_cache()
 
     def clear_cache(self) -> None:
         """Drops encoded prompts and cached memory."""

@@ -74,7 +74,7 @@ class DiffusersDenoiser:
         device: The device of the latents; None: the device on which the denoiser is.
 
     Raises:
-        ModelError: No family serves the pipeline, or a LoRA does not fit it.
+        ModelError: No family serves the pipeline.
     """
 
     def __init__(
@@ -165,7 +165,8 @@ class DiffusersDenoiser:
 
     @property
     def state_key(self) -> str:
-        return self._state_key
+        # The files of LoRAs may change while the engine runs.
+        return hashlib.sha256((self._state_key + self._loras.fingerprint).encode()).hexdigest()
 
     def _key(self, options: ModelOptions) -> str:
         """Returns a hash of all that the arithmetic of a step depends on."""
@@ -175,7 +176,6 @@ class DiffusersDenoiser:
             fingerprint(modules(pipeline)),
             type(pipeline).__name__,
             {name: repr(part) for name, part in pipeline.components.items() if name == "scheduler"},
-            self._loras.fingerprint,
             str(self._model.dtype),
             torch.backends.cpu.get_cpu_capability() if kind == "cpu" else self.device_name,
             torch.__version__,
@@ -244,6 +244,10 @@ class DiffusersDenoiser:
     def loras(self) -> tuple[str, ...]:
         """The names that `Adapter` may have."""
         return self._loras.names
+
+    def refresh_loras(self) -> bool:
+        """Reads the folder of LoRAs again; any thread may call it. Returns whether it changed."""
+        return self._loras.refresh()
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
         self._loras.use(texts[0].adapter)

@@ -1,42 +1,30 @@
 """Applies LoRA adapters to the weights in place. Rows with the same adapter share a batch.
 
-An adapter is a small change of some weights: W + scale * alpha / rank * up @ down. Weights are
-written when the adapter changes and not at each step, so steps are not slower, and compiled models
-and CUDA graphs stay valid. The first use keeps a copy of each weight it changes.
+Weights are written when the adapter changes and not at each step, so steps are not slower, and
+compiled models and CUDA graphs stay valid. The first use keeps a copy of each weight it changes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
+import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from img2img_server.engine.denoiser import Adapter
-from img2img_server.engine.diffusers.families.base import Family, LoadedModel, LoraFile
-from img2img_server.engine.family import ModelError
+from img2img_server.engine.diffusers.families.base import Family, LoadedModel
+from img2img_server.engine.diffusers.lora_forms import Change, LoraError, read_lora_file
+from img2img_server.engine.diffusers.lora_names import find_targets
+from img2img_server.errors import EngineError
 
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-# Alphas are named after a module or after one of its factors: to_q.lora_A.weight.alpha
-_ALPHA = re.compile(r"(\.lora_[AB])?(\.weight)?\.alpha$")
+_log = logging.getLogger(__name__)
 
-
-class _Change(NamedTuple):
-    """The low-rank factors that an adapter adds to one weight."""
-
-    weight: Tensor
-    down: Tensor
-    up: Tensor
-    factor: float  # alpha / rank
-
-    def delta(self) -> Tensor:
-        """Returns the product of the factors: float32, of the weight's shape."""
-        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
-        return (product * self.factor).reshape(self.weight.shape)
+_SUFFIX = ".safetensors"
+_OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(slots=True)
@@ -47,113 +35,175 @@ class _Kept:
     original: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A file that was read.
+
+    Attributes:
+        version: Changes with the file's content.
+        changes: Empty if the file was refused.
+        digest: A hash of the file.
+    """
+
+    version: tuple[int, ...]
+    changes: tuple[Change, ...]
+    digest: bytes
+
+
 class LoraSet:
     """The adapters that callers may name.
 
+    A file that does not fit the model is logged with its reason and is not offered.
+
     Args:
         folder: Every .safetensors file in it is an adapter, named after the file; None for none.
-
-    Raises:
-        ModelError: A file is no LoRA, or of another model.
     """
 
     def __init__(self, model: LoadedModel, family: Family, folder: Path | None) -> None:
-        files = sorted(folder.glob("*.safetensors")) if folder else []
-        self._changes = {file.stem: _read(model, family, file) for file in files}
-        self._fingerprint = hashlib.sha256(
-            b"".join(
-                file.stem.encode() + hashlib.sha256(file.read_bytes()).digest() for file in files
-            )
-        ).hexdigest()
+        self._model = model
+        self._family = family
+        self._folder = folder
+        self._refresh_lock = threading.Lock()
+        self._seen: Mapping[str, _Seen] = {}
         self._kept: dict[int, _Kept] = {}
         self._applied: Adapter | None = None
+        self._applied_changes: tuple[Change, ...] = ()
         self._is_half_written = False
+        self._pending: Mapping[str, tuple[int, ...]] = {}
+        self._scan(is_start=True)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._changes)
+        return tuple(name for name, seen in self._seen.items() if seen.changes)
 
     @property
     def fingerprint(self) -> str:
         """Returns a hash of the names and files of all adapters."""
-        return self._fingerprint
+        files = sorted(self._seen.items())
+        parts = [name.encode() + seen.digest for name, seen in files if seen.changes]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def refresh(self) -> bool:
+        """Reads new and changed files and drops deleted ones; any thread may call it. A file is
+        read when it was the same in two calls, so that a copy under way is not reported as damaged.
+        Returns whether anything has changed.
+        """
+        return self._scan(is_start=False)
+
+    def _scan(self, *, is_start: bool) -> bool:
+        if self._folder is None:
+            return False
+        with self._refresh_lock:
+            try:
+                files = {file.stem: file for file in _adapter_files(self._folder)}
+                versions = {name: _version(file) for name, file in files.items()}
+            except OSError as error:  # A file was deleted just now, or a network disk is away.
+                _log.warning("lora_dir_unreadable: %s", error)
+                return False
+            found = {}
+            for name, version in versions.items():
+                old = self._seen.get(name)
+                if old is not None and old.version == version:
+                    found[name] = old
+                elif is_start or self._pending.get(name) == version:
+                    changes = _read(self._model, self._family, files[name])
+                    found[name] = _Seen(version, changes, _digest(files[name]) if changes else b"")
+                elif old is not None:
+                    found[name] = old
+            has_changed = found != self._seen
+            self._seen, self._pending = found, versions
+            return has_changed
 
     def use(self, adapter: Adapter | None) -> None:
         """Writes the weights of this adapter. None restores the weights of the model.
 
         If it raises, for example for lack of memory, the next use writes all weights again.
+
+        Raises:
+            EngineError: The adapter's file was deleted.
         """
-        if adapter == self._applied and not self._is_half_written:
+        changes: tuple[Change, ...] = ()
+        if adapter is not None:
+            seen = self._seen.get(adapter.name)
+            if seen is None or not seen.changes:
+                raise EngineError(f"the LoRA {adapter.name} was removed")
+            changes = seen.changes
+        is_same = adapter == self._applied and changes is self._applied_changes
+        if is_same and not self._is_half_written:
             return
         self._is_half_written = True
         for kept in self._kept.values():
             kept.weight.copy_(kept.original)
         if adapter is not None:
-            self._write(adapter)
-        self._applied = adapter
+            self._write(changes, adapter.scale)
+        self._applied, self._applied_changes = adapter, changes
         self._is_half_written = False
 
-    def _write(self, adapter: Adapter) -> None:
-        for change in self._changes[adapter.name]:
-            if id(change.weight) not in self._kept:
-                self._kept[id(change.weight)] = _Kept(change.weight, change.weight.clone())
-            original = self._kept[id(change.weight)].original
-            change.weight.copy_(original.float() + adapter.scale * change.delta())
+    def _write(self, changes: tuple[Change, ...], scale: float) -> None:
+        for change in changes:
+            # Several LoRAs share one copy, also where each has a tensor object of its own.
+            key = change.weight.data_ptr()
+            if key not in self._kept:
+                self._kept[key] = _Kept(change.weight, change.weight.clone())
+            original = self._kept[key].original
+            change.weight.copy_(change.weight.float() + change.delta(original, scale))
 
 
-def _read(model: LoadedModel, family: Family, file: Path) -> list[_Change]:
-    try:
-        content = family.read_lora(model, file)
-        found = [
-            change
-            for part in family.lora_parts
-            if (network := getattr(model.pipeline, part, None)) is not None
-            for change in _changes(family, part, network, content)
-        ]
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"LoRA {file.name} does not fit the model: {error}", setting="lora_dir"
-        ) from error
-    if not found:
-        raise ModelError(
-            f"LoRA {file.name} does not fit the model: it changes no weight", setting="lora_dir"
-        )
-    return found
-
-
-def _changes(family: Family, part: str, network: Any, content: LoraFile) -> list[_Change]:
-    """Returns the changes that a file makes to one part of the pipeline."""
-    prefix = part + "."
-    own: Mapping[str, Any] = {
-        # Converters of diffusers add the prefix although the file has it already.
-        key.removeprefix(prefix).removeprefix(prefix): value
-        for entries in (content.weights, content.alphas)
-        for key, value in entries.items()
-        if key.startswith(prefix)
-    }
-    own = family.lora_keys(part, own)
-    own_alphas = {_ALPHA.sub("", key): alpha for key, alpha in own.items() if _ALPHA.search(key)}
-    default = content.metadata.get(f"{prefix}lora_alpha")
-    found = []
-    for key, down in own.items():
-        if not key.endswith(_DOWN):
+def _adapter_files(folder: Path) -> list[Path]:
+    """Returns the LoRA files of a folder. Logs the files that cannot be offered."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        suffix = file.suffix.lower()
+        if suffix in _OTHER_FORMATS:
+            _log.debug("lora_ignored: %s is no .safetensors file", file.name)
+        if suffix != _SUFFIX or file.name.startswith("."):
             continue
-        name = key.removesuffix(_DOWN)
-        weight = _module(network, name).weight.data
-        down, up = down.to(weight.device), own[name + _UP].to(weight.device)
-        rank = down.shape[0]
-        alpha = own_alphas.get(name, rank if default is None else default)
-        change = _Change(weight, down, up, float(alpha) / rank)
-        change.delta()  # Raises RuntimeError if the shapes do not fit.
-        found.append(change)
-    return found
+        if file.stem in found:
+            _log.debug("lora_ignored: %s has the name of %s", file.name, found[file.stem].name)
+        else:
+            found[file.stem] = file
+    return list(found.values())
 
 
-def _module(network: Any, name: str) -> Any:
-    """Returns the module with a name, also if newer versions of transformers have removed a level
-    of it.
-    """
+def _version(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def _read(model: LoadedModel, family: Family, file: Path) -> tuple[Change, ...]:
+    """Returns the changes of a file; none if it does not fit the model, after it was logged."""
     try:
-        return network.get_submodule(name)
-    except AttributeError:
-        return network.get_submodule(name.removeprefix("text_model."))
+        changes = read_changes(model, family, file)
+    except Exception as error:  # One foreign file must not stop the others.
+        is_known = isinstance(error, LoraError)
+        _log.warning("lora_refused: %s: %s", file.name, error, exc_info=not is_known)
+        return ()
+    _log.info("lora_offered: %s changes %d weights", file.stem, len(changes))
+    return changes
+
+
+def read_changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change, ...]:
+    """Returns the changes that a file makes to the weights of a model.
+
+    Raises:
+        LoraError: The file does not fit, or has a tensor that would not be used.
+    """
+    content = read_lora_file(file)
+    targets = find_targets(model, family, content.groups)
+    changes = []
+    for group in content.groups:
+        for target in targets[group.name]:
+            options = content.options_of(target.part)
+            options.check()
+            if options.values.get("use_dora") and "magnitude" not in group.tensors:
+                raise LoraError(f"{group.name} has no magnitudes, although the file uses DoRA")
+            factor = group.factor(options, target.layer)
+            change = Change(target.weight, group, factor, target.rows, target.columns)
+            change.check(target.layer)
+            changes.append(change)
+    return tuple(changes)

@@ -21,8 +21,6 @@ from img2img_server.engine.diffusers.samplers import (
 from img2img_server.engine.family import ModelError, ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
@@ -70,15 +68,6 @@ class Forward:
     timestep: Tensor
     text: TextEmbedding
     conditioning: Conditioning
-
-
-@dataclass(frozen=True, slots=True)
-class LoraFile:
-    """The content of a LoRA file, as diffusers reads it."""
-
-    weights: Mapping[str, Tensor]
-    alphas: Mapping[str, float]
-    metadata: Mapping[str, Any]
 
 
 class Family:
@@ -330,10 +319,14 @@ class Family:
 
     # Methods for LoRAs.
 
-    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
-        """Reads a LoRA file with the pipeline's own reader, which knows the common formats."""
-        weights, metadata = model.pipeline.lora_state_dict(str(file), return_lora_metadata=True)
-        return LoraFile(weights, {}, metadata or {})
+    def convert_lora(
+        self, model: LoadedModel, weights: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Renames the weights of a LoRA with the pipeline's own converter, which knows the names of
+        many tools; may split weights. Returns them by PART.NAME.
+        """
+        converted, _ = model.pipeline.lora_state_dict(dict(weights), return_lora_metadata=True)
+        return dict(converted)
 
     def lora_keys(self, part: str, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns the LoRA's weights of one part, by the names of modules: NAME.lora_A.weight."""

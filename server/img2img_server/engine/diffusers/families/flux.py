@@ -11,14 +11,11 @@ from img2img_server.engine.diffusers.families.base import (
     FlowFamily,
     Forward,
     LoadedModel,
-    LoraFile,
 )
 from img2img_server.engine.diffusers.families.packing import pack, unpack
 from img2img_server.engine.family import ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
@@ -45,11 +42,11 @@ class PackedFamily(FlowFamily):
     def token_limit(self, tokenizer: Any) -> int:
         return min(super().token_limit(tokenizer), _T5_TOKENS)
 
-    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
-        weights, alphas, metadata = model.pipeline.lora_state_dict(
-            str(file), return_alphas=True, return_lora_metadata=True
-        )
-        return LoraFile(weights, alphas or {}, metadata or {})
+    def convert_lora(
+        self, model: LoadedModel, weights: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        converted, _ = model.pipeline.lora_state_dict(dict(weights), return_alphas=True)
+        return dict(converted)
 
 
 class Flux(PackedFamily):

@@ -12,13 +12,10 @@ from img2img_server.engine.diffusers.families.base import (
     DiffusionFamily,
     Forward,
     LoadedModel,
-    LoraFile,
 )
 from img2img_server.engine.family import ModelFiles, ModelTraits
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from img2img_server.engine.denoiser import TextInput
@@ -176,11 +173,13 @@ class StableDiffusion(DiffusionFamily):
         )
         return {"guidance_embedding": to_device(embedding, model.device).to(model.dtype)}
 
-    def read_lora(self, model: LoadedModel, file: Path) -> LoraFile:
-        weights, alphas, metadata = model.pipeline.lora_state_dict(
-            str(file), unet_config=model.network.config, return_lora_metadata=True
+    def convert_lora(
+        self, model: LoadedModel, weights: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        converted, _ = model.pipeline.lora_state_dict(
+            dict(weights), unet_config=model.network.config
         )
-        return LoraFile(weights, alphas or {}, metadata or {})
+        return dict(converted)
 
     def lora_keys(self, part: str, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         from diffusers.utils.state_dict_utils import (

@@ -1,0 +1,389 @@
+"""The changes of weights that LoRA files hold: LoRA, LoCon, LoHa, LoKr and full differences, each
+also with DoRA's magnitudes.
+
+A file has groups of tensors; the tensors of a group have the name of a layer and a suffix. A group
+becomes a `Change`, which knows the difference that it makes to a weight. lora_names.py finds the
+layers of the model that belong to a name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_LORA = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+}
+# The suffixes of tensors, longer ones first where one contains another.
+_SUFFIXES = {
+    **_LORA,
+    ".lora_mid.weight": "mid",
+    ".hada_w1_a": "hada_w1_a",
+    ".hada_w1_b": "hada_w1_b",
+    ".hada_w2_a": "hada_w2_a",
+    ".hada_w2_b": "hada_w2_b",
+    ".hada_t1": "hada_t1",
+    ".hada_t2": "hada_t2",
+    ".lokr_w1": "lokr_w1",
+    ".lokr_w1_a": "lokr_w1_a",
+    ".lokr_w1_b": "lokr_w1_b",
+    ".lokr_w2": "lokr_w2",
+    ".lokr_w2_a": "lokr_w2_a",
+    ".lokr_w2_b": "lokr_w2_b",
+    ".lokr_t2": "lokr_t2",
+    ".diff": "diff",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".dora_scale": "dora_scale",
+    ".lora_A.weight.alpha": "alpha",
+    ".lora_B.weight.alpha": "alpha",
+    ".lora_down.weight.alpha": "alpha",
+    ".alpha": "alpha",
+}
+_BY_LENGTH = sorted(_SUFFIXES, key=len, reverse=True)
+_HEADER = "lora_adapter_metadata"  # diffusers stores peft's options under this name
+# With these options of peft, training changes the weights of the model too, which no file has.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_SHOWN = 3
+
+
+class LoraError(ValueError):
+    """A file is no LoRA that the model can use. The text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """The options of peft for one part of a pipeline."""
+
+    values: Mapping[str, Any]
+
+    def alpha(self, name: str) -> float | None:
+        """Returns the alpha of a layer; None: the file does not say it."""
+        pattern = self.values.get("alpha_pattern") or {}
+        for key, alpha in pattern.items():
+            if re.match(rf"(.*\.)?({key})$", name):  # the rule of peft
+                return float(alpha)
+        default = self.values.get("lora_alpha")
+        return None if default is None else float(default)
+
+    @property
+    def is_rank_stabilised(self) -> bool:
+        return bool(self.values.get("use_rslora"))
+
+    def check(self) -> None:
+        """Checks that the file alone defines the change.
+
+        Raises:
+            LoraError: It does not.
+        """
+        start = str(self.values.get("init_lora_weights", "")).lower()
+        if start.startswith(_CHANGES_BASE):
+            raise LoraError(
+                f"it was trained with init_lora_weights {start}, which changes the model"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The tensors of one layer, by their role."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    suffixes: Mapping[str, str]  # by role, as the file spells them
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Returns the numbers of outputs and inputs of the layer as the file has them. The kernel
+        of a convolution counts with the inputs only if the form does not separate them.
+        """
+        own = self.tensors
+        if "up" in own:
+            return own["up"].shape[0], own["down"].shape[1]
+        if "diff" in own:
+            return own["diff"].shape[0], own["diff"].shape[1]
+        if "hada_w1_a" in own:
+            if "hada_t1" in own:
+                return own["hada_w1_a"].shape[1], own["hada_w1_b"].shape[1]
+            return own["hada_w1_a"].shape[0], own["hada_w1_b"].shape[1]
+        first, second = _kronecker_factors(own)
+        return first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...] | None:
+        """Returns the size of a convolution's kernel; () if the layer has none, None if unknown."""
+        own = self.tensors
+        for role in ("mid", "down", "diff", "hada_t1", "lokr_t2"):
+            if role in own:
+                return tuple(own[role].shape[2:])
+        return tuple(own["lokr_w2"].shape[2:]) if "lokr_w2" in own else None
+
+    def check(self) -> None:
+        """Checks that the tensors form one change and are finite numbers.
+
+        Raises:
+            LoraError: They do not.
+        """
+        roles = set(self.tensors) - {"alpha", "magnitude", "dora_scale"}
+        if roles not in _COMPLETE:
+            have = ", ".join(sorted(roles)) or "nothing that changes a weight"
+            raise LoraError(f"{self.name} has {have}, which is no complete LoRA, LoHa or LoKr")
+        for role, tensor in self.tensors.items():
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                suffix = self.suffixes[role]
+                raise LoraError(f"{self.name}{suffix} has values that are not finite numbers")
+
+    def factor(self, options: LoraOptions, name: str) -> float:
+        """Returns the factor of the change at scale 1: alpha / rank, or alpha / sqrt(rank)."""
+        rank = self._rank
+        if rank is None:
+            return 1.0
+        alpha = self.tensors.get("alpha")
+        given = float(alpha) if alpha is not None else options.alpha(name)
+        if given is None:
+            return 1.0
+        return given / (math.sqrt(rank) if options.is_rank_stabilised else rank)
+
+    @property
+    def _rank(self) -> int | None:
+        """Returns the rank of the factors; None for a change that is stored whole."""
+        own = self.tensors
+        for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+            if role in own:
+                return own[role].shape[0]
+        return None
+
+    def delta(self) -> Tensor:
+        """Returns the change of the weight without its factor, in float32."""
+        own = {role: tensor.float() for role, tensor in self.tensors.items()}
+        if "diff" in own:
+            return own["diff"]
+        if "up" in own:
+            down = own["down"]
+            if "mid" in own:
+                down = torch.einsum("rskl,si->rikl", own["mid"], down.flatten(1))
+            return (own["up"].flatten(1) @ down.flatten(1)).reshape(-1, *down.shape[1:])
+        if "hada_t1" in own:
+            first = _tucker(own["hada_t1"], own["hada_w1_a"], own["hada_w1_b"])
+            return first * _tucker(own["hada_t2"], own["hada_w2_a"], own["hada_w2_b"])
+        if "hada_w1_a" in own:
+            first = own["hada_w1_a"] @ own["hada_w1_b"]
+            return first * (own["hada_w2_a"] @ own["hada_w2_b"])
+        first, second = _kronecker_factors(own)
+        return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+
+
+_HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_COMPLETE: tuple[set[str], ...] = (
+    {"down", "up"},
+    {"down", "up", "mid"},
+    {"diff"},
+    _HADA,
+    _HADA | {"hada_t1", "hada_t2"},
+    *(
+        first | second
+        for first in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+        for second in (
+            {"lokr_w2"},
+            {"lokr_w2_a", "lokr_w2_b"},
+            {"lokr_w2_a", "lokr_w2_b", "lokr_t2"},
+        )
+    ),
+)
+
+
+def _tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Returns the kernel of a convolution that is stored in the form of Tucker."""
+    return torch.einsum("ijkl,jr,ip->prkl", core, inputs, outputs)
+
+
+def _kronecker_factors(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the two factors of LoKr."""
+    first = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
+    if "lokr_w2" in own:
+        return first, own["lokr_w2"]
+    if "lokr_t2" in own:
+        return first, _tucker(own["lokr_t2"], own["lokr_w2_a"], own["lokr_w2_b"])
+    return first, own["lokr_w2_a"] @ own["lokr_w2_b"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """The content of a LoRA file.
+
+    Attributes:
+        options: The options of peft, by NAME_OF_PART.OPTION, if the file has them.
+    """
+
+    groups: tuple[Group, ...]
+    options: Mapping[str, Any]
+
+    def options_of(self, part: str) -> LoraOptions:
+        """Returns the options for one part of the pipeline."""
+        prefix = f"{part}."
+        own = {
+            key.removeprefix(prefix): value
+            for key, value in self.options.items()
+            if key.startswith(prefix)
+        }
+        return LoraOptions(own)
+
+
+def read_lora_file(file: Path) -> LoraFile:
+    """Reads a .safetensors file.
+
+    Raises:
+        LoraError: It is damaged, or has a tensor that is no part of a LoRA.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            # Copies: a file that is replaced must not change or end the worker.
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LoraError(f"it is no readable .safetensors file: {error}") from error
+    try:
+        options = json.loads(header.get(_HEADER, "{}"))
+    except ValueError as error:
+        raise LoraError(f"its header {_HEADER} is no JSON") from error
+    if not isinstance(options, dict):
+        raise LoraError(f"its header {_HEADER} is no JSON object")
+    groups = _groups(tensors)
+    for group in groups:
+        group.check()
+    return LoraFile(groups, options)
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> tuple[Group, ...]:
+    found: dict[str, dict[str, str]] = {}
+    foreign = []
+    for key in tensors:
+        suffix = next((suffix for suffix in _BY_LENGTH if key.endswith(suffix)), None)
+        if suffix is None:
+            foreign.append(key)
+            continue
+        keys = found.setdefault(key.removesuffix(suffix), {})
+        if _SUFFIXES[suffix] in keys:
+            raise LoraError(f"{key.removesuffix(suffix)} has two tensors for {_SUFFIXES[suffix]}")
+        keys[_SUFFIXES[suffix]] = suffix
+    if not found:
+        raise LoraError("it has no tensors of a LoRA")
+    if foreign:
+        raise LoraError(f"it has tensors that are no part of a LoRA: {listed(foreign)}")
+    return tuple(
+        Group(name, {role: tensors[name + suffix] for role, suffix in keys.items()}, keys)
+        for name, keys in found.items()
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    first = sorted(names)
+    more = f" and {len(first) - _SHOWN} more" if len(first) > _SHOWN else ""
+    return ", ".join(first[:_SHOWN]) + more
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """The change that a group makes to one weight.
+
+    Attributes:
+        rows, columns: The outputs and the inputs of the group that belong to the weight; None: all.
+    """
+
+    weight: Tensor
+    group: Group
+    factor: float
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def check(self, layer: str) -> None:
+        """Checks the shapes, without computing the change.
+
+        Raises:
+            LoraError: They do not fit.
+        """
+        if self.weight.ndim not in (2, 4):
+            raise LoraError(f"{self.group.name} changes {layer}, which is no matrix or convolution")
+        outputs, inputs = self.group.shape
+        outputs = outputs if self.rows is None else len(self.rows)
+        inputs = inputs if self.columns is None else len(self.columns)
+        flat = math.prod(self.weight.shape[1:])
+        if outputs != self.weight.shape[0] or inputs not in (self.weight.shape[1], flat):
+            have, want = f"{outputs} x {inputs}", f"{self.weight.shape[0]} x {self.weight.shape[1]}"
+            raise LoraError(
+                f"{self.group.name} is for a layer of {have} values, but {layer} has {want}: the "
+                "file belongs to another model"
+            )
+        kernel = self.group.kernel_size
+        if kernel is not None and math.prod(kernel) * inputs != flat and inputs != flat:
+            raise LoraError(f"{self.group.name} has another kernel than {layer}")
+        if self._magnitude is not None:
+            self._norms(self.weight.float())
+
+    def delta(self, original: Tensor, scale: float) -> Tensor:
+        """Returns the difference from the original weight, in float32."""
+        change = self.group.delta()
+        if self.rows is not None:
+            change = change[self.rows]
+        if self.columns is not None:
+            change = change[:, self.columns]
+        change = (change * self.factor).reshape(self.weight.shape).to(original.device)
+        if self._magnitude is None:
+            return change * scale
+        original = original.float()
+        # peft scales the change before the norm, other tools the result.
+        inner, outer = (scale, 1.0) if "magnitude" in self.group.tensors else (1.0, scale)
+        changed = original + inner * change
+        magnitude, norms = self._norms(changed)
+        return outer * (changed * (magnitude / norms) - original)
+
+    @property
+    def _magnitude(self) -> Tensor | None:
+        own = self.group.tensors
+        return own["magnitude"] if "magnitude" in own else own.get("dora_scale")
+
+    def _norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the magnitudes of DoRA and the norms of the weight, in shapes that broadcast."""
+        magnitude = self._magnitude
+        assert magnitude is not None
+        outputs, inputs = self.group.shape
+        is_by_input = (
+            "dora_scale" in self.group.tensors
+            and magnitude.ndim > 1
+            and magnitude.shape[0] == 1
+            and outputs > 1
+        )
+        axis = 1 if is_by_input else 0
+        chosen, other = (self.columns, self.rows) if is_by_input else (self.rows, self.columns)
+        whole = (outputs, inputs)[axis] if chosen is not None else weight.shape[axis]
+        if magnitude.numel() != whole or other is not None:
+            raise LoraError(f"{self.group.name} has magnitudes that do not fit its layer")
+        magnitude = magnitude.flatten().float()
+        if chosen is not None:
+            magnitude = magnitude[chosen]
+        magnitude = magnitude.to(weight.device)
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        others = [dim for dim in range(weight.ndim) if dim != axis]
+        return magnitude.reshape(shape), torch.linalg.vector_norm(weight, dim=others, keepdim=True)

@@ -1,0 +1,199 @@
+"""Finds the layers of a model that a LoRA file means, whichever tool has written it.
+
+Names that are those of a layer, as peft, kohya or LyCORIS spell them, are looked up. All other
+names go through the converters of diffusers, with numbers in place of the weights: a number says
+which output and which input of the file's layer it stands for. So a layer that a converter splits
+into several is found for every form, although the converters know LoRA only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from img2img_server.engine.diffusers.families.base import Family, LoadedModel
+from img2img_server.engine.diffusers.lora_forms import Group, LoraError, listed
+
+# More than any layer has outputs or inputs. float64 holds the products exactly.
+_STRIDE = 1 << 24
+_SPELLINGS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_down.weight", ".lora_up.weight"),
+)
+_TEXT_ENCODERS = {
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
+}
+_DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """A layer that a group changes.
+
+    Attributes:
+        rows, columns: The outputs and the inputs of the group that belong to it; None: all.
+    """
+
+    part: str
+    layer: str
+    weight: Tensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+def find_targets(
+    model: LoadedModel, family: Family, groups: Sequence[Group]
+) -> Mapping[str, tuple[Target, ...]]:
+    """Returns the layers that each group changes, by the group's name.
+
+    Raises:
+        LoraError: A group belongs to no layer of the model.
+    """
+    layers = _layers(model, family)
+    known = {alias: target for target in layers.values() for alias in _aliases(family, target)}
+    found: dict[str, tuple[Target, ...]] = {
+        group.name: (known[group.name],) for group in groups if group.name in known
+    }
+    others = [group for group in groups if group.name not in found]
+    if others:
+        found |= _converted(model, family, others, layers)
+    return found
+
+
+def _layers(model: LoadedModel, family: Family) -> Mapping[tuple[str, str], Target]:
+    """Returns every layer of the model with a weight, by the names of its part and its own."""
+    return {
+        (part, name): Target(part, name, module.weight.data)
+        for part in family.lora_parts
+        if (network := getattr(model.pipeline, part, None)) is not None
+        for name, module in network.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+
+
+def _aliases(family: Family, target: Target) -> Iterator[str]:
+    """Yields the names that tools give to a layer."""
+    names = [target.layer]
+    if target.part != family.denoiser:
+        # Newer versions of transformers have removed a level of the names.
+        names.append(f"text_model.{target.layer}")
+    for name in names:
+        yield f"{target.part}.{name}"
+        for prefix in _TEXT_ENCODERS.get(target.part, _DENOISER):
+            yield prefix + name.replace(".", "_")
+    if target.part == family.denoiser:
+        yield target.layer
+        yield f"diffusion_model.{target.layer}"
+
+
+def _converted(
+    model: LoadedModel,
+    family: Family,
+    groups: Sequence[Group],
+    layers: Mapping[tuple[str, str], Target],
+) -> Mapping[str, tuple[Target, ...]]:
+    """Returns the layers of groups whose names only diffusers' converters know."""
+    lost = [group.name for group in groups]
+    for spelling in (None, *_SPELLINGS):
+        try:
+            weights = family.convert_lora(model, _probes(groups, spelling))
+        except Exception:  # noqa: S112 - the converters raise errors of many classes
+            continue
+        found = _trace(family, groups, weights, layers)
+        lost = min(lost, [name for name, targets in found.items() if not targets], key=len)
+        if not lost:
+            return found
+    raise LoraError(
+        f"the model has no layers for {listed(lost)}: the file belongs to another model"
+    )
+
+
+def _probes(groups: Sequence[Group], spelling: tuple[str, str] | None) -> dict[str, Tensor]:
+    """Returns a LoRA of rank 1 for each group, whose values say their places.
+
+    Args:
+        spelling: The suffixes of the factors; None: those of the file.
+    """
+    found = {}
+    for number, group in enumerate(groups):
+        outputs, inputs = group.shape
+        kernel = group.kernel_size or ()
+        down, up = spelling or (
+            group.suffixes.get("down", _SPELLINGS[1][0]),
+            group.suffixes.get("up", _SPELLINGS[1][1]),
+        )
+        columns = torch.arange(1, inputs + 1, dtype=torch.float64)
+        rows = torch.arange(1, outputs + 1, dtype=torch.float64) + number * _STRIDE
+        ones = [1] * len(kernel)
+        found[group.name + down] = columns.reshape(1, inputs, *ones).expand(1, inputs, *kernel)
+        found[group.name + up] = rows.reshape(outputs, 1, *ones)
+        if "alpha" in group.tensors:  # Some converters recognise files by their alphas.
+            found[group.name + group.suffixes["alpha"]] = torch.tensor(1.0, dtype=torch.float64)
+    return found
+
+
+def _trace(
+    family: Family,
+    groups: Sequence[Group],
+    weights: Mapping[str, Any],
+    layers: Mapping[tuple[str, str], Target],
+) -> dict[str, tuple[Target, ...]]:
+    """Returns the layers in which the probes of each group have arrived."""
+    found: dict[str, tuple[Target, ...]] = {group.name: () for group in groups}
+    for part in family.lora_parts:
+        prefix = f"{part}."
+        own = family.lora_keys(
+            part,
+            {
+                # Converters of diffusers add the prefix although the file has it already.
+                key.removeprefix(prefix).removeprefix(prefix): value
+                for key, value in weights.items()
+                if key.startswith(prefix)
+            },
+        )
+        for key, down in own.items():
+            name = key.removesuffix(".lora_A.weight")
+            layer = layers.get((part, name)) or layers.get((part, name.removeprefix("text_model.")))
+            up = own.get(f"{name}.lora_B.weight")
+            if name == key or layer is None or up is None or 1 not in (up.ndim, up.shape[-1]):
+                continue
+            group, rows, columns = _places(groups, down, up)
+            target = Target(layer.part, layer.layer, layer.weight, rows, columns)
+            found[group.name] = (*found[group.name], target)
+    return {name: _complete(groups, name, targets) for name, targets in found.items()}
+
+
+def _places(
+    groups: Sequence[Group], down: Tensor, up: Tensor
+) -> tuple[Group, Tensor | None, Tensor | None]:
+    """Returns the group of two converted factors, and the outputs and inputs that they have."""
+    values = up.flatten().round().long()
+    group = groups[int(values[0]) // _STRIDE]
+    rows = values % _STRIDE - 1
+    columns = down.flatten(2)[0, :, 0] if down.ndim > 2 else down[0]
+    columns = columns.round().long() - 1
+    outputs, inputs = group.shape
+    return (
+        group,
+        None if torch.equal(rows, torch.arange(outputs)) else rows,
+        None if torch.equal(columns, torch.arange(inputs)) else columns,
+    )
+
+
+def _complete(
+    groups: Sequence[Group], name: str, targets: tuple[Target, ...]
+) -> tuple[Target, ...]:
+    """Returns the targets of a group if each of its outputs has arrived somewhere, else none."""
+    outputs = next(group for group in groups if group.name == name).shape[0]
+    arrived = {
+        row
+        for target in targets
+        for row in (range(outputs) if target.rows is None else target.rows.tolist())
+    }
+    return targets if len(arrived) == outputs else ()

@@ -1,0 +1,374 @@
+"""Every form of LoRA file changes the weights by its own formula, and a file that cannot be used
+completely is refused without stopping the others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from img2img_server.engine.denoiser import Adapter
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.lora import LoraSet
+from img2img_server.errors import EngineError
+from tests.oracle.harness import families
+from tests.tiny_models import write_sd
+
+LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+CONVOLUTION = "down_blocks.0.resnets.0.conv1"
+TEXT = "encoder.layers.0.self_attn.q_proj"
+RANK, ALPHA = 2, 3.0
+
+Draw = Callable[..., Tensor]
+Written = tuple[dict[str, Tensor], Callable[[float], Tensor]]
+Write = Callable[[Tensor, Draw], Written]
+
+
+def lora(weight: Tensor, draw: Draw) -> Written:
+    down, up = draw(RANK, *weight.shape[1:]), draw(weight.shape[0], RANK)
+    tensors = {
+        "lora_down.weight": down,
+        "lora_up.weight": up.reshape(*up.shape, *[1] * (weight.ndim - 2)),
+        "alpha": torch.tensor(ALPHA),
+    }
+    change = torch.einsum("or,ri...->oi...", up, down) * ALPHA / RANK
+    return tensors, lambda scale: weight + scale * change
+
+
+def locon_tucker(weight: Tensor, draw: Draw) -> Written:
+    down, mid = draw(RANK, weight.shape[1], 1, 1), draw(RANK, RANK, 3, 3)
+    up = draw(weight.shape[0], RANK, 1, 1)
+    tensors = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}
+    # Three convolutions, one after the other.
+    basis = torch.eye(weight.shape[1])[:, :, None, None].expand(-1, -1, 1, 1)
+    conv = torch.nn.functional.conv2d
+    image = torch.nn.functional.pad(basis, (2, 2, 2, 2))
+    answer = conv(conv(conv(image, down), mid), up)  # the mirrored kernel for each input
+    change = answer.flip(2, 3).permute(1, 0, 2, 3)
+    return tensors, lambda scale: weight + scale * change
+
+
+def loha(weight: Tensor, draw: Draw) -> Written:
+    flat = weight.flatten(1).shape[1]
+    a, b, c, d = (draw(*s) for s in ((weight.shape[0], RANK), (RANK, flat)) * 2)
+    tensors = dict(
+        zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), (a, b, c, d), strict=True)
+    )
+    tensors["alpha"] = torch.tensor(ALPHA)
+    change = ((a @ b) * (c @ d)).reshape(weight.shape) * ALPHA / RANK
+    return tensors, lambda scale: weight + scale * change
+
+
+def loha_tucker(weight: Tensor, draw: Draw) -> Written:
+    outputs, inputs = weight.shape[:2]
+    factors = [
+        (32 * draw(RANK, RANK, 3, 3), draw(RANK, outputs), draw(RANK, inputs)) for _ in range(2)
+    ]
+    tensors = {}
+    for number, (core, first, second) in enumerate(factors, 1):
+        tensors[f"hada_t{number}"] = core
+        tensors[f"hada_w{number}_a"], tensors[f"hada_w{number}_b"] = first, second
+    kernels = [
+        sum(
+            core[i, j][None, None] * first[i][:, None, None, None] * second[j][None, :, None, None]
+            for i in range(RANK)
+            for j in range(RANK)
+        )
+        for core, first, second in factors
+    ]
+    return tensors, lambda scale: weight + scale * kernels[0] * kernels[1]
+
+
+def lokr(weight: Tensor, draw: Draw) -> Written:
+    first = draw(2, 4)
+    a, b = draw(weight.shape[0] // 2, RANK), draw(RANK, weight[0].numel() // 4)
+    tensors = {"lokr_w1": first, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(ALPHA)}
+    second = (a @ b).reshape(weight.shape[0] // 2, weight.shape[1] // 4, *weight.shape[2:])
+    blocks = [[first[i, j] * second for j in range(4)] for i in range(2)]
+    change = torch.cat([torch.cat(row, 1) for row in blocks], 0) * ALPHA / RANK
+    return tensors, lambda scale: weight + scale * change
+
+
+def lokr_whole(weight: Tensor, draw: Draw) -> Written:
+    first = draw(2, 2)
+    second = draw(weight.shape[0] // 2, weight.shape[1] // 2, *weight.shape[2:])
+    # Without a rank the alpha has no effect.
+    tensors = {"lokr_w1": first, "lokr_w2": second, "alpha": torch.tensor(ALPHA)}
+    blocks = [[first[i, j] * second for j in range(2)] for i in range(2)]
+    change = torch.cat([torch.cat(row, 1) for row in blocks], 0)
+    return tensors, lambda scale: weight + scale * change
+
+
+def difference(weight: Tensor, draw: Draw) -> Written:
+    change = draw(*weight.shape)
+    return {"diff": change}, lambda scale: weight + scale * change
+
+
+def dora(weight: Tensor, draw: Draw) -> Written:
+    tensors, plain = lora(weight, draw)
+    magnitude = draw(weight.shape[0]).abs() + 0.5
+    tensors["dora_scale"] = magnitude.reshape(-1, *[1] * (weight.ndim - 1))
+    changed = plain(1.0)
+    whole = torch.stack([m * row / row.norm() for m, row in zip(magnitude, changed, strict=True)])
+    return tensors, lambda scale: weight + scale * (whole - weight)
+
+
+def dora_by_input(weight: Tensor, draw: Draw) -> Written:
+    tensors, plain = loha(weight, draw)
+    magnitude = draw(weight.shape[1]).abs() + 0.5
+    tensors["dora_scale"] = magnitude.reshape(1, -1, *[1] * (weight.ndim - 2))
+    columns = plain(1.0).unbind(1)
+    whole = torch.stack([m * c / c.norm() for m, c in zip(magnitude, columns, strict=True)], 1)
+    return tensors, lambda scale: weight + scale * (whole - weight)
+
+
+FORMS: Mapping[str, tuple[Write, tuple[str, ...]]] = {
+    "lora": (lora, (LINEAR, CONVOLUTION)),
+    "locon_tucker": (locon_tucker, (CONVOLUTION,)),
+    "loha": (loha, (LINEAR, CONVOLUTION)),
+    "loha_tucker": (loha_tucker, (CONVOLUTION,)),
+    "lokr": (lokr, (LINEAR,)),
+    "lokr_whole": (lokr_whole, (LINEAR, CONVOLUTION)),
+    "difference": (difference, (LINEAR, CONVOLUTION)),
+    "dora": (dora, (LINEAR, CONVOLUTION)),
+    "dora_by_input": (dora_by_input, (LINEAR, CONVOLUTION)),
+}
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> DiffusersDenoiser:
+    model = write_sd(tmp_path_factory.mktemp("lora_forms") / "model")
+    return load(model)
+
+
+def load(model: Path) -> DiffusersDenoiser:
+    return DiffusersDenoiser.load(str(model), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(7)
+        yield
+
+
+def loras(denoiser: DiffusersDenoiser, folder: Path) -> LoraSet:
+    return LoraSet(denoiser._model, denoiser._family, folder)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape) / 4
+
+
+def weight_of(denoiser: DiffusersDenoiser, part: str, name: str) -> Tensor:
+    network: Any = getattr(denoiser._model.pipeline, part)
+    modules = dict(network.named_modules())
+    return modules.get(name, modules.get(f"text_model.{name}")).weight.data
+
+
+def check(found: LoraSet, expected: Mapping[str, tuple[Tensor, Callable[[float], Tensor]]]) -> None:
+    """Compares the weights at two scales, and afterwards."""
+    before = {name: weight.clone() for name, (weight, _) in expected.items()}
+    for scale in (1.0, 0.5):
+        found.use(Adapter("ink", scale))
+        for name, (weight, formula) in expected.items():
+            torch.testing.assert_close(weight, formula(scale), rtol=1e-4, atol=1e-4, msg=name)
+            assert not torch.allclose(weight, before[name], atol=1e-2), "it does change the weight"
+    found.use(None)
+    for name, (weight, _) in expected.items():
+        assert torch.equal(weight, before[name]), "and nothing of it stays"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_changes_the_weights_by_its_formula(
+    denoiser: DiffusersDenoiser, form: str, tmp_path: Path
+) -> None:
+    write, layers = FORMS[form]
+    file, expected = {}, {}
+    parts = [("unet", name, "lora_unet_" + name) for name in layers]
+    if LINEAR in layers:
+        parts.append(("text_encoder", TEXT, f"lora_te_text_model_{TEXT}"))
+    for part, name, spelt in parts:
+        weight = weight_of(denoiser, part, name)
+        tensors, formula = write(weight.clone(), draw)
+        file |= {f"{spelt.replace('.', '_')}.{key}": value for key, value in tensors.items()}
+        expected[name] = weight, formula
+    save_file(
+        {key: value.contiguous() for key, value in file.items()}, tmp_path / "ink.safetensors"
+    )
+
+    check(loras(denoiser, tmp_path), expected)
+
+
+@pytest.mark.parametrize("option", ["rslora", "alpha_pattern", "dora"])
+def test_the_options_of_peft_are_applied(
+    denoiser: DiffusersDenoiser, option: str, tmp_path: Path
+) -> None:
+    weight = weight_of(denoiser, "unet", LINEAR)
+    original, down, up = weight.clone(), draw(RANK, weight.shape[1]), draw(weight.shape[0], RANK)
+    file = {f"unet.{LINEAR}.lora_A.weight": down, f"unet.{LINEAR}.lora_B.weight": up}
+    options: dict[str, Any] = {"unet.r": RANK, "unet.lora_alpha": 4}
+    factor, magnitude = 4 / RANK, draw(weight.shape[0]).abs() + 0.5
+    if option == "rslora":
+        options["unet.use_rslora"], factor = True, 4 / math.sqrt(RANK)
+    elif option == "alpha_pattern":
+        options["unet.alpha_pattern"], factor = {"attn1.to_q": 7, "to_k": 9}, 7 / RANK
+    else:
+        options["unet.use_dora"] = True
+        file[f"unet.{LINEAR}.lora_magnitude_vector"] = magnitude
+    header = {"lora_adapter_metadata": json.dumps(options)}
+    save_file(file, tmp_path / "ink.safetensors", metadata=header)
+
+    def formula(scale: float) -> Tensor:
+        changed = original + scale * factor * (up @ down)
+        if option != "dora":
+            return changed
+        return torch.stack(
+            [m * row / row.norm() for m, row in zip(magnitude, changed, strict=True)]
+        )
+
+    check(loras(denoiser, tmp_path), {LINEAR: (weight, formula)})
+
+
+@pytest.mark.parametrize("form", ["lora", "lokr", "dora", "difference"])
+def test_a_layer_that_other_tools_keep_whole_is_split(form: str, tmp_path: Path) -> None:
+    model = next(iter(families()["flux"].values())).write(tmp_path / "model")
+    flux = load(model)
+    names = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+    weights = [weight_of(flux, "transformer", name) for name in names]
+    tensors, formula = FORMS[form][0](torch.cat(weights).clone(), draw)
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    (tmp_path / "loras").mkdir()
+    save_file(
+        {f"{key}.{name}": value.contiguous() for name, value in tensors.items()},
+        tmp_path / "loras" / "ink.safetensors",
+    )
+
+    def part(number: int) -> Callable[[float], Tensor]:
+        return lambda scale: formula(scale).chunk(3)[number]
+
+    expected = {name: (weights[i], part(i)) for i, name in enumerate(names)}
+    check(loras(flux, tmp_path / "loras"), expected)
+
+
+def test_a_file_that_does_not_fit_is_reported_and_does_not_stop_the_others(
+    denoiser: DiffusersDenoiser, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = weight_of(denoiser, "unet", LINEAR)
+    name = f"unet.{LINEAR}"
+    good = {
+        f"{name}.lora_A.weight": draw(RANK, weight.shape[1]),
+        f"{name}.lora_B.weight": draw(weight.shape[0], RANK),
+    }
+    wrong: dict[str, tuple[dict[str, Tensor], str]] = {
+        "size": ({**good, f"{name}.lora_A.weight": draw(RANK, 7)}, "belongs to another model"),
+        "layer": (
+            {key.replace("attn1", "attn9"): value for key, value in good.items()},
+            "the model has no layers for unet.down_blocks.0",
+        ),
+        "family": (
+            {
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": draw(RANK, 64),
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": draw(192, RANK),
+            },
+            "the model has no layers for lora_unet_double_blocks_0_img_attn_qkv",
+        ),
+        "more": ({**good, "bundle_emb.x": draw(4)}, "no part of a LoRA: bundle_emb.x"),
+        "half": ({f"{name}.lora_A.weight": draw(RANK, 4)}, "no complete LoRA"),
+        "nan": (
+            {**good, f"{name}.lora_B.weight": torch.full((weight.shape[0], RANK), math.nan)},
+            "not finite",
+        ),
+        "checkpoint": ({"model.diffusion_model.out.weight": draw(4)}, "no tensors of a LoRA"),
+    }
+    for file, (tensors, _) in wrong.items():
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "size.safetensors").read_bytes()[:-100])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "page.safetensors").write_text("<html></html>")
+    save_file(good, tmp_path / "ink.safetensors")
+    options = {"unet.lora_alpha": 2, "unet.init_lora_weights": "pissa"}
+    header = {"lora_adapter_metadata": json.dumps(options)}
+    save_file(good, tmp_path / "pissa.safetensors", metadata=header)
+
+    with caplog.at_level(logging.WARNING):
+        found = loras(denoiser, tmp_path)
+
+    assert found.names == ("ink",)
+    reasons = {
+        record.args[0]: str(record.args[1])
+        for record in caplog.records
+        if record.msg.startswith("lora_refused") and isinstance(record.args, tuple)
+    }
+    assert set(reasons) == {
+        f"{file}.safetensors" for file in (*wrong, "cut", "empty", "page", "pissa")
+    }
+    for file, (_, reason) in wrong.items():
+        assert reason in reasons[f"{file}.safetensors"]
+    assert all("no readable" in reasons[f"{file}.safetensors"] for file in ("cut", "empty", "page"))
+    assert all(record.exc_info in (None, False) for record in caplog.records)
+
+
+def test_two_loras_of_one_weight_share_the_copy_of_the_original(
+    denoiser: DiffusersDenoiser, tmp_path: Path
+) -> None:
+    weight = weight_of(denoiser, "unet", LINEAR)
+    before = weight.clone()
+    for name in ("ink", "oil"):
+        tensors, _ = lora(weight, draw)
+        key = "lora_unet_" + LINEAR.replace(".", "_")
+        save_file({f"{key}.{k}": v for k, v in tensors.items()}, tmp_path / f"{name}.safetensors")
+    found = loras(denoiser, tmp_path)
+
+    for name in ("ink", "oil"):
+        found.use(Adapter(name, 1.0))
+    assert len(found._kept) == 1
+    found.use(None)
+    assert torch.equal(weight, before)
+
+
+def test_new_files_are_offered_and_deleted_ones_are_not(
+    denoiser: DiffusersDenoiser, tmp_path: Path
+) -> None:
+    weight = weight_of(denoiser, "unet", LINEAR)
+    before, key = weight.clone(), "lora_unet_" + LINEAR.replace(".", "_")
+    found = loras(denoiser, tmp_path)
+    assert (found.names, found.refresh()) == ((), False)
+
+    def save(name: str) -> Callable[[float], Tensor]:
+        tensors, formula = lora(before, draw)
+        save_file({f"{key}.{k}": v for k, v in tensors.items()}, tmp_path / f".{name}")
+        (tmp_path / f".{name}").rename(tmp_path / f"{name}.safetensors")
+        return formula
+
+    before_key = found.fingerprint
+    first = save("ink")
+    # A file is read when it has not changed since the refresh before.
+    assert [found.refresh() for _ in range(3)] == [False, True, False]
+    assert found.names == ("ink",)
+    found.use(Adapter("ink", 1.0))
+    torch.testing.assert_close(weight, first(1.0))
+
+    first_key = found.fingerprint
+    second = save("ink")
+    assert [found.refresh() for _ in range(3)] == [False, True, False]
+    found.use(Adapter("ink", 1.0))
+    torch.testing.assert_close(weight, second(1.0))
+
+    assert len({before_key, first_key, found.fingerprint}) == 3
+
+    (tmp_path / "ink.safetensors").unlink()
+    assert (found.refresh(), found.names) == (True, ())
+    with pytest.raises(EngineError, match="the LoRA ink was removed"):
+        found.use(Adapter("ink", 1.0))
+    found.use(None)
+    assert torch.equal(weight, before)

@@ -1,0 +1,125 @@
+"""LoRA files give the same output of the network as peft, which writes and loads them. `make
+oracle-lora` installs peft into a folder of its own and runs this: with peft among the packages,
+diffusers and transformers load models in another way than the service does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from img2img_server.engine.denoiser import Adapter
+from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
+from img2img_server.engine.diffusers.lora import LoraSet
+from tests.oracle.harness import families
+
+pytest.importorskip("peft")
+
+LAYERS = {
+    "sd": ["to_q", "to_v", "conv1", "ff.net.2"],
+    "sdxl": ["to_q", "to_v", "conv1", "ff.net.2"],
+    "kolors": ["to_q", "to_v", "conv1"],
+    "z_image": ["to_q", "to_v", "w1"],
+}
+OTHERS = ["to_q", "to_v", "to_k"]
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dora_rslora": {"use_dora": True, "use_rslora": True},
+    "patterns": {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 8}},
+}
+CASES = [
+    *((family, "lora", option) for family in ("sd", "sdxl", "flux", "sd3") for option in LORA),
+    *(
+        (family, "lora", option)
+        for family in (
+            "chroma",
+            "kolors",
+            "krea2",
+            "lumina2",
+            "qwen_image",
+            "sana_sprint",
+            "z_image",
+        )
+        for option in ("plain", "dora")
+    ),
+    *((family, form, "") for family in ("sd", "flux", "z_image") for form in ("loha", "lokr")),
+]
+
+
+@pytest.mark.parametrize(("family", "form", "option"), CASES)
+def test_the_weights_are_those_of_peft(family: str, form: str, option: str, tmp_path: Path) -> None:
+    peft: Any = importlib.import_module("peft")
+    folder = next(iter(families()[family].values())).write(tmp_path / "model")
+    ours = load(folder)
+    theirs = load(folder)._model.network
+    part = ours._family.denoiser
+    layers = LAYERS.get(family, OTHERS)
+    torch.manual_seed(3)
+    if form == "lora":
+        config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=layers, **LORA[option])
+    elif form == "loha":
+        config = peft.LoHaConfig(r=2, alpha=5, target_modules=layers)
+    else:
+        # With a larger rank peft stores both factors of small layers whole, and scales them still.
+        config = peft.LoKrConfig(r=1, alpha=5, target_modules=layers, decompose_both=False)
+    peft.inject_adapter_in_model(config, theirs, "ink")
+    for name, parameter in theirs.named_parameters():
+        if any(kind in name for kind in ("lora_", "hada_", "lokr_")):
+            parameter.data = torch.randn_like(parameter) / 3 + ("magnitude" in name)
+    save(peft.get_peft_model_state_dict(theirs, adapter_name="ink"), config, part, tmp_path)
+
+    found = LoraSet(ours._model, ours._family, tmp_path)
+    assert found.names == ("ink",)
+    changed = 0
+    for scale in (1.0, 0.5):
+        with torch.inference_mode():
+            found.use(Adapter("ink", scale))
+            for name, module in theirs.named_modules():
+                if not hasattr(module, "get_delta_weight") or not hasattr(module, "scaling"):
+                    continue
+                whole = merged(module, scale)
+                weight = ours._model.network.get_submodule(name).weight
+                torch.testing.assert_close(weight, whole, rtol=1e-4, atol=1e-4)
+                changed += not torch.allclose(whole, module.base_layer.weight, atol=1e-2)
+    assert changed >= 4
+
+
+def load(folder: Path) -> DiffusersDenoiser:
+    return DiffusersDenoiser.load(str(folder), torch.device("cpu"), torch.float32)
+
+
+def merged(module: Any, scale: float) -> torch.Tensor:
+    """Returns the weight that peft merges an adapter into."""
+    before = module.base_layer.weight.data.clone()
+    module.set_scale("ink", scale)
+    module.merge(adapter_names=["ink"])
+    whole = module.base_layer.weight.data.clone()
+    module.merged_adapters.clear()
+    module.base_layer.weight.data = before
+    return whole
+
+
+def save(weights: dict[str, Any], config: Any, part: str, folder: Path) -> None:
+    """Writes the file as diffusers does, with the options of peft in its header. The options of
+    LoHa and LoKr go where LyCORIS has them.
+    """
+    file = {f"{part}.{key}": value.contiguous() for key, value in weights.items()}
+    header = {}
+    if hasattr(config, "lora_alpha"):
+        options = {
+            f"{part}.{name}": sorted(value) if isinstance(value, set) else value
+            for name, value in config.to_dict().items()
+        }
+        header["lora_adapter_metadata"] = json.dumps(options, default=str)
+    else:
+        names = {key.rsplit(".", 1)[0] for key in file}
+        file |= {f"{name}.alpha": torch.tensor(float(config.alpha)) for name in names}
+    save_file(file, folder / "ink.safetensors", metadata=header)
