@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
     lane: str | None  # "realtime" (default) or "batch"
     annotations: Mapping[str, str] | None  # your own notes, returned unchanged
     allow_partial: bool | None  # whether some samples are enough for success, default False
+    output_quality: int | None  # quality of "jpeg" and "webp", 1 to 100; default: 95 and 90
 
 
 class CreateOptions(Options, total=False):
@@ -97,6 +98,7 @@ class Spec:
     true_cfg_scale: float | None
     strength_mode: StrengthMode
     allow_partial: bool
+    output_quality: int
 
 
 class ImageFormat(StrEnum):

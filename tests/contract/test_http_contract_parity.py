@@ -82,6 +82,7 @@ GRPC_ONLY = {
     "true_cfg_scale",
     "strength_mode",
     "allow_partial",
+    "output_quality",
 }
 LIMITING = {"minimum", "maximum", "minLength", "maxLength"}
 # The response comes at once; the field is ignored and returned unchanged.

@@ -123,6 +123,19 @@ async def test_an_image_has_the_requested_format(gateway: Gateway, name: str) ->
     assert pixels(response.json()["data"][0]["b64_json"]).format == name.upper()
 
 
+@pytest.mark.parametrize("name", ["jpeg", "webp"])
+async def test_output_compression_is_the_quality(gateway: Gateway, name: str) -> None:
+    sizes = []
+    for quality in ("0", "50", "100"):
+        sent = form(output_format=name, output_compression=quality, seed="3")
+        response = await gateway.http.post(EDITS, **sent)
+        assert "img2img-ignored-fields" not in response.headers
+        sizes.append(len(response.json()["data"][0]["b64_json"]))
+    assert sizes == sorted(set(sizes))
+    png = await gateway.http.post(EDITS, **form(output_compression="50"))
+    assert png.headers["img2img-ignored-fields"] == "output_compression"
+
+
 async def test_without_a_size_the_image_has_the_aspect_ratio_of_the_init_image(
     gateway: Gateway,
 ) -> None:
@@ -199,6 +212,10 @@ async def test_many_fields_without_effect_are_counted(gateway: Gateway) -> None:
         ({"strength": "1.5"}, (400, "strength", "out_of_range")),
         ({"response_format": "png"}, (400, "response_format", "not_supported")),
         ({"output_format": "gif"}, (400, "output_format", "not_supported")),
+        (
+            {"output_format": "jpeg", "output_compression": "101"},
+            (400, "output_compression", "out_of_range"),
+        ),
         ({"input_fidelity": "max"}, (400, "input_fidelity", "not_supported")),
         ({"stream": "maybe"}, (400, "stream", "invalid_type")),
         ({"partial_images": "4"}, (400, "partial_images", "out_of_range")),

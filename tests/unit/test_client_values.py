@@ -106,6 +106,7 @@ def test_every_field_of_a_job_is_read() -> None:
             true_cfg_scale=None,
             strength_mode=spec.StrengthMode.UNSPECIFIED,
             allow_partial=False,
+            output_quality=0,
             **others,  # type: ignore[arg-type]
         ),
         samples=(),

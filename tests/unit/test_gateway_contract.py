@@ -313,6 +313,7 @@ def test_a_full_body_becomes_this_job_spec() -> None:
 def test_the_table_has_every_field_of_the_spec_that_http_callers_may_set() -> None:
     ours = {"model", "scheduler", "output_format", "preview_interval_steps", "lane", "annotations"}
     ours |= {"lora", "lora_scale", "true_cfg_scale", "strength_mode", "allow_partial"}
+    ours |= {"output_quality"}
     in_spec = FIELDS.keys() - {"instant_response", "enhance_style"}
     assert in_spec == set(job_pb2.JobSpec.DESCRIPTOR.fields_by_name) - ours
 

@@ -142,3 +142,12 @@ def test_a_small_preview_is_not_enlarged() -> None:
     preview = preview_jpeg(photos.photo(64, 64))
 
     assert (preview.width, preview.height) == (64, 64)
+
+
+@pytest.mark.parametrize("image_format", [ImageFormat.JPEG, ImageFormat.WEBP])
+def test_quality_is_that_of_the_caller_or_the_default(image_format: ImageFormat) -> None:
+    pixels = photos.photo()
+    default = {ImageFormat.JPEG: 95, ImageFormat.WEBP: 90}[image_format]
+    sizes = [len(encode_image(pixels, image_format, quality)) for quality in (1, 50, default, 100)]
+    assert sizes == sorted(set(sizes))
+    assert len(encode_image(pixels, image_format)) == sizes[2]

@@ -67,6 +67,11 @@ def _read_annotations(
     help="File of the image, such as out.png, out.jpg or out.webp. Several samples are saved as "
     "out-0.png, out-1.png and so on. Default: the id of the job, such as 10000001.png.",
 )
+@click.option(
+    "--output-quality",
+    type=int,
+    help="Quality of JPEG and WebP files, 1 to 100. Default: 95 and 90.",
+)
 @click.option("--negative-prompt", help="Description of things to avoid. Needs --guidance above 1.")
 @click.option(
     "--steps",

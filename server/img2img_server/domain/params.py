@@ -31,6 +31,7 @@ MAX_SIDE_PIXELS = 4096  # No operator can allow more.
 # The largest seed that the service draws, and that the HTTP contract of ModelsLab accepts.
 NARROW_SEED_MAX = 2**32 - 1
 RANDOM_SEED = -1
+MAX_QUALITY = 100  # of JPEG and WebP files
 TRACK_ID_MAX_CHARACTERS = 191
 
 
@@ -87,6 +88,7 @@ class JobParams:
         init_image_url: Empty for an inline init image, whose bytes no record has.
         true_cfg_scale: None: off.
         annotations: The caller's own notes, by name.
+        output_quality: 0: the quality of imaging/encode.py.
     """
 
     prompt: str
@@ -116,6 +118,7 @@ class JobParams:
     lane: Lane = Lane.REALTIME
     annotations: tuple[tuple[str, str], ...] = ()
     allow_partial: bool = False
+    output_quality: int = 0
 
     def sample_seed(self, index: int) -> int:
         """Returns seed + index. A seed below 2^32 starts again at 0 after 2^32 - 1, as in the HTTP
@@ -179,6 +182,7 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
     yield from _range("lora_scale", params.lora_scale, 0.0, limits.max_lora_scale)
     if params.true_cfg_scale is not None:
         yield from _range("true_cfg_scale", params.true_cfg_scale, 0.0, limits.max_guidance_scale)
+    yield from _range("output_quality", params.output_quality, 0, MAX_QUALITY)
 
 
 def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:

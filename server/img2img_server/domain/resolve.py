@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from img2img_server.domain.models import ModelInfo
-from img2img_server.domain.params import JobParams, Limits
+from img2img_server.domain.params import ImageFormat, JobParams, Limits
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 
 _NO_STEP = "At strength 0 no step runs: the prepared init image is returned."
@@ -161,6 +161,8 @@ def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str])
     yield from _without_guidance(params, model)
     if "lora_scale" in given and not params.lora:
         yield "lora_scale has no effect without lora."
+    if params.output_quality and params.output_format is ImageFormat.PNG:
+        yield "output_quality has no effect on PNG."
     if params.strength_mode is StrengthMode.NOISE_LEVEL:
         return
     if (every := params.preview_interval_steps) and every >= run > 0:

@@ -101,7 +101,9 @@ async def finish_sample(
         pixels = blank(pixels) if nsfw else pixels
         yield StageFinished(stage=Stage.SAFETY_CHECKED, sample=index)
     with watch.measure("image_encode", began):
-        inline = await asyncio.to_thread(encoded, pixels, params.output_format)
+        inline = await asyncio.to_thread(
+            encoded, pixels, params.output_format, params.output_quality
+        )
     began = time.monotonic()
     seed = params.sample_seed(index)
     yield SampleFinished(sample=index, seed=seed, image=inline, nsfw=nsfw)

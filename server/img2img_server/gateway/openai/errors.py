@@ -32,6 +32,7 @@ _FIELDS: Final = {
     "width": "size",
     "height": "size",
     "track_id": "user",
+    "output_quality": "output_compression",
 }
 
 

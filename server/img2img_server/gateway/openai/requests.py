@@ -215,6 +215,12 @@ def _take_formats(edit: Edit, fields: dict[str, Any], in_spec: dict[str, Any]) -
         output_format = ImageFormat.PNG
         edit.ignored.append("output_format")
     in_spec["output_format"] = f"IMAGE_FORMAT_{output_format.upper()}"
+    if output_format == ImageFormat.PNG:
+        return  # output_compression stays among the fields that have no effect.
+    if "output_compression" in fields:
+        # OpenAI's scale has the best quality at 100 and begins at 0, ours at 1.
+        quality = fields.pop("output_compression")
+        in_spec["output_quality"] = 1 if quality in (0, "0") else quality
 
 
 def _take_stream(edit: Edit, fields: dict[str, Any], in_spec: dict[str, Any]) -> None:

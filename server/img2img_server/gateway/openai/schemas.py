@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from img2img_server.domain.params import ImageFormat, Limits
+from img2img_server.domain.params import MAX_QUALITY, ImageFormat, Limits
 from img2img_server.gateway.http.forms import MEDIA_TYPE
 from img2img_server.gateway.openai.requests import HIGH_FIDELITY_STRENGTH, MAX_PARTIAL_IMAGES
 from img2img_server.gateway.openai.responses import IGNORED_HEADER, JOB_HEADER, WARNING_HEADER
@@ -91,6 +91,7 @@ def _fields(limits: Limits) -> dict[str, Schema]:
         "size": size,
         "response_format": {"enum": ["b64_json", "url"], "default": "b64_json"},
         "output_format": {"enum": _FORMATS, "default": ImageFormat.PNG.value},
+        "output_compression": _INTEGER | {"minimum": 0, "maximum": MAX_QUALITY},
         "stream": {"type": "boolean", "default": False},
         "partial_images": _INTEGER | {"minimum": 0, "maximum": MAX_PARTIAL_IMAGES},
         "input_fidelity": fidelity,

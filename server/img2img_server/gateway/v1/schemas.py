@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from img2img.v1 import event_pb2, job_pb2, service_pb2
-from img2img_server.domain.params import RANDOM_SEED, Limits
+from img2img_server.domain.params import MAX_QUALITY, RANDOM_SEED, Limits
 
 Schema = dict[str, Any]
 
@@ -133,6 +133,8 @@ def _keywords(name: str, limits: Limits) -> Schema:
         return {"minimum": low, "maximum": high, "multipleOf": limits.side_multiple}
     if name == "webhook":
         return {"maxLength": limits.max_url_characters, "pattern": "^https?://"}
+    if name == "output_quality":
+        return {"minimum": 0, "maximum": MAX_QUALITY}
     if name == "seed":
         text = "-1: drawn at random. Beyond 2^53 as a string: JSON numbers lose digits."
         return {"minimum": RANDOM_SEED, "maximum": limits.max_seed, "description": text}
