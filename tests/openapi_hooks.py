@@ -30,6 +30,7 @@ NUMBERS = {
     "preview_interval_steps": "1",
     "lora_scale": "1e0",
     "true_cfg_scale": "2",
+    "output_quality": "80",
 }
 ADDRESSES = ("webhook", "public_url", "endpoint_url")
 # Printable text without folders named "..", which a pattern cannot express.

@@ -42,7 +42,8 @@ def test_every_option_reaches_the_request() -> None:
     words += " --negative-prompt dog --scheduler euler --model atelier --preview-every 5 --batch"
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
     words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5 --true-cfg-scale 2"
-    words += " --noise-level --allow-partial --output-quality 80 --annotation order=7 --annotation note=a=b"
+    words += " --noise-level --allow-partial --annotation order=7 --annotation note=a=b"
+    words += " --output-quality 80"
     assert run(service, *REQUEST, *words.split()).exit_code == 0
     assert service.requests == [
         service_pb2.GenerateRequest(
