@@ -275,6 +275,7 @@ _CHECKS: Final[dict[str, tuple[_Check, ...]]] = {
     "api": (_ports, *_NATS, _tls, _api_keys, _webhook_secret, _outbound_allow, _api_s3),
     "gateway": (_ports, _http_dev_key, _api_ca, _trust_bundle, _s3),
     "worker": (_ports, *_NATS, _s3, _outbound_allow, *_MODEL),
+    "doctor": _MODEL,
     "local": (
         *(_state, _ports, _storage_keys, _tls, _local_keys, _webhook_secret, _outbound_allow),
         *(_api_ca, *_MODEL),

@@ -43,6 +43,7 @@ _SD_BETAS: Final[Mapping[str, Any]] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+IGNORED: Final = "model_tensors_ignored"  # the log event
 _HEAD_WIDTH: Final = 64
 _AUTOENCODER: Final = re.compile(r"(first_stage_model\.|vae\.)?(encoder\.|decoder\.|.*quant_conv)")
 _ORIGINAL_TURBO: Final = re.compile(r"sd[_-]?(xl[_-])?turbo")

@@ -34,6 +34,36 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
         SettingsError: the device does not exist, or cannot compute with the dtype.
         ModelError: the model cannot be loaded, or its dry run failed.
     """
+    denoiser, spec = load_denoiser(options)
+    engine = start_engine(denoiser, spec, options)
+    try:
+        warm_up(engine, spec, options.warm_up_sizes)
+    except BaseException:
+        engine.stop()
+        raise
+    return engine
+
+
+def start_engine(
+    denoiser: DiffusersDenoiser, spec: ModelSpec, options: EngineOptions
+) -> DiffusionEngine:
+    """Returns the engine of a loaded model. Its thread starts at once."""
+    memory = MemoryModel(probe_of(denoiser.device), options.memory_limit_bytes)
+
+    def new_loras() -> tuple[str, ...] | None:
+        return denoiser.loras if denoiser.refresh_loras() else None
+
+    watch = new_loras if options.lora_dir else None
+    return DiffusionEngine(denoiser, spec, options.max_batch_size, memory, watch)
+
+
+def load_denoiser(options: EngineOptions) -> tuple[DiffusersDenoiser, ModelSpec]:
+    """Loads the model onto the device. Blocks for seconds to minutes.
+
+    Raises:
+        SettingsError: the device does not exist, or cannot compute with the dtype.
+        ModelError: the model cannot be loaded.
+    """
     device, dtype = device_and_dtype(options.device, options.dtype)
     defaults = ModelDefaults.of(options)
     spec = read_model_spec(options.model, defaults=defaults)
@@ -50,20 +80,7 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.compile_cache_dir.absolute())
     most = options.max_batch_size
     denoiser = on_own_thread(lambda: DiffusersDenoiser.load(model, device, dtype, options, most))
-    spec = replace(spec, loras=denoiser.loras)
-    memory = MemoryModel(probe_of(device), options.memory_limit_bytes)
-
-    def new_loras() -> tuple[str, ...] | None:
-        return denoiser.loras if denoiser.refresh_loras() else None
-
-    watch = new_loras if options.lora_dir else None
-    engine = DiffusionEngine(denoiser, spec, most, memory, watch)
-    try:
-        warm_up(engine, spec, options.warm_up_sizes)
-    except BaseException:
-        engine.stop()
-        raise
-    return engine
+    return denoiser, replace(spec, loras=denoiser.loras)
 
 
 def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> None:

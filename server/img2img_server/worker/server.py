@@ -161,15 +161,22 @@ def _load_engine(settings: Settings) -> Engine:
     try:
         return load_engine(EngineOptions.of(settings))
     except ModelError as error:
-        raise SettingsError(error.mistake) from error
+        raise explain_load_error(settings, error) from error
     except OperatorError:
         raise
     except Exception as error:  # the libraries raise errors of many classes
         log.error("model_not_loaded", exc_info=error)
-        source = settings.model or "the model inside the package"
-        raise SettingsError(
-            f"IMG2IMG_MODEL: cannot load {source}: {type(error).__name__}: {error}"
-        ) from error
+        raise explain_load_error(settings, error) from error
+
+
+def explain_load_error(settings: Settings, error: Exception) -> OperatorError:
+    """Returns the error with which a worker ends whose model cannot be loaded."""
+    if isinstance(error, ModelError):
+        return SettingsError(error.mistake)
+    if isinstance(error, OperatorError):
+        return error
+    source = settings.model or "the model inside the package"
+    return SettingsError(f"IMG2IMG_MODEL: cannot load {source}: {type(error).__name__}: {error}")
 
 
 def _watched(blobs: BlobStore, settings: Settings) -> WatchedBlobs:

@@ -27,7 +27,7 @@ from img2img_server.engine.diffusers.load import (
 )
 from img2img_server.engine.diffusers.local_model import LocalModel, find_model
 from img2img_server.engine.diffusers.lora import LoraSet
-from img2img_server.engine.diffusers.placement import modules
+from img2img_server.engine.diffusers.placement import PlacedPart, modules, placed_parts
 from img2img_server.engine.diffusers.schedules import Schedules
 from img2img_server.engine.diffusers.text import TextEncoder
 from img2img_server.engine.diffusers.vae import Autoencoder
@@ -239,6 +239,11 @@ class DiffusersDenoiser:
         mode: StrengthMode = StrengthMode.STEPS,
     ) -> Schedule:
         return self._schedules.get(name, num_inference_steps, strength, height, width, mode)
+
+    @property
+    def parts(self) -> Sequence[PlacedPart]:
+        """The parts of the model and the memory of each."""
+        return placed_parts(self._model.pipeline)
 
     @property
     def loras(self) -> tuple[str, ...]:

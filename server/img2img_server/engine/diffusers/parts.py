@@ -15,6 +15,7 @@ import diffusers
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from img2img_server.engine.checkpoint import IGNORED
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
 from img2img_server.engine.family import ModelError, ModelFiles
@@ -188,6 +189,8 @@ def check_loaded(place: str, info: Mapping[str, Any]) -> None:
             f"{place} has weights that its config.json does not describe and that would be "
             f"ignored: {listed(unexpected)}. Check that the files belong together"
         )
+    if ignored := [key for key in info["unexpected_keys"] if _HARMLESS.search(key)]:
+        _log.info("%s: %s: %s", IGNORED, place, listed(ignored))
     if info.get("mismatched_keys"):
         keys = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
         raise ModelError(f"{place} has weights of other sizes than its config.json: {listed(keys)}")

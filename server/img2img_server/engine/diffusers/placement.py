@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,8 +99,20 @@ class TextEncoderOffload:
                 tensor.data = kept
 
 
-def log_parts(pipeline: Any) -> None:
-    """Logs the memory of each part of a pipeline."""
+@dataclass(frozen=True, slots=True)
+class PlacedPart:
+    """A part of a loaded pipeline, with its memory in bytes."""
+
+    name: str
+    class_name: str
+    bytes: int
+    devices: str
+    dtypes: str
+
+
+def placed_parts(pipeline: Any) -> list[PlacedPart]:
+    """Returns the parts of a pipeline and the memory of each."""
+    found = []
     for name, part in modules(pipeline).items():
         tensors = (*part.parameters(), *part.buffers())
         size = sum(bytes_of(tensor.data) for tensor in tensors)
@@ -107,9 +120,16 @@ def log_parts(pipeline: Any) -> None:
         dtypes = ", ".join(
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.parameters()})
         )
+        found.append(PlacedPart(name, type(part).__name__, size, devices, dtypes))
+    return found
+
+
+def log_parts(pipeline: Any) -> None:
+    """Logs the memory of each part of a pipeline."""
+    for part in placed_parts(pipeline):
         _log.info(
             "model_part_placed: %s: %s, %d MiB on %s as %s",
-            *(name, type(part).__name__, size // 2**20, devices, dtypes),
+            *(part.name, part.class_name, part.bytes // 2**20, part.devices, part.dtypes),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from img2img_server.engine.checkpoint import HARMLESS, Checkpoint, first_names
+from img2img_server.engine.checkpoint import HARMLESS, IGNORED, Checkpoint, first_names
 from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.parts import (
@@ -33,6 +34,8 @@ from img2img_server.engine.family import ModelError
 
 # Encoders whose shorter prompts are filled with the token of "!", as those of OpenCLIP.
 _FILLED_WITH_ZERO: Final = "!"
+
+_log = logging.getLogger(__name__)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -79,6 +82,8 @@ def load_single_file(
         ModelError: A part is missing, incomplete, or has tensors that would be ignored.
     """
     tensors = read_tensors(path)
+    if ignored := [key for key in tensors if HARMLESS.search(key)]:
+        _log.info("%s: %s: %s", IGNORED, path, first_names(ignored))
     parts: dict[str, Any] = dict(given)
     entries = family.parts(checkpoint.files)
     for name, entry in sorted(entries.items()):

@@ -1,0 +1,144 @@
+"""Checks the model, the LoRAs and the device of a worker before it serves: `img2img-server doctor`.
+
+It loads the model with the code of the worker's start, and runs a step of each announced size.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from img2img_server.engine.checkpoint import IGNORED
+from img2img_server.engine.options import EngineOptions, limit_spinning, sizes
+from img2img_server.exit_reason import reasons_of
+from img2img_server.settings import Settings
+from img2img_server.worker.server import explain_load_error
+
+
+@dataclass(slots=True)
+class Report:
+    """The result of an examination, which can be written as JSON.
+
+    Attributes:
+        problems: Why a worker would not start; empty if it would.
+        notes: Files and settings that are ignored or replaced.
+        parts: The parts of the model with their memory in bytes.
+        sizes: The announced sizes, WIDTHxHEIGHT, with the seconds of their first step.
+    """
+
+    model: str = ""
+    source: str = ""
+    family: str = ""
+    device: str = ""
+    dtype: str = ""
+    weights_bytes: int = 0
+    device_free_bytes: int | None = None
+    native_size: int = 0
+    schedulers: list[str] = field(default_factory=list)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    loras: list[str] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[str, float] = field(default_factory=dict)
+    load_seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether a worker would start."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report for JSON."""
+        return {"ok": self.is_fine, **asdict(self)}
+
+    def lines(self) -> Iterator[str]:
+        """Yields the report as lines of text."""
+        if self.model:
+            yield f"model {self.model} of the family {self.family}, from {self.source}"
+            yield f"device {self.device} as {self.dtype}, loaded in {self.load_seconds:.1f} s"
+            for part in self.parts:
+                yield f"  {part['name']}: {part['class_name']}, {part['bytes'] / 2**20:.0f} MiB"
+            free = self.device_free_bytes
+            left = "" if free is None else f", {free / 2**20:.0f} MiB are left on the device"
+            yield f"weights: {self.weights_bytes / 2**20:.0f} MiB{left}"
+            yield f"schedulers: {', '.join(self.schedulers)}"
+            yield "defaults: " + ", ".join(f"{key} {value}" for key, value in self.defaults.items())
+            yield f"LoRAs: {', '.join(self.loras) or 'none'}"
+            for size, seconds in self.sizes.items():
+                yield f"  {size}: runs, {seconds:.1f} s with one step"
+        yield from (f"note: {note}" for note in self.notes)
+        yield from (f"problem: {problem}" for problem in self.problems)
+        yield "a worker would start" if self.is_fine else "a worker would not start"
+
+
+def examine(settings: Settings) -> Report:
+    """Loads the model of these settings and runs each announced size. Blocks.
+
+    Args:
+        settings: Their files and folders were checked.
+    """
+    report = Report()
+    limit_spinning()
+    with _warnings_in(report.notes):
+        try:
+            _examine(EngineOptions.of(settings), report)
+        except Exception as error:  # the libraries raise errors of many classes
+            report.problems += reasons_of(explain_load_error(settings, error))
+    return report
+
+
+def _examine(options: EngineOptions, report: Report) -> None:
+    from img2img_server.engine.load import load_denoiser, start_engine, warm_up
+    from img2img_server.engine.memory import probe_of
+
+    began = time.monotonic()
+    denoiser, spec = load_denoiser(options)
+    report.load_seconds = time.monotonic() - began
+    report.model, report.source, report.family = spec.name, spec.source, spec.family
+    report.device = denoiser.device_name
+    report.schedulers = list(spec.info.schedulers)
+    report.native_size = spec.native_size
+    report.loras = list(spec.loras)
+    report.defaults = {
+        "num_inference_steps": spec.num_inference_steps,
+        "guidance_scale": spec.guidance_scale,
+        "strength": spec.strength,
+    }
+    report.parts = [asdict(part) for part in denoiser.parts]
+    report.dtype = ", ".join(sorted({part.dtypes for part in denoiser.parts}))
+    report.weights_bytes = sum(part.bytes for part in denoiser.parts)
+    report.device_free_bytes = probe_of(denoiser.device).free
+    engine = start_engine(denoiser, spec, options)
+    try:
+        for height, width in sizes(options.warm_up_sizes):
+            began = time.monotonic()
+            warm_up(engine, spec, f"{width}x{height}")
+            report.sizes[f"{width}x{height}"] = time.monotonic() - began
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def _warnings_in(notes: list[str]) -> Iterator[None]:
+    """Appends the warnings that the service logs in the body, and the tensors it ignores."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if record.levelno >= logging.WARNING or text.startswith(IGNORED):
+                notes.append(text)
+
+    handler, logger = Collector(logging.INFO), logging.getLogger("img2img_server")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
