@@ -182,7 +182,10 @@ class Endpoints:
         if edit.links:
             return JSONResponse(responses.links(job.record), headers=headers)
         await self._load(job)
-        return JSONResponse(responses.images(job.record, job.images), headers=headers)
+        # Base64 of large images would delay the requests of others.
+        return await asyncio.to_thread(
+            lambda: JSONResponse(responses.images(job.record, job.images), headers=headers)
+        )
 
     async def _collect(self, job: _Job) -> None:
         async for event in self._upstream.follow(job.key, job.record.id):
@@ -208,7 +211,7 @@ class Endpoints:
             await self._load(job)
             for sample in job.record.samples:
                 image = job.images.get(sample.index, job_pb2.Image())
-                yield responses.completed(job.record, sample, image)
+                yield await asyncio.to_thread(responses.completed, job.record, sample, image)
         except RequestError as error:
             yield responses.error_event(self._errors.error(error)[0])
         finally:
