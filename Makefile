@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart demo serve images-test races oracle oracle-lora bench chaos attack fleet image-test fanout
+.PHONY: help setup gen check fix test gold chart monitoring demo serve images-test races oracle oracle-lora bench chaos attack fleet image-test fanout
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ chart: setup .tools/helm .tools/promtool .tools/checks/.installed ## Check the H
 	$(BIN)/python -m pytest tests/chart $(ARGS)
 	$(BIN)/python helm/generate.py --check
 	$(BIN)/python helm/check.py
+
+monitoring: setup .tools/helm .tools/promtool ## Test dashboard and slow-queue alert with a Prometheus that reads a loaded `local`
+	MONITORING=1 $(BIN)/python -m pytest tests/integration/test_prometheus.py $(ARGS)
 
 images-test: setup ## Test the image check against Pillow on 10,000 files of each kind
 	TEST_EXAMPLES=$${TEST_EXAMPLES:-10000} $(BIN)/python -m pytest tests/property/test_images.py \

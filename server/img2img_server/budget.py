@@ -19,6 +19,7 @@ from img2img_server.telemetry import (
     BUDGET_TOTAL,
     BUDGET_USED,
     BUDGET_WAITING,
+    count_from_zero,
 )
 
 LEAST_RETRY_SECONDS: Final = 1.0
@@ -103,6 +104,7 @@ class Budget:
         self._sum = 0
         self._waiting: dict[str, deque[_Waiter]] = {}
         BUDGET_TOTAL.labels(name).set(total)
+        count_from_zero(BUDGET_REFUSED, [name], ("full", "wait", "size"))
 
     def used(self, tenant: str | None = None) -> int:
         """Returns the amount that a tenant holds, or all tenants together."""
