@@ -239,25 +239,41 @@ def test_the_options_of_peft_are_applied(
     check(loras(denoiser, tmp_path), {LINEAR: (weight, formula)})
 
 
-@pytest.mark.parametrize("form", ["lora", "lokr", "dora", "difference"])
-def test_a_layer_that_other_tools_keep_whole_is_split(form: str, tmp_path: Path) -> None:
-    model = next(iter(families()["flux"].values())).write(tmp_path / "model")
-    flux = load(model)
-    names = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
-    weights = [weight_of(flux, "transformer", name) for name in names]
-    tensors, formula = FORMS[form][0](torch.cat(weights).clone(), draw)
-    key = "lora_unet_double_blocks_0_img_attn_qkv"
-    (tmp_path / "loras").mkdir()
-    save_file(
-        {f"{key}.{name}": value.contiguous() for name, value in tensors.items()},
-        tmp_path / "loras" / "ink.safetensors",
-    )
+# The names that a layer has in other tools, by family, and those of its pieces in diffusers.
+WHOLE_LAYERS = {
+    "flux": ("lora_unet_double_blocks_0_img_attn_qkv", "transformer_blocks.0.attn.to_{}"),
+    "chroma": ("diffusion_model.double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn.to_{}"),
+    "sd3": ("lora_unet_joint_blocks_0_x_block_attn_qkv", "transformer_blocks.0.attn.to_{}"),
+    "sd3_text": (
+        "diffusion_model.joint_blocks.0.context_block.attn.qkv",
+        "transformer_blocks.0.attn.add_{}_proj",
+    ),
+    "z_image": ("diffusion_model.layers.0.attention.qkv", "layers.0.attention.to_{}"),
+    "lumina2": ("diffusion_model.layers.0.attention.qkv", "layers.0.attn.to_{}"),
+}
 
-    def part(number: int) -> Callable[[float], Tensor]:
-        return lambda scale: formula(scale).chunk(3)[number]
 
-    expected = {name: (weights[i], part(i)) for i, name in enumerate(names)}
-    check(loras(flux, tmp_path / "loras"), expected)
+@pytest.mark.parametrize("family", WHOLE_LAYERS)
+def test_a_layer_that_other_tools_keep_whole_is_split(family: str, tmp_path: Path) -> None:
+    model = next(iter(families()[family.removesuffix("_text")].values())).write(tmp_path / "model")
+    denoiser = load(model)
+    key, name = WHOLE_LAYERS[family]
+    names = [name.format(letter) for letter in "qkv"]
+    weights = [weight_of(denoiser, "transformer", name) for name in names]
+    sizes = [len(weight) for weight in weights]
+    for form in ("lora", "lokr", "dora", "difference"):
+        tensors, formula = FORMS[form][0](torch.cat(weights).clone(), draw)
+        file = {f"{key}.{suffix}": value.contiguous() for suffix, value in tensors.items()}
+        (folder := tmp_path / form).mkdir()
+        save_file(file, folder / "ink.safetensors")
+
+        def piece(
+            number: int, formula: Callable[[float], Tensor] = formula
+        ) -> Callable[[float], Tensor]:
+            return lambda scale: formula(scale).split(sizes)[number]
+
+        expected = {name: (weights[i], piece(i)) for i, name in enumerate(names)}
+        check(loras(denoiser, folder), expected)
 
 
 def test_a_file_that_does_not_fit_is_reported_and_does_not_stop_the_others(

@@ -8,8 +8,9 @@ into several is found for every form, although the converters know LoRA only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,9 +57,11 @@ def find_targets(
         LoraError: A group belongs to no layer of the model.
     """
     layers = _layers(model, family)
-    known = {alias: target for target in layers.values() for alias in _aliases(family, target)}
+    known = {
+        alias: (target,) for target in layers.values() for alias in _aliases(family, target)
+    } | _original_layers(family, layers.values())
     found: dict[str, tuple[Target, ...]] = {
-        group.name: (known[group.name],) for group in groups if group.name in known
+        group.name: known[group.name] for group in groups if group.name in known
     }
     others = [group for group in groups if group.name not in found]
     if others:
@@ -90,6 +93,26 @@ def _aliases(family: Family, target: Target) -> Iterator[str]:
     if target.part == family.denoiser:
         yield target.layer
         yield f"diffusion_model.{target.layer}"
+
+
+def _original_layers(family: Family, layers: Iterable[Target]) -> dict[str, tuple[Target, ...]]:
+    """Returns the layers that are one layer in the code of the model's authors, by its names."""
+    fused: dict[str, list[Target]] = {}
+    own = [target for target in layers if target.part == family.denoiser]
+    for pattern, name in family.original_names:
+        for target in own:
+            if match := re.fullmatch(pattern, target.layer):
+                fused.setdefault(match.expand(name), []).append(target)
+    found: dict[str, tuple[Target, ...]] = {}
+    for name, targets in fused.items():
+        sizes = [target.weight.shape[0] for target in targets]
+        rows = torch.split(torch.arange(sum(sizes)), sizes) if len(sizes) > 1 else (None,)
+        pieces = tuple(
+            replace(target, rows=its_rows) for target, its_rows in zip(targets, rows, strict=True)
+        )
+        for alias in _aliases(family, Target(family.denoiser, name, targets[0].weight)):
+            found[alias] = pieces
+    return found
 
 
 def _converted(

@@ -81,6 +81,9 @@ class Family:
         denoiser: The part of the pipeline that denoises.
         tokenizers: The parts of the pipeline that read prompts.
         lora_parts: The parts of the pipeline that a LoRA may change.
+        original_names: Patterns of the denoiser's layers, with the names of these layers in the
+            code of the model's authors, which some LoRA files have. Layers with the same name are
+            one layer there, in this order.
         can_fuse_projections: Whether diffusers computes the same with fused projections.
         default_scheduler: The scheduler of models without one.
         takes_float16: Whether models can run in float16 without overflows.
@@ -97,6 +100,7 @@ class Family:
     denoiser: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lora_parts: ClassVar[tuple[str, ...]]
+    original_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     takes_float16: ClassVar[bool] = True
     lengths_vary: ClassVar[bool] = False
     can_fuse_projections: ClassVar[bool] = True

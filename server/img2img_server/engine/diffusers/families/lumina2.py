@@ -28,6 +28,12 @@ class Lumina2(FlowFamily):
 
     name = "lumina2"
     pipelines = dict.fromkeys(("Lumina2Pipeline", "Lumina2Text2ImgPipeline"), "Lumina2Pipeline")
+    original_names = (
+        *((rf"(.*)\.attn\.to_{name}", r"\1.attention.qkv") for name in "qkv"),
+        (r"(.*)\.attn\.to_out\.0", r"\1.attention.out"),
+        (r"(.*)\.feed_forward\.linear_(\d)", r"\1.feed_forward.w\2"),
+        (r"(.*)\.norm1\.linear", r"\1.adaLN_modulation.1"),
+    )
     lengths_vary = True
     num_inference_steps = 30
     guidance_scale = 4.0

@@ -34,6 +34,38 @@ class StableDiffusion3(FlowFamily):
     )
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
     lora_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "text_encoder_2")
+    original_names = (
+        *(
+            (rf"transformer_blocks\.(\d+)\.(attn2?)\.to_{name}", r"joint_blocks.\1.x_block.\2.qkv")
+            for name in "qkv"
+        ),
+        *(
+            (
+                rf"transformer_blocks\.(\d+)\.attn\.add_{name}_proj",
+                r"joint_blocks.\1.context_block.attn.qkv",
+            )
+            for name in "qkv"
+        ),
+        (r"transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0", r"joint_blocks.\1.x_block.\2.proj"),
+        (
+            r"transformer_blocks\.(\d+)\.attn\.to_add_out",
+            r"joint_blocks.\1.context_block.attn.proj",
+        ),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
+        (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
+        (
+            r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj",
+            r"joint_blocks.\1.context_block.mlp.fc1",
+        ),
+        (
+            r"transformer_blocks\.(\d+)\.ff_context\.net\.2",
+            r"joint_blocks.\1.context_block.mlp.fc2",
+        ),
+        (
+            r"transformer_blocks\.(\d+)\.norm1\.linear",
+            r"joint_blocks.\1.x_block.adaLN_modulation.1",
+        ),
+    )
     can_fuse_projections = False  # diffusers does not convert the norms of queries and keys
     takes_float16 = True
     num_inference_steps = 28

@@ -28,6 +28,10 @@ class ZImage(FlowFamily):
         ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
         "ZImageImg2ImgPipeline",
     )
+    original_names = (
+        *((rf"(.*)\.attention\.to_{name}", r"\1.attention.qkv") for name in "qkv"),
+        (r"(.*)\.attention\.to_out\.0", r"\1.attention.out"),
+    )
     lengths_vary = True
     num_inference_steps = 28
     guidance_scale = 4.0
