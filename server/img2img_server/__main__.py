@@ -25,8 +25,8 @@ EXTRAS: Final = {
     "server": (
         "aiodns, aiohttp, cryptography, fastapi, fastapi_offline, grpc_health, grpc_reflection, "
         "isal, minio, msgspec, nats, numpy, opentelemetry, PIL, prometheus_client, "
-        "pydantic, pydantic_settings, simplejpeg, standardwebhooks, structlog, typing_extensions, "
-        "urllib3, uvicorn"
+        "pydantic, pydantic_settings, python_multipart, simplejpeg, standardwebhooks, structlog, "
+        "typing_extensions, urllib3, uvicorn"
     ),
     "worker": "diffusers, huggingface_hub, safetensors, torch, transformers",
 }

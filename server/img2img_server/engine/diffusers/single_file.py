@@ -6,13 +6,13 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
 import diffusers
 import torch
 import transformers
-from accelerate import init_empty_weights
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
@@ -162,7 +162,7 @@ def _network(
     convert = mappings[class_name]["checkpoint_mapping_fn"]
     before = _elements(own)
     converted = dict(guarded(where, convert, config=dict(config), checkpoint=dict(own)))
-    with init_empty_weights():
+    with _without_memory():
         expected = network_class.from_config(dict(config)).state_dict()
     _check(where, own, before, converted, expected)
     options = {"quantization_config": quantization} if quantization else {}
@@ -179,6 +179,14 @@ def _network(
         )
 
 
+def _without_memory() -> AbstractContextManager[None]:
+    """Creates networks whose parameters need no memory."""
+    from accelerate import init_empty_weights  # The engine also runs without accelerate.
+
+    context: AbstractContextManager[None] = init_empty_weights()
+    return context
+
+
 def _clip(
     where: str,
     class_name: str,
@@ -188,7 +196,7 @@ def _clip(
     dtype: torch.dtype,
 ) -> Any:
     """Returns a CLIP text encoder from its tensors in the layout of the original code."""
-    with init_empty_weights():
+    with _without_memory():
         encoder = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config))
     expected = encoder.state_dict()
     # The last layer of the encoder of Stable Diffusion 2.x is not used.
