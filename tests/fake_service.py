@@ -194,6 +194,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             guidance=service_pb2.Model.GUIDANCE_CLASSIFIER_FREE,
             strength_rule=service_pb2.Model.STRENGTH_RULE_FLOOR,
             takes_negative_prompt=True,
+            takes_prompt_weights=True,
             scheduler_max_steps={"lcm": 40},
         )
         limits = service_pb2.Limits(

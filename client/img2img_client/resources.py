@@ -244,6 +244,7 @@ class Model:
     strength_rule: StrengthRule
     takes_negative_prompt: bool
     scheduler_max_steps: Mapping[str, int]
+    takes_prompt_weights: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,7 @@ class Options(TypedDict, total=False):
     annotations: Mapping[str, str] | None  # your own notes, returned unchanged
     allow_partial: bool | None  # whether some samples are enough for success, default False
     output_quality: int | None  # quality of "jpeg" and "webp", 1 to 100; default: 95 and 90
+    prompt_weights: bool | None  # whether "(words:1.3)" in the prompts is a weight, default False
 
 
 class CreateOptions(Options, total=False):
@@ -99,6 +100,7 @@ class Spec:
     strength_mode: StrengthMode
     allow_partial: bool
     output_quality: int
+    prompt_weights: bool
 
 
 class ImageFormat(StrEnum):

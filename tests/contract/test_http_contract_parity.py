@@ -83,6 +83,7 @@ GRPC_ONLY = {
     "strength_mode",
     "allow_partial",
     "output_quality",
+    "prompt_weights",
 }
 LIMITING = {"minimum", "maximum", "minLength", "maxLength"}
 # The response comes at once; the field is ignored and returned unchanged.

@@ -13,6 +13,7 @@ import torch
 from compel import CompelForSD, CompelForSDXL
 from torch import Tensor
 
+from img2img_server.domain.prompt_syntax import parse, plain_text
 from img2img_server.engine.base import Engine, EngineJob, JobDone
 from img2img_server.engine.denoiser import Conditioning, TextInput
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
@@ -61,8 +62,9 @@ class Counting(DiffusersDenoiser):
 class CompelStock(Stock):
     """The stock pipeline with the embeddings of compel."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, pooled_prompt: str = "") -> None:
         super().__init__(folder, self._arguments)
+        self._pooled_prompt = pooled_prompt
         self._compel: Any = {"sd": CompelForSD, "sdxl": CompelForSDXL}[name](self._pipeline)
 
     def _arguments(self, wanted: EngineJob) -> dict[str, Any]:
@@ -73,9 +75,13 @@ class CompelStock(Stock):
         elif negative is None and not isinstance(self._compel, CompelForSDXL):
             negative = ""  # SDXL takes zeros in place of an empty negative prompt.
         found = self._compel([arguments.pop("prompt")], negative_prompt=negative)
+        pooled = found.pooled_embeds
+        if self._pooled_prompt and pooled is not None:
+            # compel pools the prompt with its syntax.
+            pooled = self._pipeline.encode_prompt(self._pooled_prompt)[2]
         given = {
             "prompt_embeds": found.embeds,
-            "pooled_prompt_embeds": found.pooled_embeds,
+            "pooled_prompt_embeds": pooled,
             "negative_prompt_embeds": found.negative_embeds,
             "negative_pooled_prompt_embeds": found.negative_pooled_embeds,
         }
@@ -115,6 +121,54 @@ def test_a_long_prompt_gives_the_image_of_compel_and_the_stock_pipeline(
     (done,) = events[-1:]
     assert isinstance(done, JobDone)
     assert done.warnings == ()
+
+
+# Each prompt in the syntax of the service, and in that of compel.
+WEIGHTED = {
+    "up": ("a (red:1.5) boat", "a (red)1.5 boat"),
+    "down": ("a (red:0.4) boat", "a (red)0.4 boat"),
+    "nested": ("a (red (boat):1.2)", "a (red (boat)1.1)1.2"),
+    "brackets": ("a [red boat]", f"a (red boat){1 / 1.1}"),
+    "long": (LONG + " (with a garden:1.4)", LONG + " (with a garden)1.4"),
+    "chunks": ("a boat BREAK a (red:1.3) sea", '("a boat", "a (red)1.3 sea").and()'),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_weights_change_the_image_as_compel_does(
+    name: str, folder: Path, engine: Engine, kind: str
+) -> None:
+    prompt, of_compel = WEIGHTED[kind]
+    options: dict[str, Any] = {"negative_prompt": "fog", "guidance_scale": 7.5, "strength": 0.9}
+    weighted = job(prompt=prompt, prompt_weights=True, **options)
+    (ours,) = images(run(engine, weighted))
+    plain = plain_text(parse(prompt))
+    stock = CompelStock(folder, name, pooled_prompt=plain)
+    assert difference(ours, stock.images(job(prompt=of_compel, **options))[0]) <= BOUND
+    (unweighted,) = images(run(engine, job(prompt=plain, **options)))
+    assert difference(ours, unweighted) > 0
+    (text,) = images(run(engine, job(prompt=prompt, **options)))
+    assert difference(ours, text) > BOUND
+
+
+def test_a_prompt_without_weights_gives_the_same_image_with_prompt_weights(
+    engine: Engine,
+) -> None:
+    prompts = {r"a boat": False, "a  boat": True, "(a boat:1)": True}
+    found = [
+        images(run(engine, job(prompt=prompt, prompt_weights=is_weighted, guidance_scale=5.0)))[0]
+        for prompt, is_weighted in prompts.items()
+    ]
+    assert all((found[0] == other).all() for other in found[1:])
+
+
+def test_chunks_that_are_not_read_are_announced(engine: Engine) -> None:
+    prompt = "a BREAK " * (max_chunks(LENGTH) + 1)
+    done = run(engine, job(prompt=prompt, prompt_weights=True))[-1]
+    assert isinstance(done, JobDone)
+    most = max_chunks(LENGTH)
+    warning = f"Of the {most + 1} chunks of the prompt, the first {most} are read."
+    assert done.warnings == (warning,)
 
 
 def test_words_behind_the_first_window_change_the_image(engine: Engine) -> None:

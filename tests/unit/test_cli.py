@@ -43,7 +43,7 @@ def test_every_option_reaches_the_request() -> None:
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
     words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5 --true-cfg-scale 2"
     words += " --noise-level --allow-partial --annotation order=7 --annotation note=a=b"
-    words += " --output-quality 80"
+    words += " --output-quality 80 --prompt-weights"
     assert run(service, *REQUEST, *words.split()).exit_code == 0
     assert service.requests == [
         service_pb2.GenerateRequest(
@@ -77,6 +77,7 @@ def test_every_option_reaches_the_request() -> None:
                 annotations={"order": "7", "note": "a=b"},
                 allow_partial=True,
                 output_quality=80,
+                prompt_weights=True,
             ),
         )
     ]

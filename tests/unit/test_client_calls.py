@@ -228,6 +228,7 @@ def test_capabilities_are_read(run: Run) -> None:
                 guidance=api.Guidance.CLASSIFIER_FREE,
                 strength_rule=api.StrengthRule.FLOOR,
                 takes_negative_prompt=True,
+                takes_prompt_weights=True,
                 scheduler_max_steps={"lcm": 40},
             ),
         ),

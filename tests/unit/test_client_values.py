@@ -107,6 +107,7 @@ def test_every_field_of_a_job_is_read() -> None:
             strength_mode=spec.StrengthMode.UNSPECIFIED,
             allow_partial=False,
             output_quality=0,
+            prompt_weights=False,
             **others,  # type: ignore[arg-type]
         ),
         samples=(),

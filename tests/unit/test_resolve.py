@@ -112,6 +112,11 @@ def test_what_is_open_is_the_models_own() -> None:
         ({"negative_prompt": "n", "guidance_scale": 1.1}, (), ""),
         ({"lora_scale": 1.0}, ("lora_scale",), "lora_scale has no effect without lora."),
         ({"lora_scale": 1.0}, (), ""),
+        (
+            {"prompt_weights": True},
+            (),
+            "prompt_weights has no effect: the model m reads brackets as they are.",
+        ),
         ({"lora": "ink", "lora_scale": 0.5}, ("lora", "lora_scale"), ""),
         (
             {"preview_interval_steps": 12},

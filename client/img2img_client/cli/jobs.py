@@ -127,6 +127,11 @@ def _read_annotations(
     is_flag=True,
     help="Succeed with the images that could be stored if others fail.",
 )
+@click.option(
+    "--prompt-weights",
+    is_flag=True,
+    help='Read "(words:1.3)", "[words]" and BREAK in the prompts as weights and chunks.',
+)
 @click.option("--webhook", metavar="URL", help="URL that receives a POST when the job has ended.")
 @click.option("--track-id", help="Your own reference for the job.")
 @click.option(

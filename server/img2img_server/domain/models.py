@@ -68,6 +68,7 @@ class ModelInfo:
     # Schedulers that run fewer steps than max_num_inference_steps, each with its limit.
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()
     takes_negative_prompt: bool = True
+    takes_prompt_weights: bool = False
     kind: ModelKind = ModelKind.DIFFUSION
     strength_rule: StrengthRule = StrengthRule.FLOOR
     guidance: Guidance = Guidance.CLASSIFIER_FREE

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from img2img_server.domain.prompt_syntax import MAX_WEIGHT, parse
 from img2img_server.domain.schedulers import model_runs
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.domain.urls import (
@@ -119,6 +120,7 @@ class JobParams:
     annotations: tuple[tuple[str, str], ...] = ()
     allow_partial: bool = False
     output_quality: int = 0
+    prompt_weights: bool = False
 
     def sample_seed(self, index: int) -> int:
         """Returns seed + index. A seed below 2^32 starts again at 0 after 2^32 - 1, as in the HTTP
@@ -156,6 +158,8 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
         yield required("prompt")
     for name in ("prompt", "negative_prompt"):
         yield from _length(name, getattr(params, name), getattr(limits, f"max_{name}_characters"))
+        if params.prompt_weights:
+            yield from _weights(name, getattr(params, name))
     for name in ("width", "height"):
         yield from _side(name, getattr(params, name), limits)
     yield from _range("samples", params.samples, 1, limits.max_samples)
@@ -193,6 +197,13 @@ def _range(name: str, value: float, least: float, most: float) -> Iterator[Viola
 def _length(name: str, text: str, most: int) -> Iterator[Violation]:
     if len(text) > most:
         yield too_long(name, most)
+
+
+def _weights(name: str, text: str) -> Iterator[Violation]:
+    weights = [fragment.weight for section in parse(text) for fragment in section]
+    if max(weights, default=0.0) > MAX_WEIGHT:
+        message = f"{name} must not have weights above {MAX_WEIGHT:g}"
+        yield Violation(name, Reason.OUT_OF_RANGE, message, values={"max": f"{MAX_WEIGHT:g}"})
 
 
 def _side(name: str, value: int, limits: Limits) -> Iterator[Violation]:

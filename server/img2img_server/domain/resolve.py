@@ -163,6 +163,8 @@ def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str])
         yield "lora_scale has no effect without lora."
     if params.output_quality and params.output_format is ImageFormat.PNG:
         yield "output_quality has no effect on PNG."
+    if params.prompt_weights and not model.takes_prompt_weights:
+        yield (f"prompt_weights has no effect: the model {model.name} reads brackets as they are.")
     if params.strength_mode is StrengthMode.NOISE_LEVEL:
         return
     if (every := params.preview_interval_steps) and every >= run > 0:

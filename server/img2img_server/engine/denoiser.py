@@ -38,6 +38,7 @@ class TextInput:
     height: int
     width: int
     true_cfg_scale: float | None = None
+    prompt_weights: bool = False
     adapter: Adapter | None = None
 
 

@@ -131,6 +131,7 @@ class ModelTraits:
     strength_rule: StrengthRule
     guidance: Guidance
     takes_negative_prompt: bool
+    takes_prompt_weights: bool = False
     scheduler: str
     schedulers: tuple[str, ...]
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()

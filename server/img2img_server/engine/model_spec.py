@@ -117,6 +117,7 @@ class ModelSpec:
     min_side: int = 0
     max_side: int = 1024
     takes_negative_prompt: bool = True
+    takes_prompt_weights: bool = False
     loras: tuple[str, ...] = ()
 
     @property
@@ -140,6 +141,7 @@ class ModelSpec:
             max_side_pixels=self.max_side,
             scheduler_max_steps=self.scheduler_max_steps,
             takes_negative_prompt=self.takes_negative_prompt,
+            takes_prompt_weights=self.takes_prompt_weights,
             loras=self.loras,
         )
 
@@ -270,6 +272,7 @@ def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
         min_side=traits.min_side,
         max_side=traits.max_side,
         takes_negative_prompt=traits.takes_negative_prompt,
+        takes_prompt_weights=traits.takes_prompt_weights,
     )
 
 

@@ -289,6 +289,7 @@ def text_of(job: JobPlan) -> TextInput:
         negative_prompt=params.negative_prompt,
         guidance_scale=params.guidance_scale,
         true_cfg_scale=params.true_cfg_scale,
+        prompt_weights=params.prompt_weights,
         height=job.height,
         width=job.width,
         adapter=Adapter(params.lora, params.lora_scale) if params.lora else None,

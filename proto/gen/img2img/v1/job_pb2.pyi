@@ -235,6 +235,7 @@ class JobSpec(_message.Message):
     STRENGTH_MODE_FIELD_NUMBER: _builtins.int
     ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     OUTPUT_QUALITY_FIELD_NUMBER: _builtins.int
+    PROMPT_WEIGHTS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
@@ -339,6 +340,13 @@ class JobSpec(_message.Message):
     """Quality of the images in events if output_format is JPEG or WebP: 1 (smallest files) to 100. Default
     0: 95 for JPEG, 90 for WebP. Ignored with PNG, and Job.warning says so.
     """
+    prompt_weights: _builtins.bool
+    """Whether prompt and negative_prompt have weights: (words:1.3) with a weight of 0 to 10, (words) for
+    1.1, [words] for 1/1.1, nested if wanted, and BREAK, which begins a new chunk of the text encoder. A
+    backslash before a bracket makes it text. Default false: brackets are text, because prompts that
+    were written for other models have them too. Ignored in models without
+    Model.takes_prompt_weights, and Job.warning says so.
+    """
     @_builtins.property
     def init_image(self) -> Global___InitImage:
         """The image to start from. Required. No response contains its bytes."""
@@ -380,10 +388,11 @@ class JobSpec(_message.Message):
         strength_mode: Global___StrengthMode.ValueType = ...,
         allow_partial: _builtins.bool = ...,
         output_quality: _builtins.int = ...,
+        prompt_weights: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lora_scale", b"lora_scale", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "allow_partial", b"allow_partial", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "output_quality", b"output_quality", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "allow_partial", b"allow_partial", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "output_quality", b"output_quality", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "prompt_weights", b"prompt_weights", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

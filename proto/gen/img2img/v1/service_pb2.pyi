@@ -700,6 +700,7 @@ class Model(_message.Message):
     STRENGTH_RULE_FIELD_NUMBER: _builtins.int
     TAKES_NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     SCHEDULER_MAX_STEPS_FIELD_NUMBER: _builtins.int
+    TAKES_PROMPT_WEIGHTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model, for JobSpec.model."""
     family: _builtins.str
@@ -732,6 +733,8 @@ class Model(_message.Message):
     """How the number of steps that run follows from JobSpec.strength."""
     takes_negative_prompt: _builtins.bool
     """Whether JobSpec.negative_prompt can have an effect."""
+    takes_prompt_weights: _builtins.bool
+    """Whether JobSpec.prompt_weights has an effect."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers for JobSpec.scheduler, the default one first."""
@@ -768,10 +771,11 @@ class Model(_message.Message):
         strength_rule: Global___Model.StrengthRule.ValueType = ...,
         takes_negative_prompt: _builtins.bool = ...,
         scheduler_max_steps: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        takes_prompt_weights: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

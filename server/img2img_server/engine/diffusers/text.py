@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from img2img_server.domain.prompt_syntax import Fragment, Sections, parse, plain_text
 from img2img_server.engine.base import cut_warning
 from img2img_server.engine.denoiser import Adapter, Conditioning, TextEmbedding, TextInput
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
 from img2img_server.engine.diffusers.placement import TextEncoderOffload
+from img2img_server.engine.diffusers.windows import max_chunks
 from img2img_server.engine.host_copy import to_device
 from img2img_server.engine.options import TextEncoderPlacement
 
@@ -25,6 +27,12 @@ class _Prompt(NamedTuple):
     is_negative: bool
     adapter: Adapter | None
     chunks: int  # in how many chunks it is encoded
+    sections: Sections  # the text with its weights
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the stock pipeline encodes it in the same way."""
+        return self.chunks == 1 and _is_unweighted(self.sections)
 
 
 class _Cut(NamedTuple):
@@ -63,14 +71,21 @@ class TextEncoder:
         """Returns the prompt and the negative prompt of a row, in equally many chunks, as in the
         stock pipelines.
         """
-        read = [text.prompt, text.negative_prompt][:forwards]
-        chunks = max(
-            (encoder.chunks(part) for encoder in self._encoders for part in read), default=1
-        )
-        prompt = _Prompt(text.prompt, False, text.adapter, chunks)
-        if forwards == 1:
-            return prompt, None
-        return prompt, _Prompt(text.negative_prompt, True, text.adapter, chunks)
+        prompts = [
+            self._prompt(part, text, is_negative=is_negative)
+            for part, is_negative in ((text.prompt, False), (text.negative_prompt, True))
+        ][:forwards]
+        chunks = max(prompt.chunks for prompt in prompts)
+        prompt, *negatives = (prompt._replace(chunks=chunks) for prompt in prompts)
+        return prompt, negatives[0] if negatives else None
+
+    def _prompt(self, text: str, source: TextInput, *, is_negative: bool) -> _Prompt:
+        sections: Sections = ((Fragment(text),),)
+        if source.prompt_weights and self._encoders:
+            sections = parse(text)
+            text = plain_text(sections)
+        chunks = [min(it.chunks(sections), max_chunks(it.window)) for it in self._encoders]
+        return _Prompt(text, is_negative, source.adapter, max(chunks, default=1), sections)
 
     def clear_cache(self) -> None:
         """Drops the encoded prompts."""
@@ -105,8 +120,10 @@ class TextEncoder:
     def _tensors(
         self, model: LoadedModel, prompts: Sequence[_Prompt]
     ) -> list[Mapping[str, torch.Tensor]]:
-        """Returns the tensors of each prompt. Those of one chunk are encoded in one batch."""
-        short = [prompt for prompt in prompts if prompt.chunks == 1]
+        """Returns the tensors of each prompt. Those of one chunk without weights are encoded in one
+        batch.
+        """
+        short = [prompt for prompt in prompts if prompt.is_plain]
         encoded = (
             self._family.encode_prompts(
                 model,
@@ -120,7 +137,7 @@ class TextEncoder:
         for prompt in prompts:
             if prompt not in found:
                 found[prompt] = self._family.encode_chunks(
-                    model, prompt.text, prompt.chunks, prompt.is_negative
+                    model, prompt.sections, prompt.chunks, prompt.is_negative
                 )
         return [found[prompt] for prompt in prompts]
 
@@ -132,13 +149,20 @@ class TextEncoder:
             _cut(tokenizer, prompt.text, self._family.token_limit(tokenizer))
             for tokenizer in self._tokenizers
         ]
+        name = "negative prompt" if prompt.is_negative else "prompt"
         if not cuts or None in cuts:
-            return ""
+            return self._chunk_warning(name, prompt)
         # Words have no effect if the encoder with the longest window does not read them.
         kept, tokens, rest = min((cut for cut in cuts if cut), key=lambda cut: len(cut.rest))
-        return cut_warning(
-            "negative prompt" if prompt.is_negative else "prompt", kept, tokens, rest
-        )
+        return cut_warning(name, kept, tokens, rest)
+
+    def _chunk_warning(self, name: str, prompt: _Prompt) -> str:
+        """Returns a sentence about the chunks that no encoder reads; only BREAK can make so many
+        of few words.
+        """
+        counts = [(it.chunks(prompt.sections), max_chunks(it.window)) for it in self._encoders]
+        count, most = max(counts, default=(0, 0))
+        return f"Of the {count} chunks of the {name}, the first {most} are read." * (count > most)
 
     def _condition(
         self, text: TextInput, prompt: TextEmbedding, negative: TextEmbedding | None
@@ -153,6 +177,10 @@ class TextEncoder:
             adapter=text.adapter,
             extras=self._family.extras(self._model, text),
         )
+
+
+def _is_unweighted(sections: Sections) -> bool:
+    return len(sections) == 1 and all(weight == 1 for _, weight in sections[0])
 
 
 def _size(embedding: TextEmbedding) -> int:

@@ -1,4 +1,4 @@
-"""Encodes prompts that are longer than the window of a CLIP text encoder.
+"""Encodes prompts that are weighted or longer than the window of a CLIP text encoder.
 
 compel splits a prompt into chunks, at the end of a sentence where it can. The encoder reads each
 chunk alone, with its own start and end tokens, and the network gets all chunks one after another.
@@ -14,6 +14,7 @@ import torch
 from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
 from torch import Tensor
 
+from img2img_server.domain.prompt_syntax import Sections
 from img2img_server.engine.host_copy import to_device
 
 # The most tokens of a prompt that are read: eight windows of CLIP, about 450 words.
@@ -46,16 +47,16 @@ class ClipEncoder:
         """The number of tokens that the encoder reads at once, special ones included."""
         return int(self.tokenizer.model_max_length)
 
-    def chunks(self, text: str) -> int:
-        """Returns the number of chunks of a prompt."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) + SPECIAL_TOKENS <= self.window:
-            return 1
-        provider, text = self._provider("cpu"), self._read_part(text)
-        ids, _, _ = provider.get_token_ids_and_expand_weights([text], [1.0], device="cpu")
-        return min(len(ids) // self.window, max_chunks(self.window))
+    def chunks(self, sections: Sections) -> int:
+        """Returns the number of chunks of a prompt, also of those beyond `max_chunks`."""
+        provider = self._provider("cpu")
+        found = 0
+        for texts, weights in self._read_part(sections):
+            ids, _, _ = provider.get_token_ids_and_expand_weights(texts, weights, device="cpu")
+            found += len(ids) // self.window
+        return found
 
-    def encode(self, text: str, chunks: int, device: torch.device) -> Tensor:
+    def encode(self, sections: Sections, chunks: int, device: torch.device) -> Tensor:
         """Returns the embeddings of a prompt, tokens x width.
 
         Args:
@@ -64,22 +65,46 @@ class ClipEncoder:
                 lengths.
         """
         provider = self._provider(device)
-        found = provider.get_embeddings_for_weighted_prompt_fragments(
-            [[self._read_part(text)]], [[1.0]], device=device
-        )[0, : max_chunks(self.window) * self.window]
+        encode = provider.get_embeddings_for_weighted_prompt_fragments
+        found = torch.cat(
+            [
+                encode([texts], [weights], device=device)[0]
+                for texts, weights in self._read_part(sections)
+            ]
+        )[: max_chunks(self.window) * self.window]
         missing = chunks - len(found) // self.window
         empty = [provider.empty_z[0].to(found.dtype)] * missing if missing > 0 else []
         return torch.cat([found, *empty])
 
-    def _read_part(self, text: str) -> str:
-        """Returns the beginning of a prompt, as far as it is read."""
-        if not self.tokenizer.is_fast:
-            return text
+    def _read_part(self, sections: Sections) -> list[tuple[list[str], list[float]]]:
+        """Returns the texts and weights of each section, as far as its tokens are read."""
+        found, left = [], MAX_TOKENS
+        for section in sections:
+            texts, weights = [], []
+            for text, weight in section:
+                part, tokens = self._beginning(text, left)
+                if tokens:
+                    texts.append(part)
+                    weights.append(weight)
+                left -= tokens
+            if texts:
+                found.append((texts, weights))
+        return found or [([""], [1.0])]
+
+    def _beginning(self, text: str, most: int) -> tuple[str, int]:
+        """Returns the beginning of a text with at most this number of tokens, and their number.
+
+        Start and end tokens in the text would end its chunk, so they are removed.
+        """
+        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
+            text = text.replace(token, " ")
         coded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         places = coded["offset_mapping"]
-        return text if len(places) <= MAX_TOKENS else text[: places[MAX_TOKENS][0]]
+        if len(places) <= most:
+            return text, len(places)
+        return text[: places[most][0]], most
 
     def _provider(self, device: torch.device | str) -> Any:
         """Returns compel's encoder. It caches the embedding of an empty prompt, which a LoRA may

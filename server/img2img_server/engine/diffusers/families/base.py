@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from img2img_server.domain.prompt_syntax import Sections
     from img2img_server.engine.denoiser import Conditioning, TextEmbedding, TextInput
     from img2img_server.engine.diffusers.vae import Autoencoder
     from img2img_server.engine.diffusers.windows import ClipEncoder
@@ -87,6 +88,7 @@ class Family:
         can_fuse_projections: Whether diffusers computes the same with fused projections.
         default_scheduler: The scheduler of models without one.
         takes_float16: Whether models can run in float16 without overflows.
+        takes_prompt_weights: Whether `clip_encoders` returns encoders.
         lengths_vary: Whether the network's inputs are as long as the prompts of a batch.
     """
 
@@ -103,6 +105,7 @@ class Family:
     original_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     takes_float16: ClassVar[bool] = True
     lengths_vary: ClassVar[bool] = False
+    takes_prompt_weights: ClassVar[bool] = False
     can_fuse_projections: ClassVar[bool] = True
     side_multiple: ClassVar[int] = 16
     native_size: ClassVar[int] = 1024
@@ -128,6 +131,7 @@ class Family:
             guidance=self.guidance(config),
             takes_negative_prompt=self.guidance(config)
             in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO),
+            takes_prompt_weights=self.takes_prompt_weights,
             scheduler=scheduler or self.own_scheduler(files.scheduler),
             schedulers=self.offered(files.scheduler),
             scheduler_max_steps=self.scheduler_max_steps(files.scheduler),
@@ -289,15 +293,16 @@ class Family:
         raise NotImplementedError
 
     def clip_encoders(self, model: LoadedModel) -> Sequence[ClipEncoder]:
-        """Returns the text encoders that read long prompts in chunks; empty: none does."""
+        """Returns the text encoders that read long and weighted prompts; empty: none does."""
         return ()
 
     def encode_chunks(
-        self, model: LoadedModel, prompt: str, chunks: int, is_negative: bool
+        self, model: LoadedModel, sections: Sections, chunks: int, is_negative: bool
     ) -> Mapping[str, Tensor]:
         """Encodes a prompt with `clip_encoders`; returns its tensors by name.
 
         Args:
+            sections: The prompt with its weights.
             chunks: The number of chunks of the result.
         """
         raise NotImplementedError

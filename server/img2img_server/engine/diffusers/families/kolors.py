@@ -21,6 +21,7 @@ class Kolors(StableDiffusionXL):
     pipelines = dict.fromkeys(("KolorsPipeline", "KolorsImg2ImgPipeline"), "KolorsImg2ImgPipeline")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lora_parts: ClassVar[tuple[str, ...]] = ("unet",)
+    takes_prompt_weights = False
     num_inference_steps = 50
     guidance_scale = 5.0
 

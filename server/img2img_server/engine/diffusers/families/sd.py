@@ -18,6 +18,7 @@ from img2img_server.engine.family import ModelFiles, ModelTraits
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from img2img_server.domain.prompt_syntax import Sections
     from img2img_server.engine.denoiser import TextInput
     from img2img_server.engine.diffusers.windows import ClipEncoder
 
@@ -49,6 +50,7 @@ class StableDiffusion(DiffusionFamily):
         "requires_safety_checker": False,
     }
     lora_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    takes_prompt_weights = True
     takes_last_layer: ClassVar[bool] = True
     side_multiple = 8
     native_size = 512
@@ -151,10 +153,10 @@ class StableDiffusion(DiffusionFamily):
         ]
 
     def encode_chunks(
-        self, model: LoadedModel, prompt: str, chunks: int, is_negative: bool
+        self, model: LoadedModel, sections: Sections, chunks: int, is_negative: bool
     ) -> Mapping[str, Tensor]:
         (encoder,) = self.clip_encoders(model)
-        return {"tokens": encoder.encode(prompt, chunks, model.device).to(model.dtype)}
+        return {"tokens": encoder.encode(sections, chunks, model.device).to(model.dtype)}
 
     def token_limit(self, tokenizer: Any) -> int:
         from img2img_server.engine.diffusers.windows import MAX_TOKENS, SPECIAL_TOKENS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from img2img_server.domain.prompt_syntax import plain_text
 from img2img_server.engine.diffusers.families.base import Forward, LoadedModel
 from img2img_server.engine.diffusers.families.sd import StableDiffusion, cat_extras, encode
 from img2img_server.engine.family import ModelFiles
@@ -12,6 +13,7 @@ from img2img_server.engine.family import ModelFiles
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from img2img_server.domain.prompt_syntax import Sections
     from img2img_server.engine.denoiser import TextInput
 
 
@@ -59,15 +61,17 @@ class StableDiffusionXL(StableDiffusion):
         return found
 
     def encode_chunks(
-        self, model: LoadedModel, prompt: str, chunks: int, is_negative: bool
+        self, model: LoadedModel, sections: Sections, chunks: int, is_negative: bool
     ) -> Mapping[str, Tensor]:
         import torch
 
+        prompt = plain_text(sections)
         encoders, keep = self.clip_encoders(model), _kept_share(model, prompt, is_negative)
-        tokens = [encoder.encode(prompt, chunks, model.device) for encoder in encoders]
+        tokens = [encoder.encode(sections, chunks, model.device) for encoder in encoders]
         return {
             "tokens": torch.cat(tokens, dim=-1).to(model.dtype) * keep,
-            # The pooled embedding is that of the first window, as in the stock pipeline.
+            # The pooled embedding is that of the first window without weights, as in the stock
+            # pipeline.
             "pooled": encode(model, [prompt])[2][0].to(model.dtype) * keep,
         }
 
