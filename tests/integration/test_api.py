@@ -289,7 +289,7 @@ async def test_a_draining_worker_hands_its_job_back_and_another_makes_the_same_i
         assert again.requeue_reason == "worker stopped"
         assert kinds(messages)[-1] == "succeeded"
         job = messages[-1].event.succeeded.job
-        assert (job.worker, job.attempt) == ("w2", 2)
+        assert (job.worker, job.attempt) == ("w2", 1)
         assert job.samples[0].sha256 == undisturbed[-1].event.succeeded.job.samples[0].sha256
 
 
