@@ -68,9 +68,11 @@ def load_pipeline(
     pipeline = _assemble(family, model, dtype, options)
     if tiny is not None and options.tiny_vae_use is TinyVaeUse.IMAGES:
         pipeline.vae, tiny = tiny, None
-    for part in modules(pipeline).values():
-        leave_files(part)
+    if options.group_offload:  # Its hooks keep the tensors that they find.
+        leave_files(getattr(pipeline, family.denoiser))
     place(pipeline, family.denoiser, device, options)
+    for part in modules(pipeline).values():  # Weights on a GPU are copies already.
+        leave_files(part)
     if options.channels_last and family.kind is ModelKind.DIFFUSION:
         for part in filter(None, (getattr(pipeline, family.denoiser), pipeline.vae, tiny)):
             use_channels_last(part)
