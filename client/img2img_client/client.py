@@ -253,7 +253,8 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
 
         Args:
             prompt: description of the image.
-            init_image: a file, its bytes, an http(s) URL, or a data URI.
+            init_image: a path, bytes, a file object opened in binary mode, a Pillow image, an
+                http(s) URL, or a data URI.
             options: see StreamOptions and Options.
         """
         timeout_seconds = options.pop("timeout_seconds", None)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
@@ -17,19 +15,16 @@ from google.protobuf.message import Message
 from img2img.v1 import job_pb2, service_pb2
 from img2img_client.convert import enum_prefix
 from img2img_client.errors import (
-    InitImageFileError,
-    InitImageNotFoundError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
     Violation,
     invalid,
-    invalid_type,
 )
+from img2img_client.init_image import read_bytes
 from img2img_client.resources import Job
 from img2img_client.spec import CreateOptions, ImageSource, Options, StreamOptions
 
 MAX_MESSAGE_BYTES = 34 * 2**20  # bytes; the service's limit, see Limits.max_message_bytes
-OTHER_URL = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 JOB_NAME = re.compile(r"(?:jobs/)?(\d{1,19})", re.ASCII)
 
 M = TypeVar("M", bound=Message)
@@ -97,7 +92,7 @@ def _job_spec(
             text = "init_image is a URL with characters that are not valid Unicode"
             violations.append(Violation("init_image", text, "INVALID_URL"))
     else:
-        spec.init_image.data = _bytes(init_image)
+        spec.init_image.data = read_bytes(init_image)
     # 2**16 bytes are reserved for the other fields
     size, limit = len(spec.init_image.data), MAX_MESSAGE_BYTES - 2**16
     if size > limit:
@@ -215,38 +210,3 @@ def _wire(message: Message, name: str, value: Any) -> Any:
     if known is None:
         raise ValueError(value)
     return known.number
-
-
-def _bytes(source: ImageSource) -> bytes:
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise invalid_type("init_image", "a path, bytes or a URL", source)
-    path = _path(source)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InitImageNotFoundError(path, error) from error
-    except OSError as error:
-        raise InitImageFileError(path, error) from error
-    except ValueError as error:  # The path contains a NUL.
-        text = f"init_image {str(path)!r} is not a path: {error}"
-        raise invalid("init_image", "INVALID_FORMAT", text) from error
-    if not data:
-        raise invalid("init_image", "INVALID_IMAGE", f"the init image {path} is an empty file")
-    return data
-
-
-def _path(source: str | os.PathLike[str]) -> Path:
-    if isinstance(source, str) and OTHER_URL.match(source):
-        text = (
-            f"init_image {source!r} cannot be fetched: a URL must start with http://, https:// or "
-            "data:, and a file is given by its path"
-        )
-        raise invalid("init_image", "INVALID_URL", text)
-    if isinstance(source, str) and not source.strip():
-        raise invalid("init_image", "REQUIRED", "init_image is empty: give a path or a URL")
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # The user in ~user does not exist.
-        return Path(source)

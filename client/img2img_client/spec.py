@@ -10,11 +10,38 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypedDict
+from typing import Any, Protocol, Self, TypedDict, runtime_checkable
 
-# A file or its bytes, an http(s) URL that the service fetches, or a data URI. A str is a URL or a
-# data URI when is_address says so, otherwise a path.
-ImageSource = str | os.PathLike[str] | bytes
+
+@runtime_checkable
+class ImageFile(Protocol):
+    """A file object opened in binary mode, such as io.BytesIO; read from its current position."""
+
+    def read(self) -> bytes:
+        """Returns the bytes up to the end."""
+
+
+@runtime_checkable
+class PillowImage(Protocol):
+    """The parts of PIL.Image.Image that this client uses. It does not import Pillow."""
+
+    @property
+    def mode(self) -> str:
+        """The pixel format."""
+
+    def getexif(self) -> Any:
+        """Returns the EXIF entries."""
+
+    def convert(self, mode: str) -> Self:
+        """Returns a copy with another pixel format."""
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:  # noqa: A002
+        """Writes the encoded image."""
+
+
+# A file or its bytes, a file object, a Pillow image, an http(s) URL that the service fetches, or a
+# data URI. A str is a URL or a data URI when is_address says so, otherwise a path.
+ImageSource = str | os.PathLike[str] | bytes | ImageFile | PillowImage
 
 
 class Options(TypedDict, total=False):

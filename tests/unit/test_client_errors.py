@@ -56,7 +56,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "init_image",
     ),
     "init image of the wrong type": (lambda c: c.generate("p", NO_PATH), TypeError, "init_image"),
-    "open file": (lambda c: c.generate("p", io.BytesIO(b"photo")), TypeError, "init_image"),
+    "text file": (lambda c: c.generate("p", io.StringIO("photo")), TypeError, "init_image"),
     "unknown option": (
         lambda c: c.generate("p", b"photo", strenght=0.5),
         TypeError,
