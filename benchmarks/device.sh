@@ -9,7 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The imported packages. pip finds their dependencies, none of which requires torch.
-packages='diffusers transformers pydantic-settings pillow'
+packages='diffusers transformers pydantic-settings pillow structlog prometheus-client aiohttp opentelemetry-api pyparsing'
+# This package requires torch, which the GPU machine has.
+alone='compel'
 # These packages serve downloads and many connections, which the benchmark does not use.
 unneeded='hf_xet uvloop'
 pip=(python3 -m pip --disable-pip-version-check -q)
@@ -21,6 +23,8 @@ wheels)
 	# shellcheck disable=SC2086
 	"${pip[@]}" download --only-binary :all: --python-version "$python" -d "$wheels" \
 		-c constraints.txt $packages -r benchmarks/litserve.txt
+	"${pip[@]}" download --only-binary :all: --python-version "$python" -d "$wheels" \
+		-c constraints.txt --no-deps $alone
 	for name in $unneeded "$@"; do rm -f "$wheels/$name"-[0-9]*.whl; done
 	du -sh "$wheels"
 	;;

@@ -110,9 +110,10 @@ def test_parts_can_run_alone(words: str, expected: list[tuple[str, str]]) -> Non
 @pytest.mark.slow
 def test_the_packages_that_are_collected_are_all_that_it_needs(tmp_path: Path) -> None:
     script = (ROOT / "benchmarks" / "device.sh").read_text(encoding="utf-8")
-    words = dict(re.findall(r"^(packages|unneeded)='(.+)'$", script, re.MULTILINE))
+    words = dict(re.findall(r"^(packages|alone|unneeded)='(.+)'$", script, re.MULTILINE))
     collected = {*words["packages"].split(), "torch"}
     collected |= set().union(*(closure(name) for name in collected))
+    collected |= set(words["alone"].split())
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in collected - {canonicalize_name(name) for name in words["unneeded"].split()}:
