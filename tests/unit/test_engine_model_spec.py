@@ -33,6 +33,7 @@ def test_a_plain_diffusers_directory_is_described_by_its_own_files(tmp_path: Pat
     )
 
     assert read_model_spec(str(folder)) == ModelSpec(
+        takes_prompt_weights=True,
         source=str(folder),
         name="plain",
         family="sdxl",
@@ -129,6 +130,7 @@ def test_the_toml_wins_over_what_is_found(tmp_path: Path) -> None:
 
     assert spec.info == ModelInfo(
         name="atelier",
+        takes_prompt_weights=True,
         family="sd-turbo",
         schedulers=("lcm", *(name for name in DIFFUSION_SAMPLERS if name != "lcm")),
         default_num_inference_steps=4,
