@@ -86,7 +86,7 @@ def _of_file(file: ImageFile) -> bytes:
 
 def _of_pillow(image: PillowImage) -> bytes:
     encoded = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 1}  # a fifth of the default's time
+    options: dict[str, Any] = {"compress_level": 1}  # The file is sent once and not kept.
     try:
         if exif := image.getexif():
             options["exif"] = exif  # It may say how the image is rotated.
