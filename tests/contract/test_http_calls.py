@@ -220,6 +220,36 @@ async def test_a_running_job_is_cancelled_and_an_ended_one_says_so() -> None:
         assert late.json()["message"] == f"jobs/{ended} has already succeeded"
 
 
+async def test_a_job_is_read_with_its_images_as_over_grpc(gateway: Gateway) -> None:
+    made = (await create(gateway)).json()["job"]
+    await gateway.http.get(f"/v1/jobs/{made['id']}/events", headers=KEY)  # until the job has ended
+    answer = await gateway.http.get(f"/v1/jobs/{made['id']}", headers=KEY)
+    assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+    job = answer.json()["job"]
+    assert (job["id"], job["state"]) == (made["id"], "STATE_SUCCEEDED")
+    assert [sample["url"] for sample in job["samples"]] == made["future_urls"]
+    assert job["spec"] == made["spec"]
+    listed = (await gateway.http.get("/v1/jobs", headers=KEY)).json()["jobs"]
+    assert job in listed
+
+
+@pytest.mark.parametrize("job_id", ["10000999", "abc", "-1", "9" * 20])
+async def test_reading_an_unknown_job_is_404_with_a_reason(job_id: str, gateway: Gateway) -> None:
+    answer = await gateway.http.get(f"/v1/jobs/{job_id}", headers=KEY)
+    expected = error_body("JOB_NOT_FOUND", "Request not found")
+    assert (answer.status_code, answer.json()) == (404, expected)
+    answer = await gateway.http.get(f"/v1/jobs/{job_id}", headers={"key": "wrong"})
+    assert answer.status_code == 401
+
+
+async def test_reading_the_path_of_cancel_is_a_wrong_method(gateway: Gateway) -> None:
+    answer = await gateway.http.get("/v1/jobs/10000001:cancel", headers=KEY)
+    assert (answer.status_code, answer.json()["reason"]) == (405, "METHOD_NOT_ALLOWED")
+    assert answer.headers["allow"] == "POST, OPTIONS"
+    answer = await gateway.http.delete("/v1/jobs/10000001", headers=KEY)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, OPTIONS")
+
+
 @pytest.mark.parametrize("job_id", ["10000999", "abc", "-1", "9" * 20])
 async def test_cancelling_an_unknown_job_is_404(job_id: str, gateway: Gateway) -> None:
     answer = await gateway.http.post(f"/v1/jobs/{job_id}:cancel", headers=KEY)

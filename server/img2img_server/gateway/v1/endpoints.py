@@ -3,6 +3,9 @@ contract: previews, a model, a scheduler, cancelling.
 
     GET  /v1/capabilities       GetCapabilities
     POST /v1/jobs               CreateJob
+    POST /v1/jobs:estimate      EstimateJob
+    GET  /v1/jobs               ListJobs
+    GET  /v1/jobs/{id}          GetJob
     POST /v1/jobs/{id}:cancel   CancelJob
     GET  /v1/jobs/{id}/events   WatchJob, as server-sent events
 
@@ -19,6 +22,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Query
 from fastapi.sse import EventSourceResponse, format_sse_event
 from google.protobuf.message import Message
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -62,6 +66,15 @@ PageToken = Annotated[str, Query(description="`next_page_token` of the previous 
 JobId = Annotated[str, Path(description="The `id` of the job.")]
 
 
+class _JobIdConvertor(StringConvertor):
+    """Matches no colon, so that GET /v1/jobs/{id}:cancel is a wrong method and not a job."""
+
+    regex = "[^/:]+"
+
+
+register_url_convertor("job_id", _JobIdConvertor())
+
+
 class Endpoints:
     """Answers these calls. Event streams end when `stop` is set; clients resume them."""
 
@@ -84,6 +97,8 @@ class Endpoints:
         router.post("/jobs:estimate", responses=found, openapi_extra=extra)(self.estimate_job)
         found = outcomes("ListJobsResponse", errors=[ErrorKind.FIELDS])
         router.get("/jobs", responses=found)(self.list_jobs)
+        found = outcomes("GetJobResponse", errors=[ErrorKind.UNKNOWN_JOB])
+        router.get("/jobs/{job_id:job_id}", responses=found)(self.get_job)
         failing = [*BODY, ErrorKind.UNKNOWN_JOB, ErrorKind.JOB_ENDED]
         found = outcomes("CancelJobResponse", errors=failing)
         router.post("/jobs/{job_id}:cancel", responses=found)(self.cancel_job)
@@ -153,6 +168,12 @@ class Endpoints:
                 wrong = Violation("request_id", Reason.INVALID_FORMAT, request_ids.INVALID)
                 raise RequestError(ErrorKind.FIELDS, violations=[wrong]) from None
         return _json(await self._upstream.list_jobs(key, wanted))
+
+    async def get_job(self, request: Request, job_id: JobId) -> Response:
+        """Returns a job with its state, its images and its timings, as GetJob does over gRPC. The
+        key must be in a header."""
+        job = await self._upstream.get(find_key(request, {}), job_id)
+        return _json(service_pb2.GetJobResponse(job=job))
 
     async def cancel_job(self, request: Request, job_id: JobId) -> Response:
         """Ends a queued job at once and a running one at its next step, as CancelJob does over

@@ -34,7 +34,8 @@ def schemas(limits: Limits) -> dict[str, Schema]:
     """Returns the schemas of the requests and responses of /v1, by name."""
     found: dict[str, Schema] = {"CreateJobRequest": _create_job_request(limits)}
     found["EstimateJobRequest"] = _estimate_job_request(limits)
-    for call in ("CreateJob", "EstimateJob", "ListJobs", "CancelJob", "GetCapabilities"):
+    calls = ("CreateJob", "EstimateJob", "GetJob", "ListJobs", "CancelJob", "GetCapabilities")
+    for call in calls:
         _add(service_pb2.DESCRIPTOR.message_types_by_name[f"{call}Response"], found)
     _add(event_pb2.JobEvent.DESCRIPTOR, found)
     return found
