@@ -187,6 +187,16 @@ async def test_what_cannot_be_read_is_reported_at_its_field(
     assert (answer.status_code, answer.json()["errors"]) == (400, {field: [text]})
 
 
+async def test_the_document_has_the_limits_of_every_scale(gateway: Gateway) -> None:
+    document = (await gateway.http.get("/openapi.json")).json()
+    spec = document["components"]["schemas"]["EstimateJobRequest"]["properties"]["spec"]
+    for name in ("guidance_scale", "true_cfg_scale"):
+        number = spec["properties"][name]["anyOf"][0]
+        assert (number["minimum"], number["maximum"]) == (0, 30)
+        answer = await create(gateway, **{name: number["maximum"] + 0.5})
+        assert answer.json()["errors"] == {name: [f"{name} must be between 0 and 30"]}
+
+
 @pytest.mark.parametrize("place", ["Authorization", "X-API-Key", "body", "none"])
 async def test_the_key_is_reported_before_everything_else(place: str, gateway: Gateway) -> None:
     for key, code in (("dev-key", 200), ("wrong", 401)):

@@ -139,6 +139,8 @@ def _keywords(name: str, limits: Limits) -> Schema:
     if name == "seed":
         text = "-1: drawn at random. Beyond 2^53 as a string: JSON numbers lose digits."
         return {"minimum": RANDOM_SEED, "maximum": limits.max_seed, "description": text}
+    if name == "true_cfg_scale":
+        return {"minimum": 0, "maximum": limits.max_guidance_scale}
     if longest := getattr(limits, f"max_{name}_characters", None):
         return {"maxLength": longest} | ({"minLength": 1} if name == "prompt" else {})
     if (most := getattr(limits, f"max_{name}", None)) is None:
