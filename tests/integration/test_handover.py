@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.testing.memory_states import MemoryStates
 from img2img_server.worker import states
+from img2img_server.worker.handover import LOOK_SECONDS
 from tests.engine_bench import load
 from tests.stack import (
     WAIT_SECONDS,
@@ -188,6 +190,32 @@ async def test_without_another_worker_a_draining_worker_finishes_its_job() -> No
         seen = generate(api)
         await seen.to_step(2)
         old.stop.set()
+        engine.release()
+        job = await seen.to_end()
+        await old.task
+    assert (job.worker, len(seen.starts), seen.steps) == ("old", 1, every_step_once())
+
+
+async def test_a_killed_worker_that_is_still_announced_gets_no_job() -> None:
+    bus = memory_bus()
+    engine = FakeEngine(hold_after=2)
+    async with running_api(bus) as api, running_worker(bus, engine, name="old") as old:
+        seen = generate(api)
+        await seen.to_step(2)
+        (own,) = await bus.workers.workers()
+        await bus.workers.announce(replace(own, name="killed", begun_jobs=0))
+        looked = asyncio.Event()
+        read = bus.workers.workers
+
+        async def workers() -> list[WorkerInfo]:
+            looked.set()
+            return await read()
+
+        bus.workers.workers = workers  # type: ignore[method-assign]
+        old.stop.set()
+        with suppress(TimeoutError):  # It does not look, because no worker asked for a job.
+            async with asyncio.timeout(3 * LOOK_SECONDS):
+                await looked.wait()
         engine.release()
         job = await seen.to_end()
         await old.task
