@@ -170,7 +170,7 @@ def _load_engine(settings: Settings) -> Engine:
 
 
 def explain_load_error(settings: Settings, error: Exception) -> OperatorError:
-    """Returns the error with which a worker ends whose model cannot be loaded."""
+    """Returns the error with which a worker ends if its model cannot be loaded."""
     if isinstance(error, ModelError):
         return SettingsError(error.mistake)
     if isinstance(error, OperatorError):

@@ -40,8 +40,8 @@ def clip_tokenizer(pad_token: str = "") -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """Returns the letter that stands for each byte, in the order of the vocabulary: printable bytes
-    stand for themselves, the others for letters from 256 on.
+    """Returns the character for each byte, in the order of the vocabulary. A printable byte has the
+    character with its own code, any other byte one of the characters from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = len(set(range(256)) - set(printable))

@@ -1,8 +1,8 @@
-"""The changes of weights that LoRA files hold: LoRA, LoCon, LoHa, LoKr and full differences, each
+"""Reads the changes of weights in LoRA files: LoRA, LoCon, LoHa, LoKr and full differences, each
 also with DoRA's magnitudes.
 
-A file has groups of tensors; the tensors of a group have the name of a layer and a suffix. A group
-becomes a `Change`, which knows the difference that it makes to a weight. lora_names.py finds the
+A file has groups of tensors; the tensors of a group have the name of a layer and a suffix. Each
+group becomes a `Change`, which computes the difference for one weight. lora_names.py finds the
 layers of the model that belong to a name.
 """
 
@@ -100,7 +100,8 @@ class LoraOptions:
         start = str(self.values.get("init_lora_weights", "")).lower()
         if start.startswith(_CHANGES_BASE):
             raise LoraError(
-                f"it was trained with init_lora_weights {start}, which changes the model"
+                f"it was trained with init_lora_weights {start}, which also changes the weights of "
+                "the model: convert it to a plain LoRA with peft"
             )
 
 
