@@ -8,10 +8,14 @@ from hypothesis import settings
 
 pytest_plugins = ["fixtures_engines"]
 
-# A shell that starts the tests in the background sets SIGINT to ignored. Child processes would
-# inherit that, and commands that tests interrupt would not receive the signal.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background sets SIGINT to ignored, and nohup SIGHUP. Child
+# processes would inherit that, and commands that tests interrupt would not receive the signal.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Without S3 keys, roles would ask the metadata service of the machine on which the tests run.
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
