@@ -51,6 +51,8 @@ def test_the_longest_prompt_of_brackets_is_read_quickly() -> None:
     prompt = "(" * 1000 + ")" * 1000
     assert parse(prompt) == ((),)
     assert parse("(" * 2000) == ((Fragment("(" * 2000),),)
+    (section,) = parse("(a" * 20_000 + ")" * 20_000)  # With quadratic work, it would take minutes.
+    assert len(section) > 6000, "the weights above the largest float are equal"
 
 
 def test_a_weight_above_ten_is_refused() -> None:
@@ -60,3 +62,15 @@ def test_a_weight_above_ten_is_refused() -> None:
     assert found.message == "negative_prompt must not have weights above 10"
     plain = JobParams(prompt="(a:11)", negative_prompt="((b:10))")
     assert validate(plain, ValidationContext()) == []
+
+
+def test_weights_without_a_number_are_refused() -> None:
+    prompt = f"((a:0):{'9' * 400})"  # zero times infinity
+    (found,) = validate(JobParams(prompt=prompt, prompt_weights=True), ValidationContext())
+    assert (found.field, found.reason) == ("prompt", Reason.OUT_OF_RANGE)
+
+
+def test_the_weights_of_a_prompt_that_is_too_long_are_not_read() -> None:
+    prompt = "(a:11)" * 100_000
+    (found,) = validate(JobParams(prompt=prompt, prompt_weights=True), ValidationContext())
+    assert (found.field, found.reason) == ("prompt", Reason.TOO_LONG)

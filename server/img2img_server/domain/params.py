@@ -157,9 +157,10 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
     if not params.prompt:
         yield required("prompt")
     for name in ("prompt", "negative_prompt"):
-        yield from _length(name, getattr(params, name), getattr(limits, f"max_{name}_characters"))
-        if params.prompt_weights:
-            yield from _weights(name, getattr(params, name))
+        text, most = getattr(params, name), getattr(limits, f"max_{name}_characters")
+        yield from _length(name, text, most)
+        if params.prompt_weights and len(text) <= most:
+            yield from _weights(name, text)
     for name in ("width", "height"):
         yield from _side(name, getattr(params, name), limits)
     yield from _range("samples", params.samples, 1, limits.max_samples)
@@ -201,7 +202,7 @@ def _length(name: str, text: str, most: int) -> Iterator[Violation]:
 
 def _weights(name: str, text: str) -> Iterator[Violation]:
     weights = [fragment.weight for section in parse(text) for fragment in section]
-    if max(weights, default=0.0) > MAX_WEIGHT:
+    if not all(weight <= MAX_WEIGHT for weight in weights):  # False for NaN, too: 0 times infinity.
         message = f"{name} must not have weights above {MAX_WEIGHT:g}"
         yield Violation(name, Reason.OUT_OF_RANGE, message, values={"max": f"{MAX_WEIGHT:g}"})
 

@@ -6,7 +6,8 @@ bracket makes it a character of the text. A bracket without its partner is one t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 MAX_WEIGHT: Final = 10.0
@@ -27,34 +28,67 @@ Sections = tuple[tuple[Fragment, ...], ...]
 
 
 class _Open(NamedTuple):
-    """A bracket without its partner so far, and the place of the first piece behind it."""
+    """A bracket without its partner so far, and its place in the pieces."""
 
     bracket: str
     place: int
 
 
-class _Piece(NamedTuple):
-    """A piece of text; None: a BREAK."""
+class _Pieces:
+    """The pieces of a prompt, and the weights of its brackets by the places where they apply.
 
-    text: str | None
-    weight: float = 1.0
+    Weights are multiplied once, at the end, so that the work is linear in the length of the prompt.
+    """
+
+    def __init__(self) -> None:
+        self._texts: list[str | None] = []  # None: a BREAK
+        self._begins: dict[int, float] = {}  # weight by the place of the bracket that it replaces
+        self._ends: Counter[int] = Counter()  # number of weights that end before a place
+
+    def add(self, text: str | None) -> int:
+        """Adds a piece and returns its place."""
+        self._texts.append(text)
+        return len(self._texts) - 1
+
+    def close(self, opened: _Open) -> None:
+        """Gives the pieces behind a bracket its weight."""
+        weight = _STRESS if opened.bracket == "(" else 1 / _STRESS
+        last = self._texts[-1]
+        if opened.bracket == "(" and last is not None and (found := _WEIGHT.search(last)):
+            weight = float(found[1])
+            self._texts[-1] = last[: found.start()]
+        if opened.place == len(self._texts) - 1:  # The brackets are empty.
+            self._texts.pop()
+        else:
+            self._begins[opened.place] = weight
+            self._ends[len(self._texts)] += 1
+
+    def __iter__(self) -> Iterator[tuple[str | None, float]]:
+        """Yields each piece with its weight."""
+        weights = [1.0]
+        for place, text in enumerate(self._texts):
+            for _ in range(self._ends[place]):
+                weights.pop()
+            if place in self._begins:
+                weights.append(weights[-1] * self._begins[place])
+            else:
+                yield text, weights[-1]
 
 
 def parse(prompt: str) -> Sections:
     """Returns the fragments of a weighted prompt, in sections that BREAK separates."""
-    pieces: list[_Piece] = []
+    pieces = _Pieces()
     opened: list[_Open] = []
     for part in _PARTS.findall(prompt):
         if part == "BREAK":
-            pieces.append(_Piece(None))
+            pieces.add(None)
         elif part in _CLOSES:
-            opened.append(_Open(part, len(pieces)))
-            pieces.append(_Piece(part))
+            opened.append(_Open(part, pieces.add(part)))
         elif opened and part == _CLOSES[opened[-1].bracket]:
-            _close(pieces, opened.pop())
+            pieces.close(opened.pop())
         else:
             is_escaped = len(part) == 2 and part[0] == "\\"
-            pieces.append(_Piece(part[1:] if is_escaped else part))
+            pieces.add(part[1:] if is_escaped else part)
     return tuple(section for section in _sections(pieces) if section) or ((),)
 
 
@@ -63,23 +97,10 @@ def plain_text(sections: Sections) -> str:
     return " ".join("".join(it.text for it in section) for section in sections)
 
 
-def _close(pieces: list[_Piece], opened: _Open) -> None:
-    """Removes the bracket at `opened` and multiplies the weights of the pieces behind it."""
-    weight = _STRESS if opened.bracket == "(" else 1 / _STRESS
-    last = pieces[-1]
-    if opened.bracket == "(" and last.text is not None and (found := _WEIGHT.search(last.text)):
-        weight = float(found[1])
-        pieces[-1] = _Piece(last.text[: found.start()], last.weight)
-    pieces[opened.place :] = [
-        piece if piece.text is None else _Piece(piece.text, piece.weight * weight)
-        for piece in pieces[opened.place + 1 :]
-    ]
-
-
-def _sections(pieces: list[_Piece]) -> Iterator[tuple[Fragment, ...]]:
+def _sections(pieces: Iterable[tuple[str | None, float]]) -> Iterator[tuple[Fragment, ...]]:
     """Yields the fragments between two BREAKs. Neighbours of equal weight are joined."""
     section: list[Fragment] = []
-    for text, weight in [*pieces, _Piece(None)]:
+    for text, weight in [*pieces, (None, 1.0)]:
         if text is None:
             yield tuple(fragment for fragment in section if fragment.text.strip())
             section = []
