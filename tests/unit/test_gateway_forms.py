@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import httpx
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
 from img2img_server.gateway.http.forms import MAX_PARTS, Part, parse_form
+from img2img_server.gateway.http.http_request import MAX_BODY_BYTES
 
 BOUNDARY = b"limit"
 
@@ -41,6 +46,62 @@ def test_headers_of_parts_are_read_in_any_case_and_order() -> None:
     assert parse_form(form(sent), BOUNDARY) == [Part("n", False, b"1")]
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\r\n" + form(part("n", b"1")),
+        b"for old clients\r\n" + form(part("n", b"1")),
+        form(part("n", b"1")).replace(b"--limit\r\n", b"--limit \t\r\n"),
+        form(part("n", b"1"), end=b"--limit--more"),
+    ],
+    ids=["a line break before", "text before", "spaces behind a boundary", "text behind"],
+)
+def test_what_the_standard_allows_around_parts_is_ignored(sent: bytes) -> None:
+    assert parse_form(bytearray(sent), BOUNDARY) == [Part("n", False, b"1")]
+
+
+@given(
+    contents=st.lists(
+        st.lists(
+            st.sampled_from([b"\r\n", b"--", b"limi", b"--limit", b"-", b"a", b"\r", b"\n", b"\0"])
+        ).map(b"".join),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_content_without_the_boundary_is_read_as_it_was_sent(contents: list[bytes]) -> None:
+    assume(not any(b"\r\n--limit" in b"\r\n" + content for content in contents))
+    request = httpx.Request(
+        "POST",
+        "http://img.example.com",
+        files=[("a", ("b", content)) for content in contents],
+        headers={"Content-Type": "multipart/form-data; boundary=limit"},
+    )
+    assert parse_form(bytearray(request.read()), BOUNDARY) == [
+        Part("a", True, content) for content in contents
+    ]
+
+
+@pytest.mark.parametrize(
+    ("start", "repeated"),
+    [
+        (b"--limit", b" "),
+        (b"", b"\r\n"),
+        (form(part("n", b""), end=b""), b"\r\n--limi"),
+        (form(part("n", b""), end=b""), b"\r\n--limit "),
+        (b"--limit\r\n", b"a"),
+        (b"--limit\r\n", b"A: b\r\n"),
+    ],
+    ids=["padding", "lines", "almost boundaries", "padded text", "no head", "headers"],
+)
+def test_the_largest_body_takes_a_fraction_of_a_second(start: bytes, repeated: bytes) -> None:
+    body = bytearray(start + repeated * (MAX_BODY_BYTES // len(repeated)))
+    begin = time.thread_time()
+    with pytest.raises(RequestError):
+        parse_form(body, BOUNDARY)
+    assert time.thread_time() - begin < 1.0  # Byte by byte in Python, it takes 4 to 11 s.
+
+
 def test_an_empty_form_has_no_parts() -> None:
     assert parse_form(form(part("n", b"")), BOUNDARY) == [Part("n", False, b"")]
 
@@ -56,6 +117,9 @@ def test_an_empty_form_has_no_parts() -> None:
         (form(b"\r\n1"), BOUNDARY),
         (form(b"Content-Disposition: attachment\r\n\r\n1"), BOUNDARY),
         (form(b"Content-Disposition: form-data\r\n\r\n1"), BOUNDARY),
+        (form(b'A b: c\r\nContent-Disposition: form-data; name="n"\r\n\r\n1'), BOUNDARY),
+        (form(b"A: b\r\n" * 8 + part("n", b"1")), BOUNDARY),
+        (form(b"A: " + b"b" * 5000 + b"\r\n" + part("n", b"1")), BOUNDARY),
         (bytearray(b"{}"), BOUNDARY),
         (bytearray(), BOUNDARY),
     ],
@@ -68,6 +132,9 @@ def test_an_empty_form_has_no_parts() -> None:
         "no headers",
         "no form data",
         "no name",
+        "no header name",
+        "nine headers",
+        "a long header",
         "JSON",
         "nothing",
     ],

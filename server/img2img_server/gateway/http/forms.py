@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Final
+import re
+from dataclasses import dataclass
+from typing import Final
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
@@ -14,6 +14,12 @@ from img2img_server.gateway.http.http_request import read_body
 
 MEDIA_TYPE: Final = "multipart/form-data"
 MAX_PARTS: Final = 100
+# The limits of python-multipart.
+_MAX_BOUNDARY_BYTES: Final = 256
+_MAX_HEADERS: Final = 8  # of a part
+_MAX_HEADER_BYTES: Final = 4096 + 128
+_MAX_HEAD_BYTES: Final = _MAX_HEADERS * (_MAX_HEADER_BYTES + 2) + 4
+_HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n]*)", re.DOTALL)
 _INVALID: Final = "The body is not valid multipart/form-data"
 _TOO_MANY: Final = f"The form must not have more than {MAX_PARTS} parts"
 
@@ -51,16 +57,32 @@ async def read_form(request: Request) -> list[Part]:
 
 
 def parse_form(body: bytearray, boundary: bytes) -> list[Part]:
-    """Returns the parts of a form. Raises RequestError."""
-    reader = _Reader()
-    try:
-        parser = MultipartParser(boundary or _no_boundary(), reader.callbacks())
-        parser.write(body)  # type: ignore[arg-type]  # It slices what it is given.
-    except FormParserError:
-        raise invalid_form() from None
-    if not reader.is_complete:
+    """Returns the parts of a form. Raises RequestError.
+
+    The work for each byte is done by `re` and `bytes`: the parser of python-multipart handles some
+    bytes one by one in Python, and 32 MiB of them would keep the event loop busy for seconds.
+    """
+    if not 0 < len(boundary) <= _MAX_BOUNDARY_BYTES:
         raise invalid_form()
-    return reader.parts
+    limit = rb"--" + re.escape(boundary) + rb"(--|[ \t]*\r\n)"
+    between = re.compile(rb"\r\n" + limit)
+    found = re.match(rb"[\r\n]*" + limit, body) or between.search(body)
+    parts: list[Part] = []
+    while found and found[1] != b"--":
+        if len(parts) >= MAX_PARTS:
+            raise invalid_form(_TOO_MANY)
+        # The line break before the headers also ends them if there are none.
+        head_begin = found.end() - 2
+        head_end = body.find(b"\r\n\r\n", head_begin, head_begin + _MAX_HEAD_BYTES)
+        if head_end < 0 or not (found := between.search(body, head_end + 4)):
+            raise invalid_form()
+        name, is_file = _disposition(bytes(body[head_begin + 2 : head_end]))
+        with memoryview(body) as view:
+            content = bytes(view[head_end + 4 : found.start()])
+        parts.append(Part(name, is_file, content))
+    if not found:
+        raise invalid_form()
+    return parts
 
 
 def invalid_form(message: str = _INVALID) -> RequestError:
@@ -68,63 +90,18 @@ def invalid_form(message: str = _INVALID) -> RequestError:
     return RequestError(ErrorKind.INVALID_JSON, message, reason="INVALID_FORM")
 
 
-def _no_boundary() -> bytes:
-    raise FormParserError
-
-
-@dataclass(slots=True)
-class _Reader:
-    """Collects the parts that the parser finds."""
-
-    parts: list[Part] = field(default_factory=list)
-    is_complete: bool = False
-    _name: bytearray = field(default_factory=bytearray)
-    _value: bytearray = field(default_factory=bytearray)
-    _disposition: str = ""
-    _content: list[bytes] = field(default_factory=list)
-
-    def callbacks(self) -> Any:
-        """Returns the callbacks of the parser."""
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": self._extend_name,
-            "on_header_value": self._extend_value,
-            "on_header_end": self._end_header,
-            "on_part_data": self._extend_content,
-            "on_part_end": self._end_part,
-            "on_end": self._end,
-        }
-
-    def _begin_part(self) -> None:
-        if len(self.parts) >= MAX_PARTS:
-            raise invalid_form(_TOO_MANY)
-        self._disposition = ""
-        self._content = []
-
-    def _extend_name(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def _extend_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _end_header(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            # The parser of options reads Latin-1, and gives the bytes back.
-            self._disposition = self._value.decode("latin-1")
-        self._name.clear()
-        self._value.clear()
-
-    def _extend_content(self, data: bytes, start: int, end: int) -> None:
-        with memoryview(data) as view:
-            self._content.append(bytes(view[start:end]))
-
-    def _end_part(self) -> None:
-        kind, options = parse_options_header(self._disposition)
-        if kind != b"form-data" or b"name" not in options:
+def _disposition(head: bytes) -> tuple[str, bool]:
+    """Returns the name of a part from its headers, and whether it has a file name."""
+    values = {}
+    lines = head.split(b"\r\n")
+    for line in lines:
+        header = _HEADER.fullmatch(line)
+        if header is None or len(lines) > _MAX_HEADERS or len(line) > _MAX_HEADER_BYTES:
             raise invalid_form()
-        name = options[b"name"].decode(errors="replace")
-        self.parts.append(Part(name, b"filename" in options, b"".join(self._content)))
-        self._content = []
-
-    def _end(self) -> None:
-        self.is_complete = True
+        values[header[1].lower()] = header[2]
+    # The parser of options reads Latin-1, and gives the bytes back.
+    value = values.get(b"content-disposition", b"").decode("latin-1")
+    kind, options = parse_options_header(value)
+    if kind != b"form-data" or b"name" not in options:
+        raise invalid_form()
+    return options[b"name"].decode(errors="replace"), b"filename" in options
