@@ -16,12 +16,16 @@ import pytest
 import pytest_asyncio
 import requests
 from PIL import Image
+from starlette.types import Message
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.app import create_app
 from img2img_server.gateway.openai.requests import HIGH_FIDELITY_STRENGTH
+from img2img_server.gateway.upstream import connect
 from img2img_server.testing.fake_engine import HOLD_PROMPT, FakeEngine
 from tests.http_stack import (
+    BASE,
     PHOTO_URL,
     Gateway,
     ServedGateway,
@@ -30,7 +34,7 @@ from tests.http_stack import (
     running_gateway,
     served_gateway,
 )
-from tests.stack import Stack, photo, running_stack
+from tests.stack import Stack, photo, running_stack, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 EDITS = "/v1/images/edits"
@@ -419,6 +423,45 @@ async def test_a_job_whose_caller_leaves_is_cancelled(stream: str) -> None:
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await stack.api.reaches(job.name, job_pb2.Job.STATE_CANCELLED)
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+async def test_a_job_whose_caller_leaves_before_the_first_byte_is_cancelled(
+    spec_version: str,
+) -> None:
+    request = httpx.Request("POST", f"{BASE}{EDITS}", headers=KEY, **form(stream="true"))
+    messages = [{"type": "http.request", "body": request.read(), "more_body": False}]
+    started: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        started.append(message)
+        if spec_version == "2.4":  # From this version on, servers report that the client has left.
+            raise OSError
+        await asyncio.Event().wait()
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": spec_version},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": EDITS,
+        "raw_path": EDITS.encode(),
+        "query_string": b"",
+        "headers": [(name.lower(), value) for name, value in request.headers.raw],
+        "client": ("127.0.0.1", 1),
+        "server": ("img.example.com", 80),
+    }
+    async with running_stack(FakeEngine(hold_after=1)) as stack:
+        config = settings(api_address=stack.api.address)
+        async with connect(config) as channel:
+            app = create_app(config, channel, stack.worker.blobs, asyncio.Event())
+            await app(scope, receive, send)
+            await stack.api.reaches("jobs/10000001", job_pb2.Job.STATE_CANCELLED)
+    assert [each["type"] for each in started] == ["http.response.start"]
 
 
 async def test_a_job_with_an_idempotency_key_waits_for_its_caller() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Final, TypeVar
+
+from fastapi.sse import EventSourceResponse
+from starlette.types import Receive, Scope, Send
 
 PING_SECONDS = 15.0
 PING: Final = b": ping\n\n"
@@ -42,3 +45,23 @@ async def paced(
         stopping.cancel()
         await asyncio.gather(following, stopping, return_exceptions=True)
         await items.aclose()
+
+
+class EventStream(EventSourceResponse):
+    """A response with events that calls `on_end` after it, however it ends.
+
+    The `finally` of a generator is no place for this call: it does not run if the caller leaves
+    before the first event is asked for.
+    """
+
+    def __init__(
+        self, events: AsyncIterator[bytes], headers: Mapping[str, str], on_end: Callable[[], None]
+    ) -> None:
+        super().__init__(events, headers=headers)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, NoReturn
 
 from fastapi import APIRouter, Path
-from fastapi.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -26,7 +25,7 @@ from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.errors import StorageError
 from img2img_server.gateway.http import event_stream, request_ids
-from img2img_server.gateway.http.event_stream import PING, paced
+from img2img_server.gateway.http.event_stream import PING, EventStream, paced
 from img2img_server.gateway.http.files import Files
 from img2img_server.gateway.http.http_request import find_key, link_base, read_body
 from img2img_server.gateway.openai import requests, responses, schemas
@@ -154,7 +153,8 @@ class Endpoints:
         job = _Job(key, record, needs_caller=request_ids.HEADER not in request.headers)
         if edit.stream:
             headers = responses.headers(record, edit.ignored) | event_stream.HEADERS
-            return EventSourceResponse(self._events(job, edit.partial_images), headers=headers)
+            events = self._events(job, edit.partial_images)
+            return EventStream(events, headers, on_end=lambda: self._leave(job))
         try:
             return await self._response(request, job, edit)
         finally:
@@ -214,8 +214,6 @@ class Endpoints:
                 yield await asyncio.to_thread(responses.completed, job.record, sample, image)
         except RequestError as error:
             yield responses.error_event(self._errors.error(error)[0])
-        finally:
-            self._leave(job)
 
     async def _load(self, job: _Job) -> None:
         """Loads images from the bucket if their events are gone, as in the repetition of an old
