@@ -5,7 +5,9 @@ Prepares a volume before workers start from it, for example in an init container
 `owner/name@revision`. The hub's library reads its own variables (HF_TOKEN, HF_ENDPOINT).
 
 Files are collected in a draft next to the folder. The draft is renamed at the end, after each part
-of the model was loaded once. A folder that lacks files, or has damaged ones, is fetched again.
+of the model was loaded once. It holds the list of its files, `.img2img-fetched.json`, by which a
+folder that lacks files, or has damaged ones, is known as one that was fetched, and fetched again.
+Any other folder with files that are no complete model is left as it is, and the command fails.
 Several processes may fetch into the same folder at the same time; the first one to finish wins. A
 process that is started again continues its own draft as long as the source is unchanged: the draft
 is named after host and source, `.model.host-0.0123456789ab`.
@@ -14,10 +16,13 @@ is named after host and source, `.model.host-0.0123456789ab`.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -31,7 +36,7 @@ from minio import Minio
 from img2img_server.domain.hub_id import HubId
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.local_model import parts_to_load
-from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.family import ModelAccessError, ModelError, ModelFiles, read_json
 from img2img_server.engine.hub import INDEX, download_model
 from img2img_server.engine.weight_files import weights_of
 from img2img_server.settings import Settings
@@ -40,6 +45,7 @@ from img2img_server.storage.s3_blobs import CONNECT_SECONDS, READ_SECONDS
 from img2img_server.storage.s3_faults import FAULTS, explain
 
 THREADS: Final = 4
+LIST: Final = ".img2img-fetched.json"  # the names of the files that were fetched into its folder
 
 log = structlog.get_logger()
 
@@ -54,8 +60,10 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         False when the folder existed already.
 
     Raises:
-        ModelError: The model cannot be fetched, or is no diffusers model.
+        ModelError: The model cannot be fetched, or is no diffusers model, or the folder has files
+            that were not fetched.
     """
+    target = target.resolve()  # A link or "." cannot be renamed.
     if not source.startswith("s3://") and HubId.parse(source) is None:
         raise ModelError(
             f"{source} is no source of a model: write s3://bucket/prefix, or a hub id, owner/name"
@@ -81,21 +89,66 @@ def fetch_model(settings: Settings, source: str, target: Path, revision: str = "
         except ModelError as error:
             why = str(error).replace(str(draft), source)
             raise ModelError(f"{source} was fetched, but does not load: {why}") from error
-        return _publish(draft, target, settings)
+        return _publish(draft, target, source, settings)
     except OSError as error:
         why = " ".join(str(error).split())
         raise ModelError(f"{source} cannot be fetched: {why}") from error
 
 
 def _fault(target: Path, settings: Settings) -> str | None:
-    """Returns why a folder has to be fetched; empty if it is absent, None if it is complete."""
-    if not target.is_dir():
-        return ""
+    """Returns why a folder has to be fetched; empty if nothing is there, None if it is complete.
+
+    Raises:
+        ModelError: The folder must not be replaced: it has files that were not fetched, or files
+            that must not or cannot be read.
+    """
+    listed: set[str] = set()
+    files: set[str] = set()
     try:
+        if not target.exists():
+            return ""
+        # The list is read first: another process may rename the folder at any moment.
+        listed, files = _listed(target), _files(target)
+        if not files:
+            return ""
         check_files(target, allow_pickles=settings.allow_pickles)
+    except FileNotFoundError:  # Another process has renamed the folder.
+        return ""
+    except OSError as error:
+        raise ModelAccessError(f"{target} cannot be read: {error.strerror}") from error
+    except ModelAccessError:
+        raise
     except ModelError as error:
+        if others := sorted(files - listed):
+            raise ModelError(
+                f"{target} is no complete model ({error}) and has files that were not fetched, "
+                f"such as {others[0]}: name a folder that does not exist, or move them elsewhere"
+            ) from error
         return str(error)
     return None
+
+
+def _files(folder: Path) -> set[str]:
+    """Returns the names of all files in a folder, relative to it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=fail):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found.update(str(Path(place, name).relative_to(folder)) for name in files + links)
+    return found
+
+
+def _listed(folder: Path) -> set[str]:
+    """Returns the files that were fetched into a folder, with their list; nothing without a list
+    that can be read.
+    """
+    names = None
+    with suppress(ModelError, OSError):
+        names = read_json(folder / LIST).get("files")
+    return {LIST, *map(str, names)} if isinstance(names, list) else set()
 
 
 def check_files(folder: Path, *, allow_pickles: bool = False) -> None:
@@ -131,23 +184,65 @@ def _draft(target: Path, *source: str) -> Path:
     return draft
 
 
-def _publish(draft: Path, target: Path, settings: Settings) -> bool:
-    if target.is_dir() and _fault(target, settings):
-        # An earlier run, or another program, left it incomplete.
-        broken = target.with_name(f".{target.name}.incomplete.{draft.suffix[1:]}")
-        shutil.rmtree(broken, ignore_errors=True)
-        target.rename(broken)
-        shutil.rmtree(broken, ignore_errors=True)
+def _publish(draft: Path, target: Path, source: str, settings: Settings) -> bool:
+    """Gives the draft the name of its target. Returns False if a complete model is there already.
+
+    Raises:
+        ModelError: The target must not be replaced.
+        OSError: The draft cannot be renamed.
+    """
+    files = sorted(_files(draft) - {LIST})
+    text = json.dumps({"source": source, "files": files}, indent=1)
+    (draft / LIST).write_text(text + "\n", encoding="utf-8")
+    if _fault(target, settings):
+        _remove_incomplete(target, draft.with_name(f"{draft.name}.replaced"), settings)
     try:
         draft.rename(target)
     except OSError:
-        if not target.is_dir():
+        if _fault(target, settings) is not None:
             raise
         shutil.rmtree(draft)  # Another process has fetched the model meanwhile.
         log.info("model_exists", folder=str(target))
         return False
     log.info("model_fetched", folder=str(target))
     return True
+
+
+def _remove_incomplete(target: Path, aside: Path, settings: Settings) -> None:
+    """Removes an incomplete model that was fetched, by way of the name `aside`.
+
+    Another process may publish a complete model until the target is renamed, so the folder is
+    checked again under its new name, which no other process uses.
+
+    Raises:
+        ModelError: The folder must not be removed; it has its name again.
+    """
+    if aside.exists():  # An earlier run was killed here.
+        _remove_fetched(aside)
+    with suppress(FileNotFoundError):  # Another process has renamed it.
+        target.rename(aside)
+    if not aside.exists():
+        return
+    try:
+        is_incomplete = _fault(aside, settings) is not None
+    except ModelError as error:
+        aside.rename(target)
+        raise ModelError(str(error).replace(str(aside), str(target))) from error
+    if not is_incomplete:
+        with suppress(OSError):  # A third process has published a complete model meanwhile.
+            aside.rename(target)
+            return
+    _remove_fetched(aside)
+
+
+def _remove_fetched(folder: Path) -> None:
+    """Removes a folder. Raises ModelError if it has files that were not fetched."""
+    others = sorted(_files(folder) - _listed(folder))
+    if others:
+        raise ModelError(
+            f"{folder} has files that were not fetched, such as {others[0]}: move them elsewhere"
+        )
+    shutil.rmtree(folder)
 
 
 def _from_s3(settings: Settings, source: str, target: Path) -> Path:

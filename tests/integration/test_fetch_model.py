@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -19,7 +21,7 @@ from minio import Minio
 
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import packaged_model, read_model_spec
-from img2img_server.fetch_model import fetch_model
+from img2img_server.fetch_model import LIST, fetch_model
 from img2img_server.settings import PREFIX, Settings
 from img2img_server.storage.s3_access import S3Access
 from tests.fake_hub import hub
@@ -55,7 +57,8 @@ def put(settings: Settings, files: dict[str, bytes]) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Returns the files of a folder by name, without the lists of those that were fetched."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LIST)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -84,6 +87,136 @@ async def test_of_many_who_fetch_at_the_same_time_one_wins_and_all_find_it(
     )
     assert fetched.count(True) == 1
     assert content(tmp_path) == {f"tiny/{name}": data for name, data in small().items()}
+
+
+def damage(folder: Path, how: str) -> None:
+    """Leaves a fetched model incomplete."""
+    if how == "cut off":
+        path = folder / LAST
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "missing":
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    elif how == "no text":
+        (folder / "unet" / "config.json").write_bytes(b"\xff" * 9)
+    else:
+        (folder / "model_index.json").unlink()
+
+
+@pytest.mark.parametrize("how", ["cut off", "missing", "no text", "no index"])
+async def test_a_fetched_model_that_became_incomplete_is_fetched_again(
+    how: str, model_bucket: Settings, tmp_path: Path
+) -> None:
+    source, folder = f"s3://{model_bucket.s3_bucket}/models/tiny", tmp_path / "tiny"
+    await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    damage(folder, how)
+    assert content(folder) != small()
+    again = [await asyncio.to_thread(fetch_model, model_bucket, source, folder) for _ in range(2)]
+    assert again == [True, False]
+    assert content(folder) == small()
+    assert entries(tmp_path) == {folder}
+
+
+async def test_a_file_that_was_added_to_a_fetched_model_is_kept(
+    model_bucket: Settings, tmp_path: Path
+) -> None:
+    source, folder = f"s3://{model_bucket.s3_bucket}/models/tiny", tmp_path / "tiny"
+    await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    (folder / "img2img.toml").write_text("name = 'mine'\n")
+    assert not await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    damage(folder, "cut off")
+    left = content(tmp_path)
+    with pytest.raises(ModelError, match=r"tiny is no complete model .*such as img2img\.toml"):
+        await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    assert content(tmp_path) == left
+
+
+def fill(folder: Path, kind: str) -> None:
+    """Writes files that were not fetched into a folder."""
+    if kind == "other models":
+        files = {f"{name}/{file}": data for name in "ab" for file, data in small().items()}
+    elif kind == "pickles":
+        files = {name.replace("safetensors", "bin"): data for name, data in small().items()}
+    else:
+        unserved = small()["model_index.json"].replace(b"StableDiffusionPipeline", b"OwnPipeline")
+        files = small() | {"model_index.json": unserved, "img2img.toml": b"family = 'own'"}
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("other models", "models is no complete model .*such as a/.*: name a folder that does not"),
+        ("pickles", "models/.* is a pickle.*IMG2IMG_ALLOW_PICKLES"),
+        ("unserved", "models is no complete model .*OwnPipeline"),
+    ],
+)
+async def test_a_folder_with_files_that_were_not_fetched_is_left_as_it_is(
+    kind: str, said: str, model_bucket: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models"
+    fill(folder, kind)
+    left = content(tmp_path)
+    source = f"s3://{model_bucket.s3_bucket}/models/tiny"
+    with pytest.raises(ModelError, match=said):
+        await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    assert content(tmp_path) == left
+    assert entries(tmp_path) == {folder}
+
+
+async def test_a_fetched_model_that_cannot_be_read_now_is_left_as_it_is(
+    model_bucket: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = f"s3://{model_bucket.s3_bucket}/models/tiny", tmp_path / "tiny"
+    await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    whole = Path.open
+
+    def fail(path: Path, *args: Any, **options: Any) -> Any:
+        if str(path) == str(folder / LAST):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return whole(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(ModelError, match=rf"{LAST} cannot be read: Input/output error"):
+        await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    monkeypatch.undo()
+    assert content(tmp_path) == {f"tiny/{name}": data for name, data in small().items()}
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_what_another_process_writes_before_the_folder_is_replaced_is_kept(
+    is_whole: bool, model_bucket: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = f"s3://{model_bucket.s3_bucket}/models/tiny", tmp_path / "tiny"
+    await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    damage(folder, "cut off")
+    rename = Path.rename
+
+    def rename_late(path: Path, target: Path) -> Path:
+        if path == folder:
+            if is_whole:
+                (folder / LAST).write_bytes(small()[LAST])
+            (folder / "img2img.toml").write_text("name = 'mine'\n")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    fetching = asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    if is_whole:
+        assert not await fetching
+        assert entries(tmp_path) == {folder}
+    else:
+        with pytest.raises(ModelError, match=rf"{folder} is no complete .*such as img2img\.toml"):
+            await fetching
+    assert (folder / "img2img.toml").read_text() == "name = 'mine'\n"
+
+
+async def test_an_empty_folder_is_filled(model_bucket: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    source = f"s3://{model_bucket.s3_bucket}/models/tiny"
+    assert await asyncio.to_thread(fetch_model, model_bucket, source, folder)
+    assert content(folder) == small()
 
 
 @contextmanager

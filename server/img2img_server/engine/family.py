@@ -37,6 +37,10 @@ class ModelError(OperatorError):
         return f"{variable(self.setting)}: {self}"
 
 
+class ModelAccessError(ModelError):
+    """A file of the model must not or cannot be read, but may be complete."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """The JSON files of a model: model_index.json and the configuration of each part.
@@ -182,7 +186,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        is_damaged = isinstance(error.__cause__, UnicodeDecodeError)
+        kind = ModelError if is_damaged else ModelAccessError
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ModelError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from img2img_server.engine.family import ModelError, read_json
+from img2img_server.engine.family import ModelAccessError, ModelError, read_json
 
 # Names of weight files in the layouts of diffusers and of transformers. A variant, which names a
 # precision, is written before or after the number of a shard.
@@ -134,9 +134,9 @@ def weights_of(folder: Path, *, allow_pickles: bool = False) -> WeightSet:
 
 
 def refuse_pickle(path: Path, is_allowed: bool) -> None:
-    """Raises ModelError for a pickle unless the operator allows pickles."""
+    """Raises ModelAccessError for a pickle unless the operator allows pickles."""
     if not is_allowed:
-        raise ModelError(
+        raise ModelAccessError(
             f"{path} is a pickle, which can run code when it is read: use a .safetensors file, or "
             "set IMG2IMG_ALLOW_PICKLES if you trust where it comes from"
         )
@@ -189,7 +189,7 @@ def read_header(path: Path) -> Mapping[str, TensorEntry]:
             for name, entry in entries.items()
         }
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelAccessError(f"{path} cannot be read: {error.strerror}") from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} is not a safetensors file: its header is damaged: {AGAIN}"
@@ -216,7 +216,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(256)
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelAccessError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _check_kind(path: Path, head: bytes) -> None:
