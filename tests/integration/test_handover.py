@@ -26,7 +26,7 @@ from img2img_server.settings import Settings
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
 from img2img_server.testing.memory_states import MemoryStates
-from img2img_server.worker import states
+from img2img_server.worker import execution, lease, states
 from img2img_server.worker.handover import LOOK_SECONDS
 from tests.engine_bench import load
 from tests.stack import (
@@ -267,6 +267,34 @@ async def test_another_kind_of_worker_leaves_the_job_to_others_for_a_while(
             job = await seen.to_end()
     assert seen.starts[1:] == [("other", 2, [])]
     assert job.warning == RESTARTED_WARNING
+
+
+async def test_many_deliveries_to_another_kind_of_worker_do_not_fail_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = memory_bus(ack_wait_seconds=60.0)
+    queue: Any = bus.queue
+    give_back, requeued = queue.give_back, asyncio.Semaphore(0)
+
+    def noted(message: Any) -> None:
+        give_back(message)
+        requeued.release()
+
+    async with running_api(bus) as api:
+        seen = await suspended(bus, api, 3)
+        monkeypatch.setattr(states, "OTHERS_SECONDS", 60.0)
+        monkeypatch.setattr(execution, "OTHERS_PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr(lease, "DELIVERIES_OF_AN_ATTEMPT", 1)
+        monkeypatch.setattr(queue, "give_back", noted)
+        other = FakeEngine(state_key="another device")
+        async with running_worker(bus, other, name="other"):
+            async with asyncio.timeout(WAIT_SECONDS):
+                for _ in range(2 * settings().max_attempts):
+                    await requeued.acquire()
+            async with running_worker(bus, name="heir"):
+                job = await seen.to_end()
+    assert seen.starts[1:] == [("heir", 1, [3])]
+    assert (job.state, job.warning) == (job_pb2.Job.STATE_SUCCEEDED, "")
 
 
 async def test_a_state_without_room_starts_the_job_again_as_before() -> None:

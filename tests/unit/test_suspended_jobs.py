@@ -21,7 +21,11 @@ from img2img_server.domain.params import JobParams
 from img2img_server.interfaces.queue import OwnershipLostError, QueuedJob
 from img2img_server.nats.bus import Bus
 from img2img_server.testing.bus import memory_bus
-from img2img_server.worker.lease import JobLease, counted_attempts
+from img2img_server.worker.lease import (
+    DELIVERIES_OF_AN_ATTEMPT,
+    JobLease,
+    counted_attempts,
+)
 
 STATE = Suspended(key="k", size=1, sha256="", state_key="s", time=120.0, done_steps=(3,))
 NEW = Job(
@@ -60,7 +64,7 @@ def test_a_job_whose_state_is_not_used_loses_the_attempt_and_its_times() -> None
     assert (job.start_time, job.timings) == (126.0, Timings(queue=25.0))
 
 
-def lease(bus: Bus, stored: Any, writer: Any, name: str) -> JobLease:
+def lease(bus: Bus, stored: Any, writer: Any, name: str, deliveries: int = 1) -> JobLease:
     deps: Any = SimpleNamespace(
         name=name,
         engine=SimpleNamespace(model=SimpleNamespace(name="m")),
@@ -69,10 +73,10 @@ def lease(bus: Bus, stored: Any, writer: Any, name: str) -> JobLease:
         max_attempts=3,
     )
 
-    async def end() -> None: ...
+    async def end(*_: str) -> None: ...
 
     message = QueuedJob(job_id=1, tenant="t", init_image=b"")
-    delivery: Any = SimpleNamespace(job=message, attempt=1, nak=end, ack=end)
+    delivery: Any = SimpleNamespace(job=message, attempt=deliveries, nak=end, ack=end, term=end)
     return JobLease(deps, delivery, stored, writer, 0.0)
 
 
@@ -119,3 +123,43 @@ async def test_a_job_that_is_suspended_again_and_again_needs_no_further_attempts
         assert counted_attempts(job) == 1
         job = advance(replace(job, suspended=STATE), Queued(), 112.0 + number)
     assert (job.attempt, job.handed_back, job.resumes) == (1, 0, 19)
+
+
+@pytest.mark.parametrize(("further", "has_ended"), [(0, False), (1, True)])
+async def test_only_deliveries_that_no_worker_left_to_others_exhaust_a_suspended_job(
+    further: int, has_ended: bool
+) -> None:
+    bus = memory_bus()
+    await bus.jobs.create(suspended_job())
+
+    async def opened(deliveries: int) -> JobLease:
+        stored, writer = await bus.jobs.get("t", 1), await bus.events.open(1)
+        return lease(bus, stored, writer, "w", deliveries)
+
+    left = 2 * 3 * DELIVERIES_OF_AN_ATTEMPT
+    for number in range(left):
+        other = await opened(2 + number)  # The first delivery ended when the job was suspended.
+        assert not await other.settle(cancelled=False)
+        await other.exclude_delivery()
+    # These deliveries ended before an attempt began, as if the job had ended its workers.
+    broken = 3 * DELIVERIES_OF_AN_ATTEMPT + further
+    last = await opened(1 + left + broken)
+    assert await last.settle(cancelled=False) is has_ended
+    record = await bus.jobs.get("t", 1)
+    assert record
+    assert record.job.uncounted_deliveries == left
+    reason = record.job.failure.reason if record.job.failure else ""
+    assert reason == ("ATTEMPTS_EXHAUSTED" if has_ended else "")
+
+
+async def test_a_cancel_request_is_kept_while_a_worker_leaves_the_job_to_others() -> None:
+    bus = memory_bus()
+    await bus.jobs.create(suspended_job())
+    stored = await bus.jobs.get("t", 1)
+    assert stored
+    other = lease(bus, stored, await bus.events.open(1), "w", 2)
+    await bus.jobs.update(replace(stored.job, cancel_requested=True), stored.revision)
+    await other.exclude_delivery()
+    record = await bus.jobs.get("t", 1)
+    assert record
+    assert record.job.cancel_requested

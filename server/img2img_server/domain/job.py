@@ -167,6 +167,8 @@ class Job:
         suspended: The state from which the present attempt can continue; None: there is none.
         resumes: How often workers continued the job from a state. With `attempt`, it identifies
             the worker that has the job.
+        uncounted_deliveries: Deliveries of a suspended job to workers that left it to another kind
+            of worker. They do not count as failed deliveries of its message.
         own_urls: Links in the service's own bucket, used if the tenant's storage rejects the files.
     """
 
@@ -205,6 +207,7 @@ class Job:
     permit: int = 0
     suspended: Suspended | None = None
     resumes: int = 0
+    uncounted_deliveries: int = 0
 
     @property
     def is_accepted(self) -> bool:

@@ -149,6 +149,7 @@ class JobExecution:
             if self._lease and not await self._lease.settle(cancelled=self._cancelled):
                 if is_for_others(self._deps, self._lease.job):
                     self._deps.dispatcher.pause(OTHERS_PAUSE_SECONDS)
+                    await self._lease.exclude_delivery()
                     await self._nak()
                     return
                 # Preparing the init image and taking the record are equally slow, so both run
@@ -197,10 +198,12 @@ class JobExecution:
     async def _retry_or_dead_letter(self, error: Exception) -> None:
         """Lets the message be redelivered, or dead-letters it after the last delivery."""
         log.error("job_execution_failed", delivery=self._delivery.attempt, exc_info=error)
+        lease = self._lease
+        deliveries = lease.counted_deliveries if lease else self._delivery.attempt
         most = self._deps.max_attempts
         if self._held:  # It may have been delivered often for workers that were idle.
             most *= DELIVERIES_OF_AN_ATTEMPT
-        if self._delivery.attempt >= most:
+        if deliveries >= most:
             with suppress(errors.UnavailableError):
                 await self._delivery.term(f"its execution failed: {type(error).__name__}")
 

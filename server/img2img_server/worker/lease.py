@@ -7,6 +7,7 @@ the log. A worker that loses either has lost the job to another worker and leave
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
@@ -87,11 +88,28 @@ class JobLease:
         most, back = self._deps.max_attempts, self.job.handed_back
         if self.job.suspended and self._attempt > self.job.attempt:
             back += 1  # The attempt was requeued, and its state is not used.
-        deliveries = self.delivery.attempt - back
-        if self._attempt - back > most or deliveries > most * DELIVERIES_OF_AN_ATTEMPT:
+        too_often = self.counted_deliveries > most * DELIVERIES_OF_AN_ATTEMPT
+        if self._attempt - back > most or too_often:
             await self.fail(errors.AttemptsExhaustedError(self._deps.max_attempts), dead=True)
             return True
         return False
+
+    @property
+    def counted_deliveries(self) -> int:
+        """Returns the deliveries of the message without those that ended with a hand-over or were
+        left to another kind of worker.
+        """
+        job = self.job
+        handed_over = job.handed_back + job.resumes + (job.suspended is not None)
+        return self.delivery.attempt - handed_over - job.uncounted_deliveries
+
+    async def exclude_delivery(self) -> None:
+        """Records that the present delivery of a suspended job does not count."""
+        count = self.job.uncounted_deliveries + 1
+        with suppress(ConflictError):  # The caller has cancelled the job, or a worker has taken it.
+            job = replace(self.job, uncounted_deliveries=count)
+            self._revision = await self._deps.jobs.update(job, self._revision)
+            self.job = job
 
     async def take(self, *, cancelled: bool) -> bool:
         """Takes the job in its record, just before its first step; from then on the attempt counts.
