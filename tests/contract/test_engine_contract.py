@@ -270,6 +270,36 @@ def test_a_suspended_job_continues_with_its_next_step_and_the_same_image(engine:
     assert max(map(difference, images(after), expected)) <= BOUND
 
 
+def test_a_job_that_is_suspended_again_before_its_next_step_keeps_its_state(
+    engine: Engine,
+) -> None:
+    one = job(strength=1.0, num_inference_steps=8)
+    expected = images(run(engine, one))
+    first = suspended_after(engine, one, 3)[-1]
+    assert isinstance(first, JobSuspended)
+    unusable = replace(first.state, state_key="another")
+    states = (first.state, unusable, None)
+    inboxes, other = [ReplyInbox() for _ in states], ReplyInbox()
+
+    def sink(event: EngineEvent) -> None:
+        if isinstance(event, StepFinished) and event.step == 1:  # No other step begins meanwhile.
+            for number, (state, inbox) in enumerate(zip(states, inboxes, strict=True), one.job_id):
+                engine.submit(replace(one, job_id=number, state=state), inbox)
+                engine.suspend(number)
+        other(event)
+
+    engine.submit(job(job_id=99, strength=1.0), sink)
+    assert isinstance(other.all()[-1], JobDone)
+    ends = [inbox.all() for inbox in inboxes]
+
+    # The next engine continues from the state, or starts the job again with a warning.
+    for (end,), state in zip(ends[:2], states, strict=False):
+        assert isinstance(end, JobSuspended)
+        assert (end.state, end.spans, end.engine_seconds) == (state, (), 0.0)
+    assert [type(event) for event in ends[2]] == [JobStopped]
+    assert np.array_equal(images(run(engine, replace(one, state=first.state)))[0], expected[0])
+
+
 def test_a_job_without_a_step_or_with_all_steps_is_not_suspended(engine: Engine) -> None:
     engine.suspend(99)  # an unknown job
     assert isinstance(suspended_after(engine, job(strength=1.0), 4)[-1], JobDone)

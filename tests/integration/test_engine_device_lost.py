@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from img2img_server.engine import step_loop
-from img2img_server.engine.base import DeviceLost, EngineEvent, JobDone, JobFailed, JobStopped
+from img2img_server.engine.base import (
+    DeviceLost,
+    EngineEvent,
+    JobDone,
+    JobFailed,
+    JobState,
+    JobStopped,
+    JobSuspended,
+)
 from img2img_server.engine.memory import MemoryModel, NoProbe
 from tests.engine_bench import ReplyInbox, blocks, job, load, run, running
 from tests.tiny_models import write_sd
@@ -44,6 +53,29 @@ def test_the_job_in_the_step_is_reported_and_all_others_are_given_back(
         ends[3] = inboxes[3].all()[-1]
     kinds = {job_id: type(end) for job_id, end in ends.items()}
     assert kinds == {1: DeviceLost, 2: JobStopped, 3: JobStopped}
+
+
+def test_jobs_that_have_not_continued_keep_their_states_when_the_device_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = load(write_sd(tmp_path, tiny_vae=True))
+    waiting, late, first = ReplyInbox(), ReplyInbox(), ReplyInbox()
+    state = JobState(state_key="", job_id=2, tenant="", steps={0: 1}, total=2, tensors=b"")
+    resumed = replace(job(job_id=2, init_image=blocks(64, 72)), state=state)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(denoiser, "denoise", broken)
+    monkeypatch.setattr(step_loop, "device_works", lambda _: False)
+    with running(denoiser) as engine:
+        engine.submit(job(job_id=1, init_image=blocks(64, 64)), first)
+        engine.submit(resumed, waiting)
+        ends = [first.all()[-1], waiting.all()[-1]]
+        engine.submit(resumed, late)
+        ends += late.all()
+    assert [type(end) for end in ends] == [DeviceLost, JobSuspended, JobSuspended]
+    assert [end.state for end in ends if isinstance(end, JobSuspended)] == [state, state]
 
 
 def test_a_device_that_broke_while_idle_fails_no_job_that_comes_in(

@@ -16,9 +16,11 @@ import pytest
 from img2img.v1 import job_pb2
 from img2img_server.domain.events import StepFinished
 from img2img_server.domain.models import WorkerInfo
+from img2img_server.domain.params import JobParams
 from img2img_server.engine.base import RESTARTED_WARNING, EngineEvent, EngineJob, Sink
 from img2img_server.engine.engine import DiffusionEngine
 from img2img_server.engine.model_spec import ModelSpec
+from img2img_server.imaging.base import Pixels
 from img2img_server.nats import subjects
 from img2img_server.nats.bus import Bus, connect_bus
 from img2img_server.nats.connection import connect
@@ -128,6 +130,70 @@ async def test_another_worker_continues_with_the_next_step_in_the_same_attempt(
     assert sorted(seen.steps) == every_step_once(samples)
     assert (job.worker, job.attempt, job.warning) == ("heir", 1, "")
     assert hashes(job) == expected
+    assert states_of(bus) == {}
+
+
+def prepare_late(patch: pytest.MonkeyPatch) -> None:
+    """Makes workers prepare init images only after the end of the job was requested."""
+    prepare = execution.JobExecution._prepare
+
+    async def late(run: execution.JobExecution, params: JobParams) -> Pixels:
+        await run._leaving.wait()
+        return await prepare(run, params)
+
+    patch.setattr(execution.JobExecution, "_prepare", late)
+
+
+class HoldingEngine(FakeEngine):
+    """Runs no step. `submitted` is set when it has a job."""
+
+    def __init__(self) -> None:
+        super().__init__(hold_after=0)
+        self.submitted = asyncio.Event()
+
+    def submit(self, job: EngineJob, sink: Sink) -> None:
+        super().submit(job, sink)
+        self.submitted.set()
+
+
+@pytest.mark.parametrize("is_submitted", [True, False])
+async def test_a_job_that_is_handed_back_before_its_next_step_keeps_its_steps(
+    is_submitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = memory_bus(ack_wait_seconds=60.0)
+    async with running_api(bus) as api:
+        expected = await calm(bus, api)
+        seen = await suspended(bus, api, 3)
+        held = HoldingEngine()
+        with monkeypatch.context() as patch:
+            if not is_submitted:
+                prepare_late(patch)
+            async with running_worker(bus, held, name="brief", config=NO_TIME) as brief:
+                await read_until(seen.call, "started", seen.messages)
+                if is_submitted:
+                    await held.submitted.wait()
+                await brief.drained()
+        assert len(states_of(bus)) == 1
+        async with running_worker(bus, name="heir"):
+            job = await seen.to_end()
+    assert seen.starts == [("old", 1, []), ("brief", 1, [3]), ("heir", 1, [3])]
+    assert seen.steps == every_step_once()
+    assert (job.attempt, job.warning, hashes(job)) == (1, "", expected)
+    assert states_of(bus) == {}
+
+
+async def test_a_resumed_job_that_is_cancelled_while_its_image_is_prepared_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = memory_bus(ack_wait_seconds=60.0)
+    async with running_api(bus) as api:
+        seen = await suspended(bus, api, 3)
+        prepare_late(monkeypatch)
+        async with running_worker(bus, name="heir"):
+            await read_until(seen.call, "started", seen.messages)
+            await api.cancel(seen.messages[0].event.job)
+            await seen.to_end()
+    assert seen.messages[-1].event.HasField("cancelled")
     assert states_of(bus) == {}
 
 

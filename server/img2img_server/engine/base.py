@@ -167,7 +167,7 @@ class JobDone:
 
 @dataclass(frozen=True, slots=True)
 class JobStopped:
-    """Last event of a job that was cancelled, or suspended before its first step."""
+    """Last event of a job that was cancelled, or suspended before it had a state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +175,7 @@ class JobSuspended:
     """Last event of a job that was suspended. All finished samples were emitted before.
 
     Attributes:
+        state: That of EngineJob if the job has not continued from it.
         spans, engine_seconds: As in JobDone and its timings, of this engine only.
     """
 
@@ -197,7 +198,8 @@ class JobFailed:
 class DeviceLost:
     """The last event of the job in whose step, or at whose start, the device broke permanently.
 
-    No engine of this process can use the device any more. The other jobs get JobStopped.
+    No engine of this process can use the device any more. The other jobs get JobStopped, or
+    JobSuspended if they have not continued from their states.
     """
 
     error: Exception
@@ -268,7 +270,8 @@ class Engine(Protocol):
 
     def suspend(self, job_id: int) -> None:
         """Ends the job at the next step boundary with JobSuspended, or with JobStopped if no step
-        of it began. Ignores unknown jobs and those whose steps are all done.
+        of it began and it has no state to continue from. Ignores unknown jobs and those whose steps
+        are all done.
         """
         ...
 
@@ -277,5 +280,6 @@ class Engine(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends the thread at the next step boundary; running jobs get JobStopped. Blocks."""
+        """Ends the thread at the next step boundary; running jobs get JobStopped, or JobSuspended
+        if they have not continued from their states. Blocks."""
         ...

@@ -104,18 +104,19 @@ class StepLoop:
         run = self._runs.get(job_id)
         if run is None:
             return
-        event: JobStopped | JobSuspended = JobStopped()
+        event = _unprepared_end(run.job)
         if run.is_prepared:
             try:
                 event = suspended(run, self._denoiser.state_key)
             except Exception:  # The device may be lost. Another worker starts the job again.
+                event = JobStopped()
                 _log.exception("job_state_not_saved: job %d", job_id)
         self._end(job_id, event)
 
     def stop_all(self) -> None:
-        """Ends every job."""
-        for job_id in list(self._runs):
-            self.cancel(job_id)
+        """Ends every job. Jobs that have not continued from their states keep them."""
+        for job_id, run in list(self._runs.items()):
+            self._end(job_id, JobStopped() if run.is_prepared else _unprepared_end(run.job))
 
     def set_loras(self, names: tuple[str, ...]) -> None:
         """Sets the LoRAs that jobs may name. Drops encoded prompts: a file may have another content
@@ -158,7 +159,7 @@ class StepLoop:
     def begin(self, job: EngineJob, sink: Sink) -> None:
         """Adds a job, or ends it at once: if it is invalid, has no steps, or the device is lost."""
         if self._lost:
-            emit(sink, job, JobStopped())
+            emit(sink, job, _unprepared_end(job))
             return
         try:
             if job.job_id in self._runs:
@@ -342,6 +343,11 @@ class StepLoop:
                 if not sample.run.unfinished:
                     del self._runs[sample.run.job.job_id]
                     self._events.finish(sample.run)
+
+
+def _unprepared_end(job: EngineJob) -> JobStopped | JobSuspended:
+    """Returns the last event of a job that ends before it runs here: with the state that it has."""
+    return JobSuspended(state=job.state) if job.state else JobStopped()
 
 
 def admit(

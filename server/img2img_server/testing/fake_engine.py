@@ -211,10 +211,13 @@ class FakeEngine:
         with self._changed:
             if any(run.step for run in self._running):
                 self._changed.wait_for(self._is_interrupted, timeout=self._step_seconds)
-            self._changed.wait_for(lambda: self._stopping or self._waiting or self._movable())
-            while self._waiting:
-                self._running.append(self._waiting.popleft())
-            return [] if self._stopping else self._movable()
+            while not self._stopping:
+                while self._waiting:
+                    self._running.append(self._waiting.popleft())
+                if runs := self._movable():
+                    return runs
+                self._changed.wait()
+            return []
 
     def _is_interrupted(self) -> bool:
         return self._stopping or any(run.cancelled for run in self._running)
@@ -232,6 +235,8 @@ class FakeEngine:
     def _advance(self, run: _Run) -> bool:
         """Runs one step of every sample; returns whether the job has ended."""
         job = run.job
+        if run.is_suspended and not run.began and job.state:
+            return _emit(run, JobSuspended(state=job.state))
         if run.is_suspended and run.began and run.step < run.total:
             return _emit(run, self._suspended(run))
         if run.cancelled or (self._lost and not run.step):

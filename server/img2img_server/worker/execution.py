@@ -340,7 +340,7 @@ class JobExecution:
         engine.submit(engine_job(self._held.plan, pixels, state), events.post)
         self._submitted = self._held.is_submitted = True
         if self._leaving.is_set():  # The end was requested while the image was prepared.
-            engine.cancel(job.id)
+            (engine.cancel if self._cancelled else engine.suspend)(job.id)
         return events
 
     async def _follow(self, lease: JobLease, events: EngineEventStream) -> JobDone:
