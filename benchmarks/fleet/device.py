@@ -12,6 +12,7 @@ from torch import Tensor
 from img2img_server.domain.job import Determinism
 from img2img_server.domain.strength import StrengthMode, StrengthRule
 from img2img_server.engine.denoiser import (
+    Adapter,
     Conditioning,
     DeviceImage,
     ImageLatents,
@@ -103,6 +104,9 @@ class SleepingDenoiser:
         )
         steps = StrengthRule.FLOOR.denoising_steps(strength, num_inference_steps)
         return Schedule(init_signal=1.0, init_noise=0.0, steps=(step,) * steps)
+
+    def adapter(self, name: str, scale: float) -> Adapter:
+        return Adapter(name, scale)
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
         one = torch.ones(1)

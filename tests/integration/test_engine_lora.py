@@ -5,16 +5,25 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from img2img_server.engine import engine as engine_module
-from img2img_server.engine.base import EngineJob, JobDone, JobFailed
+from img2img_server.engine.base import (
+    RESTARTED_WARNING,
+    EngineJob,
+    JobDone,
+    JobFailed,
+    JobStopped,
+    JobSuspended,
+)
+from img2img_server.engine.denoiser import Adapter, Conditioning
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.families import families as served
 from img2img_server.engine.diffusers.lora_forms import Change
@@ -272,6 +281,107 @@ def test_a_file_that_arrives_while_the_engine_runs_is_offered(
 
     assert (before, engine.model.loras) == ((), ("ink",))
     assert difference(image, written.expected(wanted)) <= BOUND
+
+
+class Replacing(DiffusersDenoiser):
+    """The real denoiser, which calls a function before its third step. It records the adapters of
+    each step.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.before_third: Callable[[], None] = lambda: None
+        self.adapters: list[list[Adapter | None]] = []
+
+    def denoise(
+        self, latents: Sequence[Tensor], timesteps: Tensor, conditionings: Sequence[Conditioning]
+    ) -> Sequence[Tensor]:
+        self.adapters.append([each.adapter for each in conditionings])
+        if len(self.adapters) == 3:
+            self.before_third()
+        return super().denoise(latents, timesteps, conditionings)
+
+
+@pytest.fixture
+def replacing(written: Written, tmp_path: Path) -> Replacing:
+    """A denoiser whose folder of LoRAs has a copy of `ink`."""
+    shutil.copy(written.loras / "ink.safetensors", tmp_path)
+    options = ModelOptions(lora_dir=tmp_path)
+    cpu = torch.device("cpu")
+    return Replacing.load(str(written.model), cpu, torch.float32, options)
+
+
+def replace_ink(written: Written, folder: Path) -> None:
+    """Replaces the LoRA `ink` by one of half its size."""
+    tensors = load_file(written.loras / "ink.safetensors")
+    halves = {key: it / 2 if key.endswith("lora_B.weight") else it for key, it in tensors.items()}
+    save_file(halves, folder / ".new")
+    (folder / ".new").rename(folder / "ink.safetensors")
+
+
+@pytest.mark.parametrize("is_deleted", [False, True], ids=["replaced", "deleted"])
+def test_a_running_job_keeps_the_lora_that_it_began_with(
+    written: Written, replacing: Replacing, tmp_path: Path, is_deleted: bool
+) -> None:
+    first = job(job_id=1, lora="ink", **WANTED | {"num_inference_steps": 6})
+    later = job(job_id=2, lora="ink", **WANTED | {"num_inference_steps": 6})
+    inboxes = ReplyInbox(), ReplyInbox()
+
+    with running(replacing, loras=("ink",)) as engine:
+
+        def change() -> None:
+            if is_deleted:
+                (tmp_path / "ink.safetensors").unlink()
+            else:
+                replace_ink(written, tmp_path)
+            changes = [replacing.refresh_loras(), replacing.refresh_loras()]
+            assert any(changes)
+            engine.submit(later, inboxes[1])
+
+        replacing.before_third = change
+        engine.submit(first, inboxes[0])
+        found = images(inboxes[0].all())[0]
+        end = inboxes[1].all()
+
+    assert difference(found, written.expected(first)) <= BOUND
+    assert max(len(set(adapters)) for adapters in replacing.adapters) == 1, "no batch mixes files"
+    if is_deleted:
+        assert isinstance(end[-1], JobFailed)
+        assert str(end[-1].error) == "the LoRA ink was removed"
+    else:
+        half = job(lora="ink", lora_scale=0.5, **WANTED | {"num_inference_steps": 6})
+        assert difference(images(end)[0], written.expected(half)) <= BOUND
+        assert difference(images(end)[0], found) > 2 * BOUND, "the files differ"
+
+
+def test_a_job_whose_lora_was_replaced_is_suspended_without_a_state(
+    written: Written, replacing: Replacing, tmp_path: Path
+) -> None:
+    wanted = job(lora="ink", **WANTED | {"num_inference_steps": 6})
+
+    def suspended(change: Callable[[], None]) -> object:
+        replacing.adapters.clear()
+
+        def change_and_suspend() -> None:
+            change()
+            engine.suspend(wanted.job_id)
+
+        replacing.before_third = change_and_suspend
+        return run(engine, wanted)[-1]
+
+    def change() -> None:
+        replace_ink(written, tmp_path)
+        assert [replacing.refresh_loras(), replacing.refresh_loras()] == [False, True]
+
+    with running(replacing, loras=("ink",)) as engine:
+        before = suspended(lambda: None)
+        assert isinstance(before, JobSuspended)
+        assert isinstance(suspended(change), JobStopped)
+        replacing.before_third = lambda: None
+        again = run(engine, replace(wanted, state=before.state))[-1]
+
+    assert isinstance(again, JobDone)
+    assert again.warnings == (RESTARTED_WARNING,), "its steps are those of another file"
 
 
 def test_fused_products_and_loras_are_refused_together(tmp_path: Path) -> None:

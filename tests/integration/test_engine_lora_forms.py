@@ -4,9 +4,11 @@ completely is refused without stopping the others.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from img2img_server.engine.denoiser import Adapter
+from img2img_server.engine.diffusers import lora_forms
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora import LoraSet
 from img2img_server.errors import EngineError
@@ -179,7 +181,7 @@ def check(found: LoraSet, expected: Mapping[str, tuple[Tensor, Callable[[float],
     """Compares the weights at two scales, and afterwards."""
     before = {name: weight.clone() for name, (weight, _) in expected.items()}
     for scale in (1.0, 0.5):
-        found.use(Adapter("ink", scale))
+        found.use(found.adapter("ink", scale))
         for name, (weight, formula) in expected.items():
             torch.testing.assert_close(weight, formula(scale), rtol=1e-4, atol=1e-4, msg=name)
             assert not torch.allclose(weight, before[name], atol=1e-2), "it does change the weight"
@@ -346,7 +348,7 @@ def test_two_loras_of_one_weight_share_the_copy_of_the_original(
     found = loras(denoiser, tmp_path)
 
     for name in ("ink", "oil"):
-        found.use(Adapter(name, 1.0))
+        found.use(found.adapter(name, 1.0))
     assert len(found._kept) == 1
     found.use(None)
     assert torch.equal(weight, before)
@@ -371,13 +373,13 @@ def test_new_files_are_offered_and_deleted_ones_are_not(
     # A file is read when it has not changed since the refresh before.
     assert [found.refresh() for _ in range(3)] == [False, True, False]
     assert found.names == ("ink",)
-    found.use(Adapter("ink", 1.0))
+    found.use(found.adapter("ink", 1.0))
     torch.testing.assert_close(weight, first(1.0))
 
     first_key = found.fingerprint
     second = save("ink")
     assert [found.refresh() for _ in range(3)] == [False, True, False]
-    found.use(Adapter("ink", 1.0))
+    found.use(found.adapter("ink", 1.0))
     torch.testing.assert_close(weight, second(1.0))
 
     assert len({before_key, first_key, found.fingerprint}) == 3
@@ -385,6 +387,38 @@ def test_new_files_are_offered_and_deleted_ones_are_not(
     (tmp_path / "ink.safetensors").unlink()
     assert (found.refresh(), found.names) == (True, ())
     with pytest.raises(EngineError, match="the LoRA ink was removed"):
-        found.use(Adapter("ink", 1.0))
+        found.use(found.adapter("ink", 1.0))
     found.use(None)
     assert torch.equal(weight, before)
+
+
+def test_a_file_that_cannot_be_read_now_is_read_again(
+    denoiser: DiffusersDenoiser,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weight = weight_of(denoiser, "unet", LINEAR)
+    tensors, _ = lora(weight, draw)
+    key = "lora_unet_" + LINEAR.replace(".", "_")
+    file = tmp_path / "ink.safetensors"
+    save_file({f"{key}.{k}": v for k, v in tensors.items()}, file)
+
+    def unreadable(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lora_forms, "safe_open", unreadable)
+        found = loras(denoiser, tmp_path)
+        assert (found.refresh(), found.names) == (False, ())
+    assert (found.refresh(), found.names) == (True, ("ink",))
+    events = [record.msg.partition(":")[0] for record in caplog.records]
+    assert events.count("lora_unreadable") == 1, "it is reported once"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lora_forms, "safe_open", unreadable)
+        file.touch()
+        os.utime(file, ns=(0, 0))
+        assert [found.refresh() for _ in range(3)] == [False] * 3
+        assert found.names == ("ink",), "the former content is offered"
+    assert (found.refresh(), found.names) == (False, ("ink",)), "the content is equal"

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from img2img_server.engine.denoiser import Adapter
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.lora import LoraSet
 from tests.oracle.harness import families
@@ -81,7 +80,7 @@ def test_the_weights_are_those_of_peft(family: str, form: str, option: str, tmp_
     changed = 0
     for scale in (1.0, 0.5):
         with torch.inference_mode():
-            found.use(Adapter("ink", scale))
+            found.use(found.adapter("ink", scale))
             for name, module in theirs.named_modules():
                 if not hasattr(module, "get_delta_weight") or not hasattr(module, "scaling"):
                     continue

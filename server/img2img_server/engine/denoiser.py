@@ -22,10 +22,16 @@ from img2img_server.imaging.base import Pixels
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA of the model and its scale."""
+    """A LoRA of the model and its scale.
+
+    Attributes:
+        content: The content of the file when the adapter was made, so that a file that is replaced
+            or deleted does not change running jobs. Equal for equal files; None: there is no file.
+    """
 
     name: str
     scale: float
+    content: Hashable = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +194,10 @@ class Denoiser(Protocol):
         Raises:
             ValueError: The scheduler cannot run this number of steps.
         """
+        ...
+
+    def adapter(self, name: str, scale: float) -> Adapter:
+        """Returns the adapter with the present content of the file; any thread may call it."""
         ...
 
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:

@@ -22,7 +22,13 @@ from img2img_server.engine.base import (
     SampleReady,
     Sink,
 )
-from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
+from img2img_server.engine.denoiser import (
+    Adapter,
+    Conditioning,
+    Denoiser,
+    ImageLatents,
+    TextInput,
+)
 from img2img_server.engine.host_copy import to_device
 from img2img_server.engine.sampler import Schedule, Step, coefficient_table, draw_noise
 from img2img_server.engine.scheduler import Key, Row
@@ -105,6 +111,7 @@ class EngineJobState:
     Attributes:
         device: Seconds of the device that the job has used.
         table: The coefficients of all steps on the device, so that a step copies nothing to it.
+        adapter: The LoRA of all steps, also after its file was replaced or deleted.
         is_broken: One of the images could not be copied to the host.
         resumed: The samples that a suspended job continues with; prepare has set the others.
         finished_steps: Steps of samples that were finished before the job was suspended.
@@ -116,6 +123,7 @@ class EngineJobState:
     forwards: int
     table: Tensor
     batch_key: Hashable
+    adapter: Adapter | None = None
     conditioning: Conditioning | None = None
     samples: list[SampleState] = field(default_factory=list)
     unfinished: int = 0
@@ -143,13 +151,22 @@ class EngineJobState:
         forwards: int,
         device: torch.device,
         batch_key: Hashable,
+        adapter: Adapter | None = None,
     ) -> EngineJobState:
-        table = to_device(coefficient_table(schedule), device)
-        return cls(job, sink, schedule, forwards, table, batch_key, unfinished=len(job.indices))
+        return cls(
+            job=job,
+            sink=sink,
+            schedule=schedule,
+            forwards=forwards,
+            table=to_device(coefficient_table(schedule), device),
+            batch_key=batch_key,
+            adapter=adapter,
+            unfinished=len(job.indices),
+        )
 
     @property
     def text(self) -> TextInput:
-        return text_of(self.job)
+        return text_of(self.job, self.adapter)
 
     @property
     def is_prepared(self) -> bool:
@@ -158,7 +175,7 @@ class EngineJobState:
     def rows(self, now: float) -> list[Row]:
         """Returns the rows of the job for the scheduler."""
         steps = len(self.schedule.steps)
-        rows = rows_of(self.job, self.forwards, steps, self.batch_key, now)
+        rows = rows_of(self.job, self.forwards, steps, (self.batch_key, self.adapter), now)
         done = {sample.index: sample.steps_done for sample in self.resumed}
         return [replace(row, steps=steps - done.get(row.sample, 0)) for row in rows]
 
@@ -260,9 +277,12 @@ def _noise(generator: torch.Generator, like: Tensor) -> Tensor:
 
 
 def rows_of(job: JobPlan, forwards: int, steps: int, batch_key: Hashable, now: float) -> list[Row]:
-    """Returns the rows of a job for the scheduler."""
+    """Returns the rows of a job for the scheduler.
+
+    Args:
+        batch_key: The key of the denoiser, with the adapter of the job.
+    """
     params = job.params
-    scale = params.lora_scale if params.lora else 0.0
     return [
         Row(
             job_id=job.job_id,
@@ -274,14 +294,20 @@ def rows_of(job: JobPlan, forwards: int, steps: int, batch_key: Hashable, now: f
             forwards=forwards,
             steps=steps,
             enqueue_time=job.enqueue_time or now,
-            batch_key=(batch_key, params.lora, scale),
+            batch_key=batch_key,
             deadline=job.deadline,
         )
         for sample in job.indices
     ]
 
 
-def text_of(job: JobPlan) -> TextInput:
+def adapter_of(job: JobPlan, denoiser: Denoiser) -> Adapter | None:
+    """Returns the LoRA that a job names, with the present content of its file."""
+    params = job.params
+    return denoiser.adapter(params.lora, params.lora_scale) if params.lora else None
+
+
+def text_of(job: JobPlan, adapter: Adapter | None = None) -> TextInput:
     """Returns the text input of a job."""
     params = job.params
     return TextInput(
@@ -292,7 +318,7 @@ def text_of(job: JobPlan) -> TextInput:
         prompt_weights=params.prompt_weights,
         height=job.height,
         width=job.width,
-        adapter=Adapter(params.lora, params.lora_scale) if params.lora else None,
+        adapter=adapter,
     )
 
 

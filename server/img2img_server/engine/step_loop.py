@@ -41,6 +41,7 @@ from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.rows import (
     EngineJobState,
     SampleState,
+    adapter_of,
     emit,
     largest_size,
     runs_of,
@@ -107,7 +108,10 @@ class StepLoop:
         event = _unprepared_end(run.job)
         if run.is_prepared:
             try:
-                event = suspended(run, self._denoiser.state_key)
+                if key := self._state_key(run):
+                    event = suspended(run, key)
+                else:
+                    _log.warning("job_state_not_saved: job %d: its LoRA has changed", job_id)
             except Exception:  # The device may be lost. Another worker starts the job again.
                 event = JobStopped()
                 _log.exception("job_state_not_saved: job %d", job_id)
@@ -119,8 +123,8 @@ class StepLoop:
             self._end(job_id, JobStopped() if run.is_prepared else _unprepared_end(run.job))
 
     def set_loras(self, names: tuple[str, ...]) -> None:
-        """Sets the LoRAs that jobs may name. Drops encoded prompts: a file may have another content
-        under its old name.
+        """Sets the LoRAs that jobs may name. Drops encoded prompts, because they keep the
+        contents of replaced files in memory.
         """
         self._spec = replace(self._spec, loras=names)
         self._denoiser.clear_cache()
@@ -192,12 +196,19 @@ class StepLoop:
         if run.job.state is None:
             return
         try:
-            samples = load_samples(run, run.job.state, self._denoiser.state_key)
+            samples = load_samples(run, run.job.state, self._state_key(run))
         except StateError as error:
             _log.warning("job_state_unusable: job %d: %s", run.job.job_id, error)
             run.warnings = (RESTARTED_WARNING,)
         else:
             run.resume(run.job.state, samples)
+
+    def _state_key(self, run: EngineJobState) -> str:
+        """Returns the key of the state of a job; empty if the file of its LoRA has changed, so that
+        no engine with the present files computes the same steps.
+        """
+        key = self._denoiser.state_key  # Before the comparison: the files may change in between.
+        return key if adapter_of(run.job, self._denoiser) == run.adapter else ""
 
     def copy_failed(self, run: EngineJobState, error: Exception) -> None:
         """Ends a job with an image that could not be copied to the host."""
@@ -366,7 +377,8 @@ def admit(
         raise EngineError(sentence)
     if params.lora and params.lora not in spec.loras:
         raise EngineError(f"{spec.name} has no LoRA {params.lora}")
-    text = text_of(job)
+    adapter = adapter_of(job, denoiser)
+    text = text_of(job, adapter)
     forwards = denoiser.forwards(text)
     if need := memory.shortfall(job.height, job.width, forwards):
         raise OutOfMemoryError(job.width, job.height, need)
@@ -379,5 +391,5 @@ def admit(
         params.strength_mode,
     )
     return EngineJobState.begin(
-        job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text)
+        job, sink, schedule, forwards, denoiser.device, denoiser.batch_key(text), adapter
     )

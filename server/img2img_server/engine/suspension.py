@@ -51,10 +51,13 @@ def suspended(run: EngineJobState, state_key: str) -> JobSuspended:
 def load_samples(run: EngineJobState, state: JobState, state_key: str) -> list[SampleState]:
     """Returns the samples of a job as they were when it was suspended.
 
+    Args:
+        state_key: The key of the engine; empty: it cannot continue the job.
+
     Raises:
         StateError: the state belongs to another engine or job, or is damaged.
     """
-    if state.state_key != state_key:
+    if not state_key or state.state_key != state_key:
         raise StateError("another kind of engine has made it")
     if (state.job_id, state.tenant) != (run.job.job_id, run.job.tenant):
         raise StateError("it belongs to another job")

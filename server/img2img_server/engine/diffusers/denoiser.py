@@ -16,7 +16,7 @@ from img2img_server.domain.job import Determinism
 from img2img_server.domain.models import ModelKind
 from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine import preview
-from img2img_server.engine.denoiser import Conditioning, ImageLatents, TextInput
+from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import Family, Forward, LoadedModel
 from img2img_server.engine.diffusers.fingerprint import fingerprint
@@ -249,6 +249,9 @@ class DiffusersDenoiser:
     def loras(self) -> tuple[str, ...]:
         """The names that `Adapter` may have."""
         return self._loras.names
+
+    def adapter(self, name: str, scale: float) -> Adapter:
+        return self._loras.adapter(name, scale)
 
     def refresh_loras(self) -> bool:
         """Reads the folder of LoRAs again; any thread may call it. Returns whether it changed."""

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -37,16 +37,16 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A file that was read.
+    """A file that was read. Equal for files of equal bytes.
 
     Attributes:
         version: Changes with the file's content.
         changes: Empty if the file was refused.
-        digest: A hash of the file.
+        digest: A hash of the file; empty if it was refused.
     """
 
-    version: tuple[int, ...]
-    changes: tuple[Change, ...]
+    version: tuple[int, ...] = field(compare=False)
+    changes: tuple[Change, ...] = field(compare=False)
     digest: bytes
 
 
@@ -67,9 +67,9 @@ class LoraSet:
         self._seen: Mapping[str, _Seen] = {}
         self._kept: dict[int, _Kept] = {}
         self._applied: Adapter | None = None
-        self._applied_changes: tuple[Change, ...] = ()
         self._is_half_written = False
         self._pending: Mapping[str, tuple[int, ...]] = {}
+        self._unreadable: set[str] = set()
         self._scan(is_start=True)
 
     @property
@@ -100,19 +100,40 @@ class LoraSet:
             except OSError as error:  # A file was deleted just now, or a network disk is away.
                 _log.warning("lora_dir_unreadable: %s", error)
                 return False
-            found = {}
+            found: dict[str, _Seen] = {}
             for name, version in versions.items():
                 old = self._seen.get(name)
-                if old is not None and old.version == version:
+                is_read = is_start or self._pending.get(name) == version
+                if is_read and (old is None or old.version != version):
+                    old = self._read(files[name], version) or old
+                if old is not None:
                     found[name] = old
-                elif is_start or self._pending.get(name) == version:
-                    changes = _read(self._model, self._family, files[name])
-                    found[name] = _Seen(version, changes, _digest(files[name]) if changes else b"")
-                elif old is not None:
-                    found[name] = old
+            self._unreadable.intersection_update(versions)
             has_changed = found != self._seen
             self._seen, self._pending = found, versions
             return has_changed
+
+    def _read(self, file: Path, version: tuple[int, ...]) -> _Seen | None:
+        """Reads a file, also one that is refused. Returns None if it cannot be read at present."""
+        try:
+            changes = _changes(self._model, self._family, file)
+            seen = _Seen(version, changes, _digest(file) if changes else b"")
+            if _version(file) != version:  # The hash may be of other bytes than the changes.
+                return None
+        except OSError as error:
+            level = logging.DEBUG if file.stem in self._unreadable else logging.WARNING
+            _log.log(level, "lora_unreadable: %s: %s", file.name, error)
+            self._unreadable.add(file.stem)
+            return None
+        self._unreadable.discard(file.stem)
+        if changes:
+            _log.info("lora_offered: %s changes %d weights", file.stem, len(changes))
+        return seen
+
+    def adapter(self, name: str, scale: float) -> Adapter:
+        """Returns the adapter with the file that has this name now; any thread may call it."""
+        seen = self._seen.get(name)
+        return Adapter(name, scale, seen if seen and seen.changes else None)
 
     def use(self, adapter: Adapter | None) -> None:
         """Writes the weights of this adapter. None restores the weights of the model.
@@ -120,23 +141,21 @@ class LoraSet:
         If it raises, for example for lack of memory, the next use writes all weights again.
 
         Raises:
-            EngineError: The adapter's file was deleted.
+            EngineError: There was no file when the adapter was made.
         """
         changes: tuple[Change, ...] = ()
         if adapter is not None:
-            seen = self._seen.get(adapter.name)
-            if seen is None or not seen.changes:
+            if not isinstance(adapter.content, _Seen):
                 raise EngineError(f"the LoRA {adapter.name} was removed")
-            changes = seen.changes
-        is_same = adapter == self._applied and changes is self._applied_changes
-        if is_same and not self._is_half_written:
+            changes = adapter.content.changes
+        if adapter == self._applied and not self._is_half_written:
             return
         self._is_half_written = True
         for kept in self._kept.values():
             kept.weight.copy_(kept.original)
         if adapter is not None:
             self._write(changes, adapter.scale)
-        self._applied, self._applied_changes = adapter, changes
+        self._applied = adapter
         self._is_half_written = False
 
     def _write(self, changes: tuple[Change, ...], scale: float) -> None:
@@ -175,16 +194,20 @@ def _digest(file: Path) -> bytes:
         return hashlib.file_digest(opened, "sha256").digest()
 
 
-def _read(model: LoadedModel, family: Family, file: Path) -> tuple[Change, ...]:
-    """Returns the changes of a file; none if it does not fit the model, after it was logged."""
+def _changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change, ...]:
+    """Returns the changes of a file; none if it does not fit the model, after it was logged.
+
+    Raises:
+        OSError: The file cannot be read at present.
+    """
     try:
-        changes = read_changes(model, family, file)
+        return read_changes(model, family, file)
+    except OSError:
+        raise
     except Exception as error:  # One foreign file must not stop the others.
         is_known = isinstance(error, LoraError)
         _log.warning("lora_refused: %s: %s", file.name, error, exc_info=not is_known)
         return ()
-    _log.info("lora_offered: %s changes %d weights", file.stem, len(changes))
-    return changes
 
 
 def read_changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change, ...]:
@@ -192,6 +215,7 @@ def read_changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change
 
     Raises:
         LoraError: The file does not fit, or has a tensor that would not be used.
+        OSError: The file cannot be read at present.
     """
     content = read_lora_file(file)
     targets = find_targets(model, family, content.groups)

@@ -255,13 +255,14 @@ def read_lora_file(file: Path) -> LoraFile:
 
     Raises:
         LoraError: It is damaged, or has a tensor that is no part of a LoRA.
+        OSError: It cannot be read at present.
     """
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             # Copies: a file that is replaced must not change or end the worker.
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise LoraError(f"it is no readable .safetensors file: {error}") from error
     try:
         options = json.loads(header.get(_HEADER, "{}"))
