@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,22 @@ def test_a_tiny_autoencoder_makes_the_previews(
     assert worst(images(events), plain) <= BOUND, "the images are those of the large one"
     tiny = denoiser.preview(torch.zeros(1, 4, 8, 9))
     assert not np.array_equal(tiny[0].pixels(), linear[0].pixels())
+
+
+def test_an_overwritten_tiny_autoencoder_does_not_change_previews(
+    folder: Path, tiny_vae: str, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_vae, tmp_path / "tiny")
+    latents = torch.randn(1, 4, 8, 9, generator=torch.Generator().manual_seed(0))
+    (expected,) = load(folder, ModelOptions(tiny_vae=tiny_vae)).preview(latents)
+    denoiser = load(folder, ModelOptions(tiny_vae=str(copy)))
+
+    (file,) = copy.glob("*.safetensors")
+    with file.open("r+b") as opened:  # as `rsync --inplace` does
+        opened.write(bytes(file.stat().st_size))
+
+    (found,) = denoiser.preview(latents)
+    assert difference(found.pixels(), expected.pixels()) <= BOUND
 
 
 def test_a_preview_of_a_large_image_is_small(folder: Path, tiny_vae: str) -> None:

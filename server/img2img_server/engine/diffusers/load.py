@@ -71,8 +71,9 @@ def load_pipeline(
     if options.group_offload:  # Its hooks keep the tensors that they find.
         leave_files(getattr(pipeline, family.denoiser))
     place(pipeline, family.denoiser, device, options)
-    for part in modules(pipeline).values():  # Weights on a GPU are copies already.
-        leave_files(part)
+    for part in (*modules(pipeline).values(), tiny):  # Weights on a GPU are copies already.
+        if part is not None:
+            leave_files(part)
     if options.channels_last and family.kind is ModelKind.DIFFUSION:
         for part in filter(None, (getattr(pipeline, family.denoiser), pipeline.vae, tiny)):
             use_channels_last(part)
