@@ -422,3 +422,30 @@ def test_a_file_that_cannot_be_read_now_is_read_again(
         assert [found.refresh() for _ in range(3)] == [False] * 3
         assert found.names == ("ink",), "the former content is offered"
     assert (found.refresh(), found.names) == (False, ("ink",)), "the content is equal"
+
+
+@pytest.mark.parametrize(("form", "is_by_input"), [("dora", False), ("dora_by_input", True)])
+def test_magnitudes_are_checked_without_the_norms_of_weights(
+    denoiser: DiffusersDenoiser,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    form: str,
+    is_by_input: bool,
+) -> None:
+    tensors, _ = FORMS[form][0](weight_of(denoiser, "unet", LINEAR).clone(), draw)
+    key = "lora_unet_" + LINEAR.replace(".", "_")
+    (name,) = (name for name in tensors if "magnitude" in name or "dora_scale" in name)
+    longer = torch.cat([tensors[name], tensors[name]], dim=1 if is_by_input else 0)
+    for file, magnitude in (("ink", tensors[name]), ("long", longer)):
+        saved = {f"{key}.{k}": v.contiguous() for k, v in (tensors | {name: magnitude}).items()}
+        save_file(saved, tmp_path / f"{file}.safetensors")
+
+    def fail(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a norm was computed")
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", fail)
+    found = loras(denoiser, tmp_path)
+
+    assert found.names == ("ink",)
+    assert "magnitudes that do not fit its layer" in caplog.text

@@ -341,7 +341,7 @@ class Change:
         if kernel is not None and math.prod(kernel) * inputs != flat and inputs != flat:
             raise LoraError(f"{self.group.name} has another kernel than {layer}")
         if self._magnitude is not None:
-            self._norms(self.weight.float())
+            self._magnitude_axis()
 
     def delta(self, original: Tensor, scale: float) -> Tensor:
         """Returns the difference from the original weight, in float32."""
@@ -365,8 +365,12 @@ class Change:
         own = self.group.tensors
         return own["magnitude"] if "magnitude" in own else own.get("dora_scale")
 
-    def _norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the magnitudes of DoRA and the norms of the weight, in shapes that broadcast."""
+    def _magnitude_axis(self) -> int:
+        """Returns the axis of the weight that has the magnitudes of DoRA.
+
+        Raises:
+            LoraError: Their number is another one.
+        """
         magnitude = self._magnitude
         assert magnitude is not None
         outputs, inputs = self.group.shape
@@ -378,9 +382,16 @@ class Change:
         )
         axis = 1 if is_by_input else 0
         chosen, other = (self.columns, self.rows) if is_by_input else (self.rows, self.columns)
-        whole = (outputs, inputs)[axis] if chosen is not None else weight.shape[axis]
+        whole = (outputs, inputs)[axis] if chosen is not None else self.weight.shape[axis]
         if magnitude.numel() != whole or other is not None:
             raise LoraError(f"{self.group.name} has magnitudes that do not fit its layer")
+        return axis
+
+    def _norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the magnitudes of DoRA and the norms of the weight, in shapes that broadcast."""
+        magnitude, axis = self._magnitude, self._magnitude_axis()
+        assert magnitude is not None
+        chosen = self.columns if axis else self.rows
         magnitude = magnitude.flatten().float()
         if chosen is not None:
             magnitude = magnitude[chosen]
