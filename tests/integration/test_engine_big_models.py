@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from img2img_server.domain.models import ModelKind
 from img2img_server.engine.base import EngineJob
+from img2img_server.engine.diffusers import file_pages
 from img2img_server.engine.diffusers.denoiser import DiffusersDenoiser
 from img2img_server.engine.diffusers.families import families
-from img2img_server.engine.diffusers.file_pages import drop_file_pages, use_channels_last
+from img2img_server.engine.diffusers.file_pages import (
+    FileMaps,
+    drop_file_pages,
+    file_maps,
+    leave_files,
+    use_channels_last,
+)
 from img2img_server.engine.diffusers.placement import (
     TextEncoderOffload,
     bytes_of,
@@ -234,10 +242,34 @@ def test_weights_that_are_copied_leave_the_memory_of_their_file(tmp_path: Path) 
     assert after.shared - before.shared < 16 * 2**20
 
 
+@pytest.mark.parametrize("move", [leave_files, use_channels_last])
+def test_the_maps_of_the_process_are_read_once_for_all_weights(
+    move: Callable[[torch.nn.Module], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {str(i): torch.full((32, 32, 3, 3), float(i)) for i in range(8)}
+    save_file(weights, tmp_path / "weights.safetensors")
+    network = torch.nn.Module()
+    for name, value in load_file(tmp_path / "weights.safetensors").items():
+        network.register_buffer("w" + name, value)
+    reads = 0
+
+    def counted() -> FileMaps:
+        nonlocal reads
+        reads += 1
+        return file_maps()
+
+    monkeypatch.setattr(file_pages, "file_maps", counted)
+    move(network)
+
+    assert reads == 1
+    for name, value in weights.items():
+        assert torch.equal(network.get_buffer("w" + name), value)
+
+
 def test_memory_that_is_no_file_is_not_given_back() -> None:
     tensor = torch.arange(2**20)
 
-    drop_file_pages(tensor)
+    drop_file_pages(tensor, file_maps())
 
     assert torch.equal(tensor, torch.arange(2**20))
 

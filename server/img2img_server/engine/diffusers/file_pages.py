@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+FileMaps = Sequence[tuple[int, int]]  # the first address and the end of each
 
 _MAPS = Path("/proc/self/maps")
 _DONT_NEED = 4  # the constant MADV_DONTNEED of Linux
@@ -21,13 +24,14 @@ def use_channels_last(network: torch.nn.Module) -> None:
     diffusers maps the files of a model into memory, and a map keeps its pages as long as one of its
     tensors is in use. So the pages of each copied tensor are released one by one.
     """
+    maps = file_maps()
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.ndim != 4:
             continue
         old = tensor.data
         tensor.data = old.contiguous(memory_format=torch.channels_last)
         if tensor.data.data_ptr() != old.data_ptr():
-            drop_file_pages(old)
+            drop_file_pages(old, maps)
 
 
 def leave_files(network: torch.nn.Module) -> None:
@@ -36,7 +40,7 @@ def leave_files(network: torch.nn.Module) -> None:
     Otherwise a file that is overwritten changes the images, and one that is cut off ends the
     process.
     """
-    maps = _file_maps()
+    maps = file_maps()
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         old = tensor.data
@@ -47,33 +51,32 @@ def leave_files(network: torch.nn.Module) -> None:
         key = old.data_ptr(), old.shape, old.stride()
         if key not in copies:  # Tied weights share their memory.
             copies[key] = old.clone()
-            drop_file_pages(old)
+            drop_file_pages(old, maps)
         tensor.data = copies[key]
 
 
-def drop_file_pages(tensor: Tensor) -> None:
+def drop_file_pages(tensor: Tensor, maps: FileMaps) -> None:
     """Releases the pages of a tensor in a mapped file. Does nothing to any other tensor.
 
     A later access reads the file again. Only pages without other data are released.
+
+    Args:
+        maps: Those of a moment since which the tensor exists; reading them takes longer than the
+            rest.
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE
     begin = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if end <= begin or not _is_mapped_file(begin, end):
+    if end <= begin or not _is_inside(maps, begin, end):
         return
     with suppress(AttributeError, OSError):
         madvise = ctypes.CDLL(None).madvise
         madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
 
 
-def _is_mapped_file(begin: int, end: int) -> bool:
-    """Returns whether these addresses are in one unmodified map of a file."""
-    return _is_inside(_file_maps(), begin, end)
-
-
-def _file_maps() -> list[tuple[int, int]]:
+def file_maps() -> FileMaps:
     """Returns the first address and the end of each map of a file in this process."""
     try:
         lines = _MAPS.read_text(encoding="utf-8").splitlines()
@@ -88,5 +91,6 @@ def _file_maps() -> list[tuple[int, int]]:
     return found
 
 
-def _is_inside(maps: list[tuple[int, int]], begin: int, end: int) -> bool:
+def _is_inside(maps: FileMaps, begin: int, end: int) -> bool:
+    """Returns whether these addresses are in one map of a file."""
     return any(first <= begin and end <= last for first, last in maps)
