@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.tensor_names import HARMLESS_IN_CHECKPOINT, first_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,15 +25,6 @@ XL_CLIP: Final = "conditioner.embedders.0.transformer."
 XL_OPEN_CLIP: Final = "conditioner.embedders.1.model."
 _REFINER_CLIP: Final = "conditioner.embedders.0.model."
 
-# Tensors that no part needs: constants of the training, EMA copies and state of the optimiser.
-HARMLESS: Final = re.compile(
-    # Z-Image does not use its last norm.
-    r"^(model\.diffusion_model\.)?norm_final\.weight$"
-    r"|^(model_ema\.|optimizer|lr_scheduler|callbacks|first_stage_model\.loss\.)"
-    r"|^(betas|alphas_cumprod(_prev)?|logvar|lvlb_weights|scale_factor|global_step|epoch)$"
-    r"|^(sqrt_|log_one_minus_|posterior_)|^denoiser\.sigmas$|^(v_pred|ztsnr)$"
-    r"|(^|\.)(position_ids|logit_scale|attn_mask)$"
-)
 _SD_BETAS: Final[Mapping[str, Any]] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -43,7 +35,6 @@ _SD_BETAS: Final[Mapping[str, Any]] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-IGNORED: Final = "model_tensors_ignored"  # the log event
 _HEAD_WIDTH: Final = 64
 _AUTOENCODER: Final = re.compile(r"(first_stage_model\.|vae\.)?(encoder\.|decoder\.|.*quant_conv)")
 _ORIGINAL_TURBO: Final = re.compile(r"sd[_-]?(xl[_-])?turbo")
@@ -115,19 +106,16 @@ def describe_unet(shapes: Shapes, hints: Hints, place: str) -> Checkpoint:
 def check_known(shapes: Shapes, found: Checkpoint, place: str) -> None:
     """Raises ModelError if a file has tensors that are of no part of its model."""
     known = tuple(found.prefixes.values())
-    unknown = [name for name in shapes if not name.startswith(known) and not HARMLESS.search(name)]
+    unknown = [
+        name
+        for name in shapes
+        if not name.startswith(known) and not HARMLESS_IN_CHECKPOINT.search(name)
+    ]
     if unknown:
         raise ModelError(
             f"{place} has tensors that are of no part of its model and would be ignored: "
             f"{first_names(unknown)}"
         )
-
-
-def first_names(names: Iterable[str], count: int = 4) -> str:
-    """Returns the first names and how many there are."""
-    found = sorted(names)
-    rest = f" and {len(found) - count} more" if len(found) > count else ""
-    return ", ".join(found[:count]) + rest
 
 
 def _other_kind(shapes: Shapes) -> str:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from img2img_server.engine.checkpoint import IGNORED
 from img2img_server.engine.options import EngineOptions, limit_spinning, sizes
+from img2img_server.engine.tensor_names import IGNORED
 from img2img_server.exit_reason import reasons_of
 from img2img_server.settings import Settings
 from img2img_server.worker.server import explain_load_error

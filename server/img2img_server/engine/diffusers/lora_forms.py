@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from img2img_server.engine.tensor_names import first_names
 
 _LORA = {
     ".lora_A.weight": "down",
@@ -65,7 +67,6 @@ _BY_LENGTH = sorted(_SUFFIXES, key=len, reverse=True)
 _HEADER = "lora_adapter_metadata"  # diffusers stores peft's options under this name
 # With these options of peft, training changes the weights of the model too, which no file has.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_SHOWN = 3
 
 
 class LoraError(ValueError):
@@ -291,18 +292,11 @@ def _groups(tensors: Mapping[str, Tensor]) -> tuple[Group, ...]:
     if not found:
         raise LoraError("it has no tensors of a LoRA")
     if foreign:
-        raise LoraError(f"it has tensors that are no part of a LoRA: {listed(foreign)}")
+        raise LoraError(f"it has tensors that are no part of a LoRA: {first_names(foreign)}")
     return tuple(
         Group(name, {role: tensors[name + suffix] for role, suffix in keys.items()}, keys)
         for name, keys in found.items()
     )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Returns the first names, and how many more there are."""
-    first = sorted(names)
-    more = f" and {len(first) - _SHOWN} more" if len(first) > _SHOWN else ""
-    return ", ".join(first[:_SHOWN]) + more
 
 
 @dataclass(frozen=True, slots=True, eq=False)

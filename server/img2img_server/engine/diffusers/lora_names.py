@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
-from img2img_server.engine.diffusers.lora_forms import Group, LoraError, listed
+from img2img_server.engine.diffusers.lora_forms import Group, LoraError
+from img2img_server.engine.tensor_names import first_names
 
 # More than any layer has outputs or inputs. float64 holds the products exactly.
 _STRIDE = 1 << 24
@@ -133,7 +134,7 @@ def _converted(
         if not lost:
             return found
     raise LoraError(
-        f"the model has no layers for {listed(lost)}: the file belongs to another model"
+        f"the model has no layers for {first_names(lost)}: the file belongs to another model"
     )
 
 

@@ -6,7 +6,7 @@ import importlib
 import logging
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, Literal
@@ -15,24 +15,14 @@ import diffusers
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from img2img_server.engine.checkpoint import IGNORED
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import UNUSED_PARTS, Family
 from img2img_server.engine.family import ModelError, ModelFiles
+from img2img_server.engine.tensor_names import HARMLESS_IN_PART, IGNORED, first_names
 from img2img_server.engine.weight_files import weights_of
 
-# Tensors in a file that no part needs: buffers that are calculated, copies and state of a training,
-# and heads of encoders.
-_HARMLESS: Final = re.compile(
-    r"(^|\.)(position_ids|inv_freq|num_batches_tracked|attention_bias_mask)$"
-    r"|(^|\.)(model_ema|ema_model|ema|optimizer|optimizer_states|lr_schedulers|loss|discriminator)\."
-    r"|^(lm_head|vision_model|visual_projection)\."
-    r"|(^|\.)(logit_scale|logit_bias)$"
-    r"|^text_projection\.(weight|bias)$"
-)
 # Parameters that no forward of the engine uses, and buffers that are calculated.
 _UNUSED: Final = re.compile(r"(^|\.)(position_ids|inv_freq)$|^lm_head\.")
-_MOST_NAMES: Final = 4
 # Rows of an embedding that no token of the tokenizer uses: the vocabulary of CLIP is not padded,
 # others are padded for speed.
 _UNUSED_ROWS: Final = 0.1
@@ -180,27 +170,22 @@ def check_loaded(place: str, info: Mapping[str, Any]) -> None:
     missing = [key for key in info["missing_keys"] if not _UNUSED.search(key)]
     if missing:
         raise ModelError(
-            f"{place} is incomplete: its weights lack {listed(missing)}. Fetch the files again, or "
-            "check that its config.json belongs to them"
+            f"{place} is incomplete: its weights lack {first_names(missing)}. Fetch the files "
+            "again, or check that its config.json belongs to them"
         )
-    unexpected = [key for key in info["unexpected_keys"] if not _HARMLESS.search(key)]
+    unexpected = [key for key in info["unexpected_keys"] if not HARMLESS_IN_PART.search(key)]
     if unexpected:
         raise ModelError(
             f"{place} has weights that its config.json does not describe and that would be "
-            f"ignored: {listed(unexpected)}. Check that the files belong together"
+            f"ignored: {first_names(unexpected)}. Check that the files belong together"
         )
-    if ignored := [key for key in info["unexpected_keys"] if _HARMLESS.search(key)]:
-        _log.info("%s: %s: %s", IGNORED, place, listed(ignored))
+    if ignored := [key for key in info["unexpected_keys"] if HARMLESS_IN_PART.search(key)]:
+        _log.info("%s: %s: %s", IGNORED, place, first_names(ignored))
     if info.get("mismatched_keys"):
         keys = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
-        raise ModelError(f"{place} has weights of other sizes than its config.json: {listed(keys)}")
-
-
-def listed(keys: Collection[str]) -> str:
-    """Returns the first of these names and how many there are."""
-    first = ", ".join(sorted(keys)[:_MOST_NAMES])
-    rest = len(keys) - _MOST_NAMES
-    return f"{first} and {rest} more" if rest > 0 else first
+        raise ModelError(
+            f"{place} has weights of other sizes than its config.json: {first_names(keys)}"
+        )
 
 
 def check_tokenizers(parts: Mapping[str, Any], place: str) -> None:

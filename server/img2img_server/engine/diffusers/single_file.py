@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from img2img_server.engine.checkpoint import HARMLESS, IGNORED, Checkpoint, first_names
+from img2img_server.engine.checkpoint import Checkpoint
 from img2img_server.engine.diffusers.clip_tokenizer import clip_tokenizer
 from img2img_server.engine.diffusers.families.base import Family
 from img2img_server.engine.diffusers.parts import (
@@ -31,6 +31,7 @@ from img2img_server.engine.diffusers.parts import (
     load_part,
 )
 from img2img_server.engine.family import ModelError
+from img2img_server.engine.tensor_names import HARMLESS_IN_CHECKPOINT, IGNORED, first_names
 
 # Encoders whose shorter prompts are filled with the token of "!", as those of OpenCLIP.
 _FILLED_WITH_ZERO: Final = "!"
@@ -82,7 +83,7 @@ def load_single_file(
         ModelError: A part is missing, incomplete, or has tensors that would be ignored.
     """
     tensors = read_tensors(path)
-    if ignored := [key for key in tensors if HARMLESS.search(key)]:
+    if ignored := [key for key in tensors if HARMLESS_IN_CHECKPOINT.search(key)]:
         _log.info("%s: %s: %s", IGNORED, path, first_names(ignored))
     parts: dict[str, Any] = dict(given)
     entries = family.parts(checkpoint.files)
@@ -207,7 +208,7 @@ def _clip(
         converted = guarded(where, convert_open_clip_checkpoint, encoder, own, prefix=prefix)
     else:
         converted = guarded(where, convert, own, prefix)
-    converted = {key: it for key, it in converted.items() if not HARMLESS.search(key)}
+    converted = {key: it for key, it in converted.items() if not HARMLESS_IN_CHECKPOINT.search(key)}
     if not hasattr(encoder, "text_model"):
         converted = {key.removeprefix("text_model."): it for key, it in converted.items()}
     if "text_projection.weight" not in expected:
@@ -222,7 +223,7 @@ def _clip(
 
 
 def _elements(tensors: Mapping[str, Tensor]) -> int:
-    return sum(it.numel() for key, it in tensors.items() if not HARMLESS.search(key))
+    return sum(it.numel() for key, it in tensors.items() if not HARMLESS_IN_CHECKPOINT.search(key))
 
 
 def _check(
