@@ -278,6 +278,24 @@ def test_a_layer_that_other_tools_keep_whole_is_split(family: str, tmp_path: Pat
         check(loras(denoiser, folder), expected)
 
 
+def test_a_whole_layer_of_another_size_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    denoiser = load(next(iter(families()["z_image"].values())).write(tmp_path / "model"))
+    key, name = WHOLE_LAYERS["z_image"]
+    weights = [weight_of(denoiser, "transformer", name.format(letter)) for letter in "qkv"]
+    whole = torch.cat(weights)
+    (folder := tmp_path / "loras").mkdir()
+    for file, layer in (("more", torch.cat([whole, whole])), ("less", whole[:-8]), ("ink", whole)):
+        for form in ("lora", "dora"):
+            tensors, _ = FORMS[form][0](layer.clone(), draw)
+            saved = {f"{key}.{suffix}": value.contiguous() for suffix, value in tensors.items()}
+            save_file(saved, folder / f"{file}-{form}.safetensors")
+
+    assert loras(denoiser, folder).names == ("ink-dora", "ink-lora")
+    assert caplog.text.count("but its layers here have") == 4
+
+
 def test_a_file_that_does_not_fit_is_reported_and_does_not_stop_the_others(
     denoiser: DiffusersDenoiser, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

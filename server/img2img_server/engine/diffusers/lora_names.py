@@ -55,7 +55,7 @@ def find_targets(
     """Returns the layers that each group changes, by the group's name.
 
     Raises:
-        LoraError: A group belongs to no layer of the model.
+        LoraError: A group belongs to no layer of the model, or to layers of another size.
     """
     layers = _layers(model, family)
     known = {
@@ -64,10 +64,22 @@ def find_targets(
     found: dict[str, tuple[Target, ...]] = {
         group.name: known[group.name] for group in groups if group.name in known
     }
+    for group in groups:
+        _check_outputs(group, found.get(group.name, ()))
     others = [group for group in groups if group.name not in found]
     if others:
         found |= _converted(model, family, others, layers)
     return found
+
+
+def _check_outputs(group: Group, pieces: tuple[Target, ...]) -> None:
+    """Raises LoraError if a group has not all outputs of its layers, or more."""
+    outputs, wanted = group.shape[0], sum(target.weight.shape[0] for target in pieces)
+    if len(pieces) > 1 and outputs != wanted:
+        raise LoraError(
+            f"{group.name} is for a layer of {outputs} outputs, but its layers here have {wanted}: "
+            "the file belongs to another model"
+        )
 
 
 def _layers(model: LoadedModel, family: Family) -> Mapping[tuple[str, str], Target]:
