@@ -249,6 +249,11 @@ def test_only_an_idle_worker_of_the_same_kind_gets_a_job(changes: dict[str, Any]
     assert not replace(new, **changes).can_continue(old)
 
 
+def test_workers_with_unknown_keys_do_not_continue_each_others_jobs() -> None:
+    old = WorkerInfo(name="old", model=FAKE_MODEL, device="cpu", state_key="")
+    assert not replace(old, name="new").can_continue(old)
+
+
 async def test_without_another_worker_a_draining_worker_finishes_its_job() -> None:
     bus = memory_bus()
     engine = FakeEngine(hold_after=2)

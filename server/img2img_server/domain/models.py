@@ -130,7 +130,8 @@ class WorkerInfo:
         held_jobs: Jobs that the worker has pulled and not begun; they count as queued.
         draining: The worker finishes its jobs and takes no more.
         begun_jobs: Jobs that use the device.
-        state_key: Workers with the same key continue each other's jobs; see Engine.state_key.
+        state_key: Workers with the same key continue each other's jobs, see Engine.state_key;
+            empty: it is not known, so that no other worker has the same.
         store_trouble: Why the worker cannot store files now; empty while it can.
     """
 
@@ -150,5 +151,5 @@ class WorkerInfo:
     def can_continue(self, other: WorkerInfo) -> bool:
         """Returns whether the worker could continue a job of another one now."""
         is_idle = not (self.begun_jobs or self.held_jobs or self.draining or self.store_trouble)
-        is_same = self.model.name == other.model.name and self.state_key == other.state_key
+        is_same = self.model.name == other.model.name and self.state_key == other.state_key != ""
         return is_idle and is_same and self.name != other.name
