@@ -1,11 +1,13 @@
-"""Callers that are cancelled in the middle of a call do not damage the shared connection."""
+"""Calls that are cancelled or overlap do not damage the shared connection."""
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from img2img_server.devstack import LocalServers
 from img2img_server.domain.events import Queued
 from img2img_server.nats.bus import connect_bus
+from img2img_server.nats.connection import connect
 from tests.stack import settings
 
 
@@ -31,3 +33,24 @@ async def test_cancelled_watches_leave_the_connection_alive(tmp_path: Path) -> N
                 await asyncio.gather(task, return_exceptions=True)
                 async with asyncio.timeout(1.0):
                     assert await bus.jobs.get("dev", 10_000_001) is None
+
+
+async def test_a_flush_comes_after_the_commands_before_it(engines: LocalServers) -> None:
+    async with connect([engines.nats_url]) as link:
+        transport, written = link.nc._transport, list[bytes]()
+        assert transport
+        write, write_lines = transport.write, transport.writelines
+
+        def note(data: bytes) -> Any:
+            written.append(data)
+            return write(data)
+
+        def note_lines(lines: list[bytes]) -> Any:
+            written.extend(lines)
+            return write_lines(lines)
+
+        transport.write, transport.writelines = note, note_lines  # type: ignore[method-assign]
+        await link.nc.subscribe("news")
+        await link.nc.flush(timeout=2)
+    sent = b"".join(written)
+    assert 0 <= sent.find(b"SUB news") < sent.find(b"PING")

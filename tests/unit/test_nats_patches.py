@@ -21,6 +21,7 @@ EXAMINED: dict[str, str] = {
     "_process_connect_init": "e1ed2da075c82ab0",
     "_process_info": "ecca7bb931308fff",
     "_process_err": "ceb70f44e38fa728",
+    "_send_ping": "d57b2f820443afb4",
     "_process_pong": "ee4c4d01a16de074",
     "_process_msg": "6cff75947e97717a",
 }

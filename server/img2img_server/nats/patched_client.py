@@ -11,7 +11,7 @@ import asyncio
 from typing import Any, Final
 
 import nats.errors
-from nats.aio.client import Client, Srv
+from nats.aio.client import PING_PROTO, Client, Srv
 from nats.aio.msg import Msg
 
 from img2img_server.nats.access import WEBSOCKET
@@ -89,6 +89,12 @@ class PatchedClient(Client):
         error = nats.errors.Error(f"nats: {err_msg}")
         await self._error_cb(error)
         await self._process_op_err(error)
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        # Behind the commands that wait to be written: `flush` promises that they have arrived.
+        self._pongs.append(future or asyncio.get_running_loop().create_future())
+        await self._send_command(PING_PROTO)
+        await self._flush_pending()
 
     async def _process_pong(self) -> None:
         if self._pongs and self._pongs[0].done():
