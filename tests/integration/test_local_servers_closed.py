@@ -12,11 +12,13 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from img2img_server.devstack import LocalServers
 from img2img_server.devstack.certificate import new_certificate
 from img2img_server.devstack.weed import PORTS
 from img2img_server.outbound.policy import OutboundPolicy
+from img2img_server.ports import free_ports
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 from img2img_server.storage.s3_blobs import connect_blobs
@@ -178,6 +180,17 @@ async def test_other_users_may_not_read_their_files_and_sockets(state_dir: Path)
         opened = modes(sockets(engines))
     assert len(opened) == 7
     assert set(opened.values()) == {"0o700"}
+
+
+async def test_sockets_that_a_killed_server_left_are_removed(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = free_ports(1 + len(PORTS))
+    monkeypatch.setattr("img2img_server.devstack.servers.free_ports", lambda _: ports)
+    left = Path("/tmp") / f"seaweedfs-left-{ports[1]}.sock"
+    left.touch()
+    async with LocalServers(state_dir):
+        assert not left.exists()
 
 
 async def test_they_listen_on_known_ports_of_loopback_only(engines: LocalServers) -> None:

@@ -96,6 +96,7 @@ class LocalServers(AsyncExitStack):
 
     def _choose(self) -> None:
         self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        weed.remove_sockets(self._ports)  # of servers that were killed
         self._children = [
             nats_server(
                 self._folder,

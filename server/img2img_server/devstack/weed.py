@@ -41,7 +41,7 @@ def key_pair(folder: Path) -> tuple[str, str]:
 
 
 def remove_sockets(ports: Mapping[str, int]) -> None:
-    """Removes the sockets that weed leaves in /tmp when it has ended, e.g. seaweedfs-s3-8333.sock.
+    """Removes the sockets that weed has left in /tmp for these ports, e.g. seaweedfs-s3-8333.sock.
 
     Their folder cannot be changed.
     """
