@@ -68,6 +68,14 @@ class Role:
                             return
                 await asyncio.sleep(0.02)
 
+    def freeze(self) -> None:
+        """Sends SIGSTOP."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Sends SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
     async def kill(self) -> None:
         """Sends SIGKILL."""
         assert self._process is not None
