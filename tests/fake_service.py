@@ -195,6 +195,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             strength_rule=service_pb2.Model.STRENGTH_RULE_FLOOR,
             takes_negative_prompt=True,
             takes_prompt_weights=True,
+            max_clip_skip=12,
             scheduler_max_steps={"lcm": 40},
         )
         limits = service_pb2.Limits(
@@ -213,6 +214,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             retention=Duration(seconds=86_400),
             max_negative_prompt_characters=2000,
             max_lora_scale=2,
+            max_clip_skip=32,
             max_preview_interval_steps=100,
             max_annotations=16,
             max_annotation_name_characters=63,

@@ -245,6 +245,7 @@ class Model:
     takes_negative_prompt: bool
     scheduler_max_steps: Mapping[str, int]
     takes_prompt_weights: bool
+    max_clip_skip: int  # 0: clip_skip has no effect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +277,7 @@ class Limits:
     max_seed: int
     min_strength: float
     max_strength: float
+    max_clip_skip: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,7 @@ class Options(TypedDict, total=False):
     allow_partial: bool | None  # whether some samples are enough for success, default False
     output_quality: int | None  # quality of "jpeg" and "webp", 1 to 100; default: 95 and 90
     prompt_weights: bool | None  # whether "(words:1.3)" in the prompts is a weight, default False
+    clip_skip: int | None  # skipped layers of the CLIP text encoders, default 0
 
 
 class CreateOptions(Options, total=False):
@@ -128,6 +129,7 @@ class Spec:
     allow_partial: bool
     output_quality: int
     prompt_weights: bool
+    clip_skip: int
 
 
 class ImageFormat(StrEnum):

@@ -84,6 +84,7 @@ GRPC_ONLY = {
     "allow_partial",
     "output_quality",
     "prompt_weights",
+    "clip_skip",
 }
 LIMITING = {"minimum", "maximum", "minLength", "maxLength"}
 # The response comes at once; the field is ignored and returned unchanged.

@@ -43,7 +43,7 @@ def test_every_option_reaches_the_request() -> None:
     words += " --no-safety-checker --enhance-prompt --temp --base64 --webhook https://example.com/w"
     words += " --track-id t1 --request-id 7f1c --lora ink --lora-scale 0.5 --true-cfg-scale 2"
     words += " --noise-level --allow-partial --annotation order=7 --annotation note=a=b"
-    words += " --output-quality 80 --prompt-weights"
+    words += " --output-quality 80 --prompt-weights --clip-skip 2"
     assert run(service, *REQUEST, *words.split()).exit_code == 0
     assert service.requests == [
         service_pb2.GenerateRequest(
@@ -78,6 +78,7 @@ def test_every_option_reaches_the_request() -> None:
                 allow_partial=True,
                 output_quality=80,
                 prompt_weights=True,
+                clip_skip=2,
             ),
         )
     ]

@@ -108,6 +108,7 @@ def test_every_field_of_a_job_is_read() -> None:
             allow_partial=False,
             output_quality=0,
             prompt_weights=False,
+            clip_skip=0,
             **others,  # type: ignore[arg-type]
         ),
         samples=(),

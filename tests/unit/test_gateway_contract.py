@@ -314,7 +314,7 @@ def test_the_table_has_every_field_of_the_spec_that_http_callers_may_set() -> No
     ours = {"model", "scheduler", "output_format", "preview_interval_steps", "lane", "annotations"}
     ours |= {"lora", "lora_scale", "true_cfg_scale", "strength_mode", "allow_partial"}
     ours |= {"output_quality"}
-    ours |= {"prompt_weights"}
+    ours |= {"prompt_weights", "clip_skip"}
     in_spec = FIELDS.keys() - {"instant_response", "enhance_style"}
     assert in_spec == set(job_pb2.JobSpec.DESCRIPTOR.fields_by_name) - ours
 

@@ -47,6 +47,8 @@ def test_the_limits_themselves_are_allowed() -> None:
         ({"scheduler": "nope"}, Reason.NOT_SUPPORTED, {}),
         ({"lora": "wool"}, Reason.NOT_SUPPORTED, {}),
         ({"lora_scale": 2.1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "2"}),
+        ({"clip_skip": -1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "32"}),
+        ({"clip_skip": 33}, Reason.OUT_OF_RANGE, {"min": "0", "max": "32"}),
         ({"true_cfg_scale": 30.1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "30"}),
         ({"lora_scale": math.nan}, Reason.OUT_OF_RANGE, {"min": "0", "max": "2"}),
         ({"preview_interval_steps": -1}, Reason.OUT_OF_RANGE, {"min": "0", "max": "100"}),

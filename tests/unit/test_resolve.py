@@ -117,6 +117,7 @@ def test_what_is_open_is_the_models_own() -> None:
             (),
             "prompt_weights has no effect: the model m reads brackets as they are.",
         ),
+        ({"clip_skip": 1}, (), "clip_skip has no effect: the model m does not take it."),
         ({"lora": "ink", "lora_scale": 0.5}, ("lora", "lora_scale"), ""),
         (
             {"preview_interval_steps": 12},

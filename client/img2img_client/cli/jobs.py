@@ -132,6 +132,11 @@ def _read_annotations(
     is_flag=True,
     help='Read "(words:1.3)", "[words]" and BREAK in the prompts as weights and chunks.',
 )
+@click.option(
+    "--clip-skip",
+    type=int,
+    help="Skip so many of the last layers of the CLIP text encoders. Default: 0.",
+)
 @click.option("--webhook", metavar="URL", help="URL that receives a POST when the job has ended.")
 @click.option("--track-id", help="Your own reference for the job.")
 @click.option(

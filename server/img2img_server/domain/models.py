@@ -69,6 +69,7 @@ class ModelInfo:
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()
     takes_negative_prompt: bool = True
     takes_prompt_weights: bool = False
+    max_clip_skip: int = 0  # 0: clip_skip has no effect
     kind: ModelKind = ModelKind.DIFFUSION
     strength_rule: StrengthRule = StrengthRule.FLOOR
     guidance: Guidance = Guidance.CLASSIFIER_FREE
@@ -112,6 +113,7 @@ class ModelInfo:
             side_multiple=math.lcm(service.side_multiple, self.side_multiple),
             min_side_pixels=max(service.min_side_pixels, self.min_side_pixels),
             max_side_pixels=min(service.max_side_pixels, self.max_side_pixels),
+            max_clip_skip=self.max_clip_skip or service.max_clip_skip,
         )
 
 

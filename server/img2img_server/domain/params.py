@@ -68,6 +68,7 @@ class Limits:
     max_num_inference_steps: int = 100
     max_guidance_scale: float = 30.0
     max_lora_scale: float = 2.0
+    max_clip_skip: int = 32  # no CLIP encoder has more layers
     max_preview_interval_steps: int = 100
     max_image_bytes: int = 20_971_520
     max_image_pixels: int = 64_000_000
@@ -121,6 +122,7 @@ class JobParams:
     allow_partial: bool = False
     output_quality: int = 0
     prompt_weights: bool = False
+    clip_skip: int = 0
 
     def sample_seed(self, index: int) -> int:
         """Returns seed + index. A seed below 2^32 starts again at 0 after 2^32 - 1, as in the HTTP
@@ -188,6 +190,7 @@ def _violations(params: JobParams, context: ValidationContext) -> Iterator[Viola
     if params.true_cfg_scale is not None:
         yield from _range("true_cfg_scale", params.true_cfg_scale, 0.0, limits.max_guidance_scale)
     yield from _range("output_quality", params.output_quality, 0, MAX_QUALITY)
+    yield from _range("clip_skip", params.clip_skip, 0, limits.max_clip_skip)
 
 
 def _range(name: str, value: float, least: float, most: float) -> Iterator[Violation]:

@@ -165,6 +165,8 @@ def _without_effect(params: JobParams, model: ModelInfo, given: Collection[str])
         yield "output_quality has no effect on PNG."
     if params.prompt_weights and not model.takes_prompt_weights:
         yield (f"prompt_weights has no effect: the model {model.name} reads brackets as they are.")
+    if params.clip_skip and not model.max_clip_skip:
+        yield f"clip_skip has no effect: the model {model.name} does not take it."
     if params.strength_mode is StrengthMode.NOISE_LEVEL:
         return
     if (every := params.preview_interval_steps) and every >= run > 0:

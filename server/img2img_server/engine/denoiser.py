@@ -45,6 +45,7 @@ class TextInput:
     width: int
     true_cfg_scale: float | None = None
     prompt_weights: bool = False
+    clip_skip: int = 0
     adapter: Adapter | None = None
 
 

@@ -136,6 +136,7 @@ class ModelTraits:
     guidance: Guidance
     takes_negative_prompt: bool
     takes_prompt_weights: bool = False
+    max_clip_skip: int = 0
     scheduler: str
     schedulers: tuple[str, ...]
     scheduler_max_steps: tuple[tuple[str, int], ...] = ()

@@ -118,6 +118,7 @@ class ModelSpec:
     max_side: int = 1024
     takes_negative_prompt: bool = True
     takes_prompt_weights: bool = False
+    max_clip_skip: int = 0
     loras: tuple[str, ...] = ()
 
     @property
@@ -142,6 +143,7 @@ class ModelSpec:
             scheduler_max_steps=self.scheduler_max_steps,
             takes_negative_prompt=self.takes_negative_prompt,
             takes_prompt_weights=self.takes_prompt_weights,
+            max_clip_skip=self.max_clip_skip,
             loras=self.loras,
         )
 
@@ -273,6 +275,7 @@ def _spec(source: str, name: str, file: _File, files: ModelFiles) -> ModelSpec:
         max_side=traits.max_side,
         takes_negative_prompt=traits.takes_negative_prompt,
         takes_prompt_weights=traits.takes_prompt_weights,
+        max_clip_skip=traits.max_clip_skip,
     )
 
 

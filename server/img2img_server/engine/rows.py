@@ -316,6 +316,7 @@ def text_of(job: JobPlan, adapter: Adapter | None = None) -> TextInput:
         guidance_scale=params.guidance_scale,
         true_cfg_scale=params.true_cfg_scale,
         prompt_weights=params.prompt_weights,
+        clip_skip=params.clip_skip,
         height=job.height,
         width=job.width,
         adapter=adapter,

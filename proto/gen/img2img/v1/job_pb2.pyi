@@ -236,6 +236,7 @@ class JobSpec(_message.Message):
     ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     OUTPUT_QUALITY_FIELD_NUMBER: _builtins.int
     PROMPT_WEIGHTS_FIELD_NUMBER: _builtins.int
+    CLIP_SKIP_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Description of the wanted image. Required, 1 to 2000 characters (Unicode code points)."""
     negative_prompt: _builtins.str
@@ -347,6 +348,13 @@ class JobSpec(_message.Message):
     were written for other models have them too. Ignored in models without
     Model.takes_prompt_weights, and Job.warning says so.
     """
+    clip_skip: _builtins.int
+    """Number of the last layers of each CLIP text encoder that are skipped for the prompt, with diffusers'
+    meaning: 1 takes the output of the layer before the one that the model takes by default; programs
+    that count from 1 call this 2. The negative prompt and the pooled embedding keep all layers. 0 to
+    Model.max_clip_skip, default 0. Ignored in models with a max_clip_skip of 0, and Job.warning says
+    so.
+    """
     @_builtins.property
     def init_image(self) -> Global___InitImage:
         """The image to start from. Required. No response contains its bytes."""
@@ -389,10 +397,11 @@ class JobSpec(_message.Message):
         allow_partial: _builtins.bool = ...,
         output_quality: _builtins.int = ...,
         prompt_weights: _builtins.bool = ...,
+        clip_skip: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lora_scale", b"lora_scale", "num_inference_steps", b"num_inference_steps", "safety_checker", b"safety_checker", "samples", b"samples", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "allow_partial", b"allow_partial", "annotations", b"annotations", "base64", b"base64", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "output_quality", b"output_quality", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "prompt_weights", b"prompt_weights", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_lora_scale", b"_lora_scale", "_num_inference_steps", b"_num_inference_steps", "_safety_checker", b"_safety_checker", "_samples", b"_samples", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "allow_partial", b"allow_partial", "annotations", b"annotations", "base64", b"base64", "clip_skip", b"clip_skip", "enhance_prompt", b"enhance_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "init_image", b"init_image", "lane", b"lane", "lora", b"lora", "lora_scale", b"lora_scale", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output_format", b"output_format", "output_quality", b"output_quality", "preview_interval_steps", b"preview_interval_steps", "prompt", b"prompt", "prompt_weights", b"prompt_weights", "safety_checker", b"safety_checker", "samples", b"samples", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "strength_mode", b"strength_mode", "temp", b"temp", "track_id", b"track_id", "true_cfg_scale", b"true_cfg_scale", "webhook", b"webhook", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

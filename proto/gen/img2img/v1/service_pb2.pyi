@@ -701,6 +701,7 @@ class Model(_message.Message):
     TAKES_NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     SCHEDULER_MAX_STEPS_FIELD_NUMBER: _builtins.int
     TAKES_PROMPT_WEIGHTS_FIELD_NUMBER: _builtins.int
+    MAX_CLIP_SKIP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model, for JobSpec.model."""
     family: _builtins.str
@@ -735,6 +736,8 @@ class Model(_message.Message):
     """Whether JobSpec.negative_prompt can have an effect."""
     takes_prompt_weights: _builtins.bool
     """Whether JobSpec.prompt_weights has an effect."""
+    max_clip_skip: _builtins.int
+    """Largest JobSpec.clip_skip. 0: it has no effect."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers for JobSpec.scheduler, the default one first."""
@@ -772,10 +775,11 @@ class Model(_message.Message):
         takes_negative_prompt: _builtins.bool = ...,
         scheduler_max_steps: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         takes_prompt_weights: _builtins.bool = ...,
+        max_clip_skip: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_clip_skip", b"max_clip_skip", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -813,6 +817,7 @@ class Limits(_message.Message):
     MAX_SEED_FIELD_NUMBER: _builtins.int
     MIN_STRENGTH_FIELD_NUMBER: _builtins.int
     MAX_STRENGTH_FIELD_NUMBER: _builtins.int
+    MAX_CLIP_SKIP_FIELD_NUMBER: _builtins.int
     max_prompt_characters: _builtins.int
     """Longest prompt, in Unicode code points."""
     min_side_pixels: _builtins.int
@@ -857,6 +862,8 @@ class Limits(_message.Message):
     """Smallest strength."""
     max_strength: _builtins.float
     """Largest strength."""
+    max_clip_skip: _builtins.int
+    """Largest clip_skip; a model can have a smaller one."""
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
         """Time for which a job is kept after its end."""
@@ -894,10 +901,11 @@ class Limits(_message.Message):
         max_seed: _builtins.int = ...,
         min_strength: _builtins.float = ...,
         max_strength: _builtins.float = ...,
+        max_clip_skip: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_annotation_characters", b"max_annotation_characters", "max_annotation_name_characters", b"max_annotation_name_characters", "max_annotations", b"max_annotations", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_lora_scale", b"max_lora_scale", "max_message_bytes", b"max_message_bytes", "max_negative_prompt_characters", b"max_negative_prompt_characters", "max_num_inference_steps", b"max_num_inference_steps", "max_preview_interval_steps", b"max_preview_interval_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_seed", b"max_seed", "max_side_pixels", b"max_side_pixels", "max_strength", b"max_strength", "max_track_id_characters", b"max_track_id_characters", "max_url_characters", b"max_url_characters", "min_side_pixels", b"min_side_pixels", "min_strength", b"min_strength", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_image_media_types", b"init_image_media_types", "max_annotation_characters", b"max_annotation_characters", "max_annotation_name_characters", b"max_annotation_name_characters", "max_annotations", b"max_annotations", "max_clip_skip", b"max_clip_skip", "max_guidance_scale", b"max_guidance_scale", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_lora_scale", b"max_lora_scale", "max_message_bytes", b"max_message_bytes", "max_negative_prompt_characters", b"max_negative_prompt_characters", "max_num_inference_steps", b"max_num_inference_steps", "max_preview_interval_steps", b"max_preview_interval_steps", "max_prompt_characters", b"max_prompt_characters", "max_queued_jobs", b"max_queued_jobs", "max_samples", b"max_samples", "max_seed", b"max_seed", "max_side_pixels", b"max_side_pixels", "max_strength", b"max_strength", "max_track_id_characters", b"max_track_id_characters", "max_url_characters", b"max_url_characters", "min_side_pixels", b"min_side_pixels", "min_strength", b"min_strength", "retention", b"retention", "side_multiple", b"side_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

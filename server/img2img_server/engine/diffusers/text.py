@@ -28,6 +28,7 @@ class _Prompt(NamedTuple):
     adapter: Adapter | None
     chunks: int  # in how many chunks it is encoded
     sections: Sections  # the text with its weights
+    clip_skip: int = 0  # how many layers of the CLIP encoders are skipped
 
     @property
     def is_plain(self) -> bool:
@@ -85,7 +86,10 @@ class TextEncoder:
             sections = parse(text)
             text = plain_text(sections)
         chunks = [min(it.chunks(sections), max_chunks(it.window)) for it in self._encoders]
-        return _Prompt(text, is_negative, source.adapter, max(chunks, default=1), sections)
+        # As in the stock pipelines, negative prompts use all layers.
+        clip_skip = 0 if is_negative else source.clip_skip
+        most = max(chunks, default=1)
+        return _Prompt(text, is_negative, source.adapter, most, sections, clip_skip)
 
     def clear_cache(self) -> None:
         """Drops the encoded prompts."""
@@ -121,25 +125,29 @@ class TextEncoder:
         self, model: LoadedModel, prompts: Sequence[_Prompt]
     ) -> list[Mapping[str, torch.Tensor]]:
         """Returns the tensors of each prompt. Those of one chunk without weights are encoded in one
-        batch.
+        batch for each `clip_skip`.
         """
+        found: dict[_Prompt, Mapping[str, torch.Tensor]] = {}
         short = [prompt for prompt in prompts if prompt.is_plain]
-        encoded = (
-            self._family.encode_prompts(
-                model,
-                [prompt.text for prompt in short],
-                [prompt.is_negative for prompt in short],
-            )
-            if short
-            else []
-        )
-        found = dict(zip(short, encoded, strict=True))
+        for clip_skip in sorted({prompt.clip_skip for prompt in short}):
+            alike = [prompt for prompt in short if prompt.clip_skip == clip_skip]
+            found |= zip(alike, self._plain(model, alike, clip_skip), strict=True)
         for prompt in prompts:
             if prompt not in found:
                 found[prompt] = self._family.encode_chunks(
-                    model, prompt.sections, prompt.chunks, prompt.is_negative
+                    model, prompt.sections, prompt.chunks, prompt.is_negative, prompt.clip_skip
                 )
         return [found[prompt] for prompt in prompts]
+
+    def _plain(
+        self, model: LoadedModel, prompts: Sequence[_Prompt], clip_skip: int
+    ) -> list[Mapping[str, torch.Tensor]]:
+        """Encodes prompts of one chunk without weights."""
+        texts = [prompt.text for prompt in prompts]
+        if clip_skip:
+            return self._family.encode_skipping(model, texts, clip_skip)
+        are_negative = [prompt.is_negative for prompt in prompts]
+        return self._family.encode_prompts(model, texts, are_negative)
 
     def _warning(self, prompt: _Prompt) -> str:
         """Returns a sentence about the part of a prompt that no encoder reads, or "" if one encoder

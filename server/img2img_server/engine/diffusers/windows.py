@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,15 +57,18 @@ class ClipEncoder:
             found += len(ids) // self.window
         return found
 
-    def encode(self, sections: Sections, chunks: int, device: torch.device) -> Tensor:
+    def encode(
+        self, sections: Sections, chunks: int, device: torch.device, clip_skip: int = 0
+    ) -> Tensor:
         """Returns the embeddings of a prompt, tokens x width.
 
         Args:
             chunks: The number of chunks of the result. The embeddings of an empty prompt are
                 appended up to it, as compel does if a prompt and its negative prompt have different
                 lengths.
+            clip_skip: How many of the encoder's last layers are skipped.
         """
-        provider = self._provider(device)
+        provider = self._provider(device, clip_skip)
         encode = provider.get_embeddings_for_weighted_prompt_fragments
         found = torch.cat(
             [
@@ -75,6 +79,26 @@ class ClipEncoder:
         missing = chunks - len(found) // self.window
         empty = [provider.empty_z[0].to(found.dtype)] * missing if missing > 0 else []
         return torch.cat([found, *empty])
+
+    def encode_windows(
+        self, prompts: Sequence[str], clip_skip: int, device: torch.device
+    ) -> Tensor:
+        """Encodes the first window of each prompt without the last layers, as the stock pipeline
+        does; returns prompts x tokens x width.
+        """
+        coded = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.window,
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = coded.attention_mask if uses_mask else None
+        found: Tensor = _ShorterEncoder(self.text_encoder, clip_skip)(
+            coded.input_ids, mask
+        ).last_hidden_state
+        return found
 
     def _read_part(self, sections: Sections) -> list[tuple[list[str], list[float]]]:
         """Returns the texts and weights of each section, as far as its tokens are read."""
@@ -106,14 +130,14 @@ class ClipEncoder:
             return text, len(places)
         return text[: places[most][0]], most
 
-    def _provider(self, device: torch.device | str) -> Any:
+    def _provider(self, device: torch.device | str, clip_skip: int = 0) -> Any:
         """Returns compel's encoder. It caches the embedding of an empty prompt, which a LoRA may
         change, so each prompt needs a new one.
         """
         kinds = ReturnedEmbeddingsType
         return EmbeddingsProvider(
             self.tokenizer,
-            self.text_encoder,
+            _ShorterEncoder(self.text_encoder, clip_skip) if clip_skip else self.text_encoder,
             truncate=False,
             returned_embeddings_type=(
                 kinds.LAST_HIDDEN_STATES_NORMALIZED
@@ -123,6 +147,33 @@ class ClipEncoder:
             device=device,
             split_long_text_mode=SplitLongTextMode.SENTENCES,
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ShorterEncoder:
+    """A CLIP text encoder without its last layers, as compel calls it."""
+
+    text_encoder: Any
+    clip_skip: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.text_encoder.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.text_encoder.dtype
+        return found
+
+    def __call__(
+        self, token_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> SimpleNamespace:
+        output = self.text_encoder(
+            token_ids, attention_mask, output_hidden_states=True, return_dict=True
+        )
+        states = output.hidden_states[: len(output.hidden_states) - self.clip_skip]
+        norm = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm
+        return SimpleNamespace(hidden_states=states, last_hidden_state=norm(states[-1]))
 
 
 def pad_chunks(

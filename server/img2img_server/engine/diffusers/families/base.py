@@ -132,6 +132,7 @@ class Family:
             takes_negative_prompt=self.guidance(config)
             in (Guidance.CLASSIFIER_FREE, Guidance.CLASSIFIER_FREE_FROM_ZERO),
             takes_prompt_weights=self.takes_prompt_weights,
+            max_clip_skip=self.max_clip_skip(files),
             scheduler=scheduler or self.own_scheduler(files.scheduler),
             schedulers=self.offered(files.scheduler),
             scheduler_max_steps=self.scheduler_max_steps(files.scheduler),
@@ -141,6 +142,10 @@ class Family:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
         )
+
+    def max_clip_skip(self, files: ModelFiles) -> int:
+        """Returns how many layers of the CLIP encoders a request may skip; 0: none can be."""
+        return 0
 
     def parts(self, files: ModelFiles) -> Mapping[str, tuple[str, str]]:
         """Returns the parts of a model that are loaded, with the library and the class of each."""
@@ -292,18 +297,33 @@ class Family:
         """
         raise NotImplementedError
 
+    def encode_skipping(
+        self, model: LoadedModel, prompts: Sequence[str], clip_skip: int
+    ) -> list[Mapping[str, Tensor]]:
+        """Encodes prompts without the last layers of the CLIP encoders, like `encode_prompts`.
+
+        Families without such encoders encode them with all layers.
+        """
+        return self.encode_prompts(model, prompts, [False] * len(prompts))
+
     def clip_encoders(self, model: LoadedModel) -> Sequence[ClipEncoder]:
         """Returns the text encoders that read long and weighted prompts; empty: none does."""
         return ()
 
     def encode_chunks(
-        self, model: LoadedModel, sections: Sections, chunks: int, is_negative: bool
+        self,
+        model: LoadedModel,
+        sections: Sections,
+        chunks: int,
+        is_negative: bool,
+        clip_skip: int = 0,
     ) -> Mapping[str, Tensor]:
         """Encodes a prompt with `clip_encoders`; returns its tensors by name.
 
         Args:
             sections: The prompt with its weights.
             chunks: The number of chunks of the result.
+            clip_skip: How many of the last layers the encoders skip.
         """
         raise NotImplementedError
 

@@ -91,6 +91,15 @@ class StableDiffusion(DiffusionFamily):
             "inpainting, for instructions or for upscaling are not served"
         )
 
+    def max_clip_skip(self, files: ModelFiles) -> int:
+        layers = [
+            int(files.config(part).get("num_hidden_layers") or 0)
+            for part in files.parts
+            if part.startswith("text_encoder")
+        ]
+        # Stable Diffusion XL counts from the layer before the last one.
+        return max(0, min(layers, default=0) - (not self.takes_last_layer))
+
     def guidance(self, config: Mapping[str, Any]) -> Guidance:
         # Models distilled with guidance take the scale as an input and need no second forward.
         is_embedded = config.get("time_cond_proj_dim") is not None
@@ -141,6 +150,15 @@ class StableDiffusion(DiffusionFamily):
         encoded = encode(model, prompts)[0].to(model.dtype)
         return [{"tokens": tokens.clone()} for tokens in encoded]
 
+    def encode_skipping(
+        self, model: LoadedModel, prompts: Sequence[str], clip_skip: int
+    ) -> list[Mapping[str, Tensor]]:
+        # The stock pipeline looks for the last norm at a place where transformers 5 has none.
+        (encoder,) = self.clip_encoders(model)
+        texts = [model.pipeline.maybe_convert_prompt(it, encoder.tokenizer) for it in prompts]
+        encoded = encoder.encode_windows(texts, clip_skip, model.device).to(model.dtype)
+        return [{"tokens": tokens.clone()} for tokens in encoded]
+
     def clip_encoders(self, model: LoadedModel) -> Sequence[ClipEncoder]:
         from img2img_server.engine.diffusers.windows import ClipEncoder
 
@@ -153,10 +171,16 @@ class StableDiffusion(DiffusionFamily):
         ]
 
     def encode_chunks(
-        self, model: LoadedModel, sections: Sections, chunks: int, is_negative: bool
+        self,
+        model: LoadedModel,
+        sections: Sections,
+        chunks: int,
+        is_negative: bool,
+        clip_skip: int = 0,
     ) -> Mapping[str, Tensor]:
         (encoder,) = self.clip_encoders(model)
-        return {"tokens": encoder.encode(sections, chunks, model.device).to(model.dtype)}
+        tokens = encoder.encode(sections, chunks, model.device, clip_skip)
+        return {"tokens": tokens.to(model.dtype)}
 
     def token_limit(self, tokenizer: Any) -> int:
         from img2img_server.engine.diffusers.windows import MAX_TOKENS, SPECIAL_TOKENS
@@ -199,13 +223,14 @@ class StableDiffusion(DiffusionFamily):
         return dict(convert_state_dict_to_peft(weights, form))  # type: ignore[no-untyped-call]
 
 
-def encode(model: LoadedModel, prompts: Sequence[str]) -> Any:
+def encode(model: LoadedModel, prompts: Sequence[str], clip_skip: int = 0) -> Any:
     """Returns the pipeline's encoding of prompts, without negative prompts."""
     return model.pipeline.encode_prompt(
         list(prompts),
         device=model.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
+        **({"clip_skip": clip_skip} if clip_skip else {}),
     )
 
 

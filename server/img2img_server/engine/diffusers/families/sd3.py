@@ -118,6 +118,18 @@ class StableDiffusion3(FlowFamily):
     def encode_prompts(
         self, model: LoadedModel, prompts: Sequence[str], are_negative: Sequence[bool]
     ) -> list[Mapping[str, Tensor]]:
+        return self.encode_skipping(model, prompts, 0)
+
+    def max_clip_skip(self, files: ModelFiles) -> int:
+        layers = [
+            int(files.config(part).get("num_hidden_layers") or 0)
+            for part in ("text_encoder", "text_encoder_2")
+        ]
+        return max(0, min(layers) - 1)  # Counted from the layer before the last one.
+
+    def encode_skipping(
+        self, model: LoadedModel, prompts: Sequence[str], clip_skip: int
+    ) -> list[Mapping[str, Tensor]]:
         t5 = model.pipeline.tokenizer_3
         tokens, _, pooled, _ = model.pipeline.encode_prompt(
             prompt=list(prompts),
@@ -126,6 +138,7 @@ class StableDiffusion3(FlowFamily):
             device=model.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.token_limit(t5) if t5 else _T5_TOKENS,
+            clip_skip=clip_skip or None,
         )
         tokens, pooled = tokens.to(model.dtype), pooled.to(model.dtype)
         return [

@@ -60,14 +60,28 @@ class StableDiffusionXL(StableDiffusion):
             found.append({"tokens": tokens[i] * keep, "pooled": pooled[i] * keep})
         return found
 
+    def encode_skipping(
+        self, model: LoadedModel, prompts: Sequence[str], clip_skip: int
+    ) -> list[Mapping[str, Tensor]]:
+        encoded, dtype = encode(model, prompts, clip_skip), model.dtype
+        return [
+            {"tokens": tokens.clone(), "pooled": pooled.clone()}
+            for tokens, pooled in zip(encoded[0].to(dtype), encoded[2].to(dtype), strict=True)
+        ]
+
     def encode_chunks(
-        self, model: LoadedModel, sections: Sections, chunks: int, is_negative: bool
+        self,
+        model: LoadedModel,
+        sections: Sections,
+        chunks: int,
+        is_negative: bool,
+        clip_skip: int = 0,
     ) -> Mapping[str, Tensor]:
         import torch
 
         prompt = plain_text(sections)
         encoders, keep = self.clip_encoders(model), _kept_share(model, prompt, is_negative)
-        tokens = [encoder.encode(sections, chunks, model.device) for encoder in encoders]
+        tokens = [encoder.encode(sections, chunks, model.device, clip_skip) for encoder in encoders]
         return {
             "tokens": torch.cat(tokens, dim=-1).to(model.dtype) * keep,
             # The pooled embedding is that of the first window without weights, as in the stock
