@@ -80,6 +80,8 @@ ENV PATH=/opt/img2img/bin:$PATH \
     HOME=/tmp HF_HOME=/tmp/huggingface \
     IMG2IMG_GRPC_HOST=0.0.0.0 IMG2IMG_HTTP_HOST=0.0.0.0 IMG2IMG_METRICS_HOST=0.0.0.0
 WORKDIR /
+# A new volume of Compose gets the owner of the folder that it is mounted on.
+RUN install -d -o 65532 -g 65532 /models
 USER 65532:65532
 EXPOSE 50051 8080 9090
 STOPSIGNAL SIGTERM

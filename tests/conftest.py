@@ -28,6 +28,7 @@ settings.load_profile("img2img")
 MEASURES = (
     "attack",
     "chart_runs",
+    "compose_runs",
     "decoder",
     "fanout",
     "fleet",

@@ -1,4 +1,5 @@
-"""Runs pods of rendered manifests as processes, with the behaviour of a kubelet.
+"""Runs pods of rendered manifests as processes, with the behaviour of a kubelet. It also runs the
+services of the Compose file, which tests/compose.py describes as pods.
 
 A container has the command, environment, probes, volumes and read-only root of the manifest. If the
 tests run as root, it also has the user and no capabilities (tests/pod_root.sh). Each pod has its
@@ -143,6 +144,8 @@ class RunningPod:
         """Returns whether a probe succeeds: startup, readiness or liveness."""
         asked = self.main[f"{kind}Probe"]
         timeout = asked.get("timeoutSeconds", 1)
+        if "exec" in asked:
+            return await self._execute(asked["exec"]["command"], timeout)
         if "grpc" in asked:
             return await self._grpc(asked["grpc"], timeout)
         question = asked.get("httpGet") or asked["tcpSocket"]
@@ -159,6 +162,24 @@ class RunningPod:
                 async with aiohttp.ClientSession() as session, session.get(url) as answer:
                     return 200 <= answer.status < 400
         return False
+
+    async def _execute(self, command: list[str], seconds: float) -> bool:
+        """Returns whether a command ends with status 0 in time, in the container's environment."""
+        process = await asyncio.create_subprocess_exec(
+            *map(self._content.own, command),
+            env=self._content.environment(self.main),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                return await process.wait() == 0
+        except TimeoutError:
+            return False
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
     async def _grpc(self, question: Object, seconds: float) -> bool:
         async with grpc.aio.insecure_channel(f"{self.address}:{question['port']}") as channel:

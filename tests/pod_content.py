@@ -37,9 +37,10 @@ class PodContent:
 
     def command(self, container: Object) -> list[str]:
         """Returns the command and its arguments."""
-        return [self._own(each) for each in (*container["command"], *container["args"])]
+        return [self.own(each) for each in (*container["command"], *container["args"])]
 
-    def _own(self, text: str) -> str:
+    def own(self, text: str) -> str:
+        """Returns a text of the manifest with the pod's address and ports."""
         for port, instead in self._ports.items():
             text = re.sub(rf"\b{port}\b", str(instead), text)
         return text.replace("0.0.0.0", self._address).replace("127.0.0.1", self._address)
@@ -54,8 +55,9 @@ class PodContent:
             held = config(self._objects, "ConfigMap", name)
             found |= {key: value.decode() for key, value in held.items()}
         for each in container.get("env", []):
-            found[each["name"]] = each.get("value", "") or self._value(each["valueFrom"], container)
-        return {key: self._own(value) for key, value in found.items()}
+            value = each["value"] if "value" in each else self._value(each["valueFrom"], container)
+            found[each["name"]] = value
+        return {key: self.own(value) for key, value in found.items()}
 
     def _value(self, source: Object, container: Object) -> str:
         match source:
@@ -91,7 +93,7 @@ class PodContent:
         if items:
             files = {each["path"]: files[each["key"]] for each in items}
         return {
-            name: self._own(content.decode()).encode() if name.endswith(".conf") else content
+            name: self.own(content.decode()).encode() if name.endswith(".conf") else content
             for name, content in files.items()
         }
 
