@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,20 @@ class Usage:
 
     usage: tuple[UsageOfDay, ...]
     currency: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """An API key without the key itself. `expire_time` None: never. `last_use_time` None: not in
+    about two months; it is late by up to half a minute."""
+
+    id: str
+    tenant: str
+    label: str
+    permissions: tuple[str, ...]
+    expire_time: datetime | None
+    has_expired: bool
+    last_use_time: datetime | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +134,16 @@ class _Admin:
         `operate` gets the usage of its own tenant."""
         request = requests.build(admin_service_pb2.GetUsageRequest, days=days)
         return Rpc(self._stub.GetUsage, request, partial(read, Usage))
+
+    @Unary
+    def keys(self) -> Rpc[tuple[ApiKey, ...]]:
+        """Returns all API keys of the service in the order of the operator's file."""
+        request = admin_service_pb2.ListKeysRequest()
+        return Rpc(
+            self._stub.ListKeys,
+            request,
+            lambda response: tuple(read(ApiKey, each) for each in response.keys),
+        )
 
     @Unary
     def update_storage(

@@ -291,11 +291,14 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Tenant and permissions of an API key. `key_id` is the id of the key in the server's log."""
+    """Tenant and permissions of an API key. `key_id` is the id of the key in the server's log;
+    `label`: the operator's text; `expire_time`: from then on the key is refused, None: never."""
 
     tenant: str
     key_id: str
     permissions: tuple[str, ...]
+    label: str = ""
+    expire_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

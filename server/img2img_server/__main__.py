@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -138,18 +139,52 @@ def local() -> None:
     type=click.IntRange(min=0),
     help="Jobs a minute that the key may create, 0 for any number. Default: IMG2IMG_RATE_LIMIT.",
 )
-def keys(tenant: str, permissions: tuple[str, ...], rate_limit: int | None) -> None:
+@click.option("--id", "key_id", default="", help="Names the key in logs and lists.")
+@click.option(
+    "--label",
+    default="",
+    help="A text for people, such as the name of the program that has the key.",
+)
+@click.option(
+    "--valid-days",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The key is refused after this many days. Default: it is valid for ever.",
+)
+def keys(
+    tenant: str,
+    permissions: tuple[str, ...],
+    rate_limit: int | None,
+    key_id: str,
+    label: str,
+    valid_days: float | None,
+) -> None:
     """Make an API key: the key on stderr, its entry for the keys file on stdout."""
     with _ending("keys", "server"):
         from img2img_server.api.keys import new_key
         from img2img_server.settings import SettingsError
 
         try:
-            key, entry = new_key(tenant, list(permissions), rate_limit)
+            key, entry = new_key(
+                tenant,
+                list(permissions),
+                rate_limit,
+                key_id=key_id,
+                label=label,
+                expire_time=_in_days(valid_days),
+            )
         except SettingsError as error:
             raise click.UsageError(str(error)) from error
     click.echo(f"key (shown only once): {key}", err=True)
     click.echo(entry)
+
+
+def _in_days(days: float | None) -> datetime | None:
+    if days is None:
+        return None
+    try:
+        return datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
+    except OverflowError as error:
+        raise click.BadParameter("is after the year 9999", param_hint="--valid-days") from error
 
 
 @main.command("fetch-model")

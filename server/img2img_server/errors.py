@@ -134,6 +134,14 @@ class UnauthenticatedError(ServiceError):
     sentence = "Invalid API key"
 
 
+class ApiKeyExpiredError(ServiceError):
+    """The API key was valid once."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "API_KEY_EXPIRED"
+    sentence = "The API key has expired"
+
+
 class PermissionDeniedError(ServiceError):
     """The key lacks a permission that the call needs."""
 

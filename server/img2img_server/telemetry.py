@@ -144,6 +144,12 @@ TENANT_DEVICE_SECONDS = Counter(
     "the sum of the others.",
     ["tenant"],
 )
+REFUSED = Counter(
+    "img2img_refused_total",
+    "Calls that ended with an error, by tenant and reason. A process names its first 100 tenants; "
+    "`other` is the sum of the others. The tenant is empty without a valid key.",
+    ["tenant", "reason"],
+)
 _NAMED_TENANTS: Final = 100
 _named_tenants: set[str] = set()
 REDELIVERIES = Counter("img2img_redeliveries_total", "Jobs taken over after a worker was lost.")
@@ -184,10 +190,23 @@ def count_from_zero(counter: Counter, *labels: Iterable[str]) -> None:
 
 def count_usage(tenant: str, device_seconds: float) -> None:
     """Adds device time to the metric of a tenant."""
+    TENANT_DEVICE_SECONDS.labels(_named(tenant)).inc(device_seconds)
+
+
+def count_refusal(tenant: str, reason: str) -> None:
+    """Counts a call that ended with an error.
+
+    Args:
+        tenant: Empty without a valid key.
+    """
+    REFUSED.labels(_named(tenant) if tenant else "", reason).inc()
+
+
+def _named(tenant: str) -> str:
+    """Returns the tenant as the value of a label, of which a process has a bounded number."""
     if len(_named_tenants) < _NAMED_TENANTS:
         _named_tenants.add(tenant)
-    label = tenant if tenant in _named_tenants else "other"
-    TENANT_DEVICE_SECONDS.labels(label).inc(device_seconds)
+    return tenant if tenant in _named_tenants else "other"
 
 
 def configure_logging(settings: Settings, role: str) -> None:

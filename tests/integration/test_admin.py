@@ -5,14 +5,17 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import generate_latest
 
 from img2img.v1 import admin_service_pb2 as admin
 from img2img.v1 import admin_service_pb2_grpc, job_pb2, service_pb2
+from img2img_client import AsyncClient, UnauthenticatedError
 from img2img_server import __version__
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.api.server import Webhooks
@@ -37,7 +40,9 @@ from tests.stack import (
     spec,
 )
 
-CALLS = ["GetSystemDetails", "RestartServer", "UpdateServer", "ClearCache", "ClearQueue"]
+CALLS = [
+    *("GetSystemDetails", "RestartServer", "UpdateServer", "ClearCache", "ClearQueue", "ListKeys")
+]
 
 
 async def call(api: Api, method: str, metadata: Any = DEV) -> Any:
@@ -294,3 +299,34 @@ async def test_system_details_without_any_worker_are_zero() -> None:
         found = await call(api, "GetSystemDetails")
     assert (found.model_count, found.queued_jobs, found.gpu_usage) == (0, 0, 0.0)
     assert found.queue_duration.ToTimedelta().total_seconds() == 0.0
+
+
+async def test_keys_are_listed_with_their_last_use_and_an_expired_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    past, later = datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+    boss, *entries = new_key("a", ["operate"], key_id="boss", expire_time=later)
+    old, entry = new_key("b", [], key_id="old", label="the old shop", expire_time=past)
+    _, unused = new_key("b", [])
+    file = tmp_path / "keys.toml"
+    file.write_text("\n".join([*entries, entry, unused]))
+    bus = memory_bus()
+    async with running_api(bus, keys=KeyRing(file, dev_key=False)) as api:
+        async with AsyncClient(api.address, api_key=old) as expired:
+            with pytest.raises(UnauthenticatedError, match="The API key has expired") as caught:
+                await expired.caller()
+        assert caught.value.reason == "API_KEY_EXPIRED"
+        async with AsyncClient(api.address, api_key=boss) as client:
+            caller = await client.caller()
+            first, second, third = await client.admin.keys()
+            assert (await client.admin.keys())[0] != first  # The list itself is a use.
+    assert (caller.key_id, caller.expire_time) == ("boss", later)
+    assert (first.id, first.permissions, first.has_expired) == ("boss", ("operate",), False)
+    assert first.last_use_time is not None
+    assert (second.id, second.label, second.expire_time) == ("old", "the old shop", past)
+    assert (second.has_expired, second.last_use_time) == (True, None)
+    assert (third.expire_time, third.last_use_time) == (None, None)
+    stored = await bus.key_uses.read()  # The api has written it when it stopped.
+    assert set(stored) == {"boss"}
+    refused = 'img2img_refused_total{reason="API_KEY_EXPIRED",tenant="b"}'
+    assert refused in generate_latest().decode()

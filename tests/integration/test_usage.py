@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, job_pb2, service_pb2
 from img2img_client import Client
-from img2img_server import telemetry
+from img2img_server import clock, telemetry
 from img2img_server.domain.job import Job, SampleResult, State
 from img2img_server.domain.models import WorkerInfo
 from img2img_server.domain.params import JobParams
@@ -82,6 +82,19 @@ async def test_sums_of_several_processes_are_added(open_bus: OpenBus) -> None:
         assert await two.usage.read(today.day, 1, "acme") == [today]
         assert await two.usage.read(today.day, 2, "acme") == [today, before]
         assert await two.usage.read(before.day, 1) == [before]
+
+
+async def test_the_latest_use_of_a_key_at_several_apis_is_kept(
+    open_bus: OpenBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_bus() as one, open_bus() as other:
+        for bus, seconds in ((one, 1000.0), (other, 2000.0), (one, 1500.0)):
+            monkeypatch.setattr(clock, "now", lambda now=seconds: now)
+            bus.key_uses.note("web")
+        one.key_uses.note("shop.web_2")
+        await asyncio.gather(one.key_uses.close(), other.key_uses.close())
+        assert await one.key_uses.read() == {"web": 2000.0, "shop.web_2": 1500.0}
+        assert await one.usage.read(date(1970, 1, 1), 1) == []
 
 
 async def test_a_job_has_its_device_seconds_and_counts_for_its_tenant() -> None:

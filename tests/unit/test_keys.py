@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from img2img_server import clock
 from img2img_server.__main__ import main
 from img2img_server.api.keys import PERMISSIONS, KeyRing, Principal, new_key
 from img2img_server.settings import SettingsError
@@ -66,6 +68,40 @@ def test_a_key_may_have_a_rate_limit_of_its_own(per_minute: int, tmp_path: Path)
     )
 
 
+def test_a_key_may_have_an_id_a_label_and_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = datetime(2027, 6, 30, 12, tzinfo=timezone(timedelta(hours=2)))
+    key, line = new_key("shop", [], key_id="web-2", label='the "web" shop, ä', expire_time=end)
+    file = tmp_path / "keys.toml"
+    file.write_text(line)
+    assert "expire_time = 2027-06-30T10:00:00Z" in line
+    found = KeyRing(file, dev_key=False).authenticate(key)
+    assert found is not None
+    assert (found.key_id, found.label) == ("web-2", 'the "web" shop, ä')
+    now = end.timestamp()
+    monkeypatch.setattr(clock, "now", lambda: now)
+    for seconds, expired in ((-1, False), (0, True), (1, True)):
+        now = end.timestamp() + seconds
+        assert found.has_expired is expired
+
+
+@given(label=st.text(max_size=220), key_id=st.text(max_size=70), seconds=st.integers(0, 2**33))
+def test_every_entry_that_is_made_can_be_read(label: str, key_id: str, seconds: int) -> None:
+    end = datetime.fromtimestamp(seconds, UTC)
+    try:
+        key, line = new_key("shop", [], key_id=key_id, label=label, expire_time=end)
+    except SettingsError:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "keys.toml")
+        file.write_text(line)
+        found = KeyRing(file, dev_key=False).authenticate(key)
+    assert found is not None
+    assert (found.label, found.expire_time) == (label, seconds)
+    assert found.key_id == key_id or not key_id
+
+
 def test_the_development_key_works_only_where_it_is_on() -> None:
     ring = KeyRing(None, dev_key=True)
     assert ring.authenticate("dev-key") == held("dev-key", "dev", *PERMISSIONS)
@@ -96,6 +132,14 @@ BROKEN = [
     (b"[[keys]]\npermissions = 1", STRINGS),
     (b'[[keys]]\ntenant = "\xff"', r"no text in UTF-8 \(invalid start byte at byte 19\)"),
     (b"[[key]]", "key: there is no such name"),
+    (b"[[keys]]\nid = 'A b'", r"keys\[0\].id must be a letter or digit .*; it is 'A b'"),
+    (b"[[keys]]\nlabel = 'a\tb'", r"keys\[0\].label must be a text of at most 200"),
+    (b"[[keys]]\nexpire_time = 2027-06-30", r"keys\[0\].expire_time must be a date and time"),
+    (b"[[keys]]\nexpire_time = 2027-06-30T00:00:00", r"keys\[0\].expire_time must be a date and"),
+    (
+        (entry("a", "shop") + 'id = "x"\n' + entry("b", "lab") + 'id = "x"\n').encode(),
+        r"keys\[1\].id is that of keys\[0\] too",
+    ),
     (
         (entry("a", "shop") + entry("b", "lab") + entry("a", "x")).encode(),
         r"keys\[2\].sha256 is that of keys\[0\] too",

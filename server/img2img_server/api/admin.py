@@ -12,12 +12,12 @@ import structlog
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2
 from img2img_server import __version__, clock, errors
 from img2img_server.api.cancel import Canceller
-from img2img_server.api.convert import duration
+from img2img_server.api.convert import duration, optional_time
 from img2img_server.api.convert_service import storage_details, storage_settings
 from img2img_server.api.deps import ApiDeps
 from img2img_server.api.estimate import Estimator
 from img2img_server.api.interceptors import current_principal
-from img2img_server.api.keys import Principal
+from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.compat.modelslab.server_types import WITHOUT_EFFECT, validate_server_type
 from img2img_server.domain.price import Price
 from img2img_server.domain.storage import REALTIME, validate_storage
@@ -37,7 +37,11 @@ log = structlog.get_logger()
 class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     """Implements img2img.v1.AdminService; admin_service.proto documents the calls."""
 
-    def __init__(self, deps: ApiDeps, estimator: Estimator, canceller: Canceller) -> None:
+    def __init__(
+        self, deps: ApiDeps, estimator: Estimator, canceller: Canceller, keys: KeyRing
+    ) -> None:
+        self._keys = keys
+        self._key_uses = deps.bus.key_uses
         self._control = deps.bus.control
         self._workers = deps.workers
         self._estimator = estimator
@@ -116,6 +120,27 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
                 for each in await self._usage.read(today, days, tenant)
             ],
             currency=self._price.currency,
+        )
+
+    async def ListKeys(  # noqa: N802
+        self, request: admin_service_pb2.ListKeysRequest, context: Context
+    ) -> admin_service_pb2.ListKeysResponse:
+        caller = current_principal()
+        caller.require("operate")
+        uses = await self._key_uses.read()
+        return admin_service_pb2.ListKeysResponse(
+            keys=[
+                admin_service_pb2.ApiKey(
+                    id=each.key_id,
+                    tenant=each.tenant,
+                    label=each.label,
+                    permissions=sorted(each.permissions),
+                    expire_time=optional_time(each.expire_time),
+                    has_expired=each.has_expired,
+                    last_use_time=optional_time(uses.get(each.key_id)),
+                )
+                for each in self._keys.principals()
+            ]
         )
 
     async def _broadcast(self, command: WorkerCommand) -> None:

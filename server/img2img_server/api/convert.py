@@ -269,6 +269,11 @@ def timestamp(seconds: float) -> Timestamp:
     return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e6) * 1000)
 
 
+def optional_time(seconds: float | None) -> Timestamp | None:
+    """Returns Unix seconds as a Timestamp, or None, which leaves the field unset."""
+    return None if seconds is None else timestamp(seconds)
+
+
 def duration(seconds: float) -> Duration:
     """Returns seconds, at least 0, as a Duration, to the microsecond."""
     whole = int(max(0.0, seconds))

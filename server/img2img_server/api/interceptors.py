@@ -23,8 +23,9 @@ from img2img_server.api.keys import KeyRing, Principal
 from img2img_server.api.public import PublicServices
 from img2img_server.api.receive import RECEIVE_SECONDS, WAIT_SECONDS, Parse, Receiver, abort
 from img2img_server.budget import Budget
+from img2img_server.nats.key_uses import KeyUses
 from img2img_server.settings import Settings
-from img2img_server.telemetry import RPC_SECONDS, RPCS
+from img2img_server.telemetry import RPC_SECONDS, RPCS, count_refusal
 from img2img_server.tracing import end, enter, extracted
 
 PACKAGE = "/img2img.v1."  # prefix of the names of the api's services
@@ -83,8 +84,9 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
     reflection need no key, see public.py.
     """
 
-    def __init__(self, keys: KeyRing, settings: Settings) -> None:
+    def __init__(self, keys: KeyRing, uses: KeyUses, settings: Settings) -> None:
         self._keys = keys
+        self._uses = uses
         self._calls = OpenCalls(settings.max_tenant_calls)
         self._unary = Budget("unary calls", UNARY_CALLS, leaves_free=True)
         request_bytes = Budget(
@@ -109,12 +111,16 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         principal = self._keys.authenticate(bearer_key(details.invocation_metadata))
+        has_expired = principal is not None and principal.has_expired
         if not details.method.startswith(PACKAGE):
-            tenant = principal.tenant if principal else ""
+            tenant = principal.tenant if principal and not has_expired else ""
             return self._public.bounded(details.method, handler, tenant)
         rpc = _Rpc(details, principal, self._receiver)
         if principal is None:
             return rpc.refusing(errors.UnauthenticatedError())
+        if has_expired:
+            return rpc.refusing(errors.ApiKeyExpiredError())
+        self._uses.note(principal.key_id)
         try:
             # grpc runs the whole call in this task, so the call counts while its request is
             # received.
@@ -228,6 +234,7 @@ class _Rpc:
             error = errors.InternalError(facts["error_id"])
         self._code = error.code.name
         self._facts["reason"] = error.reason
+        count_refusal(self._facts.get("tenant", ""), error.reason)
         return status_of(error)
 
     @contextmanager

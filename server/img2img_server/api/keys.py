@@ -5,11 +5,16 @@
     tenant = "shop"
     permissions = ["storage", "unsafe"]
     rate_limit = 60
+    id = "shop-web-2"
+    label = "the web shop, second key"
+    expire_time = 2027-06-30T00:00:00Z
 
 `storage`: may change the tenant's S3 settings. `operate`: may make the calls that concern every
 tenant, like a restart of the workers. `manage`: both of them. `unsafe`: may turn the safety checker
-off. `rate_limit`: jobs a minute, 0 for any number. Default: the setting of that name. Keys are
-random and long (`img2img-server keys` makes one), so a plain SHA-256 needs no salt.
+off. `rate_limit`: jobs a minute, 0 for any number. Default: the setting of that name. `id`: names
+the key in logs and lists. Default: the first 16 digits of `sha256`. `label`: a text for people.
+`expire_time`: from then on the key is refused. Keys are random and long (`img2img-server keys`
+makes one), so a plain SHA-256 needs no salt.
 """
 
 from __future__ import annotations
@@ -18,14 +23,18 @@ import hashlib
 import json
 import secrets
 import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
-import structlog
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from img2img_server import clock
 from img2img_server.errors import PermissionDeniedError
+from img2img_server.reloaded_files import ReloadedFiles
 from img2img_server.setting_files import read_text
 from img2img_server.settings import DEV_KEY, Settings, SettingsError
 
@@ -38,19 +47,30 @@ _RULES: Final = {
     "tenant": "must have 1 to 63 of the characters a-z, 0-9 and -, and must not begin with -",
     "permissions": f"must be a list of any of {', '.join(sorted(PERMISSIONS))}",
     "rate_limit": "must be an integer of at least 0",
+    "id": "must be a letter or digit and up to 62 of the characters a-z, 0-9, -, _ and .",
+    "label": "must be a text of at most 200 characters in one line",
+    "expire_time": "must be a date and time with an offset, such as 2027-06-30T00:00:00Z",
 }
-
-log = structlog.get_logger()
+_SHOWN: Final = frozenset(_RULES) - {"sha256", "keys"}  # values that cannot be a key
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The tenant and the rights of a key. `rate_limit` None: the limit of the settings."""
+    """The tenant and the rights of a key. `rate_limit` None: the limit of the settings.
+
+    `key_id`: identifies the key; is not secret. `expire_time`: Unix seconds; None: never.
+    """
 
     tenant: str
     permissions: frozenset[str] = frozenset()
     rate_limit: int | None = None
-    key_id: str = ""  # identifies the key; is not secret
+    key_id: str = ""
+    label: str = ""
+    expire_time: float | None = None
+
+    @property
+    def has_expired(self) -> bool:
+        return self.expire_time is not None and self.expire_time <= clock.now()
 
     def require(self, permission: str) -> None:
         """Raises PermissionDeniedError if the key lacks the permission."""
@@ -67,6 +87,13 @@ class _Entry(BaseModel):
     tenant: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     permissions: list[_Permission] = []
     rate_limit: Annotated[int, Field(ge=0)] | None = None
+    id: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = ""
+    label: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,200}$")] = ""
+    expire_time: AwareDatetime | None = None
+
+    @property
+    def key_id(self) -> str:
+        return self.id or _key_id(self.digest)
 
     @property
     def digest(self) -> bytes:
@@ -76,7 +103,8 @@ class _Entry(BaseModel):
         permissions = frozenset[str](self.permissions)
         if "manage" in permissions:
             permissions |= _MANAGE
-        return Principal(self.tenant, permissions, self.rate_limit, _key_id(self.digest))
+        end = self.expire_time.timestamp() if self.expire_time else None
+        return Principal(self.tenant, permissions, self.rate_limit, self.key_id, self.label, end)
 
 
 class _File(BaseModel):
@@ -90,37 +118,25 @@ class KeyRing:
 
     def __init__(self, file: Path | None, *, dev_key: bool) -> None:
         """Raises SettingsError if the file cannot be used."""
-        self._file = file
         self._fixed = _dev_principal() if dev_key else {}
-        self._entries: dict[bytes, Principal] = {}  # the entries by the SHA-256 of the key
-        self._seen = _state(file)  # the state of the file that was read last
-        if file is not None:
-            self._entries = _read(file)
+        self._file = ReloadedFiles("api_keys", [file], lambda: _read(file)) if file else None
 
     @property
     def is_empty(self) -> bool:
-        return not self._fixed and not self._entries
+        return not self.principals()
+
+    def principals(self) -> Sequence[Principal]:
+        """Returns the principals of all keys, in the order of the file; expired ones too."""
+        return [*self._fixed.values(), *self._entries().values()]
 
     def authenticate(self, key: str) -> Principal | None:
-        """Returns the principal of the key, or None."""
-        self._refresh()
+        """Returns the principal of the key, which may have expired, or None."""
         # The time of the lookup depends only on the digest, which does not help to guess a key.
         digest = _digest(key)
-        return self._entries.get(digest) or self._fixed.get(digest)
+        return self._entries().get(digest) or self._fixed.get(digest)
 
-    def _refresh(self) -> None:
-        """Reads the file if it has changed. A faulty file is logged once, and the old keys stay
-        valid.
-        """
-        if self._file is None or (state := _state(self._file)) == self._seen:
-            return
-        self._seen = state
-        try:
-            self._entries = _read(self._file)
-        except SettingsError as error:
-            log.error("api_keys_file_rejected_old_keys_stay_valid", error=str(error))
-        else:
-            log.info("api_keys_read_again", keys=len(self._entries))
+    def _entries(self) -> Mapping[bytes, Principal]:
+        return self._file.current() if self._file else {}
 
 
 def load_keys(settings: Settings) -> KeyRing:
@@ -134,26 +150,46 @@ def load_keys(settings: Settings) -> KeyRing:
     return keys
 
 
-def new_key(tenant: str, permissions: list[str], rate_limit: int | None = None) -> tuple[str, str]:
+def new_key(
+    tenant: str,
+    permissions: list[str],
+    rate_limit: int | None = None,
+    *,
+    key_id: str = "",
+    label: str = "",
+    expire_time: datetime | None = None,
+) -> tuple[str, str]:
     """Makes a key. Returns the key and its entry for the file; only store the entry.
 
     Raises:
         SettingsError: an api would refuse the entry.
     """
     key = "i2i_" + secrets.token_urlsafe(32)
-    values = {
+    chosen = {
+        "rate_limit": rate_limit,
+        "id": key_id or None,
+        "label": label or None,
+        "expire_time": expire_time,
+    }
+    values: dict[str, Any] = {
         "sha256": _digest(key).hex(),
         "tenant": tenant,
         "permissions": permissions,
-        **({} if rate_limit is None else {"rate_limit": rate_limit}),
+        **{name: value for name, value in chosen.items() if value is not None},
     }
     try:
         _Entry.model_validate(values)
     except ValidationError as error:
         raise SettingsError("\n".join(_mistakes(error))) from error
-    # Strings, lists and integers are written in TOML as in JSON.
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
     return key, "\n".join(["[[keys]]", *lines])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    # TOML writes strings, lists and integers as JSON does, but has no pairs of surrogates.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _dev_principal() -> dict[bytes, Principal]:
@@ -169,15 +205,6 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _state(file: Path | None) -> tuple[int, int] | None:
-    """Returns the time of the last change and the size, or None if the file cannot be read."""
-    try:
-        stat = file.stat() if file else None
-    except OSError:
-        return None
-    return (stat.st_mtime_ns, stat.st_size) if stat else None
-
-
 def _read(file: Path) -> dict[bytes, Principal]:
     try:
         entries = _File.model_validate(tomllib.loads(read_text(file))).keys
@@ -187,15 +214,19 @@ def _read(file: Path) -> dict[bytes, Principal]:
         raise SettingsError(_mistake(file, f"is no TOML file: {error}")) from error
     except ValidationError as error:
         raise SettingsError(*(_mistake(file, mistake) for mistake in _mistakes(error))) from error
-    first = {entry.digest: number for number, entry in reversed(list(enumerate(entries)))}
-    repeated = [
-        _mistake(file, f"keys[{number}].sha256 is that of keys[{first[entry.digest]}] too")
-        for number, entry in enumerate(entries)
-        if first[entry.digest] != number
-    ]
-    if repeated:
-        raise SettingsError(*repeated)
+    if repeated := [*_repeated(entries, "sha256"), *_repeated(entries, "key_id")]:
+        raise SettingsError(*(_mistake(file, mistake) for mistake in repeated))
     return {entry.digest: entry.principal() for entry in entries}
+
+
+def _repeated(entries: Sequence[_Entry], name: str) -> Iterator[str]:
+    """Yields a sentence for each entry with the value of an earlier one."""
+    values = [getattr(entry, name).lower() for entry in entries]
+    counts = Counter(values)
+    shown = name.removeprefix("key_")
+    for number, value in enumerate(values):
+        if counts[value] > 1 and (first := values.index(value)) != number:
+            yield f"keys[{number}].{shown} is that of keys[{first}] too"
 
 
 def _mistake(file: Path, fault: str) -> str:
@@ -213,7 +244,7 @@ def _mistakes(error: ValidationError) -> list[str]:
         if fault["type"] == "extra_forbidden":
             sentences.append(f"{where}: there is no such name")
             continue
-        shown = fault["type"] != "missing" and path[-1] in ("tenant", "permissions", "rate_limit")
+        shown = fault["type"] != "missing" and path[-1] in _SHOWN
         value = f"; it is {fault['input']!r}" if shown else ""
         sentences.append(f"{where} {_RULES[str(path[-1])]}{value}")
     return sentences

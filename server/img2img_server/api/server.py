@@ -163,11 +163,11 @@ class ApiServer:
         )
         self._health = health.aio.HealthServicer()
         self._server = server = grpc.aio.server(
-            interceptors=[ServiceInterceptor(keys, deps.settings)],
+            interceptors=[ServiceInterceptor(keys, deps.bus.key_uses, deps.settings)],
             options=server_options(deps.settings),
         )
         service_pb2_grpc.add_Img2ImgServiceServicer_to_server(servicer, server)
-        admin = AdminServicer(deps, estimator, canceller)
+        admin = AdminServicer(deps, estimator, canceller, keys)
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -189,6 +189,7 @@ class ApiServer:
                 publishing.cancel()
                 removing.cancel()
                 await self._shut_down()
+            await self._deps.bus.key_uses.close()
         log.info("api_stopped")
 
     async def _start(self, resources: AsyncExitStack) -> str:

@@ -193,7 +193,11 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
     ) -> service_pb2.GetCallerResponse:
         caller = current_principal()
         return service_pb2.GetCallerResponse(
-            tenant=caller.tenant, key_id=caller.key_id, permissions=sorted(caller.permissions)
+            tenant=caller.tenant,
+            key_id=caller.key_id,
+            permissions=sorted(caller.permissions),
+            label=caller.label,
+            expire_time=convert.optional_time(caller.expire_time),
         )
 
     async def UpdateStorageSettings(  # noqa: N802

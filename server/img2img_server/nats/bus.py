@@ -20,6 +20,7 @@ from img2img_server.nats.control import NatsControl
 from img2img_server.nats.event_use import EventUse
 from img2img_server.nats.events import JetStreamEventLog
 from img2img_server.nats.jobs import JetStreamJobQueue
+from img2img_server.nats.key_uses import KeyUses, kv_key_uses
 from img2img_server.nats.permits import JetStreamPermits
 from img2img_server.nats.probe import Probe
 from img2img_server.nats.rates import Rates, kv_rates
@@ -54,6 +55,7 @@ class Bus:
     storage: TenantStorage
     rates: Rates
     usage: UsageLedger
+    key_uses: KeyUses
     states: JobStates
     # Waits at most that many seconds until NATS can be used. Raises UnavailableError.
     ready: Callable[[float], Coroutine[Any, Any, None]] = _is_ready
@@ -117,6 +119,7 @@ async def connect_bus(
             storage=kv_tenant_storage(link, vault),
             rates=kv_rates(link),
             usage=kv_usage(link),
+            key_uses=kv_key_uses(link),
             states=JetStreamStates(link),
             trouble=lambda: link.trouble or probe.trouble,
             ready=link.ready,

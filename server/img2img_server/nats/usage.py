@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,17 +9,15 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Final
 
 from img2img_server.domain.job import Job
-from img2img_server.errors import UnavailableError
 from img2img_server.nats import codec, subjects
 from img2img_server.nats.connection import NatsConnection
 from img2img_server.nats.faults import WrongLastSequenceError
 from img2img_server.nats.kv import Bucket, KeyValue
+from img2img_server.nats.write_later import WriteLater
 from img2img_server.telemetry import count_usage
 
 FLUSH_SECONDS: Final = 5.0
 MOST_DAYS: Final = 62  # days are kept this long
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +62,7 @@ class UsageLedger:
     def __init__(self, bucket: KeyValue) -> None:
         self._bucket = bucket
         self._unwritten: dict[tuple[date, str], Usage] = {}
-        self._writing: asyncio.Task[None] | None = None
+        self._later = WriteLater("usage", FLUSH_SECONDS, self._write, lambda: bool(self._unwritten))
 
     def note(self, job: Job) -> None:
         """Counts a job that has succeeded."""
@@ -74,24 +70,11 @@ class UsageLedger:
         count_usage(job.tenant, job.device_seconds)
         key = datetime.fromtimestamp(job.end_time, UTC).date(), job.tenant
         self._unwritten[key] = self._unwritten.get(key, Usage()) + used
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write_later())
-
-    async def _write_later(self) -> None:
-        while self._unwritten:
-            await asyncio.sleep(FLUSH_SECONDS)
-            with suppress(UnavailableError):
-                await self._write()
+        self._later.changed()
 
     async def close(self) -> None:
         """Writes the last sums, if NATS can be used."""
-        if self._writing is not None:
-            self._writing.cancel()
-            await asyncio.gather(self._writing, return_exceptions=True)
-        try:
-            await self._write()
-        except UnavailableError as error:
-            log.warning("usage_not_written: %s", error)
+        await self._later.close()
 
     async def _write(self) -> None:
         for (day, tenant), used in list(self._unwritten.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from img2img_server.nats.bus import Bus
+from img2img_server.nats.key_uses import KeyUses
 from img2img_server.nats.rates import Rates
 from img2img_server.nats.tenant_settings import TenantStorage
 from img2img_server.nats.usage import UsageLedger
@@ -39,6 +40,7 @@ def memory_bus(
         storage=memory_tenant_storage(Vault(storage_keys)),
         rates=memory_rates(),
         usage=UsageLedger(MemoryBucket()),
+        key_uses=KeyUses(MemoryBucket()),
         states=MemoryStates(),
     )
 

@@ -72,6 +72,11 @@ class AdminServiceStub:
                 request_serializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/img2img.v1.AdminService/ListKeys',
+                request_serializer=img2img_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -140,6 +145,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListKeys(self, request, context):
+        """Returns all API keys that are configured, without the keys themselves: whose they are, when they
+        expire and when they were used last.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -172,6 +185,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=img2img_dot_v1_dot_admin__service__pb2.ListKeysRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_admin__service__pb2.ListKeysResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -344,6 +362,33 @@ class AdminService:
             '/img2img.v1.AdminService/GetUsage',
             img2img_dot_v1_dot_admin__service__pb2.GetUsageRequest.SerializeToString,
             img2img_dot_v1_dot_admin__service__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.AdminService/ListKeys',
+            img2img_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
+            img2img_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
             options,
             channel_credentials,
             insecure,

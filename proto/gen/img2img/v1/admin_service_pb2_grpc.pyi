@@ -72,6 +72,10 @@ class AdminServiceStub:
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
     """
+    ListKeys: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListKeysRequest, _admin_service_pb2.ListKeysResponse]
+    """Returns all API keys that are configured, without the keys themselves: whose they are, when they
+    expire and when they were used last.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -116,6 +120,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     Errors:
     - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
+    """
+    ListKeys: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListKeysRequest, _admin_service_pb2.ListKeysResponse]  # type: ignore[assignment]
+    """Returns all API keys that are configured, without the keys themselves: whose they are, when they
+    expire and when they were used last.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -194,6 +202,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT, INVALID_REQUEST: days is out of range.
+        """
+
+    @_abc_1.abstractmethod
+    def ListKeys(
+        self,
+        request: _admin_service_pb2.ListKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListKeysResponse, _abc.Awaitable[_admin_service_pb2.ListKeysResponse]]:
+        """Returns all API keys that are configured, without the keys themselves: whose they are, when they
+        expire and when they were used last.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from img2img.v1 import event_pb2 as _event_pb2
@@ -548,10 +549,14 @@ class GetCallerResponse(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
     PERMISSIONS_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """Tenant of the key. Jobs, limits and storage settings belong to it."""
     key_id: _builtins.str
     """Id of the key, as it appears in the server's log. It is not secret and does not authenticate."""
+    label: _builtins.str
+    """Text that the operator gave the key. Usually empty."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Permissions of the key, in alphabetical order: any of "manage", "operate", "storage" and "unsafe".
@@ -559,16 +564,22 @@ class GetCallerResponse(_message.Message):
         and read jobs of its tenant.
         """
 
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Time from which on the key is refused. Unset: never."""
+
     def __init__(
         self,
         *,
         tenant: _builtins.str = ...,
         key_id: _builtins.str = ...,
         permissions: _abc.Iterable[_builtins.str] | None = ...,
+        label: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "permissions", b"permissions", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "key_id", b"key_id", "label", b"label", "permissions", b"permissions", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,6 +43,7 @@ class Img2ImgServiceStub:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAUTHENTICATED, API_KEY_EXPIRED: the key was valid once. Ask the operator for a new one.
     - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
     tenant holds its share of them. Retry after the time in RetryInfo.
@@ -142,6 +143,7 @@ class Img2ImgServiceServicer:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAUTHENTICATED, API_KEY_EXPIRED: the key was valid once. Ask the operator for a new one.
     - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
     tenant holds its share of them. Retry after the time in RetryInfo.
@@ -431,6 +433,7 @@ class Img2ImgService:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAUTHENTICATED, API_KEY_EXPIRED: the key was valid once. Ask the operator for a new one.
     - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
     tenant holds its share of them. Retry after the time in RetryInfo.

@@ -44,6 +44,7 @@ class Img2ImgServiceStub:
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAUTHENTICATED, API_KEY_EXPIRED: the key was valid once. Ask the operator for a new one.
     - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
       tenant holds its share of them. Retry after the time in RetryInfo.
@@ -219,6 +220,7 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAUTHENTICATED, API_KEY_EXPIRED: the key was valid once. Ask the operator for a new one.
     - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
       tenant holds its share of them. Retry after the time in RetryInfo.
@@ -390,6 +392,7 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every method can fail with:
     - UNAUTHENTICATED, INVALID_API_KEY: the key is missing or unknown. Correct it.
+    - UNAUTHENTICATED, API_KEY_EXPIRED: the key was valid once. Ask the operator for a new one.
     - INVALID_ARGUMENT, MALFORMED_REQUEST: the request cannot be decoded. Use the stubs of this package.
     - RESOURCE_EXHAUSTED, SERVER_BUSY: the server has no memory or process free for the request, or the
       tenant holds its share of them. Retry after the time in RetryInfo.
