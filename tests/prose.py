@@ -146,7 +146,7 @@ PLACES = (
     "pyproject.toml",
 )
 LEFT_OUT = re.compile(
-    r"proto/gen/|tests/golden/|/assets/.*\.svg|LICENSE|constraints|/NOTICE|checks|models/recipe/words.py"
+    r"proto/gen/|proto/third_party/google/|tests/golden/|/assets/.*\.svg|LICENSE|constraints|/NOTICE|checks|models/recipe/words.py"
 )
 FIRST_COMMIT = "268a36e"  # Subjects are checked from this commit on.
 SUBJECT_CHARACTERS = 72

@@ -22,49 +22,53 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimg2img/v1/admin_service.proto\x12\nimg2img.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\x17GetSystemDetailsRequest\"\xcd\x01\n\x18GetSystemDetailsResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12)\n\x06uptime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bmodel_count\x18\x03 \x01(\x05\x12\x13\n\x0bqueued_jobs\x18\x04 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tgpu_usage\x18\x06 \x01(\x01\"\x16\n\x14RestartServerRequest\"\x17\n\x15RestartServerResponse\"\x15\n\x13UpdateServerRequest\"\x16\n\x14UpdateServerResponse\"\x13\n\x11\x43learCacheRequest\"\x14\n\x12\x43learCacheResponse\"\x1f\n\x0fGetUsageRequest\x12\x0c\n\x04\x64\x61ys\x18\x01 \x01(\x05\"n\n\nUsageOfDay\x12\x0b\n\x03\x64\x61y\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04jobs\x18\x03 \x01(\x03\x12\x0e\n\x06images\x18\x04 \x01(\x03\x12\x16\n\x0e\x64\x65vice_seconds\x18\x05 \x01(\x01\x12\r\n\x05price\x18\x06 \x01(\x01\"K\n\x10GetUsageResponse\x12%\n\x05usage\x18\x01 \x03(\x0b\x32\x16.img2img.v1.UsageOfDay\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\"\x13\n\x11\x43learQueueRequest\"*\n\x12\x43learQueueResponse\x12\x14\n\x0c\x63leared_jobs\x18\x01 \x01(\x05\"\x11\n\x0fListKeysRequest\"\xc1\x01\n\x06\x41piKey\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x13\n\x0bpermissions\x18\x04 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bhas_expired\x18\x06 \x01(\x08\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"4\n\x10ListKeysResponse\x12 \n\x04keys\x18\x01 \x03(\x0b\x32\x12.img2img.v1.ApiKey2\xbe\x04\n\x0c\x41\x64minService\x12]\n\x10GetSystemDetails\x12#.img2img.v1.GetSystemDetailsRequest\x1a$.img2img.v1.GetSystemDetailsResponse\x12T\n\rRestartServer\x12 .img2img.v1.RestartServerRequest\x1a!.img2img.v1.RestartServerResponse\x12Q\n\x0cUpdateServer\x12\x1f.img2img.v1.UpdateServerRequest\x1a .img2img.v1.UpdateServerResponse\x12K\n\nClearCache\x12\x1d.img2img.v1.ClearCacheRequest\x1a\x1e.img2img.v1.ClearCacheResponse\x12K\n\nClearQueue\x12\x1d.img2img.v1.ClearQueueRequest\x1a\x1e.img2img.v1.ClearQueueResponse\x12\x45\n\x08GetUsage\x12\x1b.img2img.v1.GetUsageRequest\x1a\x1c.img2img.v1.GetUsageResponse\x12\x45\n\x08ListKeys\x12\x1b.img2img.v1.ListKeysRequest\x1a\x1c.img2img.v1.ListKeysResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimg2img/v1/admin_service.proto\x12\nimg2img.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\x17GetSystemDetailsRequest\"\xcd\x01\n\x18GetSystemDetailsResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12)\n\x06uptime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bmodel_count\x18\x03 \x01(\x05\x12\x13\n\x0bqueued_jobs\x18\x04 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tgpu_usage\x18\x06 \x01(\x01\"\x16\n\x14RestartServerRequest\"\x17\n\x15RestartServerResponse\"\x15\n\x13UpdateServerRequest\"\x16\n\x14UpdateServerResponse\"\x13\n\x11\x43learCacheRequest\"\x14\n\x12\x43learCacheResponse\"%\n\x0fGetUsageRequest\x12\x12\n\x04\x64\x61ys\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\"n\n\nUsageOfDay\x12\x0b\n\x03\x64\x61y\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04jobs\x18\x03 \x01(\x03\x12\x0e\n\x06images\x18\x04 \x01(\x03\x12\x16\n\x0e\x64\x65vice_seconds\x18\x05 \x01(\x01\x12\r\n\x05price\x18\x06 \x01(\x01\"K\n\x10GetUsageResponse\x12%\n\x05usage\x18\x01 \x03(\x0b\x32\x16.img2img.v1.UsageOfDay\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\"\x13\n\x11\x43learQueueRequest\"*\n\x12\x43learQueueResponse\x12\x14\n\x0c\x63leared_jobs\x18\x01 \x01(\x05\"\x11\n\x0fListKeysRequest\"\xc1\x01\n\x06\x41piKey\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x13\n\x0bpermissions\x18\x04 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bhas_expired\x18\x06 \x01(\x08\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"4\n\x10ListKeysResponse\x12 \n\x04keys\x18\x01 \x03(\x0b\x32\x12.img2img.v1.ApiKey2\xbe\x04\n\x0c\x41\x64minService\x12]\n\x10GetSystemDetails\x12#.img2img.v1.GetSystemDetailsRequest\x1a$.img2img.v1.GetSystemDetailsResponse\x12T\n\rRestartServer\x12 .img2img.v1.RestartServerRequest\x1a!.img2img.v1.RestartServerResponse\x12Q\n\x0cUpdateServer\x12\x1f.img2img.v1.UpdateServerRequest\x1a .img2img.v1.UpdateServerResponse\x12K\n\nClearCache\x12\x1d.img2img.v1.ClearCacheRequest\x1a\x1e.img2img.v1.ClearCacheResponse\x12K\n\nClearQueue\x12\x1d.img2img.v1.ClearQueueRequest\x1a\x1e.img2img.v1.ClearQueueResponse\x12\x45\n\x08GetUsage\x12\x1b.img2img.v1.GetUsageRequest\x1a\x1c.img2img.v1.GetUsageResponse\x12\x45\n\x08ListKeys\x12\x1b.img2img.v1.ListKeysRequest\x1a\x1c.img2img.v1.ListKeysResponseBV\n\x0e\x63om.img2img.v1B\x11\x41\x64minServiceProtoP\x01Z\x14img2img/v1;img2imgv1\xaa\x02\nImg2Img.V1\xea\x02\x0bImg2Img::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'img2img.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_GETSYSTEMDETAILSREQUEST']._serialized_start=111
-  _globals['_GETSYSTEMDETAILSREQUEST']._serialized_end=136
-  _globals['_GETSYSTEMDETAILSRESPONSE']._serialized_start=139
-  _globals['_GETSYSTEMDETAILSRESPONSE']._serialized_end=344
-  _globals['_RESTARTSERVERREQUEST']._serialized_start=346
-  _globals['_RESTARTSERVERREQUEST']._serialized_end=368
-  _globals['_RESTARTSERVERRESPONSE']._serialized_start=370
-  _globals['_RESTARTSERVERRESPONSE']._serialized_end=393
-  _globals['_UPDATESERVERREQUEST']._serialized_start=395
-  _globals['_UPDATESERVERREQUEST']._serialized_end=416
-  _globals['_UPDATESERVERRESPONSE']._serialized_start=418
-  _globals['_UPDATESERVERRESPONSE']._serialized_end=440
-  _globals['_CLEARCACHEREQUEST']._serialized_start=442
-  _globals['_CLEARCACHEREQUEST']._serialized_end=461
-  _globals['_CLEARCACHERESPONSE']._serialized_start=463
-  _globals['_CLEARCACHERESPONSE']._serialized_end=483
-  _globals['_GETUSAGEREQUEST']._serialized_start=485
-  _globals['_GETUSAGEREQUEST']._serialized_end=516
-  _globals['_USAGEOFDAY']._serialized_start=518
-  _globals['_USAGEOFDAY']._serialized_end=628
-  _globals['_GETUSAGERESPONSE']._serialized_start=630
-  _globals['_GETUSAGERESPONSE']._serialized_end=705
-  _globals['_CLEARQUEUEREQUEST']._serialized_start=707
-  _globals['_CLEARQUEUEREQUEST']._serialized_end=726
-  _globals['_CLEARQUEUERESPONSE']._serialized_start=728
-  _globals['_CLEARQUEUERESPONSE']._serialized_end=770
-  _globals['_LISTKEYSREQUEST']._serialized_start=772
-  _globals['_LISTKEYSREQUEST']._serialized_end=789
-  _globals['_APIKEY']._serialized_start=792
-  _globals['_APIKEY']._serialized_end=985
-  _globals['_LISTKEYSRESPONSE']._serialized_start=987
-  _globals['_LISTKEYSRESPONSE']._serialized_end=1039
-  _globals['_ADMINSERVICE']._serialized_start=1042
-  _globals['_ADMINSERVICE']._serialized_end=1616
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\016com.img2img.v1B\021AdminServiceProtoP\001Z\024img2img/v1;img2imgv1\252\002\nImg2Img.V1\352\002\013Img2Img::V1'
+  _globals['_GETUSAGEREQUEST'].fields_by_name['days']._loaded_options = None
+  _globals['_GETUSAGEREQUEST'].fields_by_name['days']._serialized_options = b'\342A\001\001'
+  _globals['_GETSYSTEMDETAILSREQUEST']._serialized_start=144
+  _globals['_GETSYSTEMDETAILSREQUEST']._serialized_end=169
+  _globals['_GETSYSTEMDETAILSRESPONSE']._serialized_start=172
+  _globals['_GETSYSTEMDETAILSRESPONSE']._serialized_end=377
+  _globals['_RESTARTSERVERREQUEST']._serialized_start=379
+  _globals['_RESTARTSERVERREQUEST']._serialized_end=401
+  _globals['_RESTARTSERVERRESPONSE']._serialized_start=403
+  _globals['_RESTARTSERVERRESPONSE']._serialized_end=426
+  _globals['_UPDATESERVERREQUEST']._serialized_start=428
+  _globals['_UPDATESERVERREQUEST']._serialized_end=449
+  _globals['_UPDATESERVERRESPONSE']._serialized_start=451
+  _globals['_UPDATESERVERRESPONSE']._serialized_end=473
+  _globals['_CLEARCACHEREQUEST']._serialized_start=475
+  _globals['_CLEARCACHEREQUEST']._serialized_end=494
+  _globals['_CLEARCACHERESPONSE']._serialized_start=496
+  _globals['_CLEARCACHERESPONSE']._serialized_end=516
+  _globals['_GETUSAGEREQUEST']._serialized_start=518
+  _globals['_GETUSAGEREQUEST']._serialized_end=555
+  _globals['_USAGEOFDAY']._serialized_start=557
+  _globals['_USAGEOFDAY']._serialized_end=667
+  _globals['_GETUSAGERESPONSE']._serialized_start=669
+  _globals['_GETUSAGERESPONSE']._serialized_end=744
+  _globals['_CLEARQUEUEREQUEST']._serialized_start=746
+  _globals['_CLEARQUEUEREQUEST']._serialized_end=765
+  _globals['_CLEARQUEUERESPONSE']._serialized_start=767
+  _globals['_CLEARQUEUERESPONSE']._serialized_end=809
+  _globals['_LISTKEYSREQUEST']._serialized_start=811
+  _globals['_LISTKEYSREQUEST']._serialized_end=828
+  _globals['_APIKEY']._serialized_start=831
+  _globals['_APIKEY']._serialized_end=1024
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1026
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1078
+  _globals['_ADMINSERVICE']._serialized_start=1081
+  _globals['_ADMINSERVICE']._serialized_end=1655
 # @@protoc_insertion_point(module_scope)

@@ -22,43 +22,107 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14img2img/v1/job.proto\x12\nimg2img.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"4\n\tInitImage\x12\r\n\x03url\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"\xe2\x07\n\x07JobSpec\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12)\n\ninit_image\x18\x03 \x01(\x0b\x32\x15.img2img.v1.InitImage\x12\x12\n\x05width\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06height\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07samples\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x15\n\x08strength\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\x1b\n\x0esafety_checker\x18\t \x01(\x08H\x05\x88\x01\x01\x12\x16\n\x0e\x65nhance_prompt\x18\n \x01(\x08\x12\x0e\n\x06\x62\x61se64\x18\x0b \x01(\x08\x12\x0c\n\x04temp\x18\x0c \x01(\x08\x12\x0f\n\x07webhook\x18\r \x01(\t\x12\x10\n\x08track_id\x18\x0e \x01(\t\x12\r\n\x05model\x18\x0f \x01(\t\x12 \n\x13num_inference_steps\x18\x10 \x01(\x05H\x06\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x11 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\tscheduler\x18\x12 \x01(\t\x12.\n\routput_format\x18\x13 \x01(\x0e\x32\x17.img2img.v1.ImageFormat\x12\x1e\n\x16preview_interval_steps\x18\x14 \x01(\x05\x12\x1e\n\x04lane\x18\x15 \x01(\x0e\x32\x10.img2img.v1.Lane\x12\x39\n\x0b\x61nnotations\x18\x16 \x03(\x0b\x32$.img2img.v1.JobSpec.AnnotationsEntry\x12\x0c\n\x04lora\x18\x17 \x01(\t\x12\x17\n\nlora_scale\x18\x18 \x01(\x01H\x08\x88\x01\x01\x12\x1b\n\x0etrue_cfg_scale\x18\x19 \x01(\x01H\t\x88\x01\x01\x12/\n\rstrength_mode\x18\x1a \x01(\x0e\x32\x18.img2img.v1.StrengthMode\x12\x15\n\rallow_partial\x18\x1b \x01(\x08\x12\x16\n\x0eoutput_quality\x18\x1c \x01(\x05\x12\x16\n\x0eprompt_weights\x18\x1d \x01(\x08\x12\x11\n\tclip_skip\x18\x1e \x01(\x05\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_widthB\t\n\x07_heightB\n\n\x08_samplesB\x0b\n\t_strengthB\x07\n\x05_seedB\x11\n\x0f_safety_checkerB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\r\n\x0b_lora_scaleB\x11\n\x0f_true_cfg_scale\"l\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"\x89\x01\n\x06Sample\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x0b\n\x03url\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0c\n\x04nsfw\x18\x06 \x01(\x08\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.img2img.v1.JobError\"\xdf\x04\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66\x65tch\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06safety\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06upload\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ngine\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05steps\x18\n \x01(\x05\x12\x13\n\x0b\x62\x61tch_share\x18\x0b \x01(\x01\x12*\n\x07prepare\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cimage_encode\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04held\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06paused\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x08JobError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\x84\x07\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x03\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.img2img.v1.Job.State\x12!\n\x04spec\x18\x04 \x01(\x0b\x32\x13.img2img.v1.JobSpec\x12#\n\x07samples\x18\x05 \x03(\x0b\x32\x12.img2img.v1.Sample\x12\x13\n\x0b\x66uture_urls\x18\x06 \x03(\t\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.img2img.v1.JobError\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.img2img.v1.Timings\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06worker\x18\r \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0e \x01(\t\x12\x31\n\x0b\x64\x65terminism\x18\x0f \x01(\x0e\x32\x1c.img2img.v1.DeterminismClass\x12\x0f\n\x07\x61ttempt\x18\x10 \x01(\x05\x12\x13\n\x0b\x66ile_prefix\x18\x11 \x01(\t\x12\x0f\n\x07warning\x18\x12 \x01(\t\x12&\n\x03\x65ta\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0foriginal_prompt\x18\x14 \x01(\t\x12\x16\n\x0ewebhook_status\x18\x15 \x01(\t\x12\x15\n\rwebhook_error\x18\x16 \x01(\t\x12\x17\n\x0f\x64\x65noising_steps\x18\x17 \x01(\x05\x12\x13\n\x0bstart_noise\x18\x18 \x01(\x01\x12\x14\n\x0cstate_reason\x18\x19 \x01(\t\x12\x16\n\x0e\x64\x65vice_seconds\x18\x1a \x01(\x01\"\x7f\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03*?\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x11\n\rLANE_REALTIME\x10\x01\x12\x0e\n\nLANE_BATCH\x10\x02*e\n\x0cStrengthMode\x12\x1d\n\x19STRENGTH_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13STRENGTH_MODE_STEPS\x10\x01\x12\x1d\n\x19STRENGTH_MODE_NOISE_LEVEL\x10\x02*\x8e\x01\n\x10\x44\x65terminismClass\x12!\n\x1d\x44\x45TERMINISM_CLASS_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_EXACT\x10\x01\x12\x1d\n\x19\x44\x45TERMINISM_CLASS_BOUNDED\x10\x02\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_CLOSE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14img2img/v1/job.proto\x12\nimg2img.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\":\n\tInitImage\x12\r\n\x03url\x18\x01 \x01(\tH\x00\x12\x14\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x42\x04\xe2\x41\x01\x04H\x00\x42\x08\n\x06source\"\x96\t\n\x07JobSpec\x12\x14\n\x06prompt\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1d\n\x0fnegative_prompt\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12/\n\ninit_image\x18\x03 \x01(\x0b\x32\x15.img2img.v1.InitImageB\x04\xe2\x41\x01\x02\x12\x18\n\x05width\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x19\n\x06height\x18\x05 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x1a\n\x07samples\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x1b\n\x08strength\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12\x17\n\x04seed\x18\x08 \x01(\x03\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12!\n\x0esafety_checker\x18\t \x01(\x08\x42\x04\xe2\x41\x01\x01H\x05\x88\x01\x01\x12\x1c\n\x0e\x65nhance_prompt\x18\n \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x14\n\x06\x62\x61se64\x18\x0b \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x12\n\x04temp\x18\x0c \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x15\n\x07webhook\x18\r \x01(\tB\x04\xe2\x41\x01\x01\x12\x16\n\x08track_id\x18\x0e \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\x0f \x01(\tB\x04\xe2\x41\x01\x01\x12&\n\x13num_inference_steps\x18\x10 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x06\x88\x01\x01\x12!\n\x0eguidance_scale\x18\x11 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x07\x88\x01\x01\x12\x17\n\tscheduler\x18\x12 \x01(\tB\x04\xe2\x41\x01\x01\x12\x34\n\routput_format\x18\x13 \x01(\x0e\x32\x17.img2img.v1.ImageFormatB\x04\xe2\x41\x01\x01\x12$\n\x16preview_interval_steps\x18\x14 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12$\n\x04lane\x18\x15 \x01(\x0e\x32\x10.img2img.v1.LaneB\x04\xe2\x41\x01\x01\x12?\n\x0b\x61nnotations\x18\x16 \x03(\x0b\x32$.img2img.v1.JobSpec.AnnotationsEntryB\x04\xe2\x41\x01\x01\x12\x12\n\x04lora\x18\x17 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1d\n\nlora_scale\x18\x18 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x08\x88\x01\x01\x12!\n\x0etrue_cfg_scale\x18\x19 \x01(\x01\x42\x04\xe2\x41\x01\x01H\t\x88\x01\x01\x12\x35\n\rstrength_mode\x18\x1a \x01(\x0e\x32\x18.img2img.v1.StrengthModeB\x04\xe2\x41\x01\x01\x12\x1b\n\rallow_partial\x18\x1b \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x1c\n\x0eoutput_quality\x18\x1c \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x1c\n\x0eprompt_weights\x18\x1d \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x17\n\tclip_skip\x18\x1e \x01(\x05\x42\x04\xe2\x41\x01\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_widthB\t\n\x07_heightB\n\n\x08_samplesB\x0b\n\t_strengthB\x07\n\x05_seedB\x11\n\x0f_safety_checkerB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\r\n\x0b_lora_scaleB\x11\n\x0f_true_cfg_scale\"l\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"\x89\x01\n\x06Sample\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x0b\n\x03url\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0c\n\x04nsfw\x18\x06 \x01(\x08\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.img2img.v1.JobError\"\xdf\x04\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66\x65tch\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06safety\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06upload\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ngine\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05steps\x18\n \x01(\x05\x12\x13\n\x0b\x62\x61tch_share\x18\x0b \x01(\x01\x12*\n\x07prepare\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cimage_encode\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04held\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06paused\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x08JobError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\x84\x07\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x03\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.img2img.v1.Job.State\x12!\n\x04spec\x18\x04 \x01(\x0b\x32\x13.img2img.v1.JobSpec\x12#\n\x07samples\x18\x05 \x03(\x0b\x32\x12.img2img.v1.Sample\x12\x13\n\x0b\x66uture_urls\x18\x06 \x03(\t\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.img2img.v1.JobError\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.img2img.v1.Timings\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06worker\x18\r \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0e \x01(\t\x12\x31\n\x0b\x64\x65terminism\x18\x0f \x01(\x0e\x32\x1c.img2img.v1.DeterminismClass\x12\x0f\n\x07\x61ttempt\x18\x10 \x01(\x05\x12\x13\n\x0b\x66ile_prefix\x18\x11 \x01(\t\x12\x0f\n\x07warning\x18\x12 \x01(\t\x12&\n\x03\x65ta\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0foriginal_prompt\x18\x14 \x01(\t\x12\x16\n\x0ewebhook_status\x18\x15 \x01(\t\x12\x15\n\rwebhook_error\x18\x16 \x01(\t\x12\x17\n\x0f\x64\x65noising_steps\x18\x17 \x01(\x05\x12\x13\n\x0bstart_noise\x18\x18 \x01(\x01\x12\x14\n\x0cstate_reason\x18\x19 \x01(\t\x12\x16\n\x0e\x64\x65vice_seconds\x18\x1a \x01(\x01\"\x7f\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03*?\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x11\n\rLANE_REALTIME\x10\x01\x12\x0e\n\nLANE_BATCH\x10\x02*e\n\x0cStrengthMode\x12\x1d\n\x19STRENGTH_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13STRENGTH_MODE_STEPS\x10\x01\x12\x1d\n\x19STRENGTH_MODE_NOISE_LEVEL\x10\x02*\x8e\x01\n\x10\x44\x65terminismClass\x12!\n\x1d\x44\x45TERMINISM_CLASS_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_EXACT\x10\x01\x12\x1d\n\x19\x44\x45TERMINISM_CLASS_BOUNDED\x10\x02\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_CLOSE\x10\x03\x42M\n\x0e\x63om.img2img.v1B\x08JobProtoP\x01Z\x14img2img/v1;img2imgv1\xaa\x02\nImg2Img.V1\xea\x02\x0bImg2Img::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'img2img.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\016com.img2img.v1B\010JobProtoP\001Z\024img2img/v1;img2imgv1\252\002\nImg2Img.V1\352\002\013Img2Img::V1'
+  _globals['_INITIMAGE'].fields_by_name['data']._loaded_options = None
+  _globals['_INITIMAGE'].fields_by_name['data']._serialized_options = b'\342A\001\004'
   _globals['_JOBSPEC_ANNOTATIONSENTRY']._loaded_options = None
   _globals['_JOBSPEC_ANNOTATIONSENTRY']._serialized_options = b'8\001'
-  _globals['_IMAGEFORMAT']._serialized_start=2979
-  _globals['_IMAGEFORMAT']._serialized_end=3090
-  _globals['_LANE']._serialized_start=3092
-  _globals['_LANE']._serialized_end=3155
-  _globals['_STRENGTHMODE']._serialized_start=3157
-  _globals['_STRENGTHMODE']._serialized_end=3258
-  _globals['_DETERMINISMCLASS']._serialized_start=3261
-  _globals['_DETERMINISMCLASS']._serialized_end=3403
-  _globals['_INITIMAGE']._serialized_start=101
-  _globals['_INITIMAGE']._serialized_end=153
-  _globals['_JOBSPEC']._serialized_start=156
-  _globals['_JOBSPEC']._serialized_end=1150
-  _globals['_JOBSPEC_ANNOTATIONSENTRY']._serialized_start=949
-  _globals['_JOBSPEC_ANNOTATIONSENTRY']._serialized_end=999
-  _globals['_IMAGE']._serialized_start=1152
-  _globals['_IMAGE']._serialized_end=1260
-  _globals['_SAMPLE']._serialized_start=1263
-  _globals['_SAMPLE']._serialized_end=1400
-  _globals['_TIMINGS']._serialized_start=1403
-  _globals['_TIMINGS']._serialized_end=2010
-  _globals['_JOBERROR']._serialized_start=2012
-  _globals['_JOBERROR']._serialized_end=2074
-  _globals['_JOB']._serialized_start=2077
-  _globals['_JOB']._serialized_end=2977
-  _globals['_JOB_STATE']._serialized_start=2850
-  _globals['_JOB_STATE']._serialized_end=2977
+  _globals['_JOBSPEC'].fields_by_name['prompt']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['prompt']._serialized_options = b'\342A\001\002'
+  _globals['_JOBSPEC'].fields_by_name['negative_prompt']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['negative_prompt']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['init_image']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['init_image']._serialized_options = b'\342A\001\002'
+  _globals['_JOBSPEC'].fields_by_name['width']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['width']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['height']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['height']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['samples']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['samples']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['strength']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['strength']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['seed']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['seed']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['safety_checker']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['safety_checker']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['enhance_prompt']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['enhance_prompt']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['base64']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['base64']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['temp']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['temp']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['webhook']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['webhook']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['track_id']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['track_id']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['model']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['model']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['num_inference_steps']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['num_inference_steps']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['guidance_scale']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['guidance_scale']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['scheduler']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['scheduler']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['output_format']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['output_format']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['preview_interval_steps']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['preview_interval_steps']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['lane']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['lane']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['annotations']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['annotations']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['lora']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['lora']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['lora_scale']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['lora_scale']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['true_cfg_scale']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['true_cfg_scale']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['strength_mode']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['strength_mode']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['allow_partial']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['allow_partial']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['output_quality']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['output_quality']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['prompt_weights']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['prompt_weights']._serialized_options = b'\342A\001\001'
+  _globals['_JOBSPEC'].fields_by_name['clip_skip']._loaded_options = None
+  _globals['_JOBSPEC'].fields_by_name['clip_skip']._serialized_options = b'\342A\001\001'
+  _globals['_IMAGEFORMAT']._serialized_start=3198
+  _globals['_IMAGEFORMAT']._serialized_end=3309
+  _globals['_LANE']._serialized_start=3311
+  _globals['_LANE']._serialized_end=3374
+  _globals['_STRENGTHMODE']._serialized_start=3376
+  _globals['_STRENGTHMODE']._serialized_end=3477
+  _globals['_DETERMINISMCLASS']._serialized_start=3480
+  _globals['_DETERMINISMCLASS']._serialized_end=3622
+  _globals['_INITIMAGE']._serialized_start=134
+  _globals['_INITIMAGE']._serialized_end=192
+  _globals['_JOBSPEC']._serialized_start=195
+  _globals['_JOBSPEC']._serialized_end=1369
+  _globals['_JOBSPEC_ANNOTATIONSENTRY']._serialized_start=1168
+  _globals['_JOBSPEC_ANNOTATIONSENTRY']._serialized_end=1218
+  _globals['_IMAGE']._serialized_start=1371
+  _globals['_IMAGE']._serialized_end=1479
+  _globals['_SAMPLE']._serialized_start=1482
+  _globals['_SAMPLE']._serialized_end=1619
+  _globals['_TIMINGS']._serialized_start=1622
+  _globals['_TIMINGS']._serialized_end=2229
+  _globals['_JOBERROR']._serialized_start=2231
+  _globals['_JOBERROR']._serialized_end=2293
+  _globals['_JOB']._serialized_start=2296
+  _globals['_JOB']._serialized_end=3196
+  _globals['_JOB_STATE']._serialized_start=3069
+  _globals['_JOB_STATE']._serialized_end=3196
 # @@protoc_insertion_point(module_scope)

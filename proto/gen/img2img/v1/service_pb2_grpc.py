@@ -53,8 +53,8 @@ class Img2ImgServiceStub:
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
     metadata.
 
-    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
-    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
+    The standard services for health and reflection (v1 and v1alpha) need no key. They fail with
+    RESOURCE_EXHAUSTED, REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     def __init__(self, channel):
@@ -153,8 +153,8 @@ class Img2ImgServiceServicer:
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
     metadata.
 
-    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
-    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
+    The standard services for health and reflection (v1 and v1alpha) need no key. They fail with
+    RESOURCE_EXHAUSTED, REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     def Generate(self, request, context):
@@ -443,8 +443,8 @@ class Img2ImgService:
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
     metadata.
 
-    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
-    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
+    The standard services for health and reflection (v1 and v1alpha) need no key. They fail with
+    RESOURCE_EXHAUSTED, REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     @staticmethod

@@ -54,8 +54,8 @@ class Img2ImgServiceStub:
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
 
-    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
-    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
+    The standard services for health and reflection (v1 and v1alpha) need no key. They fail with
+    RESOURCE_EXHAUSTED, REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     @_typing.overload
@@ -230,8 +230,8 @@ class Img2ImgServiceAsyncStub(Img2ImgServiceStub):
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
 
-    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
-    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
+    The standard services for health and reflection (v1 and v1alpha) need no key. They fail with
+    RESOURCE_EXHAUSTED, REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -402,8 +402,8 @@ class Img2ImgServiceServicer(metaclass=_abc_1.ABCMeta):
     - INTERNAL, INTERNAL: an unexpected error. The operator finds it in the log under the error_id in the
       metadata.
 
-    The standard services for health and reflection need no key. They fail with RESOURCE_EXHAUSTED,
-    REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
+    The standard services for health and reflection (v1 and v1alpha) need no key. They fail with
+    RESOURCE_EXHAUSTED, REQUEST_TOO_LARGE if a request is larger than 4096 bytes, and with SERVER_BUSY.
     """
 
     @_abc_1.abstractmethod
