@@ -11,7 +11,6 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
@@ -704,17 +703,12 @@ async def test_a_deadline_that_cannot_be_met_is_refused_and_retried_only_if_wait
         assert not retried or found.retry_seconds >= 1.0
 
 
-async def test_health_and_reflection_answer_without_a_key() -> None:
+async def test_health_answers_without_a_key() -> None:
     async with running_stack() as stack:
         health = health_pb2_grpc.HealthStub(stack.api.channel)
         request = health_pb2.HealthCheckRequest(service="img2img.v1.Img2ImgService")
         answer = await health.Check(request, timeout=WAIT_SECONDS)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        reflection = reflection_pb2_grpc.ServerReflectionStub(stack.api.channel)
-        ask = reflection_pb2.ServerReflectionRequest(list_services="")
-        call = reflection.ServerReflectionInfo(iter([ask]), timeout=WAIT_SECONDS)
-        services = [s.name async for m in call for s in m.list_services_response.service]
-        assert "img2img.v1.Img2ImgService" in services
 
 
 async def test_a_stranger_is_refused_before_a_large_request_is_read() -> None:

@@ -22,7 +22,7 @@ from receiver import until
 from benchmarks.attack.http2 import INITIAL_WINDOW, Connection, grpc_message
 from img2img.v1 import admin_service_pb2, service_pb2, service_pb2_grpc
 from img2img_server.api import connections as api_connections
-from img2img_server.api import interceptors, public
+from img2img_server.api import interceptors, public, reflection
 from img2img_server.api.interceptors import PACKAGE
 from img2img_server.api.server import SERVICE_NAMES
 from img2img_server.errors import ServerBusyError
@@ -200,7 +200,8 @@ def methods() -> list[tuple[str, str]]:
         health_pb2.DESCRIPTOR.services_by_name["Health"],
         reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
     ]
-    return [(each.full_name, m.name) for each in [*services, *public_ones] for m in each.methods]
+    found = [(each.full_name, m.name) for each in [*services, *public_ones] for m in each.methods]
+    return [*found, ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo")]
 
 
 async def test_a_request_that_cannot_be_decoded_is_an_error_of_the_caller(
@@ -243,13 +244,15 @@ async def test_a_large_name_of_a_service_is_refused_by_health_and_reflection(
         health = health_pb2_grpc.HealthStub(stack.api.channel)
         request = health_pb2.HealthCheckRequest(service=large)
         asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol=large)
-        reflection = stack.api.channel.unary_unary(
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-        )
+        reflections = [
+            stack.api.channel.unary_unary(f"/{name}/ServerReflectionInfo")
+            for name in reflection.SERVICE_NAMES
+        ]
         for call in (
             lambda: health.Check(request, timeout=WAIT_SECONDS),
             lambda: health.Watch(request, timeout=WAIT_SECONDS).read(),
-            lambda: reflection(asked.SerializeToString(), timeout=WAIT_SECONDS),
+            lambda: reflections[0](asked.SerializeToString(), timeout=WAIT_SECONDS),
+            lambda: reflections[1](asked.SerializeToString(), timeout=WAIT_SECONDS),
         ):
             monkeypatch.setattr(public, "PENALTY_SECONDS", 0.0)
             with pytest.raises(grpc.aio.AioRpcError) as caught:

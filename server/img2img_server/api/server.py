@@ -12,7 +12,6 @@ from functools import partial
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2, service_pb2_grpc
 from img2img_server import errors
@@ -30,6 +29,7 @@ from img2img_server.api.interceptors import UNARY_CALLS, ServiceInterceptor
 from img2img_server.api.keys import KeyRing, load_keys
 from img2img_server.api.public import CALLS as PUBLIC_CALLS
 from img2img_server.api.quota import Quota
+from img2img_server.api.reflection import add_reflection
 from img2img_server.api.service import Img2ImgServicer
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
@@ -170,8 +170,7 @@ class ApiServer:
         admin = AdminServicer(deps, estimator, canceller, keys)
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        add_reflection(server, (*SERVICE_NAMES, health.SERVICE_NAME))
 
     async def serve(self, started: Callable[[str], None] | None = None) -> None:
         """Serves until the api stops. Calls `started` with the address, "host:port"."""
