@@ -42,7 +42,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
  && /opt/pip/bin/pip --python /opt/img2img install --quiet --only-binary :all: --require-hashes --no-deps \
     -r requirements/server.txt
 COPY . .
-RUN /opt/pip/bin/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir /tmp/wheel . \
+RUN /opt/pip/bin/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir /tmp/wheel ./client . \
  && /opt/pip/bin/pip --python /opt/img2img install --quiet --no-index --no-deps /tmp/wheel/*.whl \
  && rm -r /tmp/wheel \
  && /opt/img2img/bin/img2img-server --version

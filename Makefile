@@ -104,13 +104,15 @@ image-test: .venv/.dev ## Build the image without Docker and run its roles (root
 	$(PYTHON) -m venv .venv
 
 # Installs the packages of an extra, each only if its hash is known; any build of torch of the pinned
-# version, since the builds for CPU and CUDA come from different indexes; and the project itself.
+# version, since the builds for CPU and CUDA come from different indexes; the server and then the client,
+# because pip removes the command img2img together with an older server, which contained it.
 define install
 $(PIP) install --require-hashes --no-deps -r requirements/build.txt -r requirements/$(1).txt
 $(PIP) install -c constraints.txt torch
 $(PIP) install --no-deps --no-build-isolation -e '.[$(1)]'
+$(PIP) install --no-deps --no-build-isolation -e ./client
 endef
-LOCKS := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
+LOCKS := pyproject.toml client/pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 
 .venv/.local: $(LOCKS) | .venv/bin/python
 	@echo "Installing the service into .venv (the first time takes some minutes)"

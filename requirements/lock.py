@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent
 EXTRAS = ("server", "worker", "local", "dev")
+OWN = ("--no-emit-package", "img2img-service", "--no-emit-package", "img2img-client")
 HEAD = "# Written by requirements/lock.py from pyproject.toml and constraints.txt; do not edit.\n"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -38,7 +39,7 @@ def compiled(*inputs: str) -> dict[str, str]:
     """Returns what uv resolves: the entry of each package, with its hashes."""
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
     command += ["--generate-hashes", "--no-annotate", "--no-header", "--no-config"]
-    command += ["--no-emit-package", "img2img-service", "--constraint", "constraints.txt", *inputs]
+    command += [*OWN, "--constraint", "constraints.txt", *inputs]
     text = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
     entries = re.split(r"\n(?=[A-Za-z0-9])", text.strip())
     found: dict[str, str] = {}

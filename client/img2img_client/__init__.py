@@ -10,6 +10,9 @@ with Client("127.0.0.1:50051", api_key="dev-key") as client:
     result.images[0].save("out.png")
 """
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
 from img2img_client.admin import StorageSettings as StorageSettings
 from img2img_client.admin import StorageUpdate as StorageUpdate
 from img2img_client.admin import SystemDetails as SystemDetails
@@ -86,3 +89,8 @@ from img2img_client.spec import StreamOptions as StreamOptions
 from img2img_client.spec import StrengthMode as StrengthMode
 from img2img_client.stream import AsyncJobStream as AsyncJobStream
 from img2img_client.stream import JobStream as JobStream
+
+try:
+    __version__ = _version("img2img-client")
+except _PackageNotFoundError:  # A checkout on PYTHONPATH has no version.
+    __version__ = "0+unknown"

@@ -10,7 +10,9 @@ import pytest
 from tests.readme import ROOT
 
 # pip may install files whose hash is known, the pinned version of torch, and the project itself.
-PINNED = re.compile(r"--require-hashes|-c constraints.txt torch$|--no-deps .*-e '\.\[\w+\]'$")
+PINNED = re.compile(
+    r"--require-hashes|-c constraints.txt torch$|--no-deps .*-e ('\.\[\w+\]'|\./client)$"
+)
 
 
 def planned(word: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import click
 
+from img2img_client import __version__
 from img2img_client.cli.admin import admin
 from img2img_client.cli.jobs import (
     cancel,
@@ -25,7 +26,7 @@ from img2img_client.cli.program import Program
 @click.group(
     cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
-@click.version_option(package_name="img2img-service")
+@click.version_option(__version__, prog_name="img2img")
 def main() -> None:
     """Generate images from images with the img2img service.
 
