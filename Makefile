@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart monitoring demo serve images-test races oracle oracle-lora bench chaos attack fleet image-test fanout
+.PHONY: help setup gen check fix test gold chart monitoring demo serve images-test races oracle oracle-lora docs bench chaos attack fleet image-test fanout
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,9 @@ oracle-lora: setup ## Compare LoRA files of every form with peft, which is insta
 	$(BIN)/python -m pip install --quiet --no-deps --target .tools/peft peft==0.21.2
 	PYTHONPATH=.tools/peft $(BIN)/python -m pytest tests/oracle/test_lora_peft.py $(ARGS)
 
+docs: .venv/.docs ## Build the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 bench: setup ## Measure the service and the engine on this machine
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 	$(BIN)/python -m benchmarks.engine --output .img2img/bench/engine.json $(ENGINE_ARGS)
@@ -123,6 +126,10 @@ LOCKS := pyproject.toml client/pyproject.toml constraints.txt $(wildcard require
 	@echo "Installing the service and the tools into .venv (the first time takes some minutes)"
 	$(call install,dev)
 	@touch .venv/.local $@
+
+.venv/.docs: $(LOCKS) | .venv/bin/python
+	$(call install,docs)
+	@touch .venv/.local .venv/.dev $@
 
 .tools/promtool: helm/fetch_prometheus.py | .venv/bin/python
 	-$(BIN)/python helm/fetch_prometheus.py && touch $@

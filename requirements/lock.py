@@ -3,8 +3,9 @@
     python requirements/lock.py        needs uv (pip install uv) and the network
 
 The versions are those of constraints.txt. build.txt has the build backend; server.txt, worker.txt,
-local.txt and dev.txt each include the one before. torch and its CUDA libraries are in torch.txt
-only, because a build of torch from another index satisfies the same pin and has other hashes.
+local.txt, dev.txt and docs.txt each include the one before. torch and its CUDA libraries are in
+torch.txt only, because a build of torch from another index satisfies the same pin and has other
+hashes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent
-EXTRAS = ("server", "worker", "local", "dev")
+EXTRAS = ("server", "worker", "local", "dev", "docs")
 OWN = ("--no-emit-package", "img2img-service", "--no-emit-package", "img2img-client")
 HEAD = "# Written by requirements/lock.py from pyproject.toml and constraints.txt; do not edit.\n"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
