@@ -68,6 +68,7 @@ ARG BASE_DIGEST
 LABEL org.opencontainers.image.title="img2img-service" \
       org.opencontainers.image.description="Image-to-image diffusion as a gRPC service" \
       org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="https://git.example.com/platform/img2img" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}" \

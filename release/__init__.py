@@ -1,0 +1,1 @@
+"""Builds what a release publishes, into dist/: `make dist`. docs/releasing.md has the steps."""
