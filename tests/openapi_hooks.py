@@ -44,6 +44,17 @@ TEXTS = (
 
 
 @schemathesis.hook
+def before_load_schema(_context: Any, raw_schema: dict[str, Any]) -> None:
+    """Leaves JSON as the only body of POST /v1/jobs: the coverage of forms, images and the query
+    would take as long as that of all other paths. tests/contract/test_v1_jobs.py has their cases.
+    """
+    operation = raw_schema["paths"]["/v1/jobs"]["post"]
+    operation["parameters"] = [each for each in operation["parameters"] if each["in"] != "query"]
+    content = operation["requestBody"]["content"]
+    operation["requestBody"]["content"] = {"application/json": content["application/json"]}
+
+
+@schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
     """Makes valid requests pass the checks that are not their subject. Invalid requests remain
     unchanged.
@@ -71,12 +82,11 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
                 case.body["request_id"] = str(uuid.uuid4())
     elif case.headers is not None:
         case.headers["X-API-Key"] = key
-    if meant_to_be_right:
-        if case.query and "page_token" in case.query:  # Only a response has a valid one.
-            case.query["page_token"] = ""
-        if case.headers and "Idempotency-Key" in case.headers:
-            # A used key would return the job of another request.
-            case.headers["Idempotency-Key"] = str(uuid.uuid4())
+    if case.query and "page_token" in case.query:  # Only a response has a valid one.
+        case.query["page_token"] = ""
+    if meant_to_be_right and case.headers and "Idempotency-Key" in case.headers:
+        # A used key would return the job of another request.
+        case.headers["Idempotency-Key"] = str(uuid.uuid4())
     if meant_to_be_right and case.path_parameters:
         name = KNOWN["names"].get(case.path.split("/")[1], KNOWN["model"])
         known = {"job_id": KNOWN["job"], "name": name}

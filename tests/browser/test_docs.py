@@ -20,10 +20,11 @@ async def test_the_page_lists_every_operation_and_its_example_makes_a_job(
         opened(browser, f"{url}docs") as page,
     ):
         async with httpx.AsyncClient(base_url=url) as http:
-            paths = (await http.get("/openapi.json")).json()["paths"]
+            document = (await http.get("/openapi.json")).json()
+            described = [*document["paths"].values(), *document["webhooks"].values()]
         operations = page.locator(".opblock")
         await operations.first.wait_for()
-        assert await operations.count() == sum(map(len, paths.values()))
+        assert await operations.count() == sum(map(len, described))
         operation = operations.filter(has_text="/api/v1/enterprise/realtime/img2img").first
         await operation.locator(".opblock-summary").click()
         await operation.get_by_text("Responds when the job has ended").wait_for()

@@ -20,7 +20,6 @@ from img2img_server.compat.modelslab.response_formats import (
     Current,
     ErrorFormat,
     Legacy,
-    Plain,
 )
 from img2img_server.gateway.http.caching import NoStore
 from img2img_server.gateway.http.callers import Callers
@@ -37,6 +36,7 @@ from img2img_server.gateway.pages import add_docs, add_root
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.upstream import Upstream
 from img2img_server.gateway.v1 import endpoints as v1
+from img2img_server.gateway.v1 import errors as v1_errors
 from img2img_server.settings import Settings
 from img2img_server.storage.interface import BlobStore
 
@@ -60,7 +60,7 @@ def create_app(
     """
     stop = stop or asyncio.Event()
     response_format = Legacy() if settings.legacy else Current()
-    v1_format = response_format if settings.legacy else Plain()
+    v1_format = v1_errors.ErrorFormat()
     openai_format = openai_errors.ErrorFormat()
     upstream, files = Upstream(channel), Files(blobs)
     app = FastAPI(

@@ -19,7 +19,9 @@ from img2img_server.compat.modelslab.response_formats import Current, ErrorForma
 from img2img_server.compat.modelslab.responses import Error, Legacy
 from img2img_server.domain.params import Limits
 from img2img_server.domain.violations import required
+from img2img_server.gateway import webhook_document
 from img2img_server.gateway.openai.schemas import schemas as openai_schemas
+from img2img_server.gateway.v1.errors import V1Error
 from img2img_server.gateway.v1.schemas import schemas as v1_schemas
 from img2img_server.outbound.policy import OutboundPolicy
 from img2img_server.ports import host_port, reachable
@@ -104,7 +106,7 @@ def document(app: FastAPI, settings: Settings) -> Schema:
         routes=app.routes,
         servers=[{"url": settings.public_base_url or "/"}],
     )
-    documented = [*TYPES, Error, Legacy]
+    documented = [*TYPES, Error, V1Error, Legacy]
     adapters: list[Any] = [(each, "validation", TypeAdapter(each)) for each in documented]
     _, types = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
     limits = Limits(max_side_pixels=settings.max_side_pixels)
@@ -112,6 +114,8 @@ def document(app: FastAPI, settings: Settings) -> Schema:
     for name, example in EXAMPLES.items():
         schemas[name]["examples"] = [example]
     generated["components"] = {"schemas": schemas, "securitySchemes": _KEYS}
+    ended = (EXAMPLES[each.__name__] for each in webhook_document.TYPES)
+    generated["webhooks"] = webhook_document.webhooks(*ended)
     for operations in generated["paths"].values():
         for operation in operations.values():
             operation["security"] = _SECURITY.get(operation["tags"][0], [])
@@ -119,7 +123,7 @@ def document(app: FastAPI, settings: Settings) -> Schema:
             if settings.legacy and {} in operation["security"]:
                 operation["responses"] = {"200": _LEGACY}
             for sent in operation.get("requestBody", {}).get("content", {}).values():
-                name = sent["schema"]["$ref"].rpartition("/")[2]
+                name = sent["schema"].get("$ref", "").rpartition("/")[2]
                 if name in EXAMPLES:
                     sent["example"] = _working(EXAMPLES[name], settings)
     return generated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -60,6 +61,9 @@ _SYSTEM = admin_service_pb2.GetSystemDetailsResponse(
     queue_duration=Duration(seconds=3, nanos=400_000_000),
     gpu_usage=0.45,
 )
+_SUCCEEDED = job_pb2.Job()
+_SUCCEEDED.CopyFrom(_JOB)
+_SUCCEEDED.state = job_pb2.Job.STATE_SUCCEEDED
 _STORED = service_pb2.UpdateStorageSettingsResponse(
     settings=service_pb2.StorageSettings(**_DETAILS)
 )
@@ -74,6 +78,8 @@ TYPES: dict[Any, Any] = {
         _JOB, f"{_BASE}/api/v1/enterprise/realtime/fetch/10000041", responses.PROCESSING
     ),
     responses.Failed: responses.failed(_JOB),
+    responses.WebhookSuccess: json.loads(responses.webhook(_SUCCEEDED, [_LINK])),
+    responses.WebhookFailed: json.loads(responses.webhook(_JOB, [])),
     responses.Done: responses.done("update_server"),
     responses.SystemDetails: responses.system_details(_SYSTEM),
     responses.StorageUpdated: responses.storage_updated(_STORED),

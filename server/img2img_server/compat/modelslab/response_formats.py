@@ -29,7 +29,7 @@ class ErrorFormat(Protocol):
 
 
 class Plain:
-    """Errors with our own sentences, for /v1: HTTP status, `message`, and `reason` as over gRPC."""
+    """Errors with our own sentences: HTTP status, `message`, and `reason` as over gRPC."""
 
     def error(self, error: RequestError) -> Reply:
         """Returns the response to a rejected request."""

@@ -113,6 +113,20 @@ class Failed(TypedDict):
     output: Nothing
 
 
+class WebhookSuccess(Result):
+    """The body of the webhook of a job that succeeded."""
+
+    track_id: str | int | None
+    warning: str
+    meta: Meta
+
+
+class WebhookFailed(Failed):
+    """The body of the webhook of a job that failed or was cancelled."""
+
+    track_id: str | int | None
+
+
 class Done(TypedDict):
     """A management call that succeeded."""
 

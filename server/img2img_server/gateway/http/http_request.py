@@ -38,8 +38,11 @@ _SALT = secrets.token_bytes(16)
 _HOST = re.compile(r"[A-Za-z0-9._\-\[\]:]{1,255}")
 
 
-async def read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request, takes: str = "application/json") -> dict[str, Any]:
     """Reads the body as a JSON object, whatever Content-Type says; an empty body is {}.
+
+    Args:
+        takes: The bodies that the endpoint takes, for the message of an error.
 
     Raises:
         RequestError: TOO_LARGE, SLOW_BODY, INVALID_JSON (with the reason UNSUPPORTED_MEDIA_TYPE if
@@ -52,7 +55,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
             body = json.loads(raw) if raw.strip() else {}
     if not isinstance(body, dict):
-        raise _not_json(request)
+        raise _not_json(request, takes)
     return body
 
 
@@ -75,7 +78,7 @@ def media_type_of(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _not_json(request: Request) -> RequestError:
+def _not_json(request: Request, takes: str) -> RequestError:
     """Returns the error for a body that is not a JSON object. On our own paths its message names
     the body's media type; on the contract's paths the message is fixed."""
     media_type = media_type_of(request)
@@ -83,7 +86,7 @@ def _not_json(request: Request) -> RequestError:
         return RequestError(ErrorKind.INVALID_JSON)
     message = ""
     if request.scope["path"].startswith("/v1/") and _MEDIA_TYPE.fullmatch(media_type):
-        message = f"This endpoint takes application/json; the body is {media_type}"
+        message = f"This endpoint takes {takes}; the body is {media_type}"
     return RequestError(ErrorKind.INVALID_JSON, message, reason="UNSUPPORTED_MEDIA_TYPE")
 
 

@@ -16,6 +16,11 @@ RESPONSE_HEADER: Final = "X-Request-Id"
 INVALID: Final = (
     f"{HEADER} must have 1 to {idempotency.MAX_KEY_CHARACTERS} printable ASCII characters"
 )
+SCHEMA: Final = {
+    "type": "string",
+    "pattern": "^[!-~]([ -~]*[!-~])?$",
+    "maxLength": idempotency.MAX_KEY_CHARACTERS,
+}
 # Parts of the OpenAPI operation of a POST that creates a job.
 PARAMETERS: Final[dict[str, Any]] = {
     "parameters": [
@@ -24,11 +29,7 @@ PARAMETERS: Final[dict[str, Any]] = {
             "in": "header",
             "description": "Chosen by the caller, for example a UUID: a repeated request with the"
             " same key gets the job of the first one. Default: none, each request creates a job.",
-            "schema": {
-                "type": "string",
-                "pattern": "^[!-~]([ -~]*[!-~])?$",
-                "maxLength": idempotency.MAX_KEY_CHARACTERS,
-            },
+            "schema": SCHEMA,
         }
     ]
 }

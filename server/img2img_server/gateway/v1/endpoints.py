@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query
@@ -36,8 +37,9 @@ from img2img_server.gateway.http.event_stream import PING, paced
 from img2img_server.gateway.http.http_request import find_key, link_base, read_json
 from img2img_server.gateway.openapi import BODY, body, outcomes
 from img2img_server.gateway.upstream import ENDED, Creation, Upstream
-from img2img_server.gateway.v1 import protojson
-from img2img_server.idempotency import request_id_of
+from img2img_server.gateway.v1 import job_lists, job_requests, protojson
+from img2img_server.gateway.v1.errors import ErrorFormat, V1Error
+from img2img_server.gateway.v1.schemas import JOB_BODY, JOB_QUERY
 from img2img_server.settings import Settings
 
 _MAX_SEQUENCE = 2**53 - 1  # the largest integer that every JSON parser reads exactly
@@ -59,10 +61,6 @@ LastEventId = Annotated[
         **_SEQUENCE,
     ),
 ]
-RequestId = Annotated[
-    str, Query(description="An Idempotency-Key, X-Request-Id or request_id of a request.")
-]
-PageToken = Annotated[str, Query(description="`next_page_token` of the previous page.")]
 JobId = Annotated[str, Path(description="The `id` of the job.")]
 
 
@@ -75,6 +73,9 @@ class _JobIdConvertor(StringConvertor):
 register_url_convertor("job_id", _JobIdConvertor())
 
 
+_outcomes = partial(outcomes, form=ErrorFormat(), schema=V1Error.__name__)
+
+
 class Endpoints:
     """Answers these calls. Event streams end when `stop` is set; clients resume them."""
 
@@ -85,25 +86,26 @@ class Endpoints:
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["jobs"])
-        found = outcomes("GetCapabilitiesResponse")
+        found = _outcomes("GetCapabilitiesResponse")
         router.get("/capabilities", responses=found)(self.get_capabilities)
         creating = (ErrorKind.FORBIDDEN, ErrorKind.REQUEST_ID_REUSED, ErrorKind.RATE_LIMIT)
-        found = outcomes("CreateJobResponse", errors=[*BODY, ErrorKind.FIELDS, *creating])
-        extra = body("CreateJobRequest") | request_ids.PARAMETERS
+        found = _outcomes("CreateJobResponse", errors=[*BODY, ErrorKind.FIELDS, *creating])
+        parameters = [*request_ids.PARAMETERS["parameters"], JOB_QUERY]
+        extra = {**JOB_BODY, "parameters": parameters}
         router.post("/jobs", responses=found, openapi_extra=extra)(self.create_job)
         failing = [*BODY, ErrorKind.FIELDS, ErrorKind.FORBIDDEN]
-        found = outcomes("EstimateJobResponse", errors=failing)
+        found = _outcomes("EstimateJobResponse", errors=failing)
         extra = body("EstimateJobRequest")
         router.post("/jobs:estimate", responses=found, openapi_extra=extra)(self.estimate_job)
-        found = outcomes("ListJobsResponse", errors=[ErrorKind.FIELDS])
-        router.get("/jobs", responses=found)(self.list_jobs)
-        found = outcomes("GetJobResponse", errors=[ErrorKind.UNKNOWN_JOB])
+        found = _outcomes("ListJobsResponse", errors=[ErrorKind.FIELDS])
+        router.get("/jobs", responses=found, openapi_extra=job_lists.PARAMETERS)(self.list_jobs)
+        found = _outcomes("GetJobResponse", errors=[ErrorKind.UNKNOWN_JOB])
         router.get("/jobs/{job_id:job_id}", responses=found)(self.get_job)
         failing = [*BODY, ErrorKind.UNKNOWN_JOB, ErrorKind.JOB_ENDED]
-        found = outcomes("CancelJobResponse", errors=failing)
+        found = _outcomes("CancelJobResponse", errors=failing)
         router.post("/jobs/{job_id}:cancel", responses=found)(self.cancel_job)
         failing = [ErrorKind.FIELDS, ErrorKind.UNKNOWN_JOB, ErrorKind.RATE_LIMIT]
-        found = outcomes(errors=failing)
+        found = _outcomes(errors=failing)
         found[200] = {"content": {"text/event-stream": {"schema": _EVENT}}}
         found[204] = {"description": "No event comes after Last-Event-ID."}
         add = router.get("/jobs/{job_id}/events", responses=found, response_class=Response)
@@ -116,16 +118,14 @@ class Endpoints:
         return _json(await self._upstream.capabilities(find_key(request, {})))
 
     async def create_job(self, request: Request) -> Response:
-        """Queues a job and responds at once, as CreateJob does over gRPC."""
-        sent = await read_json(request)
-        key = find_key(request, sent)
-        sent.pop("key", None)
-        create = service_pb2.CreateJobRequest()
-        violations = protojson.fill(create, sent)
+        """Queues a job and responds at once, as CreateJob does over gRPC. The body is JSON, a form
+        whose fields are those of the spec, or the init image itself with the fields in the query.
+        """
+        sent = await job_requests.read(request)
+        key = find_key(request, {"key": sent.key})
+        create = sent.create
         create.request_id, wrong = request_ids.find(request, create.request_id)
-        violations += wrong
-        del sent
-        if violations:
+        if violations := sent.violations + wrong:
             create.Clear()
             await self._upstream.caller(key)  # A wrong key is reported before wrong fields.
             raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
@@ -150,23 +150,15 @@ class Endpoints:
             raise RequestError(ErrorKind.FIELDS, violations=merge(Img2ImgRequest, violations))
         return _json(await self._upstream.estimate(key, wanted.spec))
 
-    async def list_jobs(
-        self,
-        request: Request,
-        request_id: RequestId = "",
-        page_token: PageToken = "",
-    ) -> Response:
+    async def list_jobs(self, request: Request) -> Response:
         """Returns a page of your jobs, newest first, as ListJobs does over gRPC. With `request_id`,
         only the job that was created with it: so a caller that got no response finds its job. The
         key must be in a header."""
-        key, wanted = find_key(request, {}), service_pb2.ListJobsRequest(page_token=page_token)
-        if request_id:
-            try:
-                wanted.request_id = request_id_of(request_id)
-            except ValueError:
-                await self._upstream.caller(key)
-                wrong = Violation("request_id", Reason.INVALID_FORMAT, request_ids.INVALID)
-                raise RequestError(ErrorKind.FIELDS, violations=[wrong]) from None
+        key = find_key(request, {})
+        wanted, violations = job_lists.read(request)
+        if violations:
+            await self._upstream.caller(key)  # A wrong key is reported before wrong parameters.
+            raise RequestError(ErrorKind.FIELDS, violations=violations)
         return _json(await self._upstream.list_jobs(key, wanted))
 
     async def get_job(self, request: Request, job_id: JobId) -> Response:

@@ -50,7 +50,7 @@ def fill(message: Message, body: dict[str, Any]) -> list[Violation]:
     for name, value in body.items():
         field = fields.get(name)
         if field is None:
-            violations.append(_unknown(name))
+            violations.append(unknown(name))
         elif field.name == "spec" and isinstance(value, dict):
             violations += fill(message.spec, value)  # type: ignore[attr-defined]
         elif field.name == "annotations" and isinstance(value, dict) and len(value) > _MOST_NOTES:
@@ -83,7 +83,8 @@ def _too_many_notes() -> list[Violation]:
     return validate(JobParams(prompt="p", annotations=notes), ValidationContext())
 
 
-def _unknown(name: str) -> Violation:
+def unknown(name: str) -> Violation:
+    """Returns the violation for a field that does not exist."""
     if not _NAME.fullmatch(name):
         return Violation("body", Reason.INVALID_FORMAT, "body is not well formed")
     return Violation(name, Reason.UNKNOWN_FIELD, f"there is no field {name}")

@@ -28,11 +28,33 @@ _SCALARS: dict[int, list[Schema]] = {
     FieldDescriptor.CPPTYPE_STRING: [_TEXT],
 }
 _SOURCES = job_pb2.InitImage.DESCRIPTOR.fields
+_REQUEST_ID = {"description": "Chosen by the caller: the same one gives the same job again."}
+JOB_BODY: Schema = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/CreateJobRequest"}},
+            "multipart/form-data": {"schema": {"$ref": "#/components/schemas/CreateJobForm"}},
+            "image/*": {"schema": {"contentMediaType": "application/octet-stream"}},
+        },
+    }
+}
+JOB_QUERY: Schema = {
+    "name": "fields",
+    "in": "query",
+    "description": "Fields of the spec that the body does not have, each as a parameter. If "
+    "the body is an image, all others are here.",
+    "style": "form",
+    "explode": True,
+    "schema": {"$ref": "#/components/schemas/JobFields"},
+}
 
 
 def schemas(limits: Limits) -> dict[str, Schema]:
     """Returns the schemas of the requests and responses of /v1, by name."""
     found: dict[str, Schema] = {"CreateJobRequest": _create_job_request(limits)}
+    found["CreateJobForm"] = _create_job_form(limits)
+    found["JobFields"] = _object({}, _texts(limits))
     found["EstimateJobRequest"] = _estimate_job_request(limits)
     calls = ("CreateJob", "EstimateJob", "GetJob", "ListJobs", "CancelJob", "GetCapabilities")
     for call in calls:
@@ -77,11 +99,32 @@ def _create_job_request(limits: Limits) -> Schema:
     required = {name: fields.pop(name) for name in ("prompt", "init_image")}
     spec = _object(required, fields)
     spec["description"] = "The model's own limits may be narrower, see /v1/capabilities."
-    request_id = {
-        "description": "Chosen by the caller: the same one gives the same job again.",
-        "anyOf": [_TEXT | {"format": "uuid"}, {"const": ""}, {"type": "null"}],
-    }
-    return _object({"spec": spec}, {"key": _TEXT, "request_id": request_id})
+    request_id = {"anyOf": [_TEXT | {"format": "uuid"}, {"const": ""}, {"type": "null"}]}
+    return _object({"spec": spec}, {"key": _TEXT, "request_id": request_id | _REQUEST_ID})
+
+
+def _create_job_form(limits: Limits) -> Schema:
+    fields = _texts(limits)
+    text = "A file; or a text: a URL, a data URI or base64."
+    image = {"contentMediaType": "application/octet-stream", "description": text}
+    return _object({"prompt": fields.pop("prompt"), "init_image": image}, fields | {"key": _TEXT})
+
+
+def _texts(limits: Limits) -> dict[str, Schema]:
+    """Returns the schemas of the fields that a form or a query has as texts."""
+    fields = {field.name: _text(field, limits) for field in job_pb2.JobSpec.DESCRIPTOR.fields}
+    return fields | {"request_id": _TEXT | {"format": "uuid"} | _REQUEST_ID}
+
+
+def _text(field: FieldDescriptor, limits: Limits) -> Schema:
+    if field.name == "init_image":
+        return _TEXT | {"minLength": 1, "description": "A URL, a data URI or base64."}
+    if field.message_type:
+        description = "A JSON object with texts."
+        return _TEXT | {"contentMediaType": "application/json", "description": description}
+    if field.enum_type:
+        return {"enum": [value.name for value in field.enum_type.values]}
+    return _SCALARS[field.cpp_type][0] | _keywords(field.name, limits)
 
 
 def _estimate_job_request(limits: Limits) -> Schema:
