@@ -126,7 +126,15 @@ async def test_all_violations_are_reported_at_once_in_the_contract_s_order(
 ) -> None:
     answer = await create(gateway, strength=2, width=100, prompt="", output_format=77)
     assert answer.status_code == 400
-    assert answer.json() == {
+    found = answer.json()
+    reasons = [(each["field"], each["reason"]) for each in found.pop("violations")]
+    assert reasons == [
+        ("prompt", "REQUIRED"),
+        ("width", "OUT_OF_RANGE"),
+        ("strength", "OUT_OF_RANGE"),
+        ("output_format", "NOT_SUPPORTED"),
+    ]
+    assert found == {
         "status": "error",
         "message": "prompt is required",
         "reason": "INVALID_REQUEST",

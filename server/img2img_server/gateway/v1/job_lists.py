@@ -47,7 +47,7 @@ PARAMETERS: Final[dict[str, Any]] = {
             "request_id",
             "Only the job of this request is returned: an Idempotency-Key, X-Request-Id or "
             "request_id.",
-            request_ids.SCHEMA,
+            request_ids.SCHEMA | {"pattern": "^([!-~]([ -~]*[!-~])?)?$"},
         ),
     ]
 }
@@ -85,7 +85,7 @@ def _take(wanted: service_pb2.ListJobsRequest, name: str, text: str) -> Violatio
         if text not in _STATES:
             return not_supported(name, _STATES)
         wanted.states.append(_STATES[text])
-    else:
+    elif text:
         try:
             wanted.request_id = request_id_of(text)
         except ValueError:

@@ -26,6 +26,8 @@ IMAGE_TYPES: Final = "image/"
 _TAKES: Final = f"application/json, {forms.MEDIA_TYPE} or an image (Content-Type: image/*)"
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _SPEC: Final = job_pb2.JobSpec.DESCRIPTOR
+# A dict of Python: that of the library raises SystemError for texts that are not Unicode.
+_CANONICAL: Final = {field.camelcase_name: field.name for field in _SPEC.fields}
 _TEXT_FIELDS: Final = {*_SPEC.fields_by_name, "request_id"}
 _MAX_JSON_CHARACTERS: Final = 2**18  # characters; enough for the longest annotations, all escaped
 
@@ -120,8 +122,7 @@ def _is_new(found: JobRequest, name: str) -> bool:
 
 
 def _canonical(name: str) -> str:
-    known = _SPEC.fields_by_camelcase_name.get(name)
-    return known.name if known else name
+    return _CANONICAL.get(name, name)
 
 
 def _value(field: FieldDescriptor, text: str) -> Any:
