@@ -6,11 +6,8 @@ compiled models and CUDA graphs stay valid. The first use keeps a copy of each w
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -19,12 +16,10 @@ from img2img_server.engine.denoiser import Adapter
 from img2img_server.engine.diffusers.families.base import Family, LoadedModel
 from img2img_server.engine.diffusers.lora_forms import Change, LoraError, read_lora_file
 from img2img_server.engine.diffusers.lora_names import find_targets
+from img2img_server.engine.diffusers.watched_folder import Seen, WatchedFolder
 from img2img_server.errors import EngineError
 
 _log = logging.getLogger(__name__)
-
-_SUFFIX = ".safetensors"
-_OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(slots=True)
@@ -33,21 +28,6 @@ class _Kept:
 
     weight: Tensor
     original: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A file that was read. Equal for files of equal bytes.
-
-    Attributes:
-        version: Changes with the file's content.
-        changes: Empty if the file was refused.
-        digest: A hash of the file; empty if it was refused.
-    """
-
-    version: tuple[int, ...] = field(compare=False)
-    changes: tuple[Change, ...] = field(compare=False)
-    digest: bytes
 
 
 class LoraSet:
@@ -62,78 +42,36 @@ class LoraSet:
     def __init__(self, model: LoadedModel, family: Family, folder: Path | None) -> None:
         self._model = model
         self._family = family
-        self._folder = folder
-        self._refresh_lock = threading.Lock()
-        self._seen: Mapping[str, _Seen] = {}
         self._kept: dict[int, _Kept] = {}
         self._applied: Adapter | None = None
         self._is_half_written = False
-        self._pending: Mapping[str, tuple[int, ...]] = {}
-        self._unreadable: set[str] = set()
-        self._scan(is_start=True)
+        self._files = WatchedFolder("lora", folder, self._read)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name, seen in self._seen.items() if seen.changes)
+        return tuple(self._files.seen)
 
     @property
     def fingerprint(self) -> str:
         """Returns a hash of the names and files of all adapters."""
-        files = sorted(self._seen.items())
-        parts = [name.encode() + seen.digest for name, seen in files if seen.changes]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        return self._files.fingerprint
 
     def refresh(self) -> bool:
-        """Reads new and changed files and drops deleted ones; any thread may call it. A file is
-        read when it was the same in two calls, so that a copy under way is not reported as damaged.
-        Returns whether anything has changed.
+        """Reads new and changed files and drops deleted ones; any thread may call it. Returns
+        whether anything has changed.
         """
-        return self._scan(is_start=False)
+        return self._files.refresh()
 
-    def _scan(self, *, is_start: bool) -> bool:
-        if self._folder is None:
-            return False
-        with self._refresh_lock:
-            try:
-                files = {file.stem: file for file in _adapter_files(self._folder)}
-                versions = {name: _version(file) for name, file in files.items()}
-            except OSError as error:  # A file was deleted just now, or a network disk is away.
-                _log.warning("lora_dir_unreadable: %s", error)
-                return False
-            found: dict[str, _Seen] = {}
-            for name, version in versions.items():
-                old = self._seen.get(name)
-                is_read = is_start or self._pending.get(name) == version
-                if is_read and (old is None or old.version != version):
-                    old = self._read(files[name], version) or old
-                if old is not None:
-                    found[name] = old
-            self._unreadable.intersection_update(versions)
-            has_changed = found != self._seen
-            self._seen, self._pending = found, versions
-            return has_changed
-
-    def _read(self, file: Path, version: tuple[int, ...]) -> _Seen | None:
-        """Reads a file, also one that is refused. Returns None if it cannot be read at present."""
-        try:
-            changes = _changes(self._model, self._family, file)
-            seen = _Seen(version, changes, _digest(file) if changes else b"")
-            if _version(file) != version:  # The hash may be of other bytes than the changes.
-                return None
-        except OSError as error:
-            level = logging.DEBUG if file.stem in self._unreadable else logging.WARNING
-            _log.log(level, "lora_unreadable: %s: %s", file.name, error)
-            self._unreadable.add(file.stem)
-            return None
-        self._unreadable.discard(file.stem)
+    def _read(self, file: Path) -> tuple[Change, ...] | None:
+        """Returns the changes of a file; None if it does not fit, after it was logged."""
+        changes = _changes(self._model, self._family, file)
         if changes:
             _log.info("lora_offered: %s changes %d weights", file.stem, len(changes))
-        return seen
+        return changes or None
 
     def adapter(self, name: str, scale: float) -> Adapter:
         """Returns the adapter with the file that has this name now; any thread may call it."""
-        seen = self._seen.get(name)
-        return Adapter(name, scale, seen if seen and seen.changes else None)
+        return Adapter(name, scale, self._files.seen.get(name))
 
     def use(self, adapter: Adapter | None) -> None:
         """Writes the weights of this adapter. None restores the weights of the model.
@@ -145,9 +83,9 @@ class LoraSet:
         """
         changes: tuple[Change, ...] = ()
         if adapter is not None:
-            if not isinstance(adapter.content, _Seen):
+            if not isinstance(adapter.content, Seen):
                 raise EngineError(f"the LoRA {adapter.name} was removed")
-            changes = adapter.content.changes
+            changes = adapter.content.content or ()
         if adapter == self._applied and not self._is_half_written:
             return
         self._is_half_written = True
@@ -166,32 +104,6 @@ class LoraSet:
                 self._kept[key] = _Kept(change.weight, change.weight.clone())
             original = self._kept[key].original
             change.weight.copy_(change.weight.float() + change.delta(original, scale))
-
-
-def _adapter_files(folder: Path) -> list[Path]:
-    """Returns the LoRA files of a folder. Logs the files that cannot be offered."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        suffix = file.suffix.lower()
-        if suffix in _OTHER_FORMATS:
-            _log.debug("lora_ignored: %s is no .safetensors file", file.name)
-        if suffix != _SUFFIX or file.name.startswith("."):
-            continue
-        if file.stem in found:
-            _log.debug("lora_ignored: %s has the name of %s", file.name, found[file.stem].name)
-        else:
-            found[file.stem] = file
-    return list(found.values())
-
-
-def _version(file: Path) -> tuple[int, ...]:
-    status = file.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _digest(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").digest()
 
 
 def _changes(model: LoadedModel, family: Family, file: Path) -> tuple[Change, ...]:
