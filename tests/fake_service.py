@@ -196,6 +196,7 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             takes_negative_prompt=True,
             takes_prompt_weights=True,
             max_clip_skip=12,
+            embeddings=["<worn>"],
             scheduler_max_steps={"lcm": 40},
         )
         limits = service_pb2.Limits(

@@ -246,6 +246,7 @@ class Model:
     scheduler_max_steps: Mapping[str, int]
     takes_prompt_weights: bool
     max_clip_skip: int  # 0: clip_skip has no effect
+    embeddings: tuple[str, ...]  # words of prompts with textual inversion embeddings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

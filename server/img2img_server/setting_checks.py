@@ -244,11 +244,12 @@ def _model(checks: _Checks) -> None:
 
 
 def _model_folders(checks: _Checks) -> None:
-    if path := checks.path("lora_dir"):
-        try:
-            os.scandir(path).close()
-        except OSError as error:
-            checks.add("lora_dir", f"folder {path} cannot be read: {error.strerror or error}")
+    for name in ("lora_dir", "embeddings_dir"):
+        if path := checks.path(name):
+            try:
+                os.scandir(path).close()
+            except OSError as error:
+                checks.add(name, f"folder {path} cannot be read: {error.strerror or error}")
     checks.writable_folder("compile_cache_dir")
     source = checks.settings.tiny_vae
     # A hub id, owner/name, is left to the libraries.

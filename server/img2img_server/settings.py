@@ -250,6 +250,9 @@ class Settings(BaseSettings):
     """Folder of LoRA files (.safetensors); requests name a LoRA by its file name. New files are
     offered without a restart. Cannot be combined with fuse_qkv, quantization, gguf_file or
     group_offload."""
+    embeddings_dir: OptionalPath = None
+    """Folder of textual inversion embeddings (.safetensors) for models of Stable Diffusion 1.x, 2.x
+    and XL and LCM; prompts name the token of a file. New files are offered without a restart."""
     text_encoder_placement: Literal["device", "offload", "cpu"] = "device"
     """Where text encoders are kept. device: on the device; offload: on the host, and they move to
     the device to encode new prompts; cpu: on the host, where they also run. Prompts are cached

@@ -230,6 +230,7 @@ def test_capabilities_are_read(run: Run) -> None:
                 takes_negative_prompt=True,
                 takes_prompt_weights=True,
                 max_clip_skip=12,
+                embeddings=("<worn>",),
                 scheduler_max_steps={"lcm": 40},
             ),
         ),

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -44,6 +44,7 @@ class DiffusionEngine:
         memory: the memory model of the device; None: a new one.
         new_loras: reads the folder of LoRAs again and returns the names, or None if nothing has
             changed; called again and again on a thread of its own. None: the LoRAs never change.
+        new_embeddings: the same for textual inversion embeddings.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class DiffusionEngine:
         max_batch_size: int,
         memory: MemoryModel | None = None,
         new_loras: Callable[[], tuple[str, ...] | None] | None = None,
+        new_embeddings: Callable[[], tuple[str, ...] | None] | None = None,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
@@ -70,21 +72,30 @@ class DiffusionEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._watch_ended = threading.Event()
-        if new_loras is not None:
-            watch = partial(self._watch_loras, new_loras)
+        watched = {"lora": new_loras, "embedding": new_embeddings}
+        readers = {kind: read for kind, read in watched.items() if read is not None}
+        if readers:
+            watch = partial(self._watch_folders, readers)
             threading.Thread(target=watch, name="engine-loras", daemon=True).start()
 
-    def _watch_loras(self, new_loras: Callable[[], tuple[str, ...] | None]) -> None:
+    def _watch_folders(self, readers: Mapping[str, Callable[[], tuple[str, ...] | None]]) -> None:
         while not self._watch_ended.wait(LORA_WATCH_SECONDS):
-            try:
-                names = new_loras()
-            except Exception:  # The next try may succeed.
-                _log.exception("lora_dir_not_read")
-                continue
-            if names is not None:
-                _log.info("loras_changed: %s", ", ".join(names) or "none")
-                self._spec = replace(self._spec, loras=names)
-                self._calls.put(partial(self._loop.set_loras, names))
+            for kind, read in readers.items():
+                try:
+                    names = read()
+                except Exception:  # The next try may succeed.
+                    _log.exception("%s_dir_not_read", kind)
+                    continue
+                if names is not None:
+                    _log.info("%ss_changed: %s", kind, ", ".join(names) or "none")
+                    self._offer(kind, names)
+
+    def _offer(self, kind: str, names: tuple[str, ...]) -> None:
+        if kind == "lora":
+            self._spec = replace(self._spec, loras=names)
+            self._calls.put(partial(self._loop.set_loras, names))
+        else:  # The denoiser reads them with the next prompt.
+            self._spec = replace(self._spec, embeddings=names)
 
     @property
     def model(self) -> ModelInfo:

@@ -53,8 +53,17 @@ def start_engine(
     def new_loras() -> tuple[str, ...] | None:
         return denoiser.loras if denoiser.refresh_loras() else None
 
-    watch = new_loras if options.lora_dir else None
-    return DiffusionEngine(denoiser, spec, options.max_batch_size, memory, watch)
+    def new_embeddings() -> tuple[str, ...] | None:
+        return denoiser.embeddings if denoiser.refresh_embeddings() else None
+
+    return DiffusionEngine(
+        denoiser,
+        spec,
+        options.max_batch_size,
+        memory,
+        new_loras if options.lora_dir else None,
+        new_embeddings if options.embeddings_dir else None,
+    )
 
 
 def load_denoiser(options: EngineOptions) -> tuple[DiffusersDenoiser, ModelSpec]:
@@ -80,7 +89,7 @@ def load_denoiser(options: EngineOptions) -> tuple[DiffusersDenoiser, ModelSpec]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.compile_cache_dir.absolute())
     most = options.max_batch_size
     denoiser = on_own_thread(lambda: DiffusersDenoiser.load(model, device, dtype, options, most))
-    return denoiser, replace(spec, loras=denoiser.loras)
+    return denoiser, replace(spec, loras=denoiser.loras, embeddings=denoiser.embeddings)
 
 
 def warm_up(engine: DiffusionEngine, spec: ModelSpec, warm_up_sizes: str) -> None:

@@ -120,6 +120,7 @@ class ModelSpec:
     takes_prompt_weights: bool = False
     max_clip_skip: int = 0
     loras: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
     @property
     def info(self) -> ModelInfo:
@@ -145,6 +146,7 @@ class ModelSpec:
             takes_prompt_weights=self.takes_prompt_weights,
             max_clip_skip=self.max_clip_skip,
             loras=self.loras,
+            embeddings=self.embeddings,
         )
 
     def refusal(self, height: int, width: int, num_inference_steps: int) -> str:

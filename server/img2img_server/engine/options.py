@@ -56,6 +56,7 @@ class ModelOptions:
     tiny_vae: str = ""
     tiny_vae_use: TinyVaeUse = TinyVaeUse.PREVIEWS
     lora_dir: Path | None = None
+    embeddings_dir: Path | None = None
     text_encoder_placement: TextEncoderPlacement = TextEncoderPlacement.DEVICE
     quantization: Quantization = Quantization.OFF
     gguf_file: Path | None = None

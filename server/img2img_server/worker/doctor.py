@@ -41,6 +41,7 @@ class Report:
     schedulers: list[str] = field(default_factory=list)
     defaults: dict[str, Any] = field(default_factory=dict)
     loras: list[str] = field(default_factory=list)
+    embeddings: list[str] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
     sizes: dict[str, float] = field(default_factory=dict)
     load_seconds: float = 0.0
@@ -69,6 +70,8 @@ class Report:
             yield f"schedulers: {', '.join(self.schedulers)}"
             yield "defaults: " + ", ".join(f"{key} {value}" for key, value in self.defaults.items())
             yield f"LoRAs: {', '.join(self.loras) or 'none'}"
+            if self.embeddings:
+                yield f"embeddings: {', '.join(self.embeddings)}"
             for size, seconds in self.sizes.items():
                 yield f"  {size}: runs, {seconds:.1f} s with one step"
         yield from (f"note: {note}" for note in self.notes)
@@ -104,6 +107,7 @@ def _examine(options: EngineOptions, report: Report) -> None:
     report.schedulers = list(spec.info.schedulers)
     report.native_size = spec.native_size
     report.loras = list(spec.loras)
+    report.embeddings = list(spec.embeddings)
     report.defaults = {
         "num_inference_steps": spec.num_inference_steps,
         "guidance_scale": spec.guidance_scale,

@@ -713,6 +713,7 @@ class Model(_message.Message):
     SCHEDULER_MAX_STEPS_FIELD_NUMBER: _builtins.int
     TAKES_PROMPT_WEIGHTS_FIELD_NUMBER: _builtins.int
     MAX_CLIP_SKIP_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model, for JobSpec.model."""
     family: _builtins.str
@@ -763,6 +764,10 @@ class Model(_message.Message):
         max_num_inference_steps, by the name of the scheduler.
         """
 
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words of prompts that stand for textual inversion embeddings."""
+
     def __init__(
         self,
         *,
@@ -787,10 +792,11 @@ class Model(_message.Message):
         scheduler_max_steps: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         takes_prompt_weights: _builtins.bool = ...,
         max_clip_skip: _builtins.int = ...,
+        embeddings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_clip_skip", b"max_clip_skip", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "embeddings", b"embeddings", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_clip_skip", b"max_clip_skip", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

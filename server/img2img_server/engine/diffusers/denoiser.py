@@ -17,6 +17,7 @@ from img2img_server.domain.models import ModelKind
 from img2img_server.domain.strength import StrengthMode
 from img2img_server.engine import preview
 from img2img_server.engine.denoiser import Adapter, Conditioning, ImageLatents, TextInput
+from img2img_server.engine.diffusers.embeddings import EmbeddingSet
 from img2img_server.engine.diffusers.families import detect
 from img2img_server.engine.diffusers.families.base import Family, Forward, LoadedModel
 from img2img_server.engine.diffusers.fingerprint import fingerprint
@@ -68,6 +69,7 @@ class DiffusersDenoiser:
         pipeline: An image-to-image pipeline of diffusers, on its device.
         tiny_vae: An AutoencoderTiny for previews, on the same device.
         lora_dir: The folder of the LoRAs that requests may name.
+        embeddings_dir: The folder of the textual inversion embeddings that prompts may name.
         max_batch_size: The largest batch, in forwards; batches of compiled models are padded to one
             of a few sizes below it.
         family: None: the family that serves the pipeline's class.
@@ -84,6 +86,7 @@ class DiffusersDenoiser:
         *,
         tiny_vae: Any = None,
         lora_dir: Path | None = None,
+        embeddings_dir: Path | None = None,
         max_batch_size: int = 8,
         family: Family | None = None,
         device: torch.device | None = None,
@@ -109,6 +112,7 @@ class DiffusersDenoiser:
         )
         self._text = TextEncoder(self._model, self._family, options.text_encoder_placement)
         self._loras = LoraSet(self._model, self._family, lora_dir)
+        self._embeddings = EmbeddingSet(self._model, self._family, embeddings_dir)
         self._codec = self._family.codec(pipeline.vae, options.vae_tile_pixels)
         self._tiny = Autoencoder(tiny_vae, options.vae_tile_pixels) if tiny_vae else None
         self._state_key = self._key(options)
@@ -141,6 +145,7 @@ class DiffusersDenoiser:
             options,
             tiny_vae=tiny,
             lora_dir=options.lora_dir,
+            embeddings_dir=options.embeddings_dir,
             max_batch_size=max_batch_size,
             family=family,
             device=device,
@@ -165,8 +170,9 @@ class DiffusersDenoiser:
 
     @property
     def state_key(self) -> str:
-        # The files of LoRAs may change while the engine runs.
-        return hashlib.sha256((self._state_key + self._loras.fingerprint).encode()).hexdigest()
+        # The files of LoRAs and embeddings may change while the engine runs.
+        files = self._loras.fingerprint + self._embeddings.fingerprint
+        return hashlib.sha256((self._state_key + files).encode()).hexdigest()
 
     def _key(self, options: ModelOptions) -> str:
         """Returns a hash of all that the arithmetic of a step depends on."""
@@ -257,8 +263,21 @@ class DiffusersDenoiser:
         """Reads the folder of LoRAs again; any thread may call it. Returns whether it changed."""
         return self._loras.refresh()
 
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The tokens of textual inversion embeddings that prompts may have."""
+        return self._embeddings.tokens
+
+    def refresh_embeddings(self) -> bool:
+        """Reads the folder of embeddings again; any thread may call it. Returns whether it
+        changed.
+        """
+        return self._embeddings.refresh()
+
     def encode_texts(self, texts: Sequence[TextInput]) -> list[Conditioning]:
         self._loras.use(texts[0].adapter)
+        if self._embeddings.apply():
+            self._text.reload_tokenizers()
         return self._text.encode(texts, [self.forwards(text) for text in texts])
 
     def clear_cache(self) -> None:

@@ -53,10 +53,16 @@ class TextEncoder:
         self._model = model
         self._offload = TextEncoderOffload(model.pipeline, model.device, placement)
         self._family = family
+        self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
+        self.reload_tokenizers()
+
+    def reload_tokenizers(self) -> None:
+        """Reads the tokenizers of the pipeline again and drops the encoded prompts."""
+        model, family = self._model, self._family
         parts = [getattr(model.pipeline, name) for name in family.tokenizers]
         self._tokenizers = [part for part in parts if part is not None]
         self._encoders = family.clip_encoders(model) if self._tokenizers else ()
-        self._cache: OrderedDict[_Prompt, TextEmbedding] = OrderedDict()
+        self._cache.clear()
 
     def encode(self, texts: Sequence[TextInput], forwards: Sequence[int]) -> list[Conditioning]:
         """Returns one conditioning a text; rows with two forwards get their negative prompt too."""

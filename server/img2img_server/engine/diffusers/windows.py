@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
+from compel.embeddings_provider import BaseTextualInversionManager
 from torch import Tensor
 
 from img2img_server.domain.prompt_syntax import Sections
@@ -138,6 +139,7 @@ class ClipEncoder:
         return EmbeddingsProvider(
             self.tokenizer,
             _ShorterEncoder(self.text_encoder, clip_skip) if clip_skip else self.text_encoder,
+            _MultiVectorTokens(self.tokenizer),
             truncate=False,
             returned_embeddings_type=(
                 kinds.LAST_HIDDEN_STATES_NORMALIZED
@@ -147,6 +149,23 @@ class ClipEncoder:
             device=device,
             split_long_text_mode=SplitLongTextMode.SENTENCES,
         )
+
+
+class _MultiVectorTokens(BaseTextualInversionManager):  # type: ignore[misc]
+    """Replaces the token of an embedding of several vectors by the tokens of all of them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = tokenizer.added_tokens_encoder
+        self._runs: dict[int, list[int]] = {}
+        for token, number in added.items():
+            run = [number]
+            while (following := added.get(f"{token}_{len(run)}")) is not None:
+                run.append(following)
+            if len(run) > 1:
+                self._runs[number] = run
+
+    def expand_textual_inversion_token_ids_if_necessary(self, token_ids: list[int]) -> list[int]:
+        return [each for number in token_ids for each in self._runs.get(number, [number])]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
