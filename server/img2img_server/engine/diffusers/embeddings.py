@@ -216,7 +216,7 @@ class _Encoder:
                 f"its token {token!r} is one of the model's own: rename the file, or the key in it"
             )
         if f"{token.lower()}</w>" in self._vocabulary:
-            _log.warning("embedding_replaces_word: %s is a word of the model, too", token)
+            _log.warning("embedding_replaces_word: %s is in the vocabulary, too", token)
 
     def offer(self, pipeline: Any, name: str, embeddings: Any) -> None:
         """Gives the pipeline a tokenizer with these tokens, and their vectors to the encoder."""
