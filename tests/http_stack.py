@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.server import serve
-from img2img_server.gateway.upstream import connect
 from img2img_server.imaging.base import FetchError
 from img2img_server.storage.interface import BlobStore
 from img2img_server.testing.fake_engine import FakeEngine

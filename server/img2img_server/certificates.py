@@ -15,6 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from img2img_server.setting_files import read_bytes
+from img2img_server.settings import Settings, SettingsError, variable
 
 _NO_CERTIFICATE = "has no certificate in PEM format"
 _NO_KEY = "has no private key in PEM format"
@@ -77,6 +78,26 @@ def pair_faults(certificate: Path, key: Path) -> tuple[str, str]:
     if any(each.public_key() == public for each in x509.load_pem_x509_certificates(contents[0])):
         return f"has the certificate of {key}, but not first: those of its issuers follow it", ""
     return "", f"is not the key of {certificate}"
+
+
+def read_pair(settings: Settings, certificate: str, key: str) -> tuple[bytes, bytes]:
+    """Returns the contents of the key and of the certificate that two settings name, in gRPC's
+    order.
+
+    Raises:
+        SettingsError: a file cannot be read or used.
+    """
+    # The key is read first: while both are replaced, a new key may come with the old certificate,
+    # which is refused here.
+    contents = settings.read_file(key), settings.read_file(certificate)
+    paths = getattr(settings, certificate), getattr(settings, key)
+    if mistakes := [
+        f"{variable(name)}: {path} {fault}"
+        for name, path, fault in zip((certificate, key), paths, pair_faults(*paths), strict=True)
+        if fault
+    ]:
+        raise SettingsError(*mistakes)
+    return contents
 
 
 def validity_fault(content: bytes) -> str:

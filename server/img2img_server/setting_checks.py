@@ -145,14 +145,22 @@ def _trust_bundle(checks: _Checks) -> None:
 
 def _tls(checks: _Checks) -> None:
     checks.pair("tls_cert_file", "tls_key_file")
+    checks.trusted("tls_client_ca_file")
 
 
 def _api_ca(checks: _Checks) -> None:
     checks.trusted("api_ca_file")
+    checks.pair("api_cert_file", "api_key_file")
+    if checks.role == "local":
+        _needed_by_local(checks, "api_ca_file", "tls_cert_file")
+        _needed_by_local(checks, "api_cert_file", "tls_client_ca_file")
+
+
+def _needed_by_local(checks: _Checks, name: str, cause: str) -> None:
     settings = checks.settings
-    if checks.role == "local" and settings.tls_cert_file and not settings.api_ca_file:
-        fault = "is not set; the gateway of `local` needs it where IMG2IMG_TLS_CERT_FILE is set"
-        checks.run(lambda: checks.add("api_ca_file", fault), "api_ca_file")
+    if getattr(settings, cause) and not getattr(settings, name):
+        fault = f"is not set; the gateway of `local` needs it where {variable(cause)} is set"
+        checks.run(lambda: checks.add(name, fault), name)
 
 
 def _s3(checks: _Checks) -> None:
@@ -191,7 +199,9 @@ def _storage_keys(checks: _Checks) -> None:
 
 
 def _webhook_secret(checks: _Checks) -> None:
-    checks.run(lambda: Signer(checks.settings.webhook_secret.get_secret_value()))
+    settings = checks.settings
+    checks.run(lambda: Signer(settings.webhook_secret.get_secret_value()))
+    checks.run(lambda: Signer(file=settings.webhook_secrets_file), "webhook_secrets_file")
 
 
 def _outbound_allow(checks: _Checks) -> None:

@@ -114,6 +114,15 @@ def api_address(text: str) -> str:
     return text
 
 
+def public_grpc_address(text: str) -> str:
+    """Accepts "host:port" and an empty text."""
+    if text:
+        _check_host_port(text)
+        if parse_url(f"http://{text}").port is None:
+            raise ValueError("must have a port, such as grpc.example.com:443")
+    return text
+
+
 def lists_addresses(text: str) -> bool:
     """Returns whether a gRPC target lists more than one IP address."""
     return text.startswith(("ipv4:", "ipv6:")) and "," in text
@@ -174,6 +183,7 @@ def _default_if_empty(default: str | None) -> BeforeValidator:
 _NO_SPACES: Final = AfterValidator(_no_spaces)
 ListenHost = Annotated[str, _NO_SPACES, AfterValidator(listen_host)]
 ApiAddress = Annotated[str, _NO_SPACES, AfterValidator(api_address)]
+PublicGrpcAddress = Annotated[str, AfterValidator(public_grpc_address)]
 BaseUrl = Annotated[str, _NO_SPACES, AfterValidator(base_url)]
 S3Endpoint = Annotated[str, _NO_SPACES, AfterValidator(s3_endpoint)]
 BucketName = Annotated[str, _NO_SPACES, AfterValidator(bucket_name)]

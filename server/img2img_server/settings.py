@@ -43,6 +43,7 @@ from img2img_server.setting_syntax import (
     Origins,
     OtlpEndpoint,
     Port,
+    PublicGrpcAddress,
     S3Endpoint,
     Seconds,
     Sizes,
@@ -59,10 +60,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 _TOGETHER = (
     ("tls_cert_file", "tls_key_file"),
+    ("api_cert_file", "api_key_file"),
     ("nats_cert_file", "nats_key_file"),
     ("nats_user", "nats_password"),
     ("s3_access_key", "s3_secret_key"),
 )
+_NEEDS = {"tls_client_ca_file": "tls_cert_file", "api_cert_file": "api_ca_file"}
 _CONFLICTS = (
     (
         "lora_dir",
@@ -121,15 +124,28 @@ class Settings(BaseSettings):
     TLS only."""
     api_ca_file: OptionalPath = None
     """PEM certificates that the gateway trusts if the api uses TLS. Empty: no TLS."""
+    api_cert_file: OptionalPath = None
+    """PEM certificate of the gateway, for an api with `tls_client_ca_file`. It and api_ca_file are
+    read again when they change."""
+    api_key_file: OptionalPath = None
+    """PEM key of api_cert_file."""
     public_base_url: BaseUrl = ""
     """Base of the links in responses. Empty: scheme and host of the HTTP request; over gRPC http://
     and the gateway's own address, or loopback where the gateway listens on all addresses."""
+    public_grpc_address: PublicGrpcAddress = ""
+    """gRPC address that callers use, such as grpc.example.com:443; the playground shows it. Empty:
+    port 50051 of the gateway's host, and api_address with the development key."""
+    public_grpc_tls: bool = False
+    """Whether callers use TLS at public_grpc_address."""
     playground: bool = True
     """Serve the playground, a page at / of the gateway on which to try the service."""
     tls_cert_file: OptionalPath = None
-    """PEM certificate of the gRPC server."""
+    """PEM certificate of the gRPC server. The three TLS files are read again when they change."""
     tls_key_file: OptionalPath = None
     """PEM key of the gRPC server."""
+    tls_client_ca_file: OptionalPath = None
+    """PEM certificates of the authorities of clients (mutual TLS): without a certificate of theirs,
+    clients of the gRPC server are refused. Empty: clients need no certificate."""
 
     # NATS and S3.
     nats_url: SecretStr = SecretStr("nats://127.0.0.1:4222")
@@ -402,6 +418,10 @@ class Settings(BaseSettings):
     webhook_secret: SecretStr = SecretStr("")
     """Secret that signs webhooks, whsec_…. Give two, separated by a space, while you replace one.
     """
+    webhook_secrets_file: OptionalPath = None
+    """TOML file with webhook secrets by tenant, such as `shop = ["whsec_…"]`; a webhook is signed
+    with all of its tenant's. Tenants that it does not name have `webhook_secret`. The file is read
+    again when it changes."""
 
     # The process.
     state_dir: StateDir = Path(".img2img")
@@ -438,6 +458,11 @@ class Settings(BaseSettings):
             for pair in _TOGETHER
             for name, other in (pair, pair[::-1])
             if other in is_set and name not in is_set
+        ]
+        mistakes += [
+            f"{variable(name)}: has no effect without {variable(base)}"
+            for name, base in _NEEDS.items()
+            if name in is_set and base not in is_set
         ]
         if {"nats_user", "nats_token"} <= is_set:
             mistakes.append(

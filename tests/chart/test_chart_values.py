@@ -55,6 +55,12 @@ def test_everything_that_is_missing_is_said_at_once() -> None:
         ("quickstart", "s3.sessionTokenKey=x", "an entry of s3.existingSecret, which is missing"),
         ("everything", "nats.authSecret=x", "nats.authSecret belongs to nats.url"),
         ("default", "api.enabled=false", "gateway.apiAddress is missing"),
+        (
+            "default",
+            "api.tls.clientCaSecret=ca",
+            "api.tls.clientCaSecret needs api.tls.existingSecret",
+        ),
+        ("everything", "gateway.apiCertSecret=", "gateway.apiCertSecret is missing"),
         ("default", "gateway.ingress.enabled=true", "gateway.ingress.host is missing"),
         (
             "default",

@@ -10,8 +10,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.app import create_app
-from img2img_server.gateway.upstream import connect
 from img2img_server.settings import Settings
 from tests.http_stack import ENTERPRISE, Gateway, body, error_body, gateway_before, running_gateway
 

@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 
 from img2img_server.compat.modelslab.requests import Img2ImgRequest
 from img2img_server.errors import StorageError
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.app import create_app
-from img2img_server.gateway.upstream import connect
 from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import ENTERPRISE, Gateway, body, gateway_before, running_gateway
 from tests.stack import settings

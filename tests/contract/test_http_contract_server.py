@@ -12,11 +12,12 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from structlog.testing import capture_logs
 
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.http import event_stream
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.server import serve
-from img2img_server.gateway.upstream import connect
 from img2img_server.settings import SettingsError
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.memory_blobs import MemoryBlobStore
@@ -169,6 +170,51 @@ async def test_the_gateway_talks_tls_to_an_api_that_has_it(tmp_path: Path) -> No
         async with connect(trusting) as channel:
             trouble = await api_trouble(channel)
     assert "has no name that IMG2IMG_API_ADDRESS names" in trouble
+
+
+def write_certificate(authority: trustme.CA, folder: Path, name: str) -> None:
+    """Replaces NAME.pem, NAME-key.pem and the authority in NAME-ca.pem, as Kubernetes does."""
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(str(folder / f"{name}-ca.pem"))
+    chain = folder / "chain.pem"
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    certificate.private_key_pem.write_to_path(str(folder / f"{name}-key.pem"))
+    chain.replace(folder / f"{name}.pem")
+
+
+async def test_certificates_of_both_sides_are_replaced_while_they_run(tmp_path: Path) -> None:
+    write_certificate(trustme.CA(), tmp_path, "api")
+    write_certificate(trustme.CA(), tmp_path, "gateway")
+    config = settings(
+        tls_cert_file=tmp_path / "api.pem",
+        tls_key_file=tmp_path / "api-key.pem",
+        tls_client_ca_file=tmp_path / "gateway-ca.pem",
+    )
+    async with running_api(memory_bus(), config) as api:
+        trusting = settings(
+            api_address=api.address,
+            api_ca_file=tmp_path / "api-ca.pem",
+            api_cert_file=tmp_path / "gateway.pem",
+            api_key_file=tmp_path / "gateway-key.pem",
+        )
+
+        async def trouble_of_a_new_gateway(**changes: Path | None) -> str:
+            async with connect(trusting.model_copy(update=changes)) as channel:
+                return await api_trouble(channel)
+
+        async with connect(trusting) as channel:
+            assert not await api_trouble(channel)
+            assert await trouble_of_a_new_gateway(api_cert_file=None)
+            write_certificate(trustme.CA(), tmp_path, "api")
+            write_certificate(trustme.CA(), tmp_path, "gateway")
+            # The files are the authorities of a new pair: only those who read it again succeed.
+            assert not await trouble_of_a_new_gateway()
+            assert not await api_trouble(channel)
+            (tmp_path / "api-key.pem").write_text("no key")
+            with capture_logs() as logs:
+                assert not await trouble_of_a_new_gateway()
+            (line,) = [line for line in logs if "tls_files_rejected" in line["event"]]
+            assert "IMG2IMG_TLS_KEY_FILE" in line["error"]
 
 
 async def test_a_missing_file_of_certificates_is_an_error_of_the_start(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from starlette.types import Message
 
 from img2img.v1 import job_pb2
 from img2img_server.compat.modelslab.errors import ErrorKind, RequestError
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.openai.requests import HIGH_FIDELITY_STRENGTH
-from img2img_server.gateway.upstream import connect
 from img2img_server.testing.fake_engine import HOLD_PROMPT, FakeEngine
 from tests.http_stack import (
     BASE,

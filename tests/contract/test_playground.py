@@ -18,8 +18,8 @@ from img2img_client.cli import main as cli
 from img2img_server import __version__
 from img2img_server.api.keys import new_key
 from img2img_server.compat.modelslab.examples import IMG2IMG
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.app import create_app
-from img2img_server.gateway.upstream import connect
 from img2img_server.local import _announce
 from img2img_server.settings import Settings
 from img2img_server.testing.memory_blobs import MemoryBlobStore
@@ -180,11 +180,15 @@ async def test_the_page_gets_the_development_key_and_no_other_key(tmp_path: Path
     key, entry = new_key("shop", [])
     file = tmp_path / "keys.toml"
     file.write_text(entry)
-    nothing = {"api_key": "", "grpc_address": ""}
+    nothing = plain = {"api_key": "", "grpc_address": "", "grpc_tls": False}
     for config, expected in (
         (Settings(), nothing),
         (Settings(api_keys_file=file, dev_key=True), nothing),
-        (Settings(dev_key=True), {"api_key": "dev-key", "grpc_address": "127.0.0.1:50051"}),
+        (Settings(dev_key=True), plain | {"api_key": "dev-key", "grpc_address": "127.0.0.1:50051"}),
+        (
+            Settings(public_grpc_address="grpc.example.com:443", public_grpc_tls=True),
+            {"api_key": "", "grpc_address": "grpc.example.com:443", "grpc_tls": True},
+        ),
     ):
         async with page_of(config) as http:
             headers = {"Host": "127.0.0.1"}

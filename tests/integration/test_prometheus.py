@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from benchmarks.local_stack import LocalStack, free_port, local_stack
-from img2img_client import AsyncClient
+from img2img_client import AsyncClient, NotFoundError
 from img2img_server.tasks import background_task
 from tests.chart_render import NAMESPACE, ROOT, of_kind, render
 from tests.receiver import Receiver, receiving
@@ -146,7 +146,7 @@ def panels() -> dict[str, list[str]]:
 
 
 async def load(stack: LocalStack, receiver: Receiver) -> None:
-    """Sends jobs over gRPC and one over HTTP with a webhook, and waits until all have ended."""
+    """Sends jobs over gRPC, one over HTTP with a webhook and a wrong call; waits for the ends."""
     image = base64.b64encode(PHOTO.read_bytes()).decode()
     body = {
         "key": "dev-key",
@@ -165,6 +165,8 @@ async def load(stack: LocalStack, receiver: Receiver) -> None:
             tasks.create_task(client.generate("an oil painting", PHOTO, **options))
         async with session.post("/api/v6/realtime/img2img", json=body) as answer:
             assert answer.status == 200
+        with pytest.raises(NotFoundError):
+            await client.get("jobs/1")
 
 
 async def read_index(stack: LocalStack) -> None:

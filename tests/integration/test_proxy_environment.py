@@ -10,9 +10,9 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.readiness import Readiness
 from img2img_server.gateway.server import serve
-from img2img_server.gateway.upstream import connect
 from img2img_server.nats.bus import connect_bus
 from img2img_server.settings import Settings
 from img2img_server.storage.s3_blobs import connect_blobs

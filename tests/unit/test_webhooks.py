@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook
@@ -53,6 +54,36 @@ def test_the_signature_is_that_of_the_contracts_vector() -> None:
         "webhook-timestamp": "1767225600",
         "webhook-signature": "v1,j2zUSd2y4N6M805OrStL4cuxJBikhxveG3j62ZGDJhY=",
     }
+
+
+def test_a_tenant_has_secrets_of_its_own_which_change_without_a_restart(tmp_path: Path) -> None:
+    def signature(tenant: str) -> str:
+        return signer.headers(1, 1767225600, BODY, tenant)["webhook-signature"]
+
+    def signed_by(*secrets: str) -> str:
+        return Signer(" ".join(secrets)).headers(1, 1767225600, BODY)["webhook-signature"]
+
+    third = "whsec_" + base64.b64encode(b"3" * 24).decode()
+    file = tmp_path / "secrets.toml"
+    file.write_text(f'shop = ["{OTHER}"]\n')
+    signer = Signer(SECRET, file)
+    assert (signature("shop"), signature("lab")) == (signed_by(OTHER), signed_by(SECRET))
+    file.write_text(f'shop = ["{third}", "{OTHER}"]\nlab = ["{third}"]\n')
+    assert (signature("shop"), signature("lab")) == (signed_by(third, OTHER), signed_by(third))
+    for broken in (
+        'shop = ["whsec_short"]',
+        f'shop = "{OTHER}"',
+        "shop = []",
+        "shop = [1]",
+        "no toml",
+    ):
+        file.write_text(broken)
+        with capture_logs() as logs:
+            assert signature("shop") == signed_by(third, OTHER)
+        assert "IMG2IMG_WEBHOOK_SECRETS_FILE" in logs[0]["error"]
+        assert OTHER not in str(logs)
+        with pytest.raises(SettingsError, match="IMG2IMG_WEBHOOK_SECRETS_FILE"):
+            Signer(file=file)
 
 
 def test_the_body_of_a_failure_is_that_of_the_contracts_vector() -> None:

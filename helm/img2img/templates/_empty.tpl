@@ -41,6 +41,7 @@ api:
     type: ''
   sidecars: []
   tls:
+    clientCaSecret: ''
     existingSecret: ''
   tolerations: []
   topologySpread: {}
@@ -61,6 +62,7 @@ gateway:
   affinity: {}
   apiAddress: ''
   apiCaSecret: ''
+  apiCertSecret: ''
   autoscaling:
     behavior: {}
     enabled: false
@@ -211,6 +213,7 @@ trustBundle:
   configMap: ''
 webhookSecret:
   existingSecret: ''
+  tenantsSecret: ''
 workerDefaults:
   affinity: {}
   autoscaling:

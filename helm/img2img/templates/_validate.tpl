@@ -44,6 +44,12 @@
 {{- if and $v.apiKeys.existingSecret (or $v.apiKeys.tenants $v.quickstart.apiKey.enabled) -}}
 {{- $mistakes = append $mistakes "apiKeys.existingSecret excludes apiKeys.tenants and quickstart.apiKey" -}}
 {{- end -}}
+{{- if and $v.api.tls.clientCaSecret (not $v.api.tls.existingSecret) -}}
+{{- $mistakes = append $mistakes "api.tls.clientCaSecret needs api.tls.existingSecret" -}}
+{{- end -}}
+{{- if and $v.gateway.enabled $v.api.enabled $v.api.tls.clientCaSecret (not $v.gateway.apiCertSecret) -}}
+{{- $mistakes = append $mistakes "gateway.apiCertSecret is missing: the api refuses clients without a certificate (api.tls.clientCaSecret)" -}}
+{{- end -}}
 {{- if and $v.gateway.enabled (not $v.api.enabled) (not $v.gateway.apiAddress) -}}
 {{- $mistakes = append $mistakes "gateway.apiAddress is missing: this release has no api of its own" -}}
 {{- end -}}

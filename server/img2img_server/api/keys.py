@@ -119,7 +119,7 @@ class KeyRing:
     def __init__(self, file: Path | None, *, dev_key: bool) -> None:
         """Raises SettingsError if the file cannot be used."""
         self._fixed = _dev_principal() if dev_key else {}
-        self._file = ReloadedFiles("api_keys", [file], lambda: _read(file)) if file else None
+        self._file = ReloadedFiles("api_keys_file", [file], lambda: _read(file)) if file else None
 
     @property
     def is_empty(self) -> bool:

@@ -31,9 +31,9 @@ from img2img_server.api.public import CALLS as PUBLIC_CALLS
 from img2img_server.api.quota import Quota
 from img2img_server.api.reflection import add_reflection
 from img2img_server.api.service import Img2ImgServicer
+from img2img_server.api.tls import server_credentials
 from img2img_server.api.watch import Watcher
 from img2img_server.api.worker_cache import CachedWorkerRegistry
-from img2img_server.certificates import validity_fault
 from img2img_server.compat.modelslab import names, responses
 from img2img_server.compat.modelslab.files import inline
 from img2img_server.domain.job import Job
@@ -103,7 +103,7 @@ async def serve_api(
         limits=service_limits(settings),
         timeout_seconds=settings.outbound_timeout_seconds,
     )
-    signer = Signer(settings.webhook_secret.get_secret_value())
+    signer = Signer(settings.webhook_secret.get_secret_value(), settings.webhook_secrets_file)
     async with (
         DecoderPool.of(settings, wait_seconds=settings.admission_wait_seconds) as decoder,
         connect_bus(settings, stop=stop) as bus,
@@ -287,7 +287,7 @@ def _listen(server: grpc.aio.Server, settings: Settings) -> int:
     address = host_port(settings.grpc_host, settings.grpc_port)
     try:
         if settings.tls_cert_file and settings.tls_key_file:
-            return server.add_secure_port(address, _credentials(settings))
+            return server.add_secure_port(address, server_credentials(settings))
         return server.add_insecure_port(address)
     except RuntimeError as error:  # gRPC's error has no reason.
         (listener, *_) = listeners("api", settings)
@@ -297,16 +297,6 @@ def _listen(server: grpc.aio.Server, settings: Settings) -> int:
             files = f"{settings.tls_cert_file} with {settings.tls_key_file}"
             fault = f"IMG2IMG_TLS_CERT_FILE: gRPC cannot use {files}"
         raise SettingsError(fault) from error
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials:
-    pair = (settings.read_file("tls_key_file"), settings.read_file("tls_cert_file"))
-    if fault := validity_fault(pair[1]):
-        log.warning(
-            "tls_certificate_not_valid",
-            reason=f"IMG2IMG_TLS_CERT_FILE: the certificate {fault}: clients will refuse it",
-        )
-    return grpc.ssl_server_credentials([pair])
 
 
 def _link_base(settings: Settings) -> str:

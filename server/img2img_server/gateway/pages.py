@@ -95,7 +95,8 @@ def add_root(app: FastAPI, settings: Settings) -> None:
         works = settings.has_open_dev_key
         values = {
             "api_key": DEV_KEY if works else "",
-            "grpc_address": settings.api_address if works else "",
+            "grpc_address": settings.public_grpc_address or (settings.api_address if works else ""),
+            "grpc_tls": settings.public_grpc_tls,
         }
         return JSONResponse(values, headers=_HEADERS | {"Cache-Control": "no-store"})
 

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from img2img_server.compat.modelslab import names
 from img2img_server.errors import StorageError
-from img2img_server.gateway.upstream import SERVICE
+from img2img_server.gateway.api_channel import SERVICE
 from img2img_server.storage.interface import BlobStore
 
 WATCH_SECONDS: Final = 2.0

@@ -12,10 +12,10 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from img2img_server.gateway.api_channel import connect
 from img2img_server.gateway.app import create_app
 from img2img_server.gateway.http.connections import KEEP_ALIVE_SECONDS, BoundedProtocol
 from img2img_server.gateway.readiness import Readiness
-from img2img_server.gateway.upstream import connect
 from img2img_server.lifecycle import first_of, unless_stopped
 from img2img_server.ports import BACKLOG, host_port, listeners
 from img2img_server.settings import Settings

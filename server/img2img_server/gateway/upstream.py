@@ -4,7 +4,6 @@ RequestError for every status but OK, decided by the reason and never by a text.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -30,10 +29,8 @@ from img2img_server.compat.modelslab import names
 from img2img_server.compat.modelslab.errors import RETRY_SECONDS, ErrorKind, RequestError
 from img2img_server.domain.job import TERMINAL_STATES
 from img2img_server.domain.violations import Reason, Violation
-from img2img_server.settings import Settings
 from img2img_server.tracing import injected
 
-SERVICE = "img2img.v1.Img2ImgService"
 # The terminal states of the protocol, each with the name of its event.
 _TERMINAL = {job_pb2.Job.State.Value(f"STATE_{state.name}"): state for state in TERMINAL_STATES}
 ENDED = tuple(_TERMINAL)
@@ -47,23 +44,6 @@ _FIRST_PAUSE_SECONDS = 0.1  # seconds; the pause between two of these calls, dou
 _CALL_SECONDS = 10.0
 _KEY_SECONDS = 1.0
 _STORAGE_CHECK_SECONDS = 90.0  # seconds; the check makes three requests to the tenant's storage
-_READS = ("GetCaller", "GetCapabilities", "GetJob", "ListJobs", "EstimateJob")
-# Methods without side effects are retried, for the time when one api stops and another one starts.
-_RETRIED = [
-    {"service": "img2img.v1.AdminService", "method": "GetSystemDetails"},
-    *({"service": SERVICE, "method": name} for name in _READS),
-]
-_RETRY_POLICY = {
-    "maxAttempts": 4,
-    "initialBackoff": "0.1s",
-    "maxBackoff": "1s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
-}
-_SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "methodConfig": [{"name": _RETRIED, "retryPolicy": _RETRY_POLICY}],
-}
 # Errors by the reason of ErrorInfo.
 _OF_REASON = {
     **{kind.reason: kind for kind in ErrorKind},
@@ -92,30 +72,6 @@ _EXPLAINED = (ErrorKind.FORBIDDEN, ErrorKind.JOB_ENDED, ErrorKind.RATE_LIMIT)
 _EXPLAINED_REASONS = ("NO_MODEL", "STORAGE_KEYS_MISSING", "MESSAGE_TOO_LARGE")
 T = TypeVar("T")
 Detail = TypeVar("Detail", bound=Message)
-
-
-def connect(settings: Settings) -> grpc.aio.Channel:
-    """Returns a channel to the api. It connects on first use, and again after a lost connection.
-
-    Raises:
-        SettingsError: api_ca_file cannot be read.
-    """
-    options: list[tuple[str, int | str]] = [
-        ("grpc.max_send_message_length", settings.max_message_bytes),
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        # Detect a dead connection within 40 s, also while no stream sends anything.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        # Without this option, gRPC waits for 60 s regardless of the line above.
-        ("grpc.http2.ping_timeout_ms", 10_000),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.enable_http_proxy", int(settings.use_proxy_environment)),
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    ]
-    if settings.api_ca_file is None:
-        return grpc.aio.insecure_channel(settings.api_address, options=options)
-    credentials = grpc.ssl_channel_credentials(settings.read_file("api_ca_file"))
-    return grpc.aio.secure_channel(settings.api_address, credentials, options=options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,7 @@ class WebhookDispatcher:
     async def _post(self, job: Job) -> Outcome:
         try:
             body = await self._payload(job)
-            headers = self._signer.headers(job.id, int(clock.now()), body)
+            headers = self._signer.headers(job.id, int(clock.now()), body, job.tenant)
             return await self._sender(job.params.webhook, body, headers)
         except errors.StorageError as error:
             return Outcome(delivered=False, reason=str(error))

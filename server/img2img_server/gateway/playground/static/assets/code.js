@@ -11,7 +11,7 @@ export function code(language, spec, context) {
   return { python, curl, contract }[language](spec, context);
 }
 
-function python(spec, { file, grpc, key }) {
+function python(spec, { file, grpc, grpcTls, key }) {
   const { prompt = "", preview_interval_steps: _, ...options } = spec;
   const lines = Object.entries(options).map(([name, value]) => `        ${name}=${literal(name, value)},`);
   return `# ${KEY}${key}
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from img2img_client import Client
 
-with Client(${JSON.stringify(grpc)}, api_key=os.environ["IMG2IMG_API_KEY"]) as client:
+with Client(${JSON.stringify(grpc)}, ${grpcTls ? "tls=True, " : ""}api_key=os.environ["IMG2IMG_API_KEY"]) as client:
     result = client.generate(
         ${JSON.stringify(prompt)},
         Path(${JSON.stringify(file)}),

@@ -12,6 +12,7 @@ const MAX_HISTORY = 24;
 const form = $("form");
 const history = [];
 let grpc = `${location.hostname}:50051`;
+let grpcTls = false;
 let devKey = "";  // the development key, if the service accepts it
 let models = [];
 let initImage = null; // {blob, name, url, width, height, thumbnail}
@@ -27,6 +28,7 @@ async function begin() {
     const settings = await service.settings();
     devKey = settings.api_key;
     grpc = settings.grpc_address || grpc;
+    grpcTls = settings.grpc_tls;
   } catch (error) {
     showError(error);
   }
@@ -135,7 +137,7 @@ function restore(earlier) {
 
 function drawCode() {
   $("strength-value").value = $("strength").value;
-  const context = { file: initImage?.name ?? "image.jpg", origin: new URL(".", location.href).href.slice(0, -1), grpc, key: devKey && key() === devKey ? devKey : "YOUR-KEY" };
+  const context = { file: initImage?.name ?? "image.jpg", origin: new URL(".", location.href).href.slice(0, -1), grpc, grpcTls, key: devKey && key() === devKey ? devKey : "YOUR-KEY" };
   $("code").textContent = code($("language").value, spec(), context);
 }
 
