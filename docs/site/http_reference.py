@@ -22,8 +22,8 @@ HEAD = """\
 
 Generated from the [OpenAPI document](openapi.json) of the gateway, which a running gateway has at
 `/openapi.json`; its page `/docs` lets you try requests. [The HTTP contract](../http-contract.md)
-explains the endpoints that are compatible with ModelsLab, and
-[OpenAI's Images API](../openai-api.md) has a page too.
+explains the endpoints that are compatible with ModelsLab. [The API below /v1](../v1-api.md) and
+[OpenAI's Images API](../openai-api.md) have pages, too.
 """
 TAGS = {
     "jobs": "Jobs",
