@@ -23,6 +23,7 @@ from img2img_client.client import AsyncClient as AsyncClient
 from img2img_client.client import Client as Client
 from img2img_client.diagnosis import Cause as Cause
 from img2img_client.errors import ClientClosedError as ClientClosedError
+from img2img_client.errors import ClientUsageError as ClientUsageError
 from img2img_client.errors import DeadlineExceededError as DeadlineExceededError
 from img2img_client.errors import DeadlineTooShortError as DeadlineTooShortError
 from img2img_client.errors import Img2ImgError as Img2ImgError

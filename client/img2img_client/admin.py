@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from img2img.v1 import admin_service_pb2, admin_service_pb2_grpc, service_pb2, service_pb2_grpc
-from img2img_client import requests
+from img2img_client import errors, requests
 from img2img_client.convert import read
 from img2img_client.unary import Asyncio, Blocking, Rpc, Unary
 
@@ -93,10 +93,17 @@ class _Admin:
     """Methods raise PermissionDeniedError for a key without the permission `operate`; for
     system_details, update_storage and reset_storage `storage` is enough."""
 
-    def __init__(self, channel: Any, call: Callable[..., Any]) -> None:
-        self._stub = admin_service_pb2_grpc.AdminServiceStub(channel)
-        self._storage = service_pb2_grpc.Img2ImgServiceStub(channel)
+    def __init__(self, open_channel: Callable[[], Any], call: Callable[..., Any]) -> None:
+        self._open_channel = open_channel
         self._call = call
+
+    @cached_property
+    def _stub(self) -> Any:
+        return admin_service_pb2_grpc.AdminServiceStub(self._open_channel())
+
+    @cached_property
+    def _storage(self) -> Any:
+        return service_pb2_grpc.Img2ImgServiceStub(self._open_channel())
 
     @Unary
     def system_details(self) -> Rpc[SystemDetails]:
@@ -157,6 +164,8 @@ class _Admin:
         Raises:
             InvalidRequestError: settings are invalid or the check failed; see `violations`.
         """
+        if not isinstance(settings, StorageSettings):
+            raise errors.invalid_type("settings", "StorageSettings", settings)
         request = requests.build(
             service_pb2.UpdateStorageSettingsRequest,
             settings=requests.build(service_pb2.StorageSettings, **asdict(settings)),
@@ -174,6 +183,11 @@ class _Admin:
 
 class Admin(_Admin, Blocking):
     """The calls that manage a service, blocking."""
+
+    def __init__(self, open_channel: Callable[[], Any], call: Callable[..., Any]) -> None:
+        super().__init__(open_channel, call)
+        # gRPC crashes if a stub is made for a channel that is closed already.
+        _ = self._stub, self._storage
 
 
 class AsyncAdmin(_Admin, Asyncio):

@@ -31,6 +31,7 @@ from img2img_client.stream import (
     is_task_cancelled,
 )
 from img2img_client.unary import Asyncio, Blocking, Rpc, Unary
+from img2img_client.usage import Loop, Process, check_fork
 
 if TYPE_CHECKING:
     from img2img.v1.service_pb2_grpc import Img2ImgServiceAsyncStub
@@ -54,6 +55,7 @@ class _Client(Generic[ChannelT, InterceptorT]):
     """The arguments of both clients, and their calls with a single response."""
 
     _channel_class: type
+    _interceptor_classes: tuple[type, ...]
     _stub: Any
 
     def __init__(
@@ -85,13 +87,24 @@ class _Client(Generic[ChannelT, InterceptorT]):
         requests.check_seconds("call_seconds", call_seconds)
         self._retry = checked(retry)
         self._call_seconds = call_seconds
-        self._interceptors = interceptors
+        self._interceptors = self._checked_interceptors(interceptors)
         self._given_channel = channel
         self._is_closed = False
         self._start()
 
+    def _checked_interceptors(self, interceptors: object) -> tuple[InterceptorT, ...]:
+        """Returns the interceptors. Raises InvalidArgumentTypeError."""
+        package = "grpc.aio" if grpc.aio.ClientInterceptor in self._interceptor_classes else "grpc"
+        expected = f"a sequence of client interceptors of {package}"
+        if not isinstance(interceptors, Sequence):
+            raise errors.invalid_type("interceptors", expected, interceptors)
+        for each in interceptors:
+            if not isinstance(each, self._interceptor_classes):
+                raise errors.invalid_type("interceptors", expected, each)
+        return tuple(interceptors)
+
     def _start(self) -> None:
-        """Sets the attributes that both clients share; the end of __init__."""
+        """Sets the attributes that the client needs of its own; the end of __init__."""
 
     @Unary
     def create(
@@ -154,9 +167,10 @@ class _Client(Generic[ChannelT, InterceptorT]):
         return self._begin(method, request, timeout_seconds)
 
     def _begin(self, method: Callable[..., T], request: object, timeout_seconds: float | None) -> T:
-        """Starts a call. Raises ClientClosedError."""
+        """Starts a call. Raises ClientClosedError, ClientUsageError."""
         if self._is_closed:
             raise errors.ClientClosedError
+        check_fork()
         try:
             return method(request, timeout=timeout_seconds, metadata=self.endpoint.metadata)
         except (ValueError, grpc.aio.UsageError) as error:
@@ -193,13 +207,21 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
     """
 
     _channel_class = grpc.Channel
+    _interceptor_classes = (
+        grpc.UnaryUnaryClientInterceptor,
+        grpc.UnaryStreamClientInterceptor,
+        grpc.StreamUnaryClientInterceptor,
+        grpc.StreamStreamClientInterceptor,
+    )
 
     def _start(self) -> None:
+        check_fork()
+        self._process = Process()
         self._channel = self._given_channel or self._open_channel()
         self._stub = service_pb2_grpc.Img2ImgServiceStub(self._channel)
         self._is_channel_closed = False
         self._streams: WeakSet[BlockingCalls] = WeakSet()
-        self.admin = Admin(self._channel, self._call)
+        self.admin = Admin(lambda: self._channel, self._call)
         _clients.add(self)
 
     def _open_channel(self) -> grpc.Channel:
@@ -222,8 +244,11 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         """Closes all open streams, see JobStream.close, and the channel if this client opened it.
 
         Streams, and calls on that channel, that another thread waits for raise ClientClosedError.
+        In a forked process this affects neither the jobs nor the channel of the parent process.
         """
         self._is_closed = True
+        if not self._process.is_this:
+            return
         for calls in list(self._streams):
             calls.leave()
         if self._given_channel is None:
@@ -289,7 +314,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         follow = self._follow(first, timeout_seconds)
         calls = BlockingCalls(follow, self.endpoint, self._open, self._cancel_abandoned)
         self._streams.add(calls)
-        return JobStream(follow, calls.start())
+        return JobStream(follow, calls.start(), calls.process.check)
 
     def _call(self, method: Callable[..., T], request: object) -> T:
         backoff = Backoff(self._retry)
@@ -337,14 +362,21 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
     """
 
     _channel_class = grpc.aio.Channel
+    _interceptor_classes = (grpc.aio.ClientInterceptor,)
 
     def _start(self) -> None:
         self._streams: WeakSet[AsyncCalls] = WeakSet()
+        self._loop = Loop(self._given_channel)
+        self.admin = AsyncAdmin(lambda: self._channel, self._call)
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
         # Opened at the first call: a channel binds to the running event loop, and a client may be
         # created before the loop runs.
+        if self._is_closed:
+            raise errors.ClientClosedError
+        self._loop.check()
+        check_fork()
         if self._given_channel is not None:
             return self._given_channel
         target, options = self.endpoint.target, self.endpoint.options
@@ -358,11 +390,6 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
     def _stub(self) -> Img2ImgServiceAsyncStub:
         return service_pb2_grpc.Img2ImgServiceStub(self._channel)
 
-    @cached_property
-    def admin(self) -> AsyncAdmin:
-        """The calls that manage the service, as in Client.admin."""
-        return AsyncAdmin(self._channel, self._call)
-
     async def __aenter__(self) -> Self:
         return self
 
@@ -371,10 +398,14 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
 
     async def close(self) -> None:
         """Closes all streams, and the channel if this client opened it, as Client.close."""
+        if self._loop.is_closed:  # Its streams and its channel ended with the event loop.
+            self._is_closed = True
+            return
+        self._loop.check()
         self._is_closed = True
         for calls in list(self._streams):
             await calls.leave()
-        if self._given_channel is None:
+        if self._given_channel is None and "_channel" in vars(self):
             await self._channel.close()
 
     async def generate(
@@ -418,9 +449,11 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
         follow = self._follow(first, timeout_seconds)
         calls = AsyncCalls(follow, self.endpoint, self._open, self._cancel_abandoned)
         self._streams.add(calls)
-        return AsyncJobStream(follow, calls.start())
+        return AsyncJobStream(follow, calls.start(), self._loop.check)
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+        if not self._is_closed:  # Otherwise _begin raises ClientClosedError.
+            self._loop.check()
         backoff = Backoff(self._retry)
         while True:
             try:

@@ -22,6 +22,7 @@ Img2ImgError
 │   ├── JobFailedError           the job failed; `reason` says why
 │   └── JobCancelledError        the job was cancelled
 ├── ClientClosedError            the client or its channel is closed; also a ValueError
+├── ClientUsageError             used in another event loop or process; also a RuntimeError
 └── StreamClosedError            the stream was closed before its job ended; also a RuntimeError
 """
 
@@ -48,6 +49,24 @@ NO_API_KEY = "NO_API_KEY"
 UNAVAILABLE = "UNAVAILABLE"  # The service uses this reason while it has no NATS.
 TRANSPORT = "TRANSPORT"  # The connection failed, so the service sent no status.
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+NO_EVENT_LOOP = "NO_EVENT_LOOP"
+OTHER_EVENT_LOOP = "OTHER_EVENT_LOOP"
+OTHER_PROCESS = "OTHER_PROCESS"
+FORK_NOT_SUPPORTED = "FORK_NOT_SUPPORTED"
+STREAM_IN_USE = "STREAM_IN_USE"
+
+USAGE_TEXTS = {
+    NO_EVENT_LOOP: "AsyncClient needs a running asyncio event loop: call it in a coroutine that "
+    "asyncio runs, or use Client",
+    OTHER_EVENT_LOOP: "this AsyncClient belongs to another event loop: create a client in each "
+    "event loop, or use Client",
+    OTHER_PROCESS: "another process opened this stream, and this one was forked from it: open a "
+    "stream in this process, for example with watch",
+    FORK_NOT_SUPPORTED: "this process was forked after gRPC was used, and GRPC_ENABLE_FORK_SUPPORT "
+    "turns gRPC's support for that off: unset it, or start processes with the method spawn",
+    STREAM_IN_USE: "another thread or task reads this stream: give each reader its own stream, for "
+    "example with watch",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +239,20 @@ class ClientClosedError(Img2ImgError, ValueError):
         return "the client or its channel is closed: create a new client"
 
 
+class ClientUsageError(Img2ImgError, RuntimeError):
+    """The client or a stream is used where it cannot work; nothing was sent.
+
+    `reason`: NO_EVENT_LOOP, OTHER_EVENT_LOOP, OTHER_PROCESS, FORK_NOT_SUPPORTED or STREAM_IN_USE.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return USAGE_TEXTS.get(self.reason, self.reason)
+
+
 class StreamClosedError(Img2ImgError, RuntimeError):
     """The stream was closed before its job ended, so there is no result."""
 
@@ -250,11 +283,13 @@ BY_CODE: dict[str, type[RpcError]] = {
 def from_call(error: grpc.RpcError, endpoint: Endpoint) -> RpcError:
     """Returns the typed error for an error that gRPC raised, blocking or asyncio."""
     call: Any = error  # gRPC raises the failed call itself, which has code and details.
-    code = call.code().name
-    details = call.details() or ""
+    status = call.code() if hasattr(call, "code") else None  # An interceptor may raise anything.
+    code = status.name if status is not None else "UNKNOWN"
+    details = (call.details() if hasattr(call, "details") else str(error)) or ""
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     bad_request = error_details_pb2.BadRequest()
-    for detail in _rich_status(call.trailing_metadata()).details:
+    trailing = call.trailing_metadata() if hasattr(call, "trailing_metadata") else ()
+    for detail in _rich_status(trailing).details:
         for message in (info, retry, bad_request):
             detail.Unpack(message)  # Unpack does nothing for a detail of another type.
     delay = retry.retry_delay
@@ -271,7 +306,10 @@ def from_call(error: grpc.RpcError, endpoint: Endpoint) -> RpcError:
         reason = NO_API_KEY
     else:
         text = "; ".join(violation.description for violation in violations) or details
-    return BY_REASON.get(reason, BY_CODE.get(code, RpcError))(
+    kind = BY_REASON.get(reason, BY_CODE.get(code, RpcError))
+    if not info.reason and code == "RESOURCE_EXHAUSTED":
+        kind = RpcError  # The limit is gRPC's, not the service's.
+    return kind(
         text,
         code=code,
         reason=reason,
@@ -304,6 +342,8 @@ def _transport_text(code: str, details: str, service: str) -> str:
         return f"{service} did not finish within the given time"
     if code == "UNIMPLEMENTED":
         return f"{service} does not offer this call ({details}): is it img2img?"
+    if code == "RESOURCE_EXHAUSTED":
+        return f"gRPC refuses the call: {details}; open a channel of yours with CHANNEL_OPTIONS"
     return details or f"the call ended with {code}"
 
 

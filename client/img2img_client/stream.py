@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Self
 from weakref import ref
@@ -25,6 +25,7 @@ from img2img_client.diagnosis import explain, explain_async
 from img2img_client.events import Event
 from img2img_client.resources import Job, Result
 from img2img_client.resume import FirstRequest, Follow
+from img2img_client.usage import Process
 
 log = logging.getLogger("img2img_client")
 
@@ -106,6 +107,7 @@ class BlockingCalls(_Calls):
     ) -> None:
         super().__init__(follow, endpoint, open_call)
         self._cancel = cancel
+        self.process = Process()
         self._read = _Read()
         self._leaving = threading.RLock()
 
@@ -123,6 +125,8 @@ class BlockingCalls(_Calls):
         self._cancel_job()
 
     def _cancel_job(self) -> None:
+        if not self.process.is_this:  # The job belongs to the parent process.
+            return
         with self._leaving:  # `close` of the client waits for this thread, which cancels the job.
             if name := self.follow.abandon():
                 self._cancel(name)
@@ -146,7 +150,8 @@ class BlockingCalls(_Calls):
                     self._learn_name()
                     raise
                 finally:
-                    call.cancel()
+                    if self.process.is_this:  # The parent process continues to read the call.
+                        call.cancel()
                 time.sleep(delay)
         finally:
             self._cancel_job()
@@ -183,7 +188,7 @@ class BlockingCalls(_Calls):
 
     def _learn_name(self) -> None:
         """Waits a short time for the name of the job, which must be cancelled."""
-        if self.follow.is_ours and not self.follow.job_name:
+        if self.process.is_this and self.follow.is_ours and not self.follow.job_name:
             with suppress(Empty):
                 self._read.results.get(timeout=NAME_SECONDS)
             if hasattr(self._read.newest, "event"):
@@ -297,11 +302,23 @@ class AsyncCalls(_Calls):
             await self._cancel(name)
 
 
+@contextmanager
+def _single_reader(error: type[Exception]) -> Iterator[None]:
+    """Raises ClientUsageError if Python refuses to run a generator that another reader runs."""
+    try:
+        yield
+    except error as refusal:
+        if str(refusal).endswith(("already executing", "already running")):
+            raise errors.ClientUsageError(errors.STREAM_IN_USE) from refusal
+        raise
+
+
 class _Stream:
     """The properties of both streams."""
 
-    def __init__(self, follow: Follow) -> None:
+    def __init__(self, follow: Follow, check: Callable[[], None]) -> None:
         self._follow = follow
+        self._check = check  # raises ClientUsageError where the stream cannot be read
 
     @property
     def job_name(self) -> str:
@@ -324,12 +341,19 @@ class JobStream(_Stream):
     remaining events and returns the images. The service's heartbeats are not returned.
     """
 
-    def __init__(self, follow: Follow, events: Generator[Event, None, None]) -> None:
-        super().__init__(follow)
+    def __init__(
+        self, follow: Follow, events: Generator[Event, None, None], check: Callable[[], None]
+    ) -> None:
+        super().__init__(follow, check)
         self._events = events
 
-    def __iter__(self) -> Iterator[Event]:
-        return self._events
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        self._check()
+        with _single_reader(ValueError):
+            return next(self._events)
 
     def __enter__(self) -> Self:
         return self
@@ -339,8 +363,12 @@ class JobStream(_Stream):
 
     def close(self) -> None:
         """Leaves the stream. Cancels the job if this stream created it, unless it is detached or
-        has ended."""
-        self._events.close()
+        has ended.
+
+        In a forked process this does nothing.
+        """
+        with _single_reader(ValueError):
+            self._events.close()
 
     def result(self) -> Result:
         """Waits for the end of the job and returns its images.
@@ -349,7 +377,7 @@ class JobStream(_Stream):
             JobFailedError, JobCancelledError: the job ended without images.
             StreamClosedError: the stream was closed before the job ended.
         """
-        for _ in self._events:
+        for _ in self:
             pass
         return self._follow.result()
 
@@ -359,12 +387,19 @@ class AsyncJobStream(_Stream):
     as in JobStream. Cancelling the task that reads it leaves the stream.
     """
 
-    def __init__(self, follow: Follow, events: AsyncGenerator[Event, None]) -> None:
-        super().__init__(follow)
+    def __init__(
+        self, follow: Follow, events: AsyncGenerator[Event, None], check: Callable[[], None]
+    ) -> None:
+        super().__init__(follow, check)
         self._events = events
 
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self._events
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        self._check()
+        with _single_reader(RuntimeError):
+            return await anext(self._events)
 
     async def __aenter__(self) -> Self:
         return self
@@ -374,10 +409,12 @@ class AsyncJobStream(_Stream):
 
     async def aclose(self) -> None:
         """Leaves the stream, as JobStream.close."""
-        await self._events.aclose()
+        self._check()
+        with _single_reader(RuntimeError):
+            await self._events.aclose()
 
     async def result(self) -> Result:
         """Waits for the end of the job and returns its images, as JobStream.result."""
-        async for _ in self._events:
+        async for _ in self:
             pass
         return self._follow.result()

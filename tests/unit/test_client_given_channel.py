@@ -110,7 +110,8 @@ def test_a_channel_that_its_owner_closed_is_a_closed_client() -> None:
     channel = grpc.insecure_channel("127.0.0.1:1")
     with Client(channel=channel) as client:
         channel.close()
-        for use in (lambda: client.get(1), lambda: client.watch(1).result()):
+        admin = client.admin.clear_queue
+        for use in (lambda: client.get(1), lambda: client.watch(1).result(), admin):
             with pytest.raises(api.ClientClosedError):
                 use()
 
@@ -123,7 +124,8 @@ async def test_an_async_channel_that_its_owner_closed_is_a_closed_client(
     channel = grpc.aio.insecure_channel("127.0.0.1:1", interceptors=interceptors)
     async with AsyncClient(channel=channel) as client:
         await channel.close()
-        for use in (lambda: client.get(1), lambda: client.watch(1).result()):
+        admin = client.admin.clear_queue
+        for use in (lambda: client.get(1), lambda: client.watch(1).result(), admin):
             with pytest.raises(api.ClientClosedError):
                 await use()
 
