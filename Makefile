@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test gold chart monitoring demo serve images-test races oracle oracle-lora docs bench chaos attack fleet image-test fanout
+.PHONY: help setup gen check fix test stubs gold chart monitoring demo serve images-test races oracle oracle-lora docs bench chaos attack fleet image-test fanout
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,7 @@ serve: .venv/.local ## Run the whole service on this machine until Ctrl-C
 
 setup: .venv/.dev $(if $(WITH_NPM),node_modules/.installed) ## Install everything for development
 
-test: setup .tools/helm ## Run all tests
+test: setup .tools/helm .tools/debian/.java ## Run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: setup ## Check lint, types, imports and generated files; change nothing
@@ -49,6 +49,9 @@ gen: setup ## Write the generated files: stubs in proto/gen, docs/settings.md, t
 	$(BIN)/python proto/generate.py
 	$(BIN)/python docs/generate_settings.py
 	$(BIN)/python helm/generate.py
+
+stubs: setup ## Generate and compile the stubs of other languages, as far as this machine has the tools
+	$(BIN)/python proto/stubs.py $(ARGS)
 
 gold: setup .tools/helm ## Rewrite the golden files; read the diff before you commit it
 	GOLD=1 $(BIN)/python -m pytest -k golden $(ARGS)
@@ -133,6 +136,10 @@ LOCKS := pyproject.toml client/pyproject.toml constraints.txt $(wildcard require
 
 .tools/promtool: helm/fetch_prometheus.py | .venv/bin/python
 	-$(BIN)/python helm/fetch_prometheus.py && touch $@
+
+# For the example in Java, which is skipped without these packages.
+.tools/debian/.java: proto/debian.py | .venv/bin/python
+	-rm -f $@ && $(BIN)/python proto/debian.py java
 
 .tools/helm: helm/fetch_helm.py | .venv/bin/python
 	$(BIN)/python helm/fetch_helm.py
