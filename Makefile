@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WITH_NPM := $(shell command -v npm 2>/dev/null)
 
-.PHONY: help setup gen check fix test stubs gold chart monitoring demo serve images-test races oracle oracle-lora docs bench chaos attack fleet image-test fanout
+.PHONY: help setup gen check fix test stubs gold chart monitoring demo serve images-test races oracle oracle-lora docs bench chaos attack fleet image-test fanout dist
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -99,6 +99,9 @@ attack: setup ## Attack a service on this machine and show what another tenant n
 fleet: setup ## Measure how jobs are shared among workers; BASELINE=commit prints its values too
 	$(BIN)/python -m benchmarks.fleet $(if $(BASELINE),--baseline $(BASELINE)) $(ARGS)
 
+dist: .venv/.dev .tools/helm .tools/dist/.installed ## Build and check what a release publishes, into dist/
+	$(BIN)/python -m release $(ARGS)
+
 image-test: .venv/.dev ## Build the image without Docker and run its roles (root, Debian's buildah, podman, runc)
 	PYTHONPATH=. $(BIN)/python .ci/image_test.py $(ARGS)
 
@@ -148,6 +151,11 @@ LOCKS := pyproject.toml client/pyproject.toml constraints.txt $(wildcard require
 .tools/checks/.installed: helm/checks.txt | .venv/bin/python
 	$(BIN)/python -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r $<
+	@touch $@
+
+.tools/dist/.installed: requirements/dist.txt | .venv/bin/python
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --no-deps -r $<
 	@touch $@
 
 node_modules/.installed: package.json package-lock.json

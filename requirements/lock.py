@@ -3,7 +3,8 @@
     python requirements/lock.py        needs uv (pip install uv) and the network
 
 The versions are those of constraints.txt. build.txt has the build backend; server.txt, worker.txt,
-local.txt, dev.txt and docs.txt each include the one before. torch and its CUDA libraries are in
+local.txt, dev.txt and docs.txt each include the one before. client.txt has the packages of the
+client alone, dist.txt the tool that writes bills of materials. torch and its CUDA libraries are in
 torch.txt only, because a build of torch from another index satisfies the same pin and has other
 hashes.
 """
@@ -72,6 +73,8 @@ def main() -> int:
     """Writes all files."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     write("build", compiled_from(*project["build-system"]["requires"]))
+    write("dist", compiled_from("cyclonedx-bom"))
+    write("client", compiled("client/pyproject.toml"))
     torch, known = compiled_from("torch"), pinned() - {"torch"}
     torch = {name: entry for name, entry in torch.items() if name not in known}
     write("torch", torch)
