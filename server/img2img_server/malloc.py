@@ -28,6 +28,12 @@ def keep_freed_memory() -> None:
     _set(mmap_bytes=2**30, trim_bytes=2**31 - 1)
 
 
+def trim() -> None:
+    """Returns freed memory to the system, also where malloc is told to keep it."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _set(*, mmap_bytes: int, trim_bytes: int) -> None:
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -204,6 +204,17 @@ class Settings(BaseSettings):
     model: str = ""
     """Diffusers directory, single file (.safetensors), or hub id, `owner/name` or
     `owner/name@revision`. Empty: the model inside the package."""
+    model_name: str = Field("", max_length=128)
+    """Name under which the worker offers the model. Empty: the model's own name."""
+    models_file: OptionalPath = None
+    """TOML or JSON file with the models that the worker serves, instead of `IMG2IMG_MODEL`; see
+    [several models](models.md#several-models-on-one-worker). It keeps as many loaded as fit."""
+    models_memory_bytes: Bytes = Field(0, ge=0)
+    """Most bytes of weights that a worker with a models file keeps loaded. 0: it loads another
+    model if a fifth of the memory of the device (on a CPU: of the machine) then remains free."""
+    model_swap_seconds: Seconds = Field(30.0, ge=0)
+    """How long requests for a model that is not loaded may wait while all loaded models have
+    requests, and there is no room for another one."""
     model_parts_dir: OptionalPath = None
     """Folder with parts of models, for single files that do not hold all parts: FAMILY/PART, each
     in diffusers' layout, such as sd/vae."""
@@ -473,11 +484,11 @@ class Settings(BaseSettings):
                 "IMG2IMG_S3_SESSION_TOKEN: belongs to IMG2IMG_S3_ACCESS_KEY, which is not set"
             )
         mistakes += [
-            f"{variable(name)}: does not work with {variable(other)}, {why}"
-            for name, others, why in _CONFLICTS
-            for other in others
-            if {name, other} <= is_set and getattr(self, name) != "off" != getattr(self, other)
+            f"{variable(name)}: cannot be used together with {variable('models_file')}: unset one"
+            for name in ("model", "model_name")
+            if {name, "models_file"} <= is_set
         ]
+        mistakes += self.conflicts()
         if self.api_ca_file and lists_addresses(self.api_address):
             mistakes.append(
                 "IMG2IMG_API_ADDRESS: with TLS (IMG2IMG_API_CA_FILE) it cannot list addresses, "
@@ -487,6 +498,15 @@ class Settings(BaseSettings):
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def conflicts(self) -> list[str]:
+        """Returns a sentence for each two settings of the model that do not work together."""
+        return [
+            f"{variable(name)}: does not work with {variable(other)}, {why}"
+            for name, others, why in _CONFLICTS
+            for other in others
+            if _is_on(getattr(self, name)) and _is_on(getattr(self, other))
+        ]
 
     @property
     def has_open_dev_key(self) -> bool:
@@ -584,6 +604,10 @@ def _unknown(fields: Iterable[str]) -> list[str]:
 
 def _is_set(value: Any) -> bool:
     return bool(value.get_secret_value() if isinstance(value, SecretStr) else value)
+
+
+def _is_on(value: Any) -> bool:
+    return _is_set(value) and value != "off"
 
 
 def _fields_of(fault: ErrorDetails, fields: dict[str, FieldInfo]) -> list[str]:

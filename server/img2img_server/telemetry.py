@@ -108,6 +108,22 @@ DEVICE_MEMORY_BYTES = Gauge(
     "memory of the machine.",
     ["device", "state"],
 )
+MODEL_LOADED = Gauge(
+    "img2img_model_loaded", "1 while this worker has loaded the model, otherwise 0.", ["model"]
+)
+MODEL_WEIGHTS_BYTES = Gauge(
+    "img2img_model_weights_bytes",
+    "Bytes of the weights of a loaded model, otherwise 0.",
+    ["model"],
+)
+MODEL_SWAPS = Counter(
+    "img2img_model_swaps_total",
+    "Models that were loaded after others were unloaded to make room for them.",
+    ["model"],
+)
+MODEL_LOAD_FAILURES = Counter(
+    "img2img_model_load_failures_total", "Models that could not be loaded.", ["model"]
+)
 STORE_CALLS = Counter(
     "img2img_store_calls_total",
     "Calls of the object store: `ok`, `failed` (another attempt may succeed) or `refused`.",

@@ -195,11 +195,15 @@ class Estimator:
         return sum(number * self._typical(model, size) for size, number in numbers.items())
 
     async def _serving(self, model: str) -> list[WorkerInfo]:
-        return [
+        """Returns the measured workers that have loaded the model, or else those that can load
+        it.
+        """
+        measured = [
             worker
             for worker in await self._workers.workers()
-            if worker.model.name == model and worker.job_seconds > 0 and not worker.draining
+            if worker.model.name == model and worker.job_seconds > 0
         ]
+        return [worker for worker in measured if worker.is_loaded] or measured
 
     async def _seconds(
         self, params: JobParams, work: float, ahead: _Ahead
@@ -208,16 +212,17 @@ class Estimator:
         serving = await self._serving(params.model)
         if not serving:
             return None, 0.0
+        loading = min(0.0 if each.is_loaded else each.load_seconds for each in serving)
         rate = _mean([worker.forward_seconds for worker in serving])
         latency = _mean([worker.job_forward_seconds for worker in serving])
         if not rate or not latency:  # workers of an earlier version, or before the first jobs
             mean = _mean_job_seconds(serving)
             own = mean * params.samples * params.width * params.height / _BASE_PIXELS
-            wait = mean * ahead.jobs / len(serving)
+            wait = loading + mean * ahead.jobs / len(serving)
             return own + wait, wait
         own = latency * work
         left = ahead.running * rate / len(serving)
-        wait = ahead.work * rate / len(serving)
+        wait = loading + ahead.work * rate / len(serving)
         wait += min(left, own) if ahead.goes_between else left
         return own + wait, wait
 

@@ -51,6 +51,9 @@ class CachedWorkerRegistry:
     async def workers(self) -> list[WorkerInfo]:
         return await self._remembered("workers", self._registry.workers)
 
+    async def announced(self) -> list[WorkerInfo]:
+        return await self._remembered("announced", self._registry.announced)
+
     async def names(self) -> set[str]:
         return await self._remembered("names", self._registry.names)
 

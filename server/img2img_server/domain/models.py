@@ -118,10 +118,23 @@ class ModelInfo:
         )
 
 
+class ModelState(StrEnum):
+    """The state of a model on a worker.
+
+    LOADED: it takes requests now. LOADING: it will within minutes. COLD: the worker loads it for
+    requests. FAILED: it could not be loaded, so the worker does not serve it.
+    """
+
+    LOADED = "loaded"
+    LOADING = "loading"
+    COLD = "cold"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """A live worker, which announces itself repeatedly. It counts as lost when its announcement
-    expires.
+    expires. A worker with a catalogue announces each of its models as a worker.
 
     Attributes:
         job_seconds: Recent mean time of one sample at 512x512, the base of estimates; 0.0: not
@@ -136,6 +149,11 @@ class WorkerInfo:
         state_key: Workers with the same key continue each other's jobs, see Engine.state_key;
             empty: it is not known, so that no other worker has the same.
         store_trouble: Why the worker cannot store files now; empty while it can.
+        model_state: The state of the model on the worker.
+        load_seconds: Estimated seconds until the worker has loaded its model, if it is not loaded;
+            0.0: not known.
+        failure: Why the model could not be loaded, if it failed.
+        has_catalogue: The worker can load and unload its model.
     """
 
     name: str
@@ -150,9 +168,24 @@ class WorkerInfo:
     store_trouble: str = ""
     begun_jobs: int = 0
     state_key: str = ""
+    model_state: ModelState = ModelState.LOADED
+    load_seconds: float = 0.0
+    failure: str = ""
+    has_catalogue: bool = False
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model takes requests now."""
+        return self.model_state is ModelState.LOADED
+
+    @property
+    def serves(self) -> bool:
+        """Whether the worker runs requests for the model, perhaps after loading it."""
+        return self.model_state is not ModelState.FAILED and not self.draining
 
     def can_continue(self, other: WorkerInfo) -> bool:
         """Returns whether the worker could continue a job of another one now."""
-        is_idle = not (self.begun_jobs or self.held_jobs or self.draining or self.store_trouble)
+        is_busy = self.begun_jobs or self.held_jobs
+        is_idle = not (is_busy or self.draining or self.store_trouble or not self.is_loaded)
         is_same = self.model.name == other.model.name and self.state_key == other.state_key != ""
         return is_idle and is_same and self.name != other.name

@@ -27,12 +27,14 @@ from img2img_server.engine.model_spec import ModelSpec
 from img2img_server.engine.rows import EngineJobState, adapter_of, rows_of, text_of
 from img2img_server.engine.scheduler import Row
 from img2img_server.engine.step_loop import StepLoop
+from img2img_server.engine.turns import DeviceTurns
 from img2img_server.errors import EngineError
 from img2img_server.telemetry import DEVICE_BUSY_SECONDS, MAX_BATCH_SIZE
 
 _log = logging.getLogger(__name__)
 
 LORA_WATCH_SECONDS = 2.0
+WATCHER_JOIN_SECONDS = 0.5
 
 
 class DiffusionEngine:
@@ -45,6 +47,10 @@ class DiffusionEngine:
         new_loras: reads the folder of LoRAs again and returns the names, or None if nothing has
             changed; called again and again on a thread of its own. None: the LoRAs never change.
         new_embeddings: the same for textual inversion embeddings.
+        turns: the turns of the device, if it has more than one engine.
+
+    Attributes:
+        weights_bytes: the memory of the weights on the device; 0: not known.
     """
 
     def __init__(
@@ -55,11 +61,16 @@ class DiffusionEngine:
         memory: MemoryModel | None = None,
         new_loras: Callable[[], tuple[str, ...] | None] | None = None,
         new_embeddings: Callable[[], tuple[str, ...] | None] | None = None,
+        *,
+        turns: DeviceTurns | None = None,
+        weights_bytes: int = 0,
     ) -> None:
         self._denoiser = denoiser
         self._spec = spec
         self._max_batch_size = max_batch_size
-        memory = memory or MemoryModel(probe_of(denoiser.device))
+        self._turns = turns or DeviceTurns()
+        self.weights_bytes = weights_bytes
+        memory = memory or MemoryModel(probe_of(denoiser.device), turns=self._turns)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._events = EventDispatcher(self._on_copy_failed)
         self._loop = StepLoop(denoiser, spec, max_batch_size, memory, self._events)
@@ -72,11 +83,13 @@ class DiffusionEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._watch_ended = threading.Event()
+        self._watcher: threading.Thread | None = None
         watched = {"lora": new_loras, "embedding": new_embeddings}
         readers = {kind: read for kind, read in watched.items() if read is not None}
         if readers:
             watch = partial(self._watch_folders, readers)
-            threading.Thread(target=watch, name="engine-loras", daemon=True).start()
+            self._watcher = threading.Thread(target=watch, name="engine-loras", daemon=True)
+            self._watcher.start()
 
     def _watch_folders(self, readers: Mapping[str, Callable[[], tuple[str, ...] | None]]) -> None:
         while not self._watch_ended.wait(LORA_WATCH_SECONDS):
@@ -179,6 +192,8 @@ class DiffusionEngine:
             self._stopping = True
             self._calls.put(None)
         self._thread.join()
+        if self._watcher:  # It may be reading a large file.
+            self._watcher.join(WATCHER_JOIN_SECONDS)
 
     def _on_copy_failed(self, run: EngineJobState, error: Exception) -> None:
         self._calls.put(partial(self._loop.copy_failed, run, error))
@@ -191,9 +206,10 @@ class DiffusionEngine:
         busy = DEVICE_BUSY_SECONDS.labels(self._spec.info.name)
         with torch.inference_mode():
             while self._make_calls():
-                began = time.monotonic()
-                self._loop.run_batch()
-                seconds = time.monotonic() - began
+                with self._turns.turn():
+                    began = time.monotonic()
+                    self._loop.run_batch()
+                    seconds = time.monotonic() - began
                 self._busy_seconds += seconds
                 busy.inc(seconds)
         self._loop.stop_all()
@@ -221,7 +237,7 @@ class DiffusionEngine:
 
     def _warm_up(self, height: int, width: int, done: Future[None]) -> None:
         try:
-            self._loop.warm_up(height, width)
+            self._loop.warm_up(height, width, self._turns.turn)
         except Exception as error:
             done.set_exception(error)
         else:

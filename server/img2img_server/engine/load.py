@@ -20,6 +20,7 @@ from img2img_server.engine.family import ModelError
 from img2img_server.engine.memory import MemoryModel, probe_of
 from img2img_server.engine.model_spec import ModelDefaults, ModelSpec, read_model_spec
 from img2img_server.engine.options import EngineOptions, sizes
+from img2img_server.engine.turns import DeviceTurns
 from img2img_server.malloc import keep_freed_memory
 
 T = TypeVar("T")
@@ -27,15 +28,20 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-def load_engine(options: EngineOptions) -> DiffusionEngine:
+def load_engine(options: EngineOptions, turns: DeviceTurns | None = None) -> DiffusionEngine:
     """Loads the model onto the device and warms it up. Blocks for seconds to minutes.
+
+    Args:
+        turns: The turns of the device, if it has more than one engine.
 
     Raises:
         SettingsError: the device does not exist, or cannot compute with the dtype.
         ModelError: the model cannot be loaded, or its dry run failed.
     """
-    denoiser, spec = load_denoiser(options)
-    engine = start_engine(denoiser, spec, options)
+    turns = turns or DeviceTurns()
+    with turns.loading():
+        denoiser, spec = load_denoiser(options)
+    engine = start_engine(denoiser, spec, options, turns)
     try:
         warm_up(engine, spec, options.warm_up_sizes)
     except BaseException:
@@ -45,10 +51,16 @@ def load_engine(options: EngineOptions) -> DiffusionEngine:
 
 
 def start_engine(
-    denoiser: DiffusersDenoiser, spec: ModelSpec, options: EngineOptions
+    denoiser: DiffusersDenoiser,
+    spec: ModelSpec,
+    options: EngineOptions,
+    turns: DeviceTurns | None = None,
 ) -> DiffusionEngine:
     """Returns the engine of a loaded model. Its thread starts at once."""
-    memory = MemoryModel(probe_of(denoiser.device), options.memory_limit_bytes)
+    turns = turns or DeviceTurns()
+    memory = MemoryModel(probe_of(denoiser.device), options.memory_limit_bytes, turns)
+    kind = denoiser.device.type
+    weights = sum(part.bytes for part in denoiser.parts if kind in part.devices)
 
     def new_loras() -> tuple[str, ...] | None:
         return denoiser.loras if denoiser.refresh_loras() else None
@@ -63,6 +75,8 @@ def start_engine(
         memory,
         new_loras if options.lora_dir else None,
         new_embeddings if options.embeddings_dir else None,
+        turns=turns,
+        weights_bytes=weights,
     )
 
 

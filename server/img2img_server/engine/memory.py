@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from img2img_server.engine.turns import DeviceTurns
+
 Shape = tuple[int, int, int]  # height, width and forwards of a batch
 # share of the free memory that batches may use; the allocator loses the rest between blocks
 _USABLE = 0.95
@@ -81,20 +83,28 @@ class MemoryModel:
 
     Args:
         limit_bytes: The most memory to use; 0: all free memory.
+        turns: The turns of the device, if it has more than one engine.
     """
 
-    def __init__(self, probe: MemoryProbe, limit_bytes: int = 0) -> None:
+    def __init__(
+        self, probe: MemoryProbe, limit_bytes: int = 0, turns: DeviceTurns | None = None
+    ) -> None:
         self._probe = probe
         self._limit_bytes = limit_bytes
+        self._turns = turns or DeviceTurns()
         self._peaks: dict[Shape, int] = {}
 
     @contextmanager
     def measured(self, height: int, width: int, forwards: int) -> Iterator[None]:
-        """Measures the peak memory of the body, unless it raises an error."""
+        """Measures the peak memory of the body, unless it raises an error or another model is
+        loaded meanwhile.
+        """
+        loads = self._turns.loads
         self._probe.start()
         yield
         shape = (height, width, forwards)
-        if peak := self._probe.peak():
+        is_disturbed = loads[0] > 0 or loads != self._turns.loads
+        if (peak := self._probe.peak()) and not is_disturbed:
             self._peaks[shape] = max(peak, self._peaks.get(shape, 0))
 
     def need(self, height: int, width: int, forwards: int) -> int | None:

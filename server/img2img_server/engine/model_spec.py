@@ -172,6 +172,7 @@ class ModelDefaults:
     names.
     """
 
+    model_name: str = ""
     default_scheduler: str = ""
     default_num_inference_steps: int = 0
     default_guidance_scale: float = -1.0
@@ -196,6 +197,7 @@ class ModelDefaults:
         sizes = {"native": self.native_size} if self.native_size else {}
         return file.model_copy(
             update={
+                "name": self.model_name or file.name,
                 "defaults": file.defaults.model_copy(update=chosen),
                 "sizes": file.sizes.model_copy(update=sizes),
             }
@@ -227,7 +229,7 @@ def read_model_spec(
         if hub_id is None:
             raise ModelError(f"there is no model at {source or folder}")
         if found is None:
-            return ModelSpec(source=source, name=hub_id.name)
+            return ModelSpec(source=source, name=defaults.model_name or hub_id.name)
         toml = defaults.over(_read_toml(found.path / "img2img.toml"))
         return _spec(source, hub_id.name, toml, found.files)
     if not (folder / "model_index.json").is_file():

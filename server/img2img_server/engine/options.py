@@ -70,6 +70,7 @@ class EngineOptions(ModelOptions):
     """All options of load_engine; the settings of the same names describe the fields."""
 
     model: str = ""
+    model_name: str = ""
     device: str = "auto"
     dtype: str = "auto"
     max_batch_size: int = 8

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -133,10 +134,20 @@ class StepLoop:
         """Drops encoded prompts and cached memory."""
         self._executor.clear_cache()
 
-    def warm_up(self, height: int, width: int) -> None:
-        """Runs every operation once at this size, with every batch size that is compiled."""
+    def warm_up(
+        self,
+        height: int,
+        width: int,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Runs every operation once at this size, with every batch size that is compiled.
+
+        Args:
+            turn: Returns the context of a turn on the device; each batch size gets one.
+        """
         for forwards in self._denoiser.warm_up_forwards:
-            self._warm_up(height, width, forwards)
+            with turn():
+                self._warm_up(height, width, forwards)
 
     def _warm_up(self, height: int, width: int, forwards: int) -> None:
         denoiser = self._denoiser

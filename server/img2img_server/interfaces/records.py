@@ -119,6 +119,10 @@ class WorkerRegistry(Protocol):
         """Returns the live workers that take jobs, by name."""
         ...
 
+    async def announced(self) -> list[WorkerInfo]:
+        """Returns all live workers, also those that drain or could not load their model."""
+        ...
+
     async def names(self) -> set[str]:
         """Returns the names of all live workers, also of those that drain."""
         ...

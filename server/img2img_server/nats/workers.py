@@ -27,16 +27,19 @@ class KvWorkerRegistry:
         self._models = Bucket(link, subjects.MODELS_BUCKET)
 
     async def announce(self, worker: WorkerInfo) -> None:
-        await self._models.put(subjects.token(worker.model.name), codec.encode(worker.model))
+        if worker.serves:
+            await self._models.put(subjects.token(worker.model.name), codec.encode(worker.model))
         await self._workers.put(subjects.token(worker.name), codec.encode(worker))
 
     async def withdraw(self, name: str) -> None:
         await self._workers.remove(subjects.token(name))
 
     async def workers(self) -> list[WorkerInfo]:
+        return [worker for worker in await self.announced() if worker.serves]
+
+    async def announced(self) -> list[WorkerInfo]:
         found = await _all(self._workers, WorkerInfo)
-        taking = [worker for worker in found if not worker.draining]
-        return sorted(taking, key=lambda worker: worker.name)
+        return sorted(found, key=lambda worker: worker.name)
 
     async def names(self) -> set[str]:
         return {worker.name for worker in await _all(self._workers, WorkerInfo)}

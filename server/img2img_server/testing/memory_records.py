@@ -96,14 +96,18 @@ class MemoryWorkerRegistry:
 
     async def announce(self, worker: WorkerInfo) -> None:
         self._workers[worker.name] = (self._clock() + self._ttl_seconds, worker)
-        self._models[worker.model.name] = worker.model
+        if worker.serves:
+            self._models[worker.model.name] = worker.model
 
     async def withdraw(self, name: str) -> None:
         self._workers.pop(name, None)
 
     async def workers(self) -> list[WorkerInfo]:
+        return [worker for worker in await self.announced() if worker.serves]
+
+    async def announced(self) -> list[WorkerInfo]:
         alive = self._alive()
-        return [alive[name] for name in sorted(alive) if not alive[name].draining]
+        return [alive[name] for name in sorted(alive)]
 
     async def names(self) -> set[str]:
         return set(self._alive())

@@ -69,6 +69,11 @@ class Throughput:
             seconds = timings.encode + timings.denoise + timings.decode
             self.job_forward_seconds = _moved(self.job_forward_seconds, seconds / work)
 
+    def restart(self) -> None:
+        """Notes that the next measurements are those of a new engine. Keeps the means."""
+        self._seen_busy_seconds = None
+        self.busy = 0.0
+
     def count_step(self, params: JobParams, forwards: float = 1.0) -> None:
         """Counts one step of one sample. `forwards`: its forwards at the model's native size."""
         self._pixel_steps += params.width * params.height
@@ -119,6 +124,7 @@ class WorkerDeps:
     retention_hours: int
     usage: FleetUsage
     dispatcher: Dispatcher
+    has_catalogue: bool = False  # Whether its process can unload the model and load it again.
     # Tests whether NATS stores messages.
     probe: Callable[[], Awaitable[None]]
     # Deletes cached downloads of the model and returns the bytes freed. Blocks. Raises OSError.

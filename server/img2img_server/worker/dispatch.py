@@ -73,6 +73,7 @@ class Dispatcher:
         self._unserved: dict[tuple[Lane, int, int], float] = {}  # since when, by source
         self._requeued_at = -REQUEUE_PAUSE_SECONDS
         self._paused_until = 0.0
+        self._counted = 0
         self.changed = asyncio.Event()
 
     def _in(self, *phases: Phase) -> list[HeldJob]:
@@ -105,7 +106,10 @@ class Dispatcher:
         return job
 
     def _count(self) -> None:
-        JOBS_RUNNING.set(len(self._in(Phase.HAS_BEGUN, Phase.FINISHES)))
+        # A worker with several models has a dispatcher for each of them.
+        running = len(self._in(Phase.HAS_BEGUN, Phase.FINISHES))
+        JOBS_RUNNING.inc(running - self._counted)
+        self._counted = running
         self.changed.set()
 
     def finish(self, job: HeldJob) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
 
 from img2img_server.domain.job import State
 from img2img_server.engine.base import Engine
+from img2img_server.engine.catalogue import CatalogueModel, read_catalogue
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
 from img2img_server.engine.options import EngineOptions, limit_spinning
@@ -39,9 +41,11 @@ from img2img_server.telemetry import (
     count_from_zero,
     probe_server,
 )
-from img2img_server.worker.deps import WorkerDeps
+from img2img_server.worker.deps import Throughput, WorkerDeps
 from img2img_server.worker.dispatch import Dispatcher
 from img2img_server.worker.downloads import forget_downloads
+from img2img_server.worker.model_loader import EngineLoader, LoadedModel, ModelLoader
+from img2img_server.worker.model_set import ModelSet
 from img2img_server.worker.usage import FleetUsage
 from img2img_server.worker.worker import Worker
 
@@ -76,34 +80,93 @@ async def serve_worker(
         needs = [bus.trouble, lambda: store.trouble]
         count_from_zero(STORE_CALLS, OUTCOMES)
         count_from_zero(NATS_CALLS, OUTCOMES[:2])
+        name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+
+        def announced(device: str) -> None:
+            nonlocal ready
+            ready = True
+            log.info("worker_serves", worker=name, device=device, probes=probes)
+            if started:
+                started(name)
+
+        roles = _Roles(settings, name, bus, blobs, store, decoder, stop, announced)
+        await (roles.serve_catalogue() if settings.models_file else roles.serve_model())
+    log.info("worker_stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """The two ways to serve: one model, or the models of a catalogue."""
+
+    settings: Settings
+    name: str
+    bus: Bus
+    blobs: S3BlobStore
+    store: WatchedBlobs
+    decoder: ImageDecoder
+    stop: asyncio.Event
+    announced: Callable[[str], None]
+
+    async def serve_model(self) -> None:
+        settings, bus, stop = self.settings, self.bus, self.stop
         with logs_reason():
             safety = safety_checker(settings, _source(settings))
             # If the worker is stopped while models load, the loading threads end with the process.
-            loading = _load_all(safety, settings, blobs)
+            loading = _load_all(safety, settings, self.blobs)
             engine = await unless_stopped(stop, loading)
         try:
-            states = [state.value for state in State if state.is_terminal]
-            count_from_zero(JOBS_ENDED, [engine.model.name], states)
-            name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
-
-            def announced() -> None:
-                nonlocal ready
-                ready = True
-                log.info("worker_serves", worker=name, device=engine.device, probes=probes)
-                if started:
-                    started(name)
-
+            _count_ends_from_zero(engine.model.name)
             with logs_reason():
                 # NATS may have become unavailable while the model was loaded.
                 await unless_stopped(stop, bus.ready(settings.startup_timeout_seconds))
                 await work(
-                    settings, name, bus, store, engine, safety, stop, announced, decoder=decoder
+                    settings,
+                    self.name,
+                    bus,
+                    self.store,
+                    engine,
+                    safety,
+                    stop,
+                    lambda: self.announced(engine.device),
+                    decoder=self.decoder,
                 )
         finally:
             with suppress(TimeoutError):  # A step that hangs ends with the process.
                 async with asyncio.timeout(ENGINE_STOP_SECONDS):
                     await asyncio.to_thread(engine.stop)
-    log.info("worker_stopped")
+
+    async def serve_catalogue(self) -> None:
+        settings, stop = self.settings, self.stop
+        with logs_reason():
+            models = read_catalogue(settings)
+            preparing = _prepared(settings, self.blobs)
+            loader = await unless_stopped(stop, preparing)
+            _count_ends_from_zero(*(model.name for model in models))
+            await unless_stopped(stop, self.bus.ready(settings.startup_timeout_seconds))
+            await work_catalogue(
+                settings,
+                self.name,
+                self.bus,
+                self.store,
+                models,
+                loader,
+                stop,
+                lambda: self.announced(str(settings.device)),
+                decoder=self.decoder,
+            )
+
+
+def _count_ends_from_zero(*models: str) -> None:
+    count_from_zero(JOBS_ENDED, models, [state.value for state in State if state.is_terminal])
+
+
+async def _prepared(settings: Settings, blobs: S3BlobStore) -> EngineLoader:
+    """Checks the device, and prepares the bucket and the shared safety checker."""
+    preparing = blobs.prepare(settings.startup_timeout_seconds)
+    await asyncio.gather(asyncio.to_thread(_check_device, settings), preparing)
+    loader = EngineLoader(settings)
+    await _warm_up(loader)
+    return loader
 
 
 async def _load_all(safety: SafetyChecker, settings: Settings, blobs: S3BlobStore) -> Engine:
@@ -133,7 +196,7 @@ async def _load_models(safety: SafetyChecker, settings: Settings) -> Engine:
     return engine
 
 
-async def _warm_up(safety: SafetyChecker) -> None:
+async def _warm_up(safety: SafetyChecker | EngineLoader) -> None:
     try:
         await safety.warm_up()
     except SafetyCheckError as error:
@@ -200,34 +263,119 @@ async def work(
     """Runs jobs with these dependencies until `stop` is set. Calls `announced` once apis can find
     the worker. Without a decoder, init images are decoded in threads without limits.
     """
-    store = blobs if isinstance(blobs, WatchedBlobs) else _watched(blobs, settings)
-    usage = FleetUsage(name, engine.model.name)
-    deps = WorkerDeps(
-        name=name,
-        usage=usage,
-        dispatcher=Dispatcher(engine, usage),
-        engine=engine,
-        queue=bus.queue,
-        events=bus.events,
-        jobs=bus.jobs,
-        blobs=store,
-        outbox=bus.outbox,
-        ledger=bus.usage,
-        states=bus.states,
-        probe=bus.probe,
-        storage=bus.storage,
-        tenant_s3=TenantS3(OutboundPolicy.of(settings)),
-        safety=safety,
-        safety_threshold=settings.safety_threshold,
-        max_attempts=settings.max_attempts,
-        retention_hours=settings.retention_hours,
-        decoder=decoder or ThreadDecoder(),
-        forget_downloads=partial(forget_downloads, settings.model),
-    )
-    worker = Worker(deps, bus.control, bus.workers, drain_seconds=settings.drain_seconds)
-    try:
+    async with _Shared.of(settings, bus, blobs, decoder) as shared:
+        worker = shared.worker(name, engine, safety)
         await worker.run(stop, announced)
-    finally:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(USAGE_SECONDS):
-                await bus.usage.close()
+
+
+async def work_catalogue(
+    settings: Settings,
+    name: str,
+    bus: Bus,
+    blobs: BlobStore | WatchedBlobs,
+    models: Sequence[CatalogueModel],
+    loader: ModelLoader,
+    stop: asyncio.Event,
+    announced: Callable[[], None] | None = None,
+    *,
+    decoder: ImageDecoder | None = None,
+    **intervals: float,
+) -> None:
+    """Runs jobs of the models of a catalogue as `work` does. `intervals`: those of ModelSet."""
+    async with _Shared.of(settings, bus, blobs, decoder) as shared:
+        models_of_worker = ModelSet(
+            name,
+            models,
+            loader,
+            shared.catalogue_worker,
+            bus.queue,
+            bus.workers,
+            bus.control,
+            swap_seconds=settings.model_swap_seconds,
+            drain_seconds=settings.drain_seconds,
+            **intervals,
+        )
+        await models_of_worker.run(stop, announced)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What all models of a worker share."""
+
+    settings: Settings
+    bus: Bus
+    store: WatchedBlobs
+    decoder: ImageDecoder
+    tenant_s3: TenantS3
+    device_lost: asyncio.Event
+
+    @classmethod
+    @asynccontextmanager
+    async def of(
+        cls,
+        settings: Settings,
+        bus: Bus,
+        blobs: BlobStore | WatchedBlobs,
+        decoder: ImageDecoder | None,
+    ) -> AsyncIterator[_Shared]:
+        store = blobs if isinstance(blobs, WatchedBlobs) else _watched(blobs, settings)
+        tenant_s3 = TenantS3(OutboundPolicy.of(settings))
+        shared = cls(settings, bus, store, decoder or ThreadDecoder(), tenant_s3, asyncio.Event())
+        try:
+            async with background_task(store.watch()):
+                yield shared
+        finally:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(USAGE_SECONDS):
+                    await bus.usage.close()
+
+    def worker(self, name: str, engine: Engine, safety: SafetyChecker) -> Worker:
+        """Returns the worker of a model of its own process."""
+        return self._worker(name, engine, safety, self.settings, Throughput())
+
+    def catalogue_worker(
+        self, name: str, loaded: LoadedModel, model: CatalogueModel, throughput: Throughput
+    ) -> Worker:
+        """Returns the worker of a model that was loaded from a catalogue."""
+        return self._worker(
+            name, loaded.engine, loaded.safety, model.settings, throughput, has_catalogue=True
+        )
+
+    def _worker(
+        self,
+        name: str,
+        engine: Engine,
+        safety: SafetyChecker,
+        settings: Settings,
+        throughput: Throughput,
+        *,
+        has_catalogue: bool = False,
+    ) -> Worker:
+        bus = self.bus
+        usage = FleetUsage(name, engine.model.name)
+        deps = WorkerDeps(
+            name=name,
+            usage=usage,
+            dispatcher=Dispatcher(engine, usage),
+            engine=engine,
+            queue=bus.queue,
+            events=bus.events,
+            jobs=bus.jobs,
+            blobs=self.store,
+            outbox=bus.outbox,
+            ledger=bus.usage,
+            states=bus.states,
+            probe=bus.probe,
+            storage=bus.storage,
+            tenant_s3=self.tenant_s3,
+            safety=safety,
+            safety_threshold=settings.safety_threshold,
+            max_attempts=settings.max_attempts,
+            retention_hours=settings.retention_hours,
+            decoder=self.decoder,
+            forget_downloads=partial(forget_downloads, settings.model),
+            throughput=throughput,
+            device_lost=self.device_lost,
+            has_catalogue=has_catalogue,
+        )
+        return Worker(deps, bus.control, bus.workers, drain_seconds=settings.drain_seconds)

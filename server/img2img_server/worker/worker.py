@@ -11,7 +11,7 @@ from dataclasses import replace
 import structlog
 
 from img2img_server import errors
-from img2img_server.domain.models import WorkerInfo
+from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.domain.params import Lane
 from img2img_server.interfaces.queue import Control, Delivery, UsageReport, WorkerCommand
 from img2img_server.interfaces.records import WorkerRegistry
@@ -52,6 +52,20 @@ class Worker:
         self._cleanup = OrphanCleanup(deps.jobs, deps.blobs)
         self._changed = asyncio.Event()
         self._restarting = asyncio.Event()
+        self._unloading = asyncio.Event()
+        self._used_at = time.monotonic()
+
+    @property
+    def used_at(self) -> float:
+        """Monotonic time when a job last needed the model."""
+        return time.monotonic() if self._runs else self._used_at
+
+    def unload(self, drain_seconds: float) -> None:
+        """Ends `run` as `stop` does, but its process goes on and may load the model again: it stays
+        announced, as not loaded.
+        """
+        self._drain_seconds = min(drain_seconds, self._drain_seconds)
+        self._unloading.set()
 
     async def run(self, stop: asyncio.Event, announced: Callable[[], None] | None = None) -> None:
         """Works until `stop` is set, then finishes or requeues its jobs.
@@ -70,30 +84,31 @@ class Worker:
             asyncio.TaskGroup() as tasks,
         ):
             cleaning = tasks.create_task(self._cleanup.run())
-            watching = tasks.create_task(self._deps.blobs.watch())
             handing_back = tasks.create_task(self._hand_back_without_store())
             announcing = tasks.create_task(self._announce(announced))
             pulling = tasks.create_task(self._pull(tasks))
             checking = tasks.create_task(self._check_waiting())
             sharing = tasks.create_task(self._share_usage())
             lost = self._deps.device_lost
-            await first_of(stop.wait(), self._restarting.wait(), lost.wait())
+            await first_of(
+                stop.wait(), self._restarting.wait(), self._unloading.wait(), lost.wait()
+            )
             # Order: stop announcing, stop pulling, end or requeue the jobs, delete orphan files.
             announcing.cancel()
             pulling.cancel()
             handing_back.cancel()
             await asyncio.wait({pulling}, timeout=PULL_END_SECONDS)
             await self._withdraw(draining=bool(self._runs))
-            may_drain = stop.is_set() and not lost.is_set()
+            may_drain = (stop.is_set() or self._unloading.is_set()) and not lost.is_set()
             async with background_task(self._announce_draining()):
                 await self._drain(self._drain_seconds if may_drain else 0.0)
             await self._withdraw()
             await self._cleanup.finish(CLEANUP_SECONDS)
-            for task in (cleaning, watching, checking, sharing):
+            for task in (cleaning, checking, sharing):
                 task.cancel()
         if lost.is_set():
             raise errors.UnavailableError("the device is lost; only a new process can use it")
-        if not stop.is_set():
+        if self._restarting.is_set() and not stop.is_set():
             raise RestartError("an operator requested a restart")
 
     async def _pull(self, tasks: asyncio.TaskGroup) -> None:
@@ -166,6 +181,7 @@ class Worker:
                 self._cleanup.add(run.job)
             del self._runs[run.job_id]
             del self._tasks[run.job_id]
+            self._used_at = time.monotonic()
             self._changed.set()
 
     async def _drain(self, seconds: float) -> None:
@@ -230,10 +246,15 @@ class Worker:
                     log.warning("downloads_not_deleted", why=str(error))
 
     async def _withdraw(self, *, draining: bool = False) -> None:
-        """Withdraws the announcement, which expires by itself, or changes it to draining."""
+        """Withdraws the announcement, which expires by itself, or changes it to draining. If the
+        model is unloaded, changes it to that.
+        """
         with suppress(errors.UnavailableError, TimeoutError):
             async with asyncio.timeout(WITHDRAW_SECONDS):
-                if draining:
+                if self._unloading.is_set():
+                    cold = replace(self._info(), model_state=ModelState.COLD, state_key="")
+                    await self._registry.announce(cold)
+                elif draining:
                     await self._registry.announce(replace(self._info(), draining=True))
                 else:
                     await self._registry.withdraw(self._deps.name)
@@ -258,6 +279,7 @@ class Worker:
             store_trouble=deps.blobs.trouble,
             begun_jobs=deps.dispatcher.begun,
             state_key=deps.engine.state_key,
+            has_catalogue=deps.has_catalogue,
         )
 
     async def _announce(self, announced: Callable[[], None] | None) -> None:

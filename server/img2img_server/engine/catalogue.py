@@ -1,0 +1,199 @@
+"""Reads the catalogue: the models that one worker serves, from IMG2IMG_MODELS_FILE.
+
+    [[models]]                            # the first one is loaded when the worker starts
+    name = "photo"                        # default: the folder's or file's name, or the hub id
+    source = "/models/photo.safetensors"  # as IMG2IMG_MODEL; default: the model inside the package
+    lora_dir = "/models/photo-loras"      # as IMG2IMG_LORA_DIR
+
+    [models.defaults]                     # default of each: the setting IMG2IMG_DEFAULT_…
+    scheduler = "dpmpp_2m"
+    num_inference_steps = 25
+    guidance_scale = 6.0
+    strength = 0.6
+    native_size = 512                     # as IMG2IMG_NATIVE_SIZE
+
+    [[models]]
+    name = "acme/fast"
+    source = "acme/fast@v2"
+    dtype = "float16"                     # these settings can differ by model, too:
+    max_batch_size = 4                    # dtype, max_batch_size, warm_up_sizes, quantization,
+    quantization = "int8"                 # gguf_file, tiny_vae, compile, text_encoder_placement
+
+A file whose name ends with .json has the same content as JSON: {"models": [{"name": …}, …]}.
+Every other setting applies to all models.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from img2img_server.domain.hub_id import HubId
+from img2img_server.domain.params import MAX_SIDE_PIXELS
+from img2img_server.engine.family import ModelError
+from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.setting_files import read_text
+from img2img_server.setting_syntax import OptionalPath, Sizes
+from img2img_server.settings import Settings, SettingsError, variable
+
+_SETTING: Final = "models_file"
+# Paths of an entry, which are relative to the folder of the catalogue.
+_PATHS: Final = ("lora_dir", "gguf_file")
+
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class _Defaults(_Part):
+    scheduler: str | None = None
+    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
+    strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    native_size: int | None = Field(default=None, ge=1, le=MAX_SIDE_PIXELS)
+
+
+class _Entry(_Part):
+    """One model of the file. None: the value of the setting of the same name."""
+
+    name: Name | None = None
+    source: str = ""
+    defaults: _Defaults = _Defaults()
+    lora_dir: OptionalPath = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
+    max_batch_size: int | None = Field(default=None, ge=1, le=256)
+    warm_up_sizes: Sizes | None = None
+    quantization: Literal["off", "int8", "fp8"] | None = None
+    gguf_file: OptionalPath = None
+    tiny_vae: str | None = None
+    compile: Literal["off", "regional", "whole"] | None = None
+    text_encoder_placement: Literal["device", "offload", "cpu"] | None = None
+
+
+class _Catalogue(_Part):
+    models: tuple[_Entry, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueModel:
+    """A model of the catalogue: its name, and the settings of a worker that serves only it."""
+
+    name: str
+    settings: Settings
+
+
+def read_catalogue(settings: Settings) -> tuple[CatalogueModel, ...]:
+    """Returns the models of the catalogue, in the order of the file. Reads no model.
+
+    Args:
+        settings: `models_file` is set.
+
+    Raises:
+        SettingsError: The file cannot be read, or an entry is wrong. Lists all mistakes.
+    """
+    path = settings.models_file
+    assert path is not None
+    entries = _read(path).models
+    mistakes: list[str] = []
+    found = []
+    for number, entry in enumerate(entries, 1):
+        model = _with_entry(settings, entry, path.parent)
+        found.append(model)
+        where = _where(path, number, model.name)
+        mistakes += [f"{where}: {fault}" for fault in model.settings.conflicts()]
+    for name, count in Counter(model.name for model in found).items():
+        if count > 1:
+            mistakes.append(
+                f"{variable(_SETTING)}: {path}: {count} models have the name {name!r}: give each "
+                "a `name` of its own"
+            )
+    if mistakes:
+        raise SettingsError(*dict.fromkeys(mistakes))
+    return tuple(found)
+
+
+def _read(path: Path) -> _Catalogue:
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise _mistake(path, f"cannot be read: {error.strerror or error}") from error
+    try:
+        content: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        form = "JSON" if path.suffix == ".json" else "TOML"
+        raise _mistake(path, f"is no {form}: {error}") from error
+    try:
+        return _Catalogue.model_validate(content)
+    except ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False)
+        raise SettingsError(
+            *(_fault(path, content, fault["loc"], fault["msg"]) for fault in faults)
+        ) from error
+
+
+def _mistake(path: Path, fault: str) -> SettingsError:
+    return SettingsError(f"{variable(_SETTING)}: {path} {fault}")
+
+
+def _fault(path: Path, content: Any, place: tuple[int | str, ...], fault: str) -> str:
+    """Returns a sentence for an error of pydantic that names the entry and its field."""
+    if len(place) < 2 or not isinstance(place[1], int):
+        return f"{variable(_SETTING)}: {path} must have [[models]] with at least one model"
+    entry = content["models"][place[1]]
+    name = entry.get("name", "") if isinstance(entry, dict) else ""
+    where = _where(path, place[1] + 1, str(name))
+    # A union adds the kind that was tried, which says nothing to the operator.
+    fields = [str(part) for part in place[2:] if part not in ("constrained-str",)]
+    fault = fault.removeprefix("Value error, ")
+    return f"{where}: {'.'.join(fields)}: {fault}" if fields else f"{where}: {fault}"
+
+
+def _where(path: Path, number: int, name: str) -> str:
+    shown = f" ({name})" if name else ""
+    return f"{variable(_SETTING)}: {path}: model {number}{shown}"
+
+
+def _with_entry(settings: Settings, entry: _Entry, folder: Path) -> CatalogueModel:
+    changes: dict[str, Any] = {
+        name: value
+        for name, value in entry.model_dump(exclude={"name", "source", "defaults"}).items()
+        if value is not None
+    }
+    changes |= {name: folder / changes[name] for name in _PATHS if name in changes}
+    defaults = entry.defaults.model_dump(exclude_none=True)
+    for name, value in defaults.items():
+        changes[name if name == "native_size" else f"default_{name}"] = value
+    source = _source(entry.source, folder)
+    name = entry.name or _name_of(source)
+    own = settings.model_copy(
+        update={**changes, "model": source, "model_name": name, "models_file": None}
+    )
+    return CatalogueModel(name, own)
+
+
+def _source(source: str, folder: Path) -> str:
+    """Returns the source with a path that is relative to the folder of the catalogue."""
+    is_path = source.startswith((".", "/")) or HubId.parse(source) is None
+    if source and (is_path or (folder / source).exists()):
+        return str(folder / source)
+    return source
+
+
+def _name_of(source: str) -> str:
+    """Returns the name of a model whose entry has none. Reads only the model's small files."""
+    if not Path(source).exists() and (hub_id := HubId.parse(source)):
+        return hub_id.repo
+    try:
+        return read_model_spec(source).name
+    except (ModelError, OSError, ValueError):  # The model cannot be served; the worker says why.
+        return Path(source).stem

@@ -1,0 +1,235 @@
+"""Loads and unloads the models of a catalogue."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Protocol
+
+import structlog
+
+from img2img_server.domain.models import ModelInfo
+from img2img_server.engine.base import Engine
+from img2img_server.engine.catalogue import CatalogueModel
+from img2img_server.engine.options import EngineOptions
+from img2img_server.errors import OperatorError, SafetyCheckError
+from img2img_server.malloc import trim
+from img2img_server.safety import safety_checker
+from img2img_server.safety.base import SafetyChecker
+from img2img_server.settings import Settings
+
+FREE_SHARE: Final = 5  # this part of the memory remains free without a budget: a fifth
+_STOP_SECONDS: Final = 10.0  # longest wait for the threads of an engine
+
+log = structlog.get_logger()
+
+
+class NoRoomError(Exception):
+    """The device had too little memory to load a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model whose files are on this machine: what callers see of it, and the bytes of its
+    weights once they are loaded; 0: not known.
+    """
+
+    info: ModelInfo
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that runs jobs."""
+
+    engine: Engine
+    safety: SafetyChecker
+    size: int
+
+
+class ModelLoader(Protocol):
+    """Loads and unloads models."""
+
+    async def find(self, model: CatalogueModel) -> FoundModel:
+        """Finds the files of a model, and downloads those of a hub id.
+
+        Raises:
+            Exception: It cannot be served; the message says why.
+        """
+        ...
+
+    async def loras(self, model: CatalogueModel) -> tuple[str, ...]:
+        """Returns the names of the LoRA files of a model, by name."""
+        ...
+
+    async def load(self, model: CatalogueModel) -> LoadedModel:
+        """Loads a model that was found.
+
+        Raises:
+            NoRoomError: The device has too little memory.
+            Exception: It cannot be loaded; the message says why.
+        """
+        ...
+
+    async def unload(self, model: LoadedModel) -> None:
+        """Ends the engine of a model. `reclaim` returns the memory once nothing refers to it."""
+        ...
+
+    async def reclaim(self) -> None:
+        """Returns the memory of unloaded models to the device and the system."""
+        ...
+
+    def has_room(self, size: int, freed: int, used: int) -> bool:
+        """Returns whether a model fits after others were unloaded.
+
+        Args:
+            size: The bytes of its weights.
+            freed: The bytes of the models that would be unloaded.
+            used: The bytes of all loaded models.
+        """
+        ...
+
+
+class EngineLoader:
+    """The ModelLoader of the service: all models run on one device, which they use in turns."""
+
+    def __init__(self, settings: Settings) -> None:
+        # Importing torch takes seconds; the worker has imported it to check the device.
+        from img2img_server.engine.device import device_and_dtype
+        from img2img_server.engine.turns import DeviceTurns
+
+        self._device, _ = device_and_dtype(settings.device, settings.dtype)
+        self._budget = settings.models_memory_bytes
+        self._turns = DeviceTurns()
+        self._shared: SafetyChecker | None = None
+        if settings.safety_checker != "model":
+            self._shared = safety_checker(settings, "")
+
+    async def warm_up(self) -> None:
+        """Loads the safety checker that all models share. Raises SafetyCheckError."""
+        if self._shared:
+            await self._shared.warm_up()
+
+    async def find(self, model: CatalogueModel) -> FoundModel:
+        return await asyncio.to_thread(self._find, model)
+
+    def _find(self, model: CatalogueModel) -> FoundModel:
+        # Importing diffusers takes seconds.
+        from img2img_server.engine.diffusers.local_model import find_model
+        from img2img_server.engine.diffusers.weights_size import weights_size
+        from img2img_server.engine.model_spec import (
+            ModelDefaults,
+            packaged_model,
+            read_model_spec,
+        )
+
+        settings = model.settings
+        options = EngineOptions.of(settings)
+        source = settings.model or str(packaged_model())
+        found = find_model(source, allow_pickles=settings.allow_pickles)
+        spec = read_model_spec(settings.model, found, ModelDefaults.of(settings))
+        info = replace(spec.info, loras=_lora_names(settings.lora_dir))
+        size = weights_size(found, options, self._device)
+        self._check_size(size)
+        return FoundModel(info, size)
+
+    def _check_size(self, size: int) -> None:
+        """Raises OperatorError for a model that does not fit even alone."""
+        if self._budget and size > self._budget:
+            raise OperatorError(
+                f"its weights need {size} bytes, more than IMG2IMG_MODELS_MEMORY_BYTES "
+                f"({self._budget}) allows"
+            )
+
+    async def loras(self, model: CatalogueModel) -> tuple[str, ...]:
+        return await asyncio.to_thread(_lora_names, model.settings.lora_dir)
+
+    async def load(self, model: CatalogueModel) -> LoadedModel:
+        safety = self._shared or safety_checker(model.settings, model.settings.model)
+        engine, size = await asyncio.to_thread(self._load, model)
+        try:
+            await safety.warm_up()
+        except SafetyCheckError as error:
+            await asyncio.to_thread(engine.stop)
+            raise RuntimeError(f"{error}: {error.__cause__ or error}") from error
+        return LoadedModel(engine, safety, size)
+
+    def _load(self, model: CatalogueModel) -> tuple[Engine, int]:
+        import torch
+
+        from img2img_server.engine.load import load_engine
+
+        try:
+            engine = load_engine(EngineOptions.of(model.settings), self._turns)
+        except Exception as error:
+            if _lacks_memory(error, torch.OutOfMemoryError):
+                raise NoRoomError(str(error)) from None
+            raise
+        try:
+            self._check_size(engine.weights_bytes)
+        except OperatorError:
+            engine.stop()
+            raise
+        return engine, engine.weights_bytes
+
+    async def unload(self, model: LoadedModel) -> None:
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await asyncio.to_thread(model.engine.stop)
+        except TimeoutError:  # Its memory stays in use until its step ends.
+            log.error("engine_does_not_stop", model=model.engine.model.name)
+
+    async def reclaim(self) -> None:
+        await asyncio.to_thread(self._reclaim)
+
+    def _reclaim(self) -> None:
+        import torch
+
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        trim()
+
+    def has_room(self, size: int, freed: int, used: int) -> bool:
+        if self._budget:
+            return used - freed + size <= self._budget
+        memory = self._memory()
+        if memory is None:
+            return True
+        free, total = memory
+        return free + freed - size >= total / FREE_SHARE
+
+    def _memory(self) -> tuple[int, int] | None:
+        """Returns the free bytes and all bytes of the device; None where they are not known."""
+        import torch
+
+        from img2img_server.engine.host_memory import host_memory
+        from img2img_server.engine.memory import probe_of
+
+        if self._device.type != "cuda":
+            return host_memory()
+        free = probe_of(self._device).free
+        return None if free is None else (free, torch.cuda.mem_get_info(self._device)[1])
+
+
+def _lacks_memory(error: BaseException | None, kind: type[Exception]) -> bool:
+    """Returns whether an error, or one of its causes, is the lack of memory on the device."""
+    while error is not None:
+        if isinstance(error, kind | MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _lora_names(folder: Path | None) -> tuple[str, ...]:
+    """Returns the names of the LoRA files; whether each fits is known once the model is loaded."""
+    if folder is None:
+        return ()
+    try:
+        files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        log.warning("lora_dir_unreadable", why=str(error))
+        return ()
+    return tuple(sorted({path.stem for path in files if path.suffix.lower() == ".safetensors"}))
