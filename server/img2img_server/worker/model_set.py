@@ -66,6 +66,7 @@ class _Slot:
     failed_at: float = 0.0
     load_seconds: float = 0.0
     since: float | None = None
+    is_served: bool = False  # by another worker, at the last look
     loaded_at: float = 0.0
     refused_loras: frozenset[str] = frozenset()  # files that did not fit when it was loaded
     throughput: Throughput = field(default_factory=Throughput)
@@ -210,16 +211,19 @@ class ModelSet:
         now = time.monotonic()
         cold = [slot for slot in self._in(ModelState.COLD) if slot.is_found]
         cold += [s for s in self._in(ModelState.FAILED) if now - s.failed_at >= RETRY_SECONDS]
-        served: set[str] | None = None
+        served: dict[str, ModelState] | None = None
         wanted = []
         for slot in cold:
             unfinished, waiting = await self._jobs(slot)
             if unfinished and served is None:
                 served = await self._served_elsewhere()
-            is_served = served is not None and slot.name in served
+            state = served.get(slot.name) if served else None
+            is_served = state is not None
             # Another worker runs the jobs that do not wait.
-            if not (waiting if is_served else unfinished):
-                slot.since = None
+            is_wanted = waiting if is_served else unfinished
+            if not is_wanted or state is ModelState.LOADING or is_served != slot.is_served:
+                slot.since, slot.is_served = None, is_served
+            if not is_wanted or state is ModelState.LOADING:
                 continue
             slot.since = now if slot.since is None else slot.since
             wanted.append(
@@ -243,15 +247,17 @@ class ModelSet:
         unfinished = sum(sum(load.source.jobs.values()) for load in loads)
         return unfinished, sum(load.waiting for load in loads)
 
-    async def _served_elsewhere(self) -> set[str]:
+    async def _served_elsewhere(self) -> dict[str, ModelState]:
+        """Returns the models that other workers have loaded or load now."""
         ours = {slot.announced_name for slot in self._slots}
-        return {
-            worker.model.name
-            for worker in await self._registry.workers()
-            if worker.name not in ours
-            and worker.model_state in (ModelState.LOADED, ModelState.LOADING)
-            and not worker.store_trouble
-        }
+        found: dict[str, ModelState] = {}
+        for worker in await self._registry.workers():
+            name, state = worker.model.name, worker.model_state
+            if worker.name in ours or worker.store_trouble or state is ModelState.COLD:
+                continue
+            if found.get(name) is not ModelState.LOADED:
+                found[name] = state
+        return found
 
     async def _candidate(self, slot: _Slot) -> Candidate:
         assert slot.worker is not None

@@ -1,0 +1,198 @@
+"""A worker with a catalogue loads the models that have jobs, and unloads others for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import pytest
+
+from img2img.v1 import job_pb2
+from img2img_server.domain.models import ModelState
+from img2img_server.domain.params import Lane
+from img2img_server.errors import OperatorError, UnavailableError
+from img2img_server.interfaces.queue import WorkerCommand
+from img2img_server.lifecycle import RestartError
+from img2img_server.nats.bus import Bus
+from img2img_server.telemetry import MODEL_LOADED, MODEL_SWAPS
+from img2img_server.testing.bus import memory_bus
+from img2img_server.testing.fake_engine import FAKE_MODEL, FakeEngine
+from tests.catalogues import FakeLoader, announced, catalogue_worker
+from tests.stack import Api, read_until, running_api, settings, spec
+
+SUCCEEDED = job_pb2.Job.STATE_SUCCEEDED
+THREE = {"a": 4, "b": 4, "c": 4}
+
+
+def slow(name: str) -> FakeEngine:
+    """Returns an engine that runs one job at a time, in a tenth of a second."""
+    model = replace(FAKE_MODEL, name=name)
+    return FakeEngine(model, step_seconds=0.025, max_batch_size=1, state_key=name)
+
+
+async def run(api: Api, model: str) -> job_pb2.Job:
+    job = await api.create(spec(model=model, strength=1.0))
+    return await api.reaches(job.name, SUCCEEDED)
+
+
+async def test_models_that_fit_stay_loaded() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE)
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        jobs = [await run(api, model) for model in "abcabc"]
+        assert loader.loaded == {"a", "b", "c"}
+    assert loader.loads == ["a", "b", "c"]
+    assert [job.worker for job in jobs[:3]] == ["w1/a", "w1/b", "w1/c"]
+
+
+async def test_all_models_are_announced_and_only_the_first_one_is_loaded() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE)
+    async with catalogue_worker(bus, loader):
+        for model in "bc":
+            await announced(bus, model, ModelState.COLD)
+        await announced(bus, "a", ModelState.LOADED)
+        assert {model.name for model in await bus.workers.models()} == {"a", "b", "c"}
+    assert loader.loads == ["a"]
+    assert await bus.workers.announced() == []
+
+
+async def test_the_least_recently_used_model_is_unloaded_and_its_memory_returned() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE, budget=8)
+    swaps = MODEL_SWAPS.labels("c")._value.get()
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        for model in "aba":
+            await run(api, model)
+        await run(api, "c")
+        assert loader.loaded == {"a", "c"}
+        assert [MODEL_LOADED.labels(name)._value.get() for name in "abc"] == [1, 0, 1]
+        await announced(bus, "b", ModelState.COLD)
+        await run(api, "b")
+    assert loader.loads == ["a", "b", "c", "b"]
+    assert loader.most_bytes == 8
+    assert MODEL_SWAPS.labels("c")._value.get() == swaps + 1
+
+
+async def test_a_model_with_jobs_is_preferred_only_for_the_stated_time() -> None:
+    bus, loader = memory_bus(queue_limit=100), FakeLoader(THREE, budget=4, make=slow)
+    config = settings(queue_limit=100)
+    async with (
+        catalogue_worker(bus, loader, model_swap_seconds=0.5),
+        running_api(bus, config) as api,
+    ):
+        began = time.monotonic()
+        many = [await api.create(spec(model="a", strength=1.0)) for _ in range(20)]
+        other = await api.create(spec(model="b", strength=1.0))
+        await api.reaches(other.name, SUCCEEDED)
+        waited = time.monotonic() - began
+        assert 0.5 <= waited < 2.0, waited  # The 20 jobs take more than 2 seconds.
+        for job in many:
+            assert (await api.reaches(job.name, SUCCEEDED)).attempt <= 2
+    assert loader.loads[:3] == ["a", "b", "a"]
+
+
+async def test_a_running_job_that_outlasts_its_model_continues_after_the_next_load() -> None:
+    bus = memory_bus()
+    models: list[FakeEngine] = []
+
+    def held(name: str) -> FakeEngine:
+        hold = 2 if name == "a" and not models else None
+        models.append(FakeEngine(replace(FAKE_MODEL, name=name), hold_after=hold, state_key=name))
+        return models[-1]
+
+    loader = FakeLoader(THREE, budget=4, make=held)
+    async with (
+        catalogue_worker(bus, loader, model_swap_seconds=0.2),
+        running_api(bus) as api,
+    ):
+        first = await api.create(spec(model="a", strength=1.0))
+        await read_until(api.watch(first.name), "step")
+        await run(api, "b")
+        job = await api.reaches(first.name, SUCCEEDED)
+        messages = await read_until(api.watch(first.name), "succeeded")
+        models.clear()
+    starts = [m.event.started for m in messages if m.event.HasField("started")]
+    assert [(it.attempt, list(it.done_steps)) for it in starts] == [(1, []), (1, [2])]
+    assert job.attempt == 1
+
+
+async def test_a_model_that_fails_is_not_served_and_does_not_end_the_worker() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE, wrong={"b": "a part is missing"})
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        waiting = await api.create(spec(model="b"))
+        failed = await announced(bus, "b", ModelState.FAILED)
+        assert failed.failure == "a part is missing"
+        assert all(worker.model.name != "b" for worker in await bus.workers.workers())
+        await run(api, "c")
+        await run(api, "a")
+        # A worker that can load it gets the job that waits.
+        async with catalogue_worker(bus, FakeLoader({"b": 4}), name="w2"):
+            assert (await api.reaches(waiting.name, SUCCEEDED)).worker == "w2/b"
+
+
+async def test_the_worker_serves_the_others_if_the_first_model_fails() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE, wrong={"a": "no"})
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        await run(api, "b")
+
+
+async def test_a_worker_without_any_model_ends_with_the_reasons() -> None:
+    class Missing(FakeLoader):
+        async def find(self, model: object) -> None:  # type: ignore[override]
+            raise OperatorError("there is no such folder")
+
+    with pytest.raises(OperatorError, match=r"model a: there is no such folder\n.*model b:"):
+        async with catalogue_worker(memory_bus(), Missing({"a": 1, "b": 1})):
+            pass
+
+
+async def test_other_models_are_unloaded_if_the_device_lacks_memory_for_one() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE, device_bytes=8)
+    async with catalogue_worker(bus, loader), running_api(bus) as api:
+        for model in "abc":
+            await run(api, model)
+        assert loader.loaded == {"b", "c"}
+    assert loader.most_bytes == 8
+
+
+async def test_only_one_of_two_idle_workers_loads_a_model() -> None:
+    bus = memory_bus()
+    first, second = FakeLoader(THREE, load_seconds=0.2), FakeLoader(THREE, load_seconds=0.2)
+    async with (
+        catalogue_worker(bus, first, name="w1"),
+        catalogue_worker(bus, second, name="w2"),
+        running_api(bus) as api,
+    ):
+        await run(api, "b")
+        await run(api, "c")
+    assert sorted(first.loads + second.loads) == ["a", "a", "b", "c"]
+
+
+async def lose_device(bus: Bus, loader: FakeLoader) -> None:
+    """Runs a worker until its device is lost in a job of the first model."""
+    async with catalogue_worker(bus, loader) as worker, running_api(bus) as api:
+        await run(api, "b")
+        job = await api.create(spec(model="a", prompt="hold: it", strength=1.0))
+        await read_until(api.watch(job.name), "step")
+        engine = loader.engines["a"]()
+        assert engine is not None
+        engine.lose_device()
+        del engine
+        await asyncio.wait({worker.task}, timeout=10)
+        assert worker.task.done()
+
+
+async def test_a_lost_device_ends_the_worker_with_all_its_models() -> None:
+    with pytest.raises(UnavailableError, match="device is lost"):
+        await lose_device(memory_bus(), FakeLoader(THREE))
+
+
+async def test_an_operators_restart_ends_the_worker_and_requeues_its_jobs() -> None:
+    bus, loader = memory_bus(), FakeLoader(THREE)
+    async with catalogue_worker(bus, loader) as worker, running_api(bus) as api:
+        job = await api.create(spec(model="a", prompt="hold: it", strength=1.0))
+        await read_until(api.watch(job.name), "step")
+        await bus.control.broadcast(WorkerCommand.RESTART)
+        with pytest.raises(RestartError):
+            await asyncio.wait_for(asyncio.shield(worker.task), 10)
+        assert (await api.get(job.name)).state == job_pb2.Job.STATE_QUEUED
+        assert await bus.queue.depth("a", Lane.REALTIME) == 1
