@@ -197,6 +197,8 @@ class FakeService(service_pb2_grpc.Img2ImgServiceServicer):
             takes_prompt_weights=True,
             max_clip_skip=12,
             embeddings=["<worn>"],
+            state=service_pb2.Model.STATE_LOADED,
+            load_failures=["w2: a part is missing"],
             scheduler_max_steps={"lcm": 40},
         )
         limits = service_pb2.Limits(

@@ -74,6 +74,7 @@ from img2img_client.resources import JobError as JobError
 from img2img_client.resources import Limits as Limits
 from img2img_client.resources import Model as Model
 from img2img_client.resources import ModelKind as ModelKind
+from img2img_client.resources import ModelState as ModelState
 from img2img_client.resources import Result as Result
 from img2img_client.resources import Sample as Sample
 from img2img_client.resources import State as State

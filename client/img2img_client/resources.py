@@ -59,6 +59,16 @@ class ModelKind(StrEnum):
     FLOW = "flow"
 
 
+class ModelState(StrEnum):
+    """Whether a model takes requests at once, or after a worker has loaded it. UNSERVED: its jobs
+    wait until a worker serves it. UNSPECIFIED: the service is too old to report the state."""
+
+    UNSPECIFIED = "unspecified"
+    LOADED = "loaded"
+    COLD = "cold"
+    UNSERVED = "unserved"
+
+
 class Guidance(StrEnum):
     """The effect of guidance_scale: a second forward a step above 1 or above 0, an input of the
     model, or none. UNSPECIFIED: unknown to this client or to the worker."""
@@ -247,6 +257,8 @@ class Model:
     takes_prompt_weights: bool
     max_clip_skip: int  # 0: clip_skip has no effect
     embeddings: tuple[str, ...]  # words of prompts with textual inversion embeddings
+    state: ModelState
+    load_failures: tuple[str, ...]  # why workers could not load it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

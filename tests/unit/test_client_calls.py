@@ -231,6 +231,8 @@ def test_capabilities_are_read(run: Run) -> None:
                 takes_prompt_weights=True,
                 max_clip_skip=12,
                 embeddings=("<worn>",),
+                state=api.ModelState.LOADED,
+                load_failures=("w2: a part is missing",),
                 scheduler_max_steps={"lcm": 40},
             ),
         ),

@@ -13,7 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from img2img_client.cli.program import count
-from img2img_client.resources import Capabilities, Job, Limits, Model, State, Timings
+from img2img_client.resources import (
+    Capabilities,
+    Job,
+    Limits,
+    Model,
+    ModelState,
+    State,
+    Timings,
+)
 
 # The descriptions of the stages of Timings.
 STAGES = {
@@ -164,7 +172,7 @@ def show_capabilities(found: Capabilities) -> None:
         table.add_row(
             model.name,
             model.family,
-            str(model.workers),
+            _workers(model),
             model.device,
             _sizes(model, found.limits),
             _steps(model),
@@ -175,6 +183,12 @@ def show_capabilities(found: Capabilities) -> None:
     _print(table)
     click.echo()
     _print(_limits_table(found.limits))
+
+
+def _workers(model: Model) -> str:
+    """Returns the number of workers, and whether one of them must load the model first."""
+    is_cold = model.state is ModelState.COLD
+    return f"{model.workers} (cold)" if is_cold else str(model.workers)
 
 
 def _sizes(model: Model, limits: Limits) -> str:

@@ -162,17 +162,24 @@ def unknown_fields(spec: job_pb2.JobSpec) -> str:
 
 
 def model(info: ModelInfo, workers: list[WorkerInfo], limits: Limits) -> service_pb2.Model:
-    """Returns the Model message of a model and its live workers. `limits`: the limits of the
-    service.
+    """Returns the Model message of a model. `workers`: all that are announced; `limits`: the limits
+    of the service.
     """
-    serving = [worker for worker in workers if worker.model.name == info.name]
+    announced = [worker for worker in workers if worker.model.name == info.name]
+    serving = [worker for worker in announced if worker.serves]
+    loaded = [worker for worker in serving if worker.is_loaded]
     message = fill(fill(service_pb2.Model(), info), info.limits(limits))
     # The greatest limit of all schedulers; scheduler_max_steps has those with a lower limit.
     message.max_num_inference_steps = min(
         info.max_num_inference_steps, limits.max_num_inference_steps
     )
     message.workers = len(serving)
-    message.device = serving[0].device if serving else ""
+    message.device = (loaded or serving)[0].device if serving else ""
+    states = service_pb2.Model
+    cold = states.STATE_COLD if serving else states.STATE_UNSERVED
+    message.state = states.STATE_LOADED if loaded else cold
+    failures = (f"{worker.name}: {worker.failure}" for worker in announced if worker.failure)
+    message.load_failures.extend(failures)
     return message
 
 

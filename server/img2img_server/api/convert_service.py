@@ -38,7 +38,11 @@ def storage_settings(details: StorageDetails, deploy_type: str) -> service_pb2.S
 def capabilities(
     settings: Settings, limits: Limits, models: Sequence[ModelInfo], workers: list[WorkerInfo]
 ) -> service_pb2.GetCapabilitiesResponse:
-    """Returns the models, the default one first and the others by name, and the limits."""
+    """Returns the models, the default one first and the others by name, and the limits.
+
+    Args:
+        workers: All that are announced.
+    """
     default = settings.default_model
     ordered = sorted(models, key=lambda model: (model.name != default, model.name))
     return service_pb2.GetCapabilitiesResponse(

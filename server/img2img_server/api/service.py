@@ -185,7 +185,7 @@ class Img2ImgServicer(service_pb2_grpc.Img2ImgServiceServicer):
         self, request: service_pb2.GetCapabilitiesRequest, context: Context
     ) -> service_pb2.GetCapabilitiesResponse:
         registry = self._deps.workers
-        models, workers = await registry.models(), await registry.workers()
+        models, workers = await registry.models(), await registry.announced()
         return capabilities(self._deps.settings, self._deps.limits, models, workers)
 
     async def GetCaller(  # noqa: N802

@@ -32,12 +32,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from img2img_server.domain.hub_id import HubId
 from img2img_server.domain.params import MAX_SIDE_PIXELS
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.engine.weight_files import PICKLES
 from img2img_server.setting_files import read_text
 from img2img_server.setting_syntax import OptionalPath, Sizes
 from img2img_server.settings import Settings, SettingsError, variable
@@ -81,7 +89,14 @@ class _Entry(_Part):
 
 
 class _Catalogue(_Part):
-    models: tuple[_Entry, ...] = Field(min_length=1)
+    models: tuple[_Entry, ...]
+
+    @field_validator("models")
+    @classmethod
+    def _has_one(cls, models: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+        if not models:
+            raise ValueError("there is no model")
+        return models
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +198,7 @@ def _with_entry(settings: Settings, entry: _Entry, folder: Path) -> CatalogueMod
 
 def _source(source: str, folder: Path) -> str:
     """Returns the source with a path that is relative to the folder of the catalogue."""
-    is_path = source.startswith((".", "/")) or HubId.parse(source) is None
+    is_path = HubId.parse(source) is None or Path(source).suffix in (".safetensors", *PICKLES)
     if source and (is_path or (folder / source).exists()):
         return str(folder / source)
     return source

@@ -614,6 +614,33 @@ class Model(_message.Message):
     KIND_FLOW: Model.Kind.ValueType  # 2
     """The velocity of flow matching, as FLUX.1."""
 
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Model._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Model._State.ValueType  # 0
+        """Unknown, because the api is older than this field."""
+        STATE_LOADED: Model._State.ValueType  # 1
+        """A worker has loaded it."""
+        STATE_COLD: Model._State.ValueType  # 2
+        """A worker loads it for the next request, or loads it now."""
+        STATE_UNSERVED: Model._State.ValueType  # 3
+        """No worker serves it now. Its jobs wait until one does."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Whether a model takes requests at once."""
+
+    STATE_UNSPECIFIED: Model.State.ValueType  # 0
+    """Unknown, because the api is older than this field."""
+    STATE_LOADED: Model.State.ValueType  # 1
+    """A worker has loaded it."""
+    STATE_COLD: Model.State.ValueType  # 2
+    """A worker loads it for the next request, or loads it now."""
+    STATE_UNSERVED: Model.State.ValueType  # 3
+    """No worker serves it now. Its jobs wait until one does."""
+
     class _Guidance:
         ValueType = _typing.NewType("ValueType", _builtins.int)
         V: _TypeAlias = ValueType  # noqa: Y015
@@ -714,6 +741,8 @@ class Model(_message.Message):
     TAKES_PROMPT_WEIGHTS_FIELD_NUMBER: _builtins.int
     MAX_CLIP_SKIP_FIELD_NUMBER: _builtins.int
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LOAD_FAILURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model, for JobSpec.model."""
     family: _builtins.str
@@ -723,7 +752,9 @@ class Model(_message.Message):
     default_guidance_scale: _builtins.float
     """Default of JobSpec.guidance_scale."""
     workers: _builtins.int
-    """Number of workers that serve the model now. 0: its jobs wait until a worker starts."""
+    """Number of workers that serve the model now, also those that would have to load it. 0: its jobs
+    wait until a worker starts.
+    """
     device: _builtins.str
     """Device of the first of these workers, for example "cpu"; empty without workers."""
     native_size: _builtins.int
@@ -750,6 +781,8 @@ class Model(_message.Message):
     """Whether JobSpec.prompt_weights has an effect."""
     max_clip_skip: _builtins.int
     """Largest JobSpec.clip_skip. 0: it has no effect."""
+    state: Global___Model.State.ValueType
+    """Whether the model takes requests at once."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers for JobSpec.scheduler, the default one first."""
@@ -767,6 +800,10 @@ class Model(_message.Message):
     @_builtins.property
     def embeddings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Words of prompts that stand for textual inversion embeddings."""
+
+    @_builtins.property
+    def load_failures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why workers could not load the model, one sentence for each worker. Others may serve it."""
 
     def __init__(
         self,
@@ -793,10 +830,12 @@ class Model(_message.Message):
         takes_prompt_weights: _builtins.bool = ...,
         max_clip_skip: _builtins.int = ...,
         embeddings: _abc.Iterable[_builtins.str] | None = ...,
+        state: Global___Model.State.ValueType = ...,
+        load_failures: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "embeddings", b"embeddings", "family", b"family", "guidance", b"guidance", "kind", b"kind", "loras", b"loras", "max_clip_skip", b"max_clip_skip", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_strength", b"default_strength", "device", b"device", "embeddings", b"embeddings", "family", b"family", "guidance", b"guidance", "kind", b"kind", "load_failures", b"load_failures", "loras", b"loras", "max_clip_skip", b"max_clip_skip", "max_num_inference_steps", b"max_num_inference_steps", "max_side_pixels", b"max_side_pixels", "min_side_pixels", b"min_side_pixels", "name", b"name", "native_size", b"native_size", "scheduler_max_steps", b"scheduler_max_steps", "schedulers", b"schedulers", "side_multiple", b"side_multiple", "state", b"state", "strength_rule", b"strength_rule", "takes_negative_prompt", b"takes_negative_prompt", "takes_prompt_weights", b"takes_prompt_weights", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,160 @@
+"""The models of a catalogue on a real device: sizes, budgets, and memory that is returned."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from img2img_server.engine.catalogue import CatalogueModel, read_catalogue
+from img2img_server.engine.engine import DiffusionEngine
+from img2img_server.engine.host_memory import host_memory
+from img2img_server.engine.memory import MemoryModel
+from img2img_server.engine.turns import DeviceTurns
+from img2img_server.errors import OperatorError
+from img2img_server.settings import Settings
+from img2img_server.worker.model_loader import EngineLoader, LoadedModel
+from tests.tiny_models import write_sd, write_sdxl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of two models and their catalogue."""
+    path = tmp_path_factory.mktemp("models")
+    write_sd(path / "small")
+    write_sdxl(path / "large")
+    (path / "models.toml").write_text(
+        '[[models]]\nsource = "small"\n[[models]]\nname = "x/large"\nsource = "large"\n'
+        '[[models]]\nname = "absent"\nsource = "nowhere"\n'
+    )
+    return path
+
+
+def models(folder: Path, **changes: Any) -> tuple[EngineLoader, tuple[CatalogueModel, ...]]:
+    settings = Settings(
+        models_file=folder / "models.toml",
+        warm_up_sizes="64x64",
+        device="cpu",
+        safety_checker="opennsfw",
+        **changes,
+    )
+    return EngineLoader(settings), read_catalogue(settings)
+
+
+def device_parts(loaded: LoadedModel) -> list[weakref.ref[torch.nn.Module]]:
+    engine = loaded.engine
+    assert isinstance(engine, DiffusionEngine)
+    denoiser: Any = engine._denoiser
+    pipeline = denoiser._model.pipeline
+    parts = pipeline.components.values()
+    return [weakref.ref(part) for part in parts if isinstance(part, torch.nn.Module)]
+
+
+async def test_the_size_of_a_model_is_known_before_it_is_loaded(folder: Path) -> None:
+    loader, (small, large, _) = models(folder)
+    for model in (small, large):
+        found = await loader.find(model)
+        loaded = await loader.load(model)
+        await loader.unload(loaded)
+        assert found.info.name == loaded.engine.model.name == model.name
+        assert found.info == loaded.engine.model
+        # Buffers of the modules, such as positions, are not in the files.
+        assert 0 <= loaded.size - found.size < 0.02 * loaded.size
+
+
+async def test_an_unloaded_model_leaves_nothing_in_memory(folder: Path) -> None:
+    loader, (small, *_) = models(folder)
+    await loader.find(small)
+    threads = threading.active_count()
+    loaded = await loader.load(small)
+    parts = device_parts(loaded)
+    assert len(parts) == 3
+    await loader.unload(loaded)
+    del loaded
+    gc.disable()  # `reclaim` must not rely on a collection that happens to run.
+    try:
+        await loader.reclaim()
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
+    names = {thread.name for thread in threading.enumerate()}
+    assert "engine" not in names, (threads, names)
+
+
+async def test_a_budget_bounds_the_weights(folder: Path) -> None:
+    loader, (small, large, _) = models(folder)
+    sizes = [(await loader.find(model)).size for model in (small, large)]
+    loader, (small, large, _) = models(folder, models_memory_bytes=sum(sizes))
+    assert loader.has_room(sizes[1], 0, sizes[0])
+    assert not loader.has_room(sizes[1] + 1, 0, sizes[0])
+    assert loader.has_room(sizes[1] + 1, sizes[0], sizes[0])
+    loader, (small, large, _) = models(folder, models_memory_bytes=min(sizes))
+    with pytest.raises(OperatorError, match="more than IMG2IMG_MODELS_MEMORY_BYTES"):
+        await loader.find(large if sizes[1] > sizes[0] else small)
+
+
+async def test_a_missing_model_is_reported_without_being_loaded(folder: Path) -> None:
+    loader, (*_, absent) = models(folder)
+    with pytest.raises(OperatorError, match="nowhere"):
+        await loader.find(absent)
+
+
+def test_a_container_limits_the_memory_of_the_machine(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 800 kB\n")
+    assert host_memory(meminfo, tmp_path) == (800 * 1024, 1000 * 1024)
+    (tmp_path / "memory.max").write_text("500000\n")
+    (tmp_path / "memory.current").write_text("300000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
+    assert host_memory(meminfo, tmp_path) == (300_000, 500_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory(meminfo, tmp_path) == (800 * 1024, 1000 * 1024)
+    assert host_memory(tmp_path / "absent", tmp_path) is None
+
+
+def test_steps_of_two_engines_never_overlap_and_alternate() -> None:
+    turns, order, inside = DeviceTurns(), [], []
+    barrier = threading.Barrier(2)
+
+    def steps(name: str) -> None:
+        barrier.wait()
+        for _ in range(50):
+            with turns.turn():
+                inside.append(name)
+                assert inside == [name]
+                order.append(name)
+                inside.remove(name)
+
+    threads = [threading.Thread(target=steps, args=name) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(order) == 100
+
+
+def test_memory_that_is_measured_while_a_model_is_loaded_does_not_count() -> None:
+    class Probe:
+        free = 1000
+
+        def start(self) -> None: ...
+
+        def peak(self) -> int:
+            return 100
+
+    turns = DeviceTurns()
+    memory = MemoryModel(Probe(), turns=turns)
+    with turns.loading(), memory.measured(8, 8, 1):
+        pass
+    assert memory.need(8, 8, 1) is None
+    with memory.measured(8, 8, 1), turns.loading():
+        pass
+    assert memory.need(8, 8, 1) is None
+    with memory.measured(8, 8, 1):
+        pass
+    assert memory.need(8, 8, 1) == 100

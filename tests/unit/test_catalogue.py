@@ -1,0 +1,130 @@
+"""The file with the models of a worker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from img2img_server.engine.catalogue import read_catalogue
+from img2img_server.settings import Settings, SettingsError
+
+FULL = """
+[[models]]
+name = "photo"
+source = "photos/dreamy.safetensors"
+lora_dir = "loras"
+dtype = "float16"
+max_batch_size = 4
+
+[models.defaults]
+scheduler = "dpmpp_2m"
+num_inference_steps = 25
+guidance_scale = 6
+strength = 0.6
+native_size = 768
+
+[[models]]
+source = "acme/model@v2"
+
+[[models]]
+source = "other/model"
+"""
+
+
+def catalogue(folder: Path, text: str, name: str = "models.toml", **changes: object) -> Settings:
+    file = folder / name
+    file.write_text(text)
+    return Settings(models_file=file, **changes)  # type: ignore[arg-type]
+
+
+def mistakes(folder: Path, text: str, **changes: object) -> list[str]:
+    with pytest.raises(SettingsError) as error:
+        read_catalogue(catalogue(folder, text, **changes))
+    return [mistake.replace(str(folder), "FOLDER") for mistake in error.value.mistakes]
+
+
+def test_each_model_has_the_settings_of_a_worker_that_serves_only_it(tmp_path: Path) -> None:
+    found = read_catalogue(catalogue(tmp_path, FULL, tiny_vae="madebyollin/taesd"))
+    photo = found[0].settings
+    assert [model.name for model in found] == ["photo", "acme/model", "other/model"]
+    assert photo.model == str(tmp_path / "photos/dreamy.safetensors")
+    assert (photo.model_name, photo.models_file) == ("photo", None)
+    assert (photo.lora_dir, photo.dtype, photo.max_batch_size) == (tmp_path / "loras", "float16", 4)
+    assert (photo.default_scheduler, photo.default_num_inference_steps) == ("dpmpp_2m", 25)
+    assert (photo.default_guidance_scale, photo.default_strength) == (6, 0.6)
+    assert (photo.native_size, photo.tiny_vae) == (768, "madebyollin/taesd")
+    assert found[1].settings.model == "acme/model@v2"
+    assert found[1].settings.default_num_inference_steps == 0
+
+
+def test_a_folder_next_to_the_catalogue_comes_before_a_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "acme" / "model").mkdir(parents=True)
+    (model,) = read_catalogue(catalogue(tmp_path, '[[models]]\nsource = "acme/model"\nname = "m"'))
+    assert model.settings.model == str(tmp_path / "acme" / "model")
+
+
+def test_json_has_the_same_content(tmp_path: Path) -> None:
+    text = json.dumps({"models": [{"name": "a"}, {"name": "b", "defaults": {"strength": 0.5}}]})
+    found = read_catalogue(catalogue(tmp_path, text, "models.json"))
+    assert [(model.name, model.settings.model) for model in found] == [("a", ""), ("b", "")]
+    assert found[1].settings.default_strength == 0.5
+
+
+def test_an_entry_without_a_name_has_the_name_of_its_model(tmp_path: Path) -> None:
+    (model,) = read_catalogue(catalogue(tmp_path, "[[models]]"))
+    assert model.name == "atelier"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "FOLDER/models.toml must have [[models]] with at least one model"),
+        ("models = []", "FOLDER/models.toml must have [[models]] with at least one model"),
+        ("[models]\nname = 'a'", "FOLDER/models.toml must have [[models]] with at least one model"),
+        (
+            "[[models]]\nname = 'a'\n[[models]]\nname = 'b'\nstrenght = 1",
+            "FOLDER/models.toml: model 2 (b): strenght: Extra inputs are not permitted",
+        ),
+        (
+            "[[models]]\nname = 'a'\n[models.defaults]\nstrength = 2",
+            "FOLDER/models.toml: model 1 (a): defaults.strength: "
+            "Input should be less than or equal to 1",
+        ),
+        (
+            "[[models]]\nname = 'a'\nwarm_up_sizes = 'big'",
+            "FOLDER/models.toml: model 1 (a): warm_up_sizes: "
+            "must list sizes as WIDTHxHEIGHT, comma separated, such as 512x512, 768x512",
+        ),
+        (
+            "[[models]]\nname = 'a'\n[[models]]\nname = 'a'",
+            "FOLDER/models.toml: 2 models have the name 'a': give each a `name` of its own",
+        ),
+        (
+            "[[models]]\nname = 'a'\nlora_dir = 'l'\nquantization = 'int8'",
+            "FOLDER/models.toml: model 1 (a): IMG2IMG_LORA_DIR: does not work with "
+            "IMG2IMG_QUANTIZATION, which changes how the weights are kept that a LoRA changes",
+        ),
+    ],
+    ids=["empty", "none", "table", "unknown", "range", "sizes", "names", "conflict"],
+)
+def test_a_mistake_names_the_entry_and_its_field(tmp_path: Path, text: str, sentence: str) -> None:
+    assert mistakes(tmp_path, text) == [f"IMG2IMG_MODELS_FILE: {sentence}"]
+
+
+def test_all_mistakes_are_listed(tmp_path: Path) -> None:
+    text = "[[models]]\nname = ''\ndtype = 'float8'\n[[models]]\nmax_batch_size = 0"
+    assert len(mistakes(tmp_path, text)) == 3
+
+
+def test_a_file_that_is_no_toml_or_missing_is_named(tmp_path: Path) -> None:
+    (sentence,) = mistakes(tmp_path, "models = [")
+    assert sentence.startswith("IMG2IMG_MODELS_FILE: FOLDER/models.toml is no TOML: ")
+    with pytest.raises(SettingsError, match="cannot be read: No such file"):
+        read_catalogue(Settings(models_file=tmp_path / "absent.toml"))
+
+
+def test_a_model_and_a_catalogue_cannot_both_be_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="IMG2IMG_MODEL: cannot be used together with IMG2IMG_MOD"):
+        Settings(models_file=tmp_path / "m.toml", model="acme/model")
