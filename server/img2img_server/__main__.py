@@ -207,18 +207,19 @@ def fetch_model(source: str, folder: Path, revision: str) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def doctor(as_json: bool) -> None:
-    """Check the model, the LoRAs and the device of a worker, without NATS and S3."""
+    """Check the models, the LoRAs and the device of a worker, without NATS and S3."""
     with _ending("doctor", "worker"):
         import json
 
         from img2img_server.setting_checks import mistakes_of
         from img2img_server.settings import Settings
         from img2img_server.telemetry import configure_logging
-        from img2img_server.worker.doctor import Report, examine
+        from img2img_server.worker.doctor import CatalogueReport, Report, examine
 
         settings, mistakes, wrong = Settings.load_with_mistakes()
         mistakes += mistakes_of("doctor", settings, skip=wrong)
         configure_logging(settings, "doctor")
+        report: Report | CatalogueReport
         report = Report(problems=mistakes) if mistakes else examine(settings)
         text = json.dumps(report.as_dict(), indent=2) if as_json else "\n".join(report.lines())
         click.echo(text)

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import aiohttp
@@ -22,6 +22,7 @@ from img2img_server.devstack import LocalServers, LocalServersError, ServerExite
 from img2img_server.devstack.child import Child
 from img2img_server.devstack.files import write_private
 from img2img_server.domain.hub_id import HubId
+from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.diffusers.local_model import find_model
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
@@ -116,23 +117,35 @@ def local_settings(settings: Settings) -> tuple[Settings, dict[str, int]]:
             "dev_key": settings.api_keys_file is None,
             "grpc_port": grpc_port,
             "http_port": http_port,
-            "default_model": settings.default_model
-            or read_model_spec(settings.model, defaults=ModelDefaults.of(settings)).name,
+            "default_model": settings.default_model or _first_model(settings),
             "outbound_allow": settings.outbound_allow or allowed,
         }
     )
     return ours, dict(zip(METRICS_PORTS, metrics_ports, strict=True))
 
 
+def _first_model(settings: Settings) -> str:
+    """Returns the name of the worker's model, or of the first one of its catalogue."""
+    if settings.models_file is not None:
+        return read_catalogue(settings)[0].name
+    return read_model_spec(settings.model, defaults=ModelDefaults.of(settings)).name
+
+
 def _download(settings: Settings) -> str:
     """Downloads the model of a hub id into the cache, where the worker finds it. Blocks.
 
     Returns:
-        The name of the model.
+        The name of the model. With a catalogue, it is the name of the first one; the worker
+        downloads the others while it serves.
 
     Raises:
         SettingsError: It cannot be downloaded.
     """
+    if settings.models_file is not None:
+        first = read_catalogue(settings)[0]
+        with suppress(SettingsError):  # The worker serves the other models.
+            _download(first.settings)
+        return first.name
     defaults, found = ModelDefaults.of(settings), None
     try:
         if not Path(settings.model).exists() and HubId.parse(settings.model):

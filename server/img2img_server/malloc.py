@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 
 
 def trim() -> None:
-    """Returns freed memory to the system, also where malloc is told to keep it."""
+    """Returns freed memory to the system, also where malloc would keep it."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from img2img_server.api.keys import load_keys
 from img2img_server.certificates import pair_faults, trusted_fault
+from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.family import ModelError
 from img2img_server.engine.model_spec import ModelDefaults, read_model_spec
 from img2img_server.engine.options import sizes
@@ -229,8 +230,16 @@ def _local_keys(checks: _Checks) -> None:
         _http_dev_key(others)
 
 
+def _catalogue(checks: _Checks) -> None:
+    """Checks the file only: a worker serves the models of a catalogue that can be loaded."""
+    checks.run(lambda: read_catalogue(checks.settings), "models_file")
+
+
 def _model(checks: _Checks) -> None:
     settings = checks.settings
+    if settings.models_file is not None:
+        _catalogue(checks)
+        return
     if "model" in checks.skip:
         return
     try:

@@ -18,6 +18,7 @@ from img2img_server.engine.memory import MemoryModel
 from img2img_server.engine.turns import DeviceTurns
 from img2img_server.errors import OperatorError
 from img2img_server.settings import Settings
+from img2img_server.worker.doctor import CatalogueReport, examine
 from img2img_server.worker.model_loader import EngineLoader, LoadedModel
 from tests.tiny_models import write_sd, write_sdxl
 
@@ -117,7 +118,7 @@ def test_a_container_limits_the_memory_of_the_machine(tmp_path: Path) -> None:
     assert host_memory(tmp_path / "absent", tmp_path) is None
 
 
-def test_steps_of_two_engines_never_overlap_and_alternate() -> None:
+def test_steps_of_two_engines_never_overlap() -> None:
     turns, order, inside = DeviceTurns(), [], []
     barrier = threading.Barrier(2)
 
@@ -158,3 +159,21 @@ def test_memory_that_is_measured_while_a_model_is_loaded_does_not_count() -> Non
     with memory.measured(8, 8, 1):
         pass
     assert memory.need(8, 8, 1) == 100
+
+
+def test_doctor_examines_each_model_of_a_catalogue(folder: Path) -> None:
+    report = examine(
+        Settings(models_file=folder / "models.toml", warm_up_sizes="64x64", device="cpu")
+    )
+    assert isinstance(report, CatalogueReport)
+    found = report.as_dict()
+    assert not found["ok"]
+    assert {name: each["ok"] for name, each in found["models"].items()} == {
+        "small": True,
+        "x/large": True,
+        "absent": False,
+    }
+    lines = list(report.lines())
+    assert lines[-1] == "a worker would serve 2 of 3 models"
+    assert "x/large: it can be loaded" in lines
+    assert any(line.startswith("absent: problem: ") and "nowhere" in line for line in lines)

@@ -28,7 +28,7 @@ def chosen(models: list[WantedModel], there: list[LoadedModel]) -> Swap | None:
     )
 
 
-def test_a_model_that_fits_is_loaded_beside_the_others() -> None:
+def test_a_model_that_fits_is_loaded_next_to_the_others() -> None:
     assert chosen([wanted("b")], [loaded("a", busy=True)]) == Swap("b")
 
 

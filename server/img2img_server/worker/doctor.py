@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from img2img_server.engine.catalogue import read_catalogue
 from img2img_server.engine.options import EngineOptions, limit_spinning, sizes
 from img2img_server.engine.tensor_names import IGNORED
 from img2img_server.exit_reason import reasons_of
@@ -79,12 +80,46 @@ class Report:
         yield "a worker would start" if self.is_fine else "a worker would not start"
 
 
-def examine(settings: Settings) -> Report:
-    """Loads the model of these settings and runs each announced size. Blocks.
+@dataclass
+class CatalogueReport:
+    """The reports of the models of a catalogue, by name."""
+
+    models: dict[str, Report]
+
+    @property
+    def is_fine(self) -> bool:
+        return all(report.is_fine for report in self.models.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report for JSON."""
+        return {
+            "ok": self.is_fine,
+            "models": {name: report.as_dict() for name, report in self.models.items()},
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yields the report as lines of text."""
+        for name, report in self.models.items():
+            *lines, _ = report.lines()
+            yield from (f"{name}: {line}" for line in lines)
+            yield f"{name}: {'it can be loaded' if report.is_fine else 'it cannot be loaded'}"
+        able = sum(report.is_fine for report in self.models.values())
+        yield f"a worker would serve {able} of {len(self.models)} models"
+
+
+def examine(settings: Settings) -> Report | CatalogueReport:
+    """Loads each model of these settings and runs each announced size. Blocks.
 
     Args:
         settings: Their files and folders were checked.
     """
+    if settings.models_file is None:
+        return _report(settings)
+    models = read_catalogue(settings)
+    return CatalogueReport({model.name: _report(model.settings) for model in models})
+
+
+def _report(settings: Settings) -> Report:
     report = Report()
     limit_spinning()
     with _warnings_in(report.notes):

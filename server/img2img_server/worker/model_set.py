@@ -12,13 +12,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 import structlog
 
 from img2img_server import errors
-from img2img_server.domain.models import ModelInfo, ModelState, WorkerInfo
+from img2img_server.domain.models import ModelState, WorkerInfo
 from img2img_server.engine.catalogue import CatalogueModel
 from img2img_server.errors import OperatorError
 from img2img_server.interfaces.queue import Control, JobQueue, WorkerCommand
@@ -36,6 +36,7 @@ from img2img_server.worker.deps import Throughput
 from img2img_server.worker.model_loader import LoadedModel, ModelLoader, NoRoomError
 from img2img_server.worker.model_plan import LoadedModel as Candidate
 from img2img_server.worker.model_plan import Swap, WantedModel, choose_swap
+from img2img_server.worker.model_slot import ModelSlot
 from img2img_server.worker.worker import ANNOUNCE_SECONDS, WITHDRAW_SECONDS, Worker
 
 LOOK_SECONDS: Final = 0.5  # seconds between two looks at the jobs of models that are not loaded
@@ -50,34 +51,6 @@ log = structlog.get_logger()
 
 # Returns the worker of a loaded model, by the name under which it is announced.
 MakeWorker = Callable[[str, LoadedModel, CatalogueModel, Throughput], Worker]
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A model of the catalogue on this worker. `since`: monotonic time since when jobs wait."""
-
-    model: CatalogueModel
-    announced_name: str
-    info: ModelInfo
-    state: ModelState = ModelState.COLD
-    is_found: bool = False
-    size: int = 0
-    failure: str = ""
-    failed_at: float = 0.0
-    load_seconds: float = 0.0
-    since: float | None = None
-    is_served: bool = False  # by another worker, at the last look
-    loaded_at: float = 0.0
-    refused_loras: frozenset[str] = frozenset()  # files that did not fit when it was loaded
-    throughput: Throughput = field(default_factory=Throughput)
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-    worker: Worker | None = None
-    running: asyncio.Task[None] | None = None
-    loaded: LoadedModel | None = None
-
-    @property
-    def name(self) -> str:
-        return self.model.name
 
 
 class ModelSet:
@@ -104,9 +77,7 @@ class ModelSet:
         look_seconds: float = LOOK_SECONDS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        self._slots = [
-            _Slot(model, announced_name(name, model.name), _unknown(model.name)) for model in models
-        ]
+        self._slots = [ModelSlot(name, model) for model in models]
         self._loader = loader
         self._make_worker = make_worker
         self._queue = queue
@@ -170,11 +141,11 @@ class ModelSet:
                 if swap:
                     await self._swap(swap)
 
-    async def _find_all(self, slots: Sequence[_Slot]) -> None:
+    async def _find_all(self, slots: Sequence[ModelSlot]) -> None:
         for slot in slots:
             await self._find(slot)
 
-    async def _find(self, slot: _Slot) -> None:
+    async def _find(self, slot: ModelSlot) -> None:
         """Finds the files of a model and announces it, or the reason why it cannot be served."""
         try:
             found = await self._loader.find(slot.model)
@@ -189,7 +160,7 @@ class ModelSet:
         log.info("model_found", model=slot.name, bytes=slot.size)
         await self._announce_slot(slot)
 
-    async def _fail(self, slot: _Slot, error: Exception) -> None:
+    async def _fail(self, slot: ModelSlot, error: Exception) -> None:
         slot.state, slot.failed_at = ModelState.FAILED, time.monotonic()
         slot.failure = " ".join((str(error) or type(error).__name__).split())
         MODEL_LOAD_FAILURES.labels(slot.name).inc()
@@ -204,7 +175,7 @@ class ModelSet:
 
     # Which model to load.
 
-    def _in(self, *states: ModelState) -> list[_Slot]:
+    def _in(self, *states: ModelState) -> list[ModelSlot]:
         return [slot for slot in self._slots if slot.state in states]
 
     async def _choose(self) -> Swap | None:
@@ -241,7 +212,7 @@ class ModelSet:
             self._swap_seconds,
         )
 
-    async def _jobs(self, slot: _Slot) -> tuple[int, int]:
+    async def _jobs(self, slot: ModelSlot) -> tuple[int, int]:
         """Returns the numbers of unfinished and of waiting jobs of a model."""
         loads = await self._queue.loads(slot.name)
         unfinished = sum(sum(load.source.jobs.values()) for load in loads)
@@ -259,7 +230,7 @@ class ModelSet:
                 found[name] = state
         return found
 
-    async def _candidate(self, slot: _Slot) -> Candidate:
+    async def _candidate(self, slot: ModelSlot) -> Candidate:
         assert slot.worker is not None
         used_at = slot.worker.used_at
         is_busy = time.monotonic() - used_at < self._idle_seconds
@@ -276,7 +247,7 @@ class ModelSet:
 
     # Loading and unloading.
 
-    def _slot(self, name: str) -> _Slot:
+    def _slot(self, name: str) -> ModelSlot:
         return next(slot for slot in self._slots if slot.name == name)
 
     async def _swap(self, swap: Swap) -> None:
@@ -298,7 +269,7 @@ class ModelSet:
         if await self._load(slot) and swap.unload:
             MODEL_SWAPS.labels(slot.name).inc()
 
-    async def _is_loaded_elsewhere(self, slot: _Slot) -> bool:
+    async def _is_loaded_elsewhere(self, slot: ModelSlot) -> bool:
         """Returns whether a worker with a smaller name loads the model at the same time."""
         with suppress(errors.UnavailableError):
             return any(
@@ -308,7 +279,7 @@ class ModelSet:
             )
         return False
 
-    async def _load(self, slot: _Slot) -> bool:
+    async def _load(self, slot: ModelSlot) -> bool:
         """Loads a model and serves it. Returns whether it could be loaded."""
         slot.state = ModelState.LOADING
         await self._announce_slot(slot)
@@ -337,7 +308,7 @@ class ModelSet:
         slot.running.add_done_callback(lambda task: self._on_worker_end(slot, task))
         return True
 
-    async def _loaded(self, slot: _Slot) -> LoadedModel:
+    async def _loaded(self, slot: ModelSlot) -> LoadedModel:
         """Loads a model. If the device has too little memory, unloads the others for it."""
         while True:
             try:
@@ -348,7 +319,7 @@ class ModelSet:
                     raise
             await self._unload_oldest(others, slot)
 
-    async def _free_memory(self, slot: _Slot) -> None:
+    async def _free_memory(self, slot: ModelSlot) -> None:
         """Unloads other models if the new one needs more memory than its files showed."""
         while others := [each for each in self._in(ModelState.LOADED) if each is not slot]:
             used = sum(each.size for each in others) + slot.size
@@ -356,16 +327,16 @@ class ModelSet:
                 return
             await self._unload_oldest(others, slot)
 
-    async def _unload_oldest(self, others: Sequence[_Slot], slot: _Slot) -> None:
+    async def _unload_oldest(self, others: Sequence[ModelSlot], slot: ModelSlot) -> None:
         oldest = min(others, key=lambda it: it.worker.used_at if it.worker else 0.0)
         log.warning("model_unloaded_for_memory", model=oldest.name, room_for=slot.name)
         await self._unload(oldest)
 
-    def _on_worker_end(self, slot: _Slot, task: asyncio.Task[None]) -> None:
+    def _on_worker_end(self, slot: ModelSlot, task: asyncio.Task[None]) -> None:
         if slot.running is task and slot.state is ModelState.LOADED and not slot.stop.is_set():
             self._worker_ended.set()
 
-    async def _unload(self, slot: _Slot) -> None:
+    async def _unload(self, slot: ModelSlot) -> None:
         """Ends or requeues the jobs of a model and returns its memory."""
         assert slot.worker is not None
         assert slot.running is not None
@@ -427,42 +398,15 @@ class ModelSet:
                 await self._announce_slot(slot)
             await asyncio.sleep(ANNOUNCE_SECONDS)
 
-    async def _announce_slot(self, slot: _Slot) -> None:
+    async def _announce_slot(self, slot: ModelSlot) -> None:
         """Announces a model that is not loaded. The worker of a loaded one announces itself."""
         if slot.running is None and (slot.is_found or slot.failure):
             with suppress(errors.UnavailableError):
                 await self._registry.announce(self._info(slot))
 
-    def _info(self, slot: _Slot) -> WorkerInfo:
-        throughput = slot.throughput
+    def _info(self, slot: ModelSlot) -> WorkerInfo:
         loaded = self._in(ModelState.LOADED)
         used = sum(each.size for each in loaded)
-        waits = 0.0 if self._loader.has_room(slot.size, 0, used) else self._swap_seconds
-        return WorkerInfo(
-            name=slot.announced_name,
-            model=replace(slot.info, pixel_step_seconds=throughput.pixel_step_seconds),
-            device=next((each.loaded.engine.device for each in loaded if each.loaded), ""),
-            job_seconds=throughput.job_seconds,
-            forward_seconds=throughput.forward_seconds,
-            job_forward_seconds=throughput.job_forward_seconds,
-            model_state=slot.state,
-            load_seconds=slot.load_seconds + waits,
-            failure=slot.failure if slot.state is ModelState.FAILED else "",
-            has_catalogue=True,
-        )
-
-
-def announced_name(worker: str, model: str) -> str:
-    """Returns the name under which a worker with a catalogue announces one of its models."""
-    return f"{worker}/{model}"
-
-
-def _unknown(name: str) -> ModelInfo:
-    """Returns what is known of a model before its files are found."""
-    return ModelInfo(
-        name=name,
-        family="",
-        schedulers=("ddim",),
-        default_num_inference_steps=1,
-        default_guidance_scale=1.0,
-    )
+        has_room = self._loader.has_room(slot.size, 0, used)
+        device = next((each.loaded.engine.device for each in loaded if each.loaded), "")
+        return slot.worker_info(device, 0.0 if has_room else self._swap_seconds)

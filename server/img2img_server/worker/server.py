@@ -300,7 +300,7 @@ async def work_catalogue(
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What all models of a worker share."""
+    """The dependencies that all models of a worker share."""
 
     settings: Settings
     bus: Bus

@@ -61,7 +61,7 @@ class Worker:
         return time.monotonic() if self._runs else self._used_at
 
     def unload(self, drain_seconds: float) -> None:
-        """Ends `run` as `stop` does, but its process goes on and may load the model again: it stays
+        """Ends `run` as `stop` does, but its process may load the model again: it stays
         announced, as not loaded.
         """
         self._drain_seconds = min(drain_seconds, self._drain_seconds)
