@@ -97,6 +97,10 @@ class _Admin:
         self._open_channel = open_channel
         self._call = call
 
+    def make_stubs(self) -> None:
+        """Makes the stubs now: gRPC crashes when one is made for a channel that is closed."""
+        _ = self._stub, self._storage
+
     @cached_property
     def _stub(self) -> Any:
         return admin_service_pb2_grpc.AdminServiceStub(self._open_channel())
@@ -183,11 +187,6 @@ class _Admin:
 
 class Admin(_Admin, Blocking):
     """The calls that manage a service, blocking."""
-
-    def __init__(self, open_channel: Callable[[], Any], call: Callable[..., Any]) -> None:
-        super().__init__(open_channel, call)
-        # gRPC crashes if a stub is made for a channel that is closed already.
-        _ = self._stub, self._storage
 
 
 class AsyncAdmin(_Admin, Asyncio):

@@ -222,6 +222,7 @@ class Client(_Client[grpc.Channel, "Interceptor"], Blocking):
         self._is_channel_closed = False
         self._streams: WeakSet[BlockingCalls] = WeakSet()
         self.admin = Admin(lambda: self._channel, self._call)
+        self.admin.make_stubs()
         _clients.add(self)
 
     def _open_channel(self) -> grpc.Channel:
@@ -368,17 +369,20 @@ class AsyncClient(_Client[grpc.aio.Channel, grpc.aio.ClientInterceptor], Asyncio
         self._streams: WeakSet[AsyncCalls] = WeakSet()
         self._loop = Loop(self._given_channel)
         self.admin = AsyncAdmin(lambda: self._channel, self._call)
+        if self._given_channel is not None:  # Its owner may close it before the first call.
+            _ = self._stub
+            self.admin.make_stubs()
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
+        if self._given_channel is not None:
+            return self._given_channel
         # Opened at the first call: a channel binds to the running event loop, and a client may be
         # created before the loop runs.
         if self._is_closed:
             raise errors.ClientClosedError
         self._loop.check()
         check_fork()
-        if self._given_channel is not None:
-            return self._given_channel
         target, options = self.endpoint.target, self.endpoint.options
         if credentials := self.endpoint.credentials:
             return grpc.aio.secure_channel(
