@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from img2img_client import AsyncClient
 from img2img_server.api.keys import KeyRing, new_key
 from img2img_server.testing.bus import memory_bus
 from img2img_server.testing.fake_engine import FakeEngine
@@ -24,9 +25,10 @@ from tests.browser_page import (
     stack_of,
     start,
 )
-from tests.stack import running_api
+from tests.stack import photo, running_api
 
 __all__ = ["browser"]  # `gateway` is a fixture.
+CAT = Path(__file__).parents[2] / "examples" / "cat.jpg"
 pytestmark = MARKS
 
 
@@ -98,33 +100,121 @@ async def test_a_running_job_is_cancelled(browser: playwright.Browser, engine: F
         assert await page.get_by_role("button", name="Generate").is_enabled()
 
 
-async def test_a_reload_resumes_the_running_job_and_keeps_the_history(
+async def test_a_reload_keeps_the_gallery_and_the_running_jobs(
     browser: playwright.Browser, engine: FakeEngine
 ) -> None:
     async with playground(browser, engine) as shown:
         page = shown.page
-        await start(page, Seed="7", Prompt="a blue cat")
-        await page.get_by_text("Step 1 of 2.").wait_for()
+        for seed in ("7", "8"):
+            await start(page, Seed=seed, Prompt=f"a blue cat {seed}")
+            await page.get_by_text("Step 1 of 2.").wait_for()
         await page.reload()
         await page.get_by_text("Step 1 of 2.").wait_for()
-        assert await page.get_by_label("Prompt", exact=True).input_value() == "a blue cat"
-        assert await page.get_by_role("button", name="Generate").is_disabled()
+        assert await page.get_by_label("Prompt", exact=True).input_value() == "a blue cat 8"
+        assert await page.get_by_role("button", name="Generate").is_enabled()
+        await page.locator('#history [title^="a blue cat 7"]').get_by_text("1 / 2").wait_for()
+        assert await page.locator("#history li").count() == 2
         engine.release()
         await page.get_by_text("Done in").wait_for()
         for _ in range(2):
-            image = page.locator("#history img")
-            assert await image.count() == 1
+            await page.locator('#history img[alt^="a blue cat 7"][alt*="Done in"]').wait_for()
             await page.reload()
-            await page.locator('#history img[src^="blob:"][alt*="Done in"]').wait_for()
-            await image.click()
-            await page.get_by_text("Done in").wait_for()
+            await page.locator('#history img[alt^="a blue cat 7"][alt*="Done in"]').click()
             for which in ("#before", "#after"):
                 shown_image = page.locator(which)
                 assert await shown_image.evaluate(
                     "image => image.decode().then(() => image.naturalWidth)"
                 )
             assert await page.locator("#after").evaluate("image => image.naturalWidth") == 624
-            assert await page.get_by_role("button", name="Generate").is_enabled()
+            assert await page.get_by_label("Seed", exact=True).input_value() == "7"
+
+
+async def test_jobs_of_other_programs_are_listed_page_by_page(
+    browser: playwright.Browser,
+) -> None:
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        async with AsyncClient(shown.stack.api.address, api_key="dev-key") as client:
+            for number in range(26):
+                await client.generate(f"cat {number}", CAT, width=256, height=256)
+        await page.evaluate("sessionStorage.clear()")
+        await page.reload()
+        await page.locator('#history [title^="cat 25,"]').wait_for()
+        assert await page.locator("#history li").count() == 24
+        await page.get_by_role("button", name="Show older jobs").click()
+        await page.locator('#history [title^="cat 0,"]').click()
+        assert await page.locator("#history li").count() == 26
+        assert await page.get_by_role("button", name="Show older jobs").is_hidden()
+        await page.get_by_text("Done in").wait_for()
+        after = page.locator("#after")
+        assert await after.evaluate("image => image.decode().then(() => image.naturalWidth)") == 256
+        assert (await after.get_attribute("src") or "").startswith("generations/")
+        assert await page.get_by_label("Prompt", exact=True).input_value() == "cat 0"
+
+
+async def test_an_image_whose_stored_file_is_gone_comes_from_the_events(
+    browser: playwright.Browser,
+) -> None:
+    async def gone(route: playwright.Route) -> None:
+        await route.fulfill(status=404)
+
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        await start(page)
+        await page.get_by_text("Done in").wait_for()
+        await page.route("**/generations/**", gone)
+        await page.reload()
+        await page.locator('#after[src^="blob:"]').wait_for()
+        await page.locator('#history img[src^="blob:"]').wait_for()
+
+
+async def test_several_init_images_make_one_job_each(
+    browser: playwright.Browser, engine: FakeEngine
+) -> None:
+    async with playground(browser, engine) as shown:
+        page = shown.page
+        await page.get_by_text("version").wait_for()
+        files = [
+            {"name": f"{number}.png", "mimeType": "image/png", "buffer": photo(256, side)}
+            for number, side in enumerate((256, 320, 384))
+        ]
+        await page.locator("#file").set_input_files(files)  # type: ignore[arg-type]
+        await page.get_by_text("3 images: one job for each.").wait_for()
+        await page.get_by_role("button", name="Remove 1.png").click()
+        await page.get_by_text("2 images: one job for each.").wait_for()
+        await page.get_by_role("button", name="Generate").click()
+        await page.locator("#history li").nth(1).wait_for()
+        engine.release()
+        for place in range(2):
+            await page.locator("#history li").nth(place).locator('img[alt*="Done in"]').wait_for()
+        ids = await shown.stack.bus.jobs.list_ids("dev")
+        made = [await shown.stack.bus.jobs.get("dev", each) for each in ids]
+        assert sorted(each.job.params.height for each in made if each) == [512, 624]
+
+
+async def test_a_model_offers_what_it_can_do(browser: playwright.Browser) -> None:
+    async def with_another(route: playwright.Route) -> None:
+        body = await (await route.fetch()).json()
+        body["models"].append(
+            body["models"][0]
+            | {"name": "z", "max_side_pixels": 2048, "side_multiple": 16}
+            | {"takes_negative_prompt": False, "guidance": "GUIDANCE_NONE", "schedulers": ["flow"]}
+        )
+        await route.fulfill(json=body)
+
+    async with playground(browser, FakeEngine()) as shown:
+        page = shown.page
+        await page.route("**/v1/capabilities", with_another)
+        await page.reload()
+        await page.get_by_text("256 to 1024, multiples of 8.").wait_for()
+        await page.get_by_label("Negative prompt").fill("dogs")
+        await page.get_by_label("Model", exact=True).select_option("z")
+        await page.get_by_text("256 to 2048, multiples of 16.").wait_for()
+        assert await page.get_by_label("Negative prompt").is_hidden()
+        assert await page.get_by_label("Guidance").is_hidden()
+        assert await page.get_by_label("Scheduler").input_value() == "flow"
+        assert await page.locator("#width").get_attribute("max") == "2048"
+        assert "dogs" not in await page.locator("#code").inner_text()
 
 
 async def test_a_job_can_be_cancelled_after_a_reload(
@@ -139,19 +229,15 @@ async def test_a_job_can_be_cancelled_after_a_reload(
         await page.get_by_role("status").get_by_text("Cancelled.").wait_for()
 
 
-async def test_a_reload_reports_a_job_that_no_longer_exists(
-    browser: playwright.Browser,
-) -> None:
+async def test_a_reload_forgets_jobs_that_no_longer_exist(browser: playwright.Browser) -> None:
     async with playground(browser, FakeEngine()) as shown:
         page = shown.page
-        stored = '[{"id": "99", "spec": {"prompt": "p"}}, {"id": "98", "spec": {}, "ended": true}]'
-        await page.evaluate("text => sessionStorage.setItem('img2img-jobs', text)", stored)
-        await page.reload()
-        await page.get_by_text("This job no longer exists.").wait_for()
-        await page.get_by_text("Images that you generate are listed here").wait_for()
-        await page.evaluate("sessionStorage.setItem('img2img-jobs', 'of another version')")
-        await page.reload()
-        await page.get_by_text("version 0").wait_for()
+        stored = '[{"id": "99", "spec": {"prompt": "p"}, "thumbnail": ""}]'
+        for text in (stored, "of another version"):
+            await page.evaluate("text => sessionStorage.setItem('img2img-jobs', text)", text)
+            await page.reload()
+            await page.get_by_text("version 0").wait_for()
+            await page.get_by_text("The jobs of your key are listed here.").wait_for()
 
 
 async def test_a_new_init_image_clears_the_error_of_the_one_before(

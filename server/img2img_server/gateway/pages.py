@@ -11,6 +11,7 @@ import json
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -35,7 +36,7 @@ _PATHS = {
 }
 _HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:{stored}; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'"
     ),
@@ -67,20 +68,28 @@ class _Assets(StaticFiles):
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
-        response.headers.update(_HEADERS)
+        response.headers.update(_page_headers(""))
         return response
+
+
+def _page_headers(base: str) -> dict[str, str]:
+    """Returns the headers of the page, which also shows stored images at the public address."""
+    url = urlsplit(base)
+    stored = f" {url.scheme}://{url.netloc}" if base else ""
+    return {name: value.format(stored=stored) for name, value in _HEADERS.items()}
 
 
 def add_root(app: FastAPI, settings: Settings) -> None:
     """Adds the index and, if the setting `playground` is on, the playground."""
     base = settings.public_base_url.rstrip("/")
+    page_headers = _page_headers(base)
     links = {name: base + path for name, path in _PATHS.items()}
     page = ""
 
     async def root(request: Request) -> Response:
         headers = {"Vary": "Accept"}
         if page and "text/html" in request.headers.get("accept", ""):
-            return HTMLResponse(page, headers=_HEADERS | headers)
+            return HTMLResponse(page, headers=page_headers | headers)
         index = {"name": "img2img", "version": __version__, **links}
         return JSONResponse(index, headers=headers)
 
@@ -98,7 +107,7 @@ def add_root(app: FastAPI, settings: Settings) -> None:
             "grpc_address": settings.public_grpc_address or (settings.api_address if works else ""),
             "grpc_tls": settings.public_grpc_tls,
         }
-        return JSONResponse(values, headers=_HEADERS | {"Cache-Control": "no-store"})
+        return JSONResponse(values, headers=_page_headers("") | {"Cache-Control": "no-store"})
 
     app.mount("/playground", _Assets(directory=_STATIC / "assets"))
 

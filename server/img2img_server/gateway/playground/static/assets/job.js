@@ -20,7 +20,6 @@ function queued(result, { position, eta, requeue_reason: reason }) {
 }
 
 function started(result, { worker, model, stored_samples: stored = [] }) {
-  if (!stored.length) result.imagesAfter = undefined;  // A new attempt generates the images again.
   result.samples.forEach((sample, index) => {
     if (!stored.includes(index)) Object.assign(sample, { step: 0, total: 0 });
   });
@@ -38,9 +37,7 @@ function preview(_, { image }, sample) {
   Object.assign(sample, { url: blobUrl(image), isPreview: true });
 }
 
-function sample_finished(result, { sequence, image, seed, nsfw }, sample) {
-  // A page that is loaded again resumes the stream here, to get the images.
-  result.imagesAfter ??= sequence - 1;
+function sample_finished(_, { image, seed, nsfw }, sample) {
   if (sample.url) URL.revokeObjectURL(sample.url);
   Object.assign(sample, { url: blobUrl(image), isPreview: false, mediaType: image.media_type, seed, nsfw });
 }
@@ -57,11 +54,18 @@ function ended(result, { kind, job }) {
   job.samples.forEach((stored, index) => {
     const sample = (result.samples[index] ??= {});
     Object.assign(sample, { link: stored.url || sample.link, seed: stored.seed, nsfw: stored.nsfw });
-    if (kind === "succeeded") sample.url ??= stored.url;  // The event with the image has expired.
+    if (kind === "succeeded") sample.url ??= here(stored.url);
   });
   const seconds = Number.parseFloat(job.timings?.total ?? 0).toFixed(2);
   const text = { succeeded: `Done in ${seconds} s.`, failed: `Failed: ${withLabels(job.error?.message)}`, cancelled: "Cancelled." }[kind];
   Object.assign(result, { job, text, waiting: undefined });
+}
+
+// Returns the address of a stored file at this gateway: the page may have another name of it than the
+// link, and must not show images of other hosts.
+function here(link) {
+  const [, path] = (link ?? "").split("/generations/");
+  return path ? `generations/${path}` : link;
 }
 
 function blobUrl({ data, media_type: type }) {

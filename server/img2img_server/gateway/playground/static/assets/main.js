@@ -1,25 +1,20 @@
-// The page: a form, one job at a time, and the history of the tab.
+// The page: the form, and the jobs that it creates.
 import { code } from "./code.js";
-import { apply } from "./job.js";
+import * as images from "./images.js";
+import * as jobs from "./jobs.js";
 import * as service from "./service.js";
-import * as store from "./store.js";
-import { $, clearErrors, clearField, draw, element, showError, thumb } from "./view.js";
+import { $, clearErrors, clearField, element, showError } from "./view.js";
 
 const NUMBERS = ["strength", "width", "height", "num_inference_steps", "guidance_scale", "samples", "seed", "lora_scale"];
 const FLAGS = ["safety_checker", "enhance_prompt"];
 const STORED_KEY = "img2img-key";
-const MAX_HISTORY = 24;
 const form = $("form");
-const history = [];
 let grpc = `${location.hostname}:50051`;
 let grpcTls = false;
 let devKey = "";  // the development key, if the service accepts it
 let models = [];
-let initImage = null; // {blob, name, url, width, height, thumbnail}
 let strengthChosen = false; // false: the model's default is shown and not sent
-let running = null; // an AbortController while a job runs
-let shown = null;
-let loaded = false; // whether the jobs from before a reload are shown again
+let sending = null; // an AbortController while requests are sent
 
 // ---- key, models
 
@@ -49,7 +44,7 @@ async function loadCapabilities() {
     setLimits(capabilities.limits);
     options($("model"), models.map((model) => [model.name, `${model.name}${model.workers ? ` (${model.device})` : " (no worker)"}`]));
     adaptToModel();
-    reload();
+    await jobs.load(key());
   } catch (error) {
     showError(error);
   }
@@ -66,7 +61,10 @@ function adaptToModel() {
   for (const side of [$("width"), $("height")]) {
     Object.assign(side, { min: model.min_side_pixels, max: model.max_side_pixels, step: model.side_multiple });
   }
+  $("size-hint").textContent = `Empty: as the init image. ${model.min_side_pixels} to ${model.max_side_pixels}, multiples of ${model.side_multiple}.`;
   if (!strengthChosen) $("strength").value = model.default_strength;
+  offer($("negative_prompt"), model.takes_negative_prompt);
+  offer($("guidance"), model.guidance !== "GUIDANCE_NONE");
   $("steps").placeholder = model.default_num_inference_steps;
   $("guidance").placeholder = model.default_guidance_scale;
   options($("scheduler"), model.schedulers.map((name) => [name, name]));
@@ -76,6 +74,12 @@ function adaptToModel() {
   $("loras").hidden = !loras.length;
   if (!loras.length) $("lora-scale").value = "";
   drawCode();
+}
+
+// Hides a field that the model does not use; the value of a disabled field is not sent.
+function offer(input, isUsed) {
+  input.disabled = !isUsed;
+  input.closest(".field").hidden = !isUsed;
 }
 
 function adaptToScheduler() {
@@ -91,17 +95,16 @@ function options(select, pairs) {
 
 const key = () => $("key").value.trim();
 
-// ---- init image
+// ---- init images
 
-async function choose(blob, name) {
+async function choose(files) {
   clearErrors();
-  const size = await createImageBitmap(blob).catch(() => ({}));  // The service reports the fault.
-  const url = size.width ? URL.createObjectURL(blob) : "";
-  initImage = { blob, name, url, width: size.width, height: size.height, thumbnail: size.width && store.thumbnail(size) };
-  if (url) $("chosen").src = url;
-  $("chosen").hidden = !url;
-  $("chosen-name").textContent = size.width ? `${name}, ${size.width} x ${size.height}` : `${name} (this browser cannot display it)`;
-  if (!running) draw((shown = { spec: spec(), before: url, samples: [], shown: 0, text: "Ready." }));
+  await images.choose(files);
+}
+
+function showChosen() {
+  const [first] = images.all();
+  if (!sending) jobs.show({ spec: spec(), before: first?.url, samples: [], shown: 0, text: "Ready." });
   drawCode();
 }
 
@@ -128,7 +131,7 @@ function restore(earlier) {
   strengthChosen = earlier.strength !== undefined;
   for (const { name } of form.elements) {
     if (!name) continue;
-    if (FLAGS.includes(name)) form.elements[name].checked = earlier[name];
+    if (FLAGS.includes(name)) form.elements[name].checked = earlier[name] ?? false;
     else form.elements[name].value = earlier[name] ?? "";
   }
   adaptToModel();
@@ -137,61 +140,43 @@ function restore(earlier) {
 
 function drawCode() {
   $("strength-value").value = $("strength").value;
-  const context = { file: initImage?.name ?? "image.jpg", origin: new URL(".", location.href).href.slice(0, -1), grpc, grpcTls, key: devKey && key() === devKey ? devKey : "YOUR-KEY" };
+  const context = { file: images.all()[0]?.name ?? "image.jpg", origin: new URL(".", location.href).href.slice(0, -1), grpc, grpcTls, key: devKey && key() === devKey ? devKey : "YOUR-KEY" };
   $("code").textContent = code($("language").value, spec(), context);
 }
 
-// ---- a job
+// ---- jobs
 
 async function generate(event) {
   event.preventDefault();
-  if (running) return;
+  if (sending) return;
   clearErrors();
   const request = spec();
-  const result = { spec: request, before: initImage?.url, thumbnail: initImage?.thumbnail, samples: [], shown: 0, waiting: true, text: "Sending the request…" };
-  show(result);
-  if (matchMedia("(max-width: 860px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
-  await run(result, async (signal) => {
-    if (initImage) request.init_image = { data: await base64(initImage.blob) };
-    result.id = (await service.create(request, key(), signal)).id;
-    delete request.init_image;
-    store.save([result, ...history]);  // A reload of the page finds the job by this entry.
-    await watch(result, signal);
-  });
-  delete request.init_image;
-}
-
-// Runs the form's job: disables the form until `work` has ended.
-async function run(result, work) {
-  const control = (running = new AbortController());
+  const chosen = images.all().length ? images.all() : [null];
+  sending = new AbortController();
   busy(true);
   try {
-    await work(control.signal);
-    remember(result);
-  } catch (error) {
-    const known = control.signal.aborted ? "Cancelled." : error.status === 404 && "This job no longer exists.";
-    Object.assign(result, { waiting: undefined, text: known || "The request failed; see the form." });
-    if (shown === result) draw(result);
-    if (!known) showError(error);
-    store.save(history);
+    for (const [index, image] of chosen.entries()) await create(request, image, index === 0, sending.signal);
   } finally {
-    running = null;
+    sending = null;
     busy(false);
   }
 }
 
-// Draws a job's events until it has ended.
-async function watch(result, signal, after) {
-  const onLost = (last) => showLost(result, last);
-  for await (const event of service.follow(result.id, key(), signal, onLost, after)) {
-    apply(result, event);
-    if (shown === result) draw(result);
+// Creates the job of one init image; null: the service reports that it is missing.
+async function create(request, image, isFirst, signal) {
+  const job = { spec: request, before: image?.url, thumbnail: image?.thumbnail, samples: [], shown: 0, waiting: true, text: "Sending the request…" };
+  if (isFirst) jobs.show(job);
+  if (isFirst && matchMedia("(max-width: 860px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
+  if (signal.aborted) return;
+  try {
+    const init_image = image ? { init_image: { data: await base64(image.blob) } } : {};
+    jobs.add(job, (await service.create({ ...request, ...init_image }, key(), signal)).id);
+  } catch (error) {
+    const text = signal.aborted ? "Cancelled." : "The request failed; see the form.";
+    jobs.show(Object.assign(job, { waiting: undefined, text }));
+    if (!signal.aborted) showError(error);
+    sending?.abort(); // The next requests would fail alike.
   }
-}
-
-function showLost(result, last) {
-  result.text = `Connection lost; resuming after event ${last}…`;
-  if (shown === result) draw(result);
 }
 
 function base64(blob) {
@@ -204,10 +189,9 @@ function base64(blob) {
 }
 
 async function stop() {
-  // There is no job yet, so the request is aborted.
-  if (!shown?.id || shown.job) return running?.abort();
+  if (!jobs.isRunning()) return sending?.abort(); // There is no job yet.
   try {
-    await service.cancel(shown.id, key());
+    await service.cancel(jobs.current().id, key());
   } catch (error) {
     showError(error);
   }
@@ -215,62 +199,12 @@ async function stop() {
 
 function busy(is) {
   $("generate").disabled = is;
-  $("cancel").hidden = !is;
+  document.body.classList.toggle("sending", is);
+  $("cancel").hidden = !is && !jobs.isRunning();
   $("stage").setAttribute("aria-busy", is);
 }
 
-// ---- history
-
-function show(result) {
-  shown = result;
-  draw(result);
-}
-
-function remember(result) {
-  history.unshift(result);
-  for (const old of history.splice(MAX_HISTORY)) old.samples.forEach(({ url }) => URL.revokeObjectURL(url));
-  store.save(history);
-  drawHistory();
-}
-
-function drawHistory() {
-  $("history-empty").hidden = history.length > 0;
-  $("history").replaceChildren(...history.map((each) => {
-    const button = thumb(`${each.spec.prompt ?? ""}, job ${each.id}: ${each.text}`);
-    const source = each.samples[0]?.url ?? each.before;
-    if (source) button.firstChild.src = source;
-    button.onclick = () => {
-      if (running) return;
-      show(each);
-      restore(each.spec);
-    };
-    return element("li", {}, button);
-  }));
-}
-
-// Shows the tab's jobs from before a reload, and follows one that still runs.
-async function reload() {
-  if (loaded) return;
-  loaded = true;
-  const found = store.load();
-  history.push(...found.filter(({ ended }) => ended));
-  drawHistory();
-  const open = found.find(({ ended }) => !ended);
-  if (open && !running) {
-    show(Object.assign(open, { waiting: true }));
-    restore(open.spec);
-    run(open, (signal) => watch(open, signal));
-  } else if (!shown && history.length) show(history[0]);
-  for (const result of history.filter(({ ended }) => ended)) {
-    try {
-      await watch(result, new AbortController().signal, result.imagesAfter ?? 0);
-    } catch {
-      const index = history.indexOf(result);  // The job has expired, or another key created it.
-      if (index >= 0) history.splice(index, 1);
-    }
-    drawHistory();
-  }
-}
+const named = (files) => [...files].map((blob) => ({ blob, name: blob.name || "pasted.png" }));
 
 // ---- listeners
 
@@ -292,18 +226,18 @@ $("key").addEventListener("change", () => {
   sessionStorage.setItem(STORED_KEY, key());
   loadCapabilities();
 });
-$("file").addEventListener("change", ({ target }) => target.files[0] && choose(target.files[0], target.files[0].name));
-$("example").addEventListener("click", async () => choose(await service.example(), "cat.jpg"));
+$("file").addEventListener("change", ({ target }) => target.files.length && choose(named(target.files)));
+$("file").addEventListener("chosen", showChosen);
+$("example").addEventListener("click", async () => choose([{ blob: await service.example(), name: "cat.jpg" }]));
 $("split").addEventListener("input", ({ target }) => $("compare").style.setProperty("--split", `${target.value}%`));
 for (const kind of ["dragover", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
-    const file = kind === "drop" && event.dataTransfer.files[0];
-    if (file) choose(file, file.name);
+    if (kind === "drop" && event.dataTransfer.files.length) choose(named(event.dataTransfer.files));
   });
 }
 document.addEventListener("paste", ({ clipboardData }) => {
-  const file = clipboardData.files[0];
-  if (file) choose(file, file.name || "pasted.png");
+  if (clipboardData.files.length) choose(named(clipboardData.files));
 });
+jobs.begin((job) => restore(job.spec));
 begin();

@@ -7,7 +7,7 @@ const PATHS = {
   cancel: "v1/jobs/{job_id}:cancel",
   events: "v1/jobs/{job_id}/events",
 };
-const END_KINDS = { STATE_SUCCEEDED: "succeeded", STATE_FAILED: "failed", STATE_CANCELLED: "cancelled" };
+export const END_KINDS = { STATE_SUCCEEDED: "succeeded", STATE_FAILED: "failed", STATE_CANCELLED: "cancelled" };
 const ENVELOPE = ["sequence", "event_time", "job"];
 // milliseconds; the service sends an event or a heartbeat every 15 seconds
 const SILENCE_MS = 40_000;
@@ -30,6 +30,12 @@ export async function create(spec, key, signal) {
   const body = JSON.stringify({ spec });
   const headers = { "Content-Type": "application/json" };
   return (await (await call(PATHS.jobs, key, { method: "POST", body, headers, signal })).json()).job;
+}
+
+// Returns a page of the tenant's jobs, the newest first.
+export async function list(key, pageSize, pageToken) {
+  const query = new URLSearchParams({ page_size: pageSize, ...(pageToken && { page_token: pageToken }) });
+  return (await call(`${PATHS.jobs}?${query}`, key)).json();
 }
 
 export const cancel = (id, key) => call(PATHS.cancel.replace("{job_id}", id), key, { method: "POST" });

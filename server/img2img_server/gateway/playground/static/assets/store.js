@@ -1,14 +1,11 @@
-// Keeps the tab's jobs over a reload, in its session storage: ids, requests and thumbnails of the init
-// images. The generated images are read from the service again.
+// Keeps what the service does not list of this tab's jobs over a reload, in the session storage: the
+// request as it was sent and a thumbnail of the init image, by the id of the job.
 const STORED = "img2img-jobs";
 const THUMBNAIL_SIDE = 320;  // pixels of a thumbnail's longer side
 
-// Saves `results`, the newest first; see view.js.
-export function save(results) {
-  const saved = results.filter(({ id }) => id).map(({ id, spec, thumbnail, imagesAfter, job, ended }) => {
-    const { init_image: _, ...rest } = spec;
-    return { id, spec: rest, thumbnail, imagesAfter, ended: ended || Boolean(job) };
-  });
+// Saves those of `jobs` that this tab has created, the newest first; see view.js.
+export function save(jobs) {
+  const saved = jobs.filter(({ id, thumbnail }) => id && thumbnail).map(({ id, spec, thumbnail }) => ({ id, spec, thumbnail }));
   for (;;) {
     try {
       sessionStorage.setItem(STORED, JSON.stringify(saved));
@@ -20,15 +17,13 @@ export function save(results) {
   }
 }
 
-// Returns the saved results, without their samples.
+// Returns a Map of {spec, thumbnail, before} by id.
 export function load() {
   try {
     const found = JSON.parse(sessionStorage.getItem(STORED) ?? "[]");
-    return found.map((each) => ({
-      ...each, before: each.thumbnail && blobUrl(each.thumbnail), samples: [], shown: 0, text: "Loading…",
-    }));
+    return new Map(found.map((each) => [each.id, { ...each, before: blobUrl(each.thumbnail) }]));
   } catch {
-    return [];  // Another version of this page has saved the entry.
+    return new Map(); // Another version of this page has saved the entry.
   }
 }
 

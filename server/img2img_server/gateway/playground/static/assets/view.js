@@ -40,7 +40,7 @@ for (const image of [$("before"), $("after")]) image.addEventListener("load", ()
 
 function source(image, url) {
   if (!url) image.removeAttribute("src");
-  else if (image.src !== url) image.src = url;
+  else if (image.getAttribute("src") !== url) image.src = url;
 }
 
 function drawProgress({ samples, job, waiting }) {
