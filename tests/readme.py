@@ -10,15 +10,23 @@ ROOT = Path(__file__).resolve().parents[1]
 # ```python
 # text
 # ```
-FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n"
+    r"(?P<text>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One fenced block: its language ("" if it has none) and the text between the fences."""
+    """One fenced block: its language and title ("" if it has none), the text between the fences and
+    the number of its first line.
+    """
 
     language: str
     text: str
+    title: str = ""
+    line: int = 0
 
 
 def pages() -> list[Path]:
@@ -33,8 +41,19 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 def fences(page: Path) -> list[Block]:
     """Returns all fenced blocks of the page, in order."""
-    text = page.read_text(encoding="utf-8")
-    return [Block(match["language"], match["text"]) for match in FENCE.finditer(text)]
+    page_text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(page_text):
+        text = re.sub(f"^{match['indent']}", "", match["text"], flags=re.MULTILINE)
+        line = page_text[: match.start()].count("\n") + 1
+        found.append(Block(match["language"], text, match["title"] or "", line))
+    return found
+
+
+def titled(page: Path, title: str) -> Block:
+    """Returns the only block of the page with this title."""
+    [block] = [block for block in fences(page) if block.title == title]
+    return block
 
 
 def make_words(page: Path) -> set[str]:
