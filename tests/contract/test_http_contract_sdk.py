@@ -114,6 +114,15 @@ async def printed(*command: str) -> str:
     return out.decode()
 
 
+async def test_the_example_of_the_contract_runs() -> None:
+    [block] = blocks(ROOT / "docs/http-contract.md", "python")
+    async with served_gateway() as gateway:
+        gateway.engine.release()
+        text = block.text.replace("127.0.0.1:8080", gateway.address).replace("my-key", "dev-key")
+        program = f"{text}print(done['status'])"
+        assert await printed(sys.executable, "-W", "ignore", "-c", program) == "success\n"
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 async def test_the_examples_of_the_migration_page_run() -> None:
     page = ROOT / "docs/migrating-from-modelslab.md"

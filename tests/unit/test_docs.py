@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import grpc
 import pytest
+import yaml
 
 from img2img_server import errors
 from img2img_server.compat.modelslab import sentences
@@ -15,7 +20,9 @@ from img2img_server.compat.modelslab.errors import ErrorKind
 from img2img_server.domain.schedulers import SPELLINGS
 from img2img_server.domain.violations import Reason, Violation
 from img2img_server.engine.model_spec import read_model_spec
+from img2img_server.gateway.app import create_app
 from img2img_server.settings import CLIENT_NAMES, PREFIX, Settings
+from img2img_server.testing.memory_blobs import MemoryBlobStore
 from tests.http_stack import META_KEYS
 from tests.readme import ROOT, blocks, make_words, pages
 
@@ -169,6 +176,36 @@ def test_the_model_file_of_the_operations_page_is_a_valid_one(tmp_path: Path) ->
     )
     info = read_model_spec(str(tmp_path)).info
     assert (info.name, info.default_num_inference_steps) == ("sd-turbo", 2)
+
+
+def test_the_policy_of_the_operations_page_has_the_permissions_of_its_table() -> None:
+    page = ROOT / "docs/operations.md"
+    [block] = blocks(page, "json")
+    policy = json.loads(block.text)
+    granted = {action for statement in policy["Statement"] for action in statement["Action"]}
+    text = page.read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(s3:\w+)` \|", text, re.MULTILINE))
+    lifecycle = {"s3:GetLifecycleConfiguration", "s3:PutLifecycleConfiguration"}
+    assert granted - lifecycle == listed - {"s3:CreateBucket"}
+    [values] = yaml.safe_load_all((ROOT / "helm/examples/minio-values.yaml").read_text())
+    statements = values["policies"][0]["statements"]
+    assert granted == {action for statement in statements for action in statement["actions"]}
+
+
+@pytest.mark.parametrize("page", [CONTRACT, "docs/v1-api.md"])
+def test_every_json_example_of_a_page_has_fields_of_a_type_of_the_api(page: str) -> None:
+    schemas = asyncio.run(openapi())["components"]["schemas"]
+    types = [set(schema.get("properties", {})) for schema in schemas.values()]
+    for block in blocks(ROOT / page, "json"):
+        shown = json.loads(block.text)
+        assert any(shown.keys() <= fields for fields in types), (block.line, shown.keys())
+
+
+async def openapi() -> dict[str, Any]:
+    """Returns the OpenAPI document of a gateway; nothing is called."""
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        document: dict[str, Any] = create_app(Settings(), channel, MemoryBlobStore()).openapi()
+        return document
 
 
 def test_the_page_about_models_lists_every_scheduler_with_its_spellings() -> None:

@@ -1,12 +1,12 @@
-"""Runs every program of docs/cookbook.md unchanged, against the whole service on this machine."""
+"""Runs the programs and commands of the first pages and of the cookbook unchanged, against the
+whole service on this machine.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
-import secrets
 import sys
 import uuid
 from collections.abc import AsyncIterator
@@ -26,13 +26,16 @@ from safetensors.numpy import save_file
 from benchmarks.local_stack import LocalStack, free_port, local_stack
 from img2img_server.devstack import LocalServers
 from tests.browser_page import CHROMIUM, opened, playwright
-from tests.readme import ROOT, blocks, titled
+from tests.readme import ROOT, Block, blocks, titled
 from tests.web_peers import every_request, serving
 
 PAGE = ROOT / "docs/cookbook.md"
-SECRET = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 WAIT_SECONDS = 60.0
+# Records the settings of a command instead of starting the service.
+MAKE = """#!/bin/sh
+test "$*" = serve && env | grep ^IMG2IMG_ > settings
+"""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,16 @@ class Reader:
     folder: Path
 
     def local(self, text: str) -> str:
-        """Returns a program of the page with the addresses of this service."""
+        """Returns a program or command with the addresses of this service."""
         text = text.replace("127.0.0.1:50051", self.service.grpc_address)
+        text = text.replace("https://example.org/", f"{self.service.http_url}/playground/")
         return text.replace("http://127.0.0.1:8080", self.service.http_url)
+
+    async def shell(self, block: Block, **environment: str) -> str:
+        """Runs the commands of a page and returns their output."""
+        text = self.local(block.text).replace(".venv/bin/", "")
+        async with self.started("bash", "-euo", "pipefail", "-c", text, **environment) as process:
+            return "\n".join(await finished(process))
 
     @asynccontextmanager
     async def started(
@@ -110,13 +120,31 @@ def write_lora(path: Path) -> None:
 async def reader(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Reader]:
     folder = tmp_path_factory.mktemp("cookbook")
     (folder / "examples").symlink_to(ROOT / "examples")
-    (folder / "webhook-secret").write_text(SECRET + "\n")
-    loras = folder / "loras"
-    loras.mkdir()
-    write_lora(loras / "ink.safetensors")
-    names = {"IMG2IMG_WEBHOOK_SECRET": SECRET, "IMG2IMG_LORA_DIR": str(loras)}
-    async with local_stack(folder / "state", **names) as service:
+    (folder / "photo.jpg").symlink_to(ROOT / "examples/cat.jpg")
+    (folder / "loras").mkdir()
+    write_lora(folder / "loras/ink.safetensors")
+    settings: dict[str, str] = {}
+    for block in blocks(PAGE, "sh"):
+        if "make serve" in block.text:
+            settings |= await settings_of(block, folder)
+    assert set(settings) == {"IMG2IMG_WEBHOOK_SECRET", "IMG2IMG_LORA_DIR"}
+    settings["IMG2IMG_LORA_DIR"] = str(folder / settings["IMG2IMG_LORA_DIR"])
+    async with local_stack(folder / "state", **settings) as service:
         yield Reader(service, folder)
+
+
+async def settings_of(block: Block, folder: Path) -> dict[str, str]:
+    """Returns the settings with which the commands of a block start the service."""
+    make = folder / "bin/make"
+    make.parent.mkdir(exist_ok=True)
+    make.write_text(MAKE)
+    make.chmod(0o755)
+    names = {"PATH": f"{make.parent}:{os.environ['PATH']}"}
+    command = ("bash", "-euo", "pipefail", "-c", block.text)
+    process = await asyncio.create_subprocess_exec(*command, cwd=folder, env=names)
+    assert await process.wait() == 0
+    lines = (folder / "settings").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines)
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -226,3 +254,53 @@ async def test_the_images_of_a_lora_differ_by_its_scale(reader: Reader) -> None:
     assert await reader.lines("lora.py") == ["atelier offers ink"]
     half, full = ((reader.folder / f"lora-{scale}.png").read_bytes() for scale in (0.5, 1.0))
     assert half != full
+
+
+async def test_make_serve_starts_the_service_that_these_tests_use() -> None:
+    command = ["make", "--dry-run", "--old-file=.venv/.local", "--no-print-directory", "serve"]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert await finished(process) == ["exec .venv/bin/img2img-server local"]
+
+
+async def test_the_requests_of_the_quickstart_give_images(reader: Reader) -> None:
+    page = ROOT / "docs/quickstart.md"
+    [generate] = [each for each in blocks(page, "sh") if "img2img generate" in each.text]
+    [curl] = [each for each in blocks(page, "sh") if "curl" in each.text]
+    [program] = blocks(page, "python")
+    await reader.shell(generate)
+    (reader.folder / "comic.py").write_text(reader.local(program.text))
+    async with reader.started(sys.executable, "comic.py") as process:
+        [link] = await finished(process)
+    [edited] = json.loads(await reader.shell(curl))["data"]
+    async with httpx.AsyncClient() as http:
+        contents = [(await http.get(url)).content for url in (link, edited["url"])]
+    contents += [(reader.folder / f"{name}.png").read_bytes() for name in ("watercolour", "comic")]
+    assert [each[:4] for each in contents] == [b"\x89PNG"] * 4
+
+
+async def test_the_commands_of_the_v1_page_create_the_same_job(reader: Reader) -> None:
+    commands = blocks(ROOT / "docs/v1-api.md", "sh")
+    assert len(commands) == 3
+    specs = [json.loads(await reader.shell(each))["job"]["spec"] for each in commands]
+    assert [spec["prompt"] for spec in specs] == ["an oil painting of a cat"] * 3
+    assert {(spec["width"], spec["height"]) for spec in specs[1:]} == {
+        (specs[1]["width"], specs[1]["height"])
+    }
+
+
+async def test_the_command_of_the_compose_page_creates_an_image(reader: Reader) -> None:
+    [generate] = [
+        each for each in blocks(ROOT / "docs/compose.md", "sh") if "img2img generate" in each.text
+    ]
+    await reader.shell(generate, KEY="dev-key")
+    assert (reader.folder / "painting.png").read_bytes().startswith(b"\x89PNG")
+
+
+async def test_the_program_of_the_clients_page_runs(reader: Reader) -> None:
+    [program] = blocks(ROOT / "client/README.md", "python")
+    (reader.folder / "readme.py").write_text(reader.local(program.text))
+    async with reader.started(sys.executable, "readme.py") as process:
+        await finished(process)
+    assert (reader.folder / "painting.png").read_bytes().startswith(b"\x89PNG")
